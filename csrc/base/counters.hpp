@@ -1,0 +1,23 @@
+// What moved, per hop. Logical rows are the rows of the routing; physical rows crossed the hop's link
+// (a row for the own node never enters the rail, a row for the own rank never leaves it).
+#pragma once
+#include <cstdint>
+
+namespace moecomm {
+
+struct HopCounters {
+  uint64_t logical_rows = 0;
+  uint64_t physical_rows = 0;
+  uint64_t logical_bytes = 0;
+  uint64_t physical_bytes = 0;
+};
+
+struct Counters {
+  HopCounters rail;
+  HopCounters node;
+  uint64_t replicated_rows = 0;   // expert layout: further picks of a token on one rank, copied locally
+  uint64_t staged_rows = 0;       // rows copied into the window because they were not there already
+  uint64_t calls = 0;
+};
+
+}  // namespace moecomm

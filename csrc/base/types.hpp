@@ -1,0 +1,66 @@
+// Words of the protocol as types: Geometry, DType, Status. Trivially copyable, host and device.
+#pragma once
+#include <cstdint>
+
+#include "base/portability.hpp"
+
+namespace moecomm {
+
+// Where a rank sits. Nodes are consecutive blocks of ranks_per_node ranks; a rail joins the ranks of
+// the same local index across nodes.
+struct Geometry {
+  int rank = 0;
+  int size = 1;
+  int ranks_per_node = 1;
+
+  MOE_HD constexpr int nodes() const { return size / ranks_per_node; }
+  MOE_HD constexpr int node() const { return rank / ranks_per_node; }
+  MOE_HD constexpr int local() const { return rank % ranks_per_node; }
+  MOE_HD constexpr int rank_at(int node, int local) const { return node * ranks_per_node + local; }
+  MOE_HD constexpr int rail_rank(int node) const { return rank_at(node, local()); }
+};
+
+enum class DType : int32_t { bf16 = 0, f16 = 1, f32 = 2, f64 = 3 };
+
+MOE_HD constexpr int element_bytes(DType t) {
+  return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2;
+}
+
+enum class RowLayout : int32_t { expert = 0, rank = 1 };
+
+enum class Code : int32_t {
+  ok = 0,
+  invalid = 1,        // an argument is wrong; nothing moved
+  timeout = 2,        // a peer did not do its part before the deadline
+  lost = 3,           // a peer's process or link is gone
+  capacity = 4,       // rows do not fit the arena or the stated capacity
+  mismatch = 5,       // ranks disagree on an argument of this call
+  corrupt = 6,        // MOECOMM_CHECK=1 found a row that is not what its source sent
+};
+
+enum class Phase : int32_t { none, announce, counts, send, forward, arrive, publish, reduce, sum, done, flush };
+
+// What a role returns. `peer` is the global rank that is suspected, -1 where there is none;
+// expected/got are counter values of the wait that failed (or sizes, or the corrupt row's token).
+struct Status {
+  Code code = Code::ok;
+  Phase phase = Phase::none;
+  int32_t peer = -1;
+  int32_t detail = 0;
+  uint64_t expected = 0;
+  uint64_t got = 0;
+
+  MOE_HD constexpr bool ok() const { return code == Code::ok; }
+};
+
+#define MOE_TRY(expr)                              \
+  do {                                             \
+    const ::moecomm::Status moe_status = (expr);   \
+    if (!moe_status.ok()) return moe_status;       \
+  } while (0)
+
+// Every row and every table on the wire starts on 16 bytes: one vector access, one TMA unit.
+MOE_HD constexpr uint64_t align16(uint64_t n) { return (n + 15) & ~uint64_t{15}; }
+MOE_HD constexpr uint64_t align_up(uint64_t n, uint64_t to) { return (n + to - 1) / to * to; }
+
+}  // namespace moecomm

@@ -1,0 +1,36 @@
+// Fabric: what a role may do to memory and links. The protocol knows only this contract.
+//
+// Memory   Every rank owns a node window (mapped by the ranks of its node) and a rail region (written
+//          by its rail peers). Offsets come from base/layout.hpp and are the same on every rank.
+// Ordering put() and signal_rail() to one node are ordered: whoever sees the signal sees the puts that
+//          were issued before it. signal_node() releases all earlier writes of the calling group
+//          (after a sync()). wait_*() acquires. Nothing is ordered between different peers.
+// Counters are 64-bit, only ever grow, and have one writer each.
+// Lanes    Row operations are called by all lanes together; put, signal and wait by one lane.
+#pragma once
+#include <concepts>
+
+#include "base/counters.hpp"
+#include "base/terms.hpp"
+#include "exec/group.hpp"
+
+namespace moecomm {
+
+template <class F, class G>
+concept Fabric = requires(F f, G g, char* p, const char* c, const Terms& terms, const Terms* next,
+                          const float* bias, Phase phase) {
+  { f.window(0, uint64_t{}) } -> std::same_as<char*>;        // (local rank, offset)
+  { f.rail(uint64_t{}) } -> std::same_as<char*>;             // own rail region
+  f.put(0, uint64_t{}, c, uint64_t{});                       // (node, offset there, source, bytes)
+  f.signal_rail(0, uint64_t{}, uint64_t{});                  // (node, counter, add)
+  f.signal_node(0, uint64_t{}, uint64_t{});                  // (local rank, counter, add)
+  { f.wait_rail(uint64_t{}, uint64_t{}, phase, 0) } -> std::same_as<Status>;  // (counter, at least, phase, peer)
+  { f.wait_node(uint64_t{}, uint64_t{}, phase, 0) } -> std::same_as<Status>;
+  f.copy_row(g, p, c, uint64_t{});
+  f.zero_row(g, p, uint64_t{});
+  f.reduce_rows(g, p, terms, next, bias, int64_t{}, DType{});
+  { f.counters() } -> std::same_as<Counters&>;
+  { F::kPutsFromAnywhere } -> std::convertible_to<bool>;     // false: sources of puts must lie in the rail region
+};
+
+}  // namespace moecomm

@@ -1,0 +1,146 @@
+// HostFabric: the Fabric of the cpu and team worlds. Node windows are mapped memory; the rail is a type
+// parameter (loopback between rank threads, UCX between processes), so nothing here is virtual.
+#pragma once
+#include <sched.h>
+
+#include <chrono>
+
+#include "fabric/fabric.hpp"
+#include "fabric/futex.hpp"
+#include "fabric/rows.hpp"
+#include "fabric/watch.hpp"
+
+namespace moecomm {
+
+// What a rank has mapped, and the state of the call in progress. Owned by the runtime's Buffer.
+struct HostState {
+  Geometry geometry;
+  NodeLayout node;
+  RailLayout rail;
+  char* windows[1024] = {};       // by local rank
+  char* rail_region = nullptr;
+  const RowKernels* kernels = &row_kernels();
+  const Watch* watch = nullptr;
+  Counters counters;
+  bool stream = false;            // this call moves more than the caches hold: store past them
+  std::chrono::steady_clock::time_point deadline;
+};
+
+namespace detail {
+
+using Clock = std::chrono::steady_clock;
+
+// What waiting costs: look a few times, then give the core away (on a busy machine the peer needs it
+// to do what we wait for), then sleep until woken. Sleeps are bounded so that dead peers are noticed.
+constexpr int kLooks = 64;
+constexpr int kYields = 64;
+constexpr int64_t kNap = 5'000'000;            // ns; woken earlier by the signal itself
+constexpr int64_t kNapWithNetwork = 100'000;   // ns; nothing wakes us when a put lands from the network
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+inline Status reported_fault(const HostState& s, Phase phase) {
+  const auto read = [&](char* memory, uint64_t offset, int i) {
+    return counter_at(memory, offset + sizeof(FaultWord) * i).load(std::memory_order_acquire);
+  };
+  const auto as_status = [&](uint64_t word) {
+    return Status{static_cast<Code>(word & 0xff), phase, static_cast<int32_t>(word >> 8) - 1, 1, 0, 0};
+  };
+  for (int i = 0; i < s.geometry.ranks_per_node; ++i)
+    if (const uint64_t w = read(s.windows[s.geometry.local()], s.node.faults, i)) return as_status(w);
+  if (s.rail_region)
+    for (int i = 0; i < s.geometry.nodes(); ++i)
+      if (const uint64_t w = read(s.rail_region, s.rail.faults, i)) return as_status(w);
+  return {};
+}
+
+template <class Rail>
+Status wait_counter(HostState& s, Rail& rail, char* memory, uint64_t offset, uint64_t at_least, Phase phase, int peer) {
+  Counter& c = counter_at(memory, offset);
+  const auto arrived = [&] { return c.load(std::memory_order_acquire) >= at_least; };
+  if (arrived()) return {};
+  for (int i = 0; i < kLooks; ++i) {
+    relax();
+    if (arrived()) return {};
+  }
+  for (int i = 0; i < kYields; ++i) {
+    rail.progress();
+    sched_yield();
+    if (arrived()) return {};
+  }
+  Clock::time_point next_check = Clock::now();
+  for (;;) {
+    const bool moved = rail.progress();
+    if (arrived()) return {};
+    const Clock::time_point now = Clock::now();
+    if (now >= next_check) {
+      next_check = now + std::chrono::milliseconds(5);
+      // Arrived data wins over a dead peer: what a rank sent before it died is still complete.
+      if (const Status fault = reported_fault(s, phase); !fault.ok() && !arrived()) return fault;
+      if (const int lost = s.watch->lost(); lost >= 0 && !arrived())
+        return {Code::lost, phase, lost, 0, at_least, c.load()};
+      if (const int node = rail.failed_node(); node >= 0 && !arrived())
+        return {Code::lost, phase, s.geometry.rail_rank(node), 0, at_least, c.load()};
+      if (now >= s.deadline) return {Code::timeout, phase, peer, 0, at_least, c.load()};
+    }
+    if (moved) continue;
+    sleeping_at(memory).store(offset, std::memory_order_seq_cst);
+    const uint64_t seen = c.load(std::memory_order_seq_cst);
+    if (seen < at_least) futex_sleep(c, seen, Rail::kNetwork ? kNapWithNetwork : kNap);
+    sleeping_at(memory).store(0, std::memory_order_relaxed);
+  }
+}
+
+}  // namespace detail
+
+template <class Rail>
+struct HostFabric {
+  static constexpr bool kPutsFromAnywhere = true;
+  HostState* s;
+  Rail* rail_link;
+
+  char* window(int local, uint64_t offset) const { return s->windows[local] + offset; }
+  char* rail(uint64_t offset) const { return s->rail_region + offset; }
+
+  void put(int node, uint64_t offset, const char* src, uint64_t bytes) const { rail_link->put(node, offset, src, bytes); }
+  void signal_rail(int node, uint64_t counter, uint64_t add) const { rail_link->signal(node, counter, add); }
+  void signal_node(int local, uint64_t counter, uint64_t add) const {
+    if (s->stream) s->kernels->fence();
+    add_and_wake(s->windows[local], counter, add);
+  }
+  Status wait_rail(uint64_t counter, uint64_t at_least, Phase phase, int peer) const {
+    return detail::wait_counter(*s, *rail_link, s->rail_region, counter, at_least, phase, peer);
+  }
+  Status wait_node(uint64_t counter, uint64_t at_least, Phase phase, int peer) const {
+    return detail::wait_counter(*s, *rail_link, s->windows[s->geometry.local()], counter, at_least, phase, peer);
+  }
+
+  // Lanes take contiguous slices on 64-byte boundaries.
+  template <class G>
+  void copy_row(G g, char* dst, const char* src, uint64_t bytes) const {
+    const uint64_t slice = align_up((bytes + g.size() - 1) / g.size(), 64);
+    const uint64_t begin = slice * g.lane();
+    if (begin >= bytes) return;
+    const uint64_t n = begin + slice < bytes ? slice : bytes - begin;
+    if (s->stream && g.size() == 1) s->kernels->stream(dst + begin, src + begin, n);
+    else s->kernels->copy(dst + begin, src + begin, n);
+  }
+  template <class G>
+  void zero_row(G g, char* dst, uint64_t bytes) const {
+    if (g.lane() == 0) s->kernels->zero(dst, bytes);
+  }
+  template <class G>
+  void reduce_rows(G g, char* dst, const Terms& terms, const Terms* next, const float* bias, int64_t hidden, DType type) const {
+    const int64_t slice = static_cast<int64_t>(align_up((hidden + g.size() - 1) / g.size(), 64));
+    const int64_t begin = slice * g.lane();
+    if (begin >= hidden) return;
+    s->kernels->reduce(dst, terms, next, bias, begin, begin + slice < hidden ? begin + slice : hidden, type);
+  }
+  Counters& counters() const { return s->counters; }
+};
+
+}  // namespace moecomm

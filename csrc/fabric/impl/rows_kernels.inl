@@ -1,0 +1,210 @@
+// Included by rows_avx512.cpp, rows_avx2.cpp and rows_base.cpp, each with its own target, inside its own
+// namespace. Includes nothing: inline functions of the standard library must not be compiled for a
+// target that another machine lacks. Vector extensions, so one text serves every target.
+
+// Everything below is inlined into one translation unit: the vector ABI does not matter.
+#pragma GCC diagnostic ignored "-Wpsabi"
+typedef float F16v __attribute__((vector_size(64)));
+typedef unsigned int U16v __attribute__((vector_size(64)));
+typedef int I16v __attribute__((vector_size(64)));
+typedef unsigned short H16v __attribute__((vector_size(32)));
+typedef double D8v __attribute__((vector_size(64)));
+
+struct BF16 {
+  static constexpr int kBytes = 2;
+  static inline F16v load(const char* p) {
+    H16v h;
+    __builtin_memcpy(&h, p, 32);
+    const U16v u = __builtin_convertvector(h, U16v) << 16;
+    return (F16v)u;
+  }
+  // Round to nearest even; NaN becomes the quiet NaN 0x7fc0 (as torch does).
+  static inline void store(char* p, F16v v) {
+    const U16v u = (U16v)v;
+    const U16v rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    const U16v nan = (U16v)((u & 0x7fffffffu) > 0x7f800000u);
+    const H16v h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), H16v);
+    __builtin_memcpy(p, &h, 32);
+  }
+};
+
+struct F16 {
+  static constexpr int kBytes = 2;
+  static inline F16v load(const char* p) {
+#if defined(__AVX512F__)
+    __m256i h;
+    __builtin_memcpy(&h, p, 32);
+    return (F16v)_mm512_cvtph_ps(h);
+#elif defined(__F16C__)
+    __m128i h[2];
+    __builtin_memcpy(h, p, 32);
+    const __m256 lo = _mm256_cvtph_ps(h[0]), hi = _mm256_cvtph_ps(h[1]);
+    F16v v;
+    __builtin_memcpy(&v, &lo, 32);
+    __builtin_memcpy((char*)&v + 32, &hi, 32);
+    return v;
+#else
+    _Float16 h[16];
+    __builtin_memcpy(h, p, 32);
+    F16v v;
+    for (int i = 0; i < 16; ++i) v[i] = (float)h[i];
+    return v;
+#endif
+  }
+  static inline void store(char* p, F16v v) {
+#if defined(__AVX512F__)
+    const __m256i h = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __builtin_memcpy(p, &h, 32);
+#elif defined(__F16C__)
+    __m256 lo, hi;
+    __builtin_memcpy(&lo, &v, 32);
+    __builtin_memcpy(&hi, (char*)&v + 32, 32);
+    const __m128i h[2] = {_mm256_cvtps_ph(lo, _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(hi, _MM_FROUND_TO_NEAREST_INT)};
+    __builtin_memcpy(p, h, 32);
+#else
+    _Float16 h[16];
+    for (int i = 0; i < 16; ++i) h[i] = (_Float16)v[i];
+    __builtin_memcpy(p, h, 32);
+#endif
+  }
+};
+
+struct F32 {
+  static constexpr int kBytes = 4;
+  static inline F16v load(const char* p) {
+    F16v v;
+    __builtin_memcpy(&v, p, 64);
+    return v;
+  }
+  static inline void store(char* p, F16v v) { __builtin_memcpy(p, &v, 64); }
+};
+
+// kUnroll vectors at a time: the partial sums stay in registers while the terms are walked.
+template <class T, int kUnroll>
+static inline void reduce_block(char* dst, const moecomm::Terms& terms, const moecomm::Terms* next, const float* bias, long at) {
+  F16v total[kUnroll], part[kUnroll];
+  bool first_group = true, first_term = true;
+  for (int j = 0; j < kUnroll; ++j) total[j] = F16v{};
+  for (int i = 0; i < terms.count; ++i) {
+    const char* row = (const char*)terms.row[i] + at * T::kBytes;
+    const float w = terms.weight[i];
+    if (first_term) {
+      for (int j = 0; j < kUnroll; ++j) part[j] = T::load(row + 16 * j * T::kBytes) * w;
+    } else {
+      for (int j = 0; j < kUnroll; ++j) part[j] = part[j] + T::load(row + 16 * j * T::kBytes) * w;
+    }
+    first_term = false;
+    if (terms.group_end >> i & 1) {
+      for (int j = 0; j < kUnroll; ++j) total[j] = first_group ? part[j] : total[j] + part[j];
+      first_group = false;
+      first_term = true;
+    }
+  }
+  if (next)
+    for (int i = 0; i < next->count; ++i) {
+      const char* row = (const char*)next->row[i] + at * T::kBytes;
+      for (int j = 0; j < kUnroll * 16 * T::kBytes; j += 64) __builtin_prefetch(row + j, 0, 2);
+    }
+  if (bias)
+    for (int j = 0; j < kUnroll; ++j) total[j] = total[j] + F32::load((const char*)(bias + at + 16 * j));
+  for (int j = 0; j < kUnroll; ++j) T::store(dst + (at + 16 * j) * T::kBytes, total[j]);
+}
+
+// The tail that is shorter than a vector: the same steps on zero-extended copies.
+template <class T>
+static inline void reduce_tail(char* dst, const moecomm::Terms& terms, const float* bias, long at, long n) {
+  F16v total = F16v{}, part = F16v{};
+  bool first_group = true, first_term = true;
+  char pad[64];
+  for (int i = 0; i < terms.count; ++i) {
+    __builtin_memset(pad, 0, 64);
+    __builtin_memcpy(pad, (const char*)terms.row[i] + at * T::kBytes, n * T::kBytes);
+    const F16v v = T::load(pad) * terms.weight[i];
+    part = first_term ? v : part + v;
+    first_term = false;
+    if (terms.group_end >> i & 1) {
+      total = first_group ? part : total + part;
+      first_group = false;
+      first_term = true;
+    }
+  }
+  if (bias) {
+    float b[16] = {};
+    __builtin_memcpy(b, bias + at, n * 4);
+    total = total + F32::load((const char*)b);
+  }
+  T::store(pad, total);
+  __builtin_memcpy(dst + at * T::kBytes, pad, n * T::kBytes);
+}
+
+template <class T>
+static void reduce_typed(char* dst, const moecomm::Terms& terms, const moecomm::Terms* next, const float* bias, long begin, long end) {
+  long at = begin;
+  for (; at + 64 <= end; at += 64) reduce_block<T, 4>(dst, terms, next, bias, at);
+  for (; at + 16 <= end; at += 16) reduce_block<T, 1>(dst, terms, nullptr, bias, at);
+  if (at < end) reduce_tail<T>(dst, terms, bias, at, end - at);
+}
+
+static void reduce_f64(double* dst, const moecomm::Terms& terms, const float* bias, long begin, long end) {
+  for (long at = begin; at < end; ++at) {
+    double total = 0, part = 0;
+    bool first_group = true, first_term = true;
+    for (int i = 0; i < terms.count; ++i) {
+      const double v = ((const double*)terms.row[i])[at] * (double)terms.weight[i];
+      part = first_term ? v : part + v;
+      first_term = false;
+      if (terms.group_end >> i & 1) {
+        total = first_group ? part : total + part;
+        first_group = false;
+        first_term = true;
+      }
+    }
+    dst[at] = bias ? total + (double)bias[at] : total;
+  }
+}
+
+static void reduce(void* dst, const moecomm::Terms& terms, const moecomm::Terms* next, const float* bias, long begin, long end,
+                   moecomm::DType type) {
+  switch (type) {
+    case moecomm::DType::bf16: return reduce_typed<BF16>((char*)dst, terms, next, bias, begin, end);
+    case moecomm::DType::f16: return reduce_typed<F16>((char*)dst, terms, next, bias, begin, end);
+    case moecomm::DType::f32: return reduce_typed<F32>((char*)dst, terms, next, bias, begin, end);
+    case moecomm::DType::f64: return reduce_f64((double*)dst, terms, bias, begin, end);
+  }
+}
+
+static void copy(void* dst, const void* src, unsigned long bytes) { __builtin_memcpy(dst, src, bytes); }
+static void zero(void* dst, unsigned long bytes) { __builtin_memset(dst, 0, bytes); }
+
+// Streamed stores do not read the destination first and leave the cache to the source rows. They need
+// aligned destinations; rows start on 16 bytes, so a short head goes through the cache.
+static void stream(void* dst, const void* src, unsigned long bytes) {
+#if defined(__SSE2__)
+  char* d = (char*)dst;
+  const char* s = (const char*)src;
+  unsigned long head = (64 - ((unsigned long)d & 63)) & 63;
+  if (head > bytes) head = bytes;
+  __builtin_memcpy(d, s, head);
+  unsigned long i = head;
+#if defined(__AVX512F__)
+  for (; i + 64 <= bytes; i += 64) _mm512_stream_si512((__m512i*)(d + i), _mm512_loadu_si512(s + i));
+#elif defined(__AVX__)
+  for (; i + 32 <= bytes; i += 32) _mm256_stream_si256((__m256i*)(d + i), _mm256_loadu_si256((const __m256i*)(s + i)));
+#else
+  for (; i + 16 <= bytes; i += 16) _mm_stream_si128((__m128i*)(d + i), _mm_loadu_si128((const __m128i*)(s + i)));
+#endif
+  __builtin_memcpy(d + i, s + i, bytes - i);
+#else
+  __builtin_memcpy(dst, src, bytes);
+#endif
+}
+
+static void fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#else
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+#endif
+}
+
+extern const moecomm::RowKernels kKernels = {kName, copy, stream, zero, fence, reduce};

@@ -1,0 +1,12 @@
+// The row kernels built for: avx2.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "fabric/rows.hpp"
+
+#pragma GCC target("avx2,f16c")
+namespace moecomm::rows_avx2 {
+static constexpr const char* kName = "avx2";
+#include "fabric/impl/rows_kernels.inl"
+}  // namespace moecomm::rows_avx2
+#endif

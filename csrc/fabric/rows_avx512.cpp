@@ -1,0 +1,12 @@
+// The row kernels built for: avx512.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "fabric/rows.hpp"
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c")
+namespace moecomm::rows_avx512 {
+static constexpr const char* kName = "avx512";
+#include "fabric/impl/rows_kernels.inl"
+}  // namespace moecomm::rows_avx512
+#endif

@@ -1,0 +1,23 @@
+// The rail between processes: a region's puts and signals with the context's progress.
+#pragma once
+#include "fabric/ucx.hpp"
+
+namespace moecomm {
+
+class UcxRail {
+ public:
+  static constexpr bool kNetwork = true;
+
+  void attach(UcxContext* context, UcxRegion* region) { context_ = context; region_ = region; }
+  void put(int node, uint64_t offset, const void* src, uint64_t bytes) noexcept { region_->put(node, offset, src, bytes); }
+  void signal(int node, uint64_t counter, uint64_t add) noexcept { region_->signal(node, counter, add); }
+  bool progress() noexcept { return context_->progress(); }
+  int failed_node() const noexcept { return context_->failed_node(); }
+  bool flush_poll() noexcept { return region_->flush_poll(); }
+
+ private:
+  UcxContext* context_ = nullptr;
+  UcxRegion* region_ = nullptr;
+};
+
+}  // namespace moecomm

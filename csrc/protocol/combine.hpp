@@ -1,0 +1,207 @@
+// Combine: the way back on the same plan.
+//
+//   publish  (expert)   "my rows may be read", to the node; "I am in the call", over the rail
+//   reduce   (gateway)  the node's rows of a token summed in FP32, ascending rank (and expert) order, one
+//                       row per token back over the rail                                  [per channel]
+//   sum      (source)   own node's rows directly, other nodes' rows from staging, ascending node order,
+//                       plus the bias; rounded once                                       [per channel]
+//   finish   (all)      nobody reads my rows any more
+#pragma once
+#include "base/checksum.hpp"
+#include "fabric/fabric.hpp"
+#include "protocol/dispatch.hpp"
+#include "protocol/views.hpp"
+
+namespace moecomm {
+
+template <Group G, class F>
+MOE_HD Status publish(G g, F f, const CombineArgs& a) {
+  const BufferView& b = a.b;
+  const Geometry& geo = b.geometry;
+  const int own = geo.node(), nodes = geo.nodes();
+  g.sync();
+  return leader(g, [&] {
+    ++a.book->enter;
+    ++a.book->combines;
+    *reinterpret_cast<RowsBoard*>(f.window(geo.local(), b.node.board)) = a.mine;
+    for (int d = 0; d < geo.ranks_per_node; ++d) f.signal_node(d, b.node.ready + 8 * geo.local(), 1);
+    for (int step = 1; step < nodes; ++step) f.signal_rail((own + step) % nodes, b.rail.enter + 8 * own, 1);
+    for (int d = 0; d < geo.ranks_per_node; ++d) {
+      MOE_TRY(f.wait_node(b.node.ready + 8 * d, a.book->combines, Phase::publish, geo.rank_at(geo.node(), d)));
+      a.boards[d] = *reinterpret_cast<const RowsBoard*>(f.window(d, b.node.board));
+    }
+    return Status{};
+  });
+}
+
+namespace detail {
+
+// The rows that this node contributes to row i of source node n.
+template <class F>
+MOE_HD void add_node_terms(F f, const CombineArgs& a, int n, int i, Terms& terms) {
+  const int64_t at = int64_t{n} * a.b.shape.max_tokens + i;
+  const Place* place = a.plan.place + at * a.b.shape.top_k;
+  const uint64_t row_bytes = a.b.shape.combine_row_bytes();
+  const bool by_rank = a.plan.call.layout == RowLayout::rank;
+  for (int j = 0; j < a.plan.row_picks[at]; ++j) {
+    const Place p = place[j];
+    if (by_rank && j > 0 && place[j - 1].local == p.local) continue;   // one row per rank
+    const RowsBoard& board = a.boards[p.local];
+    const char* window = f.window(p.local, 0);
+    const float w = board.weights ? reinterpret_cast<const float*>(window + board.weights)[p.row] : 1.0f;
+    terms.add(window + board.rows + p.row * row_bytes, w);
+  }
+  terms.close_group();
+}
+
+template <class F>
+MOE_HD void count_node_terms(F f, const CombineArgs& a, const Terms& terms, int n, int i) {
+  Counters& count = f.counters();
+  const int64_t at = int64_t{n} * a.b.shape.max_tokens + i;
+  const Place* place = a.plan.place + at * a.b.shape.top_k;
+  const bool by_rank = a.plan.call.layout == RowLayout::rank;
+  uint64_t all = 0, remote = 0;
+  for (int j = 0; j < a.plan.row_picks[at]; ++j) {
+    if (by_rank && j > 0 && place[j - 1].local == place[j].local) continue;
+    ++all;
+    remote += place[j].local != a.b.geometry.local();
+  }
+  (void)terms;
+  const uint64_t bytes = a.b.shape.combine_row_bytes();
+  count.node.logical_rows += all;
+  count.node.physical_rows += remote;
+  count.node.logical_bytes += all * bytes;
+  count.node.physical_bytes += remote * bytes;
+}
+
+}  // namespace detail
+
+template <Group G, class F>
+MOE_HD Status reduce(G g, F f, const CombineArgs& a, int n, int channel) {
+  const BufferView& b = a.b;
+  const Geometry& geo = b.geometry;
+  const int own = geo.node(), channels = b.shape.channels;
+  const uint64_t row_bytes = b.shape.combine_row_bytes();
+  const int begin = a.plan.channel_first[n * (channels + 1) + channel];
+  const int end = a.plan.channel_first[n * (channels + 1) + channel + 1];
+  const uint64_t here = remote_index(n, own) * b.shape.max_tokens, there = remote_index(own, n) * b.shape.max_tokens;
+  char* staged = f.rail(b.rail.area_a) + here * b.shape.slot_bytes();
+  uint64_t* sums = reinterpret_cast<uint64_t*>(f.rail(b.rail.sums_out)) + here;
+  Counters& count = f.counters();
+  MOE_TRY(leader(g, [&] { return f.wait_rail(b.rail.enter + 8 * n, a.book->enter, Phase::reduce, geo.rail_rank(n)); }));
+
+  Terms now, next;
+  next.clear();
+  if (begin < end) detail::add_node_terms(f, a, n, begin, next);
+  for (int chunk = begin; chunk < end; chunk += kChunkRows) {
+    const int chunk_end = chunk + kChunkRows < end ? chunk + kChunkRows : end;
+    for (int i = chunk; i < chunk_end; ++i) {
+      now = next;
+      next.clear();
+      if (i + 1 < end) detail::add_node_terms(f, a, n, i + 1, next);
+      f.reduce_rows(g, staged + i * row_bytes, now, &next, static_cast<const float*>(nullptr), b.shape.hidden, b.shape.dtype);
+      if (g.lane() == 0) detail::count_node_terms(f, a, now, n, i);
+      if (b.check) {
+        g.sync();
+        if (g.lane() == 0) sums[i] = row_checksum(staged + i * row_bytes, row_bytes, i);
+      }
+    }
+    g.sync();
+    if (g.lane() == 0) {
+      const int rows = chunk_end - chunk;
+      f.put(n, b.rail.area_b + there * b.shape.slot_bytes() + chunk * row_bytes, staged + chunk * row_bytes, rows * row_bytes);
+      if (b.check) f.put(n, b.rail.sums + 8 * (there + chunk), reinterpret_cast<const char*>(sums + chunk), 8 * rows);
+      f.signal_rail(n, b.rail.back + 8 * (own * channels + channel), rows);
+      count.rail.logical_rows += rows;
+      count.rail.physical_rows += rows;
+      count.rail.logical_bytes += rows * row_bytes;
+      count.rail.physical_bytes += rows * row_bytes;
+    }
+  }
+  g.sync();
+  return {};
+}
+
+template <Group G, class F>
+MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
+  const BufferView& b = a.b;
+  const Geometry& geo = b.geometry;
+  const int own = geo.node(), nodes = geo.nodes(), channels = b.shape.channels;
+  const uint64_t row_bytes = b.shape.combine_row_bytes();
+  const int begin = channel_begin(a.plan.tokens, channel, channels);
+  const int end = channel_begin(a.plan.tokens, channel + 1, channels);
+  Counters& count = f.counters();
+  // Slots of this channel begin where the channels before it end.
+  const auto first_slot = [&](int n) {
+    const int32_t* per_channel = a.plan.blocks + n * b.count.ints + b.count.channels;
+    int32_t first = 0;
+    for (int c = 0; c < channel; ++c) first += per_channel[c];
+    return first;
+  };
+  const auto terms_of = [&](int t, Terms& terms) {
+    terms.clear();
+    for (int n = 0; n < nodes; ++n) {
+      const int slot = a.plan.slot[int64_t{t} * nodes + n];
+      if (slot < 0) continue;
+      if (n == own) detail::add_node_terms(f, a, n, slot, terms);
+      else {
+        terms.add(f.rail(b.rail.area_b) + remote_index(n, own) * b.shape.max_tokens * b.shape.slot_bytes() + slot * row_bytes, 1.0f);
+        terms.close_group();
+      }
+    }
+  };
+  const auto wait_token = [&](int t) {
+    for (int n = 0; n < nodes; ++n) {
+      const int slot = a.plan.slot[int64_t{t} * nodes + n];
+      if (n == own || slot < 0) continue;
+      MOE_TRY(f.wait_rail(b.rail.back + 8 * (n * channels + channel),
+                          a.book->back[n * channels + channel] + (slot - first_slot(n)) + 1, Phase::sum, geo.rail_rank(n)));
+      if (b.check) {
+        const uint64_t at = remote_index(n, own) * b.shape.max_tokens;
+        const char* row = f.rail(b.rail.area_b) + at * b.shape.slot_bytes() + slot * row_bytes;
+        const uint64_t want = reinterpret_cast<const uint64_t*>(f.rail(b.rail.sums))[at + slot], got = row_checksum(row, row_bytes, slot);
+        if (want != got) return Status{Code::corrupt, Phase::sum, geo.rail_rank(n), t, want, got};
+      }
+    }
+    return Status{};
+  };
+
+  Terms now, next;
+  next.clear();
+  if (begin < end) terms_of(begin, next);
+  for (int t = begin; t < end; ++t) {
+    if (nodes > 1) MOE_TRY(leader(g, [&] { return wait_token(t); }));
+    now = next;
+    next.clear();
+    if (t + 1 < end) terms_of(t + 1, next);
+    const float* bias = a.bias ? a.bias + t * a.bias_stride : nullptr;
+    f.reduce_rows(g, a.y + t * row_bytes, now, &next, bias, b.shape.hidden, b.shape.dtype);
+    const int slot = a.plan.slot[int64_t{t} * nodes + own];
+    if (slot >= 0 && g.lane() == 0) {
+      detail::count_node_terms(f, a, now, own, slot);
+      count.rail.logical_rows += 1;
+      count.rail.logical_bytes += row_bytes;
+    }
+  }
+  g.sync();
+  if (g.lane() == 0)
+    for (int n = 0; n < nodes; ++n)
+      if (n != own) a.book->back[n * channels + channel] += a.plan.blocks[n * b.count.ints + b.count.channels + channel];
+  return {};
+}
+
+// Rows may be overwritten, and the block released, only after every gateway of the node has read them.
+template <Group G, class F>
+MOE_HD Status finish(G g, F f, const CombineArgs& a) {
+  const BufferView& b = a.b;
+  const Geometry& geo = b.geometry;
+  g.sync();
+  return leader(g, [&] {
+    for (int d = 0; d < geo.ranks_per_node; ++d) f.signal_node(d, b.node.done + 8 * geo.local(), 1);
+    for (int d = 0; d < geo.ranks_per_node; ++d)
+      MOE_TRY(f.wait_node(b.node.done + 8 * d, a.book->combines, Phase::done, geo.rank_at(geo.node(), d)));
+    return Status{};
+  });
+}
+
+}  // namespace moecomm

@@ -1,0 +1,86 @@
+// What the roles of one call see: views of memory that the runtime owns. Trivially copyable.
+#pragma once
+#include "base/layout.hpp"
+
+namespace moecomm {
+
+// Fixed for a Buffer.
+struct BufferView {
+  Geometry geometry;
+  Shape shape;
+  CountLayout count;
+  NodeLayout node;
+  RailLayout rail;
+  bool check = false;   // MOECOMM_CHECK=1
+
+  MOE_HD int experts_per_rank() const { return shape.num_experts / geometry.size; }
+  MOE_HD int experts_per_node() const { return shape.num_experts / geometry.nodes(); }
+};
+
+inline BufferView make_view(const Geometry& g, const Shape& s, bool check) {
+  return BufferView{g, s, count_layout(g, s), node_layout(g, s), rail_layout(g, s), check};
+}
+
+// The plan: where every row of one routing goes. Private to a rank; kept in the handle.
+struct PlanView {
+  // Source side: tokens of this rank.
+  int32_t tokens = 0;
+  uint8_t* picks = nullptr;          // [T] number of picks
+  Pick* pick = nullptr;              // [T, K] ascending; `expert` is global here
+  int32_t* slot = nullptr;           // [T, N] slot in the staging area of that node's gateway, -1: not sent
+  int32_t* blocks = nullptr;         // [N, ints] count block per destination node
+  // Gateway side: rows of my rail's sources for my node. Slot i of source node n is at n*max_tokens + i.
+  int32_t* rows = nullptr;           // [N]
+  int32_t* channel_first = nullptr;  // [N, C+1] first slot of each channel
+  uint8_t* row_picks = nullptr;      // [N, max_tokens]
+  Place* place = nullptr;            // [N, max_tokens, K]
+  // Receiver side.
+  int64_t* tokens_per_expert = nullptr;  // [E/R]
+  int64_t* rows_per_expert = nullptr;    // [E/R] padded
+  int64_t* rank_rows = nullptr;          // [P] rows of every rank of this node
+  CallShape call;
+};
+
+// Counter values that this rank has already consumed. Private, grows with every call.
+struct Book {
+  uint64_t enter = 0;
+  uint64_t dispatches = 0;
+  uint64_t combines = 0;
+  uint64_t* rows = nullptr;   // [N, C]
+  uint64_t* back = nullptr;   // [N, C]
+};
+
+struct DispatchArgs {
+  BufferView b;
+  PlanView plan;
+  Book* book = nullptr;
+  bool cached = false;              // the plan is reused: no counts travel
+  const int64_t* ids64 = nullptr;   // [T, K], one of the two
+  const int32_t* ids32 = nullptr;
+  const char* x = nullptr;          // [T, row_bytes]
+  const char* scales = nullptr;     // [T, scale_bytes] or null
+  const float* weights = nullptr;   // [T, K] or null
+  int32_t* base = nullptr;          // scratch [N, max(E/N, P)]
+  Offer* offers = nullptr;          // private copy of the node's offers [P]
+  uint64_t* block_offset = nullptr; // [P] out: window offset of every rank's block
+  uint64_t* needed = nullptr;       // [P] out: its bytes
+  Verdict* verdict = nullptr;       // out
+};
+
+struct CombineArgs {
+  BufferView b;
+  PlanView plan;
+  Book* book = nullptr;
+  RowsBoard mine;                   // where my rows and weights lie in my window
+  RowsBoard* boards = nullptr;      // scratch [P]: everyone's
+  char* y = nullptr;                // [T, H]
+  const float* bias = nullptr;      // [H] or [T, H] or null
+  int64_t bias_stride = 0;          // floats from one token's bias to the next
+};
+
+// First token of channel c: channels are contiguous slices, so a channel's slots are contiguous too.
+MOE_HD inline int32_t channel_begin(int32_t tokens, int channel, int channels) {
+  return static_cast<int32_t>(int64_t{tokens} * channel / channels);
+}
+
+}  // namespace moecomm

@@ -1,0 +1,51 @@
+// Communicator: who is in the world, how the nodes are joined, and whether it is still whole.
+#pragma once
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "base/types.hpp"
+#include "fabric/ucx.hpp"
+#include "fabric/watch.hpp"
+
+namespace moecomm {
+
+enum class RailKind : int { none = 0, loopback = 1, ucx = 2 };
+
+// Collective in two steps: every rank constructs, the caller exchanges card() strings, every rank connects.
+class Communicator {
+ public:
+  // threads: the ranks share this process, their memory is reached by pointer.
+  Communicator(Geometry geometry, bool threads, RailKind rail, double timeout_seconds);
+
+  std::string card() const;                               // pid, UCX address
+  void connect(const std::vector<std::string>& cards);    // by rank
+
+  const Geometry& geometry() const { return geometry_; }
+  bool threads() const { return threads_; }
+  RailKind rail() const { return rail_; }
+  double timeout() const { return timeout_; }
+  UcxContext* ucx() { return ucx_.get(); }
+  Watch& watch() { return watch_; }
+  std::mutex& calls() { return calls_; }                  // one call at a time moves data
+
+  // The first failure is final: later calls say what it was instead of waiting again.
+  void mark_broken(const Status& why);
+  Status broken() const;
+  void abort(int rank) { watch_.mark_lost(rank); }        // a rank thread has left by an exception
+
+ private:
+  Geometry geometry_;
+  bool threads_;
+  RailKind rail_;
+  double timeout_;
+  std::unique_ptr<UcxContext> ucx_;
+  Watch watch_;
+  std::mutex calls_;
+  mutable std::mutex broken_mutex_;
+  Status broken_;
+};
+
+}  // namespace moecomm

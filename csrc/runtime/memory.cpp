@@ -1,0 +1,126 @@
+#include "runtime/memory.hpp"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <stdexcept>
+
+namespace moecomm {
+namespace {
+
+[[noreturn]] void fail(const std::string& what) { throw std::runtime_error(what + ": " + std::strerror(errno)); }
+
+char* map_shared(int fd, uint64_t bytes) {
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+  if (p == MAP_FAILED) fail("cannot map a window of " + std::to_string(bytes) + " bytes");
+  madvise(p, bytes, MADV_HUGEPAGE);   // a hint: fewer faults where shared huge pages are allowed
+  madvise(p, bytes, MADV_DONTFORK);   // a child process must not keep our windows alive
+  return static_cast<char*>(p);
+}
+
+}  // namespace
+
+std::shared_ptr<Memory> Memory::create(uint64_t bytes) {
+  const int fd = memfd_create("moecomm", MFD_CLOEXEC);
+  if (fd < 0) fail("memfd_create");
+  if (ftruncate(fd, static_cast<off_t>(bytes)) != 0) {
+    close(fd);
+    fail("cannot size a window of " + std::to_string(bytes) + " bytes");
+  }
+  return std::shared_ptr<Memory>(new Memory(map_shared(fd, bytes), bytes, fd));
+}
+
+std::shared_ptr<Memory> Memory::map(int pid, int fd, uint64_t bytes) {
+  const std::string path = "/proc/" + std::to_string(pid) + "/fd/" + std::to_string(fd);
+  const int own = open(path.c_str(), O_RDWR | O_CLOEXEC);
+  if (own < 0) fail("cannot open a node peer's window at " + path + " (ranks of a node must share a pid namespace and a user)");
+  char* data = map_shared(own, bytes);
+  close(own);
+  return std::shared_ptr<Memory>(new Memory(data, bytes, -1));
+}
+
+Memory::~Memory() {
+  munmap(data_, bytes_);
+  close_fd();
+}
+
+void Memory::close_fd() {
+  if (fd_ >= 0) close(fd_);
+  fd_ = -1;
+}
+
+void Memory::populate(uint64_t bytes) const {
+#ifdef MADV_POPULATE_WRITE
+  if (madvise(data_, bytes < bytes_ ? bytes : bytes_, MADV_POPULATE_WRITE) == 0) return;
+#endif
+  for (uint64_t i = 0; i < bytes && i < bytes_; i += 4096) {   // older kernels: touch without changing
+    auto* word = reinterpret_cast<unsigned char*>(data_ + i);
+    __atomic_fetch_add(word, 0, __ATOMIC_RELAXED);
+  }
+}
+
+Arena::Arena(uint64_t begin, uint64_t end) : begin_(begin), end_(end) { free_[begin] = end - begin; }
+
+Offer Arena::offer() const {
+  std::lock_guard lock(mutex_);
+  Offer o{};
+  for (const auto& [offset, bytes] : free_) {
+    if (o.bytes[0] == 0 && bytes >= largest_) { o.offset[0] = offset; o.bytes[0] = bytes; }
+    if (bytes > o.bytes[1]) { o.offset[1] = offset; o.bytes[1] = bytes; }
+  }
+  return o;
+}
+
+void Arena::take(uint64_t offset, uint64_t bytes) {
+  if (bytes == 0) return;
+  std::lock_guard lock(mutex_);
+  auto it = std::prev(free_.upper_bound(offset));
+  const uint64_t start = it->first, size = it->second;
+  if (offset < start || offset + bytes > start + size) throw std::logic_error("arena piece is not free");
+  free_.erase(it);
+  if (offset > start) free_[start] = offset - start;
+  if (offset + bytes < start + size) free_[offset + bytes] = start + size - offset - bytes;
+  held_[offset] = bytes;
+  if (bytes > largest_) largest_ = bytes;
+}
+
+void Arena::release(uint64_t offset) {
+  std::lock_guard lock(mutex_);
+  const auto held = held_.find(offset);
+  if (held == held_.end()) return;
+  uint64_t start = held->first, size = held->second;
+  held_.erase(held);
+  auto next = free_.lower_bound(start);
+  if (next != free_.end() && start + size == next->first) { size += next->second; next = free_.erase(next); }
+  if (next != free_.begin()) {
+    auto before = std::prev(next);
+    if (before->first + before->second == start) { start = before->first; size += before->second; free_.erase(before); }
+  }
+  free_[start] = size;
+}
+
+uint64_t Arena::held_bytes() const {
+  std::lock_guard lock(mutex_);
+  uint64_t sum = 0;
+  for (const auto& [offset, bytes] : held_) sum += bytes;
+  return sum;
+}
+
+int Arena::held_blocks() const {
+  std::lock_guard lock(mutex_);
+  return static_cast<int>(held_.size());
+}
+
+Block::Block(std::shared_ptr<Memory> memory, std::shared_ptr<Arena> arena, uint64_t offset, uint64_t bytes)
+    : memory_(std::move(memory)), arena_(std::move(arena)), offset_(offset), bytes_(bytes) {
+  arena_->take(offset, bytes);
+}
+
+Block::~Block() {
+  if (bytes_) arena_->release(offset_);
+}
+
+}  // namespace moecomm

@@ -1,0 +1,72 @@
+// Owners of memory: Memory (a mapping), Arena (who holds which piece of it), Block (one piece).
+#pragma once
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "base/wire.hpp"
+
+namespace moecomm {
+
+// Zero-filled memory that node peers can map. It has no name in any file system: a descriptor is its
+// only handle, so the kernel frees it when the last process that maps it ends, however it ends.
+class Memory {
+ public:
+  static std::shared_ptr<Memory> create(uint64_t bytes);                    // shareable by descriptor
+  static std::shared_ptr<Memory> map(int pid, int fd, uint64_t bytes);      // a peer's
+  ~Memory();
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+
+  char* data() const { return data_; }
+  uint64_t bytes() const { return bytes_; }
+  int fd() const { return fd_; }
+  void close_fd();                                         // once all peers have mapped it
+  void populate(uint64_t bytes) const;                     // page tables filled ahead of first use
+
+ private:
+  Memory(char* data, uint64_t bytes, int fd) : data_(data), bytes_(bytes), fd_(fd) {}
+  char* data_;
+  uint64_t bytes_;
+  int fd_;
+};
+
+// First-fit pieces of [begin, end) of a window. Thread-safe: tensors are freed by any thread.
+class Arena {
+ public:
+  Arena(uint64_t begin, uint64_t end);
+  Offer offer() const;
+  void take(uint64_t offset, uint64_t bytes);      // inside an offered piece
+  void release(uint64_t offset);
+  uint64_t held_bytes() const;
+  int held_blocks() const;
+  uint64_t capacity() const { return end_ - begin_; }
+
+ private:
+  mutable std::mutex mutex_;
+  uint64_t begin_, end_;
+  uint64_t largest_ = 0;                           // the largest piece taken so far
+  std::map<uint64_t, uint64_t> free_;              // offset -> bytes
+  std::map<uint64_t, uint64_t> held_;
+};
+
+// A held piece: freed with its last reference. Keeps the window mapped.
+class Block {
+ public:
+  Block(std::shared_ptr<Memory> memory, std::shared_ptr<Arena> arena, uint64_t offset, uint64_t bytes);
+  ~Block();
+  Block(const Block&) = delete;
+  Block& operator=(const Block&) = delete;
+  char* data() const { return memory_->data() + offset_; }
+  uint64_t offset() const { return offset_; }
+  uint64_t bytes() const { return bytes_; }
+
+ private:
+  std::shared_ptr<Memory> memory_;
+  std::shared_ptr<Arena> arena_;
+  uint64_t offset_, bytes_;
+};
+
+}  // namespace moecomm

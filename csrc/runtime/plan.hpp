@@ -1,0 +1,39 @@
+// Plan: owner of the memory behind a PlanView. Sized for the Buffer's limits once and reused by later
+// calls, so that a steady state allocates nothing.
+#pragma once
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "protocol/views.hpp"
+
+namespace moecomm {
+
+class PlanPool;
+
+class Plan {
+ public:
+  Plan(const BufferView& b);
+  PlanView view;
+  std::vector<uint64_t> block_offset;   // scratch of a call, by local rank
+  std::vector<uint64_t> needed;
+  std::vector<Offer> offers;
+  std::vector<int32_t> base;
+  const void* owner = nullptr;          // the Buffer it belongs to
+
+ private:
+  std::unique_ptr<char[]> memory_;
+};
+
+class PlanPool : public std::enable_shared_from_this<PlanPool> {
+ public:
+  explicit PlanPool(const BufferView& b) : view_(b) {}
+  std::shared_ptr<Plan> get();          // goes back to the pool with its last reference
+
+ private:
+  BufferView view_;
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Plan>> idle_;
+};
+
+}  // namespace moecomm

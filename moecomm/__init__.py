@@ -1,0 +1,30 @@
+"""moecomm: Mixture-of-Experts token exchange: dispatch to the experts' ranks, combine the results.
+
+The same protocol runs between threads, processes and hosts; see docs/protocol.md for one token's way.
+"""
+
+from __future__ import annotations
+
+import libucx as _libucx
+
+_libucx.load_library()   # so that the extension finds UCX wherever the wheel lies
+
+from . import gate, presets, reference  # noqa: E402
+from ._version import __version__  # noqa: E402
+from .buffer import Buffer, Dispatched, Handle, Pending  # noqa: E402
+from .communicator import Communicator  # noqa: E402
+from .errors import (  # noqa: E402
+    CapacityExceeded,
+    ConfigMismatch,
+    CorruptRow,
+    InvalidArgument,
+    MoecommError,
+    PeerLost,
+    PeerTimeout,
+)
+from .local import run_local  # noqa: E402
+
+__all__ = [
+    "Buffer", "CapacityExceeded", "Communicator", "ConfigMismatch", "CorruptRow", "Dispatched", "Handle", "InvalidArgument",
+    "MoecommError", "PeerLost", "PeerTimeout", "Pending", "__version__", "gate", "presets", "reference", "run_local",
+]

@@ -1,0 +1,180 @@
+# The C++ runtime as Cython sees it: declarations only.
+from libc.stdint cimport int32_t, int64_t, uint64_t
+from libcpp cimport bool
+from libcpp.memory cimport shared_ptr, unique_ptr
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+cdef extern from "base/shape.hpp" namespace "moecomm" nogil:
+    cdef cppclass Geometry:
+        int rank
+        int size
+        int ranks_per_node
+
+    cpdef enum class DType(int32_t):
+        bf16
+        f16
+        f32
+        f64
+
+    cpdef enum class RowLayout(int32_t):
+        expert
+        rank
+
+    cpdef enum class Code(int32_t):
+        ok
+        invalid
+        timeout
+        lost
+        capacity
+        mismatch
+        corrupt
+
+    cpdef enum class Phase(int32_t):
+        none
+        announce
+        counts
+        send
+        forward
+        arrive
+        publish
+        reduce
+        sum
+        done
+        flush
+
+    cdef cppclass Status:
+        Code code
+        Phase phase
+        int32_t peer
+        int32_t detail
+        uint64_t expected
+        uint64_t got
+
+    cdef cppclass Shape:
+        int64_t hidden
+        DType dtype
+        int32_t num_experts
+        int32_t top_k
+        int32_t max_tokens
+        int32_t channels
+        uint64_t arena_bytes
+
+    cdef cppclass CallShape:
+        RowLayout layout
+        int32_t alignment
+        int64_t capacity
+        uint64_t row_bytes
+        uint64_t scale_bytes
+
+cdef extern from "base/counters.hpp" namespace "moecomm" nogil:
+    cdef struct HopCounters:
+        uint64_t logical_rows
+        uint64_t physical_rows
+        uint64_t logical_bytes
+        uint64_t physical_bytes
+
+    cdef struct Counters:
+        HopCounters rail
+        HopCounters node
+        uint64_t replicated_rows
+        uint64_t staged_rows
+        uint64_t calls
+
+cdef extern from "base/layout.hpp" namespace "moecomm" nogil:
+    cdef cppclass BlockLayout:
+        uint64_t rows
+        uint64_t scales
+        uint64_t weights
+        uint64_t ids
+        uint64_t source
+        uint64_t bytes
+
+    cdef cppclass OutputLayout:
+        uint64_t rows
+        uint64_t weights
+        uint64_t bytes
+
+    BlockLayout block_layout(uint64_t rows, const CallShape& call, int top_k)
+    OutputLayout output_layout(uint64_t rows, const Shape& shape)
+
+cdef extern from "runtime/communicator.hpp" namespace "moecomm" nogil:
+    cpdef enum class RailKind(int):
+        none
+        loopback
+        ucx
+
+    cdef cppclass Communicator:
+        Communicator(Geometry, bool threads, RailKind rail, double timeout) except +
+        string card() except +
+        void connect(const vector[string]&) except +
+        void abort(int rank)
+        Status broken()
+
+cdef extern from "runtime/memory.hpp" namespace "moecomm" nogil:
+    cdef cppclass Block:
+        char* data()
+        uint64_t offset()
+        uint64_t bytes()
+
+    cdef cppclass Arena:
+        uint64_t held_bytes()
+        int held_blocks()
+        uint64_t capacity()
+
+cdef extern from "runtime/plan.hpp" namespace "moecomm" nogil:
+    cdef cppclass PlanView:
+        int32_t tokens
+        int64_t* tokens_per_expert
+        int64_t* rows_per_expert
+        int64_t* rank_rows
+        CallShape call
+
+    cdef cppclass Plan:
+        PlanView view
+        const void* owner
+
+cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
+    cdef cppclass DispatchCall:
+        const char* x
+        const char* scales
+        const int64_t* ids64
+        const int32_t* ids32
+        const float* weights
+        int32_t tokens
+        bool cached
+        CallShape shape
+
+    cdef cppclass CombineCall:
+        const char* rows
+        const float* weights
+        char* y
+        const float* bias
+        int64_t bias_stride
+
+    cdef cppclass Buffer:
+        Buffer(shared_ptr[Communicator], Shape, bool check) except +
+        string card() except +
+        void connect(const vector[string]&) except +
+        void connected()
+        shared_ptr[Plan] new_plan() except +
+        Status dispatch(const DispatchCall&, Plan&, shared_ptr[Block]&, shared_ptr[Block]&) except +
+        Status combine(const CombineCall&, Plan&, const Block&) except +
+        const Arena& arena()
+        Counters take_counters()
+        void set_stream_threshold(uint64_t)
+        void corrupt_next_row(int64_t)
+        @staticmethod
+        uint64_t bytes(const Geometry&, const Shape&)
+
+cdef extern from "fabric/rows.hpp" namespace "moecomm" nogil:
+    cdef cppclass RowKernels:
+        const char* name
+
+    const RowKernels& row_kernels()
+
+cdef extern from "runtime/tools.hpp" namespace "moecomm" nogil:
+    void gather_rows(char* dst, const char* src, const int64_t* index, int64_t rows, uint64_t row_bytes, bool stream)
+    void sum_rows(char* dst, const char* src, const int64_t* index, const float* weights, int64_t tokens, int terms, int64_t hidden, DType dtype)
+    double write_rate(int64_t bytes, int repeats)
+    double read_rate(int64_t bytes, int repeats)

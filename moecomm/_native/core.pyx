@@ -1,0 +1,253 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+# distutils: language=c++
+"""The cpu world, thinly: marshal, release the GIL, make one call. moecomm.* documents and validates."""
+from cpython.buffer cimport PyBuffer_FillInfo
+from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
+from libcpp cimport bool
+from libcpp.memory cimport make_shared, shared_ptr
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+from moecomm._native cimport capi
+
+
+cdef class Failure:
+    """A Status that is not ok, as Python sees it."""
+    cdef readonly str code, phase
+    cdef readonly int peer, detail
+    cdef readonly object expected, got
+
+
+cdef Failure _failure(const capi.Status& s):
+    cdef Failure f = Failure.__new__(Failure)
+    f.code = capi.Code(<int>s.code).name
+    f.phase = capi.Phase(<int>s.phase).name
+    f.peer = s.peer
+    f.detail = s.detail
+    f.expected = s.expected
+    f.got = s.got
+    return f
+
+
+cdef capi.Shape _shape(hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes):
+    cdef capi.Shape s
+    s.hidden = hidden
+    s.dtype = <capi.DType><int>dtype
+    s.num_experts = num_experts
+    s.top_k = top_k
+    s.max_tokens = max_tokens
+    s.channels = channels
+    s.arena_bytes = arena_bytes
+    return s
+
+
+cdef capi.Geometry _geometry(rank, size, ranks_per_node):
+    cdef capi.Geometry g
+    g.rank = rank
+    g.size = size
+    g.ranks_per_node = ranks_per_node
+    return g
+
+
+cdef class Communicator:
+    cdef shared_ptr[capi.Communicator] c
+
+    def __cinit__(self, int rank, int size, int ranks_per_node, bint threads, str rail, double timeout):
+        cdef capi.RailKind kind = capi.RailKind.none
+        if rail == "loopback":
+            kind = capi.RailKind.loopback
+        elif rail == "ucx":
+            kind = capi.RailKind.ucx
+        self.c = shared_ptr[capi.Communicator](new capi.Communicator(_geometry(rank, size, ranks_per_node), threads, kind, timeout))
+
+    def card(self):
+        return <bytes>self.c.get().card()
+
+    def connect(self, list cards):
+        cdef vector[string] c = cards
+        with nogil:
+            self.c.get().connect(c)
+
+    def abort(self, int rank):
+        self.c.get().abort(rank)
+
+    def broken(self):
+        cdef capi.Status s = self.c.get().broken()
+        return None if s.code == capi.Code.ok else _failure(s)
+
+    def release(self):
+        with nogil:
+            self.c.reset()
+
+
+cdef class Block:
+    """A piece of the window that tensors are views of; freed with the last of them."""
+    cdef shared_ptr[capi.Block] b
+
+    def __getbuffer__(self, Py_buffer* view, int flags):
+        PyBuffer_FillInfo(view, self, self.b.get().data(), self.b.get().bytes(), 0, flags)
+
+    @property
+    def nbytes(self):
+        return self.b.get().bytes()
+
+    @property
+    def address(self):
+        return <uintptr_t>self.b.get().data()
+
+
+cdef class Plan:
+    """Where every row of one routing goes. Keeps nothing of the window."""
+    cdef shared_ptr[capi.Plan] p
+
+    @property
+    def tokens(self):
+        return self.p.get().view.tokens
+
+    def rows(self, int local_rank):
+        cdef capi.CallShape* call = &self.p.get().view.call
+        return call.capacity if call.capacity >= 0 else self.p.get().view.rank_rows[local_rank]
+
+    def real_rows(self, int local_rank):
+        return self.p.get().view.rank_rows[local_rank]
+
+    def tokens_per_expert(self, int n):
+        return [self.p.get().view.tokens_per_expert[i] for i in range(n)]
+
+    def rows_per_expert(self, int n):
+        return [self.p.get().view.rows_per_expert[i] for i in range(n)]
+
+    @property
+    def by_rank(self):
+        return self.p.get().view.call.layout == capi.RowLayout.rank
+
+
+cdef class Buffer:
+    cdef shared_ptr[capi.Buffer] b
+    cdef capi.Shape shape
+
+    def __cinit__(self, Communicator comm, hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes, bint check):
+        self.shape = _shape(hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes)
+        with nogil:
+            self.b = make_shared[capi.Buffer](comm.c, self.shape, check)
+
+    def card(self):
+        return <bytes>self.b.get().card()
+
+    def connect(self, list cards):
+        cdef vector[string] c = cards
+        with nogil:
+            self.b.get().connect(c)
+
+    def connected(self):
+        self.b.get().connected()
+
+    def release(self):
+        with nogil:
+            self.b.reset()
+
+    def dispatch(self, uintptr_t x, uintptr_t scales, uintptr_t ids, bint ids_are_int32, uintptr_t weights, int tokens,
+                 bint by_rank, int alignment, int64_t capacity, uint64_t row_bytes, uint64_t scale_bytes, Plan plan=None):
+        """(Plan, Block of the rows, Block of the output) or a Failure."""
+        cdef capi.DispatchCall call
+        cdef Block out = Block.__new__(Block), output = Block.__new__(Block)
+        cdef capi.Status s
+        cdef capi.Buffer* buffer = self.b.get()
+        call.x = <const char*>x
+        call.scales = <const char*>scales
+        if ids_are_int32:
+            call.ids32 = <const int32_t*>ids
+        else:
+            call.ids64 = <const int64_t*>ids
+        call.weights = <const float*>weights
+        call.tokens = tokens
+        call.cached = plan is not None
+        call.shape.layout = capi.RowLayout.rank if by_rank else capi.RowLayout.expert
+        call.shape.alignment = alignment
+        call.shape.capacity = capacity
+        call.shape.row_bytes = row_bytes
+        call.shape.scale_bytes = scale_bytes
+        if plan is None:
+            plan = Plan.__new__(Plan)
+            plan.p = buffer.new_plan()
+        with nogil:
+            s = buffer.dispatch(call, plan.p.get()[0], out.b, output.b)
+        if s.code != capi.Code.ok:
+            return _failure(s)
+        return plan, out, output
+
+    def combine(self, uintptr_t rows, uintptr_t weights, uintptr_t y, uintptr_t bias, int64_t bias_stride, Plan plan, Block output):
+        """None or a Failure."""
+        cdef capi.CombineCall call
+        cdef capi.Status s
+        cdef capi.Buffer* buffer = self.b.get()
+        call.rows = <const char*>rows
+        call.weights = <const float*>weights
+        call.y = <char*>y
+        call.bias = <const float*>bias
+        call.bias_stride = bias_stride
+        with nogil:
+            s = buffer.combine(call, plan.p.get()[0], output.b.get()[0])
+        if s.code != capi.Code.ok:
+            return _failure(s)
+        return None
+
+    def owns(self, Plan plan):
+        return plan.p.get().owner == <const void*>self.b.get()
+
+    def block_layout(self, Plan plan, uint64_t rows):
+        """Offsets of rows, scales, weights, ids and source in a dispatch's block."""
+        cdef capi.BlockLayout l = capi.block_layout(rows, plan.p.get().view.call, self.shape.top_k)
+        return l.rows, l.scales, l.weights, l.ids, l.source
+
+    def arena(self):
+        """(bytes held, blocks held, bytes in all)"""
+        return self.b.get().arena().held_bytes(), self.b.get().arena().held_blocks(), self.b.get().arena().capacity()
+
+    def take_counters(self):
+        cdef capi.Counters c
+        with nogil:
+            c = self.b.get().take_counters()
+        return c
+
+    def set_stream_threshold(self, uint64_t bytes):
+        self.b.get().set_stream_threshold(bytes)
+
+    def corrupt_next_row(self, int64_t row):
+        self.b.get().corrupt_next_row(row)
+
+
+def buffer_bytes(rank, size, ranks_per_node, hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes):
+    return capi.Buffer.bytes(_geometry(rank, size, ranks_per_node),
+                             _shape(hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes))
+
+
+def isa():
+    """Which build of the row kernels this process uses."""
+    return (<bytes>capi.row_kernels().name).decode()
+
+
+# The library's own packing and reduction, for baselines that swap only the transport.
+def gather_rows(uintptr_t dst, uintptr_t src, uintptr_t index, int64_t rows, uint64_t row_bytes, bint stream):
+    with nogil:
+        capi.gather_rows(<char*>dst, <const char*>src, <const int64_t*>index, rows, row_bytes, stream)
+
+
+def sum_rows(uintptr_t dst, uintptr_t src, uintptr_t index, uintptr_t weights, int64_t tokens, int terms, int64_t hidden, int dtype):
+    with nogil:
+        capi.sum_rows(<char*>dst, <const char*>src, <const int64_t*>index, <const float*>weights, tokens, terms, hidden,
+                      <capi.DType>dtype)
+
+
+def write_rate(int64_t bytes, int repeats):
+    cdef double r
+    with nogil:
+        r = capi.write_rate(bytes, repeats)
+    return r
+
+
+def read_rate(int64_t bytes, int repeats):
+    cdef double r
+    with nogil:
+        r = capi.read_rate(bytes, repeats)
+    return r

@@ -1,0 +1,482 @@
+"""Buffer: the windows of one layer shape, and the two verbs on them."""
+
+from __future__ import annotations
+
+import torch
+
+from ._native import core
+from .env import Environment
+from .errors import InvalidArgument, raise_failure
+
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
+_MAX_TOP_K = 32
+
+
+def _as_tensor(name, value, op):
+    """Torch tensors as they are; anything else that speaks DLPack (NumPy, CuPy) without a copy."""
+    if isinstance(value, torch.Tensor):
+        return value
+    try:
+        return torch.from_dlpack(value)
+    except (TypeError, RuntimeError, BufferError, AttributeError) as error:
+        raise InvalidArgument(f"{op}: {name} is a {type(value).__qualname__}; expected a tensor or a DLPack array ({error})", op=op) from None
+
+
+class Buffer:
+    """Memory and state for dispatch and combine of one layer shape. Construction is collective.
+
+    Parameters
+    ----------
+    comm : Communicator
+    hidden : int
+        Elements of a row; a row must be a multiple of 16 bytes.
+    num_experts : int
+        Over all ranks; divisible by comm.size. Expert e lives on rank e // (num_experts / size).
+    top_k : int
+        Picks per token, 1..32.
+    max_tokens : int
+        Most tokens that a rank dispatches in one call.
+    dtype : torch.dtype
+        Of rows in combine, and in dispatch unless they come quantized: bfloat16, float16, float32, float64.
+    num_sms : int
+        Multiprocessors for the CUDA world; the cpu world ignores it.
+    channels : int, optional
+        Independent slices of the tokens, each with its own pipeline.
+    arena_bytes : int, optional
+        Window memory for dispatch outputs and experts' outputs. None: twice the worst case of one
+        dispatch (all tokens of all ranks to one rank); reserved, and committed when first touched.
+
+    Raises
+    ------
+    InvalidArgument
+        An argument is out of range.
+    ConfigMismatch
+        Ranks disagree about an argument; raised on every rank.
+
+    Source: DeepSeek-V3 technical report, section 3.2.2 (dispatch and combine over two networks).
+    """
+
+    def __init__(self, comm, *, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, num_sms=20, channels=None,
+                 arena_bytes=None):
+        self.comm = comm
+        comm._require_open("Buffer")
+        env = Environment()
+        _check_shape(comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank)
+        if channels is None:
+            channels = env.channels or _default_channels(comm.num_nodes)
+        if arena_bytes is None:
+            arena_bytes = _arena_bytes(comm.size, hidden, num_experts, top_k, max_tokens, dtype)
+        self.hidden, self.num_experts, self.top_k, self.max_tokens = hidden, num_experts, top_k, max_tokens
+        self.dtype, self.num_sms, self.channels, self.arena_bytes = dtype, num_sms, channels, arena_bytes
+        self.experts_per_rank = num_experts // comm.size
+        everyone = comm._exchange(dict(hidden=hidden, num_experts=num_experts, top_k=top_k, max_tokens=max_tokens, dtype=str(dtype),
+                                       channels=channels, arena_bytes=arena_bytes, check=env.check))
+        comm._require_equal("Buffer", everyone)
+        self._native = core.Buffer(comm._native, hidden, _DTYPES[dtype], num_experts, top_k, max_tokens, channels, arena_bytes, env.check)
+        self._native.connect(comm._bootstrap.allgather(self._native.card()))
+        comm._bootstrap.barrier()
+        self._native.connected()
+        if comm._bootstrap.threads:
+            comm._bootstrap.keep(self._native)
+        self._row_bytes = hidden * dtype.itemsize
+        self._closed = False
+
+    # -- sizes ------------------------------------------------------------------------------------
+
+    @property
+    def num_bytes(self):
+        """Bytes of this rank's windows (reserved; committed when touched)."""
+        c = self.comm
+        return core.buffer_bytes(c.rank, c.size, c.ranks_per_node, self.hidden, _DTYPES[self.dtype], self.num_experts, self.top_k,
+                                 self.max_tokens, self.channels, self.arena_bytes)
+
+    @staticmethod
+    def size_hint(comm, *, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, num_sms=20, channels=None, arena_bytes=None):
+        """Bytes that a Buffer with these arguments would reserve on each rank; allocates nothing.
+
+        Raises
+        ------
+        InvalidArgument
+            As Buffer.
+        """
+        _check_shape(comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank)
+        channels = channels or Environment().channels or _default_channels(comm.num_nodes)
+        arena_bytes = arena_bytes or _arena_bytes(comm.size, hidden, num_experts, top_k, max_tokens, dtype)
+        return core.buffer_bytes(comm.rank, comm.size, comm.ranks_per_node, hidden, _DTYPES[dtype], num_experts, top_k, max_tokens,
+                                 channels, arena_bytes)
+
+    # -- dispatch ---------------------------------------------------------------------------------
+
+    def dispatch(self, x, topk_ids=None, topk_weights=None, *, layout="expert", expert_alignment=1, quant=None, handle=None,
+                 capacity=None, async_op=False, check=False):
+        """Carry every token to the ranks that own its experts. Collective.
+
+        Parameters
+        ----------
+        x : Tensor [T, hidden], or (fp8 Tensor [T, hidden], f32 scales [T, hidden/128])
+            T may differ between ranks and be 0.
+        topk_ids : Tensor [T, top_k] int64 or int32
+            Global expert ids, distinct in a token; -1: no expert. Left out with `handle`.
+        topk_weights : Tensor [T, top_k] float32, optional
+            Travel with the rows.
+        layout : "expert" or "rank"
+            One row per (token, expert), grouped by expert; or one row per (token, destination rank).
+        expert_alignment : int
+            Every expert's rows are padded with zero rows to a multiple of this (expert layout).
+        handle : Handle, optional
+            Reuse the plan of an earlier dispatch: no counts are exchanged.
+        capacity : int, optional
+            Static number of rows of the result; rows beyond the real ones are zero.
+        async_op : bool
+            Return a Pending; the call runs on the communicator's progress thread.
+        check : bool
+            Also refuse NaN in topk_weights.
+
+        Returns
+        -------
+        Dispatched
+            .x [N, hidden], .scales, .tokens_per_expert int64 [experts per rank], .rows_per_expert,
+            .topk_weights, .topk_ids, .handle. The tensors are views of the window: nothing was copied
+            out, and the piece is freed with the last of them. Row order: (local expert, source rank,
+            source token), or (source rank, source token) in the rank layout.
+
+        Raises
+        ------
+        InvalidArgument
+            Nothing moved and the buffer stays usable.
+        CapacityExceeded, ConfigMismatch
+            On every rank; the buffer stays usable.
+        PeerLost, PeerTimeout
+            A peer is gone or stalled; the communicator is broken.
+
+        Source: DeepSeek-V3 technical report, section 3.2.2.
+        """
+        op = "dispatch"
+        self._require_open(op)
+        if quant is not None:
+            raise InvalidArgument(f"{op}: quant is {quant!r}; expected None (quantize before, and pass (fp8, scales))", op=op)
+        scales = None
+        if isinstance(x, tuple):
+            x, scales = x
+            scales = _as_tensor("scales", scales, op)
+        x = _as_tensor("x", x, op)
+        tokens = self._check_x(op, x, scales)
+        plan = None
+        if handle is not None:
+            if topk_ids is not None:
+                raise InvalidArgument(f"{op}: topk_ids and handle are both given; expected one of them", op=op)
+            if layout != "expert" or expert_alignment != 1 or capacity is not None:
+                raise InvalidArgument(f"{op}: layout, expert_alignment and capacity come from the handle; expected them left out", op=op)
+            self._check_handle(op, handle)
+            plan = handle._plan
+            if tokens != plan.tokens:
+                raise InvalidArgument(f"{op}: x has {tokens} tokens; the handle's plan is for {plan.tokens}", op=op)
+            layout, capacity = handle.layout, handle._capacity
+        elif layout not in ("expert", "rank"):
+            raise InvalidArgument(f"{op}: layout is {layout!r}; expected 'expert' or 'rank'", op=op)
+        else:
+            if topk_ids is None:
+                raise InvalidArgument(f"{op}: topk_ids is None; expected ids [T, top_k], or a handle", op=op)
+            topk_ids = _as_tensor("topk_ids", topk_ids, op)
+            self._check_picks(op, "topk_ids", topk_ids, tokens, (torch.int64, torch.int32))
+            if not isinstance(expert_alignment, int) or not 1 <= expert_alignment <= 65536:
+                raise InvalidArgument(f"{op}: expert_alignment is {expert_alignment!r}; expected an int in 1..65536", op=op)
+            if layout == "rank" and expert_alignment != 1:
+                raise InvalidArgument(f"{op}: expert_alignment is {expert_alignment}; the rank layout has no padding, expected 1", op=op)
+            if capacity is not None and (not isinstance(capacity, int) or capacity < 0):
+                raise InvalidArgument(f"{op}: capacity is {capacity!r}; expected an int >= 0", op=op)
+        if topk_weights is not None:
+            topk_weights = _as_tensor("topk_weights", topk_weights, op)
+            self._check_picks(op, "topk_weights", topk_weights, tokens, (torch.float32,))
+            if check and bool(torch.isnan(topk_weights).any()):
+                raise InvalidArgument(f"{op}: topk_weights holds NaN; expected numbers (check=True)", op=op)
+
+        quantized = scales is not None
+        row_bytes = self.hidden if quantized else self._row_bytes
+        scale_bytes = scales.shape[1] * 4 if quantized else 0
+
+        def run():
+            result = self._native.dispatch(
+                x.data_ptr(), scales.data_ptr() if quantized else 0, 0 if topk_ids is None else topk_ids.data_ptr(),
+                topk_ids is not None and topk_ids.dtype == torch.int32, 0 if topk_weights is None else topk_weights.data_ptr(),
+                tokens, layout == "rank", expert_alignment, -1 if capacity is None else capacity, row_bytes, scale_bytes, plan)
+            if type(result) is not tuple:
+                raise_failure(result, op=op, rank=self.comm.rank, describe_capacity=self._describe_capacity)
+            new_plan, block, output = result
+            return Dispatched(self, new_plan, block, output, layout, x.dtype, scale_bytes, capacity)
+
+        return Pending(self.comm._submit(run), (x, scales, topk_ids, topk_weights)) if async_op else run()
+
+    # -- combine ----------------------------------------------------------------------------------
+
+    def combine(self, rows, handle, *, topk_weights=None, bias=None, wire=None, async_op=False, check=False):
+        """Carry the experts' rows back to the tokens' ranks and sum them. Collective.
+
+        Parameters
+        ----------
+        rows : Tensor [N, hidden] of the buffer's dtype
+            handle.rows (written in place: nothing is copied), or any tensor (staged once).
+        handle : Handle
+            Of the dispatch to undo.
+        topk_weights : Tensor [N] float32, optional
+            Expert layout: y[t] = sum of topk_weights[row] * rows[row] over the token's rows; 1 where None.
+        bias : Tensor [hidden] or [T, hidden] float32, optional
+            Added in FP32 before the one rounding.
+        async_op, check : bool
+            As for dispatch.
+
+        Returns
+        -------
+        Tensor [T, hidden]
+            Summed in FP32 (FP64 for float64), ascending expert within ascending rank within ascending
+            node; rows of another node arrive rounded to dtype once. Bit-identical from run to run.
+
+        Raises
+        ------
+        InvalidArgument, PeerLost, PeerTimeout
+            As dispatch.
+
+        Source: DeepSeek-V3 technical report, section 3.2.2.
+        """
+        op = "combine"
+        self._require_open(op)
+        if wire is not None:
+            raise InvalidArgument(f"{op}: wire is {wire!r}; expected None", op=op)
+        self._check_handle(op, handle)
+        rows = _as_tensor("rows", rows, op)
+        n = handle.num_rows
+        if rows.dtype != self.dtype or rows.device.type != "cpu" or tuple(rows.shape) != (n, self.hidden) or not rows.is_contiguous():
+            raise InvalidArgument(f"{op}: rows is {_describe(rows)}; expected contiguous {self.dtype} [{n}, {self.hidden}] on cpu", op=op)
+        weights = None
+        if topk_weights is not None:
+            if handle.layout == "rank":
+                raise InvalidArgument(f"{op}: topk_weights is given; in the rank layout the experts have applied them, expected None", op=op)
+            weights = _as_tensor("topk_weights", topk_weights, op)
+            if weights.dtype != torch.float32 or weights.device.type != "cpu" or tuple(weights.shape) != (n,) or not weights.is_contiguous():
+                raise InvalidArgument(f"{op}: topk_weights is {_describe(weights)}; expected contiguous torch.float32 [{n}] on cpu", op=op)
+            if check and bool(torch.isnan(weights).any()):
+                raise InvalidArgument(f"{op}: topk_weights holds NaN; expected numbers (check=True)", op=op)
+        tokens = handle.num_tokens
+        bias_stride = 0
+        if bias is not None:
+            bias = _as_tensor("bias", bias, op)
+            if bias.device.type != "cpu" or not bias.is_floating_point() or tuple(bias.shape) not in ((self.hidden,), (tokens, self.hidden)):
+                raise InvalidArgument(f"{op}: bias is {_describe(bias)}; expected [{self.hidden}] or [{tokens}, {self.hidden}] on cpu", op=op)
+            bias = bias.to(torch.float32).contiguous()
+            bias_stride = self.hidden if bias.dim() == 2 else 0
+        y = torch.empty((tokens, self.hidden), dtype=self.dtype)
+
+        def run():
+            failure = self._native.combine(rows.data_ptr(), 0 if weights is None else weights.data_ptr(), y.data_ptr(),
+                                           0 if bias is None else bias.data_ptr(), bias_stride, handle._plan, handle._output)
+            if failure is not None:
+                raise_failure(failure, op=op, rank=self.comm.rank)
+            return y
+
+        return Pending(self.comm._submit(run), (rows, weights, bias, handle)) if async_op else run()
+
+    # -- the rest ---------------------------------------------------------------------------------
+
+    def stats(self):
+        """Rows and bytes per hop since the last call; calling resets them.
+
+        Returns a dict: rail and node, each {logical_rows, physical_rows, logical_bytes, physical_bytes}
+        (physical: what crossed the hop's link), replicated_rows, staged_rows, calls.
+        """
+        self._require_open("stats")
+        return self._native.take_counters()
+
+    def close(self):
+        """Release the windows; tensors that view them stay valid. Local, may be called twice."""
+        if not self._closed:
+            self._closed = True
+            if not self.comm._bootstrap.threads:   # rank threads reach it by pointer until all have ended
+                self._native.release()
+
+    def _require_open(self, op):
+        if self._closed:
+            raise InvalidArgument(f"{op}: the buffer is closed", op=op, rank=self.comm.rank)
+        self.comm._require_open(op)
+
+    def _check_x(self, op, x, scales):
+        want = self.dtype if scales is None else torch.float8_e4m3fn
+        if x.dtype != want or x.device.type != "cpu" or x.dim() != 2 or x.shape[1] != self.hidden or not x.is_contiguous():
+            raise InvalidArgument(f"{op}: x is {_describe(x)}; expected contiguous {want} [T, {self.hidden}] on cpu", op=op)
+        tokens = x.shape[0]
+        if tokens > self.max_tokens:
+            raise InvalidArgument(f"{op}: x has {tokens} tokens; expected at most max_tokens = {self.max_tokens}", op=op)
+        if scales is not None:
+            per_row = (self.hidden + 127) // 128
+            if self.hidden % 16:
+                raise InvalidArgument(f"{op}: hidden is {self.hidden}; quantized rows need a multiple of 16", op=op)
+            if scales.dtype != torch.float32 or scales.device.type != "cpu" or tuple(scales.shape) != (tokens, per_row) or not scales.is_contiguous():
+                raise InvalidArgument(f"{op}: scales is {_describe(scales)}; expected contiguous torch.float32 [{tokens}, {per_row}] on cpu", op=op)
+        return tokens
+
+    def _check_picks(self, op, name, t, tokens, dtypes):
+        if t.dtype not in dtypes or t.device.type != "cpu" or tuple(t.shape) != (tokens, self.top_k) or not t.is_contiguous():
+            raise InvalidArgument(f"{op}: {name} is {_describe(t)}; expected contiguous {' or '.join(map(str, dtypes))} [{tokens}, {self.top_k}] on cpu", op=op)
+
+    def _check_handle(self, op, handle):
+        if not isinstance(handle, Handle):
+            raise InvalidArgument(f"{op}: handle is a {type(handle).__qualname__}; expected the handle of a dispatch", op=op)
+        if handle._buffer is not self:
+            raise InvalidArgument(f"{op}: handle belongs to another buffer; expected one of this buffer", op=op)
+
+    def _describe_capacity(self, failure):
+        if failure.detail == 1:
+            return "A larger `capacity` of dispatch enlarges it."
+        held, blocks, total = self._native.arena()
+        return (f"This rank's arena has {total} bytes, of which {blocks} pieces of earlier dispatches hold {held}: drop their tensors and "
+                f"handles, or give Buffer a larger `arena_bytes`.")
+
+
+class Dispatched:
+    """What dispatch returns; its tensors are views of the window, made when first asked for.
+
+    .x [N, hidden], .scales [N, hidden/128] or None, .tokens_per_expert and .rows_per_expert int64
+    [experts per rank] (true and padded counts), .topk_weights [N] (expert layout) or [N, top_k],
+    .topk_ids int64 [N, top_k] local ids, -1 for picks of other ranks (rank layout, else None),
+    .source_rank, .source_token [N] (-1 on padding), .handle.
+    """
+
+    def __init__(self, buffer, plan, block, output, layout, dtype, scale_bytes, capacity):
+        self.handle = Handle(buffer, plan, output, layout, capacity)
+        self._block, self._dtype, self._scale_bytes = block, dtype, scale_bytes
+        self._made = {}
+
+    def _view(self, index, dtype, *shape):
+        offsets = self._made.get("offsets")
+        if offsets is None:
+            offsets = self._made["offsets"] = self.handle._buffer._native.block_layout(self.handle._plan, self.handle.num_rows)
+        return _view(self._block, offsets[index], dtype, shape)
+
+    def _once(self, name, make):
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    @property
+    def x(self):
+        """Rows [N, hidden]."""
+        return self._once("x", lambda: self._view(0, self._dtype, self.handle.num_rows, self.handle._buffer.hidden))
+
+    @property
+    def scales(self):
+        """Scales [N, hidden/128] float32 of quantized rows, else None."""
+        if not self._scale_bytes:
+            return None
+        return self._once("scales", lambda: self._view(1, torch.float32, self.handle.num_rows, self._scale_bytes // 4))
+
+    @property
+    def topk_weights(self):
+        """[N] in the expert layout, [N, top_k] in the rank layout, float32; 0 where there is no pick."""
+        h = self.handle
+        shape = (h.num_rows,) if h.layout == "expert" else (h.num_rows, h._buffer.top_k)
+        return self._once("weights", lambda: self._view(2, torch.float32, *shape))
+
+    @property
+    def topk_ids(self):
+        """Local expert ids [N, top_k] int64, -1 elsewhere (rank layout; None in the expert layout)."""
+        if self.handle.layout == "expert":
+            return None
+        return self._once("ids", lambda: self._view(3, torch.int64, self.handle.num_rows, self.handle._buffer.top_k))
+
+    @property
+    def source_rank(self):
+        """Rank that each row comes from, int64 [N]; -1 on padding."""
+        return self._once("source", lambda: self._view(4, torch.int64, self.handle.num_rows)) >> 32
+
+    @property
+    def source_token(self):
+        """Token at that rank, int64 [N]; -1 on padding."""
+        source = self._once("source", lambda: self._view(4, torch.int64, self.handle.num_rows))
+        return torch.where(source < 0, source, source & 0xFFFFFFFF)
+
+    @property
+    def tokens_per_expert(self):
+        """True number of rows of every local expert, int64 [experts per rank]."""
+        return self._once("tokens", lambda: torch.tensor(self.handle._plan.tokens_per_expert(self.handle._buffer.experts_per_rank)))
+
+    @property
+    def rows_per_expert(self):
+        """Rows of every local expert with padding, int64 [experts per rank]."""
+        return self._once("rows", lambda: torch.tensor(self.handle._plan.rows_per_expert(self.handle._buffer.experts_per_rank)))
+
+
+class Handle:
+    """What combine needs to undo a dispatch, and a dispatch needs to repeat one.
+
+    .rows [N, hidden]: a place in the window of the buffer's dtype for the experts' output; written
+    there and passed to combine, it is read in place. .num_rows, .num_tokens, .layout.
+    """
+
+    def __init__(self, buffer, plan, output, layout, capacity):
+        self._buffer, self._plan, self._output = buffer, plan, output
+        self.layout, self._capacity = layout, capacity
+        self.num_rows = plan.rows(buffer.comm.local_rank)
+        self.num_tokens = plan.tokens
+        self._rows = None
+
+    @property
+    def rows(self):
+        """The experts' output, to be written: [N, hidden] in the window."""
+        if self._rows is None:
+            self._rows = _view(self._output, 0, self._buffer.dtype, (self.num_rows, self._buffer.hidden))
+        return self._rows
+
+
+class Pending:
+    """A call that runs on the progress thread; keeps its inputs alive until it is done."""
+
+    event = None   # set in the CUDA world
+
+    def __init__(self, future, keep):
+        self._future, self._keep = future, keep
+
+    def wait(self):
+        """The call's result, when it is there; raises what the call raised."""
+        result = self._future.result()
+        self._keep = None
+        return result
+
+    def done(self):
+        """Whether wait() would return at once."""
+        return self._future.done()
+
+
+def _view(block, offset, dtype, shape):
+    count = 1
+    for n in shape:
+        count *= n
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(block, dtype=dtype, count=count, offset=offset).view(shape)
+
+
+def _describe(t):
+    return f"{'' if t.is_contiguous() else 'non-contiguous '}{t.dtype} {list(t.shape)} on {t.device}"
+
+
+def _default_channels(num_nodes):
+    return 1 if num_nodes == 1 else 2
+
+
+def _arena_bytes(size, hidden, num_experts, top_k, max_tokens, dtype):
+    rows = size * max_tokens * min(top_k, num_experts // size)
+    per_row = 2 * max(hidden * dtype.itemsize, hidden + 4 * ((hidden + 127) // 128) + 16) + 12 * top_k + 64
+    return -(-2 * (rows * per_row + 65536) // 4096) * 4096
+
+
+def _check_shape(size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, rank):
+    def require(ok, name, value, expected):
+        if not ok:
+            raise InvalidArgument(f"Buffer: {name} is {value!r}; expected {expected}", op="Buffer", rank=rank)
+
+    require(dtype in _DTYPES, "dtype", dtype, "one of " + ", ".join(map(str, _DTYPES)))
+    require(isinstance(hidden, int) and hidden > 0 and hidden * dtype.itemsize % 16 == 0, "hidden", hidden, f"a row of a multiple of 16 bytes ({dtype.itemsize} bytes per element)")
+    require(isinstance(num_experts, int) and 0 < num_experts <= 65535 and num_experts % size == 0, "num_experts", num_experts, f"a multiple of the {size} ranks, at most 65535")
+    require(isinstance(top_k, int) and 1 <= top_k <= min(_MAX_TOP_K, num_experts), "top_k", top_k, f"1..{min(_MAX_TOP_K, num_experts)}")
+    require(isinstance(max_tokens, int) and 1 <= max_tokens <= 1 << 24, "max_tokens", max_tokens, "1..2**24")
+    require(isinstance(num_sms, int) and num_sms >= 2 and num_sms % 2 == 0, "num_sms", num_sms, "an even int >= 2")
+    require(channels is None or (isinstance(channels, int) and 1 <= channels <= 64), "channels", channels, "1..64")

@@ -1,0 +1,154 @@
+"""Communicator: the ranks, the nodes they form, and how the nodes are joined."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from . import bootstrap
+from ._native import core
+from ._version import __version__
+from .env import Environment
+from .errors import ConfigMismatch, InvalidArgument, raise_failure
+
+
+def _host_identity():
+    """Ranks with equal identity can share memory: the same kernel, and the same network view of it."""
+    with open("/proc/sys/kernel/random/boot_id") as f:
+        boot = f.read().strip()
+    return f"{boot}/{socket.gethostname()}/{os.readlink('/proc/self/ns/net')}"
+
+
+class Communicator:
+    """The world of ranks that dispatch and combine move tokens in.
+
+    Parameters
+    ----------
+    group : torch ProcessGroup, mpi4py Comm or None
+        None: found in the environment (mpirun, torchrun), else one rank alone.
+    ranks_per_node : int, optional
+        Consecutive ranks that share memory. None: the ranks that are on one host.
+    device : str or torch.device, optional
+        "cpu" (the only world built so far).
+    timeout : float
+        Seconds that any wait may last.
+
+    Raises
+    ------
+    InvalidArgument
+        The ranks do not divide into nodes of ranks_per_node, or a node spans hosts.
+    ConfigMismatch
+        Ranks disagree about ranks_per_node, device, timeout or the version of moecomm.
+    PeerTimeout
+        A rank does not come.
+
+    Source: the two networks and the rail of DeepSeek-V3, technical report, section 3.2.2.
+    """
+
+    def __init__(self, group=None, *, ranks_per_node=None, device=None, timeout=30.0):
+        device = torch.device("cpu" if device is None else device)
+        if device.type != "cpu":
+            raise InvalidArgument(f"device: got {device}; this build has the cpu world only (python -m moecomm info)", op="Communicator")
+        if not timeout > 0:
+            raise InvalidArgument(f"timeout: got {timeout}; expected seconds > 0", op="Communicator")
+        self._bootstrap = boot = bootstrap.find(group, timeout)
+        self.rank, self.size, self.device, self.timeout = boot.rank, boot.size, device, float(timeout)
+        self._native = None
+        self._closed = False
+        self._executor = None
+        same = {"version": __version__, "ranks_per_node": ranks_per_node, "device": str(device), "timeout": float(timeout)}
+        everyone = self._exchange((same, None if boot.threads else _host_identity()))
+        self._require_equal("Communicator", [s for s, _ in everyone])
+        self.ranks_per_node = self._node_size(ranks_per_node, [host for _, host in everyone])
+        self.num_nodes = self.size // self.ranks_per_node
+        self.node, self.local_rank = divmod(self.rank, self.ranks_per_node)
+        rail = Environment().rail
+        if rail not in ("auto", "ucx", "loopback"):
+            raise InvalidArgument(f"MOECOMM_RAIL: got {rail!r}; expected auto, ucx or loopback", op="Communicator")
+        if self.num_nodes == 1:
+            rail = "none"
+        elif rail == "auto":
+            rail = "loopback" if boot.threads else "ucx"
+        elif rail == "loopback" and not boot.threads:
+            raise InvalidArgument("MOECOMM_RAIL: got 'loopback'; processes need ucx between nodes", op="Communicator")
+        self.rail = rail
+        self._native = core.Communicator(self.rank, self.size, self.ranks_per_node, boot.threads, rail, self.timeout)
+        self._native.connect(boot.allgather(self._native.card()))
+        boot.barrier()
+
+    def _exchange(self, value):
+        return [pickle.loads(b) for b in self._bootstrap.allgather(pickle.dumps(value))]
+
+    def _require_equal(self, op, everyone):
+        """Raise ConfigMismatch on every rank when a value differs on any."""
+        for name, first in everyone[0].items():
+            other = [r for r, values in enumerate(everyone) if values.get(name) != first]
+            if other:
+                said = {r: everyone[r].get(name) for r in [0, *other]}
+                raise ConfigMismatch(f"{op}: {name} differs between ranks: " + ", ".join(f"rank {r} has {v!r}" for r, v in said.items()),
+                                     op=op, rank=self.rank, peer=other[0], expected=first, got=said[other[0]])
+
+    def _node_size(self, wanted, hosts):
+        if wanted is None:
+            if hosts[0] is None:
+                return self.size
+            runs = [hosts.count(h) for h in dict.fromkeys(hosts)]
+            consecutive = all(hosts[i] == hosts[i - 1] or hosts[i] not in hosts[:i] for i in range(1, self.size))
+            if len(set(runs)) > 1 or not consecutive:
+                raise InvalidArgument(f"ranks_per_node: hosts hold {runs} ranks; expected equally many consecutive ranks on every host",
+                                      op="Communicator", rank=self.rank)
+            return runs[0]
+        if not isinstance(wanted, int) or wanted < 1 or self.size % wanted:
+            raise InvalidArgument(f"ranks_per_node: got {wanted!r}; expected a divisor of the {self.size} ranks", op="Communicator", rank=self.rank)
+        for first in range(0, self.size, wanted):
+            if len(set(hosts[first:first + wanted])) > 1:
+                raise InvalidArgument(f"ranks_per_node: got {wanted}, but ranks {first}..{first + wanted - 1} are on different hosts",
+                                      op="Communicator", rank=self.rank)
+        return wanted
+
+    def _require_open(self, op):
+        if self._closed:
+            raise InvalidArgument(f"{op}: the communicator is closed", op=op, rank=self.rank)
+
+    def _submit(self, work):
+        """Run work on this communicator's progress thread, after what was submitted before."""
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="moecomm-progress")
+        return self._executor.submit(work)
+
+    def barrier(self):
+        """Wait until every rank has come here.
+
+        Raises
+        ------
+        PeerTimeout, PeerLost
+            A rank does not come.
+        """
+        self._require_open("barrier")
+        broken = self._native.broken()
+        if broken is not None:
+            raise_failure(broken, op="barrier", rank=self.rank)
+        self._bootstrap.barrier()
+
+    def close(self):
+        """Release what this communicator holds. Local: waits for nobody; may be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._executor is not None:
+            self._executor.shutdown(wait=True)
+        self._native.release()
+        self._bootstrap.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def __repr__(self):
+        return f"Communicator(rank={self.rank}, size={self.size}, nodes={self.num_nodes}x{self.ranks_per_node}, rail={self.rail!r})"

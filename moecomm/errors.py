@@ -1,0 +1,71 @@
+"""Typed errors: every one names the operation, the phase, the rank, the suspected peer, expected and got."""
+
+from __future__ import annotations
+
+
+class MoecommError(RuntimeError):
+    """Base of every error that moecomm raises about communication.
+
+    Attributes: op, phase, rank, peer (global rank or None), expected, got; None where they do not apply.
+    """
+
+    def __init__(self, message, *, op=None, phase=None, rank=None, peer=None, expected=None, got=None):
+        super().__init__(message)
+        self.op, self.phase, self.rank = op, phase, rank
+        self.peer, self.expected, self.got = peer, expected, got
+
+
+class InvalidArgument(MoecommError, ValueError):
+    """An argument is wrong; nothing was moved and the object stays usable."""
+
+
+class PeerTimeout(MoecommError):
+    """A peer did not do its part before the deadline; the communicator cannot be used any more."""
+
+
+class PeerLost(MoecommError):
+    """A peer's process or link is gone; the communicator cannot be used any more."""
+
+
+class CapacityExceeded(MoecommError):
+    """Rows do not fit the arena or the stated capacity; raised on every rank, and the buffer stays usable."""
+
+
+class ConfigMismatch(MoecommError):
+    """Ranks disagree about an argument that must be equal on all of them."""
+
+
+class CorruptRow(MoecommError):
+    """MOECOMM_CHECK=1 found a row that is not what its source sent."""
+
+
+def raise_failure(failure, *, op, rank, describe_capacity=None):
+    """Raise the error that a native failure stands for.
+
+    Raises
+    ------
+    MoecommError
+        Always; the subclass follows failure.code.
+    """
+    f = failure
+    fields = dict(op=op, phase=f.phase, rank=rank, peer=f.peer if f.peer >= 0 else None, expected=f.expected, got=f.got)
+    where = f"{op} on rank {rank}, phase {f.phase}"
+    if f.code == "invalid":
+        fields["expected"] = fields["peer"] = None
+        what = (f"expert id {f.got if f.got < 2**63 else f.got - 2**64} is out of range" if f.detail == 1
+                else f"expert id {f.got} is picked twice")
+        raise InvalidArgument(f"topk_ids: {what} in token {f.expected}; expected distinct ids in [0, num_experts), or -1", **fields)
+    if f.code == "capacity":
+        hint = describe_capacity(f) if describe_capacity else ""
+        raise CapacityExceeded(f"{where}: rank {f.peer} would need {f.expected} {'rows' if f.detail == 1 else 'bytes'}, "
+                               f"{f.got} are available. {hint}", **fields)
+    if f.code == "mismatch":
+        raise ConfigMismatch(f"{where}: rank {f.peer} called with another layout, expert_alignment, capacity, dtype, quantization "
+                             f"or handle reuse than its peers", **fields)
+    if f.code == "corrupt":
+        raise CorruptRow(f"{where}: the row of source rank {f.peer}, token {f.detail}, destined for rank {rank} arrived wrong: "
+                         f"checksum {f.expected:#x} was sent, {f.got:#x} was read", **fields)
+    reported = " (reported by another rank)" if f.detail == 1 and not f.expected else ""
+    if f.code == "lost":
+        raise PeerLost(f"{where}: rank {f.peer} is gone{reported}; expected counter {f.expected}, got {f.got}", **fields)
+    raise PeerTimeout(f"{where}: waited in vain for rank {f.peer}{reported}; expected counter {f.expected}, got {f.got}", **fields)

@@ -1,0 +1,70 @@
+"""run_local: ranks as threads of this process, the quickest way to try, test and debug."""
+
+from __future__ import annotations
+
+import threading
+
+from . import bootstrap
+from .communicator import Communicator
+from .errors import InvalidArgument, MoecommError
+
+
+def run_local(fn, size, *, ranks_per_node=None, device="cpu", timeout=30.0):
+    """Run fn(comm) on `size` rank threads of this process and return the results by rank.
+
+    Parameters
+    ----------
+    fn : callable
+        Called with a Communicator of its own in every thread.
+    size, ranks_per_node, device, timeout
+        As for Communicator.
+
+    Raises
+    ------
+    Exception
+        The first exception of a rank, with its rank in a note. The other ranks are released from
+        their waits with PeerLost.
+    """
+    if not isinstance(size, int) or size < 1:
+        raise InvalidArgument(f"size: got {size!r}; expected an int >= 1", op="run_local")
+    world = bootstrap.ThreadWorld(size, timeout)
+    results, errors = [None] * size, []
+    lock = threading.Lock()
+    comms = [None] * size
+
+    def rank_main(rank):
+        comm = None
+        try:
+            comm = Communicator(bootstrap.Thread(world, rank), ranks_per_node=ranks_per_node, device=device, timeout=timeout)
+            comms[rank] = comm
+            results[rank] = fn(comm)
+        except BaseException as error:  # noqa: BLE001 - handed to the caller
+            with lock:
+                errors.append((rank, error))
+                if world.failed is None:
+                    world.failed = rank
+            world.barrier.abort()
+            for other in comms:
+                if other is not None and not other._closed:
+                    other._native.abort(rank)
+        finally:
+            if not errors:
+                try:
+                    world.barrier.wait(timeout)   # nobody frees a window that another still reads
+                except threading.BrokenBarrierError:
+                    pass
+
+    threads = [threading.Thread(target=rank_main, args=(rank,), name=f"moecomm-rank-{rank}") for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for comm in comms:
+        if comm is not None:
+            comm.close()
+    if errors:
+        # A rank that was released from its wait is not the cause: the first other error is.
+        rank, error = next(((r, e) for r, e in errors if not (isinstance(e, MoecommError) and e.op != None and type(e).__name__ == "PeerLost")), errors[0])
+        error.add_note(f"raised on rank {rank} of run_local({size} ranks)") if hasattr(error, "add_note") else None
+        raise error
+    return results
