@@ -5,7 +5,13 @@ The same protocol runs between threads, processes and hosts; see docs/protocol.m
 
 from __future__ import annotations
 
-import libucx as _libucx
+import os as _os
+
+# UCX reads these when it is loaded: no signal handlers of its own, no chatter unless asked for.
+for _name, _value in {"UCX_HANDLE_ERRORS": "none", "UCX_ERROR_SIGNALS": "", "UCX_LOG_LEVEL": "fatal"}.items():
+    _os.environ.setdefault(_name, _value)
+
+import libucx as _libucx  # noqa: E402
 
 _libucx.load_library()   # so that the extension finds UCX wherever the wheel lies
 

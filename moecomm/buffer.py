@@ -209,7 +209,7 @@ class Buffer:
 
     # -- combine ----------------------------------------------------------------------------------
 
-    def combine(self, rows, handle, *, topk_weights=None, bias=None, wire=None, async_op=False, check=False):
+    def combine(self, rows, handle, *, topk_weights=None, bias=None, wire=None, async_op=False, check=False, out=None):
         """Carry the experts' rows back to the tokens' ranks and sum them. Collective.
 
         Parameters
@@ -224,6 +224,8 @@ class Buffer:
             Added in FP32 before the one rounding.
         async_op, check : bool
             As for dispatch.
+        out : Tensor [T, hidden], optional
+            Where the result goes; a new tensor where None.
 
         Returns
         -------
@@ -264,7 +266,12 @@ class Buffer:
                 raise InvalidArgument(f"{op}: bias is {_describe(bias)}; expected [{self.hidden}] or [{tokens}, {self.hidden}] on cpu", op=op)
             bias = bias.to(torch.float32).contiguous()
             bias_stride = self.hidden if bias.dim() == 2 else 0
-        y = torch.empty((tokens, self.hidden), dtype=self.dtype)
+        if out is None:
+            y = torch.empty((tokens, self.hidden), dtype=self.dtype)
+        elif out.dtype != self.dtype or out.device.type != "cpu" or tuple(out.shape) != (tokens, self.hidden) or not out.is_contiguous():
+            raise InvalidArgument(f"{op}: out is {_describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on cpu", op=op)
+        else:
+            y = out
 
         def run():
             failure = self._native.combine(rows.data_ptr(), 0 if weights is None else weights.data_ptr(), y.data_ptr(),

@@ -23,7 +23,7 @@ class Environment:
     check: bool = _variable("MOECOMM_CHECK", "0", "1: a checksum travels with every row and is verified on arrival", _flag)
     rail: str = _variable("MOECOMM_RAIL", "auto", "between nodes: auto | ucx | loopback (rank threads only)")
     channels: int = _variable("MOECOMM_CHANNELS", "0", "channels of a Buffer that names none; 0: chosen by the shape", int)
-    populate: str = _variable("MOECOMM_POPULATE_BYTES", "134217728", "bytes of every window mapping whose pages are made ready at start")
+    populate: str = _variable("MOECOMM_POPULATE_BYTES", "268435456", "bytes of every window mapping whose pages are made ready at start")
     isa: str = _variable("MOECOMM_ISA", "best", "row kernels: avx512 | avx2 | base")
 
 

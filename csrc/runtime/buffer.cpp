@@ -40,7 +40,8 @@ Buffer::Buffer(std::shared_ptr<Communicator> comm, Shape shape, bool check) : co
   arena_ = std::make_shared<Arena>(view_.node.arena, view_.node.arena + shape.arena_bytes);
   pool_ = std::make_shared<PlanPool>(view_);
   if (comm_->rail() == RailKind::ucx) {
-    region_ = std::make_unique<UcxRegion>(*comm_->ucx(), view_.rail.bytes);
+    std::lock_guard lock(comm_->calls());   // the rail's thread uses the same worker
+    region_ = std::make_unique<UcxRegion>(*comm_->ucx(), view_.rail.bytes, view_.rail.faults);
     host_.rail_region = static_cast<char*>(region_->data());
     ucx_rail_.attach(comm_->ucx(), region_.get());
   } else {
@@ -58,7 +59,11 @@ Buffer::Buffer(std::shared_ptr<Communicator> comm, Shape shape, bool check) : co
   book_.back = book_counts_.data() + per_book;
 }
 
-Buffer::~Buffer() = default;
+Buffer::~Buffer() {
+  if (!region_) return;
+  std::lock_guard lock(comm_->calls());
+  region_.reset();
+}
 
 std::string Buffer::card() const {
   Card c{};
@@ -97,6 +102,7 @@ void Buffer::connect(const std::vector<std::string>& cards) {
   if (region_) {
     std::vector<std::string> keys;
     for (int n = 0; n < g.nodes(); ++n) keys.push_back(cards[g.rail_rank(n)].substr(sizeof(Card)));
+    std::lock_guard lock(comm_->calls());
     region_->attach(keys);
   } else {
     std::vector<char*> regions;
@@ -110,7 +116,7 @@ void Buffer::connect(const std::vector<std::string>& cards) {
 uint64_t Buffer::warm_bytes() const {
   const Shape& s = view_.shape;
   const uint64_t usual = 4ull * s.max_tokens * s.top_k * s.combine_row_bytes();
-  const uint64_t limit = env_bytes("MOECOMM_POPULATE_BYTES", uint64_t{128} << 20);
+  const uint64_t limit = env_bytes("MOECOMM_POPULATE_BYTES", uint64_t{256} << 20);
   return std::min(view_.node.bytes, view_.node.arena + std::min(usual, limit));
 }
 
@@ -200,6 +206,7 @@ Status Buffer::dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Bl
   const CallShape& shape = plan.view.call;
   const uint64_t rows = shape.capacity >= 0 ? shape.capacity : plan.view.rank_rows[me];
   const uint64_t first = block_layout(rows, shape, view_.shape.top_k).bytes;
+  arena_->expect(plan.needed[me]);
   out = std::make_shared<Block>(window_, arena_, plan.block_offset[me], first);
   output = std::make_shared<Block>(window_, arena_, plan.block_offset[me] + first, plan.needed[me] - first);
   return s;

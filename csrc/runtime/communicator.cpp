@@ -8,7 +8,7 @@ namespace moecomm {
 
 Communicator::Communicator(Geometry geometry, bool threads, RailKind rail, double timeout_seconds)
     : geometry_(geometry), threads_(threads), rail_(rail), timeout_(timeout_seconds) {
-  if (rail == RailKind::ucx) ucx_ = std::make_unique<UcxContext>();
+  if (rail == RailKind::ucx) ucx_ = std::make_unique<UcxContext>(calls_);
 }
 
 std::string Communicator::card() const {

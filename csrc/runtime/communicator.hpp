@@ -41,9 +41,9 @@ class Communicator {
   bool threads_;
   RailKind rail_;
   double timeout_;
+  std::mutex calls_;                  // outlives ucx_, whose thread takes it
   std::unique_ptr<UcxContext> ucx_;
   Watch watch_;
-  std::mutex calls_;
   mutable std::mutex broken_mutex_;
   Status broken_;
 };

@@ -84,6 +84,10 @@ void Arena::take(uint64_t offset, uint64_t bytes) {
   if (offset > start) free_[start] = offset - start;
   if (offset + bytes < start + size) free_[offset + bytes] = start + size - offset - bytes;
   held_[offset] = bytes;
+}
+
+void Arena::expect(uint64_t bytes) {
+  std::lock_guard lock(mutex_);
   if (bytes > largest_) largest_ = bytes;
 }
 

@@ -39,6 +39,7 @@ class Arena {
   Arena(uint64_t begin, uint64_t end);
   Offer offer() const;
   void take(uint64_t offset, uint64_t bytes);      // inside an offered piece
+  void expect(uint64_t bytes);                     // a call needed this much: offer low pieces only from here up
   void release(uint64_t offset);
   uint64_t held_bytes() const;
   int held_blocks() const;
@@ -47,7 +48,7 @@ class Arena {
  private:
   mutable std::mutex mutex_;
   uint64_t begin_, end_;
-  uint64_t largest_ = 0;                           // the largest piece taken so far
+  uint64_t largest_ = 0;                           // the most that a call needed so far
   std::map<uint64_t, uint64_t> free_;              // offset -> bytes
   std::map<uint64_t, uint64_t> held_;
 };

@@ -11,17 +11,17 @@ cdef extern from "base/shape.hpp" namespace "moecomm" nogil:
         int size
         int ranks_per_node
 
-    cpdef enum class DType(int32_t):
+    cdef enum class DType(int32_t):
         bf16
         f16
         f32
         f64
 
-    cpdef enum class RowLayout(int32_t):
+    cdef enum class RowLayout(int32_t):
         expert
         rank
 
-    cpdef enum class Code(int32_t):
+    cdef enum class Code(int32_t):
         ok
         invalid
         timeout
@@ -30,7 +30,7 @@ cdef extern from "base/shape.hpp" namespace "moecomm" nogil:
         mismatch
         corrupt
 
-    cpdef enum class Phase(int32_t):
+    cdef enum class Phase(int32_t):
         none
         announce
         counts
@@ -99,7 +99,7 @@ cdef extern from "base/layout.hpp" namespace "moecomm" nogil:
     OutputLayout output_layout(uint64_t rows, const Shape& shape)
 
 cdef extern from "runtime/communicator.hpp" namespace "moecomm" nogil:
-    cpdef enum class RailKind(int):
+    cdef enum class RailKind(int):
         none
         loopback
         ucx

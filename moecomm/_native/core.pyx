@@ -10,6 +10,10 @@ from libcpp.vector cimport vector
 
 from moecomm._native cimport capi
 
+# By the numbers of capi.Code and capi.Phase.
+_CODES = ("ok", "invalid", "timeout", "lost", "capacity", "mismatch", "corrupt")
+_PHASES = ("none", "announce", "counts", "send", "forward", "arrive", "publish", "reduce", "sum", "done", "flush")
+
 
 cdef class Failure:
     """A Status that is not ok, as Python sees it."""
@@ -20,8 +24,8 @@ cdef class Failure:
 
 cdef Failure _failure(const capi.Status& s):
     cdef Failure f = Failure.__new__(Failure)
-    f.code = capi.Code(<int>s.code).name
-    f.phase = capi.Phase(<int>s.phase).name
+    f.code = _CODES[<int>s.code]
+    f.phase = _PHASES[<int>s.phase]
     f.peer = s.peer
     f.detail = s.detail
     f.expected = s.expected

@@ -1,0 +1,31 @@
+# Everything runs in .venv, which is made on first use: needs Python >= 3.10, g++ and make.
+PYTHON ?= python3
+# The CPU build is enough; on machines whose package index serves the CUDA build, name the index of CPU builds.
+TORCH ?= torch==2.13.0
+VENV := .venv
+PY := $(VENV)/bin/python
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+SOURCES := setup.py $(shell find csrc moecomm -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.pyx' -o -name '*.pxd' | grep -v _native/.*cpp)
+
+.PHONY: help bench test build clean
+help:       ## this list
+	@grep -E '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --upgrade pip
+	$(PY) -m pip install -q "$(TORCH)" cython 'setuptools>=77' libucx-cu13==1.22.0
+	$(PY) -m pip install -q --no-build-isolation -e '.[mpi,bench,test]'
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.ready $(SOURCES)
+	$(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+build: $(VENV)/.built ## the extension, in place
+
+test: build ## every suite
+	$(PY) -m pytest -q tests
+
+clean:      ## all that was built
+	rm -rf $(VENV) build dist *.egg-info moecomm/_native/*.so moecomm/_native/*.cpp

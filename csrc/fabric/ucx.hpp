@@ -1,0 +1,108 @@
+// The rail over UCX: one-sided puts and counters between ranks of the same local index on different
+// nodes. UCX_TLS chooses the transport (posix shared memory, tcp, InfiniBand) at run time.
+//
+// UcxContext  one per communicator: worker, endpoints to the rail peers, and a thread that serves them
+//             between calls (a put over tcp needs the target's help to land); it sleeps until something comes
+// UcxRegion   one per Buffer: memory that the rail peers write into
+//
+// Construction throws std::runtime_error; the data path never throws: a failed endpoint latches in
+// failed_node(), which every wait above looks at.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+typedef struct ucp_context* ucp_context_h;
+typedef struct ucp_worker* ucp_worker_h;
+typedef struct ucp_ep* ucp_ep_h;
+typedef struct ucp_rkey* ucp_rkey_h;
+typedef struct ucp_mem* ucp_mem_h;
+
+namespace moecomm {
+
+class UcxContext {
+ public:
+  explicit UcxContext(std::mutex& calls);   // held by whoever uses the worker
+  ~UcxContext();   // closes by force and bounded: a dead peer cannot hold it up
+  UcxContext(const UcxContext&) = delete;
+  UcxContext& operator=(const UcxContext&) = delete;
+
+  std::string address() const;
+  void connect(const std::vector<std::string>& addresses, int own_node);   // by node
+
+  bool progress() noexcept;                 // true when something moved
+  int failed_node() const noexcept { return failed_.load(std::memory_order_acquire); }
+  void fail(int node) noexcept;             // the first failure stays
+  static std::string version();
+
+  ucp_context_h context() const { return context_; }
+  ucp_worker_h worker() const { return worker_; }
+  ucp_ep_h endpoint(int node) const { return links_[node].endpoint; }
+  int own_node() const { return own_node_; }
+
+ private:
+  struct Link {
+    UcxContext* context = nullptr;
+    int node = -1;
+    ucp_ep_h endpoint = nullptr;
+  };
+  friend void on_endpoint_error(void* arg, ucp_ep_h endpoint, int status);
+  void serve() noexcept;
+  std::mutex& calls_;
+  std::thread server_;
+  int stop_ = -1;   // eventfd
+  ucp_context_h context_ = nullptr;
+  ucp_worker_h worker_ = nullptr;
+  std::vector<Link> links_;
+  int own_node_ = 0;
+  std::atomic<int> failed_{-1};
+};
+
+class UcxRegion {
+ public:
+  // Allocated by UCX, so that a put from the same host over shared memory is a plain copy into it.
+  // Counters lie in its first counter_bytes.
+  UcxRegion(UcxContext& context, uint64_t bytes, uint64_t counter_bytes);
+  ~UcxRegion();
+  UcxRegion(const UcxRegion&) = delete;
+  UcxRegion& operator=(const UcxRegion&) = delete;
+
+  void* data() const { return data_; }
+  std::string key() const;
+  void attach(const std::vector<std::string>& keys);   // by node
+
+  // The source must stay as it is until flush_poll() says true.
+  void put(int node, uint64_t offset, const void* src, uint64_t bytes) noexcept;
+  // Adds to a counter of the peer's region, after all earlier puts to that peer. One writer per counter.
+  void signal(int node, uint64_t counter, uint64_t add) noexcept;
+  // True when every put and signal so far is complete at the peers. Never blocks.
+  bool flush_poll() noexcept;
+
+ private:
+  struct Peer {
+    ucp_rkey_h rkey = nullptr;
+    uint64_t address = 0;
+    char* direct = nullptr;   // the peer's memory itself, where UCX can map it (same host)
+    std::vector<uint64_t> signalled;   // value of each of its counters that this rank writes
+  };
+  struct SignalCell {
+    explicit SignalCell(UcxRegion* r) : region(r) {}
+    UcxRegion* region;
+    uint64_t value = 0;
+  };
+  UcxContext& context_;
+  uint64_t counter_bytes_;
+  std::vector<std::unique_ptr<SignalCell>> cells_;
+  std::vector<SignalCell*> idle_cells_;
+  ucp_mem_h memory_ = nullptr;
+  void* data_ = nullptr;
+  std::vector<Peer> peers_;
+  void* flush_ = nullptr;     // a flush under way
+  bool dirty_ = false;        // something was issued since the last complete flush
+};
+
+}  // namespace moecomm

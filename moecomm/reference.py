@@ -1,0 +1,149 @@
+"""The oracle: dispatch and combine of a whole world, in slow and obvious torch. Every test compares with it.
+
+It sees all ranks at once (lists indexed by rank) and moves nothing. Dispatch must equal it bit for bit,
+combine too: it rounds where the protocol rounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Received:
+    """What one rank holds after a dispatch.
+
+    x [N, hidden], scales [N, hidden/128] or None, topk_weights [N] (expert layout) or [N, top_k] (rank
+    layout), topk_ids int64 [N, top_k] (rank layout, else None), tokens_per_expert and rows_per_expert
+    int64 [experts per rank], source_rank and source_token int64 [N], -1 on padding.
+    """
+
+    x: torch.Tensor
+    scales: torch.Tensor | None
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor | None
+    tokens_per_expert: torch.Tensor
+    rows_per_expert: torch.Tensor
+    source_rank: torch.Tensor
+    source_token: torch.Tensor
+
+
+def dispatch(xs, topk_ids, topk_weights=None, *, num_experts, layout="expert", expert_alignment=1, capacity=None, scales=None):
+    """What every rank receives.
+
+    Parameters
+    ----------
+    xs, topk_ids, topk_weights, scales : list of Tensor
+        By rank: [T, hidden], [T, top_k], [T, top_k] or None for ones, [T, hidden/128] or None.
+    num_experts, layout, expert_alignment, capacity
+        As for Buffer and Buffer.dispatch.
+
+    Returns
+    -------
+    list of Received
+        Rows in order (local expert, source rank, source token), or (source rank, source token).
+    """
+    size, top_k = len(xs), topk_ids[0].shape[1]
+    per_rank = num_experts // size
+    if topk_weights is None:
+        topk_weights = [torch.ones(ids.shape) for ids in topk_ids]
+    out = []
+    for rank in range(size):
+        mine = range(rank * per_rank, (rank + 1) * per_rank)
+        rows = []   # (source rank, token, list of k) or None for a padding row
+        tokens, padded = [], []
+        if layout == "rank":
+            for source in range(size):
+                for t, ids in enumerate(topk_ids[source].tolist()):
+                    slots = [k for k, e in enumerate(ids) if e in mine]
+                    if slots:
+                        rows.append((source, t, slots))
+        for expert in mine:
+            picks = [(source, t, [ids.index(expert)]) for source in range(size)
+                     for t, ids in enumerate(topk_ids[source].tolist()) if expert in ids]
+            tokens.append(len(picks))
+            padded.append(-(-len(picks) // expert_alignment) * expert_alignment)
+            if layout == "expert":
+                rows += picks + [None] * (padded[-1] - len(picks))
+        if capacity is not None:
+            rows += [None] * (capacity - len(rows))
+        out.append(_gather(rows, mine, xs, scales, topk_ids, topk_weights, layout, top_k, tokens, padded))
+    return out
+
+
+def _gather(rows, mine, xs, scales, topk_ids, topk_weights, layout, top_k, tokens, padded):
+    n = len(rows)
+    x = torch.zeros((n, xs[0].shape[1]), dtype=xs[0].dtype)
+    s = None if scales is None else torch.zeros((n, scales[0].shape[1]))
+    weights = torch.zeros(n if layout == "expert" else (n, top_k))
+    ids = None if layout == "expert" else torch.full((n, top_k), -1, dtype=torch.int64)
+    source_rank, source_token = (torch.full((n,), -1, dtype=torch.int64) for _ in range(2))
+    for i, row in enumerate(rows):
+        if row is None:
+            continue
+        source, t, slots = row
+        x[i] = xs[source][t]
+        if s is not None:
+            s[i] = scales[source][t]
+        source_rank[i], source_token[i] = source, t
+        for k in slots:
+            if layout == "expert":
+                weights[i] = topk_weights[source][t, k]
+            else:
+                weights[i, k] = topk_weights[source][t, k]
+                ids[i, k] = int(topk_ids[source][t, k]) - mine.start
+    return Received(x, s, weights, ids, torch.tensor(tokens), torch.tensor(padded), source_rank, source_token)
+
+
+def combine(rows, received, num_tokens, *, ranks_per_node, topk_weights=None, bias=None, wire=None):
+    """What every rank gets back.
+
+    Parameters
+    ----------
+    rows : list of Tensor [N, hidden]
+        The experts' output by rank.
+    received : list of Received
+        Of the dispatch that is undone.
+    num_tokens : list of int
+        Tokens of every rank.
+    ranks_per_node : int
+        A node's rows are summed first, and rounded to the rows' dtype where they cross the rail.
+    topk_weights, bias : list of Tensor or None
+        [N] per rank (expert layout), [hidden] or [T, hidden] per rank.
+    wire : callable, optional
+        Applied to a node's FP32 sum that crosses the rail, in place of the rounding to dtype.
+
+    Returns
+    -------
+    list of Tensor [T, hidden]
+        Ascending expert within ascending rank within ascending node; FP32 (FP64 for float64).
+    """
+    size = len(rows)
+    dtype, hidden = rows[0].dtype, rows[0].shape[1]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    out = []
+    for source in range(size):
+        y = torch.zeros((num_tokens[source], hidden), dtype=dtype)
+        for t in range(num_tokens[source]):
+            total = None
+            for node in range(size // ranks_per_node):
+                part = None
+                for rank in range(node * ranks_per_node, (node + 1) * ranks_per_node):
+                    here = (received[rank].source_rank == source) & (received[rank].source_token == t)
+                    for i in torch.nonzero(here).flatten().tolist():
+                        term = rows[rank][i].to(wide) * (1.0 if topk_weights is None else topk_weights[rank][i].to(wide))
+                        part = term if part is None else part + term
+                if part is None:
+                    continue
+                if node != source // ranks_per_node:
+                    part = wire(part) if wire else part.to(dtype).to(wide)
+                total = part if total is None else total + part
+            total = torch.zeros(hidden, dtype=wide) if total is None else total
+            if bias is not None:
+                b = bias[source]
+                total = total + (b[t] if b.dim() == 2 else b).to(torch.float32).to(wide)
+            y[t] = total.to(dtype)
+        out.append(y)
+    return out
