@@ -173,6 +173,11 @@ cdef extern from "fabric/rows.hpp" namespace "moecomm" nogil:
 
     const RowKernels& row_kernels()
 
+cdef extern from "fabric/ucx.hpp" namespace "moecomm" nogil:
+    cdef cppclass UcxContext:
+        @staticmethod
+        string version()
+
 cdef extern from "runtime/tools.hpp" namespace "moecomm" nogil:
     void gather_rows(char* dst, const char* src, const int64_t* index, int64_t rows, uint64_t row_bytes, bool stream)
     void sum_rows(char* dst, const char* src, const int64_t* index, const float* weights, int64_t tokens, int terms, int64_t hidden, DType dtype)

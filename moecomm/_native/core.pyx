@@ -231,6 +231,10 @@ def isa():
     return (<bytes>capi.row_kernels().name).decode()
 
 
+def ucx_version():
+    return (<bytes>capi.UcxContext.version()).decode()
+
+
 # The library's own packing and reduction, for baselines that swap only the transport.
 def gather_rows(uintptr_t dst, uintptr_t src, uintptr_t index, int64_t rows, uint64_t row_bytes, bint stream):
     with nogil:

