@@ -4,12 +4,13 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
+READY := $(VENV)/.built
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SOURCES := setup.py $(shell find csrc moecomm -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.pyx' -o -name '*.pxd' | grep -v _native/.*cpp)
 
 .PHONY: help bench test build clean
 help:       ## this list
-	@grep -E '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,9 +23,11 @@ $(VENV)/.built: $(VENV)/.ready $(SOURCES)
 	$(PY) setup.py -q build_ext --inplace
 	@touch $@
 
+include tests/cpp/build.mk
+
 build: $(VENV)/.built ## the extension, in place
 
-test: build ## every suite
+test: build test-cpp ## every suite
 	$(PY) -m pytest -q tests
 
 clean:      ## all that was built

@@ -1,0 +1,51 @@
+# C++ tests: every tests/cpp/NAME_test.cpp becomes build/cpp/FLAVOR/NAME_test, linked with all of csrc.
+#
+#   make test-cpp                           every program in every flavor it is meant for
+#   make build/cpp/tsan/NAME_test           one of them
+#   make test-cpp PY=python READY=          in an environment of your own instead of .venv
+#
+# Flavors: plain; tsan (ThreadSanitizer); asan (AddressSanitizer and UBSan). A test that has nothing to say under
+# one of them lists itself in the CPP_NOT_ variable of that flavor. An extra flag for one program goes into its line
+# CPP_FLAGS_NAME_test.
+PY ?= python3
+READY ?=
+CPP_TESTS := $(sort $(notdir $(basename $(wildcard tests/cpp/*_test.cpp))))
+CPP_NOT_tsan :=
+CPP_NOT_asan :=
+# Asked once, when the first rule needs it: before that the environment may not exist yet.
+CPP_UCX = $(eval CPP_UCX := $(shell $(PY) -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("libucx").origin))'))$(CPP_UCX)
+CPP_FLAGS = -std=c++20 -ffp-contract=off -Wall -Wextra -Wno-psabi -pthread -Icsrc -Itests/cpp -I$(CPP_UCX)/include
+CPP_FLAGS_plain := -O2
+CPP_FLAGS_tsan := -O1 -g1 -fsanitize=thread
+CPP_FLAGS_asan := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+CPP_LINK = -L$(CPP_UCX)/lib -Wl,-rpath,$(CPP_UCX)/lib -lucp -lucs
+CPP_LIBRARY := $(wildcard csrc/fabric/*.cpp csrc/runtime/*.cpp)
+CPP_RUN_plain :=
+# ThreadSanitizer of older compilers needs the memory layout without randomisation.
+CPP_RUN_tsan := TSAN_OPTIONS="halt_on_error=1 report_signal_unsafe=0" $(shell setarch -R true 2>/dev/null && echo setarch -R)
+CPP_RUN_asan := ASAN_OPTIONS="detect_leaks=1"
+
+.PHONY: test-cpp test-cpp-plain test-cpp-tsan test-cpp-asan
+test-cpp: $(READY) ## the C++ suites: plain, ThreadSanitizer, AddressSanitizer with UBSan
+	@$(MAKE) -s --no-print-directory -j$$(nproc) $(foreach f,plain tsan asan,cpp-build-$f)
+	@$(MAKE) --no-print-directory test-cpp-plain test-cpp-tsan test-cpp-asan
+
+define CPP_FLAVOR
+.PHONY: cpp-build-$1
+cpp-build-$1: $(foreach t,$(filter-out $(CPP_NOT_$1),$(CPP_TESTS)),build/cpp/$1/$t)
+test-cpp-$1: cpp-build-$1
+	@set -e; $(foreach t,$(filter-out $(CPP_NOT_$1),$(CPP_TESTS)),printf '%-24s' '$1/$t'; $(CPP_RUN_$1) timeout 300 build/cpp/$1/$t $(CPP_ARGUMENTS);) true
+build/cpp/$1/%.o: csrc/%.cpp
+	@mkdir -p $$(@D) && echo '$1 $$<'
+	@$$(CXX) $$(CPP_FLAGS) $$(CPP_FLAGS_$1) -MMD -c $$< -o $$@
+build/cpp/$1/%_test.o: tests/cpp/%_test.cpp
+	@mkdir -p $$(@D) && echo '$1 $$<'
+	@$$(CXX) $$(CPP_FLAGS) $$(CPP_FLAGS_$1) $$(CPP_FLAGS_$$(basename $$(notdir $$@))) -MMD -c $$< -o $$@
+build/cpp/$1/%_test: build/cpp/$1/%_test.o build/cpp/$1/libmoecomm.a
+	@$$(CXX) $(CPP_FLAGS_$1) -pthread $$^ $$(CPP_LINK) -o $$@
+build/cpp/$1/libmoecomm.a: $(patsubst csrc/%.cpp,build/cpp/$1/%.o,$(CPP_LIBRARY))
+	@rm -f $$@ && ar rcs $$@ $$^
+endef
+$(foreach f,plain tsan asan,$(eval $(call CPP_FLAVOR,$f)))
+.PRECIOUS: build/cpp/plain/%_test.o build/cpp/tsan/%_test.o build/cpp/asan/%_test.o
+-include $(shell find build/cpp -name '*.d' 2>/dev/null)
