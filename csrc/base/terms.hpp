@@ -4,17 +4,31 @@
 
 namespace moecomm {
 
-// Terms are added in FP32 (FP64 for f64 rows): within a group first, then group to group. A group is a
-// node's contribution; grouping keeps the sum independent of which rank computes it.
-struct Terms {
+// Where a list lies: memory of the group that builds it, given by the fabric (a GPU's lanes have no
+// indexable memory of their own that is fast).
+struct TermStore {
   static constexpr int kMax = 2 * kMaxTopK;
-  int count = 0;
-  uint64_t group_end = 0;   // bit i: term i closes its group
   const void* row[kMax];
   float weight[kMax];
+};
 
-  MOE_HD void clear() { count = 0; group_end = 0; }
-  MOE_HD void add(const void* r, float w) { row[count] = r; weight[count] = w; ++count; }
+// Terms are added in FP32 (FP64 for f64 rows): within a group first, then group to group. A group is a
+// node's contribution; grouping keeps the sum independent of which rank computes it. Every lane holds an
+// equal view of one store; the lanes fill it together and meet (sync) before it is read.
+struct Terms {
+  TermStore* store = nullptr;
+  int count = 0;
+  uint64_t group_end = 0;   // bit i: term i closes its group
+
+  // Term i is written by lane i mod size; only that lane evaluates its weight.
+  template <class G, class Weight>
+  MOE_HD void add(G g, const void* row, Weight&& weight) {
+    if (count % g.size() == g.lane()) {
+      store->row[count] = row;
+      store->weight[count] = weight();
+    }
+    ++count;
+  }
   MOE_HD void close_group() { if (count > 0) group_end |= uint64_t{1} << (count - 1); }
 };
 

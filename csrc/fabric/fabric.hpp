@@ -29,7 +29,8 @@ concept Fabric = requires(F f, G g, char* p, const char* c, const Terms& terms, 
   f.copy_row(g, p, c, uint64_t{});
   f.zero_row(g, p, uint64_t{});
   f.reduce_rows(g, p, terms, next, bias, int64_t{}, DType{});
-  { f.counters() } -> std::same_as<Counters&>;
+  { f.counters() } -> std::same_as<Counters&>;               // of the calling group; lane 0 counts
+  { f.terms(0) } -> std::same_as<TermStore&>;                // two lists of the calling group, shared by its lanes
   { F::kPutsFromAnywhere } -> std::convertible_to<bool>;     // false: sources of puts must lie in the rail region
 };
 

@@ -22,6 +22,7 @@ struct HostState {
   const RowKernels* kernels = &row_kernels();
   const Watch* watch = nullptr;
   Counters counters;
+  TermStore terms[2];
   bool stream = false;            // this call moves more than the caches hold: store past them
   std::chrono::steady_clock::time_point deadline;
 };
@@ -141,6 +142,7 @@ struct HostFabric {
     s->kernels->reduce(dst, terms, next, bias, begin, begin + slice < hidden ? begin + slice : hidden, type);
   }
   Counters& counters() const { return s->counters; }
+  TermStore& terms(int which) const { return s->terms[which]; }
 };
 
 }  // namespace moecomm

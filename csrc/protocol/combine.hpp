@@ -36,42 +36,31 @@ MOE_HD Status publish(G g, F f, const CombineArgs& a) {
 
 namespace detail {
 
-// The rows that this node contributes to row i of source node n.
-template <class F>
-MOE_HD void add_node_terms(F f, const CombineArgs& a, int n, int i, Terms& terms) {
+// The rows that this node contributes to row i of source node n; counted as they are listed.
+template <Group G, class F>
+MOE_HD void add_node_terms(G g, F f, const CombineArgs& a, int n, int i, Terms& terms) {
   const int64_t at = int64_t{n} * a.b.shape.max_tokens + i;
   const Place* place = a.plan.place + at * a.b.shape.top_k;
   const uint64_t row_bytes = a.b.shape.combine_row_bytes();
   const bool by_rank = a.plan.call.layout == RowLayout::rank;
+  uint64_t all = 0, remote = 0;
   for (int j = 0; j < a.plan.row_picks[at]; ++j) {
     const Place p = place[j];
     if (by_rank && j > 0 && place[j - 1].local == p.local) continue;   // one row per rank
-    const RowsBoard& board = a.boards[p.local];
+    const RowsBoard board = a.boards[p.local];
     const char* window = f.window(p.local, 0);
-    const float w = board.weights ? reinterpret_cast<const float*>(window + board.weights)[p.row] : 1.0f;
-    terms.add(window + board.rows + p.row * row_bytes, w);
+    terms.add(g, window + board.rows + p.row * row_bytes,
+              [&] { return board.weights ? reinterpret_cast<const float*>(window + board.weights)[p.row] : 1.0f; });
+    ++all;
+    remote += p.local != a.b.geometry.local();
   }
   terms.close_group();
-}
-
-template <class F>
-MOE_HD void count_node_terms(F f, const CombineArgs& a, const Terms& terms, int n, int i) {
+  if (g.lane() != 0) return;
   Counters& count = f.counters();
-  const int64_t at = int64_t{n} * a.b.shape.max_tokens + i;
-  const Place* place = a.plan.place + at * a.b.shape.top_k;
-  const bool by_rank = a.plan.call.layout == RowLayout::rank;
-  uint64_t all = 0, remote = 0;
-  for (int j = 0; j < a.plan.row_picks[at]; ++j) {
-    if (by_rank && j > 0 && place[j - 1].local == place[j].local) continue;
-    ++all;
-    remote += place[j].local != a.b.geometry.local();
-  }
-  (void)terms;
-  const uint64_t bytes = a.b.shape.combine_row_bytes();
   count.node.logical_rows += all;
   count.node.physical_rows += remote;
-  count.node.logical_bytes += all * bytes;
-  count.node.physical_bytes += remote * bytes;
+  count.node.logical_bytes += all * row_bytes;
+  count.node.physical_bytes += remote * row_bytes;
 }
 
 }  // namespace detail
@@ -90,19 +79,22 @@ MOE_HD Status reduce(G g, F f, const CombineArgs& a, int n, int channel) {
   Counters& count = f.counters();
   MOE_TRY(leader(g, [&] { return f.wait_rail(b.rail.enter + 8 * n, a.book->enter, Phase::reduce, geo.rail_rank(n)); }));
 
-  Terms now, next;
-  next.clear();
-  if (begin < end) detail::add_node_terms(f, a, n, begin, next);
+  // While one row is summed the next one's terms are known, so that the fabric can fetch them ahead.
+  const auto terms_of = [&](int i) {
+    Terms terms{&f.terms(i & 1)};
+    if (i < end) detail::add_node_terms(g, f, a, n, i, terms);
+    return terms;
+  };
+  Terms next = terms_of(begin);
+  g.sync();
   for (int chunk = begin; chunk < end; chunk += kChunkRows) {
     const int chunk_end = chunk + kChunkRows < end ? chunk + kChunkRows : end;
     for (int i = chunk; i < chunk_end; ++i) {
-      now = next;
-      next.clear();
-      if (i + 1 < end) detail::add_node_terms(f, a, n, i + 1, next);
+      const Terms now = next;
+      next = terms_of(i + 1);
       f.reduce_rows(g, staged + i * row_bytes, now, &next, static_cast<const float*>(nullptr), b.shape.hidden, b.shape.dtype);
-      if (g.lane() == 0) detail::count_node_terms(f, a, now, n, i);
+      g.sync();   // the list of `now` may be overwritten, that of `next` may be read
       if (b.check) {
-        g.sync();
         if (g.lane() == 0) sums[i] = row_checksum(staged + i * row_bytes, row_bytes, i);
       }
     }
@@ -138,17 +130,19 @@ MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
     for (int c = 0; c < channel; ++c) first += per_channel[c];
     return first;
   };
-  const auto terms_of = [&](int t, Terms& terms) {
-    terms.clear();
-    for (int n = 0; n < nodes; ++n) {
+  const auto terms_of = [&](int t) {
+    Terms terms{&f.terms(t & 1)};
+    for (int n = 0; t < end && n < nodes; ++n) {
       const int slot = a.plan.slot[int64_t{t} * nodes + n];
       if (slot < 0) continue;
-      if (n == own) detail::add_node_terms(f, a, n, slot, terms);
+      if (n == own) detail::add_node_terms(g, f, a, n, slot, terms);
       else {
-        terms.add(f.rail(b.rail.area_b) + remote_index(n, own) * b.shape.max_tokens * b.shape.slot_bytes() + slot * row_bytes, 1.0f);
+        const char* row = f.rail(b.rail.area_b) + remote_index(n, own) * b.shape.max_tokens * b.shape.slot_bytes() + slot * row_bytes;
+        terms.add(g, row, [] { return 1.0f; });
         terms.close_group();
       }
     }
+    return terms;
   };
   const auto wait_token = [&](int t) {
     for (int n = 0; n < nodes; ++n) {
@@ -166,19 +160,17 @@ MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
     return Status{};
   };
 
-  Terms now, next;
-  next.clear();
-  if (begin < end) terms_of(begin, next);
+  Terms next = terms_of(begin);
+  g.sync();
   for (int t = begin; t < end; ++t) {
     if (nodes > 1) MOE_TRY(leader(g, [&] { return wait_token(t); }));
-    now = next;
-    next.clear();
-    if (t + 1 < end) terms_of(t + 1, next);
+    const Terms now = next;
+    next = terms_of(t + 1);
     const float* bias = a.bias ? a.bias + t * a.bias_stride : nullptr;
     f.reduce_rows(g, a.y + t * row_bytes, now, &next, bias, b.shape.hidden, b.shape.dtype);
+    g.sync();
     const int slot = a.plan.slot[int64_t{t} * nodes + own];
     if (slot >= 0 && g.lane() == 0) {
-      detail::count_node_terms(f, a, now, own, slot);
       count.rail.logical_rows += 1;
       count.rail.logical_bytes += row_bytes;
     }

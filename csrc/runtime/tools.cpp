@@ -4,6 +4,7 @@
 #include <chrono>
 #include <vector>
 
+#include "exec/lane.hpp"
 #include "fabric/rows.hpp"
 #include "runtime/memory.hpp"
 
@@ -34,19 +35,19 @@ void gather_rows(char* dst, const char* src, const int64_t* index, int64_t rows,
 void sum_rows(char* dst, const char* src, const int64_t* index, const float* weights, int64_t tokens, int terms, int64_t hidden, DType type) {
   const RowKernels& k = row_kernels();
   const uint64_t row_bytes = hidden * element_bytes(type);
-  Terms now, next;
-  const auto terms_of = [&](int64_t t, Terms& out) {
-    out.clear();
-    for (int j = 0; j < terms; ++j)
-      if (const int64_t r = index[t * terms + j]; r >= 0) out.add(src + r * row_bytes, weights ? weights[t * terms + j] : 1.0f);
+  TermStore stores[2];
+  const auto terms_of = [&](int64_t t) {
+    Terms out{&stores[t % 2]};
+    for (int j = 0; t < tokens && j < terms; ++j)
+      if (const int64_t r = index[t * terms + j]; r >= 0)
+        out.add(Lane{}, src + r * row_bytes, [&] { return weights ? weights[t * terms + j] : 1.0f; });
     out.close_group();
+    return out;
   };
-  next.clear();
-  if (tokens > 0) terms_of(0, next);
+  Terms next = terms_of(0);
   for (int64_t t = 0; t < tokens; ++t) {
-    now = next;
-    next.clear();
-    if (t + 1 < tokens) terms_of(t + 1, next);
+    const Terms now = next;
+    next = terms_of(t + 1);
     k.reduce(dst + t * row_bytes, now, &next, nullptr, 0, hidden, type);
   }
 }
@@ -65,18 +66,18 @@ double read_rate(int64_t bytes, int repeats) {
   const auto memory = Memory::create(bytes);
   memory->populate(bytes);
   std::vector<char> row(kRow);
-  Terms now, next;
+  TermStore stores[2];
   // As combine reads: a few rows that lie far apart, the next ones prefetched.
   const int64_t rows = bytes / kRow, stride = rows / 5;
-  const auto set = [&](Terms& t, int64_t i) {
-    t.clear();
-    for (int j = 0; j < 5; ++j) t.add(memory->data() + (j * stride + i) * kRow, 1.0f);
+  const auto terms_of = [&](int64_t i) {
+    Terms t{&stores[i % 2]};
+    for (int j = 0; j < 5; ++j) t.add(Lane{}, memory->data() + (j * stride + i) * kRow, [] { return 1.0f; });
     t.close_group();
+    return t;
   };
   return median_rate(stride * 5 * kRow, repeats, [&] {
     for (int64_t i = 0; i + 1 < stride; ++i) {
-      set(now, i);
-      set(next, i + 1);
+      const Terms now = terms_of(i), next = terms_of(i + 1);
       row_kernels().reduce(row.data(), now, &next, nullptr, 0, kRow / 2, DType::bf16);
     }
   });

@@ -86,8 +86,8 @@ static inline void reduce_block(char* dst, const moecomm::Terms& terms, const mo
   bool first_group = true, first_term = true;
   for (int j = 0; j < kUnroll; ++j) total[j] = F16v{};
   for (int i = 0; i < terms.count; ++i) {
-    const char* row = (const char*)terms.row[i] + at * T::kBytes;
-    const float w = terms.weight[i];
+    const char* row = (const char*)terms.store->row[i] + at * T::kBytes;
+    const float w = terms.store->weight[i];
     if (first_term) {
       for (int j = 0; j < kUnroll; ++j) part[j] = T::load(row + 16 * j * T::kBytes) * w;
     } else {
@@ -102,7 +102,7 @@ static inline void reduce_block(char* dst, const moecomm::Terms& terms, const mo
   }
   if (next)
     for (int i = 0; i < next->count; ++i) {
-      const char* row = (const char*)next->row[i] + at * T::kBytes;
+      const char* row = (const char*)next->store->row[i] + at * T::kBytes;
       for (int j = 0; j < kUnroll * 16 * T::kBytes; j += 64) __builtin_prefetch(row + j, 0, 2);
     }
   if (bias)
@@ -118,8 +118,8 @@ static inline void reduce_tail(char* dst, const moecomm::Terms& terms, const flo
   char pad[64];
   for (int i = 0; i < terms.count; ++i) {
     __builtin_memset(pad, 0, 64);
-    __builtin_memcpy(pad, (const char*)terms.row[i] + at * T::kBytes, n * T::kBytes);
-    const F16v v = T::load(pad) * terms.weight[i];
+    __builtin_memcpy(pad, (const char*)terms.store->row[i] + at * T::kBytes, n * T::kBytes);
+    const F16v v = T::load(pad) * terms.store->weight[i];
     part = first_term ? v : part + v;
     first_term = false;
     if (terms.group_end >> i & 1) {
@@ -150,7 +150,7 @@ static void reduce_f64(double* dst, const moecomm::Terms& terms, const float* bi
     double total = 0, part = 0;
     bool first_group = true, first_term = true;
     for (int i = 0; i < terms.count; ++i) {
-      const double v = ((const double*)terms.row[i])[at] * (double)terms.weight[i];
+      const double v = ((const double*)terms.store->row[i])[at] * (double)terms.store->weight[i];
       part = first_term ? v : part + v;
       first_term = false;
       if (terms.group_end >> i & 1) {
