@@ -2,7 +2,9 @@
 //
 // Memory   Every rank owns a node window (mapped by the ranks of its node) and a rail region (written
 //          by its rail peers). Offsets come from base/layout.hpp and are the same on every rank.
-// Ordering put() and signal_rail() to one node are ordered: whoever sees the signal sees the puts that
+// Peers    put() and signal_rail() name a peer by its index: dispatch and combine know one per node (the rail),
+//          decode one per rank of the world (those of other nodes).
+// Ordering put() and signal_rail() to one peer are ordered: whoever sees the signal sees the puts that
 //          were issued before it. signal_node() releases all earlier writes of the calling group
 //          (after a sync()). wait_*() acquires. Nothing is ordered between different peers.
 // Counters are 64-bit, only ever grow, and have one writer each.
@@ -21,8 +23,8 @@ concept Fabric = requires(F f, G g, char* p, const char* c, const Terms& terms, 
                           const float* bias, Phase phase) {
   { f.window(0, uint64_t{}) } -> std::same_as<char*>;        // (local rank, offset)
   { f.rail(uint64_t{}) } -> std::same_as<char*>;             // own rail region
-  f.put(0, uint64_t{}, c, uint64_t{});                       // (node, offset there, source, bytes)
-  f.signal_rail(0, uint64_t{}, uint64_t{});                  // (node, counter, add)
+  f.put(0, uint64_t{}, c, uint64_t{});                       // (peer, offset there, source, bytes)
+  f.signal_rail(0, uint64_t{}, uint64_t{});                  // (peer, counter, add)
   f.signal_node(0, uint64_t{}, uint64_t{});                  // (local rank, counter, add)
   { f.wait_rail(uint64_t{}, uint64_t{}, phase, 0) } -> std::same_as<Status>;  // (counter, at least, phase, peer)
   { f.wait_node(uint64_t{}, uint64_t{}, phase, 0) } -> std::same_as<Status>;

@@ -15,8 +15,9 @@ namespace moecomm {
 // What a rank has mapped, and the state of the call in progress. Owned by the runtime's Buffer.
 struct HostState {
   Geometry geometry;
-  NodeLayout node;
-  RailLayout rail;
+  uint64_t window_faults = 0;     // FaultWord per local rank in every window
+  uint64_t region_faults = 0;     // FaultWord per peer in every rail region
+  int region_peers = 0;
   char* windows[1024] = {};       // by local rank
   char* rail_region = nullptr;
   const RowKernels* kernels = &row_kernels();
@@ -52,10 +53,10 @@ inline Status reported_fault(const HostState& s, Phase phase) {
     return Status{static_cast<Code>(word & 0xff), phase, static_cast<int32_t>(word >> 8) - 1, 1, 0, 0};
   };
   for (int i = 0; i < s.geometry.ranks_per_node; ++i)
-    if (const uint64_t w = read(s.windows[s.geometry.local()], s.node.faults, i)) return as_status(w);
+    if (const uint64_t w = read(s.windows[s.geometry.local()], s.window_faults, i)) return as_status(w);
   if (s.rail_region)
-    for (int i = 0; i < s.geometry.nodes(); ++i)
-      if (const uint64_t w = read(s.rail_region, s.rail.faults, i)) return as_status(w);
+    for (int i = 0; i < s.region_peers; ++i)
+      if (const uint64_t w = read(s.rail_region, s.region_faults, i)) return as_status(w);
   return {};
 }
 
@@ -84,8 +85,8 @@ Status wait_counter(HostState& s, Rail& rail, char* memory, uint64_t offset, uin
       if (const Status fault = reported_fault(s, phase); !fault.ok() && !arrived()) return fault;
       if (const int lost = s.watch->lost(); lost >= 0 && !arrived())
         return {Code::lost, phase, lost, 0, at_least, c.load()};
-      if (const int node = rail.failed_node(); node >= 0 && !arrived())
-        return {Code::lost, phase, s.geometry.rail_rank(node), 0, at_least, c.load()};
+      if (const int lost = rail.failed_rank(); lost >= 0 && !arrived())
+        return {Code::lost, phase, lost, 0, at_least, c.load()};
       if (now >= s.deadline) return {Code::timeout, phase, peer, 0, at_least, c.load()};
     }
     if (moved) continue;
@@ -107,8 +108,8 @@ struct HostFabric {
   char* window(int local, uint64_t offset) const { return s->windows[local] + offset; }
   char* rail(uint64_t offset) const { return s->rail_region + offset; }
 
-  void put(int node, uint64_t offset, const char* src, uint64_t bytes) const { rail_link->put(node, offset, src, bytes); }
-  void signal_rail(int node, uint64_t counter, uint64_t add) const { rail_link->signal(node, counter, add); }
+  void put(int peer, uint64_t offset, const char* src, uint64_t bytes) const { rail_link->put(peer, offset, src, bytes); }
+  void signal_rail(int peer, uint64_t counter, uint64_t add) const { rail_link->signal(peer, counter, add); }
   void signal_node(int local, uint64_t counter, uint64_t add) const {
     if (s->stream) s->kernels->fence();
     add_and_wake(s->windows[local], counter, add);

@@ -11,11 +11,11 @@ class LoopbackRail {
  public:
   static constexpr bool kNetwork = false;
 
-  void attach(std::vector<char*> regions) { regions_ = std::move(regions); }   // by node
-  void put(int node, uint64_t offset, const void* src, uint64_t bytes) noexcept { std::memcpy(regions_[node] + offset, src, bytes); }
-  void signal(int node, uint64_t counter, uint64_t add) noexcept { add_and_wake(regions_[node], counter, add); }
+  void attach(std::vector<char*> regions) { regions_ = std::move(regions); }   // by peer
+  void put(int peer, uint64_t offset, const void* src, uint64_t bytes) noexcept { std::memcpy(regions_[peer] + offset, src, bytes); }
+  void signal(int peer, uint64_t counter, uint64_t add) noexcept { add_and_wake(regions_[peer], counter, add); }
   static bool progress() noexcept { return false; }
-  static int failed_node() noexcept { return -1; }
+  static int failed_rank() noexcept { return -1; }
   static bool flush_poll() noexcept { return true; }
 
  private:

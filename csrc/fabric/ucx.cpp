@@ -33,10 +33,10 @@ ucp_request_param_t fire_and_forget() {
 
 void on_endpoint_error(void* arg, ucp_ep_h, int) {
   auto* link = static_cast<UcxContext::Link*>(arg);
-  link->context->fail(link->node);
+  link->context->fail(link->rank);
 }
 
-UcxContext::UcxContext(std::mutex& calls) : calls_(calls) {
+UcxContext::UcxContext(std::mutex& calls, int size) : calls_(calls), links_(size) {
   ucp_config_t* config;
   require(ucp_config_read(nullptr, nullptr, &config), "reading the configuration");
   ucp_params_t params{};
@@ -85,28 +85,27 @@ std::string UcxContext::address() const {
   return out;
 }
 
-void UcxContext::connect(const std::vector<std::string>& addresses, int own_node) {
-  own_node_ = own_node;
-  links_.resize(addresses.size());
-  for (size_t n = 0; n < addresses.size(); ++n) {
-    if (static_cast<int>(n) == own_node) continue;
-    Link& link = links_[n];
-    link.context = this;
-    link.node = static_cast<int>(n);
-    ucp_ep_params_t p{};
-    p.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE | UCP_EP_PARAM_FIELD_ERR_HANDLER;
-    p.address = reinterpret_cast<const ucp_address_t*>(addresses[n].data());
-    p.err_mode = UCP_ERR_HANDLING_MODE_PEER;
-    p.err_handler.cb = [](void* arg, ucp_ep_h ep, ucs_status_t s) { on_endpoint_error(arg, ep, s); };
-    p.err_handler.arg = &link;
-    require(ucp_ep_create(worker_, &p, &link.endpoint), "connecting to a rail peer");
-  }
+void UcxContext::connect(int rank, const std::string& address) {
+  Link& link = links_[rank];
+  if (link.endpoint) return;
+  link.context = this;
+  link.rank = rank;
+  ucp_ep_params_t p{};
+  p.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE | UCP_EP_PARAM_FIELD_ERR_HANDLER;
+  p.address = reinterpret_cast<const ucp_address_t*>(address.data());
+  p.err_mode = UCP_ERR_HANDLING_MODE_PEER;
+  p.err_handler.cb = [](void* arg, ucp_ep_h ep, ucs_status_t s) { on_endpoint_error(arg, ep, s); };
+  p.err_handler.arg = &link;
+  require(ucp_ep_create(worker_, &p, &link.endpoint), "connecting to a peer");
+}
+
+void UcxContext::serve() {
   stop_ = eventfd(0, EFD_CLOEXEC);
-  server_ = std::thread([this] { serve(); });
+  server_ = std::thread([this] { serve_loop(); });
 }
 
 // Sleeps on the worker's descriptor; while a call runs, the call makes progress itself and this waits.
-void UcxContext::serve() noexcept {
+void UcxContext::serve_loop() noexcept {
   int events = -1;
   if (ucp_worker_get_efd(worker_, &events) != UCS_OK) return;
   for (;;) {
@@ -124,9 +123,9 @@ void UcxContext::serve() noexcept {
 
 bool UcxContext::progress() noexcept { return ucp_worker_progress(worker_) != 0; }
 
-void UcxContext::fail(int node) noexcept {
+void UcxContext::fail(int rank) noexcept {
   int none = -1;
-  failed_.compare_exchange_strong(none, node, std::memory_order_acq_rel);
+  failed_.compare_exchange_strong(none, rank, std::memory_order_acq_rel);
 }
 
 std::string UcxContext::version() { return ucp_get_version_string(); }
@@ -162,44 +161,45 @@ std::string UcxRegion::key() const {
   return out;
 }
 
-void UcxRegion::attach(const std::vector<std::string>& keys) {
+void UcxRegion::attach(const std::vector<int>& ranks, const std::vector<std::string>& keys) {
   const char* setting = std::getenv("MOECOMM_UCX_DIRECT");
   const bool direct = !setting || std::strcmp(setting, "0") != 0;
   peers_.resize(keys.size());
   for (size_t n = 0; n < keys.size(); ++n) {
-    if (static_cast<int>(n) == context_.own_node()) continue;
+    if (ranks[n] < 0) continue;
     Peer& p = peers_[n];
+    p.rank = ranks[n];
     p.signalled.assign(counter_bytes_ / 8, 0);
     std::memcpy(&p.address, keys[n].data(), 8);
-    require(ucp_ep_rkey_unpack(context_.endpoint(static_cast<int>(n)), keys[n].data() + 8, &p.rkey), "unpacking a rail peer's key");
+    require(ucp_ep_rkey_unpack(context_.endpoint(p.rank), keys[n].data() + 8, &p.rkey), "unpacking a rail peer's key");
     void* mapped = nullptr;
     if (direct && ucp_rkey_ptr(p.rkey, p.address, &mapped) == UCS_OK) p.direct = static_cast<char*>(mapped);
   }
 }
 
-void UcxRegion::put(int node, uint64_t offset, const void* src, uint64_t bytes) noexcept {
-  const Peer& p = peers_[node];
+void UcxRegion::put(int peer, uint64_t offset, const void* src, uint64_t bytes) noexcept {
+  const Peer& p = peers_[peer];
   if (p.direct) {
     std::memcpy(p.direct + offset, src, bytes);
     return;
   }
   dirty_ = true;
   const ucp_request_param_t param = fire_and_forget();
-  const ucs_status_ptr_t r = ucp_put_nbx(context_.endpoint(node), src, bytes, p.address + offset, p.rkey, &param);
-  if (UCS_PTR_IS_ERR(r)) context_.fail(node);
+  const ucs_status_ptr_t r = ucp_put_nbx(context_.endpoint(p.rank), src, bytes, p.address + offset, p.rkey, &param);
+  if (UCS_PTR_IS_ERR(r)) context_.fail(p.rank);
 }
 
 // The new value of the counter as a put, behind a fence: UCX's tcp transport has no atomics under peer
 // error handling, and a counter has one writer. The value must stay put until UCX has read it, and must
 // not be replaced by a later one, which would run ahead of the rows: hence a cell per signal.
-void UcxRegion::signal(int node, uint64_t counter, uint64_t add) noexcept {
-  Peer& p = peers_[node];
+void UcxRegion::signal(int peer, uint64_t counter, uint64_t add) noexcept {
+  Peer& p = peers_[peer];
   if (p.direct) {
     add_and_wake(p.direct, counter, add);
     return;
   }
   dirty_ = true;
-  if (ucp_worker_fence(context_.worker()) != UCS_OK) context_.fail(node);
+  if (ucp_worker_fence(context_.worker()) != UCS_OK) context_.fail(p.rank);
   if (idle_cells_.empty()) {
     cells_.push_back(std::make_unique<SignalCell>(this));
     idle_cells_.push_back(cells_.back().get());
@@ -215,10 +215,10 @@ void UcxRegion::signal(int node, uint64_t counter, uint64_t add) noexcept {
     done->region->idle_cells_.push_back(done);
     ucp_request_free(request);
   };
-  const ucs_status_ptr_t r = ucp_put_nbx(context_.endpoint(node), &cell->value, 8, p.address + counter, p.rkey, &param);
+  const ucs_status_ptr_t r = ucp_put_nbx(context_.endpoint(p.rank), &cell->value, 8, p.address + counter, p.rkey, &param);
   if (UCS_PTR_IS_PTR(r)) return;
   idle_cells_.push_back(cell);
-  if (UCS_PTR_IS_ERR(r)) context_.fail(node);
+  if (UCS_PTR_IS_ERR(r)) context_.fail(p.rank);
 }
 
 bool UcxRegion::flush_poll() noexcept {

@@ -1,12 +1,12 @@
 // The rail over UCX: one-sided puts and counters between ranks of the same local index on different
 // nodes. UCX_TLS chooses the transport (posix shared memory, tcp, InfiniBand) at run time.
 //
-// UcxContext  one per communicator: worker, endpoints to the rail peers, and a thread that serves them
-//             between calls (a put over tcp needs the target's help to land); it sleeps until something comes
-// UcxRegion   one per Buffer: memory that the rail peers write into
+// UcxContext  one per communicator: worker, endpoints (to the rail peers; to other ranks once something
+//             wants to reach them), and a thread that serves them between calls (a put over tcp needs the target's help to land); it sleeps until something comes
+// UcxRegion   memory that a set of peers write into
 //
 // Construction throws std::runtime_error; the data path never throws: a failed endpoint latches in
-// failed_node(), which every wait above looks at.
+// failed_rank(), which every wait above looks at.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -26,39 +26,38 @@ namespace moecomm {
 
 class UcxContext {
  public:
-  explicit UcxContext(std::mutex& calls);   // held by whoever uses the worker
+  UcxContext(std::mutex& calls, int size);   // `calls` is held by whoever uses the worker
   ~UcxContext();   // closes by force and bounded: a dead peer cannot hold it up
   UcxContext(const UcxContext&) = delete;
   UcxContext& operator=(const UcxContext&) = delete;
 
   std::string address() const;
-  void connect(const std::vector<std::string>& addresses, int own_node);   // by node
+  void connect(int rank, const std::string& address);   // once per rank; the caller holds `calls`
+  void serve();                             // starts the thread
 
   bool progress() noexcept;                 // true when something moved
-  int failed_node() const noexcept { return failed_.load(std::memory_order_acquire); }
-  void fail(int node) noexcept;             // the first failure stays
+  int failed_rank() const noexcept { return failed_.load(std::memory_order_acquire); }
+  void fail(int rank) noexcept;             // the first failure stays
   static std::string version();
 
   ucp_context_h context() const { return context_; }
   ucp_worker_h worker() const { return worker_; }
-  ucp_ep_h endpoint(int node) const { return links_[node].endpoint; }
-  int own_node() const { return own_node_; }
+  ucp_ep_h endpoint(int rank) const { return links_[rank].endpoint; }
 
  private:
   struct Link {
     UcxContext* context = nullptr;
-    int node = -1;
+    int rank = -1;
     ucp_ep_h endpoint = nullptr;
   };
   friend void on_endpoint_error(void* arg, ucp_ep_h endpoint, int status);
-  void serve() noexcept;
+  void serve_loop() noexcept;
   std::mutex& calls_;
   std::thread server_;
   int stop_ = -1;   // eventfd
   ucp_context_h context_ = nullptr;
   ucp_worker_h worker_ = nullptr;
-  std::vector<Link> links_;
-  int own_node_ = 0;
+  std::vector<Link> links_;   // by rank; never resized: endpoints point into it
   std::atomic<int> failed_{-1};
 };
 
@@ -73,17 +72,18 @@ class UcxRegion {
 
   void* data() const { return data_; }
   std::string key() const;
-  void attach(const std::vector<std::string>& keys);   // by node
+  void attach(const std::vector<int>& ranks, const std::vector<std::string>& keys);   // by peer; rank -1: not a peer
 
   // The source must stay as it is until flush_poll() says true.
-  void put(int node, uint64_t offset, const void* src, uint64_t bytes) noexcept;
+  void put(int peer, uint64_t offset, const void* src, uint64_t bytes) noexcept;
   // Adds to a counter of the peer's region, after all earlier puts to that peer. One writer per counter.
-  void signal(int node, uint64_t counter, uint64_t add) noexcept;
+  void signal(int peer, uint64_t counter, uint64_t add) noexcept;
   // True when every put and signal so far is complete at the peers. Never blocks.
   bool flush_poll() noexcept;
 
  private:
   struct Peer {
+    int rank = -1;
     ucp_rkey_h rkey = nullptr;
     uint64_t address = 0;
     char* direct = nullptr;   // the peer's memory itself, where UCX can map it (same host)

@@ -9,10 +9,10 @@ class UcxRail {
   static constexpr bool kNetwork = true;
 
   void attach(UcxContext* context, UcxRegion* region) { context_ = context; region_ = region; }
-  void put(int node, uint64_t offset, const void* src, uint64_t bytes) noexcept { region_->put(node, offset, src, bytes); }
-  void signal(int node, uint64_t counter, uint64_t add) noexcept { region_->signal(node, counter, add); }
+  void put(int peer, uint64_t offset, const void* src, uint64_t bytes) noexcept { region_->put(peer, offset, src, bytes); }
+  void signal(int peer, uint64_t counter, uint64_t add) noexcept { region_->signal(peer, counter, add); }
   bool progress() noexcept { return context_->progress(); }
-  int failed_node() const noexcept { return context_->failed_node(); }
+  int failed_rank() const noexcept { return context_->failed_rank(); }
   bool flush_poll() noexcept { return region_->flush_poll(); }
 
  private:

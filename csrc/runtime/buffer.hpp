@@ -4,12 +4,10 @@
 #include <string>
 #include <vector>
 
-#include "fabric/host.hpp"
-#include "fabric/loopback.hpp"
-#include "fabric/ucx_rail.hpp"
 #include "runtime/communicator.hpp"
 #include "runtime/memory.hpp"
 #include "runtime/plan.hpp"
+#include "runtime/reach.hpp"
 
 namespace moecomm {
 
@@ -35,12 +33,11 @@ struct CombineCall {
 class Buffer {
  public:
   Buffer(std::shared_ptr<Communicator> comm, Shape shape, bool check);
-  ~Buffer();
   static uint64_t bytes(const Geometry& g, const Shape& s);   // of node window and rail region
 
-  std::string card() const;
-  void connect(const std::vector<std::string>& cards);
-  void connected();               // after a barrier: everybody has mapped everything
+  std::string card() const { return reach_.card(); }
+  void connect(const std::vector<std::string>& cards) { reach_.connect(cards); }
+  void connected() { reach_.connected(); }   // after a barrier: everybody has mapped everything
 
   std::shared_ptr<Plan> new_plan() { return pool_->get(); }
   // On ok, `out` holds the dispatched rows and `output` the place for the experts' rows.
@@ -54,22 +51,13 @@ class Buffer {
   void corrupt_next_row(int64_t row) { corrupt_row_ = row; }   // tests of MOECOMM_CHECK
 
  private:
-  template <class Call> Status run(Call&& call);
-  void report_fault(const Status& s);
   void begin_call(uint64_t bytes_moved);
-  uint64_t warm_bytes() const;
 
   std::shared_ptr<Communicator> comm_;
   BufferView view_;
-  std::shared_ptr<Memory> window_;
-  std::vector<std::shared_ptr<Memory>> peers_;
-  std::shared_ptr<Memory> own_rail_;                 // loopback; under UCX the region owns its memory
-  std::unique_ptr<UcxRegion> region_;
+  Reach reach_;
   std::shared_ptr<Arena> arena_;
   std::shared_ptr<PlanPool> pool_;
-  HostState host_;
-  LoopbackRail loopback_;
-  UcxRail ucx_rail_;
   Book book_;
   std::vector<uint64_t> book_counts_;
   uint64_t stream_threshold_ = 7u << 20;

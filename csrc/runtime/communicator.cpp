@@ -8,7 +8,7 @@ namespace moecomm {
 
 Communicator::Communicator(Geometry geometry, bool threads, RailKind rail, double timeout_seconds)
     : geometry_(geometry), threads_(threads), rail_(rail), timeout_(timeout_seconds) {
-  if (rail == RailKind::ucx) ucx_ = std::make_unique<UcxContext>(calls_);
+  if (rail == RailKind::ucx) ucx_ = std::make_unique<UcxContext>(calls_, geometry.size);
 }
 
 std::string Communicator::card() const {
@@ -19,16 +19,20 @@ std::string Communicator::card() const {
 }
 
 void Communicator::connect(const std::vector<std::string>& cards) {
-  std::vector<std::string> rail_addresses;
   for (int r = 0; r < geometry_.size; ++r) {
     int32_t pid;
     std::memcpy(&pid, cards[r].data(), 4);
     const bool same_node = r / geometry_.ranks_per_node == geometry_.node();
     if (!threads_ && same_node) watch_.add(r, pid);
   }
-  for (int n = 0; n < geometry_.nodes(); ++n) rail_addresses.push_back(cards[geometry_.rail_rank(n)].substr(4));
-  if (ucx_) ucx_->connect(rail_addresses, geometry_.node());
+  if (!ucx_) return;
+  for (const std::string& card : cards) ucx_addresses_.push_back(card.substr(4));
+  for (int n = 0; n < geometry_.nodes(); ++n)
+    if (n != geometry_.node()) reach(geometry_.rail_rank(n));
+  ucx_->serve();
 }
+
+void Communicator::reach(int rank) { ucx_->connect(rank, ucx_addresses_[rank]); }
 
 void Communicator::mark_broken(const Status& why) {
   std::lock_guard lock(broken_mutex_);

@@ -22,6 +22,7 @@ class Communicator {
 
   std::string card() const;                               // pid, UCX address
   void connect(const std::vector<std::string>& cards);    // by rank
+  void reach(int rank);                                   // a UCX endpoint to it, once; the caller holds calls()
 
   const Geometry& geometry() const { return geometry_; }
   bool threads() const { return threads_; }
@@ -43,6 +44,7 @@ class Communicator {
   double timeout_;
   std::mutex calls_;                  // outlives ucx_, whose thread takes it
   std::unique_ptr<UcxContext> ucx_;
+  std::vector<std::string> ucx_addresses_;   // by rank
   Watch watch_;
   mutable std::mutex broken_mutex_;
   Status broken_;

@@ -1,0 +1,129 @@
+#include "runtime/reach.hpp"
+
+#include <cstring>
+#include <stdexcept>
+
+namespace moecomm {
+namespace {
+
+// What peers need to reach this rank's memories; under UCX the region's key follows.
+struct Card {
+  int32_t pid;
+  int32_t fd;
+  uint64_t window;      // address, for rank threads
+  uint64_t rail;
+  uint64_t bytes;
+};
+
+Card read_card(const std::string& text) {
+  Card c;
+  std::memcpy(&c, text.data(), sizeof(c));
+  return c;
+}
+
+}  // namespace
+
+Reach::Reach(std::shared_ptr<Communicator> comm, ReachPlan plan) : comm_(std::move(comm)), plan_(std::move(plan)) {
+  const Geometry& g = comm_->geometry();
+  if (g.ranks_per_node > static_cast<int>(std::size(host_.windows))) throw std::invalid_argument("too many ranks in a node");
+  window_ = Memory::create(plan_.window_bytes);
+  window_->populate(plan_.warm_bytes);
+  if (comm_->rail() == RailKind::ucx) {
+    std::lock_guard lock(comm_->calls());   // the rail's thread uses the same worker
+    region_ = std::make_unique<UcxRegion>(*comm_->ucx(), plan_.region_bytes, plan_.region_counters);
+    host_.rail_region = static_cast<char*>(region_->data());
+    ucx_rail_.attach(comm_->ucx(), region_.get());
+  } else {
+    own_rail_ = Memory::create(plan_.region_bytes);
+    own_rail_->populate(plan_.region_bytes);
+    host_.rail_region = own_rail_->data();
+  }
+  host_.geometry = g;
+  host_.window_faults = plan_.window_faults;
+  host_.region_faults = plan_.region_faults;
+  host_.region_peers = static_cast<int>(plan_.peers.size());
+  host_.watch = &comm_->watch();
+}
+
+Reach::~Reach() {
+  if (!region_) return;
+  std::lock_guard lock(comm_->calls());
+  region_.reset();
+}
+
+std::string Reach::card() const {
+  Card c{};
+  std::memcpy(&c.pid, comm_->card().data(), 4);
+  c.fd = window_->fd();
+  c.window = reinterpret_cast<uint64_t>(window_->data());
+  c.rail = reinterpret_cast<uint64_t>(host_.rail_region);
+  c.bytes = plan_.window_bytes;
+  std::string card(reinterpret_cast<const char*>(&c), sizeof(c));
+  if (region_) card += region_->key();
+  return card;
+}
+
+void Reach::connect(const std::vector<std::string>& cards) {
+  const Geometry& g = comm_->geometry();
+  for (int local = 0; local < g.ranks_per_node; ++local) {
+    const int rank = g.rank_at(g.node(), local);
+    const Card c = read_card(cards[rank]);
+    if (rank == g.rank) {
+      host_.windows[local] = window_->data();
+    } else if (comm_->threads()) {
+      host_.windows[local] = reinterpret_cast<char*>(c.window);
+    } else {
+      peers_.push_back(Memory::map(c.pid, c.fd, c.bytes));
+      peers_.back()->populate(plan_.warm_bytes);
+      host_.windows[local] = peers_.back()->data();
+    }
+  }
+  if (region_) {
+    std::vector<std::string> keys;
+    for (int rank : plan_.peers) keys.push_back(rank < 0 ? std::string() : cards[rank].substr(sizeof(Card)));
+    std::lock_guard lock(comm_->calls());
+    for (int rank : plan_.peers)
+      if (rank >= 0) comm_->reach(rank);
+    region_->attach(plan_.peers, keys);
+  } else {
+    std::vector<char*> regions;
+    for (int rank : plan_.peers) regions.push_back(rank < 0 ? nullptr : reinterpret_cast<char*>(read_card(cards[rank]).rail));
+    loopback_.attach(regions);
+  }
+}
+
+void Reach::begin(bool stream) {
+  host_.stream = stream;
+  host_.deadline = std::chrono::steady_clock::now() +
+                   std::chrono::duration_cast<std::chrono::steady_clock::duration>(std::chrono::duration<double>(comm_->timeout()));
+}
+
+Status Reach::flush() {
+  while (!region_->flush_poll()) {
+    comm_->ucx()->progress();
+    sched_yield();
+    if (const int rank = comm_->ucx()->failed_rank(); rank >= 0) return {Code::lost, Phase::flush, rank, 0, 0, 0};
+    if (std::chrono::steady_clock::now() >= host_.deadline) return {Code::timeout, Phase::flush, -1, 0, 0, 0};
+  }
+  return {};
+}
+
+// Tells everyone within reach, so that they raise now instead of at their own deadline.
+void Reach::report_fault(const Status& s) {
+  const Geometry& g = comm_->geometry();
+  const uint64_t word = static_cast<uint64_t>(s.code) | static_cast<uint64_t>(s.peer + 1) << 8;
+  for (int d = 0; d < g.ranks_per_node; ++d)
+    if (d != g.local()) counter_at(host_.windows[d], plan_.window_faults + 8 * g.local()).store(word, std::memory_order_release);
+  auto* out = reinterpret_cast<FaultWord*>(host_.rail_region + plan_.region_outbox);
+  out->packed = word;
+  for (size_t i = 0; i < plan_.peers.size(); ++i) {
+    if (plan_.peers[i] < 0) continue;
+    const uint64_t at = plan_.region_faults + 8 * plan_.own;
+    if (region_) region_->put(static_cast<int>(i), at, out, 8);
+    else loopback_.put(static_cast<int>(i), at, out, 8);
+  }
+  if (region_)
+    for (int i = 0; i < 1000 && !region_->flush_poll(); ++i) comm_->ucx()->progress();
+}
+
+}  // namespace moecomm

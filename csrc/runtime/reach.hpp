@@ -1,0 +1,77 @@
+// Reach: the two memories of a rank that others see (node window and rail region), theirs as far as this
+// rank reaches them, and how a call runs over both. A Buffer has one for dispatch and combine, decode its own.
+#pragma once
+#include <chrono>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "fabric/host.hpp"
+#include "fabric/loopback.hpp"
+#include "fabric/ucx_rail.hpp"
+#include "runtime/communicator.hpp"
+#include "runtime/memory.hpp"
+
+namespace moecomm {
+
+// How large the memories are, and where in them the runtime finds what it needs itself.
+struct ReachPlan {
+  uint64_t window_bytes = 0;
+  uint64_t window_faults = 0;      // FaultWord per local rank
+  uint64_t warm_bytes = 0;         // of every window mapping: pages made ready at start
+  uint64_t region_bytes = 0;
+  uint64_t region_counters = 0;    // counters lie in the first region_counters bytes
+  uint64_t region_faults = 0;      // FaultWord per region peer
+  uint64_t region_outbox = 0;      // FaultWord on its way out
+  std::vector<int> peers;          // the fabric's peers by index: their ranks, -1: not over the region
+  int own = 0;                     // this rank's index among the peers
+};
+
+class Reach {
+ public:
+  Reach(std::shared_ptr<Communicator> comm, ReachPlan plan);
+  ~Reach();
+  Reach(const Reach&) = delete;
+  Reach& operator=(const Reach&) = delete;
+
+  // Collective in three steps: construct, connect with everyone's card, connected after a barrier.
+  std::string card() const;
+  void connect(const std::vector<std::string>& cards);
+  void connected() { window_->close_fd(); }
+
+  const std::shared_ptr<Memory>& window() const { return window_; }
+  Communicator& comm() const { return *comm_; }
+  HostState& host() { return host_; }
+
+  // stream: the call moves more than the caches hold.
+  void begin(bool stream);
+  // Runs call(fabric). drain: also waits until the sources of its puts may be overwritten. A failure that
+  // is final is told to everyone within reach and to the communicator.
+  template <class Call>
+  Status run(bool drain, Call&& call) {
+    if (const Status broken = comm_->broken(); !broken.ok()) return broken;
+    Status s = region_ ? call(HostFabric<UcxRail>{&host_, &ucx_rail_}) : call(HostFabric<LoopbackRail>{&host_, &loopback_});
+    if (region_ && drain && s.ok()) s = flush();
+    if (s.code == Code::timeout || s.code == Code::lost || s.code == Code::corrupt) {
+      report_fault(s);
+      comm_->mark_broken(s);
+    }
+    return s;
+  }
+
+ private:
+  Status flush();
+  void report_fault(const Status& s);
+
+  std::shared_ptr<Communicator> comm_;
+  ReachPlan plan_;
+  std::shared_ptr<Memory> window_;
+  std::vector<std::shared_ptr<Memory>> peers_;
+  std::shared_ptr<Memory> own_rail_;                 // loopback; under UCX the region owns its memory
+  std::unique_ptr<UcxRegion> region_;
+  HostState host_;
+  LoopbackRail loopback_;
+  UcxRail ucx_rail_;
+};
+
+}  // namespace moecomm
