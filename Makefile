@@ -27,6 +27,9 @@ include tests/cpp/build.mk
 
 build: $(VENV)/.built ## the extension, in place
 
+bench: build ## tokens through both hops, verified, beside what a user would pick instead (under three minutes)
+	@$(PY) -m bench suite
+
 test: build test-cpp ## every suite
 	$(PY) -m pytest -q tests
 

@@ -5,6 +5,11 @@ import importlib
 import sys
 
 COMMANDS = {
+    "dispatch": ("bench.run", "tokens to the ranks of their experts"),
+    "combine": ("bench.run", "the experts' rows back, and summed"),
+    "roundtrip": ("bench.run", "both, and their sum"),
+    "suite": ("bench.suite", "what `make bench` runs"),
+    "sweep": ("bench.sweep", "cost per row against tokens and ranks"),
 }
 
 
@@ -18,6 +23,7 @@ def main(argv=None):
     module = importlib.import_module(COMMANDS[name][0])
     own = argparse.ArgumentParser(prog=f"python -m bench {name}", description=COMMANDS[name][1])
     module.arguments(own)
+    own.set_defaults(command=name)
     return module.main(own.parse_args((sys.argv[1:] if argv is None else argv)[1:])) or 0
 
 

@@ -1,30 +1,11 @@
 #include "runtime/tools.hpp"
 
-#include <algorithm>
-#include <chrono>
-#include <vector>
+#include <cstring>
 
 #include "exec/lane.hpp"
 #include "fabric/rows.hpp"
-#include "runtime/memory.hpp"
 
 namespace moecomm {
-namespace {
-
-double median_rate(int64_t bytes, int repeats, auto&& work) {
-  std::vector<double> rates;
-  for (int i = 0; i < repeats; ++i) {
-    const auto start = std::chrono::steady_clock::now();
-    work();
-    rates.push_back(bytes / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-  }
-  std::sort(rates.begin(), rates.end());
-  return rates[rates.size() / 2];
-}
-
-constexpr int64_t kRow = 14336;
-
-}  // namespace
 
 void gather_rows(char* dst, const char* src, const int64_t* index, int64_t rows, uint64_t row_bytes, bool stream) {
   const RowKernels& k = row_kernels();
@@ -52,35 +33,35 @@ void sum_rows(char* dst, const char* src, const int64_t* index, const float* wei
   }
 }
 
-double write_rate(int64_t bytes, int repeats) {
-  const auto memory = Memory::create(bytes);
-  memory->populate(bytes);
-  std::vector<char> row(kRow, 1);
-  return median_rate(bytes / kRow * kRow, repeats, [&] {
-    for (int64_t i = 0; i + kRow <= bytes; i += kRow) row_kernels().stream(memory->data() + i, row.data(), kRow);
-    row_kernels().fence();
-  });
+int64_t count_different(const char* got, const char* want, const int64_t* index, int64_t rows, int64_t row_elements, int64_t element_bytes) {
+  const int64_t row_bytes = row_elements * element_bytes;
+  int64_t different = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    const char* a = got + i * row_bytes;
+    const char* b = want + index[i] * row_bytes;
+    if (std::memcmp(a, b, row_bytes) == 0) continue;
+    for (int64_t j = 0; j < row_elements; ++j) different += std::memcmp(a + j * element_bytes, b + j * element_bytes, element_bytes) != 0;
+  }
+  return different;
 }
 
-double read_rate(int64_t bytes, int repeats) {
-  const auto memory = Memory::create(bytes);
-  memory->populate(bytes);
-  std::vector<char> row(kRow);
-  TermStore stores[2];
-  // As combine reads: a few rows that lie far apart, the next ones prefetched.
-  const int64_t rows = bytes / kRow, stride = rows / 5;
-  const auto terms_of = [&](int64_t i) {
-    Terms t{&stores[i % 2]};
-    for (int j = 0; j < 5; ++j) t.add(Lane{}, memory->data() + (j * stride + i) * kRow, [] { return 1.0f; });
-    t.close_group();
-    return t;
-  };
-  return median_rate(stride * 5 * kRow, repeats, [&] {
-    for (int64_t i = 0; i + 1 < stride; ++i) {
-      const Terms now = terms_of(i), next = terms_of(i + 1);
-      row_kernels().reduce(row.data(), now, &next, nullptr, 0, kRow / 2, DType::bf16);
-    }
-  });
+RateProbe::RateProbe(int64_t bytes) : rows_(bytes / kRow), memory_(Memory::create(rows_ * kRow)) { memory_->populate(rows_ * kRow); }
+
+void RateProbe::write() {
+  alignas(64) char row[kRow];
+  std::memset(row, 1, kRow);
+  for (int64_t i = 0; i < rows_; ++i) row_kernels().stream(memory_->data() + i * kRow, row, kRow);
+  row_kernels().fence();
+}
+
+uint64_t RateProbe::read() {
+  typedef uint64_t Line __attribute__((vector_size(64)));
+  const Line* at = reinterpret_cast<const Line*>(memory_->data());
+  Line sum[4] = {};
+  for (int64_t i = 0; i < rows_ * kRow / 64; i += 4)
+    for (int j = 0; j < 4; ++j) sum[j] ^= at[i + j];
+  const Line all = sum[0] ^ sum[1] ^ sum[2] ^ sum[3];
+  return all[0] ^ all[1] ^ all[2] ^ all[3] ^ all[4] ^ all[5] ^ all[6] ^ all[7];
 }
 
 }  // namespace moecomm

@@ -181,5 +181,10 @@ cdef extern from "fabric/ucx.hpp" namespace "moecomm" nogil:
 cdef extern from "runtime/tools.hpp" namespace "moecomm" nogil:
     void gather_rows(char* dst, const char* src, const int64_t* index, int64_t rows, uint64_t row_bytes, bool stream)
     void sum_rows(char* dst, const char* src, const int64_t* index, const float* weights, int64_t tokens, int terms, int64_t hidden, DType dtype)
-    double write_rate(int64_t bytes, int repeats)
-    double read_rate(int64_t bytes, int repeats)
+    int64_t count_different(const char* got, const char* want, const int64_t* index, int64_t rows, int64_t row_elements, int64_t element_bytes)
+
+    cdef cppclass RateProbe:
+        RateProbe(int64_t bytes) except +
+        int64_t bytes()
+        void write()
+        uint64_t read()

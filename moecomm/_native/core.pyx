@@ -4,7 +4,7 @@
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
 from libcpp cimport bool
-from libcpp.memory cimport make_shared, shared_ptr
+from libcpp.memory cimport make_shared, shared_ptr, unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
@@ -247,15 +247,30 @@ def sum_rows(uintptr_t dst, uintptr_t src, uintptr_t index, uintptr_t weights, i
                       <capi.DType>dtype)
 
 
-def write_rate(int64_t bytes, int repeats):
-    cdef double r
+def count_different(uintptr_t got, uintptr_t want, uintptr_t index, int64_t rows, int64_t row_elements, int64_t element_bytes):
+    cdef int64_t n
     with nogil:
-        r = capi.write_rate(bytes, repeats)
-    return r
+        n = capi.count_different(<const char*>got, <const char*>want, <const int64_t*>index, rows, row_elements, element_bytes)
+    return n
 
 
-def read_rate(int64_t bytes, int repeats):
-    cdef double r
-    with nogil:
-        r = capi.read_rate(bytes, repeats)
-    return r
+cdef class RateProbe:
+    """Passes over memory like a window's: write() streams stores, read() loads every byte."""
+    cdef unique_ptr[capi.RateProbe] p
+
+    def __cinit__(self, int64_t size):
+        self.p.reset(new capi.RateProbe(size))
+
+    @property
+    def nbytes(self):
+        return self.p.get().bytes()
+
+    def write(self):
+        with nogil:
+            self.p.get().write()
+
+    def read(self):
+        cdef uint64_t r
+        with nogil:
+            r = self.p.get().read()
+        return r

@@ -1,0 +1,31 @@
+"""Starts a benchmark's ranks: `python -m bench ...` without a launcher calls mpirun itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def launched():
+    """Whether a launcher has started this process as one of its ranks."""
+    return any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE"))
+
+
+def mpirun(ranks):
+    """The command that starts ranks processes here, with more ranks than cores allowed and the waits of MPI polite."""
+    beside = Path(sys.executable).with_name("mpirun")
+    command = [str(beside) if beside.exists() else "mpirun", "-n", str(ranks), "--oversubscribe", "--bind-to", "none",
+               "--mca", "mpi_yield_when_idle", "1"]
+    if os.geteuid() == 0:
+        command.insert(1, "--allow-run-as-root")
+    return command
+
+
+def relaunch(ranks, argv):
+    """Run `python -m bench argv` as that many ranks; returns the exit status."""
+    root = str(Path(__file__).resolve().parent.parent)
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(paths), BENCH_PROGRESS="1" if sys.stderr.isatty() else "0")
+    return subprocess.call([*mpirun(ranks), sys.executable, "-m", "bench", *argv], env=env)

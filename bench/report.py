@@ -1,0 +1,158 @@
+"""What a measurement becomes: table rows in the manner of nccl-tests, JSON, CSV, a chart."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import moecomm
+from moecomm._native import core
+
+from .measure import OWN
+
+# The keys of a case in bench/results/latest.json; records for --json and --csv have more.
+KEYS = ("op", "routing", "nodes", "ranks", "tokens", "hidden", "experts", "top_k", "time_us", "p99_us", "logical_bytes", "rail_bytes",
+        "node_bytes", "wrong", "baselines", "floor_fraction")
+
+
+def record(case, measured):
+    """One flat dict of a case's op: KEYS and what else --json and --csv carry.
+
+    Bytes are of one call over all ranks. logical_bytes: one row per token and destination rank (or pick, for the sums
+    of the expert layout), those that stay at home included; rail_bytes and node_bytes crossed between nodes and inside them.
+    """
+    op, names = case.op, [n for n in measured.times if n != OWN]
+    hops = measured.hops[op]
+    return {
+        **{k: v for k, v in asdict(case).items() if k not in ("channels",)},
+        "ranks": case.ranks,
+        "time_us": round(measured.median(OWN, op), 1),
+        "p99_us": round(measured.p99(OWN, op), 1),
+        "logical_bytes": round(hops["node"]["logical_bytes"]),
+        "rail_logical_bytes": round(hops["rail"]["logical_bytes"]),
+        "rail_bytes": round(hops["rail"]["physical_bytes"]),
+        "node_bytes": round(hops["node"]["physical_bytes"]),
+        "wrong": measured.wrong[OWN][op],
+        "baselines": {n: round(measured.median(n, op), 1) for n in names},
+        "baselines_wrong": {n: measured.wrong[n][op] for n in names},
+        "floor_fraction": round(float(np.median(measured.floor[op])) * 1e6 / measured.median(OWN, op), 4),
+        "plan_us": round(1e6 * float(np.median(measured.plan)), 1),
+        "iterations": len(measured.times[OWN][op]),
+        "rail": measured.rail,
+    }
+
+
+def header(names):
+    """The table's head: columns and units."""
+    columns = ["op", "time", "p99", "logical", "alg", "rail log.", "rail phys.", "rail", "node phys.", "node", "of floor", "#wrong"]
+    units = ["", "us", "us", "MB", "GB/s", "MB", "MB", "GB/s", "MB", "GB/s", "%", ""]
+    ratios = [f"/{n}" for n in names]
+    return "\n".join("# " + "".join(_cells([*row, *extra])) for row, extra in ((columns, ratios), (units, ["x (us)"] * len(names))))
+
+
+def row(r):
+    """One case's record as a line of the table; a baseline's column says how many times longer it took, and its time."""
+    seconds = r["time_us"] / 1e6
+    mb, gbs = (lambda b: f"{b / 1e6:.2f}"), (lambda b: f"{b / 1e9 / seconds:.2f}")
+    cells = [r["op"], f"{r['time_us']:.1f}", f"{r['p99_us']:.1f}", mb(r["logical_bytes"]), gbs(r["logical_bytes"]), mb(r["rail_logical_bytes"]),
+             mb(r["rail_bytes"]), gbs(r["rail_bytes"]), mb(r["node_bytes"]), gbs(r["node_bytes"]), f"{100 * r['floor_fraction']:.1f}", str(r["wrong"])]
+    for name, us in r["baselines"].items():
+        wrong = r["baselines_wrong"][name]
+        cells.append(f"{us / r['time_us']:.2f} ({us:.0f})" + (f" {wrong} WRONG" if wrong else ""))
+    return "  " + "".join(_cells(cells))
+
+
+def _cells(texts):
+    widths = [11, 11, 11, 10, 8, 10, 11, 8, 11, 8, 9, 8]
+    return [t.rjust(widths[i] if i < len(widths) else 18) for i, t in enumerate(texts)]
+
+
+def about(case, r):
+    """The lines above a case's rows."""
+    return (f"# {case.title()}\n# rail {r['rail']}; {r['iterations']} iterations, outputs poisoned, every result checked; a dispatch whose rows have "
+            f"16 bytes (the plan and all but the payload) {r['plan_us']:.0f} us")
+
+
+def machine():
+    """Where this ran."""
+    model = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    return {"system": f"{platform.system()} {platform.release()}", "arch": platform.machine(), "cpu": model,
+            "cores": len(os.sched_getaffinity(0)), "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "row_kernels": core.isa()}
+
+
+def versions():
+    """What took part."""
+    found = {"moecomm": moecomm.__version__, "python": platform.python_version(), "torch": torch.__version__, "ucx": core.ucx_version()}
+    try:
+        from mpi4py import MPI
+
+        found["mpi"] = MPI.Get_library_version().split(",")[0].strip("\0 \n")
+    except (ImportError, RuntimeError):
+        pass
+    return found
+
+
+def write_latest(path, records):
+    """bench/results/latest.json: one object with machine, versions and cases of exactly KEYS."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cases = [{k: r[k] for k in KEYS} for r in records]
+    path.write_text(json.dumps({"machine": machine(), "versions": versions(), "cases": cases}, indent=1) + "\n")
+
+
+def append(records, *, json_path=None, csv_path=None):
+    """One JSON object per line, one CSV row per case; nested values are flattened in the CSV."""
+    if json_path:
+        with open(json_path, "a") as file:
+            file.writelines(json.dumps(r) + "\n" for r in records)
+    if csv_path:
+        flat = [{(f"{k}.{n}" if isinstance(v, dict) else k): x for k, v in r.items() for n, x in (v.items() if isinstance(v, dict) else [(k, v)])}
+                for r in records]
+        fresh = not os.path.exists(csv_path) or os.path.getsize(csv_path) == 0
+        with open(csv_path, "a", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(k for r in flat for k in r)))
+            if fresh:
+                writer.writeheader()
+            writer.writerows(flat)
+
+
+def plot(path, records):
+    """A chart: one panel per routing and geometry, bars of milliseconds per op for this library and its baselines."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = list(dict.fromkeys((r["nodes"], r["ranks"], r["routing"], r["tokens"]) for r in records))
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False, layout="constrained")
+    for axis, panel in zip(axes[0], panels):
+        mine = [r for r in records if (r["nodes"], r["ranks"], r["routing"], r["tokens"]) == panel]
+        names = [OWN, *mine[0]["baselines"]]
+        for i, name in enumerate(names):
+            times = [(r["time_us"] if name == OWN else r["baselines"][name]) / 1e3 for r in mine]
+            bars = axis.bar([x + 0.8 * i / len(names) for x in range(len(mine))], times, 0.8 / len(names), label=name)
+            axis.bar_label(bars, [f"{t:.3g}" for t in times], fontsize=7)
+        floors = [r["time_us"] * r["floor_fraction"] / 1e3 for r in mine]
+        for x, floor in enumerate(floors):
+            axis.plot([x - 0.4 / len(names), x + 0.8 - 0.4 / len(names)], [floor, floor], "k--", lw=1, label="traffic floor" if x == 0 else None)
+        axis.set_xticks([x + 0.4 - 0.4 / len(names) for x in range(len(mine))], [r["op"] for r in mine])
+        axis.set_yscale("log")
+        axis.set_ylabel("ms (median)")
+        nodes, ranks, routing, tokens = panel
+        axis.set_title(f"{nodes} node{'s' * (nodes > 1)} x {ranks // nodes} ranks, {tokens} tokens, {routing}", fontsize=10)
+        axis.legend(fontsize=8)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def of_all_ops(case, measured, ops):
+    """Records of a measured routing, one per op."""
+    return [record(replace(case, op=op), measured) for op in ops]

@@ -1,0 +1,122 @@
+"""Inputs of a case: every rank's tokens and the experts that they go to. Equal arguments give equal inputs.
+
+A benchmark shifts through its inputs: iteration i takes tokens i, i+1, ... So every iteration moves other
+rows by another routing, and what an earlier one left behind cannot pass for a result.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moecomm import gate
+
+TORCH_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
+
+
+@dataclass
+class Inputs:
+    """One rank's tokens: x [T, hidden], ids int64 [T, top_k], weights float32 [T, top_k]."""
+
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+
+def make_inputs(case, rank, spare=0, seed=0):
+    """Inputs of one rank for a case: its tokens and `spare` more to shift through."""
+    tokens = case.tokens_of(rank) + spare
+    generator = torch.Generator().manual_seed(1000003 * seed + rank)
+    router = torch.Generator().manual_seed(7919 + seed)   # the same weights on every rank
+    is_ids = case.routing.endswith((".npy", ".npz"))
+    if case.routing in ("uniform", "zipf") or is_ids:
+        x = torch.randn((tokens, case.hidden), generator=generator)
+    else:
+        x = embed(words_of(case, rank, tokens), case.hidden, seed)
+    if is_ids:
+        ids, weights = read_ids(case, rank, tokens)
+    elif case.routing in ("uniform", "zipf"):
+        logits = torch.randn((tokens, case.experts), generator=generator)
+        if case.routing == "zipf":   # experts by popularity 1/1, 1/2, 1/3 ..., in an order of their own
+            order = torch.randperm(case.experts, generator=router) + 1
+            logits = -torch.log(-torch.log(torch.rand((tokens, case.experts), generator=generator).clamp_min(1e-9))) - torch.log(order)
+        ids, weights = gate.sigmoid_gate(logits, case.top_k, num_groups=case.groups, top_groups=case.top_groups)
+    else:
+        router_weight = torch.randn((case.hidden, case.experts), generator=router) / case.hidden ** 0.5
+        ids, weights = gate.sigmoid_gate(x @ router_weight, case.top_k, num_groups=case.groups, top_groups=case.top_groups)
+    if case.masked:
+        ids = ids.masked_fill(torch.rand(ids.shape, generator=generator) < case.masked, -1)
+    return Inputs(x.to(TORCH_DTYPES[case.dtype]), ids.contiguous(), weights.float().contiguous())
+
+
+# -- routing from files --------------------------------------------------------------------------------
+
+
+def read_ids(case, rank, tokens):
+    """Ids (and weights, in an .npz) from a file: [ranks, T, top_k], or [T, top_k] dealt out to the ranks; repeated where too short."""
+    loaded = np.load(case.routing)
+    ids, weights = (loaded["ids"], loaded.get("weights")) if case.routing.endswith(".npz") else (loaded, None)
+    if ids.ndim not in (2, 3) or ids.shape[-1] != case.top_k or (ids.ndim == 3 and ids.shape[0] != case.ranks):
+        raise SystemExit(f"--routing: {case.routing} has shape {list(ids.shape)}; expected [T, {case.top_k}] or [{case.ranks}, T, {case.top_k}]")
+
+    def mine(array):
+        own = array[rank] if array.ndim == 3 else array[rank::case.ranks]
+        return torch.from_numpy(np.resize(own, (tokens, case.top_k)))
+
+    ids = mine(ids.astype(np.int64))
+    return ids, torch.full(ids.shape, 1 / case.top_k) if weights is None else mine(weights.astype(np.float32))
+
+
+# -- routing from text ---------------------------------------------------------------------------------
+
+
+def text_files():
+    """Source files and docs of this machine, in an order that depends on their names alone."""
+    found = []
+    for folder, patterns in ((Path(re.__file__).parents[1], ("*.py", "email/*.py", "json/*.py", "http/*.py", "asyncio/*.py")),
+                             (Path(torch.__file__).parent, ("*.py", "nn/*.py", "optim/*.py", "distributed/*.py")),
+                             (Path("/usr/share/doc"), ("*/copyright", "*/README*", "*/*.txt", "*/NEWS*")),
+                             (Path(sys.prefix), ("lib/python*/site-packages/*/*.py",))):
+        for pattern in patterns:
+            found += [p for p in folder.glob(pattern) if p.is_file() and 4096 <= p.stat().st_size <= 262144 and p.suffix != ".gz"]
+    return sorted(set(found), key=lambda p: (zlib.crc32(p.name.encode()), str(p)))
+
+
+def words_of(case, rank, tokens):
+    """A rank's words: those of text files (every rank reads others), or of the one that --routing names."""
+    if case.routing == "text":
+        files = text_files()[rank::case.ranks]
+    else:
+        files = [Path(case.routing)]
+        if not files[0].is_file():
+            raise SystemExit(f"--routing: {case.routing} is no file; expected uniform, zipf, text or a file")
+    words = []
+    for path in files:
+        words += tokenize(path.read_text(errors="replace"))
+        if len(words) >= case.ranks * tokens:
+            break
+    if not words:
+        raise SystemExit("--routing: no words were found")
+    first = 0 if case.routing == "text" else rank * tokens   # one file is shared out
+    return [words[(first + i) % len(words)] for i in range(tokens)]
+
+
+def tokenize(text):
+    """Words in pieces of at most eight letters, digits one by one, signs one by one."""
+    return re.findall(r"[^\W\d_]{1,8}|\d|[^\w\s]|_", text)
+
+
+def embed(words, hidden, seed=0):
+    """Hidden states [T, hidden] float32: every word has a random vector of its own; a token also feels the words before it."""
+    vectors = {w: torch.randn(hidden, generator=torch.Generator().manual_seed(zlib.crc32(w.encode()) + seed)) for w in set(words)}
+    own = torch.stack([vectors[w] for w in words])
+    state = own.clone()
+    for back, share in ((1, 0.5), (2, 0.25), (3, 0.125)):
+        state[back:] += share * own[:-back]
+    return state / state.pow(2).mean(-1, keepdim=True).sqrt()

@@ -1,0 +1,37 @@
+"""What `make bench` runs: the two families of cases.FAMILIES, each as dispatch, combine and round trip."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from . import cases, launch, report
+from .measure import OPS
+from .run import run_cases, world_of
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def arguments(parser):
+    """The measurement's options, and sizes for a quick look."""
+    cases.measurement(parser)
+    parser.add_argument("--tokens", type=int, default=0, help="per rank; 0: as the families say")
+    parser.add_argument("--hidden", type=int, default=0, help="0: as the families say")
+    parser.add_argument("--output", default=str(RESULTS), help="folder of latest.json and latest.png")
+
+
+def main(args):
+    """Run all under one mpirun, write latest.json and latest.png. 1 where a result was wrong."""
+    ranks = cases.FAMILIES[0].ranks
+    if not launch.launched():
+        return launch.relaunch(ranks, sys.argv[1:])
+    families = [cases.replace(f, tokens=args.tokens or f.tokens, hidden=args.hidden or f.hidden) for f in cases.FAMILIES]
+    world = world_of(ranks)
+    records, wrong = run_cases(world, families, OPS, args)
+    if world.rank == 0:
+        folder = Path(args.output)
+        report.write_latest(folder / "latest.json", records)
+        report.plot(folder / "latest.png", records)
+        print(f"# written: {folder / 'latest.json'}, {folder / 'latest.png'}")
+        print(f"# {'every result was right' if not wrong else f'{wrong} ELEMENTS WERE WRONG'}")
+    return 1 if wrong else 0

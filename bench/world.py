@@ -1,0 +1,89 @@
+"""World: the ranks of a benchmark, over mpi4py or torch.distributed: barrier, gather, and memory to compare with."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import time
+
+import torch
+import torch.distributed as dist
+
+
+class World:
+    """Rank and size, an untimed barrier and allgather, and `group`, which Communicator takes."""
+
+    def __init__(self, group, rank, size, barrier, allgather):
+        self.group, self.rank, self.size, self.barrier, self.allgather = group, rank, size, barrier, allgather
+        self.one_host = len(set(allgather(_boot_id()))) == 1
+
+    @staticmethod
+    def from_mpi(comm):
+        """Of an mpi4py communicator."""
+        return World(comm, comm.Get_rank(), comm.Get_size(), comm.Barrier, comm.allgather)
+
+    @staticmethod
+    def from_torch():
+        """Of torch.distributed's default group."""
+        def allgather(value):
+            out = [None] * dist.get_world_size()
+            dist.all_gather_object(out, value)
+            return out
+
+        return World(dist.group.WORLD, dist.get_rank(), dist.get_world_size(), dist.barrier, allgather)
+
+    def gloo(self):
+        """Make torch.distributed's default group (gloo) if it is not there yet."""
+        if dist.is_initialized():
+            return
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if self.one_host else "")
+        if not os.environ["GLOO_SOCKET_IFNAME"]:
+            del os.environ["GLOO_SOCKET_IFNAME"]
+        host = "127.0.0.1" if self.one_host else socket.gethostbyname(socket.gethostname())
+        store = dist.TCPStore(host, 0, self.size, is_master=True, wait_for_workers=False) if self.rank == 0 else None
+        host, port = self.allgather((host, store.port if store else 0))[0]
+        if store is None:
+            store = dist.TCPStore(host, port, self.size, is_master=False)
+        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size)
+
+    def span(self, start, end):
+        """Seconds from the first rank's start to the last rank's end; the longest rank's where hosts have clocks of their own."""
+        times = self.allgather((start, end))
+        if self.one_host:
+            return max(e for _, e in times) - min(s for s, _ in times)
+        return max(e - s for s, e in times)
+
+    def timed(self, work):
+        """(what work returns, span): all ranks start together."""
+        self.barrier()
+        start = time.perf_counter()
+        result = work()
+        end = time.perf_counter()
+        return result, self.span(start, end)
+
+    def table(self, tensor, stride):
+        """All ranks' rows [size * stride, ...]: row r of rank s at s * stride + r. One copy where there is one host."""
+        shape = (self.size * stride, *tensor.shape[1:])
+        if not self.one_host:
+            table = torch.zeros(shape, dtype=tensor.dtype)
+            for rank, rows in enumerate(self.allgather(tensor)):
+                table[rank * stride:rank * stride + len(rows)] = rows
+            return table
+        size = max(torch.Size(shape).numel() * tensor.element_size(), 1)
+        fd = os.memfd_create("bench") if self.rank == 0 else -1
+        if fd >= 0:
+            os.ftruncate(fd, size)
+        pid, its_fd = self.allgather((os.getpid(), fd))[0]
+        with open(f"/proc/{pid}/fd/{its_fd}", "r+b", buffering=0) as file:
+            table = torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=tensor.dtype).view(shape)
+        table[self.rank * stride:self.rank * stride + len(tensor)] = tensor
+        self.barrier()
+        if fd >= 0:
+            os.close(fd)
+        return table
+
+
+def _boot_id():
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read()

@@ -1,0 +1,180 @@
+"""The benchmark's own parts: inputs, routes, the fast check against the oracle, what is written."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from worlds import assert_same, random_world
+
+from bench import cases, check, report, routing
+from bench.baselines import Routes
+from moecomm import reference
+
+
+def small(**changes):
+    """A case that takes no time."""
+    return replace(cases.Case(nodes=2, ranks_per_node=2, tokens=9, hidden=16, experts=16, top_k=4), **changes)
+
+
+# -- inputs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["uniform", "zipf", "text"])
+def test_inputs_are_valid_and_repeatable(kind):
+    case = small(routing=kind, groups=4, top_groups=2)
+    for rank in range(case.ranks):
+        one, two = (routing.make_inputs(case, rank, spare=3) for _ in range(2))
+        assert one.x.shape == (12, 16) and one.ids.shape == one.weights.shape == (12, 4)
+        assert torch.equal(one.x, two.x) and torch.equal(one.ids, two.ids) and torch.equal(one.weights, two.weights)
+        assert ((one.ids >= 0) & (one.ids < 16)).all()
+        assert (one.ids.sort(1).values.diff(dim=1) > 0).all(), "picks of a token are distinct"
+        assert ((one.ids // 4).unsqueeze(2) == torch.arange(4)).any(1).sum(1).max() <= 2, "a token stays within its groups"
+    assert not torch.equal(routing.make_inputs(case, 0).x, routing.make_inputs(case, 1).x)
+
+
+def test_masked_and_unbalanced():
+    case = small(masked=0.5, unbalanced=True, tokens=100)
+    counts = [len(routing.make_inputs(case, r).x) for r in range(4)]
+    assert counts == [25, 50, 75, 100]
+    share = (routing.make_inputs(case, 3).ids < 0).float().mean()
+    assert 0.35 < share < 0.65
+
+
+def test_zipf_is_skewed():
+    case = small(routing="zipf", tokens=400, top_k=1)
+    load = torch.bincount(routing.make_inputs(case, 0).ids.flatten(), minlength=16).float()
+    assert load.max() > 3 * load.median()
+
+
+def test_routing_from_files(tmp_path):
+    import numpy as np
+
+    ids = np.arange(4 * 9 * 4).reshape(4, 9, 4) % 16
+    np.save(tmp_path / "ids.npy", ids)
+    case = small(routing=str(tmp_path / "ids.npy"))
+    assert torch.equal(routing.make_inputs(case, 2).ids, torch.from_numpy(ids[2]))
+    np.savez(tmp_path / "ids.npz", ids=ids.reshape(-1, 4), weights=np.full((36, 4), 0.5, np.float32))
+    got = routing.make_inputs(small(routing=str(tmp_path / "ids.npz")), 1, spare=5)
+    assert torch.equal(got.ids[:9], torch.from_numpy(ids.reshape(-1, 4)[1::4])) and (got.weights == 0.5).all()
+    (tmp_path / "words.txt").write_text("one fish, two fish: red fish, blue fish. " * 9)
+    got = routing.make_inputs(small(routing=str(tmp_path / "words.txt")), 1)
+    assert got.ids.shape == (9, 4)
+    with pytest.raises(SystemExit, match="expected"):
+        routing.make_inputs(small(routing=str(tmp_path / "ids.npy"), top_k=3), 0)
+    with pytest.raises(SystemExit, match="no file"):
+        routing.make_inputs(small(routing="nowhere.txt"), 0)
+
+
+def test_words():
+    assert routing.tokenize("def f(x): return 42") == ["def", "f", "(", "x", ")", ":", "return", "4", "2"]
+    assert len(routing.text_files()) >= 8, "there is text on every machine that runs Python"
+
+
+# -- the fast check is the oracle --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_fast_check_equals_the_oracle(layout, dtype):
+    size, per_node, experts, top_k = 4, 2, 12, 5
+    xs, ids, weights = random_world(size, [70, 0, 3, 9], 32, experts, top_k, dtype, seed=3)
+    xs[0][0], xs[0][1] = -0.0, 1e-7   # signs of zero and small values survive
+    want = reference.dispatch(xs, ids, weights, num_experts=experts, layout=layout)
+    rows = []
+    for rank in range(size):
+        source, token = check.received_order(ids, rank, num_experts=experts, layout=layout)
+        assert_same(source, want[rank].source_rank, "source rank")
+        assert_same(token, want[rank].source_token, "source token")
+        rows.append(check.expert_output(want[rank].x, rank, torch.empty_like(want[rank].x)))
+    row_weights = [w.topk_weights for w in want] if layout == "expert" else None
+    for nodes_of in (per_node, size):   # forwarded by node, and straight
+        expected = reference.combine(rows, want, [len(x) for x in xs], ranks_per_node=nodes_of, topk_weights=row_weights)
+        for rank in range(size):
+            group_of = [r // nodes_of for r in range(size)]
+            rounded = [n != group_of[rank] for n in range(size // nodes_of)]
+            got = check.combined(xs[rank], ids[rank], weights[rank], num_experts=experts, size=size, layout=layout, group_of=group_of, rounded=rounded)
+            assert_same(got, expected[rank], f"rank {rank}: y")
+
+
+def test_count_wrong_counts_elements():
+    table = torch.randn(6, 16).bfloat16()
+    index = torch.tensor([3, 1, 1])
+    got = table[index].clone()
+    assert check.count_wrong(got, table, index) == 0
+    got[1, 4] += 1
+    got[2] = float("nan")
+    assert check.count_wrong(got, table, index) == 17
+    assert check.count_wrong(got[:2], table, index) > 0, "a missing row is wrong"
+    nan = torch.full((1, 16), float("nan"))
+    assert check.count_wrong(nan, nan) == 0, "bits, not values"
+    assert check.count_wrong(torch.zeros(1, 16), -torch.zeros(1, 16)) == 16
+
+
+# -- baselines ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["rank", "expert"])
+def test_routes_send_a_token_once_per_rank(layout):
+    case = small(layout=layout)
+    _, ids, weights = random_world(4, [9, 0, 4, 7], 16, 16, 4, seed=5)
+    routes = [Routes(case, r, ids, weights) for r in range(4)]
+    for source, sender in enumerate(routes):
+        at = 0
+        for to, receiver in enumerate(routes):
+            wanted = [t for t in range(len(ids[source])) if any(e // 4 == to for e in ids[source][t].tolist() if e >= 0)]
+            assert sender.send_token[at:at + len(wanted)].tolist() == wanted
+            assert sender.send_counts[to] == receiver.recv_counts[source] == len(wanted)
+            assert sender.back[wanted, to].tolist() == list(range(at, at + len(wanted)))
+            at += len(wanted)
+        assert at == sender.sent and (sender.back >= 0).sum() == at
+
+
+# -- what is written ---------------------------------------------------------------------------------
+
+
+def a_record(**changes):
+    """A record with made-up numbers."""
+    hop = dict(logical_rows=1, physical_rows=1, logical_bytes=10, physical_bytes=5)
+    from bench.measure import OPS, Measured
+
+    times = {name: {op: [1e-3, 2e-3, 3e-3] for op in OPS} for name in ("moecomm", "tuned-mpi", "tuned-gloo", "torch-gloo")}
+    measured = Measured(times=times, wrong={n: dict.fromkeys(OPS, 0) for n in times}, plan=[1e-4],
+                        hops={op: {"rail": hop, "node": hop} for op in OPS}, floor={op: [1e-3] for op in OPS})
+    return report.record(small(**changes), measured)
+
+
+def test_latest_json_has_exactly_its_keys(tmp_path):
+    records = [a_record(op=op) for op in ("dispatch", "combine", "roundtrip")]
+    report.write_latest(tmp_path / "new" / "latest.json", records)
+    latest = json.loads((tmp_path / "new" / "latest.json").read_text())
+    assert set(latest) == {"machine", "versions", "cases"}
+    for case in latest["cases"]:
+        assert set(case) == {"op", "routing", "nodes", "ranks", "tokens", "hidden", "experts", "top_k", "time_us", "p99_us", "logical_bytes",
+                             "rail_bytes", "node_bytes", "wrong", "baselines", "floor_fraction"}
+        assert set(case["baselines"]) == {"tuned-mpi", "tuned-gloo", "torch-gloo"}
+        assert case["time_us"] == 2000.0 and case["floor_fraction"] == 0.5 and case["ranks"] == 4
+
+
+def test_lines_csv_table_and_chart(tmp_path):
+    records = [a_record(op=op) for op in ("dispatch", "combine")]
+    for _ in range(2):
+        report.append(records, json_path=tmp_path / "r.jsonl", csv_path=tmp_path / "r.csv")
+    lines = (tmp_path / "r.jsonl").read_text().splitlines()
+    assert len(lines) == 4 and json.loads(lines[1])["op"] == "combine"
+    table = (tmp_path / "r.csv").read_text().splitlines()
+    assert len(table) == 5 and "baselines.tuned-mpi" in table[0]
+    head = report.header(list(records[0]["baselines"])).splitlines()
+    assert len({len(line) for line in [*head, report.row(records[0])]}) == 1, "columns line up"
+    report.plot(tmp_path / "r.png", records)
+    assert (tmp_path / "r.png").stat().st_size > 1000
+
+
+def test_families_are_the_ones_that_make_bench_promises():
+    two, one = cases.FAMILIES
+    assert (two.nodes, two.ranks_per_node, two.tokens, two.hidden, two.experts, two.top_k, two.groups, two.top_groups, two.routing) == \
+        (2, 4, 512, 7168, 256, 8, 8, 4, "text")
+    assert (one.nodes, one.ranks_per_node, one.tokens, one.hidden, one.experts, one.top_k, one.routing) == (1, 8, 512, 7168, 64, 8, "uniform")
+    assert cases.baselines_of("gloo,mpi") == ["tuned-mpi", "tuned-gloo", "torch-gloo"] and cases.baselines_of("none") == []
+    with pytest.raises(SystemExit):
+        cases.baselines_of("nccl")
