@@ -24,4 +24,12 @@ MOE_HD Status leader(G g, F&& f) {
   return g.broadcast(s, 0);
 }
 
+// Each lane found something or not; everyone gets the finding of the first lane that has one.
+template <Group G>
+MOE_HD Status first_failure(G g, const Status& mine) {
+  for (int lane = 0; lane < g.size(); ++lane)
+    if (const Status said = g.broadcast(mine, lane); !said.ok()) return said;
+  return {};
+}
+
 }  // namespace moecomm

@@ -376,6 +376,26 @@ MOE_HD Status announce_arrival(G g, F f, const DispatchArgs& a) {
   });
 }
 
+namespace detail {
+
+// MOECOMM_CHECK=1: every row is what its source read. Lanes take rows in turn, after all copies are done.
+template <Group G>
+MOE_HD Status verify_rows(G g, const DispatchArgs& a, const char* block, const BlockLayout& l, int64_t rows) {
+  const uint64_t bytes = a.plan.call.row_bytes;
+  const int64_t* source = reinterpret_cast<const int64_t*>(block + l.source);
+  const uint64_t* sums = reinterpret_cast<const uint64_t*>(block + l.sums);
+  Status wrong;
+  for (int64_t r = g.lane(); r < rows && wrong.ok(); r += g.size()) {
+    if (source[r] < 0) continue;   // padding
+    const int32_t token = static_cast<int32_t>(source[r] & 0xffffffff);
+    const uint64_t got = row_checksum(block + l.rows + r * bytes, bytes, token);
+    if (got != sums[r]) wrong = {Code::corrupt, Phase::arrive, static_cast<int32_t>(source[r] >> 32), token, sums[r], got};
+  }
+  return first_failure(g, wrong);
+}
+
+}  // namespace detail
+
 template <Group G, class F>
 MOE_HD Status arrive(G g, F f, const DispatchArgs& a) {
   const BufferView& b = a.b;
@@ -417,30 +437,19 @@ MOE_HD Status arrive(G g, F f, const DispatchArgs& a) {
         reinterpret_cast<int64_t*>(block + l.ids)[r * b.shape.top_k + k] = -1;
       }
   };
-  const auto check = [&](int64_t r) {
-    if (!b.check) return Status{};
-    const uint64_t want = reinterpret_cast<const uint64_t*>(block + l.sums)[r];
-    const uint64_t got = row_checksum(block + l.rows + r * call.row_bytes, call.row_bytes, source[r] & 0xffffffff);
-    if (want == got) return Status{};
-    return Status{Code::corrupt, Phase::arrive, static_cast<int32_t>(source[r] >> 32), static_cast<int32_t>(source[r] & 0xffffffff), want, got};
-  };
-  if (by_rank) {
-    for (int64_t r = 0; r < real && b.check; ++r) MOE_TRY(check(r));
-  } else {
+  if (!by_rank) {
     int64_t row = 0;
     for (int e = 0; e < b.experts_per_rank(); ++e) {
       const int64_t end = row + a.plan.tokens_per_expert[e], padded = row + a.plan.rows_per_expert[e];
-      for (; row < end; ++row) {
+      for (; row < end; ++row)
         if (origin[row] != row) { copy(row, origin[row]); ++replicated; }
-        MOE_TRY(check(row));
-      }
       for (; row < padded; ++row) clear(row);
     }
   }
   for (int64_t row = real; row < rows; ++row) clear(row);
   if (g.lane() == 0) f.counters().replicated_rows += replicated;
   g.sync();
-  return {};
+  return b.check ? detail::verify_rows(g, a, block, l, rows) : Status{};
 }
 
 }  // namespace moecomm

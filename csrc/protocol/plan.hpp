@@ -39,12 +39,7 @@ MOE_HD Status sort_picks(G g, const DispatchArgs& a) {
     a.plan.picks[t] = static_cast<uint8_t>(n);
     if (!bad.ok()) break;
   }
-  // One lane's finding is everybody's: the first lane that has one speaks.
-  for (int lane = 0; lane < g.size(); ++lane) {
-    const Status said = g.broadcast(bad, lane);
-    if (!said.ok()) return said;
-  }
-  return {};
+  return first_failure(g, bad);
 }
 
 template <Group G>
