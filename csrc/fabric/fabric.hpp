@@ -8,7 +8,9 @@
 //          were issued before it. signal_node() releases all earlier writes of the calling group
 //          (after a sync()). wait_*() acquires. Nothing is ordered between different peers.
 // Counters are 64-bit, only ever grow, and have one writer each.
-// Lanes    Row operations are called by all lanes together; put, signal and wait by one lane.
+// Lanes    Row operations are called by all lanes together; put, signal and wait by one lane. reduce_rows may
+//          fetch the rows of `next` ahead, but other lanes may still be writing that list: only a group of one
+//          lane reads it.
 #pragma once
 #include <concepts>
 

@@ -140,7 +140,7 @@ struct HostFabric {
     const int64_t slice = static_cast<int64_t>(align_up((hidden + g.size() - 1) / g.size(), 64));
     const int64_t begin = slice * g.lane();
     if (begin >= hidden) return;
-    s->kernels->reduce(dst, terms, next, bias, begin, begin + slice < hidden ? begin + slice : hidden, type);
+    s->kernels->reduce(dst, terms, g.size() == 1 ? next : nullptr, bias, begin, begin + slice < hidden ? begin + slice : hidden, type);
   }
   Counters& counters() const { return s->counters; }
   TermStore& terms(int which) const { return s->terms[which]; }

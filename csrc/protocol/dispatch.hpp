@@ -280,8 +280,7 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
   const int end = a.plan.channel_first[n * (channels + 1) + channel + 1];
   const char* metas = f.rail(b.rail.metas) + uint64_t(n) * b.shape.max_tokens * meta_size;
   const char* area = n == own ? nullptr : f.rail(b.rail.area_a) + remote_index(n, own) * b.shape.max_tokens * b.shape.slot_bytes();
-  uint64_t& seen = a.book->rows[n * channels + channel];
-  const uint64_t seen_before = seen;
+  uint64_t& seen = a.book->rows[n * channels + channel];   // lane 0's alone
   const bool by_rank = call.layout == RowLayout::rank, judged_ok = a.verdict->code == 0;
   Counters& count = f.counters();
   uint64_t node_rows = 0, left_rows = 0;
@@ -290,7 +289,7 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
     const int chunk_end = chunk + kChunkRows < end ? chunk + kChunkRows : end;
     if (n != own)
       MOE_TRY(leader(g, [&] {
-        return f.wait_rail(b.rail.rows + 8 * (n * channels + channel), seen_before + (chunk_end - begin), Phase::forward, source);
+        return f.wait_rail(b.rail.rows + 8 * (n * channels + channel), seen + (chunk_end - begin), Phase::forward, source);
       }));
     if (!judged_ok) continue;   // the rows are taken off the wire, and dropped: no place was given to them
     for (int i = chunk; i < chunk_end; ++i) {
@@ -345,7 +344,7 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
     }
   }
   if (g.lane() == 0) {
-    if (n != own) seen = seen_before + (end - begin);
+    if (n != own) seen += end - begin;
     count.node.logical_rows += node_rows;
     count.node.physical_rows += left_rows;
     count.node.logical_bytes += node_rows * (call.row_bytes + call.scale_bytes);

@@ -18,7 +18,8 @@ CPP_FLAGS = -std=c++20 -ffp-contract=off -Wall -Wextra -Wno-psabi -pthread -Icsr
 CPP_FLAGS_plain := -O2
 CPP_FLAGS_tsan := -O1 -g1 -fsanitize=thread
 CPP_FLAGS_asan := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
-CPP_LINK = -L$(CPP_UCX)/lib -Wl,-rpath,$(CPP_UCX)/lib -lucp -lucs
+# UCX only where a test uses it: its memory hooks do not live with ThreadSanitizer.
+CPP_LINK = -L$(CPP_UCX)/lib -Wl,-rpath,$(CPP_UCX)/lib -Wl,--as-needed -lucp -lucs
 CPP_LIBRARY := $(wildcard csrc/fabric/*.cpp csrc/runtime/*.cpp)
 CPP_RUN_plain :=
 # ThreadSanitizer of older compilers needs the memory layout without randomisation.

@@ -34,8 +34,9 @@ struct RankState {
       : view(make_view(g, s, check)), window(view.node.bytes), region(view.rail.bytes), arena(view.node.arena, view.node.arena + s.arena_bytes),
         counts(2 * g.nodes() * s.channels) {
     host.geometry = g;
-    host.node = view.node;
-    host.rail = view.rail;
+    host.window_faults = view.node.faults;
+    host.region_faults = view.rail.faults;
+    host.region_peers = g.nodes();
     host.rail_region = region.data.get();
     host.watch = &watch;
     book.rows = counts.data();
