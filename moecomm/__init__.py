@@ -15,9 +15,9 @@ import libucx as _libucx  # noqa: E402
 
 _libucx.load_library()   # so that the extension finds UCX wherever the wheel lies
 
-from . import gate, presets, reference  # noqa: E402
+from . import gate, ops, presets, reference  # noqa: E402
 from ._version import __version__  # noqa: E402
-from .buffer import Buffer, Dispatched, Handle, Pending  # noqa: E402
+from .buffer import Buffer  # noqa: E402
 from .communicator import Communicator  # noqa: E402
 from .errors import (  # noqa: E402
     CapacityExceeded,
@@ -29,8 +29,9 @@ from .errors import (  # noqa: E402
     PeerTimeout,
 )
 from .local import run_local  # noqa: E402
+from .results import Dispatched, Handle, Pending  # noqa: E402
 
 __all__ = [
     "Buffer", "CapacityExceeded", "Communicator", "ConfigMismatch", "CorruptRow", "Dispatched", "Handle", "InvalidArgument",
-    "MoecommError", "PeerLost", "PeerTimeout", "Pending", "__version__", "gate", "presets", "reference", "run_local",
+    "MoecommError", "PeerLost", "PeerTimeout", "Pending", "__version__", "gate", "ops", "presets", "reference", "run_local",
 ]

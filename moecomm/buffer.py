@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import torch
+from collections import OrderedDict
 
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from . import ops
 from ._native import core
 from .env import Environment
 from .errors import InvalidArgument, raise_failure
+from .results import BlockTensors, Dispatched, Handle, Pending
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 _MAX_TOP_K = 32
+_STAGES = ("pre_dispatch", "post_dispatch", "pre_combine", "post_combine")
 
 
 def _as_tensor(name, value, op):
@@ -78,7 +84,9 @@ class Buffer:
         self._native.connected()
         if comm._bootstrap.threads:
             comm._bootstrap.keep(self._native)
+        self.number = ops.number_buffer(self)   # how torch.ops.moecomm.* name this buffer
         self._row_bytes = hidden * dtype.itemsize
+        self._hooks = {}
         self._closed = False
 
     # -- sizes ------------------------------------------------------------------------------------
@@ -160,24 +168,37 @@ class Buffer:
             x, scales = x
             scales = _as_tensor("scales", scales, op)
         x = _as_tensor("x", x, op)
-        tokens = self._check_x(op, x, scales)
-        plan = None
         if handle is not None:
-            if topk_ids is not None:
-                raise InvalidArgument(f"{op}: topk_ids and handle are both given; expected one of them", op=op)
             if layout != "expert" or expert_alignment != 1 or capacity is not None:
                 raise InvalidArgument(f"{op}: layout, expert_alignment and capacity come from the handle; expected them left out", op=op)
             self._check_handle(op, handle)
-            plan = handle._plan
-            if tokens != plan.tokens:
-                raise InvalidArgument(f"{op}: x has {tokens} tokens; the handle's plan is for {plan.tokens}", op=op)
             layout, capacity = handle.layout, handle._capacity
+        if topk_ids is not None:
+            topk_ids = _as_tensor("topk_ids", topk_ids, op)
+        if topk_weights is not None:
+            topk_weights = _as_tensor("topk_weights", topk_weights, op)
+        self._check_dispatch(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle)
+        if check and topk_weights is not None and bool(torch.isnan(topk_weights).any()):
+            raise InvalidArgument(f"{op}: topk_weights holds NaN; expected numbers (check=True)", op=op)
+        through_ops = ops.wanted(x, topk_weights)
+        if through_ops and scales is not None and x.requires_grad:
+            raise InvalidArgument(f"{op}: x is quantized and requires a gradient, which FP8 rows cannot carry; expected x.detach()", op=op)
+        run = self._dispatch_by_ops if through_ops else self._dispatch_natively
+        return self._call(op, run, async_op, through_ops, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle)
+
+    def _check_dispatch(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle=None):
+        op = "dispatch"
+        tokens = self._check_x(op, x, scales)
+        if handle is not None:
+            if topk_ids is not None:
+                raise InvalidArgument(f"{op}: topk_ids and handle are both given; expected one of them", op=op)
+            if tokens != handle.num_tokens:
+                raise InvalidArgument(f"{op}: x has {tokens} tokens; the handle's plan is for {handle.num_tokens}", op=op)
         elif layout not in ("expert", "rank"):
             raise InvalidArgument(f"{op}: layout is {layout!r}; expected 'expert' or 'rank'", op=op)
         else:
             if topk_ids is None:
                 raise InvalidArgument(f"{op}: topk_ids is None; expected ids [T, top_k], or a handle", op=op)
-            topk_ids = _as_tensor("topk_ids", topk_ids, op)
             self._check_picks(op, "topk_ids", topk_ids, tokens, (torch.int64, torch.int32))
             if not isinstance(expert_alignment, int) or not 1 <= expert_alignment <= 65536:
                 raise InvalidArgument(f"{op}: expert_alignment is {expert_alignment!r}; expected an int in 1..65536", op=op)
@@ -186,26 +207,32 @@ class Buffer:
             if capacity is not None and (not isinstance(capacity, int) or capacity < 0):
                 raise InvalidArgument(f"{op}: capacity is {capacity!r}; expected an int >= 0", op=op)
         if topk_weights is not None:
-            topk_weights = _as_tensor("topk_weights", topk_weights, op)
             self._check_picks(op, "topk_weights", topk_weights, tokens, (torch.float32,))
-            if check and bool(torch.isnan(topk_weights).any()):
-                raise InvalidArgument(f"{op}: topk_weights holds NaN; expected numbers (check=True)", op=op)
 
+    def _dispatch_natively(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle=None):
         quantized = scales is not None
         row_bytes = self.hidden if quantized else self._row_bytes
         scale_bytes = scales.shape[1] * 4 if quantized else 0
+        result = self._native.dispatch(
+            x.data_ptr(), scales.data_ptr() if quantized else 0, 0 if topk_ids is None else topk_ids.data_ptr(),
+            topk_ids is not None and topk_ids.dtype == torch.int32, 0 if topk_weights is None else topk_weights.data_ptr(),
+            x.shape[0], layout == "rank", expert_alignment, -1 if capacity is None else capacity, row_bytes, scale_bytes,
+            None if handle is None else handle._ticket.plan)
+        if type(result) is not tuple:
+            raise_failure(result, op="dispatch", rank=self.comm.rank, describe_capacity=self._describe_capacity)
+        plan, block, output = result
+        handle = self._handle_of(ops.Ticket(self, layout, capacity, plan, output))
+        return Dispatched(handle, BlockTensors(handle, block, x.dtype, row_bytes, scale_bytes))
 
-        def run():
-            result = self._native.dispatch(
-                x.data_ptr(), scales.data_ptr() if quantized else 0, 0 if topk_ids is None else topk_ids.data_ptr(),
-                topk_ids is not None and topk_ids.dtype == torch.int32, 0 if topk_weights is None else topk_weights.data_ptr(),
-                tokens, layout == "rank", expert_alignment, -1 if capacity is None else capacity, row_bytes, scale_bytes, plan)
-            if type(result) is not tuple:
-                raise_failure(result, op=op, rank=self.comm.rank, describe_capacity=self._describe_capacity)
-            new_plan, block, output = result
-            return Dispatched(self, new_plan, block, output, layout, x.dtype, scale_bytes, capacity)
-
-        return Pending(self.comm._submit(run), (x, scales, topk_ids, topk_weights)) if async_op else run()
+    def _dispatch_by_ops(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle):
+        if handle is not None:
+            rows, row_scales, weights = ops.redispatch(x, topk_weights, scales, handle._tensor(), self.number, layout, handle.num_rows)
+            return Dispatched(handle, dict(x=rows, scales=row_scales, weights=weights))
+        rows, row_scales, weights, ids, source, tokens, padded, ticket = ops.dispatch(
+            x, topk_ids, topk_weights, scales, self.number, layout, expert_alignment, capacity)
+        handle = Handle(self, layout, capacity, rows.shape[0], x.shape[0], ticket)
+        return Dispatched(handle, dict(x=rows, scales=None if scales is None else row_scales, weights=weights, ids=ids, source=source,
+                                       tokens=tokens, padded=padded))
 
     # -- combine ----------------------------------------------------------------------------------
 
@@ -246,43 +273,106 @@ class Buffer:
             raise InvalidArgument(f"{op}: wire is {wire!r}; expected None", op=op)
         self._check_handle(op, handle)
         rows = _as_tensor("rows", rows, op)
-        n = handle.num_rows
+        if topk_weights is not None:
+            topk_weights = _as_tensor("topk_weights", topk_weights, op)
+        if bias is not None:
+            bias = _as_tensor("bias", bias, op)
+        self._check_combine(rows, handle, topk_weights, bias, out)
+        if check and topk_weights is not None and bool(torch.isnan(topk_weights).any()):
+            raise InvalidArgument(f"{op}: topk_weights holds NaN; expected numbers (check=True)", op=op)
+        through_ops = ops.wanted(rows, topk_weights, bias)
+        if through_ops and out is not None:
+            raise InvalidArgument(f"{op}: out is given where a gradient is wanted or a graph is traced; expected None", op=op)
+        run = self._combine_by_ops if through_ops else self._combine_natively
+        return self._call(op, run, async_op, through_ops, rows, handle, topk_weights, bias, out)
+
+    def _check_combine(self, rows, handle, topk_weights, bias, out=None):
+        op = "combine"
+        n, tokens = handle.num_rows, handle.num_tokens
         if rows.dtype != self.dtype or rows.device.type != "cpu" or tuple(rows.shape) != (n, self.hidden) or not rows.is_contiguous():
             raise InvalidArgument(f"{op}: rows is {_describe(rows)}; expected contiguous {self.dtype} [{n}, {self.hidden}] on cpu", op=op)
-        weights = None
         if topk_weights is not None:
             if handle.layout == "rank":
                 raise InvalidArgument(f"{op}: topk_weights is given; in the rank layout the experts have applied them, expected None", op=op)
-            weights = _as_tensor("topk_weights", topk_weights, op)
-            if weights.dtype != torch.float32 or weights.device.type != "cpu" or tuple(weights.shape) != (n,) or not weights.is_contiguous():
-                raise InvalidArgument(f"{op}: topk_weights is {_describe(weights)}; expected contiguous torch.float32 [{n}] on cpu", op=op)
-            if check and bool(torch.isnan(weights).any()):
-                raise InvalidArgument(f"{op}: topk_weights holds NaN; expected numbers (check=True)", op=op)
+            self._check_floats(op, "topk_weights", topk_weights, (n,))
+        if bias is not None and (bias.device.type != "cpu" or not bias.is_floating_point()
+                                 or tuple(bias.shape) not in ((self.hidden,), (tokens, self.hidden))):
+            raise InvalidArgument(f"{op}: bias is {_describe(bias)}; expected [{self.hidden}] or [{tokens}, {self.hidden}] on cpu", op=op)
+        if out is not None and (out.dtype != self.dtype or out.device.type != "cpu" or tuple(out.shape) != (tokens, self.hidden)
+                                or not out.is_contiguous()):
+            raise InvalidArgument(f"{op}: out is {_describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on cpu", op=op)
+
+    def _check_back(self, back, handle):
+        self._check_floats("combine_slots", "back", back, (handle.num_rows,) if handle.layout == "expert" else (handle.num_rows, self.top_k))
+
+    def _combine_natively(self, rows, handle, topk_weights, bias, out=None, back=None):
         tokens = handle.num_tokens
+        y = torch.empty((tokens, self.hidden), dtype=self.dtype) if out is None else out
         bias_stride = 0
         if bias is not None:
-            bias = _as_tensor("bias", bias, op)
-            if bias.device.type != "cpu" or not bias.is_floating_point() or tuple(bias.shape) not in ((self.hidden,), (tokens, self.hidden)):
-                raise InvalidArgument(f"{op}: bias is {_describe(bias)}; expected [{self.hidden}] or [{tokens}, {self.hidden}] on cpu", op=op)
             bias = bias.to(torch.float32).contiguous()
             bias_stride = self.hidden if bias.dim() == 2 else 0
-        if out is None:
-            y = torch.empty((tokens, self.hidden), dtype=self.dtype)
-        elif out.dtype != self.dtype or out.device.type != "cpu" or tuple(out.shape) != (tokens, self.hidden) or not out.is_contiguous():
-            raise InvalidArgument(f"{op}: out is {_describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on cpu", op=op)
-        else:
-            y = out
+        # A rank without tokens asks for slots too: its peers' values pass through it.
+        slots = None if back is None else torch.empty((max(tokens, 1), self.top_k), dtype=torch.float32)
+        ticket = handle._ticket
+        failure = self._native.combine(rows.data_ptr(), 0 if topk_weights is None else topk_weights.data_ptr(), y.data_ptr(),
+                                       0 if bias is None else bias.data_ptr(), bias_stride, ticket.plan, ticket.output,
+                                       0 if back is None else back.data_ptr(), 0 if back is None else slots.data_ptr())
+        if failure is not None:
+            raise_failure(failure, op="combine", rank=self.comm.rank)
+        return y if back is None else (y, slots[:tokens])
 
-        def run():
-            failure = self._native.combine(rows.data_ptr(), 0 if weights is None else weights.data_ptr(), y.data_ptr(),
-                                           0 if bias is None else bias.data_ptr(), bias_stride, handle._plan, handle._output)
-            if failure is not None:
-                raise_failure(failure, op=op, rank=self.comm.rank)
-            return y
-
-        return Pending(self.comm._submit(run), (rows, weights, bias, handle)) if async_op else run()
+    def _combine_by_ops(self, rows, handle, topk_weights, bias, out=None):
+        return ops.combine(rows, topk_weights, bias, handle._tensor(), self.number, handle.layout, handle.num_tokens)
 
     # -- the rest ---------------------------------------------------------------------------------
+
+    def register_hook(self, stage, fn):
+        """Call fn at a stage of every dispatch and combine of this rank; forward calls only.
+
+        Parameters
+        ----------
+        stage : str
+            "pre_dispatch": fn(x), "post_dispatch": fn(Dispatched), "pre_combine": fn(rows), "post_combine": fn(y).
+            What fn returns is ignored. With async_op, "post" stages run in wait().
+        fn : callable
+
+        Returns
+        -------
+        torch.utils.hooks.RemovableHandle
+            .remove() ends it.
+
+        Raises
+        ------
+        InvalidArgument
+            There is no such stage.
+        """
+        if stage not in _STAGES:
+            raise InvalidArgument(f"register_hook: stage is {stage!r}; expected one of {', '.join(_STAGES)}", op="register_hook")
+        hooks = self._hooks.setdefault(stage, OrderedDict())
+        handle = RemovableHandle(hooks)
+        hooks[handle.id] = fn
+        return handle
+
+    def _run_hooks(self, stage, value):
+        for fn in list(self._hooks.get(stage, {}).values()):
+            fn(value)
+
+    def _call(self, op, run, async_op, through_ops, first, *rest):
+        """One call between its hooks, here or on the progress thread."""
+        if self._hooks:
+            self._run_hooks("pre_" + op, first)
+        if not async_op:
+            result = run(first, *rest)
+            if self._hooks:
+                self._run_hooks("post_" + op, result)
+            return result
+
+        def work():
+            with torch.set_grad_enabled(through_ops):   # the mode is a thread's own
+                return run(first, *rest)
+
+        return Pending(self.comm._submit(work), (first, rest), lambda result: self._run_hooks("post_" + op, result))
 
     def stats(self):
         """Rows and bytes per hop since the last call; calling resets them.
@@ -324,6 +414,13 @@ class Buffer:
         if t.dtype not in dtypes or t.device.type != "cpu" or tuple(t.shape) != (tokens, self.top_k) or not t.is_contiguous():
             raise InvalidArgument(f"{op}: {name} is {_describe(t)}; expected contiguous {' or '.join(map(str, dtypes))} [{tokens}, {self.top_k}] on cpu", op=op)
 
+    def _check_floats(self, op, name, t, shape):
+        if t.dtype != torch.float32 or t.device.type != "cpu" or tuple(t.shape) != shape or not t.is_contiguous():
+            raise InvalidArgument(f"{op}: {name} is {_describe(t)}; expected contiguous torch.float32 {list(shape)} on cpu", op=op)
+
+    def _handle_of(self, ticket):
+        return Handle(self, ticket.layout, ticket.capacity, ticket.plan.rows(self.comm.local_rank), ticket.plan.tokens, ticket)
+
     def _check_handle(self, op, handle):
         if not isinstance(handle, Handle):
             raise InvalidArgument(f"{op}: handle is a {type(handle).__qualname__}; expected the handle of a dispatch", op=op)
@@ -338,129 +435,6 @@ class Buffer:
                 f"handles, or give Buffer a larger `arena_bytes`.")
 
 
-class Dispatched:
-    """What dispatch returns; its tensors are views of the window, made when first asked for.
-
-    .x [N, hidden], .scales [N, hidden/128] or None, .tokens_per_expert and .rows_per_expert int64
-    [experts per rank] (true and padded counts), .topk_weights [N] (expert layout) or [N, top_k],
-    .topk_ids int64 [N, top_k] local ids, -1 for picks of other ranks (rank layout, else None),
-    .source_rank, .source_token [N] (-1 on padding), .handle.
-    """
-
-    def __init__(self, buffer, plan, block, output, layout, dtype, scale_bytes, capacity):
-        self.handle = Handle(buffer, plan, output, layout, capacity)
-        self._block, self._dtype, self._scale_bytes = block, dtype, scale_bytes
-        self._made = {}
-
-    def _view(self, index, dtype, *shape):
-        offsets = self._made.get("offsets")
-        if offsets is None:
-            offsets = self._made["offsets"] = self.handle._buffer._native.block_layout(self.handle._plan, self.handle.num_rows)
-        return _view(self._block, offsets[index], dtype, shape)
-
-    def _once(self, name, make):
-        if name not in self._made:
-            self._made[name] = make()
-        return self._made[name]
-
-    @property
-    def x(self):
-        """Rows [N, hidden]."""
-        return self._once("x", lambda: self._view(0, self._dtype, self.handle.num_rows, self.handle._buffer.hidden))
-
-    @property
-    def scales(self):
-        """Scales [N, hidden/128] float32 of quantized rows, else None."""
-        if not self._scale_bytes:
-            return None
-        return self._once("scales", lambda: self._view(1, torch.float32, self.handle.num_rows, self._scale_bytes // 4))
-
-    @property
-    def topk_weights(self):
-        """[N] in the expert layout, [N, top_k] in the rank layout, float32; 0 where there is no pick."""
-        h = self.handle
-        shape = (h.num_rows,) if h.layout == "expert" else (h.num_rows, h._buffer.top_k)
-        return self._once("weights", lambda: self._view(2, torch.float32, *shape))
-
-    @property
-    def topk_ids(self):
-        """Local expert ids [N, top_k] int64, -1 elsewhere (rank layout; None in the expert layout)."""
-        if self.handle.layout == "expert":
-            return None
-        return self._once("ids", lambda: self._view(3, torch.int64, self.handle.num_rows, self.handle._buffer.top_k))
-
-    @property
-    def source_rank(self):
-        """Rank that each row comes from, int64 [N]; -1 on padding."""
-        return self._once("source", lambda: self._view(4, torch.int64, self.handle.num_rows)) >> 32
-
-    @property
-    def source_token(self):
-        """Token at that rank, int64 [N]; -1 on padding."""
-        source = self._once("source", lambda: self._view(4, torch.int64, self.handle.num_rows))
-        return torch.where(source < 0, source, source & 0xFFFFFFFF)
-
-    @property
-    def tokens_per_expert(self):
-        """True number of rows of every local expert, int64 [experts per rank]."""
-        return self._once("tokens", lambda: torch.tensor(self.handle._plan.tokens_per_expert(self.handle._buffer.experts_per_rank)))
-
-    @property
-    def rows_per_expert(self):
-        """Rows of every local expert with padding, int64 [experts per rank]."""
-        return self._once("rows", lambda: torch.tensor(self.handle._plan.rows_per_expert(self.handle._buffer.experts_per_rank)))
-
-
-class Handle:
-    """What combine needs to undo a dispatch, and a dispatch needs to repeat one.
-
-    .rows [N, hidden]: a place in the window of the buffer's dtype for the experts' output; written
-    there and passed to combine, it is read in place. .num_rows, .num_tokens, .layout.
-    """
-
-    def __init__(self, buffer, plan, output, layout, capacity):
-        self._buffer, self._plan, self._output = buffer, plan, output
-        self.layout, self._capacity = layout, capacity
-        self.num_rows = plan.rows(buffer.comm.local_rank)
-        self.num_tokens = plan.tokens
-        self._rows = None
-
-    @property
-    def rows(self):
-        """The experts' output, to be written: [N, hidden] in the window."""
-        if self._rows is None:
-            self._rows = _view(self._output, 0, self._buffer.dtype, (self.num_rows, self._buffer.hidden))
-        return self._rows
-
-
-class Pending:
-    """A call that runs on the progress thread; keeps its inputs alive until it is done."""
-
-    event = None   # set in the CUDA world
-
-    def __init__(self, future, keep):
-        self._future, self._keep = future, keep
-
-    def wait(self):
-        """The call's result, when it is there; raises what the call raised."""
-        result = self._future.result()
-        self._keep = None
-        return result
-
-    def done(self):
-        """Whether wait() would return at once."""
-        return self._future.done()
-
-
-def _view(block, offset, dtype, shape):
-    count = 1
-    for n in shape:
-        count *= n
-    if count == 0:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(block, dtype=dtype, count=count, offset=offset).view(shape)
-
-
 def _describe(t):
     return f"{'' if t.is_contiguous() else 'non-contiguous '}{t.dtype} {list(t.shape)} on {t.device}"
 
@@ -471,7 +445,7 @@ def _default_channels(num_nodes):
 
 def _arena_bytes(size, hidden, num_experts, top_k, max_tokens, dtype):
     rows = size * max_tokens * min(top_k, num_experts // size)
-    per_row = 2 * max(hidden * dtype.itemsize, hidden + 4 * ((hidden + 127) // 128) + 16) + 12 * top_k + 64
+    per_row = 2 * max(hidden * dtype.itemsize, hidden + 4 * ((hidden + 127) // 128) + 16) + 16 * top_k + 64
     return -(-2 * (rows * per_row + 65536) // 4096) * 4096
 
 

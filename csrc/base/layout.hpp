@@ -74,6 +74,8 @@ struct RailLayout {
   uint64_t metas_out;  // RowMeta per remote node and slot, leaving
   uint64_t sums;       // checksum per remote node and slot of area B
   uint64_t sums_out;
+  uint64_t slots;      // f32 [top_k] per remote node and slot of area B: what goes back to the picks' slots
+  uint64_t slots_out;
   uint64_t area_a;     // row slots per remote node
   uint64_t area_b;
   uint64_t bytes;
@@ -96,6 +98,8 @@ MOE_HD constexpr RailLayout rail_layout(const Geometry& g, const Shape& s) {
   l.metas_out = c.take(remote * t * meta_bytes(s.top_k));
   l.sums = c.take(remote * t * 8);
   l.sums_out = c.take(remote * t * 8);
+  l.slots = c.take(remote * t * s.top_k * 4);
+  l.slots_out = c.take(remote * t * s.top_k * 4);
   l.area_a = c.take(remote * t * s.slot_bytes());
   l.area_b = c.take(remote * t * s.slot_bytes());
   l.bytes = align_up(c.at, 4096);
@@ -132,10 +136,11 @@ MOE_HD constexpr BlockLayout block_layout(uint64_t rows, const CallShape& call, 
   return l;
 }
 
-// The experts' output of that dispatch, right behind its block: `handle.rows`, and the weights of combine.
+// The experts' output of that dispatch, right behind its block: `handle.rows`, and staging for what combine takes beside it.
 struct OutputLayout {
   uint64_t rows;
   uint64_t weights;   // f32 [rows]
+  uint64_t back;      // f32 [rows, top_k]
   uint64_t bytes;
 };
 
@@ -144,6 +149,7 @@ MOE_HD constexpr OutputLayout output_layout(uint64_t rows, const Shape& s) {
   detail::Cursor c;
   l.rows = c.take(rows * s.combine_row_bytes());
   l.weights = c.take(rows * 4);
+  l.back = c.take(rows * 4 * s.top_k);
   l.bytes = align_up(c.at, 64);
   return l;
 }

@@ -54,6 +54,7 @@ struct Offer {
 struct RowsBoard {
   uint64_t rows;       // window offset of the experts' output
   uint64_t weights;    // window offset of one f32 per row, 0: every weight is 1
+  uint64_t back;       // window offset of the f32 that go back to the picks' slots: [rows], or [rows, top_k] in the rank layout; 0: zeros
 };
 
 // The judgement of a node about a dispatch, sent over the rail behind the rows.
@@ -67,7 +68,8 @@ struct Verdict {
 
 // Where a gateway put one pick of a row: kept in the handle for combine and for cached plans.
 struct Place {
-  int32_t local;   // destination's local rank
+  int16_t local;   // destination's local rank
+  uint16_t k;      // which of the token's top-k slots
   int32_t row;     // row in its block
 };
 

@@ -63,6 +63,21 @@ MOE_HD void add_node_terms(G g, F f, const CombineArgs& a, int n, int i, Terms& 
   count.node.physical_bytes += remote * row_bytes;
 }
 
+// One token's values of `back` from this node's ranks, at their top-k slots; other slots are left alone.
+template <class F>
+MOE_HD void gather_slots(F f, const CombineArgs& a, int n, int i, float* slots) {
+  const int k_max = a.b.shape.top_k;
+  const int64_t at = int64_t{n} * a.b.shape.max_tokens + i;
+  const Place* place = a.plan.place + at * k_max;
+  const bool by_rank = a.plan.call.layout == RowLayout::rank;
+  for (int j = 0; j < a.plan.row_picks[at]; ++j) {
+    const Place p = place[j];
+    const uint64_t back = a.boards[p.local].back;
+    const int64_t index = by_rank ? int64_t{p.row} * k_max + p.k : p.row;
+    slots[p.k] = back ? reinterpret_cast<const float*>(f.window(p.local, back))[index] : 0.0f;
+  }
+}
+
 }  // namespace detail
 
 template <Group G, class F>
@@ -76,6 +91,8 @@ MOE_HD Status reduce(G g, F f, const CombineArgs& a, int n, int channel) {
   const uint64_t here = remote_index(n, own) * b.shape.max_tokens, there = remote_index(own, n) * b.shape.max_tokens;
   char* staged = f.rail(b.rail.area_a) + here * b.shape.slot_bytes();
   uint64_t* sums = reinterpret_cast<uint64_t*>(f.rail(b.rail.sums_out)) + here;
+  const int k_max = b.shape.top_k;
+  float* slots = reinterpret_cast<float*>(f.rail(b.rail.slots_out)) + here * k_max;
   Counters& count = f.counters();
   MOE_TRY(leader(g, [&] { return f.wait_rail(b.rail.enter + 8 * n, a.book->enter, Phase::reduce, geo.rail_rank(n)); }));
 
@@ -94,6 +111,7 @@ MOE_HD Status reduce(G g, F f, const CombineArgs& a, int n, int channel) {
       next = terms_of(i + 1);
       f.reduce_rows(g, staged + i * row_bytes, now, &next, static_cast<const float*>(nullptr), b.shape.hidden, b.shape.dtype);
       g.sync();   // the list of `now` may be overwritten, that of `next` may be read
+      if (a.slots && g.lane() == 0) detail::gather_slots(f, a, n, i, slots + int64_t{i} * k_max);
       if (b.check) {
         if (g.lane() == 0) sums[i] = row_checksum(staged + i * row_bytes, row_bytes, i);
       }
@@ -103,6 +121,8 @@ MOE_HD Status reduce(G g, F f, const CombineArgs& a, int n, int channel) {
       const int rows = chunk_end - chunk;
       f.put(n, b.rail.area_b + there * b.shape.slot_bytes() + chunk * row_bytes, staged + chunk * row_bytes, rows * row_bytes);
       if (b.check) f.put(n, b.rail.sums + 8 * (there + chunk), reinterpret_cast<const char*>(sums + chunk), 8 * rows);
+      if (a.slots)
+        f.put(n, b.rail.slots + 4 * k_max * (there + chunk), reinterpret_cast<const char*>(slots + int64_t{chunk} * k_max), 4 * k_max * rows);
       f.signal_rail(n, b.rail.back + 8 * (own * channels + channel), rows);
       count.rail.logical_rows += rows;
       count.rail.physical_rows += rows;
@@ -144,6 +164,20 @@ MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
     }
     return terms;
   };
+  const auto collect_slots = [&](int t) {
+    const int k_max = b.shape.top_k, per_node = b.experts_per_node();
+    float* out = a.slots + int64_t{t} * k_max;
+    for (int k = 0; k < k_max; ++k) out[k] = 0.0f;
+    const int own_slot = a.plan.slot[int64_t{t} * nodes + own];
+    if (own_slot >= 0) detail::gather_slots(f, a, own, own_slot, out);
+    const Pick* pick = a.plan.pick + int64_t{t} * k_max;
+    for (int i = 0; i < a.plan.picks[t]; ++i) {
+      const int n = pick[i].expert / per_node;
+      if (n == own) continue;
+      const uint64_t at = remote_index(n, own) * b.shape.max_tokens + a.plan.slot[int64_t{t} * nodes + n];
+      out[pick[i].k] = reinterpret_cast<const float*>(f.rail(b.rail.slots))[at * k_max + pick[i].k];
+    }
+  };
   const auto wait_token = [&](int t) {
     for (int n = 0; n < nodes; ++n) {
       const int slot = a.plan.slot[int64_t{t} * nodes + n];
@@ -168,6 +202,7 @@ MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
     next = terms_of(t + 1);
     const float* bias = a.bias ? a.bias + t * a.bias_stride : nullptr;
     f.reduce_rows(g, a.y + t * row_bytes, now, &next, bias, b.shape.hidden, b.shape.dtype);
+    if (a.slots && g.lane() == 0) collect_slots(t);
     g.sync();
     const int slot = a.plan.slot[int64_t{t} * nodes + own];
     if (slot >= 0 && g.lane() == 0) {

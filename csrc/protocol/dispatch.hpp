@@ -303,7 +303,7 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
           for (int j = 0; j < meta->picks; ++j) {
             const Pick& pick = meta->pick()[j];
             const int d = pick.expert / per_rank;
-            place[j] = {d, pick.ordinal + (by_rank ? a.base[n * p + d] : a.base[n * per_node + pick.expert])};
+            place[j] = {static_cast<int16_t>(d), pick.k, pick.ordinal + (by_rank ? a.base[n * p + d] : a.base[n * per_node + pick.expert])};
           }
       }
       g.sync();

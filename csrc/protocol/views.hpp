@@ -74,6 +74,8 @@ struct CombineArgs {
   RowsBoard mine;                   // where my rows and weights lie in my window
   RowsBoard* boards = nullptr;      // scratch [P]: everyone's
   char* y = nullptr;                // [T, H]
+  float* slots = nullptr;           // [T, K] or null: every pick's value of its row's `back`, 0 where there is no pick;
+                                    // null on all ranks or on none
   const float* bias = nullptr;      // [H] or [T, H] or null
   int64_t bias_stride = 0;          // floats from one token's bias to the next
 };

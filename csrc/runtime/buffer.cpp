@@ -112,6 +112,7 @@ Status Buffer::combine(const CombineCall& call, Plan& plan, const Block& output)
   a.book = &book_;
   a.boards = boards.data();
   a.y = call.y;
+  a.slots = call.slots;
   a.bias = call.bias;
   a.bias_stride = call.bias_stride;
   begin_call(rows * view_.shape.combine_row_bytes());
@@ -129,15 +130,15 @@ Status Buffer::combine(const CombineCall& call, Plan& plan, const Block& output)
     host.counters.staged_rows += rows;
   }
   a.mine.rows = at;
-  a.mine.weights = 0;
-  if (call.weights) {
-    int64_t w = offset_of(call.weights);
-    if (w < 0) {
-      w = output.offset() + l.weights;
-      std::memcpy(window.data() + w, call.weights, rows * 4);
-    }
-    a.mine.weights = w;
-  }
+  const auto in_window = [&](const float* values, uint64_t count, uint64_t staging) -> uint64_t {
+    if (!values) return 0;
+    if (const int64_t there = offset_of(values); there >= 0) return there;
+    std::memcpy(window.data() + output.offset() + staging, values, count * 4);
+    return output.offset() + staging;
+  };
+  const bool by_rank = plan.view.call.layout == RowLayout::rank;
+  a.mine.weights = in_window(call.weights, rows, l.weights);
+  a.mine.back = in_window(call.back, rows * (by_rank ? view_.shape.top_k : 1), l.back);
   return reach_.run(true, [&](auto fabric) { return run_combine(Lane{}, fabric, a); });
 }
 

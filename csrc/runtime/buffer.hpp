@@ -25,7 +25,9 @@ struct DispatchCall {
 struct CombineCall {
   const char* rows = nullptr;       // in this rank's window, or anywhere: then it is staged once
   const float* weights = nullptr;
+  const float* back = nullptr;      // one f32 per row (rank layout: per row and slot), for the picks' slots
   char* y = nullptr;
+  float* slots = nullptr;           // [T, K], where `back` goes; null on all ranks or on none
   const float* bias = nullptr;
   int64_t bias_stride = 0;
 };

@@ -148,7 +148,9 @@ cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
     cdef cppclass CombineCall:
         const char* rows
         const float* weights
+        const float* back
         char* y
+        float* slots
         const float* bias
         int64_t bias_stride
 

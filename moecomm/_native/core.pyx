@@ -180,14 +180,17 @@ cdef class Buffer:
             return _failure(s)
         return plan, out, output
 
-    def combine(self, uintptr_t rows, uintptr_t weights, uintptr_t y, uintptr_t bias, int64_t bias_stride, Plan plan, Block output):
-        """None or a Failure."""
+    def combine(self, uintptr_t rows, uintptr_t weights, uintptr_t y, uintptr_t bias, int64_t bias_stride, Plan plan, Block output,
+                uintptr_t back=0, uintptr_t slots=0):
+        """None or a Failure. back: f32 per row (and slot, in the rank layout) that go to slots [T, K]."""
         cdef capi.CombineCall call
         cdef capi.Status s
         cdef capi.Buffer* buffer = self.b.get()
         call.rows = <const char*>rows
         call.weights = <const float*>weights
+        call.back = <const float*>back
         call.y = <char*>y
+        call.slots = <float*>slots
         call.bias = <const float*>bias
         call.bias_stride = bias_stride
         with nogil:
@@ -199,9 +202,12 @@ cdef class Buffer:
     def owns(self, Plan plan):
         return plan.p.get().owner == <const void*>self.b.get()
 
-    def block_layout(self, Plan plan, uint64_t rows):
-        """Offsets of rows, scales, weights, ids and source in a dispatch's block."""
-        cdef capi.BlockLayout l = capi.block_layout(rows, plan.p.get().view.call, self.shape.top_k)
+    def block_layout(self, Plan plan, uint64_t rows, uint64_t row_bytes, uint64_t scale_bytes):
+        """Offsets of rows, scales, weights, ids and source in the block of a dispatch of such rows."""
+        cdef capi.CallShape call = plan.p.get().view.call   # a plan may have been reused for other rows since
+        call.row_bytes = row_bytes
+        call.scale_bytes = scale_bytes
+        cdef capi.BlockLayout l = capi.block_layout(rows, call, self.shape.top_k)
         return l.rows, l.scales, l.weights, l.ids, l.source
 
     def arena(self):

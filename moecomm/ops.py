@@ -1,0 +1,249 @@
+"""torch.ops.moecomm: dispatch and combine as operators, with shapes for tracing and with derivatives.
+
+Buffer.dispatch and Buffer.combine go through these operators whenever a gradient is wanted or a graph is
+traced, and past them otherwise. A Buffer crosses as its number, a handle as an int64 tensor [1] on the host
+that keeps the plan alive: no operator looks at device memory to find what it needs.
+
+    dispatch       backward: combine_slots on the same plan     redispatch     the same plan again
+    combine        backward: redispatch of the gradient         combine_slots  backward: redispatch
+
+Every backward is a collective call of its own: all ranks must run them, in the same order. They do when
+they run the same model on graphs of the same shape, whatever their numbers of tokens, zero included.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import weakref
+
+import torch
+
+from .errors import InvalidArgument
+
+_numbers = itertools.count(1)
+_buffers = weakref.WeakValueDictionary()
+_tickets = weakref.WeakValueDictionary()
+
+
+class Ticket(ctypes.Structure):
+    """The memory behind a handle tensor: a number, and with it all that combine needs.
+
+    A tensor made by torch.frombuffer keeps its exporter, so a plan lives exactly as long as some tensor
+    with this storage does, whoever saved it: autograd, a checkpoint or a compiled graph.
+    """
+
+    _fields_ = [("number", ctypes.c_int64)]
+
+    def __init__(self, buffer, layout, capacity, plan, output):
+        super().__init__(next(_numbers))
+        self.buffer, self.layout, self.capacity, self.plan, self.output = buffer, layout, capacity, plan, output
+        _tickets[self.number] = self
+
+    def tensor(self):
+        """int64 [1] on the host."""
+        return torch.frombuffer(self, dtype=torch.int64)
+
+
+def ticket_of(handle):
+    """The Ticket that an int64 tensor [1] stands for.
+
+    Raises
+    ------
+    InvalidArgument
+        Its dispatch is forgotten: the tensor is a copy, and the original is gone.
+    """
+    found = _tickets.get(int(handle))
+    if found is None:
+        raise InvalidArgument(f"handle: number {int(handle)} is not (or no longer) the handle of a dispatch; keep the tensor that dispatch "
+                              "returned, not a copy of it", op="ops")
+    return found
+
+
+def number_buffer(buffer):
+    """A process-wide number under which operators find this Buffer."""
+    number = next(_numbers)
+    _buffers[number] = buffer
+    return number
+
+
+def buffer_of(number):
+    """The Buffer with this number.
+
+    Raises
+    ------
+    InvalidArgument
+        There is none.
+    """
+    found = _buffers.get(number)
+    if found is None:
+        raise InvalidArgument(f"buffer: {number} is the number of no living Buffer", op="ops")
+    return found
+
+
+def wanted(*tensors):
+    """Whether a call must go through the operators: traced or compiled, seen by a mode, or with gradients."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+# -- dispatch: a new plan -------------------------------------------------------------------------------
+
+def _dispatch(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignment, capacity):
+    b = buffer_of(buffer)
+    b._check_dispatch(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity)
+    out = b._dispatch_natively(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity)
+    return (out.x, torch.empty(0) if scales is None else out.scales, out.topk_weights,
+            torch.empty(0, dtype=torch.int64) if layout == "expert" else out.topk_ids,
+            out._tensors["source"], out.tokens_per_expert, out.rows_per_expert, out.handle._tensor())
+
+
+def _dispatch_fake(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignment, capacity):
+    b = buffer_of(buffer)
+    n = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
+    by_rank = layout == "rank"
+    counts = topk_ids.new_empty(b.experts_per_rank, dtype=torch.int64, device="cpu")
+    return (x.new_empty(n, x.shape[1]), x.new_empty(0, dtype=torch.float32) if scales is None else scales.new_empty(n, scales.shape[1]),
+            x.new_empty((n, b.top_k) if by_rank else (n,), dtype=torch.float32), x.new_empty((n, b.top_k) if by_rank else (0,), dtype=torch.int64),
+            x.new_empty(n, dtype=torch.int64), counts, torch.empty_like(counts), counts.new_empty(1))
+
+
+def _dispatch_context(ctx, inputs, output):
+    x, _, topk_weights, scales, ctx.buffer, ctx.layout, _, _ = inputs
+    ctx.tokens, ctx.weighted, ctx.quantized = x.shape[0], topk_weights is not None, scales is not None
+    ctx.save_for_backward(output[-1])
+
+
+def _dispatch_backward(ctx, rows, _scales, weights, *_):
+    x, weights = _to_tokens(ctx, rows, weights)
+    return x, None, weights, None, None, None, None, None
+
+
+def _to_tokens(ctx, rows, weights):
+    """Gradients of received rows and weights, summed at the tokens that they came from."""
+    (handle,) = ctx.saved_tensors
+    if ctx.quantized:   # the rows carry no gradient, the weights' gradients still travel with rows
+        rows = rows.new_zeros(rows.shape, dtype=buffer_of(ctx.buffer).dtype)
+    if ctx.weighted:
+        x, weights = combine_slots(rows.contiguous(), weights.contiguous(), handle, ctx.buffer, ctx.layout, ctx.tokens)
+    else:
+        x, weights = combine(rows.contiguous(), None, None, handle, ctx.buffer, ctx.layout, ctx.tokens), None
+    return None if ctx.quantized else x, weights
+
+
+# -- redispatch: the plan of an earlier dispatch ---------------------------------------------------------
+
+def _redispatch(x, topk_weights, scales, handle, buffer, layout, num_rows):
+    b, h = _checked_handle(buffer, handle)
+    b._check_dispatch(x, scales, None, topk_weights, h.layout, 1, None, h)
+    out = b._dispatch_natively(x, scales, None, topk_weights, h.layout, 1, None, h)
+    return out.x, torch.empty(0) if scales is None else out.scales, out.topk_weights
+
+
+def _redispatch_fake(x, topk_weights, scales, handle, buffer, layout, num_rows):
+    shape = (num_rows, buffer_of(buffer).top_k) if layout == "rank" else (num_rows,)
+    return (x.new_empty(num_rows, x.shape[1]), x.new_empty(0, dtype=torch.float32) if scales is None else scales.new_empty(num_rows, scales.shape[1]),
+            x.new_empty(shape, dtype=torch.float32))
+
+
+def _redispatch_context(ctx, inputs, output):
+    x, topk_weights, scales, handle, ctx.buffer, ctx.layout, _ = inputs
+    ctx.tokens, ctx.weighted, ctx.quantized = x.shape[0], topk_weights is not None, scales is not None
+    ctx.save_for_backward(handle)
+
+
+def _redispatch_backward(ctx, rows, _scales, weights):
+    x, weights = _to_tokens(ctx, rows, weights)
+    return x, weights, None, None, None, None, None
+
+
+# -- combine: weighted sum at the tokens -----------------------------------------------------------------
+
+def _combine(rows, topk_weights, bias, handle, buffer, layout, num_tokens):
+    b, h = _checked_handle(buffer, handle)
+    b._check_combine(rows, h, topk_weights, bias)
+    return b._combine_natively(rows, h, topk_weights, bias)
+
+
+def _combine_fake(rows, topk_weights, bias, handle, buffer, layout, num_tokens):
+    return rows.new_empty(num_tokens, rows.shape[1])
+
+
+def _combine_context(ctx, inputs, output):
+    rows, topk_weights, bias, handle, ctx.buffer, ctx.layout, _ = inputs
+    ctx.bias = None if bias is None else (bias.dim(), bias.dtype)
+    ctx.num_rows, ctx.weighted = rows.shape[0], topk_weights is not None
+    ctx.save_for_backward(*((handle, rows, topk_weights) if ctx.weighted else (handle,)))
+
+
+def _combine_backward(ctx, y):
+    grad_bias = None
+    if ctx.bias and ctx.needs_input_grad[2]:
+        dims, dtype = ctx.bias
+        grad_bias = y.to(dtype) if dims == 2 else y.sum(0, dtype=_wide(y.dtype)).to(dtype)
+    handle, *saved = ctx.saved_tensors
+    grad, _, _ = redispatch(y.contiguous(), None, None, handle, ctx.buffer, ctx.layout, ctx.num_rows)
+    grad_weights = None
+    if ctx.weighted:
+        rows, weights = saved
+        if ctx.needs_input_grad[1]:
+            grad_weights = (rows.to(_wide(rows.dtype)) * grad).sum(-1).to(weights.dtype)
+        grad = (weights[:, None] * grad).to(rows.dtype)
+    return grad, grad_weights, grad_bias, None, None, None, None
+
+
+# -- combine_slots: the plain sum, and one number per row back to the pick that it came from --------------
+
+def _combine_slots(rows, back, handle, buffer, layout, num_tokens):
+    b, h = _checked_handle(buffer, handle)
+    b._check_combine(rows, h, None, None)
+    b._check_back(back, h)
+    return b._combine_natively(rows, h, None, None, back=back)
+
+
+def _combine_slots_fake(rows, back, handle, buffer, layout, num_tokens):
+    return rows.new_empty(num_tokens, rows.shape[1]), back.new_empty(num_tokens, buffer_of(buffer).top_k)
+
+
+def _combine_slots_context(ctx, inputs, output):
+    rows, _, handle, ctx.buffer, ctx.layout, _ = inputs
+    ctx.num_rows = rows.shape[0]
+    ctx.save_for_backward(handle)
+
+
+def _combine_slots_backward(ctx, y, slots):
+    (handle,) = ctx.saved_tensors
+    rows, _, back = redispatch(y.contiguous(), slots.contiguous(), None, handle, ctx.buffer, ctx.layout, ctx.num_rows)
+    return rows, back, None, None, None, None
+
+
+def _wide(dtype):
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _checked_handle(buffer, handle):
+    b = buffer_of(buffer)
+    return b, b._handle_of(ticket_of(handle))
+
+
+def _define(name, run, fake, context, backward, schema):
+    op = torch.library.custom_op(f"moecomm::{name}", run, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    op.register_autograd(backward, setup_context=context)
+    return getattr(torch.ops.moecomm, name)
+
+
+# The operators. `buffer` is Buffer.number; layout, num_rows and num_tokens repeat what the handle says, so that shapes
+# are known without it. Outputs that do not apply are empty.
+dispatch = _define("dispatch", _dispatch, _dispatch_fake, _dispatch_context, _dispatch_backward,
+                   "(Tensor x, Tensor topk_ids, Tensor? topk_weights, Tensor? scales, int buffer, str layout, int expert_alignment, int? capacity)"
+                   " -> (Tensor x, Tensor scales, Tensor topk_weights, Tensor topk_ids, Tensor source, Tensor tokens_per_expert,"
+                   " Tensor rows_per_expert, Tensor handle)")
+redispatch = _define("redispatch", _redispatch, _redispatch_fake, _redispatch_context, _redispatch_backward,
+                     "(Tensor x, Tensor? topk_weights, Tensor? scales, Tensor handle, int buffer, str layout, SymInt num_rows)"
+                     " -> (Tensor x, Tensor scales, Tensor topk_weights)")
+combine = _define("combine", _combine, _combine_fake, _combine_context, _combine_backward,
+                  "(Tensor rows, Tensor? topk_weights, Tensor? bias, Tensor handle, int buffer, str layout, SymInt num_tokens) -> Tensor")
+combine_slots = _define("combine_slots", _combine_slots, _combine_slots_fake, _combine_slots_context, _combine_slots_backward,
+                        "(Tensor rows, Tensor back, Tensor handle, int buffer, str layout, SymInt num_tokens) -> (Tensor y, Tensor slots)")

@@ -1,0 +1,159 @@
+"""What dispatch and combine return: Dispatched, its Handle, and Pending."""
+
+from __future__ import annotations
+
+import torch
+
+from . import ops
+
+
+class Dispatched:
+    """What dispatch returns; its tensors are views of the window.
+
+    .x [N, hidden], .scales [N, hidden/128] or None, .tokens_per_expert and .rows_per_expert int64
+    [experts per rank] (true and padded counts), .topk_weights [N] (expert layout) or [N, top_k],
+    .topk_ids int64 [N, top_k] local ids, -1 for picks of other ranks (rank layout, else None),
+    .source_rank, .source_token [N] (-1 on padding), .handle.
+    """
+
+    def __init__(self, handle, tensors):
+        self.handle = handle
+        self._tensors = tensors
+
+    @property
+    def x(self):
+        """Rows [N, hidden]."""
+        return self._tensors["x"]
+
+    @property
+    def scales(self):
+        """Scales [N, hidden/128] float32 of quantized rows, else None."""
+        return self._tensors["scales"]
+
+    @property
+    def topk_weights(self):
+        """[N] in the expert layout, [N, top_k] in the rank layout, float32; 0 where there is no pick."""
+        return self._tensors["weights"]
+
+    @property
+    def topk_ids(self):
+        """Local expert ids [N, top_k] int64, -1 elsewhere (rank layout; None in the expert layout)."""
+        return None if self.handle.layout == "expert" else self._tensors["ids"]
+
+    @property
+    def source_rank(self):
+        """Rank that each row comes from, int64 [N]; -1 on padding."""
+        return self._tensors["source"] >> 32
+
+    @property
+    def source_token(self):
+        """Token at that rank, int64 [N]; -1 on padding."""
+        source = self._tensors["source"]
+        return torch.where(source < 0, source, source & 0xFFFFFFFF)
+
+    @property
+    def tokens_per_expert(self):
+        """True number of rows of every local expert, int64 [experts per rank]."""
+        return self._tensors["tokens"]
+
+    @property
+    def rows_per_expert(self):
+        """Rows of every local expert with padding, int64 [experts per rank]."""
+        return self._tensors["padded"]
+
+
+class Handle:
+    """What combine needs to undo a dispatch, and a dispatch needs to repeat one.
+
+    .rows [N, hidden]: a place in the window of the buffer's dtype for the experts' output; written
+    there and passed to combine, it is read in place. .num_rows, .num_tokens, .layout.
+    """
+
+    def __init__(self, buffer, layout, capacity, num_rows, num_tokens, ticket):
+        self._buffer, self._capacity = buffer, capacity
+        self.layout, self.num_rows, self.num_tokens = layout, num_rows, num_tokens
+        self._either = ticket    # an ops.Ticket, or the tensor that stands for it
+        self._rows = None
+
+    @property
+    def _ticket(self):
+        if isinstance(self._either, torch.Tensor):
+            self._either = ops.ticket_of(self._either)
+        return self._either
+
+    def _tensor(self):
+        """The handle as the operators take it: int64 [1] on the host."""
+        return self._either if isinstance(self._either, torch.Tensor) else self._either.tensor()
+
+    @property
+    def rows(self):
+        """The experts' output, to be written: [N, hidden] in the window."""
+        if self._rows is None:
+            self._rows = view(self._ticket.output, 0, self._buffer.dtype, (self.num_rows, self._buffer.hidden))
+        return self._rows
+
+
+class Pending:
+    """A call that runs on the progress thread; keeps its inputs alive until it is done."""
+
+    event = None   # set in the CUDA world
+
+    def __init__(self, future, keep, then=None):
+        self._future, self._keep, self._then = future, keep, then
+
+    def wait(self):
+        """The call's result, when it is there; raises what the call raised."""
+        result = self._future.result()
+        then, self._keep, self._then = self._then, None, None
+        if then is not None:
+            then(result)
+        return result
+
+    def done(self):
+        """Whether wait() would return at once."""
+        return self._future.done()
+
+
+class BlockTensors:
+    """The fields of a dispatch as views of its block, made when first asked for."""
+
+    def __init__(self, handle, block, dtype, row_bytes, scale_bytes):
+        self._handle, self._block, self._dtype = handle, block, dtype
+        self._row_bytes, self._scale_bytes = row_bytes, scale_bytes
+        self._made = {}
+        self._offsets = None
+
+    def __getitem__(self, name):
+        if name not in self._made:
+            self._made[name] = self._make(name)
+        return self._made[name]
+
+    def _make(self, name):
+        h = self._handle
+        buffer, top_k = h._buffer, () if h.layout == "expert" else (h._buffer.top_k,)
+        if name == "tokens":
+            return torch.tensor(h._ticket.plan.tokens_per_expert(buffer.experts_per_rank))
+        if name == "padded":
+            return torch.tensor(h._ticket.plan.rows_per_expert(buffer.experts_per_rank))
+        if name == "scales" and not self._scale_bytes:
+            return None
+        index, dtype, columns = {
+            "x": (0, self._dtype, (buffer.hidden,)),
+            "scales": (1, torch.float32, (self._scale_bytes // 4,)),
+            "weights": (2, torch.float32, top_k),
+            "ids": (3, torch.int64, top_k),
+            "source": (4, torch.int64, ()),
+        }[name]
+        if self._offsets is None:
+            self._offsets = buffer._native.block_layout(h._ticket.plan, h.num_rows, self._row_bytes, self._scale_bytes)
+        return view(self._block, self._offsets[index], dtype, (h.num_rows, *columns))
+
+
+def view(block, offset, dtype, shape):
+    """A tensor of this shape at an offset of a block, which lives as long as the tensor."""
+    count = 1
+    for n in shape:
+        count *= n
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(block, dtype=dtype, count=count, offset=offset).view(shape)
