@@ -13,7 +13,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-RUNTIME = sorted(str(p.relative_to(ROOT)) for folder in ("fabric", "runtime") for p in (ROOT / "csrc" / folder).glob("*.cpp"))
+RUNTIME = sorted(str(p.relative_to(ROOT)) for folder in ("fabric", "runtime") for p in (ROOT / "csrc" / folder).glob("*.cpp")
+                 if not p.name.startswith("sim"))
+SIM = ["csrc/exec/fiber.cpp", "csrc/fabric/sim.cpp", "csrc/runtime/sim.cpp", "csrc/runtime/plan.cpp", "csrc/runtime/memory.cpp",
+       *(s for s in RUNTIME if "fabric/rows" in s)]
 # Equal bits from every build of the row kernels: no contraction of a product and a sum into one rounding.
 FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 
@@ -66,4 +69,6 @@ core = Extension(
     # Beside this package in site-packages; moecomm loads UCX first wherever else it may lie.
     extra_link_args=["-Wl,-rpath,$ORIGIN/../../libucx/lib"],
 )
-setup(ext_modules=cythonize([core], language_level=3, build_dir="build/cython"), cmdclass={"build_ext": BuildExt})
+sim = Extension("moecomm._native.sim", ["moecomm/_native/sim.pyx", *SIM], language="c++",
+                include_dirs=["csrc", str(ucx / "include")], extra_compile_args=FLAGS)
+setup(ext_modules=cythonize([core, sim], language_level=3, build_dir="build/cython"), cmdclass={"build_ext": BuildExt})

@@ -1,0 +1,193 @@
+#include "exec/fiber.hpp"
+
+#include <sys/mman.h>
+
+#include <cstring>
+#include <new>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace moecomm {
+namespace {
+
+constexpr size_t kGuard = 4096;
+constexpr size_t kStack = (128u << 10) - kGuard;   // touched pages alone cost memory
+constexpr int kStacksPerChunk = 64;
+thread_local Fibers* running = nullptr;            // handed to a fiber's first instruction
+
+}  // namespace
+
+#if defined(__x86_64__)
+// Saves what a call preserves, changes the stack, restores: ten instructions. ucontext would add two
+// system calls for the signal mask, which dwarf everything else here.
+extern "C" void moecomm_switch_stack(void** save, void* load);
+asm(R"(
+.text
+.globl moecomm_switch_stack
+.hidden moecomm_switch_stack
+.type moecomm_switch_stack,@function
+moecomm_switch_stack:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size moecomm_switch_stack,.-moecomm_switch_stack
+)");
+
+namespace {
+void* first_context(void* stack, void (*entry)()) {
+  void** top = reinterpret_cast<void**>(static_cast<char*>(stack) + kStack);
+  *--top = nullptr;                                // a return address for the entry, and its alignment
+  *--top = reinterpret_cast<void*>(entry);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  return top;
+}
+void swap(void** save, void* load) { moecomm_switch_stack(save, load); }
+void free_context(void*) {}
+}  // namespace
+#else
+namespace {
+void* first_context(void* stack, void (*entry)()) {
+  auto* c = new ucontext_t;
+  getcontext(c);
+  c->uc_stack.ss_sp = stack;
+  c->uc_stack.ss_size = kStack;
+  c->uc_link = nullptr;
+  makecontext(c, entry, 0);
+  return c;
+}
+void swap(void** save, void* load) {
+  if (!*save) *save = new ucontext_t;
+  swapcontext(static_cast<ucontext_t*>(*save), static_cast<ucontext_t*>(load));
+}
+void free_context(void* c) { delete static_cast<ucontext_t*>(c); }
+}  // namespace
+#endif
+
+Fibers::~Fibers() {
+#if !defined(__x86_64__)
+  for (const auto& f : fibers_) free_context(f->context);
+  free_context(main_.context);
+#endif
+  for (void* chunk : chunks_) munmap(chunk, kStacksPerChunk * (kStack + kGuard));
+}
+
+void Fibers::push(Item item) {
+  heap_.push_back(item);
+  size_t i = heap_.size() - 1;
+  while (i > 0) {
+    const size_t parent = (i - 1) / 4;
+    if (!item.before(heap_[parent])) break;
+    heap_[i] = heap_[parent];
+    i = parent;
+  }
+  heap_[i] = item;
+}
+
+Fibers::Item Fibers::pop() {
+  const Item top = heap_[0], last = heap_.back();
+  heap_.pop_back();
+  const size_t n = heap_.size();
+  if (n == 0) return top;
+  size_t i = 0;
+  for (;;) {
+    const size_t first = 4 * i + 1;
+    if (first >= n) break;
+    size_t least = first;
+    const size_t end = first + 4 < n ? first + 4 : n;
+    for (size_t c = first + 1; c < end; ++c)
+      if (heap_[c].before(heap_[least])) least = c;
+    if (!heap_[least].before(last)) break;
+    heap_[i] = heap_[least];
+    i = least;
+  }
+  heap_[i] = last;
+  return top;
+}
+
+int Fibers::spawn(Time at, std::function<void()> body) {
+  int id;
+  if (idle_.empty()) {
+    if (stacks_left_ == 0) {
+      void* chunk = mmap(nullptr, kStacksPerChunk * (kStack + kGuard), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (chunk == MAP_FAILED) throw std::bad_alloc();
+      chunks_.push_back(chunk);
+      stacks_left_ = kStacksPerChunk;
+    }
+    auto fiber = std::make_unique<Fiber>();
+    char* guard = static_cast<char*>(chunks_.back()) + --stacks_left_ * (kStack + kGuard);
+    mprotect(guard, kGuard, PROT_NONE);            // an overflow stops here
+    fiber->stack = guard + kGuard;
+    id = static_cast<int>(fibers_.size());
+    fibers_.push_back(std::move(fiber));
+  } else {
+    id = idle_.back();
+    idle_.pop_back();
+  }
+  Fiber& f = *fibers_[id];
+  f.body = std::move(body);
+  free_context(f.context);
+  f.context = first_context(f.stack, &Fibers::entry);
+  ++alive_;
+  push({at, next_order_++, static_cast<uint32_t>(id)});
+  return id;
+}
+
+void Fibers::wake(int fiber, Time at) { push({at, next_order_++, static_cast<uint32_t>(fiber)}); }
+
+void Fibers::give_way(Time to) {
+  push({to, next_order_++, static_cast<uint32_t>(current_)});
+  switch_to_next();
+}
+
+void Fibers::switch_to_next() {
+  while (!heap_.empty()) {
+    const Item next = pop();
+    now_ = next.at;
+    if (next.what & kEvent) {
+      on_event_(self_, next.what & ~kEvent);
+    } else {
+      switch_to(static_cast<int>(next.what));
+      return;
+    }
+  }
+  switch_to(-1);
+}
+
+void Fibers::switch_to(int fiber) {
+  if (fiber == current_) return;
+  Fiber& from = current_ < 0 ? main_ : *fibers_[current_];
+  Fiber& to = fiber < 0 ? main_ : *fibers_[fiber];
+  current_ = fiber;
+  ++switches_;
+  running = this;
+  swap(&from.context, to.context);
+}
+
+void Fibers::entry() {
+  Fibers& self = *running;
+  const int id = self.current_;
+  self.fibers_[id]->body();
+  self.fibers_[id]->body = nullptr;
+  self.idle_.push_back(id);
+  --self.alive_;
+  self.switch_to_next();
+  __builtin_unreachable();
+}
+
+void Fibers::run() { switch_to_next(); }
+
+}  // namespace moecomm

@@ -1,0 +1,81 @@
+// Fibers: many roles in one thread, ordered by a virtual clock.
+//
+// Whoever is earliest runs: a fiber that advances past another one gives way to it, so everything that
+// happens, happens in the order of virtual time; ties go to who came first. Nothing else decides, so a
+// run is a pure function of what the fibers do. Events are callbacks at a time; they run on the stack of
+// whoever gave way and must not advance or block.
+#pragma once
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+namespace moecomm {
+
+using Time = uint64_t;   // virtual picoseconds
+
+class Fibers {
+ public:
+  using OnEvent = void (*)(void* self, uint32_t event);
+  Fibers(void* self, OnEvent on_event) : self_(self), on_event_(on_event) {}
+  ~Fibers();
+  Fibers(const Fibers&) = delete;
+  Fibers& operator=(const Fibers&) = delete;
+
+  // From anywhere. A fiber's number is free again once its body has returned.
+  int spawn(Time at, std::function<void()> body);
+  void post(Time at, uint32_t event) { push({at, next_order_++, event | kEvent}); }
+  void wake(int fiber, Time at);          // ends its block()
+
+  // From the running fiber.
+  int current() const { return current_; }
+  Time now() const { return now_; }
+  void advance(Time to) {                 // the clock moves on; others may run in between
+    if (to < now_) to = now_;
+    if (heap_.empty() || heap_[0].at >= to) now_ = to;
+    else give_way(to);
+  }
+  void block() { switch_to_next(); }      // until wake()
+
+  // Runs until nobody can go on. Fibers that are still blocked then are blocked for ever, unless woken.
+  void run();
+  void restart() { now_ = 0; next_order_ = 0; }   // the clock; only when no fiber is alive
+  int alive() const { return alive_; }
+  uint64_t switches() const { return switches_; }
+
+ private:
+  static constexpr uint32_t kEvent = 1u << 31;
+  struct Item {
+    Time at;
+    uint32_t order;
+    uint32_t what;   // fiber, or kEvent | event
+    bool before(const Item& o) const { return at != o.at ? at < o.at : order < o.order; }
+  };
+  struct Fiber {
+    void* stack = nullptr;
+    void* context = nullptr;
+    std::function<void()> body;
+  };
+  void push(Item item);
+  Item pop();
+  void give_way(Time to);
+  void switch_to_next();
+  void switch_to(int fiber);
+  static void entry();
+
+  void* self_;
+  OnEvent on_event_;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<int> idle_;
+  std::vector<Item> heap_;                // 4-ary
+  std::vector<void*> chunks_;             // memory of the stacks
+  int stacks_left_ = 0;
+  Fiber main_;
+  int current_ = -1;
+  int alive_ = 0;
+  Time now_ = 0;
+  uint32_t next_order_ = 0;
+  uint64_t switches_ = 0;
+};
+
+}  // namespace moecomm

@@ -1,0 +1,319 @@
+#include "fabric/sim.hpp"
+
+#include <sys/mman.h>
+
+#include <bit>
+#include <stdexcept>
+
+namespace moecomm {
+namespace {
+
+constexpr uint64_t kSignalBytes = 8;
+constexpr uint64_t kPrivateBytes = uint64_t{1} << 34;   // addresses for inputs and outputs that hold no bytes
+
+}  // namespace
+
+SimNet::SimNet(Geometry world, std::vector<SimSpace> spaces, Hardware hardware, int num_sms, bool payload)
+    : world_(world), spaces_(std::move(spaces)), hardware_(hardware), payload_(payload), kernels_(&row_kernels()), fibers_(this, &SimNet::on_event),
+      num_sms_(num_sms), node_latency_(picoseconds(hardware.node_latency)), rail_latency_(picoseconds(hardware.rail_latency)),
+      message_(picoseconds(hardware.rail_message)), put_(picoseconds(hardware.put)), poll_(picoseconds(hardware.poll)) {
+  detail::Cursor c;
+  for (SimSpace& s : spaces_) {
+    s.window_at = c.take(s.window_bytes, 4096);
+    s.region_at = c.take(s.region_bytes, 4096);
+  }
+  private_at_ = c.take(payload ? 0 : kPrivateBytes, 4096);
+  shift_ = std::bit_width(c.at - 1);
+  bytes_ = uint64_t(world.size) << shift_;
+  void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) throw std::runtime_error("cannot reserve " + std::to_string(bytes_) + " bytes of addresses for the simulated windows");
+  base_ = static_cast<char*>(p);
+  for (int r = 0; r < world.size; ++r) {
+    auto one = std::make_unique<SimRank>();
+    one->geometry = {r, world.size, world.ranks_per_node};
+    one->memory = base_ + (uint64_t(r) << shift_);
+    one->read.resize(num_sms);
+    one->write.resize(num_sms);
+    ranks_.push_back(std::move(one));
+  }
+}
+
+SimNet::~SimNet() { munmap(base_, bytes_); }
+
+void SimNet::reset(Chaos chaos, int poison) {
+  chaos_ = chaos;
+  fibers_.restart();
+  stuck_.clear();
+  log_.clear();
+  for (auto& one : ranks_) {
+    SimRank& r = *one;
+    r.counters = {};
+    r.node_out.clear();
+    r.rail_out.clear();
+    r.node_in.clear();
+    r.rail_in.clear();
+    for (Queue& q : r.read) q.clear();
+    for (Queue& q : r.write) q.clear();
+    r.rail_sent = r.node_moved = {};
+    r.landed = 0;
+    for (const SimSpace& s : spaces_) {
+      char *window = r.memory + s.window_at, *region = r.memory + s.region_at;
+      std::memset(window, 0, s.window_counters);
+      std::memset(region, 0, s.region_counters);
+      if (!payload_) continue;
+      std::memset(window + s.window_counters, poison, s.window_bytes - s.window_counters);
+      std::memset(region + s.region_counters, poison, s.region_rows - s.region_counters);
+      std::memset(region + s.region_rows, kPoison, s.region_bytes - s.region_rows);
+    }
+  }
+}
+
+void SimNet::start(int rank, const char* name, int channel, int sm, std::function<void()> body) {
+  const Time at = fibers_.now() + (chaos_.on() ? chaos_.delay(0) : 0);
+  const int fiber = fibers_.spawn(at, [this, body = std::move(body)] {
+    const Time begin = fibers_.now();
+    body();
+    const Role& r = role();
+    log({begin, fibers_.now(), Did::role, Phase::none, r.rank, r.channel, -1, r.name, 0, 0});
+  });
+  if (static_cast<size_t>(fiber) >= roles_.size()) roles_.resize(fiber + 1);
+  if (!roles_[fiber]) roles_[fiber] = std::make_unique<Role>();
+  Role& r = *roles_[fiber];
+  std::vector<Time> landed = std::move(r.landed);
+  landed.assign(world_.size, 0);
+  r = Role{};
+  r.landed = std::move(landed);
+  r.name = name;
+  r.rank = rank;
+  r.channel = channel;
+  r.sm = sm < 0 ? Role::kAllSms : sm % num_sms_;
+}
+
+void SimNet::run() {
+  fibers_.run();
+  while (fibers_.alive() > 0) {
+    // Nobody can go on: remember who waits for whom, then let the waits fail so that every role returns.
+    std::vector<int> blocked;
+    for (auto& one : ranks_) {
+      for (int fiber : one->waiting) blocked.push_back(fiber);
+      one->waiting.clear();
+    }
+    const bool first = stuck_.empty();
+    for (int fiber : blocked) {
+      if (first) stuck_.push_back(*roles_[fiber]);
+      roles_[fiber]->given_up = true;
+      fibers_.wake(fiber, fibers_.now());
+    }
+    if (blocked.empty()) throw std::logic_error("a simulated role is blocked on nothing");
+    fibers_.run();
+  }
+}
+
+// -- links ----------------------------------------------------------------------------------------
+
+Time SimNet::cross_node(int from, int to, uint64_t bytes) {
+  if (chaos_.on()) return fibers_.now() + chaos_.delay(node_latency_);
+  const Time work = transfer_time(bytes, hardware_.node_rate);
+  const Time left = ranks_[from]->node_out.take(fibers_.now(), work);
+  return ranks_[to]->node_in.take(left - work + node_latency_, work);
+}
+
+void SimNet::put(int space, int to_peer, uint64_t offset, const char* src, uint64_t bytes) {
+  Role& r = role();
+  SimRank& from = *ranks_[r.rank];
+  const int peer = peer_rank(space, from.geometry, to_peer);
+  SimRank& to = *ranks_[peer];
+  const Time begin = fibers_.now();
+  Time landed;
+  if (chaos_.on()) {
+    landed = begin + chaos_.delay(rail_latency_);
+  } else {
+    const Time work = std::max(transfer_time(bytes, hardware_.rail_rate), message_);
+    const Time left = from.rail_out.take(begin, work);
+    landed = to.rail_in.take(left - work + rail_latency_, work);
+  }
+  r.landed[peer] = std::max(r.landed[peer], landed);
+  from.landed = std::max(from.landed, landed);
+  const bool rows = offset >= spaces_[space].region_rows;
+  (rows ? from.rail_sent.row_bytes : from.rail_sent.other_bytes) += bytes;
+  ++from.rail_sent.messages;
+  if (payload_ || !rows) post_bytes(landed, peer, region(space, peer) + offset, src, bytes, chaos_.coin());
+  log({begin, landed, Did::put, Phase::none, r.rank, r.channel, peer, r.name, offset, bytes});
+  fibers_.advance(begin + put_ + chaos_.pause());
+}
+
+void SimNet::signal_rail(int space, int to_peer, uint64_t counter, uint64_t add, bool ordered) {
+  Role& r = role();
+  SimRank& from = *ranks_[r.rank];
+  const int peer = peer_rank(space, from.geometry, to_peer);
+  const Time begin = fibers_.now();
+  Time landed = begin + chaos_.delay(rail_latency_);
+  if (!chaos_.on()) landed = from.rail_out.take(begin, message_) + rail_latency_;
+  if (ordered) landed = std::max(landed, r.landed[peer]);
+  from.landed = std::max(from.landed, landed);
+  from.rail_sent.other_bytes += kSignalBytes;
+  ++from.rail_sent.messages;
+  post_counter(landed, peer, region(space, peer), counter, add);
+  log({begin, landed, Did::signal_rail, Phase::none, r.rank, r.channel, peer, r.name, counter, add});
+  fibers_.advance(begin + put_ + chaos_.pause());
+}
+
+void SimNet::signal_node(int space, int local, uint64_t counter, uint64_t add) {
+  Role& r = role();
+  SimRank& from = *ranks_[r.rank];
+  const int peer = from.geometry.rank_at(from.geometry.node(), local);
+  const Time begin = fibers_.now();
+  const Time landed = std::max(begin + (peer == r.rank ? 0 : chaos_.delay(node_latency_)), r.stores);
+  if (peer != r.rank) {
+    from.node_moved.other_bytes += kSignalBytes;
+    ++from.node_moved.messages;
+  }
+  post_counter(landed, peer, window(space, peer), counter, add);
+  log({begin, landed, Did::signal_node, Phase::none, r.rank, r.channel, peer, r.name, counter, add});
+  fibers_.advance(begin + put_ + chaos_.pause());
+}
+
+void SimNet::flush() {
+  fibers_.advance(std::max(fibers_.now(), ranks_[role().rank]->landed));
+}
+
+// -- visibility -----------------------------------------------------------------------------------
+
+uint32_t SimNet::new_landing() {
+  if (idle_landings_.empty()) {
+    landings_.emplace_back();
+    return static_cast<uint32_t>(landings_.size() - 1);
+  }
+  const uint32_t i = idle_landings_.back();
+  idle_landings_.pop_back();
+  return i;
+}
+
+void SimNet::post_counter(Time at, int rank, char* memory, uint64_t counter, uint64_t add) {
+  const uint32_t i = new_landing();
+  Landing& l = landings_[i];
+  l.dst = memory + counter;
+  l.bytes = 0;
+  l.add = add;
+  l.rank = rank;
+  fibers_.post(at, i);
+}
+
+void SimNet::post_bytes(Time at, int rank, char* dst, const char* src, uint64_t bytes, bool keep_now) {
+  const uint32_t i = new_landing();
+  Landing& l = landings_[i];
+  l.dst = dst;
+  l.src = src;
+  l.bytes = bytes;
+  l.rank = rank;
+  if (keep_now) {
+    l.copy.reset(new char[bytes]);
+    std::memcpy(l.copy.get(), src, bytes);
+    l.src = l.copy.get();
+  }
+  fibers_.post(at, i);
+}
+
+void SimNet::land(uint32_t event) {
+  Landing& l = landings_[event];
+  if (l.bytes) {
+    std::memcpy(l.dst, l.src, l.bytes);
+    l.copy.reset();
+  } else {
+    auto* counter = reinterpret_cast<uint64_t*>(l.dst);
+    *counter += l.add;
+    auto& waiting = ranks_[l.rank]->waiting;
+    for (size_t i = 0; i < waiting.size();) {
+      const Role& r = *roles_[waiting[i]];
+      if (r.counter == counter && *counter >= r.at_least) {
+        fibers_.wake(waiting[i], fibers_.now() + chaos_.delay(poll_));
+        waiting[i] = waiting.back();
+        waiting.pop_back();
+      } else {
+        ++i;
+      }
+    }
+  }
+  idle_landings_.push_back(event);
+}
+
+Status SimNet::wait(char* memory, uint64_t offset, uint64_t at_least, Phase phase, int peer) {
+  const auto* counter = reinterpret_cast<const uint64_t*>(memory + offset);
+  if (*counter >= at_least) return {};
+  Role& r = role();
+  r.counter = counter;
+  r.at_least = at_least;
+  r.phase = phase;
+  r.peer = peer;
+  r.given_up = false;
+  const Time begin = fibers_.now();
+  ranks_[r.rank]->waiting.push_back(fibers_.current());
+  fibers_.block();
+  r.counter = nullptr;
+  log({begin, fibers_.now(), r.given_up ? Did::give_up : Did::wait, phase, r.rank, r.channel, peer, r.name, offset, at_least});
+  return r.given_up ? Status{Code::timeout, phase, peer, 0, at_least, *counter} : Status{};
+}
+
+// -- row operations -------------------------------------------------------------------------------
+
+void SimNet::row_operation(Role& r, uint64_t read, uint64_t written, Time link) {
+  r.stores = std::max(r.stores, link);
+  if (chaos_.on()) {
+    fibers_.advance(fibers_.now() + chaos_.pause());
+    return;
+  }
+  const Time now = fibers_.now();
+  const Time reading = transfer_time(read, hardware_.sm_read), writing = transfer_time(written, hardware_.sm_write);
+  Time done;
+  if (r.sm == Role::kAllSms) {
+    done = now + std::max(reading, writing) / num_sms_;
+  } else {
+    SimRank& rank = *ranks_[r.rank];
+    done = std::max(rank.read[r.sm].take(now, reading), rank.write[r.sm].take(now, writing));
+  }
+  done = std::max(done, r.flight[r.next_flight]);   // only so many rows under way
+  r.flight[r.next_flight] = link;
+  r.next_flight = (r.next_flight + 1) % Role::kInFlight;
+  fibers_.advance(done);
+}
+
+void SimNet::copy_row(char* dst, const char* src, uint64_t bytes) {
+  Role& r = role();
+  const int to = owner(dst, r.rank), from = owner(src, r.rank);
+  LinkCount& moved = ranks_[r.rank]->node_moved;
+  Time link = 0;
+  if (to != r.rank) link = cross_node(r.rank, to, bytes);
+  if (from != r.rank) link = std::max(link, cross_node(from, r.rank, bytes));
+  if (to != r.rank || from != r.rank) {
+    moved.row_bytes += bytes;
+    ++moved.rows;
+  }
+  if (payload_) {
+    if (chaos_.on() && to != r.rank) post_bytes(link, to, dst, src, bytes, true);
+    else kernels_->copy(dst, src, bytes);
+  }
+  row_operation(r, bytes, bytes, link);
+}
+
+void SimNet::zero_row(char* dst, uint64_t bytes) {
+  if (payload_) kernels_->zero(dst, bytes);
+  row_operation(role(), 0, bytes, 0);
+}
+
+void SimNet::reduce_rows(char* dst, const Terms& terms, const Terms* next, const float* bias, int64_t hidden, DType type) {
+  Role& r = role();
+  const uint64_t bytes = static_cast<uint64_t>(hidden) * element_bytes(type);
+  LinkCount& moved = ranks_[r.rank]->node_moved;
+  Time link = 0;
+  for (int i = 0; i < terms.count; ++i) {
+    const int from = owner(terms.store->row[i], r.rank);
+    if (from == r.rank) continue;
+    link = std::max(link, cross_node(from, r.rank, bytes));
+    moved.row_bytes += bytes;
+    ++moved.rows;
+  }
+  if (payload_) kernels_->reduce(dst, terms, next, bias, 0, hidden, type);
+  row_operation(r, bytes * terms.count, bytes, link);
+}
+
+}  // namespace moecomm

@@ -1,0 +1,210 @@
+// SimNet and SimFabric: the Fabric of the sim world. All ranks live in one process and one thread; a role
+// is a fiber, and everything that it does to memory or links takes virtual time on modelled resources.
+//
+// Visibility is as weak as the Fabric contract allows: a put lands later than it was issued (its source
+// is read on landing, unless chaos takes it at once), a row stored into another rank's window may appear
+// as late as the signal that releases it, and only what the contract orders is ordered.
+//
+// Without payload the row bytes are not touched; counters, tables and metadata are, since the protocol
+// steers by them. Times and counts do not change.
+#pragma once
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/layout.hpp"
+#include "fabric/fabric.hpp"
+#include "fabric/rows.hpp"
+#include "fabric/sim_chaos.hpp"
+#include "fabric/sim_links.hpp"
+
+namespace moecomm {
+
+// What crossed a rank's links, counted where it crosses: independent of the protocol's own counters.
+struct LinkCount {
+  uint64_t row_bytes = 0;     // rows: puts into staging areas; row operations between ranks of a node
+  uint64_t rows = 0;          // node hop: row operations that crossed
+  uint64_t other_bytes = 0;   // counts, metadata, verdicts, signals
+  uint64_t messages = 0;
+};
+
+// A node window and a rail region, of every rank: what one Reach is in the cpu world. A cluster has one for
+// dispatch and combine and one for decode.
+struct SimSpace {
+  uint64_t window_bytes = 0;
+  uint64_t window_counters = 0;   // bytes at its start that hold counters and faults
+  uint64_t region_bytes = 0;
+  uint64_t region_counters = 0;
+  uint64_t region_rows = 0;       // puts from here on carry rows
+  bool peers_are_ranks = false;   // how the fabric's peers are numbered: by node (the rail) or by rank
+  uint64_t window_at = 0;         // offsets in a rank's memory; set by SimNet
+  uint64_t region_at = 0;
+};
+
+struct SimRank {
+  Geometry geometry;
+  char* memory = nullptr;
+  Counters counters;
+  Queue node_out, rail_out;
+  Calendar node_in, rail_in;
+  std::vector<Queue> read, write;   // by multiprocessor
+  LinkCount rail_sent, node_moved;
+  Time landed = 0;                  // every put of this rank has landed by then
+  std::vector<int> waiting;         // fibers
+};
+
+// A line of the log: what a role did, from `begin` to `end`.
+enum class Did : int32_t { role, wait, put, signal_rail, signal_node, landed, give_up };
+struct LogLine {
+  Time begin, end;
+  Did did;
+  Phase phase;
+  int32_t rank, channel, peer;
+  const char* role;
+  uint64_t offset, value;   // counter or place, and bytes or the value waited for
+};
+
+// A role, as a fiber: who it is and what it has under way.
+struct Role {
+  static constexpr int kInFlight = 4;   // rows that it may have under way on a link
+  static constexpr int kAllSms = -1;
+
+  const char* name = "";
+  int rank = 0;
+  int channel = -1;
+  int sm = kAllSms;
+  Time flight[kInFlight] = {};
+  int next_flight = 0;
+  Time stores = 0;                // its stores to other ranks are visible by then
+  std::vector<Time> landed;       // its puts have landed by then, by rank
+  const uint64_t* counter = nullptr;   // what it waits for
+  uint64_t at_least = 0;
+  Phase phase = Phase::none;
+  int peer = -1;
+  bool given_up = false;
+  TermStore terms[2];
+};
+
+class SimNet {
+ public:
+  static constexpr int kPoison = 0xA5;
+
+  SimNet(Geometry world, std::vector<SimSpace> spaces, Hardware hardware, int num_sms, bool payload);
+  ~SimNet();
+  SimNet(const SimNet&) = delete;
+  SimNet& operator=(const SimNet&) = delete;
+
+  // A clean start: clock, counters, links. With payload, staging holds what no call would leave there, and
+  // the rest of the windows (metadata and blocks) bytes of `poison`.
+  void reset(Chaos chaos, int poison = kPoison);
+
+  void start(int rank, const char* name, int channel, int sm, std::function<void()> body);
+  void run();                                         // until every role has ended; waits that nobody would end give up
+  bool stuck() const { return !stuck_.empty(); }
+  const std::vector<Role>& stuck_roles() const { return stuck_; }   // as they were when nobody could go on
+
+  Fibers& fibers() { return fibers_; }
+  Role& role() { return *roles_[fibers_.current()]; }
+  SimRank& rank(int r) { return *ranks_[r]; }
+  char* window(int space, int r) const { return ranks_[r]->memory + spaces_[space].window_at; }
+  char* region(int space, int r) const { return ranks_[r]->memory + spaces_[space].region_at; }
+  int size() const { return world_.size; }
+  const Hardware& hardware() const { return hardware_; }
+  bool payload() const { return payload_; }
+  Chaos& chaos() { return chaos_; }
+  int owner_of(const void* p) { return owner(p, role().rank); }
+  char* private_memory(int r) const { return ranks_[r]->memory + private_at_; }
+
+  void set_log(bool on) { logging_ = on; log_.clear(); }
+  void log(LogLine line) { if (logging_) log_.push_back(line); }
+  const std::vector<LogLine>& log_lines() const { return log_; }
+
+  // The Fabric's verbs, for the role that runs.
+  void put(int space, int peer, uint64_t offset, const char* src, uint64_t bytes);
+  void signal_rail(int space, int peer, uint64_t counter, uint64_t add, bool ordered = true);
+  void signal_node(int space, int local, uint64_t counter, uint64_t add);
+  Status wait(char* memory, uint64_t counter, uint64_t at_least, Phase phase, int peer);
+  void flush();                                       // until all puts of this rank have landed
+  void copy_row(char* dst, const char* src, uint64_t bytes);
+  void zero_row(char* dst, uint64_t bytes);
+  void reduce_rows(char* dst, const Terms& terms, const Terms* next, const float* bias, int64_t hidden, DType type);
+  void spend(double nanoseconds) { fibers_.advance(fibers_.now() + chaos_.delay(picoseconds(nanoseconds))); }
+
+ private:
+  struct Landing {
+    char* dst;
+    const char* src;
+    uint64_t bytes;               // 0: a counter
+    uint64_t add;
+    int rank;
+    std::unique_ptr<char[]> copy;
+  };
+  static void on_event(void* self, uint32_t event) { static_cast<SimNet*>(self)->land(event); }
+  void land(uint32_t event);
+  uint32_t new_landing();
+  void post_counter(Time at, int rank, char* memory, uint64_t counter, uint64_t add);
+  void post_bytes(Time at, int rank, char* dst, const char* src, uint64_t bytes, bool keep_now);
+  int owner(const void* p, int otherwise) const {
+    const uint64_t offset = static_cast<uint64_t>(static_cast<const char*>(p) - base_);
+    return offset < bytes_ ? static_cast<int>(offset >> shift_) : otherwise;
+  }
+  int peer_rank(int space, const Geometry& g, int peer) const { return spaces_[space].peers_are_ranks ? peer : g.rail_rank(peer); }
+  Time cross_node(int from, int to, uint64_t bytes);
+  void row_operation(Role& r, uint64_t read, uint64_t written, Time link);
+
+  Geometry world_;
+  std::vector<SimSpace> spaces_;
+  Hardware hardware_;
+  bool payload_;
+  const RowKernels* kernels_;
+  Fibers fibers_;
+  Chaos chaos_;
+  int num_sms_;
+  char* base_ = nullptr;          // every rank's window, rail region and private room, at rank << shift_
+  uint64_t bytes_ = 0;
+  int shift_ = 0;
+  uint64_t private_at_ = 0;
+  std::vector<std::unique_ptr<SimRank>> ranks_;
+  std::vector<std::unique_ptr<Role>> roles_;   // by fiber
+  std::vector<Landing> landings_;
+  std::vector<uint32_t> idle_landings_;
+  std::vector<Role> stuck_;
+  bool logging_ = false;
+  std::vector<LogLine> log_;
+  Time node_latency_, rail_latency_, message_, put_, poll_;
+};
+
+struct SimFabric {
+  static constexpr bool kPutsFromAnywhere = false;   // as on the GPU: puts leave from registered memory
+  SimNet* net;
+  int me;
+  int space;
+
+  char* window(int local, uint64_t offset) const {
+    const Geometry& g = net->rank(me).geometry;
+    return net->window(space, g.rank_at(g.node(), local)) + offset;
+  }
+  char* rail(uint64_t offset) const { return net->region(space, me) + offset; }
+  void put(int peer, uint64_t offset, const char* src, uint64_t bytes) const { net->put(space, peer, offset, src, bytes); }
+  void signal_rail(int peer, uint64_t counter, uint64_t add) const { net->signal_rail(space, peer, counter, add); }
+  void signal_node(int local, uint64_t counter, uint64_t add) const { net->signal_node(space, local, counter, add); }
+  Status wait_rail(uint64_t counter, uint64_t at_least, Phase phase, int peer) const {
+    return net->wait(net->region(space, me), counter, at_least, phase, peer);
+  }
+  Status wait_node(uint64_t counter, uint64_t at_least, Phase phase, int peer) const {
+    return net->wait(net->window(space, me), counter, at_least, phase, peer);
+  }
+  template <class G>
+  void copy_row(G, char* dst, const char* src, uint64_t bytes) const { net->copy_row(dst, src, bytes); }
+  template <class G>
+  void zero_row(G, char* dst, uint64_t bytes) const { net->zero_row(dst, bytes); }
+  template <class G>
+  void reduce_rows(G, char* dst, const Terms& terms, const Terms* next, const float* bias, int64_t hidden, DType type) const {
+    net->reduce_rows(dst, terms, next, bias, hidden, type);
+  }
+  Counters& counters() const { return net->rank(me).counters; }
+  TermStore& terms(int which) const { return net->role().terms[which]; }
+};
+
+}  // namespace moecomm

@@ -1,0 +1,83 @@
+// One rank's calls in the sim world: every role a fiber of its own, all channels at once, as the warps of
+// a GPU would run them. What the roles leave open, this world leaves open too, so that schedules that
+// only a GPU would meet are met here.
+#pragma once
+#include "exec/lane.hpp"
+#include "protocol/combine.hpp"
+#include "protocol/dispatch.hpp"
+#include "protocol/plan.hpp"
+#include "world/sim/crew.hpp"
+
+namespace moecomm {
+
+// Part of a call that the rank's main fiber runs itself, under its own name in the log.
+template <class Part>
+auto sim_part(SimNet& net, const char* name, Part part) {
+  Role& r = net.role();
+  const char* caller = r.name;
+  const Time begin = net.fibers().now();
+  r.name = name;
+  const auto result = part();
+  net.log({begin, net.fibers().now(), Did::role, Phase::none, r.rank, r.channel, -1, name, 0, 0});
+  r.name = caller;
+  return result;
+}
+
+template <class F>
+Status sim_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer) {
+  constexpr Lane g;
+  const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
+  net.spend(net.hardware().launch);
+  if (!a.cached) {
+    MOE_TRY(sim_part(net, "plan", [&] {
+      net.spend(net.hardware().plan_token * a.plan.tokens);
+      MOE_TRY(sort_picks(g, a));
+      count_picks(g, a);
+      return Status{};
+    }));
+  }
+  MOE_TRY(sim_part(net, "announce", [&] { announce(g, f, a); return Status{}; }));
+  MOE_TRY(sim_part(net, "relay", [&] { return relay(g, f, a, offer); }));
+  Crew crew(net, a.b.geometry.rank);
+  std::vector<int> sent(channels);
+  for (int c = 0; c < channels; ++c)
+    sent[c] = crew.start("send", c, [&, c] { send(g, f, a, c); return Status{}; });
+  const Status placed = sim_part(net, "place", [&] { return place(g, f, a); });
+  if (placed.ok()) {
+    sim_part(net, "judge", [&] { judge(g, f, a); return Status{}; });
+    for (int c = 0; c < channels; ++c)
+      crew.start("forward", c, [&, c] {
+        for (int step = 1; step < nodes; ++step) MOE_TRY(forward(g, f, a, (own + step) % nodes, c));
+        crew.wait_for(sent[c]);   // it wrote the own node's metadata
+        return forward(g, f, a, own, c);
+      });
+  }
+  const Status forwarded = crew.join();
+  MOE_TRY(placed);
+  MOE_TRY(forwarded);
+  return sim_part(net, "arrive", [&] {
+    MOE_TRY(announce_arrival(g, f, a));
+    return arrive(g, f, a);
+  });
+}
+
+template <class F>
+Status sim_combine(SimNet& net, F f, const CombineArgs& a) {
+  constexpr Lane g;
+  const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
+  net.spend(net.hardware().launch);
+  MOE_TRY(sim_part(net, "publish", [&] { return publish(g, f, a); }));
+  Crew crew(net, a.b.geometry.rank);
+  for (int c = 0; c < channels; ++c) {
+    if (nodes > 1)
+      crew.start("reduce", c, [&, c] {
+        for (int step = 1; step < nodes; ++step) MOE_TRY(reduce(g, f, a, (own + step) % nodes, c));
+        return Status{};
+      });
+    crew.start("sum", c, [&, c] { return sum(g, f, a, c); });
+  }
+  MOE_TRY(crew.join());
+  return sim_part(net, "finish", [&] { return finish(g, f, a); });
+}
+
+}  // namespace moecomm
