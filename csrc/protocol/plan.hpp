@@ -14,6 +14,10 @@ namespace moecomm {
 // Details of an `invalid` status: `expected` is the token, `got` the id.
 enum BadPick : int32_t { kIdOutOfRange = 1, kIdTwice = 2 };
 
+MOE_HD inline Status bad_pick(BadPick why, int token, int64_t id) {
+  return {Code::invalid, Phase::none, -1, why, static_cast<uint64_t>(token), static_cast<uint64_t>(id)};
+}
+
 template <Group G>
 MOE_HD Status sort_picks(G g, const DispatchArgs& a) {
   const int k_max = a.b.shape.top_k;
@@ -26,7 +30,7 @@ MOE_HD Status sort_picks(G g, const DispatchArgs& a) {
       const int64_t id = a.ids64 ? a.ids64[at] : a.ids32[at];
       if (id == -1) continue;
       if (id < 0 || id >= a.b.shape.num_experts) {
-        bad = {Code::invalid, Phase::none, -1, kIdOutOfRange, static_cast<uint64_t>(t), static_cast<uint64_t>(id)};
+        bad = bad_pick(kIdOutOfRange, t, id);
         break;
       }
       int i = n++;
@@ -34,7 +38,7 @@ MOE_HD Status sort_picks(G g, const DispatchArgs& a) {
       pick[i].expert = static_cast<uint16_t>(id);
       pick[i].k = static_cast<uint16_t>(k);
       if (i > 0 && pick[i - 1].expert == id)
-        bad = {Code::invalid, Phase::none, -1, kIdTwice, static_cast<uint64_t>(t), static_cast<uint64_t>(id)};
+        bad = bad_pick(kIdTwice, t, id);
     }
     a.plan.picks[t] = static_cast<uint8_t>(n);
     if (!bad.ok()) break;

@@ -45,9 +45,12 @@ Reach::Reach(std::shared_ptr<Communicator> comm, ReachPlan plan) : comm_(std::mo
   host_.watch = &comm_->watch();
 }
 
+// Puts of a call that did not wait for them are on their way still: peers may be waiting for what they carry.
 Reach::~Reach() {
   if (!region_) return;
   std::lock_guard lock(comm_->calls());
+  begin(false);
+  if (comm_->broken().ok()) flush();
   region_.reset();
 }
 

@@ -59,6 +59,8 @@ cdef extern from "base/shape.hpp" namespace "moecomm" nogil:
         int32_t max_tokens
         int32_t channels
         uint64_t arena_bytes
+        uint64_t combine_row_bytes()
+        uint64_t scale_bytes()
 
     cdef cppclass CallShape:
         RowLayout layout
@@ -166,6 +168,51 @@ cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
         Counters take_counters()
         void set_stream_threshold(uint64_t)
         void corrupt_next_row(int64_t)
+        @staticmethod
+        uint64_t bytes(const Geometry&, const Shape&)
+
+cdef extern from "runtime/decode.hpp" namespace "moecomm" nogil:
+    cdef cppclass DecodeDispatchCall:
+        const char* x
+        const char* scales
+        const int64_t* ids64
+        const int32_t* ids32
+        const float* weights
+        bool weighted
+        int32_t tokens
+        uint64_t row_bytes
+        uint64_t scale_bytes
+        bool receive
+
+    cdef cppclass DecodeCombineCall:
+        uint64_t epoch
+        const char* rows
+        const int64_t* ids64
+        const int32_t* ids32
+        const float* weights
+        char* y
+        bool receive
+
+    cdef cppclass Decode:
+        Decode(shared_ptr[Communicator], Shape, bool check) except +
+        string card() except +
+        void connect(const vector[string]&) except +
+        void connected()
+        Status dispatch(const DecodeDispatchCall&)
+        Status dispatch_receive(uint64_t epoch)
+        Status combine(const DecodeCombineCall&)
+        Status combine_receive(uint64_t epoch)
+        uint64_t epoch()
+        int stage(uint64_t epoch)
+        bool weighted(uint64_t epoch)
+        char* x(int parity)
+        char* scales(int parity)
+        char* rows(int parity)
+        int64_t* counts(int parity)
+        int64_t packed_rows()
+        int num_local_experts()
+        Counters take_counters()
+        void set_stream_threshold(uint64_t)
         @staticmethod
         uint64_t bytes(const Geometry&, const Shape&)
 

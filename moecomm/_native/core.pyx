@@ -227,6 +227,9 @@ cdef class Buffer:
         self.b.get().corrupt_next_row(row)
 
 
+include "decode.pxi"
+
+
 def buffer_bytes(rank, size, ranks_per_node, hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes):
     return capi.Buffer.bytes(_geometry(rank, size, ranks_per_node),
                              _shape(hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes))

@@ -1,0 +1,108 @@
+// Decode's memories: one function each gives every offset AND the total size.
+//
+//   node window   of this rank: messages it has staged (node peers read them there), the packed rows of its
+//                 experts, the experts' output (node peers read it there), rows that node peers summed for it
+//   rail region   of this rank: messages and answers that ranks of other nodes put here
+//
+// Everything exists twice, once per parity of the epoch. Areas behind `warm` are large and sparse: reserved,
+// and committed where they are first touched.
+#pragma once
+#include "base/layout.hpp"
+
+namespace moecomm {
+
+// A pick as it travels: all of a token's picks go to every rank that wants one of them, so one staged message
+// serves them all.
+struct DecodePick {
+  int32_t expert;   // global, -1: none
+  float weight;     // 1 where no weights travel
+};
+
+// Precedes the row in a message.
+struct DecodeHeader {
+  int32_t token;
+  int32_t unused;
+  uint64_t checksum;
+  // DecodePick pick[top_k] follows
+  MOE_HD DecodePick* pick() { return reinterpret_cast<DecodePick*>(this + 1); }
+  MOE_HD const DecodePick* pick() const { return reinterpret_cast<const DecodePick*>(this + 1); }
+};
+MOE_HD constexpr uint64_t decode_header_bytes(int top_k) { return align_up(sizeof(DecodeHeader) + sizeof(DecodePick) * top_k, 64); }
+MOE_HD constexpr uint64_t decode_message_bytes(const Shape& s) { return decode_header_bytes(s.top_k) + align_up(s.slot_bytes(), 64); }
+
+// A flag says "complete", for which epoch, in which mode, and how many rows. It only grows, so it is never reset.
+constexpr int kFlagCountBits = 21, kFlagModeBits = 3;
+constexpr int64_t kDecodeMaxTokens = int64_t{1} << (kFlagCountBits - 1);
+
+MOE_HD constexpr uint64_t make_flag(uint64_t epoch, int mode, int64_t count) {
+  return (epoch << kFlagModeBits | static_cast<uint64_t>(mode)) << kFlagCountBits | static_cast<uint64_t>(count);
+}
+MOE_HD constexpr int32_t flag_count(uint64_t flag) { return static_cast<int32_t>(flag & ((uint64_t{1} << kFlagCountBits) - 1)); }
+MOE_HD constexpr int flag_mode(uint64_t flag) { return static_cast<int>(flag >> kFlagCountBits & ((1 << kFlagModeBits) - 1)); }
+
+struct DecodeWindowLayout {
+  uint64_t sent;       // flag per parity and local rank: it has staged messages for me
+  uint64_t answered;   // flag per parity and local rank: its experts' rows may be read, or its sums are here
+  uint64_t faults;     // FaultWord per local rank
+  uint64_t wanted;     // int32 per parity, local rank and slot: the token that the rank finds in this slot
+  uint64_t places;     // int32 per parity, source rank, token and k: where the row of that pick lies in `rows`
+  uint64_t counts;     // int64 per parity and own expert
+  uint64_t messages;   // per parity and token
+  uint64_t warm;       // end of what is made ready at start
+  uint64_t sums;       // row per parity, token and k
+  uint64_t x;          // row per parity, own expert, size * max_tokens
+  uint64_t scales;     // scale_bytes per row of x
+  uint64_t rows;       // as x
+  uint64_t bytes;
+};
+
+MOE_HD constexpr uint64_t decode_rows_per_expert(const Geometry& g, const Shape& s) { return uint64_t(g.size) * s.max_tokens; }
+
+MOE_HD constexpr DecodeWindowLayout decode_window_layout(const Geometry& g, const Shape& s) {
+  DecodeWindowLayout l{};
+  detail::Cursor c;
+  const uint64_t p = g.ranks_per_node, t = s.max_tokens, k = s.top_k, experts = s.num_experts / g.size;
+  const uint64_t packed = 2 * experts * decode_rows_per_expert(g, s);
+  c.take(sizeof(MemoryHeader));
+  l.sent = c.take(8 * 2 * p);
+  l.answered = c.take(8 * 2 * p);
+  l.faults = c.take(sizeof(FaultWord) * p);
+  l.wanted = c.take(4 * 2 * p * t);
+  l.places = c.take(4 * 2 * g.size * t * k);
+  l.counts = c.take(8 * 2 * experts);
+  l.messages = c.take(2 * t * decode_message_bytes(s));
+  l.warm = c.at;
+  l.sums = c.take(2 * t * k * s.combine_row_bytes(), 4096);
+  l.x = c.take(packed * s.combine_row_bytes(), 4096);
+  l.scales = c.take(packed * s.scale_bytes(), 4096);
+  l.rows = c.take(packed * s.combine_row_bytes(), 4096);
+  l.bytes = align_up(c.at, 4096);
+  return l;
+}
+
+struct DecodeRegionLayout {
+  uint64_t sent;       // flag per parity and rank: its messages are here
+  uint64_t answered;   // flag per parity and rank: its answers are here
+  uint64_t faults;     // FaultWord per rank
+  uint64_t outbox;     // FaultWord on its way out
+  uint64_t messages;   // per parity, rank of another node and slot
+  uint64_t answers;    // row per parity, token and k
+  uint64_t bytes;
+};
+
+MOE_HD constexpr DecodeRegionLayout decode_region_layout(const Geometry& g, const Shape& s) {
+  DecodeRegionLayout l{};
+  detail::Cursor c;
+  const uint64_t remote = g.size - g.ranks_per_node, t = s.max_tokens;
+  c.take(sizeof(MemoryHeader));
+  l.sent = c.take(8 * 2 * g.size);
+  l.answered = c.take(8 * 2 * g.size);
+  l.faults = c.take(sizeof(FaultWord) * g.size);
+  l.outbox = c.take(sizeof(FaultWord));
+  l.messages = c.take(2 * remote * t * decode_message_bytes(s));
+  l.answers = c.take(remote ? 2 * t * s.top_k * s.combine_row_bytes() : 0);
+  l.bytes = align_up(c.at, 4096);
+  return l;
+}
+
+}  // namespace moecomm

@@ -1,0 +1,140 @@
+// Decode: dispatch and combine in microseconds. Everything has a fixed place that follows from (parity of the
+// epoch, source, slot), so no counts are exchanged, nothing is allocated and there is no barrier.
+//
+//   dispatch, send      decode_list, decode_send, decode_announce     (decode_send.hpp)
+//   dispatch, receive   decode_accept, decode_pack                    (decode_receive.hpp)
+//   combine, send       decode_answer                                 (decode_answer.hpp)
+//   combine, receive    decode_wait_answers, decode_sum               (decode_answer.hpp)
+//
+// One message per token and destination rank, straight to its owner. To a rank of another node it is put
+// into that rank's region. Inside a node it stays where it was staged and the owner fetches it: the copy into
+// the packed place, which is due anyway, is then the transfer. Likewise the experts' rows: put over the rail,
+// read in place inside the node.
+//
+// Why no rank overwrites what a slower one still reads. Epochs are numbered 1, 2, 3, ... and alternate between
+// two sets of places. Every rank follows two rules of its own, both enforced by the runtime:
+//   (A) it has received dispatch e-1 before it sends dispatch e;
+//   (B) it has received combine e-2 before it sends dispatch e, if it sent that combine at all.
+// Every dispatch raises a flag at every rank, also with no message behind it. Hence, when a rank sends
+// dispatch e, it has the flags of e-1 from all ranks (A), so by (A) all of them have received dispatch e-2:
+//   - messages of e-2 (staged here, or put into their regions) have been read, and this rank's flags with them;
+// and when it has received dispatch e, all ranks have sent e, so by (B) they have received combine e-2:
+//   - places, experts' rows, answers and sums of e-2 have been read.
+// Only then are the places written again: by decode_accept and by the experts, both behind the receipt of e,
+// and by decode_answer behind that. A weighted answer leaves from the slot of its message: its source has seen
+// the answer's flag (B), which lies behind the answer, before it fills that slot again.
+// The argument needs neither a combine per dispatch nor an even number of calls, and bounds how far a rank can
+// run ahead: one dispatch.
+#pragma once
+#include "base/decode_layout.hpp"
+#include "fabric/fabric.hpp"
+
+namespace moecomm {
+
+struct DecodeView {
+  Geometry geometry;
+  Shape shape;
+  DecodeWindowLayout window;
+  DecodeRegionLayout region;
+  bool check = false;   // MOECOMM_CHECK=1
+
+  MOE_HD int experts_per_rank() const { return shape.num_experts / geometry.size; }
+  MOE_HD int first_expert() const { return geometry.rank * experts_per_rank(); }
+  MOE_HD int owner(int expert) const { return expert / experts_per_rank(); }
+  MOE_HD bool near(int rank) const { return rank / geometry.ranks_per_node == geometry.node(); }
+  MOE_HD int local(int rank) const { return rank % geometry.ranks_per_node; }
+
+  // Window offsets; `at` counts tokens of the rank that is meant.
+  MOE_HD uint64_t sent_flag(int parity, int local) const { return window.sent + 8 * (parity * geometry.ranks_per_node + local); }
+  MOE_HD uint64_t answered_flag(int parity, int local) const { return window.answered + 8 * (parity * geometry.ranks_per_node + local); }
+  MOE_HD uint64_t wanted(int parity, int local) const {
+    return window.wanted + uint64_t{4} * (parity * geometry.ranks_per_node + local) * shape.max_tokens;
+  }
+  MOE_HD uint64_t places(int parity, int source) const {
+    return window.places + uint64_t{4} * (parity * geometry.size + source) * shape.max_tokens * shape.top_k;
+  }
+  MOE_HD uint64_t counts(int parity) const { return window.counts + uint64_t{8} * parity * experts_per_rank(); }
+  MOE_HD uint64_t message(int parity, int token) const {
+    return window.messages + (uint64_t(parity) * shape.max_tokens + token) * decode_message_bytes(shape);
+  }
+  MOE_HD uint64_t sum(int parity, int token, int k) const { return window.sums + answer_index(parity, token, k) * shape.combine_row_bytes(); }
+  MOE_HD uint64_t packed_rows() const { return experts_per_rank() * decode_rows_per_expert(geometry, shape); }
+  MOE_HD uint64_t x(int parity) const { return window.x + parity * packed_rows() * shape.combine_row_bytes(); }
+  MOE_HD uint64_t scales(int parity) const { return window.scales + parity * packed_rows() * shape.scale_bytes(); }
+  MOE_HD uint64_t rows(int parity) const { return window.rows + parity * packed_rows() * shape.combine_row_bytes(); }
+
+  // Region offsets.
+  MOE_HD uint64_t remote_sent_flag(int parity, int rank) const { return region.sent + 8 * (parity * geometry.size + rank); }
+  MOE_HD uint64_t remote_answered_flag(int parity, int rank) const { return region.answered + 8 * (parity * geometry.size + rank); }
+  MOE_HD uint64_t landed(int parity, int from, int at, int slot) const {   // from `from` in the region of rank `at`
+    const int p = geometry.ranks_per_node, remote = geometry.size - p;
+    const int index = from < at / p * p ? from : from - p;
+    return region.messages + ((uint64_t(parity) * remote + index) * shape.max_tokens + slot) * decode_message_bytes(shape);
+  }
+  MOE_HD uint64_t answer(int parity, int token, int k) const { return region.answers + answer_index(parity, token, k) * shape.combine_row_bytes(); }
+
+ private:
+  MOE_HD uint64_t answer_index(int parity, int token, int k) const {
+    return (uint64_t(parity) * shape.max_tokens + token) * shape.top_k + k;
+  }
+};
+
+inline DecodeView make_decode_view(const Geometry& g, const Shape& s, bool check) {
+  return DecodeView{g, s, decode_window_layout(g, s), decode_region_layout(g, s), check};
+}
+
+// What a rank remembers of one parity's epoch. Private.
+struct DecodeTurn {
+  uint64_t epoch = 0;
+  int32_t tokens = 0;
+  int32_t mode = 0;
+  CallShape call;                // row_bytes and scale_bytes of the rows that travel
+  bool weighted = false;         // weights travel: a rank answers with one row per token
+  int32_t* ids = nullptr;        // [T, K] the picks as sent
+  int32_t* slot = nullptr;       // [T, K] slot at the pick's owner; -1 where an earlier pick has the same owner
+  int32_t* sent = nullptr;       // [R] messages for that rank
+  int32_t* got = nullptr;        // [R] messages from that rank
+  float* weights = nullptr;      // [T, K] of combine
+  uint64_t* sent_flag = nullptr;      // [R] what this rank last wrote into its flags there
+  uint64_t* answered_flag = nullptr;  // [R]
+
+  MOE_HD int parity() const { return static_cast<int>(epoch & 1); }
+};
+
+struct DecodeSendArgs {
+  DecodeView d;
+  DecodeTurn turn;
+  const int64_t* ids64 = nullptr;   // [T, K], one of the two
+  const int32_t* ids32 = nullptr;
+  const char* x = nullptr;          // [T, row_bytes]
+  const char* scales = nullptr;     // [T, scale_bytes] or null
+  const float* weights = nullptr;   // [T, K] or null: then none travel
+};
+
+struct DecodeReceiveArgs {
+  DecodeView d;
+  DecodeTurn turn;
+};
+
+struct DecodeCombineArgs {
+  DecodeView d;
+  DecodeTurn turn;
+  int32_t mode = 0;                 // of the answers
+  const char* rows = nullptr;       // packed, [E/R, R * max_tokens, H]
+  char* y = nullptr;                // [T, H]
+};
+
+namespace detail {
+
+// The message of `source` in `slot`: in its window, or landed in this rank's region.
+template <class F>
+MOE_HD char* decode_message(F f, const DecodeView& d, const DecodeTurn& turn, int source, int slot) {
+  if (!d.near(source)) return f.rail(d.landed(turn.parity(), source, d.geometry.rank, slot));
+  const int local = d.local(source);
+  const int32_t* wanted = reinterpret_cast<const int32_t*>(f.window(local, d.wanted(turn.parity(), d.geometry.local())));
+  return f.window(local, d.message(turn.parity(), wanted[slot]));
+}
+
+}  // namespace detail
+
+}  // namespace moecomm

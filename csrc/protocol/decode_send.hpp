@@ -1,0 +1,110 @@
+// Decode dispatch, the source's side.
+//
+//   decode_list      checks the picks; gives every message its slot at its destination
+//   decode_send      tokens [begin, end): each row read once, staged with its header, put to the remote ranks
+//                    that want it; slices may run side by side
+//   decode_announce  after all slices: the flag at every rank, with the number of messages behind it
+#pragma once
+#include "base/checksum.hpp"
+#include "protocol/decode.hpp"
+#include "protocol/dispatch.hpp"
+#include "protocol/plan.hpp"
+
+namespace moecomm {
+
+// Touches nothing that a peer reads before every pick is found good.
+template <Group G, class F>
+MOE_HD Status decode_list(G g, F f, const DecodeSendArgs& a) {
+  const DecodeView& d = a.d;
+  const DecodeTurn& turn = a.turn;
+  const int k_max = d.shape.top_k, size = d.geometry.size;
+  Status bad;
+  for (int t = g.lane(); t < turn.tokens && bad.ok(); t += g.size()) {
+    int32_t* ids = turn.ids + int64_t{t} * k_max;
+    for (int k = 0; k < k_max && bad.ok(); ++k) {
+      const int64_t at = int64_t{t} * k_max + k;
+      const int64_t id = a.ids64 ? a.ids64[at] : a.ids32[at];
+      ids[k] = static_cast<int32_t>(id);
+      if (id == -1) continue;
+      if (id < 0 || id >= d.shape.num_experts) bad = bad_pick(kIdOutOfRange, t, id);
+      for (int j = 0; j < k && bad.ok(); ++j)
+        if (ids[j] == id) bad = bad_pick(kIdTwice, t, id);
+    }
+  }
+  MOE_TRY(first_failure(g, bad));
+
+  // Lane owns destination ranks, so slots follow token order without atomics.
+  for (int r = g.lane(); r < size; r += g.size()) turn.sent[r] = 0;
+  for (int t = 0; t < turn.tokens; ++t) {
+    const int32_t* ids = turn.ids + int64_t{t} * k_max;
+    for (int k = 0; k < k_max; ++k) {
+      const int owner = ids[k] < 0 ? -1 : d.owner(ids[k]);
+      if ((owner < 0 ? 0 : owner) % g.size() != g.lane()) continue;
+      bool first = owner >= 0;
+      for (int j = 0; j < k && first; ++j) first = ids[j] < 0 || d.owner(ids[j]) != owner;
+      int32_t& slot = turn.slot[int64_t{t} * k_max + k];
+      slot = first ? turn.sent[owner]++ : -1;
+      if (first && d.near(owner))
+        reinterpret_cast<int32_t*>(f.window(d.geometry.local(), d.wanted(turn.parity(), d.local(owner))))[slot] = t;
+    }
+  }
+  g.sync();
+  return {};
+}
+
+template <Group G, class F>
+MOE_HD void decode_send(G g, F f, const DecodeSendArgs& a, int begin, int end) {
+  const DecodeView& d = a.d;
+  const DecodeTurn& turn = a.turn;
+  const int k_max = d.shape.top_k, me = d.geometry.rank, own = d.geometry.local();
+  const uint64_t header_bytes = decode_header_bytes(k_max), stride = wire_stride(turn.call);
+  Counters& count = f.counters();
+  for (int t = begin; t < end; ++t) {
+    const int32_t* ids = turn.ids + int64_t{t} * k_max;
+    const int32_t* slots = turn.slot + int64_t{t} * k_max;
+    char* message = f.window(own, d.message(turn.parity(), t));
+    DecodeHeader* header = reinterpret_cast<DecodeHeader*>(message);
+    const char* x = a.x + t * turn.call.row_bytes;
+    for (int k = g.lane(); k < k_max; k += g.size())
+      header->pick()[k] = {ids[k], a.weights ? a.weights[int64_t{t} * k_max + k] : 1.0f};
+    if (g.lane() == 0) {
+      header->token = t;
+      if (d.check) header->checksum = row_checksum(x, turn.call.row_bytes, t);
+    }
+    f.copy_row(g, message + header_bytes, x, turn.call.row_bytes);
+    if (a.scales)
+      f.copy_row(g, message + header_bytes + align16(turn.call.row_bytes), a.scales + t * turn.call.scale_bytes, turn.call.scale_bytes);
+    g.sync();
+    if (g.lane() != 0) continue;
+    for (int k = 0; k < k_max; ++k) {
+      if (slots[k] < 0) continue;
+      const int r = d.owner(ids[k]);
+      HopCounters& hop = d.near(r) ? count.node : count.rail;
+      hop.logical_rows += 1;
+      hop.logical_bytes += stride;
+      hop.physical_rows += r != me;
+      hop.physical_bytes += r != me ? header_bytes + stride : 0;
+      if (!d.near(r)) f.put(r, d.landed(turn.parity(), me, r, slots[k]), message, header_bytes + stride);
+    }
+  }
+  g.sync();
+}
+
+template <Group G, class F>
+MOE_HD void decode_announce(G g, F f, const DecodeSendArgs& a) {
+  const DecodeView& d = a.d;
+  const DecodeTurn& turn = a.turn;
+  const int me = d.geometry.rank, size = d.geometry.size, parity = turn.parity();
+  g.sync();
+  if (g.lane() == 0)
+    for (int step = 0; step < size; ++step) {
+      const int r = (me + 1 + step) % size;   // the own rank last; no rank is everybody's first
+      const uint64_t flag = make_flag(turn.epoch, turn.mode, turn.sent[r]), add = flag - turn.sent_flag[r];
+      turn.sent_flag[r] = flag;
+      if (d.near(r)) f.signal_node(d.local(r), d.sent_flag(parity, d.geometry.local()), add);
+      else f.signal_rail(r, d.remote_sent_flag(parity, me), add);
+    }
+  g.sync();
+}
+
+}  // namespace moecomm

@@ -1,0 +1,157 @@
+#include "runtime/decode.hpp"
+
+#include <cstring>
+
+#include "exec/lane.hpp"
+#include "world/cpu/decode_run.hpp"
+
+namespace moecomm {
+namespace {
+
+ReachPlan reach_plan(const DecodeView& d) {
+  ReachPlan p;
+  p.window_bytes = d.window.bytes;
+  p.window_faults = d.window.faults;
+  p.warm_bytes = d.window.warm;
+  p.region_bytes = d.region.bytes;
+  p.region_counters = p.region_faults = d.region.faults;
+  p.region_outbox = d.region.outbox;
+  p.own = d.geometry.rank;
+  for (int r = 0; r < d.geometry.size; ++r) p.peers.push_back(d.near(r) ? -1 : r);
+  return p;
+}
+
+// What all ranks must do alike, as the mode bits of a flag.
+enum Mode : int { kQuantized = 1, kWeighted = 4 };
+
+}  // namespace
+
+uint64_t Decode::bytes(const Geometry& g, const Shape& s) { return decode_window_layout(g, s).bytes + decode_region_layout(g, s).bytes; }
+
+Decode::Decode(std::shared_ptr<Communicator> comm, Shape shape, bool check)
+    : view_(make_decode_view(comm->geometry(), shape, check)), reach_(comm, reach_plan(view_)) {
+  const uint64_t picks = uint64_t(shape.max_tokens) * shape.top_k, size = view_.geometry.size;
+  for (Turn& t : turns_) {
+    detail::Cursor c;
+    const uint64_t ids = c.take(4 * picks), slot = c.take(4 * picks), weights = c.take(4 * picks);
+    const uint64_t sent = c.take(4 * size), got = c.take(4 * size), sent_flag = c.take(8 * size), answered_flag = c.take(8 * size);
+    t.memory.reset(new char[c.at]());
+    char* m = t.memory.get();
+    t.view.ids = reinterpret_cast<int32_t*>(m + ids);
+    t.view.slot = reinterpret_cast<int32_t*>(m + slot);
+    t.view.weights = reinterpret_cast<float*>(m + weights);
+    t.view.sent = reinterpret_cast<int32_t*>(m + sent);
+    t.view.got = reinterpret_cast<int32_t*>(m + got);
+    t.view.sent_flag = reinterpret_cast<uint64_t*>(m + sent_flag);
+    t.view.answered_flag = reinterpret_cast<uint64_t*>(m + answered_flag);
+  }
+}
+
+Decode::Stage Decode::stage(uint64_t epoch) const {
+  const Turn& t = turns_[epoch & 1];
+  return t.view.epoch == epoch ? t.stage : Stage::idle;
+}
+
+// A rank receives about as much as it sends: the estimate needs no count.
+bool Decode::streams(const Turn& t, uint64_t row_bytes) const {
+  return uint64_t(t.view.tokens) * view_.shape.top_k * row_bytes >= stream_threshold_;
+}
+
+Status Decode::dispatch(const DecodeDispatchCall& call) {
+  std::lock_guard lock(reach_.comm().calls());
+  Turn& next = turn(epoch_ + 1);
+  if (Turn& last = turn(epoch_); last.stage == Stage::sent) MOE_TRY(receive(last));    // rule A
+  if (next.stage == Stage::answered) MOE_TRY(sum(next));                                // rule B
+  next.stage = Stage::idle;
+  DecodeTurn& t = next.view;
+  t.epoch = epoch_ + 1;
+  t.tokens = call.tokens;
+  t.weighted = call.weighted;
+  t.mode = (call.scale_bytes ? kQuantized : 0) | (t.weighted ? kWeighted : 0);
+  t.call.row_bytes = call.row_bytes;
+  t.call.scale_bytes = call.scale_bytes;
+  DecodeSendArgs a;
+  a.d = view_;
+  a.turn = t;
+  a.ids64 = call.ids64;
+  a.ids32 = call.ids32;
+  a.x = call.x;
+  a.scales = call.scales;
+  a.weights = call.weights;
+  reach_.begin(false);   // staged rows are read by others next: they stay in the caches
+  MOE_TRY(reach_.run(false, [&](auto fabric) { return decode_list(Lane{}, fabric, a); }));
+  MOE_TRY(reach_.run(false, [&](auto fabric) { return run_decode_send(Lane{}, fabric, a); }));
+  ++reach_.host().counters.calls;
+  ++epoch_;
+  next.stage = Stage::sent;
+  return call.receive ? receive(next) : Status{};
+}
+
+Status Decode::receive(Turn& t) {
+  DecodeReceiveArgs a{view_, t.view};
+  reach_.begin(streams(t, t.view.call.row_bytes));
+  const Status s = reach_.run(false, [&](auto fabric) { return run_decode_receive(Lane{}, fabric, a); });
+  t.stage = s.ok() ? Stage::received : Stage::idle;
+  return s;
+}
+
+Status Decode::dispatch_receive(uint64_t epoch) {
+  std::lock_guard lock(reach_.comm().calls());
+  return stage(epoch) == Stage::sent ? receive(turn(epoch)) : Status{};
+}
+
+// Only the rows that are there, not the whole sparse tensor.
+void Decode::stage_rows(const Turn& t, const char* rows) {
+  const uint64_t row_bytes = view_.shape.combine_row_bytes(), per_expert = decode_rows_per_expert(view_.geometry, view_.shape);
+  const RowKernels& kernels = *reach_.host().kernels;
+  const int parity = t.view.parity();
+  for (int e = 0; e < view_.experts_per_rank(); ++e) {
+    const uint64_t at = e * per_expert * row_bytes, n = counts(parity)[e];
+    (reach_.host().stream ? kernels.stream : kernels.copy)(this->rows(parity) + at, rows + at, n * row_bytes);
+    reach_.host().counters.staged_rows += n;
+  }
+}
+
+Status Decode::combine(const DecodeCombineCall& call) {
+  std::lock_guard lock(reach_.comm().calls());
+  Turn& t = turn(call.epoch);
+  const int64_t picks = int64_t{t.view.tokens} * view_.shape.top_k;
+  for (int64_t i = 0; i < picks; ++i)
+    if (const int64_t id = call.ids64 ? call.ids64[i] : call.ids32[i]; id != t.view.ids[i])
+      return {Code::invalid, Phase::none, -1, 3, static_cast<uint64_t>(i / view_.shape.top_k), static_cast<uint64_t>(id)};
+  for (int64_t i = 0; i < picks; ++i) t.view.weights[i] = call.weights ? call.weights[i] : 1.0f;
+  reach_.begin(streams(t, view_.shape.combine_row_bytes()));
+  DecodeCombineArgs a{view_, t.view, t.view.weighted ? kWeighted : 0, call.rows, nullptr};
+  if (!t.view.weighted && call.rows != rows(t.view.parity())) {
+    stage_rows(t, call.rows);
+    a.rows = rows(t.view.parity());
+  }
+  MOE_TRY(reach_.run(false, [&](auto fabric) { return run_decode_combine_send(Lane{}, fabric, a); }));
+  ++reach_.host().counters.calls;
+  t.stage = Stage::answered;
+  t.combine_mode = a.mode;
+  t.y = call.y;
+  return call.receive ? sum(t) : Status{};
+}
+
+Status Decode::sum(Turn& t) {
+  DecodeCombineArgs a{view_, t.view, t.combine_mode, nullptr, t.y};
+  reach_.begin(false);
+  const Status s = reach_.run(true, [&](auto fabric) { return run_decode_combine_receive(Lane{}, fabric, a); });
+  t.stage = Stage::done;
+  return s;
+}
+
+Status Decode::combine_receive(uint64_t epoch) {
+  std::lock_guard lock(reach_.comm().calls());
+  return stage(epoch) == Stage::answered ? sum(turn(epoch)) : Status{};
+}
+
+Counters Decode::take_counters() {
+  std::lock_guard lock(reach_.comm().calls());
+  const Counters c = reach_.host().counters;
+  reach_.host().counters = {};
+  return c;
+}
+
+}  // namespace moecomm

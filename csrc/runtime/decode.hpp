@@ -1,0 +1,90 @@
+// Decode: owns the memories of the decode path and runs its four phases; keeps the rules (A) and (B) of
+// protocol/decode.hpp, so a caller may leave out a hook or a combine.
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "protocol/decode.hpp"
+#include "runtime/reach.hpp"
+
+namespace moecomm {
+
+struct DecodeDispatchCall {
+  const char* x = nullptr;
+  const char* scales = nullptr;
+  const int64_t* ids64 = nullptr;
+  const int32_t* ids32 = nullptr;
+  const float* weights = nullptr;
+  bool weighted = false;            // weights travel
+  int32_t tokens = 0;
+  uint64_t row_bytes = 0;
+  uint64_t scale_bytes = 0;
+  bool receive = false;             // both phases in one call
+};
+
+struct DecodeCombineCall {
+  uint64_t epoch = 0;
+  const char* rows = nullptr;       // [E/R, R * max_tokens, H]: rows(epoch), or anywhere: then staged once
+  const int64_t* ids64 = nullptr;   // must be those of the dispatch
+  const int32_t* ids32 = nullptr;
+  const float* weights = nullptr;   // null: 1
+  char* y = nullptr;                // written by the receive phase
+  bool receive = false;
+};
+
+class Decode {
+ public:
+  enum Stage : int { idle, sent, received, answered, done };
+
+  Decode(std::shared_ptr<Communicator> comm, Shape shape, bool check);
+  static uint64_t bytes(const Geometry& g, const Shape& s);   // of window and region
+
+  std::string card() const { return reach_.card(); }
+  void connect(const std::vector<std::string>& cards) { reach_.connect(cards); }
+  void connected() { reach_.connected(); }
+
+  // Waits only for what the two rules ask for; on ok, epoch() is the new dispatch.
+  Status dispatch(const DecodeDispatchCall& call);
+  Status dispatch_receive(uint64_t epoch);     // at once where it is received already
+  // The caller has looked at stage(): received.
+  Status combine(const DecodeCombineCall& call);
+  Status combine_receive(uint64_t epoch);
+
+  uint64_t epoch() const { return epoch_; }
+  Stage stage(uint64_t epoch) const;           // idle: the epoch's places are used by a later one
+  bool weighted(uint64_t epoch) const { return turns_[epoch & 1].view.weighted; }
+
+  // Memory of a parity, for tensors: as long as the Decode lives.
+  char* x(int parity) const { return reach_.window()->data() + view_.x(parity); }
+  char* scales(int parity) const { return reach_.window()->data() + view_.scales(parity); }
+  char* rows(int parity) const { return reach_.window()->data() + view_.rows(parity); }
+  int64_t* counts(int parity) const { return reinterpret_cast<int64_t*>(reach_.window()->data() + view_.counts(parity)); }
+  int64_t packed_rows() const { return static_cast<int64_t>(view_.packed_rows()); }
+  int num_local_experts() const { return view_.experts_per_rank(); }
+
+  Counters take_counters();                    // and reset
+  void set_stream_threshold(uint64_t bytes) { stream_threshold_ = bytes; }
+
+ private:
+  struct Turn {
+    DecodeTurn view;
+    Stage stage = Stage::idle;
+    int32_t combine_mode = 0;
+    char* y = nullptr;
+    std::unique_ptr<char[]> memory;
+  };
+  Turn& turn(uint64_t epoch) { return turns_[epoch & 1]; }
+  bool streams(const Turn& t, uint64_t row_bytes) const;
+  Status receive(Turn& t);
+  Status sum(Turn& t);
+  void stage_rows(const Turn& t, const char* rows);
+
+  DecodeView view_;
+  Reach reach_;
+  uint64_t epoch_ = 0;
+  Turn turns_[2];
+  uint64_t stream_threshold_ = 7u << 20;
+};
+
+}  // namespace moecomm
