@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import ops
 from ._native import core
+from .decode import Decode
 from .env import Environment
 from .errors import InvalidArgument, raise_failure
 from .results import BlockTensors, Dispatched, Handle, Pending
@@ -48,6 +49,8 @@ class Buffer:
         Multiprocessors for the CUDA world; the cpu world ignores it.
     channels : int, optional
         Independent slices of the tokens, each with its own pipeline.
+    decode : bool
+        Make the memory of the decode path now. False: the first decode_dispatch makes it (collectively).
     arena_bytes : int, optional
         Window memory for dispatch outputs and experts' outputs. None: twice the worst case of one
         dispatch (all tokens of all ranks to one rank); reserved, and committed when first touched.
@@ -63,7 +66,7 @@ class Buffer:
     """
 
     def __init__(self, comm, *, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, num_sms=20, channels=None,
-                 arena_bytes=None):
+                 arena_bytes=None, decode=False):
         self.comm = comm
         comm._require_open("Buffer")
         env = Environment()
@@ -76,7 +79,7 @@ class Buffer:
         self.dtype, self.num_sms, self.channels, self.arena_bytes = dtype, num_sms, channels, arena_bytes
         self.experts_per_rank = num_experts // comm.size
         everyone = comm._exchange(dict(hidden=hidden, num_experts=num_experts, top_k=top_k, max_tokens=max_tokens, dtype=str(dtype),
-                                       channels=channels, arena_bytes=arena_bytes, check=env.check))
+                                       channels=channels, arena_bytes=arena_bytes, decode=decode, check=env.check))
         comm._require_equal("Buffer", everyone)
         self._native = core.Buffer(comm._native, hidden, _DTYPES[dtype], num_experts, top_k, max_tokens, channels, arena_bytes, env.check)
         self._native.connect(comm._bootstrap.allgather(self._native.card()))
@@ -86,8 +89,12 @@ class Buffer:
             comm._bootstrap.keep(self._native)
         self.number = ops.number_buffer(self)   # how torch.ops.moecomm.* name this buffer
         self._row_bytes = hidden * dtype.itemsize
+        self._check = env.check
         self._hooks = {}
         self._closed = False
+        self._decode = None
+        if decode:
+            self._decode = Decode(self)
 
     # -- sizes ------------------------------------------------------------------------------------
 
@@ -95,12 +102,17 @@ class Buffer:
     def num_bytes(self):
         """Bytes of this rank's windows (reserved; committed when touched)."""
         c = self.comm
-        return core.buffer_bytes(c.rank, c.size, c.ranks_per_node, self.hidden, _DTYPES[self.dtype], self.num_experts, self.top_k,
-                                 self.max_tokens, self.channels, self.arena_bytes)
+        return _bytes(c, self.hidden, self.num_experts, self.top_k, self.max_tokens, self.dtype, self.channels, self.arena_bytes,
+                      self._decode is not None)
 
     @staticmethod
-    def size_hint(comm, *, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, num_sms=20, channels=None, arena_bytes=None):
+    def size_hint(comm, *, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, num_sms=20, channels=None, arena_bytes=None,
+                  decode=False):
         """Bytes that a Buffer with these arguments would reserve on each rank; allocates nothing.
+
+        With decode=True also what the decode path reserves: proportional to size * max_tokens * row bytes (for
+        the messages), and to that times the experts per rank (for the packed rows, of which only what is
+        touched is committed).
 
         Raises
         ------
@@ -110,8 +122,7 @@ class Buffer:
         _check_shape(comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank)
         channels = channels or Environment().channels or _default_channels(comm.num_nodes)
         arena_bytes = arena_bytes or _arena_bytes(comm.size, hidden, num_experts, top_k, max_tokens, dtype)
-        return core.buffer_bytes(comm.rank, comm.size, comm.ranks_per_node, hidden, _DTYPES[dtype], num_experts, top_k, max_tokens,
-                                 channels, arena_bytes)
+        return _bytes(comm, hidden, num_experts, top_k, max_tokens, dtype, channels, arena_bytes, decode)
 
     # -- dispatch ---------------------------------------------------------------------------------
 
@@ -325,6 +336,84 @@ class Buffer:
     def _combine_by_ops(self, rows, handle, topk_weights, bias, out=None):
         return ops.combine(rows, topk_weights, bias, handle._tensor(), self.number, handle.layout, handle.num_tokens)
 
+    # -- decode -----------------------------------------------------------------------------------
+
+    def decode_dispatch(self, x, topk_ids, *, topk_weights=None, quant="fp8", return_hook=True):
+        """Carry every token to the ranks that own its experts, with the least delay. Collective.
+
+        Parameters
+        ----------
+        x : Tensor [T, hidden], or (fp8 Tensor [T, hidden], f32 scales [T, hidden/128])
+            T may differ between ranks and be 0.
+        topk_ids : Tensor [T, top_k] int64 or int32
+            Global expert ids, distinct in a token; -1: no expert.
+        topk_weights : Tensor [T, top_k] float32, optional
+            The weights travel, and decode_combine brings one weighted row per token and rank back instead of
+            one per expert.
+        quant : None
+            None keeps the dtype of x.
+        return_hook : bool
+            True: only send; the hook waits for what others sent, and nothing runs in between. False: both.
+
+        Returns
+        -------
+        (DecodeReceived, hook)
+            To be read after hook(); hook is None with return_hook=False. The dispatch after the next one
+            overwrites it. Allocates nothing; no result depends on a host decision.
+
+        Raises
+        ------
+        InvalidArgument
+            Nothing moved and the buffer stays usable.
+        ConfigMismatch
+            Ranks disagree about dtype, quantization or topk_weights; the buffer stays usable.
+        PeerLost, PeerTimeout
+            A peer is gone or stalled; the communicator is broken.
+
+        Source: DeepSeek-V3 technical report, section 3.4.2 (decoding: direct point-to-point transfers).
+        """
+        if self._decode is None or self._closed or self.comm._closed:
+            self._require_open("decode_dispatch")
+            self._decode = Decode(self)
+        return self._decode.dispatch(x, topk_ids, topk_weights, quant, return_hook)
+
+    def decode_combine(self, rows, topk_ids, topk_weights, handle, *, wire=None, return_hook=True, out=None):
+        """Carry the experts' rows of a decode_dispatch back and sum them. Collective.
+
+        Parameters
+        ----------
+        rows : Tensor [experts per rank, size * max_tokens, hidden] of the buffer's dtype
+            Laid out as DecodeReceived.x. handle.rows is sent without a staging copy; unchanged until the hook.
+        topk_ids : Tensor [T, top_k]
+            As given to decode_dispatch.
+        topk_weights : Tensor [T, top_k] float32 or None
+            None: ones; must be None where decode_dispatch sent the weights.
+        handle : DecodeHandle
+            Of the dispatch; good for one combine, until the dispatch after the next one.
+        return_hook : bool
+            True: only send; y is complete after the hook. False: both.
+        out : Tensor [T, hidden], optional
+            Where y goes; a new tensor where None.
+
+        Returns
+        -------
+        (y [T, hidden], hook)
+            y[t] = sum over k of topk_weights[t, k] * row(t, k), in FP32 (FP64 for float64), ascending k,
+            rounded once. Weights sent by decode_dispatch: every rank sums its rows so and rounds; y sums these
+            in the order of each rank's first pick. Bit-identical from run to run.
+
+        Raises
+        ------
+        InvalidArgument, ConfigMismatch, PeerLost, PeerTimeout
+            As decode_dispatch.
+
+        Source: DeepSeek-V3 technical report, section 3.4.2.
+        """
+        if self._decode is None or self._closed or self.comm._closed:
+            self._require_open("decode_combine")
+            raise InvalidArgument("decode_combine: there was no decode_dispatch", op="decode_combine", rank=self.comm.rank)
+        return self._decode.combine(rows, topk_ids, topk_weights, handle, wire, return_hook, out)
+
     # -- the rest ---------------------------------------------------------------------------------
 
     def register_hook(self, stage, fn):
@@ -378,10 +467,14 @@ class Buffer:
         """Rows and bytes per hop since the last call; calling resets them.
 
         Returns a dict: rail and node, each {logical_rows, physical_rows, logical_bytes, physical_bytes}
-        (physical: what crossed the hop's link), replicated_rows, staged_rows, calls.
+        (physical: what crossed the hop's link), replicated_rows, staged_rows, calls; and under "decode" the same
+        of the decode path, where it was used.
         """
         self._require_open("stats")
-        return self._native.take_counters()
+        counted = self._native.take_counters()
+        if self._decode is not None:
+            counted["decode"] = self._decode.native.take_counters()
+        return counted
 
     def close(self):
         """Release the windows; tensors that view them stay valid. Local, may be called twice."""
@@ -389,6 +482,7 @@ class Buffer:
             self._closed = True
             if not self.comm._bootstrap.threads:   # rank threads reach it by pointer until all have ended
                 self._native.release()
+                self._decode = None
 
     def _require_open(self, op):
         if self._closed:
@@ -437,6 +531,11 @@ class Buffer:
 
 def _describe(t):
     return f"{'' if t.is_contiguous() else 'non-contiguous '}{t.dtype} {list(t.shape)} on {t.device}"
+
+
+def _bytes(comm, hidden, num_experts, top_k, max_tokens, dtype, channels, arena_bytes, decode):
+    geometry, shape = (comm.rank, comm.size, comm.ranks_per_node), (hidden, _DTYPES[dtype], num_experts, top_k, max_tokens)
+    return core.buffer_bytes(*geometry, *shape, channels, arena_bytes) + (core.decode_bytes(*geometry, *shape) if decode else 0)
 
 
 def _default_channels(num_nodes):

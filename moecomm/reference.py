@@ -147,3 +147,94 @@ def combine(rows, received, num_tokens, *, ranks_per_node, topk_weights=None, bi
             y[t] = total.to(dtype)
         out.append(y)
     return out
+
+
+@dataclass
+class DecodeReceived:
+    """What one rank holds after a decode dispatch.
+
+    x [experts per rank, size * max_tokens, hidden] and scales [.., hidden/128] or None (zero behind the rows),
+    counts int64 [experts per rank].
+    """
+
+    x: torch.Tensor
+    scales: torch.Tensor | None
+    counts: torch.Tensor
+
+
+def _decode_places(topk_ids, num_experts):
+    """(rank, local expert, position) of every pick: {(source, t, k): ...}, in order (source rank, source token)."""
+    per_rank = num_experts // len(topk_ids)
+    filled, places = [0] * num_experts, {}
+    for source, ids in enumerate(topk_ids):
+        for t, picks in enumerate(ids.tolist()):
+            for k, expert in enumerate(picks):
+                if expert >= 0:
+                    places[source, t, k] = (*divmod(expert, per_rank), filled[expert])
+                    filled[expert] += 1
+    return places, filled
+
+
+def decode_dispatch(xs, topk_ids, *, num_experts, max_tokens, scales=None):
+    """What every rank receives from Buffer.decode_dispatch.
+
+    Parameters
+    ----------
+    xs, topk_ids, scales : list of Tensor
+        By rank: [T, hidden], [T, top_k], [T, hidden/128] or None.
+    num_experts, max_tokens : int
+        As for Buffer.
+
+    Returns
+    -------
+    list of DecodeReceived
+    """
+    size = len(xs)
+    places, filled = _decode_places(topk_ids, num_experts)
+    shape = (num_experts // size, size * max_tokens)
+    out = [DecodeReceived(torch.zeros(*shape, xs[0].shape[1]).to(xs[0].dtype),
+                          None if scales is None else torch.zeros(*shape, scales[0].shape[1]),
+                          torch.tensor(filled[rank * shape[0]:(rank + 1) * shape[0]])) for rank in range(size)]
+    for (source, t, _), (rank, expert, at) in places.items():
+        out[rank].x[expert, at] = xs[source][t]
+        if scales is not None:
+            out[rank].scales[expert, at] = scales[source][t]
+    return out
+
+
+def decode_combine(rows, topk_ids, topk_weights, *, num_experts, weights_travel=False):
+    """What every rank gets back from Buffer.decode_combine.
+
+    Parameters
+    ----------
+    rows : list of Tensor [experts per rank, size * max_tokens, hidden]
+        The experts' output by rank, laid out as DecodeReceived.x.
+    topk_ids, topk_weights : list of Tensor [T, top_k]
+        By source rank.
+    weights_travel : bool
+        A rank sums its rows of a token and rounds; those sums are added in the order of each rank's first pick.
+
+    Returns
+    -------
+    list of Tensor [T, hidden]
+        Ascending k, in FP32 (FP64 for float64), rounded once.
+    """
+    places, _ = _decode_places(topk_ids, num_experts)
+    dtype, hidden = rows[0].dtype, rows[0].shape[2]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    out = []
+    for source, ids in enumerate(topk_ids):
+        y = torch.zeros((len(ids), hidden), dtype=dtype)
+        for t in range(len(ids)):
+            sums = {}   # by rank, in the order of first picks
+            for k in range(ids.shape[1]):
+                if (source, t, k) in places:
+                    rank, expert, at = places[source, t, k]
+                    term = rows[rank][expert, at].to(wide) * topk_weights[source][t, k].to(wide)
+                    key = rank if weights_travel else 0
+                    sums[key] = term if key not in sums else sums[key] + term
+            parts = [part.to(dtype).to(wide) for part in sums.values()] if weights_travel else list(sums.values())
+            if parts:
+                y[t] = sum(parts[1:], parts[0]).to(dtype)
+        out.append(y)
+    return out
