@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
+from torch import nn
 
 from .errors import InvalidArgument
 
 
-def group_limited_top_k(affinities, top_k, *, num_groups=1, top_groups=1, bias=None):
+class Routing(NamedTuple):
+    """What a gate decides: topk_ids int64 [T, top_k], topk_weights float32 [T, top_k], affinities float32 [T, E]."""
+
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    affinities: torch.Tensor
+
+
+def group_limited_top_k(affinities, top_k, *, num_groups=1, top_groups=1, bias=None, group_terms=2):
     """Ids of the top_k experts of each token, taken from its top_groups best groups of experts.
 
     Parameters
     ----------
     affinities : Tensor [T, E]
     top_k, num_groups, top_groups : int
-        Experts form num_groups consecutive groups; a group's score is the sum of its two highest affinities.
+        Experts form num_groups consecutive groups; where a group's experts lie on one node, a token goes
+        to at most top_groups nodes.
     bias : Tensor [E], optional
         Added for choosing only.
+    group_terms : int
+        A group's score is the sum of so many of its highest affinities (bias included): 2 in DeepSeek-V3, 1 in V2.
 
     Returns
     -------
@@ -28,19 +43,22 @@ def group_limited_top_k(affinities, top_k, *, num_groups=1, top_groups=1, bias=N
     InvalidArgument
         Groups do not divide the experts, or the chosen groups hold fewer than top_k experts.
 
-    Source: DeepSeek-V3 technical report, section 2.1.2 (bias) and section 2.1.2, node-limited routing.
+    Source: DeepSeek-V3 technical report, section 2.1.2, "auxiliary-loss-free load balancing" and "node-limited routing".
     """
     tokens, experts = affinities.shape
+    if not 1 <= top_k <= experts:
+        raise InvalidArgument(f"top_k: got {top_k}; expected 1..{experts}", op="gate")
     if num_groups < 1 or experts % num_groups:
         raise InvalidArgument(f"num_groups: got {num_groups}; expected a divisor of the {experts} experts", op="gate")
-    if not 1 <= top_groups <= num_groups or top_groups * (experts // num_groups) < top_k:
+    per_group = experts // num_groups
+    if not 1 <= top_groups <= num_groups or top_groups * per_group < top_k:
         raise InvalidArgument(f"top_groups: got {top_groups}; expected 1..{num_groups}, holding at least top_k = {top_k} experts", op="gate")
     scores = affinities if bias is None else affinities + bias
     if top_groups < num_groups:
-        grouped = scores.view(tokens, num_groups, -1)
-        group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+        grouped = scores.view(tokens, num_groups, per_group)
+        group_scores = grouped.topk(min(group_terms, per_group), dim=-1).values.sum(-1)
         kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, group_scores.topk(top_groups, dim=-1).indices, True)
-        scores = grouped.masked_fill(~kept[:, :, None], float("-inf")).view(tokens, experts)
+        scores = grouped.masked_fill(~kept[:, :, None], -math.inf).view(tokens, experts)
     return scores.topk(top_k, dim=-1).indices
 
 
@@ -67,9 +85,147 @@ def sigmoid_gate(logits, top_k, *, num_groups=1, top_groups=1, bias=None, normal
 
     Source: DeepSeek-V3 technical report, equations 13 to 16.
     """
-    affinities = logits.float().sigmoid()
-    ids = group_limited_top_k(affinities.detach(), top_k, num_groups=num_groups, top_groups=top_groups, bias=bias)
+    return _choose(logits.float().sigmoid(), top_k, num_groups, top_groups, bias, normalize, scale, 2)
+
+
+def softmax_gate(logits, top_k, *, num_groups=1, top_groups=1, normalize=True, scale=1.0):
+    """Softmax affinities over all experts and top-k: Mixtral and Qwen3 normalize over the chosen ones, DeepSeek-V2-Lite does not.
+
+    Parameters
+    ----------
+    logits : Tensor [T, E]
+    top_k, num_groups, top_groups
+        As for group_limited_top_k; a group's score is its highest affinity (DeepSeek-V2).
+    normalize : bool
+        Weights of a token sum to scale; that equals a softmax over the chosen logits alone.
+    scale : float
+
+    Returns
+    -------
+    (topk_ids int64 [T, top_k], topk_weights float32 [T, top_k])
+
+    Raises
+    ------
+    InvalidArgument
+        As group_limited_top_k.
+
+    Source: Mixtral of Experts, section 2.1; DeepSeek-V2 technical report, section 2.2.
+    """
+    return _choose(logits.float().softmax(-1), top_k, num_groups, top_groups, None, normalize, scale, 1)
+
+
+def _choose(affinities, top_k, num_groups, top_groups, bias, normalize, scale, group_terms):
+    ids = group_limited_top_k(affinities.detach(), top_k, num_groups=num_groups, top_groups=top_groups, bias=bias, group_terms=group_terms)
     weights = affinities.gather(1, ids)
     if normalize:
-        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     return ids, weights * scale
+
+
+def count_picks(topk_ids, num_experts):
+    """How often each expert is picked: int64 [num_experts]; -1 counts nowhere.
+
+    Parameters
+    ----------
+    topk_ids : Tensor [..., top_k] int64
+    num_experts : int
+    """
+    ids = topk_ids.flatten() + 1
+    return torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))[1:]
+
+
+@torch.no_grad()
+def update_bias(bias, counts, speed):
+    """Lower the bias of overloaded experts by speed and raise that of underloaded ones, in place, after a training step.
+
+    Parameters
+    ----------
+    bias : Tensor [E]
+    counts : Tensor [E]
+        Picks of each expert in the whole batch: of all ranks.
+    speed : float
+        Gamma: 0.001 for most of DeepSeek-V3's training.
+
+    Returns
+    -------
+    Tensor [E]
+        bias.
+
+    Source: DeepSeek-V3 technical report, section 2.1.2, "auxiliary-loss-free load balancing".
+    """
+    counts = counts.to(torch.float64)
+    return bias.add_(torch.sign(counts.mean() - counts).to(bias.dtype), alpha=speed)
+
+
+def balance_loss(affinities, topk_ids, alpha):
+    """The complementary balance loss of each sequence, averaged over sequences.
+
+    Parameters
+    ----------
+    affinities : Tensor [..., S, E]
+        Of S tokens of a sequence; differentiable.
+    topk_ids : Tensor [..., S, top_k] int64
+        The picks; -1 counts nowhere.
+    alpha : float
+        0.0001 in DeepSeek-V3.
+
+    Returns
+    -------
+    Tensor []
+        alpha * sum over experts of (fraction of picks, times E) * (mean normalized affinity).
+
+    Source: DeepSeek-V3 technical report, equations 17 to 20.
+    """
+    *batch, length, experts = affinities.shape
+    affinities, ids = affinities.reshape(-1, length, experts), topk_ids.reshape(-1, length, topk_ids.shape[-1])
+    picked = torch.zeros(len(ids), experts + 1, dtype=affinities.dtype, device=ids.device)
+    picked.scatter_add_(1, ids.flatten(1) + 1, torch.ones_like(ids, dtype=affinities.dtype).flatten(1))
+    fraction = picked[:, 1:] * (experts / (ids.shape[-1] * length))
+    share = (affinities / (affinities.sum(-1, keepdim=True) + 1e-20)).mean(1)
+    return alpha * (fraction * share).sum(-1).mean()
+
+
+class Gate(nn.Module):
+    """A gate with parameters: weight [E, hidden], and a bias [E] for choosing only (score="sigmoid").
+
+    Parameters
+    ----------
+    hidden, num_experts, top_k : int
+    score : "sigmoid" or "softmax"
+    num_groups, top_groups, normalize, scale
+        As for sigmoid_gate and softmax_gate.
+
+    Raises
+    ------
+    InvalidArgument
+        score is neither; the rest as group_limited_top_k, when called.
+
+    Source: DeepSeek-V3 technical report, section 2.1.2.
+    """
+
+    def __init__(self, hidden, num_experts, top_k, *, score="sigmoid", num_groups=1, top_groups=1, normalize=True, scale=1.0):
+        super().__init__()
+        if score not in ("sigmoid", "softmax"):
+            raise InvalidArgument(f"score: got {score!r}; expected 'sigmoid' or 'softmax'", op="Gate")
+        self.num_experts, self.top_k, self.score = num_experts, top_k, score
+        self.num_groups, self.top_groups, self.normalize, self.scale = num_groups, top_groups, normalize, scale
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden))
+        nn.init.normal_(self.weight, std=hidden ** -0.5)
+        self.register_buffer("bias", torch.zeros(num_experts) if score == "sigmoid" else None)
+
+    def forward(self, x):
+        """Routing of tokens x [T, hidden]; computed in float32."""
+        logits = nn.functional.linear(x.float(), self.weight.float())
+        sigmoid = self.score == "sigmoid"
+        affinities = logits.sigmoid() if sigmoid else logits.softmax(-1)
+        ids, weights = _choose(affinities, self.top_k, self.num_groups, self.top_groups, self.bias, self.normalize, self.scale, 2 if sigmoid else 1)
+        return Routing(ids, weights, affinities)
+
+    def update_bias(self, counts, speed):
+        """As the function of this name, on this gate's bias."""
+        return update_bias(self.bias, counts, speed)
+
+    def extra_repr(self):
+        """What print(gate) says."""
+        return (f"{self.weight.shape[1]}, num_experts={self.num_experts}, top_k={self.top_k}, score={self.score!r}, "
+                f"groups={self.top_groups}/{self.num_groups}, normalize={self.normalize}, scale={self.scale}")

@@ -56,7 +56,8 @@ TEST_CASES(rail_regions, cases()) {
                   {l.back, 8 * n * s.channels, 8}, {l.faults, sizeof(FaultWord) * n, 8}, {l.blocks, uint64_t{4} * count_layout(g, s).ints * n, 16},
                   {l.verdicts, sizeof(Verdict) * n, 8}, {l.outbox, sizeof(Verdict) + sizeof(FaultWord), 8},
                   {l.metas, n * s.max_tokens * meta_bytes(s.top_k), 16}, {l.metas_out, rows * meta_bytes(s.top_k), 16}, {l.sums, 8 * rows, 8},
-                  {l.sums_out, 8 * rows, 8}, {l.area_a, rows * s.slot_bytes(), 16}, {l.area_b, rows * s.slot_bytes(), 16}},
+                  {l.sums_out, 8 * rows, 8},
+                  {l.slots, 4 * rows * s.top_k, 4}, {l.slots_out, 4 * rows * s.top_k, 4}, {l.area_a, rows * s.slot_bytes(), 16}, {l.area_b, rows * s.slot_bytes(), 16}},
                  l.bytes);
   CHECK(s.slot_bytes() >= s.combine_row_bytes());
   CHECK(s.slot_bytes() >= static_cast<uint64_t>(s.hidden) + s.scale_bytes());
@@ -75,7 +76,7 @@ TEST_CASES(blocks, cases()) {
                         {l.ids, by_rank ? 8 * rows * k : 0, 8}, {l.origin, by_rank ? 0 : 4 * rows, 4}, {l.source, 8 * rows, 8}, {l.sums, 8 * rows, 8}},
                        l.bytes);
         const OutputLayout o = output_layout(rows, s);
-        check_disjoint({{o.rows, rows * s.combine_row_bytes(), 16}, {o.weights, 4 * rows, 4}}, o.bytes);
+        check_disjoint({{o.rows, rows * s.combine_row_bytes(), 16}, {o.weights, 4 * rows, 4}, {o.back, 4 * rows * s.top_k, 4}}, o.bytes);
       }
 }
 
