@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent
 RUNTIME = sorted(str(p.relative_to(ROOT)) for folder in ("fabric", "runtime") for p in (ROOT / "csrc" / folder).glob("*.cpp")
                  if not p.name.startswith("sim"))
 SIM = ["csrc/exec/fiber.cpp", "csrc/fabric/sim.cpp", "csrc/runtime/sim.cpp", "csrc/runtime/plan.cpp", "csrc/runtime/memory.cpp",
+QUANT = ["csrc/runtime/quant.cpp", *(source for source in RUNTIME if Path(source).name.startswith("rows"))]
        *(s for s in RUNTIME if "fabric/rows" in s)]
 # Equal bits from every build of the row kernels: no contraction of a product and a sum into one rounding.
 FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
@@ -71,4 +72,6 @@ core = Extension(
 )
 sim = Extension("moecomm._native.sim", ["moecomm/_native/sim.pyx", *SIM], language="c++",
                 include_dirs=["csrc", str(ucx / "include")], extra_compile_args=FLAGS)
-setup(ext_modules=cythonize([core, sim], language_level=3, build_dir="build/cython"), cmdclass={"build_ext": BuildExt})
+quant = Extension("moecomm._native.quant", ["moecomm/_native/quant.pyx", *QUANT], language="c++",
+                  include_dirs=["csrc", str(ucx / "include")], extra_compile_args=FLAGS)
+setup(ext_modules=cythonize([core, sim, quant], language_level=3, build_dir="build/cython"), cmdclass={"build_ext": BuildExt})

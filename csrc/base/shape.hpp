@@ -1,6 +1,6 @@
 // What a Buffer is built for, and what one call of dispatch is about.
 #pragma once
-#include "base/types.hpp"
+#include "base/codes.hpp"
 
 namespace moecomm {
 
@@ -18,13 +18,11 @@ struct Shape {
   uint64_t arena_bytes = 0;
 
   MOE_HD constexpr uint64_t combine_row_bytes() const { return hidden * element_bytes(dtype); }
-  // FP8 rows carry one f32 scale per 128 channels.
-  MOE_HD constexpr uint64_t scale_bytes() const { return (hidden + 127) / 128 * 4; }
-  MOE_HD constexpr uint64_t fp8_row_bytes() const { return align16(hidden) + align16(scale_bytes()); }
-  // A rail slot holds either kind of row.
+  MOE_HD constexpr uint64_t wire_bytes(Wire wire) const { return wire_row_bytes(wire, hidden, dtype); }
+  // A rail slot holds any kind of row; FP8 rows of dispatch are as long as those of combine at most.
   MOE_HD constexpr uint64_t slot_bytes() const {
-    const uint64_t a = align16(combine_row_bytes()), b = fp8_row_bytes();
-    return a > b ? a : b;
+    const uint64_t a = align16(combine_row_bytes()), b = wire_bytes(Wire::fp8), c = wire_bytes(Wire::logfmt10);
+    return a > b ? (a > c ? a : c) : (b > c ? b : c);
   }
 };
 
@@ -35,10 +33,13 @@ struct CallShape {
   int64_t capacity = -1;    // static number of rows, -1: as many as arrive
   uint64_t row_bytes = 0;   // payload of one row
   uint64_t scale_bytes = 0; // 0: not quantized
+  ScaleKind scales = ScaleKind::none;
+  bool scales_by_column = false;   // in the block: [scale][row], columns on 16 bytes; else [row][scale]
 
   MOE_HD constexpr int32_t signature() const {
     return static_cast<int32_t>((layout == RowLayout::rank ? 1 : 0) + 2 * alignment + 257 * (capacity + 1) +
-                                65537 * static_cast<int64_t>(row_bytes) + 31 * static_cast<int64_t>(scale_bytes));
+                                65537 * static_cast<int64_t>(row_bytes) + 31 * static_cast<int64_t>(scale_bytes) +
+                                8191 * static_cast<int64_t>(scales) + (scales_by_column ? 32771 : 0));
   }
 };
 

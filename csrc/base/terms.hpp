@@ -19,6 +19,9 @@ struct Terms {
   TermStore* store = nullptr;
   int count = 0;
   uint64_t group_end = 0;   // bit i: term i closes its group
+  uint64_t coded = 0;       // bit i: row i is coded as `wire` says (one format in a list), `hidden` elements long
+  Wire wire = Wire::plain;
+  int64_t hidden = 0;
 
   // Term i is written by lane i mod size; only that lane evaluates its weight.
   template <class G, class Weight>
@@ -28,6 +31,14 @@ struct Terms {
       store->weight[count] = weight();
     }
     ++count;
+  }
+  // A row as it crossed the rail, with weight 1.
+  template <class G>
+  MOE_HD void add_wire(G g, const void* row, Wire format, int64_t elements) {
+    if (format != Wire::plain) coded |= uint64_t{1} << count;
+    wire = format;
+    hidden = elements;
+    add(g, row, [] { return 1.0f; });
   }
   MOE_HD void close_group() { if (count > 0) group_end |= uint64_t{1} << (count - 1); }
 };

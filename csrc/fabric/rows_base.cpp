@@ -4,6 +4,7 @@
 #endif
 
 #include "fabric/rows.hpp"
+#include "base/quantize.hpp"
 
 namespace moecomm::rows_base {
 static constexpr const char* kName = "base";

@@ -138,12 +138,18 @@ static inline void reduce_tail(char* dst, const moecomm::Terms& terms, const flo
 }
 
 template <class T>
+static void reduce_coded(char* dst, const moecomm::Terms& terms, const moecomm::Terms* next, const float* bias, long begin, long end);
+
+template <class T>
 static void reduce_typed(char* dst, const moecomm::Terms& terms, const moecomm::Terms* next, const float* bias, long begin, long end) {
+  if (terms.coded) return reduce_coded<T>(dst, terms, next, bias, begin, end);
   long at = begin;
   for (; at + 64 <= end; at += 64) reduce_block<T, 4>(dst, terms, next, bias, at);
   for (; at + 16 <= end; at += 16) reduce_block<T, 1>(dst, terms, nullptr, bias, at);
   if (at < end) reduce_tail<T>(dst, terms, bias, at, end - at);
 }
+
+#include "fabric/impl/quant_kernels.inl"
 
 static void reduce_f64(double* dst, const moecomm::Terms& terms, const float* bias, long begin, long end) {
   for (long at = begin; at < end; ++at) {
@@ -207,4 +213,5 @@ static void fence() {
 #endif
 }
 
-extern const moecomm::RowKernels kKernels = {kName, copy, stream, zero, fence, reduce};
+extern const moecomm::RowKernels kKernels = {kName,    copy,           stream,     zero,                fence, reduce, reduce_encode,
+                                             quantize, quantize_block, dequantize, transpose_requantize};
