@@ -18,6 +18,7 @@ struct Shape {
   uint64_t arena_bytes = 0;
 
   MOE_HD constexpr uint64_t combine_row_bytes() const { return hidden * element_bytes(dtype); }
+  MOE_HD constexpr uint64_t scale_bytes() const { return 4 * scale_words(hidden, ScaleKind::f32); }   // those of FP8 rows, at most
   MOE_HD constexpr uint64_t wire_bytes(Wire wire) const { return wire_row_bytes(wire, hidden, dtype); }
   // A rail slot holds any kind of row; FP8 rows of dispatch are as long as those of combine at most.
   MOE_HD constexpr uint64_t slot_bytes() const {

@@ -32,7 +32,9 @@ concept Fabric = requires(F f, G g, char* p, const char* c, const Terms& terms, 
   { f.wait_node(uint64_t{}, uint64_t{}, phase, 0) } -> std::same_as<Status>;
   f.copy_row(g, p, c, uint64_t{});
   f.zero_row(g, p, uint64_t{});
-  f.reduce_rows(g, p, terms, next, bias, int64_t{}, DType{});
+  f.reduce_rows(g, p, terms, next, bias, int64_t{}, DType{});                 // decodes the terms that are coded
+  f.reduce_encode(g, p, Wire{}, terms, next, int64_t{}, DType{});             // the same sum, stored as a wire row
+  f.quantize_row(g, p, p, c, int64_t{}, DType{}, ScaleKind{});                // (codes, scales, row, hidden, ..) in FP8
   { f.counters() } -> std::same_as<Counters&>;               // of the calling group; lane 0 counts
   { f.terms(0) } -> std::same_as<TermStore&>;                // two lists of the calling group, shared by its lanes
   { F::kPutsFromAnywhere } -> std::convertible_to<bool>;     // false: sources of puts must lie in the rail region

@@ -3,7 +3,9 @@
 #pragma once
 #include <sched.h>
 
+#include <algorithm>
 #include <chrono>
+#include <utility>
 
 #include "fabric/fabric.hpp"
 #include "fabric/futex.hpp"
@@ -137,13 +139,32 @@ struct HostFabric {
   }
   template <class G>
   void reduce_rows(G g, char* dst, const Terms& terms, const Terms* next, const float* bias, int64_t hidden, DType type) const {
-    const int64_t slice = static_cast<int64_t>(align_up((hidden + g.size() - 1) / g.size(), 64));
-    const int64_t begin = slice * g.lane();
-    if (begin >= hidden) return;
-    s->kernels->reduce(dst, terms, g.size() == 1 ? next : nullptr, bias, begin, begin + slice < hidden ? begin + slice : hidden, type);
+    const auto [begin, end] = tiles_of_lane(g, hidden);
+    if (begin < end) s->kernels->reduce(dst, terms, ahead(g, next), bias, begin, end, type);
+  }
+  template <class G>
+  void reduce_encode(G g, char* dst, Wire wire, const Terms& terms, const Terms* next, int64_t hidden, DType type) const {
+    const auto [begin, end] = tiles_of_lane(g, hidden);
+    if (begin < end) s->kernels->reduce_encode(dst, wire, terms, ahead(g, next), begin, end, hidden, type);
+  }
+  template <class G>
+  void quantize_row(G g, char* codes, char* scales, const char* row, int64_t hidden, DType type, ScaleKind kind) const {
+    const auto [begin, end] = tiles_of_lane(g, hidden);
+    if (begin < end) s->kernels->quantize(codes, scales, row, begin, end, hidden, type, kind);
   }
   Counters& counters() const { return s->counters; }
   TermStore& terms(int which) const { return s->terms[which]; }
+
+ private:
+  // Other lanes may still be writing the list of the next row.
+  template <class G>
+  static const Terms* ahead(G g, const Terms* next) { return g.size() == 1 ? next : nullptr; }
+  // Lanes take contiguous runs of whole tiles.
+  template <class G>
+  static std::pair<int64_t, int64_t> tiles_of_lane(G g, int64_t hidden) {
+    const int64_t slice = static_cast<int64_t>(align_up((hidden + g.size() - 1) / g.size(), kTile));
+    return {slice * g.lane(), std::min(slice * (g.lane() + 1), hidden)};
+  }
 };
 
 }  // namespace moecomm

@@ -300,9 +300,8 @@ void SimNet::zero_row(char* dst, uint64_t bytes) {
   row_operation(role(), 0, bytes, 0);
 }
 
-void SimNet::reduce_rows(char* dst, const Terms& terms, const Terms* next, const float* bias, int64_t hidden, DType type) {
-  Role& r = role();
-  const uint64_t bytes = static_cast<uint64_t>(hidden) * element_bytes(type);
+// When the terms that lie on other ranks are here.
+Time SimNet::fetch_terms(Role& r, const Terms& terms, uint64_t bytes) {
   LinkCount& moved = ranks_[r.rank]->node_moved;
   Time link = 0;
   for (int i = 0; i < terms.count; ++i) {
@@ -312,8 +311,28 @@ void SimNet::reduce_rows(char* dst, const Terms& terms, const Terms* next, const
     moved.row_bytes += bytes;
     ++moved.rows;
   }
+  return link;
+}
+
+void SimNet::reduce_rows(char* dst, const Terms& terms, const Terms* next, const float* bias, int64_t hidden, DType type) {
+  Role& r = role();
+  const uint64_t bytes = wire_row_bytes(Wire::plain, hidden, type);
+  const Time link = fetch_terms(r, terms, bytes);
   if (payload_) kernels_->reduce(dst, terms, next, bias, 0, hidden, type);
   row_operation(r, bytes * terms.count, bytes, link);
+}
+
+void SimNet::reduce_encode(char* dst, Wire wire, const Terms& terms, const Terms* next, int64_t hidden, DType type) {
+  Role& r = role();
+  const uint64_t bytes = wire_row_bytes(Wire::plain, hidden, type);
+  const Time link = fetch_terms(r, terms, bytes);
+  if (payload_) kernels_->reduce_encode(dst, wire, terms, next, 0, hidden, hidden, type);
+  row_operation(r, bytes * terms.count, wire_row_bytes(wire, hidden, type), link);
+}
+
+void SimNet::quantize_row(char* codes, char* scales, const char* row, int64_t hidden, DType type, ScaleKind kind) {
+  if (payload_) kernels_->quantize(codes, scales, row, 0, hidden, hidden, type, kind);
+  row_operation(role(), wire_row_bytes(Wire::plain, hidden, type), hidden + 4 * scale_words(hidden, kind), 0);
 }
 
 }  // namespace moecomm

@@ -129,6 +129,8 @@ class SimNet {
   void copy_row(char* dst, const char* src, uint64_t bytes);
   void zero_row(char* dst, uint64_t bytes);
   void reduce_rows(char* dst, const Terms& terms, const Terms* next, const float* bias, int64_t hidden, DType type);
+  void reduce_encode(char* dst, Wire wire, const Terms& terms, const Terms* next, int64_t hidden, DType type);
+  void quantize_row(char* codes, char* scales, const char* row, int64_t hidden, DType type, ScaleKind kind);
   void spend(double nanoseconds) { fibers_.advance(fibers_.now() + chaos_.delay(picoseconds(nanoseconds))); }
 
  private:
@@ -151,6 +153,7 @@ class SimNet {
   }
   int peer_rank(int space, const Geometry& g, int peer) const { return spaces_[space].peers_are_ranks ? peer : g.rail_rank(peer); }
   Time cross_node(int from, int to, uint64_t bytes);
+  Time fetch_terms(Role& r, const Terms& terms, uint64_t bytes);
   void row_operation(Role& r, uint64_t read, uint64_t written, Time link);
 
   Geometry world_;
@@ -202,6 +205,14 @@ struct SimFabric {
   template <class G>
   void reduce_rows(G, char* dst, const Terms& terms, const Terms* next, const float* bias, int64_t hidden, DType type) const {
     net->reduce_rows(dst, terms, next, bias, hidden, type);
+  }
+  template <class G>
+  void reduce_encode(G, char* dst, Wire wire, const Terms& terms, const Terms* next, int64_t hidden, DType type) const {
+    net->reduce_encode(dst, wire, terms, next, hidden, type);
+  }
+  template <class G>
+  void quantize_row(G, char* codes, char* scales, const char* row, int64_t hidden, DType type, ScaleKind kind) const {
+    net->quantize_row(codes, scales, row, hidden, type, kind);
   }
   Counters& counters() const { return net->rank(me).counters; }
   TermStore& terms(int which) const { return net->role().terms[which]; }

@@ -1,0 +1,274 @@
+"""Low precision: FP8 with a scale per tile, and LogFMT-10, on whole tensors.
+
+Bit for bit the codes that dispatch(quant=...) and combine(wire=...) put on the wire. Values that are not
+finite become NaN, each alone; they have no part in their tile's scale.
+
+Source: DeepSeek-V3 technical report, section 3.3.2 (tiles), and "Insights into DeepSeek-V3", section 3.2 (LogFMT).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ._native import quant as _native
+from .errors import InvalidArgument
+
+TILE = 128
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_FP8 = torch.float8_e4m3fn
+_KINDS = {"f32": 1, "ue8m0": 2}
+_TILES = {(1, TILE): 0, (TILE, 1): 1, (TILE, TILE): 2}
+_WIRES = {"fp8": 1, "logfmt10": 2}
+_isa = ""   # tests name a build of the row kernels here; empty: the best one
+
+
+def quantize(x, *, tile=(1, TILE), scale="f32", scale_layout="row"):
+    """FP8 e4m3 codes and one scale per tile.
+
+    Parameters
+    ----------
+    x : Tensor [R, C] bfloat16, float16 or float32
+    tile : (1, 128), (128, 1) or (128, 128)
+        Rows and columns that share a scale; the last tiles may be smaller.
+    scale : "f32" or "ue8m0"
+        amax / 448 in FP32; or the least power of two not below it, as an exponent byte, four in an int32
+        along the columns of x (along its rows for (128, 1)).
+    scale_layout : "row" or "column"
+        Strides of the scales: "column" puts the values of one column side by side and starts every column
+        on 16 bytes, as FP8 grouped GEMMs want it.
+
+    Returns
+    -------
+    (codes float8_e4m3fn [R, C], scales)
+        scales are float32 [ceil(R / tile rows), ceil(C / tile columns)] or int32 with a quarter of the
+        packed dimension, rounded up. value = code * scale.
+
+    Raises
+    ------
+    InvalidArgument
+
+    Source: DeepSeek-V3 technical report, section 3.3.2.
+    """
+    op = "quantize"
+    _check("x", x, op, *_DTYPES)
+    index, kind = _choose("tile", tile, _TILES, op), _choose("scale", scale, _KINDS, op)
+    _choose("scale_layout", scale_layout, {"row": 0, "column": 1}, op)
+    rows, columns = x.shape
+    codes = torch.empty((rows, columns), dtype=_FP8)
+    packed = kind == 2 and tile == (1, TILE)   # the kernel packs rows itself
+    shape = (-(-rows // tile[0]), -(-columns // tile[1]))
+    scales = torch.empty((rows, _native.scale_words(columns, 2)), dtype=torch.int32) if packed else torch.empty(shape)
+    _run(_native.quantize, codes.data_ptr(), scales.data_ptr(), x.data_ptr(), rows, columns, _DTYPES[x.dtype], index, kind)
+    if kind == 2 and not packed:
+        scales = pack_ue8m0(scales, dim=0 if tile == (TILE, 1) else 1)
+    return codes, _by_column(scales) if scale_layout == "column" else scales
+
+
+def dequantize(codes, scales, *, tile=(1, TILE), dtype=torch.float32):
+    """Values of FP8 codes.
+
+    Parameters
+    ----------
+    codes : Tensor [R, C] float8_e4m3fn
+    scales : Tensor
+        As quantize gives them, of any strides; int32 scales are UE8M0.
+    tile : as for quantize
+    dtype : torch.dtype
+        bfloat16, float16 or float32; one rounding from the FP32 product.
+
+    Returns
+    -------
+    Tensor [R, C] of dtype
+
+    Raises
+    ------
+    InvalidArgument
+    """
+    op = "dequantize"
+    _check("codes", codes, op, _FP8)
+    index = _choose("tile", tile, _TILES, op)
+    _choose("dtype", dtype, _DTYPES, op)
+    scales = _as_floats(op, scales, codes.shape, tile)
+    out = torch.empty(codes.shape, dtype=dtype)
+    _run(_native.dequantize, out.data_ptr(), codes.data_ptr(), scales.data_ptr(), *codes.shape, _DTYPES[dtype], index)
+    return out
+
+
+def transpose_requantize(codes, scales, *, scale="f32"):
+    """Rows stored in 1x128 tiles, as the weight gradient wants them: 128x1 tiles, transposed, in one pass.
+
+    Equal to quantize(dequantize(codes, scales).t()); no tensor of higher precision is made. With
+    power-of-two scales on both sides only what falls below a tile's smallest code is rounded twice.
+
+    Parameters
+    ----------
+    codes : Tensor [R, C] float8_e4m3fn
+    scales : Tensor [R, ceil(C/128)] float32, or int32 (UE8M0)
+    scale : "f32" or "ue8m0"
+        Of the result.
+
+    Returns
+    -------
+    (codes float8_e4m3fn [C, R], scales [C, ceil(R/128)], or int32 [C, ceil(R/512)])
+
+    Raises
+    ------
+    InvalidArgument
+
+    Source: DeepSeek-V3 technical report, section 3.3.3 (activations stored in FP8).
+    """
+    op = "transpose_requantize"
+    _check("codes", codes, op, _FP8)
+    kind = _choose("scale", scale, _KINDS, op)
+    rows, columns = codes.shape
+    scales = _as_floats(op, scales, codes.shape, (1, TILE))
+    out, out_scales = torch.empty((columns, rows), dtype=_FP8), torch.empty((columns, -(-rows // TILE)))
+    _run(_native.transpose_requantize, out.data_ptr(), out_scales.data_ptr(), codes.data_ptr(), scales.data_ptr(), rows, columns, kind)
+    return out, pack_ue8m0(out_scales) if kind == 2 else out_scales
+
+
+def pack_ue8m0(scales, *, dim=1):
+    """Powers of two as exponent bytes, four in an int32.
+
+    Parameters
+    ----------
+    scales : Tensor [A, B] float32
+        Powers of two from 2**-126 to 2**127.
+    dim : 0 or 1
+        The dimension that is packed: the lowest byte has the lowest index, missing ones are 0.
+
+    Returns
+    -------
+    Tensor int32 [A, ceil(B/4)], or [ceil(A/4), B]
+    """
+    if dim == 0:
+        return pack_ue8m0(scales.t()).t().contiguous()
+    exponents = torch.nn.functional.pad(scales.contiguous().view(torch.int32) >> 23, (0, -scales.shape[1] % 4)).to(torch.uint8)
+    return exponents.view(-1).view(torch.int32).view(scales.shape[0], -(-scales.shape[1] // 4))
+
+
+def unpack_ue8m0(packed, count, *, dim=1):
+    """The inverse of pack_ue8m0.
+
+    Parameters
+    ----------
+    packed : Tensor int32 [A, W] (dim 1) or [W, B] (dim 0)
+    count : int
+        Scales along dim.
+
+    Returns
+    -------
+    Tensor float32 [A, count] or [count, B]
+    """
+    if dim == 0:
+        return unpack_ue8m0(packed.t(), count).t().contiguous()
+    exponents = packed[:, :, None] >> torch.tensor([0, 8, 16, 24], dtype=torch.int32) & 0xFF
+    return (exponents.flatten(1)[:, :count] << 23).view(torch.float32)
+
+
+def encode_wire(x, wire):
+    """Rows as combine(wire=...) sends them.
+
+    Parameters
+    ----------
+    x : Tensor [R, hidden] bfloat16, float16 or float32
+    wire : "fp8" or "logfmt10"
+        fp8: codes, then a float32 scale per 128 channels. logfmt10: sign and 9-bit code k of the logarithm's
+        place between low and low + 510 * step, which every 128 channels have for themselves: k = 0 is zero,
+        else the value is +-2**(low + (k - 1) * step); a negative zero is NaN. low is the least log2 |x| of
+        the tile, but not below the largest - 32. Rounding picks the nearest value in linear space; subnormal
+        numbers count as zero.
+
+    Returns
+    -------
+    Tensor uint8 [R, wire_bytes(hidden, wire)]
+
+    Raises
+    ------
+    InvalidArgument
+
+    Source: "Insights into DeepSeek-V3: Scaling Challenges and Reflections on Hardware for AI Architectures", section 3.2.
+    """
+    op = "encode_wire"
+    _check("x", x, op, *_DTYPES)
+    code = _choose("wire", wire, _WIRES, op)
+    rows, hidden = x.shape
+    out = torch.zeros((rows, wire_bytes(hidden, wire)), dtype=torch.uint8)
+    _run(_native.encode_rows, out.data_ptr(), x.data_ptr(), rows, hidden, _DTYPES[x.dtype], code)
+    return out
+
+
+def decode_wire(coded, hidden, wire, *, dtype=torch.float32):
+    """Values of rows that encode_wire coded.
+
+    Parameters
+    ----------
+    coded : Tensor uint8 [R, wire_bytes(hidden, wire)]
+    hidden : int
+    wire : "fp8" or "logfmt10"
+    dtype : torch.dtype
+        bfloat16, float16 or float32.
+
+    Returns
+    -------
+    Tensor [R, hidden] of dtype
+
+    Raises
+    ------
+    InvalidArgument
+    """
+    op = "decode_wire"
+    _check("coded", coded, op, torch.uint8)
+    code = _choose("wire", wire, _WIRES, op)
+    _choose("dtype", dtype, _DTYPES, op)
+    if coded.shape[1] != wire_bytes(hidden, wire):
+        raise InvalidArgument(f"{op}: coded has rows of {coded.shape[1]} bytes; expected {wire_bytes(hidden, wire)}", op=op)
+    out = torch.empty((coded.shape[0], hidden), dtype=dtype)
+    _run(_native.decode_rows, out.data_ptr(), coded.data_ptr(), coded.shape[0], hidden, _DTYPES[dtype], code)
+    return out
+
+
+def wire_bytes(hidden, wire):
+    """Bytes of a row of `hidden` elements on the wire "fp8" or "logfmt10".
+
+    Raises
+    ------
+    InvalidArgument
+    """
+    return _native.wire_row_bytes(_choose("wire", wire, _WIRES, "wire_bytes"), hidden, 0)
+
+
+def _run(kernel, *args):
+    if not kernel(*args, _isa):
+        raise InvalidArgument(f"isa: this machine has no {_isa!r}", op="quant")
+
+
+def _choose(name, value, choices, op):
+    if value not in choices:
+        raise InvalidArgument(f"{op}: {name} is {value!r}; expected one of {', '.join(map(str, choices))}", op=op)
+    return choices[value]
+
+
+def _check(name, t, op, *dtypes):
+    if t.dtype not in dtypes or t.dim() != 2 or t.device.type != "cpu" or not t.is_contiguous():
+        raise InvalidArgument(f"{op}: {name} is {'' if t.is_contiguous() else 'non-contiguous '}{t.dtype} {list(t.shape)} on {t.device}; expected "
+                              f"contiguous {' or '.join(map(str, dtypes))} with two dimensions on cpu", op=op)
+
+
+def _as_floats(op, scales, shape, tile):
+    """Scales of any kind and strides as contiguous floats [tile rows, tile columns]."""
+    want = (-(-shape[0] // tile[0]), -(-shape[1] // tile[1]))
+    dim = 0 if tile == (TILE, 1) else 1
+    packed = tuple(-(-n // 4) if i == dim else n for i, n in enumerate(want))
+    if scales.device.type != "cpu" or (scales.dtype, tuple(scales.shape)) not in ((torch.float32, want), (torch.int32, packed)):
+        raise InvalidArgument(f"{op}: scales is {scales.dtype} {list(scales.shape)} on {scales.device}; expected float32 {list(want)} or int32 "
+                              f"{list(packed)} on cpu", op=op)
+    return scales.contiguous() if scales.dtype == torch.float32 else unpack_ue8m0(scales, want[dim], dim=dim)
+
+
+def _by_column(scales):
+    rows, columns = scales.shape
+    column = torch.zeros((columns, -(-rows // 4) * 4), dtype=scales.dtype)
+    out = column.t()[:rows]
+    out.copy_(scales)
+    return out
