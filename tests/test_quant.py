@@ -172,7 +172,7 @@ def test_any_bits(rows, sixteenths, dtype, seed, data):
 def test_logfmt10_picks_the_nearest_level_in_linear_space():
     """Against float64 and brute force over all 511 levels of a tile, except where two levels are equally near."""
     x = tensor((8, 128), torch.float32, 5, special=False)
-    codes, low, step = oracle.encode_logfmt10(x)
+    _, low, step = oracle.encode_logfmt10(x)
     got = quant.decode_wire(quant.encode_wire(x, "logfmt10"), 128, "logfmt10").double()
     k = torch.arange(511, dtype=torch.float64)
     levels = torch.cat([torch.zeros((8, 1)), torch.exp2(low.double() + k * step.double())], 1)
