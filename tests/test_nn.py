@@ -164,6 +164,25 @@ def test_compiled_layer_equals_eager(backend, dtype):
     moecomm.run_local(run, 1)
 
 
+def test_without_capacity_only_dispatch_breaks_the_graph():
+    """The number of rows is data: the one break, which torch's own setting removes."""
+    state = checkpoint_of(4, torch.float32)
+
+    def run(comm):
+        layer = make_layer(comm, state, torch.float32)
+        x = torch.randn(5, HIDDEN, requires_grad=True)
+        torch._dynamo.reset()
+        found = torch._dynamo.explain(layer)(x)
+        assert found.break_reasons and all("moecomm.dispatch" in str(r.reason) for r in found.break_reasons), found.break_reasons
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+            y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(y, layer(x))
+        y.sum().backward()
+
+    moecomm.run_local(run, 1)
+
+
 def test_bad_buffers_are_named():
     def run(comm):
         buffer = moecomm.Buffer(comm, hidden=HIDDEN, num_experts=EXPERTS, top_k=TOP_K, max_tokens=4, dtype=torch.float32)
