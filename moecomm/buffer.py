@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import ops
 from ._native import core
+from ._native.quant import scale_words
 from .decode import Decode
 from .env import Environment
 from .errors import InvalidArgument, raise_failure
@@ -16,6 +17,8 @@ from .results import BlockTensors, Dispatched, Handle, Pending
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 _MAX_TOP_K = 32
+_QUANTS = {None: 0, "fp8": 1, "fp8_ue8m0": 2}
+_SCALE_DTYPES = (None, torch.float32, torch.int32)   # by the numbers above
 _STAGES = ("pre_dispatch", "post_dispatch", "pre_combine", "post_combine")
 
 
@@ -126,14 +129,14 @@ class Buffer:
 
     # -- dispatch ---------------------------------------------------------------------------------
 
-    def dispatch(self, x, topk_ids=None, topk_weights=None, *, layout="expert", expert_alignment=1, quant=None, handle=None,
-                 capacity=None, async_op=False, check=False):
+    def dispatch(self, x, topk_ids=None, topk_weights=None, *, layout="expert", expert_alignment=1, quant=None, scale_layout="row",
+                 handle=None, capacity=None, async_op=False, check=False):
         """Carry every token to the ranks that own its experts. Collective.
 
         Parameters
         ----------
-        x : Tensor [T, hidden], or (fp8 Tensor [T, hidden], f32 scales [T, hidden/128])
-            T may differ between ranks and be 0.
+        x : Tensor [T, hidden], or (fp8 Tensor [T, hidden], scales [T, hidden/128] f32 or [T, hidden/512] int32)
+            T may differ between ranks and be 0. int32 scales are UE8M0, as moecomm.quant packs them.
         topk_ids : Tensor [T, top_k] int64 or int32
             Global expert ids, distinct in a token; -1: no expert. Left out with `handle`.
         topk_weights : Tensor [T, top_k] float32, optional
@@ -142,6 +145,11 @@ class Buffer:
             One row per (token, expert), grouped by expert; or one row per (token, destination rank).
         expert_alignment : int
             Every expert's rows are padded with zero rows to a multiple of this (expert layout).
+        quant : None, "fp8" or "fp8_ue8m0"
+            Rows of the buffer's dtype travel and arrive as moecomm.quant.quantize codes them, with f32 or
+            power-of-two scales: each row is read and quantized once, on its way out.
+        scale_layout : "row" or "column"
+            Of quantized rows' scales at the receiver: strides (scales, 1), or (1, N rounded up to a multiple of 4).
         handle : Handle, optional
             Reuse the plan of an earlier dispatch: no counts are exchanged.
         capacity : int, optional
@@ -172,8 +180,6 @@ class Buffer:
         """
         op = "dispatch"
         self._require_open(op)
-        if quant is not None:
-            raise InvalidArgument(f"{op}: quant is {quant!r}; expected None (quantize before, and pass (fp8, scales))", op=op)
         scales = None
         if isinstance(x, tuple):
             x, scales = x
@@ -189,17 +195,23 @@ class Buffer:
         if topk_weights is not None:
             topk_weights = _as_tensor("topk_weights", topk_weights, op)
         self._check_dispatch(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle)
+        self._check_quant(quant, scale_layout, scales)
         if check and topk_weights is not None and bool(torch.isnan(topk_weights).any()):
             raise InvalidArgument(f"{op}: topk_weights holds NaN; expected numbers (check=True)", op=op)
         through_ops = ops.wanted(x, topk_weights)
         if through_ops and scales is not None and x.requires_grad:
             raise InvalidArgument(f"{op}: x is quantized and requires a gradient, which FP8 rows cannot carry; expected x.detach()", op=op)
-        run = self._dispatch_by_ops if through_ops else self._dispatch_natively
-        return self._call(op, run, async_op, through_ops, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle)
+        if through_ops and (quant is not None or scale_layout != "row"):
+            raise InvalidArgument(f"{op}: quant is {quant!r} and scale_layout {scale_layout!r} where a gradient is wanted or a graph is traced; "
+                                  "expected None and 'row' (quantize before, and pass (fp8, scales))", op=op)
+        if through_ops:
+            return self._call(op, self._dispatch_by_ops, async_op, True, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle)
+        return self._call(op, self._dispatch_natively, async_op, False, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity,
+                          handle, quant, scale_layout == "column")
 
     def _check_dispatch(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle=None):
         op = "dispatch"
-        tokens = self._check_x(op, x, scales)
+        tokens = self._check_x(op, x, scales, packed=True)
         if handle is not None:
             if topk_ids is not None:
                 raise InvalidArgument(f"{op}: topk_ids and handle are both given; expected one of them", op=op)
@@ -220,20 +232,21 @@ class Buffer:
         if topk_weights is not None:
             self._check_picks(op, "topk_weights", topk_weights, tokens, (torch.float32,))
 
-    def _dispatch_natively(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle=None):
-        quantized = scales is not None
-        row_bytes = self.hidden if quantized else self._row_bytes
-        scale_bytes = scales.shape[1] * 4 if quantized else 0
+    def _dispatch_natively(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle=None, quant=None, by_column=False):
+        kind = _QUANTS[quant] if scales is None else _SCALE_DTYPES.index(scales.dtype)
+        row_bytes = self.hidden if kind else self._row_bytes
+        scale_bytes = 4 * scale_words(self.hidden, kind)
         result = self._native.dispatch(
-            x.data_ptr(), scales.data_ptr() if quantized else 0, 0 if topk_ids is None else topk_ids.data_ptr(),
+            x.data_ptr(), 0 if scales is None else scales.data_ptr(), 0 if topk_ids is None else topk_ids.data_ptr(),
             topk_ids is not None and topk_ids.dtype == torch.int32, 0 if topk_weights is None else topk_weights.data_ptr(),
             x.shape[0], layout == "rank", expert_alignment, -1 if capacity is None else capacity, row_bytes, scale_bytes,
-            None if handle is None else handle._ticket.plan)
+            None if handle is None else handle._ticket.plan, kind, by_column)
         if type(result) is not tuple:
             raise_failure(result, op="dispatch", rank=self.comm.rank, describe_capacity=self._describe_capacity)
         plan, block, output = result
         handle = self._handle_of(ops.Ticket(self, layout, capacity, plan, output))
-        return Dispatched(handle, BlockTensors(handle, block, x.dtype, row_bytes, scale_bytes))
+        return Dispatched(handle, BlockTensors(handle, block, torch.float8_e4m3fn if kind else x.dtype, row_bytes, scale_bytes,
+                                               _SCALE_DTYPES[kind], by_column))
 
     def _dispatch_by_ops(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle):
         if handle is not None:
@@ -467,7 +480,7 @@ class Buffer:
         """Rows and bytes per hop since the last call; calling resets them.
 
         Returns a dict: rail and node, each {logical_rows, physical_rows, logical_bytes, physical_bytes}
-        (physical: what crossed the hop's link), replicated_rows, staged_rows, calls; and under "decode" the same
+        (physical: what crossed the hop's link), replicated_rows, quantized_rows, staged_rows, calls; and under "decode" the same
         of the decode path, where it was used.
         """
         self._require_open("stats")
@@ -489,7 +502,7 @@ class Buffer:
             raise InvalidArgument(f"{op}: the buffer is closed", op=op, rank=self.comm.rank)
         self.comm._require_open(op)
 
-    def _check_x(self, op, x, scales):
+    def _check_x(self, op, x, scales, packed=False):
         want = self.dtype if scales is None else torch.float8_e4m3fn
         if x.dtype != want or x.device.type != "cpu" or x.dim() != 2 or x.shape[1] != self.hidden or not x.is_contiguous():
             raise InvalidArgument(f"{op}: x is {_describe(x)}; expected contiguous {want} [T, {self.hidden}] on cpu", op=op)
@@ -497,12 +510,32 @@ class Buffer:
         if tokens > self.max_tokens:
             raise InvalidArgument(f"{op}: x has {tokens} tokens; expected at most max_tokens = {self.max_tokens}", op=op)
         if scales is not None:
-            per_row = (self.hidden + 127) // 128
-            if self.hidden % 16:
-                raise InvalidArgument(f"{op}: hidden is {self.hidden}; quantized rows need a multiple of 16", op=op)
-            if scales.dtype != torch.float32 or scales.device.type != "cpu" or tuple(scales.shape) != (tokens, per_row) or not scales.is_contiguous():
-                raise InvalidArgument(f"{op}: scales is {_describe(scales)}; expected contiguous torch.float32 [{tokens}, {per_row}] on cpu", op=op)
+            self._check_fp8_rows(op)
+            kinds = (1, 2) if packed else (1,)
+            want = {_SCALE_DTYPES[kind]: (tokens, scale_words(self.hidden, kind)) for kind in kinds}
+            if want.get(scales.dtype) != tuple(scales.shape) or scales.device.type != "cpu" or not scales.is_contiguous():
+                expected = " or ".join(f"{dtype} {list(shape)}" for dtype, shape in want.items())
+                raise InvalidArgument(f"{op}: scales is {_describe(scales)}; expected contiguous {expected} on cpu", op=op)
         return tokens
+
+    def _check_fp8_rows(self, op):
+        if self.hidden % 16:
+            raise InvalidArgument(f"{op}: hidden is {self.hidden}; quantized rows need a multiple of 16", op=op)
+
+    def _check_quant(self, quant, scale_layout, scales):
+        op = "dispatch"
+        if quant not in _QUANTS:
+            raise InvalidArgument(f"{op}: quant is {quant!r}; expected one of {', '.join(map(repr, _QUANTS))}", op=op)
+        if quant is not None:
+            self._check_fp8_rows(op)
+            if scales is not None:
+                raise InvalidArgument(f"{op}: quant is {quant!r} and x is quantized already; expected None", op=op)
+            if self.dtype == torch.float64:
+                raise InvalidArgument(f"{op}: quant is {quant!r}; float64 rows travel as they are, expected None", op=op)
+        if scale_layout not in ("row", "column"):
+            raise InvalidArgument(f"{op}: scale_layout is {scale_layout!r}; expected 'row' or 'column'", op=op)
+        if scale_layout == "column" and quant is None and scales is None:
+            raise InvalidArgument(f"{op}: scale_layout is 'column' and rows are not quantized; expected 'row'", op=op)
 
     def _check_picks(self, op, name, t, tokens, dtypes):
         if t.dtype not in dtypes or t.device.type != "cpu" or tuple(t.shape) != (tokens, self.top_k) or not t.is_contiguous():

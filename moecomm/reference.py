@@ -76,7 +76,7 @@ def dispatch(xs, topk_ids, topk_weights=None, *, num_experts, layout="expert", e
 def _gather(rows, mine, xs, scales, topk_ids, topk_weights, layout, top_k, tokens, padded):
     n = len(rows)
     x = torch.zeros((n, xs[0].shape[1]), dtype=xs[0].dtype)
-    s = None if scales is None else torch.zeros((n, scales[0].shape[1]))
+    s = None if scales is None else torch.zeros((n, scales[0].shape[1]), dtype=scales[0].dtype)
     weights = torch.zeros(n if layout == "expert" else (n, top_k))
     ids = None if layout == "expert" else torch.full((n, top_k), -1, dtype=torch.int64)
     source_rank, source_token = (torch.full((n,), -1, dtype=torch.int64) for _ in range(2))

@@ -10,7 +10,7 @@ from . import ops
 class Dispatched:
     """What dispatch returns; its tensors are views of the window.
 
-    .x [N, hidden], .scales [N, hidden/128] or None, .tokens_per_expert and .rows_per_expert int64
+    .x [N, hidden], .scales [N, hidden/128] (int32 [N, hidden/512] for UE8M0) or None, .tokens_per_expert and .rows_per_expert int64
     [experts per rank] (true and padded counts), .topk_weights [N] (expert layout) or [N, top_k],
     .topk_ids int64 [N, top_k] local ids, -1 for picks of other ranks (rank layout, else None),
     .source_rank, .source_token [N] (-1 on padding), .handle.
@@ -27,7 +27,7 @@ class Dispatched:
 
     @property
     def scales(self):
-        """Scales [N, hidden/128] float32 of quantized rows, else None."""
+        """Scales of quantized rows, else None: float32 [N, hidden/128], or int32 [N, hidden/512] (UE8M0), in either layout."""
         return self._tensors["scales"]
 
     @property
@@ -117,9 +117,10 @@ class Pending:
 class BlockTensors:
     """The fields of a dispatch as views of its block, made when first asked for."""
 
-    def __init__(self, handle, block, dtype, row_bytes, scale_bytes):
+    def __init__(self, handle, block, dtype, row_bytes, scale_bytes, scale_dtype=torch.float32, scales_by_column=False):
         self._handle, self._block, self._dtype = handle, block, dtype
         self._row_bytes, self._scale_bytes = row_bytes, scale_bytes
+        self._scale_dtype, self._by_column = scale_dtype, scales_by_column
         self._made = {}
         self._offsets = None
 
@@ -139,13 +140,16 @@ class BlockTensors:
             return None
         index, dtype, columns = {
             "x": (0, self._dtype, (buffer.hidden,)),
-            "scales": (1, torch.float32, (self._scale_bytes // 4,)),
+            "scales": (1, self._scale_dtype, (self._scale_bytes // 4,)),
             "weights": (2, torch.float32, top_k),
             "ids": (3, torch.int64, top_k),
             "source": (4, torch.int64, ()),
         }[name]
         if self._offsets is None:
-            self._offsets = buffer._native.block_layout(h._ticket.plan, h.num_rows, self._row_bytes, self._scale_bytes)
+            self._offsets = buffer._native.block_layout(h._ticket.plan, h.num_rows, self._row_bytes, self._scale_bytes, self._by_column)
+        if name == "scales" and self._by_column:
+            column = -(-h.num_rows // 4) * 4   # columns start on 16 bytes
+            return view(self._block, self._offsets[index], dtype, (*columns, column)).t()[:h.num_rows]
         return view(self._block, self._offsets[index], dtype, (h.num_rows, *columns))
 
 

@@ -76,6 +76,7 @@ struct RailLayout {
   uint64_t sums_out;
   uint64_t slots;      // f32 [top_k] per remote node and slot of area B: what goes back to the picks' slots
   uint64_t slots_out;
+  uint64_t own_rows;   // per channel: an FP8 row on its way to ranks of the own node
   uint64_t area_a;     // row slots per remote node
   uint64_t area_b;
   uint64_t bytes;
@@ -100,6 +101,7 @@ MOE_HD constexpr RailLayout rail_layout(const Geometry& g, const Shape& s) {
   l.sums_out = c.take(remote * t * 8);
   l.slots = c.take(remote * t * s.top_k * 4);
   l.slots_out = c.take(remote * t * s.top_k * 4);
+  l.own_rows = c.take(s.channels * align_up(s.wire_bytes(Wire::fp8), 64));
   l.area_a = c.take(remote * t * s.slot_bytes());
   l.area_b = c.take(remote * t * s.slot_bytes());
   l.bytes = align_up(c.at, 4096);
@@ -109,10 +111,13 @@ MOE_HD constexpr RailLayout rail_layout(const Geometry& g, const Shape& s) {
 // Rows of another node lie at this index in its peer's per-remote-node areas.
 MOE_HD constexpr uint64_t remote_index(int from, int at) { return from < at ? from : from - 1; }
 
+// Words from one column of scales to the next: columns start on 16 bytes.
+MOE_HD constexpr int64_t scale_column(int64_t rows) { return (rows + 3) / 4 * 4; }
+
 // The output of one dispatch. Offsets are relative to the block.
 struct BlockLayout {
   uint64_t rows;
-  uint64_t scales;
+  uint64_t scales;    // [rows, scales], or by column: [scales, scale_column(rows)]
   uint64_t weights;   // f32: [rows] in the expert layout, [rows, top_k] in the rank layout
   uint64_t ids;       // int64 [rows, top_k], rank layout only
   uint64_t origin;    // int32 [rows]: the row that holds the payload until `arrive` copies it
@@ -126,7 +131,7 @@ MOE_HD constexpr BlockLayout block_layout(uint64_t rows, const CallShape& call, 
   detail::Cursor c;
   const bool by_rank = call.layout == RowLayout::rank;
   l.rows = c.take(rows * call.row_bytes);
-  l.scales = c.take(rows * call.scale_bytes);
+  l.scales = c.take((call.scales_by_column ? scale_column(rows) : rows) * call.scale_bytes);
   l.weights = c.take(rows * 4 * (by_rank ? top_k : 1));
   l.ids = c.take(by_rank ? rows * 8 * top_k : 0);
   l.origin = c.take(by_rank ? 0 : rows * 4);

@@ -10,15 +10,12 @@
 #pragma once
 #include "base/checksum.hpp"
 #include "fabric/fabric.hpp"
-#include "protocol/views.hpp"
+#include "protocol/quantize.hpp"
 
 namespace moecomm {
 
 // Rows per rail signal: a chunk is large enough to amortise a signal, small enough to pipeline the hops.
 constexpr int kChunkRows = 16;
-
-// A row's size on the rail in this call; slots are dense so that neighbouring rows go in one put.
-MOE_HD inline uint64_t wire_stride(const CallShape& c) { return align16(c.row_bytes) + align16(c.scale_bytes); }
 
 template <Group G, class F>
 MOE_HD void announce(G g, F f, const DispatchArgs& a) {
@@ -158,7 +155,7 @@ MOE_HD Status place(G g, F f, const DispatchArgs& a) {
 namespace detail {
 
 template <Group G>
-MOE_HD void write_meta(G g, const DispatchArgs& a, RowMeta* meta, int t, int node) {
+MOE_HD void write_meta(G g, const DispatchArgs& a, RowMeta* meta, const char* row, int t, int node) {
   if (g.lane() != 0) return;
   const BufferView& b = a.b;
   const int per_node = b.experts_per_node();
@@ -173,7 +170,7 @@ MOE_HD void write_meta(G g, const DispatchArgs& a, RowMeta* meta, int t, int nod
   }
   meta->token = t;
   meta->picks = n;
-  if (b.check) meta->checksum = row_checksum(a.x + t * a.plan.call.row_bytes, a.plan.call.row_bytes, t);
+  if (b.check && row) meta->checksum = row_checksum(row, a.plan.call.row_bytes, t);
 }
 
 }  // namespace detail
@@ -188,7 +185,8 @@ MOE_HD void send(G g, F f, const DispatchArgs& a, int channel) {
   const uint64_t stride = wire_stride(a.plan.call), meta_size = meta_bytes(b.shape.top_k);
   const int begin = channel_begin(a.plan.tokens, channel, b.shape.channels);
   const int end = channel_begin(a.plan.tokens, channel + 1, b.shape.channels);
-  const bool dense = F::kPutsFromAnywhere && a.scales == nullptr && stride == a.plan.call.row_bytes;
+  const bool coding = quantizes(a);
+  const bool dense = F::kPutsFromAnywhere && !coding && a.scales == nullptr && stride == a.plan.call.row_bytes;
   Counters& count = f.counters();
 
   for (int step = 1; step < nodes; ++step) {
@@ -222,13 +220,15 @@ MOE_HD void send(G g, F f, const DispatchArgs& a, int channel) {
     for (int t = begin; t < end; ++t) {
       const int slot = a.plan.slot[int64_t{t} * nodes + n];
       if (slot < 0) continue;
-      detail::write_meta(g, a, reinterpret_cast<RowMeta*>(metas + slot * meta_size), t, n);
-      if (!dense) {
-        f.copy_row(g, staged + slot * stride, a.x + t * a.plan.call.row_bytes, a.plan.call.row_bytes);
-        if (a.scales)
-          f.copy_row(g, staged + slot * stride + align16(a.plan.call.row_bytes),
-                     a.scales + t * a.plan.call.scale_bytes, a.plan.call.scale_bytes);
+      char* row = staged + slot * stride;
+      const char* x = a.x + t * a.plan.call.row_bytes;
+      if (coding) {
+        detail::stage_quantized(g, f, a, t, step, row);
+      } else if (!dense) {
+        f.copy_row(g, row, x, a.plan.call.row_bytes);
+        if (a.scales) f.copy_row(g, row + align16(a.plan.call.row_bytes), a.scales + t * a.plan.call.scale_bytes, a.plan.call.scale_bytes);
       }
+      detail::write_meta(g, a, reinterpret_cast<RowMeta*>(metas + slot * meta_size), coding ? row : x, t, n);
       if (run > 0 && dense && t != run_token + run) put_run();
       if (run++ == 0) { run_token = t; run_slot = slot; }
       if (chunk++ == 0) chunk_slot = slot;
@@ -240,7 +240,8 @@ MOE_HD void send(G g, F f, const DispatchArgs& a, int channel) {
   for (int t = begin; t < end; ++t) {
     const int slot = a.plan.slot[int64_t{t} * nodes + own];
     if (slot < 0) continue;
-    detail::write_meta(g, a, reinterpret_cast<RowMeta*>(f.rail(b.rail.metas) + (uint64_t(own) * b.shape.max_tokens + slot) * meta_size), t, own);
+    RowMeta* meta = reinterpret_cast<RowMeta*>(f.rail(b.rail.metas) + (uint64_t(own) * b.shape.max_tokens + slot) * meta_size);
+    detail::write_meta(g, a, meta, coding ? nullptr : a.x + t * a.plan.call.row_bytes, t, own);
     if (g.lane() == 0) {
       count.rail.logical_rows += 1;
       count.rail.logical_bytes += stride;
@@ -281,7 +282,7 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
   const char* metas = f.rail(b.rail.metas) + uint64_t(n) * b.shape.max_tokens * meta_size;
   const char* area = n == own ? nullptr : f.rail(b.rail.area_a) + remote_index(n, own) * b.shape.max_tokens * b.shape.slot_bytes();
   uint64_t& seen = a.book->rows[n * channels + channel];   // lane 0's alone
-  const bool by_rank = call.layout == RowLayout::rank, judged_ok = a.verdict->code == 0;
+  const bool by_rank = call.layout == RowLayout::rank, judged_ok = a.verdict->code == 0, coding = n == own && quantizes(a);
   Counters& count = f.counters();
   uint64_t node_rows = 0, left_rows = 0;
 
@@ -294,8 +295,10 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
     if (!judged_ok) continue;   // the rows are taken off the wire, and dropped: no place was given to them
     for (int i = chunk; i < chunk_end; ++i) {
       const RowMeta* meta = reinterpret_cast<const RowMeta*>(metas + i * meta_size);
-      const char* row = n == own ? a.x + meta->token * call.row_bytes : area + i * stride;
-      const char* scales = n == own ? a.scales + (a.scales ? meta->token * call.scale_bytes : 0) : row + align16(call.row_bytes);
+      const char* row = coding     ? detail::own_quantized(g, f, a, meta->token, channel)
+                        : n == own ? a.x + meta->token * call.row_bytes
+                                   : area + i * stride;
+      const char* scales = n != own || coding ? row + align16(call.row_bytes) : a.scales ? a.scales + meta->token * call.scale_bytes : nullptr;
       Place* place = a.plan.place + (int64_t{n} * b.shape.max_tokens + i) * k_max;
       if (g.lane() == 0) {
         a.plan.row_picks[int64_t{n} * b.shape.max_tokens + i] = static_cast<uint8_t>(meta->picks);
@@ -307,13 +310,14 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
           }
       }
       g.sync();
+      const uint64_t checksum = b.check && coding && g.lane() == 0 ? row_checksum(row, call.row_bytes, meta->token) : meta->checksum;
       for (int j = 0; j < meta->picks;) {
         const int d = place[j].local, first = place[j].row;
         char* window = f.window(d, a.block_offset[d]);
         const int64_t rows = call.capacity >= 0 ? call.capacity : a.plan.rank_rows[d];
         const BlockLayout block = block_layout(rows, call, k_max);
         f.copy_row(g, window + block.rows + first * call.row_bytes, row, call.row_bytes);
-        if (call.scale_bytes) f.copy_row(g, window + block.scales + first * call.scale_bytes, scales, call.scale_bytes);
+        detail::put_scales(g, f, call, window + block.scales, rows, first, scales);
         int next = j;
         if (g.lane() == 0) {
           float* weights = reinterpret_cast<float*>(window + block.weights);
@@ -332,7 +336,7 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
               reinterpret_cast<int32_t*>(window + block.origin)[r] = first;
             }
             reinterpret_cast<int64_t*>(window + block.source)[r] = int64_t{source} << 32 | meta->token;
-            if (b.check) reinterpret_cast<uint64_t*>(window + block.sums)[r] = meta->checksum;
+            if (b.check) reinterpret_cast<uint64_t*>(window + block.sums)[r] = checksum;
           }
         } else {
           while (next < meta->picks && place[next].local == d) ++next;
@@ -421,12 +425,11 @@ MOE_HD Status arrive(G g, F f, const DispatchArgs& a) {
   uint64_t replicated = 0;
   const auto copy = [&](int64_t to, int64_t from) {
     f.copy_row(g, block + l.rows + to * call.row_bytes, block + l.rows + from * call.row_bytes, call.row_bytes);
-    if (call.scale_bytes)
-      f.copy_row(g, block + l.scales + to * call.scale_bytes, block + l.scales + from * call.scale_bytes, call.scale_bytes);
+    detail::copy_scales(g, f, call, block + l.scales, rows, to, from);
   };
   const auto clear = [&](int64_t r) {
     f.zero_row(g, block + l.rows + r * call.row_bytes, call.row_bytes);
-    if (call.scale_bytes) f.zero_row(g, block + l.scales + r * call.scale_bytes, call.scale_bytes);
+    detail::zero_scales(g, f, call, block + l.scales, rows, r);
     if (g.lane() != 0) return;
     source[r] = -1;
     if (!by_rank) weights[r] = 0.0f;

@@ -73,6 +73,8 @@ Status Buffer::dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Bl
   } else {
     plan.view.call.row_bytes = call.shape.row_bytes;
     plan.view.call.scale_bytes = call.shape.scale_bytes;
+    plan.view.call.scales = call.shape.scales;
+    plan.view.call.scales_by_column = call.shape.scales_by_column;
   }
   a.plan = plan.view;
   a.ids64 = call.ids64;

@@ -62,12 +62,24 @@ cdef extern from "base/shape.hpp" namespace "moecomm" nogil:
         uint64_t combine_row_bytes()
         uint64_t scale_bytes()
 
+    cdef enum class ScaleKind(int32_t):
+        none
+        f32
+        ue8m0
+
+    cdef enum class Wire(int32_t):
+        plain
+        fp8
+        logfmt10
+
     cdef cppclass CallShape:
         RowLayout layout
         int32_t alignment
         int64_t capacity
         uint64_t row_bytes
         uint64_t scale_bytes
+        ScaleKind scales
+        bool scales_by_column
 
 cdef extern from "base/counters.hpp" namespace "moecomm" nogil:
     cdef struct HopCounters:
@@ -80,6 +92,7 @@ cdef extern from "base/counters.hpp" namespace "moecomm" nogil:
         HopCounters rail
         HopCounters node
         uint64_t replicated_rows
+        uint64_t quantized_rows
         uint64_t staged_rows
         uint64_t calls
 

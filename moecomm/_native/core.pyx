@@ -151,7 +151,8 @@ cdef class Buffer:
             self.b.reset()
 
     def dispatch(self, uintptr_t x, uintptr_t scales, uintptr_t ids, bint ids_are_int32, uintptr_t weights, int tokens,
-                 bint by_rank, int alignment, int64_t capacity, uint64_t row_bytes, uint64_t scale_bytes, Plan plan=None):
+                 bint by_rank, int alignment, int64_t capacity, uint64_t row_bytes, uint64_t scale_bytes, Plan plan=None,
+                 int scale_kind=0, bint scales_by_column=False):
         """(Plan, Block of the rows, Block of the output) or a Failure."""
         cdef capi.DispatchCall call
         cdef Block out = Block.__new__(Block), output = Block.__new__(Block)
@@ -171,6 +172,8 @@ cdef class Buffer:
         call.shape.capacity = capacity
         call.shape.row_bytes = row_bytes
         call.shape.scale_bytes = scale_bytes
+        call.shape.scales = <capi.ScaleKind>scale_kind
+        call.shape.scales_by_column = scales_by_column
         if plan is None:
             plan = Plan.__new__(Plan)
             plan.p = buffer.new_plan()
@@ -202,11 +205,12 @@ cdef class Buffer:
     def owns(self, Plan plan):
         return plan.p.get().owner == <const void*>self.b.get()
 
-    def block_layout(self, Plan plan, uint64_t rows, uint64_t row_bytes, uint64_t scale_bytes):
+    def block_layout(self, Plan plan, uint64_t rows, uint64_t row_bytes, uint64_t scale_bytes, bint scales_by_column=False):
         """Offsets of rows, scales, weights, ids and source in the block of a dispatch of such rows."""
         cdef capi.CallShape call = plan.p.get().view.call   # a plan may have been reused for other rows since
         call.row_bytes = row_bytes
         call.scale_bytes = scale_bytes
+        call.scales_by_column = scales_by_column
         cdef capi.BlockLayout l = capi.block_layout(rows, call, self.shape.top_k)
         return l.rows, l.scales, l.weights, l.ids, l.source
 

@@ -5,19 +5,9 @@ from libc.stdint cimport int64_t, uintptr_t
 from libcpp cimport bool
 from libcpp.string cimport string
 
-from moecomm._native.capi cimport DType
+from moecomm._native.capi cimport DType, ScaleKind, Wire
 
 cdef extern from "base/codes.hpp" namespace "moecomm" nogil:
-    cdef enum class ScaleKind(int):
-        none
-        f32
-        ue8m0
-
-    cdef enum class Wire(int):
-        plain
-        fp8
-        logfmt10
-
     long long c_scale_words "moecomm::scale_words"(int64_t hidden, ScaleKind kind)
     unsigned long long c_wire_row_bytes "moecomm::wire_row_bytes"(Wire wire, int64_t hidden, DType type)
 
