@@ -9,6 +9,7 @@ COMMANDS = {
     "combine": ("bench.run", "the experts' rows back, and summed"),
     "roundtrip": ("bench.run", "both, and their sum"),
     "suite": ("bench.suite", "what `make bench` runs"),
+    "record": ("bench.record", "what recording a Buffer's calls costs"),
     "sweep": ("bench.sweep", "cost per row against tokens and ranks"),
 }
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moecomm import gate
+from moecomm import gate, record
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
@@ -34,7 +34,7 @@ def make_inputs(case, rank, spare=0, seed=0):
     tokens = case.tokens_of(rank) + spare
     generator = torch.Generator().manual_seed(1000003 * seed + rank)
     router = torch.Generator().manual_seed(7919 + seed)   # the same weights on every rank
-    is_ids = case.routing.endswith((".npy", ".npz"))
+    is_ids = case.routing.endswith((".npy", ".npz")) or Path(case.routing).is_dir()
     if case.routing in ("uniform", "zipf") or is_ids:
         x = torch.randn((tokens, case.hidden), generator=generator)
     else:
@@ -59,7 +59,12 @@ def make_inputs(case, rank, spare=0, seed=0):
 
 
 def read_ids(case, rank, tokens):
-    """Ids (and weights, in an .npz) from a file: [ranks, T, top_k], or [T, top_k] dealt out to the ranks; repeated where too short."""
+    """Ids (and weights) from a recording's folder or from a file: [ranks, T, top_k], or [T, top_k] dealt out to the ranks.
+
+    Repeated where too short. An .npy holds ids, an .npz "ids" and perhaps "weights".
+    """
+    if Path(case.routing).is_dir():
+        return recorded_ids(case, rank, tokens)
     loaded = np.load(case.routing)
     ids, weights = (loaded["ids"], loaded.get("weights")) if case.routing.endswith(".npz") else (loaded, None)
     if ids.ndim not in (2, 3) or ids.shape[-1] != case.top_k or (ids.ndim == 3 and ids.shape[0] != case.ranks):
@@ -71,6 +76,21 @@ def read_ids(case, rank, tokens):
 
     ids = mine(ids.astype(np.int64))
     return ids, torch.full(ids.shape, 1 / case.top_k) if weights is None else mine(weights.astype(np.float32))
+
+
+def recorded_ids(case, rank, tokens):
+    """Ids and weights of a recording (moecomm.record): all plans in order; dealt out where it has another number of ranks."""
+    recording = record.load(case.routing)
+    if recording[0].header["top_k"] != case.top_k or recording[0].header["num_experts"] != case.experts:
+        raise SystemExit(f"--routing: {case.routing} has top-{recording[0].header['top_k']} of {recording[0].header['num_experts']} experts; "
+                         f"expected top-{case.top_k} of {case.experts}")
+    sources = [recording[rank]] if len(recording) == case.ranks else recording
+    ids = np.concatenate([i for r in sources for i in r.ids]).astype(np.int64)
+    weights = np.concatenate([np.full(i.shape, 1 / case.top_k) if w is None else w for r in sources for i, w in zip(r.ids, r.weights)])
+    if len(recording) != case.ranks:
+        ids, weights = ids[rank::case.ranks], weights[rank::case.ranks]
+    shape = (tokens, case.top_k)
+    return torch.from_numpy(np.resize(ids, shape)), torch.from_numpy(np.resize(weights, shape).astype(np.float32))
 
 
 # -- routing from text ---------------------------------------------------------------------------------

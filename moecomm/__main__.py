@@ -6,6 +6,7 @@ import sys
 
 COMMANDS = {
     "info": ("moecomm.info", "version, worlds and engines that are available here, topology as seen"),
+    "replay": ("moecomm.replay", "run a recording again and compare what moved"),
 }
 
 

@@ -13,6 +13,7 @@ from ._native.quant import scale_words
 from .decode import Decode
 from .env import Environment
 from .errors import InvalidArgument, raise_failure
+from .record import Recorder
 from .results import BlockTensors, Dispatched, Handle, Pending
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
@@ -57,6 +58,8 @@ class Buffer:
     arena_bytes : int, optional
         Window memory for dispatch outputs and experts' outputs. None: twice the worst case of one
         dispatch (all tokens of all ranks to one rank); reserved, and committed when first touched.
+    record : path-like, optional
+        A folder: routing, times and traffic of every dispatch and combine are written there (moecomm.record).
 
     Raises
     ------
@@ -69,7 +72,7 @@ class Buffer:
     """
 
     def __init__(self, comm, *, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, num_sms=20, channels=None,
-                 arena_bytes=None, decode=False):
+                 arena_bytes=None, decode=False, record=None):
         self.comm = comm
         comm._require_open("Buffer")
         env = Environment()
@@ -94,6 +97,7 @@ class Buffer:
         self._row_bytes = hidden * dtype.itemsize
         self._check = env.check
         self._hooks = {}
+        self._recorder = None if record is None else Recorder(record, self)
         self._closed = False
         self._decode = None
         if decode:
@@ -236,6 +240,7 @@ class Buffer:
         kind = _QUANTS[quant] if scales is None else _SCALE_DTYPES.index(scales.dtype)
         row_bytes = self.hidden if kind else self._row_bytes
         scale_bytes = 4 * scale_words(self.hidden, kind)
+        began = self._recorder and self._recorder.start()
         result = self._native.dispatch(
             x.data_ptr(), 0 if scales is None else scales.data_ptr(), 0 if topk_ids is None else topk_ids.data_ptr(),
             topk_ids is not None and topk_ids.dtype == torch.int32, 0 if topk_weights is None else topk_weights.data_ptr(),
@@ -244,6 +249,8 @@ class Buffer:
         if type(result) is not tuple:
             raise_failure(result, op="dispatch", rank=self.comm.rank, describe_capacity=self._describe_capacity)
         plan, block, output = result
+        if self._recorder:
+            self._recorder.dispatch(began, plan, topk_ids, topk_weights, x.shape[0], layout, expert_alignment, capacity, kind)
         handle = self._handle_of(ops.Ticket(self, layout, capacity, plan, output))
         return Dispatched(handle, BlockTensors(handle, block, torch.float8_e4m3fn if kind else x.dtype, row_bytes, scale_bytes,
                                                _SCALE_DTYPES[kind], by_column))
@@ -339,11 +346,14 @@ class Buffer:
         # A rank without tokens asks for slots too: its peers' values pass through it.
         slots = None if back is None else torch.empty((max(tokens, 1), self.top_k), dtype=torch.float32)
         ticket = handle._ticket
+        began = self._recorder and self._recorder.start()
         failure = self._native.combine(rows.data_ptr(), 0 if topk_weights is None else topk_weights.data_ptr(), y.data_ptr(),
                                        0 if bias is None else bias.data_ptr(), bias_stride, ticket.plan, ticket.output,
                                        0 if back is None else back.data_ptr(), 0 if back is None else slots.data_ptr())
         if failure is not None:
             raise_failure(failure, op="combine", rank=self.comm.rank)
+        if self._recorder:
+            self._recorder.combine(began, ticket.plan, tokens, topk_weights is not None, handle.layout)
         return y if back is None else (y, slots[:tokens])
 
     def _combine_by_ops(self, rows, handle, topk_weights, bias, out=None):
@@ -485,6 +495,8 @@ class Buffer:
         """
         self._require_open("stats")
         counted = self._native.take_counters()
+        if self._recorder:
+            self._recorder.forget_counts()
         if self._decode is not None:
             counted["decode"] = self._decode.native.take_counters()
         return counted
@@ -493,6 +505,8 @@ class Buffer:
         """Release the windows; tensors that view them stay valid. Local, may be called twice."""
         if not self._closed:
             self._closed = True
+            if self._recorder:
+                self._recorder.close()
             if not self.comm._bootstrap.threads:   # rank threads reach it by pointer until all have ended
                 self._native.release()
                 self._decode = None

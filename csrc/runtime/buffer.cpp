@@ -144,6 +144,11 @@ Status Buffer::combine(const CombineCall& call, Plan& plan, const Block& output)
   return reach_.run(true, [&](auto fabric) { return run_combine(Lane{}, fabric, a); });
 }
 
+Counters Buffer::counters() {
+  std::lock_guard lock(comm_->calls());
+  return reach_.host().counters;
+}
+
 Counters Buffer::take_counters() {
   std::lock_guard lock(comm_->calls());
   const Counters c = reach_.host().counters;

@@ -48,6 +48,7 @@ class Buffer {
 
   const BufferView& view() const { return view_; }
   const Arena& arena() const { return *arena_; }
+  Counters counters();            // since the last take_counters
   Counters take_counters();       // and reset
   void set_stream_threshold(uint64_t bytes) { stream_threshold_ = bytes; }
   void corrupt_next_row(int64_t row) { corrupt_row_ = row; }   // tests of MOECOMM_CHECK

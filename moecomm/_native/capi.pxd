@@ -178,6 +178,7 @@ cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
         Status dispatch(const DispatchCall&, Plan&, shared_ptr[Block]&, shared_ptr[Block]&) except +
         Status combine(const CombineCall&, Plan&, const Block&) except +
         const Arena& arena()
+        Counters counters()
         Counters take_counters()
         void set_stream_threshold(uint64_t)
         void corrupt_next_row(int64_t)

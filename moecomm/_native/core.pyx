@@ -218,6 +218,14 @@ cdef class Buffer:
         """(bytes held, blocks held, bytes in all)"""
         return self.b.get().arena().held_bytes(), self.b.get().arena().held_blocks(), self.b.get().arena().capacity()
 
+    def counters(self):
+        """What moved since the last take_counters: logical and physical rows and bytes of the rail, of the node; replicated rows."""
+        cdef capi.Counters c
+        with nogil:
+            c = self.b.get().counters()
+        return (c.rail.logical_rows, c.rail.physical_rows, c.rail.logical_bytes, c.rail.physical_bytes,
+                c.node.logical_rows, c.node.physical_rows, c.node.logical_bytes, c.node.physical_bytes, c.replicated_rows)
+
     def take_counters(self):
         cdef capi.Counters c
         with nogil:

@@ -1,0 +1,177 @@
+"""`python -m moecomm replay PATH`: run a recording again, in the cpu or the sim world, and compare what moved.
+
+With the recorded number of ranks, rows and bytes per hop must be equal to the digit. With another number, every
+step's tokens are dealt out anew; then they differ, as they would have.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from . import record
+from .buffer import Buffer
+from .errors import InvalidArgument
+from .local import run_local
+
+
+@dataclass
+class Script:
+    """What every rank does: geometry, buffer arguments, calls (rows of record.CALL by call number), picks by plan and rank."""
+
+    size: int
+    ranks_per_node: int
+    buffer: dict
+    calls: np.ndarray        # [calls, ranks]
+    ids: list                # [plan][rank] int64 Tensor [T, top_k]
+    weights: list            # [plan][rank] float32 Tensor or None
+
+    @property
+    def dtype(self):
+        """Of the rows in combine."""
+        return getattr(torch, self.buffer["dtype"])
+
+
+@dataclass
+class Replayed:
+    """traffic: uint64 [ranks, hops of record.HOPS] summed over all calls; seconds: float64 [calls], of the slowest rank."""
+
+    traffic: np.ndarray
+    seconds: np.ndarray
+
+
+def script_of(ranks, size=None):
+    """The Script of a recording (record.load), dealt out to `size` ranks where that differs.
+
+    Raises
+    ------
+    InvalidArgument
+        The experts do not divide over that many ranks.
+    """
+    header = ranks[0].header
+    buffer = {name: header[name] for name in ("hidden", "num_experts", "top_k", "max_tokens", "dtype", "channels")}
+    calls = np.stack([r.calls for r in ranks], axis=1)
+    ids = [[torch.from_numpy(r.ids[p].astype(np.int64)) for r in ranks] for p in range(len(ranks[0].ids))]
+    weights = [[None if r.weights[p] is None else torch.from_numpy(r.weights[p]) for r in ranks] for p in range(len(ids))]
+    script = Script(header["size"], header["ranks_per_node"], buffer, calls, ids, weights)
+    return script if size in (None, script.size) else _dealt(script, size)
+
+
+def _dealt(script, size):
+    if size < 1 or script.buffer["num_experts"] % size:
+        raise InvalidArgument(f"--ranks: got {size}; expected a divisor of the {script.buffer['num_experts']} experts", op="replay")
+    per_node = next(p for p in range(min(script.ranks_per_node, size), 0, -1) if size % p == 0)
+
+    def deal(parts):
+        return None if parts[0] is None else list(torch.cat(parts).tensor_split(size))
+
+    ids, weights = [deal(p) for p in script.ids], [deal(p) or [None] * size for p in script.weights]
+    calls = np.repeat(script.calls[:, :1], size, axis=1)
+    for call in calls:
+        for rank in range(size):
+            call[rank]["tokens"] = len(ids[call[rank]["plan"]][rank])
+    buffer = dict(script.buffer, max_tokens=max([1, *(len(t) for plan in ids for t in plan)]))
+    return Script(size, per_node, buffer, calls, ids, weights)
+
+
+def on_cpu(script):
+    """Run a Script with rank threads; rows are random. Returns Replayed."""
+
+    def main(comm):
+        buf = Buffer(comm, **dict(script.buffer, dtype=script.dtype))
+        generator = torch.Generator().manual_seed(comm.rank)
+        outs, spans, traffic = {}, [], np.zeros(len(record.HOPS), np.uint64)
+        for call in script.calls[:, comm.rank]:
+            x = torch.randn((int(call["tokens"]), script.buffer["hidden"]), generator=generator).to(script.dtype)
+            plan, quant = int(call["plan"]), str(call["quant"]) or None
+            comm.barrier()
+            began = time.perf_counter()
+            if call["op"] == "combine":
+                handle = outs[plan].handle
+                buf.combine(handle.rows, handle, topk_weights=outs[plan].topk_weights if call["weighted"] else None)
+            elif call["cached"]:
+                buf.dispatch(x, handle=outs[plan].handle, quant=quant)
+            else:
+                outs[plan] = buf.dispatch(x, script.ids[plan][comm.rank], script.weights[plan][comm.rank], layout=str(call["layout"]),
+                                          expert_alignment=int(call["alignment"]), capacity=None if call["capacity"] < 0 else int(call["capacity"]),
+                                          quant=quant)
+                for old in [p for p in outs if p < plan and p not in script.calls["plan"][len(spans):]]:
+                    del outs[old]   # no later call needs it
+            spans.append((began, time.perf_counter()))
+        traffic += np.array(buf._native.counters(), np.uint64)
+        comm.barrier()
+        buf.close()
+        return traffic, spans
+
+    results = run_local(main, script.size, ranks_per_node=script.ranks_per_node)
+    spans = np.array([spans for _, spans in results])   # [ranks, calls, 2]
+    return Replayed(np.stack([t for t, _ in results]), spans[:, :, 1].max(0) - spans[:, :, 0].min(0))
+
+
+def on_sim(script, hardware=None):
+    """Run a Script in the sim world, without payload. Returns Replayed; its times are virtual."""
+    from .sim import Cluster, Hardware
+
+    cluster = Cluster(script.size, ranks_per_node=script.ranks_per_node, hardware=hardware or Hardware(), **dict(script.buffer, dtype=script.dtype))
+    program = cluster.program()
+    for call in script.calls[:, 0]:
+        plan = int(call["plan"])
+        if call["op"] == "combine":
+            program.combine(handle=plan)
+            continue
+        program.dispatch(None if call["cached"] else script.ids[plan], None if call["cached"] else _all_or_none(script.weights[plan]), handle=plan,
+                         layout=str(call["layout"]), expert_alignment=int(call["alignment"]),
+                         capacity=None if call["capacity"] < 0 else int(call["capacity"]), quant=str(call["quant"]) or None)
+    cluster.reset()
+    times = cluster.run(program)   # [calls, ranks, 2]
+    stats = [[s[hop][f"{kind}_{unit}"] for hop in ("rail", "node") for kind, unit in
+              (("logical", "rows"), ("physical", "rows"), ("logical", "bytes"), ("physical", "bytes"))] + [s["replicated_rows"]] for s in cluster.stats()]
+    return Replayed(np.array(stats, np.uint64), (times[:, :, 1].max(1) - times[:, :, 0].min(1)) / 1e6)
+
+
+def _all_or_none(weights):
+    return None if weights[0] is None else weights
+
+
+def recorded(script):
+    """What the recording itself says, as Replayed; its times are those of the slowest rank's clock."""
+    traffic = np.stack([script.calls[name].sum(0) for name in record.HOPS], axis=1)
+    return Replayed(traffic, (script.calls["end_ns"] - script.calls["begin_ns"]).max(1) / 1e9)
+
+
+def arguments(parser):
+    """Options of the command."""
+    parser.add_argument("path", help="the folder that Buffer(..., record=PATH) wrote")
+    parser.add_argument("--world", choices=("cpu", "sim"), default="cpu")
+    parser.add_argument("--ranks", type=int, help="another number of ranks than the recorded one")
+    parser.add_argument("--json", action="store_true")
+
+
+def main(args):
+    """Replay, print the comparison; 1 where rows or bytes differ though the ranks are the recorded ones."""
+    original = script_of(record.load(args.path))
+    script = script_of(record.load(args.path), args.ranks)
+    was, now = recorded(original), (on_cpu if args.world == "cpu" else on_sim)(script)
+    before, after = was.traffic.sum(0), now.traffic.sum(0)
+    same_ranks = script.size == original.size
+    equal = bool(same_ranks and (was.traffic == now.traffic).all())
+    medians = {op: [1e6 * float(np.median(r.seconds[original.calls["op"][:, 0] == op])) for r in (was, now)]
+               for op in ("dispatch", "combine") if (original.calls["op"][:, 0] == op).any()}
+    if args.json:
+        print(json.dumps(dict(world=args.world, ranks=script.size, calls=len(script.calls), equal=equal, median_us=medians,
+                              recorded=dict(zip(record.HOPS, map(int, before))), replayed=dict(zip(record.HOPS, map(int, after))))))
+        return 0 if equal or not same_ranks else 1
+    print(f"{len(script.calls)} calls, recorded on {original.size} ranks ({original.ranks_per_node} per node), "
+          f"replayed on {script.size} ({script.ranks_per_node} per node) in the {args.world} world")
+    print(f"{'':24}{'recorded':>18}{'replayed':>18}")
+    for name, a, b in zip(record.HOPS, before, after):
+        print(f"{name.replace('_', ' '):24}{a:18}{b:18}{'' if a == b else '   differs'}")
+    for op, (a, b) in medians.items():
+        print(f"{op + ' median us':24}{a:18.1f}{b:18.1f}")
+    print("rows and bytes are equal on every rank" if equal else
+          "rows or bytes DIFFER" if same_ranks else "the ranks are not the recorded ones: rows and bytes differ as they must")
+    return 0 if equal or not same_ranks else 1
