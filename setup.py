@@ -18,6 +18,7 @@ RUNTIME = sorted(str(p.relative_to(ROOT)) for folder in ("fabric", "runtime") fo
 SIM = ["csrc/exec/fiber.cpp", "csrc/fabric/sim.cpp", "csrc/runtime/sim.cpp", "csrc/runtime/plan.cpp", "csrc/runtime/memory.cpp",
        *(s for s in RUNTIME if "fabric/rows" in s)]
 QUANT = ["csrc/runtime/quant.cpp", *(s for s in RUNTIME if "fabric/rows" in s)]
+HEADERS = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".hpp", ".inl")]
 # Equal bits from every build of the row kernels: no contraction of a product and a sum into one rounding.
 FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 
@@ -55,6 +56,7 @@ class BuildExt(build_ext):
             return objects
 
         compiler.compile = compile_all
+        ext.depends = HEADERS   # else setuptools looks at the sources alone before it asks for their objects
         super().build_extension(ext)
 
 

@@ -120,7 +120,7 @@ struct BlockLayout {
   uint64_t scales;    // [rows, scales], or by column: [scales, scale_column(rows)]
   uint64_t weights;   // f32: [rows] in the expert layout, [rows, top_k] in the rank layout
   uint64_t ids;       // int64 [rows, top_k], rank layout only
-  uint64_t origin;    // int32 [rows]: the row that holds the payload until `arrive` copies it
+  uint64_t origin;    // int32 [rows]: the row that holds the payload until `arrive` copies it; -1 - that row: it is here already
   uint64_t source;    // int64 [rows]: source rank << 32 | source token, -1 on padding
   uint64_t sums;      // checksum [rows] (written only when checks are on)
   uint64_t bytes;
@@ -139,6 +139,11 @@ MOE_HD constexpr BlockLayout block_layout(uint64_t rows, const CallShape& call, 
   l.sums = c.take(rows * 8);
   l.bytes = align_up(c.at, 64);
   return l;
+}
+
+// The same, relative to the window in which the block lies at `offset`.
+MOE_HD constexpr BlockLayout at_offset(BlockLayout l, uint64_t offset) {
+  return {l.rows + offset, l.scales + offset, l.weights + offset, l.ids + offset, l.origin + offset, l.source + offset, l.sums + offset, l.bytes};
 }
 
 // The experts' output of that dispatch, right behind its block: `handle.rows`, and staging for what combine takes beside it.

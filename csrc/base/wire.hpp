@@ -29,11 +29,14 @@ MOE_HD constexpr uint64_t meta_bytes(int top_k) { return align16(sizeof(RowMeta)
 struct CountLayout {
   int32_t signature = 0;       // index of the call's signature
   int32_t cached = 1;          // 1 where the sender reuses a plan
+  int32_t rows = 2;            // rows for the node: one per token that wants any of its experts
   int32_t experts = 0;         // first of num_experts / nodes counts
   int32_t ranks = 0;           // first of ranks_per_node counts (rows after rank-level dedup)
   int32_t channels = 0;        // first of `channels` row counts
   int32_t ints = 0;            // length, a multiple of 4
 };
+struct alignas(16) FourInts { int32_t v[4]; };   // count blocks are copied so many at a time
+
 MOE_HD constexpr CountLayout count_layout(const Geometry& g, const Shape& s) {
   CountLayout c;
   c.experts = 4;

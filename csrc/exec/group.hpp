@@ -28,7 +28,7 @@ MOE_HD Status leader(G g, F&& f) {
 template <Group G>
 MOE_HD Status first_failure(G g, const Status& mine) {
   for (int lane = 0; lane < g.size(); ++lane)
-    if (const Status said = g.broadcast(mine, lane); !said.ok()) return said;
+    if (!g.broadcast(mine.ok(), lane)) return g.broadcast(mine, lane);
   return {};
 }
 

@@ -26,6 +26,7 @@ struct HostState {
   const Watch* watch = nullptr;
   Counters counters;
   TermStore terms[2];
+  char* targets[kMaxTopK];
   bool stream = false;            // this call moves more than the caches hold: store past them
   std::chrono::steady_clock::time_point deadline;
 };
@@ -134,6 +135,14 @@ struct HostFabric {
     else s->kernels->copy(dst + begin, src + begin, n);
   }
   template <class G>
+  void spread_row(G g, char* const* targets, int count, const char* src, uint64_t bytes) const {
+    for (int i = 0; i < count; ++i) copy_row(g, targets[i], src, bytes);
+  }
+  template <class G>
+  void settle(G g) const { g.sync(); }
+  // Shared memory: a row that is in the caches is written again faster than its first copy is read back.
+  static constexpr bool replicates(int) { return true; }
+  template <class G>
   void zero_row(G g, char* dst, uint64_t bytes) const {
     if (g.lane() == 0) s->kernels->zero(dst, bytes);
   }
@@ -154,6 +163,7 @@ struct HostFabric {
   }
   Counters& counters() const { return s->counters; }
   TermStore& terms(int which) const { return s->terms[which]; }
+  char** targets() const { return s->targets; }
 
  private:
   // Other lanes may still be writing the list of the next row.

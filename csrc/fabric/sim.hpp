@@ -84,6 +84,7 @@ struct Role {
   int peer = -1;
   bool given_up = false;
   TermStore terms[2];
+  char* targets[kMaxTopK];
 };
 
 class SimNet {
@@ -201,6 +202,12 @@ struct SimFabric {
   template <class G>
   void copy_row(G, char* dst, const char* src, uint64_t bytes) const { net->copy_row(dst, src, bytes); }
   template <class G>
+  void spread_row(G, char* const* targets, int count, const char* src, uint64_t bytes) const {
+    for (int i = 0; i < count; ++i) net->copy_row(targets[i], src, bytes);
+  }
+  template <class G>
+  void settle(G g) const { g.sync(); }
+  template <class G>
   void zero_row(G, char* dst, uint64_t bytes) const { net->zero_row(dst, bytes); }
   template <class G>
   void reduce_rows(G, char* dst, const Terms& terms, const Terms* next, const float* bias, int64_t hidden, DType type) const {
@@ -216,6 +223,8 @@ struct SimFabric {
   }
   Counters& counters() const { return net->rank(me).counters; }
   TermStore& terms(int which) const { return net->role().terms[which]; }
+  char** targets() const { return net->role().targets; }
+  static constexpr bool replicates(int) { return false; }   // ranks of a node have a link between them
 };
 
 }  // namespace moecomm

@@ -143,13 +143,7 @@ MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
   const int begin = channel_begin(a.plan.tokens, channel, channels);
   const int end = channel_begin(a.plan.tokens, channel + 1, channels);
   Counters& count = f.counters();
-  // Slots of this channel begin where the channels before it end.
-  const auto first_slot = [&](int n) {
-    const int32_t* per_channel = a.plan.blocks + n * b.count.ints + b.count.channels;
-    int32_t first = 0;
-    for (int c = 0; c < channel; ++c) first += per_channel[c];
-    return first;
-  };
+  const auto first_slot = [&](int n) { return a.plan.send_first[n * (channels + 1) + channel]; };
   const auto terms_of = [&](int t) {
     Terms terms{&f.terms(t & 1)};
     for (int n = 0; t < end && n < nodes; ++n) {

@@ -48,11 +48,11 @@ MOE_HD Status relay(G g, F f, const DispatchArgs& a, Offer offer) {
     const int n = (own + step) % nodes, source = b.geometry.rail_rank(n);
     if (n != own)
       MOE_TRY(leader(g, [&] { return f.wait_rail(b.rail.enter + 8 * n, a.book->enter, Phase::announce, source); }));
-    const int32_t* block = n == own ? a.plan.blocks + n * b.count.ints
-                                    : reinterpret_cast<const int32_t*>(f.rail(b.rail.blocks + n * bytes));
+    const FourInts* block = reinterpret_cast<const FourInts*>(
+        n == own ? reinterpret_cast<const char*>(a.plan.blocks + n * b.count.ints) : f.rail(b.rail.blocks + n * bytes));
     for (int local = 0; local < p; ++local) {
-      int32_t* table = reinterpret_cast<int32_t*>(f.window(local, b.node.tables + source * bytes));
-      for (int i = g.lane(); i < b.count.ints; i += g.size()) table[i] = block[i];
+      FourInts* table = reinterpret_cast<FourInts*>(f.window(local, b.node.tables + source * bytes));
+      for (int i = g.lane(); i < b.count.ints / 4; i += g.size()) table[i] = block[i];
     }
   }
   if (g.lane() == 0)
@@ -70,33 +70,47 @@ MOE_HD inline const int32_t* table_of(const BufferView& b, const char* window, i
   return reinterpret_cast<const int32_t*>(window + b.node.tables) + int64_t{source} * b.count.ints;
 }
 
-// Prefix sums for one rank of the node: where the rows of every source of my rail begin.
-MOE_HD inline void place_rank(const DispatchArgs& a, const char* window, int d) {
+// Prefix sums over sources and experts: where the rows of every source of my rail begin, in every rank of
+// the node. Lanes own experts (or ranks) of the node, then ranks, then experts again; ends with a sync.
+template <Group G>
+MOE_HD void place_rows(G g, const DispatchArgs& a, const char* window) {
   const BufferView& b = a.b;
   const Geometry& geo = b.geometry;
+  const bool by_rank = a.plan.call.layout == RowLayout::rank;
   const int p = geo.ranks_per_node, per_rank = b.experts_per_rank(), per_node = b.experts_per_node();
-  int64_t row = 0;
+  const int own_first = geo.local() * per_rank;
   const int64_t alignment = a.plan.call.alignment;
-  if (a.plan.call.layout == RowLayout::rank) {
+  const auto total = [&](int field) {
+    int32_t rows = 0;
+    for (int s = 0; s < geo.size; ++s) rows += table_of(b, window, s)[field];
+    return rows;
+  };
+  // The first row of `field` is known; those of the sources follow in ascending order.
+  const auto follow = [&](int field, int index, int stride, int32_t row) {
     for (int s = 0; s < geo.size; ++s) {
-      if (s % p == geo.local()) a.base[s / p * p + d] = static_cast<int32_t>(row);
-      row += table_of(b, window, s)[b.count.ranks + d];
+      if (s % p == geo.local()) a.base[s / p * stride + index] = row;
+      row += table_of(b, window, s)[field];
     }
-  }
-  int64_t expert_row = 0;
-  for (int e = 0; e < per_rank; ++e) {
-    const int64_t first = expert_row;
-    const int in_node = d * per_rank + e;
-    for (int s = 0; s < geo.size; ++s) {
-      if (a.plan.call.layout == RowLayout::expert && s % p == geo.local())
-        a.base[s / p * per_node + in_node] = static_cast<int32_t>(expert_row);
-      expert_row += table_of(b, window, s)[b.count.experts + in_node];
+    return row;
+  };
+  for (int e = g.lane(); e < per_node; e += g.size()) a.first[e] = total(b.count.experts + e);
+  g.sync();
+  for (int d = g.lane(); d < p; d += g.size()) {
+    int64_t row = 0;
+    for (int e = d * per_rank; e < (d + 1) * per_rank; ++e) {
+      const int64_t rows = a.first[e], padded = (rows + alignment - 1) / alignment * alignment;
+      if (d == geo.local()) {
+        a.plan.tokens_per_expert[e - own_first] = rows;
+        a.plan.rows_per_expert[e - own_first] = padded;
+      }
+      a.first[e] = static_cast<int32_t>(row);
+      row += padded;
     }
-    if (d == geo.local()) a.plan.tokens_per_expert[e] = expert_row - first;
-    expert_row = first + (expert_row - first + alignment - 1) / alignment * alignment;
-    if (d == geo.local()) a.plan.rows_per_expert[e] = expert_row - first;
+    a.plan.rank_rows[d] = by_rank ? follow(b.count.ranks + d, d, p, 0) : row;
   }
-  a.plan.rank_rows[d] = a.plan.call.layout == RowLayout::rank ? row : expert_row;
+  g.sync();
+  if (!by_rank)
+    for (int e = g.lane(); e < per_node; e += g.size()) follow(b.count.experts + e, e, per_node, a.first[e]);
 }
 
 }  // namespace detail
@@ -119,8 +133,7 @@ MOE_HD Status place(G g, F f, const DispatchArgs& a) {
     if (verdict.code == 0 && (table[b.count.signature] != a.plan.call.signature() || table[b.count.cached] != a.cached))
       verdict = {static_cast<int32_t>(Code::mismatch), s, 0, 0, 0};
   }
-  if (!a.cached && verdict.code == 0)
-    for (int d = g.lane(); d < p; d += g.size()) detail::place_rank(a, window, d);
+  if (!a.cached && verdict.code == 0) detail::place_rows(g, a, window);
   // What will come over the rail is known even where the call is refused: it is taken off the wire then.
   for (int n = g.lane(); n < nodes; n += g.size()) {
     const int32_t* rows = detail::table_of(b, window, geo.rail_rank(n)) + b.count.channels;
@@ -136,9 +149,10 @@ MOE_HD Status place(G g, F f, const DispatchArgs& a) {
     for (int d = 0; d < p; ++d) {
       const CallShape& call = a.plan.call;
       const int64_t rows = call.capacity >= 0 ? call.capacity : a.plan.rank_rows[d];
-      a.needed[d] = block_layout(rows, call, b.shape.top_k).bytes + output_layout(rows, b.shape).bytes;
+      const BlockLayout block = block_layout(rows, call, b.shape.top_k);
+      a.needed[d] = block.bytes + output_layout(rows, b.shape).bytes;
       const int piece = a.needed[d] <= a.offers[d].bytes[0] ? 0 : 1;
-      a.block_offset[d] = a.offers[d].offset[piece];
+      a.target[d] = at_offset(block, a.offers[d].offset[piece]);
       if (verdict.code != 0) continue;
       const int32_t code = static_cast<int32_t>(Code::capacity), rank = geo.rank_at(geo.node(), d);
       if (a.plan.rank_rows[d] > rows)
@@ -154,22 +168,24 @@ MOE_HD Status place(G g, F f, const DispatchArgs& a) {
 
 namespace detail {
 
+// All lanes: the picks of token t that a node gets. Picks are sorted, so a node's are neighbours.
 template <Group G>
 MOE_HD void write_meta(G g, const DispatchArgs& a, RowMeta* meta, const char* row, int t, int node) {
-  if (g.lane() != 0) return;
   const BufferView& b = a.b;
-  const int per_node = b.experts_per_node();
+  const int per_node = b.experts_per_node(), first_expert = node * per_node;
   const Pick* pick = a.plan.pick + int64_t{t} * b.shape.top_k;
-  int n = 0;
-  for (int i = 0; i < a.plan.picks[t]; ++i) {
-    if (pick[i].expert / per_node != node) continue;
-    Pick& out = meta->pick()[n++];
-    out = pick[i];
-    out.expert = static_cast<uint16_t>(pick[i].expert - node * per_node);
-    out.weight = a.weights ? a.weights[int64_t{t} * b.shape.top_k + pick[i].k] : 1.0f;
+  int begin = 0, end = a.plan.picks[t];
+  while (begin < end && pick[begin].expert < first_expert) ++begin;
+  while (end > begin && pick[end - 1].expert >= first_expert + per_node) --end;
+  for (int i = begin + g.lane(); i < end; i += g.size()) {
+    Pick out = pick[i];
+    out.expert = static_cast<uint16_t>(out.expert - first_expert);
+    out.weight = a.weights ? a.weights[int64_t{t} * b.shape.top_k + out.k] : 1.0f;
+    meta->pick()[i - begin] = out;
   }
+  if (g.lane() != 0) return;
   meta->token = t;
-  meta->picks = n;
+  meta->picks = end - begin;
   if (b.check && row) meta->checksum = row_checksum(row, a.plan.call.row_bytes, t);
 }
 
@@ -267,7 +283,21 @@ MOE_HD void judge(G g, F f, const DispatchArgs& a) {
   g.sync();
 }
 
-// Rows of source node n's rail peer, one channel. Every row is read once and written once per rank.
+namespace detail {
+
+// Rank layout: no pick yet. The picks follow after a sync.
+template <Group G>
+MOE_HD void clear_picks(G g, char* window, const BlockLayout& l, int64_t row, int k_max) {
+  for (int k = g.lane(); k < k_max; k += g.size()) {
+    reinterpret_cast<int64_t*>(window + l.ids)[row * k_max + k] = -1;
+    reinterpret_cast<float*>(window + l.weights)[row * k_max + k] = 0.0f;
+  }
+}
+
+}  // namespace detail
+
+// Rows of source node n's rail peer, one channel. Every row is read once and written once per rank, or
+// once per pick where a further copy costs no link.
 template <Group G, class F>
 MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
   const BufferView& b = a.b;
@@ -285,6 +315,8 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
   const bool by_rank = call.layout == RowLayout::rank, judged_ok = a.verdict->code == 0, coding = n == own && quantizes(a);
   Counters& count = f.counters();
   uint64_t node_rows = 0, left_rows = 0;
+  char** targets = f.targets();
+  const auto rows_of = [&](int d) { return call.capacity >= 0 ? call.capacity : a.plan.rank_rows[d]; };
 
   for (int chunk = begin; chunk < end; chunk += kChunkRows) {
     const int chunk_end = chunk + kChunkRows < end ? chunk + kChunkRows : end;
@@ -299,52 +331,54 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
                         : n == own ? a.x + meta->token * call.row_bytes
                                    : area + i * stride;
       const char* scales = n != own || coding ? row + align16(call.row_bytes) : a.scales ? a.scales + meta->token * call.scale_bytes : nullptr;
+      const int picks = meta->picks;
       Place* place = a.plan.place + (int64_t{n} * b.shape.max_tokens + i) * k_max;
-      if (g.lane() == 0) {
-        a.plan.row_picks[int64_t{n} * b.shape.max_tokens + i] = static_cast<uint8_t>(meta->picks);
-        if (!a.cached)
-          for (int j = 0; j < meta->picks; ++j) {
-            const Pick& pick = meta->pick()[j];
-            const int d = pick.expert / per_rank;
-            place[j] = {static_cast<int16_t>(d), pick.k, pick.ordinal + (by_rank ? a.base[n * p + d] : a.base[n * per_node + pick.expert])};
-          }
+      if (g.lane() == 0) a.plan.row_picks[int64_t{n} * b.shape.max_tokens + i] = static_cast<uint8_t>(picks);
+      if (!a.cached)
+        for (int j = g.lane(); j < picks; j += g.size()) {
+          const Pick pick = meta->pick()[j];
+          const int d = pick.expert / per_rank;
+          place[j] = {static_cast<int16_t>(d), pick.k, pick.ordinal + (by_rank ? a.base[n * p + d] : a.base[n * per_node + pick.expert])};
+        }
+      g.sync();
+      int copies = 0;
+      for (int j = 0; j < picks; ++j) {
+        const Place to = place[j];
+        if (j == 0 || place[j - 1].local != to.local) {
+          ++node_rows;
+          left_rows += to.local != geo.local();
+          if (by_rank) detail::clear_picks(g, f.window(to.local, 0), a.target[to.local], to.row, k_max);
+        } else {
+          if (by_rank || !f.replicates(to.local)) continue;   // arrive copies it there
+        }
+        char* window = f.window(to.local, 0);
+        if (copies % g.size() == g.lane()) targets[copies] = window + a.target[to.local].rows + to.row * call.row_bytes;
+        detail::put_scales(g, f, call, window + a.target[to.local].scales, rows_of(to.local), to.row, scales);
+        ++copies;
       }
       g.sync();
-      const uint64_t checksum = b.check && coding && g.lane() == 0 ? row_checksum(row, call.row_bytes, meta->token) : meta->checksum;
-      for (int j = 0; j < meta->picks;) {
-        const int d = place[j].local, first = place[j].row;
-        char* window = f.window(d, a.block_offset[d]);
-        const int64_t rows = call.capacity >= 0 ? call.capacity : a.plan.rank_rows[d];
-        const BlockLayout block = block_layout(rows, call, k_max);
-        f.copy_row(g, window + block.rows + first * call.row_bytes, row, call.row_bytes);
-        detail::put_scales(g, f, call, window + block.scales, rows, first, scales);
-        int next = j;
-        if (g.lane() == 0) {
-          float* weights = reinterpret_cast<float*>(window + block.weights);
-          if (by_rank) {
-            int64_t* ids = reinterpret_cast<int64_t*>(window + block.ids) + int64_t{first} * k_max;
-            for (int k = 0; k < k_max; ++k) { ids[k] = -1; weights[int64_t{first} * k_max + k] = 0.0f; }
-          }
-          for (; next < meta->picks && place[next].local == d; ++next) {
-            const Pick& pick = meta->pick()[next];
-            const int r = place[next].row;
-            if (by_rank) {
-              reinterpret_cast<int64_t*>(window + block.ids)[int64_t{r} * k_max + pick.k] = pick.expert - d * per_rank;
-              weights[int64_t{r} * k_max + pick.k] = pick.weight;
-            } else {
-              weights[r] = pick.weight;
-              reinterpret_cast<int32_t*>(window + block.origin)[r] = first;
-            }
-            reinterpret_cast<int64_t*>(window + block.source)[r] = int64_t{source} << 32 | meta->token;
-            if (b.check) reinterpret_cast<uint64_t*>(window + block.sums)[r] = checksum;
-          }
+      const uint64_t checksum = b.check && coding ? row_checksum(row, call.row_bytes, meta->token) : meta->checksum;
+      f.spread_row(g, targets, copies, row, call.row_bytes);
+      for (int j = g.lane(); j < picks; j += g.size()) {
+        const Pick pick = meta->pick()[j];
+        const int d = place[j].local, r = place[j].row;
+        int first = j;
+        while (first > 0 && place[first - 1].local == d) --first;
+        const BlockLayout& target = a.target[d];
+        char* window = f.window(d, 0);
+        float* weights = reinterpret_cast<float*>(window + target.weights);
+        if (by_rank) {
+          reinterpret_cast<int64_t*>(window + target.ids)[int64_t{r} * k_max + pick.k] = pick.expert - d * per_rank;
+          weights[int64_t{r} * k_max + pick.k] = pick.weight;
+          if (first != j) continue;   // one lane writes what the picks share
         } else {
-          while (next < meta->picks && place[next].local == d) ++next;
+          weights[r] = pick.weight;
+          reinterpret_cast<int32_t*>(window + target.origin)[r] = f.replicates(d) ? -1 - place[first].row : place[first].row;
         }
-        j = next;
-        ++node_rows;
-        left_rows += d != geo.local();
+        reinterpret_cast<int64_t*>(window + target.source)[r] = int64_t{source} << 32 | meta->token;
+        if (b.check) reinterpret_cast<uint64_t*>(window + target.sums)[r] = checksum;
       }
+      g.sync();   // `targets` may be overwritten
     }
   }
   if (g.lane() == 0) {
@@ -381,26 +415,25 @@ MOE_HD Status announce_arrival(G g, F f, const DispatchArgs& a) {
 
 namespace detail {
 
-// MOECOMM_CHECK=1: every row is what its source read. Lanes take rows in turn, after all copies are done.
+// MOECOMM_CHECK=1: rows [begin, end) are what their sources read; padding is skipped.
 template <Group G>
-MOE_HD Status verify_rows(G g, const DispatchArgs& a, const char* block, const BlockLayout& l, int64_t rows) {
+MOE_HD void verify_rows(G g, const DispatchArgs& a, const char* window, const BlockLayout& l, int64_t begin, int64_t end, Status& wrong) {
   const uint64_t bytes = a.plan.call.row_bytes;
-  const int64_t* source = reinterpret_cast<const int64_t*>(block + l.source);
-  const uint64_t* sums = reinterpret_cast<const uint64_t*>(block + l.sums);
-  Status wrong;
-  for (int64_t r = g.lane(); r < rows && wrong.ok(); r += g.size()) {
-    if (source[r] < 0) continue;   // padding
+  const int64_t* source = reinterpret_cast<const int64_t*>(window + l.source);
+  const uint64_t* sums = reinterpret_cast<const uint64_t*>(window + l.sums);
+  for (int64_t r = begin + g.lane(); r < end && wrong.ok(); r += g.size()) {
+    if (source[r] < 0) continue;
     const int32_t token = static_cast<int32_t>(source[r] & 0xffffffff);
-    const uint64_t got = row_checksum(block + l.rows + r * bytes, bytes, token);
+    const uint64_t got = row_checksum(window + l.rows + r * bytes, bytes, token);
     if (got != sums[r]) wrong = {Code::corrupt, Phase::arrive, static_cast<int32_t>(source[r] >> 32), token, sums[r], got};
   }
-  return first_failure(g, wrong);
 }
 
 }  // namespace detail
 
+// Part `part` of `parts`: the receiver's own work is shared out by rows.
 template <Group G, class F>
-MOE_HD Status arrive(G g, F f, const DispatchArgs& a) {
+MOE_HD Status arrive(G g, F f, const DispatchArgs& a, int part, int parts) {
   const BufferView& b = a.b;
   const Geometry& geo = b.geometry;
   const CallShape& call = a.plan.call;
@@ -414,44 +447,66 @@ MOE_HD Status arrive(G g, F f, const DispatchArgs& a) {
     return Status{};
   }));
 
-  char* block = f.window(geo.local(), a.block_offset[geo.local()]);
+  char* window = f.window(geo.local(), 0);
+  const BlockLayout& l = a.target[geo.local()];
   const int64_t real = a.plan.rank_rows[geo.local()];
   const int64_t rows = call.capacity >= 0 ? call.capacity : real;
-  const BlockLayout l = block_layout(rows, call, b.shape.top_k);
   const bool by_rank = call.layout == RowLayout::rank;
-  const int32_t* origin = reinterpret_cast<const int32_t*>(block + l.origin);
-  int64_t* source = reinterpret_cast<int64_t*>(block + l.source);
-  float* weights = reinterpret_cast<float*>(block + l.weights);
+  const int32_t* origin = reinterpret_cast<const int32_t*>(window + l.origin);
+  int64_t* source = reinterpret_cast<int64_t*>(window + l.source);
   uint64_t replicated = 0;
   const auto copy = [&](int64_t to, int64_t from) {
-    f.copy_row(g, block + l.rows + to * call.row_bytes, block + l.rows + from * call.row_bytes, call.row_bytes);
-    detail::copy_scales(g, f, call, block + l.scales, rows, to, from);
+    f.copy_row(g, window + l.rows + to * call.row_bytes, window + l.rows + from * call.row_bytes, call.row_bytes);
+    detail::copy_scales(g, f, call, window + l.scales, rows, to, from);
   };
-  const auto clear = [&](int64_t r) {
-    f.zero_row(g, block + l.rows + r * call.row_bytes, call.row_bytes);
-    detail::zero_scales(g, f, call, block + l.scales, rows, r);
-    if (g.lane() != 0) return;
-    source[r] = -1;
-    if (!by_rank) weights[r] = 0.0f;
-    else
-      for (int k = 0; k < b.shape.top_k; ++k) {
-        weights[r * b.shape.top_k + k] = 0.0f;
-        reinterpret_cast<int64_t*>(block + l.ids)[r * b.shape.top_k + k] = -1;
+  // Stretches of rows are dealt out in turn, one stretch after another, so that many short ones are shared too.
+  int dealt = 0;
+  const auto deal = [&](int64_t begin, int64_t end, int64_t length) {
+    const int64_t first = begin + (part + parts - dealt) % parts * length;
+    dealt = static_cast<int>((dealt + (end - begin + length - 1) / length) % parts);
+    return first;
+  };
+  const auto clear = [&](int64_t begin, int64_t end) {
+    for (int64_t r = deal(begin, end, 1); r < end; r += parts) {
+      f.zero_row(g, window + l.rows + r * call.row_bytes, call.row_bytes);
+      detail::zero_scales(g, f, call, window + l.scales, rows, r);
+      if (by_rank) detail::clear_picks(g, window, l, r, b.shape.top_k);
+      if (g.lane() != 0) continue;
+      source[r] = -1;
+      if (!by_rank) reinterpret_cast<float*>(window + l.weights)[r] = 0.0f;
+    }
+  };
+  // As many rows at a time as there are lanes: each lane looks where one of them comes from.
+  Status wrong;
+  const auto complete = [&](int64_t begin, int64_t end) {
+    for (int64_t first = deal(begin, end, g.size()); first < end; first += int64_t{parts} * g.size()) {
+      const int64_t mine = first + g.lane(), last = first + g.size() < end ? first + g.size() : end;
+      const int32_t from = by_rank || mine >= end ? -1 : origin[mine];
+      for (int64_t r = first; !by_rank && r < last; ++r) {
+        const int32_t o = g.broadcast(from, static_cast<int>(r - first));
+        replicated += o != r && o != -1 - r;
+        if (o >= 0 && o != r) copy(r, o);
       }
+      if (!b.check) continue;
+      f.settle(g);
+      detail::verify_rows(g, a, window, l, first, last, wrong);
+    }
   };
-  if (!by_rank) {
+  if (by_rank) {
+    if (b.check) complete(0, real);
+  } else {
     int64_t row = 0;
     for (int e = 0; e < b.experts_per_rank(); ++e) {
       const int64_t end = row + a.plan.tokens_per_expert[e], padded = row + a.plan.rows_per_expert[e];
-      for (; row < end; ++row)
-        if (origin[row] != row) { copy(row, origin[row]); ++replicated; }
-      for (; row < padded; ++row) clear(row);
+      complete(row, end);
+      clear(end, padded);
+      row = padded;
     }
   }
-  for (int64_t row = real; row < rows; ++row) clear(row);
+  clear(real, rows);
   if (g.lane() == 0) f.counters().replicated_rows += replicated;
   g.sync();
-  return b.check ? detail::verify_rows(g, a, block, l, rows) : Status{};
+  return b.check ? first_failure(g, wrong) : Status{};
 }
 
 }  // namespace moecomm

@@ -1,7 +1,12 @@
 // Plan: from topk_ids to the final place of every row. Source side; touches private memory only.
 //
-//   sort_picks   every token's picks in ascending expert order; refuses bad ids before anything moves
-//   count_picks  ordinals (position among the rows of this source), staging slots, count blocks
+//   sort_picks      every token's picks in ascending expert order; refuses bad ids before anything moves
+//   number_channel  ordinals and staging slots of one channel's rows, going on from the counts of the
+//                   channels before it
+//   count_picks     the whole plan by one group, channel after channel
+//   number_apart,   the same by many groups at once: every channel numbered from 0, prefix sums of all the
+//   sum_channels,   counts over the channels, every channel shifted by what is before it
+//   shift_channel
 //
 // Lanes own tokens in the first and experts/ranks/nodes in the second, so there are no atomics and the
 // result is a pure function of the input.
@@ -19,10 +24,10 @@ MOE_HD inline Status bad_pick(BadPick why, int token, int64_t id) {
 }
 
 template <Group G>
-MOE_HD Status sort_picks(G g, const DispatchArgs& a) {
+MOE_HD Status sort_picks(G g, const DispatchArgs& a, int begin, int end) {
   const int k_max = a.b.shape.top_k;
   Status bad;
-  for (int t = g.lane(); t < a.plan.tokens; t += g.size()) {
+  for (int t = begin + g.lane(); t < end; t += g.size()) {
     Pick* pick = a.plan.pick + int64_t{t} * k_max;
     int n = 0;
     for (int k = 0; k < k_max; ++k) {
@@ -46,57 +51,142 @@ MOE_HD Status sort_picks(G g, const DispatchArgs& a) {
   return first_failure(g, bad);
 }
 
+// `counts` [N, ints] in the order of the count blocks: rows of the channels before this one; afterwards
+// with this one's rows too.
 template <Group G>
-MOE_HD void count_picks(G g, const DispatchArgs& a) {
+MOE_HD void number_channel(G g, const DispatchArgs& a, int channel, int32_t* counts) {
   const BufferView& b = a.b;
-  const int nodes = b.geometry.nodes(), k_max = b.shape.top_k, channels = b.shape.channels;
+  const int nodes = b.geometry.nodes(), k_max = b.shape.top_k;
   const int per_rank = b.experts_per_rank(), per_node = b.experts_per_node(), p = b.geometry.ranks_per_node;
   const PlanView& plan = a.plan;
-  for (int i = g.lane(); i < nodes * b.count.ints; i += g.size()) plan.blocks[i] = 0;
-  g.sync();
+  const int begin = channel_begin(plan.tokens, channel, b.shape.channels), end = channel_begin(plan.tokens, channel + 1, b.shape.channels);
+  const bool by_rank = plan.call.layout == RowLayout::rank;
 
   // Lane owns experts e with e % size == lane (one lane owns all of them).
-  const bool by_rank = plan.call.layout == RowLayout::rank;
-  for (int t = 0; t < plan.tokens; ++t) {
+  for (int t = begin; t < end; ++t) {
     Pick* pick = plan.pick + int64_t{t} * k_max;
     for (int i = 0; i < plan.picks[t]; ++i) {
       const int e = pick[i].expert;
       if (e % g.size() != g.lane()) continue;
-      int32_t& n = plan.blocks[e / per_node * b.count.ints + b.count.experts + e % per_node];
+      int32_t& n = counts[e / per_node * b.count.ints + b.count.experts + e % per_node];
       if (!by_rank) pick[i].ordinal = n;
       ++n;
     }
   }
   // Lane owns destination ranks: rows after dedup, and their ordinals in the rank layout.
-  for (int t = 0; t < plan.tokens; ++t) {
+  for (int t = begin; t < end; ++t) {
     Pick* pick = plan.pick + int64_t{t} * k_max;
     int32_t* n = nullptr;
     for (int i = 0, last = -1; i < plan.picks[t]; ++i) {
       const int r = pick[i].expert / per_rank;
       if (r % g.size() != g.lane()) continue;
       if (r != last) {
-        n = &plan.blocks[r / p * b.count.ints + b.count.ranks + r % p];
+        n = &counts[r / p * b.count.ints + b.count.ranks + r % p];
         ++*n;
         last = r;
       }
       if (by_rank) pick[i].ordinal = *n - 1;
     }
   }
-  // Lane owns destination nodes: staging slots in token order, rows per channel.
+  // Lane owns destination nodes: staging slots in token order.
   for (int node = g.lane(); node < nodes; node += g.size()) {
-    int32_t* per_channel = plan.blocks + node * b.count.ints + b.count.channels;
-    int32_t next = 0;
-    for (int c = 0; c < channels; ++c) {
-      const int32_t before = next;
-      for (int t = channel_begin(plan.tokens, c, channels); t < channel_begin(plan.tokens, c + 1, channels); ++t) {
-        const Pick* pick = plan.pick + int64_t{t} * k_max;
-        bool wanted = false;
-        for (int i = 0; i < plan.picks[t]; ++i) wanted |= pick[i].expert / per_node == node;
-        plan.slot[int64_t{t} * nodes + node] = wanted ? next++ : -1;
-      }
-      per_channel[c] = next - before;
+    int32_t& next = counts[node * b.count.ints + b.count.rows];
+    for (int t = begin; t < end; ++t) {
+      const Pick* pick = plan.pick + int64_t{t} * k_max;
+      bool wanted = false;
+      for (int i = 0; i < plan.picks[t]; ++i) wanted |= pick[i].expert / per_node == node;
+      plan.slot[int64_t{t} * nodes + node] = wanted ? next++ : -1;
     }
   }
+}
+
+namespace detail {
+
+// A channel's rows for a node lie in its slots [before, after).
+MOE_HD inline void set_channel(const DispatchArgs& a, int node, int channel, int32_t before, int32_t after) {
+  int32_t* first = a.plan.send_first + node * (a.b.shape.channels + 1);
+  if (channel == 0) first[0] = before;
+  first[channel + 1] = after;
+  a.plan.blocks[node * a.b.count.ints + a.b.count.channels + channel] = after - before;
+}
+
+}  // namespace detail
+
+template <Group G>
+MOE_HD void count_picks(G g, const DispatchArgs& a) {
+  const BufferView& b = a.b;
+  const int nodes = b.geometry.nodes();
+  for (int i = g.lane(); i < nodes * b.count.ints; i += g.size()) a.plan.blocks[i] = 0;
+  g.sync();
+  for (int c = 0; c < b.shape.channels; ++c) {
+    number_channel(g, a, c, a.plan.blocks);
+    for (int node = g.lane(); node < nodes; node += g.size()) {   // the lane that counted it
+      const int32_t* first = a.plan.send_first + node * (b.shape.channels + 1);
+      detail::set_channel(a, node, c, c == 0 ? 0 : first[c], a.plan.blocks[node * b.count.ints + b.count.rows]);
+    }
+  }
+  g.sync();
+}
+
+// -- by many groups: `apart` [C, N, ints] is scratch, one row per channel; all groups meet between the steps
+
+template <Group G>
+MOE_HD void number_apart(G g, const DispatchArgs& a, int channel, int32_t* apart) {
+  const int entries = a.b.geometry.nodes() * a.b.count.ints;
+  int32_t* counts = apart + int64_t{channel} * entries;
+  for (int i = g.lane(); i < entries; i += g.size()) counts[i] = 0;
+  g.sync();
+  number_channel(g, a, channel, counts);
+  g.sync();
+}
+
+// Entries part, part + parts, ... of the count blocks: totals, and in `apart` what is before every channel.
+// Lanes own stretches of the channels.
+template <Group G>
+MOE_HD void sum_channels(G g, const DispatchArgs& a, int32_t* apart, int part, int parts) {
+  const BufferView& b = a.b;
+  const int entries = b.geometry.nodes() * b.count.ints, channels = b.shape.channels;
+  const int begin = channel_begin(channels, g.lane(), g.size()), end = channel_begin(channels, g.lane() + 1, g.size());
+  for (int entry = part; entry < entries; entry += parts) {
+    const int node = entry / b.count.ints, field = entry % b.count.ints;
+    if (field != b.count.rows && (field < b.count.experts || field >= b.count.channels)) continue;
+    int32_t mine = 0;
+    for (int c = begin; c < end; ++c) mine += apart[int64_t{c} * entries + entry];
+    int32_t before = 0, total = 0;
+    for (int lane = 0; lane < g.size(); ++lane) {
+      const int32_t theirs = g.broadcast(mine, lane);
+      if (lane < g.lane()) before += theirs;
+      total += theirs;
+    }
+    for (int c = begin; c < end; ++c) {
+      int32_t& count = apart[int64_t{c} * entries + entry];
+      const int32_t own = count;
+      count = before;
+      before += own;
+      if (field == b.count.rows) detail::set_channel(a, node, c, before - own, before);
+    }
+    if (g.lane() == 0) a.plan.blocks[entry] = total;
+  }
+  g.sync();
+}
+
+template <Group G>
+MOE_HD void shift_channel(G g, const DispatchArgs& a, int channel, const int32_t* apart) {
+  const BufferView& b = a.b;
+  const int nodes = b.geometry.nodes(), k_max = b.shape.top_k;
+  const int per_rank = b.experts_per_rank(), per_node = b.experts_per_node(), p = b.geometry.ranks_per_node;
+  const int32_t* before = apart + int64_t{channel} * nodes * b.count.ints;
+  const int begin = channel_begin(a.plan.tokens, channel, b.shape.channels), end = channel_begin(a.plan.tokens, channel + 1, b.shape.channels);
+  const bool by_rank = a.plan.call.layout == RowLayout::rank;
+  for (int i = begin * k_max + g.lane(); i < end * k_max; i += g.size()) {
+    if (i % k_max >= a.plan.picks[i / k_max]) continue;
+    Pick& pick = a.plan.pick[i];
+    const int e = pick.expert, r = e / per_rank;
+    pick.ordinal += by_rank ? before[r / p * b.count.ints + b.count.ranks + r % p]
+                            : before[e / per_node * b.count.ints + b.count.experts + e % per_node];
+  }
+  for (int i = begin * nodes + g.lane(); i < end * nodes; i += g.size())
+    if (a.plan.slot[i] >= 0) a.plan.slot[i] += before[i % nodes * b.count.ints + b.count.rows];
   g.sync();
 }
 

@@ -28,6 +28,7 @@ struct PlanView {
   uint8_t* picks = nullptr;          // [T] number of picks
   Pick* pick = nullptr;              // [T, K] ascending; `expert` is global here
   int32_t* slot = nullptr;           // [T, N] slot in the staging area of that node's gateway, -1: not sent
+  int32_t* send_first = nullptr;     // [N, C+1] first slot of each channel
   int32_t* blocks = nullptr;         // [N, ints] count block per destination node
   // Gateway side: rows of my rail's sources for my node. Slot i of source node n is at n*max_tokens + i.
   int32_t* rows = nullptr;           // [N]
@@ -60,9 +61,10 @@ struct DispatchArgs {
   const char* x = nullptr;          // [T, row_bytes]
   const char* scales = nullptr;     // [T, scale_bytes] or null
   const float* weights = nullptr;   // [T, K] or null
-  int32_t* base = nullptr;          // scratch [N, max(E/N, P)]
+  int32_t* base = nullptr;          // scratch [N, max(E/N, P)]: first row of each source node, per expert or rank of mine
+  int32_t* first = nullptr;         // scratch [max(E/N, P)]
   Offer* offers = nullptr;          // private copy of the node's offers [P]
-  uint64_t* block_offset = nullptr; // [P] out: window offset of every rank's block
+  BlockLayout* target = nullptr;    // [P] out: window offsets of every rank's block
   uint64_t* needed = nullptr;       // [P] out: its bytes
   Verdict* verdict = nullptr;       // out
 };

@@ -83,8 +83,9 @@ Status Buffer::dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Bl
   a.scales = call.scales;
   a.weights = call.weights;
   a.base = plan.base.data();
+  a.first = plan.first.data();
   a.offers = plan.offers.data();
-  a.block_offset = plan.block_offset.data();
+  a.target = plan.target.data();
   a.needed = plan.needed.data();
   a.verdict = &verdict;
   const uint64_t copies = std::min<uint64_t>(view_.shape.top_k, view_.geometry.size);
@@ -97,8 +98,8 @@ Status Buffer::dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Bl
   const uint64_t rows = shape.capacity >= 0 ? shape.capacity : plan.view.rank_rows[me];
   const uint64_t first = block_layout(rows, shape, view_.shape.top_k).bytes;
   arena_->expect(plan.needed[me]);
-  out = std::make_shared<Block>(reach_.window(), arena_, plan.block_offset[me], first);
-  output = std::make_shared<Block>(reach_.window(), arena_, plan.block_offset[me] + first, plan.needed[me] - first);
+  out = std::make_shared<Block>(reach_.window(), arena_, plan.target[me].rows, first);
+  output = std::make_shared<Block>(reach_.window(), arena_, plan.target[me].rows + first, plan.needed[me] - first);
   return s;
 }
 

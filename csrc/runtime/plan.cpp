@@ -1,12 +1,15 @@
 #include "runtime/plan.hpp"
 
+#include <algorithm>
+
 namespace moecomm {
 
 Plan::Plan(const BufferView& b) {
   const uint64_t t = b.shape.max_tokens, k = b.shape.top_k, n = b.geometry.nodes(), p = b.geometry.ranks_per_node;
   detail::Cursor c;
   const uint64_t picks = c.take(t), pick = c.take(t * k * sizeof(Pick)), slot = c.take(t * n * 4);
-  const uint64_t blocks = c.take(n * b.count.ints * 4), rows = c.take(n * 4), first = c.take(n * (b.shape.channels + 1) * 4);
+  const uint64_t blocks = c.take(n * b.count.ints * 4), rows = c.take(n * 4), channel_first = c.take(n * (b.shape.channels + 1) * 4);
+  const uint64_t send_first = c.take(n * (b.shape.channels + 1) * 4);
   const uint64_t row_picks = c.take(n * t), place = c.take(n * t * k * sizeof(Place));
   const uint64_t per_expert = c.take(8 * b.experts_per_rank()), padded = c.take(8 * b.experts_per_rank()), rank_rows = c.take(8 * p);
   memory_.reset(new char[c.at]);   // not cleared: every call writes what it reads
@@ -15,17 +18,19 @@ Plan::Plan(const BufferView& b) {
   view.pick = reinterpret_cast<Pick*>(m + pick);
   view.slot = reinterpret_cast<int32_t*>(m + slot);
   view.blocks = reinterpret_cast<int32_t*>(m + blocks);
+  view.send_first = reinterpret_cast<int32_t*>(m + send_first);
   view.rows = reinterpret_cast<int32_t*>(m + rows);
-  view.channel_first = reinterpret_cast<int32_t*>(m + first);
+  view.channel_first = reinterpret_cast<int32_t*>(m + channel_first);
   view.row_picks = reinterpret_cast<uint8_t*>(m + row_picks);
   view.place = reinterpret_cast<Place*>(m + place);
   view.tokens_per_expert = reinterpret_cast<int64_t*>(m + per_expert);
   view.rows_per_expert = reinterpret_cast<int64_t*>(m + padded);
   view.rank_rows = reinterpret_cast<int64_t*>(m + rank_rows);
-  block_offset.resize(p);
+  target.resize(p);
   needed.resize(p);
   offers.resize(p);
-  base.resize(n * (b.experts_per_node() > static_cast<int>(p) ? b.experts_per_node() : p));
+  first.resize(std::max<uint64_t>(b.experts_per_node(), p));
+  base.resize(n * first.size());
 }
 
 std::shared_ptr<Plan> PlanPool::get() {

@@ -15,10 +15,11 @@ class Plan {
  public:
   Plan(const BufferView& b);
   PlanView view;
-  std::vector<uint64_t> block_offset;   // scratch of a call, by local rank
+  std::vector<BlockLayout> target;      // scratch of a call, by local rank
   std::vector<uint64_t> needed;
   std::vector<Offer> offers;
   std::vector<int32_t> base;
+  std::vector<int32_t> first;
   const void* owner = nullptr;          // the Buffer it belongs to
 
  private:

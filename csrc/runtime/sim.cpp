@@ -91,7 +91,8 @@ Status SimCluster::dispatch(int rank, F fabric, const SimCall& call, Handle& han
   a.weights = part.weights;
   a.base = plan.base.data();
   a.offers = plan.offers.data();
-  a.block_offset = plan.block_offset.data();
+  a.target = plan.target.data();
+  a.first = plan.first.data();
   a.needed = plan.needed.data();
   a.verdict = &verdict;
   const Status s = sim_dispatch(*net_, fabric, a, r.arena->offer());
@@ -101,7 +102,7 @@ Status SimCluster::dispatch(int rank, F fabric, const SimCall& call, Handle& han
   const CallShape& shape = plan.view.call;
   handle.rows = shape.capacity >= 0 ? shape.capacity : plan.view.rank_rows[me];
   handle.first = block_layout(handle.rows, shape, config_.shape.top_k).bytes;
-  handle.offset = plan.block_offset[me];
+  handle.offset = plan.target[me].rows;
   handle.bytes = plan.needed[me];
   r.arena->expect(handle.bytes);
   r.arena->take(handle.offset, handle.bytes);

@@ -75,7 +75,8 @@ void one_round(World& w, const Case& c, const Shape& shape, int r, int round, co
   a.weights = c.weights ? in[r].weights.data() : nullptr;
   a.base = plan.base.data();
   a.offers = plan.offers.data();
-  a.block_offset = plan.block_offset.data();
+  a.target = plan.target.data();
+  a.first = plan.first.data();
   a.needed = plan.needed.data();
   a.verdict = &verdict;
   std::memset(me.window.data.get() + me.view.node.arena, 0xee, shape.arena_bytes);   // nothing is held: all of it is free
@@ -93,7 +94,7 @@ void one_round(World& w, const Case& c, const Shape& shape, int r, int round, co
   }
   const int64_t all_rows = call.capacity >= 0 ? call.capacity : rows.size();
   const BlockLayout l = block_layout(all_rows, call, c.top_k);
-  char* block = me.window.data.get() + plan.block_offset[g.local()];
+  char* block = me.window.data.get() + plan.target[g.local()].rows;
   const auto* weights = reinterpret_cast<const float*>(block + l.weights);
   const auto* ids = reinterpret_cast<const int64_t*>(block + l.ids);
   const auto* source = reinterpret_cast<const int64_t*>(block + l.source);
@@ -122,7 +123,7 @@ void one_round(World& w, const Case& c, const Shape& shape, int r, int round, co
   const auto output_of = [&](int rank, int row, int64_t i) { return rounded(value_of(rank + 100 * round, row, i), c.type); };
   const bool weigh = c.weights && c.layout == RowLayout::expert;
   const OutputLayout o = output_layout(all_rows, shape);
-  const uint64_t output = plan.block_offset[g.local()] + l.bytes;
+  const uint64_t output = plan.target[g.local()].rows + l.bytes;
   char* out_rows = me.window.data.get() + output + o.rows;
   for (int64_t i = 0; i < all_rows; ++i)
     for (int64_t h = 0; h < c.hidden; ++h) store(out_rows + i * shape.combine_row_bytes(), h, c.type, output_of(r, static_cast<int>(i), h));
@@ -134,7 +135,7 @@ void one_round(World& w, const Case& c, const Shape& shape, int r, int round, co
   b.b = me.view;
   b.plan = plan.view;
   b.book = &me.book;
-  b.mine = {output + o.rows, weigh ? plan.block_offset[g.local()] + l.weights : 0};
+  b.mine = {output + o.rows, weigh ? plan.target[g.local()].rows + l.weights : 0};
   b.boards = boards.data();
   b.y = y.data();
   b.bias = bias.data();

@@ -12,7 +12,7 @@ template <Group G, class F>
 Status run_dispatch(G g, F f, const DispatchArgs& a, Offer offer) {
   const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
   if (!a.cached) {
-    MOE_TRY(sort_picks(g, a));
+    MOE_TRY(sort_picks(g, a, 0, a.plan.tokens));
     count_picks(g, a);
   }
   announce(g, f, a);
@@ -23,7 +23,7 @@ Status run_dispatch(G g, F f, const DispatchArgs& a, Offer offer) {
   for (int step = 0; step < nodes; ++step)
     for (int c = 0; c < channels; ++c) MOE_TRY(forward(g, f, a, (own + step) % nodes, c));
   MOE_TRY(announce_arrival(g, f, a));
-  return arrive(g, f, a);
+  return arrive(g, f, a, 0, 1);
 }
 
 template <Group G, class F>

@@ -31,7 +31,7 @@ Status sim_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer) {
   if (!a.cached) {
     MOE_TRY(sim_part(net, "plan", [&] {
       net.spend(net.hardware().plan_token * a.plan.tokens);
-      MOE_TRY(sort_picks(g, a));
+      MOE_TRY(sort_picks(g, a, 0, a.plan.tokens));
       count_picks(g, a);
       return Status{};
     }));
@@ -57,7 +57,7 @@ Status sim_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer) {
   MOE_TRY(forwarded);
   return sim_part(net, "arrive", [&] {
     MOE_TRY(announce_arrival(g, f, a));
-    return arrive(g, f, a);
+    return arrive(g, f, a, 0, 1);
   });
 }
 
