@@ -19,7 +19,8 @@ from .results import BlockTensors, Dispatched, Handle, Pending
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 _MAX_TOP_K = 32
 _QUANTS = {None: 0, "fp8": 1, "fp8_ue8m0": 2}
-_SCALE_DTYPES = (None, torch.float32, torch.int32)   # by the numbers above
+_WIRES = {None: 0, "fp8": 1, "logfmt10": 2}
+_SCALE_DTYPES = (None, torch.float32, torch.int32)   # by the numbers of _QUANTS
 _STAGES = ("pre_dispatch", "post_dispatch", "pre_combine", "post_combine")
 
 
@@ -280,6 +281,9 @@ class Buffer:
             Expert layout: y[t] = sum of topk_weights[row] * rows[row] over the token's rows; 1 where None.
         bias : Tensor [hidden] or [T, hidden] float32, optional
             Added in FP32 before the one rounding.
+        wire : None, "fp8" or "logfmt10"
+            How other nodes' sums come to this rank: rounded to dtype, or as moecomm.quant.encode_wire codes their
+            FP32 values. Rows of the own node are not touched. Each rank chooses for itself.
         async_op, check : bool
             As for dispatch.
         out : Tensor [T, hidden], optional
@@ -289,7 +293,7 @@ class Buffer:
         -------
         Tensor [T, hidden]
             Summed in FP32 (FP64 for float64), ascending expert within ascending rank within ascending
-            node; rows of another node arrive rounded to dtype once. Bit-identical from run to run.
+            node; the sum of another node arrives rounded once, as `wire` says, and is added in FP32. Bit-identical from run to run.
 
         Raises
         ------
@@ -300,25 +304,26 @@ class Buffer:
         """
         op = "combine"
         self._require_open(op)
-        if wire is not None:
-            raise InvalidArgument(f"{op}: wire is {wire!r}; expected None", op=op)
         self._check_handle(op, handle)
         rows = _as_tensor("rows", rows, op)
         if topk_weights is not None:
             topk_weights = _as_tensor("topk_weights", topk_weights, op)
         if bias is not None:
             bias = _as_tensor("bias", bias, op)
-        self._check_combine(rows, handle, topk_weights, bias, out)
+        self._check_combine(rows, handle, topk_weights, bias, out, wire)
         if check and topk_weights is not None and bool(torch.isnan(topk_weights).any()):
             raise InvalidArgument(f"{op}: topk_weights holds NaN; expected numbers (check=True)", op=op)
         through_ops = ops.wanted(rows, topk_weights, bias)
         if through_ops and out is not None:
             raise InvalidArgument(f"{op}: out is given where a gradient is wanted or a graph is traced; expected None", op=op)
         run = self._combine_by_ops if through_ops else self._combine_natively
-        return self._call(op, run, async_op, through_ops, rows, handle, topk_weights, bias, out)
+        return self._call(op, run, async_op, through_ops, rows, handle, topk_weights, bias, out, wire)
 
-    def _check_combine(self, rows, handle, topk_weights, bias, out=None):
+    def _check_combine(self, rows, handle, topk_weights, bias, out=None, wire=None):
         op = "combine"
+        if wire not in _WIRES or (wire is not None and self.dtype == torch.float64):
+            choices = "None for float64" if self.dtype == torch.float64 else "one of " + ", ".join(map(repr, _WIRES))
+            raise InvalidArgument(f"{op}: wire is {wire!r}; expected {choices}", op=op)
         n, tokens = handle.num_rows, handle.num_tokens
         if rows.dtype != self.dtype or rows.device.type != "cpu" or tuple(rows.shape) != (n, self.hidden) or not rows.is_contiguous():
             raise InvalidArgument(f"{op}: rows is {_describe(rows)}; expected contiguous {self.dtype} [{n}, {self.hidden}] on cpu", op=op)
@@ -336,7 +341,7 @@ class Buffer:
     def _check_back(self, back, handle):
         self._check_floats("combine_slots", "back", back, (handle.num_rows,) if handle.layout == "expert" else (handle.num_rows, self.top_k))
 
-    def _combine_natively(self, rows, handle, topk_weights, bias, out=None, back=None):
+    def _combine_natively(self, rows, handle, topk_weights, bias, out=None, wire=None, back=None):
         tokens = handle.num_tokens
         y = torch.empty((tokens, self.hidden), dtype=self.dtype) if out is None else out
         bias_stride = 0
@@ -349,15 +354,15 @@ class Buffer:
         began = self._recorder and self._recorder.start()
         failure = self._native.combine(rows.data_ptr(), 0 if topk_weights is None else topk_weights.data_ptr(), y.data_ptr(),
                                        0 if bias is None else bias.data_ptr(), bias_stride, ticket.plan, ticket.output,
-                                       0 if back is None else back.data_ptr(), 0 if back is None else slots.data_ptr())
+                                       0 if back is None else back.data_ptr(), 0 if back is None else slots.data_ptr(), _WIRES[wire])
         if failure is not None:
             raise_failure(failure, op="combine", rank=self.comm.rank)
         if self._recorder:
             self._recorder.combine(began, ticket.plan, tokens, topk_weights is not None, handle.layout)
         return y if back is None else (y, slots[:tokens])
 
-    def _combine_by_ops(self, rows, handle, topk_weights, bias, out=None):
-        return ops.combine(rows, topk_weights, bias, handle._tensor(), self.number, handle.layout, handle.num_tokens)
+    def _combine_by_ops(self, rows, handle, topk_weights, bias, out=None, wire=None):
+        return ops.combine(rows, topk_weights, bias, handle._tensor(), self.number, handle.layout, handle.num_tokens, wire)
 
     # -- decode -----------------------------------------------------------------------------------
 

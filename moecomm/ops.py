@@ -160,18 +160,18 @@ def _redispatch_backward(ctx, rows, _scales, weights):
 
 # -- combine: weighted sum at the tokens -----------------------------------------------------------------
 
-def _combine(rows, topk_weights, bias, handle, buffer, layout, num_tokens):
+def _combine(rows, topk_weights, bias, handle, buffer, layout, num_tokens, wire=None):
     b, h = _checked_handle(buffer, handle)
-    b._check_combine(rows, h, topk_weights, bias)
-    return b._combine_natively(rows, h, topk_weights, bias)
+    b._check_combine(rows, h, topk_weights, bias, wire=wire)
+    return b._combine_natively(rows, h, topk_weights, bias, wire=wire)
 
 
-def _combine_fake(rows, topk_weights, bias, handle, buffer, layout, num_tokens):
+def _combine_fake(rows, topk_weights, bias, handle, buffer, layout, num_tokens, wire=None):
     return rows.new_empty(num_tokens, rows.shape[1])
 
 
 def _combine_context(ctx, inputs, output):
-    rows, topk_weights, bias, handle, ctx.buffer, ctx.layout, _ = inputs
+    rows, topk_weights, bias, handle, ctx.buffer, ctx.layout, *_ = inputs
     ctx.bias = None if bias is None else (bias.dim(), bias.dtype)
     ctx.num_rows, ctx.weighted = rows.shape[0], topk_weights is not None
     ctx.save_for_backward(*((handle, rows, topk_weights) if ctx.weighted else (handle,)))
@@ -190,7 +190,7 @@ def _combine_backward(ctx, y):
         if ctx.needs_input_grad[1]:
             grad_weights = (rows.to(_wide(rows.dtype)) * grad).sum(-1).to(weights.dtype)
         grad = (weights[:, None] * grad).to(rows.dtype)
-    return grad, grad_weights, grad_bias, None, None, None, None
+    return grad, grad_weights, grad_bias, None, None, None, None, None   # the wire rounds: its derivative counts as 1
 
 
 # -- combine_slots: the plain sum, and one number per row back to the pick that it came from --------------
@@ -244,6 +244,7 @@ redispatch = _define("redispatch", _redispatch, _redispatch_fake, _redispatch_co
                      "(Tensor x, Tensor? topk_weights, Tensor? scales, Tensor handle, int buffer, str layout, SymInt num_rows)"
                      " -> (Tensor x, Tensor scales, Tensor topk_weights)")
 combine = _define("combine", _combine, _combine_fake, _combine_context, _combine_backward,
-                  "(Tensor rows, Tensor? topk_weights, Tensor? bias, Tensor handle, int buffer, str layout, SymInt num_tokens) -> Tensor")
+                  "(Tensor rows, Tensor? topk_weights, Tensor? bias, Tensor handle, int buffer, str layout, SymInt num_tokens,"
+                  " str? wire=None) -> Tensor")
 combine_slots = _define("combine_slots", _combine_slots, _combine_slots_fake, _combine_slots_context, _combine_slots_backward,
                         "(Tensor rows, Tensor back, Tensor handle, int buffer, str layout, SymInt num_tokens) -> (Tensor y, Tensor slots)")

@@ -112,8 +112,9 @@ def combine(rows, received, num_tokens, *, ranks_per_node, topk_weights=None, bi
         A node's rows are summed first, and rounded to the rows' dtype where they cross the rail.
     topk_weights, bias : list of Tensor or None
         [N] per rank (expert layout), [hidden] or [T, hidden] per rank.
-    wire : callable, optional
-        Applied to a node's FP32 sum that crosses the rail, in place of the rounding to dtype.
+    wire : callable or list of callables, optional
+        Applied to a node's FP32 sum that crosses the rail, in place of the rounding to dtype; by source rank. See
+        reference_quant.wire.
 
     Returns
     -------
@@ -138,7 +139,8 @@ def combine(rows, received, num_tokens, *, ranks_per_node, topk_weights=None, bi
                 if part is None:
                     continue
                 if node != source // ranks_per_node:
-                    part = wire(part) if wire else part.to(dtype).to(wide)
+                    code = wire[source] if isinstance(wire, list) else wire
+                    part = code(part) if code else part.to(dtype).to(wide)
                 total = part if total is None else total + part
             total = torch.zeros(hidden, dtype=wide) if total is None else total
             if bias is not None:

@@ -117,6 +117,88 @@ def test_checked_rows(monkeypatch):
     check_dispatch(make_world(6, seed=11), 6, 2, "fp8")
 
 
+def check_combine(world, size, per_node, wires, layout="expert", bias=None, channels=None):
+    """Every rank gets its rows back as it asked; one rank's wire is nobody else's."""
+    xs, ids, weights = world
+    hidden, dtype = xs[0].shape[1], xs[0].dtype
+    want = reference.dispatch(xs, ids, weights, num_experts=PER_RANK * size, layout=layout)
+    g = torch.Generator().manual_seed(17)
+    rows = [(torch.randn(w.x.shape, generator=g) * torch.exp2(6 * torch.randn(w.x.shape, generator=g) if dtype != torch.float16 else torch.zeros(())))
+            .to(dtype) for w in want]
+    row_weights = [w.topk_weights for w in want] if layout == "expert" else None
+    expected = reference.combine(rows, want, [len(x) for x in xs], ranks_per_node=per_node, topk_weights=row_weights,
+                                 bias=None if bias is None else [bias] * size, wire=[oracle.wire(w) for w in wires])
+
+    def main(comm):
+        r = comm.rank
+        buf = make_buffer(comm, world, channels=channels)
+        out = buf.dispatch(xs[r], ids[r], weights[r], layout=layout)
+        buf.stats()
+        y = torch.full(xs[r].shape, float("nan"), dtype=dtype)
+        for _ in range(2):
+            y.fill_(float("nan"))
+            buf.combine(rows[r], out.handle, topk_weights=row_weights and out.topk_weights, bias=bias, wire=wires[r], out=y)
+            assert_same(y, expected[r], f"rank {r}: y over {wires[r]}")
+        stats = buf.stats()
+        comm.barrier()
+        return stats["rail"]
+
+    sizes = {None: hidden * dtype.itemsize, "fp8": quant.wire_bytes(hidden, "fp8"), "logfmt10": quant.wire_bytes(hidden, "logfmt10")}
+    counted = sum(rail["physical_bytes"] for rail in moecomm.run_local(main, size, ranks_per_node=per_node))
+    crossings = [sum(len({e // PER_RANK // per_node for e in row if e >= 0} - {r // per_node}) for row in ids[r].tolist()) for r in range(size)]
+    assert counted == 2 * sum(n * sizes[w] for n, w in zip(crossings, wires, strict=True)), "bytes over the rail"
+
+
+@pytest.mark.parametrize("nodes,per_node", GEOMETRIES)
+@pytest.mark.parametrize("wire", ["fp8", "logfmt10"])
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_combine_over_a_wire(nodes, per_node, wire, layout):
+    size = nodes * per_node
+    check_combine(make_world(size, seed=size), size, per_node, [wire] * size, layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("hidden", [16, 128, 1040])
+def test_wires_of_every_dtype_and_width(dtype, hidden):
+    bias = torch.randn(hidden, generator=torch.Generator().manual_seed(1))
+    check_combine(make_world(6, hidden, dtype, seed=hidden), 6, 2, ["fp8", "logfmt10", None, "fp8", None, "logfmt10"], bias=bias, channels=3)
+
+
+def test_one_node_ignores_the_wire():
+    world = make_world(3, seed=2)
+    xs, ids, weights = world
+
+    def main(comm):
+        buf = make_buffer(comm, world)
+        out = buf.dispatch(xs[comm.rank], ids[comm.rank], weights[comm.rank])
+        plain, coded = (buf.combine(out.x, out.handle, wire=wire) for wire in (None, "fp8"))
+        assert_same(coded, plain, "y")
+        comm.barrier()
+
+    moecomm.run_local(main, 3)
+
+
+def test_wires_under_checks_and_gradients(monkeypatch):
+    """MOECOMM_CHECK=1 sums up the coded row; a gradient passes the wire as if it were not there."""
+    monkeypatch.setenv("MOECOMM_CHECK", "1")
+    check_combine(make_world(4, seed=9), 4, 2, ["logfmt10", "fp8", "logfmt10", None])
+    world = make_world(4, seed=9)
+    xs, ids, _ = world
+
+    def main(comm):
+        grads = []
+        for wire in (None, "fp8"):
+            buf = make_buffer(comm, world)
+            out = buf.dispatch(xs[comm.rank], ids[comm.rank])
+            rows = out.x.clone().requires_grad_()
+            (buf.combine(rows, out.handle, wire=wire) * xs[comm.rank]).sum().backward()
+            grads.append(rows.grad)
+        assert_same(grads[1], grads[0], "gradient")
+        comm.barrier()
+
+    moecomm.run_local(main, 4, ranks_per_node=2)
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from(GEOMETRIES), st.integers(1, 20), st.sampled_from(["fp8", "fp8_ue8m0"]), st.sampled_from(["row", "column"]),
        st.sampled_from(["expert", "rank"]), st.integers(0, 2**31), st.data())
@@ -124,7 +206,9 @@ def test_any_world(geometry, sixteenths, scheme, scale_layout, layout, seed, dat
     nodes, per_node = geometry
     size = nodes * per_node
     tokens = [data.draw(st.integers(0, 9)) for _ in range(size)]
-    check_dispatch(make_world(size, 16 * sixteenths, seed=seed, tokens=tokens), size, per_node, scheme, scale_layout, layout)
+    world = make_world(size, 16 * sixteenths, seed=seed, tokens=tokens)
+    check_dispatch(world, size, per_node, scheme, scale_layout, layout)
+    check_combine(world, size, per_node, [data.draw(st.sampled_from([None, "fp8", "logfmt10"])) for _ in range(size)], layout)
 
 
 def test_ranks_that_disagree():
@@ -155,6 +239,16 @@ def test_bad_arguments():
                            (xs[0].float().requires_grad_(), {"quant": "fp8"})]:
             with pytest.raises(moecomm.InvalidArgument, match="expected"):
                 buf.dispatch(x, ids[0], **options)
+        out = buf.dispatch(xs[0], ids[0])
+        buf.stats()
+        with pytest.raises(moecomm.InvalidArgument, match="expected one of"):
+            buf.combine(out.handle.rows, out.handle, wire="bf16")
+        wide = moecomm.Buffer(comm, hidden=16, num_experts=4, top_k=1, max_tokens=4, dtype=torch.float64)
+        out = wide.dispatch(torch.ones((1, 16), dtype=torch.float64), torch.zeros((1, 1), dtype=torch.int64))
+        with pytest.raises(moecomm.InvalidArgument, match="expected None"):
+            wide.combine(out.handle.rows, out.handle, wire="fp8")
+        with pytest.raises(moecomm.InvalidArgument, match="expected None"):
+            wide.dispatch(torch.ones((1, 16), dtype=torch.float64), torch.zeros((1, 1), dtype=torch.int64), quant="fp8")
         assert buf.stats()["calls"] == 0
 
     moecomm.run_local(main, 1)
@@ -162,6 +256,7 @@ def test_bad_arguments():
 
 if __name__ == "__main__":   # one world in a process of its own: another build of the row kernels
     check_dispatch(make_world(6, seed=5), 6, 2, "fp8", "column")
+    check_combine(make_world(6, seed=5), 6, 2, ["fp8", "logfmt10", None, "fp8", None, "logfmt10"])
 
 
 @pytest.mark.parametrize("isa", ["avx2", "base"])

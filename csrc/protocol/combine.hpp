@@ -1,8 +1,8 @@
 // Combine: the way back on the same plan.
 //
-//   publish  (expert)   "my rows may be read", to the node; "I am in the call", over the rail
+//   publish  (expert)   "my rows may be read", to the node; "I am in the call" and the wanted wire, over the rail
 //   reduce   (gateway)  the node's rows of a token summed in FP32, ascending rank (and expert) order, one
-//                       row per token back over the rail                                  [per channel]
+//                       row per token back over the rail, coded as its source wants it     [per channel]
 //   sum      (source)   own node's rows directly, other nodes' rows from staging, ascending node order,
 //                       plus the bias; rounded once                                       [per channel]
 //   finish   (all)      nobody reads my rows any more
@@ -13,6 +13,15 @@
 #include "protocol/views.hpp"
 
 namespace moecomm {
+
+namespace detail {
+
+// A peer that waits for nothing here may be one combine ahead, hence the parity.
+MOE_HD inline uint64_t wire_word(const CombineArgs& a, int node) {
+  return a.b.rail.wires + 8 * ((a.book->combines & 1) * a.b.geometry.nodes() + node);
+}
+
+}  // namespace detail
 
 template <Group G, class F>
 MOE_HD Status publish(G g, F f, const CombineArgs& a) {
@@ -25,7 +34,13 @@ MOE_HD Status publish(G g, F f, const CombineArgs& a) {
     ++a.book->combines;
     *reinterpret_cast<RowsBoard*>(f.window(geo.local(), b.node.board)) = a.mine;
     for (int d = 0; d < geo.ranks_per_node; ++d) f.signal_node(d, b.node.ready + 8 * geo.local(), 1);
-    for (int step = 1; step < nodes; ++step) f.signal_rail((own + step) % nodes, b.rail.enter + 8 * own, 1);
+    uint64_t* wire = reinterpret_cast<uint64_t*>(f.rail(b.rail.wire_out));
+    *wire = static_cast<uint64_t>(a.wire);
+    for (int step = 1; step < nodes; ++step) {
+      const int n = (own + step) % nodes;
+      f.put(n, detail::wire_word(a, own), reinterpret_cast<const char*>(wire), 8);
+      f.signal_rail(n, b.rail.enter + 8 * own, 1);
+    }
     for (int d = 0; d < geo.ranks_per_node; ++d) {
       MOE_TRY(f.wait_node(b.node.ready + 8 * d, a.book->combines, Phase::publish, geo.rank_at(geo.node(), d)));
       a.boards[d] = *reinterpret_cast<const RowsBoard*>(f.window(d, b.node.board));
@@ -85,7 +100,6 @@ MOE_HD Status reduce(G g, F f, const CombineArgs& a, int n, int channel) {
   const BufferView& b = a.b;
   const Geometry& geo = b.geometry;
   const int own = geo.node(), channels = b.shape.channels;
-  const uint64_t row_bytes = b.shape.combine_row_bytes();
   const int begin = a.plan.channel_first[n * (channels + 1) + channel];
   const int end = a.plan.channel_first[n * (channels + 1) + channel + 1];
   const uint64_t here = remote_index(n, own) * b.shape.max_tokens, there = remote_index(own, n) * b.shape.max_tokens;
@@ -95,6 +109,8 @@ MOE_HD Status reduce(G g, F f, const CombineArgs& a, int n, int channel) {
   float* slots = reinterpret_cast<float*>(f.rail(b.rail.slots_out)) + here * k_max;
   Counters& count = f.counters();
   MOE_TRY(leader(g, [&] { return f.wait_rail(b.rail.enter + 8 * n, a.book->enter, Phase::reduce, geo.rail_rank(n)); }));
+  const Wire wire = static_cast<Wire>(*reinterpret_cast<const uint64_t*>(f.rail(detail::wire_word(a, n))));
+  const uint64_t row_bytes = b.shape.wire_bytes(wire);
 
   // While one row is summed the next one's terms are known, so that the fabric can fetch them ahead.
   const auto terms_of = [&](int i) {
@@ -109,11 +125,13 @@ MOE_HD Status reduce(G g, F f, const CombineArgs& a, int n, int channel) {
     for (int i = chunk; i < chunk_end; ++i) {
       const Terms now = next;
       next = terms_of(i + 1);
-      f.reduce_rows(g, staged + i * row_bytes, now, &next, static_cast<const float*>(nullptr), b.shape.hidden, b.shape.dtype);
+      char* row = staged + i * row_bytes;
+      if (wire == Wire::plain) f.reduce_rows(g, row, now, &next, static_cast<const float*>(nullptr), b.shape.hidden, b.shape.dtype);
+      else f.reduce_encode(g, row, wire, now, &next, b.shape.hidden, b.shape.dtype);
       g.sync();   // the list of `now` may be overwritten, that of `next` may be read
       if (a.slots && g.lane() == 0) detail::gather_slots(f, a, n, i, slots + int64_t{i} * k_max);
       if (b.check) {
-        if (g.lane() == 0) sums[i] = row_checksum(staged + i * row_bytes, row_bytes, i);
+        if (g.lane() == 0) sums[i] = row_checksum(row, row_bytes, i);
       }
     }
     g.sync();
@@ -139,7 +157,7 @@ MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
   const BufferView& b = a.b;
   const Geometry& geo = b.geometry;
   const int own = geo.node(), nodes = geo.nodes(), channels = b.shape.channels;
-  const uint64_t row_bytes = b.shape.combine_row_bytes();
+  const uint64_t row_bytes = b.shape.wire_bytes(a.wire);
   const int begin = channel_begin(a.plan.tokens, channel, channels);
   const int end = channel_begin(a.plan.tokens, channel + 1, channels);
   Counters& count = f.counters();
@@ -152,7 +170,7 @@ MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
       if (n == own) detail::add_node_terms(g, f, a, n, slot, terms);
       else {
         const char* row = f.rail(b.rail.area_b) + remote_index(n, own) * b.shape.max_tokens * b.shape.slot_bytes() + slot * row_bytes;
-        terms.add(g, row, [] { return 1.0f; });
+        terms.add_wire(g, row, a.wire, b.shape.hidden);
         terms.close_group();
       }
     }
@@ -195,7 +213,7 @@ MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
     const Terms now = next;
     next = terms_of(t + 1);
     const float* bias = a.bias ? a.bias + t * a.bias_stride : nullptr;
-    f.reduce_rows(g, a.y + t * row_bytes, now, &next, bias, b.shape.hidden, b.shape.dtype);
+    f.reduce_rows(g, a.y + t * b.shape.combine_row_bytes(), now, &next, bias, b.shape.hidden, b.shape.dtype);
     if (a.slots && g.lane() == 0) collect_slots(t);
     g.sync();
     const int slot = a.plan.slot[int64_t{t} * nodes + own];

@@ -75,6 +75,7 @@ struct CombineArgs {
   Book* book = nullptr;
   RowsBoard mine;                   // where my rows and weights lie in my window
   RowsBoard* boards = nullptr;      // scratch [P]: everyone's
+  Wire wire = Wire::plain;          // how the rows of other nodes come to this rank; others choose for themselves
   char* y = nullptr;                // [T, H]
   float* slots = nullptr;           // [T, K] or null: every pick's value of its row's `back`, 0 where there is no pick;
                                     // null on all ranks or on none

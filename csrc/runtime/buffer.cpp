@@ -114,6 +114,7 @@ Status Buffer::combine(const CombineCall& call, Plan& plan, const Block& output)
   a.plan = plan.view;
   a.book = &book_;
   a.boards = boards.data();
+  a.wire = call.wire;
   a.y = call.y;
   a.slots = call.slots;
   a.bias = call.bias;

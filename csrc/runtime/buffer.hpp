@@ -30,6 +30,7 @@ struct CombineCall {
   float* slots = nullptr;           // [T, K], where `back` goes; null on all ranks or on none
   const float* bias = nullptr;
   int64_t bias_stride = 0;
+  Wire wire = Wire::plain;
 };
 
 class Buffer {

@@ -168,6 +168,7 @@ cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
         float* slots
         const float* bias
         int64_t bias_stride
+        Wire wire
 
     cdef cppclass Buffer:
         Buffer(shared_ptr[Communicator], Shape, bool check) except +

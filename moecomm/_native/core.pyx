@@ -184,7 +184,7 @@ cdef class Buffer:
         return plan, out, output
 
     def combine(self, uintptr_t rows, uintptr_t weights, uintptr_t y, uintptr_t bias, int64_t bias_stride, Plan plan, Block output,
-                uintptr_t back=0, uintptr_t slots=0):
+                uintptr_t back=0, uintptr_t slots=0, int wire=0):
         """None or a Failure. back: f32 per row (and slot, in the rank layout) that go to slots [T, K]."""
         cdef capi.CombineCall call
         cdef capi.Status s
@@ -196,6 +196,7 @@ cdef class Buffer:
         call.slots = <float*>slots
         call.bias = <const float*>bias
         call.bias_stride = bias_stride
+        call.wire = <capi.Wire>wire
         with nogil:
             s = buffer.combine(call, plan.p.get()[0], output.b.get()[0])
         if s.code != capi.Code.ok:
