@@ -10,6 +10,7 @@ COMMANDS = {
     "roundtrip": ("bench.run", "both, and their sum"),
     "suite": ("bench.suite", "what `make bench` runs"),
     "record": ("bench.record", "what recording a Buffer's calls costs"),
+    "overlap": ("bench.overlap", "two micro-batches, each computing while the other communicates"),
     "sweep": ("bench.sweep", "cost per row against tokens and ranks"),
 }
 

@@ -489,7 +489,7 @@ class Buffer:
             with torch.set_grad_enabled(through_ops):   # the mode is a thread's own
                 return run(first, *rest)
 
-        return Pending(self.comm._submit(work), (first, rest), lambda result: self._run_hooks("post_" + op, result))
+        return Pending(self.comm._submit, work, (first, rest), lambda result: self._run_hooks("post_" + op, result))
 
     def stats(self):
         """Rows and bytes per hop since the last call; calling resets them.

@@ -150,8 +150,15 @@ class MoE(nn.Module):
         y = y.view(x.shape)
         return (y, routing) if with_routing else y
 
+    def start_dispatch(self, tokens, topk_ids, topk_weights):
+        """A Pending of this layer's dispatch, on the progress thread."""
+        return self._dispatch(tokens, topk_ids, topk_weights, async_op=True)
+
+    def _dispatch(self, tokens, topk_ids, topk_weights, **how):
+        return self.buffer.dispatch(tokens, topk_ids, topk_weights, expert_alignment=self.expert_alignment, capacity=self.capacity, **how)
+
     def _routed(self, tokens, topk_ids, topk_weights):
-        out = self.buffer.dispatch(tokens, topk_ids, topk_weights, expert_alignment=self.expert_alignment, capacity=self.capacity)
+        out = self._dispatch(tokens, topk_ids, topk_weights)
         # Without gradients the experts write where combine reads; else their output is staged once.
         in_place = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         rows = self.experts(out.x, out.rows_per_expert, out.handle.rows if in_place else None)

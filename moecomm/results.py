@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from . import ops
@@ -94,12 +96,23 @@ class Handle:
 
 
 class Pending:
-    """A call that runs on the progress thread; keeps its inputs alive until it is done."""
+    """A call that runs on the progress thread; keeps its inputs alive until it is done.
+
+    .span: (begin, end) of the call there, in seconds of time.perf_counter(), once it is done.
+    """
 
     event = None   # set in the CUDA world
 
-    def __init__(self, future, keep, then=None):
-        self._future, self._keep, self._then = future, keep, then
+    def __init__(self, submit, work, keep, then=None):
+        self.span, self._keep, self._then = None, keep, then
+
+        def timed():
+            begin = time.perf_counter()
+            result = work()
+            self.span = begin, time.perf_counter()
+            return result
+
+        self._future = submit(timed)
 
     def wait(self):
         """The call's result, when it is there; raises what the call raised."""

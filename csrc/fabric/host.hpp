@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <vector>
 #include <utility>
 
 #include "fabric/fabric.hpp"
@@ -13,6 +14,12 @@
 #include "fabric/watch.hpp"
 
 namespace moecomm {
+
+// When a role ran: nanoseconds of the steady clock.
+struct RoleSpan {
+  Phase role;
+  int64_t begin, end;
+};
 
 // What a rank has mapped, and the state of the call in progress. Owned by the runtime's Buffer.
 struct HostState {
@@ -25,6 +32,7 @@ struct HostState {
   const RowKernels* kernels = &row_kernels();
   const Watch* watch = nullptr;
   Counters counters;
+  std::vector<RoleSpan>* timeline = nullptr;   // where somebody traces
   TermStore terms[2];
   char* targets[kMaxTopK];
   bool stream = false;            // this call moves more than the caches hold: store past them
@@ -162,6 +170,7 @@ struct HostFabric {
     if (begin < end) s->kernels->quantize(codes, scales, row, begin, end, hidden, type, kind);
   }
   Counters& counters() const { return s->counters; }
+  std::vector<RoleSpan>* timeline() const { return s->timeline; }
   TermStore& terms(int which) const { return s->terms[which]; }
   char** targets() const { return s->targets; }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 #include <stdexcept>
 
 #include "exec/lane.hpp"
@@ -156,6 +157,17 @@ Counters Buffer::take_counters() {
   const Counters c = reach_.host().counters;
   reach_.host().counters = {};
   return c;
+}
+
+void Buffer::trace(bool on) {
+  std::lock_guard lock(comm_->calls());
+  timeline_.clear();
+  reach_.host().timeline = on ? &timeline_ : nullptr;
+}
+
+std::vector<RoleSpan> Buffer::take_timeline() {
+  std::lock_guard lock(comm_->calls());
+  return std::exchange(timeline_, {});
 }
 
 }  // namespace moecomm

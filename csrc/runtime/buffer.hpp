@@ -51,6 +51,8 @@ class Buffer {
   const Arena& arena() const { return *arena_; }
   Counters counters();            // since the last take_counters
   Counters take_counters();       // and reset
+  void trace(bool on);            // keep a timeline of roles, or drop it
+  std::vector<RoleSpan> take_timeline();
   void set_stream_threshold(uint64_t bytes) { stream_threshold_ = bytes; }
   void corrupt_next_row(int64_t row) { corrupt_row_ = row; }   // tests of MOECOMM_CHECK
 
@@ -64,6 +66,7 @@ class Buffer {
   std::shared_ptr<PlanPool> pool_;
   Book book_;
   std::vector<uint64_t> book_counts_;
+  std::vector<RoleSpan> timeline_;
   uint64_t stream_threshold_ = 7u << 20;
   int64_t corrupt_row_ = -1;
 };

@@ -149,6 +149,12 @@ cdef extern from "runtime/plan.hpp" namespace "moecomm" nogil:
         PlanView view
         const void* owner
 
+cdef extern from "fabric/host.hpp" namespace "moecomm" nogil:
+    cdef struct RoleSpan:
+        Phase role
+        int64_t begin
+        int64_t end
+
 cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
     cdef cppclass DispatchCall:
         const char* x
@@ -181,6 +187,8 @@ cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
         const Arena& arena()
         Counters counters()
         Counters take_counters()
+        void trace(bool)
+        vector[RoleSpan] take_timeline() except +
         void set_stream_threshold(uint64_t)
         void corrupt_next_row(int64_t)
         @staticmethod

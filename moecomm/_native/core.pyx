@@ -233,6 +233,18 @@ cdef class Buffer:
             c = self.b.get().take_counters()
         return c
 
+    def trace(self, bint on):
+        """Start a timeline of roles, or end it."""
+        with nogil:
+            self.b.get().trace(on)
+
+    def take_timeline(self):
+        """[(role, begin, end)] since the last call; seconds of time.perf_counter()."""
+        cdef vector[capi.RoleSpan] spans
+        with nogil:
+            spans = self.b.get().take_timeline()
+        return [(_PHASES[<int>s.role] if <int>s.role else "plan", s.begin * 1e-9, s.end * 1e-9) for s in spans]
+
     def set_stream_threshold(self, uint64_t bytes):
         self.b.get().set_stream_threshold(bytes)
 

@@ -1,0 +1,150 @@
+"""overlap: two micro-batches through MoE layers, one after the other against each computing while the other communicates.
+
+Both ways take turns on fresh inputs and must give equal bits. Communication is what the sequential run spends in dispatch and
+combine; the hidden share is how much of that the overlapped run saves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+
+import moecomm
+from moecomm.nn import MoE
+from moecomm.overlap import Started, Trace, moe_stages, two_batches
+
+from . import launch
+from .run import world_of
+
+
+def arguments(parser):
+    """Sizes of the layers, and of the measurement."""
+    parser.add_argument("--path", choices=("throughput", "decode"), default="throughput")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--ranks-per-node", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=0, help="per rank and micro-batch; 0: 512 (throughput), 32 (decode)")
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--intermediate", type=int, default=256)
+    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--top-k", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="of torch, per rank")
+    parser.add_argument("--iters", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--json", default="", help="append a line to this file")
+    parser.add_argument("--trace", default="", help="write a Chrome/Perfetto trace of one overlapped run")
+
+
+def main(args):
+    """Measure one case and print its row. 1 where the two ways differ."""
+    ranks = args.nodes * args.ranks_per_node
+    if not launch.launched():
+        return launch.relaunch(ranks, sys.argv[1:])
+    args.tokens = args.tokens or (512 if args.path == "throughput" else 32)
+    torch.set_num_threads(args.threads)
+    world = world_of(ranks)
+    with moecomm.Communicator(world.group, ranks_per_node=args.ranks_per_node) as comm, torch.no_grad():
+        record = _measure(world, comm, args)
+    if world.rank == 0:
+        print(_row(record))
+        if args.json:
+            with open(args.json, "a") as file:
+                print(json.dumps(record), file=file)
+    return 1 if record["wrong"] else 0
+
+
+def _measure(world, comm, args):
+    buffer = moecomm.Buffer(comm, hidden=args.hidden, num_experts=args.experts, top_k=args.top_k, max_tokens=args.tokens)
+    torch.manual_seed(comm.rank)
+    layers = [MoE(args.hidden, args.intermediate, args.experts, args.top_k, 1, buffer) for _ in range(args.layers)]
+    attentions = [torch.nn.Linear(args.hidden, args.hidden, bias=False, dtype=buffer.dtype) for _ in range(args.layers)]
+    make = _decode_stages if args.path == "decode" else moe_stages
+    stages = [stage for layer, attention in zip(layers, attentions, strict=True) for stage in make(layer, attention)]
+    times, wrong = {"sequential": [], "overlapped": [], "communication": []}, 0
+    for i in range(args.warmup + args.iters):
+        batches = [torch.randn(args.tokens, args.hidden).to(buffer.dtype) for _ in range(2)]
+        results, communication = {}, []
+        ways = {"sequential": lambda: _one_after_the_other(stages, batches, communication), "overlapped": lambda: two_batches(stages, *batches)}
+        for way in sorted(ways, reverse=bool(i % 2)):
+            results[way], seconds = world.timed(ways[way])
+            if i >= args.warmup:
+                times[way].append(seconds)
+        if i >= args.warmup:
+            times["communication"].append(float(np.mean(world.allgather(sum(communication)))))
+        wrong += sum(int((a.view(torch.int16) != b.view(torch.int16)).sum()) for a, b in zip(*results.values(), strict=True))
+    if args.trace:
+        with Trace(buffer) as trace:
+            two_batches(stages, *batches, trace=trace)
+        trace.save(args.trace, comm)
+    comm.barrier()
+    medians = {f"{name}_us": round(1e6 * float(np.median(values)), 1) for name, values in times.items()}
+    saved = np.array(times["sequential"]) - np.array(times["overlapped"])
+    keys = ("path", "nodes", "ranks_per_node", "tokens", "hidden", "intermediate", "experts", "top_k", "layers", "threads", "iters")
+    return {**{k: getattr(args, k) for k in keys}, "cores": len(os.sched_getaffinity(0)), **medians,
+            "hidden_share": round(float(np.median(saved / np.array(times["communication"]))), 3), "wrong": sum(world.allgather(wrong))}
+
+
+def _one_after_the_other(stages, batches, communication):
+    """The same stages, every communication waited for at once; its seconds go to the list."""
+    states = []
+    for state in batches:
+        for _, stage in stages:
+            begin = time.perf_counter()
+            result = stage(state)
+            if hasattr(result, "wait"):
+                state = result.wait()
+                span = result.span or (begin, time.perf_counter())
+                communication.append(span[1] - span[0])
+            else:
+                state = result
+        states.append(state)
+    return states
+
+
+def _decode_stages(moe, attention):
+    """As moe_stages, over the decode path: nothing of ours runs between a call and its hook."""
+    buffer = moe.buffer
+
+    def attend(x):
+        return x + attention(x)
+
+    def route(x):
+        return (x, *moe.gate(x)[:2])
+
+    def dispatch(state):
+        received, hook = buffer.decode_dispatch(*state[:2], quant=None, return_hook=True)
+        return Started(hook, lambda _: (*state, received))
+
+    def experts(state):
+        received = state[3]
+        counts = received.counts.tolist()
+        rows = torch.cat([received.x[e, :n] for e, n in enumerate(counts)])
+        computed = moe.experts(rows, received.counts)
+        for e, part in enumerate(computed.split(counts)):
+            received.handle.rows[e, :len(part)] = part
+        return state
+
+    def combine(state):
+        x, ids, weights, received = state
+        y, hook = buffer.decode_combine(received.handle.rows, ids, weights, received.handle, return_hook=True)
+        return Started(hook, lambda _: (x, y))
+
+    def add(state):
+        x, y = state
+        return x + moe.shared_experts(x) + y
+
+    return [(f.__name__, f) for f in (attend, route, dispatch, experts, combine, add)]
+
+
+def _row(r):
+    return (f"# {r['path']}: {r['nodes']}x{r['ranks_per_node']} ranks on {r['cores']} cores, {r['tokens']} tokens of {r['hidden']} per rank and micro-batch, "
+            f"{r['experts']} experts, top-{r['top_k']}, {r['layers']} layers\n"
+            f"#{'sequential':>14}{'overlapped':>14}{'ratio':>8}{'communication':>16}{'hidden':>9}{'#wrong':>8}\n"
+            f"#{'us':>14}{'us':>14}{'x':>8}{'us':>16}{'%':>9}\n"
+            f" {r['sequential_us']:>14.1f}{r['overlapped_us']:>14.1f}{r['sequential_us'] / r['overlapped_us']:>8.2f}{r['communication_us']:>16.1f}"
+            f"{100 * r['hidden_share']:>9.1f}{r['wrong']:>8}")
