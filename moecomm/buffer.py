@@ -251,7 +251,7 @@ class Buffer:
             raise_failure(result, op="dispatch", rank=self.comm.rank, describe_capacity=self._describe_capacity)
         plan, block, output = result
         if self._recorder:
-            self._recorder.dispatch(began, plan, topk_ids, topk_weights, x.shape[0], layout, expert_alignment, capacity, kind)
+            self._recorder.dispatch(began, plan, topk_ids, topk_weights, x.shape[0], layout, expert_alignment, capacity, list(_QUANTS)[kind])
         handle = self._handle_of(ops.Ticket(self, layout, capacity, plan, output))
         return Dispatched(handle, BlockTensors(handle, block, torch.float8_e4m3fn if kind else x.dtype, row_bytes, scale_bytes,
                                                _SCALE_DTYPES[kind], by_column))
@@ -358,7 +358,7 @@ class Buffer:
         if failure is not None:
             raise_failure(failure, op="combine", rank=self.comm.rank)
         if self._recorder:
-            self._recorder.combine(began, ticket.plan, tokens, topk_weights is not None, handle.layout)
+            self._recorder.combine(began, ticket.plan, tokens, topk_weights is not None, handle.layout, wire)
         return y if back is None else (y, slots[:tokens])
 
     def _combine_by_ops(self, rows, handle, topk_weights, bias, out=None, wire=None):

@@ -159,6 +159,11 @@ class Trace:
     ----------
     *buffers : Buffer
         Their roles (announce, send, forward, ...) are recorded.
+
+    Raises
+    ------
+    InvalidArgument
+        A buffer has a recording of its own (Buffer(..., record=PATH)), which holds its roles.
     """
 
     def __init__(self, *buffers):
@@ -166,6 +171,8 @@ class Trace:
 
     def __enter__(self):
         for buffer in self._buffers:
+            if buffer._recorder is not None:
+                raise InvalidArgument("Trace: a buffer records its calls and their roles already; expected one without record=", op="Trace")
             buffer._native.trace(True)
         return self
 

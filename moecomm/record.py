@@ -5,6 +5,7 @@ sequence), each a NumPy archive of
 
     header   text: JSON of the format's version, the geometry and the buffer's arguments
     calls    one record per call, see CALL
+    phases   one record per role that ran, see PHASE, call after call
     ids      int16 or int32 [sum of tokens, top_k]: the picks of every dispatch that made a plan, in order
     weights  float32 [sum of tokens, top_k]: of those dispatches that had some, in order
 
@@ -29,7 +30,6 @@ from .errors import InvalidArgument
 
 FORMAT = 1
 SEGMENT_BYTES = 64 << 20
-QUANTS = ("", "fp8", "fp8_ue8m0")
 HOPS = ("rail_logical_rows", "rail_physical_rows", "rail_logical_bytes", "rail_physical_bytes",
         "node_logical_rows", "node_physical_rows", "node_logical_bytes", "node_physical_bytes", "replicated_rows")
 CALL = np.dtype([
@@ -41,11 +41,13 @@ CALL = np.dtype([
     ("layout", "U6"),
     ("alignment", "i4"),
     ("capacity", "i8"),      # -1: none
-    ("quant", "U9"),         # rows of a dispatch: "" as they are, fp8, fp8_ue8m0
+    ("coding", "U9"),        # of a dispatch's rows (quant=), of a combine's between nodes (wire=); "": none
     ("begin_ns", "i8"),      # time.perf_counter_ns of this process
     ("end_ns", "i8"),
+    ("phases", "i4"),        # how many records of `phases` are this call's
     *((name, "u8") for name in HOPS),
 ])
+PHASE = np.dtype([("role", "U8"), ("begin", "f8"), ("end", "f8")])   # seconds of time.perf_counter
 
 
 class Recorder:
@@ -60,6 +62,7 @@ class Recorder:
         self._native, self._ids_dtype = buffer._native, torch.int16 if buffer.num_experts <= 32768 else torch.int32
         self._plans, self._next_plan = {}, 0
         self._counted = (0,) * len(HOPS)
+        self._native.trace(True)
         self._finalizer = weakref.finalize(self, state.write)
 
     def start(self):
@@ -70,25 +73,26 @@ class Recorder:
         """The buffer's counters were reset."""
         self._counted = (0,) * len(HOPS)
 
-    def dispatch(self, began, plan, ids, weights, tokens, layout, alignment, capacity, quant):
-        """A dispatch has ended; ids None: it reused the plan. quant: index into QUANTS."""
+    def dispatch(self, began, plan, ids, weights, tokens, layout, alignment, capacity, coding):
+        """A dispatch has ended; ids None: it reused the plan."""
         ended = time.perf_counter_ns()
         if ids is not None:
             self._plans[id(plan)] = self._next_plan
             self._next_plan += 1
             self._state.add_picks(ids.to(self._ids_dtype, copy=True).numpy(), None if weights is None else weights.numpy().copy())
-        self._add("dispatch", plan, ids is None, tokens, weights is not None, layout, alignment, capacity, quant, began, ended)
+        self._add("dispatch", plan, ids is None, tokens, weights is not None, layout, alignment, capacity, coding, began, ended)
 
-    def combine(self, began, plan, tokens, weighted, layout):
+    def combine(self, began, plan, tokens, weighted, layout, coding):
         """A combine has ended."""
-        self._add("combine", plan, True, tokens, weighted, layout, 1, None, 0, began, time.perf_counter_ns())
+        self._add("combine", plan, True, tokens, weighted, layout, 1, None, coding, began, time.perf_counter_ns())
 
-    def _add(self, op, plan, cached, tokens, weighted, layout, alignment, capacity, quant, began, ended):
+    def _add(self, op, plan, cached, tokens, weighted, layout, alignment, capacity, coding, began, ended):
         counted = self._native.counters()
         moved = tuple(now - before for now, before in zip(counted, self._counted))
         self._counted = counted
-        self._state.add_call((op, self._plans[id(plan)], cached, tokens, weighted, layout, alignment, -1 if capacity is None else capacity,
-                              QUANTS[quant], began, ended, *moved))
+        phases = self._native.take_timeline()
+        self._state.add_call(phases, (op, self._plans[id(plan)], cached, tokens, weighted, layout, alignment, -1 if capacity is None else capacity,
+                              coding or "", began, ended, len(phases), *moved))
 
     def close(self):
         """Write what is left."""
@@ -111,7 +115,7 @@ class _Segments:
             raise InvalidArgument(f"Buffer: record is {str(folder)!r}; expected a folder that can be written ({error})", op="Buffer", rank=rank) from None
 
     def _clear(self):
-        self._calls, self._ids, self._weights, self._bytes = [], [], [], 0
+        self._calls, self._phases, self._ids, self._weights, self._bytes = [], [], [], [], 0
 
     def add_picks(self, ids, weights):
         with self._lock:
@@ -120,10 +124,11 @@ class _Segments:
                 self._weights.append(weights)
             self._bytes += 3 * ids.nbytes
 
-    def add_call(self, call):
+    def add_call(self, phases, call):
         with self._lock:
             self._calls.append(call)
-            self._bytes += CALL.itemsize
+            self._phases += phases
+            self._bytes += CALL.itemsize + len(phases) * PHASE.itemsize
         if self._bytes >= SEGMENT_BYTES:
             self.write()
 
@@ -136,6 +141,7 @@ class _Segments:
             partial = path.with_suffix(".partial")
             with open(partial, "wb") as file:
                 np.savez(file, header=np.array(json.dumps(self._header)), calls=np.array(self._calls, dtype=CALL),
+                         phases=np.array(self._phases, dtype=PHASE),
                          ids=np.concatenate(self._ids) if self._ids else np.zeros((0, top_k), np.int16),
                          weights=np.concatenate(self._weights) if self._weights else np.zeros((0, top_k), np.float32))
             os.replace(partial, path)   # a reader sees whole segments only
@@ -145,10 +151,11 @@ class _Segments:
 
 @dataclass
 class RankRecording:
-    """One rank's part: header dict, calls (array of CALL), ids [tokens, top_k] and weights by plan number (None where there were none)."""
+    """One rank's part: header dict, calls (array of CALL), phases (array of PHASE), ids [tokens, top_k] and weights by plan number (None: none)."""
 
     header: dict
     calls: np.ndarray
+    phases: np.ndarray
     ids: list
     weights: list
 
@@ -192,7 +199,7 @@ def _load_rank(files):
     header = json.loads(str(parts[0]["header"]))
     if header.get("format") != FORMAT:
         raise InvalidArgument(f"recording: {files[0].name} has format {header.get('format')!r}; expected {FORMAT}", op="replay")
-    calls, ids, weights = (np.concatenate([p[name] for p in parts]) for name in ("calls", "ids", "weights"))
+    calls, phases, ids, weights = (np.concatenate([p[name] for p in parts]) for name in ("calls", "phases", "ids", "weights"))
     of_plan_ids, of_plan_weights, at, weights_at = [], [], 0, 0
     for call in calls[(calls["op"] == "dispatch") & ~calls["cached"]]:
         n = int(call["tokens"])
@@ -200,4 +207,4 @@ def _load_rank(files):
         of_plan_weights.append(weights[weights_at:weights_at + n] if call["weighted"] else None)
         at += n
         weights_at += n if call["weighted"] else 0
-    return RankRecording(header, calls, of_plan_ids, of_plan_weights)
+    return RankRecording(header, calls, phases, of_plan_ids, of_plan_weights)

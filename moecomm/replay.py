@@ -87,18 +87,18 @@ def on_cpu(script):
         outs, spans, traffic = {}, [], np.zeros(len(record.HOPS), np.uint64)
         for call in script.calls[:, comm.rank]:
             x = torch.randn((int(call["tokens"]), script.buffer["hidden"]), generator=generator).to(script.dtype)
-            plan, quant = int(call["plan"]), str(call["quant"]) or None
+            plan, coding = int(call["plan"]), str(call["coding"]) or None
             comm.barrier()
             began = time.perf_counter()
             if call["op"] == "combine":
                 handle = outs[plan].handle
-                buf.combine(handle.rows, handle, topk_weights=outs[plan].topk_weights if call["weighted"] else None)
+                buf.combine(handle.rows, handle, topk_weights=outs[plan].topk_weights if call["weighted"] else None, wire=coding)
             elif call["cached"]:
-                buf.dispatch(x, handle=outs[plan].handle, quant=quant)
+                buf.dispatch(x, handle=outs[plan].handle, quant=coding)
             else:
                 outs[plan] = buf.dispatch(x, script.ids[plan][comm.rank], script.weights[plan][comm.rank], layout=str(call["layout"]),
                                           expert_alignment=int(call["alignment"]), capacity=None if call["capacity"] < 0 else int(call["capacity"]),
-                                          quant=quant)
+                                          quant=coding)
                 for old in [p for p in outs if p < plan and p not in script.calls["plan"][len(spans):]]:
                     del outs[old]   # no later call needs it
             spans.append((began, time.perf_counter()))
@@ -121,11 +121,13 @@ def on_sim(script, hardware=None):
     for call in script.calls[:, 0]:
         plan = int(call["plan"])
         if call["op"] == "combine":
+            if call["coding"]:
+                raise InvalidArgument(f"--world: got 'sim'; the recording has a combine over the wire {str(call['coding'])!r}, which only cpu replays", op="replay")
             program.combine(handle=plan)
             continue
         program.dispatch(None if call["cached"] else script.ids[plan], None if call["cached"] else _all_or_none(script.weights[plan]), handle=plan,
                          layout=str(call["layout"]), expert_alignment=int(call["alignment"]),
-                         capacity=None if call["capacity"] < 0 else int(call["capacity"]), quant=str(call["quant"]) or None)
+                         capacity=None if call["capacity"] < 0 else int(call["capacity"]), quant=str(call["coding"]) or None)
     cluster.reset()
     times = cluster.run(program)   # [calls, ranks, 2]
     stats = [[s[hop][f"{kind}_{unit}"] for hop in ("rail", "node") for kind, unit in

@@ -45,8 +45,11 @@ def test_what_is_recorded(recording):
     for rank, r in enumerate(ranks):
         assert r.calls["op"].tolist() == ["dispatch", "combine"] * 3
         assert r.calls["plan"].tolist() == [0, 0, 0, 0, 1, 1] and r.calls["cached"].tolist() == [False, True, True, True, False, True]
-        assert r.calls["quant"].tolist() == ["", "", "fp8", "", "", ""]
+        assert r.calls["coding"].tolist() == ["", "", "fp8", "", "", ""]
         assert (r.calls["end_ns"] > r.calls["begin_ns"]).all()
+        assert r.calls["phases"].sum() == len(r.phases) and (r.calls["phases"] > 0).all()
+        first = r.phases[:r.calls["phases"][0]]
+        assert first["role"][0] == "plan" and first["role"][-1] == "arrive" and (first["end"] >= first["begin"]).all()
         for plan, (_, ids, _) in enumerate(worlds):
             assert np.array_equal(r.ids[plan], ids[rank].numpy())
         assert np.array_equal(r.weights[0], worlds[0][2][rank].numpy()) and r.weights[1] is None
