@@ -18,6 +18,7 @@ RUNTIME = sorted(str(p.relative_to(ROOT)) for folder in ("fabric", "runtime") fo
 SIM = ["csrc/exec/fiber.cpp", "csrc/fabric/sim.cpp", "csrc/runtime/sim.cpp", "csrc/runtime/plan.cpp", "csrc/runtime/memory.cpp",
        *(s for s in RUNTIME if "fabric/rows" in s)]
 QUANT = ["csrc/runtime/quant.cpp", *(s for s in RUNTIME if "fabric/rows" in s)]
+BALANCE = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/balance").glob("*.cpp"))
 HEADERS = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".hpp", ".inl")]
 # Equal bits from every build of the row kernels: no contraction of a product and a sum into one rounding.
 FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
@@ -76,4 +77,6 @@ sim = Extension("moecomm._native.sim", ["moecomm/_native/sim.pyx", *SIM], langua
                 include_dirs=["csrc", str(ucx / "include")], extra_compile_args=FLAGS)
 quant = Extension("moecomm._native.quant", ["moecomm/_native/quant.pyx", *QUANT], language="c++",
                   include_dirs=["csrc", str(ucx / "include")], extra_compile_args=FLAGS)
-setup(ext_modules=cythonize([core, sim, quant], language_level=3, build_dir="build/cython"), cmdclass={"build_ext": BuildExt})
+balance = Extension("moecomm._native.balance", ["moecomm/_native/balance.pyx", *BALANCE], language="c++",
+                    include_dirs=["csrc"], extra_compile_args=FLAGS)
+setup(ext_modules=cythonize([core, sim, quant, balance], language_level=3, build_dir="build/cython"), cmdclass={"build_ext": BuildExt})

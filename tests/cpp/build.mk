@@ -20,7 +20,7 @@ CPP_FLAGS_tsan := -O1 -g1 -fsanitize=thread
 CPP_FLAGS_asan := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 # UCX only where a test uses it: its memory hooks do not live with ThreadSanitizer.
 CPP_LINK = -L$(CPP_UCX)/lib -Wl,-rpath,$(CPP_UCX)/lib -Wl,--as-needed -lucp -lucs
-CPP_LIBRARY := $(wildcard csrc/exec/*.cpp csrc/fabric/*.cpp csrc/runtime/*.cpp)
+CPP_LIBRARY := $(wildcard csrc/balance/*.cpp csrc/exec/*.cpp csrc/fabric/*.cpp csrc/runtime/*.cpp)
 CPP_RUN_plain :=
 # ThreadSanitizer of older compilers needs the memory layout without randomisation.
 CPP_RUN_tsan := TSAN_OPTIONS="halt_on_error=1 report_signal_unsafe=0" $(shell setarch -R true 2>/dev/null && echo setarch -R)

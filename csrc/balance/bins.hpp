@@ -1,0 +1,48 @@
+// Bins: ranks with a fixed number of slots, the expert in every slot, and the load that each rank carries.
+//
+// The common state of everything that places replicas. Invariant once filled: no expert twice in a rank.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace moecomm::balance {
+
+struct Bins {
+  int ranks = 0;
+  int slots = 0;                  // per rank
+  std::vector<int32_t> expert;    // [ranks, slots]; -1: empty
+  std::vector<double> size;       // [ranks, slots] load of that replica
+  std::vector<double> load;       // [ranks]
+
+  void reset(int r, int s) {
+    ranks = r;
+    slots = s;
+    expert.assign(static_cast<size_t>(r) * s, -1);
+    size.assign(static_cast<size_t>(r) * s, 0.0);
+    load.assign(r, 0.0);
+  }
+  bool holds(int rank, int32_t e) const {
+    const int32_t* at = expert.data() + static_cast<size_t>(rank) * slots;
+    return std::find(at, at + slots, e) != at + slots;
+  }
+  void put(int rank, int slot, int32_t e, double piece) {
+    const size_t at = static_cast<size_t>(rank) * slots + slot;
+    load[rank] += piece - size[at];
+    expert[at] = e;
+    size[at] = piece;
+  }
+  void swap(int a, int i, int b, int j) {
+    const size_t x = static_cast<size_t>(a) * slots + i, y = static_cast<size_t>(b) * slots + j;
+    const double moved = size[x] - size[y];
+    std::swap(expert[x], expert[y]);
+    std::swap(size[x], size[y]);
+    load[a] -= moved;
+    load[b] += moved;
+  }
+  int heaviest() const { return static_cast<int>(std::max_element(load.begin(), load.end()) - load.begin()); }
+  int lightest() const { return static_cast<int>(std::min_element(load.begin(), load.end()) - load.begin()); }
+  double max_load() const { return *std::max_element(load.begin(), load.end()); }
+};
+
+}  // namespace moecomm::balance

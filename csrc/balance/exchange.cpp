@@ -1,0 +1,182 @@
+#include "balance/exchange.hpp"
+
+#include <cmath>
+#include <numeric>
+
+namespace moecomm::balance {
+namespace {
+
+// A replica larger than this share of the mean rank load is worth another one.
+constexpr double kHot = 0.9;
+
+struct Held {
+  double size;
+  int32_t expert;
+};
+
+// One round: what every rank passes on, and what it gets.
+class Round {
+ public:
+  Round(Bins& bins, double mean) : b_(bins), mean_(mean), given_(bins.ranks), locked_(bins.ranks, 0), pool_(bins.ranks) {}
+
+  // Rank r passes on this slot, and `replaced` goes into the pool in its place.
+  void lock(int r, int slot, Held replaced) {
+    given_[r] = slot;
+    pool_[r] = replaced;
+    locked_[r] = 1;
+  }
+  bool locked(int r) const { return locked_[r]; }
+
+  void choose(double enough) {
+    const double usual = std::accumulate(b_.size.begin(), b_.size.end(), 0.0) / static_cast<double>(b_.size.size());
+    for (int r = 0; r < b_.ranks; ++r) {
+      if (locked_[r]) continue;
+      int best = 0;
+      for (int i = 1; i < b_.slots; ++i)
+        if (std::abs(size(r, i) - usual - (b_.load[r] - mean_)) < std::abs(size(r, best) - usual - (b_.load[r] - mean_))) best = i;
+      give(r, best);
+    }
+    Score now = score();
+    for (bool better = true; better && now.max > enough;) {
+      better = false;
+      for (int r = 0; r < b_.ranks; ++r) {
+        if (locked_[r]) continue;
+        for (int i = 0; i < b_.slots; ++i) {
+          const int before = given_[r];
+          if (i == before) continue;
+          give(r, i);
+          const Score then = score();
+          if (then.sum < now.sum) {
+            now = then;
+            better = true;
+          } else {
+            give(r, before);
+          }
+        }
+      }
+    }
+  }
+
+  void hand_out() {
+    const int n = b_.ranks;
+    std::vector<int> ranks(n), items(n);
+    std::iota(ranks.begin(), ranks.end(), 0);
+    std::iota(items.begin(), items.end(), 0);
+    std::stable_sort(ranks.begin(), ranks.end(), [&](int a, int c) { return rest(a) < rest(c); });
+    std::stable_sort(items.begin(), items.end(), [&](int a, int c) { return pool_[a].size > pool_[c].size; });
+    const auto clash = [&](int at, int item) {
+      const int r = ranks[at];
+      for (int i = 0; i < b_.slots; ++i)
+        if (i != given_[r] && b_.expert[static_cast<size_t>(r) * b_.slots + i] == pool_[item].expert) return true;
+      return false;
+    };
+    // Not twice the same expert: trade with the nearest in size that suits both.
+    for (int i = 0; i < n; ++i) {
+      if (!clash(i, items[i])) continue;
+      bool traded = false;
+      for (int d = 1; d < n && !traded; ++d)
+        for (const int j : {i - d, i + d}) {
+          if (j < 0 || j >= n || clash(i, items[j]) || clash(j, items[i])) continue;
+          std::swap(items[i], items[j]);
+          traded = true;
+          break;
+        }
+      if (!traded) { failed_ = true; return; }
+    }
+    for (int i = 0; i < n; ++i) {
+      const Held& h = pool_[items[i]];
+      b_.put(ranks[i], given_[ranks[i]], h.expert, h.size);
+    }
+  }
+  bool failed() const { return failed_; }
+
+ private:
+  struct Score {
+    double max, sum;
+  };
+  double size(int r, int i) const { return b_.size[static_cast<size_t>(r) * b_.slots + i]; }
+  double rest(int r) const { return b_.load[r] - size(r, given_[r]); }
+  void give(int r, int i) {
+    given_[r] = i;
+    pool_[r] = {size(r, i), b_.expert[static_cast<size_t>(r) * b_.slots + i]};
+  }
+  // The handing out, judged: the heaviest rank, and a sum that stresses heavy ranks.
+  Score score() {
+    const int n = b_.ranks;
+    rests_.resize(n);
+    sizes_.resize(n);
+    for (int r = 0; r < n; ++r) {
+      rests_[r] = rest(r);
+      sizes_[r] = pool_[r].size;
+    }
+    std::sort(rests_.begin(), rests_.end());
+    std::sort(sizes_.begin(), sizes_.end(), std::greater<>());
+    Score s{0, 0};
+    for (int i = 0; i < n; ++i) {
+      const double carried = rests_[i] + sizes_[i];
+      const double over = std::max(0.0, carried / mean_ - 1);
+      s.max = std::max(s.max, carried);
+      s.sum += over * over * over;
+    }
+    return s;
+  }
+
+  Bins& b_;
+  double mean_;
+  std::vector<int> given_;
+  std::vector<char> locked_;
+  std::vector<Held> pool_;
+  std::vector<double> rests_, sizes_;
+  bool failed_ = false;
+};
+
+}  // namespace
+
+void exchange(const double* load, int experts, int rounds, double enough, Bins& b) {
+  std::vector<int32_t> count(experts, 0);
+  for (const int32_t e : b.expert) ++count[e];
+  const double mean = std::accumulate(load, load + experts, 0.0) / b.ranks;
+  const auto resize = [&] {
+    std::fill(b.load.begin(), b.load.end(), 0.0);
+    for (size_t i = 0; i < b.expert.size(); ++i) {
+      b.size[i] = load[b.expert[i]] / count[b.expert[i]];
+      b.load[i / b.slots] += b.size[i];
+    }
+  };
+  resize();
+  for (int k = 0; k < rounds && b.max_load() > enough; ++k) {
+    const Bins before = b;
+    Round round(b, mean);
+    struct Swap { int rank, slot; int32_t to; };
+    std::vector<Swap> swaps;
+    for (int tries = 0; tries < b.ranks; ++tries) {
+      int hot = 0, spare = -1;
+      for (int e = 1; e < experts; ++e)
+        if (load[e] / count[e] > load[hot] / count[hot]) hot = e;
+      if (load[hot] / count[hot] <= kHot * mean || count[hot] >= b.ranks) break;
+      for (int e = 0; e < experts; ++e)
+        if (e != hot && count[e] > 1 && (spare < 0 || load[e] / (count[e] - 1) < load[spare] / (count[spare] - 1))) spare = e;
+      if (spare < 0 || load[spare] / (count[spare] - 1) >= load[hot] / count[hot]) break;
+      int from = -1, slot = 0;
+      for (int r = 0; r < b.ranks; ++r) {
+        if (std::any_of(swaps.begin(), swaps.end(), [&](const Swap& s) { return s.rank == r; })) continue;
+        for (int i = 0; i < b.slots; ++i)
+          if (b.expert[static_cast<size_t>(r) * b.slots + i] == spare && (from < 0 || b.load[r] > b.load[from])) from = r, slot = i;
+      }
+      if (from < 0) break;
+      --count[spare];
+      ++count[hot];
+      swaps.push_back({from, slot, hot});
+      resize();
+    }
+    for (const Swap& s : swaps) round.lock(s.rank, s.slot, {load[s.to] / count[s.to], s.to});
+    round.choose(enough);
+    round.hand_out();
+    if (round.failed() || b.max_load() >= before.max_load()) {
+      b = before;
+      return;
+    }
+  }
+}
+
+}  // namespace moecomm::balance
