@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kSteps = 512;          // resolution of the ledger: T / 1024
 constexpr double kPrecision = 5e-4;  // of the bisection
+constexpr int kWork = 4000;           // replicas looked at while single ones are moved
 
 // For every step t the surplus of small replicas over the large ones that need them; below zero: a deficit.
 class Ledger {
@@ -19,14 +20,15 @@ class Ledger {
     scale_ = 2 * kSteps / limit;
     std::fill(surplus_, surplus_ + kSteps, int16_t{0});
   }
-  // Replicas of one size join (n > 0) or leave (n < 0). Rounded so that no deficit is missed.
+  // Replicas of one size join (n > 0) or leave (n < 0). Rounding may hide a small deficit: the caller looks at
+  // the pairs themselves.
   struct Effect {
     int from;
     int n;
   };
   Effect effect(double size, int n) const {
-    if (2 * size <= limit_) return {std::min(kSteps, static_cast<int>(std::ceil(size * scale_))), n};
-    return {std::max(0, static_cast<int>(std::floor((limit_ - size) * scale_))), -n};
+    if (2 * size <= limit_) return {std::min(kSteps, static_cast<int>(size * scale_ + 0.5)), n};
+    return {std::max(0, static_cast<int>((limit_ - size) * scale_ + 0.5)), -n};
   }
   void add(Effect e) {
     for (int i = e.from; i < kSteps; ++i) surplus_[i] = static_cast<int16_t>(surplus_[i] + e.n);
@@ -53,6 +55,8 @@ class Ledger {
   int16_t surplus_[kSteps];
 };
 
+enum class Found { yes, no, impossible };
+
 class PairSearch {
  public:
   PairSearch(const double* load, int experts, int ranks) : load_(load), experts_(experts), ranks_(ranks), order_(experts) {
@@ -60,22 +64,34 @@ class PairSearch {
     std::sort(order_.begin(), order_.end(), [&](int a, int b) { return load[a] != load[b] ? load[a] < load[b] : a < b; });
   }
 
-  // Counts that meet the limit, if this finds any.
-  bool meet(double limit, std::vector<int32_t>& count) {
+  // Counts that meet the limit, if one of the ways to choose splits finds any.
+  Found meet(double limit, std::vector<int32_t>& count) {
+    Found found = Found::no;
+    for (const Choice c : {Choice::either, Choice::small_first, Choice::small_unless_worse})
+      if (found == Found::no) found = meet(limit, c, count);
+    return found;
+  }
+
+ private:
+  // Which splits compete: those of large replicas and of small ones; the small ones where there are any; or all, but
+  // a large one must leave clearly less.
+  enum class Choice { either, small_first, small_unless_worse };
+
+  Found meet(double limit, Choice choice, std::vector<int32_t>& count) {
     int left = 2 * ranks_;
     for (int e = 0; e < experts_; ++e) {
       const double n = std::max(1.0, std::ceil(load_[e] / limit));
-      if (n > ranks_) return false;
+      if (n > ranks_) return Found::impossible;
       count[e] = static_cast<int32_t>(n);
       left -= count[e];
     }
-    if (left < 0) return false;
+    if (left < 0) return Found::impossible;
     ledger_.reset(limit);
     for (int e = 0; e < experts_; ++e) ledger_.add(ledger_.effect(load_[e] / count[e], count[e]));
     for (int step; (step = ledger_.first_deficit()) < kSteps; --left) {
-      if (left == 0) return false;
-      const int e = best_split(step, limit, count);
-      if (e < 0) return false;
+      if (left == 0) return Found::no;
+      const int e = best_split(step, limit, choice, count);
+      if (e < 0) return Found::no;
       ledger_.add(ledger_.effect(load_[e] / count[e], -count[e]));
       ++count[e];
       ledger_.add(ledger_.effect(load_[e] / count[e], count[e]));
@@ -86,38 +102,40 @@ class PairSearch {
         ++count[order_[i]];
         --left;
       }
-    return true;
+    return Found::yes;
   }
 
- private:
   // Of the splits that help at this step, the one that leaves the smallest deficits in all.
-  int best_split(int step, double limit, const std::vector<int32_t>& count) const {
-    int best = -1, least = 1 << 30;
-    const auto consider = [&](int e) {
+  int best_split(int step, double limit, Choice choice, const std::vector<int32_t>& count) const {
+    int best = -1;
+    double least = 1e300;
+    const auto consider = [&](int e, double handicap) {
       if (count[e] >= ranks_) return;
-      const int d = ledger_.deficit_with(ledger_.effect(load_[e] / count[e], -count[e]),
-                                         ledger_.effect(load_[e] / (count[e] + 1), count[e] + 1));
+      const double d = handicap * ledger_.deficit_with(ledger_.effect(load_[e] / count[e], -count[e]),
+                                                       ledger_.effect(load_[e] / (count[e] + 1), count[e] + 1));
       if (d < least) least = d, best = e;
     };
-    // Large replicas that find no partner ...
+    // The largest of those whose halves become partners ...
     const double t = ledger_.at(step), large = limit - ledger_.at(step + 1);
+    const auto above = std::partition_point(order_.begin(), order_.end(), [&](int e) { return load_[e] <= 2 * t; });
     int seen = 0;
+    for (auto it = above; it != order_.begin() && seen < kSmall;) {
+      const int e = *--it;
+      if (count[e] == 1) consider(e, 1.0), ++seen;
+    }
+    if (choice == Choice::small_first && best >= 0) return best;
+    // ... and large replicas that find no partner.
+    seen = 0;
     for (int i = experts_ - 1; i >= 0 && seen < kLarge; --i) {
       const int e = order_[i];
       if (load_[e] < large) break;
-      if (load_[e] / count[e] >= large) consider(e), ++seen;
-    }
-    // ... and those whose halves become partners: the largest such.
-    const auto above = std::partition_point(order_.begin(), order_.end(), [&](int e) { return load_[e] <= 2 * t; });
-    seen = 0;
-    for (auto it = above; it != order_.begin() && seen < kSmall;) {
-      const int e = *--it;
-      if (count[e] == 1) consider(e), ++seen;
+      if (load_[e] / count[e] >= large) consider(e, choice == Choice::either ? 1.0 : kClearly), ++seen;
     }
     return best;
   }
 
   static constexpr int kLarge = 3, kSmall = 4;
+  static constexpr double kClearly = 1.15;
   const double* load_;
   int experts_, ranks_;
   std::vector<int32_t> order_;   // experts by load
@@ -130,26 +148,78 @@ struct Replica {
   bool operator<(const Replica& o) const { return size != o.size ? size < o.size : expert < o.expert; }
 };
 
-void pair_up(const double* load, const std::vector<int32_t>& count, Bins& bins) {
+// All replicas; rank r takes those at r and at size - 1 - r: smallest with largest, and no expert with itself.
+std::vector<Replica> arrange(const double* load, const std::vector<int32_t>& count) {
   std::vector<Replica> all;
-  all.reserve(2 * bins.ranks);
-  for (int e = 0; e < static_cast<int>(count.size()); ++e)
-    for (int c = 0; c < count[e]; ++c) all.push_back({load[e] / count[e], e});
+  for (int e = 0; e < static_cast<int>(count.size()); ++e) all.insert(all.end(), count[e], Replica{load[e] / count[e], e});
   std::sort(all.begin(), all.end());
-  const int last = static_cast<int>(all.size()) - 1;
-  for (int r = 0; r < bins.ranks; ++r) {
-    if (all[r].expert == all[last - r].expert) {   // in the middle of the order only: trade partners with another rank
-      for (int d = 1; d < bins.ranks; ++d) {
-        const int s = (r + bins.ranks - d) % bins.ranks;
-        if (all[s].expert == all[r].expert || all[last - s].expert == all[r].expert) continue;
-        std::swap(all[r], all[s]);
-        break;
-      }
+  const int last = static_cast<int>(all.size()) - 1, ranks = (last + 1) / 2;
+  for (int r = 0; r < ranks; ++r) {
+    const int32_t twice = all[r].expert;
+    if (twice != all[last - r].expert) continue;
+    // Trade the smaller one with the rank where that costs least.
+    int with = -1;
+    double least = 1e300;
+    for (int s = 0; s < ranks; ++s) {
+      if (all[s].expert == twice || all[last - s].expert == twice) continue;
+      const double worst = std::max(all[s].size + all[last - r].size, all[r].size + all[last - s].size);
+      if (worst < least) least = worst, with = s;
     }
+    std::swap(all[r], all[with]);   // there is one: an expert twice in a rank is missing in another
   }
-  for (int r = 0; r < bins.ranks; ++r) {
-    bins.put(r, 0, all[last - r].expert, all[last - r].size);
-    bins.put(r, 1, all[r].expert, all[r].size);
+  return all;
+}
+
+// The heaviest pair by its smaller replica's position.
+int heaviest_pair(const std::vector<Replica>& all) {
+  const int last = static_cast<int>(all.size()) - 1;
+  int worst = 0;
+  for (int i = 1; 2 * i < last; ++i)
+    if (all[i].size + all[last - i].size > all[worst].size + all[last - worst].size) worst = i;
+  return worst;
+}
+
+double heaviest(const std::vector<Replica>& all) {
+  const int i = heaviest_pair(all);
+  return all[i].size + all[all.size() - 1 - i].size;
+}
+
+// One replica moves from an expert that can spare it to one that lightens the heaviest pair, for as long as
+// that helps. Finds what the ledger's greedy choice of splits has missed.
+void move_replicas(const double* load, int ranks, double enough, std::vector<int32_t>& count) {
+  std::vector<Replica> all = arrange(load, count);
+  double now = heaviest(all);
+  const int most = kWork / (2 * ranks);
+  for (int tries = 0; now > enough && tries < most;) {
+    const int i = heaviest_pair(all);
+    const Replica small = all[i], large = all[all.size() - 1 - i];
+    std::vector<Replica> takers, givers;   // by size after the move: smallest first
+    for (int e = 0; e < static_cast<int>(count.size()); ++e) {
+      if (count[e] < ranks && (e == large.expert || load[e] / (count[e] + 1) <= small.size)) takers.push_back({-load[e] / (count[e] + 1), e});
+      if (count[e] > 1 && load[e] / (count[e] - 1) < now) givers.push_back({load[e] / (count[e] - 1), e});
+    }
+    std::sort(takers.begin(), takers.end());
+    std::sort(givers.begin(), givers.end());
+    bool better = false;
+    for (size_t sum = 0; sum < takers.size() + givers.size() && !better && tries < most; ++sum)
+      for (size_t i = sum < givers.size() ? 0 : sum - givers.size() + 1; i <= sum && i < takers.size() && !better && tries < most; ++i) {
+        const int to = takers[i].expert, from = givers[sum - i].expert;
+        if (to == from) continue;
+        ++count[to];
+        --count[from];
+        ++tries;
+        std::vector<Replica> trial = arrange(load, count);
+        const double then = heaviest(trial);
+        better = then < now;
+        if (better) {
+          now = then;
+          all.swap(trial);
+        } else {
+          --count[to];
+          ++count[from];
+        }
+      }
+    if (!better) return;
   }
 }
 
@@ -159,26 +229,27 @@ void place_pairs(const double* load, int experts, double enough, Bins& bins) {
   const int ranks = bins.ranks;
   std::vector<int32_t> count(experts), trial(experts);
   split_hottest(load, experts, 2 * ranks, ranks, count.data());
-  const auto heaviest = [&](const std::vector<int32_t>& c) {
-    Bins b;
-    b.reset(ranks, 2);
-    pair_up(load, c, b);
-    return b.max_load();
-  };
-  double high = heaviest(count), low = enough;
+  double high = heaviest(arrange(load, count)), low = enough;
+  // Below the limit at which splitting alone takes all slots, no counts exist: low is proven up to there.
+  bool proven = true;
   PairSearch search(load, experts, ranks);
   while (high > low * (1 + kPrecision)) {
-    const double limit = std::sqrt(low * high);
-    if (search.meet(limit, trial)) {
-      const double got = heaviest(trial);
-      if (got < high) count = trial;
-      high = std::min(limit, got);
-    } else {
-      low = limit;
-    }
+    const double limit = low > 0 ? std::sqrt(low * high) : high / 2;
+    const Found found = search.meet(limit, trial);
+    const double got = found == Found::yes ? heaviest(arrange(load, trial)) : high;
+    if (got < high) count = trial, high = got;
+    if (found == Found::yes && got <= limit) continue;
+    low = limit;
+    proven = found == Found::impossible;
   }
+  if (!proven) move_replicas(load, ranks, enough, count);
   bins.reset(ranks, 2);
-  pair_up(load, count, bins);
+  const std::vector<Replica> all = arrange(load, count);
+  for (int r = 0; r < ranks; ++r) {
+    const Replica &small = all[r], &large = all[2 * ranks - 1 - r];
+    bins.put(r, 0, large.expert, large.size);
+    bins.put(r, 1, small.expert, small.size);
+  }
 }
 
 }  // namespace moecomm::balance

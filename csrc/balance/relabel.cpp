@@ -5,37 +5,57 @@
 namespace moecomm::balance {
 
 std::vector<int> match_places(const std::vector<int32_t>& kept, int n) {
-  struct Edge {
-    int32_t weight;
-    int set, place;
-  };
-  std::vector<Edge> edges;
-  for (int i = 0; i < n; ++i)
-    for (int j = 0; j < n; ++j)
-      if (kept[i * n + j] > 0) edges.push_back({kept[i * n + j], i, j});
-  std::stable_sort(edges.begin(), edges.end(), [](const Edge& a, const Edge& b) { return a.weight > b.weight; });
+  // Shortest augmenting paths with potentials; cost of (set i, place j) is -kept[i, j].
+  constexpr int32_t kFar = 1 << 30;
+  std::vector<int32_t> set_price(n), place_price(n, 0);
   std::vector<int> place_of(n, -1), set_at(n, -1);
-  for (const Edge& e : edges)
-    if (place_of[e.set] < 0 && set_at[e.place] < 0) {
-      place_of[e.set] = e.place;
-      set_at[e.place] = e.set;
-    }
-  for (int i = 0, free = 0; i < n; ++i) {
-    if (place_of[i] >= 0) continue;
-    while (set_at[free] >= 0) ++free;
-    place_of[i] = free;
-    set_at[free] = i;
+  std::vector<int> unplaced;
+  for (int i = 0; i < n; ++i) {   // most sets find their favourite place free
+    const int32_t* row = kept.data() + static_cast<size_t>(i) * n;
+    set_price[i] = -*std::max_element(row, row + n);
+    for (int j = 0; j < n && place_of[i] < 0; ++j)
+      if (set_at[j] < 0 && -row[j] == set_price[i]) place_of[i] = j, set_at[j] = i;
+    if (place_of[i] < 0) unplaced.push_back(i);
   }
-  for (bool better = true; better;) {
-    better = false;
-    for (const Edge& e : edges) {
-      const int a = e.set, b = set_at[e.place], from = place_of[a];
-      if (a == b) continue;
-      if (e.weight + kept[b * n + from] > kept[a * n + from] + kept[b * n + e.place]) {
-        std::swap(place_of[a], place_of[b]);
-        std::swap(set_at[from], set_at[e.place]);
-        better = true;
+  std::vector<int32_t> distance(n);
+  std::vector<int> from(n), open(n);
+  for (const int start : unplaced) {
+    std::fill(distance.begin(), distance.end(), kFar);
+    int count = n, end = -1, set = start;
+    for (int j = 0; j < n; ++j) open[j] = j;   // the first `count`: places not reached yet
+    int32_t reached = 0;
+    std::vector<int> closed;
+    while (end < 0) {
+      const int32_t* row = kept.data() + static_cast<size_t>(set) * n;
+      const int32_t base = reached - set_price[set];
+      int32_t least = kFar;
+      int nearest = 0;
+      for (int k = 0; k < count; ++k) {
+        const int j = open[k];
+        const int32_t d = base - row[j] - place_price[j];
+        if (d < distance[j]) distance[j] = d, from[j] = set;
+        if (distance[j] < least || (distance[j] == least && set_at[j] < 0)) least = distance[j], nearest = k;
       }
+      reached = least;
+      const int place = open[nearest];
+      if (set_at[place] < 0) {
+        end = place;
+      } else {
+        open[nearest] = open[--count];
+        closed.push_back(place);
+        set = set_at[place];
+      }
+    }
+    set_price[start] += reached;
+    for (const int j : closed) {
+      set_price[set_at[j]] += reached - distance[j];
+      place_price[j] -= reached - distance[j];
+    }
+    for (int j = end; j >= 0;) {   // take over along the path
+      const int i = from[j], freed = place_of[i];
+      place_of[i] = j;
+      set_at[j] = i;
+      j = i == start ? -1 : freed;
     }
   }
   return place_of;

@@ -6,8 +6,8 @@
 
 namespace moecomm::balance {
 
-// kept[n, n]: what old place j keeps if it takes new set i. Returns the old place of every new set: heaviest
-// first, then exchanged in pairs for as long as that keeps more.
+// kept[n, n]: what old place j keeps if it takes new set i. Returns the old place of every new set such that
+// the most is kept in all (an assignment problem).
 std::vector<int> match_places(const std::vector<int32_t>& kept, int n);
 
 // Reorders the rank sets of placement[ranks, slots] towards previous[ranks, slots]; a replica that stays on its

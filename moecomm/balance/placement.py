@@ -16,6 +16,11 @@ def _require(ok, op, name, value, expected):
         raise InvalidArgument(f"{op}: {name} is {value!r}; expected {expected}", op=op)
 
 
+def _loads(load):
+    """Any array or tensor of loads as a contiguous float64 tensor on the CPU."""
+    return torch.from_numpy(np.ascontiguousarray(load.cpu() if isinstance(load, torch.Tensor) else load, dtype=np.float64))
+
+
 @dataclass(frozen=True, eq=False)
 class Placement:
     """Which logical expert every slot holds, for all layers. Immutable; equal on every rank.
@@ -93,7 +98,7 @@ class Placement:
         InvalidArgument
             load has another shape.
         """
-        load = torch.as_tensor(load, dtype=torch.float64)
+        load = _loads(load)
         _require(load.shape == self.replica_count.shape, "rank_load", "load", list(load.shape), f"[L, E] = {list(self.replica_count.shape)}")
         share = (load / self.replica_count).gather(1, self.physical_to_logical)
         return share.view(self.num_layers, self.num_ranks, -1).sum(-1)
@@ -152,7 +157,7 @@ def rebalance(load, *, num_replicas, num_groups=1, num_nodes=1, num_ranks, previ
     Source: DeepSeek-V3 technical report, section 3.4.1; rebalancing every few minutes from online statistics.
     """
     op = "rebalance"
-    load = np.ascontiguousarray(torch.as_tensor(load).cpu().numpy() if isinstance(load, torch.Tensor) else load, dtype=np.float64)
+    load = _loads(load).numpy()
     _require(load.ndim == 2 and load.size > 0, op, "load", list(load.shape), "[layers, experts]")
     _require(bool(np.isfinite(load).all()) and load.min() >= 0, op, "load", float(load.flat[int(np.argmin(load))]), "finite numbers >= 0")
     experts = load.shape[1]
