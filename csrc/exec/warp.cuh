@@ -1,0 +1,26 @@
+// A GPU warp as a group: 32 lanes, broadcasts by shuffles, no barrier wider than the warp.
+#pragma once
+#include "exec/group.hpp"
+
+namespace moecomm {
+
+struct Warp {
+  static __device__ int lane() { return threadIdx.x & 31; }
+  static constexpr MOE_HD int size() { return 32; }
+  static __device__ void sync() { __syncwarp(); }
+  // Trivially copyable values go word by word. Shuffles order no memory: the sync before them does.
+  template <class T>
+  static __device__ T broadcast(T v, int from) {
+    constexpr int kWords = (sizeof(T) + 3) / 4;
+    uint32_t words[kWords] = {};
+    memcpy(words, &v, sizeof(T));
+    __syncwarp();
+    MOE_UNROLL(16)
+    for (int i = 0; i < kWords; ++i) words[i] = __shfl_sync(~0u, words[i], from);
+    T out;
+    memcpy(&out, words, sizeof(T));
+    return out;
+  }
+};
+
+}  // namespace moecomm

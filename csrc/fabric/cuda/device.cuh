@@ -1,0 +1,190 @@
+// DeviceFabric: the Fabric of the cuda world. Node windows are peer-mapped device memory; the rail is a type
+// parameter (loopback between ranks that map each other's memory, NCCL's GIN between hosts).
+//
+// Ordering. A signal is lane 0's: it waits for the group's bulk copies, orders the engine's proxy with its own,
+// and adds with release at system scope; what other lanes stored comes before it by the group's sync. A wait is an
+// acquire at system scope followed by a proxy fence, so that the engine too may read what was released.
+#pragma once
+#include "exec/warp.cuh"
+#include "fabric/cuda/links.hpp"
+#include "fabric/cuda/reduce.cuh"
+#include "fabric/cuda/scratch.cuh"
+#include "fabric/fabric.hpp"
+#include "protocol/views.hpp"
+
+namespace moecomm {
+
+// Between ranks whose regions are mapped here: a put is a copy through the engine, a signal a release at system scope.
+struct LoopbackDeviceRail {
+  static constexpr bool kPutsFromAnywhere = true;
+  char** regions;
+
+  __device__ void put(Pipeline& pipe, int peer, uint64_t offset, const char* src, uint64_t bytes) const {
+    char* dst = regions[peer] + offset;
+    const bool whole = ((reinterpret_cast<uint64_t>(dst) | reinterpret_cast<uint64_t>(src) | bytes) & 15) == 0;
+    if (ptx::kBulk && whole) {
+      pipe.copy(src, bytes, 1, [&](int) { return dst; });
+    } else if (whole) {
+      for (uint64_t i = 0; i < bytes; i += 16) ptx::store16(dst + i, ptx::load16(src + i));
+    } else {   // checksums, slots and fault words: whole words
+      for (uint64_t i = 0; i < bytes; i += 4) *reinterpret_cast<uint32_t*>(dst + i) = *reinterpret_cast<const volatile uint32_t*>(src + i);
+    }
+  }
+  __device__ void signal(int peer, uint64_t counter, uint64_t add) const {
+    ptx::add_release_sys(reinterpret_cast<uint64_t*>(regions[peer] + counter), add);
+  }
+  __device__ void fault(int peer, uint64_t offset, uint64_t word) const {
+    ptx::store_release_sys(reinterpret_cast<uint64_t*>(regions[peer] + offset), word);
+  }
+};
+
+// Rows from this size on go through the copy engine.
+constexpr uint64_t kBulkBytes = 1024;
+constexpr int kPollsPerCheck = 64;
+
+template <class Rail>
+struct DeviceFabric {
+  static constexpr bool kPutsFromAnywhere = Rail::kPutsFromAnywhere;
+  const DeviceLinks* links;
+  Rail rail_link;
+  WarpScratch* scratch;
+  uint64_t deadline;   // %globaltimer
+
+  __device__ char* window(int local, uint64_t offset) const { return links->windows[local] + offset; }
+  __device__ char* rail(uint64_t offset) const { return links->rail_region + offset; }
+
+  __device__ void put(int peer, uint64_t offset, const char* src, uint64_t bytes) const {
+    complete();   // the source may have been written by this group's row operations
+    rail_link.put(scratch->pipe, peer, offset, src, bytes);
+  }
+  __device__ void signal_rail(int peer, uint64_t counter, uint64_t add) const {
+    complete();
+    rail_link.signal(peer, counter, add);
+  }
+  __device__ void signal_node(int local, uint64_t counter, uint64_t add) const {
+    complete();
+    ptx::add_release_sys(reinterpret_cast<uint64_t*>(window(local, counter)), add);
+  }
+  __device__ Status wait_rail(uint64_t counter, uint64_t at_least, Phase phase, int peer) const {
+    return wait(rail(counter), at_least, phase, peer);
+  }
+  __device__ Status wait_node(uint64_t counter, uint64_t at_least, Phase phase, int peer) const {
+    return wait(window(links->geometry.local(), counter), at_least, phase, peer);
+  }
+
+  __device__ void copy_row(Warp g, char* dst, const char* src, uint64_t bytes) const {
+    if (ptx::kBulk && bytes >= kBulkBytes) return bulk(g, src, bytes, 1, [&](int) { return dst; });
+    copy_words(g, dst, src, bytes);
+  }
+  __device__ void spread_row(Warp g, char* const* targets, int count, const char* src, uint64_t bytes) const {
+    if (ptx::kBulk && bytes >= kBulkBytes) return bulk(g, src, bytes, count, [&](int i) { return targets[i]; });
+    for (int i = 0; i < count; ++i) copy_words(g, targets[i], src, bytes);
+  }
+  __device__ void zero_row(Warp g, char* dst, uint64_t bytes) const {
+    if (bytes % 16 == 0 && reinterpret_cast<uint64_t>(dst) % 16 == 0)
+      for (uint64_t i = 16 * g.lane(); i < bytes; i += 16 * 32) ptx::store16(dst + i, uint4{});
+    else
+      for (uint64_t i = 4 * g.lane(); i < bytes; i += 4 * 32) *reinterpret_cast<uint32_t*>(dst + i) = 0;
+  }
+  __device__ void settle(Warp g) const {
+    if (g.lane() == 0) complete();
+    g.sync();
+  }
+
+  // Rows come from peers by the engine or by stores; a sum is written by stores.
+  __device__ void reduce_rows(Warp g, char* dst, const Terms& terms, const Terms*, const float* bias, int64_t hidden, DType type) const {
+    with_element(type, [&](auto element) {
+      using T = decltype(element);
+      if constexpr (T::kBytes < 8)
+        if (terms.coded) return reduce_coded<T>(dst, terms, bias, hidden, g.lane());
+      reduce_plain<T>(dst, terms, bias, hidden, g.lane());
+    });
+  }
+  __device__ void reduce_encode(Warp g, char* dst, Wire wire, const Terms& terms, const Terms*, int64_t hidden, DType type) const {
+    with_element(type, [&](auto element) {
+      using T = decltype(element);
+      if constexpr (T::kBytes < 8) reduce_wire<T>(dst, wire, terms, hidden, g.lane());
+    });
+  }
+  __device__ void quantize_row(Warp g, char* codes, char* scales, const char* row, int64_t hidden, DType type, ScaleKind kind) const {
+    with_element(type, [&](auto element) {
+      using T = decltype(element);
+      if constexpr (T::kBytes < 8) quantize<T>(codes, scales, row, hidden, kind, g.lane());
+    });
+  }
+
+  __device__ Counters& counters() const { return scratch->counters; }
+  __device__ TermStore& terms(int which) const { return scratch->terms[which]; }
+  __device__ char** targets() const { return scratch->targets; }
+  __device__ bool replicates(int local) const { return links->same_device[local / 64] >> local % 64 & 1; }
+
+  // The first failure of a rank is its record. A verdict is everybody's, and each rank goes on to the call's end;
+  // what is final ends all warps of this rank, and everyone within reach learns of it.
+  __device__ void fail(const Status& s) const {
+    if (s.code == Code::lost && s.peer == links->geometry.rank) return;   // ended by another warp's failure
+    if (atomicCAS(reinterpret_cast<unsigned long long*>(links->failed + 1), 0ull, 1ull) != 0) return;
+    links->fault->status = s;
+    ptx::store_release_sys(&links->fault->code, static_cast<uint64_t>(s.code));
+    if (s.code == Code::capacity || s.code == Code::mismatch) return;
+    ptx::add_release_gpu(links->failed, 1);
+    if (s.code == Code::invalid) return;   // nothing has moved
+    const uint64_t word = static_cast<uint64_t>(s.code) | static_cast<uint64_t>(s.peer + 1) << 8;
+    const Geometry& g = links->geometry;
+    for (int d = 0; d < g.ranks_per_node; ++d)
+      if (d != g.local()) ptx::store_release_sys(reinterpret_cast<uint64_t*>(window(d, links->window_faults + 8 * g.local())), word);
+    for (int p = 0; p < links->region_peers; ++p)
+      if (p != links->own_peer) rail_link.fault(p, links->region_faults + 8 * links->own_peer, word);
+  }
+  __device__ bool failed() const { return ptx::load_acquire_gpu(links->failed) != 0; }
+
+  // One lane: the group's bulk copies are done and in order before what it does next.
+  __device__ void complete() const {
+    ptx::bulk_wait_all();
+    ptx::proxy_fence();
+  }
+
+ private:
+  template <class Target>
+  __device__ void bulk(Warp g, const char* src, uint64_t bytes, int count, Target&& target) const {
+    ptx::proxy_fence();   // each lane: what it stored may be the source
+    g.sync();
+    if (g.lane() == 0) scratch->pipe.copy(src, bytes, count, target);
+    g.sync();
+  }
+  __device__ static void copy_words(Warp g, char* dst, const char* src, uint64_t bytes) {
+    if (((reinterpret_cast<uint64_t>(dst) | reinterpret_cast<uint64_t>(src) | bytes) & 15) == 0)
+      for (uint64_t i = 16 * g.lane(); i < bytes; i += 16 * 32) ptx::store16(dst + i, ptx::load16(src + i));
+    else
+      for (uint64_t i = 4 * g.lane(); i < bytes; i += 4 * 32)
+        *reinterpret_cast<uint32_t*>(dst + i) = *reinterpret_cast<const volatile uint32_t*>(src + i);
+  }
+  __device__ Status reported_fault(Phase phase) const {
+    const auto read = [&](const char* memory, uint64_t offset, int count) {
+      for (int i = 0; i < count; ++i)
+        if (const uint64_t w = ptx::load_acquire_sys(reinterpret_cast<const uint64_t*>(memory + offset) + i)) return w;
+      return uint64_t{0};
+    };
+    uint64_t word = read(window(links->geometry.local(), 0), links->window_faults, links->geometry.ranks_per_node);
+    if (!word && links->rail_region) word = read(links->rail_region, links->region_faults, links->region_peers);
+    if (!word && failed()) return {Code::lost, phase, links->geometry.rank, 1, 0, 0};   // another warp has left the record
+    if (!word) return {};
+    return {static_cast<Code>(word & 0xff), phase, static_cast<int32_t>(word >> 8) - 1, 1, 0, 0};
+  }
+  __device__ Status wait(const char* counter, uint64_t at_least, Phase phase, int peer) const {
+    const auto* c = reinterpret_cast<const uint64_t*>(counter);
+    Status s;
+    uint64_t got;
+    for (int polls = 1; (got = ptx::load_acquire_sys(c)) < at_least; ++polls) {
+      if (polls % kPollsPerCheck) continue;
+      s = reported_fault(phase);
+      if (s.ok() && ptx::nanoseconds() >= deadline) s = {Code::timeout, phase, peer, 0, at_least, got};
+      if (s.ok()) continue;
+      if (ptx::load_acquire_sys(c) < at_least) return s;   // arrived data wins over a fault
+      break;
+    }
+    ptx::proxy_fence();
+    return {};
+  }
+};
+
+}  // namespace moecomm

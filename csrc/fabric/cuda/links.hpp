@@ -1,0 +1,30 @@
+// What a rank of the cuda world reaches, as its kernels are told. No CUDA type: the host side reads it too.
+#pragma once
+#include "base/counters.hpp"
+#include "base/types.hpp"
+
+namespace moecomm {
+
+// What a failing rank leaves for its host, in pinned memory; `code` is written last.
+struct FaultRecord {
+  Status status;
+  uint64_t code;
+};
+
+// What a rank has mapped. Device memory is named by plain pointers; the host's Buffer owns all of it.
+struct DeviceLinks {
+  Geometry geometry;
+  char** windows = nullptr;        // [P] by local rank
+  char* rail_region = nullptr;
+  char** regions = nullptr;        // [peers] for the loopback rail
+  uint64_t* same_device = nullptr; // bit i of word i / 64: local rank i is on this rank's GPU
+  uint64_t window_faults = 0;      // offset in a window of FaultWord per local rank
+  uint64_t region_faults = 0;      // offset in a region of FaultWord per peer
+  int32_t region_peers = 0;
+  int32_t own_peer = 0;            // this rank's index among them
+  uint64_t* failed = nullptr;      // not 0: this rank's warps end; [1]: not 0: the record is taken
+  FaultRecord* fault = nullptr;    // pinned
+  Counters* counters = nullptr;    // totals of all warps
+};
+
+}  // namespace moecomm
