@@ -1,6 +1,7 @@
 // Dispatch and combine of whole worlds: one lane or a team of lanes per rank, several rounds without a pause between
 // them, every byte compared with the independent check in world.hpp.
 #include "check.hpp"
+#include "seats.hpp"
 #include "world.hpp"
 
 using namespace world;
@@ -17,6 +18,7 @@ struct Case {
   bool quantized = false, check = false, weights = true;
   int skew = 0;               // 1: all tokens to one expert, 2: odd ranks are empty
   int rounds = 3;
+  int workers = 0, senders = 0;   // a rank is so many groups at once, and a coordinator; 0: one group
 };
 
 std::vector<Input> make_inputs(const Case& c, int max_tokens, uint64_t seed) {
@@ -82,7 +84,12 @@ void one_round(World& w, const Case& c, const Shape& shape, int r, int round, co
   std::memset(me.window.data.get() + me.view.node.arena, 0xee, shape.arena_bytes);   // nothing is held: all of it is free
   me.begin();
   const Offer offer = me.arena.offer();
-  const Status s = execute(c.lanes, [&](auto group) { return run_dispatch(group, me.fabric(), a, offer); });
+  std::vector<int32_t> apart(c.channels * c.nodes * me.view.count.ints);
+  const DispatchWork work{a, offer, apart.data()};
+  const Status s = c.workers == 0 ? execute(c.lanes, [&](auto group) { return run_dispatch(group, me.fabric(), a, offer); })
+                                  : run_seats(me, c.workers, c.senders, c.lanes, [&](auto group, auto fabric, auto gates, const Seat& seat) {
+                                      return dispatch_seat(group, fabric, gates, work, seat, [] {});
+                                    });
   if (!CHECK_EQ(s.code, Code::ok)) return;
 
   const CallShape& call = plan.view.call;
@@ -140,7 +147,10 @@ void one_round(World& w, const Case& c, const Shape& shape, int r, int round, co
   b.y = y.data();
   b.bias = bias.data();
   me.begin();
-  const Status back = execute(c.lanes, [&](auto group) { return run_combine(group, me.fabric(), b); });
+  const Status back = c.workers == 0 ? execute(c.lanes, [&](auto group) { return run_combine(group, me.fabric(), b); })
+                                     : run_seats(me, c.workers, c.senders, c.lanes, [&](auto group, auto fabric, auto gates, const Seat& seat) {
+                                         return combine_seat(group, fabric, gates, b, seat);
+                                       });
   if (!CHECK_EQ(back.code, Code::ok)) return;
   for (int t = 0; t < in[r].tokens; ++t)
     for (int h = 0; h < c.hidden; ++h) {
@@ -209,11 +219,23 @@ std::vector<Case> features(int lanes) {
   return all;
 }
 
+// The same as the cuda world schedules it.
+std::vector<Case> seated(std::vector<Case> cases, int workers, int senders) {
+  for (Case& c : cases) {
+    c.workers = workers;
+    c.senders = senders;
+  }
+  return cases;
+}
+
 }  // namespace
 
 TEST_CASES(lane_geometries, geometries(0)) { run_case(value); }
 TEST_CASES(lane_features, features(0)) { run_case(value); }
 TEST_CASES(team_of_2_geometries, geometries(2)) { run_case(value); }
 TEST_CASES(team_of_3_features, features(3)) { run_case(value); }
+TEST_CASES(seats_geometries, seated(geometries(0), 3, 3)) { run_case(value); }
+TEST_CASES(seats_apart_features, seated(features(0), 4, 2)) { run_case(value); }
+TEST(seats_of_a_warp) { run_case({.nodes = 2, .per_node = 1, .lanes = 32, .channels = 3, .hidden = 256, .rounds = 2, .workers = 2, .senders = 1}); }
 TEST(team_of_1) { run_case({.lanes = 1}); }
 TEST(team_of_8) { run_case({.nodes = 2, .per_node = 1, .lanes = 8, .hidden = 512, .type = DType::f32}); }

@@ -1,0 +1,58 @@
+// A rank as the cuda world runs it: several groups at once, ordered by gates. Each group is a Lane or a Team with
+// lists and counters of its own; the gates are atomics, so ThreadSanitizer sees what they order.
+#pragma once
+#include <array>
+
+#include "world.hpp"
+#include "world/cuda/schedule.hpp"
+
+namespace world {
+
+// Copies inside a node cross a link on the way to odd local ranks: `arrive` replicates there, gateways elsewhere.
+struct SeatFabric : HostFabric<LoopbackRail> {
+  static constexpr bool replicates(int local) { return local % 2 == 0; }
+};
+
+struct HostGates {
+  std::array<std::atomic<int>, static_cast<int>(Gate::count)>* counts;
+  std::chrono::steady_clock::time_point deadline;
+
+  template <class G>
+  void arrive(G g, Gate gate) const {
+    g.sync();
+    if (g.lane() == 0) (*counts)[static_cast<int>(gate)].fetch_add(1, std::memory_order_release);
+    g.sync();
+  }
+  template <class G>
+  Status wait(G g, Gate gate, int groups) const {
+    return leader(g, [&] {
+      while ((*counts)[static_cast<int>(gate)].load(std::memory_order_acquire) < groups) {
+        if (std::chrono::steady_clock::now() > deadline) return Status{Code::timeout, Phase::none, -1, static_cast<int32_t>(gate)};
+        std::this_thread::yield();
+      }
+      return Status{};
+    });
+  }
+};
+
+// role(group, fabric, gates, seat) on workers + 1 groups; the first Status by seat that is not ok.
+template <class Role>
+Status run_seats(RankState& me, int workers, int senders, int lanes, Role&& role) {
+  std::array<std::atomic<int>, static_cast<int>(Gate::count)> counts{};
+  std::vector<HostState> own(workers + 1, me.host);
+  std::vector<Status> said(workers + 1);
+  {
+    std::vector<std::jthread> groups;
+    for (int i = 0; i <= workers; ++i)
+      groups.emplace_back([&, i] {
+        own[i].counters = {};
+        const SeatFabric fabric{{&own[i], &me.loopback}};
+        said[i] = execute(lanes, [&](auto group) { return role(group, fabric, HostGates{&counts, me.host.deadline}, Seat{i, workers, senders}); });
+      });
+  }
+  for (const Status& s : said)
+    if (!s.ok()) return s;
+  return {};
+}
+
+}  // namespace world
