@@ -611,4 +611,4 @@ def _check_shape(size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, c
     require(isinstance(top_k, int) and 1 <= top_k <= min(_MAX_TOP_K, num_experts), "top_k", top_k, f"1..{min(_MAX_TOP_K, num_experts)}")
     require(isinstance(max_tokens, int) and 1 <= max_tokens <= 1 << 24, "max_tokens", max_tokens, "1..2**24")
     require(isinstance(num_sms, int) and num_sms >= 2 and num_sms % 2 == 0, "num_sms", num_sms, "an even int >= 2")
-    require(channels is None or (isinstance(channels, int) and 1 <= channels <= 64), "channels", channels, "1..64")
+    require(channels is None or (isinstance(channels, int) and 1 <= channels <= 1024), "channels", channels, "1..1024")

@@ -5,7 +5,7 @@
 namespace moecomm {
 
 constexpr int kMaxTopK = 32;
-constexpr int kMaxChannels = 64;
+constexpr int kMaxChannels = 1024;
 
 // Fixed for the life of a Buffer, equal on every rank.
 struct Shape {
