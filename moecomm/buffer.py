@@ -132,6 +132,24 @@ class Buffer:
         arena_bytes = arena_bytes or _arena_bytes(comm.size, hidden, num_experts, top_k, max_tokens, dtype)
         return _bytes(comm, hidden, num_experts, top_k, max_tokens, dtype, channels, arena_bytes, decode)
 
+    @staticmethod
+    def arena_hint(comm, *, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, dispatches=2):
+        """The arena_bytes with which so many dispatches can be held at once, all tokens of all ranks going to one rank in each.
+
+        Training holds one per layer until its backward has run, and its backward makes one more: dispatches = layers + 1 for
+        layers that share a Buffer, plus one per layer where gradients of activations are kept too. Memory is committed
+        when it is first touched, so a generous number costs address space alone.
+
+        Raises
+        ------
+        InvalidArgument
+            As Buffer; dispatches is not positive.
+        """
+        _check_shape(comm.size, hidden, num_experts, top_k, max_tokens, dtype, 20, None, comm.rank)
+        if not isinstance(dispatches, int) or dispatches < 1:
+            raise InvalidArgument(f"arena_hint: dispatches is {dispatches!r}; expected an int >= 1", op="arena_hint", rank=comm.rank)
+        return _arena_bytes(comm.size, hidden, num_experts, top_k, max_tokens, dtype, dispatches)
+
     # -- dispatch ---------------------------------------------------------------------------------
 
     def dispatch(self, x, topk_ids=None, topk_weights=None, *, layout="expert", expert_alignment=1, quant=None, scale_layout="row",
@@ -258,13 +276,12 @@ class Buffer:
 
     def _dispatch_by_ops(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle):
         if handle is not None:
-            rows, row_scales, weights = ops.redispatch(x, topk_weights, scales, handle._tensor(), self.number, layout, handle.num_rows)
-            return Dispatched(handle, dict(x=rows, scales=row_scales, weights=weights))
+            rows, row_scales, weights, ids, source = ops.redispatch(x, topk_weights, scales, handle._tensor(), self.number, layout, handle.num_rows)
+            return Dispatched(handle, dict(x=rows, scales=None if scales is None else row_scales, weights=weights, ids=ids, source=source))
         rows, row_scales, weights, ids, source, tokens, padded, ticket = ops.dispatch(
             x, topk_ids, topk_weights, scales, self.number, layout, expert_alignment, capacity)
-        handle = Handle(self, layout, capacity, rows.shape[0], x.shape[0], ticket)
-        return Dispatched(handle, dict(x=rows, scales=None if scales is None else row_scales, weights=weights, ids=ids, source=source,
-                                       tokens=tokens, padded=padded))
+        handle = Handle(self, layout, capacity, rows.shape[0], x.shape[0], ticket, (tokens, padded))
+        return Dispatched(handle, dict(x=rows, scales=None if scales is None else row_scales, weights=weights, ids=ids, source=source))
 
     # -- combine ----------------------------------------------------------------------------------
 
@@ -594,10 +611,10 @@ def _default_channels(num_nodes):
     return 1 if num_nodes == 1 else 2
 
 
-def _arena_bytes(size, hidden, num_experts, top_k, max_tokens, dtype):
+def _arena_bytes(size, hidden, num_experts, top_k, max_tokens, dtype, dispatches=2):
     rows = size * max_tokens * min(top_k, num_experts // size)
     per_row = 2 * max(hidden * dtype.itemsize, hidden + 4 * ((hidden + 127) // 128) + 16) + 16 * top_k + 64
-    return -(-2 * (rows * per_row + 65536) // 4096) * 4096
+    return -(-dispatches * (rows * per_row + 65536) // 4096) * 4096
 
 
 def _check_shape(size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, rank):

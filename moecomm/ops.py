@@ -94,9 +94,8 @@ def _dispatch(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignmen
     b = buffer_of(buffer)
     b._check_dispatch(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity)
     out = b._dispatch_natively(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity)
-    return (out.x, torch.empty(0) if scales is None else out.scales, out.topk_weights,
-            torch.empty(0, dtype=torch.int64) if layout == "expert" else out.topk_ids,
-            out._tensors["source"], out.tokens_per_expert, out.rows_per_expert, out.handle._tensor())
+    return (out.x, torch.empty(0) if scales is None else out.scales, out.topk_weights, *_picks_of(out),
+            out.tokens_per_expert, out.rows_per_expert, out.handle._tensor())
 
 
 def _dispatch_fake(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignment, capacity):
@@ -120,6 +119,11 @@ def _dispatch_backward(ctx, rows, _scales, weights, *_):
     return x, None, weights, None, None, None, None, None
 
 
+def _picks_of(out):
+    """Ids (empty in the expert layout) and source of what was dispatched."""
+    return torch.empty(0, dtype=torch.int64) if out.topk_ids is None else out.topk_ids, out._tensors["source"]
+
+
 def _to_tokens(ctx, rows, weights):
     """Gradients of received rows and weights, summed at the tokens that they came from."""
     (handle,) = ctx.saved_tensors
@@ -138,13 +142,14 @@ def _redispatch(x, topk_weights, scales, handle, buffer, layout, num_rows):
     b, h = _checked_handle(buffer, handle)
     b._check_dispatch(x, scales, None, topk_weights, h.layout, 1, None, h)
     out = b._dispatch_natively(x, scales, None, topk_weights, h.layout, 1, None, h)
-    return out.x, torch.empty(0) if scales is None else out.scales, out.topk_weights
+    return (out.x, torch.empty(0) if scales is None else out.scales, out.topk_weights, *_picks_of(out))
 
 
 def _redispatch_fake(x, topk_weights, scales, handle, buffer, layout, num_rows):
     shape = (num_rows, buffer_of(buffer).top_k) if layout == "rank" else (num_rows,)
     return (x.new_empty(num_rows, x.shape[1]), x.new_empty(0, dtype=torch.float32) if scales is None else scales.new_empty(num_rows, scales.shape[1]),
-            x.new_empty(shape, dtype=torch.float32))
+            x.new_empty(shape, dtype=torch.float32), x.new_empty(shape if layout == "rank" else (0,), dtype=torch.int64),
+            x.new_empty(num_rows, dtype=torch.int64))
 
 
 def _redispatch_context(ctx, inputs, output):
@@ -153,7 +158,7 @@ def _redispatch_context(ctx, inputs, output):
     ctx.save_for_backward(handle)
 
 
-def _redispatch_backward(ctx, rows, _scales, weights):
+def _redispatch_backward(ctx, rows, _scales, weights, *_):
     x, weights = _to_tokens(ctx, rows, weights)
     return x, weights, None, None, None, None, None
 
@@ -183,7 +188,7 @@ def _combine_backward(ctx, y):
         dims, dtype = ctx.bias
         grad_bias = y.to(dtype) if dims == 2 else y.sum(0, dtype=_wide(y.dtype)).to(dtype)
     handle, *saved = ctx.saved_tensors
-    grad, _, _ = redispatch(y.contiguous(), None, None, handle, ctx.buffer, ctx.layout, ctx.num_rows)
+    grad, *_ = redispatch(y.contiguous(), None, None, handle, ctx.buffer, ctx.layout, ctx.num_rows)
     grad_weights = None
     if ctx.weighted:
         rows, weights = saved
@@ -214,7 +219,7 @@ def _combine_slots_context(ctx, inputs, output):
 
 def _combine_slots_backward(ctx, y, slots):
     (handle,) = ctx.saved_tensors
-    rows, _, back = redispatch(y.contiguous(), slots.contiguous(), None, handle, ctx.buffer, ctx.layout, ctx.num_rows)
+    rows, _, back, *_ = redispatch(y.contiguous(), slots.contiguous(), None, handle, ctx.buffer, ctx.layout, ctx.num_rows)
     return rows, back, None, None, None, None
 
 
@@ -242,7 +247,7 @@ dispatch = _define("dispatch", _dispatch, _dispatch_fake, _dispatch_context, _di
                    " Tensor rows_per_expert, Tensor handle)")
 redispatch = _define("redispatch", _redispatch, _redispatch_fake, _redispatch_context, _redispatch_backward,
                      "(Tensor x, Tensor? topk_weights, Tensor? scales, Tensor handle, int buffer, str layout, SymInt num_rows)"
-                     " -> (Tensor x, Tensor scales, Tensor topk_weights)")
+                     " -> (Tensor x, Tensor scales, Tensor topk_weights, Tensor topk_ids, Tensor source)")
 combine = _define("combine", _combine, _combine_fake, _combine_context, _combine_backward,
                   "(Tensor rows, Tensor? topk_weights, Tensor? bias, Tensor handle, int buffer, str layout, SymInt num_tokens,"
                   " str? wire=None) -> Tensor")

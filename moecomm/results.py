@@ -56,12 +56,12 @@ class Dispatched:
     @property
     def tokens_per_expert(self):
         """True number of rows of every local expert, int64 [experts per rank]."""
-        return self._tensors["tokens"]
+        return self.handle._counts()[0]
 
     @property
     def rows_per_expert(self):
         """Rows of every local expert with padding, int64 [experts per rank]."""
-        return self._tensors["padded"]
+        return self.handle._counts()[1]
 
 
 class Handle:
@@ -71,11 +71,11 @@ class Handle:
     there and passed to combine, it is read in place. .num_rows, .num_tokens, .layout.
     """
 
-    def __init__(self, buffer, layout, capacity, num_rows, num_tokens, ticket):
+    def __init__(self, buffer, layout, capacity, num_rows, num_tokens, ticket, counts=None):
         self._buffer, self._capacity = buffer, capacity
         self.layout, self.num_rows, self.num_tokens = layout, num_rows, num_tokens
         self._either = ticket    # an ops.Ticket, or the tensor that stands for it
-        self._rows = None
+        self._rows, self._made_counts = None, counts
 
     @property
     def _ticket(self):
@@ -86,6 +86,13 @@ class Handle:
     def _tensor(self):
         """The handle as the operators take it: int64 [1] on the host."""
         return self._either if isinstance(self._either, torch.Tensor) else self._either.tensor()
+
+    def _counts(self):
+        """(true, padded) rows of every local expert."""
+        if self._made_counts is None:
+            plan, n = self._ticket.plan, self._buffer.experts_per_rank
+            self._made_counts = torch.tensor(plan.tokens_per_expert(n)), torch.tensor(plan.rows_per_expert(n))
+        return self._made_counts
 
     @property
     def rows(self):
@@ -145,10 +152,6 @@ class BlockTensors:
     def _make(self, name):
         h = self._handle
         buffer, top_k = h._buffer, () if h.layout == "expert" else (h._buffer.top_k,)
-        if name == "tokens":
-            return torch.tensor(h._ticket.plan.tokens_per_expert(buffer.experts_per_rank))
-        if name == "padded":
-            return torch.tensor(h._ticket.plan.rows_per_expert(buffer.experts_per_rank))
         if name == "scales" and not self._scale_bytes:
             return None
         index, dtype, columns = {

@@ -178,6 +178,9 @@ def test_in_place_rows_and_repeated_handles_are_differentiable():
         (first,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
         staged = buf.stats()["staged_rows"]
         again = buf.dispatch(x, topk_weights=weights[comm.rank], handle=out.handle)
+        assert again.x.requires_grad and again.scales is None and again.topk_ids is None
+        for name in ("source_rank", "source_token", "tokens_per_expert", "rows_per_expert"):
+            assert_same(getattr(again, name), getattr(out, name), name)
         y = buf.combine(again.x * 3, out.handle, topk_weights=out.topk_weights)
         (second,) = torch.autograd.grad(y.sum(), x)
         assert_same(first, second, "gradient of x")
