@@ -46,4 +46,12 @@ concept Fabric = requires(F f, G g, char* p, const char* c, const Terms& terms, 
   { F::kPutsFromAnywhere } -> std::convertible_to<bool>;     // false: sources of puts must lie in the rail region
 };
 
+// A fabric may also have reach(peer, offset): the peer's rail region itself where stores get there (ranks of other
+// nodes on one host), null where they do not. Signals order such stores like puts.
+template <class F>
+MOE_HD char* reach(F f, int peer, uint64_t offset) {
+  if constexpr (requires { f.reach(peer, offset); }) return f.reach(peer, offset);
+  else return nullptr;
+}
+
 }  // namespace moecomm

@@ -45,8 +45,8 @@ using Clock = std::chrono::steady_clock;
 
 // What waiting costs: look a few times, then give the core away (on a busy machine the peer needs it
 // to do what we wait for), then sleep until woken. Sleeps are bounded so that dead peers are noticed.
-constexpr int kLooks = 64;
-constexpr int kYields = 64;
+constexpr int kLooks = 16;
+constexpr int kYields = 1000;
 constexpr int64_t kNap = 5'000'000;            // ns; woken earlier by the signal itself
 constexpr int64_t kNapWithNetwork = 100'000;   // ns; nothing wakes us when a put lands from the network
 
@@ -119,8 +119,19 @@ struct HostFabric {
   char* window(int local, uint64_t offset) const { return s->windows[local] + offset; }
   char* rail(uint64_t offset) const { return s->rail_region + offset; }
 
-  void put(int peer, uint64_t offset, const char* src, uint64_t bytes) const { rail_link->put(peer, offset, src, bytes); }
-  void signal_rail(int peer, uint64_t counter, uint64_t add) const { rail_link->signal(peer, counter, add); }
+  char* reach(int peer, uint64_t offset) const {
+    char* there = rail_link->reach(peer);
+    return there ? there + offset : nullptr;
+  }
+  void put(int peer, uint64_t offset, const char* src, uint64_t bytes) const {
+    char* there = s->stream ? reach(peer, offset) : nullptr;
+    if (there) s->kernels->stream(there, src, bytes);
+    else rail_link->put(peer, offset, src, bytes);
+  }
+  void signal_rail(int peer, uint64_t counter, uint64_t add) const {
+    if (s->stream) s->kernels->fence();
+    rail_link->signal(peer, counter, add);
+  }
   void signal_node(int local, uint64_t counter, uint64_t add) const {
     if (s->stream) s->kernels->fence();
     add_and_wake(s->windows[local], counter, add);

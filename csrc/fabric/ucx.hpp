@@ -74,6 +74,8 @@ class UcxRegion {
   std::string key() const;
   void attach(const std::vector<int>& ranks, const std::vector<std::string>& keys);   // by peer; rank -1: not a peer
 
+  // The peer's memory itself, where UCX can map it (same host), else null. Stores there are ordered by signal().
+  char* reach(int peer) const noexcept { return peers_[peer].direct; }
   // The source must stay as it is until flush_poll() says true.
   void put(int peer, uint64_t offset, const void* src, uint64_t bytes) noexcept;
   // Adds to a counter of the peer's region, after all earlier puts to that peer. One writer per counter.
@@ -86,7 +88,7 @@ class UcxRegion {
     int rank = -1;
     ucp_rkey_h rkey = nullptr;
     uint64_t address = 0;
-    char* direct = nullptr;   // the peer's memory itself, where UCX can map it (same host)
+    char* direct = nullptr;   // see reach()
     std::vector<uint64_t> signalled;   // value of each of its counters that this rank writes
   };
   struct SignalCell {

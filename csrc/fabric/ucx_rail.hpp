@@ -11,6 +11,7 @@ class UcxRail {
   void attach(UcxContext* context, UcxRegion* region) { context_ = context; region_ = region; }
   void put(int peer, uint64_t offset, const void* src, uint64_t bytes) noexcept { region_->put(peer, offset, src, bytes); }
   void signal(int peer, uint64_t counter, uint64_t add) noexcept { region_->signal(peer, counter, add); }
+  char* reach(int peer) const noexcept { return region_->reach(peer); }
   bool progress() noexcept { return context_->progress(); }
   int failed_rank() const noexcept { return context_->failed_rank(); }
   bool flush_poll() noexcept { return region_->flush_poll(); }

@@ -103,7 +103,9 @@ MOE_HD Status reduce(G g, F f, const CombineArgs& a, int n, int channel) {
   const int begin = a.plan.channel_first[n * (channels + 1) + channel];
   const int end = a.plan.channel_first[n * (channels + 1) + channel + 1];
   const uint64_t here = remote_index(n, own) * b.shape.max_tokens, there = remote_index(own, n) * b.shape.max_tokens;
-  char* staged = f.rail(b.rail.area_a) + here * b.shape.slot_bytes();
+  const uint64_t target = b.rail.area_b + there * b.shape.slot_bytes();
+  char* straight = reach(f, n, target);   // where stores reach the peer, rows are summed right into its staging
+  char* staged = straight ? straight : f.rail(b.rail.area_a) + here * b.shape.slot_bytes();
   uint64_t* sums = reinterpret_cast<uint64_t*>(f.rail(b.rail.sums_out)) + here;
   const int k_max = b.shape.top_k;
   float* slots = reinterpret_cast<float*>(f.rail(b.rail.slots_out)) + here * k_max;
@@ -137,7 +139,7 @@ MOE_HD Status reduce(G g, F f, const CombineArgs& a, int n, int channel) {
     g.sync();
     if (g.lane() == 0) {
       const int rows = chunk_end - chunk;
-      f.put(n, b.rail.area_b + there * b.shape.slot_bytes() + chunk * row_bytes, staged + chunk * row_bytes, rows * row_bytes);
+      if (!straight) f.put(n, target + chunk * row_bytes, staged + chunk * row_bytes, rows * row_bytes);
       if (b.check) f.put(n, b.rail.sums + 8 * (there + chunk), reinterpret_cast<const char*>(sums + chunk), 8 * rows);
       if (a.slots)
         f.put(n, b.rail.slots + 4 * k_max * (there + chunk), reinterpret_cast<const char*>(slots + int64_t{chunk} * k_max), 4 * k_max * rows);
