@@ -1,0 +1,67 @@
+"""Quantization against torch's own operators: contenders take turns, medians, results compared before the clock counts."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from moecomm import quant, reference_quant
+
+
+def arguments(parser):
+    """Arguments of `python -m bench quant`."""
+    parser.add_argument("--rows", type=int, default=1024, help="rows a multiple of 128 (default 1024)")
+    parser.add_argument("--hidden", type=int, default=7168, help="columns, a multiple of 128 (default 7168)")
+    parser.add_argument("--repeats", type=int, default=15, help="turns of every contender (default 15)")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads; the kernels use one (default 1)")
+
+
+def main(args):
+    """Prints one line per operation: median microseconds, GB/s of the BF16 side, ratio; 1 where a result differs."""
+    torch.set_num_threads(args.threads)
+    x = torch.randn((args.rows, args.hidden), generator=torch.Generator().manual_seed(0)).bfloat16()
+    print(f"{'operation':<22} {'moecomm us':>10} {'torch us':>10} {'GB/s':>6} {'ratio':>6} {'#wrong':>6}   [{args.rows}, {args.hidden}] bf16")
+    wrong_in_all = 0
+    for name, own, theirs in contenders(x):
+        wrong = sum(int((a.contiguous().view(torch.uint8) != b.contiguous().view(torch.uint8)).sum()) for a, b in zip(own(), theirs(), strict=True))
+        times = {own: [], theirs: []}
+        for _ in range(args.repeats):
+            for run in times:
+                start = time.perf_counter()
+                run()
+                times[run].append(time.perf_counter() - start)
+        mine, other = (statistics.median(times[run]) for run in (own, theirs))
+        print(f"{name:<22} {1e6 * mine:>10.0f} {1e6 * other:>10.0f} {2e-9 * x.numel() / mine:>6.1f} {other / mine:>6.1f} {wrong:>6}")
+        wrong_in_all += wrong
+    return int(wrong_in_all > 0)
+
+
+def contenders(x):
+    """(operation, this library, torch): functions that return the tensors to compare."""
+    codes, scales = quant.quantize(x)
+    coded = quant.encode_wire(x, "logfmt10")
+    parts = reference_quant.encode_logfmt10(x)
+    width = x.shape[1]
+    yield "quantize 1x128", lambda: quant.quantize(x), lambda: rows_in_torch(x)
+    yield "quantize 128x1", lambda: quant.quantize(x, tile=(128, 1)), lambda: reference_quant.quantize(x, (128, 1))
+    yield "dequantize 1x128", lambda: (quant.dequantize(codes, scales, dtype=x.dtype),), lambda: (values_in_torch(codes, scales, x.dtype),)
+    yield ("transpose_requantize", lambda: quant.transpose_requantize(codes, scales),
+           lambda: rows_in_torch(values_in_torch(codes, scales, torch.float32).t().contiguous()))
+    yield "encode logfmt10", lambda: (quant.encode_wire(x, "logfmt10"),), lambda: (reference_quant.pack_logfmt10(*reference_quant.encode_logfmt10(x)),)
+    yield ("decode logfmt10", lambda: (quant.decode_wire(coded, width, "logfmt10", dtype=x.dtype),),
+           lambda: (reference_quant.decode_logfmt10(*parts, width).to(x.dtype),))
+
+
+def rows_in_torch(x):
+    """What one would write: finite values, a width that 128 divides."""
+    tiles = x.float().view(x.shape[0], -1, 128)
+    amax = tiles.abs().amax(-1, keepdim=True).clamp_min(448 * 2.0**-126)
+    most = torch.tensor(448.0)
+    return (tiles * (most / amax)).to(torch.float8_e4m3fn).view(x.shape), (amax / most).squeeze(-1)
+
+
+def values_in_torch(codes, scales, dtype):
+    """The inverse."""
+    return (codes.float().view(codes.shape[0], -1, 128) * scales[..., None]).view(codes.shape).to(dtype)
