@@ -6,13 +6,14 @@ from __future__ import annotations
 class MoecommError(RuntimeError):
     """Base of every error that moecomm raises about communication.
 
-    Attributes: op, phase, rank, peer (global rank or None), expected, got; None where they do not apply.
+    Attributes: op, phase, rank, peer (global rank or None), expected, got, and reporter (the rank that found
+    out, where it was another one); None where they do not apply.
     """
 
-    def __init__(self, message, *, op=None, phase=None, rank=None, peer=None, expected=None, got=None):
+    def __init__(self, message, *, op=None, phase=None, rank=None, peer=None, expected=None, got=None, reporter=None):
         super().__init__(message)
         self.op, self.phase, self.rank = op, phase, rank
-        self.peer, self.expected, self.got = peer, expected, got
+        self.peer, self.expected, self.got, self.reporter = peer, expected, got, reporter
 
 
 class InvalidArgument(MoecommError, ValueError):
@@ -36,7 +37,13 @@ class ConfigMismatch(MoecommError):
 
 
 class CorruptRow(MoecommError):
-    """MOECOMM_CHECK=1 found a row that is not what its source sent."""
+    """MOECOMM_CHECK=1 found a row that is not what its source sent; the communicator cannot be used any more.
+
+    Attributes besides those of MoecommError: source (= peer), destination (the rank that found it) and token
+    (of the source, in dispatch; of the rank that the sum is for, in combine).
+    """
+
+    source = destination = token = None
 
 
 def raise_failure(failure, *, op, rank, describe_capacity=None):
@@ -48,7 +55,8 @@ def raise_failure(failure, *, op, rank, describe_capacity=None):
         Always; the subclass follows failure.code.
     """
     f = failure
-    fields = dict(op=op, phase=f.phase, rank=rank, peer=f.peer if f.peer >= 0 else None, expected=f.expected, got=f.got)
+    reporter = f.reporter if f.reporter >= 0 else None
+    fields = dict(op=op, phase=f.phase, rank=rank, peer=f.peer if f.peer >= 0 else None, expected=f.expected, got=f.got, reporter=reporter)
     where = f"{op} on rank {rank}, phase {f.phase}"
     if f.code == "invalid":
         fields["expected"] = fields["peer"] = None
@@ -62,10 +70,24 @@ def raise_failure(failure, *, op, rank, describe_capacity=None):
     if f.code == "mismatch":
         raise ConfigMismatch(f"{where}: rank {f.peer} called with another layout, expert_alignment, capacity, dtype, quantization "
                              f"or handle reuse than its peers", **fields)
+    reported = "" if reporter is None else f" (reported by rank {reporter})"
     if f.code == "corrupt":
-        raise CorruptRow(f"{where}: the row of source rank {f.peer}, token {f.detail}, destined for rank {rank} arrived wrong: "
-                         f"checksum {f.expected:#x} was sent, {f.got:#x} was read", **fields)
-    reported = " (reported by another rank)" if f.detail == 1 and not f.expected else ""
+        _raise_corrupt(f, where, rank if reporter is None else reporter, reported, fields)
+    who = f"rank {f.peer}" if f.peer >= 0 else "a rank"
+    seen = f"{reported}; expected counter {f.expected}, got {f.got}"
     if f.code == "lost":
-        raise PeerLost(f"{where}: rank {f.peer} is gone{reported}; expected counter {f.expected}, got {f.got}", **fields)
-    raise PeerTimeout(f"{where}: waited in vain for rank {f.peer}{reported}; expected counter {f.expected}, got {f.got}", **fields)
+        raise PeerLost(f"{where}: {who} is gone{seen}", **fields)
+    raise PeerTimeout(f"{where}: waited in vain for {who}{seen}", **fields)
+
+
+def _raise_corrupt(f, where, destination, reported, fields):
+    row = f"the row of source rank {f.peer}, token {f.detail}, destined for rank {destination}"
+    if reported:
+        what = "arrived wrong"
+    elif f.phase == "counts":
+        what = f"is not where it belongs: {f.expected} rows of that source were announced here, {f.got} came before this place"
+    else:
+        what = f"arrived wrong or stale: checksum {f.expected:#x} was sent, {f.got:#x} was read"
+    error = CorruptRow(f"{where}: {row} {what}{reported}", **fields)
+    error.source, error.destination, error.token = f.peer, destination, f.detail
+    raise error

@@ -9,13 +9,18 @@ namespace moecomm {
 MOE_HD inline uint64_t row_checksum(const void* row, uint64_t bytes, uint64_t seed) {
   const unsigned char* p = static_cast<const unsigned char*>(row);
   uint64_t h = seed * 0x9E3779B97F4A7C15ull + bytes;
-  for (uint64_t i = 0; i + 8 <= bytes; i += 8) {
-    uint64_t w;
-    memcpy(&w, p + i, 8);
+  for (uint64_t i = 0; i < bytes; i += 8) {
+    uint64_t w = 0;
+    memcpy(&w, p + i, bytes - i < 8 ? bytes - i : 8);
     h = (h ^ w) * 0xFF51AFD7ED558CCDull;
     h ^= h >> 32;
   }
   return h;
+}
+
+// Ties a checksum to one call, source and token: a row that is left over from an earlier call is found too.
+MOE_HD constexpr uint64_t checksum_seed(uint64_t epoch, int rank, int64_t token) {
+  return epoch << 40 ^ static_cast<uint64_t>(rank) << 24 ^ static_cast<uint64_t>(token);
 }
 
 }  // namespace moecomm

@@ -155,6 +155,7 @@ struct OutputLayout {
   uint64_t rows;
   uint64_t weights;   // f32 [rows]
   uint64_t back;      // f32 [rows, top_k]
+  uint64_t sums;      // checksum [rows] (written only when checks are on)
   uint64_t bytes;
 };
 
@@ -164,6 +165,7 @@ MOE_HD constexpr OutputLayout output_layout(uint64_t rows, const Shape& s) {
   l.rows = c.take(rows * s.combine_row_bytes());
   l.weights = c.take(rows * 4);
   l.back = c.take(rows * 4 * s.top_k);
+  l.sums = c.take(rows * 8);
   l.bytes = align_up(c.at, 64);
   return l;
 }

@@ -40,8 +40,9 @@ enum class Code : int32_t {
 
 enum class Phase : int32_t { none, announce, counts, send, forward, arrive, publish, reduce, sum, done, flush };
 
-// What a role returns. `peer` is the global rank that is suspected, -1 where there is none;
-// expected/got are counter values of the wait that failed (or sizes, or the corrupt row's token).
+// What a role returns. `peer` is the global rank that is suspected, -1 where there is none; expected/got are
+// counter values of the wait that failed (or sizes, or checksums); `detail` says more about some codes (a corrupt
+// row's token). `reporter` is the rank that told this one, -1 where it found out itself.
 struct Status {
   Code code = Code::ok;
   Phase phase = Phase::none;
@@ -49,6 +50,7 @@ struct Status {
   int32_t detail = 0;
   uint64_t expected = 0;
   uint64_t got = 0;
+  int32_t reporter = -1;
 
   MOE_HD constexpr bool ok() const { return code == Code::ok; }
 };

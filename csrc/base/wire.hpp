@@ -58,6 +58,7 @@ struct RowsBoard {
   uint64_t rows;       // window offset of the experts' output
   uint64_t weights;    // window offset of one f32 per row, 0: every weight is 1
   uint64_t back;       // window offset of the f32 that go back to the picks' slots: [rows], or [rows, top_k] in the rank layout; 0: zeros
+  uint64_t sums;       // window offset of one checksum per row (read only when checks are on)
 };
 
 // The judgement of a node about a dispatch, sent over the rail behind the rows.
@@ -78,7 +79,15 @@ struct Place {
 
 // A failing rank writes this to everyone it reaches, so that nobody waits for the whole timeout.
 struct FaultWord {
-  uint64_t packed;   // 0: none; else code in the low byte, suspected rank + 1 above it
+  uint64_t packed;   // 0: none; else code (8 bits), suspected rank + 1 (16), reporting rank + 1 (16), detail (24)
 };
+MOE_HD constexpr FaultWord pack_fault(const Status& s, int reporter) {
+  return {static_cast<uint64_t>(s.code) | static_cast<uint64_t>(s.peer + 1) << 8 | static_cast<uint64_t>(reporter + 1) << 24 |
+          static_cast<uint64_t>(s.detail) << 40};
+}
+MOE_HD constexpr Status unpack_fault(FaultWord w) {
+  return {static_cast<Code>(w.packed & 0xff), Phase::none, static_cast<int32_t>(w.packed >> 8 & 0xffff) - 1, static_cast<int32_t>(w.packed >> 40), 0, 0,
+          static_cast<int32_t>(w.packed >> 24 & 0xffff) - 1};
+}
 
 }  // namespace moecomm

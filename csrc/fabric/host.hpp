@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "fabric/fabric.hpp"
+#include "fabric/fault.hpp"
 #include "fabric/futex.hpp"
 #include "fabric/rows.hpp"
 #include "fabric/watch.hpp"
@@ -35,6 +36,7 @@ struct HostState {
   std::vector<RoleSpan>* timeline = nullptr;   // where somebody traces
   TermStore terms[2];
   char* targets[kMaxTopK];
+  Fault fault;                    // tests only
   bool stream = false;            // this call moves more than the caches hold: store past them
   std::chrono::steady_clock::time_point deadline;
 };
@@ -56,18 +58,15 @@ inline void relax() {
 #endif
 }
 
-inline Status reported_fault(const HostState& s, Phase phase) {
+inline Status reported_fault(const HostState& s) {
   const auto read = [&](char* memory, uint64_t offset, int i) {
     return counter_at(memory, offset + sizeof(FaultWord) * i).load(std::memory_order_acquire);
   };
-  const auto as_status = [&](uint64_t word) {
-    return Status{static_cast<Code>(word & 0xff), phase, static_cast<int32_t>(word >> 8) - 1, 1, 0, 0};
-  };
   for (int i = 0; i < s.geometry.ranks_per_node; ++i)
-    if (const uint64_t w = read(s.windows[s.geometry.local()], s.window_faults, i)) return as_status(w);
+    if (const uint64_t w = read(s.windows[s.geometry.local()], s.window_faults, i)) return unpack_fault({w});
   if (s.rail_region)
     for (int i = 0; i < s.region_peers; ++i)
-      if (const uint64_t w = read(s.rail_region, s.region_faults, i)) return as_status(w);
+      if (const uint64_t w = read(s.rail_region, s.region_faults, i)) return unpack_fault({w});
   return {};
 }
 
@@ -75,6 +74,7 @@ template <class Rail>
 Status wait_counter(HostState& s, Rail& rail, char* memory, uint64_t offset, uint64_t at_least, Phase phase, int peer) {
   Counter& c = counter_at(memory, offset);
   const auto arrived = [&] { return c.load(std::memory_order_acquire) >= at_least; };
+  s.fault.strikes(Fault::Point::wait, phase);
   if (arrived()) return {};
   for (int i = 0; i < kLooks; ++i) {
     relax();
@@ -93,7 +93,11 @@ Status wait_counter(HostState& s, Rail& rail, char* memory, uint64_t offset, uin
     if (now >= next_check) {
       next_check = now + std::chrono::milliseconds(5);
       // Arrived data wins over a dead peer: what a rank sent before it died is still complete.
-      if (const Status fault = reported_fault(s, phase); !fault.ok() && !arrived()) return fault;
+      if (Status fault = reported_fault(s); !fault.ok() && !arrived()) {
+        fault.phase = phase;
+        if (fault.code != Code::corrupt) { fault.expected = at_least; fault.got = c.load(); }
+        return fault;
+      }
       if (const int lost = s.watch->lost(); lost >= 0 && !arrived())
         return {Code::lost, phase, lost, 0, at_least, c.load()};
       if (const int lost = rail.failed_rank(); lost >= 0 && !arrived())
@@ -124,6 +128,10 @@ struct HostFabric {
     return there ? there + offset : nullptr;
   }
   void put(int peer, uint64_t offset, const char* src, uint64_t bytes) const {
+    if (s->fault.strikes(Fault::Point::put)) {
+      if (s->fault.action == Fault::Action::omit) return;
+      src = s->fault.damage(src, bytes);
+    }
     char* there = s->stream ? reach(peer, offset) : nullptr;
     if (there) s->kernels->stream(there, src, bytes);
     else rail_link->put(peer, offset, src, bytes);
@@ -150,6 +158,10 @@ struct HostFabric {
     const uint64_t begin = slice * g.lane();
     if (begin >= bytes) return;
     const uint64_t n = begin + slice < bytes ? slice : bytes - begin;
+    if (s->fault.strikes(Fault::Point::copy)) {
+      if (s->fault.action == Fault::Action::omit) return;
+      src = s->fault.damage(src + begin, n) - begin;
+    }
     if (s->stream && g.size() == 1) s->kernels->stream(dst + begin, src + begin, n);
     else s->kernels->copy(dst + begin, src + begin, n);
   }
@@ -167,6 +179,7 @@ struct HostFabric {
   }
   template <class G>
   void reduce_rows(G g, char* dst, const Terms& terms, const Terms* next, const float* bias, int64_t hidden, DType type) const {
+    s->fault.strikes(Fault::Point::reduce);
     const auto [begin, end] = tiles_of_lane(g, hidden);
     if (begin < end) s->kernels->reduce(dst, terms, ahead(g, next), bias, begin, end, type);
   }

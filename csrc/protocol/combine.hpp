@@ -7,9 +7,9 @@
 //                       plus the bias; rounded once                                       [per channel]
 //   finish   (all)      nobody reads my rows any more
 #pragma once
-#include "base/checksum.hpp"
 #include "fabric/fabric.hpp"
 #include "protocol/dispatch.hpp"
+#include "protocol/verify.hpp"
 #include "protocol/views.hpp"
 
 namespace moecomm {
@@ -28,10 +28,16 @@ MOE_HD Status publish(G g, F f, const CombineArgs& a) {
   const BufferView& b = a.b;
   const Geometry& geo = b.geometry;
   const int own = geo.node(), nodes = geo.nodes();
-  g.sync();
-  return leader(g, [&] {
+  if (g.lane() == 0) {
     ++a.book->enter;
     ++a.book->combines;
+  }
+  g.sync();
+  if (b.check) {
+    verify::sign_rows(g, f, a);
+    g.sync();
+  }
+  return leader(g, [&] {
     *reinterpret_cast<RowsBoard*>(f.window(geo.local(), b.node.board)) = a.mine;
     for (int d = 0; d < geo.ranks_per_node; ++d) f.signal_node(d, b.node.ready + 8 * geo.local(), 1);
     uint64_t* wire = reinterpret_cast<uint64_t*>(f.rail(b.rail.wire_out));
@@ -127,14 +133,13 @@ MOE_HD Status reduce(G g, F f, const CombineArgs& a, int n, int channel) {
     for (int i = chunk; i < chunk_end; ++i) {
       const Terms now = next;
       next = terms_of(i + 1);
+      if (b.check) MOE_TRY(verify::published_rows(g, f, a, n, i, Phase::reduce));
       char* row = staged + i * row_bytes;
       if (wire == Wire::plain) f.reduce_rows(g, row, now, &next, static_cast<const float*>(nullptr), b.shape.hidden, b.shape.dtype);
       else f.reduce_encode(g, row, wire, now, &next, b.shape.hidden, b.shape.dtype);
       g.sync();   // the list of `now` may be overwritten, that of `next` may be read
       if (a.slots && g.lane() == 0) detail::gather_slots(f, a, n, i, slots + int64_t{i} * k_max);
-      if (b.check) {
-        if (g.lane() == 0) sums[i] = row_checksum(row, row_bytes, i);
-      }
+      if (b.check && g.lane() == 0) sums[i] = row_checksum(row, row_bytes, checksum_seed(a.book->combines, geo.rank, i));
     }
     g.sync();
     if (g.lane() == 0) {
@@ -201,8 +206,9 @@ MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
       if (b.check) {
         const uint64_t at = remote_index(n, own) * b.shape.max_tokens;
         const char* row = f.rail(b.rail.area_b) + at * b.shape.slot_bytes() + slot * row_bytes;
-        const uint64_t want = reinterpret_cast<const uint64_t*>(f.rail(b.rail.sums))[at + slot], got = row_checksum(row, row_bytes, slot);
-        if (want != got) return Status{Code::corrupt, Phase::sum, geo.rail_rank(n), t, want, got};
+        const uint64_t want = reinterpret_cast<const uint64_t*>(f.rail(b.rail.sums))[at + slot];
+        const uint64_t got = row_checksum(row, row_bytes, checksum_seed(a.book->combines, geo.rail_rank(n), slot));
+        if (want != got) return verify::wrong_row(Phase::sum, geo.rail_rank(n), t, want, got);
       }
     }
     return Status{};
@@ -214,6 +220,8 @@ MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
     if (nodes > 1) MOE_TRY(leader(g, [&] { return wait_token(t); }));
     const Terms now = next;
     next = terms_of(t + 1);
+    if (const int slot = a.plan.slot[int64_t{t} * nodes + own]; b.check && slot >= 0)
+      MOE_TRY(verify::published_rows(g, f, a, own, slot, Phase::sum));
     const float* bias = a.bias ? a.bias + t * a.bias_stride : nullptr;
     f.reduce_rows(g, a.y + t * b.shape.combine_row_bytes(), now, &next, bias, b.shape.hidden, b.shape.dtype);
     if (a.slots && g.lane() == 0) collect_slots(t);

@@ -8,9 +8,9 @@
 //   forward   (gateway)  each row to its final place in the windows of the ranks that want it [per channel]
 //   arrive    (receiver) wait for all gateways, copy rows that several own experts want, zero the padding
 #pragma once
-#include "base/checksum.hpp"
 #include "fabric/fabric.hpp"
 #include "protocol/quantize.hpp"
+#include "protocol/verify.hpp"
 
 namespace moecomm {
 
@@ -132,6 +132,7 @@ MOE_HD Status place(G g, F f, const DispatchArgs& a) {
     const int32_t* table = detail::table_of(b, window, s);
     if (verdict.code == 0 && (table[b.count.signature] != a.plan.call.signature() || table[b.count.cached] != a.cached))
       verdict = {static_cast<int32_t>(Code::mismatch), s, 0, 0, 0};
+    if (b.check && g.lane() == 0) verify::keep_announced(a, table, s);
   }
   if (!a.cached && verdict.code == 0) detail::place_rows(g, a, window);
   // What will come over the rail is known even where the call is refused: it is taken off the wire then.
@@ -168,9 +169,18 @@ MOE_HD Status place(G g, F f, const DispatchArgs& a) {
 
 namespace detail {
 
+// Of token t's row, where checks are on: as it was staged, or as the caller gave it.
+MOE_HD inline uint64_t checksum_of(const DispatchArgs& a, const char* staged, int t) {
+  if (!a.b.check) return 0;
+  const CallShape& call = a.plan.call;
+  const uint64_t seed = checksum_seed(a.book->dispatches, a.b.geometry.rank, t);
+  return staged ? verify::wire_checksum(call, staged, seed)
+                : verify::wire_checksum(call, a.x + t * call.row_bytes, a.scales + t * call.scale_bytes, 1, seed);
+}
+
 // All lanes: the picks of token t that a node gets. Picks are sorted, so a node's are neighbours.
 template <Group G>
-MOE_HD void write_meta(G g, const DispatchArgs& a, RowMeta* meta, const char* row, int t, int node) {
+MOE_HD void write_meta(G g, const DispatchArgs& a, RowMeta* meta, uint64_t checksum, int t, int node) {
   const BufferView& b = a.b;
   const int per_node = b.experts_per_node(), first_expert = node * per_node;
   const Pick* pick = a.plan.pick + int64_t{t} * b.shape.top_k;
@@ -186,7 +196,7 @@ MOE_HD void write_meta(G g, const DispatchArgs& a, RowMeta* meta, const char* ro
   if (g.lane() != 0) return;
   meta->token = t;
   meta->picks = end - begin;
-  if (b.check && row) meta->checksum = row_checksum(row, a.plan.call.row_bytes, t);
+  meta->checksum = checksum;
 }
 
 }  // namespace detail
@@ -244,7 +254,7 @@ MOE_HD void send(G g, F f, const DispatchArgs& a, int channel) {
         f.copy_row(g, row, x, a.plan.call.row_bytes);
         if (a.scales) f.copy_row(g, row + align16(a.plan.call.row_bytes), a.scales + t * a.plan.call.scale_bytes, a.plan.call.scale_bytes);
       }
-      detail::write_meta(g, a, reinterpret_cast<RowMeta*>(metas + slot * meta_size), coding ? row : x, t, n);
+      detail::write_meta(g, a, reinterpret_cast<RowMeta*>(metas + slot * meta_size), detail::checksum_of(a, coding ? row : nullptr, t), t, n);
       if (run > 0 && dense && t != run_token + run) put_run();
       if (run++ == 0) { run_token = t; run_slot = slot; }
       if (chunk++ == 0) chunk_slot = slot;
@@ -257,7 +267,7 @@ MOE_HD void send(G g, F f, const DispatchArgs& a, int channel) {
     const int slot = a.plan.slot[int64_t{t} * nodes + own];
     if (slot < 0) continue;
     RowMeta* meta = reinterpret_cast<RowMeta*>(f.rail(b.rail.metas) + (uint64_t(own) * b.shape.max_tokens + slot) * meta_size);
-    detail::write_meta(g, a, meta, coding ? nullptr : a.x + t * a.plan.call.row_bytes, t, own);
+    detail::write_meta(g, a, meta, coding ? 0 : detail::checksum_of(a, nullptr, t), t, own);
     if (g.lane() == 0) {
       count.rail.logical_rows += 1;
       count.rail.logical_bytes += stride;
@@ -325,6 +335,7 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
         return f.wait_rail(b.rail.rows + 8 * (n * channels + channel), seen + (chunk_end - begin), Phase::forward, source);
       }));
     if (!judged_ok) continue;   // the rows are taken off the wire, and dropped: no place was given to them
+    if (b.check && n != own) MOE_TRY(verify::rail_rows(g, a, metas, area, stride, chunk, chunk_end, source));
     for (int i = chunk; i < chunk_end; ++i) {
       const RowMeta* meta = reinterpret_cast<const RowMeta*>(metas + i * meta_size);
       const char* row = coding     ? detail::own_quantized(g, f, a, meta->token, channel)
@@ -333,7 +344,10 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
       const char* scales = n != own || coding ? row + align16(call.row_bytes) : a.scales ? a.scales + meta->token * call.scale_bytes : nullptr;
       const int picks = meta->picks;
       Place* place = a.plan.place + (int64_t{n} * b.shape.max_tokens + i) * k_max;
-      if (g.lane() == 0) a.plan.row_picks[int64_t{n} * b.shape.max_tokens + i] = static_cast<uint8_t>(picks);
+      if (g.lane() == 0) {
+        a.plan.row_picks[int64_t{n} * b.shape.max_tokens + i] = static_cast<uint8_t>(picks);
+        if (b.check) a.plan.row_token[int64_t{n} * b.shape.max_tokens + i] = meta->token;
+      }
       if (!a.cached)
         for (int j = g.lane(); j < picks; j += g.size()) {
           const Pick pick = meta->pick()[j];
@@ -357,7 +371,7 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
         ++copies;
       }
       g.sync();
-      const uint64_t checksum = b.check && coding ? row_checksum(row, call.row_bytes, meta->token) : meta->checksum;
+      const uint64_t checksum = coding ? detail::checksum_of(a, row, meta->token) : meta->checksum;
       f.spread_row(g, targets, copies, row, call.row_bytes);
       for (int j = g.lane(); j < picks; j += g.size()) {
         const Pick pick = meta->pick()[j];
@@ -413,24 +427,6 @@ MOE_HD Status announce_arrival(G g, F f, const DispatchArgs& a) {
   });
 }
 
-namespace detail {
-
-// MOECOMM_CHECK=1: rows [begin, end) are what their sources read; padding is skipped.
-template <Group G>
-MOE_HD void verify_rows(G g, const DispatchArgs& a, const char* window, const BlockLayout& l, int64_t begin, int64_t end, Status& wrong) {
-  const uint64_t bytes = a.plan.call.row_bytes;
-  const int64_t* source = reinterpret_cast<const int64_t*>(window + l.source);
-  const uint64_t* sums = reinterpret_cast<const uint64_t*>(window + l.sums);
-  for (int64_t r = begin + g.lane(); r < end && wrong.ok(); r += g.size()) {
-    if (source[r] < 0) continue;
-    const int32_t token = static_cast<int32_t>(source[r] & 0xffffffff);
-    const uint64_t got = row_checksum(window + l.rows + r * bytes, bytes, token);
-    if (got != sums[r]) wrong = {Code::corrupt, Phase::arrive, static_cast<int32_t>(source[r] >> 32), token, sums[r], got};
-  }
-}
-
-}  // namespace detail
-
 // Part `part` of `parts`: the receiver's own work is shared out by rows.
 template <Group G, class F>
 MOE_HD Status arrive(G g, F f, const DispatchArgs& a, int part, int parts) {
@@ -478,6 +474,7 @@ MOE_HD Status arrive(G g, F f, const DispatchArgs& a, int part, int parts) {
   };
   // As many rows at a time as there are lanes: each lane looks where one of them comes from.
   Status wrong;
+  if (b.check && part == 0 && g.lane() == 0) wrong = verify::announced_rows(a, window, l);
   const auto complete = [&](int64_t begin, int64_t end) {
     for (int64_t first = deal(begin, end, g.size()); first < end; first += int64_t{parts} * g.size()) {
       const int64_t mine = first + g.lane(), last = first + g.size() < end ? first + g.size() : end;
@@ -489,7 +486,7 @@ MOE_HD Status arrive(G g, F f, const DispatchArgs& a, int part, int parts) {
       }
       if (!b.check) continue;
       f.settle(g);
-      detail::verify_rows(g, a, window, l, first, last, wrong);
+      verify::arrived_rows(g, a, window, l, rows, first, last, wrong);
     }
   };
   if (by_rank) {

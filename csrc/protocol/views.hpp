@@ -35,10 +35,12 @@ struct PlanView {
   int32_t* channel_first = nullptr;  // [N, C+1] first slot of each channel
   uint8_t* row_picks = nullptr;      // [N, max_tokens]
   Place* place = nullptr;            // [N, max_tokens, K]
+  int32_t* row_token = nullptr;      // [N, max_tokens] the source's token (written only when checks are on)
   // Receiver side.
   int64_t* tokens_per_expert = nullptr;  // [E/R]
   int64_t* rows_per_expert = nullptr;    // [E/R] padded
   int64_t* rank_rows = nullptr;          // [P] rows of every rank of this node
+  int32_t* announced = nullptr;          // [E/R, R] rows that come from every source (only when checks are on)
   CallShape call;
 };
 

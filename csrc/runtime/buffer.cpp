@@ -142,6 +142,7 @@ Status Buffer::combine(const CombineCall& call, Plan& plan, const Block& output)
     return output.offset() + staging;
   };
   const bool by_rank = plan.view.call.layout == RowLayout::rank;
+  a.mine.sums = output.offset() + l.sums;
   a.mine.weights = in_window(call.weights, rows, l.weights);
   a.mine.back = in_window(call.back, rows * (by_rank ? view_.shape.top_k : 1), l.back);
   return reach_.run(true, [&](auto fabric) { return run_combine(Lane{}, fabric, a); });

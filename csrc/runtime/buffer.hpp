@@ -54,7 +54,7 @@ class Buffer {
   void trace(bool on);            // keep a timeline of roles, or drop it
   std::vector<RoleSpan> take_timeline();
   void set_stream_threshold(uint64_t bytes) { stream_threshold_ = bytes; }
-  void corrupt_next_row(int64_t row) { corrupt_row_ = row; }   // tests of MOECOMM_CHECK
+  void set_fault(Fault fault) { reach_.host().fault = std::move(fault); }   // tests only: see fabric/fault.hpp
 
  private:
   void begin_call(uint64_t bytes_moved);
@@ -68,7 +68,6 @@ class Buffer {
   std::vector<uint64_t> book_counts_;
   std::vector<RoleSpan> timeline_;
   uint64_t stream_threshold_ = 7u << 20;
-  int64_t corrupt_row_ = -1;
 };
 
 }  // namespace moecomm

@@ -11,6 +11,7 @@ Plan::Plan(const BufferView& b) {
   const uint64_t blocks = c.take(n * b.count.ints * 4), rows = c.take(n * 4), channel_first = c.take(n * (b.shape.channels + 1) * 4);
   const uint64_t send_first = c.take(n * (b.shape.channels + 1) * 4);
   const uint64_t row_picks = c.take(n * t), place = c.take(n * t * k * sizeof(Place));
+  const uint64_t row_token = c.take(b.check ? n * t * 4 : 0), announced = c.take(b.check ? 4ull * b.experts_per_rank() * b.geometry.size : 0);
   const uint64_t per_expert = c.take(8 * b.experts_per_rank()), padded = c.take(8 * b.experts_per_rank()), rank_rows = c.take(8 * p);
   memory_.reset(new char[c.at]);   // not cleared: every call writes what it reads
   char* m = memory_.get();
@@ -23,6 +24,8 @@ Plan::Plan(const BufferView& b) {
   view.channel_first = reinterpret_cast<int32_t*>(m + channel_first);
   view.row_picks = reinterpret_cast<uint8_t*>(m + row_picks);
   view.place = reinterpret_cast<Place*>(m + place);
+  view.row_token = reinterpret_cast<int32_t*>(m + row_token);
+  view.announced = reinterpret_cast<int32_t*>(m + announced);
   view.tokens_per_expert = reinterpret_cast<int64_t*>(m + per_expert);
   view.rows_per_expert = reinterpret_cast<int64_t*>(m + padded);
   view.rank_rows = reinterpret_cast<int64_t*>(m + rank_rows);

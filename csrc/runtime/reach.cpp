@@ -114,11 +114,11 @@ Status Reach::flush() {
 // Tells everyone within reach, so that they raise now instead of at their own deadline.
 void Reach::report_fault(const Status& s) {
   const Geometry& g = comm_->geometry();
-  const uint64_t word = static_cast<uint64_t>(s.code) | static_cast<uint64_t>(s.peer + 1) << 8;
+  const FaultWord word = pack_fault(s, s.reporter < 0 ? g.rank : s.reporter);
   for (int d = 0; d < g.ranks_per_node; ++d)
-    if (d != g.local()) counter_at(host_.windows[d], plan_.window_faults + 8 * g.local()).store(word, std::memory_order_release);
+    if (d != g.local()) counter_at(host_.windows[d], plan_.window_faults + 8 * g.local()).store(word.packed, std::memory_order_release);
   auto* out = reinterpret_cast<FaultWord*>(host_.rail_region + plan_.region_outbox);
-  out->packed = word;
+  *out = word;
   for (size_t i = 0; i < plan_.peers.size(); ++i) {
     if (plan_.peers[i] < 0) continue;
     const uint64_t at = plan_.region_faults + 8 * plan_.own;

@@ -50,6 +50,7 @@ cdef extern from "base/shape.hpp" namespace "moecomm" nogil:
         int32_t detail
         uint64_t expected
         uint64_t got
+        int32_t reporter
 
     cdef cppclass Shape:
         int64_t hidden
@@ -155,6 +156,19 @@ cdef extern from "fabric/host.hpp" namespace "moecomm" nogil:
         int64_t begin
         int64_t end
 
+cdef extern from "fabric/fault.hpp" namespace "moecomm" nogil:
+    cdef enum class FaultPoint "moecomm::Fault::Point"(int32_t):
+        pass
+
+    cdef enum class FaultAction "moecomm::Fault::Action"(int32_t):
+        pass
+
+    cdef cppclass Fault:
+        FaultPoint point
+        FaultAction action
+        Phase phase
+        int64_t passes
+
 cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
     cdef cppclass DispatchCall:
         const char* x
@@ -190,7 +204,7 @@ cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
         void trace(bool)
         vector[RoleSpan] take_timeline() except +
         void set_stream_threshold(uint64_t)
-        void corrupt_next_row(int64_t)
+        void set_fault(Fault)
         @staticmethod
         uint64_t bytes(const Geometry&, const Shape&)
 

@@ -14,11 +14,15 @@ from moecomm._native cimport capi
 _CODES = ("ok", "invalid", "timeout", "lost", "capacity", "mismatch", "corrupt")
 _PHASES = ("none", "announce", "counts", "send", "forward", "arrive", "publish", "reduce", "sum", "done", "flush")
 
+# By the numbers of capi.FaultPoint and capi.FaultAction.
+_POINTS = ("none", "put", "copy", "reduce", "wait")
+_ACTIONS = ("damage", "omit", "stop", "kill")
+
 
 cdef class Failure:
     """A Status that is not ok, as Python sees it."""
     cdef readonly str code, phase
-    cdef readonly int peer, detail
+    cdef readonly int peer, detail, reporter   # reporter: the rank that told this one, -1: found out here
     cdef readonly object expected, got
 
 
@@ -30,6 +34,7 @@ cdef Failure _failure(const capi.Status& s):
     f.detail = s.detail
     f.expected = s.expected
     f.got = s.got
+    f.reporter = s.reporter
     return f
 
 
@@ -248,8 +253,15 @@ cdef class Buffer:
     def set_stream_threshold(self, uint64_t bytes):
         self.b.get().set_stream_threshold(bytes)
 
-    def corrupt_next_row(self, int64_t row):
-        self.b.get().corrupt_next_row(row)
+    def set_fault(self, str point, str action, int64_t passes=0, str phase="none"):
+        """Tests only: at the point ("put", "copy", "reduce", "wait") of this rank's calls, passed unharmed `passes` times,
+        a row is damaged or left out ("damage", "omit"), or the process stops or dies ("stop", "kill")."""
+        cdef capi.Fault fault
+        fault.point = <capi.FaultPoint><int>_POINTS.index(point)
+        fault.action = <capi.FaultAction><int>_ACTIONS.index(action)
+        fault.phase = <capi.Phase><int>_PHASES.index(phase)
+        fault.passes = passes
+        self.b.get().set_fault(fault)
 
 
 include "decode.pxi"

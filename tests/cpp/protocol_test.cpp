@@ -142,7 +142,7 @@ void one_round(World& w, const Case& c, const Shape& shape, int r, int round, co
   b.b = me.view;
   b.plan = plan.view;
   b.book = &me.book;
-  b.mine = {output + o.rows, weigh ? plan.target[g.local()].rows + l.weights : 0};
+  b.mine = {output + o.rows, weigh ? plan.target[g.local()].rows + l.weights : 0, 0, output + o.sums};
   b.boards = boards.data();
   b.y = y.data();
   b.bias = bias.data();
