@@ -218,7 +218,7 @@ class Buffer:
         if topk_weights is not None:
             topk_weights = _as_tensor("topk_weights", topk_weights, op)
         self._check_dispatch(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle)
-        self._check_quant(quant, scale_layout, scales)
+        self._check_quant(op, quant, scale_layout, scales)
         if check and topk_weights is not None and bool(torch.isnan(topk_weights).any()):
             raise InvalidArgument(f"{op}: topk_weights holds NaN; expected numbers (check=True)", op=op)
         through_ops = ops.wanted(x, topk_weights)
@@ -383,20 +383,23 @@ class Buffer:
 
     # -- decode -----------------------------------------------------------------------------------
 
-    def decode_dispatch(self, x, topk_ids, *, topk_weights=None, quant="fp8", return_hook=True):
+    def decode_dispatch(self, x, topk_ids, *, topk_weights=None, quant="fp8", scale_layout="row", return_hook=True):
         """Carry every token to the ranks that own its experts, with the least delay. Collective.
 
         Parameters
         ----------
-        x : Tensor [T, hidden], or (fp8 Tensor [T, hidden], f32 scales [T, hidden/128])
+        x : Tensor [T, hidden], or (fp8 Tensor [T, hidden], scales), as for dispatch
             T may differ between ranks and be 0.
         topk_ids : Tensor [T, top_k] int64 or int32
             Global expert ids, distinct in a token; -1: no expert.
         topk_weights : Tensor [T, top_k] float32, optional
             The weights travel, and decode_combine brings one weighted row per token and rank back instead of
             one per expert.
-        quant : None
-            None keeps the dtype of x.
+        quant : "fp8", "fp8_ue8m0" or None
+            Rows are quantized on their way out, with f32 or power-of-two scales; None keeps the dtype of x.
+            Without meaning where x is quantized already.
+        scale_layout : "row" or "column"
+            Of recv.scales: strides (hidden/128, 1) within an expert, or (1, rows rounded up to a multiple of 4).
         return_hook : bool
             True: only send; the hook waits for what others sent, and nothing runs in between. False: both.
 
@@ -420,7 +423,7 @@ class Buffer:
         if self._decode is None or self._closed or self.comm._closed:
             self._require_open("decode_dispatch")
             self._decode = Decode(self)
-        return self._decode.dispatch(x, topk_ids, topk_weights, quant, return_hook)
+        return self._decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
 
     def decode_combine(self, rows, topk_ids, topk_weights, handle, *, wire=None, return_hook=True, out=None):
         """Carry the experts' rows of a decode_dispatch back and sum them. Collective.
@@ -435,6 +438,8 @@ class Buffer:
             None: ones; must be None where decode_dispatch sent the weights.
         handle : DecodeHandle
             Of the dispatch; good for one combine, until the dispatch after the next one.
+        wire : None, "fp8" or "logfmt10"
+            How rows cross between nodes: as they are, or coded (and decoded into the FP32 sum).
         return_hook : bool
             True: only send; y is complete after the hook. False: both.
         out : Tensor [T, hidden], optional
@@ -558,8 +563,7 @@ class Buffer:
         if self.hidden % 16:
             raise InvalidArgument(f"{op}: hidden is {self.hidden}; quantized rows need a multiple of 16", op=op)
 
-    def _check_quant(self, quant, scale_layout, scales):
-        op = "dispatch"
+    def _check_quant(self, op, quant, scale_layout, scales):
         if quant not in _QUANTS:
             raise InvalidArgument(f"{op}: quant is {quant!r}; expected one of {', '.join(map(repr, _QUANTS))}", op=op)
         if quant is not None:

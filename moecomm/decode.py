@@ -8,51 +8,20 @@ from __future__ import annotations
 import torch
 
 from ._native import core
+from ._native.core import DecodeHandle, DecodeReceived
+from ._native.quant import scale_words
 from .errors import InvalidArgument, raise_failure
 
-_SENT, _RECEIVED, _ANSWERED, _DONE = 1, 2, 3, 4
+__all__ = ["Decode", "DecodeHandle", "DecodeReceived"]
+
+_SENT, _RECEIVED = 1, 2
 _MAX_TOKENS = 1 << 20
 _IDS = (torch.int64, torch.int32)
+_QUANTS = {None: 0, "fp8": 1, "fp8_ue8m0": 2}
+_SCALE_DTYPES = (None, torch.float32, torch.int32)   # by the numbers above
+_WIRES = {None: 0, "fp8": 1, "logfmt10": 2}
 
-
-class DecodeReceived:
-    """What decode_dispatch returns; to be read after its hook.
-
-    .x [experts per rank, size * max_tokens, hidden]: the rows of local expert e are x[e, :counts[e]], in order
-    (source rank, source token); what lies behind them is undefined. .scales f32 [.., hidden/128] of quantized
-    rows, else None. .counts int64 [experts per rank]. .handle for decode_combine. The tensors are memory of the
-    buffer: the dispatch after the next one overwrites them.
-    """
-
-    __slots__ = ("x", "scales", "counts", "handle")
-
-    def __init__(self, x, scales, counts, handle):
-        self.x, self.scales, self.counts, self.handle = x, scales, counts, handle
-
-
-class DecodeHandle:
-    """What decode_combine needs; good for one combine, until the dispatch after the next one.
-
-    .rows [experts per rank, size * max_tokens, hidden] of the buffer's dtype: a place for the experts' output.
-    Written there (after the dispatch's hook) and passed to decode_combine, it is sent without a staging copy.
-    """
-
-    __slots__ = ("rows", "_decode", "_epoch", "_tokens", "_weighted", "_keep")
-
-    def __init__(self, decode, rows, epoch, tokens, weighted):
-        self.rows, self._decode, self._epoch, self._tokens, self._weighted = rows, decode, epoch, tokens, weighted
-
-    def _receive_dispatch(self):
-        d = self._decode
-        failure = d.native.dispatch_receive(self._epoch)
-        if failure is not None:
-            d.fail(failure, "decode_dispatch")
-
-    def _receive_combine(self):
-        d = self._decode
-        failure = d.native.combine_receive(self._epoch)
-        if failure is not None:
-            d.fail(failure, "decode_combine")
+core.read_tensors_of(torch.Tensor)
 
 
 class Decode:
@@ -62,74 +31,57 @@ class Decode:
         comm = buffer.comm
         check_shape(comm.size, buffer.num_experts, buffer.max_tokens, comm.rank)
         self.buffer, self.rank = buffer, comm.rank
-        self.max_tokens, self.hidden, self.top_k, self.dtype = buffer.max_tokens, buffer.hidden, buffer.top_k, buffer.dtype
+        self.hidden, self.dtype = buffer.hidden, buffer.dtype
         comm._require_equal("decode", comm._exchange({"decode": True}))
-        self.native = core.Decode(comm._native, buffer._native, buffer._check)
+        self.native = core.Decode(comm._native, buffer._native, buffer._check, _Raiser(comm.rank))
         self.native.connect(comm._bootstrap.allgather(self.native.card()))
         comm._bootstrap.barrier()
         self.native.connected()
         if comm._bootstrap.threads:
             comm._bootstrap.keep(self.native)
-        shape = (buffer.experts_per_rank, comm.size * buffer.max_tokens)
-        self._rows = [self._tensor("rows", p, self.dtype, *shape, self.hidden) for p in (0, 1)]
-        self._counts = [self._tensor("counts", p, torch.int64, buffer.experts_per_rank) for p in (0, 1)]
-        self._x = {self.dtype: [self._tensor("x", p, self.dtype, *shape, self.hidden) for p in (0, 1)]}
-        self._scales = [None, None]
-        if self.hidden % 16 == 0:
-            self._x[torch.float8_e4m3fn] = [self._tensor("x", p, torch.float8_e4m3fn, *shape, self.hidden) for p in (0, 1)]
-            self._scales = [self._tensor("scales", p, torch.float32, *shape, (self.hidden + 127) // 128) for p in (0, 1)]
-        self._current = [None, None]   # by parity: keeps what a phase still to come writes into
+        self._make_tensors(buffer.experts_per_rank, comm.size * buffer.max_tokens)
 
-    def _tensor(self, name, parity, dtype, *shape):
-        count = 1
-        for n in shape:
-            count *= n
-        return torch.frombuffer(self.native.area(name, parity), dtype=dtype, count=count).view(shape)
+    def _make_tensors(self, experts, rows):
+        def matrices(name, dtype):
+            return [torch.frombuffer(self.native.area(name, p), dtype=dtype, count=experts * rows * self.hidden).view(experts, rows, self.hidden)
+                    for p in (0, 1)]
 
-    def fail(self, failure, op):
-        """Raise what a native failure stands for.
+        def scales(kind, by_column):
+            if kind == 0 or self.hidden % 16:
+                return [None, None]
+            words, column = scale_words(self.hidden, kind), -(-rows // 4) * 4
+            strides = (self.native.scale_area // 4, *((1, column) if by_column else (words, 1)))
+            return [torch.frombuffer(self.native.area("scales", p), dtype=_SCALE_DTYPES[kind]).as_strided((experts, rows, words), strides)
+                    for p in (0, 1)]
 
-        Raises
-        ------
-        MoecommError
-        """
-        if failure.code == "invalid" and failure.detail == 3:
-            raise InvalidArgument(f"{op}: topk_ids of token {failure.expected} differ from those that decode_dispatch sent; expected the same",
-                                  op=op, rank=self.rank, expected=None, got=failure.got)
-        raise_failure(failure, op=op, rank=self.rank)
+        x = matrices("x", self.dtype) + (matrices("x", torch.float8_e4m3fn) if self.hidden % 16 == 0 else [])
+        counts = [torch.frombuffer(self.native.area("counts", p), dtype=torch.int64, count=experts) for p in (0, 1)]
+        self.native.hold(x, [t for kind, by_column in ((0, 0), (1, 0), (2, 0), (1, 1), (2, 1)) for t in scales(kind, by_column)], counts,
+                         matrices("rows", self.dtype))
 
-    def dispatch(self, x, topk_ids, topk_weights, quant, return_hook):
+    def dispatch(self, x, topk_ids, topk_weights, quant, scale_layout, return_hook):
         """As Buffer.decode_dispatch.
 
         Raises
         ------
         MoecommError
         """
-        scales = None
-        if type(x) is tuple:
+        if quant in _QUANTS and scale_layout == "row" and (quant is None or self.hidden % 16 == 0 and self.dtype != torch.float64):
+            done = self.native.try_dispatch(x, topk_ids, topk_weights, _QUANTS[quant], not return_hook)
+            if done is not None:
+                return done
+        op, buffer, scales = "decode_dispatch", self.buffer, None
+        if isinstance(x, tuple):
             x, scales = x
-            tokens = self.buffer._check_x("decode_dispatch", x, scales)
-        else:
-            if quant is not None:
-                raise InvalidArgument(f"decode_dispatch: quant is {quant!r}; expected None", op="decode_dispatch", rank=self.rank)
-            tokens = self.buffer._check_x("decode_dispatch", x, None)
-        self.buffer._check_picks("decode_dispatch", "topk_ids", topk_ids, tokens, _IDS)
-        weights = 0
+        tokens = buffer._check_x(op, x, scales, packed=True)
+        buffer._check_quant(op, quant if scales is None else None, scale_layout, scales)
+        buffer._check_picks(op, "topk_ids", topk_ids, tokens, _IDS)
         if topk_weights is not None:
-            self.buffer._check_picks("decode_dispatch", "topk_weights", topk_weights, tokens, (torch.float32,))
-            weights = topk_weights.data_ptr()
-        weighted = topk_weights is not None
-        row_bytes, scale_bytes, scales_at = self.buffer._row_bytes, 0, 0
-        if scales is not None:
-            row_bytes, scale_bytes, scales_at = self.hidden, scales.shape[1] * 4, scales.data_ptr()
-        epoch = self.native.dispatch(x.data_ptr(), scales_at, topk_ids.data_ptr(), topk_ids.dtype is torch.int32, weights, weighted, tokens,
-                                     row_bytes, scale_bytes, not return_hook)
-        if type(epoch) is not int:
-            self.fail(epoch, "decode_dispatch")
-        p = epoch & 1
-        handle = DecodeHandle(self, self._rows[p], epoch, tokens, weighted)
-        received = DecodeReceived(self._x[x.dtype][p], None if scales is None else self._scales[p], self._counts[p], handle)
-        return received, (handle._receive_dispatch if return_hook else None)
+            buffer._check_picks(op, "topk_weights", topk_weights, tokens, (torch.float32,))
+        kind = _QUANTS[quant] if scales is None else _SCALE_DTYPES.index(scales.dtype)
+        return self.native.dispatch(x.data_ptr(), 0 if scales is None else scales.data_ptr(), topk_ids.data_ptr(), topk_ids.dtype is torch.int32,
+                                    0 if topk_weights is None else topk_weights.data_ptr(), topk_weights is not None, tokens, kind,
+                                    scale_layout == "column", not return_hook)
 
     def combine(self, rows, topk_ids, topk_weights, handle, wire, return_hook, out):
         """As Buffer.decode_combine.
@@ -138,46 +90,54 @@ class Decode:
         ------
         MoecommError
         """
-        op = "decode_combine"
-        if wire is not None:
-            raise InvalidArgument(f"{op}: wire is {wire!r}; expected None", op=op, rank=self.rank)
-        if type(handle) is not DecodeHandle or handle._decode is not self:
+        if wire is None and out is not None:
+            done = self.native.try_combine(rows, topk_ids, topk_weights, handle, out, not return_hook)
+            if done is not None:
+                return done
+        op, buffer = "decode_combine", self.buffer
+        if wire not in _WIRES or (wire is not None and (self.dtype is torch.float64 or self.hidden % 16)):
+            expected = "None" if self.dtype is torch.float64 or self.hidden % 16 else ", ".join(map(repr, _WIRES))
+            raise InvalidArgument(f"{op}: wire is {wire!r}; expected {expected} (hidden {self.hidden}, {self.dtype})", op=op, rank=self.rank)
+        if type(handle) is not DecodeHandle or handle.decode is not self.native:
             raise InvalidArgument(f"{op}: handle is a {type(handle).__qualname__}; expected the handle of a decode_dispatch of this buffer",
                                   op=op, rank=self.rank)
-        stage = self.native.stage(handle._epoch)
-        if stage != _RECEIVED:
-            self._refuse(stage)
-        if rows is not handle.rows:
-            want = handle.rows.shape
-            if rows.dtype != self.dtype or rows.device.type != "cpu" or rows.shape != want or not rows.is_contiguous():
-                raise InvalidArgument(f"{op}: rows is {_describe(rows)}; expected contiguous {self.dtype} {list(want)} on cpu", op=op, rank=self.rank)
-        tokens = handle._tokens
-        self.buffer._check_picks(op, "topk_ids", topk_ids, tokens, _IDS)
-        weights = 0
+        self._check_stage(self.native.stage(handle.epoch))
+        want = handle.rows
+        if rows.dtype != want.dtype or rows.device.type != "cpu" or rows.shape != want.shape or not rows.is_contiguous():
+            raise InvalidArgument(f"{op}: rows is {_describe(rows)}; expected contiguous {want.dtype} {list(want.shape)} on cpu", op=op, rank=self.rank)
+        tokens = handle.tokens
+        buffer._check_picks(op, "topk_ids", topk_ids, tokens, _IDS)
         if topk_weights is not None:
-            if handle._weighted:
-                raise InvalidArgument(f"{op}: topk_weights is given; decode_dispatch sent the weights, expected None", op=op, rank=self.rank)
-            self.buffer._check_picks(op, "topk_weights", topk_weights, tokens, (torch.float32,))
-            weights = topk_weights.data_ptr()
+            if handle.weights_travel:
+                raise InvalidArgument(f"{op}: topk_weights is given; decode_dispatch has sent the weights, expected None", op=op, rank=self.rank)
+            buffer._check_picks(op, "topk_weights", topk_weights, tokens, (torch.float32,))
         if out is None:
             out = torch.empty((tokens, self.hidden), dtype=self.dtype)
         elif out.dtype != self.dtype or out.device.type != "cpu" or tuple(out.shape) != (tokens, self.hidden) or not out.is_contiguous():
             raise InvalidArgument(f"{op}: out is {_describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on cpu",
                                   op=op, rank=self.rank)
-        failure = self.native.combine(handle._epoch, rows.data_ptr(), topk_ids.data_ptr(), topk_ids.dtype is torch.int32, weights,
-                                      out.data_ptr(), not return_hook)
-        if failure is not None:
-            self.fail(failure, op)
-        if not return_hook:
-            return out, None
-        handle._keep = (rows, out)
-        self._current[handle._epoch & 1] = handle
-        return out, handle._receive_combine
+        return self.native.combine(handle, rows, rows.data_ptr(), topk_ids.data_ptr(), topk_ids.dtype is torch.int32,
+                                   0 if topk_weights is None else topk_weights.data_ptr(), _WIRES[wire], out, out.data_ptr(), not return_hook)
 
-    def _refuse(self, stage):
-        why = {0: "is too old (two later dispatches use its memory) or its dispatch failed", _SENT: "has not been received; expected its dispatch's hook to be called first",
-               _ANSWERED: "has been combined already", _DONE: "has been combined already"}[stage]
+    def _check_stage(self, stage):
+        if stage == _RECEIVED:
+            return
+        why = {0: "is too old (two later dispatches use its memory), or its dispatch failed",
+               _SENT: "has not been received; expected its dispatch's hook to be called first"}.get(stage, "has been combined already")
         raise InvalidArgument(f"decode_combine: handle {why}", op="decode_combine", rank=self.rank)
+
+
+class _Raiser:
+    """Raises what a native failure stands for."""
+
+    def __init__(self, rank):
+        self._rank = rank
+
+    def __call__(self, failure, op):
+        if failure.code == "invalid" and failure.detail == 3:
+            raise InvalidArgument(f"{op}: topk_ids of token {failure.expected} differ from those that decode_dispatch sent; expected the same",
+                                  op=op, rank=self._rank, got=failure.got)
+        raise_failure(failure, op=op, rank=self._rank)
 
 
 def check_shape(size, num_experts, max_tokens, rank):

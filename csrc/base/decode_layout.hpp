@@ -51,12 +51,17 @@ struct DecodeWindowLayout {
   uint64_t warm;       // end of what is made ready at start
   uint64_t sums;       // row per parity, token and k
   uint64_t x;          // row per parity, own expert, size * max_tokens
-  uint64_t scales;     // scale_bytes per row of x
+  uint64_t scales;     // per parity and own expert: scale_bytes for each row of x, columns padded to 16 bytes
   uint64_t rows;       // as x
+  uint64_t coded;      // slot per parity, rank of another node, slot and pick: answers in another format, leaving
   uint64_t bytes;
 };
 
 MOE_HD constexpr uint64_t decode_rows_per_expert(const Geometry& g, const Shape& s) { return uint64_t(g.size) * s.max_tokens; }
+MOE_HD constexpr uint64_t decode_scale_area(const Geometry& g, const Shape& s) { return scale_column(decode_rows_per_expert(g, s)) * s.scale_bytes(); }
+MOE_HD constexpr int decode_picks_per_rank(const Geometry& g, const Shape& s) {
+  return s.num_experts / g.size < s.top_k ? s.num_experts / g.size : s.top_k;
+}
 
 MOE_HD constexpr DecodeWindowLayout decode_window_layout(const Geometry& g, const Shape& s) {
   DecodeWindowLayout l{};
@@ -74,8 +79,9 @@ MOE_HD constexpr DecodeWindowLayout decode_window_layout(const Geometry& g, cons
   l.warm = c.at;
   l.sums = c.take(2 * t * k * s.combine_row_bytes(), 4096);
   l.x = c.take(packed * s.combine_row_bytes(), 4096);
-  l.scales = c.take(packed * s.scale_bytes(), 4096);
+  l.scales = c.take(2 * experts * decode_scale_area(g, s), 4096);
   l.rows = c.take(packed * s.combine_row_bytes(), 4096);
+  l.coded = c.take(2 * (g.size - p) * t * decode_picks_per_rank(g, s) * s.slot_bytes(), 4096);
   l.bytes = align_up(c.at, 4096);
   return l;
 }
@@ -86,7 +92,7 @@ struct DecodeRegionLayout {
   uint64_t faults;     // FaultWord per rank
   uint64_t outbox;     // FaultWord on its way out
   uint64_t messages;   // per parity, rank of another node and slot
-  uint64_t answers;    // row per parity, token and k
+  uint64_t answers;    // slot per parity, token and k
   uint64_t bytes;
 };
 
@@ -100,7 +106,7 @@ MOE_HD constexpr DecodeRegionLayout decode_region_layout(const Geometry& g, cons
   l.faults = c.take(sizeof(FaultWord) * g.size);
   l.outbox = c.take(sizeof(FaultWord));
   l.messages = c.take(2 * remote * t * decode_message_bytes(s));
-  l.answers = c.take(remote ? 2 * t * s.top_k * s.combine_row_bytes() : 0);
+  l.answers = c.take(remote ? 2 * t * s.top_k * s.slot_bytes() : 0);
   l.bytes = align_up(c.at, 4096);
   return l;
 }

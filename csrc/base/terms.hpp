@@ -32,13 +32,15 @@ struct Terms {
     }
     ++count;
   }
-  // A row as it crossed the rail, with weight 1.
+  // A row as it crossed the rail.
   template <class G>
-  MOE_HD void add_wire(G g, const void* row, Wire format, int64_t elements) {
+  MOE_HD void add_wire(G g, const void* row, Wire format, int64_t elements) { add_wire(g, row, format, elements, [] { return 1.0f; }); }
+  template <class G, class Weight>
+  MOE_HD void add_wire(G g, const void* row, Wire format, int64_t elements, Weight&& weight) {
     if (format != Wire::plain) coded |= uint64_t{1} << count;
     wire = format;
     hidden = elements;
-    add(g, row, [] { return 1.0f; });
+    add(g, row, weight);
   }
   MOE_HD void close_group() { if (count > 0) group_end |= uint64_t{1} << (count - 1); }
 };

@@ -4,7 +4,7 @@
 //   dispatch, send      decode_list, decode_send, decode_announce     (decode_send.hpp)
 //   dispatch, receive   decode_accept, decode_pack                    (decode_receive.hpp)
 //   combine, send       decode_answer                                 (decode_answer.hpp)
-//   combine, receive    decode_wait_answers, decode_sum               (decode_answer.hpp)
+//   combine, receive    decode_wait_answers, decode_sum               (decode_sum.hpp)
 //
 // One message per token and destination rank, straight to its owner. To a rank of another node it is put
 // into that rank's region. Inside a node it stays where it was staged and the owner fetches it: the copy into
@@ -40,6 +40,7 @@ struct DecodeView {
 
   MOE_HD int experts_per_rank() const { return shape.num_experts / geometry.size; }
   MOE_HD int first_expert() const { return geometry.rank * experts_per_rank(); }
+  MOE_HD bool is_mine(int expert) const { return expert >= 0 && owner(expert) == geometry.rank; }
   MOE_HD int owner(int expert) const { return expert / experts_per_rank(); }
   MOE_HD bool near(int rank) const { return rank / geometry.ranks_per_node == geometry.node(); }
   MOE_HD int local(int rank) const { return rank % geometry.ranks_per_node; }
@@ -60,20 +61,30 @@ struct DecodeView {
   MOE_HD uint64_t sum(int parity, int token, int k) const { return window.sums + answer_index(parity, token, k) * shape.combine_row_bytes(); }
   MOE_HD uint64_t packed_rows() const { return experts_per_rank() * decode_rows_per_expert(geometry, shape); }
   MOE_HD uint64_t x(int parity) const { return window.x + parity * packed_rows() * shape.combine_row_bytes(); }
-  MOE_HD uint64_t scales(int parity) const { return window.scales + parity * packed_rows() * shape.scale_bytes(); }
+  MOE_HD uint64_t scales(int parity, int expert) const {
+    return window.scales + uint64_t(parity * experts_per_rank() + expert) * decode_scale_area(geometry, shape);
+  }
   MOE_HD uint64_t rows(int parity) const { return window.rows + parity * packed_rows() * shape.combine_row_bytes(); }
+  MOE_HD uint64_t coded(int parity, int to, int slot, int pick) const {
+    const uint64_t row = (uint64_t(parity) * remote() + remote_rank(to, geometry.rank)) * shape.max_tokens + slot;
+    return window.coded + (row * decode_picks_per_rank(geometry, shape) + pick) * shape.slot_bytes();
+  }
 
   // Region offsets.
   MOE_HD uint64_t remote_sent_flag(int parity, int rank) const { return region.sent + 8 * (parity * geometry.size + rank); }
   MOE_HD uint64_t remote_answered_flag(int parity, int rank) const { return region.answered + 8 * (parity * geometry.size + rank); }
   MOE_HD uint64_t landed(int parity, int from, int at, int slot) const {   // from `from` in the region of rank `at`
-    const int p = geometry.ranks_per_node, remote = geometry.size - p;
-    const int index = from < at / p * p ? from : from - p;
-    return region.messages + ((uint64_t(parity) * remote + index) * shape.max_tokens + slot) * decode_message_bytes(shape);
+    return region.messages + ((uint64_t(parity) * remote() + remote_rank(from, at)) * shape.max_tokens + slot) * decode_message_bytes(shape);
   }
-  MOE_HD uint64_t answer(int parity, int token, int k) const { return region.answers + answer_index(parity, token, k) * shape.combine_row_bytes(); }
+  MOE_HD uint64_t answer(int parity, int token, int k) const { return region.answers + answer_index(parity, token, k) * shape.slot_bytes(); }
 
  private:
+  MOE_HD int remote() const { return geometry.size - geometry.ranks_per_node; }
+  // Index of a rank among those of other nodes, as rank `at` counts them.
+  MOE_HD int remote_rank(int rank, int at) const {
+    const int p = geometry.ranks_per_node;
+    return rank < at / p * p ? rank : rank - p;
+  }
   MOE_HD uint64_t answer_index(int parity, int token, int k) const {
     return (uint64_t(parity) * shape.max_tokens + token) * shape.top_k + k;
   }
@@ -88,7 +99,7 @@ struct DecodeTurn {
   uint64_t epoch = 0;
   int32_t tokens = 0;
   int32_t mode = 0;
-  CallShape call;                // row_bytes and scale_bytes of the rows that travel
+  CallShape call;                // row_bytes and scales of the rows that travel
   bool weighted = false;         // weights travel: a rank answers with one row per token
   int32_t* ids = nullptr;        // [T, K] the picks as sent
   int32_t* slot = nullptr;       // [T, K] slot at the pick's owner; -1 where an earlier pick has the same owner
@@ -106,9 +117,11 @@ struct DecodeSendArgs {
   DecodeTurn turn;
   const int64_t* ids64 = nullptr;   // [T, K], one of the two
   const int32_t* ids32 = nullptr;
-  const char* x = nullptr;          // [T, row_bytes]
+  const char* x = nullptr;          // [T, row_bytes]; [T, H] of the buffer's dtype where this side quantizes
   const char* scales = nullptr;     // [T, scale_bytes] or null
   const float* weights = nullptr;   // [T, K] or null: then none travel
+
+  MOE_HD bool quantizes() const { return turn.call.scales != ScaleKind::none && scales == nullptr; }
 };
 
 struct DecodeReceiveArgs {
@@ -120,6 +133,7 @@ struct DecodeCombineArgs {
   DecodeView d;
   DecodeTurn turn;
   int32_t mode = 0;                 // of the answers
+  Wire wire = Wire::plain;          // of those that cross between nodes
   const char* rows = nullptr;       // packed, [E/R, R * max_tokens, H]
   char* y = nullptr;                // [T, H]
 };

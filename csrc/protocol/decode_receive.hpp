@@ -5,7 +5,7 @@
 #pragma once
 #include "base/checksum.hpp"
 #include "protocol/decode.hpp"
-#include "protocol/dispatch.hpp"
+#include "protocol/quantize.hpp"
 
 namespace moecomm {
 
@@ -35,7 +35,7 @@ MOE_HD Status decode_accept(G g, F f, const DecodeReceiveArgs& a, int source) {
     const DecodeHeader* header = reinterpret_cast<const DecodeHeader*>(detail::decode_message(f, d, turn, source, i));
     for (int k = 0; k < k_max; ++k) {
       const int e = header->pick()[k].expert - d.first_expert();
-      if (e < 0 || e >= per_rank || e % g.size() != g.lane()) continue;
+      if (e < 0 || e >= per_rank || e % g.size() != g.lane()) continue;   // another rank's, or another lane's
       places[int64_t{header->token} * k_max + k] = static_cast<int32_t>(e * per_expert + counts[e]++);
     }
   }
@@ -52,7 +52,7 @@ MOE_HD Status decode_pack(G g, F f, const DecodeReceiveArgs& a, int source) {
   const uint64_t header_bytes = decode_header_bytes(k_max);
   const int32_t* places = reinterpret_cast<const int32_t*>(f.window(own, d.places(parity, source)));
   char* x = f.window(own, d.x(parity));
-  char* scales = f.window(own, d.scales(parity));
+  const int64_t per_expert = static_cast<int64_t>(decode_rows_per_expert(d.geometry, d.shape));
   uint64_t replicated = 0;
   for (int i = 0; i < turn.got[source]; ++i) {
     const char* message = detail::decode_message(f, d, turn, source, i);
@@ -68,7 +68,7 @@ MOE_HD Status decode_pack(G g, F f, const DecodeReceiveArgs& a, int source) {
       if (e < 0 || e >= per_rank) continue;
       const int64_t place = places[int64_t{header->token} * k_max + k];
       f.copy_row(g, x + place * call.row_bytes, row, call.row_bytes);
-      if (call.scale_bytes) f.copy_row(g, scales + place * call.scale_bytes, row + align16(call.row_bytes), call.scale_bytes);
+      detail::put_scales(g, f, call, f.window(own, d.scales(parity, e)), per_expert, place % per_expert, row + align16(call.row_bytes));
       ++copies;
     }
     replicated += copies - 1;

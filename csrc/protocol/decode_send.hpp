@@ -7,8 +7,8 @@
 #pragma once
 #include "base/checksum.hpp"
 #include "protocol/decode.hpp"
-#include "protocol/dispatch.hpp"
 #include "protocol/plan.hpp"
+#include "protocol/quantize.hpp"
 
 namespace moecomm {
 
@@ -64,18 +64,24 @@ MOE_HD void decode_send(G g, F f, const DecodeSendArgs& a, int begin, int end) {
     const int32_t* slots = turn.slot + int64_t{t} * k_max;
     char* message = f.window(own, d.message(turn.parity(), t));
     DecodeHeader* header = reinterpret_cast<DecodeHeader*>(message);
-    const char* x = a.x + t * turn.call.row_bytes;
+    const char* x = a.x + t * (a.quantizes() ? d.shape.combine_row_bytes() : turn.call.row_bytes);
+    bool wanted = false;
+    for (int k = 0; k < k_max; ++k) wanted |= slots[k] >= 0;
+    if (!wanted) continue;
+    char* row = message + header_bytes;
     for (int k = g.lane(); k < k_max; k += g.size())
       header->pick()[k] = {ids[k], a.weights ? a.weights[int64_t{t} * k_max + k] : 1.0f};
-    if (g.lane() == 0) {
-      header->token = t;
-      if (d.check) header->checksum = row_checksum(x, turn.call.row_bytes, t);
+    if (a.quantizes()) {
+      f.quantize_row(g, row, row + align16(turn.call.row_bytes), x, d.shape.hidden, d.shape.dtype, turn.call.scales);
+    } else {
+      f.copy_row(g, row, x, turn.call.row_bytes);
+      if (a.scales) f.copy_row(g, row + align16(turn.call.row_bytes), a.scales + t * turn.call.scale_bytes, turn.call.scale_bytes);
     }
-    f.copy_row(g, message + header_bytes, x, turn.call.row_bytes);
-    if (a.scales)
-      f.copy_row(g, message + header_bytes + align16(turn.call.row_bytes), a.scales + t * turn.call.scale_bytes, turn.call.scale_bytes);
     g.sync();
     if (g.lane() != 0) continue;
+    header->token = t;
+    if (d.check) header->checksum = row_checksum(a.quantizes() ? row : x, turn.call.row_bytes, t);
+    count.quantized_rows += a.quantizes();
     for (int k = 0; k < k_max; ++k) {
       if (slots[k] < 0) continue;
       const int r = d.owner(ids[k]);

@@ -21,8 +21,8 @@ ReachPlan reach_plan(const DecodeView& d) {
   return p;
 }
 
-// What all ranks must do alike, as the mode bits of a flag.
-enum Mode : int { kQuantized = 1, kWeighted = 4 };
+// What all ranks must do alike, as the mode bits of a flag: how rows are coded, and whether weights travel.
+int mode_of(int code, bool weighted) { return code | (weighted ? 4 : 0); }
 
 }  // namespace
 
@@ -67,9 +67,11 @@ Status Decode::dispatch(const DecodeDispatchCall& call) {
   t.epoch = epoch_ + 1;
   t.tokens = call.tokens;
   t.weighted = call.weighted;
-  t.mode = (call.scale_bytes ? kQuantized : 0) | (t.weighted ? kWeighted : 0);
-  t.call.row_bytes = call.row_bytes;
-  t.call.scale_bytes = call.scale_bytes;
+  t.mode = mode_of(static_cast<int>(call.quant), t.weighted);
+  t.call.scales = call.quant;
+  t.call.scales_by_column = call.scales_by_column;
+  t.call.row_bytes = call.quant == ScaleKind::none ? view_.shape.combine_row_bytes() : view_.shape.hidden;
+  t.call.scale_bytes = 4 * scale_words(view_.shape.hidden, call.quant);
   DecodeSendArgs a;
   a.d = view_;
   a.turn = t;
@@ -121,7 +123,10 @@ Status Decode::combine(const DecodeCombineCall& call) {
       return {Code::invalid, Phase::none, -1, 3, static_cast<uint64_t>(i / view_.shape.top_k), static_cast<uint64_t>(id)};
   for (int64_t i = 0; i < picks; ++i) t.view.weights[i] = call.weights ? call.weights[i] : 1.0f;
   reach_.begin(streams(t, view_.shape.combine_row_bytes()));
-  DecodeCombineArgs a{view_, t.view, t.view.weighted ? kWeighted : 0, call.rows, nullptr};
+  t.combine_mode = mode_of(static_cast<int>(call.wire), t.view.weighted);
+  t.wire = call.wire;
+  t.y = call.y;
+  DecodeCombineArgs a{view_, t.view, t.combine_mode, t.wire, call.rows, nullptr};
   if (!t.view.weighted && call.rows != rows(t.view.parity())) {
     stage_rows(t, call.rows);
     a.rows = rows(t.view.parity());
@@ -129,13 +134,11 @@ Status Decode::combine(const DecodeCombineCall& call) {
   MOE_TRY(reach_.run(false, [&](auto fabric) { return run_decode_combine_send(Lane{}, fabric, a); }));
   ++reach_.host().counters.calls;
   t.stage = Stage::answered;
-  t.combine_mode = a.mode;
-  t.y = call.y;
   return call.receive ? sum(t) : Status{};
 }
 
 Status Decode::sum(Turn& t) {
-  DecodeCombineArgs a{view_, t.view, t.combine_mode, nullptr, t.y};
+  DecodeCombineArgs a{view_, t.view, t.combine_mode, t.wire, nullptr, t.y};
   reach_.begin(false);
   const Status s = reach_.run(true, [&](auto fabric) { return run_decode_combine_receive(Lane{}, fabric, a); });
   t.stage = Stage::done;

@@ -18,8 +18,8 @@ struct DecodeDispatchCall {
   const float* weights = nullptr;
   bool weighted = false;            // weights travel
   int32_t tokens = 0;
-  uint64_t row_bytes = 0;
-  uint64_t scale_bytes = 0;
+  ScaleKind quant = ScaleKind::none; // of the rows that travel; made on the way where `scales` is null
+  bool scales_by_column = false;     // at the receiver
   bool receive = false;             // both phases in one call
 };
 
@@ -29,6 +29,7 @@ struct DecodeCombineCall {
   const int64_t* ids64 = nullptr;   // must be those of the dispatch
   const int32_t* ids32 = nullptr;
   const float* weights = nullptr;   // null: 1
+  Wire wire = Wire::plain;          // of the answers that cross between nodes
   char* y = nullptr;                // written by the receive phase
   bool receive = false;
 };
@@ -57,10 +58,11 @@ class Decode {
 
   // Memory of a parity, for tensors: as long as the Decode lives.
   char* x(int parity) const { return reach_.window()->data() + view_.x(parity); }
-  char* scales(int parity) const { return reach_.window()->data() + view_.scales(parity); }
+  char* scales(int parity) const { return reach_.window()->data() + view_.scales(parity, 0); }
   char* rows(int parity) const { return reach_.window()->data() + view_.rows(parity); }
   int64_t* counts(int parity) const { return reinterpret_cast<int64_t*>(reach_.window()->data() + view_.counts(parity)); }
   int64_t packed_rows() const { return static_cast<int64_t>(view_.packed_rows()); }
+  int64_t scale_area() const { return static_cast<int64_t>(decode_scale_area(view_.geometry, view_.shape)); }   // of one expert
   int num_local_experts() const { return view_.experts_per_rank(); }
 
   Counters take_counters();                    // and reset
@@ -71,6 +73,7 @@ class Decode {
     DecodeTurn view;
     Stage stage = Stage::idle;
     int32_t combine_mode = 0;
+    Wire wire = Wire::plain;
     char* y = nullptr;
     std::unique_ptr<char[]> memory;
   };

@@ -217,8 +217,8 @@ cdef extern from "runtime/decode.hpp" namespace "moecomm" nogil:
         const float* weights
         bool weighted
         int32_t tokens
-        uint64_t row_bytes
-        uint64_t scale_bytes
+        ScaleKind quant
+        bool scales_by_column
         bool receive
 
     cdef cppclass DecodeCombineCall:
@@ -227,6 +227,7 @@ cdef extern from "runtime/decode.hpp" namespace "moecomm" nogil:
         const int64_t* ids64
         const int32_t* ids32
         const float* weights
+        Wire wire
         char* y
         bool receive
 
@@ -247,6 +248,7 @@ cdef extern from "runtime/decode.hpp" namespace "moecomm" nogil:
         char* rows(int parity)
         int64_t* counts(int parity)
         int64_t packed_rows()
+        int64_t scale_area()
         int num_local_experts()
         Counters take_counters()
         void set_stream_threshold(uint64_t)

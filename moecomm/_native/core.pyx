@@ -2,6 +2,7 @@
 # distutils: language=c++
 """The cpu world, thinly: marshal, release the GIL, make one call. moecomm.* documents and validates."""
 from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.exc cimport PyErr_Clear
 from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
 from libcpp cimport bool
 from libcpp.memory cimport make_shared, shared_ptr, unique_ptr

@@ -1,4 +1,87 @@
-# The decode path; part of core, whose Communicator it needs. moecomm/decode.py documents and validates.
+# The decode path; part of core, whose Communicator it needs. moecomm/decode.py validates and documents; at a few
+# tokens per call that costs more than the call, so a call whose tensors are as they should be is recognised here.
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
+
+from moecomm._native.dlpack cimport DLTensor, ExchangeTable
+
+# DLPack's type codes.
+cdef enum:
+    _INT = 0
+    _FLOAT = 2
+    _BFLOAT = 4
+
+cdef object _tensor_type = None
+cdef ExchangeTable* _exchange = NULL
+
+
+def read_tensors_of(tensor_type):
+    """Name the tensor class whose objects are read without calling their methods. Whether that is possible."""
+    global _tensor_type, _exchange
+    capsule = getattr(tensor_type, "__dlpack_c_exchange_api__", None)
+    if capsule is None or not PyCapsule_IsValid(capsule, "dlpack_exchange_api"):
+        return False
+    cdef ExchangeTable* table = <ExchangeTable*>PyCapsule_GetPointer(capsule, "dlpack_exchange_api")
+    if table.major != 1 or table.read == NULL:
+        return False
+    _tensor_type, _exchange = tensor_type, table
+    return True
+
+
+cdef bint _read(object tensor, DLTensor* t, int64_t columns, int code, int bits):
+    """Whether it is a contiguous matrix on the CPU, of that many columns and that type."""
+    if _exchange == NULL or type(tensor) is not _tensor_type:
+        return False
+    if _exchange.read(<void*>tensor, t) != 0:
+        PyErr_Clear()
+        return False
+    t.data = <char*>t.data + t.byte_offset
+    return (t.device_type == 1 and t.ndim == 2 and t.dtype.code == code and t.dtype.bits == bits and t.shape[1] == columns
+            and (t.strides == NULL or t.shape[0] == 0 or (t.strides[1] == 1 and (t.shape[0] == 1 or t.strides[0] == columns))))
+
+
+cdef class DecodeReceived:
+    """What decode_dispatch returns; to be read after its hook.
+
+    .x [experts per rank, size * max_tokens, hidden]: the rows of local expert e are x[e, :counts[e]], in order
+    (source rank, source token); what lies behind them is undefined. .scales [.., hidden/128] f32 (int32 [.., hidden/512]
+    for UE8M0) of quantized rows, else None. .counts int64 [experts per rank]. .handle for decode_combine. The tensors
+    are memory of the buffer: the dispatch after the next one overwrites them.
+    """
+    cdef readonly object x, scales, counts, handle
+
+
+cdef class DecodeHandle:
+    """What decode_combine needs; good for one combine, until the dispatch after the next one.
+
+    .rows [experts per rank, size * max_tokens, hidden] of the buffer's dtype: a place for the experts' output.
+    Written there (after the dispatch's hook) and passed to decode_combine, it is sent without a staging copy.
+    """
+    cdef readonly object rows
+    cdef readonly int tokens
+    cdef readonly bint weights_travel
+    cdef readonly uint64_t epoch
+    cdef readonly Decode decode
+    cdef object keep   # what the combine's second phase reads or writes
+
+    def receive_dispatch(self):
+        """The hook of decode_dispatch."""
+        cdef capi.Status s
+        cdef capi.Decode* d = self.decode.d.get()
+        with nogil:
+            s = d.dispatch_receive(self.epoch)
+        if s.code != capi.Code.ok:
+            self.decode.fail(_failure(s), "decode_dispatch")
+
+    def receive_combine(self):
+        """The hook of decode_combine."""
+        cdef capi.Status s
+        cdef capi.Decode* d = self.decode.d.get()
+        with nogil:
+            s = d.combine_receive(self.epoch)
+        self.keep = None
+        if s.code != capi.Code.ok:
+            self.decode.fail(_failure(s), "decode_combine")
+
 
 cdef class Area:
     """Memory of a Decode that tensors are views of; keeps it mapped."""
@@ -13,9 +96,16 @@ cdef class Area:
 cdef class Decode:
     cdef shared_ptr[capi.Decode] d
     cdef capi.Shape shape
+    cdef readonly object fail          # (Failure, op): raises
+    cdef int float_code
+    cdef list x, scales, counts, rows  # tensors: x and scales by (2 * kind + parity), counts and rows by parity
+    cdef list current                  # handles by parity: a phase that a later dispatch catches up on finds its memory
 
-    def __cinit__(self, Communicator comm, Buffer buffer, bint check):
+    def __cinit__(self, Communicator comm, Buffer buffer, bint check, fail):
         self.shape = buffer.shape
+        self.fail = fail
+        self.float_code = _BFLOAT if self.shape.dtype == capi.DType.bf16 else _FLOAT
+        self.current = [None, None]
         with nogil:
             self.d = make_shared[capi.Decode](comm.c, self.shape, check)
 
@@ -30,68 +120,6 @@ cdef class Decode:
     def connected(self):
         self.d.get().connected()
 
-    def dispatch(self, uintptr_t x, uintptr_t scales, uintptr_t ids, bint ids_are_int32, uintptr_t weights, bint weighted, int tokens,
-                 uint64_t row_bytes, uint64_t scale_bytes, bint receive):
-        """The epoch, or a Failure."""
-        cdef capi.DecodeDispatchCall call
-        cdef capi.Status s
-        cdef capi.Decode* d = self.d.get()
-        call.x = <const char*>x
-        call.scales = <const char*>scales
-        if ids_are_int32:
-            call.ids32 = <const int32_t*>ids
-        else:
-            call.ids64 = <const int64_t*>ids
-        call.weights = <const float*>weights
-        call.weighted = weighted
-        call.tokens = tokens
-        call.row_bytes = row_bytes
-        call.scale_bytes = scale_bytes
-        call.receive = receive
-        with nogil:
-            s = d.dispatch(call)
-        if s.code != capi.Code.ok:
-            return _failure(s)
-        return d.epoch()
-
-    def dispatch_receive(self, uint64_t epoch):
-        """None or a Failure."""
-        cdef capi.Status s
-        cdef capi.Decode* d = self.d.get()
-        with nogil:
-            s = d.dispatch_receive(epoch)
-        return None if s.code == capi.Code.ok else _failure(s)
-
-    def combine(self, uint64_t epoch, uintptr_t rows, uintptr_t ids, bint ids_are_int32, uintptr_t weights, uintptr_t y, bint receive):
-        """None or a Failure."""
-        cdef capi.DecodeCombineCall call
-        cdef capi.Status s
-        cdef capi.Decode* d = self.d.get()
-        call.epoch = epoch
-        call.rows = <const char*>rows
-        if ids_are_int32:
-            call.ids32 = <const int32_t*>ids
-        else:
-            call.ids64 = <const int64_t*>ids
-        call.weights = <const float*>weights
-        call.y = <char*>y
-        call.receive = receive
-        with nogil:
-            s = d.combine(call)
-        return None if s.code == capi.Code.ok else _failure(s)
-
-    def combine_receive(self, uint64_t epoch):
-        """None or a Failure."""
-        cdef capi.Status s
-        cdef capi.Decode* d = self.d.get()
-        with nogil:
-            s = d.combine_receive(epoch)
-        return None if s.code == capi.Code.ok else _failure(s)
-
-    def stage(self, uint64_t epoch):
-        """0 its places are used by a later epoch, 1 sent, 2 received, 3 answered, 4 done."""
-        return self.d.get().stage(epoch)
-
     def area(self, str name, int parity):
         """x, scales, rows or counts of a parity, as bytes."""
         cdef Area area = Area.__new__(Area)
@@ -101,12 +129,150 @@ cdef class Decode:
         if name == "x":
             area.data, area.size = d.x(parity), rows * self.shape.combine_row_bytes()
         elif name == "scales":
-            area.data, area.size = d.scales(parity), rows * self.shape.scale_bytes()
+            area.data, area.size = d.scales(parity), d.scale_area() * d.num_local_experts()
         elif name == "rows":
             area.data, area.size = d.rows(parity), rows * self.shape.combine_row_bytes()
         else:
             area.data, area.size = <char*>d.counts(parity), 8 * d.num_local_experts()
         return area
+
+    @property
+    def scale_area(self):
+        """Bytes from one expert's scales to the next one's."""
+        return self.d.get().scale_area()
+
+    def hold(self, list x, list scales, list counts, list rows):
+        """The tensors that dispatches hand out."""
+        self.x, self.scales, self.counts, self.rows = x, scales, counts, rows
+
+    def try_dispatch(self, x, topk_ids, topk_weights, int quant, bint receive):
+        """(DecodeReceived, hook or None); None where a tensor needs a closer look."""
+        cdef DLTensor rows, ids, weights
+        cdef capi.DecodeDispatchCall call
+        cdef int bits = 64 if self.shape.dtype == capi.DType.f64 else 32 if self.shape.dtype == capi.DType.f32 else 16
+        if not _read(x, &rows, self.shape.hidden, self.float_code, bits) or rows.shape[0] > self.shape.max_tokens:
+            return None
+        if _read(topk_ids, &ids, self.shape.top_k, _INT, 64):
+            call.ids64 = <const int64_t*>ids.data
+        elif _read(topk_ids, &ids, self.shape.top_k, _INT, 32):
+            call.ids32 = <const int32_t*>ids.data
+        else:
+            return None
+        if ids.shape[0] != rows.shape[0]:
+            return None
+        if topk_weights is not None:
+            if not _read(topk_weights, &weights, self.shape.top_k, _FLOAT, 32) or weights.shape[0] != rows.shape[0]:
+                return None
+            call.weights = <const float*>weights.data
+            call.weighted = True
+        call.x = <const char*>rows.data
+        call.tokens = rows.shape[0]
+        call.quant = <capi.ScaleKind>quant
+        call.receive = receive
+        return self.run_dispatch(call)
+
+    def dispatch(self, uintptr_t x, uintptr_t scales, uintptr_t ids, bint ids_are_int32, uintptr_t weights, bint weighted, int tokens,
+                 int quant, bint by_column, bint receive):
+        """(DecodeReceived, hook or None)"""
+        cdef capi.DecodeDispatchCall call
+        call.x = <const char*>x
+        call.scales = <const char*>scales
+        if ids_are_int32:
+            call.ids32 = <const int32_t*>ids
+        else:
+            call.ids64 = <const int64_t*>ids
+        call.weights = <const float*>weights
+        call.weighted = weighted
+        call.tokens = tokens
+        call.quant = <capi.ScaleKind>quant
+        call.scales_by_column = by_column
+        call.receive = receive
+        return self.run_dispatch(call)
+
+    cdef object run_dispatch(self, const capi.DecodeDispatchCall& call):
+        cdef capi.Status s
+        cdef capi.Decode* d = self.d.get()
+        cdef int parity, kind = <int>call.quant
+        with nogil:
+            s = d.dispatch(call)
+        if s.code != capi.Code.ok:
+            self.fail(_failure(s), "decode_dispatch")
+        cdef DecodeHandle handle = DecodeHandle.__new__(DecodeHandle)
+        cdef DecodeReceived received = DecodeReceived.__new__(DecodeReceived)
+        handle.decode = self
+        handle.epoch = d.epoch()
+        handle.tokens = call.tokens
+        handle.weights_travel = call.weighted
+        parity = handle.epoch & 1
+        handle.rows = self.rows[parity]
+        received.x = self.x[2 * (kind > 0) + parity]
+        received.scales = self.scales[2 * (kind + 2 * call.scales_by_column) + parity]
+        received.counts = self.counts[parity]
+        received.handle = handle
+        return received, (None if call.receive else handle.receive_dispatch)
+
+    def try_combine(self, rows, topk_ids, topk_weights, handle, out, bint receive):
+        """(y, hook or None); None where something needs a closer look."""
+        cdef DLTensor ids, weights, y
+        cdef capi.DecodeCombineCall call
+        cdef DecodeHandle h
+        cdef int bits = 64 if self.shape.dtype == capi.DType.f64 else 32 if self.shape.dtype == capi.DType.f32 else 16
+        if type(handle) is not DecodeHandle:
+            return None
+        h = <DecodeHandle>handle
+        if h.decode is not self or rows is not h.rows or self.d.get().stage(h.epoch) != 2:
+            return None
+        if _read(topk_ids, &ids, self.shape.top_k, _INT, 64):
+            call.ids64 = <const int64_t*>ids.data
+        elif _read(topk_ids, &ids, self.shape.top_k, _INT, 32):
+            call.ids32 = <const int32_t*>ids.data
+        else:
+            return None
+        if ids.shape[0] != h.tokens:
+            return None
+        if topk_weights is not None:
+            if h.weights_travel or not _read(topk_weights, &weights, self.shape.top_k, _FLOAT, 32) or weights.shape[0] != h.tokens:
+                return None
+            call.weights = <const float*>weights.data
+        if not _read(out, &y, self.shape.hidden, self.float_code, bits) or y.shape[0] != h.tokens:
+            return None
+        call.rows = self.d.get().rows(h.epoch & 1)
+        call.y = <char*>y.data
+        call.receive = receive
+        return self.run_combine(call, h, rows, out)
+
+    def combine(self, DecodeHandle handle, rows, uintptr_t rows_at, uintptr_t ids, bint ids_are_int32, uintptr_t weights, int wire,
+                out, uintptr_t y, bint receive):
+        """(out, hook or None)"""
+        cdef capi.DecodeCombineCall call
+        call.rows = <const char*>rows_at
+        if ids_are_int32:
+            call.ids32 = <const int32_t*>ids
+        else:
+            call.ids64 = <const int64_t*>ids
+        call.weights = <const float*>weights
+        call.wire = <capi.Wire>wire
+        call.y = <char*>y
+        call.receive = receive
+        return self.run_combine(call, handle, rows, out)
+
+    cdef object run_combine(self, capi.DecodeCombineCall& call, DecodeHandle handle, rows, out):
+        cdef capi.Status s
+        cdef capi.Decode* d = self.d.get()
+        call.epoch = handle.epoch
+        with nogil:
+            s = d.combine(call)
+        if s.code != capi.Code.ok:
+            self.fail(_failure(s), "decode_combine")
+        if call.receive:
+            return out, None
+        handle.keep = (rows, out)
+        self.current[handle.epoch & 1] = handle
+        return out, handle.receive_combine
+
+    def stage(self, uint64_t epoch):
+        """0 its places are used by a later epoch, 1 sent, 2 received, 3 answered, 4 done."""
+        return self.d.get().stage(epoch)
 
     def take_counters(self):
         cdef capi.Counters c

@@ -3,6 +3,7 @@
 #include "protocol/decode_answer.hpp"
 #include "protocol/decode_receive.hpp"
 #include "protocol/decode_send.hpp"
+#include "protocol/decode_sum.hpp"
 
 namespace moecomm {
 
