@@ -1,58 +1,58 @@
 // Included by rows_kernels.inl: rows in and out of the codes that base/quantize.hpp defines. The
-// definitions themselves, instantiated with vectors; a tile is eight vectors, held in registers.
+// definitions themselves, instantiated with vectors.
 
-typedef unsigned char C16v __attribute__((vector_size(16)));
+typedef unsigned char Cv __attribute__((vector_size(kLanes)));
 
 struct Tile {
-  static constexpr int kVectors = 8;
-  F16v v[kVectors];
+  static constexpr int kVectors = moecomm::kTile / kLanes;
+  Fv v[kVectors];
 };
 
-static inline U16v larger(U16v a, U16v b) { return a > b ? a : b; }
+static inline Uv larger(Uv a, Uv b) { return a > b ? a : b; }
 
-static inline unsigned largest_of(U16v v) {
+static inline unsigned largest_of(Uv v) {
   unsigned m = 0;
-  for (int i = 0; i < 16; ++i) m = v[i] > m ? v[i] : m;
+  for (int i = 0; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
   return m;
 }
 
-// The first n of 16 elements; the rest are zero.
+// The first n elements of a vector; the rest are zero.
 template <class T>
-static inline F16v load_some(const char* p, long n) {
-  if (n >= 16) return T::load(p);
+static inline Fv load_some(const char* p, long n) {
+  if (n >= kLanes) return T::load(p);
   char pad[64] = {};
   __builtin_memcpy(pad, p, n * T::kBytes);
   return T::load(pad);
 }
 
 template <class T>
-static inline void store_some(char* p, F16v v, long n) {
-  if (n >= 16) return T::store(p, v);
+static inline void store_some(char* p, Fv v, long n) {
+  if (n >= kLanes) return T::store(p, v);
   char pad[64];
   T::store(pad, v);
   __builtin_memcpy(p, pad, n * T::kBytes);
 }
 
-static inline U16v load_bytes(const char* p, long n) {
-  C16v c = {};
-  if (n >= 16) __builtin_memcpy(&c, p, 16);
+static inline Uv load_bytes(const char* p, long n) {
+  Cv c = {};
+  if (n >= kLanes) __builtin_memcpy(&c, p, kLanes);
   else __builtin_memcpy(&c, p, n);
-  return __builtin_convertvector(c, U16v);
+  return __builtin_convertvector(c, Uv);
 }
 
-static inline void store_bytes(char* p, U16v v, long n) {
-  const C16v c = __builtin_convertvector(v, C16v);
-  if (n >= 16) __builtin_memcpy(p, &c, 16);
+static inline void store_bytes(char* p, Uv v, long n) {
+  const Cv c = __builtin_convertvector(v, Cv);
+  if (n >= kLanes) __builtin_memcpy(p, &c, kLanes);
   else __builtin_memcpy(p, &c, n);
 }
 
-// Calls work(vector, first element, how many of its 16) for the vectors of a tile with n elements.
+// Calls work(vector, first element, how many of its elements) for the vectors of a tile with n elements.
 template <class Work>
 static inline void for_vectors(long n, Work&& work) {
   if (n == moecomm::kTile) {
-    for (int j = 0; j < Tile::kVectors; ++j) work(j, 16L * j, 16L);
+    for (int j = 0; j < Tile::kVectors; ++j) work(j, long{kLanes} * j, long{kLanes});
   } else {
-    for (int j = 0; 16L * j < n; ++j) work(j, 16L * j, n - 16L * j < 16 ? n - 16L * j : 16L);
+    for (long at = 0; at < n; at += kLanes) work(static_cast<int>(at / kLanes), at, n - at < kLanes ? n - at : long{kLanes});
   }
 }
 
@@ -72,49 +72,51 @@ static inline void store_tile(char* row, const Tile& t, long n) {
 // -- Tiles in FP8 -------------------------------------------------------------------------------------
 
 static inline float encode_fp8(char* codes, const Tile& t, long n, moecomm::ScaleKind kind) {
-  U16v m{};
-  for (int j = 0; j < Tile::kVectors; ++j) m = larger(m, moecomm::finite_magnitude<U16v>(t.v[j]));
+  Uv m{};
+  for (int j = 0; j < Tile::kVectors; ++j) m = larger(m, moecomm::finite_magnitude<Uv>(t.v[j]));
   const auto s = moecomm::tile_scale<unsigned>(moecomm::bits_as<float>(largest_of(m)), kind);
-  for_vectors(n, [&](int j, long at, long some) { store_bytes(codes + at, moecomm::e4m3_encode<U16v>(t.v[j] * s.inverse), some); });
+  for_vectors(n, [&](int j, long at, long some) { store_bytes(codes + at, moecomm::e4m3_encode<Uv>(t.v[j] * s.inverse), some); });
   return s.scale;
 }
 
 static inline Tile decode_fp8(const char* codes, float scale, long n) {
   Tile t{};
-  for_vectors(n, [&](int j, long at, long some) { t.v[j] = moecomm::e4m3_decode<F16v>(load_bytes(codes + at, some)) * scale; });
+  for_vectors(n, [&](int j, long at, long some) { t.v[j] = moecomm::e4m3_decode<Fv>(load_bytes(codes + at, some)) * scale; });
   return t;
 }
 
 // -- Tiles in LogFMT-10 ---------------------------------------------------------------------------------
 
+constexpr int kHighVectors = 32 / kLanes;   // of the bytes that hold the codes' high bits
+
 static inline moecomm::LogTile encode_log(char* low_bits, char* high_bits, const Tile& t) {
-  U16v most{}, rest{};   // rest: the largest of ~magnitude, for the least
+  Uv most{}, rest{};   // rest: the largest of ~magnitude, for the least
   for (int j = 0; j < Tile::kVectors; ++j) {
-    const U16v m = moecomm::finite_magnitude<U16v>(t.v[j]);
-    const U16v normal = m < moecomm::detail::kSmallestNormal ? U16v{} : m;
+    const Uv m = moecomm::finite_magnitude<Uv>(t.v[j]);
+    const Uv normal = m < moecomm::detail::kSmallestNormal ? Uv{} : m;
     most = larger(most, normal);
-    rest = larger(rest, normal == 0u ? U16v{} : ~normal);
+    rest = larger(rest, normal == 0u ? Uv{} : ~normal);
   }
   const unsigned largest = largest_of(most), least = ~largest_of(rest);
   const auto tile = moecomm::log_tile(moecomm::bits_as<float>(largest ? least : 0u), moecomm::bits_as<float>(largest));
   const float inverse = tile.step > 0.0f ? 1.0f / tile.step : 0.0f;
-  U16v high[2] = {};
+  Uv high[kHighVectors] = {};
   for (int j = 0; j < Tile::kVectors; ++j) {
-    const U16v code = moecomm::log_encode<U16v>(t.v[j], tile, inverse);
-    store_bytes(low_bits + 16 * j, code & 0xffu, 16);
-    high[j % 2] |= (code >> 8) << (j / 2 * 2);
+    const Uv code = moecomm::log_encode<Uv>(t.v[j], tile, inverse);
+    store_bytes(low_bits + kLanes * j, code & 0xffu, kLanes);
+    high[j % kHighVectors] |= (code >> 8) << (j / kHighVectors * 2);
   }
-  store_bytes(high_bits, high[0], 16);
-  store_bytes(high_bits + 16, high[1], 16);
+  for (int j = 0; j < kHighVectors; ++j) store_bytes(high_bits + kLanes * j, high[j], kLanes);
   return tile;
 }
 
 static inline Tile decode_log(const char* low_bits, const char* high_bits, moecomm::LogTile tile) {
-  const U16v high[2] = {load_bytes(high_bits, 16), load_bytes(high_bits + 16, 16)};
+  Uv high[kHighVectors];
+  for (int j = 0; j < kHighVectors; ++j) high[j] = load_bytes(high_bits + kLanes * j, kLanes);
   Tile t;
   for (int j = 0; j < Tile::kVectors; ++j) {
-    const U16v code = load_bytes(low_bits + 16 * j, 16) | (high[j % 2] >> (j / 2 * 2) & 3u) << 8;
-    t.v[j] = moecomm::log_decode<F16v>(code, tile);
+    const Uv code = load_bytes(low_bits + kLanes * j, kLanes) | (high[j % kHighVectors] >> (j / kHighVectors * 2) & 3u) << 8;
+    t.v[j] = moecomm::log_decode<Fv>(code, tile);
   }
   return t;
 }
@@ -222,14 +224,14 @@ static void quantize(void* codes, void* scales, const void* row, long begin, lon
 
 template <class T>
 static void quantize_columns_typed(char* codes, float* scales, const char* rows, long count, long columns, moecomm::ScaleKind kind) {
-  for (long c = 0; c < columns; c += 16) {
-    const long n = columns - c < 16 ? columns - c : 16;
-    U16v m{};
-    for (long r = 0; r < count; ++r) m = larger(m, moecomm::finite_magnitude<U16v>(load_some<T>(rows + (r * columns + c) * T::kBytes, n)));
-    const auto s = moecomm::tile_scale<U16v>((F16v)m, kind);
+  for (long c = 0; c < columns; c += kLanes) {
+    const long n = columns - c < kLanes ? columns - c : kLanes;
+    Uv m{};
+    for (long r = 0; r < count; ++r) m = larger(m, moecomm::finite_magnitude<Uv>(load_some<T>(rows + (r * columns + c) * T::kBytes, n)));
+    const auto s = moecomm::tile_scale<Uv>((Fv)m, kind);
     store_some<F32>((char*)(scales + c), s.scale, n);
     for (long r = 0; r < count; ++r)
-      store_bytes(codes + r * columns + c, moecomm::e4m3_encode<U16v>(load_some<T>(rows + (r * columns + c) * T::kBytes, n) * s.inverse), n);
+      store_bytes(codes + r * columns + c, moecomm::e4m3_encode<Uv>(load_some<T>(rows + (r * columns + c) * T::kBytes, n) * s.inverse), n);
   }
 }
 
@@ -237,17 +239,17 @@ template <class T>
 static void quantize_squares_typed(char* codes, float* scales, const char* rows, long count, long columns, moecomm::ScaleKind kind) {
   for (long c = 0; c < columns; c += moecomm::kTile) {
     const long n = columns - c < moecomm::kTile ? columns - c : moecomm::kTile;
-    U16v m{};
+    Uv m{};
     for (long r = 0; r < count; ++r)
       for_vectors(n, [&](int, long at, long some) {
-        m = larger(m, moecomm::finite_magnitude<U16v>(load_some<T>(rows + (r * columns + c + at) * T::kBytes, some)));
+        m = larger(m, moecomm::finite_magnitude<Uv>(load_some<T>(rows + (r * columns + c + at) * T::kBytes, some)));
       });
     const auto s = moecomm::tile_scale<unsigned>(moecomm::bits_as<float>(largest_of(m)), kind);
     scales[c / moecomm::kTile] = s.scale;
     for (long r = 0; r < count; ++r)
       for_vectors(n, [&](int, long at, long some) {
         const long i = r * columns + c + at;
-        store_bytes(codes + i, moecomm::e4m3_encode<U16v>(load_some<T>(rows + i * T::kBytes, some) * s.inverse), some);
+        store_bytes(codes + i, moecomm::e4m3_encode<Uv>(load_some<T>(rows + i * T::kBytes, some) * s.inverse), some);
       });
   }
 }
@@ -267,10 +269,10 @@ static void quantize_block(void* codes, float* scales, const void* rows, long co
 
 template <class T>
 static void dequantize_typed(char* dst, const char* codes, const float* scales, long columns, bool by_column) {
-  for (long c = 0; c < columns; c += 16) {
-    const long n = columns - c < 16 ? columns - c : 16;
-    const F16v scale = by_column ? load_some<F32>((const char*)(scales + c), n) : F16v{} + scales[c / moecomm::kTile];
-    store_some<T>(dst + c * T::kBytes, moecomm::e4m3_decode<F16v>(load_bytes(codes + c, n)) * scale, n);
+  for (long c = 0; c < columns; c += kLanes) {
+    const long n = columns - c < kLanes ? columns - c : kLanes;
+    const Fv scale = by_column ? load_some<F32>((const char*)(scales + c), n) : Fv{} + scales[c / moecomm::kTile];
+    store_some<T>(dst + c * T::kBytes, moecomm::e4m3_decode<Fv>(load_bytes(codes + c, n)) * scale, n);
   }
 }
 
@@ -282,23 +284,23 @@ static void dequantize(void* dst, const void* codes, const float* scales, long c
   }
 }
 
-// 16 columns of `count` rows at a time: decoded to FP32 once, kept in the first cache.
+// A vector of columns of `count` rows at a time: decoded to FP32 once, kept in the first cache.
 static void transpose_requantize(void* dst, float* dst_scales, const void* src, const float* src_scales, long count, long columns,
                                  long dst_stride, long scale_stride, moecomm::ScaleKind kind) {
   const long tiles = moecomm::tiles_of(columns);
-  F16v value[moecomm::kTile];
-  for (long c = 0; c < columns; c += 16) {
-    const long n = columns - c < 16 ? columns - c : 16;
-    U16v m{};
+  Fv value[moecomm::kTile];
+  for (long c = 0; c < columns; c += kLanes) {
+    const long n = columns - c < kLanes ? columns - c : kLanes;
+    Uv m{};
     for (long r = 0; r < count; ++r) {
-      value[r] = moecomm::e4m3_decode<F16v>(load_bytes((const char*)src + r * columns + c, n)) * src_scales[r * tiles + c / moecomm::kTile];
-      m = larger(m, moecomm::finite_magnitude<U16v>(value[r]));
+      value[r] = moecomm::e4m3_decode<Fv>(load_bytes((const char*)src + r * columns + c, n)) * src_scales[r * tiles + c / moecomm::kTile];
+      m = larger(m, moecomm::finite_magnitude<Uv>(value[r]));
     }
-    const auto s = moecomm::tile_scale<U16v>((F16v)m, kind);
-    unsigned char codes[16][moecomm::kTile];
+    const auto s = moecomm::tile_scale<Uv>((Fv)m, kind);
+    unsigned char codes[kLanes][moecomm::kTile];
     for (long r = 0; r < count; ++r) {
-      const C16v code = __builtin_convertvector(moecomm::e4m3_encode<U16v>(value[r] * s.inverse), C16v);
-      for (int i = 0; i < 16; ++i) codes[i][r] = code[i];
+      const Cv code = __builtin_convertvector(moecomm::e4m3_encode<Uv>(value[r] * s.inverse), Cv);
+      for (int i = 0; i < kLanes; ++i) codes[i][r] = code[i];
     }
     for (long i = 0; i < n; ++i) {
       __builtin_memcpy((char*)dst + (c + i) * dst_stride, codes[i], count);

@@ -1,97 +1,96 @@
 // Included by rows_avx512.cpp, rows_avx2.cpp and rows_base.cpp, each with its own target, inside its own
 // namespace. Includes nothing: inline functions of the standard library must not be compiled for a
-// target that another machine lacks. Vector extensions, so one text serves every target.
+// target that another machine lacks. Vector extensions, so one text serves every target; vectors as wide as
+// the target's registers, because the compiler takes wider ones apart lane by lane where it selects or converts.
 
 // Everything below is inlined into one translation unit: the vector ABI does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
-typedef float F16v __attribute__((vector_size(64)));
-typedef unsigned int U16v __attribute__((vector_size(64)));
-typedef int I16v __attribute__((vector_size(64)));
-typedef unsigned short H16v __attribute__((vector_size(32)));
-typedef double D8v __attribute__((vector_size(64)));
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+typedef float Fv __attribute__((vector_size(4 * kLanes)));
+typedef unsigned int Uv __attribute__((vector_size(4 * kLanes)));
+typedef unsigned short Hv __attribute__((vector_size(2 * kLanes)));
 
 struct BF16 {
   static constexpr int kBytes = 2;
-  static inline F16v load(const char* p) {
-    H16v h;
-    __builtin_memcpy(&h, p, 32);
-    const U16v u = __builtin_convertvector(h, U16v) << 16;
-    return (F16v)u;
+  static inline Fv load(const char* p) {
+    Hv h;
+    __builtin_memcpy(&h, p, sizeof(h));
+    const Uv u = __builtin_convertvector(h, Uv) << 16;
+    return (Fv)u;
   }
   // Round to nearest even; NaN becomes the quiet NaN 0x7fc0 (as torch does).
-  static inline void store(char* p, F16v v) {
-    const U16v u = (U16v)v;
-    const U16v rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    const U16v nan = (U16v)((u & 0x7fffffffu) > 0x7f800000u);
-    const H16v h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), H16v);
-    __builtin_memcpy(p, &h, 32);
+  static inline void store(char* p, Fv v) {
+    const Uv u = (Uv)v;
+    const Uv rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    const Uv nan = (Uv)((u & 0x7fffffffu) > 0x7f800000u);
+    const Hv h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), Hv);
+    __builtin_memcpy(p, &h, sizeof(h));
   }
 };
 
 struct F16 {
   static constexpr int kBytes = 2;
-  static inline F16v load(const char* p) {
+  static inline Fv load(const char* p) {
 #if defined(__AVX512F__)
     __m256i h;
     __builtin_memcpy(&h, p, 32);
-    return (F16v)_mm512_cvtph_ps(h);
+    return (Fv)_mm512_cvtph_ps(h);
 #elif defined(__F16C__)
-    __m128i h[2];
-    __builtin_memcpy(h, p, 32);
-    const __m256 lo = _mm256_cvtph_ps(h[0]), hi = _mm256_cvtph_ps(h[1]);
-    F16v v;
-    __builtin_memcpy(&v, &lo, 32);
-    __builtin_memcpy((char*)&v + 32, &hi, 32);
-    return v;
+    __m128i h;
+    __builtin_memcpy(&h, p, 16);
+    return (Fv)_mm256_cvtph_ps(h);
 #else
-    _Float16 h[16];
-    __builtin_memcpy(h, p, 32);
-    F16v v;
-    for (int i = 0; i < 16; ++i) v[i] = (float)h[i];
+    _Float16 h[kLanes];
+    __builtin_memcpy(h, p, sizeof(h));
+    Fv v;
+    for (int i = 0; i < kLanes; ++i) v[i] = (float)h[i];
     return v;
 #endif
   }
-  static inline void store(char* p, F16v v) {
+  static inline void store(char* p, Fv v) {
 #if defined(__AVX512F__)
     const __m256i h = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __builtin_memcpy(p, &h, 32);
 #elif defined(__F16C__)
-    __m256 lo, hi;
-    __builtin_memcpy(&lo, &v, 32);
-    __builtin_memcpy(&hi, (char*)&v + 32, 32);
-    const __m128i h[2] = {_mm256_cvtps_ph(lo, _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(hi, _MM_FROUND_TO_NEAREST_INT)};
-    __builtin_memcpy(p, h, 32);
+    const __m128i h = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __builtin_memcpy(p, &h, 16);
 #else
-    _Float16 h[16];
-    for (int i = 0; i < 16; ++i) h[i] = (_Float16)v[i];
-    __builtin_memcpy(p, h, 32);
+    _Float16 h[kLanes];
+    for (int i = 0; i < kLanes; ++i) h[i] = (_Float16)v[i];
+    __builtin_memcpy(p, h, sizeof(h));
 #endif
   }
 };
 
 struct F32 {
   static constexpr int kBytes = 4;
-  static inline F16v load(const char* p) {
-    F16v v;
-    __builtin_memcpy(&v, p, 64);
+  static inline Fv load(const char* p) {
+    Fv v;
+    __builtin_memcpy(&v, p, sizeof(v));
     return v;
   }
-  static inline void store(char* p, F16v v) { __builtin_memcpy(p, &v, 64); }
+  static inline void store(char* p, Fv v) { __builtin_memcpy(p, &v, sizeof(v)); }
 };
 
 // kUnroll vectors at a time: the partial sums stay in registers while the terms are walked.
 template <class T, int kUnroll>
 static inline void reduce_block(char* dst, const moecomm::Terms& terms, const moecomm::Terms* next, const float* bias, long at) {
-  F16v total[kUnroll], part[kUnroll];
+  Fv total[kUnroll], part[kUnroll];
   bool first_group = true, first_term = true;
-  for (int j = 0; j < kUnroll; ++j) total[j] = F16v{};
+  for (int j = 0; j < kUnroll; ++j) total[j] = Fv{};
   for (int i = 0; i < terms.count; ++i) {
     const char* row = (const char*)terms.store->row[i] + at * T::kBytes;
     const float w = terms.store->weight[i];
     if (first_term) {
-      for (int j = 0; j < kUnroll; ++j) part[j] = T::load(row + 16 * j * T::kBytes) * w;
+      for (int j = 0; j < kUnroll; ++j) part[j] = T::load(row + kLanes * j * T::kBytes) * w;
     } else {
-      for (int j = 0; j < kUnroll; ++j) part[j] = part[j] + T::load(row + 16 * j * T::kBytes) * w;
+      for (int j = 0; j < kUnroll; ++j) part[j] = part[j] + T::load(row + kLanes * j * T::kBytes) * w;
     }
     first_term = false;
     if (terms.group_end >> i & 1) {
@@ -103,23 +102,23 @@ static inline void reduce_block(char* dst, const moecomm::Terms& terms, const mo
   if (next)
     for (int i = 0; i < next->count; ++i) {
       const char* row = (const char*)next->store->row[i] + at * T::kBytes;
-      for (int j = 0; j < kUnroll * 16 * T::kBytes; j += 64) __builtin_prefetch(row + j, 0, 2);
+      for (int j = 0; j < kUnroll * kLanes * T::kBytes; j += 64) __builtin_prefetch(row + j, 0, 2);
     }
   if (bias)
-    for (int j = 0; j < kUnroll; ++j) total[j] = total[j] + F32::load((const char*)(bias + at + 16 * j));
-  for (int j = 0; j < kUnroll; ++j) T::store(dst + (at + 16 * j) * T::kBytes, total[j]);
+    for (int j = 0; j < kUnroll; ++j) total[j] = total[j] + F32::load((const char*)(bias + at + kLanes * j));
+  for (int j = 0; j < kUnroll; ++j) T::store(dst + (at + kLanes * j) * T::kBytes, total[j]);
 }
 
 // The tail that is shorter than a vector: the same steps on zero-extended copies.
 template <class T>
 static inline void reduce_tail(char* dst, const moecomm::Terms& terms, const float* bias, long at, long n) {
-  F16v total = F16v{}, part = F16v{};
+  Fv total = Fv{}, part = Fv{};
   bool first_group = true, first_term = true;
   char pad[64];
   for (int i = 0; i < terms.count; ++i) {
     __builtin_memset(pad, 0, 64);
     __builtin_memcpy(pad, (const char*)terms.store->row[i] + at * T::kBytes, n * T::kBytes);
-    const F16v v = T::load(pad) * terms.store->weight[i];
+    const Fv v = T::load(pad) * terms.store->weight[i];
     part = first_term ? v : part + v;
     first_term = false;
     if (terms.group_end >> i & 1) {
@@ -129,7 +128,7 @@ static inline void reduce_tail(char* dst, const moecomm::Terms& terms, const flo
     }
   }
   if (bias) {
-    float b[16] = {};
+    float b[kLanes] = {};
     __builtin_memcpy(b, bias + at, n * 4);
     total = total + F32::load((const char*)b);
   }
@@ -144,8 +143,8 @@ template <class T>
 static void reduce_typed(char* dst, const moecomm::Terms& terms, const moecomm::Terms* next, const float* bias, long begin, long end) {
   if (terms.coded) return reduce_coded<T>(dst, terms, next, bias, begin, end);
   long at = begin;
-  for (; at + 64 <= end; at += 64) reduce_block<T, 4>(dst, terms, next, bias, at);
-  for (; at + 16 <= end; at += 16) reduce_block<T, 1>(dst, terms, nullptr, bias, at);
+  for (; at + 4 * kLanes <= end; at += 4 * kLanes) reduce_block<T, 4>(dst, terms, next, bias, at);
+  for (; at + kLanes <= end; at += kLanes) reduce_block<T, 1>(dst, terms, nullptr, bias, at);
   if (at < end) reduce_tail<T>(dst, terms, bias, at, end - at);
 }
 
