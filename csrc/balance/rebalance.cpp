@@ -35,9 +35,16 @@ void groups_to_nodes(const Grid& g, const double* load, std::vector<std::vector<
   }
 }
 
+void pack(const std::vector<double>& load, const std::vector<int32_t>& count, double target, bool connected, Bins& bins, int ranks, int slots) {
+  bins.reset(ranks, slots);
+  const int experts = static_cast<int>(load.size());
+  (connected ? pack_connected : pack_largest_first)(load.data(), count.data(), experts, bins);
+  swap_down(bins, target, connected ? count.data() : nullptr);
+}
+
 // Where swaps alone leave the heaviest rank too heavy, other counts may do better: an expert of that rank gets
 // a replica more, the one that suffers least a replica less, and everything is packed anew.
-void move_replicas(const std::vector<double>& load, double target, std::vector<int32_t>& count, Bins& bins) {
+void move_replicas(const std::vector<double>& load, double target, bool connected, std::vector<int32_t>& count, Bins& bins) {
   const int experts = static_cast<int>(load.size());
   Bins trial;
   for (int tries = 0; tries < kTries && bins.max_load() > target;) {
@@ -59,9 +66,7 @@ void move_replicas(const std::vector<double>& load, double target, std::vector<i
         const int32_t to = takers[i].second, from = givers[j].second;
         ++count[to];
         --count[from];
-        trial.reset(bins.ranks, bins.slots);
-        pack_largest_first(load.data(), count.data(), experts, trial);
-        swap_down(trial, target);
+        pack(load, count, target, connected, trial, bins.ranks, bins.slots);
         ++tries;
         better = trial.max_load() < bins.max_load();
         if (better) {
@@ -101,7 +106,7 @@ void relabel_nodes(const Grid& g, const int32_t* previous, std::vector<std::vect
 }
 
 // Places one node's experts (or the world's) on its ranks. `enough`: a heaviest rank that need not get lighter.
-void place_flat(const std::vector<double>& load, int ranks, int slots, double enough, const int32_t* previous, Bins& bins) {
+void place_flat(const std::vector<double>& load, int ranks, int slots, double enough, const int32_t* previous, bool connected, Bins& bins) {
   const int experts = static_cast<int>(load.size());
   const double mean = std::accumulate(load.begin(), load.end(), 0.0) / ranks;
   std::vector<int32_t> count(experts);
@@ -120,9 +125,8 @@ void place_flat(const std::vector<double>& load, int ranks, int slots, double en
   }
   const double target = std::max(enough, mean * (1 + kClose));
   split_hottest(load.data(), experts, ranks * slots, ranks, count.data());
-  pack_largest_first(load.data(), count.data(), experts, bins);
-  swap_down(bins, target);
-  if (bins.max_load() > target * (1 + kFar)) move_replicas(load, target, count, bins);
+  pack(load, count, target, connected, bins, ranks, slots);
+  if (bins.max_load() > target * (1 + kFar)) move_replicas(load, target, connected, count, bins);
 }
 
 }  // namespace
@@ -166,7 +170,7 @@ void rebalance_layer(const Grid& g, const double* load, const Options& options, 
       bins.expert = before;
       exchange(part_load[n].data(), experts, options.max_moves, std::max(enough, -weight / ranks * (1 + kClose)), bins);
     } else {
-      place_flat(part_load[n], ranks, slots, enough, options.previous ? before.data() : nullptr, bins);
+      place_flat(part_load[n], ranks, slots, enough, options.previous ? before.data() : nullptr, options.connected, bins);
       if (options.previous) relabel_ranks(ranks, slots, experts, before.data(), bins.expert.data());
     }
     enough = std::max(enough, bins.max_load());

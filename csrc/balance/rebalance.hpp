@@ -15,6 +15,7 @@ struct Grid {
 struct Options {
   const int32_t* previous = nullptr;   // [slots]: the placement that is in force, or null
   int32_t max_moves = -1;              // most slots of a rank that may change their expert; -1: any
+  bool connected = false;              // replicated experts join all ranks (see pack_connected); three slots per rank or more
 };
 
 // load[experts] >= 0, slots a multiple of ranks, experts <= slots <= experts * (ranks that may hold an expert).

@@ -127,7 +127,7 @@ class Placement:
         return torch.stack([layer, slot, expert, sources.gather(1, chosen).flatten()], 1)
 
 
-def rebalance(load, *, num_replicas, num_groups=1, num_nodes=1, num_ranks, previous=None, max_moves=None):
+def rebalance(load, *, num_replicas, num_groups=1, num_nodes=1, num_ranks, previous=None, max_moves=None, connected=False):
     """A placement that balances the ranks under this load. Deterministic; releases the GIL.
 
     Parameters
@@ -144,6 +144,9 @@ def rebalance(load, *, num_replicas, num_groups=1, num_nodes=1, num_ranks, previ
         In force now. Ranks are relabelled so that most replicas stay; the result's .moves say what changes.
     max_moves : int, optional
         Most slots that change on any rank in a layer; needs previous. A group stays on its node then.
+    connected : bool
+        Spread replicated experts so that they join all ranks (of a node, with groups): the split at run time
+        (replicas="optimal") can then move load from any rank to any other. From three slots per rank on.
 
     Returns
     -------
@@ -184,7 +187,7 @@ def rebalance(load, *, num_replicas, num_groups=1, num_nodes=1, num_ranks, previ
     _require(max_moves is None or (isinstance(max_moves, int) and max_moves >= 0 and previous is not None), op, "max_moves", max_moves,
              "an int >= 0, with previous")
     out = np.empty((load.shape[0], num_replicas), dtype=np.int32)
-    native.rebalance(load, out, num_groups, num_nodes, num_ranks, before, -1 if max_moves is None else max_moves)
+    native.rebalance(load, out, num_groups, num_nodes, num_ranks, before, -1 if max_moves is None else max_moves, connected)
     return Placement(torch.from_numpy(out), experts, num_ranks, num_nodes, 0 if previous is None else previous.version + 1, previous)
 
 

@@ -1,0 +1,21 @@
+// Replicas of one layer, indexed by expert: what the per-batch choices (split, activate, route) look at.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace moecomm::balance {
+
+struct Replicas {
+  int experts = 0, ranks = 0, nodes = 1, slots = 0;
+  std::vector<int32_t> first;   // [experts + 1] into slot and rank
+  std::vector<int32_t> slot;    // ascending within an expert
+  std::vector<int32_t> rank;    // of that slot
+  std::vector<int32_t> shared;  // experts with several replicas
+
+  // physical_to_logical[slots]; an expert outside [0, experts) marks a slot that nobody may use.
+  Replicas(const int32_t* physical_to_logical, int slots, int experts, int ranks, int nodes);
+  int count(int e) const { return first[e + 1] - first[e]; }
+  int node(int replica) const { return rank[replica] / (ranks / nodes); }
+};
+
+}  // namespace moecomm::balance

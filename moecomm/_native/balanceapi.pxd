@@ -1,0 +1,44 @@
+# The balance core as Cython sees it: declarations only.
+from libc.stdint cimport int32_t, int64_t, uint8_t
+from libcpp.vector cimport vector
+
+cdef extern from "balance/rebalance.hpp" namespace "moecomm::balance" nogil:
+    cdef cppclass Grid:
+        int32_t experts
+        int32_t slots
+        int32_t groups
+        int32_t nodes
+        int32_t ranks
+
+    cdef cppclass Options:
+        const int32_t* previous
+        int32_t max_moves
+        bint connected
+
+    void rebalance_layer(const Grid&, const double* load, const Options&, int32_t* placement) except +
+
+cdef extern from "balance/replicas.hpp" namespace "moecomm::balance" nogil:
+    cdef cppclass CppReplicas "moecomm::balance::Replicas":
+        CppReplicas(const int32_t* physical_to_logical, int slots, int experts, int ranks, int nodes) except +
+        int experts
+        int ranks
+        int nodes
+        vector[int32_t] first
+        vector[int32_t] slot
+        vector[int32_t] rank
+
+cdef extern from "balance/split.hpp" namespace "moecomm::balance" nogil:
+    double split(const CppReplicas&, const double* load, const uint8_t* active, int rounds, double* share) except +
+    void quotas_of_source(const CppReplicas&, const int32_t* counts, int sources, int source, const double* share, int turn, int32_t* quota)
+    void even_quotas(const CppReplicas&, const int32_t* counts, const uint8_t* active, int turn, int32_t* quota)
+
+cdef extern from "balance/route.hpp" namespace "moecomm::balance" nogil:
+    cdef cppclass Refusal:
+        int32_t code
+        int32_t token
+        int64_t id
+
+    Refusal count_picks(const int64_t* ids, int tokens, int top_k, int experts, int32_t* counts) except +
+    void route_by_quota(const CppReplicas&, const int64_t* ids, int tokens, int top_k, int own_node, int32_t* quota, int64_t* physical) except +
+    void route_locally(const CppReplicas&, const int64_t* ids, int tokens, int top_k, int own_node, const uint8_t* active, int turn,
+                       int64_t* physical) except +
