@@ -15,7 +15,7 @@ import libucx as _libucx  # noqa: E402
 
 _libucx.load_library()   # so that the extension finds UCX wherever the wheel lies
 
-from . import gate, nn, ops, overlap, presets, quant, reference  # noqa: E402
+from . import balance, gate, nn, ops, overlap, presets, quant, reference  # noqa: E402
 from ._version import __version__  # noqa: E402
 from .buffer import Buffer  # noqa: E402
 from .communicator import Communicator  # noqa: E402
@@ -33,6 +33,6 @@ from .results import Dispatched, Handle, Pending  # noqa: E402
 
 __all__ = [
     "Buffer", "CapacityExceeded", "Communicator", "ConfigMismatch", "CorruptRow", "Dispatched", "Handle", "InvalidArgument",
-    "MoecommError", "PeerLost", "PeerTimeout", "Pending", "__version__", "gate", "nn", "ops", "overlap", "presets", "quant", "reference",
-    "run_local",
+    "MoecommError", "PeerLost", "PeerTimeout", "Pending", "__version__", "balance", "gate", "nn", "ops", "overlap", "presets", "quant",
+    "reference", "run_local",
 ]

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 from . import ops
 from ._native import core
 from ._native.quant import scale_words
+from .balance.replicas import Replicas
 from .decode import Decode
 from .env import Environment
 from .errors import InvalidArgument, raise_failure
@@ -61,6 +62,17 @@ class Buffer:
         dispatch (all tokens of all ranks to one rank); reserved, and committed when first touched.
     record : path-like, optional
         A folder: routing, times and traffic of every dispatch and combine are written there (moecomm.record).
+    placement : moecomm.balance.Placement, optional
+        topk_ids name logical experts then, and num_experts is their number; each batch chooses the replica of every
+        pick, and the rest of the buffer sees slots: rank r's local experts are the slots of the placement.
+    replicas : "local", "even" or "optimal"
+        How (moecomm.balance.Replicas): fewest nodes, even split, or lightest heaviest rank.
+    activate : int, optional
+        Slots that may run on a rank in one batch, of those that it hosts.
+    renormalize : bool
+        Where lost ranks leave experts without a replica: scale the weights of a token's other picks up.
+    monitor : moecomm.balance.LoadMonitor, optional
+        Gets the counts of every batch.
 
     Raises
     ------
@@ -73,10 +85,15 @@ class Buffer:
     """
 
     def __init__(self, comm, *, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, num_sms=20, channels=None,
-                 arena_bytes=None, decode=False, record=None):
+                 arena_bytes=None, decode=False, record=None, placement=None, replicas="optimal", activate=None, renormalize=False,
+                 monitor=None):
         self.comm = comm
         comm._require_open("Buffer")
         env = Environment()
+        self._replicas = None
+        if placement is not None:
+            self._replicas = Replicas(comm, placement, num_experts, replicas, activate, renormalize, monitor)
+            num_experts = placement.num_slots   # from here on, experts are slots
         _check_shape(comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank)
         if channels is None:
             channels = env.channels or _default_channels(comm.num_nodes)
@@ -86,7 +103,8 @@ class Buffer:
         self.dtype, self.num_sms, self.channels, self.arena_bytes = dtype, num_sms, channels, arena_bytes
         self.experts_per_rank = num_experts // comm.size
         everyone = comm._exchange(dict(hidden=hidden, num_experts=num_experts, top_k=top_k, max_tokens=max_tokens, dtype=str(dtype),
-                                       channels=channels, arena_bytes=arena_bytes, decode=decode, check=env.check))
+                                       channels=channels, arena_bytes=arena_bytes, decode=decode, check=env.check,
+                                       placement=None if placement is None else placement.digest))
         comm._require_equal("Buffer", everyone)
         self._native = core.Buffer(comm._native, hidden, _DTYPES[dtype], num_experts, top_k, max_tokens, channels, arena_bytes, env.check)
         self._native.connect(comm._bootstrap.allgather(self._native.card()))
@@ -153,7 +171,7 @@ class Buffer:
     # -- dispatch ---------------------------------------------------------------------------------
 
     def dispatch(self, x, topk_ids=None, topk_weights=None, *, layout="expert", expert_alignment=1, quant=None, scale_layout="row",
-                 handle=None, capacity=None, async_op=False, check=False):
+                 handle=None, capacity=None, async_op=False, check=False, layer=0):
         """Carry every token to the ranks that own its experts. Collective.
 
         Parameters
@@ -181,6 +199,8 @@ class Buffer:
             Return a Pending; the call runs on the communicator's progress thread.
         check : bool
             Also refuse NaN in topk_weights.
+        layer : int
+            Of the placement, where the buffer has one.
 
         Returns
         -------
@@ -221,6 +241,9 @@ class Buffer:
         self._check_quant(op, quant, scale_layout, scales)
         if check and topk_weights is not None and bool(torch.isnan(topk_weights).any()):
             raise InvalidArgument(f"{op}: topk_weights holds NaN; expected numbers (check=True)", op=op)
+        lost = None
+        if self._replicas is not None and handle is None:
+            topk_ids, topk_weights, lost = self._replicas.choose(topk_ids, topk_weights, layer)
         through_ops = ops.wanted(x, topk_weights)
         if through_ops and scales is not None and x.requires_grad:
             raise InvalidArgument(f"{op}: x is quantized and requires a gradient, which FP8 rows cannot carry; expected x.detach()", op=op)
@@ -228,9 +251,10 @@ class Buffer:
             raise InvalidArgument(f"{op}: quant is {quant!r} and scale_layout {scale_layout!r} where a gradient is wanted or a graph is traced; "
                                   "expected None and 'row' (quantize before, and pass (fp8, scales))", op=op)
         if through_ops:
-            return self._call(op, self._dispatch_by_ops, async_op, True, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle)
+            return self._call(op, self._dispatch_by_ops, async_op, True, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity,
+                              handle, lost)
         return self._call(op, self._dispatch_natively, async_op, False, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity,
-                          handle, quant, scale_layout == "column")
+                          handle, quant, scale_layout == "column", lost)
 
     def _check_dispatch(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle=None):
         op = "dispatch"
@@ -255,7 +279,7 @@ class Buffer:
         if topk_weights is not None:
             self._check_picks(op, "topk_weights", topk_weights, tokens, (torch.float32,))
 
-    def _dispatch_natively(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle=None, quant=None, by_column=False):
+    def _dispatch_natively(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle=None, quant=None, by_column=False, lost=None):
         kind = _QUANTS[quant] if scales is None else _SCALE_DTYPES.index(scales.dtype)
         row_bytes = self.hidden if kind else self._row_bytes
         scale_bytes = 4 * scale_words(self.hidden, kind)
@@ -272,16 +296,16 @@ class Buffer:
             self._recorder.dispatch(began, plan, topk_ids, topk_weights, x.shape[0], layout, expert_alignment, capacity, list(_QUANTS)[kind])
         handle = self._handle_of(ops.Ticket(self, layout, capacity, plan, output))
         return Dispatched(handle, BlockTensors(handle, block, torch.float8_e4m3fn if kind else x.dtype, row_bytes, scale_bytes,
-                                               _SCALE_DTYPES[kind], by_column))
+                                               _SCALE_DTYPES[kind], by_column), lost)
 
-    def _dispatch_by_ops(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle):
+    def _dispatch_by_ops(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle, lost=None):
         if handle is not None:
             rows, row_scales, weights, ids, source = ops.redispatch(x, topk_weights, scales, handle._tensor(), self.number, layout, handle.num_rows)
-            return Dispatched(handle, dict(x=rows, scales=None if scales is None else row_scales, weights=weights, ids=ids, source=source))
+            return Dispatched(handle, dict(x=rows, scales=None if scales is None else row_scales, weights=weights, ids=ids, source=source), lost)
         rows, row_scales, weights, ids, source, tokens, padded, ticket = ops.dispatch(
             x, topk_ids, topk_weights, scales, self.number, layout, expert_alignment, capacity)
         handle = Handle(self, layout, capacity, rows.shape[0], x.shape[0], ticket, (tokens, padded))
-        return Dispatched(handle, dict(x=rows, scales=None if scales is None else row_scales, weights=weights, ids=ids, source=source))
+        return Dispatched(handle, dict(x=rows, scales=None if scales is None else row_scales, weights=weights, ids=ids, source=source), lost)
 
     # -- combine ----------------------------------------------------------------------------------
 
@@ -383,7 +407,7 @@ class Buffer:
 
     # -- decode -----------------------------------------------------------------------------------
 
-    def decode_dispatch(self, x, topk_ids, *, topk_weights=None, quant="fp8", scale_layout="row", return_hook=True):
+    def decode_dispatch(self, x, topk_ids, *, topk_weights=None, quant="fp8", scale_layout="row", return_hook=True, layer=0):
         """Carry every token to the ranks that own its experts, with the least delay. Collective.
 
         Parameters
@@ -402,6 +426,8 @@ class Buffer:
             Of recv.scales: strides (hidden/128, 1) within an expert, or (1, rows rounded up to a multiple of 4).
         return_hook : bool
             True: only send; the hook waits for what others sent, and nothing runs in between. False: both.
+        layer : int
+            Of the placement, where the buffer has one.
 
         Returns
         -------
@@ -423,7 +449,12 @@ class Buffer:
         if self._decode is None or self._closed or self.comm._closed:
             self._require_open("decode_dispatch")
             self._decode = Decode(self)
-        return self._decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
+        if self._replicas is None:
+            return self._decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
+        topk_ids, topk_weights = self._replicas.choose_for_decode(topk_ids, topk_weights, layer)
+        received, hook = self._decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
+        self._replicas.decoding[received.handle._epoch % 2] = topk_ids
+        return received, hook
 
     def decode_combine(self, rows, topk_ids, topk_weights, handle, *, wire=None, return_hook=True, out=None):
         """Carry the experts' rows of a decode_dispatch back and sum them. Collective.
@@ -462,6 +493,8 @@ class Buffer:
         if self._decode is None or self._closed or self.comm._closed:
             self._require_open("decode_combine")
             raise InvalidArgument("decode_combine: there was no decode_dispatch", op="decode_combine", rank=self.comm.rank)
+        if self._replicas is not None:
+            topk_ids = self._replicas.decoding[handle._epoch % 2]
         return self._decode.combine(rows, topk_ids, topk_weights, handle, wire, return_hook, out)
 
     # -- the rest ---------------------------------------------------------------------------------
@@ -513,6 +546,21 @@ class Buffer:
 
         return Pending(self.comm._submit, work, (first, rest), lambda result: self._run_hooks("post_" + op, result))
 
+    def use(self, placement):
+        """Serve the batches from here on by another placement of the same shape. Collective: no batch mixes two of them.
+
+        Raises
+        ------
+        InvalidArgument
+            The buffer has no placement, or the new one has another shape.
+        ConfigMismatch
+            Ranks disagree about the placement or its version; raised on every rank, and the old one stays.
+        """
+        self._require_open("use")
+        if self._replicas is None:
+            raise InvalidArgument("use: the buffer was made without a placement; expected Buffer(..., placement=...)", op="use", rank=self.comm.rank)
+        self._replicas.use(placement)
+
     def stats(self):
         """Rows and bytes per hop since the last call; calling resets them.
 
@@ -532,6 +580,8 @@ class Buffer:
         """Release the windows; tensors that view them stay valid. Local, may be called twice."""
         if not self._closed:
             self._closed = True
+            if self._replicas is not None:
+                self._replicas.close()
             if self._recorder:
                 self._recorder.close()
             if not self.comm._bootstrap.threads:   # rank threads reach it by pointer until all have ended

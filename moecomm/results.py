@@ -15,11 +15,12 @@ class Dispatched:
     .x [N, hidden], .scales [N, hidden/128] (int32 [N, hidden/512] for UE8M0) or None, .tokens_per_expert and .rows_per_expert int64
     [experts per rank] (true and padded counts), .topk_weights [N] (expert layout) or [N, top_k],
     .topk_ids int64 [N, top_k] local ids, -1 for picks of other ranks (rank layout, else None),
-    .source_rank, .source_token [N] (-1 on padding), .handle.
+    .source_rank, .source_token [N] (-1 on padding), .handle. With a placement, .lost_weight [T] float32: of this rank's
+    tokens, the weight of picks whose experts have no replica any more (of a plan that is used again: None).
     """
 
-    def __init__(self, handle, tensors):
-        self.handle = handle
+    def __init__(self, handle, tensors, lost_weight=None):
+        self.handle, self.lost_weight = handle, lost_weight
         self._tensors = tensors
 
     @property

@@ -101,3 +101,10 @@ cdef class Replicas:
             mask = &active[0]
         with nogil:
             core.route_locally(self.r[0], &ids[0, 0], tokens, top_k, own_node, mask, turn, &physical[0, 0])
+
+    def activate(self, const double[::1] load, int limit, uint8_t[::1] active):
+        """Fill active [replicas] with at most `limit` ones per rank; -1, or an expert that no choice can run."""
+        cdef int stuck
+        with nogil:
+            stuck = core.activate_replicas(self.r[0], &load[0], limit, &active[0])
+        return stuck

@@ -42,3 +42,6 @@ cdef extern from "balance/route.hpp" namespace "moecomm::balance" nogil:
     void route_by_quota(const CppReplicas&, const int64_t* ids, int tokens, int top_k, int own_node, int32_t* quota, int64_t* physical) except +
     void route_locally(const CppReplicas&, const int64_t* ids, int tokens, int top_k, int own_node, const uint8_t* active, int turn,
                        int64_t* physical) except +
+
+cdef extern from "balance/activate.hpp" namespace "moecomm::balance" nogil:
+    int activate_replicas "moecomm::balance::activate"(const CppReplicas&, const double* load, int limit, uint8_t* active) except +

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import InitVar, dataclass, field
 
 import numpy as np
@@ -11,7 +12,13 @@ from .._native import balance as native
 from ..errors import InvalidArgument
 
 
-def _require(ok, op, name, value, expected):
+def require(ok, op, name, value, expected):
+    """Raise InvalidArgument that names the argument, its value and what was expected, unless ok.
+
+    Raises
+    ------
+    InvalidArgument
+    """
     if not ok:
         raise InvalidArgument(f"{op}: {name} is {value!r}; expected {expected}", op=op)
 
@@ -28,7 +35,8 @@ class Placement:
     physical_to_logical int64 [L, P]; logical_to_physical int64 [L, E, X], ascending slots, then -1; replica_count
     int64 [L, E]; num_ranks, num_nodes; version, counted up from placement to placement; moves int64 [M, 4], what
     changed against the previous placement: (layer, slot, logical expert that it gets, slot that had it before: in the
-    same node where there is one).
+    same node where there is one); partial: experts may be without any slot, their ranks
+    were lost.
 
     Raises
     ------
@@ -44,6 +52,7 @@ class Placement:
     num_nodes: int = 1
     version: int = 0
     previous: InitVar[Placement | None] = None
+    partial: bool = False
     logical_to_physical: torch.Tensor = field(init=False, repr=False)
     replica_count: torch.Tensor = field(init=False, repr=False)
     moves: torch.Tensor = field(init=False, repr=False)
@@ -51,18 +60,18 @@ class Placement:
     def __post_init__(self, previous):
         op = "Placement"
         table = torch.as_tensor(self.physical_to_logical, dtype=torch.int64)
-        _require(table.dim() == 2, op, "physical_to_logical", list(table.shape), "a table [layers, slots]")
+        require(table.dim() == 2, op, "physical_to_logical", list(table.shape), "a table [layers, slots]")
         layers, slots = table.shape
-        _require(self.num_ranks >= 1 and slots % self.num_ranks == 0, op, "num_ranks", self.num_ranks, f"a divisor of the {slots} slots")
-        _require(self.num_nodes >= 1 and self.num_ranks % self.num_nodes == 0, op, "num_nodes", self.num_nodes,
+        require(self.num_ranks >= 1 and slots % self.num_ranks == 0, op, "num_ranks", self.num_ranks, f"a divisor of the {slots} slots")
+        require(self.num_nodes >= 1 and self.num_ranks % self.num_nodes == 0, op, "num_nodes", self.num_nodes,
                  f"a divisor of the {self.num_ranks} ranks")
         bad = (table < 0) | (table >= self.num_experts)
-        _require(not bad.any(), op, "physical_to_logical", table[bad][:1].tolist(), f"experts in [0, {self.num_experts})")
+        require(not bad.any(), op, "physical_to_logical", table[bad][:1].tolist(), f"experts in [0, {self.num_experts})")
         sets = table.view(layers, self.num_ranks, -1).sort(-1).values
-        twice = sets[..., 1:] == sets[..., :-1]
-        _require(not twice.any(), op, "physical_to_logical", twice.nonzero()[:1].tolist(), "no expert twice on one rank (layer, rank, ...)")
+        twice = (sets[..., 1:] == sets[..., :-1])
+        require(not twice.any(), op, "physical_to_logical", twice.nonzero()[:1].tolist(), "no expert twice on one rank (layer, rank, ...)")
         count = torch.zeros((layers, self.num_experts), dtype=torch.int64).scatter_add_(1, table, torch.ones_like(table))
-        _require(bool((count > 0).all()), op, "physical_to_logical", (count == 0).nonzero()[:1].tolist(), "a slot for every (layer, expert)")
+        require(self.partial or bool((count > 0).all()), op, "physical_to_logical", (count == 0).nonzero()[:1].tolist(), "a slot for every (layer, expert)")
         by_expert = table.argsort(dim=1, stable=True)
         first = count.cumsum(1) - count
         ordinal = torch.arange(slots) - first.gather(1, table.gather(1, by_expert))
@@ -88,6 +97,11 @@ class Placement:
         """Slots of one rank."""
         return self.num_slots // self.num_ranks
 
+    @property
+    def digest(self):
+        """A few characters that are equal where version and table are."""
+        return f"{self.version}-{zlib.crc32(self.physical_to_logical.numpy().tobytes()):08x}"
+
     def rank_load(self, load):
         """Load of every rank if each expert's load is split evenly over its replicas.
 
@@ -99,7 +113,7 @@ class Placement:
             load has another shape.
         """
         load = _loads(load)
-        _require(load.shape == self.replica_count.shape, "rank_load", "load", list(load.shape), f"[L, E] = {list(self.replica_count.shape)}")
+        require(load.shape == self.replica_count.shape, "rank_load", "load", list(load.shape), f"[L, E] = {list(self.replica_count.shape)}")
         share = (load / self.replica_count).gather(1, self.physical_to_logical)
         return share.view(self.num_layers, self.num_ranks, -1).sum(-1)
 
@@ -109,11 +123,27 @@ class Placement:
         highest = rank.max(1).values
         return float(torch.where(highest > 0, rank.mean(1) / highest.clamp_min(1e-300), 1.0).mean())
 
+    def surviving(self, alive, *, num_nodes=1):
+        """This placement on the ranks that are left, numbered anew in ascending order; they keep their slots.
+
+        alive : ranks of this placement. num_nodes : of the surviving world. Returns a Placement with `partial` set, whose
+        .replica_count is 0 for experts that no survivor holds.
+
+        Raises
+        ------
+        InvalidArgument
+            alive is empty or names a rank that does not exist.
+        """
+        alive = sorted(set(alive))
+        require(alive and 0 <= alive[0] and alive[-1] < self.num_ranks, "surviving", "alive", alive, f"ranks in 0..{self.num_ranks - 1}")
+        table = self.physical_to_logical.view(self.num_layers, self.num_ranks, -1)[:, alive].reshape(self.num_layers, -1)
+        return Placement(table, self.num_experts, len(alive), num_nodes, self.version, partial=True)
+
     def _moves(self, before):
         if before is None:
             return torch.zeros((0, 4), dtype=torch.int64)
         same = before.physical_to_logical.shape == self.physical_to_logical.shape and before.num_ranks == self.num_ranks
-        _require(same and before.num_experts == self.num_experts, "Placement", "previous", before, "a placement of the same layers, slots, experts and ranks")
+        require(same and before.num_experts == self.num_experts, "Placement", "previous", before, "a placement of the same layers, slots, experts and ranks")
         changed = (before.physical_to_logical != self.physical_to_logical).nonzero()
         layer, slot = changed.T
         expert = self.physical_to_logical[layer, slot]
@@ -161,30 +191,30 @@ def rebalance(load, *, num_replicas, num_groups=1, num_nodes=1, num_ranks, previ
     """
     op = "rebalance"
     load = _loads(load).numpy()
-    _require(load.ndim == 2 and load.size > 0, op, "load", list(load.shape), "[layers, experts]")
-    _require(bool(np.isfinite(load).all()) and load.min() >= 0, op, "load", float(load.flat[int(np.argmin(load))]), "finite numbers >= 0")
+    require(load.ndim == 2 and load.size > 0, op, "load", list(load.shape), "[layers, experts]")
+    require(bool(np.isfinite(load).all()) and load.min() >= 0, op, "load", float(load.flat[int(np.argmin(load))]), "finite numbers >= 0")
     experts = load.shape[1]
     for name, value in dict(num_replicas=num_replicas, num_groups=num_groups, num_nodes=num_nodes, num_ranks=num_ranks).items():
-        _require(isinstance(value, int) and value >= 1, op, name, value, "an int >= 1")
-    _require(num_ranks % num_nodes == 0, op, "num_nodes", num_nodes, f"a divisor of the {num_ranks} ranks")
-    _require(experts % num_groups == 0, op, "num_groups", num_groups, f"a divisor of the {experts} experts")
-    _require(num_groups == 1 or num_groups % num_nodes == 0, op, "num_groups", num_groups, f"1 or a multiple of the {num_nodes} nodes")
+        require(isinstance(value, int) and value >= 1, op, name, value, "an int >= 1")
+    require(num_ranks % num_nodes == 0, op, "num_nodes", num_nodes, f"a divisor of the {num_ranks} ranks")
+    require(experts % num_groups == 0, op, "num_groups", num_groups, f"a divisor of the {experts} experts")
+    require(num_groups == 1 or num_groups % num_nodes == 0, op, "num_groups", num_groups, f"1 or a multiple of the {num_nodes} nodes")
     parts = num_nodes if num_groups > 1 else 1
     most = experts // parts * (num_ranks // parts) * parts
-    _require(num_replicas % num_ranks == 0 and experts <= num_replicas <= most, op, "num_replicas", num_replicas,
+    require(num_replicas % num_ranks == 0 and experts <= num_replicas <= most, op, "num_replicas", num_replicas,
              f"a multiple of the {num_ranks} ranks in {experts}..{most} (no rank holds an expert twice)")
     before = None
     if previous is not None:
         fits = (isinstance(previous, Placement) and previous.physical_to_logical.shape == (load.shape[0], num_replicas)
                 and previous.num_experts == experts and previous.num_ranks == num_ranks)
-        _require(fits, op, "previous", previous, f"a Placement of {load.shape[0]} layers, {experts} experts, {num_replicas} slots, {num_ranks} ranks")
+        require(fits, op, "previous", previous, f"a Placement of {load.shape[0]} layers, {experts} experts, {num_replicas} slots, {num_ranks} ranks")
         if parts > 1:
             node_of = previous.logical_to_physical // (num_replicas // num_nodes)
             home = node_of[:, :, :1].reshape(load.shape[0], num_groups, -1)
             together = (home == home[..., :1]).all() and ((node_of == node_of[:, :, :1]) | (previous.logical_to_physical < 0)).all()
-            _require(bool(together), op, "previous", previous, "a placement that keeps every group in one node")
+            require(bool(together), op, "previous", previous, "a placement that keeps every group in one node")
         before = np.ascontiguousarray(previous.physical_to_logical.numpy(), dtype=np.int32)
-    _require(max_moves is None or (isinstance(max_moves, int) and max_moves >= 0 and previous is not None), op, "max_moves", max_moves,
+    require(max_moves is None or (isinstance(max_moves, int) and max_moves >= 0 and previous is not None), op, "max_moves", max_moves,
              "an int >= 0, with previous")
     out = np.empty((load.shape[0], num_replicas), dtype=np.int32)
     native.rebalance(load, out, num_groups, num_nodes, num_ranks, before, -1 if max_moves is None else max_moves, connected)

@@ -1,0 +1,256 @@
+#include "balance/activate.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "balance/split.hpp"
+
+namespace moecomm::balance {
+namespace {
+
+constexpr double kPiece = 0.8;      // of the mean rank load: an expert starts with replicas no larger than that
+constexpr double kEnough = 1.004;   // heaviest over mean that is worth no further step
+constexpr double kTied = 2e-3;
+constexpr int kSteps = 64;
+constexpr int kRounds = 8;          // of the split between steps
+
+class Activation {
+ public:
+  Activation(const Replicas& r, const double* load, int limit, uint8_t* active)
+      : r_(r), load_(load), limit_(limit), active_(active), used_(r.ranks, 0), level_(r.ranks, 0.0),
+        share_(r.slot.size()), barred_(r.slot.size(), 0) {
+    std::fill(active_, active_ + r.slot.size(), uint8_t{0});
+    mean_ = std::accumulate(load, load + r.experts, 0.0) / r.ranks;
+  }
+
+  // Hot experts first, each replica on the lightest rank with room.
+  int start() {
+    std::vector<int> order;
+    for (int e = 0; e < r_.experts; ++e)
+      if (load_[e] > 0 && r_.count(e) > 0) order.push_back(e);
+    std::sort(order.begin(), order.end(), [&](int a, int b) { return load_[a] != load_[b] ? load_[a] > load_[b] : a < b; });
+    for (const int e : order)
+      if (!run(best_idle(e), load_[e]) && !make_room(e)) return e;
+    // Every expert runs; the hot ones get more as long as there is room.
+    for (const int e : order) {
+      const int pieces = std::min<double>(r_.count(e), std::ceil(load_[e] / (kPiece * mean_)));
+      for (int n = 1; n < pieces && run(best_idle(e), load_[e] / pieces); ++n) {}
+    }
+    return -1;
+  }
+
+  // The other way round: all replicas with load run, and every rank above the limit stops those that carry least, one
+  // per round, while the rest adapts. Leaves the choice as it was and returns false where a rank gets stuck with experts
+  // that run nowhere else.
+  bool prune() {
+    const std::vector<uint8_t> before(active_, active_ + share_.size());
+    const std::vector<int> used = used_;
+    std::fill(used_.begin(), used_.end(), 0);
+    std::vector<int> runs(r_.experts, 0);
+    for (size_t i = 0; i < share_.size(); ++i) {
+      active_[i] = load_[r_.expert[i]] > 0;
+      used_[r_.rank[i]] += active_[i];
+      runs[r_.expert[i]] += active_[i];
+    }
+    for (bool above = true; above;) {
+      split(r_, load_, active_, kRounds / 2, share_.data());
+      above = false;
+      for (int rank = 0; rank < r_.ranks; ++rank) {
+        if (used_[rank] <= limit_) continue;
+        int least = -1;
+        for (int s = rank * r_.slots_per_rank(); s < (rank + 1) * r_.slots_per_rank(); ++s) {
+          const int i = r_.at_slot[s];
+          if (active_[i] && runs[r_.expert[i]] > 1 && (least < 0 || share_[i] < share_[least])) least = i;
+        }
+        if (least < 0) {
+          std::copy(before.begin(), before.end(), active_);
+          used_ = used;
+          return false;
+        }
+        stop(least);
+        --runs[r_.expert[least]];
+        above |= used_[rank] > limit_;
+      }
+    }
+    return true;
+  }
+
+  void improve() {
+    std::vector<uint8_t> best;
+    double least = 1e300, before = 1e300;
+    Step last{0.0};
+    for (int step = 0; step <= kSteps; ++step) {
+      const double most = split(r_, load_, active_, kRounds, share_.data());
+      if (most < least) {
+        least = most;
+        best.assign(active_, active_ + share_.size());
+      }
+      if (most <= kEnough * mean_ || step == kSteps) break;
+      std::fill(level_.begin(), level_.end(), 0.0);
+      for (size_t i = 0; i < share_.size(); ++i) level_[r_.rank[i]] += share_[i];
+      const double squares = std::inner_product(level_.begin(), level_.end(), level_.begin(), 0.0);
+      if (squares >= before) {         // the estimate was wrong: back, and not again
+        barred_[last.starts] = 1;
+        take(last, true);
+        before = 1e300;
+        continue;
+      }
+      before = squares;
+      last = best_step(most);
+      if (last.starts < 0) break;
+      take(last, false);
+    }
+    std::copy(best.begin(), best.end(), active_);
+  }
+
+ private:
+  struct Step {
+    double gain;           // estimated decrease of the sum of squared rank loads
+    int starts = -1, stops = -1, starts_too = -1, stops_too = -1;
+  };
+
+  int best_idle(int e) const {
+    int best = -1;
+    for (int i = r_.first[e]; i < r_.first[e + 1]; ++i)
+      if (!active_[i] && used_[r_.rank[i]] < limit_ && (best < 0 || level_[r_.rank[i]] < level_[r_.rank[best]])) best = i;
+    return best;
+  }
+  bool run(int i, double amount) {
+    if (i < 0) return false;
+    active_[i] = 1;
+    ++used_[r_.rank[i]];
+    level_[r_.rank[i]] += amount;
+    return true;
+  }
+  void stop(int i) {
+    active_[i] = 0;
+    --used_[r_.rank[i]];
+  }
+  int running(int e) const {
+    int n = 0;
+    for (int j = r_.first[e]; j < r_.first[e + 1]; ++j) n += active_[j];
+    return n;
+  }
+
+  // All ranks of e are full: along a shortest chain every rank passes one expert on to another of its hosts, until
+  // one has room. No chain: no choice of replicas exists.
+  bool make_room(int e) {
+    std::vector<int> passes(r_.ranks, -1), gets(r_.ranks, -1), queue;   // per rank on the way: replica that stops here, that starts here
+    std::vector<char> seen(r_.ranks, 0);
+    for (int i = r_.first[e]; i < r_.first[e + 1]; ++i) {
+      seen[r_.rank[i]] = 1;
+      gets[r_.rank[i]] = i;
+      queue.push_back(r_.rank[i]);
+    }
+    std::vector<int> from(r_.ranks, -1);
+    for (size_t k = 0; k < queue.size(); ++k) {
+      const int rank = queue[k];
+      for (int s = rank * r_.slots_per_rank(); s < (rank + 1) * r_.slots_per_rank(); ++s) {
+        const int i = r_.at_slot[s], f = r_.expert[i];
+        if (!active_[i]) continue;
+        for (int j = r_.first[f]; j < r_.first[f + 1]; ++j) {
+          const int to = r_.rank[j];
+          if (active_[j] || seen[to]) continue;
+          seen[to] = 1;
+          gets[to] = j;
+          passes[to] = i;
+          from[to] = rank;
+          if (used_[to] >= limit_) {
+            queue.push_back(to);
+            continue;
+          }
+          for (int at = to; at >= 0; at = from[at]) {
+            const double amount = load_[r_.expert[gets[at]]];
+            run(gets[at], amount);
+            if (passes[at] >= 0) {
+              stop(passes[at]);
+              level_[from[at]] -= amount;
+            }
+          }
+          return true;
+        }
+      }
+    }
+    return false;
+  }
+
+  void take(const Step& s, bool back) {
+    for (const int i : {s.stops, s.stops_too})
+      if (i >= 0) back ? void(run(i, 0.0)) : stop(i);
+    for (const int i : {s.starts, s.starts_too})
+      if (i >= 0) back ? stop(i) : void(run(i, 0.0));
+  }
+
+  // Ranks that share experts are equally heavy: whichever of the heaviest is relieved, all of them are.
+  Step best_step(double most) const {
+    Step best{1e-9 * mean_ * mean_};
+    for (int h = 0; h < r_.ranks; ++h) {
+      if (level_[h] < most * (1 - kTied)) continue;
+      for (int s = h * r_.slots_per_rank(); s < (h + 1) * r_.slots_per_rank(); ++s) {
+        const int i = r_.at_slot[s], e = r_.expert[i];
+        if (!active_[i] || share_[i] <= 0) continue;
+        for (int j = r_.first[e]; j < r_.first[e + 1]; ++j) {
+          const int to = r_.rank[j];
+          if (active_[j] || barred_[j] || level_[to] >= level_[h]) continue;
+          if (used_[to] < limit_) consider(best, {gain(h, to, std::min(share_[i], (level_[h] - level_[to]) / 2)), j});
+          else consider_trades(best, h, i, j);
+        }
+      }
+    }
+    return best;
+  }
+
+  // Of moving so much load from one rank to another.
+  double gain(int from, int to, double moved) const { return 2 * moved * (level_[from] - level_[to] - moved); }
+
+  // Rank `to` of replica j is full: one of its experts, in k, makes place. It runs elsewhere already, or on h in
+  // exchange for i, or on a third rank that has room.
+  void consider_trades(Step& best, int h, int i, int j) const {
+    const int to = r_.rank[j];
+    for (int s = to * r_.slots_per_rank(); s < (to + 1) * r_.slots_per_rank(); ++s) {
+      const int k = r_.at_slot[s], f = r_.expert[k];
+      if (!active_[k]) continue;
+      const double freed = level_[to] - share_[k], moved = std::clamp((level_[h] - freed) / 2, 0.0, share_[i]);
+      const double relief = 2 * moved * (level_[h] - freed - moved);   // after k's share has left
+      const int others = running(f) - 1;
+      if (others > 0) {
+        double cost = 0.0;                                             // k's share goes to its other replicas
+        for (int x = r_.first[f]; x < r_.first[f + 1]; ++x)
+          if (active_[x] && x != k) cost -= gain(to, r_.rank[x], share_[k] / others);
+        consider(best, {relief - cost, j, k});
+        continue;
+      }
+      for (int x = r_.first[f]; x < r_.first[f + 1]; ++x) {
+        const int third = r_.rank[x];
+        if (active_[x] || barred_[x] || third == to) continue;
+        if (third == h && running(r_.expert[i]) == 1) consider(best, {gain(h, to, share_[i] - share_[k]), j, k, x, i});
+        else if (third != h && used_[third] < limit_) consider(best, {relief + gain(to, third, share_[k]), j, k, x});
+      }
+    }
+  }
+  static void consider(Step& best, const Step& step) {
+    if (step.gain > best.gain) best = step;
+  }
+
+  const Replicas& r_;
+  const double* load_;
+  int limit_;
+  uint8_t* active_;
+  std::vector<int> used_;
+  std::vector<double> level_, share_;
+  std::vector<char> barred_;
+  double mean_ = 0.0;
+};
+
+}  // namespace
+
+int activate(const Replicas& r, const double* load, int limit, uint8_t* active) {
+  Activation a(r, load, limit, active);
+  if (const int e = a.start(); e >= 0) return e;
+  a.prune();
+  a.improve();
+  return -1;
+}
+
+}  // namespace moecomm::balance
