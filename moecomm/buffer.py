@@ -453,7 +453,7 @@ class Buffer:
             return self._decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
         topk_ids, topk_weights = self._replicas.choose_for_decode(topk_ids, topk_weights, layer)
         received, hook = self._decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
-        self._replicas.decoding[received.handle._epoch % 2] = topk_ids
+        self._replicas.decoding[received.handle.epoch % 2] = topk_ids
         return received, hook
 
     def decode_combine(self, rows, topk_ids, topk_weights, handle, *, wire=None, return_hook=True, out=None):
@@ -494,7 +494,7 @@ class Buffer:
             self._require_open("decode_combine")
             raise InvalidArgument("decode_combine: there was no decode_dispatch", op="decode_combine", rank=self.comm.rank)
         if self._replicas is not None:
-            topk_ids = self._replicas.decoding[handle._epoch % 2]
+            topk_ids = self._replicas.decoding[getattr(handle, "epoch", 0) % 2]
         return self._decode.combine(rows, topk_ids, topk_weights, handle, wire, return_hook, out)
 
     # -- the rest ---------------------------------------------------------------------------------
