@@ -5,6 +5,7 @@ A bootstrap is used when communicators and buffers are made, never on the data p
 
 from __future__ import annotations
 
+import datetime
 import os
 import threading
 import time
@@ -24,6 +25,10 @@ class Alone:
     def barrier(self):
         """Nobody to wait for."""
 
+    def subset(self, ranks):
+        """A bootstrap of these ranks; collective over them alone."""
+        return Alone()
+
     def close(self):
         """Nothing to close."""
 
@@ -36,6 +41,7 @@ class Mpi:
     def __init__(self, comm, timeout):
         self._comm = comm
         self._timeout = timeout
+        self._subsets = 0
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
 
     def allgather(self, data):
@@ -53,6 +59,11 @@ class Mpi:
                                   op="bootstrap", rank=self.rank)
             time.sleep(0.0002)
 
+    def subset(self, ranks):
+        """A bootstrap of these ranks; collective over them alone."""
+        self._subsets += 1
+        return Mpi(self._comm.Create_group(self._comm.Get_group().Incl(list(ranks)), self._subsets % 16384), self._timeout)
+
     def close(self):
         """The communicator is the caller's."""
 
@@ -65,7 +76,7 @@ class Torch:
     def __init__(self, group, timeout, owned=False):
         import torch.distributed as dist
 
-        self._dist, self._group, self._owned = dist, group, owned
+        self._dist, self._group, self._owned, self._timeout = dist, group, owned, timeout
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def allgather(self, data):
@@ -80,6 +91,12 @@ class Torch:
     def barrier(self):
         """All ranks meet."""
         self.allgather(b"")
+
+    def subset(self, ranks):
+        """A bootstrap of these ranks; collective over them alone. The store of the first group must still be reachable."""
+        everywhere = [self._dist.get_global_rank(self._group, r) for r in ranks]
+        group = self._dist.new_group(everywhere, datetime.timedelta(seconds=self._timeout), "gloo", use_local_synchronization=True)
+        return Torch(group, self._timeout)
 
     def close(self):
         """Leaves the default group only where this library made it."""
@@ -96,6 +113,13 @@ class ThreadWorld:
         self.cards = [None] * size
         self.failed = None            # rank whose function raised first
         self.kept = []                # windows stay mapped until every rank thread has ended
+        self.lock = threading.Lock()
+        self.parts = {}               # worlds of some of the ranks, by their names
+
+    def part(self, name, size):
+        """The world of a subset of the ranks: the same for all that ask by the same name."""
+        with self.lock:
+            return self.parts.setdefault(name, ThreadWorld(size, self.timeout))
 
 
 class Thread:
@@ -105,6 +129,7 @@ class Thread:
 
     def __init__(self, world, rank):
         self._world, self.rank, self.size = world, rank, world.size
+        self._subsets = {}            # how often this rank has made each
 
     def keep(self, owner):
         """Keep memory that other rank threads reach by pointer until all of them have ended."""
@@ -117,6 +142,12 @@ class Thread:
         out = list(self._world.cards)
         self.barrier()
         return out
+
+    def subset(self, ranks):
+        """A bootstrap of these ranks; collective over them alone."""
+        ranks = tuple(ranks)
+        self._subsets[ranks] = self._subsets.get(ranks, 0) + 1
+        return Thread(self._world.part((ranks, self._subsets[ranks]), len(ranks)), ranks.index(self.rank))
 
     def barrier(self):
         """All rank threads meet, within the timeout."""
@@ -161,8 +192,6 @@ def _from_environment(timeout):
 
         return Mpi(MPI.COMM_WORLD, timeout)
     if "RANK" in e and "WORLD_SIZE" in e:
-        import datetime
-
         import torch.distributed as dist
 
         owned = not dist.is_initialized()

@@ -134,6 +134,44 @@ class Communicator:
             raise_failure(broken, op="barrier", rank=self.rank)
         self._bootstrap.barrier()
 
+    def duplicate(self):
+        """A communicator of the same ranks whose calls need not be in order with this one's. Collective.
+
+        Raises
+        ------
+        PeerTimeout, PeerLost
+            A rank does not come.
+        """
+        self._require_open("duplicate")
+        return Communicator(self._bootstrap.subset(range(self.size)), ranks_per_node=self.ranks_per_node, device=self.device, timeout=self.timeout)
+
+    def shrink(self, alive):
+        """A communicator of the ranks that are left, numbered anew in ascending order. Collective over them alone.
+
+        Works where this communicator is broken. Nodes are as large as the survivors allow: all of one size, and none across
+        two old ones; ranks of a node that lost one may each become a node of their own.
+
+        Parameters
+        ----------
+        alive : iterable of int
+            Ranks of this communicator, the same on all of them and with the caller's among them.
+
+        Raises
+        ------
+        InvalidArgument
+            alive names ranks that do not exist, or not this one.
+        PeerTimeout, PeerLost
+            One of them does not come either.
+        """
+        self._require_open("shrink")
+        alive = sorted(set(alive))
+        if not alive or alive[0] < 0 or alive[-1] >= self.size or self.rank not in alive:
+            raise InvalidArgument(f"shrink: alive is {alive}; expected ranks in 0..{self.size - 1} with {self.rank} among them", op="shrink", rank=self.rank)
+        nodes = [r // self.ranks_per_node for r in alive]
+        per_node = max(n for n in range(1, len(alive) + 1)
+                       if len(alive) % n == 0 and all(len(set(nodes[i:i + n])) == 1 for i in range(0, len(alive), n)))
+        return Communicator(self._bootstrap.subset(alive), ranks_per_node=per_node, device=self.device, timeout=self.timeout)
+
     def close(self):
         """Release what this communicator holds. Local: waits for nobody; may be called twice."""
         if self._closed:

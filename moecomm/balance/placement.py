@@ -139,6 +139,35 @@ class Placement:
         table = self.physical_to_logical.view(self.num_layers, self.num_ranks, -1)[:, alive].reshape(self.num_layers, -1)
         return Placement(table, self.num_experts, len(alive), num_nodes, self.version, partial=True)
 
+    def migrate(self, weights, comm):
+        """Move the weights of changed slots to where this placement wants them, in the background. Collective.
+
+        Parameters
+        ----------
+        weights : sequence over the layers of Tensor, list or dict of Tensors, each [slots of this rank, ...] on the cpu
+            Laid out by the previous placement (the one that .moves refer to); only read. Of equal size per slot on all ranks.
+        comm : Communicator
+            Of this placement's ranks; the migration uses a duplicate, so that layers may run meanwhile.
+
+        Returns
+        -------
+        Pending
+            .wait() -> the new weights in the same form; tensors of layers that do not change on this rank are the
+            old ones. Serve batches by them after Buffer.use(this placement), on every rank between the same batches.
+
+        Raises
+        ------
+        InvalidArgument
+            comm or weights do not fit.
+        ConfigMismatch
+            Ranks disagree about the placement or the size of a slot.
+
+        Source: DeepSeek-V3 technical report, section 3.4.1 (rearranging experts during serving).
+        """
+        from .migration import Migrating, Migration
+
+        return Migrating(Migration(self, weights, comm))
+
     def _moves(self, before):
         if before is None:
             return torch.zeros((0, 4), dtype=torch.int64)
