@@ -8,7 +8,7 @@ READY := $(VENV)/.built
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SOURCES := setup.py $(shell find csrc moecomm -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.pyx' -o -name '*.pxd' | grep -v _native/.*cpp)
 
-.PHONY: help bench test build clean
+.PHONY: help bench test explore build clean
 help:       ## this list
 	@grep -hE '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -32,6 +32,9 @@ bench: build ## tokens through both hops, verified, beside what a user would pic
 
 test: build test-cpp ## every suite
 	$(PY) -m pytest -q tests
+
+explore: build ## 100,000 random schedules of all protocols, after every known bug has been found again
+	$(PY) -m moecomm explore --mutations --schedules 100000
 
 clean:      ## all that was built
 	rm -rf $(VENV) build dist *.egg-info moecomm/_native/*.so moecomm/_native/*.cpp

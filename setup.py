@@ -15,7 +15,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 RUNTIME = sorted(str(p.relative_to(ROOT)) for folder in ("fabric", "runtime") for p in (ROOT / "csrc" / folder).glob("*.cpp")
                  if not p.name.startswith("sim"))
-SIM = ["csrc/exec/fiber.cpp", "csrc/fabric/sim.cpp", "csrc/runtime/sim.cpp", "csrc/runtime/plan.cpp", "csrc/runtime/memory.cpp",
+SIM = ["csrc/exec/fiber.cpp", "csrc/fabric/sim.cpp", *map(str, sorted(Path("csrc/runtime").glob("sim*.cpp"))), "csrc/runtime/plan.cpp", "csrc/runtime/memory.cpp",
        *(s for s in RUNTIME if "fabric/rows" in s)]
 QUANT = ["csrc/runtime/quant.cpp", *(s for s in RUNTIME if "fabric/rows" in s)]
 BALANCE = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/balance").glob("*.cpp"))

@@ -5,6 +5,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "explore": ("moecomm.explore", "random schedules of small simulated worlds: hunts deadlocks and reordering bugs"),
     "info": ("moecomm.info", "version, worlds and engines that are available here, topology as seen"),
     "replay": ("moecomm.replay", "run a recording again and compare what moved"),
 }

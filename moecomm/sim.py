@@ -13,9 +13,13 @@ import numpy as np
 import torch
 
 from ._native import sim as native
-from .buffer import _DTYPES, _arena_bytes, _check_shape
+from ._native.quant import scale_words
+from .buffer import _DTYPES, _QUANTS, _WIRES, _arena_bytes, _check_shape
 from .errors import InvalidArgument, MoecommError
-from .reference import Received
+from .reference import DecodeReceived, Received
+
+# How far roles run ahead of the clock unless told otherwise: times change by less than a few percent.
+LEAD_NS, DECODE_LEAD_NS = 2_000.0, 20_000.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class Cluster:
     hardware : Hardware
     payload : bool
         Rows are really moved. Without, only times and counts are right.
+    decode : bool
+        With the decode path.
     arena_bytes : int, optional
         As for Buffer.
 
@@ -82,17 +88,17 @@ class Cluster:
     """
 
     def __init__(self, size, *, ranks_per_node=None, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, num_sms=20, channels=None,
-                 hardware=Hardware(), payload=False, arena_bytes=None):
+                 hardware=Hardware(), payload=False, decode=False, arena_bytes=None):
         ranks_per_node = ranks_per_node or size
         if not isinstance(size, int) or size < 1 or size % ranks_per_node:
             raise InvalidArgument(f"Cluster: size is {size!r}; expected a multiple of ranks_per_node = {ranks_per_node}", op="Cluster")
         _check_shape(size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, 0)
         self.size, self.ranks_per_node, self.hidden, self.num_experts, self.top_k = size, ranks_per_node, hidden, num_experts, top_k
         self.max_tokens, self.dtype, self.num_sms, self.channels = max_tokens, dtype, num_sms, channels or num_sms
-        self.hardware, self.payload = hardware, payload
+        self.hardware, self.payload, self.decode_path = hardware, payload, decode
         arena_bytes = arena_bytes or _arena_bytes(size, hidden, num_experts, top_k, max_tokens, dtype)
         self._native = native.Cluster(size, ranks_per_node, num_sms, hidden, _DTYPES[dtype], num_experts, top_k, max_tokens, self.channels,
-                                      arena_bytes, payload, asdict(hardware))
+                                      arena_bytes, payload, decode, min(num_sms, max_tokens), asdict(hardware))
         self._row_bytes = hidden * dtype.itemsize
 
     # -- programs: what every rank does, call after call --------------------------------------------
@@ -101,9 +107,13 @@ class Cluster:
         """An empty Program for this cluster."""
         return Program(self)
 
-    def reset(self, seed=None):
-        """A clean start of clock, windows and counters. With a seed, what the Fabric contract leaves open is drawn from it."""
-        self._native.reset(seed)
+    def reset(self, seed=None, lead_ns=0.0):
+        """A clean start of clock, windows and counters. With a seed, what the Fabric contract leaves open is drawn from it.
+
+        lead_ns: a role may run ahead of others by that much virtual time before it gives way. 0 follows the clock
+        strictly; some microseconds are many times faster in real time, and share links in turns of that length.
+        """
+        self._native.reset(seed, lead_ns)
 
     def run(self, program):
         """Run a Program to its end; the windows keep what it left.
@@ -151,6 +161,32 @@ class Cluster:
         self.run(p)
         return ys
 
+    def decode_dispatch(self, xs, topk_ids, topk_weights=None, *, scales=None):
+        """Decode dispatch of the whole world, both phases; lists by rank. Returns a list of reference.DecodeReceived (copies)."""
+        p = self.program()
+        p.decode_dispatch(topk_ids, topk_weights, xs=xs, scales=scales)
+        p.decode_hook()
+        self.run(p)
+        received = []
+        for rank in range(self.size):
+            address, rows, x, at_scales, counts = self._native.packed(rank)
+            experts, columns = self.num_experts // self.size, 0 if scales is None else scales[rank].shape[1]
+            per_expert = rows // experts
+            received.append(DecodeReceived(
+                _copy(address + x, xs[rank].dtype, experts, per_expert, self.hidden),
+                torch.stack([_copy(address + at, torch.float32, per_expert, columns) for at in at_scales]) if columns else None,
+                _copy(address + counts, torch.int64, experts)))
+        return received
+
+    def decode_combine(self, rows, topk_weights=None, *, num_tokens):
+        """Decode combine of the whole world after decode_dispatch(), both phases; lists by rank. Returns y by rank."""
+        ys = [torch.full((t, self.hidden), float("nan"), dtype=self.dtype) for t in num_tokens]
+        p = self.program()
+        p.decode_combine(topk_weights, rows=rows, ys=ys)
+        p.decode_hook()
+        self.run(p)
+        return ys
+
     def stats(self):
         """By rank, the counters that Buffer.stats() has, since the last reset()."""
         return [self._native.counters(r) for r in range(self.size)]
@@ -161,16 +197,17 @@ class Cluster:
 
     # -- the fast path ------------------------------------------------------------------------------
 
-    def step(self, topk_ids, *, quant=None, layout="expert"):
+    def step(self, topk_ids, *, quant=None, layout="expert", lead_ns=LEAD_NS):
         """Times of one dispatch and combine of this routing.
 
         Parameters
         ----------
         topk_ids : list of int64 Tensor [T, top_k] by rank, or one Tensor [ranks, T, top_k]
-        quant : None or "fp8"
-            Rows of dispatch; combine carries the buffer's dtype.
+        quant : None, "given", "fp8" or "fp8_ue8m0"
+            Rows of dispatch: of the buffer's dtype, quantized before, or by the call. Combine carries the buffer's dtype.
+        lead_ns : as for reset()
         """
-        self.reset()
+        self.reset(lead_ns=lead_ns)
         p = self.program()
         p.dispatch(topk_ids, layout=layout, quant=quant)
         p.combine()
@@ -178,17 +215,35 @@ class Cluster:
         spans = times[:, :, 1] - times[:, :, 0]
         return Step(spans[0], spans[1], float(times[:, :, 1].max() - times[:, :, 0].min()), self.stats(), self.links())
 
+    def decode_step(self, topk_ids, *, quant="fp8", steps=1, lead_ns=DECODE_LEAD_NS):
+        """Times of decode_dispatch and decode_combine, each with its receive phase, of this routing.
+
+        Parameters
+        ----------
+        topk_ids : as for step()
+        quant : "fp8" or None
+            Rows of dispatch; combine carries the buffer's dtype.
+        steps : int
+            How many in a row, without a barrier; the last one is reported.
+        lead_ns : as for reset()
+        """
+        self.reset(lead_ns=lead_ns)
+        p = self.program()
+        for _ in range(steps):
+            p.decode_dispatch(topk_ids, quant=quant)
+            p.decode_hook()
+            p.decode_combine()
+            p.decode_hook()
+        t = self.run(p)[-4:]
+        return Step(t[1, :, 1] - t[0, :, 0], t[3, :, 1] - t[2, :, 0], float(t[:, :, 1].max() - t[:, :, 0].min()), self.stats(), self.links())
+
     # -- inside -------------------------------------------------------------------------------------
 
     def _received(self, rank, handle, layout, dtype, scale_columns):
         address, n, (rows, scales, weights, ids, source) = self._native.block(rank, handle)
 
         def view(offset, dtype, *shape):
-            count = int(np.prod(shape))
-            if count == 0:
-                return torch.empty(shape, dtype=dtype)
-            raw = (ctypes.c_char * (count * dtype.itemsize)).from_address(address + offset)
-            return torch.frombuffer(raw, dtype=dtype).view(shape).clone()
+            return _copy(address + offset, dtype, *shape)
 
         by_rank = layout == "rank"
         origin = view(source, torch.int64, n)
@@ -213,41 +268,76 @@ class Program:
     def dispatch(self, topk_ids=None, topk_weights=None, *, xs=None, scales=None, handle=0, layout="expert", expert_alignment=1, capacity=None,
                  quant=None, before_ns=0.0):
         """Append a dispatch. topk_ids None: the handle's plan is reused. before_ns: the rank computes before the call."""
-        c = self._cluster
-        if topk_ids is None:
-            parts = [(0, 0, 0, _address(xs, r), _address(scales, r)) for r in range(c.size)]
-        else:
-            ids = [_contiguous(t, torch.int64) for t in topk_ids]
-            for r, t in enumerate(ids):
-                if t.dim() != 2 or t.shape[1] != c.top_k or t.shape[0] > c.max_tokens:
-                    raise InvalidArgument(f"sim.dispatch: topk_ids of rank {r} is {list(t.shape)}; expected [T <= {c.max_tokens}, {c.top_k}]", op="sim")
-            topk_ids = ids
-            parts = [(len(ids[r]), ids[r].data_ptr() or 1, _address(topk_weights, r), _address(xs, r), _address(scales, r)) for r in range(c.size)]
-        if c.payload and xs is None:
-            raise InvalidArgument("sim.dispatch: xs is None; a cluster with payload needs rows", op="sim")
-        fp8 = scales is not None or quant == "fp8"
-        row_bytes = c.hidden if fp8 else c._row_bytes
-        scale_bytes = (c.hidden + 127) // 128 * 4 if fp8 else 0
-        self._native.dispatch(handle, parts, layout == "rank", expert_alignment, -1 if capacity is None else capacity, row_bytes, scale_bytes,
-                              before_ns, (topk_ids, topk_weights, xs, scales))
+        parts, coding, keep = self._sources(topk_ids, topk_weights, xs, scales, quant)
+        self._native.dispatch(handle, parts, layout == "rank", expert_alignment, -1 if capacity is None else capacity, *coding, before_ns, keep)
         self.calls.append("dispatch")
 
-    def combine(self, *, rows=None, topk_weights=None, bias=None, ys=None, handle=0, keep=False, echo_weights=False, before_ns=0.0):
-        """Append a combine. rows None: the experts hand back what they received; echo_weights: weighted by what came with the rows."""
+    def combine(self, *, rows=None, topk_weights=None, bias=None, ys=None, handle=0, keep=False, flip=0, wire=None, echo_weights=False,
+                before_ns=0.0):
+        """Append a combine. rows None: the experts hand back what they received, the bits `flip` of
+        every byte turned; echo_weights: weighted by what came with the rows; keep: the handle stays for another combine."""
         c = self._cluster
         rows = rows and [_contiguous(t, c.dtype) for t in rows]
         weights = topk_weights and [_contiguous(t, torch.float32) for t in topk_weights]
         bias = bias and [_contiguous(t, torch.float32) for t in bias]
         parts = [(_address(rows, r), _address(weights, r), _address(bias, r), c.hidden if bias and bias[r].dim() == 2 else 0, _address(ys, r))
                  for r in range(c.size)]
-        self._native.combine(handle, parts, keep, echo_weights, before_ns, (rows, weights, bias, ys))
+        self._native.combine(handle, parts, keep, flip, _WIRES[wire], echo_weights, before_ns, (rows, weights, bias, ys))
         self.calls.append("combine")
+
+    def decode_dispatch(self, topk_ids, topk_weights=None, *, xs=None, scales=None, quant=None, before_ns=0.0):
+        """Append the send phase of a decode dispatch; with topk_weights they travel, and experts' ranks sum what they send back."""
+        parts, coding, keep = self._sources(topk_ids, topk_weights, xs, scales, quant)
+        self._native.decode_dispatch(parts, *coding, before_ns, keep)
+        self.calls.append("decode_dispatch")
+
+    def decode_combine(self, topk_weights=None, *, rows=None, ys=None, flip=0, wire=None, before_ns=0.0):
+        """Append the send phase of the decode combine of the last decode dispatch. rows, ys, flip: as for combine."""
+        c = self._cluster
+        weights = topk_weights and [_contiguous(t, torch.float32) for t in topk_weights]
+        rows = rows and [_contiguous(t, c.dtype) for t in rows]
+        self._native.decode_combine([(_address(rows, r), _address(weights, r), _address(ys, r)) for r in range(c.size)], flip, _WIRES[wire], before_ns,
+                                    (weights, rows, ys))
+        self.calls.append("decode_combine")
+
+    def decode_hook(self):
+        """Append the receive phase of the last decode_dispatch or decode_combine."""
+        last = next(call for call in reversed(self.calls) if call.startswith("decode_"))
+        self._native.decode_hook(self._cluster.size, last == "decode_combine")
+        self.calls.append("hook")
+
+    def _sources(self, topk_ids, topk_weights, xs, scales, quant):
+        c = self._cluster
+        if c.payload and xs is None:
+            raise InvalidArgument("sim.dispatch: xs is None; a cluster with payload needs rows", op="sim")
+        if topk_ids is None:
+            parts = [(0, 0, 0, _address(xs, r), _address(scales, r)) for r in range(c.size)]
+        else:
+            topk_ids = [_contiguous(t, torch.int64) for t in topk_ids]
+            for r, t in enumerate(topk_ids):
+                if t.dim() != 2 or t.shape[1] != c.top_k or t.shape[0] > c.max_tokens:
+                    raise InvalidArgument(f"sim.dispatch: topk_ids of rank {r} is {list(t.shape)}; expected [T <= {c.max_tokens}, {c.top_k}]", op="sim")
+            parts = [(len(topk_ids[r]), _address(topk_ids, r), _address(topk_weights, r), _address(xs, r), _address(scales, r))
+                     for r in range(c.size)]
+        # Quantized rows come with their scales, "given" without payload; or the call quantizes them.
+        given = scales is not None or quant == "given"
+        kind = 1 if given else _QUANTS[quant]
+        coding = (c.hidden if kind else c._row_bytes, 4 * scale_words(c.hidden, kind), kind, given)
+        return parts, coding, (topk_ids, topk_weights, xs, scales)
 
 
 def describe_waiting(w):
     """One waiting role in words."""
     channel = f"[{w['channel']}]" if w["channel"] >= 0 else ""
     return f"rank {w['rank']} {w['role']}{channel} waits for rank {w['peer']} in phase {w['phase']} (counter >= {w['at_least']})"
+
+
+def _copy(address, dtype, *shape):
+    count = int(np.prod(shape))
+    if count == 0:
+        return torch.empty(shape, dtype=dtype)
+    raw = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(raw, dtype=dtype).view(shape).clone()
 
 
 def _contiguous(t, dtype):

@@ -5,7 +5,7 @@ import torch
 from worlds import assert_received, assert_same, random_world, round_trip
 
 import moecomm
-from moecomm import reference, sim
+from moecomm import explore, reference, sim
 
 GEOMETRIES = [(1, 1), (2, 1), (1, 3), (3, 2), (2, 4)]   # nodes x ranks per node
 
@@ -58,3 +58,103 @@ def test_counts_equal_cpu_world(nodes, per_node, payload):
             assert crossed[hop]["row_bytes"] == real[rank][hop]["physical_bytes"], f"rank {rank}, {hop}: {crossed[hop]}"
         assert crossed["node"]["rows"] == real[rank]["node"]["physical_rows"]
         assert mine["replicated_rows"] == real[rank]["replicated_rows"]
+
+
+@pytest.mark.parametrize("nodes,per_node", GEOMETRIES)
+@pytest.mark.parametrize("weights_travel", [False, True])
+@pytest.mark.parametrize("seed", [None, 5])
+def test_decode_equals_oracle(nodes, per_node, weights_travel, seed):
+    """Several steps in a row: the epochs take turns."""
+    size = nodes * per_node
+    c = sim.Cluster(size, ranks_per_node=per_node, hidden=64, num_experts=4 * size, top_k=4, max_tokens=8, num_sms=4, payload=True, decode=True)
+    c.reset(seed)
+    for i in range(3):
+        xs, ids, weights = random_world(size, [(3 + 5 * r + i) % 8 for r in range(size)], 64, 4 * size, 4, seed=i)
+        want = reference.decode_dispatch(xs, ids, num_experts=4 * size, max_tokens=8)
+        got = c.decode_dispatch(xs, ids, weights if weights_travel else None)
+        for rank in range(size):
+            assert_same(got[rank].counts, want[rank].counts, f"rank {rank}: counts")
+            for e, n in enumerate(want[rank].counts.tolist()):
+                assert_same(got[rank].x[e, :n], want[rank].x[e, :n], f"rank {rank}: x of expert {e}")
+        rows = [(w.x.float() * (r + 1) / 4).to(w.x.dtype) for r, w in enumerate(want)]
+        expected = reference.decode_combine(rows, ids, weights, num_experts=4 * size, weights_travel=weights_travel)
+        ys = c.decode_combine(rows, None if weights_travel else weights, num_tokens=[len(x) for x in xs])
+        for rank in range(size):
+            assert_same(ys[rank], expected[rank], f"rank {rank}: y")
+
+
+@pytest.mark.parametrize("payload", [True, False])
+def test_decode_counts_equal_cpu_world(payload):
+    """As test_counts_equal_cpu_world, for decode."""
+    size, per_node = 6, 2
+    xs, ids, weights = random_world(size, 8, 64, 4 * size, 4, seed=3)
+
+    def real_step(comm):
+        buf = moecomm.Buffer(comm, hidden=64, num_experts=4 * size, top_k=4, max_tokens=8)
+        recv, _ = buf.decode_dispatch(xs[comm.rank], ids[comm.rank], quant=None, return_hook=False)
+        buf.decode_combine(recv.handle.rows, ids[comm.rank], weights[comm.rank], recv.handle, return_hook=False)
+        return buf.stats()["decode"]
+
+    real = moecomm.run_local(real_step, size, ranks_per_node=per_node)
+    c = sim.Cluster(size, ranks_per_node=per_node, hidden=64, num_experts=4 * size, top_k=4, max_tokens=8, num_sms=4, payload=payload, decode=True)
+    p = c.program()
+    p.decode_dispatch(ids, xs=xs if payload else None)
+    p.decode_hook()
+    p.decode_combine(weights)
+    p.decode_hook()
+    c.run(p)
+    for rank in range(size):
+        for hop in ("rail", "node"):
+            assert c.stats()[rank][hop] == real[rank][hop], f"rank {rank}, {hop}"
+        assert c.links()[rank]["rail"]["row_bytes"] == real[rank]["rail"]["physical_bytes"]
+
+
+def test_deterministic():
+    """Two runs give equal times, with and without chaos."""
+    ids = list(torch.rand((16, 32, 64), generator=torch.Generator().manual_seed(1)).argsort(-1)[..., :4].contiguous())
+    c = sim.Cluster(16, ranks_per_node=4, hidden=256, num_experts=64, top_k=4, max_tokens=32, decode=True)
+    first, second = c.step(ids), c.step(ids)
+    assert (first.dispatch_us == second.dispatch_us).all() and (first.combine_us == second.combine_us).all()
+    first, second = c.decode_step(ids), c.decode_step(ids)
+    assert (first.dispatch_us == second.dispatch_us).all() and (first.combine_us == second.combine_us).all()
+
+
+def test_links_are_shared_fairly():
+    """Many senders to one receiver: its link is the bottleneck, and nobody is starved."""
+    size, tokens = 5, 64
+    ids = [torch.zeros((0, 1), dtype=torch.int64)] + [torch.zeros((tokens, 1), dtype=torch.int64) for _ in range(size - 1)]
+    c = sim.Cluster(size, ranks_per_node=1, hidden=7168, num_experts=size, top_k=1, max_tokens=tokens, num_sms=8)
+    step = c.step(ids, lead_ns=0.0)
+    wire_us = (size - 1) * tokens * 7168 * 2 / 50e3
+    assert wire_us < step.dispatch_us[0] < wire_us + 40, f"{step.dispatch_us} for {wire_us} us on the wire"
+    busy = c.links()[0]["busy"]["rail_in"] / 1e6
+    assert wire_us <= busy < wire_us * 1.05, f"{busy} us busy, {wire_us} us of rows"
+
+
+def test_lead_changes_little():
+    """Roles that run ahead of the clock give the same times within a few percent."""
+    ids = list(torch.rand((32, 64, 64), generator=torch.Generator().manual_seed(1)).argsort(-1)[..., :8].contiguous())
+    c = sim.Cluster(32, ranks_per_node=8, hidden=7168, num_experts=64, top_k=8, max_tokens=64, decode=True)
+    for step in (c.step, c.decode_step):
+        strict, ahead = step(ids, lead_ns=0.0), step(ids)
+        assert abs(ahead.dispatch_us.mean() / strict.dispatch_us.mean() - 1) < 0.06, (strict.dispatch_us.mean(), ahead.dispatch_us.mean())
+        assert abs(ahead.combine_us.mean() / strict.combine_us.mean() - 1) < 0.06, (strict.combine_us.mean(), ahead.combine_us.mean())
+
+
+def test_exploration_finds_nothing():
+    """A small share of `make explore`."""
+    for seed in range(1000, 1060):
+        found = explore.explore_world(explore.random_world(seed), 100)
+        assert not found["found"], explore.report(found)
+
+
+@pytest.mark.parametrize("name,flaw,phase,decode", explore.MUTATIONS, ids=[m[0] for m in explore.MUTATIONS])
+def test_exploration_finds(name, flaw, phase, decode):
+    """Every known bug is found, and its report names the schedule."""
+    schedules, found = explore.find_mutation(flaw, phase, decode)
+    assert found is not None, f"{name}: not found in {schedules} schedules"
+    print(f"{name}: found in schedule {schedules}: {found['what']}")
+    text = explore.report(found)
+    assert f"schedule seed {found['seed']}" in text and "world:" in text
+    if found["what"] == "deadlock":
+        assert "waits for rank" in text, text

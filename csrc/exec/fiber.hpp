@@ -4,6 +4,10 @@
 // happens, happens in the order of virtual time; ties go to who came first. Nothing else decides, so a
 // run is a pure function of what the fibers do. Events are callbacks at a time; they run on the stack of
 // whoever gave way and must not advance or block.
+//
+// With a lead, a fiber may advance past others by that much before it gives way: fewer switches, and one
+// rank's data stays in the caches. It must then meet() the others before it looks at anything that they
+// or events write; what it does itself carries its own time and is not affected.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -32,14 +36,17 @@ class Fibers {
   Time now() const { return now_; }
   void advance(Time to) {                 // the clock moves on; others may run in between
     if (to < now_) to = now_;
-    if (heap_.empty() || heap_[0].at >= to) now_ = to;
+    if (heap_.empty() || heap_[0].at + lead_ >= to) now_ = to;
     else give_way(to);
+  }
+  void meet() {                           // nothing earlier than now is left to happen
+    if (!heap_.empty() && heap_[0].at < now_) give_way(now_);
   }
   void block() { switch_to_next(); }      // until wake()
 
   // Runs until nobody can go on. Fibers that are still blocked then are blocked for ever, unless woken.
   void run();
-  void restart() { now_ = 0; next_order_ = 0; }   // the clock; only when no fiber is alive
+  void restart(Time lead) { now_ = 0; next_order_ = 0; lead_ = lead; }   // the clock; only when no fiber is alive
   int alive() const { return alive_; }
   uint64_t switches() const { return switches_; }
 
@@ -74,6 +81,7 @@ class Fibers {
   int current_ = -1;
   int alive_ = 0;
   Time now_ = 0;
+  Time lead_ = 0;
   uint32_t next_order_ = 0;
   uint64_t switches_ = 0;
 };

@@ -21,6 +21,10 @@ SimNet::SimNet(Geometry world, std::vector<SimSpace> spaces, Hardware hardware, 
   for (SimSpace& s : spaces_) {
     s.window_at = c.take(s.window_bytes, 4096);
     s.region_at = c.take(s.region_bytes, 4096);
+    for (SimSpace::Records* r : {&s.window_records, &s.region_records}) {
+      if (payload) r->end = r->begin;   // everything lies where the layout says
+      r->at = c.take((r->end - r->begin) / r->stride * r->kept + r->stride, 4096);   // the last one's rest has an address too
+    }
   }
   private_at_ = c.take(payload ? 0 : kPrivateBytes, 4096);
   shift_ = std::bit_width(c.at - 1);
@@ -32,17 +36,16 @@ SimNet::SimNet(Geometry world, std::vector<SimSpace> spaces, Hardware hardware, 
     auto one = std::make_unique<SimRank>();
     one->geometry = {r, world.size, world.ranks_per_node};
     one->memory = base_ + (uint64_t(r) << shift_);
-    one->read.resize(num_sms);
-    one->write.resize(num_sms);
+    one->sms.resize(num_sms);
     ranks_.push_back(std::move(one));
   }
 }
 
 SimNet::~SimNet() { munmap(base_, bytes_); }
 
-void SimNet::reset(Chaos chaos, int poison) {
+void SimNet::reset(Chaos chaos, double lead, int poison) {
   chaos_ = chaos;
-  fibers_.restart();
+  fibers_.restart(picoseconds(lead));
   stuck_.clear();
   log_.clear();
   for (auto& one : ranks_) {
@@ -52,8 +55,7 @@ void SimNet::reset(Chaos chaos, int poison) {
     r.rail_out.clear();
     r.node_in.clear();
     r.rail_in.clear();
-    for (Queue& q : r.read) q.clear();
-    for (Queue& q : r.write) q.clear();
+    for (Calendar& sm : r.sms) sm.clear();
     r.rail_sent = r.node_moved = {};
     r.landed = 0;
     for (const SimSpace& s : spaces_) {
@@ -137,7 +139,11 @@ void SimNet::put(int space, int to_peer, uint64_t offset, const char* src, uint6
   const bool rows = offset >= spaces_[space].region_rows;
   (rows ? from.rail_sent.row_bytes : from.rail_sent.other_bytes) += bytes;
   ++from.rail_sent.messages;
-  if (payload_ || !rows) post_bytes(landed, peer, region(space, peer) + offset, src, bytes, chaos_.coin());
+  if (payload_ || !rows) {
+    post_bytes(landed, peer, region(space, peer, offset), src, bytes, chaos_.coin());
+  } else if (const SimSpace::Records& r = spaces_[space].region_records; offset < r.end && offset >= r.begin) {
+    std::memcpy(region(space, peer, offset), src, r.kept);   // only chaos, which needs payload, could tell the time of it
+  }
   log({begin, landed, Did::put, Phase::none, r.rank, r.channel, peer, r.name, offset, bytes});
   fibers_.advance(begin + put_ + chaos_.pause());
 }
@@ -175,6 +181,7 @@ void SimNet::signal_node(int space, int local, uint64_t counter, uint64_t add) {
 
 void SimNet::flush() {
   fibers_.advance(std::max(fibers_.now(), ranks_[role().rank]->landed));
+  fibers_.meet();
 }
 
 // -- visibility -----------------------------------------------------------------------------------
@@ -239,6 +246,7 @@ void SimNet::land(uint32_t event) {
 
 Status SimNet::wait(char* memory, uint64_t offset, uint64_t at_least, Phase phase, int peer) {
   const auto* counter = reinterpret_cast<const uint64_t*>(memory + offset);
+  fibers_.meet();
   if (*counter >= at_least) return {};
   Role& r = role();
   r.counter = counter;
@@ -263,14 +271,8 @@ void SimNet::row_operation(Role& r, uint64_t read, uint64_t written, Time link) 
     return;
   }
   const Time now = fibers_.now();
-  const Time reading = transfer_time(read, hardware_.sm_read), writing = transfer_time(written, hardware_.sm_write);
-  Time done;
-  if (r.sm == Role::kAllSms) {
-    done = now + std::max(reading, writing) / num_sms_;
-  } else {
-    SimRank& rank = *ranks_[r.rank];
-    done = std::max(rank.read[r.sm].take(now, reading), rank.write[r.sm].take(now, writing));
-  }
+  const Time work = std::max(transfer_time(read, hardware_.sm_read), transfer_time(written, hardware_.sm_write));
+  Time done = r.sm == Role::kAllSms ? now + work / num_sms_ : ranks_[r.rank]->sms[r.sm].take(now, work);
   done = std::max(done, r.flight[r.next_flight]);   // only so many rows under way
   r.flight[r.next_flight] = link;
   r.next_flight = (r.next_flight + 1) % Role::kInFlight;
@@ -301,38 +303,37 @@ void SimNet::zero_row(char* dst, uint64_t bytes) {
 }
 
 // When the terms that lie on other ranks are here.
-Time SimNet::fetch_terms(Role& r, const Terms& terms, uint64_t bytes) {
+void SimNet::sum_operation(const Terms& terms, int64_t hidden, DType type, uint64_t written) {
+  Role& r = role();
   LinkCount& moved = ranks_[r.rank]->node_moved;
+  const uint64_t plain = static_cast<uint64_t>(hidden) * element_bytes(type), coded = wire_row_bytes(terms.wire, hidden, type);
+  uint64_t read = 0;
   Time link = 0;
   for (int i = 0; i < terms.count; ++i) {
+    const uint64_t bytes = terms.coded >> i & 1 ? coded : plain;
+    read += bytes;
     const int from = owner(terms.store->row[i], r.rank);
     if (from == r.rank) continue;
     link = std::max(link, cross_node(from, r.rank, bytes));
     moved.row_bytes += bytes;
     ++moved.rows;
   }
-  return link;
+  row_operation(r, read, written, link);
 }
 
 void SimNet::reduce_rows(char* dst, const Terms& terms, const Terms* next, const float* bias, int64_t hidden, DType type) {
-  Role& r = role();
-  const uint64_t bytes = wire_row_bytes(Wire::plain, hidden, type);
-  const Time link = fetch_terms(r, terms, bytes);
   if (payload_) kernels_->reduce(dst, terms, next, bias, 0, hidden, type);
-  row_operation(r, bytes * terms.count, bytes, link);
+  sum_operation(terms, hidden, type, static_cast<uint64_t>(hidden) * element_bytes(type));
 }
 
 void SimNet::reduce_encode(char* dst, Wire wire, const Terms& terms, const Terms* next, int64_t hidden, DType type) {
-  Role& r = role();
-  const uint64_t bytes = wire_row_bytes(Wire::plain, hidden, type);
-  const Time link = fetch_terms(r, terms, bytes);
   if (payload_) kernels_->reduce_encode(dst, wire, terms, next, 0, hidden, hidden, type);
-  row_operation(r, bytes * terms.count, wire_row_bytes(wire, hidden, type), link);
+  sum_operation(terms, hidden, type, wire_row_bytes(wire, hidden, type));
 }
 
 void SimNet::quantize_row(char* codes, char* scales, const char* row, int64_t hidden, DType type, ScaleKind kind) {
   if (payload_) kernels_->quantize(codes, scales, row, 0, hidden, hidden, type, kind);
-  row_operation(role(), wire_row_bytes(Wire::plain, hidden, type), hidden + 4 * scale_words(hidden, kind), 0);
+  row_operation(role(), static_cast<uint64_t>(hidden) * element_bytes(type), hidden + 4 * scale_words(hidden, kind), 0);
 }
 
 }  // namespace moecomm

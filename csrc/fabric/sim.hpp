@@ -32,11 +32,21 @@ struct LinkCount {
 // A node window and a rail region, of every rank: what one Reach is in the cpu world. A cluster has one for
 // dispatch and combine and one for decode.
 struct SimSpace {
+  // Records of which only the first bytes are metadata. Without payload the rest would lie untouched between
+  // them and spread them over as many pages; they are kept side by side instead.
+  struct Records {
+    uint64_t begin = 0, end = 0;  // offsets
+    uint64_t stride = 1;
+    uint64_t kept = 0;
+    uint64_t per_source = 1;      // consecutive records of one source; equal slots of all sources lie together
+    uint64_t at = 0;              // offset in a rank's memory; set by SimNet
+  };
   uint64_t window_bytes = 0;
   uint64_t window_counters = 0;   // bytes at its start that hold counters and faults
   uint64_t region_bytes = 0;
   uint64_t region_counters = 0;
   uint64_t region_rows = 0;       // puts from here on carry rows
+  Records window_records, region_records;
   bool peers_are_ranks = false;   // how the fabric's peers are numbered: by node (the rail) or by rank
   uint64_t window_at = 0;         // offsets in a rank's memory; set by SimNet
   uint64_t region_at = 0;
@@ -46,9 +56,8 @@ struct SimRank {
   Geometry geometry;
   char* memory = nullptr;
   Counters counters;
-  Queue node_out, rail_out;
-  Calendar node_in, rail_in;
-  std::vector<Queue> read, write;   // by multiprocessor
+  Calendar node_out, node_in, rail_out, rail_in;
+  std::vector<Calendar> sms;        // row operations
   LinkCount rail_sent, node_moved;
   Time landed = 0;                  // every put of this rank has landed by then
   std::vector<int> waiting;         // fibers
@@ -96,9 +105,9 @@ class SimNet {
   SimNet(const SimNet&) = delete;
   SimNet& operator=(const SimNet&) = delete;
 
-  // A clean start: clock, counters, links. With payload, staging holds what no call would leave there, and
+  // A clean start: clock, counters, links. `lead` in nanoseconds: how far roles may run ahead. With payload, staging holds what no call would leave there, and
   // the rest of the windows (metadata and blocks) bytes of `poison`.
-  void reset(Chaos chaos, int poison = kPoison);
+  void reset(Chaos chaos, double lead = 0, int poison = kPoison);
 
   void start(int rank, const char* name, int channel, int sm, std::function<void()> body);
   void run();                                         // until every role has ended; waits that nobody would end give up
@@ -108,8 +117,14 @@ class SimNet {
   Fibers& fibers() { return fibers_; }
   Role& role() { return *roles_[fibers_.current()]; }
   SimRank& rank(int r) { return *ranks_[r]; }
-  char* window(int space, int r) const { return ranks_[r]->memory + spaces_[space].window_at; }
-  char* region(int space, int r) const { return ranks_[r]->memory + spaces_[space].region_at; }
+  char* window(int space, int r, uint64_t offset = 0) const {
+    const SimSpace& s = spaces_[space];
+    return ranks_[r]->memory + place(s.window_records, s.window_at, offset);
+  }
+  char* region(int space, int r, uint64_t offset = 0) const {
+    const SimSpace& s = spaces_[space];
+    return ranks_[r]->memory + place(s.region_records, s.region_at, offset);
+  }
   int size() const { return world_.size; }
   const Hardware& hardware() const { return hardware_; }
   bool payload() const { return payload_; }
@@ -152,9 +167,14 @@ class SimNet {
     const uint64_t offset = static_cast<uint64_t>(static_cast<const char*>(p) - base_);
     return offset < bytes_ ? static_cast<int>(offset >> shift_) : otherwise;
   }
+  static uint64_t place(const SimSpace::Records& r, uint64_t base, uint64_t offset) {
+    if (offset < r.begin || offset >= r.end) return base + offset;
+    const uint64_t index = (offset - r.begin) / r.stride, sources = (r.end - r.begin) / r.stride / r.per_source;
+    return r.at + ((index % r.per_source) * sources + index / r.per_source) * r.kept + (offset - r.begin) % r.stride;
+  }
   int peer_rank(int space, const Geometry& g, int peer) const { return spaces_[space].peers_are_ranks ? peer : g.rail_rank(peer); }
   Time cross_node(int from, int to, uint64_t bytes);
-  Time fetch_terms(Role& r, const Terms& terms, uint64_t bytes);
+  void sum_operation(const Terms& terms, int64_t hidden, DType type, uint64_t written);
   void row_operation(Role& r, uint64_t read, uint64_t written, Time link);
 
   Geometry world_;
@@ -187,9 +207,9 @@ struct SimFabric {
 
   char* window(int local, uint64_t offset) const {
     const Geometry& g = net->rank(me).geometry;
-    return net->window(space, g.rank_at(g.node(), local)) + offset;
+    return net->window(space, g.rank_at(g.node(), local), offset);
   }
-  char* rail(uint64_t offset) const { return net->region(space, me) + offset; }
+  char* rail(uint64_t offset) const { return net->region(space, me, offset); }
   void put(int peer, uint64_t offset, const char* src, uint64_t bytes) const { net->put(space, peer, offset, src, bytes); }
   void signal_rail(int peer, uint64_t counter, uint64_t add) const { net->signal_rail(space, peer, counter, add); }
   void signal_node(int local, uint64_t counter, uint64_t add) const { net->signal_node(space, local, counter, add); }

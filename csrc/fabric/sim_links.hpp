@@ -1,4 +1,4 @@
-// What the simulated links are made of: a cluster's rates, and two kinds of server for them.
+// What the simulated links are made of: a cluster's rates, and how its resources are shared.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -27,78 +27,57 @@ constexpr double kPicosecondsPerNanosecond = 1000.0;
 inline Time picoseconds(double ns) { return static_cast<Time>(ns * kPicosecondsPerNanosecond + 0.5); }
 inline Time transfer_time(uint64_t bytes, double rate) { return picoseconds(static_cast<double>(bytes) / rate); }
 
-// First come, first served: for resources that are asked for in the order of time. Those who ask in turn,
-// row by row, share it fairly.
-class Queue {
- public:
-  Time take(Time from, Time work) {
-    free_ = std::max(free_, from) + work;
-    busy_ += work;
-    return free_;
-  }
-  Time busy() const { return busy_; }
-  void clear() { free_ = busy_ = 0; }
-
- private:
-  Time free_ = 0;
-  Time busy_ = 0;
-};
-
-// A receiving link. Messages are announced when they are sent, not in the order in which they arrive, so
-// a queue would let a message that arrives late hold up one that arrives early. Time is cut into bins;
-// a message takes what is left of the bins from its arrival on.
+// A resource that one user has at a time: a link, a NIC, a multiprocessor's copy engine. Users do not ask in the
+// order in which they come (messages are announced when they are sent, not when they arrive; roles run
+// ahead), so a queue would let a late one hold up an early one. Time is cut into bins; a user takes what is
+// left of the bins from its arrival on. Those who ask in turn, row by row, share it fairly.
 class Calendar {
  public:
+  // When `work` that comes at `from` is done.
   Time take(Time from, Time work) {
     busy_ += work;
     uint64_t bin = find(from / kBin);
     Time left = work;
     for (;;) {
-      const Time room = kBin - used_[bin];
-      if (left <= room) {
-        used_[bin] += static_cast<uint32_t>(left);
-        const Time end = bin * kBin + used_[bin];
-        if (used_[bin] == kBin) next_[bin] = static_cast<uint32_t>(bin + 1);
-        return std::max(end, from + work);
+      Bin& b = bins_[bin];
+      const Time room = kBin - b.used;
+      if (left < room) {
+        b.used += static_cast<uint32_t>(left);
+        return std::max(bin * kBin + b.used, from + work);
       }
       left -= room;
-      used_[bin] = kBin;
-      next_[bin] = static_cast<uint32_t>(bin + 1);
+      b.used = kBin;
+      b.next = static_cast<uint32_t>(bin + 1);
       bin = find(bin + 1);
     }
   }
   Time busy() const { return busy_; }
   void clear() {
-    used_.clear();
-    next_.clear();
+    bins_.clear();
     busy_ = 0;
   }
 
  private:
-  static constexpr Time kBin = 1u << 19;   // ps: half a microsecond
-  // The first bin from `bin` on that has room; full ones point past themselves.
+  static constexpr Time kBin = 1u << 20;   // ps: about a microsecond
+  struct Bin {
+    uint32_t used;   // ps
+    uint32_t next;   // itself; once full, a bin behind it
+  };
+  // The first bin from `bin` on that has room.
   uint64_t find(uint64_t bin) {
     grow(bin);
-    uint64_t root = bin;
-    while (next_[root] != root) {
-      root = next_[root];
-      grow(root);
-    }
-    while (next_[bin] != root) {
-      const uint64_t after = next_[bin];
-      next_[bin] = static_cast<uint32_t>(root);
+    while (bins_[bin].next != bin) {
+      const uint32_t after = bins_[bin].next;
+      grow(after);
+      bins_[bin].next = bins_[after].next;   // every visit halves the way for the next one
       bin = after;
     }
-    return root;
+    return bin;
   }
   void grow(uint64_t bin) {
-    while (next_.size() <= bin) {
-      next_.push_back(static_cast<uint32_t>(next_.size()));
-      used_.push_back(0);
-    }
+    while (bins_.size() <= bin) bins_.push_back({0, static_cast<uint32_t>(bins_.size())});
   }
-  std::vector<uint32_t> used_;   // picoseconds taken
-  std::vector<uint32_t> next_;
+  std::vector<Bin> bins_;
   Time busy_ = 0;
 };
 

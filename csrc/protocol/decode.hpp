@@ -37,8 +37,9 @@ struct DecodeView {
   DecodeWindowLayout window;
   DecodeRegionLayout region;
   bool check = false;   // MOECOMM_CHECK=1
+  int per_rank = 1;     // experts of a rank; a field since every pick of every message asks for it
 
-  MOE_HD int experts_per_rank() const { return shape.num_experts / geometry.size; }
+  MOE_HD int experts_per_rank() const { return per_rank; }
   MOE_HD int first_expert() const { return geometry.rank * experts_per_rank(); }
   MOE_HD bool is_mine(int expert) const { return expert >= 0 && owner(expert) == geometry.rank; }
   MOE_HD int owner(int expert) const { return expert / experts_per_rank(); }
@@ -91,7 +92,7 @@ struct DecodeView {
 };
 
 inline DecodeView make_decode_view(const Geometry& g, const Shape& s, bool check) {
-  return DecodeView{g, s, decode_window_layout(g, s), decode_region_layout(g, s), check};
+  return DecodeView{g, s, decode_window_layout(g, s), decode_region_layout(g, s), check, s.num_experts / g.size};
 }
 
 // What a rank remembers of one parity's epoch. Private.

@@ -8,6 +8,7 @@
 namespace moecomm {
 namespace {
 
+constexpr int kScribble = 0x3C;
 constexpr int kMain = 0;   // the space of dispatch and combine
 
 uint64_t digest_bytes(uint64_t h, const void* p, uint64_t bytes) {
@@ -15,6 +16,29 @@ uint64_t digest_bytes(uint64_t h, const void* p, uint64_t bytes) {
   uint64_t tail = 0;
   std::memcpy(&tail, static_cast<const char*>(p) + bytes / 8 * 8, bytes % 8);
   return (h ^ tail) * 0x9E3779B97F4A7C15ull;
+}
+
+// The experts of exploration hand back what they got, with some bits turned so that calls differ.
+// Quantized rows are repeated to the length of the others.
+void echo(char* out, uint64_t out_bytes, const char* in, uint64_t in_bytes, uint64_t rows, uint8_t flip) {
+  for (uint64_t r = 0; r < rows; ++r)
+    for (uint64_t i = 0; i < out_bytes; ++i) out[r * out_bytes + i] = in[r * in_bytes + i % in_bytes] ^ flip;
+}
+
+SimSpace decode_space(const DecodeView& d) {
+  SimSpace s;
+  const uint64_t stride = decode_message_bytes(d.shape), tokens = d.shape.max_tokens;
+  s.window_bytes = d.window.bytes;
+  s.window_counters = d.window.wanted;
+  s.window_records = {d.window.messages, d.window.messages + 2 * tokens * stride, stride, decode_header_bytes(d.shape.top_k), tokens, 0};
+  s.region_bytes = d.region.bytes;
+  s.region_counters = d.region.messages;
+  s.region_rows = d.region.messages;
+  s.region_records = s.window_records;
+  s.region_records.begin = d.region.messages;
+  s.region_records.end = d.region.messages + 2 * (d.geometry.size - d.geometry.ranks_per_node) * tokens * stride;
+  s.peers_are_ranks = true;
+  return s;
 }
 
 }  // namespace
@@ -28,7 +52,9 @@ SimCluster::SimCluster(const SimConfig& config) : config_(config) {
   main.region_bytes = first.rail.bytes;
   main.region_counters = first.rail.blocks;
   main.region_rows = first.rail.area_a;
-  net_ = std::make_unique<SimNet>(world, std::vector<SimSpace>{main}, config.hardware, config.num_sms, config.payload);
+  std::vector<SimSpace> spaces{main};
+  if (config.decode) spaces.push_back(decode_space(make_decode_view(world, config.shape, false)));
+  net_ = std::make_unique<SimNet>(world, spaces, config.hardware, config.num_sms, config.payload);
   ranks_.resize(config.size);
   for (int r = 0; r < config.size; ++r) {
     RankState& rank = ranks_[r];
@@ -38,8 +64,8 @@ SimCluster::SimCluster(const SimConfig& config) : config_(config) {
   reset({});
 }
 
-void SimCluster::reset(const Chaos& chaos, int poison) {
-  net_->reset(chaos, poison);
+void SimCluster::reset(const Chaos& chaos, double lead, int poison) {
+  net_->reset(chaos, lead, poison);
   for (RankState& r : ranks_) {
     r.handles.clear();
     r.arena = std::make_unique<Arena>(r.view.node.arena, r.view.node.arena + config_.shape.arena_bytes);
@@ -48,6 +74,8 @@ void SimCluster::reset(const Chaos& chaos, int poison) {
     r.book = {};
     r.book.rows = r.book_counts.data();
     r.book.back = r.book_counts.data() + per_book;
+    if (config_.decode) r.decode = std::make_unique<SimDecode>(*net_, make_decode_view(r.view.geometry, config_.shape, false), config_.workers);
+    r.decode_digest = 0;
   }
 }
 
@@ -58,8 +86,8 @@ const char* SimCluster::block(int rank, int handle) const {
 }
 
 void SimCluster::release(RankState& r, Handle& handle) {
-  if (handle.bytes) r.arena->release(handle.offset);
-  handle.bytes = 0;
+  if (handle.held && handle.bytes) r.arena->release(handle.offset);
+  handle.held = false;
 }
 
 // -- one rank's calls -----------------------------------------------------------------------------
@@ -79,6 +107,7 @@ Status SimCluster::dispatch(int rank, F fabric, const SimCall& call, Handle& han
   } else {
     plan.view.call.row_bytes = call.shape.row_bytes;
     plan.view.call.scale_bytes = call.shape.scale_bytes;
+    plan.view.call.scales = call.shape.scales;
   }
   DispatchArgs a;
   a.b = r.view;
@@ -87,7 +116,7 @@ Status SimCluster::dispatch(int rank, F fabric, const SimCall& call, Handle& han
   a.cached = cached;
   a.ids64 = part.ids;
   a.x = part.x ? part.x : net_->private_memory(rank);
-  a.scales = !call.shape.scale_bytes ? nullptr : part.scales ? part.scales : net_->private_memory(rank);
+  a.scales = !call.scales_given ? nullptr : part.scales ? part.scales : net_->private_memory(rank);
   a.weights = part.weights;
   a.base = plan.base.data();
   a.offers = plan.offers.data();
@@ -106,6 +135,7 @@ Status SimCluster::dispatch(int rank, F fabric, const SimCall& call, Handle& han
   handle.bytes = plan.needed[me];
   r.arena->expect(handle.bytes);
   r.arena->take(handle.offset, handle.bytes);
+  handle.held = true;
   return s;
 }
 
@@ -125,17 +155,16 @@ Status SimCluster::combine(int rank, F fabric, const SimCall& call, Handle& hand
   a.plan = plan.view;
   a.book = &r.book;
   a.boards = boards.data();
+  a.wire = call.wire;
   a.bias = part.bias;
   a.bias_stride = part.bias_stride;
   a.mine.rows = output + l.rows - window;
-  a.mine.weights = 0;
+  a.mine.weights = a.mine.back = 0;
   a.y = part.y ? part.y : net_->private_memory(rank);
   if (config_.payload) {
-    const char* in = part.rows ? part.rows : window + handle.offset + block_layout(handle.rows, shape, config_.shape.top_k).rows;
-    const uint64_t in_bytes = part.rows ? row_bytes : shape.row_bytes;
-    for (uint64_t i = 0; i < handle.rows; ++i)   // quantized rows are echoed as they are, repeated
-      for (uint64_t at = 0; at < row_bytes; at += in_bytes)
-        std::memcpy(output + l.rows + i * row_bytes + at, in + i * in_bytes, std::min(in_bytes, row_bytes - at));
+    if (part.rows) std::memcpy(output + l.rows, part.rows, handle.rows * row_bytes);
+    else echo(output + l.rows, row_bytes, window + handle.offset + block_layout(handle.rows, shape, config_.shape.top_k).rows, shape.row_bytes,
+              handle.rows, call.flip);
     if (!part.y) {
       r.y.assign(plan.view.tokens * row_bytes, static_cast<char>(0x5A));
       a.y = r.y.data();
@@ -149,7 +178,10 @@ Status SimCluster::combine(int rank, F fabric, const SimCall& call, Handle& hand
   }
   const Status s = sim_combine(*net_, fabric, a);
   net_->flush();
-  if (config_.payload) digest = digest_bytes(1, a.y, plan.view.tokens * row_bytes);
+  if (config_.payload) {
+    digest = digest_bytes(1, a.y, plan.view.tokens * row_bytes);
+    std::memset(output, kScribble, l.bytes);   // the experts may write again
+  }
   if (!call.keep) release(r, handle);
   return s;
 }
@@ -168,25 +200,102 @@ uint64_t SimCluster::digest_block(int rank, const Handle& handle) const {
 }
 
 template <class F>
+Status SimCluster::call_main(int rank, F fabric, const SimCall& call, SimResult& result) {
+  Handle& handle = ranks_[rank].handles[call.handle];
+  if (call.verb == SimVerb::dispatch) {
+    MOE_TRY(dispatch(rank, fabric, call, handle));
+    if (config_.payload) result.digest = handle.digest = digest_block(rank, handle);
+    return {};
+  }
+  if (!handle.held) {   // its dispatch was refused
+    result.ran = false;
+    return {};
+  }
+  // What dispatch delivered must still be there: nobody may have written into it since.
+  const bool intact = !config_.payload || digest_block(rank, handle) == handle.digest;
+  const Status s = combine(rank, fabric, call, handle, result.digest);
+  if (!intact) result.digest = ~result.digest;
+  return s;
+}
+
+template <class F>
+Status SimCluster::call_decode(int rank, F fabric, const SimCall& call, SimResult& result) {
+  RankState& r = ranks_[rank];
+  SimDecode& decode = *r.decode;
+  const SimPart& part = call.parts[rank];
+  const uint64_t epoch = decode.epoch(), row_bytes = config_.shape.combine_row_bytes();
+  const int parity = epoch & 1;
+  switch (call.verb) {
+    case SimVerb::decode_dispatch: {
+      SimDecodeDispatch d;
+      d.tokens = part.tokens;
+      d.ids = part.ids;
+      d.weights = part.weights;
+      d.x = part.x ? part.x : net_->private_memory(rank);
+      d.scales = !call.scales_given ? nullptr : part.scales ? part.scales : net_->private_memory(rank);
+      d.shape = call.shape;
+      return decode.dispatch(fabric, d);
+    }
+    case SimVerb::decode_receive:
+      MOE_TRY(decode.receive(fabric, epoch));
+      if (config_.payload) result.digest = r.decode_digest = digest_packed(rank);
+      return {};
+    case SimVerb::decode_combine: {
+      bool intact = true;
+      char* y = part.y ? part.y : net_->private_memory(rank);
+      if (config_.payload) {
+        intact = digest_packed(rank) == r.decode_digest;
+        const DecodeView& v = decode.view();
+        const uint64_t in_bytes = decode.turn(epoch).call.row_bytes, per_expert = decode_rows_per_expert(v.geometry, v.shape);
+        const auto* counts = reinterpret_cast<const int64_t*>(decode.memory() + v.counts(parity));
+        for (int e = 0; e < v.experts_per_rank(); ++e) {
+          char* out = decode.memory() + v.rows(parity) + e * per_expert * row_bytes;
+          if (part.rows) std::memcpy(out, part.rows + e * per_expert * row_bytes, counts[e] * row_bytes);
+          else echo(out, row_bytes, decode.memory() + v.x(parity) + e * per_expert * in_bytes, in_bytes, counts[e], call.flip);
+        }
+        if (!part.y) {
+          r.decode_y[parity].assign(decode.turn(epoch).tokens * row_bytes, static_cast<char>(0x5A));
+          y = r.decode_y[parity].data();
+        }
+      }
+      MOE_TRY(decode.combine(fabric, epoch, part.weights, call.wire, y));
+      result.digest = !intact;
+      return {};
+    }
+    default:
+      MOE_TRY(decode.sum(fabric, epoch));
+      if (config_.payload && !r.decode_y[parity].empty()) result.digest = digest_bytes(1, r.decode_y[parity].data(), r.decode_y[parity].size());
+      return {};
+  }
+}
+
+uint64_t SimCluster::digest_packed(int rank) const {
+  SimDecode& decode = *ranks_[rank].decode;
+  const DecodeView& v = decode.view();
+  const CallShape& call = decode.turn(decode.epoch()).call;
+  const int parity = decode.epoch() & 1;
+  const uint64_t per_expert = decode_rows_per_expert(v.geometry, v.shape);
+  const auto* counts = reinterpret_cast<const int64_t*>(decode.memory() + v.counts(parity));
+  uint64_t h = digest_bytes(3, counts, 8 * v.experts_per_rank());
+  for (int e = 0; e < v.experts_per_rank(); ++e) {
+    h = digest_bytes(h, decode.memory() + v.x(parity) + e * per_expert * call.row_bytes, counts[e] * call.row_bytes);
+    h = digest_bytes(h, decode.memory() + v.scales(parity, e), counts[e] * call.scale_bytes);
+  }
+  return h;
+}
+
+template <class F>
 void SimCluster::run_rank(int rank, F fabric, const std::vector<SimCall>& program) {
   for (size_t i = 0; i < program.size(); ++i) {
     const SimCall& call = program[i];
     SimResult& result = results_[i * config_.size + rank];
-    Handle& handle = ranks_[rank].handles[call.handle];
     net_->spend(call.before);
     result.begin = net_->fibers().now();
-    if (call.verb == SimVerb::dispatch) {
-      result.status = dispatch(rank, fabric, call, handle);
-      if (result.status.ok() && config_.payload) result.digest = handle.digest = digest_block(rank, handle);
-    } else {
-      if (!handle.bytes) continue;   // its dispatch was refused
-      // What dispatch delivered must still be there: nobody may have written into it since.
-      const bool intact = !config_.payload || digest_block(rank, handle) == handle.digest;
-      result.status = combine(rank, fabric, call, handle, result.digest);
-      if (!intact) result.digest = ~result.digest;
-    }
-    result.end = net_->fibers().now();
     result.ran = true;
+    const bool main = call.verb == SimVerb::dispatch || call.verb == SimVerb::combine;
+    fabric.space = main ? kMain : SimDecode::kSpace;
+    result.status = main ? call_main(rank, fabric, call, result) : call_decode(rank, fabric, call, result);
+    result.end = net_->fibers().now();
     if (result.status.code == Code::timeout) return;
   }
 }
@@ -205,68 +314,6 @@ const std::vector<SimResult>& SimCluster::run(const std::vector<SimCall>& progra
   }
   net_->run();
   return results_;
-}
-
-// -- exploration ----------------------------------------------------------------------------------
-
-namespace {
-
-struct Difference {
-  bool found = false;
-  int call = -1, rank = -1;
-  std::string what;
-};
-
-Difference compare(SimCluster& cluster, const std::vector<SimResult>& got, const std::vector<SimResult>& want) {
-  const int size = cluster.config().size;
-  const auto at = [&](size_t i, std::string what) { return Difference{true, static_cast<int>(i) / size, static_cast<int>(i) % size, std::move(what)}; };
-  if (cluster.net().stuck()) {
-    for (size_t i = 0; i < got.size(); ++i)
-      if (got[i].status.code == Code::timeout) return at(i, "deadlock");
-    return at(0, "deadlock");
-  }
-  for (size_t i = 0; i < got.size(); ++i) {
-    if (got[i].status.code != want[i].status.code || got[i].ran != want[i].ran) return at(i, "another status than without chaos");
-    if (got[i].digest != want[i].digest) return at(i, "delivered something else than without chaos");
-  }
-  return {};
-}
-
-}  // namespace
-
-Finding explore(SimCluster& cluster, const std::vector<SimCall>& program, const Mutation& mutation, uint64_t first_seed, uint64_t count) {
-  constexpr uint64_t kNoLimit = ~uint64_t{0};
-  cluster.reset({});
-  const std::vector<SimResult> want = cluster.run(program);
-  // A flawed protocol that reads poison as an index would crash instead of being found.
-  const auto attempt = [&](uint64_t seed, uint64_t budget) {
-    cluster.reset(Chaos(seed, budget), mutation.flaw == Flaw::none && seed % 2 ? SimNet::kPoison : 0);
-    return compare(cluster, cluster.run(program, mutation), want);
-  };
-  Finding f;
-  for (uint64_t seed = first_seed; seed < first_seed + count; ++seed) {
-    ++f.schedules;
-    if (!attempt(seed, kNoLimit).found) continue;
-    // The fewest perturbations that still fail: halve while that works, then one by one.
-    uint64_t budget = cluster.net().chaos().drawn();
-    for (uint64_t step = budget / 2; step > 0;) {
-      if (budget >= step && attempt(seed, budget - step).found) budget -= step;
-      else step /= 2;
-    }
-    cluster.net().set_log(true);
-    const Difference d = attempt(seed, budget);
-    f.found = true;
-    f.seed = seed;
-    f.perturbations = budget;
-    f.call = d.call;
-    f.rank = d.rank;
-    f.what = d.what;
-    f.log = cluster.net().log_lines();
-    f.stuck = cluster.net().stuck_roles();
-    cluster.net().set_log(false);
-    return f;
-  }
-  return f;
 }
 
 }  // namespace moecomm

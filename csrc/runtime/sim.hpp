@@ -7,6 +7,7 @@
 #include "fabric/sim_mutant.hpp"
 #include "runtime/memory.hpp"
 #include "runtime/plan.hpp"
+#include "runtime/sim_decode.hpp"
 
 namespace moecomm {
 
@@ -17,15 +18,18 @@ struct SimConfig {
   Shape shape;
   Hardware hardware;
   bool payload = false;
+  bool decode = false;                // the decode path's memories too
+  int workers = 1;                    // roles that share a decode phase of a rank
 };
 
-enum class SimVerb : int32_t { dispatch, combine };
+// Decode's receive phases may be left out of a program: the rules (A) and (B) make up for them.
+enum class SimVerb : int32_t { dispatch, combine, decode_dispatch, decode_receive, decode_combine, decode_sum };
 
 // One rank's part in a call. Without payload, x, rows and y are left out.
 struct SimPart {
   int32_t tokens = 0;
   const int64_t* ids = nullptr;       // dispatch; null: the plan of this handle is reused
-  const float* weights = nullptr;     // [T, K] in dispatch, [N] in combine
+  const float* weights = nullptr;     // [T, K] in dispatch (in decode: then they travel) and decode_combine, [N] in combine
   const char* x = nullptr;
   const char* scales = nullptr;
   const char* rows = nullptr;         // combine; null: the experts hand back what they got
@@ -39,6 +43,9 @@ struct SimCall {
   SimVerb verb = SimVerb::dispatch;
   int handle = 0;                     // by number: dispatch fills it, combine empties it
   bool keep = false;                  // combine: the handle's rows stay where they are
+  uint8_t flip = 0;                   // combine: bits that the experts turn in what they hand back
+  bool scales_given = false;          // dispatch: quantized rows come with their scales; else the call quantizes them
+  Wire wire = Wire::plain;            // combine
   bool echo_weights = false;          // combine: weighted by what dispatch brought
   double before = 0;                  // nanoseconds that the rank computes before the call
   CallShape shape;
@@ -57,7 +64,7 @@ class SimCluster {
   explicit SimCluster(const SimConfig& config);
 
   // A clean start: windows, counters and the clock; handles are dropped.
-  void reset(const Chaos& chaos, int poison = SimNet::kPoison);
+  void reset(const Chaos& chaos, double lead = 0, int poison = SimNet::kPoison);
   // Results by call and rank. Waits that nobody would end give up.
   const std::vector<SimResult>& run(const std::vector<SimCall>& program, const Mutation& mutation = {});
   const std::vector<SimResult>& results() const { return results_; }
@@ -65,6 +72,7 @@ class SimCluster {
   SimNet& net() { return *net_; }
   const SimConfig& config() const { return config_; }
   const BufferView& view(int rank) const { return ranks_[rank].view; }
+  SimDecode& decode(int rank) { return *ranks_[rank].decode; }
   const Plan* plan(int rank, int handle) const;
   const char* block(int rank, int handle) const;        // what dispatch delivered, laid out by block_layout
   uint64_t rows(int rank, int handle) const;
@@ -74,7 +82,8 @@ class SimCluster {
   struct Handle {
     std::shared_ptr<Plan> plan;
     uint64_t offset = 0;    // of the block in the window
-    uint64_t bytes = 0;     // of block and output; 0: not held
+    uint64_t bytes = 0;     // of block and output
+    bool held = false;
     uint64_t first = 0;     // of the block alone
     uint64_t rows = 0;
     uint64_t digest = 0;
@@ -87,33 +96,23 @@ class SimCluster {
     std::vector<uint64_t> book_counts;
     std::vector<Handle> handles;
     std::vector<char> y;
+    std::unique_ptr<SimDecode> decode;
+    std::vector<char> decode_y[2];
+    uint64_t decode_digest = 0;
   };
   template <class F> void run_rank(int rank, F fabric, const std::vector<SimCall>& program);
   template <class F> Status dispatch(int rank, F fabric, const SimCall& call, Handle& handle);
   template <class F> Status combine(int rank, F fabric, const SimCall& call, Handle& handle, uint64_t& digest);
+  template <class F> Status call_main(int rank, F fabric, const SimCall& call, SimResult& result);
+  template <class F> Status call_decode(int rank, F fabric, const SimCall& call, SimResult& result);
   void release(RankState& r, Handle& handle);
   uint64_t digest_block(int rank, const Handle& handle) const;
+  uint64_t digest_packed(int rank) const;
 
   SimConfig config_;
   std::unique_ptr<SimNet> net_;
   std::vector<RankState> ranks_;
   std::vector<SimResult> results_;
 };
-
-// What exploring found.
-struct Finding {
-  bool found = false;
-  uint64_t schedules = 0;      // that were run
-  uint64_t seed = 0;
-  uint64_t perturbations = 0;  // the fewest with which the failure was seen again
-  int call = -1, rank = -1;    // where
-  std::string what;
-  std::vector<LogLine> log;
-  std::vector<Role> stuck;
-};
-
-// Runs `count` schedules of the program, seeds from `first_seed`; stops at the first that deadlocks, fails
-// or delivers anything else than the schedule without chaos.
-Finding explore(SimCluster& cluster, const std::vector<SimCall>& program, const Mutation& mutation, uint64_t first_seed, uint64_t count);
 
 }  // namespace moecomm

@@ -25,7 +25,7 @@ cdef class Program:
         self.kept = []
 
     def dispatch(self, int handle, list parts, bint by_rank, int alignment, int64_t capacity, uint64_t row_bytes, uint64_t scale_bytes,
-                 double before, keep=None):
+                 int kind, bint scales_given, double before, keep=None):
         """parts: by rank (tokens, ids, weights, x, scales), addresses or 0; ids 0: the handle's plan is reused."""
         cdef world.SimCall call
         cdef world.SimPart part
@@ -37,6 +37,8 @@ cdef class Program:
         call.shape.capacity = capacity
         call.shape.row_bytes = row_bytes
         call.shape.scale_bytes = scale_bytes
+        call.shape.scales = <capi.ScaleKind>kind
+        call.scales_given = scales_given
         for tokens, ids, weights, x, scales in parts:
             part.tokens = tokens
             part.ids = <const int64_t*><uintptr_t>ids
@@ -47,13 +49,15 @@ cdef class Program:
         self.calls.push_back(call)
         self.kept.append(keep)
 
-    def combine(self, int handle, list parts, bint keep_rows, bint echo_weights, double before, keep=None):
+    def combine(self, int handle, list parts, bint keep_rows, int flip, int wire, bint echo_weights, double before, keep=None):
         """parts: by rank (rows, weights, bias, bias stride, y), addresses or 0."""
         cdef world.SimCall call
         cdef world.SimPart part
         call.verb = world.SimVerb.combine
         call.handle = handle
         call.keep = keep_rows
+        call.flip = flip
+        call.wire = <capi.Wire>wire
         call.echo_weights = echo_weights
         call.before = before
         for rows, weights, bias, stride, y in parts:
@@ -65,6 +69,23 @@ cdef class Program:
             call.parts.push_back(part)
         self.calls.push_back(call)
         self.kept.append(keep)
+
+    def decode_dispatch(self, list parts, uint64_t row_bytes, uint64_t scale_bytes, int kind, bint scales_given, double before, keep=None):
+        """parts: by rank (tokens, ids, weights or 0, x, scales)."""
+        self.dispatch(0, parts, False, 1, -1, row_bytes, scale_bytes, kind, scales_given, before, keep)
+        self.calls.back().verb = world.SimVerb.decode_dispatch
+
+    def decode_combine(self, list parts, int flip, int wire, double before, keep=None):
+        """parts: by rank (rows, weights, y), addresses or 0."""
+        self.combine(0, [(rows, weights, 0, 0, y) for rows, weights, y in parts], False, flip, wire, False, before, keep)
+        self.calls.back().verb = world.SimVerb.decode_combine
+
+    def decode_hook(self, int size, bint after_combine):
+        """A receive phase: of the last decode_dispatch, or of the last decode_combine."""
+        cdef world.SimCall call
+        call.verb = world.SimVerb.decode_sum if after_combine else world.SimVerb.decode_receive
+        call.parts.resize(size)
+        self.calls.push_back(call)
 
     def __len__(self):
         return self.calls.size()
@@ -84,7 +105,7 @@ cdef class Cluster:
     cdef world.SimConfig config
 
     def __cinit__(self, int size, int ranks_per_node, int num_sms, hidden, int dtype, num_experts, top_k, max_tokens, channels, arena_bytes,
-                  bint payload, dict hardware):
+                  bint payload, bint decode, int workers, dict hardware):
         cdef world.SimConfig* g = &self.config
         cdef world.Hardware* h = &g.hardware
         g.size, g.ranks_per_node, g.num_sms, g.payload = size, ranks_per_node, num_sms, payload
@@ -95,15 +116,16 @@ cdef class Cluster:
         g.shape.max_tokens = max_tokens
         g.shape.channels = channels
         g.shape.arena_bytes = arena_bytes
+        g.decode, g.workers = decode, workers
         h.node_rate, h.node_latency = hardware["node_rate"], hardware["node_latency"]
         h.rail_rate, h.rail_latency, h.rail_message = hardware["rail_rate"], hardware["rail_latency"], hardware["rail_message"]
         h.sm_read, h.sm_write = hardware["sm_read"], hardware["sm_write"]
         h.put, h.poll, h.launch, h.plan_token = hardware["put"], hardware["poll"], hardware["launch"], hardware["plan_token"]
         self.c.reset(new world.SimCluster(self.config))
 
-    def reset(self, seed=None, uint64_t budget=<uint64_t>-1):
+    def reset(self, seed=None, double lead=0, uint64_t budget=<uint64_t>-1):
         """A clean start; with a seed the next run is perturbed by it."""
-        self.c.get().reset(world.Chaos() if seed is None else world.Chaos(<uint64_t>seed, budget))
+        self.c.get().reset(world.Chaos() if seed is None else world.Chaos(<uint64_t>seed, budget), lead)
 
     def run(self, Program program):
         """By call and rank: (begin ps, end ps, code, phase, peer, expected, got, digest, ran)."""
@@ -130,6 +152,13 @@ cdef class Cluster:
         cdef uint64_t rows = self.c.get().rows(rank, handle)
         cdef capi.BlockLayout l = capi.block_layout(rows, self.c.get().plan(rank, handle).view.call, self.config.shape.top_k)
         return <uintptr_t>self.c.get().block(rank, handle), rows, (l.rows, l.scales, l.weights, l.ids, l.source)
+
+    def packed(self, int rank):
+        """(address, rows, offset of x, offsets of scales by expert, offset of counts) of the last decode_dispatch at a rank."""
+        cdef world.SimDecode* d = &self.c.get().decode(rank)
+        cdef int parity = d.epoch() & 1
+        return <uintptr_t>d.memory(), d.view().packed_rows(), d.view().x(parity), \
+            [d.view().scales(parity, e) for e in range(self.config.shape.num_experts // self.config.size)], d.view().counts(parity)
 
     def counters(self, int rank):
         """The protocol's own counters, as Buffer.stats()."""

@@ -1,10 +1,10 @@
 # The simulated world as Cython sees it: declarations only.
-from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 from libcpp cimport bool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
-from moecomm._native.capi cimport CallShape, Counters, Phase, PlanView, Shape, Status
+from moecomm._native.capi cimport CallShape, Counters, Phase, PlanView, Shape, Status, Wire
 
 cdef extern from "fabric/sim_links.hpp" namespace "moecomm" nogil:
     cdef cppclass Hardware:
@@ -19,9 +19,6 @@ cdef extern from "fabric/sim_links.hpp" namespace "moecomm" nogil:
         double poll
         double launch
         double plan_token
-
-    cdef cppclass Queue:
-        uint64_t busy()
 
     cdef cppclass Calendar:
         uint64_t busy()
@@ -40,8 +37,8 @@ cdef extern from "fabric/sim.hpp" namespace "moecomm" nogil:
 
     cdef cppclass SimRank:
         Counters counters
-        Queue node_out
-        Queue rail_out
+        Calendar node_out
+        Calendar rail_out
         Calendar node_in
         Calendar rail_in
         LinkCount rail_sent
@@ -101,10 +98,27 @@ cdef extern from "runtime/sim.hpp" namespace "moecomm" nogil:
         Shape shape
         Hardware hardware
         bool payload
+        bool decode
+        int workers
 
     cdef enum class SimVerb(int32_t):
         dispatch
         combine
+        decode_dispatch
+        decode_receive
+        decode_combine
+        decode_sum
+
+    cdef cppclass DecodeView:
+        uint64_t x(int parity)
+        uint64_t scales(int parity, int expert)
+        uint64_t counts(int parity)
+        uint64_t packed_rows()
+
+    cdef cppclass SimDecode:
+        uint64_t epoch()
+        const DecodeView& view()
+        char* memory()
 
     cdef cppclass SimPart:
         int32_t tokens
@@ -121,6 +135,9 @@ cdef extern from "runtime/sim.hpp" namespace "moecomm" nogil:
         SimVerb verb
         int handle
         bool keep
+        uint8_t flip
+        bool scales_given
+        Wire wire
         bool echo_weights
         double before
         CallShape shape
@@ -135,7 +152,7 @@ cdef extern from "runtime/sim.hpp" namespace "moecomm" nogil:
 
     cdef cppclass SimCluster:
         SimCluster(const SimConfig&) except +
-        void reset(const Chaos&)
+        void reset(const Chaos&, double lead)
         const vector[SimResult]& run(const vector[SimCall]&) except +
         const vector[SimResult]& results()
         SimNet& net()
@@ -144,7 +161,9 @@ cdef extern from "runtime/sim.hpp" namespace "moecomm" nogil:
         const char* block(int rank, int handle)
         uint64_t rows(int rank, int handle)
         uint64_t events()
+        SimDecode& decode(int rank)
 
+cdef extern from "runtime/sim_explore.hpp" namespace "moecomm" nogil:
     cdef cppclass Finding:
         bool found
         uint64_t schedules

@@ -1,6 +1,7 @@
-// The roles that one rank runs side by side: what warps are in a kernel, fibers here.
+// The roles that one rank runs side by side: what warps are in a kernel, fibers here. Gate and Crew are what
+// they meet at inside the rank; what passes between ranks is the Fabric's business.
 #pragma once
-#include <deque>
+#include <memory>
 #include <vector>
 
 #include "base/types.hpp"
@@ -8,70 +9,88 @@
 
 namespace moecomm {
 
+// A number that only grows, and roles that wait for it.
+class Gate {
+ public:
+  explicit Gate(SimNet& net) : net_(net) {}
+  void open(uint64_t reached) {
+    net_.fibers().meet();
+    reached_ = reached;
+    for (size_t i = 0; i < waiting_.size();) {
+      if (waiting_[i].until <= reached_) {
+        net_.fibers().wake(waiting_[i].fiber, net_.fibers().now());
+        waiting_[i] = waiting_.back();
+        waiting_.pop_back();
+      } else {
+        ++i;
+      }
+    }
+  }
+  void wait(uint64_t until) {
+    net_.fibers().meet();
+    if (reached_ >= until) return;
+    waiting_.push_back({net_.fibers().current(), until});
+    net_.fibers().block();
+  }
+
+ private:
+  struct Waiting {
+    int fiber;
+    uint64_t until;
+  };
+  SimNet& net_;
+  uint64_t reached_ = 0;
+  std::vector<Waiting> waiting_;
+};
+
 class Crew {
  public:
-  explicit Crew(SimNet& net, int rank) : net_(net), rank_(rank) {}
+  Crew(SimNet& net, int rank) : net_(net), rank_(rank), ended_(net) {}
 
   // `role` returns a Status. Returns the member's number.
   template <class R>
   int start(const char* name, int channel, R role) {
-    const int member = static_cast<int>(members_.size());
-    members_.push_back({});
-    net_.start(rank_, name, channel, channel, [this, member, role] {
-      members_[member].status = role();
-      members_[member].stores = net_.role().stores;
-      members_[member].done = true;
-      ++done_;
-      for (size_t i = 0; i < waiting_.size();) {
-        if (reached(waiting_[i].member)) {
-          net_.fibers().wake(waiting_[i].fiber, net_.fibers().now());
-          waiting_[i] = waiting_.back();
-          waiting_.pop_back();
-        } else {
-          ++i;
-        }
-      }
+    const int number = static_cast<int>(members_.size());
+    members_.push_back(std::make_unique<Member>(net_));
+    net_.start(rank_, name, channel, channel, [this, member = members_.back().get(), role] {
+      member->status = role();
+      member->stores = net_.role().stores;
+      member->landed.swap(net_.role().landed);
+      member->ended.open(1);
+      ended_.open(++count_);   // the meeting in open() keeps the count in the order of time
     });
-    return member;
+    return number;
   }
 
   // From another role of the rank: what the member wrote is seen afterwards.
-  void wait_for(int member) {
-    if (!reached(member)) {
-      waiting_.push_back({net_.fibers().current(), member});
-      net_.fibers().block();
-    }
-  }
+  void wait_for(int member) { members_[member]->ended.wait(1); }
 
-  // All members have ended; the caller's next signal releases what they wrote. The first failure, if any.
+  // All members have ended: what they wrote and put comes before the caller's next signal. The first failure, if any.
   Status join() {
-    wait_for(kAll);
+    ended_.wait(members_.size());
+    Role& caller = net_.role();
     Status s;
-    for (const Member& m : members_) {
-      net_.role().stores = std::max(net_.role().stores, m.stores);
-      if (s.ok()) s = m.status;
+    for (const auto& m : members_) {
+      caller.stores = std::max(caller.stores, m->stores);
+      for (size_t peer = 0; peer < caller.landed.size(); ++peer) caller.landed[peer] = std::max(caller.landed[peer], m->landed[peer]);
+      if (s.ok()) s = m->status;
     }
     return s;
   }
 
  private:
-  static constexpr int kAll = -1;
   struct Member {
-    bool done = false;
+    explicit Member(SimNet& net) : ended(net) {}
+    Gate ended;
     Status status;
     Time stores = 0;
+    std::vector<Time> landed;
   };
-  struct Waiting {
-    int fiber;
-    int member;
-  };
-  bool reached(int member) const { return member == kAll ? done_ == members_.size() : members_[member].done; }
-
   SimNet& net_;
   int rank_;
-  std::deque<Member> members_;
-  std::vector<Waiting> waiting_;
-  size_t done_ = 0;
+  std::vector<std::unique_ptr<Member>> members_;
+  Gate ended_;
+  uint64_t count_ = 0;
 };
 
 }  // namespace moecomm

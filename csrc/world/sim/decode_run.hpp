@@ -1,0 +1,86 @@
+// Decode's four phases in the sim world: slices of the tokens, or sources, side by side on the rank's workers.
+#pragma once
+#include "exec/lane.hpp"
+#include "protocol/decode_answer.hpp"
+#include "protocol/decode_receive.hpp"
+#include "protocol/decode_send.hpp"
+#include "protocol/decode_sum.hpp"
+#include "world/sim/crew.hpp"
+#include "world/sim/run.hpp"
+
+namespace moecomm {
+
+template <class F>
+Status sim_decode_send(SimNet& net, F f, const DecodeSendArgs& a, int workers) {
+  constexpr Lane g;
+  net.spend(net.hardware().launch);
+  MOE_TRY(sim_part(net, "list", [&] { return decode_list(g, f, a); }));
+  Crew crew(net, a.d.geometry.rank);
+  for (int w = 0; w < workers; ++w)
+    crew.start("decode send", w, [&, w] {
+      decode_send(g, f, a, channel_begin(a.turn.tokens, w, workers), channel_begin(a.turn.tokens, w + 1, workers));
+      return Status{};
+    });
+  MOE_TRY(crew.join());
+  return sim_part(net, "decode announce", [&] { decode_announce(g, f, a); return Status{}; });
+}
+
+// The rank's main fiber accepts the sources in ascending order; workers pack what has been accepted.
+template <class F>
+Status sim_decode_receive(SimNet& net, F f, const DecodeReceiveArgs& a, int workers) {
+  constexpr Lane g;
+  const int size = a.d.geometry.size;
+  Crew crew(net, a.d.geometry.rank);
+  Gate accepted(net);
+  Status mismatch, failed;
+  for (int w = 0; w < workers; ++w)
+    crew.start("decode pack", w, [&, w] {
+      for (int source = w; source < size; source += workers) {
+        accepted.wait(source + 1);
+        if (mismatch.ok() && failed.ok()) MOE_TRY(decode_pack(g, f, a, source));
+      }
+      return Status{};
+    });
+  sim_part(net, "decode accept", [&] {
+    for (int source = 0; source < size; ++source) {
+      const Status s = failed.ok() ? decode_accept(g, f, a, source) : failed;
+      if (s.code == Code::mismatch) mismatch = s;
+      else if (!s.ok()) failed = s;
+      accepted.open(source + 1);
+    }
+    return Status{};
+  });
+  const Status packed = crew.join();
+  MOE_TRY(failed);
+  MOE_TRY(packed);
+  return mismatch;
+}
+
+template <class F>
+Status sim_decode_combine_send(SimNet& net, F f, const DecodeCombineArgs& a, int workers) {
+  constexpr Lane g;
+  const int size = a.d.geometry.size;
+  net.spend(net.hardware().launch);
+  Crew crew(net, a.d.geometry.rank);
+  for (int w = 0; w < workers; ++w)
+    crew.start("decode answer", w, [&, w] {
+      for (int step = 1 + w; step <= size; step += workers) decode_answer(g, f, a, (a.d.geometry.rank + step) % size);
+      return Status{};
+    });
+  return crew.join();
+}
+
+template <class F>
+Status sim_decode_combine_receive(SimNet& net, F f, const DecodeCombineArgs& a, int workers) {
+  constexpr Lane g;
+  MOE_TRY(sim_part(net, "decode wait", [&] { return decode_wait_answers(g, f, a); }));
+  Crew crew(net, a.d.geometry.rank);
+  for (int w = 0; w < workers; ++w)
+    crew.start("decode sum", w, [&, w] {
+      decode_sum(g, f, a, channel_begin(a.turn.tokens, w, workers), channel_begin(a.turn.tokens, w + 1, workers));
+      return Status{};
+    });
+  return crew.join();
+}
+
+}  // namespace moecomm
