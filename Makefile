@@ -8,7 +8,7 @@ READY := $(VENV)/.built
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SOURCES := setup.py $(shell find csrc moecomm -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.pyx' -o -name '*.pxd' | grep -v _native/.*cpp)
 
-.PHONY: help bench test explore build clean
+.PHONY: help bench test explore build clean transformers
 help:       ## this list
 	@grep -hE '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -31,10 +31,21 @@ bench: build ## tokens through both hops, verified, beside what a user would pic
 	@$(PY) -m bench suite
 
 test: build test-cpp ## every suite
+	-@$(MAKE) -s --no-print-directory transformers
 	$(PY) -m pytest -q tests
 
 explore: build ## 100,000 random schedules of all protocols, after every known bug has been found again
 	$(PY) -m moecomm explore --mutations --schedules 100000
 
+# Its own environment on top of .venv: no other test depends on it. Where it cannot be installed its tests are skipped.
+HF := .venv-transformers
+transformers: $(HF)/.ready ## the environment that tests/test_transformers.py runs in
+$(HF)/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv $(HF)
+	$(PY) -c 'import site; print(site.getsitepackages()[0])' > "$$($(HF)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	$(HF)/bin/python -c 'import torch'
+	timeout 300 $(HF)/bin/python -m pip install -q 'transformers>=5.23' accelerate || { rm -rf $(HF); exit 1; }
+	@touch $@
+
 clean:      ## all that was built
-	rm -rf $(VENV) build dist *.egg-info moecomm/_native/*.so moecomm/_native/*.cpp
+	rm -rf $(VENV) $(HF) build dist *.egg-info moecomm/_native/*.so moecomm/_native/*.cpp

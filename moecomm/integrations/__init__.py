@@ -1,0 +1,1 @@
+"""moecomm inside other libraries, one module for each; importing one needs that library."""
