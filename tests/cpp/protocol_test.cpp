@@ -16,10 +16,35 @@ struct Case {
   int top_k = 3, experts_per_rank = 3, channels = 2, hidden = 40;
   DType type = DType::bf16;
   bool quantized = false, check = false, weights = true;
+  ScaleKind fused = ScaleKind::none;   // rows are quantized on their way out
+  bool by_column = false;     // their scales at the receiver
+  Wire wire = Wire::plain;    // of combine, on two of three ranks
   int skew = 0;               // 1: all tokens to one expert, 2: odd ranks are empty
   int rounds = 3;
   int workers = 0, senders = 0;   // a rank is so many groups at once, and a coordinator; 0: one group
 };
+
+bool has_codes(const Case& c) { return c.quantized || c.fused != ScaleKind::none; }
+uint64_t scale_bytes(const Case& c) { return 4 * scale_words(c.hidden, c.quantized ? ScaleKind::f32 : c.fused); }
+Wire wire_of(const Case& c, int rank) { return rank % 3 == 2 ? Wire::plain : c.wire; }
+
+void fill_arriving(const Case& c, Input& in) {
+  in.arriving = in.x;
+  in.arriving_scales = in.scales;
+  if (c.fused == ScaleKind::none) return;
+  in.arriving.assign(in.tokens * c.hidden, 0);
+  in.arriving_scales.assign(in.tokens * scale_bytes(c), 0);
+  for (int t = 0; t < in.tokens; ++t)
+    for (int at = 0; at < c.hidden; at += kTile) {
+      float v[kTile];
+      const int n = std::min<int>(kTile, c.hidden - at), tile = at / kTile;
+      for (int i = 0; i < n; ++i) v[i] = load(in.x.data() + int64_t{t} * c.hidden * element_bytes(c.type), at + i, c.type);
+      const float scale = scalar_fp8(v, n, c.fused, reinterpret_cast<uint8_t*>(in.arriving.data()) + int64_t{t} * c.hidden + at);
+      char* scales = in.arriving_scales.data() + t * scale_bytes(c);
+      if (c.fused == ScaleKind::ue8m0) scales[tile] = static_cast<char>(ue8m0_encode(scale));
+      else std::memcpy(scales + 4 * tile, &scale, 4);
+    }
+}
 
 std::vector<Input> make_inputs(const Case& c, int max_tokens, uint64_t seed) {
   std::mt19937_64 random(seed);
@@ -45,6 +70,7 @@ std::vector<Input> make_inputs(const Case& c, int max_tokens, uint64_t seed) {
       in.scales.resize(in.tokens * ((c.hidden + 127) / 128 * 4));
       for (char& b : in.scales) b = static_cast<char>(random());
     }
+    fill_arriving(c, in);
   }
   return all;
 }
@@ -66,7 +92,8 @@ void one_round(World& w, const Case& c, const Shape& shape, int r, int round, co
   if (!cached) {
     plan.view.tokens = in[r].tokens;
     plan.view.call = CallShape{.layout = c.layout, .alignment = c.alignment, .capacity = c.spare < 0 ? -1 : most + c.spare,
-                               .row_bytes = c.quantized ? uint64_t(c.hidden) : shape.combine_row_bytes(), .scale_bytes = c.quantized ? shape.scale_bytes() : 0};
+                               .row_bytes = has_codes(c) ? uint64_t(c.hidden) : shape.combine_row_bytes(), .scale_bytes = scale_bytes(c),
+                               .scales = c.quantized ? ScaleKind::f32 : c.fused, .scales_by_column = c.by_column};
   }
   a.plan = plan.view;
   a.book = &me.book;
@@ -110,9 +137,12 @@ void one_round(World& w, const Case& c, const Shape& shape, int r, int round, co
     const Wanted none, &want = i < int64_t(rows.size()) ? rows[i] : none;
     const bool padding = want.token < 0;
     const Input& from = in[padding ? 0 : want.source];
-    CHECK(std::memcmp(block + l.rows + i * call.row_bytes, padding ? zeros.data() : from.x.data() + want.token * call.row_bytes, call.row_bytes) == 0);
-    if (call.scale_bytes)
-      CHECK(std::memcmp(block + l.scales + i * call.scale_bytes, padding ? zeros.data() : from.scales.data() + want.token * call.scale_bytes, call.scale_bytes) == 0);
+    CHECK(std::memcmp(block + l.rows + i * call.row_bytes, padding ? zeros.data() : from.arriving.data() + want.token * call.row_bytes, call.row_bytes) == 0);
+    const int64_t words = call.scale_bytes / 4;
+    for (int64_t w = 0; w < words; ++w) {
+      const char* got = block + l.scales + 4 * (c.by_column ? w * scale_column(all_rows) + i : i * words + w);
+      CHECK(std::memcmp(got, padding ? zeros.data() : from.arriving_scales.data() + 4 * (want.token * words + w), 4) == 0);
+    }
     CHECK_EQ(source[i], padding ? -1 : int64_t{want.source} << 32 | want.token);
     const auto weight_of = [&](int k) { return c.weights ? from.weights[want.token * c.top_k + k] : 1.0f; };
     if (c.layout == RowLayout::expert) {
@@ -146,21 +176,24 @@ void one_round(World& w, const Case& c, const Shape& shape, int r, int round, co
   b.boards = boards.data();
   b.y = y.data();
   b.bias = bias.data();
+  b.wire = wire_of(c, r);
   me.begin();
   const Status back = c.workers == 0 ? execute(c.lanes, [&](auto group) { return run_combine(group, me.fabric(), b); })
                                      : run_seats(me, c.workers, c.senders, c.lanes, [&](auto group, auto fabric, auto gates, const Seat& seat) {
                                          return combine_seat(group, fabric, gates, b, seat);
                                        });
   if (!CHECK_EQ(back.code, Code::ok)) return;
-  for (int t = 0; t < in[r].tokens; ++t)
-    for (int h = 0; h < c.hidden; ++h) {
-      const float want = expected_sum(expected, r, t, c.per_node, c.type, bias[h], [&](int rank, int row) { return output_of(rank, row, h); },
-                                      [&](int rank, int row) {
-                                        const Wanted& wanted = expected[rank].rows[row];
-                                        return weigh ? in[wanted.source].weights[wanted.token * c.top_k + wanted.slots[0]] : 1.0f;
-                                      });
-      CHECK_EQ(load(y.data() + t * shape.combine_row_bytes(), h, c.type), rounded(want, c.type));
-    }
+  const auto weight_of = [&](int rank, int row) {
+    const Wanted& wanted = expected[rank].rows[row];
+    return weigh ? in[wanted.source].weights[wanted.token * c.top_k + wanted.slots[0]] : 1.0f;
+  };
+  const auto cross = [&](std::vector<float>& part) {
+    for (int at = 0; at < c.hidden; at += kTile) scalar_cross(part.data() + at, std::min<int>(kTile, c.hidden - at), b.wire, c.type);
+  };
+  for (int t = 0; t < in[r].tokens; ++t) {
+    const std::vector<float> want = expected_sum(expected, r, t, c.per_node, bias, output_of, weight_of, cross);
+    for (int h = 0; h < c.hidden; ++h) CHECK_EQ(load(y.data() + t * shape.combine_row_bytes(), h, c.type), rounded(want[h], c.type));
+  }
 }
 
 void run_case(const Case& c) {
@@ -177,6 +210,7 @@ void run_case(const Case& c) {
       for (int r = 0; r < size; ++r) {
         Input fresh = inputs[round - 1][r];
         for (char& b : fresh.x) b = static_cast<char>(b * 5 + 1);
+        fill_arriving(c, fresh);
         for (float& v : fresh.weights) v += 1;
         inputs[round][r] = fresh;
       }
@@ -185,8 +219,8 @@ void run_case(const Case& c) {
     Plan plan(w.rank(r).view);
     for (int round = 0; round < c.rounds; ++round) one_round(w, c, shape, r, round, inputs[round], plan);
   });
-  if (check::failures()) std::printf("  ... in %dx%d lanes %d layout %d alignment %d spare %d top_k %d channels %d quantized %d check %d skew %d\n", c.nodes,
-                                     c.per_node, c.lanes, int(c.layout), c.alignment, c.spare, c.top_k, c.channels, c.quantized, c.check, c.skew);
+  if (check::failures()) std::printf("  ... in %dx%d lanes %d layout %d alignment %d spare %d top_k %d channels %d quantized %d fused %d wire %d check %d skew %d\n", c.nodes,
+                                     c.per_node, c.lanes, int(c.layout), c.alignment, c.spare, c.top_k, c.channels, c.quantized, int(c.fused), int(c.wire), c.check, c.skew);
 }
 
 const std::pair<int, int> kGeometries[] = {{1, 1}, {2, 1}, {1, 3}, {3, 2}, {2, 4}, {5, 1}};
@@ -208,6 +242,9 @@ std::vector<Case> features(int lanes) {
     c = base; c.check = true; all.push_back(c);
     c = base; c.check = true; c.quantized = true; c.hidden = 144; all.push_back(c);
     c = base; c.weights = false; c.type = DType::f32; all.push_back(c);
+    c = base; c.fused = ScaleKind::f32; c.by_column = true; c.hidden = 400; c.nodes = 3; c.wire = Wire::logfmt10; all.push_back(c);
+    c = base; c.fused = ScaleKind::ue8m0; c.check = true; c.hidden = 144; c.channels = 3; c.wire = Wire::fp8; all.push_back(c);
+    c = base; c.fused = ScaleKind::ue8m0; c.nodes = 1; c.hidden = 272; c.spare = 2; c.by_column = true; all.push_back(c);
     c = base; c.skew = 1; all.push_back(c);
     c = base; c.skew = 2; c.channels = 5; all.push_back(c);
     c = base; c.top_k = 12; c.experts_per_rank = 4; all.push_back(c);
@@ -223,7 +260,7 @@ std::vector<Case> features(int lanes) {
 std::vector<Case> seated(std::vector<Case> cases, int workers, int senders) {
   for (Case& c : cases) {
     c.workers = workers;
-    c.senders = senders;
+    c.senders = c.nodes == 1 ? workers : senders;
   }
   return cases;
 }

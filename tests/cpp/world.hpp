@@ -5,12 +5,14 @@
 // token by token and share no code with the protocol.
 #pragma once
 #include <bit>
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <random>
 #include <thread>
 #include <vector>
 
+#include "base/quantize.hpp"
 #include "exec/lane.hpp"
 #include "exec/team.hpp"
 #include "fabric/host.hpp"
@@ -117,6 +119,7 @@ inline float value_of(uint64_t a, uint64_t b, uint64_t c) {
 struct Input {
   int tokens = 0;
   std::vector<char> x, scales;
+  std::vector<char> arriving, arriving_scales;   // what receivers get of x and scales
   std::vector<int64_t> ids;
   std::vector<float> weights;
 };
@@ -163,28 +166,64 @@ inline Expected expected_rows(const std::vector<Input>& in, int rank, int per_ra
   return e;
 }
 
-// y[t][channel] of a source rank: nodes ascending, ranks ascending in a node, rows ascending in a rank.
-// row(rank, index) is the expert output's value, weight(rank, index) its factor.
-template <class RowValue, class RowWeight>
-float expected_sum(const std::vector<Expected>& all, int source, int t, int per_node, DType type, float bias, RowValue&& row, RowWeight&& weight) {
-  float total = 0.0f;
+// y[t] of a source rank: nodes ascending, ranks ascending in a node, rows ascending in a rank. row(rank, index, h) is
+// the expert output's value, weight(rank, index) its factor; cross(part) makes of a node's sums what the rail does.
+template <class RowValue, class RowWeight, class Cross>
+std::vector<float> expected_sum(const std::vector<Expected>& all, int source, int t, int per_node, const std::vector<float>& bias, RowValue&& row,
+                                RowWeight&& weight, Cross&& cross) {
+  const size_t hidden = bias.size();
+  std::vector<float> total(hidden), part(hidden);
   bool any = false;
   for (int node = 0; node < static_cast<int>(all.size()) / per_node; ++node) {
-    float part = 0.0f;
     bool some = false;
     for (int r = node * per_node; r < (node + 1) * per_node; ++r)
       for (int i = 0; i < static_cast<int>(all[r].rows.size()); ++i) {
         if (all[r].rows[i].source != source || all[r].rows[i].token != t) continue;
-        const float term = row(r, i) * weight(r, i);
-        part = some ? part + term : term;
+        for (size_t h = 0; h < hidden; ++h) {
+          const float term = row(r, i, h) * weight(r, i);
+          part[h] = some ? part[h] + term : term;
+        }
         some = true;
       }
     if (!some) continue;
-    if (node != source / per_node) part = rounded(part, type);
-    total = any ? total + part : part;
+    if (node != source / per_node) cross(part);
+    for (size_t h = 0; h < hidden; ++h) total[h] = any ? total[h] + part[h] : part[h];
     any = true;
   }
-  return total + bias;
+  for (size_t h = 0; h < hidden; ++h) total[h] += bias[h];
+  return total;
+}
+
+// -- codes, by the scalar definitions -----------------------------------------------------------------------
+
+// FP8 codes of n elements that share a scale; returns the scale.
+inline float scalar_fp8(const float* v, int n, ScaleKind kind, uint8_t* codes) {
+  uint32_t amax = 0;
+  for (int i = 0; i < n; ++i) amax = std::max(amax, finite_magnitude<uint32_t>(v[i]));
+  const auto s = tile_scale<uint32_t>(bits_as<float>(amax), kind);
+  for (int i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(e4m3_encode<uint32_t>(v[i] * s.inverse));
+  return s.scale;
+}
+
+// What n elements of one tile are worth behind the rail.
+inline void scalar_cross(float* v, int n, Wire wire, DType type) {
+  if (wire == Wire::plain) {
+    for (int i = 0; i < n; ++i) v[i] = rounded(v[i], type);
+  } else if (wire == Wire::fp8) {
+    std::vector<uint8_t> codes(n);
+    const float scale = scalar_fp8(v, n, ScaleKind::f32, codes.data());
+    for (int i = 0; i < n; ++i) v[i] = e4m3_decode<float>(uint32_t{codes[i]}) * scale;
+  } else {
+    float least = INFINITY, largest = 0.0f;
+    for (int i = 0; i < n; ++i) {
+      const float m = std::fabs(v[i]);
+      if (!std::isnormal(m)) continue;
+      least = std::min(least, m);
+      largest = std::max(largest, m);
+    }
+    const LogTile tile = log_tile(least, largest);
+    for (int i = 0; i < n; ++i) v[i] = log_decode<float>(log_encode<uint32_t>(v[i], tile, tile.step > 0.0f ? 1.0f / tile.step : 0.0f), tile);
+  }
 }
 
 }  // namespace world
