@@ -8,6 +8,7 @@ COMMANDS = {
     "explore": ("moecomm.explore", "random schedules of small simulated worlds: hunts deadlocks and reordering bugs"),
     "info": ("moecomm.info", "version, worlds and engines that are available here, topology as seen"),
     "replay": ("moecomm.replay", "run a recording again and compare what moved"),
+    "trace": ("moecomm.trace", "a timeline of roles, from the sim or the cpu world, for ui.perfetto.dev"),
 }
 
 

@@ -1,11 +1,14 @@
 """The sim world: equal to the oracle with payload, equal to the cpu world in what it counts."""
 
+import json
+
 import pytest
 import torch
 from worlds import assert_received, assert_same, random_world, round_trip
 
 import moecomm
-from moecomm import explore, reference, sim
+from moecomm import explore, reference, sim, trace
+from moecomm.overlap import Trace
 
 GEOMETRIES = [(1, 1), (2, 1), (1, 3), (3, 2), (2, 4)]   # nodes x ranks per node
 
@@ -158,3 +161,39 @@ def test_exploration_finds(name, flaw, phase, decode):
     assert f"schedule seed {found['seed']}" in text and "world:" in text
     if found["what"] == "deadlock":
         assert "waits for rank" in text, text
+
+
+def test_timelines_have_the_same_roles(tmp_path):
+    """One track per role and rank in both worlds, under the same names; spans of a track nest or follow each other."""
+    size, per_node = 4, 2
+    world = random_world(size, 12, 64, 4 * size, 4, seed=2)
+    xs, ids, _ = world
+    c = cluster_of(world, size, per_node)
+    with trace.recording(c):
+        c.step(ids)
+        simulated = trace.spans_of_cluster(c)
+
+    def run(comm):
+        buf = moecomm.Buffer(comm, hidden=64, num_experts=4 * size, top_k=4, max_tokens=12)
+        with Trace(buf) as recorded:
+            out = buf.dispatch(xs[comm.rank], ids[comm.rank])
+            buf.combine(out.handle.rows, out.handle)
+            return trace.spans_of_buffers(recorded, comm.rank)
+
+    real = [s for spans in moecomm.run_local(run, size, ranks_per_node=per_node) for s in spans]
+    for rank in range(size):
+        assert {s.role for s in simulated if s.rank == rank} == {s.role for s in real if s.rank == rank}
+    for name, spans in (("sim", simulated), ("cpu", real)):
+        path = tmp_path / f"{name}.json"
+        trace.save(path, spans)
+        events = json.loads(path.read_text())["traceEvents"]
+        tracks = {(e["pid"], e["args"]["name"]) for e in events if e["name"] == "thread_name"}
+        assert len(tracks) == len({(s.rank, s.role, s.channel) for s in spans})
+        slices = sorted((e for e in events if e["ph"] == "X"), key=lambda e: (e["pid"], e["tid"], e["ts"], -e["dur"]))
+        assert min(e["ts"] for e in slices) == 0 and all(e["dur"] >= 0 for e in slices)
+        for a, b in zip(slices, slices[1:]):
+            if (a["pid"], a["tid"]) == (b["pid"], b["tid"]):
+                inside, behind = b["ts"] + b["dur"] <= a["ts"] + a["dur"] + 1e-6, b["ts"] >= a["ts"] + a["dur"] - 1e-6
+                assert inside or behind, (a, b)
+    waits = [s for s in simulated if s.name.startswith("wait for rank")]
+    assert waits, "no role waited for another rank"

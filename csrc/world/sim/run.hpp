@@ -10,7 +10,8 @@
 
 namespace moecomm {
 
-// Part of a call that the rank's main fiber runs itself, under its own name in the log.
+// Part of a call that the rank's main fiber runs itself, under its own name in the log. Roles have the names that the
+// cpu world's timeline gives them.
 template <class Part>
 auto sim_part(SimNet& net, const char* name, Part part) {
   Role& r = net.role();
@@ -36,15 +37,20 @@ Status sim_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer) {
       return Status{};
     }));
   }
-  MOE_TRY(sim_part(net, "announce", [&] { announce(g, f, a); return Status{}; }));
-  MOE_TRY(sim_part(net, "relay", [&] { return relay(g, f, a, offer); }));
+  MOE_TRY(sim_part(net, "announce", [&] {
+    announce(g, f, a);
+    return relay(g, f, a, offer);
+  }));
   Crew crew(net, a.b.geometry.rank);
   std::vector<int> sent(channels);
   for (int c = 0; c < channels; ++c)
     sent[c] = crew.start("send", c, [&, c] { send(g, f, a, c); return Status{}; });
-  const Status placed = sim_part(net, "place", [&] { return place(g, f, a); });
+  const Status placed = sim_part(net, "counts", [&] {
+    MOE_TRY(place(g, f, a));
+    judge(g, f, a);
+    return Status{};
+  });
   if (placed.ok()) {
-    sim_part(net, "judge", [&] { judge(g, f, a); return Status{}; });
     for (int c = 0; c < channels; ++c)
       crew.start("forward", c, [&, c] {
         for (int step = 1; step < nodes; ++step) MOE_TRY(forward(g, f, a, (own + step) % nodes, c));
@@ -77,7 +83,7 @@ Status sim_combine(SimNet& net, F f, const CombineArgs& a) {
     crew.start("sum", c, [&, c] { return sum(g, f, a, c); });
   }
   MOE_TRY(crew.join());
-  return sim_part(net, "finish", [&] { return finish(g, f, a); });
+  return sim_part(net, "done", [&] { return finish(g, f, a); });
 }
 
 }  // namespace moecomm
