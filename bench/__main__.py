@@ -12,6 +12,7 @@ COMMANDS = {
     "record": ("bench.record", "what recording a Buffer's calls costs"),
     "overlap": ("bench.overlap", "two micro-batches, each computing while the other communicates"),
     "sweep": ("bench.sweep", "cost per row against tokens and ranks"),
+    "balance": ("bench.balance", "plans for redundant experts, and the split of a batch's tokens over them"),
     "precision": ("bench.precision", "error of every wire format on normal, outlier-heavy and real rows"),
     "quant": ("bench.quant", "quantization against torch's own operators"),
 }

@@ -36,6 +36,7 @@ class Round {
         if (std::abs(size(r, i) - usual - (b_.load[r] - mean_)) < std::abs(size(r, best) - usual - (b_.load[r] - mean_))) best = i;
       give(r, best);
     }
+    sort_all();
     Score now = score();
     for (bool better = true; better && now.max > enough;) {
       better = false;
@@ -44,13 +45,13 @@ class Round {
         for (int i = 0; i < b_.slots; ++i) {
           const int before = given_[r];
           if (i == before) continue;
-          give(r, i);
+          give_sorted(r, i);
           const Score then = score();
           if (then.sum < now.sum) {
             now = then;
             better = true;
           } else {
-            give(r, before);
+            give_sorted(r, before);
           }
         }
       }
@@ -100,24 +101,45 @@ class Round {
     given_[r] = i;
     pool_[r] = {size(r, i), b_.expert[static_cast<size_t>(r) * b_.slots + i]};
   }
-  // The handing out, judged: the heaviest rank, and a sum that stresses heavy ranks.
-  Score score() {
-    const int n = b_.ranks;
-    rests_.resize(n);
-    sizes_.resize(n);
-    for (int r = 0; r < n; ++r) {
+  // The same while rests_ and sizes_ stay in order, in which the handing out is their sum, element by element.
+  void give_sorted(int r, int i) {
+    const double rest_before = rest(r), size_before = pool_[r].size;
+    give(r, i);
+    replace(rests_, rest_before, rest(r));
+    replace(sizes_, -size_before, -pool_[r].size);
+  }
+  void sort_all() {
+    rests_.resize(b_.ranks);
+    sizes_.resize(b_.ranks);
+    for (int r = 0; r < b_.ranks; ++r) {
       rests_[r] = rest(r);
-      sizes_[r] = pool_[r].size;
+      sizes_[r] = -pool_[r].size;   // ascending too: largest first
     }
     std::sort(rests_.begin(), rests_.end());
-    std::sort(sizes_.begin(), sizes_.end(), std::greater<>());
-    Score s{0, 0};
-    for (int i = 0; i < n; ++i) {
-      const double carried = rests_[i] + sizes_[i];
-      const double over = std::max(0.0, carried / mean_ - 1);
-      s.max = std::max(s.max, carried);
-      s.sum += over * over * over;
-    }
+    std::sort(sizes_.begin(), sizes_.end());
+  }
+  static void replace(std::vector<double>& sorted, double from, double to) {
+    auto at = std::lower_bound(sorted.begin(), sorted.end(), from);
+    for (; at + 1 != sorted.end() && at[1] < to; ++at) *at = at[1];
+    for (; at != sorted.begin() && at[-1] > to; --at) *at = at[-1];
+    *at = to;
+  }
+  // The handing out, judged: the heaviest rank, and a sum that stresses heavy ranks.
+  Score score() const {
+    constexpr int kLanes = 4;   // independent sums: one add need not wait for the one before
+    double most[kLanes] = {}, sum[kLanes] = {};
+    const double per_mean = 1 / mean_;
+    const auto look = [&](int i, int lane) {
+      const double carried = rests_[i] - sizes_[i];
+      const double over = std::max(0.0, carried * per_mean - 1);
+      most[lane] = std::max(most[lane], carried);
+      sum[lane] += over * over * over;
+    };
+    int i = 0;
+    for (; i + kLanes <= b_.ranks; i += kLanes)
+      for (int lane = 0; lane < kLanes; ++lane) look(i + lane, lane);
+    for (; i < b_.ranks; ++i) look(i, 0);
+    const Score s{std::max(std::max(most[0], most[1]), std::max(most[2], most[3])), (sum[0] + sum[1]) + (sum[2] + sum[3])};
     return s;
   }
 

@@ -82,6 +82,7 @@ struct Exchange {
 void best_swap(const Bins& b, int h, int r, const int32_t* count, Exchange& best) {
   const double *x = b.size.data() + static_cast<size_t>(h) * b.slots, *y = b.size.data() + static_cast<size_t>(r) * b.slots;
   const double high = b.load[h], low = b.load[r];
+  if ((high + low) / 2 >= best.worst) return;   // not even an ideal swap would do
   for (int i = 0; i < b.slots; ++i) {
     for (int j = 0; j < b.slots; ++j) {
       const double moved = x[i] - y[j];
@@ -126,9 +127,8 @@ void swap_down(Bins& b, double enough, const int32_t* count) {
     Exchange best{b.load[h] * (1 - 1e-9)};
     const int l = b.lightest();
     best_swap(b, h, l, count, best);
-    if (best.worst > enough)
-      for (int r = 0; r < b.ranks; ++r)
-        if (r != h && r != l) best_swap(b, h, r, count, best);
+    for (int r = 0; r < b.ranks && best.worst > enough; ++r)
+      if (r != h && r != l) best_swap(b, h, r, count, best);
     if (best.rank < 0) return;
     b.swap(h, best.i, best.rank, best.j);
   }
