@@ -4,8 +4,11 @@ Buffer.dispatch and Buffer.combine go through these operators whenever a gradien
 traced, and past them otherwise. A Buffer crosses as its number, a handle as an int64 tensor [1] on the host
 that keeps the plan alive: no operator looks at device memory to find what it needs.
 
-    dispatch       backward: combine_slots on the same plan     redispatch     the same plan again
-    combine        backward: redispatch of the gradient         combine_slots  backward: redispatch
+    dispatch        a new plan                                    backward: combine_slots, or combine without topk_weights
+    redispatch      the same plan again                           backward: the same
+    combine         weighted sum at the tokens, plus a bias       backward: redispatch of y's gradient
+    combine_slots   plain sum, and `back` [N] or [N, top_k]       backward: redispatch of y's and the slots' gradients
+                    to the picks that the rows came from
 
 Every backward is a collective call of its own: all ranks must run them, in the same order. They do when
 they run the same model on graphs of the same shape, whatever their numbers of tokens, zero included.

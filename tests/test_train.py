@@ -51,3 +51,14 @@ def test_short_examples(launcher, ranks, script, lines):
     if script == "moe_layer.py":
         losses = [float(v) for v in re.findall(r"rank 0, step \d: loss ([\d.]+)", said)]
         assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
+
+
+def test_the_code_of_the_training_guide_runs(tmp_path):
+    """Every block of docs/training.md, one after the other."""
+    code = "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.S))
+    assert code.count("\n") > 50
+    (tmp_path / "guide.py").write_text(code + "\nprint('the guide ran')\n")
+    done = subprocess.run([sys.executable, "guide.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                          env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"))
+    assert done.stdout.endswith("the guide ran\n"), done.stderr[-3000:]
+    assert (tmp_path / "overlap.json").stat().st_size > 1000
