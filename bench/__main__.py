@@ -11,6 +11,7 @@ COMMANDS = {
     "suite": ("bench.suite", "what `make bench` runs"),
     "record": ("bench.record", "what recording a Buffer's calls costs"),
     "overlap": ("bench.overlap", "two micro-batches, each computing while the other communicates"),
+    "shaped-link": ("bench.shaped_link", "time against the speed of the link between nodes (root)"),
     "sweep": ("bench.sweep", "cost per row against tokens and ranks"),
     "balance": ("bench.balance", "plans for redundant experts, and the split of a batch's tokens over them"),
     "precision": ("bench.precision", "error of every wire format on normal, outlier-heavy and real rows"),

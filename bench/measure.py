@@ -33,6 +33,7 @@ class Measured:
     plan: list = field(default_factory=list)          # seconds of dispatches with rows of 16 bytes
     floor: dict = field(default_factory=dict)         # {op: [seconds]}
     rail: str = "none"
+    straight_bytes: float = 0.0                       # over the links between nodes, of a round trip with a row per token and rank
 
     def median(self, name, op):
         """Microseconds."""
@@ -146,6 +147,8 @@ def measure(world, case, *, baselines=(), iters=20, warmup=3, progress=lambda te
             subject.prepare(ids[rank], weights[rank])
             if baselines:
                 routes = alternatives.Routes(case, rank, ids, weights)
+                away = sum(n for r, n in enumerate(routes.send_counts) if node_of[r] != node_of[rank])
+                result.straight_bytes += 2 * case.row_bytes * sum(world.allgather(away)) / rounds
             for turn in range(len(contenders)):
                 contender = contenders[(i + turn) % len(contenders)]
                 is_own = contender is subject
