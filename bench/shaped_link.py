@@ -9,6 +9,7 @@ ratio of the bytes. Needs root; says why where it may not make namespaces.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def main(args):
         print(f"skipped: {reason}")
         return 0
     args.tag = f"moe{os.getpid()}"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))   # the namespaces go also when this is told to stop
     try:
         build(args.tag, args.nodes)
         return start(args)

@@ -5,6 +5,7 @@
 #include <ucp/api/ucp.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
@@ -144,6 +145,9 @@ UcxRegion::UcxRegion(UcxContext& context, uint64_t bytes, uint64_t counter_bytes
 }
 
 UcxRegion::~UcxRegion() {
+  // Requests under way call back into this object: let them end, which for a failed peer is at once.
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(500);
+  while (!flush_poll() && std::chrono::steady_clock::now() < deadline) context_.progress();
   for (Peer& p : peers_)
     if (p.rkey) ucp_rkey_destroy(p.rkey);
   if (UCS_PTR_IS_PTR(flush_)) ucp_request_free(flush_);
@@ -169,6 +173,7 @@ void UcxRegion::attach(const std::vector<int>& ranks, const std::vector<std::str
     if (ranks[n] < 0) continue;
     Peer& p = peers_[n];
     p.rank = ranks[n];
+    p.region = this;
     p.signalled.assign(counter_bytes_ / 8, 0);
     std::memcpy(&p.address, keys[n].data(), 8);
     require(ucp_ep_rkey_unpack(context_.endpoint(p.rank), keys[n].data() + 8, &p.rkey), "unpacking a rail peer's key");
@@ -189,39 +194,74 @@ void UcxRegion::put(int peer, uint64_t offset, const void* src, uint64_t bytes) 
   if (UCS_PTR_IS_ERR(r)) context_.fail(p.rank);
 }
 
-// The new value of the counter as a put, behind a fence: UCX's tcp transport has no atomics under peer
-// error handling, and a counter has one writer. The value must stay put until UCX has read it, and must
-// not be replaced by a later one, which would run ahead of the rows: hence a cell per signal.
+// The new value of the counter as a put, once a flush says that all earlier puts to this peer are there. UCX's own fence
+// would do where one lane carries everything, but elsewhere it spins until the peer has been scheduled; and UCX's tcp
+// transport has no atomics under peer error handling. Signals that come while a flush is under way share the next one.
 void UcxRegion::signal(int peer, uint64_t counter, uint64_t add) noexcept {
   Peer& p = peers_[peer];
   if (p.direct) {
     add_and_wake(p.direct, counter, add);
     return;
   }
-  dirty_ = true;
-  if (ucp_worker_fence(context_.worker()) != UCS_OK) context_.fail(p.rank);
-  if (idle_cells_.empty()) {
-    cells_.push_back(std::make_unique<SignalCell>(this));
-    idle_cells_.push_back(cells_.back().get());
+  const uint64_t value = p.signalled[counter / 8] += add;
+  const auto same = std::find_if(p.waiting.begin(), p.waiting.end(), [&](const Signal& s) { return s.counter == counter; });
+  if (same != p.waiting.end()) same->value = value;
+  else p.waiting.push_back({counter, value});
+  flush_peer(p);
+}
+
+void UcxRegion::flush_peer(Peer& p) noexcept {
+  while (!p.flushing && !p.waiting.empty()) {
+    p.covered.swap(p.waiting);
+    p.flushing = true;
+    ++flushing_;
+    ucp_request_param_t param{};
+    param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
+    param.user_data = &p;
+    param.cb.send = [](void* request, ucs_status_t, void* data) {
+      Peer& done = *static_cast<Peer*>(data);
+      ucp_request_free(request);
+      done.region->send_signals(done);
+      done.region->flush_peer(done);
+    };
+    const ucs_status_ptr_t r = ucp_ep_flush_nbx(context_.endpoint(p.rank), &param);
+    if (UCS_PTR_IS_PTR(r)) return;
+    if (UCS_PTR_IS_ERR(r)) context_.fail(p.rank);
+    send_signals(p);
   }
-  SignalCell* cell = idle_cells_.back();
-  idle_cells_.pop_back();
-  cell->value = p.signalled[counter / 8] += add;
-  ucp_request_param_t param{};
-  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
-  param.user_data = cell;
-  param.cb.send = [](void* request, ucs_status_t, void* data) {
-    auto* done = static_cast<SignalCell*>(data);
-    done->region->idle_cells_.push_back(done);
-    ucp_request_free(request);
-  };
-  const ucs_status_ptr_t r = ucp_put_nbx(context_.endpoint(p.rank), &cell->value, 8, p.address + counter, p.rkey, &param);
-  if (UCS_PTR_IS_PTR(r)) return;
-  idle_cells_.push_back(cell);
-  if (UCS_PTR_IS_ERR(r)) context_.fail(p.rank);
+}
+
+// Each value has a cell of its own: it must stay put until UCX has read it.
+void UcxRegion::send_signals(Peer& p) noexcept {
+  dirty_ = true;
+  for (const Signal& s : p.covered) {
+    if (idle_cells_.empty()) {
+      cells_.push_back(std::make_unique<SignalCell>(this));
+      idle_cells_.push_back(cells_.back().get());
+    }
+    SignalCell* cell = idle_cells_.back();
+    idle_cells_.pop_back();
+    cell->value = s.value;
+    ucp_request_param_t param{};
+    param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
+    param.user_data = cell;
+    param.cb.send = [](void* request, ucs_status_t, void* data) {
+      auto* done = static_cast<SignalCell*>(data);
+      done->region->idle_cells_.push_back(done);
+      ucp_request_free(request);
+    };
+    const ucs_status_ptr_t r = ucp_put_nbx(context_.endpoint(p.rank), &cell->value, 8, p.address + s.counter, p.rkey, &param);
+    if (UCS_PTR_IS_PTR(r)) continue;
+    idle_cells_.push_back(cell);
+    if (UCS_PTR_IS_ERR(r)) context_.fail(p.rank);
+  }
+  p.covered.clear();
+  p.flushing = false;
+  --flushing_;
 }
 
 bool UcxRegion::flush_poll() noexcept {
+  if (flushing_ > 0) return false;   // signals are still to be sent
   if (!flush_) {
     if (!dirty_) return true;
     ucp_request_param_t param{};

@@ -84,18 +84,29 @@ class UcxRegion {
   bool flush_poll() noexcept;
 
  private:
+  struct Signal {
+    uint64_t counter;
+    uint64_t value;
+  };
   struct Peer {
+    UcxRegion* region = nullptr;
     int rank = -1;
     ucp_rkey_h rkey = nullptr;
     uint64_t address = 0;
     char* direct = nullptr;   // see reach()
     std::vector<uint64_t> signalled;   // value of each of its counters that this rank writes
+    std::vector<Signal> waiting;       // for the next flush
+    std::vector<Signal> covered;       // leave when the flush under way is done
+    bool flushing = false;
   };
   struct SignalCell {
     explicit SignalCell(UcxRegion* r) : region(r) {}
     UcxRegion* region;
     uint64_t value = 0;
   };
+  void flush_peer(Peer& p) noexcept;
+  void send_signals(Peer& p) noexcept;
+
   UcxContext& context_;
   uint64_t counter_bytes_;
   std::vector<std::unique_ptr<SignalCell>> cells_;
@@ -103,7 +114,8 @@ class UcxRegion {
   ucp_mem_h memory_ = nullptr;
   void* data_ = nullptr;
   std::vector<Peer> peers_;
-  void* flush_ = nullptr;     // a flush under way
+  int flushing_ = 0;          // peers whose signals wait for a flush
+  void* flush_ = nullptr;     // a flush of everything under way
   bool dirty_ = false;        // something was issued since the last complete flush
 };
 
