@@ -12,7 +12,7 @@ import torch
 from worlds import assert_received, assert_same, random_ids
 
 import moecomm
-from moecomm import reference
+from moecomm import quant, reference, reference_quant
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
@@ -32,6 +32,9 @@ class Case:
     capacity: str = "none"            # none | exact (the fullest rank's rows) | spare (five more)
     routing: str = "random"           # random | one_expert | one_rank | masked (no token picks anything)
     quantized: bool = False           # fp8 rows with scales
+    quant: str | None = None          # rows become fp8 on their way
+    scale_layout: str = "row"
+    wire: str | None = None           # of combine
     channels: int | None = None
     weights: bool = True              # topk_weights travel
     combine_weights: str = "arrived"  # none | arrived (views of the window) | other (a function of them, staged)
@@ -62,11 +65,15 @@ def make_case(choose, size=None, ranks_per_node=None):
     quantized = choose([False, False, True])
     hidden = 16 * choose([1, 2, 5, 9, 24]) if quantized else 16 // dtype.itemsize * choose([1, 2, 5, 9, 33])
     layout = choose(["expert", "rank"])
+    narrow = dtype != torch.float64
+    quant = choose([None, "fp8", "fp8_ue8m0"]) if narrow and not quantized and hidden % 16 == 0 else None
     return Case(
         ranks_per_node=ranks_per_node, tokens=[choose([0, 1, 3, 8, 17]) for _ in range(size)], experts_per_rank=per_rank,
         top_k=choose([k for k in (1, 2, 3, 8, 17, 32) if k <= size * per_rank]), hidden=hidden, dtype=dtype, layout=layout,
         alignment=choose([1, 1, 2, 8]) if layout == "expert" else 1, capacity=choose(["none", "none", "exact", "spare"]),
-        routing=choose(["random", "random", "one_expert", "one_rank", "masked"]), quantized=quantized, channels=choose([None, 1, 2, 5]),
+        routing=choose(["random", "random", "one_expert", "one_rank", "masked"]), quantized=quantized, quant=quant,
+        scale_layout=choose(["row", "column"]) if quant or quantized else "row", wire=choose([None, "fp8", "logfmt10"]) if narrow else None,
+        channels=choose([None, 1, 2, 5]),
         weights=choose([True, False]), combine_weights=choose(["none", "arrived", "other"]), bias=choose(["none", "row", "matrix"]),
         in_place=choose([True, False]), async_op=choose([False, True]), ids=choose([torch.int64, torch.int32]), reuse=choose([0, 0, 1, 2]),
         seed=choose(list(range(100))))
@@ -98,6 +105,15 @@ def payload_of(case, round):
     return xs, scales, weights
 
 
+def arriving(case, payload):
+    """The same as it arrives: rows that are quantized on their way are FP8 rows."""
+    xs, scales, weights = payload
+    if case.quant is None:
+        return payload
+    coded = [reference_quant.quantize(x, scale="ue8m0" if case.quant == "fp8_ue8m0" else "f32") for x in xs]
+    return [c for c, _ in coded], [quant.pack_ue8m0(s) if case.quant == "fp8_ue8m0" else s for _, s in coded], weights
+
+
 def expert_rows(want, case, round):
     """What the experts of every rank put out: random rows, the same on whichever rank they are computed."""
     out = []
@@ -110,7 +126,7 @@ def expert_rows(want, case, round):
 def check_case(comm, case, rounds=2):
     """Run the case on this rank and compare everything with the oracle. Returns the bits: out.x and y of every round."""
     ids = routing_of(case)
-    first = payload_of(case, 0)
+    first = arriving(case, payload_of(case, 0))
     options = dict(num_experts=case.num_experts, layout=case.layout, expert_alignment=case.alignment)
     fullest = max(len(w.x) for w in reference.dispatch(first[0], ids, first[2], scales=first[1], **options))
     capacity = {"none": None, "exact": fullest, "spare": fullest + 5}[case.capacity]
@@ -120,14 +136,16 @@ def check_case(comm, case, rounds=2):
     handle = None
     for round in range(rounds + case.reuse):
         xs, scales, weights = payload_of(case, round)
-        want = reference.dispatch(xs, ids, weights, scales=scales, capacity=capacity, **options)
+        coded, coded_scales, _ = arriving(case, (xs, scales, weights))
+        want = reference.dispatch(coded, ids, weights, scales=coded_scales, capacity=capacity, **options)
         r = comm.rank
         x = (xs[r], scales[r]) if case.quantized else xs[r]
         if round < rounds:
             out = buf.dispatch(x, ids[r].to(case.ids), weights[r] if case.weights else None, layout=case.layout, expert_alignment=case.alignment,
-                               capacity=capacity, async_op=case.async_op)
+                               capacity=capacity, quant=case.quant, scale_layout=case.scale_layout, async_op=case.async_op)
         else:
-            out = buf.dispatch(x, None, weights[r] if case.weights else None, handle=handle, async_op=case.async_op)
+            out = buf.dispatch(x, None, weights[r] if case.weights else None, handle=handle, quant=case.quant,
+                               scale_layout=case.scale_layout, async_op=case.async_op)
         out = out.wait() if case.async_op else out
         handle = out.handle
         assert_received(out, want[r], r)
@@ -148,12 +166,13 @@ def check_combine(buf, case, out, want, round, ids):
     g = torch.Generator().manual_seed(5)
     bias = {"none": None, "row": [torch.randn(case.hidden, generator=g) for _ in case.tokens],
             "matrix": [torch.randn((t, case.hidden), generator=g) for t in case.tokens]}[case.bias]
-    expected = reference.combine(rows, want, case.tokens, ranks_per_node=case.ranks_per_node, topk_weights=theirs, bias=bias)
+    expected = reference.combine(rows, want, case.tokens, ranks_per_node=case.ranks_per_node, topk_weights=theirs, bias=bias,
+                                 wire=reference_quant.wire(case.wire))
     if case.in_place:
         out.handle.rows.copy_(rows[r])
     y = torch.full((case.tokens[r], case.hidden), float("nan"), dtype=case.dtype)
     got = buf.combine(out.handle.rows if case.in_place else rows[r], out.handle, topk_weights=mine, bias=bias[r] if bias else None,
-                      async_op=case.async_op, out=y)
+                      wire=case.wire, async_op=case.async_op, out=y)
     got = got.wait() if case.async_op else got
     assert got.data_ptr() == y.data_ptr() or not len(y)
     assert_same(y, expected[r], f"rank {r}: y of round {round}")

@@ -28,6 +28,8 @@ def test_edges(world):
                          replace(base, routing="masked", capacity="spare"), replace(base, quantized=True, hidden=144, layout="rank", reuse=1),
                          replace(base, async_op=True, in_place=False, bias="matrix", combine_weights="other", capacity="exact"),
                          replace(base, tokens=[0] * size), replace(base, dtype=torch.float64, bias="row"),
+                         replace(base, quant="fp8", scale_layout="column", hidden=400, wire="logfmt10", channels=3),
+                         replace(base, quant="fp8_ue8m0", hidden=144, wire="fp8", reuse=1, capacity="spare"),
                          replace(base, tokens=[40] * size, hidden=2048)):
                 check_case(comm, case)
 
