@@ -10,7 +10,7 @@ import torch
 from ._native import core
 from ._native.core import DecodeHandle, DecodeReceived
 from ._native.quant import scale_words
-from .errors import InvalidArgument, raise_failure
+from .errors import ConfigMismatch, InvalidArgument, raise_failure
 
 __all__ = ["Decode", "DecodeHandle", "DecodeReceived"]
 
@@ -95,9 +95,9 @@ class Decode:
             if done is not None:
                 return done
         op, buffer = "decode_combine", self.buffer
-        if wire not in _WIRES or (wire is not None and (self.dtype is torch.float64 or self.hidden % 16)):
-            expected = "None" if self.dtype is torch.float64 or self.hidden % 16 else ", ".join(map(repr, _WIRES))
-            raise InvalidArgument(f"{op}: wire is {wire!r}; expected {expected} (hidden {self.hidden}, {self.dtype})", op=op, rank=self.rank)
+        if wire not in _WIRES or (wire is not None and self.dtype is torch.float64):
+            choices = "None (float64)" if self.dtype is torch.float64 else ", ".join(map(repr, _WIRES))
+            raise InvalidArgument(f"{op}: wire is {wire!r}; expected {choices}", op=op, rank=self.rank)
         if type(handle) is not DecodeHandle or handle.decode is not self.native:
             raise InvalidArgument(f"{op}: handle is a {type(handle).__qualname__}; expected the handle of a decode_dispatch of this buffer",
                                   op=op, rank=self.rank)
@@ -137,6 +137,9 @@ class _Raiser:
         if failure.code == "invalid" and failure.detail == 3:
             raise InvalidArgument(f"{op}: topk_ids of token {failure.expected} differ from those that decode_dispatch sent; expected the same",
                                   op=op, rank=self._rank, got=failure.got)
+        if failure.code == "mismatch":
+            raise ConfigMismatch(f"{op} on rank {self._rank}: rank {failure.peer} called with another dtype, quant, wire or use of topk_weights",
+                                 op=op, phase=failure.phase, rank=self._rank, peer=failure.peer, expected=failure.expected, got=failure.got)
         raise_failure(failure, op=op, rank=self._rank)
 
 

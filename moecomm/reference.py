@@ -195,7 +195,7 @@ def decode_dispatch(xs, topk_ids, *, num_experts, max_tokens, scales=None):
     places, filled = _decode_places(topk_ids, num_experts)
     shape = (num_experts // size, size * max_tokens)
     out = [DecodeReceived(torch.zeros(*shape, xs[0].shape[1]).to(xs[0].dtype),
-                          None if scales is None else torch.zeros(*shape, scales[0].shape[1]),
+                          None if scales is None else torch.zeros(*shape, scales[0].shape[1], dtype=scales[0].dtype),
                           torch.tensor(filled[rank * shape[0]:(rank + 1) * shape[0]])) for rank in range(size)]
     for (source, t, _), (rank, expert, at) in places.items():
         out[rank].x[expert, at] = xs[source][t]
@@ -204,7 +204,7 @@ def decode_dispatch(xs, topk_ids, *, num_experts, max_tokens, scales=None):
     return out
 
 
-def decode_combine(rows, topk_ids, topk_weights, *, num_experts, weights_travel=False):
+def decode_combine(rows, topk_ids, topk_weights, *, num_experts, weights_travel=False, ranks_per_node=None, wire=None):
     """What every rank gets back from Buffer.decode_combine.
 
     Parameters
@@ -215,6 +215,10 @@ def decode_combine(rows, topk_ids, topk_weights, *, num_experts, weights_travel=
         By source rank.
     weights_travel : bool
         A rank sums its rows of a token and rounds; those sums are added in the order of each rank's first pick.
+    ranks_per_node : int, optional
+        None: one node.
+    wire : callable, optional
+        Applied to what crosses between nodes: a row, or a rank's FP32 sum in place of its rounding.
 
     Returns
     -------
@@ -224,19 +228,31 @@ def decode_combine(rows, topk_ids, topk_weights, *, num_experts, weights_travel=
     places, _ = _decode_places(topk_ids, num_experts)
     dtype, hidden = rows[0].dtype, rows[0].shape[2]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
+    per_node = ranks_per_node or len(rows)
+
+    def coded(value, rank, source):
+        return wire(value) if wire and rank // per_node != source // per_node else value.to(dtype).to(wide)
+
     out = []
     for source, ids in enumerate(topk_ids):
         y = torch.zeros((len(ids), hidden), dtype=dtype)
         for t in range(len(ids)):
-            sums = {}   # by rank, in the order of first picks
+            terms = {}   # by rank, in the order of first picks
+            total = None
             for k in range(ids.shape[1]):
-                if (source, t, k) in places:
-                    rank, expert, at = places[source, t, k]
-                    term = rows[rank][expert, at].to(wide) * topk_weights[source][t, k].to(wide)
-                    key = rank if weights_travel else 0
-                    sums[key] = term if key not in sums else sums[key] + term
-            parts = [part.to(dtype).to(wide) for part in sums.values()] if weights_travel else list(sums.values())
-            if parts:
-                y[t] = sum(parts[1:], parts[0]).to(dtype)
+                if (source, t, k) not in places:
+                    continue
+                rank, expert, at = places[source, t, k]
+                row, weight = rows[rank][expert, at].to(wide), topk_weights[source][t, k].to(wide)
+                if weights_travel:
+                    terms[rank] = row * weight if rank not in terms else terms[rank] + row * weight
+                else:
+                    term = (coded(row, rank, source) if wire else row) * weight
+                    total = term if total is None else total + term
+            for rank, term in terms.items():
+                part = coded(term, rank, source)
+                total = part if total is None else total + part
+            if total is not None:
+                y[t] = total.to(dtype)
         out.append(y)
     return out
