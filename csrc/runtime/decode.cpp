@@ -52,11 +52,6 @@ Decode::Stage Decode::stage(uint64_t epoch) const {
   return t.view.epoch == epoch ? t.stage : Stage::idle;
 }
 
-// A rank receives about as much as it sends: the estimate needs no count.
-bool Decode::streams(const Turn& t, uint64_t row_bytes) const {
-  return uint64_t(t.view.tokens) * view_.shape.top_k * row_bytes >= stream_threshold_;
-}
-
 Status Decode::dispatch(const DecodeDispatchCall& call) {
   std::lock_guard lock(reach_.comm().calls());
   Turn& next = turn(epoch_ + 1);

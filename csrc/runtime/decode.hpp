@@ -65,6 +65,13 @@ class Decode {
   int64_t scale_area() const { return static_cast<int64_t>(decode_scale_area(view_.geometry, view_.shape)); }   // of one expert
   int num_local_experts() const { return view_.experts_per_rank(); }
 
+  // For DecodeFloor, which repeats the last step's traffic on its own.
+  Reach& reach() { return reach_; }
+  const DecodeView& view() const { return view_; }
+  const DecodeTurn& last_turn() const { return turns_[epoch_ & 1].view; }
+  void skip_to(uint64_t epoch) { epoch_ = epoch; }
+  bool streams(uint64_t bytes) const { return bytes >= stream_threshold_; }   // past the caches
+
   Counters take_counters();                    // and reset
   void set_stream_threshold(uint64_t bytes) { stream_threshold_ = bytes; }
 
@@ -78,7 +85,8 @@ class Decode {
     std::unique_ptr<char[]> memory;
   };
   Turn& turn(uint64_t epoch) { return turns_[epoch & 1]; }
-  bool streams(const Turn& t, uint64_t row_bytes) const;
+  // A rank receives about as much as it sends: the estimate needs no count.
+  bool streams(const Turn& t, uint64_t row_bytes) const { return streams(uint64_t(t.view.tokens) * view_.shape.top_k * row_bytes); }
   Status receive(Turn& t);
   Status sum(Turn& t);
   void stage_rows(const Turn& t, const char* rows);

@@ -255,6 +255,12 @@ cdef extern from "runtime/decode.hpp" namespace "moecomm" nogil:
         @staticmethod
         uint64_t bytes(const Geometry&, const Shape&)
 
+cdef extern from "runtime/decode_floor.hpp" namespace "moecomm" nogil:
+    cdef cppclass DecodeFloor:
+        DecodeFloor(Decode&, const char* x, char* y) except +
+        Status run(int steps)
+        Status latency(int rounds)
+
 cdef extern from "fabric/rows.hpp" namespace "moecomm" nogil:
     cdef cppclass RowKernels:
         const char* name

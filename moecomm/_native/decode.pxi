@@ -284,5 +284,31 @@ cdef class Decode:
         self.d.get().set_stream_threshold(bytes)
 
 
+cdef class DecodeFloor:
+    """A decode step's bytes and flags without anything else, for benchmarks."""
+    cdef Decode decode
+    cdef shared_ptr[capi.DecodeFloor] f
+    cdef object keep
+
+    def __cinit__(self, Decode decode, x, y):
+        self.decode, self.keep = decode, (x, y)
+        self.f = shared_ptr[capi.DecodeFloor](new capi.DecodeFloor(decode.d.get()[0], <const char*><uintptr_t>x.data_ptr(),
+                                                                   <char*><uintptr_t>y.data_ptr()))
+
+    def run(self, int steps):
+        cdef capi.Status s
+        with nogil:
+            s = self.f.get().run(steps)
+        if s.code != capi.Code.ok:
+            self.decode.fail(_failure(s), "decode_floor")
+
+    def latency(self, int rounds):
+        cdef capi.Status s
+        with nogil:
+            s = self.f.get().latency(rounds)
+        if s.code != capi.Code.ok:
+            self.decode.fail(_failure(s), "decode_floor")
+
+
 def decode_bytes(rank, size, ranks_per_node, hidden, dtype, num_experts, top_k, max_tokens):
     return capi.Decode.bytes(_geometry(rank, size, ranks_per_node), _shape(hidden, dtype, num_experts, top_k, max_tokens, 1, 0))
