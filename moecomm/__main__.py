@@ -7,6 +7,7 @@ import sys
 COMMANDS = {
     "explore": ("moecomm.explore", "random schedules of small simulated worlds: hunts deadlocks and reordering bugs"),
     "info": ("moecomm.info", "version, worlds and engines that are available here, topology as seen"),
+    "plan": ("moecomm.planner.cli", "predict what a cluster would do with a model's tokens"),
     "replay": ("moecomm.replay", "run a recording again and compare what moved"),
     "trace": ("moecomm.trace", "a timeline of roles, from the sim or the cpu world, for ui.perfetto.dev"),
 }
