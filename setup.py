@@ -5,6 +5,8 @@ Objects are compiled in parallel, and only those whose sources or headers change
 
 import importlib.util
 import os
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +21,7 @@ SIM = ["csrc/exec/fiber.cpp", "csrc/fabric/sim.cpp", *map(str, sorted(Path("csrc
        *(s for s in RUNTIME if "fabric/rows" in s)]
 QUANT = ["csrc/runtime/quant.cpp", *(s for s in RUNTIME if "fabric/rows" in s)]
 BALANCE = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/balance").glob("*.cpp"))
-HEADERS = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".hpp", ".inl")]
+HEADERS = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".hpp", ".inl", ".cuh", ".cu")]
 # Equal bits from every build of the row kernels: no contraction of a product and a sum into one rounding.
 FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 
@@ -56,9 +58,62 @@ class BuildExt(build_ext):
                 list(pool.map(one, objects))
             return objects
 
+        for source in getattr(ext, "kernels", []):
+            obj = str(Path(self.build_temp) / source) + ".o"
+            if not is_fresh(obj):
+                Path(obj).parent.mkdir(parents=True, exist_ok=True)
+                launcher = os.environ.get("CXX", "").split()[:-1]   # ccache, where the C++ compiler has it
+                subprocess.run([*launcher, nvcc(), *NVCC_FLAGS, *architectures(), "-MD", "-MF", str(depfile(obj)), "-c", source, "-o", obj], check=True)
+            ext.extra_objects.append(obj)
         compiler.compile = compile_all
         ext.depends = HEADERS   # else setuptools looks at the sources alone before it asks for their objects
         super().build_extension(ext)
+
+
+# -- the CUDA world ---------------------------------------------------------------------------------------------------
+
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden",
+              "-diag-suppress=20011,20012,20013,20014,20015"]   # a role's lambdas may call what only a GPU has
+
+
+def nvcc():
+    """The CUDA compiler, or None: then this build has no CUDA world. MOECOMM_NO_CUDA=1 leaves it out."""
+    if os.environ.get("MOECOMM_NO_CUDA"):
+        return None
+    home = os.environ.get("CUDA_HOME")
+    return (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
+
+
+def cuda_home():
+    """The folder of the toolkit: it has include/cuda_runtime_api.h. None where there is no compiler or no such folder."""
+    if nvcc() is None:
+        return None
+    places = [Path(os.environ.get("CUDA_HOME", "/nowhere")), Path(nvcc()).resolve().parent.parent, Path("/usr/local/cuda")]
+    return next((p for p in places if (p / "include/cuda_runtime_api.h").exists()), None)
+
+
+def architectures():
+    """nvcc's -gencode options for TORCH_CUDA_ARCH_LIST, whose words are as torch's: 8.0, 9.0a, 9.0a+PTX."""
+    flags = []
+    for word in os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0a+PTX").replace(";", " ").split():
+        number = word.removesuffix("+PTX").replace(".", "")
+        code = f"sm_{number},compute_{number}" if word.endswith("+PTX") else f"sm_{number}"
+        flags.append(f"-gencode=arch=compute_{number},code=[{code}]")
+    return flags
+
+
+def cuda_extension():
+    """[the extension], or [] without the toolkit."""
+    home = cuda_home()
+    if home is None:
+        return []
+    ext = Extension(
+        "moecomm._native.cuda",
+        ["moecomm/_native/cuda.pyx", "csrc/runtime/cuda/buffer.cpp", "csrc/runtime/cuda/memory.cpp", "csrc/runtime/plan.cpp", "csrc/runtime/memory.cpp"],
+        language="c++", include_dirs=["csrc", str(home / "include"), str(ucx / "include")], library_dirs=[str(home / "lib64"), str(home / "lib")],
+        libraries=["cudart_static", "rt", "dl", "pthread"], extra_compile_args=FLAGS)
+    ext.kernels = ["csrc/world/cuda/kernels.cu"]
+    return [ext]
 
 
 ucx = ucx_folder()
@@ -79,4 +134,4 @@ quant = Extension("moecomm._native.quant", ["moecomm/_native/quant.pyx", *QUANT]
                   include_dirs=["csrc", str(ucx / "include")], extra_compile_args=FLAGS)
 balance = Extension("moecomm._native.balance", ["moecomm/_native/balance.pyx", *BALANCE], language="c++",
                     include_dirs=["csrc"], extra_compile_args=FLAGS)
-setup(ext_modules=cythonize([core, sim, quant, balance], language_level=3, build_dir="build/cython"), cmdclass={"build_ext": BuildExt})
+setup(ext_modules=cythonize([core, sim, quant, balance, *cuda_extension()], language_level=3, build_dir="build/cython"), cmdclass={"build_ext": BuildExt})

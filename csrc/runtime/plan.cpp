@@ -4,7 +4,7 @@
 
 namespace moecomm {
 
-Plan::Plan(const BufferView& b) {
+uint64_t place_plan(const BufferView& b, char* m, PlanView& view) {
   const uint64_t t = b.shape.max_tokens, k = b.shape.top_k, n = b.geometry.nodes(), p = b.geometry.ranks_per_node;
   detail::Cursor c;
   const uint64_t picks = c.take(t), pick = c.take(t * k * sizeof(Pick)), slot = c.take(t * n * 4);
@@ -13,8 +13,6 @@ Plan::Plan(const BufferView& b) {
   const uint64_t row_picks = c.take(n * t), place = c.take(n * t * k * sizeof(Place));
   const uint64_t row_token = c.take(b.check ? n * t * 4 : 0), announced = c.take(b.check ? 4ull * b.experts_per_rank() * b.geometry.size : 0);
   const uint64_t per_expert = c.take(8 * b.experts_per_rank()), padded = c.take(8 * b.experts_per_rank()), rank_rows = c.take(8 * p);
-  memory_.reset(new char[c.at]);   // not cleared: every call writes what it reads
-  char* m = memory_.get();
   view.picks = reinterpret_cast<uint8_t*>(m + picks);
   view.pick = reinterpret_cast<Pick*>(m + pick);
   view.slot = reinterpret_cast<int32_t*>(m + slot);
@@ -29,6 +27,13 @@ Plan::Plan(const BufferView& b) {
   view.tokens_per_expert = reinterpret_cast<int64_t*>(m + per_expert);
   view.rows_per_expert = reinterpret_cast<int64_t*>(m + padded);
   view.rank_rows = reinterpret_cast<int64_t*>(m + rank_rows);
+  return c.at;
+}
+
+Plan::Plan(const BufferView& b) {
+  memory_.reset(new char[place_plan(b, nullptr, view)]);   // not cleared: every call writes what it reads
+  place_plan(b, memory_.get(), view);
+  const uint64_t n = b.geometry.nodes(), p = b.geometry.ranks_per_node;
   target.resize(p);
   needed.resize(p);
   offers.resize(p);

@@ -11,6 +11,9 @@ namespace moecomm {
 
 class PlanPool;
 
+// Where a plan's arrays lie in `memory`; returns how many bytes they take.
+uint64_t place_plan(const BufferView& b, char* memory, PlanView& view);
+
 class Plan {
  public:
   Plan(const BufferView& b);

@@ -1,0 +1,306 @@
+#include "runtime/cuda/buffer.hpp"
+
+#include <cuda_runtime_api.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <stdexcept>
+
+namespace moecomm::cuda {
+namespace {
+
+constexpr int kGates = static_cast<int>(Gate::count);
+cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
+
+bool is_final(Code code) { return code == Code::timeout || code == Code::lost || code == Code::corrupt; }
+
+}  // namespace
+
+// What peers need to reach this rank's memory.
+struct DeviceBuffer::Card {
+  int32_t pid;
+  int32_t device;
+  char gpu[16];            // its UUID
+  char* window;
+  char* rail;
+  char window_handle[64];  // CUDA IPC
+  char rail_handle[64];
+};
+
+uint64_t DeviceBuffer::bytes(const Geometry& g, const Shape& s) { return node_layout(g, s).bytes + rail_layout(g, s).bytes; }
+
+DeviceBuffer::DeviceBuffer(Geometry geometry, Shape shape, bool check, int device, bool threads, Spread spread, double timeout_seconds)
+    : view_(make_view(geometry, shape, check)), device_(device), threads_(threads), spread_(spread), timeout_(timeout_seconds) {
+  const OnDevice on(device);
+  require(prepare(), "loading the kernels (built for another architecture?)");
+  window_ = DeviceMemory::create(device, view_.node.bytes);
+  rail_ = DeviceMemory::create(device, view_.rail.bytes);
+  arena_ = std::make_shared<Arena>(view_.node.arena, view_.node.arena + shape.arena_bytes);
+  pinned_ = std::make_unique<Pinned>(4096);
+
+  const uint64_t n = geometry.nodes(), p = geometry.ranks_per_node, per_book = n * shape.channels, mask_words = (p + 63) / 64;
+  detail::Cursor c;
+  const uint64_t gates = c.take(8 * (kGates + 2)), book = c.take(sizeof(Book)), rows = c.take(8 * per_book), back = c.take(8 * per_book);
+  const uint64_t windows = c.take(8 * p), regions = c.take(8 * n), mask = c.take(8 * mask_words), counters = c.take(sizeof(Counters));
+  state_ = DeviceMemory::create(device, c.at);
+  char* s = state_->data();
+  gates_ = reinterpret_cast<uint64_t*>(s + gates);
+  book_ = reinterpret_cast<Book*>(s + book);
+  Book first;
+  first.rows = reinterpret_cast<uint64_t*>(s + rows);
+  first.back = reinterpret_cast<uint64_t*>(s + back);
+  require(cudaMemcpy(book_, &first, sizeof(first), cudaMemcpyHostToDevice), "writing the book");
+  links_.geometry = geometry;
+  links_.windows = reinterpret_cast<char**>(s + windows);
+  links_.regions = reinterpret_cast<char**>(s + regions);
+  links_.same_device = reinterpret_cast<uint64_t*>(s + mask);
+  links_.rail_region = rail_->data();
+  links_.window_faults = view_.node.faults;
+  links_.region_faults = view_.rail.faults;
+  links_.region_peers = static_cast<int32_t>(n);
+  links_.own_peer = geometry.node();
+  links_.failed = gates_ + kGates;
+  links_.fault = &record();
+  links_.counters = reinterpret_cast<Counters*>(s + counters);
+  pool_->idle.push_back(make_plan());   // ahead, since a stream that is being captured allows no allocation
+}
+
+DeviceBuffer::~DeviceBuffer() = default;
+
+std::string DeviceBuffer::card() const {
+  Card c{};
+  c.pid = static_cast<int32_t>(getpid());
+  c.device = device_;
+  cudaDeviceProp properties;
+  require(cudaGetDeviceProperties(&properties, device_), "asking for the GPU's identity");
+  std::memcpy(c.gpu, &properties.uuid, sizeof(c.gpu));
+  c.window = window_->data();
+  c.rail = rail_->data();
+  if (!threads_) {
+    static_assert(sizeof(cudaIpcMemHandle_t) == sizeof(c.window_handle));
+    std::memcpy(c.window_handle, window_->export_handle().data(), sizeof(c.window_handle));
+    std::memcpy(c.rail_handle, rail_->export_handle().data(), sizeof(c.rail_handle));
+  }
+  return std::string(reinterpret_cast<const char*>(&c), sizeof(c));
+}
+
+void DeviceBuffer::connect(const std::vector<std::string>& cards) {
+  const OnDevice on(device_);
+  const Geometry& g = view_.geometry;
+  std::vector<Card> all(cards.size());
+  for (size_t r = 0; r < cards.size(); ++r) {
+    if (cards[r].size() != sizeof(Card)) throw std::invalid_argument("a peer's card has another size");
+    std::memcpy(&all[r], cards[r].data(), sizeof(Card));
+  }
+  const auto reach = [&](int rank, char* pointer, const char* handle) {
+    if (rank == g.rank) return pointer;
+    if (!threads_) {
+      peers_.push_back(DeviceMemory::open(device_, std::string(handle, 64)));
+      return peers_.back()->data();
+    }
+    if (all[rank].device != device_) {
+      const cudaError_t e = cudaDeviceEnablePeerAccess(all[rank].device, 0);
+      if (e == cudaErrorPeerAccessAlreadyEnabled) cudaGetLastError();   // forget it
+      else require(e, "reaching a peer's GPU");
+    }
+    return pointer;
+  };
+  std::vector<char*> windows, regions;
+  std::vector<uint64_t> mask((g.ranks_per_node + 63) / 64);
+  for (int d = 0; d < g.ranks_per_node; ++d) {
+    const int rank = g.rank_at(g.node(), d);
+    windows.push_back(reach(rank, all[rank].window, all[rank].window_handle));
+    if (std::memcmp(all[rank].gpu, all[g.rank].gpu, sizeof(Card::gpu)) == 0) mask[d / 64] |= uint64_t{1} << d % 64;
+  }
+  for (int n = 0; n < g.nodes(); ++n) regions.push_back(reach(g.rail_rank(n), all[g.rail_rank(n)].rail, all[g.rail_rank(n)].rail_handle));
+  require(cudaMemcpy(links_.windows, windows.data(), 8 * windows.size(), cudaMemcpyHostToDevice), "writing the windows");
+  require(cudaMemcpy(links_.regions, regions.data(), 8 * regions.size(), cudaMemcpyHostToDevice), "writing the regions");
+  require(cudaMemcpy(links_.same_device, mask.data(), 8 * mask.size(), cudaMemcpyHostToDevice), "writing the peers' GPUs");
+}
+
+std::unique_ptr<DevicePlan> DeviceBuffer::make_plan() {
+  const uint64_t n = view_.geometry.nodes(), p = view_.geometry.ranks_per_node, ints = view_.count.ints;
+  const uint64_t firsts = std::max<uint64_t>(view_.experts_per_node(), p);
+  auto plan = std::make_unique<DevicePlan>();
+  detail::Cursor c;
+  const uint64_t view = c.take(place_plan(view_, nullptr, plan->view)), apart = c.take(4 * view_.shape.channels * n * ints);
+  const uint64_t base = c.take(4 * n * firsts), first = c.take(4 * firsts), offers = c.take(sizeof(Offer) * p), target = c.take(sizeof(BlockLayout) * p);
+  const uint64_t needed = c.take(8 * p), verdict = c.take(sizeof(Verdict)), boards = c.take(sizeof(RowsBoard) * p);
+  plan->memory = DeviceMemory::create(device_, c.at);
+  char* m = plan->memory->data();
+  place_plan(view_, m + view, plan->view);
+  plan->apart = reinterpret_cast<int32_t*>(m + apart);
+  plan->base = reinterpret_cast<int32_t*>(m + base);
+  plan->first = reinterpret_cast<int32_t*>(m + first);
+  plan->offers = reinterpret_cast<Offer*>(m + offers);
+  plan->target = reinterpret_cast<BlockLayout*>(m + target);
+  plan->needed = reinterpret_cast<uint64_t*>(m + needed);
+  plan->verdict = reinterpret_cast<Verdict*>(m + verdict);
+  plan->boards = reinterpret_cast<RowsBoard*>(m + boards);
+  plan->owner = this;
+  return plan;
+}
+
+std::shared_ptr<DevicePlan> DeviceBuffer::new_plan() {
+  std::unique_ptr<DevicePlan> plan;
+  {
+    std::lock_guard lock(pool_->mutex);
+    if (!pool_->idle.empty()) {
+      plan = std::move(pool_->idle.back());
+      pool_->idle.pop_back();
+    }
+  }
+  if (!plan) plan = make_plan();
+  return std::shared_ptr<DevicePlan>(plan.release(), [pool = std::weak_ptr(pool_)](DevicePlan* p) {
+    std::unique_ptr<DevicePlan> owned(p);
+    if (const auto home = pool.lock()) {
+      std::lock_guard lock(home->mutex);
+      home->idle.push_back(std::move(owned));
+    }
+  });
+}
+
+Call DeviceBuffer::begin(void* stream) {
+  require(cudaMemsetAsync(gates_, 0, 8 * (kGates + 2), as_stream(stream)), "opening a call");
+  Call call;
+  call.links = links_;
+  call.spread = spread_;
+  call.timeout_ns = static_cast<uint64_t>(timeout_ * 1e9);
+  call.gates = gates_;
+  return call;
+}
+
+Status DeviceBuffer::fault() {
+  if (!broken_.ok()) return broken_;
+  auto& code = *reinterpret_cast<std::atomic<uint64_t>*>(&record().code);
+  if (code.load(std::memory_order_acquire) == 0) return {};
+  const Status s = record().status;
+  code.store(0, std::memory_order_relaxed);
+  if (is_final(s.code)) broken_ = s;
+  return s;
+}
+
+Status DeviceBuffer::wait_placed(uint64_t ticket, void* stream) {
+  auto& ready = *reinterpret_cast<std::atomic<uint64_t>*>(&placed().ticket);
+  // The kernel has its own deadline; this one is for a kernel that never starts.
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(2 * timeout_ + 1);
+  while (ready.load(std::memory_order_acquire) != ticket) {
+    if (const Status s = fault(); !s.ok()) return s;
+    const cudaError_t e = cudaStreamQuery(as_stream(stream));
+    if (e != cudaErrorNotReady && e != cudaSuccess) require(e, "dispatch");
+    if (std::chrono::steady_clock::now() >= deadline) return broken_ = {Code::timeout, Phase::counts, -1, 0, ticket, ready.load()};
+  }
+  if (placed().verdict == 0) return {};
+  require(cudaStreamSynchronize(as_stream(stream)), "dispatch");   // every rank finishes the call before it refuses it
+  return fault();
+}
+
+Status DeviceBuffer::dispatch(const DeviceDispatchCall& call, DevicePlan& plan, std::shared_ptr<DeviceBlock>& out,
+                              std::shared_ptr<DeviceBlock>& output) {
+  const OnDevice on(device_);
+  if (const Status s = fault(); !s.ok()) return s;
+  if (!call.cached) {
+    plan.view.tokens = call.tokens;
+    plan.view.call = call.shape;
+  } else {
+    plan.view.call.row_bytes = call.shape.row_bytes;
+    plan.view.call.scale_bytes = call.shape.scale_bytes;
+    plan.view.call.scales = call.shape.scales;
+    plan.view.call.scales_by_column = call.shape.scales_by_column;
+  }
+  DispatchLaunch launch;
+  DispatchArgs& a = launch.work.args;
+  a.b = view_;
+  a.plan = plan.view;
+  a.book = book_;
+  a.cached = call.cached;
+  a.ids64 = call.ids64;
+  a.ids32 = call.ids32;
+  a.x = call.x;
+  a.scales = call.scales;
+  a.weights = call.weights;
+  a.base = plan.base;
+  a.first = plan.first;
+  a.offers = plan.offers;
+  a.target = plan.target;
+  a.needed = plan.needed;
+  a.verdict = plan.verdict;
+  launch.work.apart = plan.apart;
+  launch.work.offer = arena_->offer();
+  const CallShape& shape = plan.view.call;
+  const bool known = shape.capacity >= 0 || call.cached;
+  launch.call = begin(call.stream);
+  if (!known) {
+    launch.placed = &placed();
+    launch.ticket = ++ticket_;
+  }
+  require(launch_dispatch(launch, call.stream), "starting dispatch");
+
+  int64_t rows = call.cached ? plan.num_rows : shape.capacity;
+  if (!known) {
+    if (const Status s = wait_placed(launch.ticket, call.stream); !s.ok()) return s;
+    rows = placed().rows;
+  }
+  // The rule by which every gateway of the node chooses the piece (place).
+  const uint64_t first = block_layout(rows, shape, view_.shape.top_k).bytes, needed = first + output_layout(rows, view_.shape).bytes;
+  const int piece = needed <= launch.work.offer.bytes[0] ? 0 : 1;
+  if (needed > launch.work.offer.bytes[piece]) {   // all ranks have refused the call by then
+    require(cudaStreamSynchronize(as_stream(call.stream)), "dispatch");
+    const Status s = fault();
+    return s.ok() ? Status{Code::capacity, Phase::counts, view_.geometry.rank, 0, needed, launch.work.offer.bytes[piece]} : s;
+  }
+  plan.num_rows = rows;
+  arena_->expect(needed);
+  const uint64_t offset = launch.work.offer.offset[piece];
+  out = std::make_shared<DeviceBlock>(window_, arena_, offset, first);
+  output = std::make_shared<DeviceBlock>(window_, arena_, offset + first, needed - first);
+  return {};
+}
+
+Status DeviceBuffer::combine(const DeviceCombineCall& call, DevicePlan& plan, const DeviceBlock& output) {
+  const OnDevice on(device_);
+  if (const Status s = fault(); !s.ok()) return s;
+  const uint64_t rows = plan.num_rows;
+  const OutputLayout l = output_layout(rows, view_.shape);
+  // In the window already, or staged there once.
+  const auto in_window = [&](const void* p, uint64_t bytes, uint64_t staging) -> uint64_t {
+    if (!p) return 0;
+    const char* c = static_cast<const char*>(p);
+    if (c >= window_->data() && c < window_->data() + window_->bytes()) return c - window_->data();
+    const uint64_t at = output.offset() + staging;
+    if (bytes) require(cudaMemcpyAsync(window_->data() + at, p, bytes, cudaMemcpyDeviceToDevice, as_stream(call.stream)), "staging rows");
+    return at;
+  };
+  CombineLaunch launch;
+  CombineArgs& a = launch.args;
+  a.b = view_;
+  a.plan = plan.view;
+  a.book = book_;
+  a.boards = plan.boards;
+  a.wire = call.wire;
+  a.y = call.y;
+  a.slots = call.slots;
+  a.bias = call.bias;
+  a.bias_stride = call.bias_stride;
+  const uint64_t per_row = plan.view.call.layout == RowLayout::rank ? view_.shape.top_k : 1;
+  a.mine.rows = rows ? in_window(call.rows, rows * view_.shape.combine_row_bytes(), l.rows) : output.offset();
+  a.mine.weights = in_window(call.weights, rows * 4, l.weights);
+  a.mine.back = in_window(call.back, rows * 4 * per_row, l.back);
+  launch.call = begin(call.stream);
+  require(launch_combine(launch, call.stream), "starting combine");
+  return {};
+}
+
+Counters DeviceBuffer::take_counters() {
+  const OnDevice on(device_);
+  require(cudaDeviceSynchronize(), "reading counters");
+  Counters c;
+  require(cudaMemcpy(&c, links_.counters, sizeof(c), cudaMemcpyDeviceToHost), "reading counters");
+  require(cudaMemset(links_.counters, 0, sizeof(c)), "resetting counters");
+  return c;
+}
+
+}  // namespace moecomm::cuda

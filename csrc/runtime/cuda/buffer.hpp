@@ -1,0 +1,109 @@
+// DeviceBuffer: a rank's windows on a GPU, and its calls as kernels on the caller's stream. Kernels see views of what
+// this object owns; they are valid while it lives.
+#pragma once
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "runtime/cuda/memory.hpp"
+#include "runtime/plan.hpp"
+#include "world/cuda/launch.hpp"
+
+namespace moecomm::cuda {
+
+// A plan in device memory, with the scratch of the call that makes it.
+struct DevicePlan {
+  PlanView view;
+  int32_t* apart = nullptr;
+  int32_t* base = nullptr;
+  int32_t* first = nullptr;
+  Offer* offers = nullptr;
+  BlockLayout* target = nullptr;
+  uint64_t* needed = nullptr;
+  Verdict* verdict = nullptr;
+  RowsBoard* boards = nullptr;
+  int64_t num_rows = 0;                 // as the host knows it: received, or the capacity
+  const void* owner = nullptr;
+  std::shared_ptr<DeviceMemory> memory;
+};
+
+struct DeviceDispatchCall {
+  const char* x = nullptr;
+  const char* scales = nullptr;
+  const int64_t* ids64 = nullptr;
+  const int32_t* ids32 = nullptr;
+  const float* weights = nullptr;
+  int32_t tokens = 0;
+  bool cached = false;
+  CallShape shape;
+  void* stream = nullptr;
+};
+
+struct DeviceCombineCall {
+  const char* rows = nullptr;           // in this rank's window, or anywhere: then it is staged once
+  const float* weights = nullptr;
+  const float* back = nullptr;
+  char* y = nullptr;
+  float* slots = nullptr;
+  const float* bias = nullptr;
+  int64_t bias_stride = 0;
+  Wire wire = Wire::plain;
+  void* stream = nullptr;
+};
+
+class DeviceBuffer {
+ public:
+  // threads: ranks of one process, whose memory is reached by pointer; else by CUDA IPC.
+  DeviceBuffer(Geometry geometry, Shape shape, bool check, int device, bool threads, Spread spread, double timeout_seconds);
+  ~DeviceBuffer();
+  static uint64_t bytes(const Geometry& g, const Shape& s);
+
+  // Collective: exchange cards, connect, meet in a barrier before the first call.
+  std::string card() const;
+  void connect(const std::vector<std::string>& cards);
+
+  std::shared_ptr<DevicePlan> new_plan();
+  // Enqueues on the call's stream. Without a capacity it also waits until the number of rows is known; with one it
+  // returns at once, and a failure is found by a later call or by fault().
+  Status dispatch(const DeviceDispatchCall& call, DevicePlan& plan, std::shared_ptr<DeviceBlock>& out, std::shared_ptr<DeviceBlock>& output);
+  Status combine(const DeviceCombineCall& call, DevicePlan& plan, const DeviceBlock& output);
+  // What kernels have reported so far. A final failure stays; others are forgotten once told.
+  Status fault();
+  Counters take_counters();             // waits for the device; and resets
+
+  const Arena& arena() const { return *arena_; }
+  const Shape& shape() const { return view_.shape; }
+  const Spread& spread() const { return spread_; }
+
+ private:
+  struct Card;
+  Call begin(void* stream);
+  Status wait_placed(uint64_t ticket, void* stream);
+  std::unique_ptr<DevicePlan> make_plan();
+  Placed& placed() const { return *reinterpret_cast<Placed*>(pinned_->data()); }
+  FaultRecord& record() const { return *reinterpret_cast<FaultRecord*>(pinned_->data() + 64); }
+
+  BufferView view_;
+  int device_;
+  bool threads_;
+  Spread spread_;
+  double timeout_;
+  std::shared_ptr<DeviceMemory> window_, rail_, state_;
+  std::vector<std::shared_ptr<DeviceMemory>> peers_;
+  std::shared_ptr<Arena> arena_;
+  std::unique_ptr<Pinned> pinned_;
+  DeviceLinks links_;
+  Book* book_ = nullptr;
+  uint64_t* gates_ = nullptr;           // the gates, then the two words that DeviceLinks::failed names
+  uint64_t ticket_ = 0;
+  Status broken_;
+
+  struct Pool {
+    std::mutex mutex;
+    std::vector<std::unique_ptr<DevicePlan>> idle;
+  };
+  std::shared_ptr<Pool> pool_ = std::make_shared<Pool>();
+};
+
+}  // namespace moecomm::cuda

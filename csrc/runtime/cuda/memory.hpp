@@ -1,0 +1,75 @@
+// Owners of the cuda world's memory: DeviceMemory (allocated here, or a peer's), Pinned (host memory that kernels
+// write), DeviceBlock (a held piece of a window).
+#pragma once
+#include <memory>
+#include <string>
+
+#include "runtime/memory.hpp"
+
+namespace moecomm::cuda {
+
+// Throws std::runtime_error with CUDA's own words.
+void require(int error, const char* what);
+
+// Makes a device current for a scope.
+class OnDevice {
+ public:
+  explicit OnDevice(int device);
+  ~OnDevice();
+
+ private:
+  int before_;
+};
+
+class DeviceMemory {
+ public:
+  static std::shared_ptr<DeviceMemory> create(int device, uint64_t bytes);               // zero-filled
+  static std::shared_ptr<DeviceMemory> open(int device, const std::string& handle);      // another process's, by export_handle()
+  ~DeviceMemory();
+  DeviceMemory(const DeviceMemory&) = delete;
+  DeviceMemory& operator=(const DeviceMemory&) = delete;
+
+  char* data() const { return data_; }
+  uint64_t bytes() const { return bytes_; }
+  std::string export_handle() const;   // CUDA IPC; valid while this object lives
+
+ private:
+  DeviceMemory(int device, char* data, uint64_t bytes, bool opened) : device_(device), data_(data), bytes_(bytes), opened_(opened) {}
+  int device_;
+  char* data_;
+  uint64_t bytes_;
+  bool opened_;
+};
+
+// Zero-filled; every device sees it at the same address.
+class Pinned {
+ public:
+  explicit Pinned(uint64_t bytes);
+  ~Pinned();
+  Pinned(const Pinned&) = delete;
+  Pinned& operator=(const Pinned&) = delete;
+  char* data() const { return data_; }
+
+ private:
+  char* data_ = nullptr;
+};
+
+// As Block, in a window on a GPU. A piece that is released may be taken by the next call at once: its users must
+// have been enqueued on the stream of that call, or have finished.
+class DeviceBlock {
+ public:
+  DeviceBlock(std::shared_ptr<DeviceMemory> memory, std::shared_ptr<Arena> arena, uint64_t offset, uint64_t bytes);
+  ~DeviceBlock();
+  DeviceBlock(const DeviceBlock&) = delete;
+  DeviceBlock& operator=(const DeviceBlock&) = delete;
+  char* data() const { return memory_->data() + offset_; }
+  uint64_t offset() const { return offset_; }
+  uint64_t bytes() const { return bytes_; }
+
+ private:
+  std::shared_ptr<DeviceMemory> memory_;
+  std::shared_ptr<Arena> arena_;
+  uint64_t offset_, bytes_;
+};
+
+}  // namespace moecomm::cuda

@@ -1,0 +1,210 @@
+"""The CUDA runtime for Python: marshal, release the GIL, make one call. moecomm.cuda documents and validates."""
+from collections import namedtuple
+
+from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
+from libcpp cimport bool
+from libcpp.memory cimport make_shared, shared_ptr
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+from moecomm._native cimport capi, cudaapi
+
+# By the numbers of capi.Code and capi.Phase.
+_CODES = ("ok", "invalid", "timeout", "lost", "capacity", "mismatch", "corrupt")
+_PHASES = ("none", "announce", "counts", "send", "forward", "arrive", "publish", "reduce", "sum", "done", "flush")
+
+Failure = namedtuple("Failure", "code phase peer detail expected got")
+
+
+cdef _failure(const capi.Status& s):
+    if s.code == capi.Code.ok:
+        return None
+    return Failure(_CODES[<int>s.code], _PHASES[<int>s.phase], s.peer, s.detail, s.expected, s.got)
+
+
+cdef class Block:
+    """A piece of the window that tensors are views of; freed with the last of them."""
+    cdef shared_ptr[cudaapi.DeviceBlock] b
+
+    @property
+    def __cuda_array_interface__(self):
+        return {"shape": (self.b.get().bytes(),), "typestr": "|u1", "data": (<uintptr_t>self.b.get().data(), False), "version": 3}
+
+    @property
+    def nbytes(self):
+        return self.b.get().bytes()
+
+    @property
+    def address(self):
+        return <uintptr_t>self.b.get().data()
+
+
+cdef class Counts:
+    """int64 counts in a plan's device memory."""
+    cdef shared_ptr[cudaapi.DevicePlan] p
+    cdef int64_t* data
+    cdef int n
+
+    @property
+    def __cuda_array_interface__(self):
+        return {"shape": (self.n,), "typestr": "<i8", "data": (<uintptr_t>self.data, False), "version": 3}
+
+
+cdef class Plan:
+    """Where every row of one routing goes, in device memory."""
+    cdef shared_ptr[cudaapi.DevicePlan] p
+
+    @property
+    def tokens(self):
+        return self.p.get().view.tokens
+
+    def rows(self, int local_rank):
+        return self.p.get().num_rows
+
+    def tokens_per_expert(self, int n):
+        return self._counts(n, False)
+
+    def rows_per_expert(self, int n):
+        return self._counts(n, True)
+
+    cdef _counts(self, int n, bint padded):
+        cdef Counts c = Counts.__new__(Counts)
+        c.p = self.p
+        c.data = self.p.get().view.rows_per_expert if padded else self.p.get().view.tokens_per_expert
+        c.n = n
+        return c
+
+    @property
+    def by_rank(self):
+        return self.p.get().view.call.layout == capi.RowLayout.rank
+
+
+cdef class Buffer:
+    cdef shared_ptr[cudaapi.DeviceBuffer] b
+    cdef capi.Shape shape
+
+    def __cinit__(self, geometry, bint threads, int device, hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes, bint check,
+                  spread, double timeout):
+        cdef capi.Geometry g
+        cdef cudaapi.Spread s
+        g.rank, g.size, g.ranks_per_node = geometry
+        s.sms, s.warps, s.senders, s.stage_bytes = spread
+        self.shape.hidden = hidden
+        self.shape.dtype = <capi.DType><int>dtype
+        self.shape.num_experts = num_experts
+        self.shape.top_k = top_k
+        self.shape.max_tokens = max_tokens
+        self.shape.channels = channels
+        self.shape.arena_bytes = arena_bytes
+        with nogil:
+            self.b = make_shared[cudaapi.DeviceBuffer](g, self.shape, check, device, threads, s, timeout)
+
+    def card(self):
+        return <bytes>self.b.get().card()
+
+    def connect(self, list cards):
+        cdef vector[string] c = cards
+        with nogil:
+            self.b.get().connect(c)
+
+    def connected(self):
+        pass
+
+    def release(self):
+        with nogil:
+            self.b.reset()
+
+    def dispatch(self, uintptr_t x, uintptr_t scales, uintptr_t ids, bint ids_are_int32, uintptr_t weights, int tokens,
+                 bint by_rank, int alignment, int64_t capacity, uint64_t row_bytes, uint64_t scale_bytes, Plan plan, int scale_kind,
+                 bint scales_by_column, uintptr_t stream):
+        """(Plan, Block of the rows, Block of the output) or a Failure. Enqueued on `stream`."""
+        cdef cudaapi.DeviceDispatchCall call
+        cdef Block out = Block.__new__(Block), output = Block.__new__(Block)
+        cdef capi.Status s
+        cdef cudaapi.DeviceBuffer* buffer = self.b.get()
+        call.x = <const char*>x
+        call.scales = <const char*>scales
+        if ids_are_int32:
+            call.ids32 = <const int32_t*>ids
+        else:
+            call.ids64 = <const int64_t*>ids
+        call.weights = <const float*>weights
+        call.tokens = tokens
+        call.cached = plan is not None
+        call.shape.layout = capi.RowLayout.rank if by_rank else capi.RowLayout.expert
+        call.shape.alignment = alignment
+        call.shape.capacity = capacity
+        call.shape.row_bytes = row_bytes
+        call.shape.scale_bytes = scale_bytes
+        call.shape.scales = <capi.ScaleKind>scale_kind
+        call.shape.scales_by_column = scales_by_column
+        call.stream = <void*>stream
+        if plan is None:
+            plan = Plan.__new__(Plan)
+            plan.p = buffer.new_plan()
+        with nogil:
+            s = buffer.dispatch(call, plan.p.get()[0], out.b, output.b)
+        if s.code != capi.Code.ok:
+            return _failure(s)
+        return plan, out, output
+
+    def combine(self, uintptr_t rows, uintptr_t weights, uintptr_t y, uintptr_t bias, int64_t bias_stride, Plan plan, Block output,
+                uintptr_t back, uintptr_t slots, int wire, uintptr_t stream):
+        """None or a Failure. Enqueued on `stream`."""
+        cdef cudaapi.DeviceCombineCall call
+        cdef capi.Status s
+        cdef cudaapi.DeviceBuffer* buffer = self.b.get()
+        call.rows = <const char*>rows
+        call.weights = <const float*>weights
+        call.back = <const float*>back
+        call.y = <char*>y
+        call.slots = <float*>slots
+        call.bias = <const float*>bias
+        call.bias_stride = bias_stride
+        call.wire = <capi.Wire>wire
+        call.stream = <void*>stream
+        with nogil:
+            s = buffer.combine(call, plan.p.get()[0], output.b.get()[0])
+        return _failure(s)
+
+    def fault(self):
+        """What kernels have reported so far, or None."""
+        return _failure(self.b.get().fault())
+
+    def owns(self, Plan plan):
+        return plan.p.get().owner == <const void*>self.b.get()
+
+    def block_layout(self, Plan plan, uint64_t rows, uint64_t row_bytes, uint64_t scale_bytes, bint scales_by_column=False):
+        """Offsets of rows, scales, weights, ids and source in the block of a dispatch of such rows."""
+        cdef capi.CallShape call = plan.p.get().view.call
+        call.row_bytes = row_bytes
+        call.scale_bytes = scale_bytes
+        call.scales_by_column = scales_by_column
+        cdef capi.BlockLayout l = capi.block_layout(rows, call, self.shape.top_k)
+        return l.rows, l.scales, l.weights, l.ids, l.source
+
+    def arena(self):
+        """(bytes held, blocks held, bytes in all)"""
+        return self.b.get().arena().held_bytes(), self.b.get().arena().held_blocks(), self.b.get().arena().capacity()
+
+    def take_counters(self):
+        cdef capi.Counters c
+        with nogil:
+            c = self.b.get().take_counters()
+        return c
+
+
+def device_limits():
+    """(bytes of shared memory that a block may have, multiprocessors) of the current device."""
+    cdef int size = 0, sms = 0
+    cdef int error = cudaapi.shared_bytes_limit(&size, &sms)
+    if error:
+        raise RuntimeError((<bytes>cudaapi.error_text(error)).decode())
+    return size, sms
+
+
+def shared_bytes(spread):
+    """Bytes of shared memory of a block for (sms, warps, senders, stage bytes)."""
+    cdef cudaapi.Spread s
+    s.sms, s.warps, s.senders, s.stage_bytes = spread
+    return cudaapi.shared_bytes(s)

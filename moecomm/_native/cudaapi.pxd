@@ -1,0 +1,71 @@
+# The CUDA runtime as Cython sees it: declarations only.
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libcpp cimport bool
+from libcpp.memory cimport shared_ptr, unique_ptr
+from libcpp.string cimport string
+from libcpp.vector cimport vector
+
+from moecomm._native cimport capi
+
+cdef extern from "world/cuda/launch.hpp" namespace "moecomm::cuda" nogil:
+    cdef cppclass Spread:
+        int32_t sms
+        int32_t warps
+        int32_t senders
+        uint32_t stage_bytes
+
+    int shared_bytes_limit(int* bytes, int* sms)
+    uint32_t shared_bytes(const Spread&)
+    const char* error_text(int error)
+
+cdef extern from "runtime/cuda/memory.hpp" namespace "moecomm::cuda" nogil:
+    cdef cppclass DeviceBlock:
+        char* data()
+        uint64_t offset()
+        uint64_t bytes()
+
+cdef extern from "runtime/plan.hpp" namespace "moecomm" nogil:
+    cdef cppclass PlanView:
+        int32_t tokens
+        int64_t* tokens_per_expert
+        int64_t* rows_per_expert
+        capi.CallShape call
+
+cdef extern from "runtime/cuda/buffer.hpp" namespace "moecomm::cuda" nogil:
+    cdef cppclass DevicePlan:
+        PlanView view
+        int64_t num_rows
+        const void* owner
+
+    cdef cppclass DeviceDispatchCall:
+        const char* x
+        const char* scales
+        const int64_t* ids64
+        const int32_t* ids32
+        const float* weights
+        int32_t tokens
+        bool cached
+        capi.CallShape shape
+        void* stream
+
+    cdef cppclass DeviceCombineCall:
+        const char* rows
+        const float* weights
+        const float* back
+        char* y
+        float* slots
+        const float* bias
+        int64_t bias_stride
+        capi.Wire wire
+        void* stream
+
+    cdef cppclass DeviceBuffer:
+        DeviceBuffer(capi.Geometry, capi.Shape, bool check, int device, bool threads, Spread, double timeout) except +
+        string card() except +
+        void connect(const vector[string]&) except +
+        shared_ptr[DevicePlan] new_plan() except +
+        capi.Status dispatch(const DeviceDispatchCall&, DevicePlan&, shared_ptr[DeviceBlock]&, shared_ptr[DeviceBlock]&) except +
+        capi.Status combine(const DeviceCombineCall&, DevicePlan&, const DeviceBlock&) except +
+        capi.Status fault() except +
+        capi.Counters take_counters() except +
+        const capi.Arena& arena()
