@@ -6,9 +6,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.built
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-SOURCES := setup.py $(shell find csrc moecomm -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.pyx' -o -name '*.pxd' | grep -v _native/.*cpp)
+SOURCES := setup.py $(shell find csrc moecomm -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' -o -name '*.pyx' -o -name '*.pxd' | grep -v _native/.*cpp)
 
-.PHONY: help bench test explore build clean transformers
+.PHONY: help bench test explore build cuda-check clean transformers
 help:       ## this list
 	@grep -hE '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -46,6 +46,10 @@ $(HF)/.ready: $(VENV)/.ready
 	$(HF)/bin/python -c 'import torch'
 	timeout 300 $(HF)/bin/python -m pip install -q 'transformers>=5.23' accelerate || { rm -rf $(HF); exit 1; }
 	@touch $@
+
+cuda-check: $(READY) ## the CUDA sources, as far as they can be checked without a GPU
+	@$(PY) -c 'import nvidia.cu13, os; assert os.path.exists(nvidia.cu13.__path__[0] + "/bin/nvdisasm")' 2>/dev/null || $(PY) -m pip install -q nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
+	@$(PY) tools/cuda_check.py
 
 clean:      ## all that was built
 	rm -rf $(VENV) $(HF) build dist *.egg-info moecomm/_native/*.so moecomm/_native/*.cpp

@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from . import ops
+from . import cuda, ops
 from ._native import core
 from ._native.quant import scale_words
 from .balance.replicas import Replicas
@@ -95,7 +95,12 @@ class Buffer:
             self._replicas = Replicas(comm, placement, num_experts, replicas, activate, renormalize, monitor)
             num_experts = placement.num_slots   # from here on, experts are slots
         _check_shape(comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank)
-        if channels is None:
+        on_gpu = comm.device.type == "cuda"
+        if on_gpu:
+            plan = cuda.plan_of(comm, hidden=hidden, num_experts=num_experts, top_k=top_k, max_tokens=max_tokens, dtype=dtype, num_sms=num_sms,
+                                channels=channels or env.channels or None)
+            channels = plan.channels
+        elif channels is None:
             channels = env.channels or _default_channels(comm.num_nodes)
         if arena_bytes is None:
             arena_bytes = _arena_bytes(comm.size, hidden, num_experts, top_k, max_tokens, dtype)
@@ -106,7 +111,10 @@ class Buffer:
                                        channels=channels, arena_bytes=arena_bytes, decode=decode, check=env.check,
                                        placement=None if placement is None else placement.digest))
         comm._require_equal("Buffer", everyone)
-        self._native = core.Buffer(comm._native, hidden, _DTYPES[dtype], num_experts, top_k, max_tokens, channels, arena_bytes, env.check)
+        if on_gpu:
+            self._native = cuda.NativeBuffer(comm, plan, hidden, _DTYPES[dtype], num_experts, top_k, max_tokens, arena_bytes, env.check)
+        else:
+            self._native = core.Buffer(comm._native, hidden, _DTYPES[dtype], num_experts, top_k, max_tokens, channels, arena_bytes, env.check)
         self._native.connect(comm._bootstrap.allgather(self._native.card()))
         comm._bootstrap.barrier()
         self._native.connected()
@@ -366,31 +374,31 @@ class Buffer:
             choices = "None for float64" if self.dtype == torch.float64 else "one of " + ", ".join(map(repr, _WIRES))
             raise InvalidArgument(f"{op}: wire is {wire!r}; expected {choices}", op=op)
         n, tokens = handle.num_rows, handle.num_tokens
-        if rows.dtype != self.dtype or rows.device.type != "cpu" or tuple(rows.shape) != (n, self.hidden) or not rows.is_contiguous():
-            raise InvalidArgument(f"{op}: rows is {_describe(rows)}; expected contiguous {self.dtype} [{n}, {self.hidden}] on cpu", op=op)
+        if rows.dtype != self.dtype or rows.device != self.comm.device or tuple(rows.shape) != (n, self.hidden) or not rows.is_contiguous():
+            raise InvalidArgument(f"{op}: rows is {_describe(rows)}; expected contiguous {self.dtype} [{n}, {self.hidden}] on {self.comm.device}", op=op)
         if topk_weights is not None:
             if handle.layout == "rank":
                 raise InvalidArgument(f"{op}: topk_weights is given; in the rank layout the experts have applied them, expected None", op=op)
             self._check_floats(op, "topk_weights", topk_weights, (n,))
-        if bias is not None and (bias.device.type != "cpu" or not bias.is_floating_point()
+        if bias is not None and (bias.device != self.comm.device or not bias.is_floating_point()
                                  or tuple(bias.shape) not in ((self.hidden,), (tokens, self.hidden))):
-            raise InvalidArgument(f"{op}: bias is {_describe(bias)}; expected [{self.hidden}] or [{tokens}, {self.hidden}] on cpu", op=op)
-        if out is not None and (out.dtype != self.dtype or out.device.type != "cpu" or tuple(out.shape) != (tokens, self.hidden)
+            raise InvalidArgument(f"{op}: bias is {_describe(bias)}; expected [{self.hidden}] or [{tokens}, {self.hidden}] on {self.comm.device}", op=op)
+        if out is not None and (out.dtype != self.dtype or out.device != self.comm.device or tuple(out.shape) != (tokens, self.hidden)
                                 or not out.is_contiguous()):
-            raise InvalidArgument(f"{op}: out is {_describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on cpu", op=op)
+            raise InvalidArgument(f"{op}: out is {_describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on {self.comm.device}", op=op)
 
     def _check_back(self, back, handle):
         self._check_floats("combine_slots", "back", back, (handle.num_rows,) if handle.layout == "expert" else (handle.num_rows, self.top_k))
 
     def _combine_natively(self, rows, handle, topk_weights, bias, out=None, wire=None, back=None):
         tokens = handle.num_tokens
-        y = torch.empty((tokens, self.hidden), dtype=self.dtype) if out is None else out
+        y = torch.empty((tokens, self.hidden), dtype=self.dtype, device=self.comm.device) if out is None else out
         bias_stride = 0
         if bias is not None:
             bias = bias.to(torch.float32).contiguous()
             bias_stride = self.hidden if bias.dim() == 2 else 0
         # A rank without tokens asks for slots too: its peers' values pass through it.
-        slots = None if back is None else torch.empty((max(tokens, 1), self.top_k), dtype=torch.float32)
+        slots = None if back is None else torch.empty((max(tokens, 1), self.top_k), dtype=torch.float32, device=self.comm.device)
         ticket = handle._ticket
         began = self._recorder and self._recorder.start()
         failure = self._native.combine(rows.data_ptr(), 0 if topk_weights is None else topk_weights.data_ptr(), y.data_ptr(),
@@ -448,6 +456,8 @@ class Buffer:
         """
         if self._decode is None or self._closed or self.comm._closed:
             self._require_open("decode_dispatch")
+            if self.comm.device.type == "cuda":
+                raise InvalidArgument("decode_dispatch: the cuda world has no decode path yet; expected dispatch with a capacity", op="decode_dispatch")
             self._decode = Decode(self)
         if self._replicas is None:
             return self._decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
@@ -544,7 +554,10 @@ class Buffer:
             with torch.set_grad_enabled(through_ops):   # the mode is a thread's own
                 return run(first, *rest)
 
-        return Pending(self.comm._submit, work, (first, rest), lambda result: self._run_hooks("post_" + op, result))
+        then = lambda result: self._run_hooks("post_" + op, result)   # noqa: E731
+        if self.comm.device.type == "cuda":
+            return cuda.Pending(self.comm, work, (first, rest), then)
+        return Pending(self.comm._submit, work, (first, rest), then)
 
     def use(self, placement):
         """Serve the batches from here on by another placement of the same shape. Collective: no batch mixes two of them.
@@ -595,8 +608,8 @@ class Buffer:
 
     def _check_x(self, op, x, scales, packed=False):
         want = self.dtype if scales is None else torch.float8_e4m3fn
-        if x.dtype != want or x.device.type != "cpu" or x.dim() != 2 or x.shape[1] != self.hidden or not x.is_contiguous():
-            raise InvalidArgument(f"{op}: x is {_describe(x)}; expected contiguous {want} [T, {self.hidden}] on cpu", op=op)
+        if x.dtype != want or x.device != self.comm.device or x.dim() != 2 or x.shape[1] != self.hidden or not x.is_contiguous():
+            raise InvalidArgument(f"{op}: x is {_describe(x)}; expected contiguous {want} [T, {self.hidden}] on {self.comm.device}", op=op)
         tokens = x.shape[0]
         if tokens > self.max_tokens:
             raise InvalidArgument(f"{op}: x has {tokens} tokens; expected at most max_tokens = {self.max_tokens}", op=op)
@@ -604,9 +617,9 @@ class Buffer:
             self._check_fp8_rows(op)
             kinds = (1, 2) if packed else (1,)
             want = {_SCALE_DTYPES[kind]: (tokens, scale_words(self.hidden, kind)) for kind in kinds}
-            if want.get(scales.dtype) != tuple(scales.shape) or scales.device.type != "cpu" or not scales.is_contiguous():
+            if want.get(scales.dtype) != tuple(scales.shape) or scales.device != self.comm.device or not scales.is_contiguous():
                 expected = " or ".join(f"{dtype} {list(shape)}" for dtype, shape in want.items())
-                raise InvalidArgument(f"{op}: scales is {_describe(scales)}; expected contiguous {expected} on cpu", op=op)
+                raise InvalidArgument(f"{op}: scales is {_describe(scales)}; expected contiguous {expected} on {self.comm.device}", op=op)
         return tokens
 
     def _check_fp8_rows(self, op):
@@ -628,12 +641,12 @@ class Buffer:
             raise InvalidArgument(f"{op}: scale_layout is 'column' and rows are not quantized; expected 'row'", op=op)
 
     def _check_picks(self, op, name, t, tokens, dtypes):
-        if t.dtype not in dtypes or t.device.type != "cpu" or tuple(t.shape) != (tokens, self.top_k) or not t.is_contiguous():
-            raise InvalidArgument(f"{op}: {name} is {_describe(t)}; expected contiguous {' or '.join(map(str, dtypes))} [{tokens}, {self.top_k}] on cpu", op=op)
+        if t.dtype not in dtypes or t.device != self.comm.device or tuple(t.shape) != (tokens, self.top_k) or not t.is_contiguous():
+            raise InvalidArgument(f"{op}: {name} is {_describe(t)}; expected contiguous {' or '.join(map(str, dtypes))} [{tokens}, {self.top_k}] on {self.comm.device}", op=op)
 
     def _check_floats(self, op, name, t, shape):
-        if t.dtype != torch.float32 or t.device.type != "cpu" or tuple(t.shape) != shape or not t.is_contiguous():
-            raise InvalidArgument(f"{op}: {name} is {_describe(t)}; expected contiguous torch.float32 {list(shape)} on cpu", op=op)
+        if t.dtype != torch.float32 or t.device != self.comm.device or tuple(t.shape) != shape or not t.is_contiguous():
+            raise InvalidArgument(f"{op}: {name} is {_describe(t)}; expected contiguous torch.float32 {list(shape)} on {self.comm.device}", op=op)
 
     def _handle_of(self, ticket):
         return Handle(self, ticket.layout, ticket.capacity, ticket.plan.rows(self.comm.local_rank), ticket.plan.tokens, ticket)

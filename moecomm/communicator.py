@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from . import bootstrap
+from . import bootstrap, cuda
 from ._native import core
 from ._version import __version__
 from .env import Environment
@@ -33,14 +33,14 @@ class Communicator:
     ranks_per_node : int, optional
         Consecutive ranks that share memory. None: the ranks that are on one host.
     device : str or torch.device, optional
-        "cpu" (the only world built so far).
+        "cpu", or "cuda" (the current GPU, or the one named; it may differ between ranks, and several may share one).
     timeout : float
         Seconds that any wait may last.
 
     Raises
     ------
     InvalidArgument
-        The ranks do not divide into nodes of ranks_per_node, or a node spans hosts.
+        The ranks do not divide into nodes of ranks_per_node, or a node spans hosts; the cuda world cannot be used here.
     ConfigMismatch
         Ranks disagree about ranks_per_node, device, timeout or the version of moecomm.
     PeerTimeout
@@ -51,8 +51,11 @@ class Communicator:
 
     def __init__(self, group=None, *, ranks_per_node=None, device=None, timeout=30.0):
         device = torch.device("cpu" if device is None else device)
-        if device.type != "cpu":
-            raise InvalidArgument(f"device: got {device}; this build has the cpu world only (python -m moecomm info)", op="Communicator")
+        if device.type == "cuda":
+            cuda.require("Communicator")
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        elif device.type != "cpu":
+            raise InvalidArgument(f"device: got {device}; expected cpu or cuda", op="Communicator")
         if not timeout > 0:
             raise InvalidArgument(f"timeout: got {timeout}; expected seconds > 0", op="Communicator")
         self._bootstrap = boot = bootstrap.find(group, timeout)
@@ -60,7 +63,7 @@ class Communicator:
         self._native = None
         self._closed = False
         self._executor = None
-        same = {"version": __version__, "ranks_per_node": ranks_per_node, "device": str(device), "timeout": float(timeout)}
+        same = {"version": __version__, "ranks_per_node": ranks_per_node, "device": device.type, "timeout": float(timeout)}
         everyone = self._exchange((same, None if boot.threads else _host_identity()))
         self._require_equal("Communicator", [s for s, _ in everyone])
         self.ranks_per_node = self._node_size(ranks_per_node, [host for _, host in everyone])
@@ -69,14 +72,20 @@ class Communicator:
         rail = Environment().rail
         if rail not in ("auto", "ucx", "loopback"):
             raise InvalidArgument(f"MOECOMM_RAIL: got {rail!r}; expected auto, ucx or loopback", op="Communicator")
+        self._stream = None   # of asynchronous calls, in the cuda world
         if self.num_nodes == 1:
             rail = "none"
+        elif device.type == "cuda":
+            rail = "loopback"
+            if len({host for _, host in everyone}) > 1:
+                raise InvalidArgument("device: got 'cuda' with nodes on several hosts; this build joins nodes of one host only", op="Communicator",
+                                      rank=self.rank)
         elif rail == "auto":
             rail = "loopback" if boot.threads else "ucx"
         elif rail == "loopback" and not boot.threads:
             raise InvalidArgument("MOECOMM_RAIL: got 'loopback'; processes need ucx between nodes", op="Communicator")
         self.rail = rail
-        self._native = core.Communicator(self.rank, self.size, self.ranks_per_node, boot.threads, rail, self.timeout)
+        self._native = core.Communicator(self.rank, self.size, self.ranks_per_node, boot.threads, "none" if device.type == "cuda" else rail, self.timeout)
         self._native.connect(boot.allgather(self._native.card()))
         boot.barrier()
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
 
 import torch
 
-from . import env
+from . import cuda, env
 from ._native import core
 from ._version import __version__
 
@@ -21,11 +20,8 @@ def arguments(parser):
 def worlds():
     """{world: (available, why or why not)}"""
     found = {"cpu": (True, f"row kernels for {core.isa()}; nodes joined by UCX {core.ucx_version()}")}
-    nvcc = shutil.which("nvcc")
-    if not torch.cuda.is_available():
-        found["cuda"] = (False, f"torch {torch.__version__} sees no GPU" + ("" if nvcc else ", and nvcc is not on PATH"))
-    else:
-        found["cuda"] = (False, "this build has no CUDA extension")
+    reason = cuda.why_not()
+    found["cuda"] = (reason is None, reason or torch.cuda.get_device_name())
     return found
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
-from . import bootstrap
+import torch
+
+from . import bootstrap, cuda
 from .communicator import Communicator
 from .errors import InvalidArgument, MoecommError
 
@@ -17,7 +20,7 @@ def run_local(fn, size, *, ranks_per_node=None, device="cpu", timeout=30.0):
     fn : callable
         Called with a Communicator of its own in every thread.
     size, ranks_per_node, device, timeout
-        As for Communicator.
+        As for Communicator. "cuda" deals the ranks out over all GPUs; "cuda:0" lets them share one.
 
     Raises
     ------
@@ -27,6 +30,9 @@ def run_local(fn, size, *, ranks_per_node=None, device="cpu", timeout=30.0):
     """
     if not isinstance(size, int) or size < 1:
         raise InvalidArgument(f"size: got {size!r}; expected an int >= 1", op="run_local")
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        cuda.prepare_threads()
     world = bootstrap.ThreadWorld(size, timeout)
     results, errors = [None] * size, []
     lock = threading.Lock()
@@ -35,9 +41,11 @@ def run_local(fn, size, *, ranks_per_node=None, device="cpu", timeout=30.0):
     def rank_main(rank):
         comm = None
         try:
-            comm = Communicator(bootstrap.Thread(world, rank), ranks_per_node=ranks_per_node, device=device, timeout=timeout)
+            where = cuda.spread_over_gpus(device, rank) if on_gpu else device
+            comm = Communicator(bootstrap.Thread(world, rank), ranks_per_node=ranks_per_node, device=where, timeout=timeout)
             comms[rank] = comm
-            results[rank] = fn(comm)
+            with cuda.own_stream(comm.device) if on_gpu else contextlib.nullcontext():
+                results[rank] = fn(comm)
         except BaseException as error:  # noqa: BLE001 - handed to the caller
             with lock:
                 errors.append((rank, error))

@@ -105,10 +105,10 @@ def _dispatch_fake(x, topk_ids, topk_weights, scales, buffer, layout, expert_ali
     b = buffer_of(buffer)
     n = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
     by_rank = layout == "rank"
-    counts = topk_ids.new_empty(b.experts_per_rank, dtype=torch.int64, device="cpu")
+    counts = topk_ids.new_empty(b.experts_per_rank, dtype=torch.int64, device=b.comm.device)
     return (x.new_empty(n, x.shape[1]), x.new_empty(0, dtype=torch.float32) if scales is None else scales.new_empty(n, scales.shape[1]),
             x.new_empty((n, b.top_k) if by_rank else (n,), dtype=torch.float32), x.new_empty((n, b.top_k) if by_rank else (0,), dtype=torch.int64),
-            x.new_empty(n, dtype=torch.int64), counts, torch.empty_like(counts), counts.new_empty(1))
+            x.new_empty(n, dtype=torch.int64), counts, torch.empty_like(counts), counts.new_empty(1, device="cpu"))
 
 
 def _dispatch_context(ctx, inputs, output):

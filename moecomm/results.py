@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from . import ops
+from . import cuda, ops
 
 
 class Dispatched:
@@ -175,6 +175,14 @@ def view(block, offset, dtype, shape):
     count = 1
     for n in shape:
         count *= n
+    on_gpu = hasattr(block, "__cuda_array_interface__")
     if count == 0:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cuda" if on_gpu else "cpu")
+    if on_gpu:
+        return cuda.tensor_of(block, offset, dtype, shape)
     return torch.frombuffer(block, dtype=dtype, count=count, offset=offset).view(shape)
+
+
+def _counts(counts):
+    """A tensor of a plan's counts, where the buffer's tensors are."""
+    return cuda.counts_of(counts) if hasattr(counts, "__cuda_array_interface__") else torch.tensor(counts)

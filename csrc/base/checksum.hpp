@@ -1,4 +1,4 @@
-// Row checksum of MOECOMM_CHECK=1: order-sensitive, 8 bytes at a time; for finding errors, not forgers.
+// Row checksum of MOECOMM_CHECK=1: order-sensitive, 8 bytes at a time (rows start on 8); for finding errors, not forgers.
 #pragma once
 #include <cstring>
 
@@ -9,12 +9,20 @@ namespace moecomm {
 MOE_HD inline uint64_t row_checksum(const void* row, uint64_t bytes, uint64_t seed) {
   const unsigned char* p = static_cast<const unsigned char*>(row);
   uint64_t h = seed * 0x9E3779B97F4A7C15ull + bytes;
-  for (uint64_t i = 0; i < bytes; i += 8) {
-    uint64_t w = 0;
-    memcpy(&w, p + i, bytes - i < 8 ? bytes - i : 8);
+  const auto mix = [&](uint64_t w) {
     h = (h ^ w) * 0xFF51AFD7ED558CCDull;
     h ^= h >> 32;
+  };
+  uint64_t i = 0;
+  for (; i + 8 <= bytes; i += 8) {
+    uint64_t w;
+    memcpy(&w, __builtin_assume_aligned(p + i, 8), 8);
+    mix(w);
   }
+  if (i == bytes) return h;
+  uint64_t rest = 0;   // byte by byte: a GPU has no memory to copy an odd number of them to
+  for (int shift = 0; i < bytes; ++i, shift += 8) rest |= static_cast<uint64_t>(p[i]) << shift;
+  mix(rest);
   return h;
 }
 

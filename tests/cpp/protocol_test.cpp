@@ -114,7 +114,7 @@ void one_round(World& w, const Case& c, const Shape& shape, int r, int round, co
   std::vector<int32_t> apart(c.channels * c.nodes * me.view.count.ints);
   const DispatchWork work{a, offer, apart.data()};
   const Status s = c.workers == 0 ? execute(c.lanes, [&](auto group) { return run_dispatch(group, me.fabric(), a, offer); })
-                                  : run_seats(me, c.workers, c.senders, c.lanes, [&](auto group, auto fabric, auto gates, const Seat& seat) {
+                                  : run_seats(me, c.workers, c.senders, c.lanes, [&](auto group, auto fabric, auto gates, Seat seat) {
                                       return dispatch_seat(group, fabric, gates, work, seat, [] {});
                                     });
   if (!CHECK_EQ(s.code, Code::ok)) return;
@@ -179,7 +179,7 @@ void one_round(World& w, const Case& c, const Shape& shape, int r, int round, co
   b.wire = wire_of(c, r);
   me.begin();
   const Status back = c.workers == 0 ? execute(c.lanes, [&](auto group) { return run_combine(group, me.fabric(), b); })
-                                     : run_seats(me, c.workers, c.senders, c.lanes, [&](auto group, auto fabric, auto gates, const Seat& seat) {
+                                     : run_seats(me, c.workers, c.senders, c.lanes, [&](auto group, auto fabric, auto gates, Seat seat) {
                                          return combine_seat(group, fabric, gates, b, seat);
                                        });
   if (!CHECK_EQ(back.code, Code::ok)) return;

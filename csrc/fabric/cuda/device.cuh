@@ -146,9 +146,11 @@ struct DeviceFabric {
  private:
   template <class Target>
   __device__ void bulk(Warp g, const char* src, uint64_t bytes, int count, Target&& target) const {
-    ptx::proxy_fence();   // each lane: what it stored may be the source
     g.sync();
-    if (g.lane() == 0) scratch->pipe.copy(src, bytes, count, target);
+    if (g.lane() == 0) {
+      ptx::proxy_fence();   // what the lanes stored before the sync may be the source
+      scratch->pipe.copy(src, bytes, count, target);
+    }
     g.sync();
   }
   __device__ static void copy_words(Warp g, char* dst, const char* src, uint64_t bytes) {

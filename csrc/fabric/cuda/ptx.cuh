@@ -53,7 +53,7 @@ __device__ inline void store16(void* p, uint4 v) {
 
 __device__ inline uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
-__device__ inline void proxy_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
+__device__ inline void proxy_fence() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 __device__ inline void barrier_init(uint64_t* barrier) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(shared_address(barrier)) : "memory");

@@ -62,6 +62,8 @@ struct alignas(128) WarpScratch {
   }
 };
 
+static_assert(sizeof(WarpScratch) <= 2304);   // moecomm.tuning counts on it
+
 MOE_HD constexpr uint32_t warp_shared_bytes(uint32_t stage_bytes) { return sizeof(WarpScratch) + kStages * stage_bytes; }
 
 }  // namespace moecomm

@@ -8,8 +8,8 @@ namespace {
 
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) dispatch_kernel(const __grid_constant__ DispatchLaunch launch) {
   const LoopbackDeviceRail rail{launch.call.links.regions};
-  take_seat(launch.call, rail, [&](Warp g, auto fabric, auto gates, const Seat& seat) {
-    return dispatch_seat(g, fabric, gates, launch.work, seat, [&] {
+  take_seat(launch.call, rail, [&](Warp g, auto fabric, auto gates, Seat seat) {
+    return dispatch_seat(g, fabric, gates, launch.work, seat, [&launch, g] {
       if (g.lane() != 0 || !launch.placed) return;
       const DispatchArgs& a = launch.work.args;
       const int me = a.b.geometry.local();
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) dispatch_kernel(const __gri
 
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) combine_kernel(const __grid_constant__ CombineLaunch launch) {
   const LoopbackDeviceRail rail{launch.call.links.regions};
-  take_seat(launch.call, rail, [&](Warp g, auto fabric, auto gates, const Seat& seat) {
+  take_seat(launch.call, rail, [&](Warp g, auto fabric, auto gates, Seat seat) {
     return combine_seat(g, fabric, gates, launch.args, seat);
   });
 }

@@ -7,7 +7,7 @@
 
 namespace moecomm::cuda {
 
-constexpr int kMaxWarps = 16;   // per block; one block per multiprocessor
+constexpr int kMaxWarps = 12;   // per block, one block per multiprocessor: 168 registers a thread
 
 // How a call is spread over the GPU. moecomm.tuning chooses it.
 struct Spread {

@@ -50,7 +50,7 @@ struct DispatchWork {
 namespace detail {
 
 template <Group G, class F, class Gates, class Placed>
-MOE_HD Status coordinate_dispatch(G g, F f, Gates gates, const DispatchWork& w, const Seat& seat, Placed&& placed) {
+MOE_HD Status coordinate_dispatch(G g, F f, Gates gates, const DispatchWork& w, Seat seat, Placed placed) {
   const DispatchArgs& a = w.args;
   if (!a.cached) MOE_TRY(gates.wait(g, Gate::totals, seat.workers));
   announce(g, f, a);
@@ -66,7 +66,7 @@ MOE_HD Status coordinate_dispatch(G g, F f, Gates gates, const DispatchWork& w, 
 }
 
 template <Group G, class Gates>
-MOE_HD Status make_plan(G g, Gates gates, const DispatchWork& w, const Seat& seat) {
+MOE_HD Status make_plan(G g, Gates gates, const DispatchWork& w, Seat seat) {
   const DispatchArgs& a = w.args;
   const int channels = a.b.shape.channels;
   for (int c = seat.index; c < channels; c += seat.workers) {
@@ -88,7 +88,7 @@ MOE_HD Status make_plan(G g, Gates gates, const DispatchWork& w, const Seat& sea
 
 // `placed` runs on the coordinator, all lanes, when the number of this rank's rows is known.
 template <Group G, class F, class Gates, class Placed>
-MOE_HD Status dispatch_seat(G g, F f, Gates gates, const DispatchWork& w, const Seat& seat, Placed&& placed) {
+MOE_HD Status dispatch_seat(G g, F f, Gates gates, const DispatchWork& w, Seat seat, Placed placed) {
   const DispatchArgs& a = w.args;
   const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
   if (seat.coordinates()) {
@@ -114,7 +114,7 @@ MOE_HD Status dispatch_seat(G g, F f, Gates gates, const DispatchWork& w, const 
 }
 
 template <Group G, class F, class Gates>
-MOE_HD Status combine_seat(G g, F f, Gates gates, const CombineArgs& a, const Seat& seat) {
+MOE_HD Status combine_seat(G g, F f, Gates gates, const CombineArgs& a, Seat seat) {
   const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
   if (seat.coordinates()) {
     MOE_TRY(publish(g, f, a));

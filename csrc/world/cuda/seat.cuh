@@ -9,12 +9,12 @@ namespace moecomm::cuda {
 template <class Fabric>
 struct DeviceGates {
   uint64_t* counts;
-  const Fabric* fabric;
+  Fabric fabric;
 
   __device__ void arrive(Warp g, Gate gate) const {
     g.sync();
     if (g.lane() == 0) {
-      fabric->complete();
+      fabric.complete();
       ptx::add_release_gpu(counts + static_cast<int>(gate), 1);
     }
     g.sync();
@@ -25,9 +25,9 @@ struct DeviceGates {
       Status s;
       for (int polls = 1; s.ok() && ptx::load_acquire_gpu(count) < static_cast<uint64_t>(groups); ++polls) {
         if (polls % kPollsPerCheck) continue;
-        if (fabric->failed()) s = {Code::lost, Phase::none, fabric->links->geometry.rank, 1, 0, 0};
-        else if (ptx::nanoseconds() >= fabric->deadline)
-          s = {Code::timeout, Phase::none, fabric->links->geometry.rank, static_cast<int32_t>(gate), static_cast<uint64_t>(groups), *count};
+        if (fabric.failed()) s = {Code::lost, Phase::none, fabric.links->geometry.rank, 1, 0, 0};
+        else if (ptx::nanoseconds() >= fabric.deadline)
+          s = {Code::timeout, Phase::none, fabric.links->geometry.rank, static_cast<int32_t>(gate), static_cast<uint64_t>(groups), *count};
       }
       ptx::proxy_fence();
       return s;
@@ -46,7 +46,7 @@ __device__ void take_seat(const Call& call, Rail rail, Role&& role) {
   const int workers = seats - 1, senders = call.spread.senders > 0 && call.spread.senders < workers ? call.spread.senders : workers;
   WarpScratch* scratch = WarpScratch::open(shared + warp * warp_shared_bytes(call.spread.stage_bytes), call.spread.stage_bytes, g.lane());
   const DeviceFabric<Rail> fabric{&call.links, rail, scratch, ptx::nanoseconds() + call.timeout_ns};
-  const DeviceGates<DeviceFabric<Rail>> gates{call.gates, &fabric};
+  const DeviceGates<DeviceFabric<Rail>> gates{call.gates, fabric};
   const Status s = role(g, fabric, gates, Seat{index, workers, senders});
   if (g.lane() != 0) return;
   if (!s.ok()) fabric.fail(s);

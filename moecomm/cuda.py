@@ -1,0 +1,173 @@
+"""The cuda world: whether it can be used here, windows on GPUs, and how calls meet streams.
+
+Buffers of a communicator with device="cuda" are those of the cpu world in every respect but these: tensors live on
+the GPU; calls are kernels on the caller's current stream; with a `capacity` nothing waits for the host, so calls
+may be captured into CUDA graphs (call each of them once before); a failure of such a call is raised by a later one.
+
+A piece of the window is free again when the last tensor on it is dropped: use the tensors on the stream of the
+buffer's calls, or synchronize before dropping them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+
+import torch
+
+from . import tuning
+from .errors import InvalidArgument
+
+
+def why_not():
+    """None where the cuda world can be used here, else the reason."""
+    if importlib.util.find_spec("moecomm._native.cuda") is None:
+        return "this build has no CUDA extension: nvcc was not found when moecomm was built (set CUDA_HOME and build again)"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no GPU"
+    return None
+
+
+def require(op):
+    """Refuse where the cuda world cannot be used.
+
+    Raises
+    ------
+    InvalidArgument
+        It cannot, with the reason.
+    """
+    reason = why_not()
+    if reason is not None:
+        raise InvalidArgument(f"device: got 'cuda'; {reason} (python -m moecomm info)", op=op)
+
+
+def native():
+    """The extension module. Loaded on first use: it needs a driver."""
+    return importlib.import_module("moecomm._native.cuda")
+
+
+def prepare_threads():
+    """For rank threads that share a GPU: their kernels must run at once, so their streams need queues of their own.
+
+    Takes effect before the process first touches the GPU.
+    """
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+
+
+def spread_over_gpus(device, rank):
+    """The GPU of a rank thread: the named one, else rank modulo the number of GPUs."""
+    require("run_local")
+    device = torch.device(device)
+    return device if device.index is not None else torch.device("cuda", rank % torch.cuda.device_count())
+
+
+@contextlib.contextmanager
+def own_stream(device):
+    """A rank thread's current stream: on the default one, kernels of several ranks would run after each other, and wait for each other."""
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)) as stream:
+        yield stream
+        torch.cuda.current_stream(device).synchronize()
+
+
+def plan_of(comm, *, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels):
+    """The tuning.Plan of a buffer on this communicator's GPU.
+
+    Raises
+    ------
+    InvalidArgument
+        The ranks on this GPU want more multiprocessors than it has: their kernels wait for each other, so all must run.
+    """
+    with torch.cuda.device(comm.device):
+        shared_bytes, sms = native().device_limits()
+        name = torch.cuda.get_device_name()
+        gpu = str(torch.cuda.get_device_properties(comm.device).uuid)
+    sharing = comm._exchange((gpu, num_sms))
+    wanted = sum(n for other, n in sharing if other == gpu)
+    if wanted > sms:
+        raise InvalidArgument(f"Buffer: num_sms is {num_sms} on each of the ranks that share {name}, {wanted} in all; expected at most its {sms}, "
+                              "since their kernels wait for each other", op="Buffer", rank=comm.rank)
+    traffic = tuning.Traffic(hidden=hidden, num_experts=num_experts, top_k=top_k, max_tokens=max_tokens, ranks=comm.size,
+                             ranks_per_node=comm.ranks_per_node, row_bytes=hidden * dtype.itemsize, shared_gpu=sum(other == gpu for other, _ in sharing))
+    plan = tuning.plan_for(tuning.hardware_of(name, sms, shared_bytes), traffic, num_sms)
+    return plan if channels is None else tuning.replace(plan, channels=channels)
+
+
+class NativeBuffer:
+    """What Buffer calls: the extension's buffer, on the current stream, with one call at a time in stream order."""
+
+    def __init__(self, comm, plan, hidden, dtype, num_experts, top_k, max_tokens, arena_bytes, check):
+        self._device = comm.device
+        self._buffer = native().Buffer((comm.rank, comm.size, comm.ranks_per_node), comm._bootstrap.threads, comm.device.index, hidden, dtype,
+                                       num_experts, top_k, max_tokens, plan.channels, arena_bytes, check, plan.spread(), comm.timeout)
+        self._stream = self._done = None
+        for name in ("card", "connect", "connected", "release", "owns", "block_layout", "arena", "take_counters", "fault"):
+            setattr(self, name, getattr(self._buffer, name))
+
+    def _enqueue(self, call, *args):
+        stream = torch.cuda.current_stream(self._device)
+        if self._stream is not None and stream != self._stream and not torch.cuda.is_current_stream_capturing():
+            stream.wait_event(self._done)   # calls of one buffer do not overlap
+        result = call(*args, stream.cuda_stream)
+        if not torch.cuda.is_current_stream_capturing():
+            self._stream, self._done = stream, stream.record_event()
+        return result
+
+    def dispatch(self, x, scales, ids, ids_are_int32, weights, tokens, by_rank, alignment, capacity, row_bytes, scale_bytes, plan=None,
+                 scale_kind=0, scales_by_column=False):
+        """As the cpu world's."""
+        if capacity < 0 and plan is None and torch.cuda.is_current_stream_capturing():
+            raise InvalidArgument("dispatch: capacity is None while a graph is captured; expected a number of rows, since nothing can wait for the "
+                                  "host there", op="dispatch")
+        return self._enqueue(self._buffer.dispatch, x, scales, ids, ids_are_int32, weights, tokens, by_rank, alignment, capacity, row_bytes,
+                             scale_bytes, plan, scale_kind, scales_by_column)
+
+    def combine(self, rows, weights, y, bias, bias_stride, plan, output, back=0, slots=0, wire=0):
+        """As the cpu world's."""
+        return self._enqueue(self._buffer.combine, rows, weights, y, bias, bias_stride, plan, output, back, slots, wire)
+
+
+class Pending:
+    """A call on the communicator's own stream; keeps its inputs alive until it is waited for.
+
+    .event: after the call; a stream that reads the result waits for it, as wait() makes the current stream do.
+    """
+
+    span = None
+
+    def __init__(self, comm, work, keep, then=None):
+        caller = torch.cuda.current_stream(comm.device)
+        if comm._stream is None:
+            comm._stream = torch.cuda.Stream(comm.device)
+        comm._stream.wait_stream(caller)
+        with torch.cuda.stream(comm._stream):
+            self._result = work()
+            self.event = comm._stream.record_event()
+        self._device, self._keep, self._then = comm.device, keep, then
+
+    def wait(self):
+        """The call's result, after which the current stream may use it. The host does not wait."""
+        torch.cuda.current_stream(self._device).wait_event(self.event)
+        then, self._keep, self._then = self._then, None, None
+        if then is not None:
+            then(self._result)
+        return self._result
+
+    def done(self):
+        """Whether the GPU is through with the call."""
+        return self.event.query()
+
+
+def tensor_of(block, offset, dtype, shape):
+    """A tensor of this shape at an offset (bytes) of a Block, which lives as long as the tensor."""
+    count = dtype.itemsize
+    for n in shape:
+        count *= n
+    whole = torch.as_tensor(block, device="cuda")
+    return whole[offset:offset + count].view(dtype).view(shape)
+
+
+def counts_of(counts):
+    """A copy of int64 counts in a plan, made on the current stream: the plan's memory is used again later."""
+    return torch.as_tensor(counts, device="cuda").clone()
