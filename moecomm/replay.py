@@ -118,12 +118,12 @@ def on_sim(script, hardware=None):
 
     cluster = Cluster(script.size, ranks_per_node=script.ranks_per_node, hardware=hardware or Hardware(), **dict(script.buffer, dtype=script.dtype))
     program = cluster.program()
-    for call in script.calls[:, 0]:
+    for call, coding in zip(script.calls[:, 0], script.calls["coding"]):
+        if len(set(coding)) > 1:
+            raise InvalidArgument(f"--world: got 'sim'; a call's ranks ask for codings {sorted(set(coding))}, which only cpu replays", op="replay")
         plan = int(call["plan"])
         if call["op"] == "combine":
-            if call["coding"]:
-                raise InvalidArgument(f"--world: got 'sim'; the recording has a combine over the wire {str(call['coding'])!r}, which only cpu replays", op="replay")
-            program.combine(handle=plan)
+            program.combine(handle=plan, wire=str(call["coding"]) or None)
             continue
         program.dispatch(None if call["cached"] else script.ids[plan], None if call["cached"] else _all_or_none(script.weights[plan]), handle=plan,
                          layout=str(call["layout"]), expert_alignment=int(call["alignment"]),

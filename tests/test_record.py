@@ -27,7 +27,7 @@ def recording(tmp_path):
         buf.combine(out.handle.rows, out.handle, topk_weights=out.topk_weights)
         first = buf.stats()   # resets the counters, not the recording
         again = buf.dispatch(xs2[r], handle=out.handle, quant="fp8")
-        buf.combine(again.handle.rows, again.handle)
+        buf.combine(again.handle.rows, again.handle, wire="logfmt10")
         by_rank = buf.dispatch(xs2[r], ids2[r].to(torch.int32), layout="rank", capacity=40)
         buf.combine(by_rank.handle.rows, by_rank.handle)
         second = buf.stats()
@@ -45,7 +45,7 @@ def test_what_is_recorded(recording):
     for rank, r in enumerate(ranks):
         assert r.calls["op"].tolist() == ["dispatch", "combine"] * 3
         assert r.calls["plan"].tolist() == [0, 0, 0, 0, 1, 1] and r.calls["cached"].tolist() == [False, True, True, True, False, True]
-        assert r.calls["coding"].tolist() == ["", "", "fp8", "", "", ""]
+        assert r.calls["coding"].tolist() == ["", "", "fp8", "logfmt10", "", ""]
         assert (r.calls["end_ns"] > r.calls["begin_ns"]).all()
         assert r.calls["phases"].sum() == len(r.phases) and (r.calls["phases"] > 0).all()
         first = r.phases[:r.calls["phases"][0]]
