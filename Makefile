@@ -8,7 +8,7 @@ READY := $(VENV)/.built
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SOURCES := setup.py $(shell find csrc moecomm -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' -o -name '*.pyx' -o -name '*.pxd' | grep -v _native/.*cpp)
 
-.PHONY: help bench test explore build cuda-check clean transformers
+.PHONY: help bench test test-python test-mpi explore build cuda-check clean transformers
 help:       ## this list
 	@grep -hE '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -30,7 +30,9 @@ build: $(VENV)/.built ## the extension, in place
 bench: build ## tokens through both hops, verified, beside what a user would pick instead (under three minutes)
 	@$(PY) -m bench suite
 
-test: build test-cpp ## every suite
+test: build test-cpp test-python test-mpi ## every suite
+
+test-python: $(READY) ## units, rank threads, launchers, failures, a short benchmark
 	-@$(MAKE) -s --no-print-directory transformers
 	$(PY) -m pytest -q tests
 
@@ -50,6 +52,15 @@ $(HF)/.ready: $(VENV)/.ready
 cuda-check: $(READY) ## the CUDA sources, as far as they can be checked without a GPU
 	@$(PY) -c 'import nvidia.cu13, os; assert os.path.exists(nvidia.cu13.__path__[0] + "/bin/nvdisasm")' 2>/dev/null || $(PY) -m pip install -q nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
 	@$(PY) tools/cuda_check.py
+
+MPIRUN := mpirun --allow-run-as-root --oversubscribe --bind-to none
+MPI_SUITE := $(PY) -m pytest -q --color=no -p no:cacheprovider --with-mpi tests/mpi
+test-mpi: $(READY) ## the same cases under mpirun: UCX over shared memory, over tcp, without direct stores; nodes of other shapes
+	$(MPIRUN) -n 4 $(MPI_SUITE)
+	UCX_TLS=tcp,self $(MPIRUN) -n 4 $(MPI_SUITE) -k "edges or random"
+	MOECOMM_UCX_DIRECT=0 $(MPIRUN) -n 4 $(MPI_SUITE) -k "edges or random"
+	$(MPIRUN) -n 6 $(MPI_SUITE) -k edges
+	$(MPIRUN) -n 8 $(MPI_SUITE) -k "rail or mismatch"
 
 clean:      ## all that was built
 	rm -rf $(VENV) $(HF) build dist *.egg-info moecomm/_native/*.so moecomm/_native/*.cpp

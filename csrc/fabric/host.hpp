@@ -4,42 +4,12 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <chrono>
-#include <vector>
 #include <utility>
 
 #include "fabric/fabric.hpp"
-#include "fabric/fault.hpp"
-#include "fabric/futex.hpp"
-#include "fabric/rows.hpp"
-#include "fabric/watch.hpp"
+#include "fabric/report.hpp"
 
 namespace moecomm {
-
-// When a role ran: nanoseconds of the steady clock.
-struct RoleSpan {
-  Phase role;
-  int64_t begin, end;
-};
-
-// What a rank has mapped, and the state of the call in progress. Owned by the runtime's Buffer.
-struct HostState {
-  Geometry geometry;
-  uint64_t window_faults = 0;     // FaultWord per local rank in every window
-  uint64_t region_faults = 0;     // FaultWord per peer in every rail region
-  int region_peers = 0;
-  char* windows[1024] = {};       // by local rank
-  char* rail_region = nullptr;
-  const RowKernels* kernels = &row_kernels();
-  const Watch* watch = nullptr;
-  Counters counters;
-  std::vector<RoleSpan>* timeline = nullptr;   // where somebody traces
-  TermStore terms[2];
-  char* targets[kMaxTopK];
-  Fault fault;                    // tests only
-  bool stream = false;            // this call moves more than the caches hold: store past them
-  std::chrono::steady_clock::time_point deadline;
-};
 
 namespace detail {
 
@@ -56,18 +26,6 @@ inline void relax() {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
 #endif
-}
-
-inline Status reported_fault(const HostState& s) {
-  const auto read = [&](char* memory, uint64_t offset, int i) {
-    return counter_at(memory, offset + sizeof(FaultWord) * i).load(std::memory_order_acquire);
-  };
-  for (int i = 0; i < s.geometry.ranks_per_node; ++i)
-    if (const uint64_t w = read(s.windows[s.geometry.local()], s.window_faults, i)) return unpack_fault({w});
-  if (s.rail_region)
-    for (int i = 0; i < s.region_peers; ++i)
-      if (const uint64_t w = read(s.rail_region, s.region_faults, i)) return unpack_fault({w});
-  return {};
 }
 
 template <class Rail>
@@ -94,15 +52,14 @@ Status wait_counter(HostState& s, Rail& rail, char* memory, uint64_t offset, uin
       next_check = now + std::chrono::milliseconds(5);
       // Arrived data wins over a dead peer: what a rank sent before it died is still complete.
       if (Status fault = reported_fault(s); !fault.ok() && !arrived()) {
+        if (fault.code == Code::timeout) return settle_timeout(s, rail, {Code::timeout, phase, peer, 0, at_least, c.load()});
         fault.phase = phase;
         if (fault.code != Code::corrupt) { fault.expected = at_least; fault.got = c.load(); }
         return fault;
       }
-      if (const int lost = s.watch->lost(); lost >= 0 && !arrived())
+      if (const int lost = rail.failed(peer) ? peer : s.watch->lost(peer); lost >= 0 && !arrived())
         return {Code::lost, phase, lost, 0, at_least, c.load()};
-      if (const int lost = rail.failed_rank(); lost >= 0 && !arrived())
-        return {Code::lost, phase, lost, 0, at_least, c.load()};
-      if (now >= s.deadline) return {Code::timeout, phase, peer, 0, at_least, c.load()};
+      if (now >= s.deadline) return settle_timeout(s, rail, {Code::timeout, phase, peer, 0, at_least, c.load()});
     }
     if (moved) continue;
     sleeping_at(memory).store(offset, std::memory_order_seq_cst);

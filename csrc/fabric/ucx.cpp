@@ -5,29 +5,19 @@
 #include <ucp/api/ucp.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 
 #include "fabric/futex.hpp"
+#include "fabric/ucx_line.hpp"
 
 namespace moecomm {
 namespace {
 
 void require(ucs_status_t s, const char* what) {
   if (s != UCS_OK) throw std::runtime_error(std::string("UCX: ") + what + ": " + ucs_status_string(s));
-}
-
-// Requests that UCX could not finish at once are freed when they do.
-void free_request(void* request, ucs_status_t, void*) { ucp_request_free(request); }
-
-ucp_request_param_t fire_and_forget() {
-  ucp_request_param_t p{};
-  p.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK;
-  p.cb.send = free_request;
-  return p;
 }
 
 }  // namespace
@@ -59,6 +49,14 @@ UcxContext::~UcxContext() {
     server_.join();
   }
   if (stop_ >= 0) close(stop_);
+  abandon();
+  if (worker_) ucp_worker_destroy(worker_);
+  for (auto& [memory, rest] : retired_) ucp_mem_unmap(context_, memory);
+  if (context_) ucp_cleanup(context_);
+}
+
+void UcxContext::abandon() noexcept {
+  abandoned_ = true;
   std::vector<ucs_status_ptr_t> closing;
   for (Link& link : links_) {
     if (!link.endpoint) continue;
@@ -66,6 +64,7 @@ UcxContext::~UcxContext() {
     p.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
     p.flags = UCP_EP_CLOSE_FLAG_FORCE;
     const ucs_status_ptr_t r = ucp_ep_close_nbx(link.endpoint, &p);
+    link.endpoint = nullptr;
     if (UCS_PTR_IS_PTR(r)) closing.push_back(r);
   }
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(500);
@@ -73,9 +72,9 @@ UcxContext::~UcxContext() {
     while (ucp_request_check_status(r) == UCS_INPROGRESS && std::chrono::steady_clock::now() < deadline) ucp_worker_progress(worker_);
     ucp_request_free(r);
   }
-  if (worker_) ucp_worker_destroy(worker_);
-  if (context_) ucp_cleanup(context_);
 }
+
+void UcxContext::retire(ucp_mem_h memory, std::shared_ptr<void> rest) { retired_.emplace_back(memory, std::move(rest)); }
 
 std::string UcxContext::address() const {
   ucp_address_t* address;
@@ -124,11 +123,6 @@ void UcxContext::serve_loop() noexcept {
 
 bool UcxContext::progress() noexcept { return ucp_worker_progress(worker_) != 0; }
 
-void UcxContext::fail(int rank) noexcept {
-  int none = -1;
-  failed_.compare_exchange_strong(none, rank, std::memory_order_acq_rel);
-}
-
 std::string UcxContext::version() { return ucp_get_version_string(); }
 
 UcxRegion::UcxRegion(UcxContext& context, uint64_t bytes, uint64_t counter_bytes) : context_(context), counter_bytes_(counter_bytes) {
@@ -145,13 +139,15 @@ UcxRegion::UcxRegion(UcxContext& context, uint64_t bytes, uint64_t counter_bytes
 }
 
 UcxRegion::~UcxRegion() {
-  // Requests under way call back into this object: let them end, which for a failed peer is at once.
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(500);
-  while (!flush_poll() && std::chrono::steady_clock::now() < deadline) context_.progress();
+  const auto enough = std::chrono::steady_clock::now() + std::chrono::milliseconds(200);
+  while (!context_.abandoned() && !flush_poll() && std::chrono::steady_clock::now() < enough) context_.progress();
+  const bool settled = !context_.abandoned() && flush_poll();
+  for (ucp_rkey_h key : mapped_) ucp_rkey_destroy(key);
   for (Peer& p : peers_)
-    if (p.rkey) ucp_rkey_destroy(p.rkey);
-  if (UCS_PTR_IS_PTR(flush_)) ucp_request_free(flush_);
-  ucp_mem_unmap(context_.context(), memory_);
+    if (p.line) p.line->close();
+  // A peer that has not noticed a failure yet may still write into this region, and UCX may hold on to a line.
+  if (settled) ucp_mem_unmap(context_.context(), memory_);
+  else context_.retire(memory_, std::make_shared<std::vector<Peer>>(std::move(peers_)));
 }
 
 std::string UcxRegion::key() const {
@@ -171,109 +167,39 @@ void UcxRegion::attach(const std::vector<int>& ranks, const std::vector<std::str
   peers_.resize(keys.size());
   for (size_t n = 0; n < keys.size(); ++n) {
     if (ranks[n] < 0) continue;
-    Peer& p = peers_[n];
-    p.rank = ranks[n];
-    p.region = this;
-    p.signalled.assign(counter_bytes_ / 8, 0);
-    std::memcpy(&p.address, keys[n].data(), 8);
-    require(ucp_ep_rkey_unpack(context_.endpoint(p.rank), keys[n].data() + 8, &p.rkey), "unpacking a rail peer's key");
+    uint64_t address;
+    ucp_rkey_h key;
+    std::memcpy(&address, keys[n].data(), 8);
+    require(ucp_ep_rkey_unpack(context_.endpoint(ranks[n]), keys[n].data() + 8, &key), "unpacking a rail peer's key");
     void* mapped = nullptr;
-    if (direct && ucp_rkey_ptr(p.rkey, p.address, &mapped) == UCS_OK) p.direct = static_cast<char*>(mapped);
+    if (direct && ucp_rkey_ptr(key, address, &mapped) == UCS_OK) {
+      peers_[n].direct = static_cast<char*>(mapped);
+      mapped_.push_back(key);
+    } else {
+      peers_[n].line = std::make_shared<UcxLine>(context_, ranks[n], address, key, counter_bytes_);
+    }
   }
 }
 
 void UcxRegion::put(int peer, uint64_t offset, const void* src, uint64_t bytes) noexcept {
   const Peer& p = peers_[peer];
-  if (p.direct) {
-    std::memcpy(p.direct + offset, src, bytes);
-    return;
-  }
-  dirty_ = true;
-  const ucp_request_param_t param = fire_and_forget();
-  const ucs_status_ptr_t r = ucp_put_nbx(context_.endpoint(p.rank), src, bytes, p.address + offset, p.rkey, &param);
-  if (UCS_PTR_IS_ERR(r)) context_.fail(p.rank);
+  if (p.direct) std::memcpy(p.direct + offset, src, bytes);
+  else p.line->put(offset, src, bytes);
 }
 
-// The new value of the counter as a put, once a flush says that all earlier puts to this peer are there. UCX's own fence
-// would do where one lane carries everything, but elsewhere it spins until the peer has been scheduled; and UCX's tcp
-// transport has no atomics under peer error handling. Signals that come while a flush is under way share the next one.
 void UcxRegion::signal(int peer, uint64_t counter, uint64_t add) noexcept {
-  Peer& p = peers_[peer];
-  if (p.direct) {
-    add_and_wake(p.direct, counter, add);
-    return;
-  }
-  const uint64_t value = p.signalled[counter / 8] += add;
-  const auto same = std::find_if(p.waiting.begin(), p.waiting.end(), [&](const Signal& s) { return s.counter == counter; });
-  if (same != p.waiting.end()) same->value = value;
-  else p.waiting.push_back({counter, value});
-  flush_peer(p);
+  const Peer& p = peers_[peer];
+  if (p.direct) add_and_wake(p.direct, counter, add);
+  else p.line->signal(counter, add);
 }
 
-void UcxRegion::flush_peer(Peer& p) noexcept {
-  while (!p.flushing && !p.waiting.empty()) {
-    p.covered.swap(p.waiting);
-    p.flushing = true;
-    ++flushing_;
-    ucp_request_param_t param{};
-    param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
-    param.user_data = &p;
-    param.cb.send = [](void* request, ucs_status_t, void* data) {
-      Peer& done = *static_cast<Peer*>(data);
-      ucp_request_free(request);
-      done.region->send_signals(done);
-      done.region->flush_peer(done);
-    };
-    const ucs_status_ptr_t r = ucp_ep_flush_nbx(context_.endpoint(p.rank), &param);
-    if (UCS_PTR_IS_PTR(r)) return;
-    if (UCS_PTR_IS_ERR(r)) context_.fail(p.rank);
-    send_signals(p);
-  }
-}
+bool UcxRegion::flush_poll() noexcept { return slow_rank() < 0; }
 
-// Each value has a cell of its own: it must stay put until UCX has read it.
-void UcxRegion::send_signals(Peer& p) noexcept {
-  dirty_ = true;
-  for (const Signal& s : p.covered) {
-    if (idle_cells_.empty()) {
-      cells_.push_back(std::make_unique<SignalCell>(this));
-      idle_cells_.push_back(cells_.back().get());
-    }
-    SignalCell* cell = idle_cells_.back();
-    idle_cells_.pop_back();
-    cell->value = s.value;
-    ucp_request_param_t param{};
-    param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
-    param.user_data = cell;
-    param.cb.send = [](void* request, ucs_status_t, void* data) {
-      auto* done = static_cast<SignalCell*>(data);
-      done->region->idle_cells_.push_back(done);
-      ucp_request_free(request);
-    };
-    const ucs_status_ptr_t r = ucp_put_nbx(context_.endpoint(p.rank), &cell->value, 8, p.address + s.counter, p.rkey, &param);
-    if (UCS_PTR_IS_PTR(r)) continue;
-    idle_cells_.push_back(cell);
-    if (UCS_PTR_IS_ERR(r)) context_.fail(p.rank);
-  }
-  p.covered.clear();
-  p.flushing = false;
-  --flushing_;
-}
-
-bool UcxRegion::flush_poll() noexcept {
-  if (flushing_ > 0) return false;   // signals are still to be sent
-  if (!flush_) {
-    if (!dirty_) return true;
-    ucp_request_param_t param{};
-    flush_ = ucp_worker_flush_nbx(context_.worker(), &param);
-    dirty_ = false;
-  }
-  if (UCS_PTR_IS_PTR(flush_)) {
-    if (ucp_request_check_status(flush_) == UCS_INPROGRESS) return false;
-    ucp_request_free(flush_);
-  }
-  flush_ = nullptr;
-  return !dirty_;
+int UcxRegion::slow_rank() noexcept {
+  int slow = -1;
+  for (const Peer& p : peers_)
+    if (p.line && !p.line->settle() && slow < 0) slow = p.line->rank();
+  return slow;
 }
 
 }  // namespace moecomm

@@ -6,7 +6,7 @@
 // UcxRegion   memory that a set of peers write into
 //
 // Construction throws std::runtime_error; the data path never throws: a failed endpoint latches in
-// failed_rank(), which every wait above looks at.
+// failed(rank), which every wait above looks at.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -24,6 +24,8 @@ typedef struct ucp_mem* ucp_mem_h;
 
 namespace moecomm {
 
+class UcxLine;
+
 class UcxContext {
  public:
   UcxContext(std::mutex& calls, int size);   // `calls` is held by whoever uses the worker
@@ -36,8 +38,14 @@ class UcxContext {
   void serve();                             // starts the thread
 
   bool progress() noexcept;                 // true when something moved
-  int failed_rank() const noexcept { return failed_.load(std::memory_order_acquire); }
-  void fail(int rank) noexcept;             // the first failure stays
+  bool failed(int rank) const noexcept { return rank >= 0 && links_[rank].failed.load(std::memory_order_acquire); }
+  void fail(int rank) noexcept { links_[rank].failed.store(true, std::memory_order_release); }
+  // After a failure that is final: closes every endpoint by force, so that nothing is read from a caller's memory or
+  // written into ours any more. Bounded; the caller holds `calls`.
+  void abandon() noexcept;
+  bool abandoned() const noexcept { return abandoned_; }
+  // Memory, and what else UCX may still touch, that must live as long as the worker.
+  void retire(ucp_mem_h memory, std::shared_ptr<void> rest);
   static std::string version();
 
   ucp_context_h context() const { return context_; }
@@ -49,6 +57,7 @@ class UcxContext {
     UcxContext* context = nullptr;
     int rank = -1;
     ucp_ep_h endpoint = nullptr;
+    std::atomic<bool> failed{false};
   };
   friend void on_endpoint_error(void* arg, ucp_ep_h endpoint, int status);
   void serve_loop() noexcept;
@@ -58,7 +67,8 @@ class UcxContext {
   ucp_context_h context_ = nullptr;
   ucp_worker_h worker_ = nullptr;
   std::vector<Link> links_;   // by rank; never resized: endpoints point into it
-  std::atomic<int> failed_{-1};
+  bool abandoned_ = false;
+  std::vector<std::pair<ucp_mem_h, std::shared_ptr<void>>> retired_;
 };
 
 class UcxRegion {
@@ -82,41 +92,20 @@ class UcxRegion {
   void signal(int peer, uint64_t counter, uint64_t add) noexcept;
   // True when every put and signal so far is complete at the peers. Never blocks.
   bool flush_poll() noexcept;
+  // A peer that has not taken all that was put for it, or -1.
+  int slow_rank() noexcept;
 
  private:
-  struct Signal {
-    uint64_t counter;
-    uint64_t value;
-  };
   struct Peer {
-    UcxRegion* region = nullptr;
-    int rank = -1;
-    ucp_rkey_h rkey = nullptr;
-    uint64_t address = 0;
-    char* direct = nullptr;   // see reach()
-    std::vector<uint64_t> signalled;   // value of each of its counters that this rank writes
-    std::vector<Signal> waiting;       // for the next flush
-    std::vector<Signal> covered;       // leave when the flush under way is done
-    bool flushing = false;
+    char* direct = nullptr;          // see reach()
+    std::shared_ptr<UcxLine> line;   // where there is no such memory
   };
-  struct SignalCell {
-    explicit SignalCell(UcxRegion* r) : region(r) {}
-    UcxRegion* region;
-    uint64_t value = 0;
-  };
-  void flush_peer(Peer& p) noexcept;
-  void send_signals(Peer& p) noexcept;
-
   UcxContext& context_;
   uint64_t counter_bytes_;
-  std::vector<std::unique_ptr<SignalCell>> cells_;
-  std::vector<SignalCell*> idle_cells_;
   ucp_mem_h memory_ = nullptr;
   void* data_ = nullptr;
   std::vector<Peer> peers_;
-  int flushing_ = 0;          // peers whose signals wait for a flush
-  void* flush_ = nullptr;     // a flush of everything under way
-  bool dirty_ = false;        // something was issued since the last complete flush
+  std::vector<ucp_rkey_h> mapped_;   // keys that a direct mapping rests on
 };
 
 }  // namespace moecomm

@@ -17,9 +17,10 @@ Watch::~Watch() {
   for (const Peer& p : peers_) close(p.pidfd);
 }
 
-int Watch::lost() const noexcept {
+int Watch::lost(int peer) const noexcept {
   if (const int marked = lost_.load(std::memory_order_acquire)) return marked - 1;
   for (const Peer& p : peers_) {
+    if (p.rank != peer) continue;
     pollfd fd{p.pidfd, POLLIN, 0};
     if (poll(&fd, 1, 0) > 0) return p.rank;
   }

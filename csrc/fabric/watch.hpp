@@ -1,4 +1,5 @@
-// Watches the processes of peers on this host: a waiter that has run out of patience asks who died.
+// Watches the processes of peers on this host: a waiter that has run out of patience asks whether the one it waits
+// for has died. A rank that ended after doing its part is nobody's business: who depends on it reports it.
 #pragma once
 #include <atomic>
 #include <vector>
@@ -12,8 +13,8 @@ class Watch {
   Watch(const Watch&) = delete;
   Watch& operator=(const Watch&) = delete;
   void add(int rank, int pid);             // no-op for this process
-  void mark_lost(int rank) { lost_.store(rank + 1, std::memory_order_release); }  // rank threads have no pid of their own
-  int lost() const noexcept;               // a rank whose process has ended, or -1
+  void mark_lost(int rank) { lost_.store(rank + 1, std::memory_order_release); }  // a rank thread has left: nobody may wait any more
+  int lost(int peer) const noexcept;       // the rank that will not do its part any more: `peer` or a marked one, or -1
 
  private:
   struct Peer { int rank; int pidfd; };

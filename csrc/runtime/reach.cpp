@@ -41,7 +41,9 @@ Reach::Reach(std::shared_ptr<Communicator> comm, ReachPlan plan) : comm_(std::mo
   host_.geometry = g;
   host_.window_faults = plan_.window_faults;
   host_.region_faults = plan_.region_faults;
-  host_.region_peers = static_cast<int>(plan_.peers.size());
+  host_.region_outbox = plan_.region_outbox;
+  host_.peer_ranks = plan_.peers;
+  host_.own_peer = plan_.own;
   host_.watch = &comm_->watch();
 }
 
@@ -105,28 +107,23 @@ Status Reach::flush() {
   while (!region_->flush_poll()) {
     comm_->ucx()->progress();
     sched_yield();
-    if (const int rank = comm_->ucx()->failed_rank(); rank >= 0) return {Code::lost, Phase::flush, rank, 0, 0, 0};
-    if (std::chrono::steady_clock::now() >= host_.deadline) return {Code::timeout, Phase::flush, -1, 0, 0, 0};
+    // UCX completes what was meant for a failed peer, with an error, so a peer that has left does no harm here.
+    if (std::chrono::steady_clock::now() < host_.deadline) continue;
+    return settle_timeout(host_, ucx_rail_, {Code::timeout, Phase::flush, region_->slow_rank(), 0, 1, 0});
   }
   return {};
 }
 
 // Tells everyone within reach, so that they raise now instead of at their own deadline.
 void Reach::report_fault(const Status& s) {
-  const Geometry& g = comm_->geometry();
-  const FaultWord word = pack_fault(s, s.reporter < 0 ? g.rank : s.reporter);
-  for (int d = 0; d < g.ranks_per_node; ++d)
-    if (d != g.local()) counter_at(host_.windows[d], plan_.window_faults + 8 * g.local()).store(word.packed, std::memory_order_release);
-  auto* out = reinterpret_cast<FaultWord*>(host_.rail_region + plan_.region_outbox);
-  *out = word;
-  for (size_t i = 0; i < plan_.peers.size(); ++i) {
-    if (plan_.peers[i] < 0) continue;
-    const uint64_t at = plan_.region_faults + 8 * plan_.own;
-    if (region_) region_->put(static_cast<int>(i), at, out, 8);
-    else loopback_.put(static_cast<int>(i), at, out, 8);
+  if (!region_) return publish_fault(host_, loopback_, s);
+  publish_fault(host_, ucx_rail_, s);
+  // A peer that is gone or stopped never takes its word: the others have had time enough then.
+  const auto enough = std::chrono::steady_clock::now() + std::chrono::milliseconds(100);
+  while (!region_->flush_poll() && std::chrono::steady_clock::now() < enough) {
+    if (!comm_->ucx()->progress()) sched_yield();
   }
-  if (region_)
-    for (int i = 0; i < 1000 && !region_->flush_poll(); ++i) comm_->ucx()->progress();
+  comm_->ucx()->abandon();
 }
 
 }  // namespace moecomm

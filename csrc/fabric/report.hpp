@@ -1,0 +1,73 @@
+// How a failing rank tells the others, and how ranks whose time is up agree on whom to blame: each says whom it
+// waits for, and the one that waits for nobody is the culprit.
+#pragma once
+#include <unistd.h>
+
+#include "fabric/host_state.hpp"
+
+namespace moecomm {
+
+// To every rank of the node and every peer of the rail: one word each, in this rank's own place there.
+template <class Rail>
+void publish_fault(HostState& s, Rail& rail, const Status& status) {
+  const Geometry& g = s.geometry;
+  const FaultWord word = pack_fault(status, status.reporter < 0 ? g.rank : status.reporter);
+  for (int d = 0; d < g.ranks_per_node; ++d)
+    if (d != g.local()) counter_at(s.windows[d], s.window_faults + 8 * g.local()).store(word.packed, std::memory_order_release);
+  auto* out = reinterpret_cast<FaultWord*>(s.rail_region + s.region_outbox);
+  *out = word;
+  for (int i = 0; i < static_cast<int>(s.peer_ranks.size()); ++i)
+    if (s.peer_ranks[i] >= 0) rail.put(i, s.region_faults + 8 * s.own_peer, reinterpret_cast<const char*>(out), 8);
+}
+
+// visit(rank that wrote it, what it wrote) for every report that is here.
+template <class Visit>
+void each_report(const HostState& s, Visit&& visit) {
+  const auto read = [](char* memory, uint64_t at) { return FaultWord{counter_at(memory, at).load(std::memory_order_acquire)}; };
+  const Geometry& g = s.geometry;
+  for (int i = 0; i < g.ranks_per_node; ++i)
+    if (const FaultWord w = read(s.windows[g.local()], s.window_faults + 8 * i); w.packed) visit(g.rank_at(g.node(), i), unpack_fault(w));
+  for (int i = 0; s.rail_region && i < static_cast<int>(s.peer_ranks.size()); ++i)
+    if (const FaultWord w = read(s.rail_region, s.region_faults + 8 * i); w.packed) visit(s.peer_ranks[i], unpack_fault(w));
+}
+
+// The first report that is here, else ok.
+inline Status reported_fault(const HostState& s) {
+  Status first;
+  each_report(s, [&](int, const Status& said) { if (first.ok()) first = said; });
+  return first;
+}
+
+// This rank waits for `mine.peer` and its time, or another rank's, is up. Reports cross for a moment; then the chain
+// of "I wait for" is followed to its end.
+template <class Rail>
+Status settle_timeout(HostState& s, Rail& rail, Status mine) {
+  publish_fault(s, rail, mine);
+  const auto enough = std::chrono::steady_clock::now() + std::chrono::milliseconds(300);
+  int suspect = mine.peer;
+  while (std::chrono::steady_clock::now() < enough) {
+    int next = mine.peer, from = -1;
+    for (int step = 0; step < s.geometry.size; ++step) {
+      int further = -1;
+      each_report(s, [&](int writer, const Status& said) { if (writer == next && said.peer >= 0 && said.peer != writer) further = said.peer; });
+      if (further < 0 || further == s.geometry.rank) break;
+      from = next;
+      next = further;
+    }
+    if (next != suspect) {
+      suspect = next;
+      Status better = mine;
+      better.peer = suspect;
+      better.reporter = from;
+      publish_fault(s, rail, better);
+    }
+    if (!rail.progress()) usleep(500);
+  }
+  if (suspect != mine.peer) {
+    mine.reporter = mine.peer;
+    mine.peer = suspect;
+  }
+  return mine;
+}
+
+}  // namespace moecomm
