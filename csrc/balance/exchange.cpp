@@ -42,18 +42,18 @@ class Round {
       better = false;
       for (int r = 0; r < b_.ranks; ++r) {
         if (locked_[r]) continue;
+        int best = given_[r];
         for (int i = 0; i < b_.slots; ++i) {
-          const int before = given_[r];
-          if (i == before) continue;
+          if (i == given_[r]) continue;
           give_sorted(r, i);
           const Score then = score();
           if (then.sum < now.sum) {
             now = then;
+            best = i;
             better = true;
-          } else {
-            give_sorted(r, before);
           }
         }
+        if (given_[r] != best) give_sorted(r, best);
       }
     }
   }

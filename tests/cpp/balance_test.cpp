@@ -4,9 +4,12 @@
 #include <random>
 #include <set>
 
+#include "balance/activate.hpp"
 #include "balance/counts.hpp"
 #include "balance/rebalance.hpp"
 #include "balance/relabel.hpp"
+#include "balance/route.hpp"
+#include "balance/split.hpp"
 #include "check.hpp"
 
 using namespace moecomm::balance;
@@ -173,4 +176,172 @@ TEST(relabelling_a_permutation_keeps_everything) {
     for (int i : {2, 0, 1}) shuffled.push_back(before[r * slots + i]);
   relabel_ranks(ranks, slots, experts, before.data(), shuffled.data());
   CHECK(shuffled == before);
+}
+
+namespace {
+
+// Slots for a random load, and another load some time later.
+struct Layer {
+  Replicas replicas;
+  std::vector<double> load;
+};
+
+Layer layer(const Grid& g, uint32_t seed, bool connected) {
+  std::vector<int32_t> placement(g.slots);
+  rebalance_layer(g, lognormal(g.experts, 1.0, seed).data(), {nullptr, -1, connected}, placement.data());
+  std::vector<double> load = lognormal(g.experts, 1.0, seed);
+  const std::vector<double> change = lognormal(g.experts, 0.2, seed + 1);
+  for (int e = 0; e < g.experts; ++e) load[e] = std::floor(100 * load[e] * change[e]);
+  load[seed % g.experts] = 0;
+  return {Replicas(placement.data(), g.slots, g.experts, g.ranks, g.nodes), load};
+}
+
+std::vector<double> rank_loads(const Replicas& r, const std::vector<double>& share) {
+  std::vector<double> level(r.ranks, 0.0);
+  for (size_t i = 0; i < share.size(); ++i) level[r.rank[i]] += share[i];
+  return level;
+}
+
+const Grid kWorld{64, 80, 1, 2, 8};
+
+}  // namespace
+
+TEST(split_shares_are_whole_and_at_their_minimum) {
+  for (uint32_t seed = 0; seed < 20; ++seed) {
+    const auto [r, load] = layer(kWorld, seed, seed % 2);
+    std::vector<double> share(r.slot.size()), again(r.slot.size());
+    const double most = split(r, load.data(), nullptr, 200, share.data());
+    split(r, load.data(), nullptr, 200, again.data());
+    CHECK(share == again);
+    const std::vector<double> level = rank_loads(r, share);
+    CHECK(std::abs(most - *std::max_element(level.begin(), level.end())) < 1e-6 * most);
+    for (int e = 0; e < r.experts; ++e) {
+      double sum = 0, lowest = 1e300;
+      for (int i = r.first[e]; i < r.first[e + 1]; ++i) {
+        CHECK(share[i] >= 0);
+        sum += share[i];
+        lowest = std::min(lowest, level[r.rank[i]]);
+      }
+      CHECK(std::abs(sum - load[e]) < 1e-6 * (1 + load[e]));
+      // What the minimum of the squares means: no expert puts load on a rank while another of its ranks is lower.
+      for (int i = r.first[e]; i < r.first[e + 1]; ++i)
+        if (share[i] > 0.02 * most) CHECK(level[r.rank[i]] <= lowest + 0.02 * most);
+    }
+  }
+}
+
+TEST(quotas_of_all_sources_make_the_split) {
+  const int sources = 5;
+  for (uint32_t seed = 0; seed < 10; ++seed) {
+    const auto [r, load] = layer(kWorld, seed, true);
+    std::mt19937 engine(seed);
+    std::vector<int32_t> counts(sources * r.experts, 0);
+    for (int e = 0; e < r.experts; ++e)
+      for (int n = 0; n < load[e]; ++n) ++counts[engine() % sources * r.experts + e];
+    std::vector<double> share(r.slot.size());
+    split(r, load.data(), nullptr, 24, share.data());
+    std::vector<int32_t> quota(r.slot.size());
+    std::vector<double> sum(r.slot.size(), 0.0);
+    for (int s = 0; s < sources; ++s) {
+      quotas_of_source(r, counts.data(), sources, s, share.data(), static_cast<int>(seed), quota.data());
+      for (int e = 0; e < r.experts; ++e)
+        CHECK_EQ(std::accumulate(quota.begin() + r.first[e], quota.begin() + r.first[e + 1], 0), counts[s * r.experts + e]);
+      for (size_t i = 0; i < sum.size(); ++i) sum[i] += quota[i];
+    }
+    for (size_t i = 0; i < sum.size(); ++i) CHECK(std::abs(sum[i] - share[i]) <= 1.0 + 1e-6);   // rounding, nothing else
+    int32_t counts_of_one[64];
+    std::copy(counts.begin(), counts.begin() + 64, counts_of_one);
+    even_quotas(r, counts_of_one, nullptr, 3, quota.data());
+    for (int e = 0; e < r.experts; ++e) {
+      const auto [low, high] = std::minmax_element(quota.begin() + r.first[e], quota.begin() + r.first[e + 1]);
+      CHECK(*high - *low <= 1);
+      CHECK_EQ(std::accumulate(quota.begin() + r.first[e], quota.begin() + r.first[e + 1], 0), counts_of_one[e]);
+    }
+  }
+}
+
+TEST(routes_keep_to_quotas_and_refuse_bad_ids) {
+  const auto [r, load] = layer(kWorld, 4, true);
+  const int tokens = 50, top_k = 4;
+  std::mt19937 engine(9);
+  std::vector<int64_t> ids(tokens * top_k), physical(tokens * top_k);
+  for (int t = 0; t < tokens; ++t)
+    for (int k = 0; k < top_k; ++k) ids[t * top_k + k] = k == 3 && t % 7 == 0 ? -1 : (engine() % 16) * 4 + k;
+  std::vector<int32_t> counts(r.experts), quota(r.slot.size());
+  CHECK_EQ(count_picks(ids.data(), tokens, top_k, r.experts, counts.data()).code, 0);
+  even_quotas(r, counts.data(), nullptr, 1, quota.data());
+  for (bool by_quota : {true, false}) {
+    if (by_quota) route_by_quota(r, ids.data(), tokens, top_k, 0, quota.data(), physical.data());
+    else route_locally(r, ids.data(), tokens, top_k, 0, nullptr, 0, physical.data());
+    for (int i = 0; i < tokens * top_k; ++i)
+      CHECK_EQ(physical[i] < 0 ? int64_t{-1} : int64_t{r.expert[r.at_slot[physical[i]]]}, ids[i]);
+    if (by_quota) CHECK_EQ(*std::max_element(quota.begin(), quota.end()), 0);
+  }
+  ids[21] = 64;
+  CHECK_EQ(count_picks(ids.data(), tokens, top_k, r.experts, counts.data()).code, 1);
+  ids[21] = ids[22];
+  const Refusal twice = count_picks(ids.data(), tokens, top_k, r.experts, counts.data());
+  CHECK_EQ(twice.code, 2);
+  CHECK_EQ(twice.token, 5);
+}
+
+// All choices tried: a layer that can run within the limit is never refused.
+TEST(activation_finds_a_choice_where_there_is_one) {
+  std::mt19937 engine(3);
+  int possible = 0, impossible = 0;
+  for (int round = 0; round < 1500; ++round) {
+    const int ranks = 4, per_rank = 4, experts = 8, limit = 2;
+    std::vector<int32_t> table;
+    std::vector<int> held(experts, 0);
+    for (int rank = 0; rank < ranks; ++rank) {
+      std::vector<int32_t> all(experts);
+      std::iota(all.begin(), all.end(), 0);
+      std::shuffle(all.begin(), all.end(), engine);
+      for (int i = 0; i < per_rank; ++i) table.push_back(all[i]), ++held[all[i]];
+    }
+    if (*std::min_element(held.begin(), held.end()) == 0) continue;
+    const Replicas r(table.data(), ranks * per_rank, experts, ranks, 1);
+    const std::vector<double> load = lognormal(experts, 1.0, round);
+    std::vector<uint8_t> active(r.slot.size());
+    const int stuck = activate(r, load.data(), limit, active.data());
+    std::vector<int> used(ranks, 0);
+    const std::function<bool(int)> any = [&](int e) {
+      if (e == experts) return true;
+      for (int i = r.first[e]; i < r.first[e + 1]; ++i) {
+        if (used[r.rank[i]] == limit) continue;
+        ++used[r.rank[i]];
+        const bool rest = any(e + 1);
+        --used[r.rank[i]];
+        if (rest) return true;
+      }
+      return false;
+    };
+    const bool exists = any(0);
+    CHECK_EQ(stuck < 0, exists);
+    (exists ? possible : impossible) += 1;
+    if (stuck >= 0) continue;
+    std::vector<int> running(experts, 0);
+    for (size_t i = 0; i < active.size(); ++i) used[r.rank[i]] += active[i], running[r.expert[i]] += active[i];
+    CHECK(*std::max_element(used.begin(), used.end()) <= limit);
+    CHECK(*std::min_element(running.begin(), running.end()) >= 1);
+  }
+  CHECK(possible > 20);
+  CHECK(impossible > 5);
+}
+
+TEST(connected_placements_join_all_ranks) {
+  for (uint32_t seed = 0; seed < 10; ++seed) {
+    const Grid g{64, 80, 1, 1, 8};
+    std::vector<int32_t> placement(g.slots);
+    const std::vector<double> load = lognormal(g.experts, 1.0, seed);
+    rebalance_layer(g, load.data(), {nullptr, -1, true}, placement.data());
+    CHECK(heaviest(g, load, placement) < 1.01);
+    std::vector<int> part(g.ranks);
+    std::iota(part.begin(), part.end(), 0);
+    for (int pass = 0; pass < g.ranks; ++pass)
+      for (int i = 0; i < g.slots; ++i)
+        for (int j = 0; j < g.slots; ++j)
+          if (placement[i] == placement[j]) part[i / 10] = part[j / 10] = std::min(part[i / 10], part[j / 10]);
+    CHECK_EQ(*std::max_element(part.begin(), part.end()), 0);
+  }
 }
