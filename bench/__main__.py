@@ -15,6 +15,8 @@ COMMANDS = {
     "sweep": ("bench.sweep", "cost per row against tokens and ranks"),
     "balance": ("bench.balance", "plans for redundant experts, and the split of a batch's tokens over them"),
     "precision": ("bench.precision", "error of every wire format on normal, outlier-heavy and real rows"),
+    "device": ("bench.device", "the cuda world on one GPU: build, check, time"),
+    "tune": ("bench.tune", "the best spread over a GPU, written to its table"),
     "quant": ("bench.quant", "quantization against torch's own operators"),
 }
 

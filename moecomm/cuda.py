@@ -66,9 +66,10 @@ def spread_over_gpus(device, rank):
 @contextlib.contextmanager
 def own_stream(device):
     """A rank thread's current stream: on the default one, kernels of several ranks would run after each other, and wait for each other."""
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)) as stream:
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.device(device), torch.cuda.stream(stream):
         yield stream
-        torch.cuda.current_stream(device).synchronize()
+        stream.synchronize()
 
 
 def plan_of(comm, *, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels):
@@ -164,10 +165,10 @@ def tensor_of(block, offset, dtype, shape):
     count = dtype.itemsize
     for n in shape:
         count *= n
-    whole = torch.as_tensor(block, device="cuda")
+    whole = torch.as_tensor(block)
     return whole[offset:offset + count].view(dtype).view(shape)
 
 
 def counts_of(counts):
     """A copy of int64 counts in a plan, made on the current stream: the plan's memory is used again later."""
-    return torch.as_tensor(counts, device="cuda").clone()
+    return torch.as_tensor(counts).clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict, dataclass, replace
 from math import comb
@@ -113,6 +114,11 @@ def traffic_per_token(t):
     return {"rail": rail, "node": ranks, "read": rail + nodes + copies, "written": rail + ranks + copies}
 
 
+def fits(hardware, warps, stage_bytes):
+    """Whether so many warps with such stages have room in a multiprocessor's shared memory."""
+    return warps * (_WARP_BYTES + _STAGES * stage_bytes) <= hardware.shared_bytes
+
+
 def choose_plan(hardware, traffic, num_sms=None):
     """How to spread dispatch and combine of this traffic over this GPU.
 
@@ -181,8 +187,24 @@ def key_of(traffic, num_sms):
     return f"{traffic.nodes}x{traffic.ranks_per_node} hidden {traffic.hidden} row {traffic.row_bytes} top {traffic.top_k} sms {num_sms}"
 
 
+_override = None
+
+
+@contextlib.contextmanager
+def overriding(choose):
+    """For measurements: meanwhile plans are choose(hardware, traffic)."""
+    global _override
+    before, _override = _override, choose
+    try:
+        yield
+    finally:
+        _override = before
+
+
 def plan_for(hardware, traffic, num_sms=None, table=None):
     """The table's plan where it has one, else choose_plan's."""
+    if _override is not None:
+        return _override(hardware, traffic)
     chosen = choose_plan(hardware, traffic, num_sms)
     found = (load_table(hardware.name) if table is None else table).get(key_of(traffic, chosen.num_sms))
     return chosen if found is None else found

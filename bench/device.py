@@ -1,0 +1,400 @@
+"""`python -m bench device`: build, check and time the cuda world on one GPU, in one call of a few minutes.
+
+Ranks are threads that share the GPU, so two "nodes" run both hops of the real kernels, the rail as a copy through the
+copy engine. Every timed result is compared with what it must be, bit for bit. Times are of graph replays, from the
+first rank's start to the last rank's end; a number of multiprocessors is the total over all ranks.
+
+What must move: every byte read once and written once. Dispatch reads each token's row, writes it into and reads it out
+of staging per other node, and writes one row per pick; combine the other way. The ceiling is a device-to-device copy.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import moecomm
+from moecomm import cuda, gate, quant, reference, tuning
+
+GEOMETRIES = ((1, 8), (2, 4), (4, 2))
+SMS = (16, 24, 40, 64, 128)
+CALLS = ("dispatch bf16", "dispatch fp8", "combine bf16")
+_capturing = threading.Lock()   # entering a capture synchronizes the device, which no other capture allows
+OWN_CODE = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The published setting: tokens per rank, hidden, experts, top-k in groups."""
+
+    tokens: int = 4096
+    hidden: int = 7168
+    experts: int = 256
+    top_k: int = 8
+    groups: int = 8
+    top_groups: int = 4
+
+
+def arguments(parser):
+    """What to run."""
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--iterations", type=int, default=20, help="graph replays that are timed")
+    parser.add_argument("--tokens", type=int, default=Shape.tokens)
+    parser.add_argument("--small", action="store_true", help="only the checks on small worlds (as compute-sanitizer runs them)")
+    parser.add_argument("--no-sanitizer", action="store_true")
+    parser.add_argument("--build", action="store_true", help="build the extension in place first")
+    parser.add_argument("--out", default=os.environ.get("OUT", "bench/results"), help="folder for device.json and device.md")
+
+
+def main(args):
+    """Run everything; the exit status says whether a result was wrong."""
+    if args.build:
+        subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], check=True, cwd=OWN_CODE)
+    reason = cuda.why_not()
+    if reason is not None:
+        print(f"device: nothing to measure: {reason}")
+        return 2
+    cuda.prepare_threads()
+    checked = check_small_worlds(args.device)
+    print(f"small worlds: {checked} cases equal the oracle, bit for bit")
+    if args.small:
+        return 0
+    torch.cuda.set_device(args.device)
+    shape = Shape(tokens=args.tokens)
+    report = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda, "shape": asdict(shape),
+              "ceiling_gbs": copy_ceiling(), "rows": [], "baseline": permute_baseline(shape)}
+    print(f"{report['gpu']}: a device-to-device copy moves {report['ceiling_gbs']:.0f} GB/s, read plus written")
+    print(f"{'call':14} {'ranks':>6} {'SMs':>4} {'us':>9} {'GB/s':>7} {'of copy':>8} {'wrong':>6}")
+    for nodes, per_node in GEOMETRIES:
+        for sms in SMS:
+            for row in measure(args, shape, nodes, per_node, sms, report["ceiling_gbs"]):
+                report["rows"].append(row)
+                print(f"{row['call']:14} {nodes}x{per_node:<4} {sms:4} {row['us']:9.1f} {row['gbs']:7.0f} {row['fraction']:7.1%} {row['wrong']:6}")
+    report["overlap"] = gemm_overlap(args, shape)
+    report["sanitizer"] = None if args.no_sanitizer else sanitizer(args.device)
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "device.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "device.md").write_text(markdown(report))
+    print(markdown(report))
+    return 1 if any(row["wrong"] for row in report["rows"]) else 0
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------
+
+def check_small_worlds(device):
+    """Dispatch and combine of small worlds against the oracle; returns how many. Raises AssertionError."""
+    cases = [(nodes, per_node, layout, capacity, kind) for nodes, per_node in ((1, 1), (1, 4), (2, 2), (4, 1)) for layout in ("expert", "rank")
+             for capacity in (None, 200) for kind in (None, "fp8")]
+    for nodes, per_node, layout, capacity, kind in cases:
+        size = nodes * per_node
+        world = small_world(size, seed=size)
+        moecomm.run_local(lambda comm: check_rank(comm, world, layout, capacity, kind), size, ranks_per_node=per_node, device=device)   # noqa: B023
+    return len(cases)
+
+
+def small_world(size, seed, tokens=23, hidden=512, experts_per_rank=4, top_k=4):
+    """(xs, ids, weights) by rank, on the host; ranks have different numbers of tokens, one of them none."""
+    g = torch.Generator().manual_seed(seed)
+    counts = [0 if r == 1 else tokens - 3 * r for r in range(size)]
+    xs = [torch.randn((t, hidden), generator=g).bfloat16() for t in counts]
+    ids = [torch.rand((t, experts_per_rank * size), generator=g).argsort(1)[:, :top_k].contiguous() for t in counts]
+    ids = [i.masked_fill(torch.rand(i.shape, generator=g) < 0.2, -1) for i in ids]
+    return xs, ids, [torch.rand((t, top_k), generator=g) for t in counts]
+
+
+def check_rank(comm, world, layout, capacity, kind):
+    """One rank's part of a small world."""
+    xs, ids, weights = world
+    experts, top_k, rank = 4 * comm.size, ids[0].shape[1], comm.rank
+    coded = [quant.quantize(x) for x in xs] if kind else None
+    want = reference.dispatch([c[0] for c in coded] if kind else xs, ids, weights, num_experts=experts, layout=layout, capacity=capacity,
+                              scales=[c[1] for c in coded] if kind else None)
+    buf = moecomm.Buffer(comm, hidden=xs[0].shape[1], num_experts=experts, top_k=top_k, max_tokens=32, num_sms=2)
+    move = lambda t: t.to(comm.device)   # noqa: E731
+    out = buf.dispatch(move(xs[rank]), move(ids[rank]), move(weights[rank]), layout=layout, capacity=capacity, quant=kind)
+    torch.cuda.current_stream().synchronize()
+    for name in ("x", "scales", "topk_weights", "topk_ids", "tokens_per_expert", "rows_per_expert", "source_rank", "source_token"):
+        expect_equal(getattr(out, name), getattr(want[rank], name), f"{comm}: {name}")
+    if not kind:
+        rows = [(w.x.float() * (r + 1) / 4).to(w.x.dtype) for r, w in enumerate(want)]
+        by_expert = layout == "expert"
+        expected = reference.combine(rows, want, [len(x) for x in xs], ranks_per_node=comm.ranks_per_node,
+                                     topk_weights=[w.topk_weights for w in want] if by_expert else None)
+        out.handle.rows.copy_(move(rows[rank]))
+        y = torch.full(xs[rank].shape, float("nan"), dtype=xs[rank].dtype, device=comm.device)
+        buf.combine(out.handle.rows, out.handle, topk_weights=out.topk_weights if by_expert else None, out=y)
+        torch.cuda.current_stream().synchronize()
+        expect_equal(y, expected[rank], f"{comm}: y")
+    comm.barrier()
+    buf.close()
+
+
+def expect_equal(got, want, what):
+    """Equal bits, or AssertionError."""
+    if want is None:
+        assert got is None, what
+        return
+    got = got.cpu()
+    assert got.shape == want.shape and got.dtype == want.dtype, f"{what}: {got.dtype} {list(got.shape)}, expected {want.dtype} {list(want.shape)}"
+    wrong = int((as_bits(got) != as_bits(want)).sum())
+    assert wrong == 0, f"{what}: {wrong} elements differ"
+
+
+def as_bits(t):
+    """A tensor as integers."""
+    return t.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+
+
+# -- what must come out, in torch on the GPU ----------------------------------------------------------------------------
+
+class World:
+    """All ranks' inputs on one GPU, and what each rank must receive."""
+
+    def __init__(self, shape, size, device):
+        g = torch.Generator(device=device).manual_seed(size)
+        self.shape, self.size = shape, size
+        self.x = torch.randn((size, shape.tokens, shape.hidden), generator=g, device=device).bfloat16()
+        logits = torch.randn((size * shape.tokens, shape.experts), generator=g, device=device)
+        ids, weights = gate.sigmoid_gate(logits, shape.top_k, num_groups=shape.groups, top_groups=shape.top_groups)
+        self.ids = ids.view(size, shape.tokens, shape.top_k).contiguous()
+        self.weights = weights.float().view(size, shape.tokens, shape.top_k).contiguous()
+        flat = self.ids.flatten()
+        self.order = torch.sort(flat, stable=True).indices          # (expert, source rank, source token)
+        self.owner = flat[self.order] // (shape.experts // size)
+        self.counts = torch.bincount(self.owner, minlength=size).tolist()
+
+    def sources(self, rank):
+        """Flat token of each row that a rank receives."""
+        return self.order[self.owner == rank] // self.shape.top_k
+
+    def row_weights(self, rank):
+        """The weight of each row that a rank receives."""
+        return self.weights.flatten()[self.order[self.owner == rank]]
+
+    def nodes_per_token(self, nodes):
+        """Other nodes that the tokens go to, summed over all tokens."""
+        node = self.ids // (self.shape.experts // nodes)
+        home = (torch.arange(self.size, device=node.device) // (self.size // nodes))[:, None]
+        hit = torch.stack([(node == n).any(-1) & (home != n) for n in range(nodes)])
+        return int(hit.sum())
+
+    def combined(self, rank, scale, nodes):
+        """y of one rank where the experts return scale(rank) * row: FP32 in ascending expert order, node by node."""
+        shape, per_rank = self.shape, self.shape.experts // self.size
+        ids, at = self.ids[rank].sort(-1)
+        weights = self.weights[rank].gather(1, at)
+        home, x = rank // (self.size // nodes), self.x[rank]
+        total, started = torch.zeros_like(x, dtype=torch.float32), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        for n in range(nodes):
+            part, found = torch.zeros_like(x, dtype=torch.float32), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            for k in range(shape.top_k):
+                here = ids[:, k] // (shape.experts // nodes) == n
+                row = (x.float() * scale((ids[:, k] // per_rank).float())[:, None]).bfloat16().float() * weights[:, k:k + 1]
+                part = torch.where(here[:, None], torch.where(found[:, None], part + row, row), part)
+                found = found | here
+            if n != home:
+                part = part.bfloat16().float()
+            total = torch.where(found[:, None], torch.where(started[:, None], total + part, part), total)
+            started = started | found
+        return total.bfloat16()
+
+
+def must_move(world, nodes, call):
+    """Bytes of one call over all ranks, each read and each write counted once."""
+    s = world.shape
+    plain, coded = 2 * s.hidden, s.hidden + 4 * (s.hidden // 128)
+    tokens, picks, rail = world.size * s.tokens, world.size * s.tokens * s.top_k, world.nodes_per_token(nodes)
+    if call == "dispatch fp8":
+        return tokens * plain + (2 * rail + picks) * coded
+    return (tokens + 2 * rail + picks) * plain
+
+
+# -- times --------------------------------------------------------------------------------------------------------------
+
+def copy_ceiling(size=4 << 30, repeats=10):
+    """GB/s of a large device-to-device copy, read plus written."""
+    a, b = torch.empty(size, dtype=torch.uint8, device="cuda").random_(), torch.empty(size, dtype=torch.uint8, device="cuda")
+    return 2 * size / timed(lambda: b.copy_(a), repeats) / 1e9
+
+
+def timed(work, repeats):
+    """Median seconds of work() by events."""
+    work()
+    seconds = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(seconds)
+
+
+def measure(args, shape, nodes, per_node, sms, ceiling, choose=None):
+    """Rows of the table for one geometry and one number of multiprocessors in all; `choose` replaces the chosen plan."""
+    size = nodes * per_node
+    world = World(shape, size, args.device)
+    capacity = max(world.counts)
+    scale = lambda rank: (rank + 1) / 4   # of a number or a tensor; noqa: E731
+    reference_event = torch.cuda.Event(enable_timing=True)
+    reference_event.record()
+    reference_event.synchronize()
+    # Also odd numbers per rank, which a Buffer does not take by name.
+    with tuning.overriding(choose or (lambda hardware, traffic: tuning.choose_plan(hardware, traffic, sms // size))):
+        spans = moecomm.run_local(lambda comm: rank_main(comm, args, world, capacity, scale, nodes, reference_event), size,
+                                  ranks_per_node=per_node, device=args.device)
+    rows = []
+    for i, call in enumerate(CALLS):
+        us = 1e3 * (max(s[i][1] for s in spans) - min(s[i][0] for s in spans)) / args.iterations
+        gbs = must_move(world, nodes, call) / us / 1e3
+        rows.append(dict(call=call, nodes=nodes, ranks_per_node=per_node, sms=sms, us=us, gbs=gbs, fraction=gbs / ceiling, wrong=sum(s[i][2] for s in spans)))
+    return rows
+
+
+def rank_main(comm, args, world, capacity, scale, nodes, origin):
+    """One rank: for each call (start ms, end ms, wrong elements)."""
+    s, rank = world.shape, comm.rank
+    buf = moecomm.Buffer(comm, hidden=s.hidden, num_experts=s.experts, top_k=s.top_k, max_tokens=s.tokens, num_sms=2, arena_bytes=arena_bytes(capacity, s))
+    x, ids, weights = world.x[rank], world.ids[rank], world.weights[rank]
+    rows, sources = world.counts[rank], world.sources(rank)
+    found = []
+    for call in CALLS:
+        if call.startswith("dispatch"):
+            kind = "fp8" if call.endswith("fp8") else None
+            run = lambda kind=kind: buf.dispatch(x, ids, weights, capacity=capacity, quant=kind)   # noqa: E731
+        else:
+            out = buf.dispatch(x, ids, weights, capacity=capacity)
+            torch.mul(out.x, scale(rank), out=out.handle.rows)
+            y = torch.full_like(x, float("nan"))
+            run = lambda: buf.combine(out.handle.rows, out.handle, topk_weights=out.topk_weights, out=y)   # noqa: E731
+        result, span = replay(comm, run, args.iterations, origin)
+        if call == "dispatch bf16":
+            wrong = differing(result.x[:rows], world.x.flatten(0, 1)[sources]) + int((result.x[rows:] != 0).sum())
+        elif call == "dispatch fp8":
+            codes, scales = quant.quantize(world.x.flatten(0, 1)[sources].cpu())
+            wrong = differing(result.x[:rows].cpu(), codes) + differing(result.scales[:rows].cpu(), scales)
+        else:
+            wrong = differing(result, world.combined(rank, scale, nodes))
+        found.append((*span, wrong))
+        del result
+        out = None
+        comm.barrier()
+    buf.close()
+    return found
+
+
+def arena_bytes(capacity, shape):
+    """Window memory for two dispatches of `capacity` rows and their outputs."""
+    return 3 * capacity * (4 * shape.hidden + 16 * shape.top_k + 128) + (64 << 20)
+
+
+def differing(got, want):
+    """Elements whose bits differ."""
+    return int((as_bits(got) != as_bits(want)).sum()) if got.shape == want.shape else max(got.numel(), want.numel())
+
+
+def replay(comm, run, iterations, origin):
+    """(result, (start ms, end ms)) of graph replays; all ranks start together. Each call runs once before it is captured."""
+    run()
+    torch.cuda.current_stream().synchronize()
+    comm.barrier()
+    graph = torch.cuda.CUDAGraph()
+    with _capturing, torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        result = run()
+    comm.barrier()
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.current_stream().synchronize()
+    comm.barrier()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(iterations):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return result, (origin.elapsed_time(begin), origin.elapsed_time(end))
+
+
+def permute_baseline(shape):
+    """What a user would pick instead on one GPU: index_select by expert and a weighted sum back, of one rank's tokens."""
+    world = World(shape, 1, "cuda")
+    flat, index = world.x.flatten(0, 1), world.order // shape.top_k
+    out = torch.empty((len(index), shape.hidden), dtype=flat.dtype, device="cuda")
+    inverse = torch.argsort(world.order)
+    permute = timed(lambda: torch.index_select(flat, 0, index, out=out), 20)
+    weights = world.weights.flatten()[world.order][:, None]
+    unpermute = timed(lambda: (out * weights).index_select(0, inverse).view(-1, shape.top_k, shape.hidden).float().sum(1).bfloat16(), 20)
+    moved = (len(flat) + len(index)) * 2 * shape.hidden
+    return {"permute_us": 1e6 * permute, "permute_gbs": moved / permute / 1e9, "unpermute_us": 1e6 * unpermute, "unpermute_gbs": moved / unpermute / 1e9}
+
+
+def gemm_overlap(args, shape, sms=(16, 40)):
+    """How much a GEMM slows down beside dispatch and combine, by multiprocessors given: {sms: slowdown}."""
+    a, b = (torch.randn((8192, 8192), device=args.device).bfloat16() for _ in range(2))
+    alone = timed(lambda: torch.mm(a, b), 20)
+    found = {}
+    for total in sms:
+        def rank(comm, total=total):
+            world = World(Shape(tokens=1024), comm.size, args.device)
+            buf = moecomm.Buffer(comm, hidden=shape.hidden, num_experts=shape.experts, top_k=shape.top_k, max_tokens=1024,
+                                 num_sms=max(2, total // comm.size // 2 * 2), arena_bytes=arena_bytes(max(world.counts), shape))
+            times = []
+            side = torch.cuda.Stream(args.device)
+            for _ in range(10):
+                comm.barrier()
+                out = buf.dispatch(world.x[comm.rank], world.ids[comm.rank], world.weights[comm.rank], capacity=max(world.counts))
+                buf.combine(out.handle.rows, out.handle)
+                if comm.rank == 0:
+                    with torch.cuda.stream(side):
+                        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                        begin.record()
+                        torch.mm(a, b)
+                        end.record()
+                    end.synchronize()
+                    times.append(begin.elapsed_time(end) / 1e3)
+                del out
+                torch.cuda.current_stream().synchronize()
+            buf.close()
+            return statistics.median(times) if times else None
+        found[total] = moecomm.run_local(rank, 8, ranks_per_node=8, device=args.device)[0] / alone
+    return found
+
+
+def sanitizer(device):
+    """{tool: what compute-sanitizer says} on the small worlds, or None where it is not installed."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return None
+    said = {}
+    for name in ("memcheck", "racecheck"):
+        run = subprocess.run([tool, "--tool", name, "--error-exitcode", "9", sys.executable, "-m", "bench", "device", "--small", "--device", device],
+                             capture_output=True, text=True, timeout=150, cwd=OWN_CODE)
+        said[name] = "clean" if run.returncode == 0 else (run.stdout + run.stderr)[-800:]
+    return said
+
+
+def markdown(report):
+    """The report as a section for docs/measurements.md."""
+    s, lines = report["shape"], [f"## {report['gpu']}, torch {report['torch']}", "",
+                                 f"A device-to-device copy moves {report['ceiling_gbs']:.0f} GB/s (read plus written)."]
+    lines += [f"{s['tokens']} tokens per rank, hidden {s['hidden']}, {s['experts']} experts, top-{s['top_k']} in {s['top_groups']} of {s['groups']} groups.", "",
+              "| call | nodes x ranks | SMs in all | us | GB/s | of the copy | wrong |", "|---|---|---|---|---|---|---|"]
+    lines += [f"| {r['call']} | {r['nodes']}x{r['ranks_per_node']} | {r['sms']} | {r['us']:.1f} | {r['gbs']:.0f} | {r['fraction']:.0%} | {r['wrong']} |"
+              for r in report["rows"]]
+    b = report["baseline"]
+    lines += ["", f"torch alone, one rank's tokens: index_select {b['permute_us']:.0f} us ({b['permute_gbs']:.0f} GB/s), weighted sum back "
+                  f"{b['unpermute_us']:.0f} us ({b['unpermute_gbs']:.0f} GB/s).",
+              "A GEMM beside dispatch and combine takes " + ", ".join(f"{v:.2f}x with {k} SMs" for k, v in report["overlap"].items()) + " of its time alone.",
+              f"compute-sanitizer: {report['sanitizer'] or 'not run'}.", ""]
+    return "\n".join(lines)

@@ -1,0 +1,69 @@
+"""`python -m bench tune`: measures how a call is best spread over this GPU and writes the table that choose_plan yields to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from moecomm import cuda, tuning
+
+from . import device
+
+WARPS = (4, 6, 8, 12)
+PIECES = (1, 2, 3, 4)   # of a row, each a stage
+
+
+def arguments(parser):
+    """As `bench device`, and where the table goes."""
+    device.arguments(parser)
+    parser.add_argument("--sms", type=int, nargs="+", default=[20], help="multiprocessors per rank")
+    parser.add_argument("--table", default=str(tuning.TABLES), help="folder of the table file")
+
+
+def main(args):
+    """Measure every candidate, keep the fastest; returns 2 where there is no GPU."""
+    reason = cuda.why_not()
+    if reason is not None:
+        print(f"tune: nothing to measure: {reason}")
+        return 2
+    cuda.prepare_threads()
+    torch.cuda.set_device(args.device)
+    shape, plans = device.Shape(tokens=args.tokens), {}
+    name = torch.cuda.get_device_name()
+    shared_bytes, all_sms = cuda.native().device_limits()
+    for nodes, per_node in device.GEOMETRIES:
+        for sms in args.sms:
+            traffic = traffic_of(shape, nodes, per_node)
+            times = {}
+            for plan in candidates(tuning.hardware_of(name, all_sms, shared_bytes), traffic, sms):
+                rows = device.measure(args, shape, nodes, per_node, sms * nodes * per_node, 1.0, lambda *_: plan)   # noqa: B023
+                if not any(r["wrong"] for r in rows):
+                    times[plan] = sum(r["us"] for r in rows)
+                print(f"{nodes}x{per_node} {plan}: {times.get(plan, float('nan')):.1f} us")
+            plans[tuning.key_of(traffic, sms)] = min(times, key=times.get)
+    print(f"wrote {tuning.save_table(name, {**tuning.load_table(name), **plans}, Path(args.table))}")
+    return 0
+
+
+def traffic_of(shape, nodes, per_node):
+    """The tuning.Traffic of a benchmark's shape, as a Buffer describes it."""
+    return tuning.Traffic(hidden=shape.hidden, num_experts=shape.experts, top_k=shape.top_k, max_tokens=shape.tokens, ranks=nodes * per_node,
+                          ranks_per_node=per_node, row_bytes=2 * shape.hidden, shared_gpu=nodes * per_node)
+
+
+def candidates(hardware, traffic, num_sms):
+    """Plans worth measuring: the chosen one, other numbers of warps, other stages; all of them fit the GPU."""
+    chosen = tuning.choose_plan(hardware, traffic, num_sms)
+    found = [chosen]
+    for warps in WARPS:
+        for pieces in PIECES:
+            stage = -(-traffic.row_bytes // pieces // 128) * 128
+            if not tuning.fits(hardware, warps, stage):
+                continue
+            workers = num_sms * warps - 1
+            senders = 0 if traffic.nodes == 1 else max(1, workers * chosen.senders // (chosen.num_sms * chosen.warps - 1))
+            channels = max(1, min(1024, senders or workers, -(-traffic.max_tokens // 4)))
+            found.append(replace(chosen, warps=warps, stage_bytes=stage, senders=senders, channels=channels))
+    return list(dict.fromkeys(found))

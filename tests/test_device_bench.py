@@ -1,0 +1,129 @@
+"""What can be tested of the cuda world without a GPU: its benchmark's oracle, its candidates, its refusals. And on one: everything."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from worlds import assert_same
+
+import moecomm
+from bench import device, tune
+from moecomm import cuda, reference, tuning
+
+NO_GPU = cuda.why_not()
+SHAPE = device.Shape(tokens=29, hidden=16, experts=32, top_k=4, groups=8, top_groups=4)
+
+
+@pytest.mark.parametrize("nodes,per_node", [(1, 4), (2, 2), (4, 1)])
+def test_world_equals_the_oracle(nodes, per_node):
+    """The benchmark's quick expectations in torch are the slow oracle's."""
+    size = nodes * per_node
+    world = device.World(SHAPE, size, "cpu")
+    xs, ids, weights = list(world.x), list(world.ids), list(world.weights)
+    want = reference.dispatch(xs, ids, weights, num_experts=SHAPE.experts)
+    scale = lambda rank: (rank + 1) / 4   # noqa: E731
+    expected = reference.combine([(w.x.float() * scale(r)).bfloat16() for r, w in enumerate(want)], want, [SHAPE.tokens] * size,
+                                 ranks_per_node=per_node, topk_weights=[w.topk_weights for w in want])
+    crossings = 0
+    for rank in range(size):
+        assert world.counts[rank] == len(want[rank].x)
+        assert_same(world.x.flatten(0, 1)[world.sources(rank)], want[rank].x, f"rank {rank}: x")
+        assert_same(world.row_weights(rank), want[rank].topk_weights, f"rank {rank}: weights")
+        assert_same(world.combined(rank, scale, nodes), expected[rank], f"rank {rank}: y")
+        for t in range(SHAPE.tokens):
+            crossings += len({int(e) // (SHAPE.experts // nodes) for e in ids[rank][t]} - {rank // per_node})
+    assert world.nodes_per_token(nodes) == crossings
+    picks, tokens = size * SHAPE.tokens * SHAPE.top_k, size * SHAPE.tokens
+    assert device.must_move(world, nodes, "combine bf16") == 32 * (tokens + 2 * crossings + picks)
+
+
+def test_tuning_candidates_fit():
+    hardware = tuning.HARDWARE["NVIDIA H200"]
+    for nodes, per_node in device.GEOMETRIES:
+        plans = tune.candidates(hardware, tune.traffic_of(device.Shape(), nodes, per_node), 16)
+        assert len(plans) > 4 and len(set(plans)) == len(plans)
+        for plan in plans:
+            assert tuning.fits(hardware, plan.warps, plan.stage_bytes)
+            assert (plan.senders == 0) == (nodes == 1) and plan.senders < plan.num_sms * plan.warps - 1
+
+
+def test_override_is_undone():
+    plan = tuning.Plan(2, 4, 7, 0, 1024)
+    hardware, traffic = tuning.HARDWARE["NVIDIA H200"], tune.traffic_of(device.Shape(), 1, 8)
+    with tuning.overriding(lambda *_: plan):
+        assert tuning.plan_for(hardware, traffic, 20, table={}) == plan
+    assert tuning.plan_for(hardware, traffic, 20, table={}) != plan
+
+
+@pytest.mark.skipif(NO_GPU is None, reason="there is a GPU")
+def test_refusals_say_why():
+    for make in (lambda: moecomm.Communicator(device="cuda"), lambda: moecomm.run_local(lambda comm: None, 2, device="cuda")):
+        with pytest.raises(moecomm.InvalidArgument, match="device: got 'cuda'; (this build has no CUDA extension|torch .* sees no GPU)"):
+            make()
+    with pytest.raises(moecomm.InvalidArgument, match="expected cpu or cuda"):
+        moecomm.Communicator(device="meta")
+
+
+@pytest.mark.parametrize("command", ["device", "tune"])
+@pytest.mark.skipif(NO_GPU is None, reason="there is a GPU")
+def test_benchmarks_say_why(command):
+    run = subprocess.run([sys.executable, "-m", "bench", command], capture_output=True, text=True, timeout=100, env=dict(os.environ))
+    assert run.returncode == 2 and "nothing to measure" in run.stdout, run.stdout + run.stderr
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+gpu = pytest.mark.skipif(NO_GPU is not None, reason=f"needs a GPU: {NO_GPU}")
+
+
+@gpu
+def test_small_worlds():
+    assert device.check_small_worlds("cuda:0") == 32
+
+
+@gpu
+def test_graphs_replay():
+    """Three captured calls, replayed 101 times with new inputs in place, equal the oracle at the end."""
+    world = device.small_world(2, seed=5)
+
+    def rank_main(comm):
+        xs, ids, weights = world
+        x, i, w = (t[comm.rank].to(comm.device) for t in (xs, ids, weights))
+        buf = moecomm.Buffer(comm, hidden=512, num_experts=8, top_k=4, max_tokens=32, num_sms=2)
+        call = lambda: [buf.dispatch(x, i, w, capacity=100) for _ in range(3)]   # noqa: E731
+        call()   # once before it is captured
+        torch.cuda.current_stream().synchronize()
+        comm.barrier()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            outs = call()
+        comm.barrier()
+        for n in range(101):
+            x.copy_((xs[comm.rank].float() * (n + 1)).bfloat16())
+            graph.replay()
+        torch.cuda.current_stream().synchronize()
+        last = [(t.float() * 101).bfloat16() for t in xs]
+        want = reference.dispatch(last, ids, weights, num_experts=8, capacity=100)[comm.rank]
+        for out in outs:
+            assert_same(out.x.cpu(), want.x, f"rank {comm.rank}: x")
+        buf.close()
+
+    moecomm.run_local(rank_main, 2, ranks_per_node=1, device="cuda:0")
+
+
+@gpu
+def test_a_missing_rank_times_out():
+    """The kernel ends by its own deadline, the context survives, and the error names the suspect."""
+    def rank_main(comm):
+        buf = moecomm.Buffer(comm, hidden=64, num_experts=4, top_k=2, max_tokens=4, num_sms=2)
+        if comm.rank == 0:
+            x = torch.randn((4, 64), device=comm.device).bfloat16()
+            ids = torch.tensor([[0, 3]] * 4, device=comm.device)
+            with pytest.raises(moecomm.PeerTimeout) as caught:
+                buf.dispatch(x, ids)
+            assert caught.value.peer == 1
+            assert float(torch.ones(3, device=comm.device).sum()) == 3
+
+    moecomm.run_local(rank_main, 2, ranks_per_node=2, device="cuda:0", timeout=3.0)
