@@ -5,6 +5,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "published": ("bench.published", "the sim world's predictions against published measurements of clusters"),
     "dispatch": ("bench.run", "tokens to the ranks of their experts"),
     "combine": ("bench.run", "the experts' rows back, and summed"),
     "roundtrip": ("bench.run", "both, and their sum"),

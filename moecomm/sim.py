@@ -18,8 +18,10 @@ from .buffer import _DTYPES, _QUANTS, _WIRES, _arena_bytes, _check_shape
 from .errors import InvalidArgument, MoecommError
 from .reference import DecodeReceived, Received
 
-# How far roles run ahead of the clock unless told otherwise: times change by less than a few percent.
+# How far roles of large worlds (more than STRICT_TOKENS tokens in all) run ahead of the clock unless told otherwise:
+# times change by a few percent at most, since many ranks share every link.
 LEAD_NS, DECODE_LEAD_NS = 2_000.0, 20_000.0
+STRICT_TOKENS = 10_000
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ class Cluster:
 
     # -- the fast path ------------------------------------------------------------------------------
 
-    def step(self, topk_ids, *, quant=None, layout="expert", lead_ns=LEAD_NS):
+    def step(self, topk_ids, *, quant=None, layout="expert", lead_ns=None):
         """Times of one dispatch and combine of this routing.
 
         Parameters
@@ -205,9 +207,9 @@ class Cluster:
         topk_ids : list of int64 Tensor [T, top_k] by rank, or one Tensor [ranks, T, top_k]
         quant : None, "given", "fp8" or "fp8_ue8m0"
             Rows of dispatch: of the buffer's dtype, quantized before, or by the call. Combine carries the buffer's dtype.
-        lead_ns : as for reset()
+        lead_ns : as for reset(); None: chosen by the size
         """
-        self.reset(lead_ns=lead_ns)
+        self.reset(lead_ns=_lead(topk_ids, LEAD_NS) if lead_ns is None else lead_ns)
         p = self.program()
         p.dispatch(topk_ids, layout=layout, quant=quant)
         p.combine()
@@ -215,7 +217,7 @@ class Cluster:
         spans = times[:, :, 1] - times[:, :, 0]
         return Step(spans[0], spans[1], float(times[:, :, 1].max() - times[:, :, 0].min()), self.stats(), self.links())
 
-    def decode_step(self, topk_ids, *, quant="fp8", steps=1, lead_ns=DECODE_LEAD_NS):
+    def decode_step(self, topk_ids, *, quant="fp8", steps=1, lead_ns=None):
         """Times of decode_dispatch and decode_combine, each with its receive phase, of this routing.
 
         Parameters
@@ -225,9 +227,9 @@ class Cluster:
             Rows of dispatch; combine carries the buffer's dtype.
         steps : int
             How many in a row, without a barrier; the last one is reported.
-        lead_ns : as for reset()
+        lead_ns : as for reset(); None: chosen by the size
         """
-        self.reset(lead_ns=lead_ns)
+        self.reset(lead_ns=_lead(topk_ids, DECODE_LEAD_NS) if lead_ns is None else lead_ns)
         p = self.program()
         for _ in range(steps):
             p.decode_dispatch(topk_ids, quant=quant)
@@ -330,6 +332,10 @@ def describe_waiting(w):
     """One waiting role in words."""
     channel = f"[{w['channel']}]" if w["channel"] >= 0 else ""
     return f"rank {w['rank']} {w['role']}{channel} waits for rank {w['peer']} in phase {w['phase']} (counter >= {w['at_least']})"
+
+
+def _lead(topk_ids, large):
+    return large if sum(len(ids) for ids in topk_ids) > STRICT_TOKENS else 0.0
 
 
 def _copy(address, dtype, *shape):

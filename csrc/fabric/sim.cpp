@@ -131,7 +131,7 @@ void SimNet::put(int space, int to_peer, uint64_t offset, const char* src, uint6
     landed = begin + chaos_.delay(rail_latency_);
   } else {
     const Time work = std::max(transfer_time(bytes, hardware_.rail_rate), message_);
-    const Time left = from.rail_out.take(begin, work);
+    const Time left = from.rail_out.take(std::max(begin, r.stores), work);   // behind the rows that this role has under way
     landed = to.rail_in.take(left - work + rail_latency_, work);
   }
   r.landed[peer] = std::max(r.landed[peer], landed);
@@ -177,6 +177,12 @@ void SimNet::signal_node(int space, int local, uint64_t counter, uint64_t add) {
   post_counter(landed, peer, window(space, peer), counter, add);
   log({begin, landed, Did::signal_node, Phase::none, r.rank, r.channel, peer, r.name, counter, add});
   fibers_.advance(begin + put_ + chaos_.pause());
+}
+
+// A role's rows that are still under way on links.
+void SimNet::settle() {
+  const Role& r = role();
+  fibers_.advance(std::max(fibers_.now(), *std::max_element(r.flight, r.flight + Role::kInFlight)));
 }
 
 void SimNet::flush() {

@@ -141,6 +141,7 @@ class SimNet {
   void signal_rail(int space, int peer, uint64_t counter, uint64_t add, bool ordered = true);
   void signal_node(int space, int local, uint64_t counter, uint64_t add);
   Status wait(char* memory, uint64_t counter, uint64_t at_least, Phase phase, int peer);
+  void settle();                                      // until the row operations of this role are complete
   void flush();                                       // until all puts of this rank have landed
   void copy_row(char* dst, const char* src, uint64_t bytes);
   void zero_row(char* dst, uint64_t bytes);
@@ -226,7 +227,7 @@ struct SimFabric {
     for (int i = 0; i < count; ++i) net->copy_row(targets[i], src, bytes);
   }
   template <class G>
-  void settle(G g) const { g.sync(); }
+  void settle(G) const { net->settle(); }
   template <class G>
   void zero_row(G, char* dst, uint64_t bytes) const { net->zero_row(dst, bytes); }
   template <class G>

@@ -54,6 +54,7 @@ class Crew {
     members_.push_back(std::make_unique<Member>(net_));
     net_.start(rank_, name, channel, channel, [this, member = members_.back().get(), role] {
       member->status = role();
+      net_.settle();
       member->stores = net_.role().stores;
       member->landed.swap(net_.role().landed);
       member->ended.open(1);
