@@ -16,7 +16,7 @@ import torch
 from moecomm import clusters, gate, sim
 
 HIDDEN, TOP_K = 7168, 8
-FITTED = ("launch", "rail_rate", "node_rate")
+FITTED = ("launch", "rail_rate")
 FIT_ROWS = (8, 64)   # ranks of the decode rows that the constants are fitted on
 
 

@@ -80,6 +80,8 @@ class Cluster:
         Rows are really moved. Without, only times and counts are right.
     decode : bool
         With the decode path.
+    one_lane : bool
+        A rank runs its roles one after another, as the cpu world does, instead of side by side, as a GPU does.
     arena_bytes : int, optional
         As for Buffer.
 
@@ -90,7 +92,7 @@ class Cluster:
     """
 
     def __init__(self, size, *, ranks_per_node=None, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, num_sms=20, channels=None,
-                 hardware=Hardware(), payload=False, decode=False, arena_bytes=None):
+                 hardware=Hardware(), payload=False, decode=False, one_lane=False, arena_bytes=None):
         ranks_per_node = ranks_per_node or size
         if not isinstance(size, int) or size < 1 or size % ranks_per_node:
             raise InvalidArgument(f"Cluster: size is {size!r}; expected a multiple of ranks_per_node = {ranks_per_node}", op="Cluster")
@@ -100,7 +102,7 @@ class Cluster:
         self.hardware, self.payload, self.decode_path = hardware, payload, decode
         arena_bytes = arena_bytes or _arena_bytes(size, hidden, num_experts, top_k, max_tokens, dtype)
         self._native = native.Cluster(size, ranks_per_node, num_sms, hidden, _DTYPES[dtype], num_experts, top_k, max_tokens, self.channels,
-                                      arena_bytes, payload, decode, min(num_sms, max_tokens), asdict(hardware))
+                                      arena_bytes, payload, decode, one_lane, min(num_sms, max_tokens), asdict(hardware))
         self._row_bytes = hidden * dtype.itemsize
 
     # -- programs: what every rank does, call after call --------------------------------------------

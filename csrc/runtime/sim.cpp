@@ -74,7 +74,8 @@ void SimCluster::reset(const Chaos& chaos, double lead, int poison) {
     r.book = {};
     r.book.rows = r.book_counts.data();
     r.book.back = r.book_counts.data() + per_book;
-    if (config_.decode) r.decode = std::make_unique<SimDecode>(*net_, make_decode_view(r.view.geometry, config_.shape, false), config_.workers);
+    if (config_.decode) r.decode = std::make_unique<SimDecode>(*net_, make_decode_view(r.view.geometry, config_.shape, false),
+                                                               config_.schedule == SimSchedule::lane ? 0 : config_.workers);
     r.decode_digest = 0;
   }
 }
@@ -124,7 +125,8 @@ Status SimCluster::dispatch(int rank, F fabric, const SimCall& call, Handle& han
   a.first = plan.first.data();
   a.needed = plan.needed.data();
   a.verdict = &verdict;
-  const Status s = sim_dispatch(*net_, fabric, a, r.arena->offer());
+  const Status s = config_.schedule == SimSchedule::lane ? lane_dispatch(*net_, fabric, a, r.arena->offer())
+                                                         : sim_dispatch(*net_, fabric, a, r.arena->offer());
   net_->flush();
   if (!s.ok()) return s;
   const int me = r.view.geometry.local();
@@ -176,7 +178,7 @@ Status SimCluster::combine(int rank, F fabric, const SimCall& call, Handle& hand
     std::memcpy(output + l.weights, in, handle.rows * 4);
     a.mine.weights = output + l.weights - window;
   }
-  const Status s = sim_combine(*net_, fabric, a);
+  const Status s = config_.schedule == SimSchedule::lane ? lane_combine(*net_, fabric, a) : sim_combine(*net_, fabric, a);
   net_->flush();
   if (config_.payload) {
     digest = digest_bytes(1, a.y, plan.view.tokens * row_bytes);
@@ -306,7 +308,7 @@ const std::vector<SimResult>& SimCluster::run(const std::vector<SimCall>& progra
   for (const SimCall& call : program) handles = std::max(handles, call.handle + 1);
   for (int rank = 0; rank < config_.size; ++rank) {
     if (static_cast<int>(ranks_[rank].handles.size()) < handles) ranks_[rank].handles.resize(handles);
-    net_->start(rank, "rank", -1, Role::kAllSms, [this, rank, &program, &mutation] {
+    net_->start(rank, "rank", -1, config_.schedule == SimSchedule::lane ? 0 : Role::kAllSms, [this, rank, &program, &mutation] {
       const SimFabric fabric{net_.get(), rank, kMain};
       if (mutation.flaw == Flaw::none) run_rank(rank, fabric, program);
       else run_rank(rank, MutantFabric{fabric, mutation}, program);

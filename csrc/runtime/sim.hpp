@@ -11,6 +11,10 @@
 
 namespace moecomm {
 
+// Who runs a rank's roles: a fiber per role and channel, or one lane that runs them one after another as in the
+// cpu world.
+enum class SimSchedule : int32_t { roles, lane };
+
 struct SimConfig {
   int size = 1;
   int ranks_per_node = 1;
@@ -19,6 +23,7 @@ struct SimConfig {
   Hardware hardware;
   bool payload = false;
   bool decode = false;                // the decode path's memories too
+  SimSchedule schedule = SimSchedule::roles;
   int workers = 1;                    // roles that share a decode phase of a rank
 };
 

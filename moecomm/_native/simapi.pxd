@@ -91,6 +91,10 @@ cdef extern from "runtime/sim.hpp" namespace "moecomm" nogil:
     cdef cppclass Plan:
         PlanView view
 
+    cdef enum class SimSchedule(int32_t):
+        roles
+        lane
+
     cdef cppclass SimConfig:
         int size
         int ranks_per_node
@@ -99,6 +103,7 @@ cdef extern from "runtime/sim.hpp" namespace "moecomm" nogil:
         Hardware hardware
         bool payload
         bool decode
+        SimSchedule schedule
         int workers
 
     cdef enum class SimVerb(int32_t):

@@ -47,9 +47,10 @@ Status run_dispatch(G g, F f, const DispatchArgs& a, Offer offer) {
     judge(g, f, a);
     return Status{};
   }));
+  // A node sends to the one behind it first, so its predecessor's rows are the first to come.
   for (int step = 0; step < nodes; ++step)
     for (int c = 0; c < channels; ++c)
-      MOE_TRY(timed(g, f, Phase::forward, [&] { return forward(g, f, a, (own + step) % nodes, c); }));
+      MOE_TRY(timed(g, f, Phase::forward, [&] { return forward(g, f, a, (own + nodes - step) % nodes, c); }));
   return timed(g, f, Phase::arrive, [&] {
     MOE_TRY(announce_arrival(g, f, a));
     return arrive(g, f, a, 0, 1);

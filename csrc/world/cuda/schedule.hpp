@@ -106,7 +106,7 @@ MOE_HD Status dispatch_seat(G g, F f, Gates gates, const DispatchWork& w, Seat s
     if (first >= 0 && nodes > 1) {
       MOE_TRY(gates.wait(g, Gate::placed, 1));
       for (int i = first; i < (nodes - 1) * channels; i += forwarders)
-        MOE_TRY(forward(g, f, a, (own + 1 + i / channels) % nodes, i % channels));
+        MOE_TRY(forward(g, f, a, (own + nodes - 1 - i / channels) % nodes, i % channels));   // who sends to this node first comes first
     }
     gates.arrive(g, Gate::forwarded);
   }

@@ -1,10 +1,12 @@
-// Decode's four phases in the sim world: slices of the tokens, or sources, side by side on the rank's workers.
+// Decode's four phases in the sim world: slices of the tokens, or sources, side by side on the rank's workers;
+// without workers, one lane does everything as in the cpu world.
 #pragma once
 #include "exec/lane.hpp"
 #include "protocol/decode_answer.hpp"
 #include "protocol/decode_receive.hpp"
 #include "protocol/decode_send.hpp"
 #include "protocol/decode_sum.hpp"
+#include "world/cpu/decode_run.hpp"
 #include "world/sim/crew.hpp"
 #include "world/sim/run.hpp"
 
@@ -15,6 +17,7 @@ Status sim_decode_send(SimNet& net, F f, const DecodeSendArgs& a, int workers) {
   constexpr Lane g;
   net.spend(net.hardware().launch);
   MOE_TRY(sim_part(net, "list", [&] { return decode_list(g, f, a); }));
+  if (workers == 0) return run_decode_send(g, f, a);
   Crew crew(net, a.d.geometry.rank);
   for (int w = 0; w < workers; ++w)
     crew.start("decode send", w, [&, w] {
@@ -30,6 +33,7 @@ template <class F>
 Status sim_decode_receive(SimNet& net, F f, const DecodeReceiveArgs& a, int workers) {
   constexpr Lane g;
   const int size = a.d.geometry.size;
+  if (workers == 0) return run_decode_receive(g, f, a);
   Crew crew(net, a.d.geometry.rank);
   Gate accepted(net);
   Status mismatch, failed;
@@ -61,6 +65,7 @@ Status sim_decode_combine_send(SimNet& net, F f, const DecodeCombineArgs& a, int
   constexpr Lane g;
   const int size = a.d.geometry.size;
   net.spend(net.hardware().launch);
+  if (workers == 0) return run_decode_combine_send(g, f, a);
   Crew crew(net, a.d.geometry.rank);
   for (int w = 0; w < workers; ++w)
     crew.start("decode answer", w, [&, w] {
@@ -73,6 +78,7 @@ Status sim_decode_combine_send(SimNet& net, F f, const DecodeCombineArgs& a, int
 template <class F>
 Status sim_decode_combine_receive(SimNet& net, F f, const DecodeCombineArgs& a, int workers) {
   constexpr Lane g;
+  if (workers == 0) return run_decode_combine_receive(g, f, a);
   MOE_TRY(sim_part(net, "decode wait", [&] { return decode_wait_answers(g, f, a); }));
   Crew crew(net, a.d.geometry.rank);
   for (int w = 0; w < workers; ++w)

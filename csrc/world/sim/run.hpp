@@ -6,6 +6,7 @@
 #include "protocol/combine.hpp"
 #include "protocol/dispatch.hpp"
 #include "protocol/plan.hpp"
+#include "world/cpu/run.hpp"
 #include "world/sim/crew.hpp"
 
 namespace moecomm {
@@ -22,6 +23,20 @@ auto sim_part(SimNet& net, const char* name, Part part) {
   net.log({begin, net.fibers().now(), Did::role, Phase::none, r.rank, r.channel, -1, name, 0, 0});
   r.name = caller;
   return result;
+}
+
+// The cpu world's order of roles, on the clock.
+template <class F>
+Status lane_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer) {
+  net.spend(net.hardware().launch);
+  if (!a.cached) net.spend(net.hardware().plan_token * a.plan.tokens);
+  return run_dispatch(Lane{}, f, a, offer);
+}
+
+template <class F>
+Status lane_combine(SimNet& net, F f, const CombineArgs& a) {
+  net.spend(net.hardware().launch);
+  return run_combine(Lane{}, f, a);
 }
 
 template <class F>
@@ -53,7 +68,8 @@ Status sim_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer) {
   if (placed.ok()) {
     for (int c = 0; c < channels; ++c)
       crew.start("forward", c, [&, c] {
-        for (int step = 1; step < nodes; ++step) MOE_TRY(forward(g, f, a, (own + step) % nodes, c));
+        // A node sends to the one behind it first: its predecessor's rows come first.
+        for (int step = 1; step < nodes; ++step) MOE_TRY(forward(g, f, a, (own + nodes - step) % nodes, c));
         crew.wait_for(sent[c]);   // it wrote the own node's metadata
         return forward(g, f, a, own, c);
       });
