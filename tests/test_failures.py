@@ -2,11 +2,8 @@
 survivors go on in a new world."""
 
 import json
-import multiprocessing
-import multiprocessing.forkserver
 import os
 import signal
-import sys
 import time
 
 import pytest
@@ -19,17 +16,6 @@ MODES = {"node": dict(ranks_per_node=4, environment={}),
          "tcp": dict(ranks_per_node=2, environment={"UCX_TLS": "tcp,self"})}
 # Where the victim is when it happens: the point, and how often it is passed before.
 MOMENTS = {"before the plan": ("before", 0), "on the rail": ("put", 2), "while forwarding": ("copy", 9), "while reducing": ("reduce", 5)}
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """A server that has imported everything and forks a rank in no time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["survivors"])
-    with pytest.MonkeyPatch.context() as patch:   # the server looks for modules nowhere else
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-        multiprocessing.forkserver.ensure_running()
-    return context
 
 
 def shared_memory_files():
