@@ -86,9 +86,11 @@ def buffer_of(number):
 
 def wanted(*tensors):
     """Whether a call must go through the operators: traced or compiled, seen by a mode, or with gradients."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 # -- dispatch: a new plan -------------------------------------------------------------------------------

@@ -1,7 +1,11 @@
 """Two micro-batches through the same layers: the results of one after the other, and communication while Python computes."""
 
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from moecomm.nn import MoE
 from moecomm.overlap import Started, Trace, moe_stages, two_batches
 
 HIDDEN, EXPERTS, TOP_K = 32, 8, 2
+ROOT = Path(__file__).parent.parent
 
 
 def make_layers(comm, count, dtype=torch.float32):
@@ -167,3 +172,15 @@ def test_decode_overlaps_through_its_hooks():
             torch.testing.assert_close(y, x)
 
     moecomm.run_local(run, 4, ranks_per_node=2)
+
+
+@pytest.mark.parametrize("path", ["throughput", "decode"])
+def test_the_benchmark_verifies_what_it_times(path, tmp_path):
+    command = [sys.executable, "-m", "bench", "overlap", "--path", path, "--tokens", "8", "--hidden", "64", "--intermediate", "32", "--iters", "2",
+               "--warmup", "1", "--json", str(tmp_path / "out.json"), "--trace", str(tmp_path / "trace.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert record["wrong"] == 0 and record["path"] == path and record["overlapped_us"] > 0 and record["communication_us"] > 0
+    names = {e["name"] for e in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
+    assert any(name.endswith(": experts") for name in names)
