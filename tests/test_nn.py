@@ -1,5 +1,11 @@
 """The MoE layer: against a dense computation, compiled, checkpointed between numbers of ranks."""
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from worlds import assert_same
@@ -10,6 +16,7 @@ from moecomm.grouped import grouped_mm, grouped_mm_into
 from moecomm.nn import Experts, MoE
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 32, 16, 8, 2
+ROOT = Path(__file__).parent.parent
 
 
 def dense(layer, state, x):
@@ -162,6 +169,14 @@ def test_compiled_layer_equals_eager(backend, dtype):
             torch.testing.assert_close(compiled(x), layer(x), **close)
 
     moecomm.run_local(run, 1)
+
+
+def test_compiled_layers_over_processes():
+    """Two compiled layers on two ranks with different numbers of tokens: forward and backward of both exchange rows."""
+    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "2", sys.executable, str(ROOT / "tests" / "compile_worker.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"))
+    differences = [float(d) for d in re.findall(r"differ by (\S+)", done.stdout)]
+    assert done.returncode == 0 and len(differences) == 2 and max(differences) < 1e-5, done.stdout + done.stderr[-3000:]
 
 
 def test_without_capacity_only_dispatch_breaks_the_graph():
