@@ -9,17 +9,17 @@
 namespace moecomm::balance {
 namespace {
 
-constexpr double kPiece = 0.8;      // of the mean rank load: an expert starts with replicas no larger than that
+constexpr double kPiece = 0.95;      // of the mean rank load: an expert starts with replicas no larger than that
 constexpr double kEnough = 1.004;   // heaviest over mean that is worth no further step
 constexpr double kTied = 2e-3;
-constexpr int kSteps = 64;
-constexpr int kRounds = 8;          // of the split between steps
+constexpr int kSteps = 80;
+constexpr int kRounds = 4;          // of the split between steps
 
 class Activation {
  public:
   Activation(const Replicas& r, const double* load, int limit, uint8_t* active)
-      : r_(r), load_(load), limit_(limit), active_(active), used_(r.ranks, 0), level_(r.ranks, 0.0),
-        share_(r.slot.size()), barred_(r.slot.size(), 0) {
+      : r_(r), load_(load), limit_(limit), active_(active), used_(r.ranks, 0), running_(r.experts, 0), level_(r.ranks, 0.0),
+        share_(r.slot.size()), barred_(r.slot.size(), 0), spare_(r.ranks) {
     std::fill(active_, active_ + r.slot.size(), uint8_t{0});
     mean_ = std::accumulate(load, load + r.experts, 0.0) / r.ranks;
   }
@@ -45,13 +45,13 @@ class Activation {
   // that run nowhere else.
   bool prune() {
     const std::vector<uint8_t> before(active_, active_ + share_.size());
-    const std::vector<int> used = used_;
+    const std::vector<int> used = used_, running = running_;
     std::fill(used_.begin(), used_.end(), 0);
-    std::vector<int> runs(r_.experts, 0);
+    std::fill(running_.begin(), running_.end(), 0);
     for (size_t i = 0; i < share_.size(); ++i) {
       active_[i] = load_[r_.expert[i]] > 0;
       used_[r_.rank[i]] += active_[i];
-      runs[r_.expert[i]] += active_[i];
+      running_[r_.expert[i]] += active_[i];
     }
     for (bool above = true; above;) {
       split(r_, load_, active_, kRounds / 2, share_.data());
@@ -61,48 +61,60 @@ class Activation {
         int least = -1;
         for (int s = rank * r_.slots_per_rank(); s < (rank + 1) * r_.slots_per_rank(); ++s) {
           const int i = r_.at_slot[s];
-          if (active_[i] && runs[r_.expert[i]] > 1 && (least < 0 || share_[i] < share_[least])) least = i;
+          if (active_[i] && running_[r_.expert[i]] > 1 && (least < 0 || share_[i] < share_[least])) least = i;
         }
         if (least < 0) {
           std::copy(before.begin(), before.end(), active_);
           used_ = used;
+          running_ = running;
           return false;
         }
         stop(least);
-        --runs[r_.expert[least]];
         above |= used_[rank] > limit_;
       }
     }
     return true;
   }
 
-  void improve() {
+  // Returns the heaviest rank's load.
+  double improve() {
     std::vector<uint8_t> best;
     double least = 1e300, before = 1e300;
+    std::fill(barred_.begin(), barred_.end(), 0);
     Step last{0.0};
+    Pouring pouring(r_, load_, active_, share_.data());
+    pouring.settle(kRounds);
+    const auto pour_again = [&] {
+      for (const int i : {last.starts, last.stops, last.starts_too, last.stops_too})
+        if (i >= 0) pouring.pour(r_.expert[i]);
+    };
     for (int step = 0; step <= kSteps; ++step) {
-      const double most = split(r_, load_, active_, kRounds, share_.data());
+      const double most = pouring.settle(kRounds);
       if (most < least) {
         least = most;
         best.assign(active_, active_ + share_.size());
       }
       if (most <= kEnough * mean_ || step == kSteps) break;
-      std::fill(level_.begin(), level_.end(), 0.0);
-      for (size_t i = 0; i < share_.size(); ++i) level_[r_.rank[i]] += share_[i];
+      level_ = pouring.rank_load();
       const double squares = std::inner_product(level_.begin(), level_.end(), level_.begin(), 0.0);
       if (squares >= before) {         // the estimate was wrong: back, and not again
         barred_[last.starts] = 1;
         take(last, true);
+        pour_again();
         before = 1e300;
         continue;
       }
       before = squares;
+      find_spares();
       last = best_step(most);
       if (last.starts < 0) break;
       take(last, false);
+      pour_again();
     }
     std::copy(best.begin(), best.end(), active_);
+    return least;
   }
+  double enough() const { return kEnough * mean_; }
 
  private:
   struct Step {
@@ -119,19 +131,17 @@ class Activation {
   bool run(int i, double amount) {
     if (i < 0) return false;
     active_[i] = 1;
+    ++running_[r_.expert[i]];
     ++used_[r_.rank[i]];
     level_[r_.rank[i]] += amount;
     return true;
   }
   void stop(int i) {
     active_[i] = 0;
+    --running_[r_.expert[i]];
     --used_[r_.rank[i]];
   }
-  int running(int e) const {
-    int n = 0;
-    for (int j = r_.first[e]; j < r_.first[e + 1]; ++j) n += active_[j];
-    return n;
-  }
+  int running(int e) const { return running_[e]; }
 
   // All ranks of e are full: along a shortest chain every rank passes one expert on to another of its hosts, until
   // one has room. No chain: no choice of replicas exists.
@@ -205,7 +215,8 @@ class Activation {
   double gain(int from, int to, double moved) const { return 2 * moved * (level_[from] - level_[to] - moved); }
 
   // Rank `to` of replica j is full: one of its experts, in k, makes place. It runs elsewhere already, or on h in
-  // exchange for i, or on a third rank that has room.
+  // exchange for i, or on a third rank, that has room or
+  // stops what it can spare.
   void consider_trades(Step& best, int h, int i, int j) const {
     const int to = r_.rank[j];
     for (int s = to * r_.slots_per_rank(); s < (to + 1) * r_.slots_per_rank(); ++s) {
@@ -213,20 +224,34 @@ class Activation {
       if (!active_[k]) continue;
       const double freed = level_[to] - share_[k], moved = std::clamp((level_[h] - freed) / 2, 0.0, share_[i]);
       const double relief = 2 * moved * (level_[h] - freed - moved);   // after k's share has left
-      const int others = running(f) - 1;
-      if (others > 0) {
-        double cost = 0.0;                                             // k's share goes to its other replicas
-        for (int x = r_.first[f]; x < r_.first[f + 1]; ++x)
-          if (active_[x] && x != k) cost -= gain(to, r_.rank[x], share_[k] / others);
-        consider(best, {relief - cost, j, k});
+      if (running(f) > 1) {
+        consider(best, {relief - cost_of_stopping(k), j, k});
         continue;
       }
       for (int x = r_.first[f]; x < r_.first[f + 1]; ++x) {
         const int third = r_.rank[x];
         if (active_[x] || barred_[x] || third == to) continue;
         if (third == h && running(r_.expert[i]) == 1) consider(best, {gain(h, to, share_[i] - share_[k]), j, k, x, i});
-        else if (third != h && used_[third] < limit_) consider(best, {relief + gain(to, third, share_[k]), j, k, x});
+        if (third == h) continue;
+        if (used_[third] < limit_) consider(best, {relief + gain(to, third, share_[k]), j, k, x});
+        else if (const int y = spare_[third]; y >= 0) consider(best, {relief + gain(to, third, share_[k]) - cost_of_stopping(y), j, k, x, y});
       }
+    }
+  }
+  // The share of k goes to the other replicas of its expert.
+  double cost_of_stopping(int k) const {
+    const int f = r_.expert[k], others = running(f) - 1;
+    double cost = 0.0;
+    for (int x = r_.first[f]; x < r_.first[f + 1]; ++x)
+      if (active_[x] && x != k) cost -= gain(r_.rank[k], r_.rank[x], share_[k] / others);
+    return cost;
+  }
+  // Of every rank the replica that is missed least, if one runs elsewhere too.
+  void find_spares() {
+    std::fill(spare_.begin(), spare_.end(), -1);
+    for (size_t i = 0; i < share_.size(); ++i) {
+      int& spare = spare_[r_.rank[i]];
+      if (active_[i] && (spare < 0 || share_[i] < share_[spare]) && running(r_.expert[i]) > 1) spare = static_cast<int>(i);
     }
   }
   static void consider(Step& best, const Step& step) {
@@ -237,19 +262,29 @@ class Activation {
   const double* load_;
   int limit_;
   uint8_t* active_;
-  std::vector<int> used_;
+  std::vector<int> used_, running_;
   std::vector<double> level_, share_;
   std::vector<char> barred_;
+  std::vector<int> spare_;
   double mean_ = 0.0;
 };
 
 }  // namespace
 
 int activate(const Replicas& r, const double* load, int limit, uint8_t* active) {
+  // Two beginnings, of which sometimes one leads further and sometimes the other.
   Activation a(r, load, limit, active);
   if (const int e = a.start(); e >= 0) return e;
-  a.prune();
-  a.improve();
+  if (!a.prune()) {
+    a.improve();
+    return -1;
+  }
+  const double pruned = a.improve();
+  if (pruned <= a.enough()) return -1;
+  const std::vector<uint8_t> first(active, active + r.slot.size());
+  Activation b(r, load, limit, active);
+  b.start();
+  if (b.improve() > pruned) std::copy(first.begin(), first.end(), active);
   return -1;
 }
 

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kSteps = 512;          // resolution of the ledger: T / 1024
 constexpr double kPrecision = 5e-4;  // of the bisection
-constexpr int kWork = 4000;           // replicas looked at while single ones are moved
+constexpr int kWork = 1500;           // replicas looked at while single ones are moved
 
 // For every step t the surplus of small replicas over the large ones that need them; below zero: a deficit.
 class Ledger {

@@ -6,8 +6,10 @@
 namespace moecomm::balance {
 namespace {
 
+constexpr double kEnough = 1e-4;   // of the mean rank load: four rounds that gain less are the last
+
 // Pours `amount` over n ranks: raises the lowest levels to a common one. level[n] is sorted along with `at`.
-void pour(double amount, double* level, int* at, int n, double* rank_load, double* share, const int32_t* rank) {
+void pour_over(double amount, double* level, int* at, int n, double* rank_load, double* share, const int32_t* rank) {
   for (int i = 1; i < n; ++i) {
     const double l = level[i];
     const int a = at[i];
@@ -28,43 +30,50 @@ void pour(double amount, double* level, int* at, int n, double* rank_load, doubl
 
 }  // namespace
 
-double split(const Replicas& r, const double* load, const uint8_t* active, int rounds, double* share) {
-  std::vector<double> rank_load(r.ranks, 0.0), level(r.ranks);
-  std::vector<int> at(r.ranks), several;
-  several.reserve(r.shared.size());
+Pouring::Pouring(const Replicas& r, const double* load, const uint8_t* active, double* share)
+    : r_(r), load_(load), active_(active), share_(share), rank_load_(r.ranks, 0.0), level_(r.ranks), at_(r.ranks) {
   double total = 0.0;
+  std::fill(share, share + r.slot.size(), 0.0);
   for (int e = 0; e < r.experts; ++e) {
-    int n = 0, last = -1;
-    for (int i = r.first[e]; i < r.first[e + 1]; ++i) {
-      share[i] = 0.0;
-      if (!active || active[i]) ++n, last = i;
-    }
-    total += n ? load[e] : 0.0;
-    if (n > 1 && load[e] > 0) {
-      several.push_back(e);
-    } else if (n == 1) {
-      share[last] = load[e];
-      rank_load[r.rank[last]] += load[e];
-    }
+    total += load[e];
+    if (r.count(e) == 1) pour(e);
   }
-  const double enough = 1e-4 * total / r.ranks;
+  enough_ = kEnough * total / r.ranks;
+  for (const int e : r.shared) pour(e);
+}
+
+void Pouring::pour(int e) {
+  int n = 0;
+  for (int i = r_.first[e]; i < r_.first[e + 1]; ++i) {
+    double& level = rank_load_[r_.rank[i]];
+    level -= share_[i];
+    share_[i] = 0.0;
+    if (active_ && !active_[i]) continue;
+    level_[n] = level;
+    at_[n++] = i;
+  }
+  if (n == 1) {
+    share_[at_[0]] = load_[e];
+    rank_load_[r_.rank[at_[0]]] += load_[e];
+  } else if (n > 1) {
+    pour_over(load_[e], level_.data(), at_.data(), n, rank_load_.data(), share_, r_.rank.data());
+  }
+}
+
+double Pouring::settle(int rounds) {
   double before = 1e300;
   for (int round = 0; round < rounds; ++round) {
-    for (const int e : several) {
-      int n = 0;
-      for (int i = r.first[e]; i < r.first[e + 1]; ++i) {
-        if (active && !active[i]) continue;
-        level[n] = rank_load[r.rank[i]] - share[i];
-        at[n++] = i;
-      }
-      pour(load[e], level.data(), at.data(), n, rank_load.data(), share, r.rank.data());
-    }
+    for (const int e : r_.shared) pour(e);
     if (round % 4 != 3) continue;
-    const double most = *std::max_element(rank_load.begin(), rank_load.end());
-    if (before - most < enough) break;
+    const double most = *std::max_element(rank_load_.begin(), rank_load_.end());
+    if (before - most < enough_) break;
     before = most;
   }
-  return *std::max_element(rank_load.begin(), rank_load.end());
+  return *std::max_element(rank_load_.begin(), rank_load_.end());
+}
+
+double split(const Replicas& r, const double* load, const uint8_t* active, int rounds, double* share) {
+  return Pouring(r, load, active, share).settle(rounds - 1);   // to begin with, everything has been poured once
 }
 
 void quotas_of_source(const Replicas& r, const int32_t* counts, int sources, int source, const double* share, int turn, int32_t* quota) {

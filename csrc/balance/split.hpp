@@ -13,6 +13,24 @@ namespace moecomm::balance {
 // Returns the heaviest rank's load.
 double split(const Replicas& r, const double* load, const uint8_t* active, int rounds, double* share);
 
+// The state behind it, for callers that change `active` on the way and go on from where they are.
+class Pouring {
+ public:
+  Pouring(const Replicas& r, const double* load, const uint8_t* active, double* share);
+  void pour(int expert);           // its tokens anew over its active replicas, all others as they are
+  double settle(int rounds);       // rounds over all experts that have a choice; the heaviest rank's load
+  const std::vector<double>& rank_load() const { return rank_load_; }
+
+ private:
+  const Replicas& r_;
+  const double* load_;
+  const uint8_t* active_;          // may be null: all
+  double* share_;
+  std::vector<double> rank_load_, level_;
+  std::vector<int> at_;
+  double enough_;
+};
+
 // Whole tokens of one source, replica by replica: the tokens of an expert are numbered over all sources in rank
 // order, and the replicas take consecutive runs of them, the first of which belongs to replica (expert + turn) mod n.
 // counts[sources, experts]; quota[replicas] out.
