@@ -128,8 +128,8 @@ def measure(world, case, *, baselines=(), iters=20, warmup=3, progress=lambda te
 
     result = Measured()
     with moecomm.Communicator(world.group, ranks_per_node=case.ranks_per_node) as comm:
-        result.rail = _describe_rail(comm)
         subject = Own(comm, case, world)
+        result.rail = _describe_rail(comm, subject.buffer)
         contenders = [subject, *(Baseline(name, world, case) for name in baselines)]
         floor = Floor(case, world.size)
         for contender in contenders:
@@ -195,7 +195,10 @@ def _summed(hops, world):
     return out
 
 
-def _describe_rail(comm):
+def _describe_rail(comm, buffer):
+    """How rows cross between nodes in this run."""
     if comm.num_nodes == 1:
-        return "none: one node"
-    return comm.rail
+        return "none (one node)"
+    if buffer._native.rail_is_mapped():
+        return f"{comm.rail}, memory of peers mapped (nodes share this host)"
+    return f"{comm.rail}, UCX_TLS={os.environ.get('UCX_TLS', 'all')}"

@@ -377,7 +377,7 @@ class Buffer:
             choices = "None for float64" if self.dtype == torch.float64 else "one of " + ", ".join(map(repr, _WIRES))
             raise InvalidArgument(f"{op}: wire is {wire!r}; expected {choices}", op=op)
         n, tokens = handle.num_rows, handle.num_tokens
-        if rows.dtype != self.dtype or rows.device != self.comm.device or tuple(rows.shape) != (n, self.hidden) or not rows.is_contiguous():
+        if rows.dtype != self.dtype or rows.device != self.comm.device or rows.shape != (n, self.hidden) or not rows.is_contiguous():
             raise InvalidArgument(f"{op}: rows is {_describe(rows)}; expected contiguous {self.dtype} [{n}, {self.hidden}] on {self.comm.device}", op=op)
         if topk_weights is not None:
             if handle.layout == "rank":
@@ -386,7 +386,7 @@ class Buffer:
         if bias is not None and (bias.device != self.comm.device or not bias.is_floating_point()
                                  or tuple(bias.shape) not in ((self.hidden,), (tokens, self.hidden))):
             raise InvalidArgument(f"{op}: bias is {_describe(bias)}; expected [{self.hidden}] or [{tokens}, {self.hidden}] on {self.comm.device}", op=op)
-        if out is not None and (out.dtype != self.dtype or out.device != self.comm.device or tuple(out.shape) != (tokens, self.hidden)
+        if out is not None and (out.dtype != self.dtype or out.device != self.comm.device or out.shape != (tokens, self.hidden)
                                 or not out.is_contiguous()):
             raise InvalidArgument(f"{op}: out is {_describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on {self.comm.device}", op=op)
 
@@ -644,11 +644,11 @@ class Buffer:
             raise InvalidArgument(f"{op}: scale_layout is 'column' and rows are not quantized; expected 'row'", op=op)
 
     def _check_picks(self, op, name, t, tokens, dtypes):
-        if t.dtype not in dtypes or t.device != self.comm.device or tuple(t.shape) != (tokens, self.top_k) or not t.is_contiguous():
+        if t.dtype not in dtypes or t.device != self.comm.device or t.shape != (tokens, self.top_k) or not t.is_contiguous():
             raise InvalidArgument(f"{op}: {name} is {_describe(t)}; expected contiguous {' or '.join(map(str, dtypes))} [{tokens}, {self.top_k}] on {self.comm.device}", op=op)
 
     def _check_floats(self, op, name, t, shape):
-        if t.dtype != torch.float32 or t.device != self.comm.device or tuple(t.shape) != shape or not t.is_contiguous():
+        if t.dtype != torch.float32 or t.device != self.comm.device or t.shape != shape or not t.is_contiguous():
             raise InvalidArgument(f"{op}: {name} is {_describe(t)}; expected contiguous torch.float32 {list(shape)} on {self.comm.device}", op=op)
 
     def _handle_of(self, ticket):

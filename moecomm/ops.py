@@ -41,10 +41,10 @@ class Ticket(ctypes.Structure):
     def __init__(self, buffer, layout, capacity, plan, output):
         super().__init__(next(_numbers))
         self.buffer, self.layout, self.capacity, self.plan, self.output = buffer, layout, capacity, plan, output
-        _tickets[self.number] = self
 
     def tensor(self):
-        """int64 [1] on the host."""
+        """int64 [1] on the host. Only from here on is the number known: most handles never become a tensor."""
+        _tickets[self.number] = self
         return torch.frombuffer(self, dtype=torch.int64)
 
 

@@ -40,6 +40,7 @@ class Buffer {
 
   std::string card() const { return reach_.card(); }
   void connect(const std::vector<std::string>& cards) { reach_.connect(cards); }
+  bool rail_is_mapped() const { return reach_.rail_is_mapped(); }
   void connected() { reach_.connected(); }   // after a barrier: everybody has mapped everything
 
   std::shared_ptr<Plan> new_plan() { return pool_->get(); }

@@ -97,6 +97,12 @@ void Reach::connect(const std::vector<std::string>& cards) {
   }
 }
 
+bool Reach::rail_is_mapped() const {
+  for (int i = 0; region_ && i < static_cast<int>(plan_.peers.size()); ++i)
+    if (plan_.peers[i] >= 0 && i != plan_.own) return region_->reach(i) != nullptr;
+  return false;
+}
+
 void Reach::begin(bool stream) {
   host_.stream = stream;
   host_.deadline = std::chrono::steady_clock::now() +

@@ -40,6 +40,7 @@ class Reach {
   void connected() { window_->close_fd(); }
 
   const std::shared_ptr<Memory>& window() const { return window_; }
+  bool rail_is_mapped() const;   // whether stores reach the rail peers' regions without the network
   Communicator& comm() const { return *comm_; }
   HostState& host() { return host_; }
 

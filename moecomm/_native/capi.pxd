@@ -204,6 +204,7 @@ cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
         void trace(bool)
         vector[RoleSpan] take_timeline() except +
         void set_stream_threshold(uint64_t)
+        bool rail_is_mapped()
         void set_fault(Fault)
         @staticmethod
         uint64_t bytes(const Geometry&, const Shape&)

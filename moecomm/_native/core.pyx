@@ -251,6 +251,10 @@ cdef class Buffer:
             spans = self.b.get().take_timeline()
         return [(_PHASES[<int>s.role] if <int>s.role else "plan", s.begin * 1e-9, s.end * 1e-9) for s in spans]
 
+    def rail_is_mapped(self):
+        """Whether UCX mapped the rail peers' memory (nodes on one host): puts are stores then."""
+        return self.b.get().rail_is_mapped()
+
     def set_stream_threshold(self, uint64_t bytes):
         self.b.get().set_stream_threshold(bytes)
 
