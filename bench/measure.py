@@ -156,11 +156,11 @@ def measure(world, case, *, baselines=(), iters=20, warmup=3, progress=lambda te
                     contender.prepare(routes)
                 contender.poison(float("nan"))
                 subject.buffer.stats()
-                rows, dispatched = world.timed(lambda: contender.dispatch(x))
+                rows, dispatched = world.timed(contender.dispatch, x)
                 dispatch_stats = subject.buffer.stats()
                 wrong_rows = check.count_wrong(rows, table, index)
                 rows = contender.expert(rows, rank)
-                y, combined = world.timed(lambda: contender.combine(rows))
+                y, combined = world.timed(contender.combine, rows)
                 combine_stats = subject.buffer.stats()
                 del rows
                 wrong_sums = check.count_wrong(y, (wanted if is_own else wanted_straight)[i:i + tokens])

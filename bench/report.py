@@ -82,7 +82,8 @@ def about(case, r):
 
 def machine():
     """Where this ran."""
-    model = next((line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    cpu = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":", 1)[1].strip() for line in cpu if line.startswith("model name")), platform.processor())
     return {"system": f"{platform.system()} {platform.release()}", "arch": platform.machine(), "cpu": model,
             "cores": len(os.sched_getaffinity(0)), "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "row_kernels": core.isa()}
 

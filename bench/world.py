@@ -54,11 +54,11 @@ class World:
             return max(e for _, e in times) - min(s for s, _ in times)
         return max(e - s for s, e in times)
 
-    def timed(self, work):
-        """(what work returns, span): all ranks start together."""
+    def timed(self, work, *args):
+        """(what work(*args) returns, span): all ranks start together."""
         self.barrier()
         start = time.perf_counter()
-        result = work()
+        result = work(*args)
         end = time.perf_counter()
         return result, self.span(start, end)
 

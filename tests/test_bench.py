@@ -1,13 +1,18 @@
 """The benchmark's own parts: inputs, routes, the fast check against the oracle, what is written."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from worlds import assert_same, random_world
 
-from bench import cases, check, report, routing
+from bench import cases, check, launch, report, routing, shaped_link
 from bench.baselines import Routes
 from moecomm import reference
 
@@ -178,3 +183,43 @@ def test_families_are_the_ones_that_make_bench_promises():
     assert cases.baselines_of("gloo,mpi") == ["tuned-mpi", "tuned-gloo", "torch-gloo"] and cases.baselines_of("none") == []
     with pytest.raises(SystemExit):
         cases.baselines_of("nccl")
+
+
+# -- whole commands, small ---------------------------------------------------------------------------
+
+
+def bench(*words, timeout=100):
+    """Run `python -m bench`; its standard output."""
+    root = Path(__file__).parent.parent
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PMI_", "PRTE_"))}
+    done = subprocess.run([sys.executable, "-m", "bench", *words], cwd=root, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def needs_mpi():
+    """mpi4py and an mpirun are extras."""
+    pytest.importorskip("mpi4py")
+    if shutil.which(launch.mpirun(1)[0]) is None:
+        pytest.skip("no mpirun is installed")
+
+
+def test_a_case_launches_itself_and_verifies_all(tmp_path):
+    needs_mpi()
+    text = bench("roundtrip", "--nodes", "2", "--ranks-per-node", "2", "--tokens", "12", "--hidden", "64", "--experts", "16", "--top-k", "4", "--iters", "2",
+                 "--warmup", "1", "--masked", "0.3", "--unbalanced", "--layout", "expert", "--json", str(tmp_path / "r.jsonl"))
+    records = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [r["op"] for r in records] == ["dispatch", "combine", "roundtrip"] and "roundtrip" in text
+    for r in records:
+        assert r["wrong"] == 0 and r["baselines_wrong"] == {"tuned-mpi": 0, "tuned-gloo": 0, "torch-gloo": 0}
+        assert r["time_us"] > 0 and r["rail_bytes"] > 0 and r["node_bytes"] > 0 and 0 < r["floor_fraction"]
+
+
+def test_shaped_link_small(tmp_path):
+    reason = shaped_link.why_not()
+    if reason:
+        pytest.skip(f"namespaces with shaped links cannot be made here: {reason}")
+    text = bench("shaped-link", "--ranks-per-node", "1", "--tokens", "8", "--hidden", "64", "--top-k", "2", "--iters", "1", "--warmup", "1", "--gbits", "1",
+                 "--plot", str(tmp_path / "link.png"))
+    row = text.splitlines()[4].split()
+    assert float(row[0]) == 1 and int(row[-1]) == 0 and float(row[4]) > 0
