@@ -219,7 +219,7 @@ def test_shaped_link_small(tmp_path):
     reason = shaped_link.why_not()
     if reason:
         pytest.skip(f"namespaces with shaped links cannot be made here: {reason}")
-    text = bench("shaped-link", "--ranks-per-node", "1", "--tokens", "8", "--hidden", "64", "--top-k", "2", "--iters", "1", "--warmup", "1", "--gbits", "1",
+    text = bench("shaped-link", "--ranks-per-node", "1", "--tokens", "32", "--hidden", "2048", "--top-k", "2", "--iters", "1", "--warmup", "1", "--gbits", "1",
                  "--plot", str(tmp_path / "link.png"))
     row = text.splitlines()[4].split()
     assert float(row[0]) == 1 and int(row[-1]) == 0 and float(row[4]) > 0
