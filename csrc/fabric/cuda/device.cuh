@@ -10,7 +10,6 @@
 #include "fabric/cuda/reduce.cuh"
 #include "fabric/cuda/scratch.cuh"
 #include "fabric/fabric.hpp"
-#include "protocol/views.hpp"
 
 namespace moecomm {
 

@@ -6,9 +6,17 @@
 namespace moecomm::cuda {
 namespace {
 
+// Neighbouring seats are on different multiprocessors.
+template <class Role>
+__device__ void run_warp(const Call& call, Role&& role) {
+  extern __shared__ char shared[];
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  take_seat(call, LoopbackDeviceRail{call.links.regions}, warp * gridDim.x + blockIdx.x, warps * gridDim.x,
+            shared + warp * warp_shared_bytes(call.spread.stage_bytes), role);
+}
+
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) dispatch_kernel(const __grid_constant__ DispatchLaunch launch) {
-  const LoopbackDeviceRail rail{launch.call.links.regions};
-  take_seat(launch.call, rail, [&](Warp g, auto fabric, auto gates, Seat seat) {
+  run_warp(launch.call, [&](Warp g, auto fabric, auto gates, Seat seat) {
     return dispatch_seat(g, fabric, gates, launch.work, seat, [&launch, g] {
       if (g.lane() != 0 || !launch.placed) return;
       const DispatchArgs& a = launch.work.args;
@@ -23,8 +31,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) dispatch_kernel(const __gri
 }
 
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) combine_kernel(const __grid_constant__ CombineLaunch launch) {
-  const LoopbackDeviceRail rail{launch.call.links.regions};
-  take_seat(launch.call, rail, [&](Warp g, auto fabric, auto gates, Seat seat) {
+  run_warp(launch.call, [&](Warp g, auto fabric, auto gates, Seat seat) {
     return combine_seat(g, fabric, gates, launch.args, seat);
   });
 }

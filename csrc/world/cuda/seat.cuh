@@ -35,16 +35,13 @@ struct DeviceGates {
   }
 };
 
-// Calls role(warp, fabric, gates, seat) and reports its Status; all warps of the grid call it once.
+// Calls role(warp, fabric, gates, seat) and reports its Status; all warps of a call do so once, each with its own
+// index and piece of shared memory.
 template <class Rail, class Role>
-__device__ void take_seat(const Call& call, Rail rail, Role&& role) {
-  extern __shared__ char shared[];
+__device__ void take_seat(const Call& call, Rail rail, int index, int seats, char* shared, Role&& role) {
   const Warp g;
-  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  // Neighbouring seats are on different multiprocessors.
-  const int seats = warps * gridDim.x, index = warp * gridDim.x + blockIdx.x;
   const int workers = seats - 1, senders = call.spread.senders > 0 && call.spread.senders < workers ? call.spread.senders : workers;
-  WarpScratch* scratch = WarpScratch::open(shared + warp * warp_shared_bytes(call.spread.stage_bytes), call.spread.stage_bytes, g.lane());
+  WarpScratch* scratch = WarpScratch::open(shared, call.spread.stage_bytes, g.lane());
   const DeviceFabric<Rail> fabric{&call.links, rail, scratch, ptx::nanoseconds() + call.timeout_ns};
   const DeviceGates<DeviceFabric<Rail>> gates{call.gates, fabric};
   const Status s = role(g, fabric, gates, Seat{index, workers, senders});

@@ -1,0 +1,162 @@
+// Stands in for csrc/fabric/cuda/ptx.cuh on a CPU, so that the device fabric's own text can be run and compared: a
+// lane is a thread, the copy engine is as lazy as its rules allow. A bulk load fills its stage when its barrier is
+// waited for, a bulk store reads its stage when wait_group.read asks for it and writes when wait_group does; a stage
+// that is filled before its stores have read it is a failed check.
+#pragma once
+#include <bit>
+#include <chrono>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <vector>
+
+#include "check.hpp"
+#include "exec/team.hpp"
+
+#define __device__
+
+struct uint4 { uint32_t x, y, z, w; };
+
+namespace emulated {
+
+struct WarpState {
+  moecomm::TeamState team{32};
+  uint32_t words[32];
+};
+struct Lane { unsigned x; };
+inline thread_local Lane lane{0};
+inline thread_local WarpState* warp = nullptr;
+
+inline void sync() { warp->team.sync(); }
+inline uint32_t shuffle(uint32_t v, int from) {
+  warp->words[lane.x] = v;
+  sync();
+  const uint32_t out = warp->words[from];
+  sync();
+  return out;
+}
+
+// role() on 32 threads.
+template <class Role>
+void run_warp(Role&& role) {
+  WarpState state;
+  std::vector<std::jthread> threads;
+  for (unsigned i = 0; i < 32; ++i)
+    threads.emplace_back([&, i] {
+      lane.x = i;
+      warp = &state;
+      role();
+    });
+}
+
+struct Engine {
+  struct Load { void* stage; const void* from; uint32_t bytes; };
+  struct Store { void* to; const void* stage; uint32_t bytes; std::vector<char> data; };
+  struct Group { std::vector<Store> stores; bool read = false; };
+  std::map<uint64_t*, Load> loads;
+  Group open;
+  std::deque<Group> groups;
+
+  void read(Group& g) {
+    if (!g.read)
+      for (Store& s : g.stores) s.data.assign(static_cast<const char*>(s.stage), static_cast<const char*>(s.stage) + s.bytes);
+    g.read = true;
+  }
+  bool in_use(const void* stage, uint32_t bytes) const {
+    const auto* begin = static_cast<const char*>(stage);
+    for (const Group& g : groups)
+      for (const Store& s : g.stores)
+        if (!g.read && static_cast<const char*>(s.stage) < begin + bytes && begin < static_cast<const char*>(s.stage) + s.bytes) return true;
+    return false;
+  }
+};
+inline thread_local Engine engine;   // lane 0's
+
+}  // namespace emulated
+
+#define threadIdx emulated::lane
+inline void __syncwarp() { emulated::sync(); }
+inline uint32_t __shfl_sync(unsigned, uint32_t v, int from) { return emulated::shuffle(v, from); }
+inline uint32_t __shfl_xor_sync(unsigned, uint32_t v, int mask) { return emulated::shuffle(v, static_cast<int>(emulated::lane.x) ^ mask); }
+inline float __uint_as_float(uint32_t v) { return std::bit_cast<float>(v); }
+inline uint32_t __float_as_uint(float v) { return std::bit_cast<uint32_t>(v); }
+inline double __hiloint2double(int hi, int lo) { return std::bit_cast<double>(uint64_t{static_cast<uint32_t>(hi)} << 32 | static_cast<uint32_t>(lo)); }
+inline int __double2loint(double v) { return static_cast<int>(std::bit_cast<uint64_t>(v)); }
+inline int __double2hiint(double v) { return static_cast<int>(std::bit_cast<uint64_t>(v) >> 32); }
+inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
+inline unsigned long long atomicCAS(unsigned long long* p, unsigned long long expected, unsigned long long desired) {
+  __atomic_compare_exchange_n(p, &expected, desired, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+  return expected;
+}
+
+namespace moecomm::ptx {
+
+constexpr bool kBulk = true;
+
+// Whoever polls lets others run: there are many more lanes than cores.
+inline uint64_t load_acquire_sys(const uint64_t* p) {
+  std::this_thread::yield();
+  return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+inline uint64_t load_acquire_gpu(const uint64_t* p) { return load_acquire_sys(p); }
+inline void add_release_sys(uint64_t* p, uint64_t v) { __atomic_fetch_add(p, v, __ATOMIC_RELEASE); }
+inline void add_release_gpu(uint64_t* p, uint64_t v) { __atomic_fetch_add(p, v, __ATOMIC_RELEASE); }
+inline void store_release_sys(uint64_t* p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+inline uint64_t nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1); }
+
+inline uint4 load16(const void* p) {
+  uint4 v;
+  CHECK(reinterpret_cast<uintptr_t>(p) % 16 == 0);
+  std::memcpy(&v, p, 16);
+  return v;
+}
+inline void store16(void* p, uint4 v) {
+  CHECK(reinterpret_cast<uintptr_t>(p) % 16 == 0);
+  std::memcpy(p, &v, 16);
+}
+
+inline void proxy_fence() {}
+inline void barrier_init(uint64_t* barrier) { *barrier = 0; }   // phases that have ended
+inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
+  auto& e = emulated::engine;
+  CHECK(bytes % 16 == 0 && reinterpret_cast<uintptr_t>(shared) % 16 == 0 && reinterpret_cast<uintptr_t>(global) % 16 == 0);
+  CHECK(!e.in_use(shared, bytes));
+  CHECK(e.loads.emplace(barrier, emulated::Engine::Load{shared, global, bytes}).second);
+  std::memset(shared, 0xee, bytes);
+}
+inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  auto& e = emulated::engine;
+  const auto found = e.loads.find(barrier);
+  CHECK(found != e.loads.end());
+  if (found == e.loads.end()) return;
+  CHECK_EQ(*barrier & 1, uint64_t{parity});
+  std::memcpy(found->second.stage, found->second.from, found->second.bytes);
+  e.loads.erase(found);
+  ++*barrier;
+}
+inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
+  CHECK(bytes % 16 == 0 && reinterpret_cast<uintptr_t>(global) % 16 == 0);
+  emulated::engine.open.stores.push_back({global, shared, bytes, {}});
+}
+inline void bulk_commit() {
+  auto& e = emulated::engine;
+  e.groups.push_back(std::move(e.open));
+  e.open = {};
+}
+template <int kPending>
+inline void bulk_wait_read() {
+  auto& e = emulated::engine;
+  for (size_t i = 0; i + kPending < e.groups.size(); ++i) e.read(e.groups[i]);
+}
+inline void bulk_wait_all() {
+  auto& e = emulated::engine;
+  CHECK(e.open.stores.empty());
+  for (auto& g : e.groups) {
+    e.read(g);
+    for (auto& s : g.stores) std::memcpy(s.to, s.data.data(), s.bytes);
+  }
+  e.groups.clear();
+}
+
+}  // namespace moecomm::ptx
