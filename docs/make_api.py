@@ -13,8 +13,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "moecomm"
 TARGET = Path(__file__).parent / "api.md"
-# Modules without names for users: what they define is re-exported, used inside, or a command (python -m moecomm).
-INTERNAL = {"bootstrap", "grouped", "info", "explore"}
+# Modules without names for users, and (by what they define) commands of `python -m moecomm`.
+INTERNAL = {"bootstrap", "cuda", "grouped"}
+COMMAND = {"arguments", "main"}
 
 
 class Missing(Exception):
@@ -148,7 +149,7 @@ def render():
     for name, tree in trees.items():
         shown = [node for node in public(tree) if node.name not in names and not (name in homes and isinstance(node, ast.FunctionDef))]
         objects = "\n".join(constants(tree))
-        if not shown and not objects:
+        if not shown and not objects or COMMAND <= {node.name for node in shown}:
             continue
         parts += [f"## moecomm.{name}", text_of(tree, f"moecomm.{name}", missing), objects]
         for node in shown:

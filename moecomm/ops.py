@@ -99,7 +99,7 @@ def _dispatch(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignmen
     b = buffer_of(buffer)
     b._check_dispatch(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity)
     out = b._dispatch_natively(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity)
-    return (out.x, torch.empty(0) if scales is None else out.scales, out.topk_weights, *_picks_of(out),
+    return (out.x, x.new_empty(0, dtype=torch.float32) if scales is None else out.scales, out.topk_weights, *_picks_of(out),
             out.tokens_per_expert, out.rows_per_expert, out.handle._tensor())
 
 
@@ -126,7 +126,7 @@ def _dispatch_backward(ctx, rows, _scales, weights, *_):
 
 def _picks_of(out):
     """Ids (empty in the expert layout) and source of what was dispatched."""
-    return torch.empty(0, dtype=torch.int64) if out.topk_ids is None else out.topk_ids, out._tensors["source"]
+    return out.x.new_empty(0, dtype=torch.int64) if out.topk_ids is None else out.topk_ids, out._tensors["source"]
 
 
 def _to_tokens(ctx, rows, weights):
@@ -147,7 +147,7 @@ def _redispatch(x, topk_weights, scales, handle, buffer, layout, num_rows):
     b, h = _checked_handle(buffer, handle)
     b._check_dispatch(x, scales, None, topk_weights, h.layout, 1, None, h)
     out = b._dispatch_natively(x, scales, None, topk_weights, h.layout, 1, None, h)
-    return (out.x, torch.empty(0) if scales is None else out.scales, out.topk_weights, *_picks_of(out))
+    return (out.x, x.new_empty(0, dtype=torch.float32) if scales is None else out.scales, out.topk_weights, *_picks_of(out))
 
 
 def _redispatch_fake(x, topk_weights, scales, handle, buffer, layout, num_rows):
