@@ -8,7 +8,7 @@ READY := $(VENV)/.built
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SOURCES := setup.py $(shell find csrc moecomm -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' -o -name '*.pyx' -o -name '*.pxd' | grep -v _native/.*cpp)
 
-.PHONY: help bench test test-python test-mpi explore build cuda-check clean transformers
+.PHONY: help bench test test-python test-mpi explore build cuda-check clean transformers mpich
 help:       ## this list
 	@grep -hE '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -33,7 +33,7 @@ bench: build ## tokens through both hops, verified, beside what a user would pic
 test: build test-cpp test-python test-mpi ## every suite
 
 test-python: $(READY) ## units, rank threads, launchers, failures, a short benchmark
-	-@$(MAKE) -s --no-print-directory transformers
+	-@$(MAKE) -s --no-print-directory transformers mpich
 	$(PY) -m pytest -q tests
 
 explore: build ## 100,000 random schedules of all protocols, after every known bug has been found again
@@ -53,6 +53,15 @@ cuda-check: $(READY) ## the CUDA sources, as far as they can be checked without 
 	@$(PY) -c 'import nvidia.cu13, os; assert os.path.exists(nvidia.cu13.__path__[0] + "/bin/nvdisasm")' 2>/dev/null || $(PY) -m pip install -q nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
 	@$(PY) tools/cuda_check.py
 
+# MPICH beside Open MPI needs an environment of its own. Where it cannot be installed its test is skipped.
+MPICH := .venv-mpich
+mpich: $(MPICH)/.ready ## the environment that the MPICH test runs in
+$(MPICH)/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv $(MPICH)
+	$(PY) -c 'import site; print(site.getsitepackages()[0])' > "$$($(MPICH)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	timeout 300 $(MPICH)/bin/python -m pip install -q mpich 'mpi4py>=4.1' || { rm -rf $(MPICH); exit 1; }
+	@touch $@
+
 MPIRUN := mpirun --allow-run-as-root --oversubscribe --bind-to none
 MPI_SUITE := $(PY) -m pytest -q --color=no -p no:cacheprovider --with-mpi tests/mpi
 test-mpi: $(READY) ## the same cases under mpirun: UCX over shared memory, over tcp, without direct stores; nodes of other shapes
@@ -63,4 +72,4 @@ test-mpi: $(READY) ## the same cases under mpirun: UCX over shared memory, over 
 	$(MPIRUN) -n 8 $(MPI_SUITE) -k "rail or mismatch"
 
 clean:      ## all that was built
-	rm -rf $(VENV) $(HF) build dist *.egg-info moecomm/_native/*.so moecomm/_native/*.cpp
+	rm -rf $(VENV) $(HF) $(MPICH) build dist *.egg-info moecomm/_native/*.so moecomm/_native/*.cpp
