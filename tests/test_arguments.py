@@ -1,0 +1,190 @@
+"""Bad arguments: every message names argument, value and expectation; nothing moved, and the buffer works afterwards."""
+
+import pytest
+import torch
+from worlds import assert_same
+
+import moecomm
+
+T, H, K, E = 4, 64, 2, 8
+NAN = float("nan")
+
+
+def good(rank):
+    """Inputs that are right."""
+    g = torch.Generator().manual_seed(rank)
+    return torch.randn((T, H), generator=g).bfloat16(), torch.rand((T, E), generator=g).argsort(1)[:, :K].contiguous(), torch.rand((T, K), generator=g)
+
+
+def ids_with(value, at=(1, 1)):
+    ids = good(0)[1].clone()
+    ids[at] = value
+    return ids
+
+
+# name: (change of the good (x, ids, weights) and of the options, what the message says)
+DISPATCH = {
+    "x dtype": (lambda x, i, w: ((x.float(), i, w), {}), r"x is torch.float32 \[4, 64\] on cpu; expected contiguous torch.bfloat16 \[T, 64\]"),
+    "x shape": (lambda x, i, w: ((x[:, :32].contiguous(), i, w), {}), r"x is torch.bfloat16 \[4, 32\].*expected.*\[T, 64\]"),
+    "x dimensions": (lambda x, i, w: ((x[0], i, w), {}), r"x is torch.bfloat16 \[64\].*expected.*\[T, 64\]"),
+    "x stride": (lambda x, i, w: ((x.t().contiguous().t(), i, w), {}), r"x is non-contiguous torch.bfloat16.*expected contiguous"),
+    "x device": (lambda x, i, w: ((x.to("meta"), i, w), {}), r"x is torch.bfloat16 \[4, 64\] on meta; expected.*on cpu"),
+    "x kind": (lambda x, i, w: (("rows", i, w), {}), r"x is a str; expected a tensor or a DLPack array"),
+    "too many tokens": (lambda x, i, w: ((torch.cat([x] * 3), torch.cat([i] * 3), None), {}), r"x has 12 tokens; expected at most max_tokens = 8"),
+    "ids dtype": (lambda x, i, w: ((x, i.float(), w), {}), r"topk_ids is torch.float32.*expected.*torch.int64 or torch.int32 \[4, 2\]"),
+    "ids shape": (lambda x, i, w: ((x, i[:, :1].contiguous(), w), {}), r"topk_ids is torch.int64 \[4, 1\].*expected.*\[4, 2\]"),
+    "ids stride": (lambda x, i, w: ((x, i.t().contiguous().t(), w), {}), r"topk_ids is non-contiguous"),
+    "ids missing": (lambda x, i, w: ((x, None, w), {}), r"topk_ids is None; expected"),
+    "id too large": (lambda x, i, w: ((x, ids_with(E), w), {}), r"topk_ids: expert id 8 is out of range in token 1; expected distinct ids in \[0, num_experts\), or -1"),
+    "id below -1": (lambda x, i, w: ((x, ids_with(-2), w), {}), r"topk_ids: expert id -2 is out of range in token 1"),
+    "id twice": (lambda x, i, w: ((x, ids_with(int(good(0)[1][1, 0])), w), {}), r"topk_ids: expert id \d is picked twice in token 1"),
+    "weights dtype": (lambda x, i, w: ((x, i, w.double()), {}), r"topk_weights is torch.float64.*expected.*torch.float32 \[4, 2\]"),
+    "weights shape": (lambda x, i, w: ((x, i, w[:2].contiguous()), {}), r"topk_weights is torch.float32 \[2, 2\].*expected.*\[4, 2\]"),
+    "weights NaN": (lambda x, i, w: ((x, i, w * NAN), dict(check=True)), r"topk_weights holds NaN; expected numbers"),
+    "layout": (lambda x, i, w: ((x, i, w), dict(layout="token")), r"layout is 'token'; expected 'expert' or 'rank'"),
+    "alignment": (lambda x, i, w: ((x, i, w), dict(expert_alignment=0)), r"expert_alignment is 0; expected an int in 1..65536"),
+    "alignment of ranks": (lambda x, i, w: ((x, i, w), dict(layout="rank", expert_alignment=4)), r"expert_alignment is 4; .*expected 1"),
+    "capacity": (lambda x, i, w: ((x, i, w), dict(capacity=-1)), r"capacity is -1; expected an int >= 0"),
+    "quant": (lambda x, i, w: ((x, i, w), dict(quant="int3")), r"quant is 'int3'; expected"),
+    "scales": (lambda x, i, w: (((x.to(torch.float8_e4m3fn), torch.ones(T, 2)), i, w), {}), r"scales is torch.float32 \[4, 2\].*expected.*\[4, 1\]"),
+    "handle kind": (lambda x, i, w: ((x, None, w), dict(handle=7)), r"handle is a int; expected the handle of a dispatch"),
+}
+COMBINE = {
+    "rows dtype": (lambda r, w: ((r.float(),), {}), r"rows is torch.float32.*expected contiguous torch.bfloat16"),
+    "rows shape": (lambda r, w: ((torch.cat([r, r[:1]]),), {}), r"rows is torch.bfloat16 \[\d+, 64\].*expected.*\[\d+, 64\]"),
+    "rows stride": (lambda r, w: ((r.t().contiguous().t(),), {}), r"rows is non-contiguous"),
+    "weights shape": (lambda r, w: ((r,), dict(topk_weights=w[:-1].contiguous())), r"topk_weights is torch.float32 \[\d+\].*expected"),
+    "weights dtype": (lambda r, w: ((r,), dict(topk_weights=w.double())), r"topk_weights is torch.float64.*expected.*torch.float32"),
+    "weights NaN": (lambda r, w: ((r,), dict(topk_weights=w * NAN, check=True)), r"topk_weights holds NaN; expected numbers"),
+    "bias shape": (lambda r, w: ((r,), dict(bias=torch.zeros(3))), r"bias is torch.float32 \[3\].*expected \[64\] or \[4, 64\]"),
+    "bias dtype": (lambda r, w: ((r,), dict(bias=torch.zeros(H, dtype=torch.int32))), r"bias is torch.int32"),
+    "wire": (lambda r, w: ((r,), dict(wire="zip")), r"wire is 'zip'; expected"),
+    "out shape": (lambda r, w: ((r,), dict(out=torch.empty(1, H).bfloat16())), r"out is torch.bfloat16 \[1, 64\].*expected.*\[4, 64\]"),
+}
+
+
+def refused(op, pattern, rank, call):
+    """The call is refused with a message of this form; the error's fields are filled."""
+    with pytest.raises(moecomm.InvalidArgument, match=f"{op}.*{pattern}|{pattern}") as raised:
+        call()
+    assert isinstance(raised.value, ValueError) and raised.value.op == op
+
+
+@pytest.fixture(scope="module")
+def refusals():
+    """Everything above on one buffer of two ranks, good calls between: {name: None or what went wrong}, from both ranks."""
+    def main(comm):
+        buf = moecomm.Buffer(comm, hidden=H, num_experts=E, top_k=K, max_tokens=8)
+        x, ids, weights = good(comm.rank)
+        found = {}
+        first = buf.dispatch(x, ids, weights)
+        expected = first.x.clone(), buf.combine(first.x.clone(), first.handle, topk_weights=first.topk_weights)
+
+        def attempt(name, op, pattern, call):
+            buf.stats()
+            try:
+                refused(op, pattern, comm.rank, call)
+                s = buf.stats()
+                assert s["rail"]["logical_rows"] == s["node"]["logical_rows"] == s["staged_rows"] == 0, f"something moved: {s}"
+                out = buf.dispatch(x, ids, weights)   # usable, and right
+                assert_same(out.x, expected[0], "rows")
+                assert_same(buf.combine(out.x.clone(), out.handle, topk_weights=out.topk_weights), expected[1], "y")
+                found[op, name] = None
+            except BaseException as error:   # noqa: BLE001 - told by the test of this name
+                found[op, name] = error
+
+        for name, (change, pattern) in DISPATCH.items():
+            arguments, options = change(x, ids, weights)
+            attempt(name, "dispatch", pattern, lambda a=arguments, o=options: buf.dispatch(*a, **o))
+        for name, (change, pattern) in COMBINE.items():
+            arguments, options = change(first.x.clone(), first.topk_weights.clone())
+            attempt(name, "combine", pattern, lambda a=arguments, o=options: buf.combine(*a, first.handle, **o))
+        attempt("tokens of a handle", "dispatch", r"x has 3 tokens; the handle's plan is for 4", lambda: buf.dispatch(x[:3], None, weights[:3], handle=first.handle))
+        attempt("ids and handle", "dispatch", r"topk_ids and handle are both given; expected one", lambda: buf.dispatch(x, ids, handle=first.handle))
+        attempt("layout of a handle", "dispatch", r"layout, expert_alignment and capacity come from the handle", lambda: buf.dispatch(x, handle=first.handle, capacity=3))
+        other = moecomm.Buffer(comm, hidden=H, num_experts=E, top_k=K, max_tokens=8)
+        theirs = other.dispatch(x, ids, weights).handle
+        attempt("handle of another buffer", "combine", r"handle belongs to another buffer; expected one of this", lambda: buf.combine(theirs.rows, theirs))
+        attempt("handle of another buffer", "dispatch", r"handle belongs to another buffer; expected one of this", lambda: buf.dispatch(x, handle=theirs))
+        by_rank = buf.dispatch(x, ids, weights, layout="rank")
+        attempt("weights of the rank layout", "combine", r"topk_weights is given; .*expected None",
+                lambda: buf.combine(by_rank.x.clone(), by_rank.handle, topk_weights=torch.ones(by_rank.handle.num_rows)))
+        return found
+
+    return moecomm.run_local(main, 2, timeout=20)
+
+
+NAMES = [("dispatch", n) for n in DISPATCH] + [("combine", n) for n in COMBINE] + [
+    ("dispatch", "tokens of a handle"), ("dispatch", "ids and handle"), ("dispatch", "layout of a handle"), ("combine", "handle of another buffer"),
+    ("dispatch", "handle of another buffer"), ("combine", "weights of the rank layout")]
+
+
+@pytest.mark.parametrize("op,name", NAMES)
+def test_refused(refusals, op, name):
+    for rank, found in enumerate(refusals):
+        error = found[op, name]
+        if error is not None:
+            raise AssertionError(f"rank {rank}: {type(error).__name__}: {error}") from error
+
+
+def test_one_rank_alone_may_be_wrong():
+    """The others wait for its good call."""
+    def main(comm):
+        buf = moecomm.Buffer(comm, hidden=H, num_experts=E, top_k=K, max_tokens=8)
+        x, ids, weights = good(comm.rank)
+        if comm.rank == 1:
+            with pytest.raises(moecomm.InvalidArgument):
+                buf.dispatch(x, ids_with(E), weights)
+        out = buf.dispatch(x, ids, weights)
+        comm.barrier()
+        return int(out.tokens_per_expert.sum())
+
+    assert sum(moecomm.run_local(main, 2)) == 2 * T * K
+
+
+def test_nan_is_data():
+    def main(comm):
+        buf = moecomm.Buffer(comm, hidden=H, num_experts=E, top_k=K, max_tokens=8)
+        x, ids, weights = good(0)
+        out = buf.dispatch(x * NAN, ids, weights * NAN)
+        assert out.x.isnan().all() and out.topk_weights.isnan().all()
+        assert buf.combine(out.x.clone(), out.handle).isnan().all()
+
+    moecomm.run_local(main, 1)
+
+
+def test_use_after_close():
+    def main(comm):
+        buf = moecomm.Buffer(comm, hidden=H, num_experts=E, top_k=K, max_tokens=8)
+        x, ids, _ = good(0)
+        out = buf.dispatch(x, ids)
+        buf.close()
+        for op, call in (("dispatch", lambda: buf.dispatch(x, ids)), ("combine", lambda: buf.combine(out.x, out.handle)), ("stats", buf.stats)):
+            refused(op, "the buffer is closed", 0, call)
+        comm.close()
+        refused("barrier", "the communicator is closed", 0, comm.barrier)
+        refused("Buffer", "the communicator is closed", 0, lambda: moecomm.Buffer(comm, hidden=H, num_experts=E, top_k=K, max_tokens=8))
+
+    main(moecomm.Communicator())
+
+
+@pytest.mark.parametrize("name,value,expectation", [
+    ("hidden", 12, "a row of a multiple of 16 bytes"), ("hidden", 0, "a row of"), ("num_experts", 7, "a multiple of the 2 ranks"), ("top_k", 33, r"1\.\."),
+    ("top_k", 0, r"1\.\."), ("max_tokens", 0, r"1\.\.2"), ("dtype", torch.int8, "one of torch.bfloat16"), ("channels", 1025, r"1\.\.1024"), ("num_sms", 3, "an even int")])
+def test_buffer_arguments(name, value, expectation):
+    def main(comm):
+        with pytest.raises(moecomm.InvalidArgument, match=f"Buffer: {name} is {value}.*; expected .*{expectation}"):
+            moecomm.Buffer(comm, **{**dict(hidden=H, num_experts=64, top_k=K, max_tokens=8), name: value})
+        with pytest.raises(moecomm.InvalidArgument, match=name):
+            moecomm.Buffer.size_hint(comm, **{**dict(hidden=H, num_experts=64, top_k=K, max_tokens=8), name: value})
+
+    moecomm.run_local(main, 2)
+
+
+@pytest.mark.parametrize("options,message", [
+    (dict(group="world"), "group: got str; expected a torch ProcessGroup"), (dict(timeout=0), "timeout: got 0; expected seconds > 0"),
+    (dict(ranks_per_node=2), "ranks_per_node: got 2; expected a divisor of the 1 ranks"), (dict(ranks_per_node="all"), "ranks_per_node: got 'all'"),
+    (dict(device="mps"), "device: got mps")])
+def test_communicator_arguments(options, message):
+    with pytest.raises(moecomm.InvalidArgument, match=message):
+        moecomm.Communicator(**options)
