@@ -9,6 +9,7 @@ COMMANDS = {
     "dispatch": ("bench.run", "tokens to the ranks of their experts"),
     "combine": ("bench.run", "the experts' rows back, and summed"),
     "roundtrip": ("bench.run", "both, and their sum"),
+    "decode": ("bench.decode", "microseconds per decode step, its phases and its floor"),
     "suite": ("bench.suite", "what `make bench` runs"),
     "record": ("bench.record", "what recording a Buffer's calls costs"),
     "overlap": ("bench.overlap", "two micro-batches, each computing while the other communicates"),

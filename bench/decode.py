@@ -1,0 +1,326 @@
+"""decode: microseconds per step against tokens per rank, with the send and receive phases apart.
+
+A step is dispatch and combine; the experts' output lies ready in both parities' places. Contenders take turns in blocks of
+consecutive steps, which synchronise themselves: a step's time is the mean over ranks, a contender's the median over all steps.
+
+    decode       decode_dispatch and decode_combine, both phases in one call each; hooks: the same, split
+    weighted     the weights travel: one answer per token and rank instead of one per pick
+    throughput   Buffer.dispatch and Buffer.combine, expert layout
+    tuned-mpi    the same rows by MPI_Alltoallv, with this library's packing and sums; its routing is not timed (tuned-gloo: over gloo)
+    floor        the decode path's copies, puts, flags and sums alone, in C++, with every address known before
+
+Before a block every output is poisoned, after it every result is checked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+import moecomm
+from moecomm._native import core
+
+from . import baselines, check, launch
+from .cases import Case
+from .routing import make_inputs
+from .run import world_of
+
+_PARTS = ("dispatch send", "dispatch receive", "combine send", "combine receive")
+
+
+def arguments(parser):
+    """Sizes, and how long to measure."""
+    add = parser.add_argument
+    add("--geometries", default="1x8,2x4", help="nodes x ranks per node; all of one number of ranks")
+    add("--tokens", default="1,8,32,128", help="per rank")
+    add("--hidden", type=int, default=7168)
+    add("--experts", type=int, default=288, help="256 and 32 redundant ones")
+    add("--top-k", type=int, default=8)
+    add("--baseline", default="gloo,mpi", help="comma-separated: mpi, gloo, none")
+    add("--blocks", type=int, default=5, help="of every contender")
+    add("--steps", type=int, default=0, help="per block; 0: as many as fit about 2000 tokens, 10 to 200")
+    add("--json", metavar="FILE", help="append one JSON object per row")
+
+
+def main(args):
+    """Measure all cases and print their rows. 1 where a result was wrong."""
+    geometries = [tuple(map(int, g.split("x"))) for g in args.geometries.split(",")]
+    ranks = geometries[0][0] * geometries[0][1]
+    if any(n * p != ranks for n, p in geometries):
+        raise SystemExit(f"--geometries: got {args.geometries}; expected equal numbers of ranks")
+    if not launch.launched():
+        return launch.relaunch(ranks, sys.argv[1:])
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    world, wrong = world_of(ranks), 0
+    for nodes, per_node in geometries:
+        for tokens in map(int, args.tokens.split(",")):
+            case = replace(Case(), nodes=nodes, ranks_per_node=per_node, tokens=tokens, hidden=args.hidden, experts=args.experts, top_k=args.top_k,
+                           layout="expert")
+            record = measure(world, case, args)
+            wrong += sum(c["wrong"] for c in record["contenders"].values())
+            if world.rank == 0:
+                print("\n".join(table(record)), flush=True)
+                if args.json:
+                    with open(args.json, "a") as file:
+                        print(json.dumps(record), file=file)
+    return 1 if wrong else 0
+
+
+@dataclass
+class Routed:
+    """One block's inputs, and what must come back."""
+
+    x: torch.Tensor
+    ids: list                # by rank
+    weights: list
+    source: torch.Tensor     # rank and token of every row here, in packed order
+    token: torch.Tensor
+    expert_rows: torch.Tensor = field(repr=False)   # what the experts make of these rows
+    y: torch.Tensor = field(repr=False)
+
+
+def _route(world, case, seed):
+    own = make_inputs(case, world.rank, seed=seed)
+    xs, ids, weights = zip(*world.allgather((own.x, own.ids, own.weights)), strict=True)
+    source, token = check.received_order(ids, world.rank, num_experts=case.experts, layout="expert")
+    table = torch.stack(xs)
+    return Routed(own.x, ids, weights, source, token, check.expert_output(table[source, token], world.rank, None), torch.empty_like(own.x)), table
+
+
+def _sum(case, routed, rank, rounded_by_rank):
+    """y in the decode path's order: ascending k; where weights travel, each rank's sum rounded, in the order of first picks."""
+    x, ids, weights = routed.x, routed.ids[rank], routed.weights[rank]
+    owner = torch.where(ids < 0, -1, ids // (case.experts // case.ranks))
+    total, done = torch.zeros(x.shape), torch.zeros(len(x), 1, dtype=torch.bool)
+    terms = [((x.float() * ((owner[:, k, None] + 1) / 4)).to(x.dtype).float() * weights[:, k, None], owner[:, k] >= 0) for k in range(case.top_k)]
+    for k in range(case.top_k):
+        part, there = terms[k]
+        if rounded_by_rank:
+            there = there & ~(owner[:, :k] == owner[:, k, None]).any(1)   # the first pick of its rank sums for all
+            for j in range(k + 1, case.top_k):
+                part = torch.where((owner[:, j] == owner[:, k])[:, None], part + terms[j][0], part)
+            part = part.to(x.dtype).float()
+        total = torch.where(there[:, None], torch.where(done, total + part, part), total)
+        done |= there[:, None]
+    return total.to(x.dtype)
+
+
+class DecodePath:
+    """The decode path as a contender."""
+
+    def __init__(self, buffer, case, rank, *, hooks=False, weighted=False):
+        self._buffer, self._case, self._rank, self._hooks, self._weighted = buffer, case, rank, hooks, weighted
+        self.parts = []
+
+    def _dispatch(self):
+        r = self._routed
+        return self._buffer.decode_dispatch(r.x, r.ids[self._rank], topk_weights=r.weights[self._rank] if self._weighted else None, quant=None,
+                                            return_hook=self._hooks)
+
+    def _combine(self, recv):
+        r = self._routed
+        return self._buffer.decode_combine(recv.handle.rows, r.ids[self._rank], None if self._weighted else r.weights[self._rank], recv.handle,
+                                           out=r.y, return_hook=self._hooks)
+
+    def begin(self, routed):
+        """Both parities' experts have done their work; x and y are poisoned."""
+        self._routed, self._seen = routed, []
+        for _ in range(2):
+            recv, hook = self._dispatch()
+            if hook:
+                hook()
+            packed = _packed(recv)
+            recv.handle.rows[packed] = routed.expert_rows
+            recv.x[packed] = float("nan")
+            self._seen.append((recv.x, packed))
+            hook = self._combine(recv)[1]
+            if hook:
+                hook()
+        routed.y.fill_(float("nan"))
+
+    def step(self):
+        """Dispatch and combine."""
+        if not self._hooks:
+            self._combine(self._dispatch()[0])
+            return
+        times = [time.perf_counter()]
+        recv, hook = self._dispatch()
+        times.append(time.perf_counter())
+        hook()
+        times.append(time.perf_counter())
+        hook = self._combine(recv)[1]
+        times.append(time.perf_counter())
+        hook()
+        times.append(time.perf_counter())
+        self.parts.append(np.diff(times))
+
+    def end(self, table):
+        """Wrong elements of what the block left behind."""
+        r = self._routed
+        wrong = sum(check.count_wrong(x[packed].contiguous(), table[r.source, r.token]) for x, packed in self._seen)
+        return wrong + check.count_wrong(r.y, _sum(self._case, r, self._rank, self._weighted))
+
+
+def _packed(recv):
+    """Indices [2, N] of the rows that are there, as a tuple."""
+    rows = torch.arange(recv.x.shape[1])
+    return (rows[None, :] < recv.counts[:, None]).nonzero(as_tuple=True)
+
+
+class Floor:
+    """The decode path's traffic alone."""
+
+    def __init__(self, path):
+        self._path, self._y = path, None
+
+    def begin(self, routed):
+        """Repeats a step that was made."""
+        self._path.begin(routed)
+        self._routed, self._y = routed, torch.full_like(routed.y, float("nan"))
+        self._floor = core.DecodeFloor(self._path._buffer._decode.native, routed.x, self._y)
+
+    def step(self):
+        """One of them."""
+        self._floor.run(1)
+
+    def end(self, table):
+        """Wrong elements of y."""
+        return check.count_wrong(self._y, _sum(self._path._case, self._routed, self._path._rank, False))
+
+    def run(self, steps):
+        """Steps in a row, without Python between."""
+        self._floor.run(steps)
+
+    def latency(self, rounds):
+        """Seconds of one put and its flag, one way, between the first and the last rank."""
+        start = time.perf_counter()
+        self._floor.latency(rounds)
+        return (time.perf_counter() - start) / rounds / 2
+
+
+class Alternative:
+    """The throughput path, or a baseline: the steps run on whatever memory they got, one more step is checked."""
+
+    def __init__(self, case, rank, dispatch, combine, prepare, group_of, rounded):
+        self._case, self._rank, self._dispatch, self._combine, self._prepare = case, rank, dispatch, combine, prepare
+        self._sums = dict(group_of=group_of, rounded=rounded, num_experts=case.experts, size=case.ranks, layout="expert")
+
+    def begin(self, routed):
+        """Work out its routes, untimed."""
+        self._routed = routed
+        self._prepare(routed)
+
+    def step(self):
+        """Dispatch and combine."""
+        self._combine(self._dispatch(self._routed.x))
+
+    def end(self, table):
+        """Wrong elements of a step in which the experts work."""
+        r = self._routed
+        rows = self._dispatch(r.x)
+        wrong = check.count_wrong(rows, table[r.source, r.token])
+        y = self._combine(check.expert_output(rows, self._rank, rows))
+        return wrong + check.count_wrong(y, check.combined(r.x, r.ids[self._rank], r.weights[self._rank], **self._sums))
+
+
+def _throughput(comm, case, rank):
+    buffer = moecomm.Buffer(comm, hidden=case.hidden, num_experts=case.experts, top_k=case.top_k, max_tokens=case.tokens)
+    y = torch.empty((case.tokens, case.hidden), dtype=torch.bfloat16)
+    state = {}
+
+    def prepare(routed):
+        state["routed"] = routed
+
+    def dispatch(x):
+        state["out"] = buffer.dispatch(x, state["routed"].ids[rank], state["routed"].weights[rank])
+        return state["out"].x
+
+    def combine(rows):
+        return buffer.combine(rows, state["out"].handle, topk_weights=state["out"].topk_weights, out=y)
+
+    node_of = [r // case.ranks_per_node for r in range(case.ranks)]
+    return Alternative(case, rank, dispatch, combine, prepare, node_of, [n != node_of[rank] for n in range(case.nodes)])
+
+
+def _baseline(name, world, case):
+    inner = baselines.make(name, world, case)
+    return Alternative(case, world.rank, inner.dispatch, inner.combine,
+                       lambda routed: inner.prepare(baselines.Routes(case, world.rank, routed.ids, routed.weights)),
+                       list(range(case.ranks)), [True] * case.ranks)
+
+
+def measure(world, case, args):
+    """One record (equal on every rank): microseconds per contender, bytes of one step over all ranks, wrong elements."""
+    steps = args.steps or min(200, max(10, 2000 // case.tokens))
+    names = [n for key in ("mpi", "gloo") if key in args.baseline.split(",") for n in (f"tuned-{key}",)]
+    with moecomm.Communicator(world.group, ranks_per_node=case.ranks_per_node) as comm:
+        buffer = moecomm.Buffer(comm, hidden=case.hidden, num_experts=case.experts, top_k=case.top_k, max_tokens=case.tokens, decode=True,
+                                arena_bytes=1 << 16)
+        contenders = {"decode": DecodePath(buffer, case, world.rank), "hooks": DecodePath(buffer, case, world.rank, hooks=True),
+                      "weighted": DecodePath(buffer, case, world.rank, weighted=True), "floor": Floor(DecodePath(buffer, case, world.rank)),
+                      "throughput": _throughput(comm, case, world.rank), **{name: _baseline(name, world, case) for name in names}}
+        times, wrong, latencies, traffic = {n: [] for n in contenders}, dict.fromkeys(contenders, 0), [], {}
+        for block in range(args.blocks + 1):   # the first one warms up
+            routed, table = _route(world, case, seed=block)
+            for turn in range(len(contenders)):
+                name = list(contenders)[(block + turn) % len(contenders)]
+                contender = contenders[name]
+                contender.begin(routed)
+                buffer.stats()
+                world.barrier()
+                seconds = []
+                if name == "floor":
+                    start = time.perf_counter()
+                    contender.run(steps)
+                    seconds = [(time.perf_counter() - start) / steps]
+                    latencies.append(contender.latency(50))
+                else:
+                    for _ in range(steps):
+                        start = time.perf_counter()
+                        contender.step()
+                        seconds.append(time.perf_counter() - start)
+                if name in ("decode", "weighted"):
+                    traffic[name] = buffer.stats()["decode"]
+                world.barrier()
+                wrong[name] += contender.end(table)
+                if block:
+                    times[name] += np.mean(world.allgather(seconds), axis=0).tolist()
+                world.barrier()
+        buffer.close()
+        comm.barrier()
+    parts = np.median(np.mean(world.allgather(np.array(contenders["hooks"].parts[steps:])), axis=0), axis=0)
+    found = {name: {"median_us": _us(np.median(t)), "p99_us": _us(np.percentile(t, 99)), "wrong": sum(world.allgather(wrong[name]))}
+             for name, t in times.items()}
+    return {"nodes": case.nodes, "ranks": case.ranks, "tokens": case.tokens, "hidden": case.hidden, "experts": case.experts, "top_k": case.top_k,
+            "steps": steps * args.blocks, "contenders": found, "parts_us": dict(zip(_PARTS, map(_us, parts), strict=True)),
+            "put_us": _us(np.median(world.allgather(latencies)[0])), "bytes": {name: _summed(world, t, steps) for name, t in traffic.items()}}
+
+
+def _us(seconds):
+    return round(1e6 * float(seconds), 2)
+
+
+def _summed(world, counters, steps):
+    everyone = world.allgather(counters)
+    return {hop: {kind: round(sum(c[hop][f"{kind}_bytes"] for c in everyone) / steps) for kind in ("logical", "physical")} for hop in ("rail", "node")}
+
+
+def table(r):
+    """The lines of one record."""
+    own = r["contenders"]["decode"]["median_us"]
+    lines = [f"# {r['nodes']} x {r['ranks'] // r['nodes']} ranks, {r['tokens']} tokens per rank, hidden {r['hidden']}, {r['experts']} experts, "
+             f"top-{r['top_k']}; {r['steps']} steps; a put and its flag, one way: {r['put_us']:.1f} us",
+             f"# {'':12}{'median us':>11}{'p99 us':>11}{'/ decode':>10}{'#wrong':>8}"]
+    for name, c in r["contenders"].items():
+        lines.append(f"  {name:12}{c['median_us']:11.1f}{c['p99_us']:11.1f}{c['median_us'] / own:10.2f}{c['wrong']:8}")
+    lines.append("  phases: " + ", ".join(f"{name} {us:.1f} us" for name, us in r["parts_us"].items()))
+    for name, hops in r["bytes"].items():
+        lines.append(f"  bytes of {name}: " + ", ".join(f"{hop} {b['logical'] / 1e6:.2f} MB logical, {b['physical'] / 1e6:.2f} MB physical"
+                                                        for hop, b in hops.items()))
+    return lines
