@@ -24,6 +24,7 @@ class Environment:
     rail: str = _variable("MOECOMM_RAIL", "auto", "between nodes: auto | ucx | loopback (rank threads only)")
     channels: int = _variable("MOECOMM_CHANNELS", "0", "channels of a Buffer that names none; 0: chosen by the shape", int)
     populate: str = _variable("MOECOMM_POPULATE_BYTES", "268435456", "bytes of every window mapping whose pages are made ready at start")
+    ucx_direct: bool = _variable("MOECOMM_UCX_DIRECT", "1", "0: UCX puts even where the peer's memory can be mapped (same host)", _flag)
     isa: str = _variable("MOECOMM_ISA", "best", "row kernels: avx512 | avx2 | base")
 
 

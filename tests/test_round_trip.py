@@ -1,7 +1,6 @@
 """Dispatch and combine over rank threads, against the oracle, bit for bit."""
 
 import pytest
-import torch
 from worlds import random_world, round_trip
 
 import moecomm

@@ -16,7 +16,6 @@ def expected_rows(ids, size, per_node):
     counted at the gateway. Combine: one reduced row per token and node back, counted where it leaves the rail (or stays in
     the node); the gateway reads one row per pick on the node hop.
     """
-    nodes = size // per_node
     out = [{"dispatch": {"rail": [0, 0], "node": [0, 0]}, "combine": {"rail": [0, 0], "node": [0, 0]}, "copies": 0} for _ in range(size)]
     for source in range(size):
         own, local = divmod(source, per_node)
