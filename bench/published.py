@@ -31,13 +31,14 @@ class Decode:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Published logical GB/s per rank of dispatch (FP8) and combine (BF16)."""
+    """Published logical GB/s per rank of dispatch (FP8) and combine (BF16). V2 runs several channels (warps) on a multiprocessor."""
 
     system: str
     cluster: str
     ranks: int
     tokens: int
     sms: int
+    channels: int
     top_groups: int
     dispatch: float
     combine: float
@@ -47,9 +48,9 @@ class Throughput:
 DECODE = [Decode(8, 77, 114), Decode(16, 118, 195), Decode(32, 155, 273), Decode(64, 173, 314), Decode(128, 192, 369), Decode(256, 194, 360)]
 # Source: DeepEP README, normal kernels (V1: bandwidth of NVLink at EP8, of RDMA above) and its V2 announcement.
 THROUGHPUT = [
-    Throughput("V1", "h800", 8, 4096, 24, 4, 153, 158), Throughput("V1", "h800", 16, 4096, 24, 4, 43, 43),
-    Throughput("V1", "h800", 32, 4096, 24, 4, 58, 57), Throughput("V1", "h800", 64, 4096, 24, 4, 51, 50),
-    Throughput("V2", "h100", 16, 8192, 12, 8, 90, 81), Throughput("V2", "h100", 32, 8192, 6, 8, 61, 61),
+    Throughput("V1", "h800", 8, 4096, 24, 24, 4, 153, 158), Throughput("V1", "h800", 16, 4096, 24, 24, 4, 43, 43),
+    Throughput("V1", "h800", 32, 4096, 24, 24, 4, 58, 57), Throughput("V1", "h800", 64, 4096, 24, 24, 4, 51, 50),
+    Throughput("V2", "h100", 16, 8192, 12, 48, 8, 90, 81), Throughput("V2", "h100", 32, 8192, 6, 24, 8, 61, 61),
 ]
 
 
@@ -74,7 +75,7 @@ def predict_throughput(row, hardware):
     ids = [gate.group_limited_top_k(torch.rand((row.tokens, 256), generator=g), TOP_K, num_groups=8, top_groups=row.top_groups)
            for _ in range(row.ranks)]
     c = sim.Cluster(row.ranks, ranks_per_node=8, hidden=HIDDEN, num_experts=256, top_k=TOP_K, max_tokens=row.tokens, num_sms=row.sms,
-                    hardware=hardware)
+                    channels=row.channels, hardware=hardware)
     c.reset(lead_ns=sim.LEAD_NS)
     p = c.program()
     p.dispatch(ids, layout="rank", quant="given")

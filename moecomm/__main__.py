@@ -5,6 +5,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "calibrate": ("moecomm.calibrate", "measures this machine for the sim world, and checks its predictions"),
     "explore": ("moecomm.explore", "random schedules of small simulated worlds: hunts deadlocks and reordering bugs"),
     "info": ("moecomm.info", "version, worlds and engines that are available here, topology as seen"),
     "plan": ("moecomm.planner.cli", "predict what a cluster would do with a model's tokens"),
