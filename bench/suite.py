@@ -15,6 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 def arguments(parser):
     """The measurement's options, and sizes for a quick look."""
     cases.measurement(parser)
+    parser.set_defaults(iters=12)   # three minutes are also enough on a machine that has other things to do
     parser.add_argument("--tokens", type=int, default=0, help="per rank; 0: as the families say")
     parser.add_argument("--hidden", type=int, default=0, help="0: as the families say")
     parser.add_argument("--output", default=str(RESULTS), help="folder of latest.json and latest.png")
