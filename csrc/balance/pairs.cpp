@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kSteps = 512;          // resolution of the ledger: T / 1024
 constexpr double kPrecision = 5e-4;  // of the bisection
+constexpr int kLargeWorld = 32;        // ranks
 constexpr int kWork = 1500;           // replicas looked at while single ones are moved
 
 // For every step t the surplus of small replicas over the large ones that need them; below zero: a deficit.
@@ -64,11 +65,12 @@ class PairSearch {
     std::sort(order_.begin(), order_.end(), [&](int a, int b) { return load[a] != load[b] ? load[a] < load[b] : a < b; });
   }
 
-  // Counts that meet the limit, if one of the ways to choose splits finds any.
+  // Counts that meet the limit, if one of the ways to choose splits finds any. In a large world one split is little,
+  // and the first way does nearly as well as all of them.
   Found meet(double limit, std::vector<int32_t>& count) {
-    Found found = Found::no;
-    for (const Choice c : {Choice::either, Choice::small_first, Choice::small_unless_worse})
-      if (found == Found::no) found = meet(limit, c, count);
+    Found found = meet(limit, Choice::either, count);
+    for (const Choice c : {Choice::small_first, Choice::small_unless_worse})
+      if (found == Found::no && ranks_ <= kLargeWorld) found = meet(limit, c, count);
     return found;
   }
 
