@@ -120,4 +120,13 @@ MOE_HD Status published_rows(G g, F f, const CombineArgs& a, int n, int i, Phase
   return first_failure(g, wrong);
 }
 
+// Of token t's row, where checks are on: as it was staged, or as the caller gave it.
+MOE_HD inline uint64_t source_checksum(const DispatchArgs& a, const char* staged, int t) {
+  if (!a.b.check) return 0;
+  const CallShape& call = a.plan.call;
+  const uint64_t seed = checksum_seed(a.book->dispatches, a.b.geometry.rank, t);
+  return staged ? wire_checksum(call, staged, seed)
+                : wire_checksum(call, a.x + t * call.row_bytes, a.scales + t * call.scale_bytes, 1, seed);
+}
+
 }  // namespace moecomm::verify

@@ -1,0 +1,162 @@
+// Counts travel, positions follow: before a row moves, every rank knows where it will lie.
+//
+//   announce  (source)   count blocks to the rail peers: "I am in the call, this is what I will send"
+//   relay     (gateway)  pass each source's count block to every rank of the node, with my arena offer
+//   place     (all)      prefix sums: the final row of everything that my rail's sources send to my node
+#pragma once
+#include "fabric/fabric.hpp"
+#include "protocol/verify.hpp"
+
+namespace moecomm {
+
+template <Group G, class F>
+MOE_HD void announce(G g, F f, const DispatchArgs& a) {
+  const BufferView& b = a.b;
+  const int own = b.geometry.node();
+  const uint64_t bytes = uint64_t{4} * b.count.ints;
+  if (g.lane() == 0) {
+    for (int n = 0; n < b.geometry.nodes(); ++n) {
+      int32_t* block = a.plan.blocks + n * b.count.ints;
+      block[b.count.signature] = a.plan.call.signature();
+      block[b.count.cached] = a.cached;
+    }
+    for (int step = 1; step < b.geometry.nodes(); ++step) {
+      const int n = (own + step) % b.geometry.nodes();
+      f.put(n, b.rail.blocks + own * bytes, reinterpret_cast<const char*>(a.plan.blocks) + n * bytes, bytes);
+      f.signal_rail(n, b.rail.enter + 8 * own, 1);
+    }
+    ++a.book->enter;
+    ++a.book->dispatches;
+  }
+  g.sync();
+}
+
+template <Group G, class F>
+MOE_HD Status relay(G g, F f, const DispatchArgs& a, Offer offer) {
+  const BufferView& b = a.b;
+  const int own = b.geometry.node(), nodes = b.geometry.nodes(), p = b.geometry.ranks_per_node;
+  const uint64_t bytes = uint64_t{4} * b.count.ints;
+  for (int step = 0; step < nodes; ++step) {
+    const int n = (own + step) % nodes, source = b.geometry.rail_rank(n);
+    if (n != own)
+      MOE_TRY(leader(g, [&] { return f.wait_rail(b.rail.enter + 8 * n, a.book->enter, Phase::announce, source); }));
+    const FourInts* block = reinterpret_cast<const FourInts*>(
+        n == own ? reinterpret_cast<const char*>(a.plan.blocks + n * b.count.ints) : f.rail(b.rail.blocks + n * bytes));
+    for (int local = 0; local < p; ++local) {
+      FourInts* table = reinterpret_cast<FourInts*>(f.window(local, b.node.tables + source * bytes));
+      for (int i = g.lane(); i < b.count.ints / 4; i += g.size()) table[i] = block[i];
+    }
+  }
+  if (g.lane() == 0)
+    for (int local = 0; local < p; ++local)
+      reinterpret_cast<Offer*>(f.window(local, b.node.offers))[b.geometry.local()] = offer;
+  g.sync();
+  if (g.lane() == 0)
+    for (int local = 0; local < p; ++local) f.signal_node(local, b.node.counts + 8 * b.geometry.local(), 1);
+  return {};
+}
+
+namespace detail {
+
+MOE_HD inline const int32_t* table_of(const BufferView& b, const char* window, int source) {
+  return reinterpret_cast<const int32_t*>(window + b.node.tables) + int64_t{source} * b.count.ints;
+}
+
+// Prefix sums over sources and experts: where the rows of every source of my rail begin, in every rank of
+// the node. Lanes own experts (or ranks) of the node, then ranks, then experts again; ends with a sync.
+template <Group G>
+MOE_HD void place_rows(G g, const DispatchArgs& a, const char* window) {
+  const BufferView& b = a.b;
+  const Geometry& geo = b.geometry;
+  const bool by_rank = a.plan.call.layout == RowLayout::rank;
+  const int p = geo.ranks_per_node, per_rank = b.experts_per_rank(), per_node = b.experts_per_node();
+  const int own_first = geo.local() * per_rank;
+  const int64_t alignment = a.plan.call.alignment;
+  const auto total = [&](int field) {
+    int32_t rows = 0;
+    for (int s = 0; s < geo.size; ++s) rows += table_of(b, window, s)[field];
+    return rows;
+  };
+  // The first row of `field` is known; those of the sources follow in ascending order.
+  const auto follow = [&](int field, int index, int stride, int32_t row) {
+    for (int s = 0; s < geo.size; ++s) {
+      if (s % p == geo.local()) a.base[s / p * stride + index] = row;
+      row += table_of(b, window, s)[field];
+    }
+    return row;
+  };
+  for (int e = g.lane(); e < per_node; e += g.size()) a.first[e] = total(b.count.experts + e);
+  g.sync();
+  for (int d = g.lane(); d < p; d += g.size()) {
+    int64_t row = 0;
+    for (int e = d * per_rank; e < (d + 1) * per_rank; ++e) {
+      const int64_t rows = a.first[e], padded = (rows + alignment - 1) / alignment * alignment;
+      if (d == geo.local()) {
+        a.plan.tokens_per_expert[e - own_first] = rows;
+        a.plan.rows_per_expert[e - own_first] = padded;
+      }
+      a.first[e] = static_cast<int32_t>(row);
+      row += padded;
+    }
+    a.plan.rank_rows[d] = by_rank ? follow(b.count.ranks + d, d, p, 0) : row;
+  }
+  g.sync();
+  if (!by_rank)
+    for (int e = g.lane(); e < per_node; e += g.size()) follow(b.count.experts + e, e, per_node, a.first[e]);
+}
+
+}  // namespace detail
+
+template <Group G, class F>
+MOE_HD Status place(G g, F f, const DispatchArgs& a) {
+  const BufferView& b = a.b;
+  const Geometry& geo = b.geometry;
+  const int p = geo.ranks_per_node, nodes = geo.nodes(), channels = b.shape.channels;
+  MOE_TRY(leader(g, [&] {
+    for (int i = 0; i < p; ++i)
+      MOE_TRY(f.wait_node(b.node.counts + 8 * i, a.book->dispatches, Phase::counts, geo.rank_at(geo.node(), i)));
+    return Status{};
+  }));
+  const char* window = f.window(geo.local(), 0);
+
+  Verdict verdict{};
+  for (int s = 0; s < geo.size; ++s) {
+    const int32_t* table = detail::table_of(b, window, s);
+    if (verdict.code == 0 && (table[b.count.signature] != a.plan.call.signature() || table[b.count.cached] != a.cached))
+      verdict = {static_cast<int32_t>(Code::mismatch), s, 0, 0, 0};
+    if (b.check && g.lane() == 0) verify::keep_announced(a, table, s);
+  }
+  if (!a.cached && verdict.code == 0) detail::place_rows(g, a, window);
+  // What will come over the rail is known even where the call is refused: it is taken off the wire then.
+  for (int n = g.lane(); n < nodes; n += g.size()) {
+    const int32_t* rows = detail::table_of(b, window, geo.rail_rank(n)) + b.count.channels;
+    int32_t* first = a.plan.channel_first + n * (channels + 1);
+    first[0] = 0;
+    for (int c = 0; c < channels; ++c) first[c + 1] = first[c] + rows[c];
+    a.plan.rows[n] = first[channels];
+  }
+  const Offer* offers = reinterpret_cast<const Offer*>(window + b.node.offers);
+  for (int d = g.lane(); d < p; d += g.size()) a.offers[d] = offers[d];
+  g.sync();
+  if (g.lane() == 0) {
+    for (int d = 0; d < p; ++d) {
+      const CallShape& call = a.plan.call;
+      const int64_t rows = call.capacity >= 0 ? call.capacity : a.plan.rank_rows[d];
+      const BlockLayout block = block_layout(rows, call, b.shape.top_k);
+      a.needed[d] = block.bytes + output_layout(rows, b.shape).bytes;
+      const int piece = a.needed[d] <= a.offers[d].bytes[0] ? 0 : 1;
+      a.target[d] = at_offset(block, a.offers[d].offset[piece]);
+      if (verdict.code != 0) continue;
+      const int32_t code = static_cast<int32_t>(Code::capacity), rank = geo.rank_at(geo.node(), d);
+      if (a.plan.rank_rows[d] > rows)
+        verdict = {code, rank, static_cast<uint64_t>(a.plan.rank_rows[d]), static_cast<uint64_t>(rows), 1};
+      else if (a.needed[d] > a.offers[d].bytes[piece])
+        verdict = {code, rank, a.needed[d], a.offers[d].bytes[piece], 0};
+    }
+    *a.verdict = verdict;
+  }
+  g.sync();
+  return {};
+}
+
+}  // namespace moecomm
