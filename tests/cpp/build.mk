@@ -18,8 +18,9 @@ CPP_NOT_asan := decode_runtime_test device_world_test
 CPP_UCX = $(eval CPP_UCX := $(shell $(PY) -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("libucx").origin))'))$(CPP_UCX)
 CPP_FLAGS = -std=c++20 -ffp-contract=off -Wall -Wextra -Wno-psabi -pthread -Icsrc -Itests/cpp -I$(CPP_UCX)/include
 CPP_FLAGS_plain := -O2
-CPP_FLAGS_tsan := -O1 -g1 -fsanitize=thread
-CPP_FLAGS_asan := -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+# Warnings are the plain build's: sanitizers make the compiler guess.
+CPP_FLAGS_tsan := -Wno-maybe-uninitialized -O1 -g1 -fsanitize=thread
+CPP_FLAGS_asan := -Wno-maybe-uninitialized -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 # UCX only where a test uses it: its memory hooks do not live with ThreadSanitizer.
 CPP_LINK = -L$(CPP_UCX)/lib -Wl,-rpath,$(CPP_UCX)/lib -Wl,--as-needed -lucp -lucs
 CPP_LIBRARY := $(wildcard csrc/balance/*.cpp csrc/exec/*.cpp csrc/fabric/*.cpp csrc/runtime/*.cpp)

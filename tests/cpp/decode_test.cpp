@@ -24,7 +24,9 @@ struct Seat {
     host.geometry = g;
     host.window_faults = view.window.faults;
     host.region_faults = view.region.faults;
-    host.region_peers = g.size;
+    host.region_outbox = view.region.outbox;
+    for (int r = 0; r < g.size; ++r) host.peer_ranks.push_back(r / g.ranks_per_node == g.node() ? -1 : r);
+    host.own_peer = g.rank;
     host.rail_region = region.data.get();
     host.watch = &watch;
     host.deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
