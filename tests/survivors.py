@@ -15,7 +15,7 @@ from cases import Case, check_case
 
 import moecomm
 
-TOKENS, HIDDEN, TIMEOUT = 24, 64, 4.0
+TOKENS, HIDDEN, TIMEOUT = 24, 64, 6.0
 
 
 def join(folder, name, rank, size):

@@ -19,6 +19,7 @@ using Clock = std::chrono::steady_clock;
 // to do what we wait for), then sleep until woken. Sleeps are bounded so that dead peers are noticed.
 constexpr int kLooks = 16;
 constexpr int kYields = 1000;
+constexpr std::chrono::milliseconds kYielding{5};   // at most: on a busy machine one yield may take longer than this
 constexpr int64_t kNap = 5'000'000;            // ns; woken earlier by the signal itself
 constexpr int64_t kNapWithNetwork = 100'000;   // ns; nothing wakes us when a put lands from the network
 
@@ -38,12 +39,13 @@ Status wait_counter(HostState& s, Rail& rail, char* memory, uint64_t offset, uin
     relax();
     if (arrived()) return {};
   }
-  for (int i = 0; i < kYields; ++i) {
+  Clock::time_point next_check = Clock::now();
+  const Clock::time_point sleepy = next_check + kYielding;
+  for (int i = 0; i < kYields && next_check < sleepy; ++i, next_check = Clock::now()) {
     rail.progress();
     sched_yield();
     if (arrived()) return {};
   }
-  Clock::time_point next_check = Clock::now();
   for (;;) {
     const bool moved = rail.progress();
     if (arrived()) return {};
