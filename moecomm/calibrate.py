@@ -63,7 +63,7 @@ def measure(ranks, sizes, repeats):
 def predict(ranks, tokens, hardware):
     """us of OPS."""
     c = Cluster(ranks, hidden=HIDDEN, num_experts=EXPERTS_PER_RANK * ranks, top_k=TOP_K, max_tokens=tokens, channels=1, num_sms=2,
-                hardware=hardware, decode=True, one_lane=True)
+                hardware=hardware, decode=True, schedule="lane")
     ids = routing(ranks, tokens)
     step = c.step(ids)
     dispatch, combine = step.dispatch_us.mean(), step.combine_us.mean()

@@ -69,7 +69,7 @@ class World:
     tokens: int      # most of a rank
     rounds: int
     decode: bool = False
-    one_lane: bool = False
+    schedule: str = "roles"
     hidden: int = 16
 
     @property
@@ -78,7 +78,7 @@ class World:
         return self.nodes * self.ranks_per_node
 
     def __str__(self):
-        return (f"{'decode on ' if self.decode else ''}{'one lane in ' if self.one_lane else ''}{self.nodes} node(s) x {self.ranks_per_node} rank(s), {self.channels} channel(s), {self.experts_per_rank} expert(s) per rank, "
+        return (f"{'decode on ' if self.decode else ''}{self.schedule} in {self.nodes} node(s) x {self.ranks_per_node} rank(s), {self.channels} channel(s), {self.experts_per_rank} expert(s) per rank, "
                 f"top {self.top_k}, up to {self.tokens} tokens, {self.rounds} round(s), program seed {self.seed}")
 
 
@@ -100,7 +100,8 @@ def random_world(seed):
     decode = r.random() < 0.4
     return World(seed, nodes, per_node, r.randint(1, 3), experts, min(r.randint(1, 4), experts * nodes * per_node),
                  r.choice([r.randint(1, 7), r.randint(1, 7), r.randint(17, 40)]),
-                 r.randint(2, 3) if not decode else r.randint(3, 6), decode, r.random() < 0.25)
+                 r.randint(2, 3) if not decode else r.randint(3, 6), decode,
+                 r.choice(("roles", "lane") if decode else ("roles", "lane", "seats", "seats")))
 
 
 def _rows(tokens, hidden, scaled, g):
@@ -117,7 +118,7 @@ def build(world):
     num_experts, hidden = world.size * world.experts_per_rank, world.hidden
     rows = world.size * world.tokens * min(world.top_k, world.experts_per_rank)
     cluster = Cluster(world.size, ranks_per_node=world.ranks_per_node, hidden=hidden, num_experts=num_experts, top_k=world.top_k,
-                      max_tokens=world.tokens, channels=world.channels, num_sms=2, payload=True, decode=world.decode, one_lane=world.one_lane,
+                      max_tokens=world.tokens, channels=world.channels, num_sms=2, payload=True, decode=world.decode, schedule=world.schedule,
                       arena_bytes=-(-3 * (rows * (4 * hidden + 12 * world.top_k + 128) + 1024) // 4096) * 4096)
     calls = Calls(world, cluster, cluster.program())
     for number in range(world.rounds):

@@ -22,6 +22,7 @@ from .reference import DecodeReceived, Received
 # times change by a few percent at most, since many ranks share every link.
 LEAD_NS, DECODE_LEAD_NS = 2_000.0, 20_000.0
 STRICT_TOKENS = 10_000
+SCHEDULES = ("roles", "lane", "seats")
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,9 @@ class Cluster:
         Rows are really moved. Without, only times and counts are right.
     decode : bool
         With the decode path.
-    one_lane : bool
-        A rank runs its roles one after another, as the cpu world does, instead of side by side, as a GPU does.
+    schedule : "roles", "lane" or "seats"
+        How a rank runs dispatch and combine: every role of every channel side by side; one after another, as the cpu world
+        does (decode too); or in the cuda world's seats, ordered by its gates.
     arena_bytes : int, optional
         As for Buffer.
 
@@ -92,17 +94,19 @@ class Cluster:
     """
 
     def __init__(self, size, *, ranks_per_node=None, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, num_sms=20, channels=None,
-                 hardware=Hardware(), payload=False, decode=False, one_lane=False, arena_bytes=None):
+                 hardware=Hardware(), payload=False, decode=False, schedule="roles", arena_bytes=None):
         ranks_per_node = ranks_per_node or size
         if not isinstance(size, int) or size < 1 or size % ranks_per_node:
             raise InvalidArgument(f"Cluster: size is {size!r}; expected a multiple of ranks_per_node = {ranks_per_node}", op="Cluster")
+        if schedule not in SCHEDULES:
+            raise InvalidArgument(f"Cluster: schedule is {schedule!r}; expected one of {', '.join(SCHEDULES)}", op="Cluster")
         _check_shape(size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, 0)
         self.size, self.ranks_per_node, self.hidden, self.num_experts, self.top_k = size, ranks_per_node, hidden, num_experts, top_k
         self.max_tokens, self.dtype, self.num_sms, self.channels = max_tokens, dtype, num_sms, channels or num_sms
         self.hardware, self.payload, self.decode_path = hardware, payload, decode
         arena_bytes = arena_bytes or _arena_bytes(size, hidden, num_experts, top_k, max_tokens, dtype)
         self._native = native.Cluster(size, ranks_per_node, num_sms, hidden, _DTYPES[dtype], num_experts, top_k, max_tokens, self.channels,
-                                      arena_bytes, payload, decode, one_lane, min(num_sms, max_tokens), asdict(hardware))
+                                      arena_bytes, payload, decode, SCHEDULES.index(schedule), min(num_sms, max_tokens), asdict(hardware))
         self._row_bytes = hidden * dtype.itemsize
 
     # -- programs: what every rank does, call after call --------------------------------------------

@@ -106,6 +106,13 @@ void SimNet::run() {
       roles_[fiber]->given_up = true;
       fibers_.wake(fiber, fibers_.now());
     }
+    if (blocked.empty()) {   // roles that gave up have left others of their rank waiting
+      blocked.swap(parked_);
+      for (int fiber : blocked) {
+        roles_[fiber]->given_up = true;
+        fibers_.wake(fiber, fibers_.now());
+      }
+    }
     if (blocked.empty()) throw std::logic_error("a simulated role is blocked on nothing");
     fibers_.run();
   }

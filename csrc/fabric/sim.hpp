@@ -92,6 +92,13 @@ struct Role {
   Phase phase = Phase::none;
   int peer = -1;
   bool given_up = false;
+
+  // Its next signals come after what `other` stored and put.
+  void comes_after(const Role& other) {
+    stores = std::max(stores, other.stores);
+    for (size_t peer = 0; peer < landed.size(); ++peer) landed[peer] = std::max(landed[peer], other.landed[peer]);
+  }
+
   TermStore terms[2];
   char* targets[kMaxTopK];
 };
@@ -131,6 +138,10 @@ class SimNet {
   Chaos& chaos() { return chaos_; }
   int owner_of(const void* p) { return owner(p, role().rank); }
   char* private_memory(int r) const { return ranks_[r]->memory + private_at_; }
+
+  // Fibers that wait for something inside their rank, and return without it where nobody can go on.
+  void park(int fiber) { parked_.push_back(fiber); roles_[fiber]->given_up = false; }
+  bool unpark(int fiber) { std::erase(parked_, fiber); return !roles_[fiber]->given_up; }
 
   void set_log(bool on) { logging_ = on; log_.clear(); }
   void log(LogLine line) { if (logging_) log_.push_back(line); }
@@ -195,6 +206,7 @@ class SimNet {
   std::vector<Landing> landings_;
   std::vector<uint32_t> idle_landings_;
   std::vector<Role> stuck_;
+  std::vector<int> parked_;
   bool logging_ = false;
   std::vector<LogLine> log_;
   Time node_latency_, rail_latency_, message_, put_, poll_;

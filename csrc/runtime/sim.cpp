@@ -4,6 +4,7 @@
 
 #include "base/checksum.hpp"
 #include "world/sim/run.hpp"
+#include "world/sim/seats_run.hpp"
 
 namespace moecomm {
 namespace {
@@ -125,8 +126,10 @@ Status SimCluster::dispatch(int rank, F fabric, const SimCall& call, Handle& han
   a.first = plan.first.data();
   a.needed = plan.needed.data();
   a.verdict = &verdict;
-  const Status s = config_.schedule == SimSchedule::lane ? lane_dispatch(*net_, fabric, a, r.arena->offer())
-                                                         : sim_dispatch(*net_, fabric, a, r.arena->offer());
+  const Offer offer = r.arena->offer();
+  const Status s = config_.schedule == SimSchedule::lane    ? lane_dispatch(*net_, fabric, a, offer)
+                   : config_.schedule == SimSchedule::seats ? seats_dispatch(*net_, fabric, a, offer, config_.workers)
+                                                            : sim_dispatch(*net_, fabric, a, offer);
   net_->flush();
   if (!s.ok()) return s;
   const int me = r.view.geometry.local();
@@ -178,7 +181,9 @@ Status SimCluster::combine(int rank, F fabric, const SimCall& call, Handle& hand
     std::memcpy(output + l.weights, in, handle.rows * 4);
     a.mine.weights = output + l.weights - window;
   }
-  const Status s = config_.schedule == SimSchedule::lane ? lane_combine(*net_, fabric, a) : sim_combine(*net_, fabric, a);
+  const Status s = config_.schedule == SimSchedule::lane    ? lane_combine(*net_, fabric, a)
+                   : config_.schedule == SimSchedule::seats ? seats_combine(*net_, fabric, a, config_.workers)
+                                                            : sim_combine(*net_, fabric, a);
   net_->flush();
   if (config_.payload) {
     digest = digest_bytes(1, a.y, plan.view.tokens * row_bytes);

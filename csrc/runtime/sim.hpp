@@ -11,9 +11,9 @@
 
 namespace moecomm {
 
-// Who runs a rank's roles: a fiber per role and channel, or one lane that runs them one after another as in the
-// cpu world.
-enum class SimSchedule : int32_t { roles, lane };
+// Who runs a rank's roles: a fiber per role and channel; one lane that runs them one after another as in the cpu
+// world; or seats with gates between them as in the cuda world.
+enum class SimSchedule : int32_t { roles, lane, seats };
 
 struct SimConfig {
   int size = 1;
@@ -24,7 +24,7 @@ struct SimConfig {
   bool payload = false;
   bool decode = false;                // the decode path's memories too
   SimSchedule schedule = SimSchedule::roles;
-  int workers = 1;                    // roles that share a decode phase of a rank
+  int workers = 1;                    // roles that share a decode phase of a rank, or its seats
 };
 
 // Decode's receive phases may be left out of a program: the rules (A) and (B) make up for them.

@@ -105,7 +105,7 @@ cdef class Cluster:
     cdef world.SimConfig config
 
     def __cinit__(self, int size, int ranks_per_node, int num_sms, hidden, int dtype, num_experts, top_k, max_tokens, channels, arena_bytes,
-                  bint payload, bint decode, bint one_lane, int workers, dict hardware):
+                  bint payload, bint decode, int schedule, int workers, dict hardware):
         cdef world.SimConfig* g = &self.config
         cdef world.Hardware* h = &g.hardware
         g.size, g.ranks_per_node, g.num_sms, g.payload = size, ranks_per_node, num_sms, payload
@@ -117,7 +117,7 @@ cdef class Cluster:
         g.shape.channels = channels
         g.shape.arena_bytes = arena_bytes
         g.decode, g.workers = decode, workers
-        g.schedule = world.SimSchedule.lane if one_lane else world.SimSchedule.roles
+        g.schedule = <world.SimSchedule>schedule
         h.node_rate, h.node_latency = hardware["node_rate"], hardware["node_latency"]
         h.rail_rate, h.rail_latency, h.rail_message = hardware["rail_rate"], hardware["rail_latency"], hardware["rail_message"]
         h.sm_read, h.sm_write = hardware["sm_read"], hardware["sm_write"]

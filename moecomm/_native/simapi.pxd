@@ -94,6 +94,7 @@ cdef extern from "runtime/sim.hpp" namespace "moecomm" nogil:
     cdef enum class SimSchedule(int32_t):
         roles
         lane
+        seats
 
     cdef cppclass SimConfig:
         int size

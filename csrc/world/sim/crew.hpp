@@ -1,4 +1,4 @@
-// The roles that one rank runs side by side: what warps are in a kernel, fibers here. Gate and Crew are what
+// The roles that one rank runs side by side: what warps are in a kernel, fibers here. Milestone and Crew are what
 // they meet at inside the rank; what passes between ranks is the Fabric's business.
 #pragma once
 #include <memory>
@@ -10,9 +10,9 @@
 namespace moecomm {
 
 // A number that only grows, and roles that wait for it.
-class Gate {
+class Milestone {
  public:
-  explicit Gate(SimNet& net) : net_(net) {}
+  explicit Milestone(SimNet& net) : net_(net) {}
   void open(uint64_t reached) {
     net_.fibers().meet();
     reached_ = reached;
@@ -26,11 +26,15 @@ class Gate {
       }
     }
   }
-  void wait(uint64_t until) {
+  // False: nobody could go on, and the caller was told to give up (only where it may).
+  bool wait(uint64_t until, bool may_give_up = false) {
     net_.fibers().meet();
-    if (reached_ >= until) return;
-    waiting_.push_back({net_.fibers().current(), until});
+    if (reached_ >= until) return true;
+    const int fiber = net_.fibers().current();
+    waiting_.push_back({fiber, until});
+    if (may_give_up) net_.park(fiber);
     net_.fibers().block();
+    return !may_give_up || net_.unpark(fiber);
   }
 
  private:
@@ -55,8 +59,8 @@ class Crew {
     net_.start(rank_, name, channel, channel, [this, member = members_.back().get(), role] {
       member->status = role();
       net_.settle();
-      member->stores = net_.role().stores;
-      member->landed.swap(net_.role().landed);
+      member->last.stores = net_.role().stores;
+      member->last.landed.swap(net_.role().landed);
       member->ended.open(1);
       ended_.open(++count_);   // the meeting in open() keeps the count in the order of time
     });
@@ -72,8 +76,7 @@ class Crew {
     Role& caller = net_.role();
     Status s;
     for (const auto& m : members_) {
-      caller.stores = std::max(caller.stores, m->stores);
-      for (size_t peer = 0; peer < caller.landed.size(); ++peer) caller.landed[peer] = std::max(caller.landed[peer], m->landed[peer]);
+      caller.comes_after(m->last);
       if (s.ok()) s = m->status;
     }
     return s;
@@ -82,15 +85,14 @@ class Crew {
  private:
   struct Member {
     explicit Member(SimNet& net) : ended(net) {}
-    Gate ended;
+    Milestone ended;
     Status status;
-    Time stores = 0;
-    std::vector<Time> landed;
+    Role last;   // its stores and puts alone
   };
   SimNet& net_;
   int rank_;
   std::vector<std::unique_ptr<Member>> members_;
-  Gate ended_;
+  Milestone ended_;
   uint64_t count_ = 0;
 };
 

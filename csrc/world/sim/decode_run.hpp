@@ -35,7 +35,7 @@ Status sim_decode_receive(SimNet& net, F f, const DecodeReceiveArgs& a, int work
   const int size = a.d.geometry.size;
   if (workers == 0) return run_decode_receive(g, f, a);
   Crew crew(net, a.d.geometry.rank);
-  Gate accepted(net);
+  Milestone accepted(net);
   Status mismatch, failed;
   for (int w = 0; w < workers; ++w)
     crew.start("decode pack", w, [&, w] {
