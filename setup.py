@@ -58,7 +58,7 @@ class BuildExt(build_ext):
                 list(pool.map(one, objects))
             return objects
 
-        for source in getattr(ext, "kernels", []):
+        for source in KERNELS.get(ext.name, []):
             obj = str(Path(self.build_temp) / source) + ".o"
             if not is_fresh(obj):
                 Path(obj).parent.mkdir(parents=True, exist_ok=True)
@@ -66,11 +66,13 @@ class BuildExt(build_ext):
                 subprocess.run([*launcher, nvcc(), *NVCC_FLAGS, *architectures(), "-MD", "-MF", str(depfile(obj)), "-c", source, "-o", obj], check=True)
             ext.extra_objects.append(obj)
         compiler.compile = compile_all
-        ext.depends = HEADERS   # else setuptools looks at the sources alone before it asks for their objects
+        ext.depends = [*HEADERS, __file__]   # else setuptools looks at the sources alone before it asks for their objects
         super().build_extension(ext)
 
 
 # -- the CUDA world ---------------------------------------------------------------------------------------------------
+
+KERNELS = {"moecomm._native.cuda": ["csrc/world/cuda/kernels.cu"]}   # by name: cythonize makes extensions anew
 
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden",
               "-diag-suppress=20011,20012,20013,20014,20015"]   # a role's lambdas may call what only a GPU has
@@ -107,13 +109,11 @@ def cuda_extension():
     home = cuda_home()
     if home is None:
         return []
-    ext = Extension(
+    return [Extension(
         "moecomm._native.cuda",
         ["moecomm/_native/cuda.pyx", "csrc/runtime/cuda/buffer.cpp", "csrc/runtime/cuda/memory.cpp", "csrc/runtime/plan.cpp", "csrc/runtime/memory.cpp"],
         language="c++", include_dirs=["csrc", str(home / "include"), str(ucx / "include")], library_dirs=[str(home / "lib64"), str(home / "lib")],
-        libraries=["cudart_static", "rt", "dl", "pthread"], extra_compile_args=FLAGS)
-    ext.kernels = ["csrc/world/cuda/kernels.cu"]
-    return [ext]
+        libraries=["cudart_static", "rt", "dl", "pthread"], extra_compile_args=FLAGS)]
 
 
 ucx = ucx_folder()
