@@ -16,8 +16,8 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade pip
 	$(PY) -m pip install -q "$(TORCH)" cython 'setuptools>=77' libucx-cu13==1.22.0
-	$(PY) -m pip install -q --no-build-isolation -e '.[mpi,bench,test]'
-	@touch $@
+	$(PY) -m pip install -q --no-build-isolation -e '.[mpi,bench,test]'   # builds the extensions, too
+	@touch $@ $(VENV)/.built
 
 $(VENV)/.built: $(VENV)/.ready $(SOURCES)
 	$(PY) setup.py -q build_ext --inplace

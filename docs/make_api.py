@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "moecomm"
 TARGET = Path(__file__).parent / "api.md"
 # Modules without names for users, and (by what they define) commands of `python -m moecomm`.
-INTERNAL = {"bootstrap", "cuda", "grouped"}
+INTERNAL = {"arguments", "bootstrap", "cuda", "grouped", "shapes"}
+MIXINS = {"DecodeVerbs": "decode"}   # documented as members of the class that inherits them
 COMMAND = {"arguments", "main"}
 
 
@@ -45,7 +46,7 @@ def modules():
 
 def public(tree):
     """Top-level classes and functions whose names have no underscore."""
-    return [node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_")]
+    return [node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_") and node.name not in MIXINS]
 
 
 def constants(tree):
@@ -61,9 +62,17 @@ def constants(tree):
                 yield f"- `{name}`: `{ast.unparse(call)}`"
 
 
+def body_of(node):
+    """What a class defines, and then what its mixins do."""
+    yield from node.body
+    for base in filter(MIXINS.get, map(ast.unparse, node.bases)):
+        tree = ast.parse((PACKAGE / f"{MIXINS[base]}.py").read_text())
+        yield from next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == base).body
+
+
 def members(node):
     """(kind, node) of a class's public methods and properties, in their order."""
-    for item in node.body:
+    for item in body_of(node):
         if isinstance(item, ast.FunctionDef) and not item.name.startswith("_"):
             decorators = {ast.unparse(d) for d in item.decorator_list}
             if not any(d.endswith(".setter") for d in decorators):

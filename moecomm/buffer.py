@@ -10,32 +10,19 @@ from torch.utils.hooks import RemovableHandle
 from . import cuda, ops
 from ._native import core
 from ._native.quant import scale_words
+from .arguments import Arguments, as_tensor
 from .balance.replicas import Replicas
-from .decode import Decode
+from .decode import Decode, DecodeVerbs
 from .env import Environment
 from .errors import InvalidArgument, raise_failure
 from .record import Recorder
 from .results import BlockTensors, Dispatched, Handle, Pending
+from .shapes import DTYPES, QUANTS, SCALE_DTYPES, WIRES, arena_size, check_shape, default_channels, reserved_bytes
 
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
-_MAX_TOP_K = 32
-_QUANTS = {None: 0, "fp8": 1, "fp8_ue8m0": 2}
-_WIRES = {None: 0, "fp8": 1, "logfmt10": 2}
-_SCALE_DTYPES = (None, torch.float32, torch.int32)   # by the numbers of _QUANTS
 _STAGES = ("pre_dispatch", "post_dispatch", "pre_combine", "post_combine")
 
 
-def _as_tensor(name, value, op):
-    """Torch tensors as they are; anything else that speaks DLPack (NumPy, CuPy) without a copy."""
-    if isinstance(value, torch.Tensor):
-        return value
-    try:
-        return torch.from_dlpack(value)
-    except (TypeError, RuntimeError, BufferError, AttributeError) as error:
-        raise InvalidArgument(f"{op}: {name} is a {type(value).__qualname__}; expected a tensor or a DLPack array ({error})", op=op) from None
-
-
-class Buffer:
+class Buffer(Arguments, DecodeVerbs):
     """Memory and state for dispatch and combine of one layer shape. Construction is collective.
 
     Parameters
@@ -94,7 +81,7 @@ class Buffer:
         if placement is not None:
             self._replicas = Replicas(comm, placement, num_experts, replicas, activate, renormalize, monitor)
             num_experts = placement.num_slots   # from here on, experts are slots
-        _check_shape(comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank)
+        check_shape(comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank)
         on_gpu = comm.device.type == "cuda"
         if on_gpu:
             for name, given in (("decode", decode), ("record", record is not None), ("placement", placement is not None)):
@@ -104,9 +91,9 @@ class Buffer:
                                 channels=channels or env.channels or None)
             channels = plan.channels
         elif channels is None:
-            channels = env.channels or _default_channels(comm.num_nodes)
+            channels = env.channels or default_channels(comm.num_nodes)
         if arena_bytes is None:
-            arena_bytes = _arena_bytes(comm.size, hidden, num_experts, top_k, max_tokens, dtype)
+            arena_bytes = arena_size(comm.size, hidden, num_experts, top_k, max_tokens, dtype)
         self.hidden, self.num_experts, self.top_k, self.max_tokens = hidden, num_experts, top_k, max_tokens
         self.dtype, self.num_sms, self.channels, self.arena_bytes = dtype, num_sms, channels, arena_bytes
         self.experts_per_rank = num_experts // comm.size
@@ -115,9 +102,9 @@ class Buffer:
                                        placement=None if placement is None else placement.digest))
         comm._require_equal("Buffer", everyone)
         if on_gpu:
-            self._native = cuda.NativeBuffer(comm, plan, hidden, _DTYPES[dtype], num_experts, top_k, max_tokens, arena_bytes, env.check)
+            self._native = cuda.NativeBuffer(comm, plan, hidden, DTYPES[dtype], num_experts, top_k, max_tokens, arena_bytes, env.check)
         else:
-            self._native = core.Buffer(comm._native, hidden, _DTYPES[dtype], num_experts, top_k, max_tokens, channels, arena_bytes, env.check)
+            self._native = core.Buffer(comm._native, hidden, DTYPES[dtype], num_experts, top_k, max_tokens, channels, arena_bytes, env.check)
         self._native.connect(comm._bootstrap.allgather(self._native.card()))
         comm._bootstrap.barrier()
         self._native.connected()
@@ -139,7 +126,7 @@ class Buffer:
     def num_bytes(self):
         """Bytes of this rank's windows (reserved; committed when touched)."""
         c = self.comm
-        return _bytes(c, self.hidden, self.num_experts, self.top_k, self.max_tokens, self.dtype, self.channels, self.arena_bytes,
+        return reserved_bytes(c, self.hidden, self.num_experts, self.top_k, self.max_tokens, self.dtype, self.channels, self.arena_bytes,
                       self._decode is not None)
 
     @staticmethod
@@ -156,10 +143,10 @@ class Buffer:
         InvalidArgument
             As Buffer.
         """
-        _check_shape(comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank)
-        channels = channels or Environment().channels or _default_channels(comm.num_nodes)
-        arena_bytes = arena_bytes or _arena_bytes(comm.size, hidden, num_experts, top_k, max_tokens, dtype)
-        return _bytes(comm, hidden, num_experts, top_k, max_tokens, dtype, channels, arena_bytes, decode)
+        check_shape(comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank)
+        channels = channels or Environment().channels or default_channels(comm.num_nodes)
+        arena_bytes = arena_bytes or arena_size(comm.size, hidden, num_experts, top_k, max_tokens, dtype)
+        return reserved_bytes(comm, hidden, num_experts, top_k, max_tokens, dtype, channels, arena_bytes, decode)
 
     @staticmethod
     def arena_hint(comm, *, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, dispatches=2):
@@ -174,10 +161,10 @@ class Buffer:
         InvalidArgument
             As Buffer; dispatches is not positive.
         """
-        _check_shape(comm.size, hidden, num_experts, top_k, max_tokens, dtype, 20, None, comm.rank)
+        check_shape(comm.size, hidden, num_experts, top_k, max_tokens, dtype, 20, None, comm.rank)
         if not isinstance(dispatches, int) or dispatches < 1:
             raise InvalidArgument(f"arena_hint: dispatches is {dispatches!r}; expected an int >= 1", op="arena_hint", rank=comm.rank)
-        return _arena_bytes(comm.size, hidden, num_experts, top_k, max_tokens, dtype, dispatches)
+        return arena_size(comm.size, hidden, num_experts, top_k, max_tokens, dtype, dispatches)
 
     # -- dispatch ---------------------------------------------------------------------------------
 
@@ -237,17 +224,17 @@ class Buffer:
         scales = None
         if isinstance(x, tuple):
             x, scales = x
-            scales = _as_tensor("scales", scales, op)
-        x = _as_tensor("x", x, op)
+            scales = as_tensor("scales", scales, op)
+        x = as_tensor("x", x, op)
         if handle is not None:
             if layout != "expert" or expert_alignment != 1 or capacity is not None:
                 raise InvalidArgument(f"{op}: layout, expert_alignment and capacity come from the handle; expected them left out", op=op)
             self._check_handle(op, handle)
             layout, capacity = handle.layout, handle._capacity
         if topk_ids is not None:
-            topk_ids = _as_tensor("topk_ids", topk_ids, op)
+            topk_ids = as_tensor("topk_ids", topk_ids, op)
         if topk_weights is not None:
-            topk_weights = _as_tensor("topk_weights", topk_weights, op)
+            topk_weights = as_tensor("topk_weights", topk_weights, op)
         self._check_dispatch(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle)
         self._check_quant(op, quant, scale_layout, scales)
         if check and topk_weights is not None and bool(torch.isnan(topk_weights).any()):
@@ -267,31 +254,8 @@ class Buffer:
         return self._call(op, self._dispatch_natively, async_op, False, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity,
                           handle, quant, scale_layout == "column", lost)
 
-    def _check_dispatch(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle=None):
-        op = "dispatch"
-        tokens = self._check_x(op, x, scales, packed=True)
-        if handle is not None:
-            if topk_ids is not None:
-                raise InvalidArgument(f"{op}: topk_ids and handle are both given; expected one of them", op=op)
-            if tokens != handle.num_tokens:
-                raise InvalidArgument(f"{op}: x has {tokens} tokens; the handle's plan is for {handle.num_tokens}", op=op)
-        elif layout not in ("expert", "rank"):
-            raise InvalidArgument(f"{op}: layout is {layout!r}; expected 'expert' or 'rank'", op=op)
-        else:
-            if topk_ids is None:
-                raise InvalidArgument(f"{op}: topk_ids is None; expected ids [T, top_k], or a handle", op=op)
-            self._check_picks(op, "topk_ids", topk_ids, tokens, (torch.int64, torch.int32))
-            if not isinstance(expert_alignment, int) or not 1 <= expert_alignment <= 65536:
-                raise InvalidArgument(f"{op}: expert_alignment is {expert_alignment!r}; expected an int in 1..65536", op=op)
-            if layout == "rank" and expert_alignment != 1:
-                raise InvalidArgument(f"{op}: expert_alignment is {expert_alignment}; the rank layout has no padding, expected 1", op=op)
-            if capacity is not None and (not isinstance(capacity, int) or capacity < 0):
-                raise InvalidArgument(f"{op}: capacity is {capacity!r}; expected an int >= 0", op=op)
-        if topk_weights is not None:
-            self._check_picks(op, "topk_weights", topk_weights, tokens, (torch.float32,))
-
     def _dispatch_natively(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle=None, quant=None, by_column=False, lost=None):
-        kind = _QUANTS[quant] if scales is None else _SCALE_DTYPES.index(scales.dtype)
+        kind = QUANTS[quant] if scales is None else SCALE_DTYPES.index(scales.dtype)
         row_bytes = self.hidden if kind else self._row_bytes
         scale_bytes = 4 * scale_words(self.hidden, kind)
         began = self._recorder and self._recorder.start()
@@ -304,10 +268,10 @@ class Buffer:
             raise_failure(result, op="dispatch", rank=self.comm.rank, describe_capacity=self._describe_capacity)
         plan, block, output = result
         if self._recorder:
-            self._recorder.dispatch(began, plan, topk_ids, topk_weights, x.shape[0], layout, expert_alignment, capacity, list(_QUANTS)[kind])
+            self._recorder.dispatch(began, plan, topk_ids, topk_weights, x.shape[0], layout, expert_alignment, capacity, list(QUANTS)[kind])
         handle = self._handle_of(ops.Ticket(self, layout, capacity, plan, output))
         return Dispatched(handle, BlockTensors(handle, block, torch.float8_e4m3fn if kind else x.dtype, row_bytes, scale_bytes,
-                                               _SCALE_DTYPES[kind], by_column), lost)
+                                               SCALE_DTYPES[kind], by_column), lost)
 
     def _dispatch_by_ops(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle, lost=None):
         if handle is not None:
@@ -357,11 +321,11 @@ class Buffer:
         op = "combine"
         self._require_open(op)
         self._check_handle(op, handle)
-        rows = _as_tensor("rows", rows, op)
+        rows = as_tensor("rows", rows, op)
         if topk_weights is not None:
-            topk_weights = _as_tensor("topk_weights", topk_weights, op)
+            topk_weights = as_tensor("topk_weights", topk_weights, op)
         if bias is not None:
-            bias = _as_tensor("bias", bias, op)
+            bias = as_tensor("bias", bias, op)
         self._check_combine(rows, handle, topk_weights, bias, out, wire)
         if check and topk_weights is not None and bool(torch.isnan(topk_weights).any()):
             raise InvalidArgument(f"{op}: topk_weights holds NaN; expected numbers (check=True)", op=op)
@@ -370,28 +334,6 @@ class Buffer:
             raise InvalidArgument(f"{op}: out is given where a gradient is wanted or a graph is traced; expected None", op=op)
         run = self._combine_by_ops if through_ops else self._combine_natively
         return self._call(op, run, async_op, through_ops, rows, handle, topk_weights, bias, out, wire)
-
-    def _check_combine(self, rows, handle, topk_weights, bias, out=None, wire=None):
-        op = "combine"
-        if wire not in _WIRES or (wire is not None and self.dtype == torch.float64):
-            choices = "None for float64" if self.dtype == torch.float64 else "one of " + ", ".join(map(repr, _WIRES))
-            raise InvalidArgument(f"{op}: wire is {wire!r}; expected {choices}", op=op)
-        n, tokens = handle.num_rows, handle.num_tokens
-        if rows.dtype != self.dtype or rows.device != self.comm.device or rows.shape != (n, self.hidden) or not rows.is_contiguous():
-            raise InvalidArgument(f"{op}: rows is {_describe(rows)}; expected contiguous {self.dtype} [{n}, {self.hidden}] on {self.comm.device}", op=op)
-        if topk_weights is not None:
-            if handle.layout == "rank":
-                raise InvalidArgument(f"{op}: topk_weights is given; in the rank layout the experts have applied them, expected None", op=op)
-            self._check_floats(op, "topk_weights", topk_weights, (n,))
-        if bias is not None and (bias.device != self.comm.device or not bias.is_floating_point()
-                                 or tuple(bias.shape) not in ((self.hidden,), (tokens, self.hidden))):
-            raise InvalidArgument(f"{op}: bias is {_describe(bias)}; expected [{self.hidden}] or [{tokens}, {self.hidden}] on {self.comm.device}", op=op)
-        if out is not None and (out.dtype != self.dtype or out.device != self.comm.device or out.shape != (tokens, self.hidden)
-                                or not out.is_contiguous()):
-            raise InvalidArgument(f"{op}: out is {_describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on {self.comm.device}", op=op)
-
-    def _check_back(self, back, handle):
-        self._check_floats("combine_slots", "back", back, (handle.num_rows,) if handle.layout == "expert" else (handle.num_rows, self.top_k))
 
     def _combine_natively(self, rows, handle, topk_weights, bias, out=None, wire=None, back=None):
         tokens = handle.num_tokens
@@ -406,7 +348,7 @@ class Buffer:
         began = self._recorder and self._recorder.start()
         failure = self._native.combine(rows.data_ptr(), 0 if topk_weights is None else topk_weights.data_ptr(), y.data_ptr(),
                                        0 if bias is None else bias.data_ptr(), bias_stride, ticket.plan, ticket.output,
-                                       0 if back is None else back.data_ptr(), 0 if back is None else slots.data_ptr(), _WIRES[wire])
+                                       0 if back is None else back.data_ptr(), 0 if back is None else slots.data_ptr(), WIRES[wire])
         if failure is not None:
             raise_failure(failure, op="combine", rank=self.comm.rank)
         if self._recorder:
@@ -415,100 +357,6 @@ class Buffer:
 
     def _combine_by_ops(self, rows, handle, topk_weights, bias, out=None, wire=None):
         return ops.combine(rows, topk_weights, bias, handle._tensor(), self.number, handle.layout, handle.num_tokens, wire)
-
-    # -- decode -----------------------------------------------------------------------------------
-
-    def decode_dispatch(self, x, topk_ids, *, topk_weights=None, quant="fp8", scale_layout="row", return_hook=True, layer=0):
-        """Carry every token to the ranks that own its experts, with the least delay. Collective.
-
-        Parameters
-        ----------
-        x : Tensor [T, hidden], or (fp8 Tensor [T, hidden], scales), as for dispatch
-            T may differ between ranks and be 0.
-        topk_ids : Tensor [T, top_k] int64 or int32
-            Global expert ids, distinct in a token; -1: no expert.
-        topk_weights : Tensor [T, top_k] float32, optional
-            The weights travel, and decode_combine brings one weighted row per token and rank back instead of
-            one per expert.
-        quant : "fp8", "fp8_ue8m0" or None
-            Rows are quantized on their way out, with f32 or power-of-two scales; None keeps the dtype of x.
-            Without meaning where x is quantized already.
-        scale_layout : "row" or "column"
-            Of recv.scales: strides (hidden/128, 1) within an expert, or (1, rows rounded up to a multiple of 4).
-        return_hook : bool
-            True: only send; the hook waits for what others sent, and nothing runs in between. False: both.
-        layer : int
-            Of the placement, where the buffer has one.
-
-        Returns
-        -------
-        (DecodeReceived, hook)
-            To be read after hook(); hook is None with return_hook=False. The dispatch after the next one
-            overwrites it. Allocates nothing; no result depends on a host decision.
-
-        Raises
-        ------
-        InvalidArgument
-            Nothing moved and the buffer stays usable.
-        ConfigMismatch
-            Ranks disagree about dtype, quantization or topk_weights; the buffer stays usable.
-        PeerLost, PeerTimeout
-            A peer is gone or stalled; the communicator is broken.
-
-        Source: DeepSeek-V3 technical report, section 3.4.2 (decoding: direct point-to-point transfers).
-        """
-        if self._decode is None or self._closed or self.comm._closed:
-            self._require_open("decode_dispatch")
-            if self.comm.device.type == "cuda":
-                raise InvalidArgument("decode_dispatch: the cuda world has no decode path yet; expected dispatch with a capacity", op="decode_dispatch")
-            self._decode = Decode(self)
-        if self._replicas is None:
-            return self._decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
-        topk_ids, topk_weights = self._replicas.choose_for_decode(topk_ids, topk_weights, layer)
-        received, hook = self._decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
-        self._replicas.decoding[received.handle.epoch % 2] = topk_ids
-        return received, hook
-
-    def decode_combine(self, rows, topk_ids, topk_weights, handle, *, wire=None, return_hook=True, out=None):
-        """Carry the experts' rows of a decode_dispatch back and sum them. Collective.
-
-        Parameters
-        ----------
-        rows : Tensor [experts per rank, size * max_tokens, hidden] of the buffer's dtype
-            Laid out as DecodeReceived.x. handle.rows is sent without a staging copy; unchanged until the hook.
-        topk_ids : Tensor [T, top_k]
-            As given to decode_dispatch.
-        topk_weights : Tensor [T, top_k] float32 or None
-            None: ones; must be None where decode_dispatch sent the weights.
-        handle : DecodeHandle
-            Of the dispatch; good for one combine, until the dispatch after the next one.
-        wire : None, "fp8" or "logfmt10"
-            How rows cross between nodes: as they are, or coded (and decoded into the FP32 sum).
-        return_hook : bool
-            True: only send; y is complete after the hook. False: both.
-        out : Tensor [T, hidden], optional
-            Where y goes; a new tensor where None.
-
-        Returns
-        -------
-        (y [T, hidden], hook)
-            y[t] = sum over k of topk_weights[t, k] * row(t, k), in FP32 (FP64 for float64), ascending k,
-            rounded once. Weights sent by decode_dispatch: every rank sums its rows so and rounds; y sums these
-            in the order of each rank's first pick. Bit-identical from run to run.
-
-        Raises
-        ------
-        InvalidArgument, ConfigMismatch, PeerLost, PeerTimeout
-            As decode_dispatch.
-
-        Source: DeepSeek-V3 technical report, section 3.4.2.
-        """
-        if self._decode is None or self._closed or self.comm._closed:
-            self._require_open("decode_combine")
-            raise InvalidArgument("decode_combine: there was no decode_dispatch", op="decode_combine", rank=self.comm.rank)
-        if self._replicas is not None:
-            topk_ids = self._replicas.decoding[getattr(handle, "epoch", 0) % 2]
-        return self._decode.combine(rows, topk_ids, topk_weights, handle, wire, return_hook, out)
 
     # -- the rest ---------------------------------------------------------------------------------
 
@@ -609,56 +457,8 @@ class Buffer:
             raise InvalidArgument(f"{op}: the buffer is closed", op=op, rank=self.comm.rank)
         self.comm._require_open(op)
 
-    def _check_x(self, op, x, scales, packed=False):
-        want = self.dtype if scales is None else torch.float8_e4m3fn
-        if x.dtype != want or x.device != self.comm.device or x.dim() != 2 or x.shape[1] != self.hidden or not x.is_contiguous():
-            raise InvalidArgument(f"{op}: x is {_describe(x)}; expected contiguous {want} [T, {self.hidden}] on {self.comm.device}", op=op)
-        tokens = x.shape[0]
-        if tokens > self.max_tokens:
-            raise InvalidArgument(f"{op}: x has {tokens} tokens; expected at most max_tokens = {self.max_tokens}", op=op)
-        if scales is not None:
-            self._check_fp8_rows(op)
-            kinds = (1, 2) if packed else (1,)
-            want = {_SCALE_DTYPES[kind]: (tokens, scale_words(self.hidden, kind)) for kind in kinds}
-            if want.get(scales.dtype) != tuple(scales.shape) or scales.device != self.comm.device or not scales.is_contiguous():
-                expected = " or ".join(f"{dtype} {list(shape)}" for dtype, shape in want.items())
-                raise InvalidArgument(f"{op}: scales is {_describe(scales)}; expected contiguous {expected} on {self.comm.device}", op=op)
-        return tokens
-
-    def _check_fp8_rows(self, op):
-        if self.hidden % 16:
-            raise InvalidArgument(f"{op}: hidden is {self.hidden}; quantized rows need a multiple of 16", op=op)
-
-    def _check_quant(self, op, quant, scale_layout, scales):
-        if quant not in _QUANTS:
-            raise InvalidArgument(f"{op}: quant is {quant!r}; expected one of {', '.join(map(repr, _QUANTS))}", op=op)
-        if quant is not None:
-            self._check_fp8_rows(op)
-            if scales is not None:
-                raise InvalidArgument(f"{op}: quant is {quant!r} and x is quantized already; expected None", op=op)
-            if self.dtype == torch.float64:
-                raise InvalidArgument(f"{op}: quant is {quant!r}; float64 rows travel as they are, expected None", op=op)
-        if scale_layout not in ("row", "column"):
-            raise InvalidArgument(f"{op}: scale_layout is {scale_layout!r}; expected 'row' or 'column'", op=op)
-        if scale_layout == "column" and quant is None and scales is None:
-            raise InvalidArgument(f"{op}: scale_layout is 'column' and rows are not quantized; expected 'row'", op=op)
-
-    def _check_picks(self, op, name, t, tokens, dtypes):
-        if t.dtype not in dtypes or t.device != self.comm.device or t.shape != (tokens, self.top_k) or not t.is_contiguous():
-            raise InvalidArgument(f"{op}: {name} is {_describe(t)}; expected contiguous {' or '.join(map(str, dtypes))} [{tokens}, {self.top_k}] on {self.comm.device}", op=op)
-
-    def _check_floats(self, op, name, t, shape):
-        if t.dtype != torch.float32 or t.device != self.comm.device or t.shape != shape or not t.is_contiguous():
-            raise InvalidArgument(f"{op}: {name} is {_describe(t)}; expected contiguous torch.float32 {list(shape)} on {self.comm.device}", op=op)
-
     def _handle_of(self, ticket):
         return Handle(self, ticket.layout, ticket.capacity, ticket.plan.rows(self.comm.local_rank), ticket.plan.tokens, ticket)
-
-    def _check_handle(self, op, handle):
-        if not isinstance(handle, Handle):
-            raise InvalidArgument(f"{op}: handle is a {type(handle).__qualname__}; expected the handle of a dispatch", op=op)
-        if handle._buffer is not self:
-            raise InvalidArgument(f"{op}: handle belongs to another buffer; expected one of this buffer", op=op)
 
     def _describe_capacity(self, failure):
         if failure.detail == 1:
@@ -666,36 +466,3 @@ class Buffer:
         held, blocks, total = self._native.arena()
         return (f"This rank's arena has {total} bytes, of which {blocks} pieces of earlier dispatches hold {held}: drop their tensors and "
                 f"handles, or give Buffer a larger `arena_bytes`.")
-
-
-def _describe(t):
-    return f"{'' if t.is_contiguous() else 'non-contiguous '}{t.dtype} {list(t.shape)} on {t.device}"
-
-
-def _bytes(comm, hidden, num_experts, top_k, max_tokens, dtype, channels, arena_bytes, decode):
-    geometry, shape = (comm.rank, comm.size, comm.ranks_per_node), (hidden, _DTYPES[dtype], num_experts, top_k, max_tokens)
-    return core.buffer_bytes(*geometry, *shape, channels, arena_bytes) + (core.decode_bytes(*geometry, *shape) if decode else 0)
-
-
-def _default_channels(num_nodes):
-    return 1 if num_nodes == 1 else 2
-
-
-def _arena_bytes(size, hidden, num_experts, top_k, max_tokens, dtype, dispatches=2):
-    rows = size * max_tokens * min(top_k, num_experts // size)
-    per_row = 2 * max(hidden * dtype.itemsize, hidden + 4 * ((hidden + 127) // 128) + 16) + 16 * top_k + 64
-    return -(-dispatches * (rows * per_row + 65536) // 4096) * 4096
-
-
-def _check_shape(size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, rank):
-    def require(ok, name, value, expected):
-        if not ok:
-            raise InvalidArgument(f"Buffer: {name} is {value!r}; expected {expected}", op="Buffer", rank=rank)
-
-    require(dtype in _DTYPES, "dtype", dtype, "one of " + ", ".join(map(str, _DTYPES)))
-    require(isinstance(hidden, int) and hidden > 0 and hidden * dtype.itemsize % 16 == 0, "hidden", hidden, f"a row of a multiple of 16 bytes ({dtype.itemsize} bytes per element)")
-    require(isinstance(num_experts, int) and 0 < num_experts <= 65535 and num_experts % size == 0, "num_experts", num_experts, f"a multiple of the {size} ranks, at most 65535")
-    require(isinstance(top_k, int) and 1 <= top_k <= min(_MAX_TOP_K, num_experts), "top_k", top_k, f"1..{min(_MAX_TOP_K, num_experts)}")
-    require(isinstance(max_tokens, int) and 1 <= max_tokens <= 1 << 24, "max_tokens", max_tokens, "1..2**24")
-    require(isinstance(num_sms, int) and num_sms >= 2 and num_sms % 2 == 0, "num_sms", num_sms, "an even int >= 2")
-    require(channels is None or (isinstance(channels, int) and 1 <= channels <= 1024), "channels", channels, "1..1024")

@@ -1,6 +1,6 @@
 """The decode path: dispatch and combine in microseconds, split into a send and a receive phase.
 
-Buffer.decode_dispatch and Buffer.decode_combine are the public verbs; docs/decode.md tells how they work.
+docs/decode.md tells how it works.
 """
 
 from __future__ import annotations
@@ -10,18 +10,113 @@ import torch
 from ._native import core
 from ._native.core import DecodeHandle, DecodeReceived
 from ._native.quant import scale_words
+from .arguments import describe
 from .errors import ConfigMismatch, InvalidArgument, raise_failure
+from .shapes import QUANTS, SCALE_DTYPES, WIRES
 
-__all__ = ["Decode", "DecodeHandle", "DecodeReceived"]
+__all__ = ["Decode", "DecodeHandle", "DecodeReceived", "DecodeVerbs"]
 
 _SENT, _RECEIVED = 1, 2
 _MAX_TOKENS = 1 << 20
 _IDS = (torch.int64, torch.int32)
-_QUANTS = {None: 0, "fp8": 1, "fp8_ue8m0": 2}
-_SCALE_DTYPES = (None, torch.float32, torch.int32)   # by the numbers above
-_WIRES = {None: 0, "fp8": 1, "logfmt10": 2}
 
 core.read_tensors_of(torch.Tensor)
+
+
+class DecodeVerbs:
+    """The decode verbs of Buffer, which makes their memory when it is first asked for."""
+
+    def decode_dispatch(self, x, topk_ids, *, topk_weights=None, quant="fp8", scale_layout="row", return_hook=True, layer=0):
+        """Carry every token to the ranks that own its experts, with the least delay. Collective.
+
+        Parameters
+        ----------
+        x : Tensor [T, hidden], or (fp8 Tensor [T, hidden], scales), as for dispatch
+            T may differ between ranks and be 0.
+        topk_ids : Tensor [T, top_k] int64 or int32
+            Global expert ids, distinct in a token; -1: no expert.
+        topk_weights : Tensor [T, top_k] float32, optional
+            The weights travel, and decode_combine brings one weighted row per token and rank back instead of
+            one per expert.
+        quant : "fp8", "fp8_ue8m0" or None
+            Rows are quantized on their way out, with f32 or power-of-two scales; None keeps the dtype of x.
+            Without meaning where x is quantized already.
+        scale_layout : "row" or "column"
+            Of recv.scales: strides (hidden/128, 1) within an expert, or (1, rows rounded up to a multiple of 4).
+        return_hook : bool
+            True: only send; the hook waits for what others sent, and nothing runs in between. False: both.
+        layer : int
+            Of the placement, where the buffer has one.
+
+        Returns
+        -------
+        (DecodeReceived, hook)
+            To be read after hook(); hook is None with return_hook=False. The dispatch after the next one
+            overwrites it. Allocates nothing; no result depends on a host decision.
+
+        Raises
+        ------
+        InvalidArgument
+            Nothing moved and the buffer stays usable.
+        ConfigMismatch
+            Ranks disagree about dtype, quantization or topk_weights; the buffer stays usable.
+        PeerLost, PeerTimeout
+            A peer is gone or stalled; the communicator is broken.
+
+        Source: DeepSeek-V3 technical report, section 3.4.2 (decoding: direct point-to-point transfers).
+        """
+        if self._decode is None or self._closed or self.comm._closed:
+            self._require_open("decode_dispatch")
+            if self.comm.device.type == "cuda":
+                raise InvalidArgument("decode_dispatch: the cuda world has no decode path yet; expected dispatch with a capacity", op="decode_dispatch")
+            self._decode = Decode(self)
+        if self._replicas is None:
+            return self._decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
+        topk_ids, topk_weights = self._replicas.choose_for_decode(topk_ids, topk_weights, layer)
+        received, hook = self._decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
+        self._replicas.decoding[received.handle.epoch % 2] = topk_ids
+        return received, hook
+
+    def decode_combine(self, rows, topk_ids, topk_weights, handle, *, wire=None, return_hook=True, out=None):
+        """Carry the experts' rows of a decode_dispatch back and sum them. Collective.
+
+        Parameters
+        ----------
+        rows : Tensor [experts per rank, size * max_tokens, hidden] of the buffer's dtype
+            Laid out as DecodeReceived.x. handle.rows is sent without a staging copy; unchanged until the hook.
+        topk_ids : Tensor [T, top_k]
+            As given to decode_dispatch.
+        topk_weights : Tensor [T, top_k] float32 or None
+            None: ones; must be None where decode_dispatch sent the weights.
+        handle : DecodeHandle
+            Of the dispatch; good for one combine, until the dispatch after the next one.
+        wire : None, "fp8" or "logfmt10"
+            How rows cross between nodes: as they are, or coded (and decoded into the FP32 sum).
+        return_hook : bool
+            True: only send; y is complete after the hook. False: both.
+        out : Tensor [T, hidden], optional
+            Where y goes; a new tensor where None.
+
+        Returns
+        -------
+        (y [T, hidden], hook)
+            y[t] = sum over k of topk_weights[t, k] * row(t, k), in FP32 (FP64 for float64), ascending k,
+            rounded once. Weights sent by decode_dispatch: every rank sums its rows so and rounds; y sums these
+            in the order of each rank's first pick. Bit-identical from run to run.
+
+        Raises
+        ------
+        InvalidArgument, ConfigMismatch, PeerLost, PeerTimeout
+            As decode_dispatch.
+
+        Source: DeepSeek-V3 technical report, section 3.4.2.
+        """
+        if self._decode is None or self._closed or self.comm._closed:
+            self._require_open("decode_combine")
+            raise InvalidArgument("decode_combine: there was no decode_dispatch", op="decode_combine", rank=self.comm.rank)
+        if self._replicas is not None:
+            topk_ids = self._replicas.decoding[getattr(handle, "epoch", 0) % 2]
+        return self._decode.combine(rows, topk_ids, topk_weights, handle, wire, return_hook, out)
 
 
 class Decode:
@@ -51,7 +146,7 @@ class Decode:
                 return [None, None]
             words, column = scale_words(self.hidden, kind), -(-rows // 4) * 4
             strides = (self.native.scale_area // 4, *((1, column) if by_column else (words, 1)))
-            return [torch.frombuffer(self.native.area("scales", p), dtype=_SCALE_DTYPES[kind]).as_strided((experts, rows, words), strides)
+            return [torch.frombuffer(self.native.area("scales", p), dtype=SCALE_DTYPES[kind]).as_strided((experts, rows, words), strides)
                     for p in (0, 1)]
 
         x = matrices("x", self.dtype) + (matrices("x", torch.float8_e4m3fn) if self.hidden % 16 == 0 else [])
@@ -66,8 +161,8 @@ class Decode:
         ------
         MoecommError
         """
-        if quant in _QUANTS and scale_layout == "row" and (quant is None or self.hidden % 16 == 0 and self.dtype != torch.float64):
-            done = self.native.try_dispatch(x, topk_ids, topk_weights, _QUANTS[quant], not return_hook)
+        if quant in QUANTS and scale_layout == "row" and (quant is None or self.hidden % 16 == 0 and self.dtype != torch.float64):
+            done = self.native.try_dispatch(x, topk_ids, topk_weights, QUANTS[quant], not return_hook)
             if done is not None:
                 return done
         op, buffer, scales = "decode_dispatch", self.buffer, None
@@ -78,7 +173,7 @@ class Decode:
         buffer._check_picks(op, "topk_ids", topk_ids, tokens, _IDS)
         if topk_weights is not None:
             buffer._check_picks(op, "topk_weights", topk_weights, tokens, (torch.float32,))
-        kind = _QUANTS[quant] if scales is None else _SCALE_DTYPES.index(scales.dtype)
+        kind = QUANTS[quant] if scales is None else SCALE_DTYPES.index(scales.dtype)
         return self.native.dispatch(x.data_ptr(), 0 if scales is None else scales.data_ptr(), topk_ids.data_ptr(), topk_ids.dtype is torch.int32,
                                     0 if topk_weights is None else topk_weights.data_ptr(), topk_weights is not None, tokens, kind,
                                     scale_layout == "column", not return_hook)
@@ -95,8 +190,8 @@ class Decode:
             if done is not None:
                 return done
         op, buffer = "decode_combine", self.buffer
-        if wire not in _WIRES or (wire is not None and self.dtype is torch.float64):
-            choices = "None (float64)" if self.dtype is torch.float64 else ", ".join(map(repr, _WIRES))
+        if wire not in WIRES or (wire is not None and self.dtype is torch.float64):
+            choices = "None (float64)" if self.dtype is torch.float64 else ", ".join(map(repr, WIRES))
             raise InvalidArgument(f"{op}: wire is {wire!r}; expected {choices}", op=op, rank=self.rank)
         if type(handle) is not DecodeHandle or handle.decode is not self.native:
             raise InvalidArgument(f"{op}: handle is a {type(handle).__qualname__}; expected the handle of a decode_dispatch of this buffer",
@@ -104,7 +199,7 @@ class Decode:
         self._check_stage(self.native.stage(handle.epoch))
         want = handle.rows
         if rows.dtype != want.dtype or rows.device.type != "cpu" or rows.shape != want.shape or not rows.is_contiguous():
-            raise InvalidArgument(f"{op}: rows is {_describe(rows)}; expected contiguous {want.dtype} {list(want.shape)} on cpu", op=op, rank=self.rank)
+            raise InvalidArgument(f"{op}: rows is {describe(rows)}; expected contiguous {want.dtype} {list(want.shape)} on cpu", op=op, rank=self.rank)
         tokens = handle.tokens
         buffer._check_picks(op, "topk_ids", topk_ids, tokens, _IDS)
         if topk_weights is not None:
@@ -114,10 +209,10 @@ class Decode:
         if out is None:
             out = torch.empty((tokens, self.hidden), dtype=self.dtype)
         elif out.dtype != self.dtype or out.device.type != "cpu" or tuple(out.shape) != (tokens, self.hidden) or not out.is_contiguous():
-            raise InvalidArgument(f"{op}: out is {_describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on cpu",
+            raise InvalidArgument(f"{op}: out is {describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on cpu",
                                   op=op, rank=self.rank)
         return self.native.combine(handle, rows, rows.data_ptr(), topk_ids.data_ptr(), topk_ids.dtype is torch.int32,
-                                   0 if topk_weights is None else topk_weights.data_ptr(), _WIRES[wire], out, out.data_ptr(), not return_hook)
+                                   0 if topk_weights is None else topk_weights.data_ptr(), WIRES[wire], out, out.data_ptr(), not return_hook)
 
     def _check_stage(self, stage):
         if stage == _RECEIVED:
@@ -154,7 +249,3 @@ def check_shape(size, num_experts, max_tokens, rank):
         raise InvalidArgument(f"decode: max_tokens is {max_tokens}; expected at most {_MAX_TOKENS}", op="decode", rank=rank)
     if num_experts * max_tokens >= 1 << 31:
         raise InvalidArgument(f"decode: num_experts * max_tokens is {num_experts * max_tokens}; expected less than 2**31", op="decode", rank=rank)
-
-
-def _describe(t):
-    return f"{'' if t.is_contiguous() else 'non-contiguous '}{t.dtype} {list(t.shape)} on {t.device}"

@@ -14,9 +14,9 @@ import torch
 
 from ._native import sim as native
 from ._native.quant import scale_words
-from .buffer import _DTYPES, _QUANTS, _WIRES, _arena_bytes, _check_shape
 from .errors import InvalidArgument, MoecommError
 from .reference import DecodeReceived, Received
+from .shapes import DTYPES, QUANTS, WIRES, arena_size, check_shape
 
 # How far roles of large worlds (more than STRICT_TOKENS tokens in all) run ahead of the clock unless told otherwise:
 # times change by a few percent at most, since many ranks share every link.
@@ -100,12 +100,12 @@ class Cluster:
             raise InvalidArgument(f"Cluster: size is {size!r}; expected a multiple of ranks_per_node = {ranks_per_node}", op="Cluster")
         if schedule not in SCHEDULES:
             raise InvalidArgument(f"Cluster: schedule is {schedule!r}; expected one of {', '.join(SCHEDULES)}", op="Cluster")
-        _check_shape(size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, 0)
+        check_shape(size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, 0)
         self.size, self.ranks_per_node, self.hidden, self.num_experts, self.top_k = size, ranks_per_node, hidden, num_experts, top_k
         self.max_tokens, self.dtype, self.num_sms, self.channels = max_tokens, dtype, num_sms, channels or num_sms
         self.hardware, self.payload, self.decode_path = hardware, payload, decode
-        arena_bytes = arena_bytes or _arena_bytes(size, hidden, num_experts, top_k, max_tokens, dtype)
-        self._native = native.Cluster(size, ranks_per_node, num_sms, hidden, _DTYPES[dtype], num_experts, top_k, max_tokens, self.channels,
+        arena_bytes = arena_bytes or arena_size(size, hidden, num_experts, top_k, max_tokens, dtype)
+        self._native = native.Cluster(size, ranks_per_node, num_sms, hidden, DTYPES[dtype], num_experts, top_k, max_tokens, self.channels,
                                       arena_bytes, payload, decode, SCHEDULES.index(schedule), min(num_sms, max_tokens), asdict(hardware))
         self._row_bytes = hidden * dtype.itemsize
 
@@ -290,7 +290,7 @@ class Program:
         bias = bias and [_contiguous(t, torch.float32) for t in bias]
         parts = [(_address(rows, r), _address(weights, r), _address(bias, r), c.hidden if bias and bias[r].dim() == 2 else 0, _address(ys, r))
                  for r in range(c.size)]
-        self._native.combine(handle, parts, keep, flip, _WIRES[wire], echo_weights, before_ns, (rows, weights, bias, ys))
+        self._native.combine(handle, parts, keep, flip, WIRES[wire], echo_weights, before_ns, (rows, weights, bias, ys))
         self.calls.append("combine")
 
     def decode_dispatch(self, topk_ids, topk_weights=None, *, xs=None, scales=None, quant=None, before_ns=0.0):
@@ -304,7 +304,7 @@ class Program:
         c = self._cluster
         weights = topk_weights and [_contiguous(t, torch.float32) for t in topk_weights]
         rows = rows and [_contiguous(t, c.dtype) for t in rows]
-        self._native.decode_combine([(_address(rows, r), _address(weights, r), _address(ys, r)) for r in range(c.size)], flip, _WIRES[wire], before_ns,
+        self._native.decode_combine([(_address(rows, r), _address(weights, r), _address(ys, r)) for r in range(c.size)], flip, WIRES[wire], before_ns,
                                     (weights, rows, ys))
         self.calls.append("decode_combine")
 
@@ -329,7 +329,7 @@ class Program:
                      for r in range(c.size)]
         # Quantized rows come with their scales, "given" without payload; or the call quantizes them.
         given = scales is not None or quant == "given"
-        kind = 1 if given else _QUANTS[quant]
+        kind = 1 if given else QUANTS[quant]
         coding = (c.hidden if kind else c._row_bytes, 4 * scale_words(c.hidden, kind), kind, given)
         return parts, coding, (topk_ids, topk_weights, xs, scales)
 

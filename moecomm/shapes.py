@@ -1,0 +1,53 @@
+"""What a Buffer may be built for, and how many bytes that takes."""
+
+from __future__ import annotations
+
+import torch
+
+from ._native import core
+from .errors import InvalidArgument
+
+# By the numbers that the native code knows them by.
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
+MAX_TOP_K = 32
+QUANTS = {None: 0, "fp8": 1, "fp8_ue8m0": 2}
+WIRES = {None: 0, "fp8": 1, "logfmt10": 2}
+SCALE_DTYPES = (None, torch.float32, torch.int32)   # by the numbers of QUANTS
+
+
+def reserved_bytes(comm, hidden, num_experts, top_k, max_tokens, dtype, channels, arena_bytes, decode):
+    """Bytes of a rank's windows: reserved, and committed when touched."""
+    geometry, shape = (comm.rank, comm.size, comm.ranks_per_node), (hidden, DTYPES[dtype], num_experts, top_k, max_tokens)
+    return core.buffer_bytes(*geometry, *shape, channels, arena_bytes) + (core.decode_bytes(*geometry, *shape) if decode else 0)
+
+
+def default_channels(num_nodes):
+    """Channels of a Buffer that names none."""
+    return 1 if num_nodes == 1 else 2
+
+
+def arena_size(size, hidden, num_experts, top_k, max_tokens, dtype, dispatches=2):
+    """Bytes of an arena that holds the worst case of so many dispatches: all tokens of all ranks on one rank."""
+    rows = size * max_tokens * min(top_k, num_experts // size)
+    per_row = 2 * max(hidden * dtype.itemsize, hidden + 4 * ((hidden + 127) // 128) + 16) + 16 * top_k + 64
+    return -(-dispatches * (rows * per_row + 65536) // 4096) * 4096
+
+
+def check_shape(size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, rank):
+    """Refuse what a Buffer cannot be built for.
+
+    Raises
+    ------
+    InvalidArgument
+    """
+    def require(ok, name, value, expected):
+        if not ok:
+            raise InvalidArgument(f"Buffer: {name} is {value!r}; expected {expected}", op="Buffer", rank=rank)
+
+    require(dtype in DTYPES, "dtype", dtype, "one of " + ", ".join(map(str, DTYPES)))
+    require(isinstance(hidden, int) and hidden > 0 and hidden * dtype.itemsize % 16 == 0, "hidden", hidden, f"a row of a multiple of 16 bytes ({dtype.itemsize} bytes per element)")
+    require(isinstance(num_experts, int) and 0 < num_experts <= 65535 and num_experts % size == 0, "num_experts", num_experts, f"a multiple of the {size} ranks, at most 65535")
+    require(isinstance(top_k, int) and 1 <= top_k <= min(MAX_TOP_K, num_experts), "top_k", top_k, f"1..{min(MAX_TOP_K, num_experts)}")
+    require(isinstance(max_tokens, int) and 1 <= max_tokens <= 1 << 24, "max_tokens", max_tokens, "1..2**24")
+    require(isinstance(num_sms, int) and num_sms >= 2 and num_sms % 2 == 0, "num_sms", num_sms, "an even int >= 2")
+    require(channels is None or (isinstance(channels, int) and 1 <= channels <= 1024), "channels", channels, "1..1024")
