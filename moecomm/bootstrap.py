@@ -100,6 +100,8 @@ class Torch:
 
     def close(self):
         """Leaves the default group only where this library made it."""
+        # The last reference ends gloo's threads: one that still holds a tensor when the interpreter ends would abort the process.
+        self._group = None
         if self._owned and self._dist.is_initialized():
             self._dist.destroy_process_group()
 
