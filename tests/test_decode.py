@@ -394,7 +394,7 @@ def test_a_rank_thread_leaves_between_send_and_receive(per_node):
         moecomm.run_local(main, 4, ranks_per_node=per_node, timeout=20)
     assert sorted(seen) == [0, 2, 3]
     for kind, op, seconds in seen.values():
-        assert kind is moecomm.PeerLost and op == "decode_combine" and seconds < 5
+        assert kind is moecomm.PeerLost and op == "decode_combine" and seconds < 15   # of a timeout of 20
 
 
 VICTIM = """
