@@ -1,8 +1,8 @@
 """`python -m bench COMMAND`: each command is a module with arguments(parser) and main(args) -> exit status."""
 
-import argparse
-import importlib
 import sys
+
+from moecomm.__main__ import run
 
 COMMANDS = {
     "published": ("bench.published", "the sim world's predictions against published measurements of clusters"),
@@ -25,16 +25,7 @@ COMMANDS = {
 
 def main(argv=None):
     """Run one command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description="moecomm against what a user would pick instead")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (_, meaning) in COMMANDS.items():
-        commands.add_parser(name, help=meaning, add_help=False)
-    name = parser.parse_args((sys.argv[1:] if argv is None else argv)[:1]).command
-    module = importlib.import_module(COMMANDS[name][0])
-    own = argparse.ArgumentParser(prog=f"python -m bench {name}", description=COMMANDS[name][1])
-    module.arguments(own)
-    own.set_defaults(command=name)
-    return module.main(own.parse_args((sys.argv[1:] if argv is None else argv)[1:])) or 0
+    return run("python -m bench", "moecomm against what a user would pick instead", COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,24 @@ COMMANDS = {
 }
 
 
+def run(prog, description, commands, argv=None):
+    """Run one of {name: (module, meaning)}; returns its exit status. The module finds its own name in args.command."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    choices = parser.add_subparsers(dest="command", required=True)
+    for name, (_, meaning) in commands.items():
+        choices.add_parser(name, help=meaning, add_help=False)
+    name = parser.parse_args(argv[:1]).command
+    module = importlib.import_module(commands[name][0])
+    own = argparse.ArgumentParser(prog=f"{prog} {name}", description=commands[name][1])
+    module.arguments(own)
+    own.set_defaults(command=name)
+    return module.main(own.parse_args(argv[1:])) or 0
+
+
 def main(argv=None):
     """Run one command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m moecomm", description="Mixture-of-Experts token exchange")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (_, meaning) in COMMANDS.items():
-        commands.add_parser(name, help=meaning, add_help=False)
-    name = parser.parse_args((sys.argv[1:] if argv is None else argv)[:1]).command
-    module = importlib.import_module(COMMANDS[name][0])
-    own = argparse.ArgumentParser(prog=f"python -m moecomm {name}", description=COMMANDS[name][1])
-    module.arguments(own)
-    return module.main(own.parse_args((sys.argv[1:] if argv is None else argv)[1:])) or 0
+    return run("python -m moecomm", "Mixture-of-Experts token exchange", COMMANDS, argv)
 
 
 if __name__ == "__main__":
