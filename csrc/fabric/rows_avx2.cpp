@@ -6,6 +6,7 @@
 
 #pragma GCC target("avx2,f16c")
 #include "base/quantize.hpp"   // behind the target: its functions are inlined into this one
+#define MOE_VECTOR 32
 namespace moecomm::rows_avx2 {
 static constexpr const char* kName = "avx2";
 #include "fabric/impl/rows_kernels.inl"

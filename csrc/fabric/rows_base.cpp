@@ -6,6 +6,7 @@
 #include "fabric/rows.hpp"
 #include "base/quantize.hpp"
 
+#define MOE_VECTOR 16
 namespace moecomm::rows_base {
 static constexpr const char* kName = "base";
 #include "fabric/impl/rows_kernels.inl"

@@ -1,17 +1,12 @@
-// Included by rows_avx512.cpp, rows_avx2.cpp and rows_base.cpp, each with its own target, inside its own
-// namespace. Includes nothing: inline functions of the standard library must not be compiled for a
-// target that another machine lacks. Vector extensions, so one text serves every target; vectors as wide as
-// the target's registers, because the compiler takes wider ones apart lane by lane where it selects or converts.
+// Included by rows_avx512.cpp, rows_avx2.cpp and rows_base.cpp, each with its own target, inside its own namespace.
+// MOE_VECTOR is the bytes of the target's registers; the compiler's own macros do not tell: g++ 12 reads a whole file
+// before it obeys a target pragma. Includes nothing: inline functions of the standard library must not be compiled for
+// a target that another machine lacks. Vector extensions, so one text serves every target; vectors as wide as the
+// registers, because the compiler takes wider ones apart lane by lane where it selects or converts.
 
 // Everything below is inlined into one translation unit: the vector ABI does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8;
-#else
-constexpr int kLanes = 4;
-#endif
+constexpr int kLanes = MOE_VECTOR / 4;
 typedef float Fv __attribute__((vector_size(4 * kLanes)));
 typedef unsigned int Uv __attribute__((vector_size(4 * kLanes)));
 typedef unsigned short Hv __attribute__((vector_size(2 * kLanes)));
@@ -37,11 +32,11 @@ struct BF16 {
 struct F16 {
   static constexpr int kBytes = 2;
   static inline Fv load(const char* p) {
-#if defined(__AVX512F__)
+#if MOE_VECTOR == 64
     __m256i h;
     __builtin_memcpy(&h, p, 32);
     return (Fv)_mm512_cvtph_ps(h);
-#elif defined(__F16C__)
+#elif MOE_VECTOR == 32
     __m128i h;
     __builtin_memcpy(&h, p, 16);
     return (Fv)_mm256_cvtph_ps(h);
@@ -54,10 +49,10 @@ struct F16 {
 #endif
   }
   static inline void store(char* p, Fv v) {
-#if defined(__AVX512F__)
+#if MOE_VECTOR == 64
     const __m256i h = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __builtin_memcpy(p, &h, 32);
-#elif defined(__F16C__)
+#elif MOE_VECTOR == 32
     const __m128i h = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __builtin_memcpy(p, &h, 16);
 #else
@@ -191,9 +186,9 @@ static void stream(void* dst, const void* src, unsigned long bytes) {
   if (head > bytes) head = bytes;
   __builtin_memcpy(d, s, head);
   unsigned long i = head;
-#if defined(__AVX512F__)
+#if MOE_VECTOR == 64
   for (; i + 64 <= bytes; i += 64) _mm512_stream_si512((__m512i*)(d + i), _mm512_loadu_si512(s + i));
-#elif defined(__AVX__)
+#elif MOE_VECTOR == 32
   for (; i + 32 <= bytes; i += 32) _mm256_stream_si256((__m256i*)(d + i), _mm256_loadu_si256((const __m256i*)(s + i)));
 #else
   for (; i + 16 <= bytes; i += 16) _mm_stream_si128((__m128i*)(d + i), _mm_loadu_si128((const __m128i*)(s + i)));
