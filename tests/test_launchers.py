@@ -50,6 +50,16 @@ def test_hello_by_mpirun():
     assert_hello(start(*mpirun(4), HELLO), 4)
 
 
+def test_mpi_may_be_imported_first(tmp_path):
+    """Open MPI brings a UCX of its own, and a process has room for one: whoever is imported first. The rail runs on either."""
+    late = tmp_path / "late.py"
+    late.write_text("from mpi4py import MPI\nimport runpy\nassert MPI.COMM_WORLD.size == 4\n"
+                    f"runpy.run_path({str(ROOT / 'tests' / 'launched.py')!r}, run_name='__main__')\n")
+    for direct in "01":
+        output = start(*mpirun(4), late, MOECOMM_UCX_DIRECT=direct)
+        assert all(f"rank {r} of 4 is done" in output for r in range(4))
+
+
 def test_hello_by_torchrun():
     assert_hello(start(*torchrun(4), HELLO), 4)
 

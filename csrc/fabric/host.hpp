@@ -140,7 +140,7 @@ struct HostFabric {
   void reduce_rows(G g, char* dst, const Terms& terms, const Terms* next, const float* bias, int64_t hidden, DType type) const {
     s->fault.strikes(Fault::Point::reduce);
     const auto [begin, end] = tiles_of_lane(g, hidden);
-    if (begin < end) s->kernels->reduce(dst, terms, ahead(g, next), bias, begin, end, type);
+    if (begin < end) s->kernels->reduce(dst, terms, ahead(g, next), bias, begin, end, type, s->stream && g.size() == 1);
   }
   template <class G>
   void reduce_encode(G g, char* dst, Wire wire, const Terms& terms, const Terms* next, int64_t hidden, DType type) const {

@@ -11,8 +11,9 @@ struct RowKernels {
   void (*stream)(void* dst, const void* src, uint64_t bytes);        // past the cache; fence afterwards
   void (*zero)(void* dst, uint64_t bytes);
   void (*fence)();                                                   // orders streamed stores before a signal
-  // dst = round(sum of terms, in their order, + bias); elements [begin, end) of the row. Prefetches `next`.
-  void (*reduce)(void* dst, const Terms& terms, const Terms* next, const float* bias, int64_t begin, int64_t end, DType type);
+  // dst = round(sum of terms, in their order, + bias); elements [begin, end) of the row. Prefetches `next`. `stream`: past
+  // the cache, where dst allows it.
+  void (*reduce)(void* dst, const Terms& terms, const Terms* next, const float* bias, int64_t begin, int64_t end, DType type, bool stream);
   // The same sum, coded for the wire. Here and below `begin` is a multiple of kTile.
   void (*reduce_encode)(void* dst, Wire wire, const Terms& terms, const Terms* next, int64_t begin, int64_t end, int64_t hidden, DType type);
   // FP8 codes and scales (floats, or UE8M0 bytes whose last int32 is filled up) of elements [begin, end) of a row.

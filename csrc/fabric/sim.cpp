@@ -335,7 +335,7 @@ void SimNet::sum_operation(const Terms& terms, int64_t hidden, DType type, uint6
 }
 
 void SimNet::reduce_rows(char* dst, const Terms& terms, const Terms* next, const float* bias, int64_t hidden, DType type) {
-  if (payload_) kernels_->reduce(dst, terms, next, bias, 0, hidden, type);
+  if (payload_) kernels_->reduce(dst, terms, next, bias, 0, hidden, type, false);
   sum_operation(terms, hidden, type, static_cast<uint64_t>(hidden) * element_bytes(type));
 }
 

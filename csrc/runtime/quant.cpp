@@ -73,7 +73,7 @@ bool decode_rows(char* x, const char* coded, int64_t rows, int64_t hidden, DType
     Terms terms{&store};
     terms.add_wire(Lane{}, coded + r * wire_row_bytes(wire, hidden, type), wire, hidden);
     terms.close_group();
-    k->reduce(x + r * hidden * element_bytes(type), terms, nullptr, nullptr, 0, hidden, type);
+    k->reduce(x + r * hidden * element_bytes(type), terms, nullptr, nullptr, 0, hidden, type, false);
   }
   return true;
 }

@@ -29,7 +29,7 @@ void sum_rows(char* dst, const char* src, const int64_t* index, const float* wei
   for (int64_t t = 0; t < tokens; ++t) {
     const Terms now = next;
     next = terms_of(t + 1);
-    k.reduce(dst + t * row_bytes, now, &next, nullptr, 0, hidden, type);
+    k.reduce(dst + t * row_bytes, now, &next, nullptr, 0, hidden, type, true);
   }
 }
 

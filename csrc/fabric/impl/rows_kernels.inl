@@ -73,8 +73,21 @@ struct F32 {
   static inline void store(char* p, Fv v) { __builtin_memcpy(p, &v, sizeof(v)); }
 };
 
+// To a destination on 64 bytes, past the cache.
+static inline void stream_lines(char* dst, const char* src, long bytes) {
+#if MOE_VECTOR == 64
+  for (long i = 0; i < bytes; i += 64) _mm512_stream_si512((__m512i*)(dst + i), _mm512_loadu_si512(src + i));
+#elif MOE_VECTOR == 32
+  for (long i = 0; i < bytes; i += 32) _mm256_stream_si256((__m256i*)(dst + i), _mm256_loadu_si256((const __m256i*)(src + i)));
+#elif defined(__SSE2__)
+  for (long i = 0; i < bytes; i += 16) _mm_stream_si128((__m128i*)(dst + i), _mm_loadu_si128((const __m128i*)(src + i)));
+#else
+  __builtin_memcpy(dst, src, bytes);
+#endif
+}
+
 // kUnroll vectors at a time: the partial sums stay in registers while the terms are walked.
-template <class T, int kUnroll>
+template <class T, int kUnroll, bool kStream>
 static inline void reduce_block(char* dst, const moecomm::Terms& terms, const moecomm::Terms* next, const float* bias, long at) {
   Fv total[kUnroll], part[kUnroll];
   bool first_group = true, first_term = true;
@@ -101,7 +114,10 @@ static inline void reduce_block(char* dst, const moecomm::Terms& terms, const mo
     }
   if (bias)
     for (int j = 0; j < kUnroll; ++j) total[j] = total[j] + F32::load((const char*)(bias + at + kLanes * j));
-  for (int j = 0; j < kUnroll; ++j) T::store(dst + (at + kLanes * j) * T::kBytes, total[j]);
+  char* out = dst + at * T::kBytes;
+  char line[kStream ? kUnroll * kLanes * T::kBytes : 1] __attribute__((aligned(64)));
+  for (int j = 0; j < kUnroll; ++j) T::store((kStream ? line : out) + kLanes * j * T::kBytes, total[j]);
+  if (kStream) stream_lines(out, line, sizeof(line));
 }
 
 // The tail that is shorter than a vector: the same steps on zero-extended copies.
@@ -135,11 +151,15 @@ template <class T>
 static void reduce_coded(char* dst, const moecomm::Terms& terms, const moecomm::Terms* next, const float* bias, long begin, long end);
 
 template <class T>
-static void reduce_typed(char* dst, const moecomm::Terms& terms, const moecomm::Terms* next, const float* bias, long begin, long end) {
+static void reduce_typed(char* dst, const moecomm::Terms& terms, const moecomm::Terms* next, const float* bias, long begin, long end,
+                         bool stream) {
   if (terms.coded) return reduce_coded<T>(dst, terms, next, bias, begin, end);
   long at = begin;
-  for (; at + 4 * kLanes <= end; at += 4 * kLanes) reduce_block<T, 4>(dst, terms, next, bias, at);
-  for (; at + kLanes <= end; at += kLanes) reduce_block<T, 1>(dst, terms, nullptr, bias, at);
+  constexpr long kStep = 64 / T::kBytes;   // whole lines of the destination: streamed stores must not share one
+  if (stream && ((unsigned long)(dst + at * T::kBytes) & 63) == 0)
+    for (; at + 2 * kStep <= end; at += 2 * kStep) reduce_block<T, 2 * kStep / kLanes, true>(dst, terms, next, bias, at);
+  for (; at + 4 * kLanes <= end; at += 4 * kLanes) reduce_block<T, 4, false>(dst, terms, next, bias, at);
+  for (; at + kLanes <= end; at += kLanes) reduce_block<T, 1, false>(dst, terms, nullptr, bias, at);
   if (at < end) reduce_tail<T>(dst, terms, bias, at, end - at);
 }
 
@@ -164,11 +184,11 @@ static void reduce_f64(double* dst, const moecomm::Terms& terms, const float* bi
 }
 
 static void reduce(void* dst, const moecomm::Terms& terms, const moecomm::Terms* next, const float* bias, long begin, long end,
-                   moecomm::DType type) {
+                   moecomm::DType type, bool stream) {
   switch (type) {
-    case moecomm::DType::bf16: return reduce_typed<BF16>((char*)dst, terms, next, bias, begin, end);
-    case moecomm::DType::f16: return reduce_typed<F16>((char*)dst, terms, next, bias, begin, end);
-    case moecomm::DType::f32: return reduce_typed<F32>((char*)dst, terms, next, bias, begin, end);
+    case moecomm::DType::bf16: return reduce_typed<BF16>((char*)dst, terms, next, bias, begin, end, stream);
+    case moecomm::DType::f16: return reduce_typed<F16>((char*)dst, terms, next, bias, begin, end, stream);
+    case moecomm::DType::f32: return reduce_typed<F32>((char*)dst, terms, next, bias, begin, end, stream);
     case moecomm::DType::f64: return reduce_f64((double*)dst, terms, bias, begin, end);
   }
 }
@@ -186,13 +206,9 @@ static void stream(void* dst, const void* src, unsigned long bytes) {
   if (head > bytes) head = bytes;
   __builtin_memcpy(d, s, head);
   unsigned long i = head;
-#if MOE_VECTOR == 64
-  for (; i + 64 <= bytes; i += 64) _mm512_stream_si512((__m512i*)(d + i), _mm512_loadu_si512(s + i));
-#elif MOE_VECTOR == 32
-  for (; i + 32 <= bytes; i += 32) _mm256_stream_si256((__m256i*)(d + i), _mm256_loadu_si256((const __m256i*)(s + i)));
-#else
-  for (; i + 16 <= bytes; i += 16) _mm_stream_si128((__m128i*)(d + i), _mm_loadu_si128((const __m128i*)(s + i)));
-#endif
+  const unsigned long body = (bytes - head) & ~63ul;
+  stream_lines(d + head, s + head, (long)body);
+  i += body;
   __builtin_memcpy(d + i, s + i, bytes - i);
 #else
   __builtin_memcpy(dst, src, bytes);
