@@ -111,7 +111,8 @@ def cuda_extension():
         return []
     return [Extension(
         "moecomm._native.cuda",
-        ["moecomm/_native/cuda.pyx", "csrc/runtime/cuda/buffer.cpp", "csrc/runtime/cuda/memory.cpp", "csrc/runtime/plan.cpp", "csrc/runtime/memory.cpp"],
+        ["moecomm/_native/cuda.pyx", "csrc/runtime/cuda/buffer.cpp", "csrc/runtime/cuda/memory.cpp", "csrc/runtime/cuda/window.cpp",
+         "csrc/runtime/plan.cpp", "csrc/runtime/memory.cpp"],
         language="c++", include_dirs=["csrc", str(home / "include"), str(ucx / "include")], library_dirs=[str(home / "lib64"), str(home / "lib")],
         libraries=["cudart_static", "rt", "dl", "pthread"], extra_compile_args=FLAGS)]
 

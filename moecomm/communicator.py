@@ -87,6 +87,7 @@ class Communicator:
         self.rail = rail
         self._native = core.Communicator(self.rank, self.size, self.ranks_per_node, boot.threads, "none" if device.type == "cuda" else rail, self.timeout)
         self._native.connect(boot.allgather(self._native.card()))
+        self._reach = cuda.reach_of(self) if device.type == "cuda" else None   # of its windows on GPUs
         boot.barrier()
 
     def _exchange(self, value):

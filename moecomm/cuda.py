@@ -72,6 +72,12 @@ def own_stream(device):
         stream.synchronize()
 
 
+def reach_of(comm):
+    """How the ranks of this communicator reach each other's windows: the extension's Reach."""
+    reach = native().Reach
+    return reach.threads(comm.device.index) if comm._bootstrap.threads else reach.processes(comm.device.index)
+
+
 def plan_of(comm, *, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels):
     """The tuning.Plan of a buffer on this communicator's GPU.
 
@@ -100,7 +106,7 @@ class NativeBuffer:
 
     def __init__(self, comm, plan, hidden, dtype, num_experts, top_k, max_tokens, arena_bytes, check):
         self._device = comm.device
-        self._buffer = native().Buffer((comm.rank, comm.size, comm.ranks_per_node), comm._bootstrap.threads, comm.device.index, hidden, dtype,
+        self._buffer = native().Buffer((comm.rank, comm.size, comm.ranks_per_node), comm._reach, comm.device.index, hidden, dtype,
                                        num_experts, top_k, max_tokens, plan.channels, arena_bytes, check, plan.spread(), comm.timeout)
         self._stream = self._done = None
         for name in ("card", "connect", "connected", "release", "owns", "block_layout", "arena", "take_counters", "fault"):

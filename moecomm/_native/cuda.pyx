@@ -79,11 +79,30 @@ cdef class Plan:
         return self.p.get().view.call.layout == capi.RowLayout.rank
 
 
+cdef class Reach:
+    """How the ranks of a communicator reach each other's windows."""
+    cdef shared_ptr[cudaapi.DeviceReach] r
+
+    @staticmethod
+    def threads(int device):
+        """Ranks of one process, by pointer."""
+        cdef Reach reach = Reach.__new__(Reach)
+        reach.r = cudaapi.reach_threads(device)
+        return reach
+
+    @staticmethod
+    def processes(int device):
+        """Processes of one host, by CUDA IPC."""
+        cdef Reach reach = Reach.__new__(Reach)
+        reach.r = cudaapi.reach_processes(device)
+        return reach
+
+
 cdef class Buffer:
     cdef shared_ptr[cudaapi.DeviceBuffer] b
     cdef capi.Shape shape
 
-    def __cinit__(self, geometry, bint threads, int device, hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes, bint check,
+    def __cinit__(self, geometry, Reach reach, int device, hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes, bint check,
                   spread, double timeout):
         cdef capi.Geometry g
         cdef cudaapi.Spread s
@@ -97,7 +116,7 @@ cdef class Buffer:
         self.shape.channels = channels
         self.shape.arena_bytes = arena_bytes
         with nogil:
-            self.b = make_shared[cudaapi.DeviceBuffer](g, self.shape, check, device, threads, s, timeout)
+            self.b = make_shared[cudaapi.DeviceBuffer](g, self.shape, check, device, reach.r, s, timeout)
 
     def card(self):
         return <bytes>self.b.get().card()

@@ -18,7 +18,13 @@ cdef extern from "world/cuda/launch.hpp" namespace "moecomm::cuda" nogil:
     uint32_t shared_bytes(const Spread&)
     const char* error_text(int error)
 
-cdef extern from "runtime/cuda/memory.hpp" namespace "moecomm::cuda" nogil:
+cdef extern from "runtime/cuda/window.hpp" namespace "moecomm::cuda" nogil:
+    cdef cppclass DeviceReach:
+        pass
+
+    shared_ptr[DeviceReach] reach_threads(int device)
+    shared_ptr[DeviceReach] reach_processes(int device)
+
     cdef cppclass DeviceBlock:
         char* data()
         uint64_t offset()
@@ -60,7 +66,7 @@ cdef extern from "runtime/cuda/buffer.hpp" namespace "moecomm::cuda" nogil:
         void* stream
 
     cdef cppclass DeviceBuffer:
-        DeviceBuffer(capi.Geometry, capi.Shape, bool check, int device, bool threads, Spread, double timeout) except +
+        DeviceBuffer(capi.Geometry, capi.Shape, bool check, int device, shared_ptr[DeviceReach], Spread, double timeout) except +
         string card() except +
         void connect(const vector[string]&) except +
         shared_ptr[DevicePlan] new_plan() except +

@@ -18,6 +18,8 @@ struct LoopbackDeviceRail {
   static constexpr bool kPutsFromAnywhere = true;
   char** regions;
 
+  static __device__ LoopbackDeviceRail of(const DeviceLinks& links, int) { return {links.regions}; }
+
   __device__ void put(Pipeline& pipe, int peer, uint64_t offset, const char* src, uint64_t bytes) const {
     char* dst = regions[peer] + offset;
     const bool whole = ((reinterpret_cast<uint64_t>(dst) | reinterpret_cast<uint64_t>(src) | bytes) & 15) == 0;

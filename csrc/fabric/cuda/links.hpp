@@ -16,7 +16,9 @@ struct DeviceLinks {
   Geometry geometry;
   char** windows = nullptr;        // [P] by local rank
   char* rail_region = nullptr;
-  char** regions = nullptr;        // [peers] for the loopback rail
+  char** regions = nullptr;        // [peers] for the loopback rail; null where stores do not reach
+  const void* network = nullptr;   // for other rails: what fabric/cuda/gin.cuh finds its peers by
+  uint64_t region_offset = 0;      // of the rail region in a rank's window
   uint64_t* same_device = nullptr; // bit i of word i / 64: local rank i is on this rank's GPU
   uint64_t window_faults = 0;      // offset in a window of FaultWord per local rank
   uint64_t region_faults = 0;      // offset in a region of FaultWord per peer

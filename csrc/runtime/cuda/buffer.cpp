@@ -1,7 +1,6 @@
 #include "runtime/cuda/buffer.hpp"
 
 #include <cuda_runtime_api.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -13,31 +12,22 @@ namespace moecomm::cuda {
 namespace {
 
 constexpr int kGates = static_cast<int>(Gate::count);
+constexpr size_t kUuid = 16;   // bytes of a GPU's name
 cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
 bool is_final(Code code) { return code == Code::timeout || code == Code::lost || code == Code::corrupt; }
 
 }  // namespace
 
-// What peers need to reach this rank's memory.
-struct DeviceBuffer::Card {
-  int32_t pid;
-  int32_t device;
-  char gpu[16];            // its UUID
-  char* window;
-  char* rail;
-  char window_handle[64];  // CUDA IPC
-  char rail_handle[64];
-};
-
 uint64_t DeviceBuffer::bytes(const Geometry& g, const Shape& s) { return node_layout(g, s).bytes + rail_layout(g, s).bytes; }
 
-DeviceBuffer::DeviceBuffer(Geometry geometry, Shape shape, bool check, int device, bool threads, Spread spread, double timeout_seconds)
-    : view_(make_view(geometry, shape, check)), device_(device), threads_(threads), spread_(spread), timeout_(timeout_seconds) {
+DeviceBuffer::DeviceBuffer(Geometry geometry, Shape shape, bool check, int device, std::shared_ptr<DeviceReach> reach, Spread spread,
+                           double timeout_seconds)
+    : view_(make_view(geometry, shape, check)), device_(device), reach_(std::move(reach)), kernels_(reach_->kernels()), spread_(spread),
+      timeout_(timeout_seconds) {
   const OnDevice on(device);
-  require(prepare(), "loading the kernels (built for another architecture?)");
-  window_ = DeviceMemory::create(device, view_.node.bytes);
-  rail_ = DeviceMemory::create(device, view_.rail.bytes);
+  require(kernels_.prepare(), "loading the kernels (built for another architecture?)");
+  window_ = reach_->window(bytes(geometry, shape));
   arena_ = std::make_shared<Arena>(view_.node.arena, view_.node.arena + shape.arena_bytes);
   pinned_ = std::make_unique<Pinned>(4096);
 
@@ -57,7 +47,7 @@ DeviceBuffer::DeviceBuffer(Geometry geometry, Shape shape, bool check, int devic
   links_.windows = reinterpret_cast<char**>(s + windows);
   links_.regions = reinterpret_cast<char**>(s + regions);
   links_.same_device = reinterpret_cast<uint64_t*>(s + mask);
-  links_.rail_region = rail_->data();
+  links_.rail_region = window_->data() + view_.node.bytes;
   links_.window_faults = view_.node.faults;
   links_.region_faults = view_.rail.faults;
   links_.region_peers = static_cast<int32_t>(n);
@@ -71,51 +61,34 @@ DeviceBuffer::DeviceBuffer(Geometry geometry, Shape shape, bool check, int devic
 DeviceBuffer::~DeviceBuffer() = default;
 
 std::string DeviceBuffer::card() const {
-  Card c{};
-  c.pid = static_cast<int32_t>(getpid());
-  c.device = device_;
   cudaDeviceProp properties;
   require(cudaGetDeviceProperties(&properties, device_), "asking for the GPU's identity");
-  std::memcpy(c.gpu, &properties.uuid, sizeof(c.gpu));
-  c.window = window_->data();
-  c.rail = rail_->data();
-  if (!threads_) {
-    static_assert(sizeof(cudaIpcMemHandle_t) == sizeof(c.window_handle));
-    std::memcpy(c.window_handle, window_->export_handle().data(), sizeof(c.window_handle));
-    std::memcpy(c.rail_handle, rail_->export_handle().data(), sizeof(c.rail_handle));
-  }
-  return std::string(reinterpret_cast<const char*>(&c), sizeof(c));
+  static_assert(sizeof(properties.uuid) == kUuid);
+  return std::string(properties.uuid.bytes, kUuid) + window_->card();
 }
 
 void DeviceBuffer::connect(const std::vector<std::string>& cards) {
   const OnDevice on(device_);
   const Geometry& g = view_.geometry;
-  std::vector<Card> all(cards.size());
-  for (size_t r = 0; r < cards.size(); ++r) {
-    if (cards[r].size() != sizeof(Card)) throw std::invalid_argument("a peer's card has another size");
-    std::memcpy(&all[r], cards[r].data(), sizeof(Card));
+  std::vector<std::string> gpus, keys;
+  for (const std::string& card : cards) {
+    gpus.push_back(card.substr(0, kUuid));
+    keys.push_back(card.substr(kUuid));
   }
-  const auto reach = [&](int rank, char* pointer, const char* handle) {
-    if (rank == g.rank) return pointer;
-    if (!threads_) {
-      peers_.push_back(DeviceMemory::open(device_, std::string(handle, 64)));
-      return peers_.back()->data();
-    }
-    if (all[rank].device != device_) {
-      const cudaError_t e = cudaDeviceEnablePeerAccess(all[rank].device, 0);
-      if (e == cudaErrorPeerAccessAlreadyEnabled) cudaGetLastError();   // forget it
-      else require(e, "reaching a peer's GPU");
-    }
-    return pointer;
-  };
+  window_->connect(g.rank, keys);
   std::vector<char*> windows, regions;
   std::vector<uint64_t> mask((g.ranks_per_node + 63) / 64);
   for (int d = 0; d < g.ranks_per_node; ++d) {
     const int rank = g.rank_at(g.node(), d);
-    windows.push_back(reach(rank, all[rank].window, all[rank].window_handle));
-    if (std::memcmp(all[rank].gpu, all[g.rank].gpu, sizeof(Card::gpu)) == 0) mask[d / 64] |= uint64_t{1} << d % 64;
+    windows.push_back(window_->at(rank));
+    if (gpus[rank] == gpus[g.rank]) mask[d / 64] |= uint64_t{1} << d % 64;
   }
-  for (int n = 0; n < g.nodes(); ++n) regions.push_back(reach(g.rail_rank(n), all[g.rail_rank(n)].rail, all[g.rail_rank(n)].rail_handle));
+  for (int n = 0; n < g.nodes(); ++n) {
+    char* there = window_->at(g.rail_rank(n));
+    regions.push_back(there ? there + view_.node.bytes : nullptr);
+  }
+  links_.network = window_->network();
+  links_.region_offset = view_.node.bytes;
   require(cudaMemcpy(links_.windows, windows.data(), 8 * windows.size(), cudaMemcpyHostToDevice), "writing the windows");
   require(cudaMemcpy(links_.regions, regions.data(), 8 * regions.size(), cudaMemcpyHostToDevice), "writing the regions");
   require(cudaMemcpy(links_.same_device, mask.data(), 8 * mask.size(), cudaMemcpyHostToDevice), "writing the peers' GPUs");
@@ -237,7 +210,7 @@ Status DeviceBuffer::dispatch(const DeviceDispatchCall& call, DevicePlan& plan, 
     launch.placed = &placed();
     launch.ticket = ++ticket_;
   }
-  require(launch_dispatch(launch, call.stream), "starting dispatch");
+  require(kernels_.dispatch(launch, call.stream), "starting dispatch");
 
   int64_t rows = call.cached ? plan.num_rows : shape.capacity;
   if (!known) {
@@ -269,7 +242,7 @@ Status DeviceBuffer::combine(const DeviceCombineCall& call, DevicePlan& plan, co
   const auto in_window = [&](const void* p, uint64_t bytes, uint64_t staging) -> uint64_t {
     if (!p) return 0;
     const char* c = static_cast<const char*>(p);
-    if (c >= window_->data() && c < window_->data() + window_->bytes()) return c - window_->data();
+    if (c >= window_->data() && c < window_->data() + view_.node.bytes) return c - window_->data();
     const uint64_t at = output.offset() + staging;
     if (bytes) require(cudaMemcpyAsync(window_->data() + at, p, bytes, cudaMemcpyDeviceToDevice, as_stream(call.stream)), "staging rows");
     return at;
@@ -290,7 +263,7 @@ Status DeviceBuffer::combine(const DeviceCombineCall& call, DevicePlan& plan, co
   a.mine.weights = in_window(call.weights, rows * 4, l.weights);
   a.mine.back = in_window(call.back, rows * 4 * per_row, l.back);
   launch.call = begin(call.stream);
-  require(launch_combine(launch, call.stream), "starting combine");
+  require(kernels_.combine(launch, call.stream), "starting combine");
   return {};
 }
 

@@ -6,9 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "runtime/cuda/memory.hpp"
+#include "runtime/cuda/window.hpp"
 #include "runtime/plan.hpp"
-#include "world/cuda/launch.hpp"
 
 namespace moecomm::cuda {
 
@@ -54,8 +53,7 @@ struct DeviceCombineCall {
 
 class DeviceBuffer {
  public:
-  // threads: ranks of one process, whose memory is reached by pointer; else by CUDA IPC.
-  DeviceBuffer(Geometry geometry, Shape shape, bool check, int device, bool threads, Spread spread, double timeout_seconds);
+  DeviceBuffer(Geometry geometry, Shape shape, bool check, int device, std::shared_ptr<DeviceReach> reach, Spread spread, double timeout_seconds);
   ~DeviceBuffer();
   static uint64_t bytes(const Geometry& g, const Shape& s);
 
@@ -77,7 +75,6 @@ class DeviceBuffer {
   const Spread& spread() const { return spread_; }
 
  private:
-  struct Card;
   Call begin(void* stream);
   Status wait_placed(uint64_t ticket, void* stream);
   std::unique_ptr<DevicePlan> make_plan();
@@ -86,11 +83,12 @@ class DeviceBuffer {
 
   BufferView view_;
   int device_;
-  bool threads_;
+  std::shared_ptr<DeviceReach> reach_;
+  const Kernels& kernels_;
   Spread spread_;
   double timeout_;
-  std::shared_ptr<DeviceMemory> window_, rail_, state_;
-  std::vector<std::shared_ptr<DeviceMemory>> peers_;
+  std::shared_ptr<DeviceWindow> window_;
+  std::shared_ptr<DeviceMemory> state_;
   std::shared_ptr<Arena> arena_;
   std::unique_ptr<Pinned> pinned_;
   DeviceLinks links_;

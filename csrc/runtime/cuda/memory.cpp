@@ -61,12 +61,4 @@ Pinned::Pinned(uint64_t bytes) {
 }
 Pinned::~Pinned() { cudaFreeHost(data_); }
 
-DeviceBlock::DeviceBlock(std::shared_ptr<DeviceMemory> memory, std::shared_ptr<Arena> arena, uint64_t offset, uint64_t bytes)
-    : memory_(std::move(memory)), arena_(std::move(arena)), offset_(offset), bytes_(bytes) {
-  arena_->take(offset, bytes);
-}
-DeviceBlock::~DeviceBlock() {
-  if (bytes_) arena_->release(offset_);
-}
-
 }  // namespace moecomm::cuda

@@ -1,10 +1,8 @@
-// Owners of the cuda world's memory: DeviceMemory (allocated here, or a peer's), Pinned (host memory that kernels
-// write), DeviceBlock (a held piece of a window).
+// Owners of the cuda world's memory: DeviceMemory (allocated here, or a peer's), Pinned (host memory that kernels write).
 #pragma once
+#include <cstdint>
 #include <memory>
 #include <string>
-
-#include "runtime/memory.hpp"
 
 namespace moecomm::cuda {
 
@@ -52,24 +50,6 @@ class Pinned {
 
  private:
   char* data_ = nullptr;
-};
-
-// As Block, in a window on a GPU. A piece that is released may be taken by the next call at once: its users must
-// have been enqueued on the stream of that call, or have finished.
-class DeviceBlock {
- public:
-  DeviceBlock(std::shared_ptr<DeviceMemory> memory, std::shared_ptr<Arena> arena, uint64_t offset, uint64_t bytes);
-  ~DeviceBlock();
-  DeviceBlock(const DeviceBlock&) = delete;
-  DeviceBlock& operator=(const DeviceBlock&) = delete;
-  char* data() const { return memory_->data() + offset_; }
-  uint64_t offset() const { return offset_; }
-  uint64_t bytes() const { return bytes_; }
-
- private:
-  std::shared_ptr<DeviceMemory> memory_;
-  std::shared_ptr<Arena> arena_;
-  uint64_t offset_, bytes_;
 };
 
 }  // namespace moecomm::cuda

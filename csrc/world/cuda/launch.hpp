@@ -45,11 +45,15 @@ struct CombineLaunch {
   CombineArgs args;
 };
 
-// All return a cudaError_t. `stream` is a cudaStream_t.
-int prepare();                                                  // load every kernel ahead: a lazy load would wait for peers' kernels
-int shared_bytes_limit(int* bytes, int* sms);                   // of the current device
-int launch_dispatch(const DispatchLaunch& launch, void* stream);
-int launch_combine(const CombineLaunch& launch, void* stream);
+// The kernels over one kind of rail. All return a cudaError_t; `stream` is a cudaStream_t.
+struct Kernels {
+  int (*prepare)();                                             // load every kernel ahead: a lazy load would wait for peers' kernels
+  int (*dispatch)(const DispatchLaunch& launch, void* stream);
+  int (*combine)(const CombineLaunch& launch, void* stream);
+};
+const Kernels& loopback_kernels();
+
+int shared_bytes_limit(int* bytes, int* sms);                   // of the current device; a cudaError_t
 uint32_t shared_bytes(const Spread& spread);                    // of a block
 const char* error_text(int error);
 

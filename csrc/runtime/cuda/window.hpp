@@ -1,0 +1,69 @@
+// DeviceWindow: a rank's symmetric memory on its GPU (its node window, then its rail region), and where that of its
+// peers lies. DeviceReach: how the ranks of a communicator reach each other, by which windows come to be.
+//
+//   threads   ranks of one process: by pointer
+//   ipc       processes of one host: CUDA IPC
+//   nccl      processes anywhere: NCCL windows, whose rail may be GIN (runtime/cuda/nccl.hpp)
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "runtime/cuda/memory.hpp"
+#include "runtime/memory.hpp"
+#include "world/cuda/launch.hpp"
+
+namespace moecomm::cuda {
+
+class DeviceWindow {
+ public:
+  virtual ~DeviceWindow() = default;
+  DeviceWindow(const DeviceWindow&) = delete;
+  DeviceWindow& operator=(const DeviceWindow&) = delete;
+
+  char* data() const { return data_; }
+  uint64_t bytes() const { return bytes_; }
+
+  // Collective: exchange cards, then connect. Peers are rank by rank as the cards are; `rank` is the own one.
+  virtual std::string card() const = 0;
+  virtual void connect(int rank, const std::vector<std::string>& cards) = 0;
+  // After connect(): where a rank's window lies here, null where loads and stores do not reach it.
+  virtual char* at(int rank) = 0;
+  // What rail kernels find their network by, in device memory; null for kernels that need none.
+  virtual const void* network() const { return nullptr; }
+
+ protected:
+  DeviceWindow() = default;
+  char* data_ = nullptr;
+  uint64_t bytes_ = 0;
+};
+
+class DeviceReach {
+ public:
+  virtual ~DeviceReach() = default;
+  virtual std::shared_ptr<DeviceWindow> window(uint64_t bytes) = 0;   // zero-filled; local
+  virtual const Kernels& kernels() const { return loopback_kernels(); }
+};
+
+std::shared_ptr<DeviceReach> reach_threads(int device);
+std::shared_ptr<DeviceReach> reach_processes(int device);
+
+// As Block, in a window on a GPU. A piece that is released may be taken by the next call at once: its users must
+// have been enqueued on the stream of that call, or have finished.
+class DeviceBlock {
+ public:
+  DeviceBlock(std::shared_ptr<DeviceWindow> window, std::shared_ptr<Arena> arena, uint64_t offset, uint64_t bytes);
+  ~DeviceBlock();
+  DeviceBlock(const DeviceBlock&) = delete;
+  DeviceBlock& operator=(const DeviceBlock&) = delete;
+  char* data() const { return window_->data() + offset_; }
+  uint64_t offset() const { return offset_; }
+  uint64_t bytes() const { return bytes_; }
+
+ private:
+  std::shared_ptr<DeviceWindow> window_;
+  std::shared_ptr<Arena> arena_;
+  uint64_t offset_, bytes_;
+};
+
+}  // namespace moecomm::cuda

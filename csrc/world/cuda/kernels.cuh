@@ -1,0 +1,70 @@
+// A __global__ shim per call of the throughput path, and the functions that start them, for any rail.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "world/cuda/seat.cuh"
+
+namespace moecomm::cuda {
+namespace {
+
+// Neighbouring seats are on different multiprocessors.
+template <class Rail, class Role>
+__device__ void run_warp(const Call& call, Role&& role) {
+  extern __shared__ char shared[];
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, seat = warp * gridDim.x + blockIdx.x;
+  take_seat(call, Rail::of(call.links, seat), seat, warps * gridDim.x, shared + warp * warp_shared_bytes(call.spread.stage_bytes), role);
+}
+
+template <class Rail>
+__global__ void __launch_bounds__(32 * kMaxWarps, 1) dispatch_kernel(const __grid_constant__ DispatchLaunch launch) {
+  run_warp<Rail>(launch.call, [&](Warp g, auto fabric, auto gates, Seat seat) {
+    return dispatch_seat(g, fabric, gates, launch.work, seat, [&launch, g] {
+      if (g.lane() != 0 || !launch.placed) return;
+      const DispatchArgs& a = launch.work.args;
+      const int me = a.b.geometry.local();
+      launch.placed->rows = a.plan.call.capacity >= 0 ? a.plan.call.capacity : a.plan.rank_rows[me];
+      launch.placed->needed = a.needed[me];
+      launch.placed->offset = a.target[me].rows;
+      launch.placed->verdict = a.verdict->code;
+      ptx::store_release_sys(&launch.placed->ticket, launch.ticket);
+    });
+  });
+}
+
+template <class Rail>
+__global__ void __launch_bounds__(32 * kMaxWarps, 1) combine_kernel(const __grid_constant__ CombineLaunch launch) {
+  run_warp<Rail>(launch.call, [&](Warp g, auto fabric, auto gates, Seat seat) {
+    return combine_seat(g, fabric, gates, launch.args, seat);
+  });
+}
+
+template <class Kernel, class Launch>
+int start(Kernel kernel, const Launch& launch, void* stream) {
+  const Spread& spread = launch.call.spread;
+  kernel<<<spread.sms, 32 * spread.warps, shared_bytes(spread), static_cast<cudaStream_t>(stream)>>>(launch);
+  return cudaGetLastError();
+}
+
+template <class Rail>
+int prepare() {
+  int bytes = 0, sms = 0;
+  if (const int e = shared_bytes_limit(&bytes, &sms)) return e;
+  for (const void* kernel : {reinterpret_cast<const void*>(dispatch_kernel<Rail>), reinterpret_cast<const void*>(combine_kernel<Rail>)})
+    if (const int e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return e;
+  return cudaSuccess;
+}
+
+template <class Rail>
+int launch_dispatch(const DispatchLaunch& launch, void* stream) {
+  return start(dispatch_kernel<Rail>, launch, stream);
+}
+template <class Rail>
+int launch_combine(const CombineLaunch& launch, void* stream) {
+  return start(combine_kernel<Rail>, launch, stream);
+}
+
+template <class Rail>
+constexpr Kernels kernels_over{prepare<Rail>, launch_dispatch<Rail>, launch_combine<Rail>};
+
+}  // namespace
+}  // namespace moecomm::cuda
