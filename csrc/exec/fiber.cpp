@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <new>
+#include <utility>
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -121,73 +122,87 @@ Fibers::Item Fibers::pop() {
 int Fibers::spawn(Time at, std::function<void()> body) {
   int id;
   if (idle_.empty()) {
-    if (stacks_left_ == 0) {
-      void* chunk = mmap(nullptr, kStacksPerChunk * (kStack + kGuard), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-      if (chunk == MAP_FAILED) throw std::bad_alloc();
-      chunks_.push_back(chunk);
-      stacks_left_ = kStacksPerChunk;
-    }
-    auto fiber = std::make_unique<Fiber>();
-    char* guard = static_cast<char*>(chunks_.back()) + --stacks_left_ * (kStack + kGuard);
-    mprotect(guard, kGuard, PROT_NONE);            // an overflow stops here
-    fiber->stack = guard + kGuard;
     id = static_cast<int>(fibers_.size());
-    fibers_.push_back(std::move(fiber));
+    fibers_.push_back(std::make_unique<Fiber>());
   } else {
     id = idle_.back();
     idle_.pop_back();
   }
-  Fiber& f = *fibers_[id];
-  f.body = std::move(body);
-  free_context(f.context);
-  f.context = first_context(f.stack, &Fibers::entry);
+  fibers_[id]->body = std::move(body);
   ++alive_;
   push({at, next_order_++, static_cast<uint32_t>(id)});
   return id;
+}
+
+void* Fibers::take_stack() {
+  if (idle_stacks_.empty()) {
+    void* chunk = mmap(nullptr, kStacksPerChunk * (kStack + kGuard), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (chunk == MAP_FAILED) throw std::bad_alloc();
+    chunks_.push_back(chunk);
+    for (int i = 0; i < kStacksPerChunk; ++i) {
+      char* guard = static_cast<char*>(chunk) + i * (kStack + kGuard);
+      mprotect(guard, kGuard, PROT_NONE);          // an overflow stops here
+      idle_stacks_.push_back(guard + kGuard);
+    }
+  }
+  void* stack = idle_stacks_.back();
+  idle_stacks_.pop_back();
+  return stack;
 }
 
 void Fibers::wake(int fiber, Time at) { push({at, next_order_++, static_cast<uint32_t>(fiber)}); }
 
 void Fibers::give_way(Time to) {
   push({to, next_order_++, static_cast<uint32_t>(current_)});
-  switch_to_next();
+  switch_to(next());
 }
 
-void Fibers::switch_to_next() {
+int Fibers::next() {
   while (!heap_.empty()) {
-    const Item next = pop();
-    now_ = next.at;
-    if (next.what & kEvent) {
-      on_event_(self_, next.what & ~kEvent);
-    } else {
-      switch_to(static_cast<int>(next.what));
-      return;
-    }
+    const Item item = pop();
+    now_ = item.at;
+    if (!(item.what & kEvent)) return static_cast<int>(item.what);
+    on_event_(self_, item.what & ~kEvent);
   }
-  switch_to(-1);
+  return -1;
 }
 
 void Fibers::switch_to(int fiber) {
   if (fiber == current_) return;
   Fiber& from = current_ < 0 ? main_ : *fibers_[current_];
   Fiber& to = fiber < 0 ? main_ : *fibers_[fiber];
+  if (fiber >= 0 && !to.stack) {
+    to.stack = take_stack();
+    free_context(to.context);
+    to.context = first_context(to.stack, &Fibers::entry);
+  }
   current_ = fiber;
   ++switches_;
   running = this;
   swap(&from.context, to.context);
 }
 
+// Where a fiber ends and the next one has not begun yet, that one goes on here: most never need a stack of their own.
 void Fibers::entry() {
   Fibers& self = *running;
-  const int id = self.current_;
-  self.fibers_[id]->body();
-  self.fibers_[id]->body = nullptr;
-  self.idle_.push_back(id);
-  --self.alive_;
-  self.switch_to_next();
-  __builtin_unreachable();
+  for (;;) {
+    Fiber& ended = *self.fibers_[self.current_];
+    ended.body();
+    ended.body = nullptr;
+    void* stack = std::exchange(ended.stack, nullptr);
+    self.idle_.push_back(self.current_);
+    --self.alive_;
+    const int next = self.next();
+    if (next < 0 || self.fibers_[next]->stack) {
+      self.idle_stacks_.push_back(stack);          // free once this has switched away
+      self.switch_to(next);
+      __builtin_unreachable();
+    }
+    self.fibers_[next]->stack = stack;
+    self.current_ = next;
+  }
 }
 
-void Fibers::run() { switch_to_next(); }
+void Fibers::run() { switch_to(next()); }
 
 }  // namespace moecomm

@@ -42,7 +42,7 @@ class Fibers {
   void meet() {                           // nothing earlier than now is left to happen
     if (!heap_.empty() && heap_[0].at < now_) give_way(now_);
   }
-  void block() { switch_to_next(); }      // until wake()
+  void block() { switch_to(next()); }     // until wake()
 
   // Runs until nobody can go on. Fibers that are still blocked then are blocked for ever, unless woken.
   void run();
@@ -59,15 +59,16 @@ class Fibers {
     bool before(const Item& o) const { return at != o.at ? at < o.at : order < o.order; }
   };
   struct Fiber {
-    void* stack = nullptr;
+    void* stack = nullptr;                // from its first instruction to its last
     void* context = nullptr;
     std::function<void()> body;
   };
   void push(Item item);
   Item pop();
   void give_way(Time to);
-  void switch_to_next();
+  int next();                             // the earliest fiber, after the events before it; -1: none
   void switch_to(int fiber);
+  void* take_stack();
   static void entry();
 
   void* self_;
@@ -76,7 +77,7 @@ class Fibers {
   std::vector<int> idle_;
   std::vector<Item> heap_;                // 4-ary
   std::vector<void*> chunks_;             // memory of the stacks
-  int stacks_left_ = 0;
+  std::vector<void*> idle_stacks_;
   Fiber main_;
   int current_ = -1;
   int alive_ = 0;

@@ -80,15 +80,12 @@ void SimNet::start(int rank, const char* name, int channel, int sm, std::functio
   });
   if (static_cast<size_t>(fiber) >= roles_.size()) roles_.resize(fiber + 1);
   if (!roles_[fiber]) roles_[fiber] = std::make_unique<Role>();
-  Role& r = *roles_[fiber];
-  std::vector<Time> landed = std::move(r.landed);
-  landed.assign(world_.size, 0);
-  r = Role{};
-  r.landed = std::move(landed);
-  r.name = name;
-  r.rank = rank;
-  r.channel = channel;
-  r.sm = sm < 0 ? Role::kAllSms : sm % num_sms_;
+  RoleState state;
+  state.name = name;
+  state.rank = rank;
+  state.channel = channel;
+  state.sm = sm < 0 ? Role::kAllSms : sm % num_sms_;
+  roles_[fiber]->begin(state, world_.size);
 }
 
 void SimNet::run() {
@@ -141,7 +138,7 @@ void SimNet::put(int space, int to_peer, uint64_t offset, const char* src, uint6
     const Time left = from.rail_out.take(std::max(begin, r.stores), work);   // behind the rows that this role has under way
     landed = to.rail_in.take(left - work + rail_latency_, work);
   }
-  r.landed[peer] = std::max(r.landed[peer], landed);
+  r.puts.note(peer, landed);
   from.landed = std::max(from.landed, landed);
   const bool rows = offset >= spaces_[space].region_rows;
   (rows ? from.rail_sent.row_bytes : from.rail_sent.other_bytes) += bytes;
@@ -162,7 +159,7 @@ void SimNet::signal_rail(int space, int to_peer, uint64_t counter, uint64_t add,
   const Time begin = fibers_.now();
   Time landed = begin + chaos_.delay(rail_latency_);
   if (!chaos_.on()) landed = from.rail_out.take(begin, message_) + rail_latency_;
-  if (ordered) landed = std::max(landed, r.landed[peer]);
+  if (ordered) landed = std::max(landed, r.puts.last(peer));
   from.landed = std::max(from.landed, landed);
   from.rail_sent.other_bytes += kSignalBytes;
   ++from.rail_sent.messages;
@@ -246,7 +243,8 @@ void SimNet::land(uint32_t event) {
     for (size_t i = 0; i < waiting.size();) {
       const Role& r = *roles_[waiting[i]];
       if (r.counter == counter && *counter >= r.at_least) {
-        fibers_.wake(waiting[i], fibers_.now() + chaos_.delay(poll_));
+        // One that is ahead of the clock comes to what is there already.
+        fibers_.wake(waiting[i], fibers_.now() < r.since ? r.since : fibers_.now() + chaos_.delay(poll_));
         waiting[i] = waiting.back();
         waiting.pop_back();
       } else {
@@ -259,19 +257,18 @@ void SimNet::land(uint32_t event) {
 
 Status SimNet::wait(char* memory, uint64_t offset, uint64_t at_least, Phase phase, int peer) {
   const auto* counter = reinterpret_cast<const uint64_t*>(memory + offset);
-  fibers_.meet();
-  if (*counter >= at_least) return {};
+  if (*counter >= at_least) return {};   // also for one that is ahead of the clock: it landed in its past
   Role& r = role();
   r.counter = counter;
   r.at_least = at_least;
   r.phase = phase;
   r.peer = peer;
   r.given_up = false;
-  const Time begin = fibers_.now();
+  r.since = fibers_.now();
   ranks_[r.rank]->waiting.push_back(fibers_.current());
   fibers_.block();
   r.counter = nullptr;
-  log({begin, fibers_.now(), r.given_up ? Did::give_up : Did::wait, phase, r.rank, r.channel, peer, r.name, offset, at_least});
+  log({r.since, fibers_.now(), r.given_up ? Did::give_up : Did::wait, phase, r.rank, r.channel, peer, r.name, offset, at_least});
   return r.given_up ? Status{Code::timeout, phase, peer, 0, at_least, *counter} : Status{};
 }
 

@@ -74,8 +74,43 @@ struct LogLine {
   uint64_t offset, value;   // counter or place, and bytes or the value waited for
 };
 
-// A role, as a fiber: who it is and what it has under way.
-struct Role {
+// When a role's puts have landed, by rank. Noted in turn; sorted by rank for those alone that ask.
+class PutTimes {
+ public:
+  explicit PutTimes(int ranks = 0) : ranks_(ranks) {}
+  void note(int rank, Time landed) { notes_.push_back({rank, landed}); }
+  Time last(int rank) {           // to that rank
+    sort();
+    return last_[rank];
+  }
+  void add(const PutTimes& other) {
+    notes_.insert(notes_.end(), other.notes_.begin(), other.notes_.end());
+    for (size_t rank = 0; rank < other.last_.size(); ++rank)
+      if (other.last_[rank]) notes_.push_back({static_cast<int>(rank), other.last_[rank]});
+  }
+  void clear(int ranks) {
+    ranks_ = ranks;
+    notes_.clear();
+    last_.clear();
+  }
+
+ private:
+  struct Note {
+    int rank;
+    Time landed;
+  };
+  void sort() {
+    if (last_.empty()) last_.assign(ranks_, 0);
+    for (const Note& n : notes_) last_[n.rank] = std::max(last_[n.rank], n.landed);
+    notes_.clear();
+  }
+  int ranks_;
+  std::vector<Note> notes_;
+  std::vector<Time> last_;        // empty until somebody asks
+};
+
+// What a role has under way; all of it ends with the role.
+struct RoleState {
   static constexpr int kInFlight = 4;   // rows that it may have under way on a link
   static constexpr int kAllSms = -1;
 
@@ -83,24 +118,32 @@ struct Role {
   int rank = 0;
   int channel = -1;
   int sm = kAllSms;
-  Time flight[kInFlight] = {};
   int next_flight = 0;
+  Time flight[kInFlight] = {};
   Time stores = 0;                // its stores to other ranks are visible by then
-  std::vector<Time> landed;       // its puts have landed by then, by rank
   const uint64_t* counter = nullptr;   // what it waits for
   uint64_t at_least = 0;
+  Time since = 0;
   Phase phase = Phase::none;
   int peer = -1;
   bool given_up = false;
+};
 
-  // Its next signals come after what `other` stored and put.
-  void comes_after(const Role& other) {
-    stores = std::max(stores, other.stores);
-    for (size_t peer = 0; peer < landed.size(); ++peer) landed[peer] = std::max(landed[peer], other.landed[peer]);
-  }
-
+// A role, as a fiber.
+struct Role : RoleState {
+  PutTimes puts;
   TermStore terms[2];
   char* targets[kMaxTopK];
+
+  void begin(const RoleState& state, int ranks) {
+    static_cast<RoleState&>(*this) = state;
+    puts.clear(ranks);
+  }
+  // Its next signals come after what the other stored and put.
+  void comes_after(Time other_stores, const PutTimes& other_puts) {
+    stores = std::max(stores, other_stores);
+    puts.add(other_puts);
+  }
 };
 
 class SimNet {
@@ -119,7 +162,7 @@ class SimNet {
   void start(int rank, const char* name, int channel, int sm, std::function<void()> body);
   void run();                                         // until every role has ended; waits that nobody would end give up
   bool stuck() const { return !stuck_.empty(); }
-  const std::vector<Role>& stuck_roles() const { return stuck_; }   // as they were when nobody could go on
+  const std::vector<RoleState>& stuck_roles() const { return stuck_; }   // as they were when nobody could go on
 
   Fibers& fibers() { return fibers_; }
   Role& role() { return *roles_[fibers_.current()]; }
@@ -205,7 +248,7 @@ class SimNet {
   std::vector<std::unique_ptr<Role>> roles_;   // by fiber
   std::vector<Landing> landings_;
   std::vector<uint32_t> idle_landings_;
-  std::vector<Role> stuck_;
+  std::vector<RoleState> stuck_;
   std::vector<int> parked_;
   bool logging_ = false;
   std::vector<LogLine> log_;

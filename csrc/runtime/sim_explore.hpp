@@ -13,7 +13,7 @@ struct Finding {
   int call = -1, rank = -1;    // where
   std::string what;
   std::vector<LogLine> log;
-  std::vector<Role> stuck;
+  std::vector<RoleState> stuck;
 };
 
 // Runs `count` schedules of the program, seeds from `first_seed`; stops at the first that deadlocks, fails

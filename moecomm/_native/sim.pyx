@@ -96,7 +96,7 @@ cdef dict _line(const world.LogLine& l):
                 role=(<bytes>l.role).decode(), offset=l.offset, value=l.value)
 
 
-cdef dict _waiting(const world.Role& r):
+cdef dict _waiting(const world.RoleState& r):
     return dict(role=(<bytes>r.name).decode(), rank=r.rank, channel=r.channel, phase=PHASES[<int>r.phase], peer=r.peer, at_least=r.at_least)
 
 
@@ -181,7 +181,7 @@ cdef class Cluster:
 
     def stuck(self):
         """Roles that waited when nobody could go on."""
-        cdef const vector[world.Role]* roles = &self.c.get().net().stuck_roles()
+        cdef const vector[world.RoleState]* roles = &self.c.get().net().stuck_roles()
         return [_waiting(roles.at(i)) for i in range(roles.size())]
 
     @property

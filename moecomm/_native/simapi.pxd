@@ -65,7 +65,7 @@ cdef extern from "fabric/sim.hpp" namespace "moecomm" nogil:
         uint64_t offset
         uint64_t value
 
-    cdef cppclass Role:
+    cdef cppclass RoleState:
         const char* name
         int rank
         int channel
@@ -77,7 +77,7 @@ cdef extern from "fabric/sim.hpp" namespace "moecomm" nogil:
         SimRank& rank(int r)
         void set_log(bool on)
         const vector[LogLine]& log_lines()
-        const vector[Role]& stuck_roles()
+        const vector[RoleState]& stuck_roles()
 
 cdef extern from "fabric/sim_mutant.hpp" namespace "moecomm" nogil:
     cdef enum class Flaw(int32_t):
@@ -179,6 +179,6 @@ cdef extern from "runtime/sim_explore.hpp" namespace "moecomm" nogil:
         int rank
         string what
         vector[LogLine] log
-        vector[Role] stuck
+        vector[RoleState] stuck
 
     Finding explore(SimCluster&, const vector[SimCall]&, const Mutation&, uint64_t first_seed, uint64_t count) except +

@@ -9,16 +9,18 @@
 
 namespace moecomm {
 
-// A number that only grows, and roles that wait for it.
+// A number that only grows, and roles that wait for it. They may be ahead of the clock, or behind whoever opened it.
 class Milestone {
  public:
   explicit Milestone(SimNet& net) : net_(net) {}
+  // Calls come in the order of time.
   void open(uint64_t reached) {
-    net_.fibers().meet();
-    reached_ = reached;
+    const Time now = net_.fibers().now();
+    if (times_.size() < reached) times_.resize(reached, now);
     for (size_t i = 0; i < waiting_.size();) {
-      if (waiting_[i].until <= reached_) {
-        net_.fibers().wake(waiting_[i].fiber, net_.fibers().now());
+      const Waiting& w = waiting_[i];
+      if (w.until <= reached) {
+        net_.fibers().wake(w.fiber, std::max(w.since, now));
         waiting_[i] = waiting_.back();
         waiting_.pop_back();
       } else {
@@ -28,12 +30,15 @@ class Milestone {
   }
   // False: nobody could go on, and the caller was told to give up (only where it may).
   bool wait(uint64_t until, bool may_give_up = false) {
-    net_.fibers().meet();
-    if (reached_ >= until) return true;
-    const int fiber = net_.fibers().current();
-    waiting_.push_back({fiber, until});
+    Fibers& fibers = net_.fibers();
+    if (times_.size() >= until) {
+      if (until > 0) fibers.advance(times_[until - 1]);
+      return true;
+    }
+    const int fiber = fibers.current();
+    waiting_.push_back({fiber, until, fibers.now()});
     if (may_give_up) net_.park(fiber);
-    net_.fibers().block();
+    fibers.block();
     return !may_give_up || net_.unpark(fiber);
   }
 
@@ -41,15 +46,16 @@ class Milestone {
   struct Waiting {
     int fiber;
     uint64_t until;
+    Time since;
   };
   SimNet& net_;
-  uint64_t reached_ = 0;
+  std::vector<Time> times_;       // when n was reached, at n - 1
   std::vector<Waiting> waiting_;
 };
 
 class Crew {
  public:
-  Crew(SimNet& net, int rank) : net_(net), rank_(rank), ended_(net) {}
+  Crew(SimNet& net, int rank) : net_(net), rank_(rank) {}
 
   // `role` returns a Status. Returns the member's number.
   template <class R>
@@ -59,10 +65,11 @@ class Crew {
     net_.start(rank_, name, channel, channel, [this, member = members_.back().get(), role] {
       member->status = role();
       net_.settle();
-      member->last.stores = net_.role().stores;
-      member->last.landed.swap(net_.role().landed);
+      member->stores = net_.role().stores;
+      std::swap(member->puts, net_.role().puts);
       member->ended.open(1);
-      ended_.open(++count_);   // the meeting in open() keeps the count in the order of time
+      last_end_ = std::max(last_end_, net_.fibers().now());
+      if (++count_ == members_.size() && joiner_ >= 0) net_.fibers().wake(joiner_, std::max(since_, last_end_));
     });
     return number;
   }
@@ -72,11 +79,18 @@ class Crew {
 
   // All members have ended: what they wrote and put comes before the caller's next signal. The first failure, if any.
   Status join() {
-    ended_.wait(members_.size());
+    Fibers& fibers = net_.fibers();
+    if (count_ == members_.size()) {
+      fibers.advance(last_end_);
+    } else {
+      joiner_ = fibers.current();
+      since_ = fibers.now();
+      fibers.block();
+    }
     Role& caller = net_.role();
     Status s;
     for (const auto& m : members_) {
-      caller.comes_after(m->last);
+      caller.comes_after(m->stores, m->puts);
       if (s.ok()) s = m->status;
     }
     return s;
@@ -87,13 +101,16 @@ class Crew {
     explicit Member(SimNet& net) : ended(net) {}
     Milestone ended;
     Status status;
-    Role last;   // its stores and puts alone
+    Time stores = 0;
+    PutTimes puts;
   };
   SimNet& net_;
   int rank_;
   std::vector<std::unique_ptr<Member>> members_;
-  Milestone ended_;
-  uint64_t count_ = 0;
+  uint64_t count_ = 0;       // that have ended
+  Time last_end_ = 0;
+  int joiner_ = -1;          // a fiber
+  Time since_ = 0;
 };
 
 }  // namespace moecomm

@@ -13,7 +13,8 @@ struct SimGates {
   struct State {
     Milestone reached;
     uint64_t count = 0;
-    Role before;   // its stores and puts alone
+    Time stores = 0;
+    PutTimes puts;
   };
   SimNet* net;
   std::vector<std::unique_ptr<State>>* states;
@@ -21,14 +22,16 @@ struct SimGates {
   template <class G>
   void arrive(G, Gate gate) const {
     State& s = *(*states)[static_cast<int>(gate)];
-    s.before.comes_after(net->role());
+    net->fibers().meet();   // groups arrive in the order of time
+    s.stores = std::max(s.stores, net->role().stores);
+    s.puts.add(net->role().puts);
     s.reached.open(++s.count);
   }
   template <class G>
   Status wait(G, Gate gate, int groups) const {
     State& s = *(*states)[static_cast<int>(gate)];
     if (!s.reached.wait(groups, true)) return {Code::timeout, Phase::none, -1, static_cast<int32_t>(gate), 0, 0};
-    net->role().comes_after(s.before);
+    net->role().comes_after(s.stores, s.puts);
     return {};
   }
 };
@@ -38,8 +41,7 @@ template <class Run>
 Status run_seats(SimNet& net, int rank, int nodes, int workers, Run run) {
   std::vector<std::unique_ptr<SimGates::State>> states;
   for (int i = 0; i < static_cast<int>(Gate::count); ++i) {
-    states.push_back(std::unique_ptr<SimGates::State>(new SimGates::State{Milestone(net), 0, {}}));
-    states.back()->before.landed.assign(net.size(), 0);
+    states.push_back(std::unique_ptr<SimGates::State>(new SimGates::State{Milestone(net), 0, 0, PutTimes(net.size())}));
   }
   const int senders = nodes == 1 ? workers : (workers + 1) / 2;
   Crew crew(net, rank);
