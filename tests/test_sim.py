@@ -151,6 +151,12 @@ def test_exploration_finds_nothing():
         assert not found["found"], explore.report(found)
 
 
+def test_refused_call_is_over_for_every_gateway():
+    """A program that once failed: a gateway with room forwarded rows of a refused call to a rank that had left it on another gateway's word."""
+    found = explore.explore_world(explore.random_world(102397), 1000)
+    assert not found["found"], explore.report(found)
+
+
 @pytest.mark.parametrize("name,flaw,phase,decode", explore.MUTATIONS, ids=[m[0] for m in explore.MUTATIONS])
 def test_exploration_finds(name, flaw, phase, decode):
     """Every known bug is found, and its report names the schedule."""

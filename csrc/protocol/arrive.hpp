@@ -13,13 +13,14 @@ MOE_HD Status arrive(G g, F f, const DispatchArgs& a, int part, int parts) {
   const Geometry& geo = b.geometry;
   const CallShape& call = a.plan.call;
   MOE_TRY(leader(g, [&] {
+    Status refused;   // gateways of a node that would have had room store rows here all the same: they are awaited
     for (int i = 0; i < geo.ranks_per_node; ++i) {
       MOE_TRY(f.wait_node(b.node.arrive + 8 * i, a.book->dispatches, Phase::arrive, geo.rank_at(geo.node(), i)));
       const Verdict& v = reinterpret_cast<const Verdict*>(f.window(geo.local(), b.node.verdicts))[i];
-      if (v.code != 0)
-        return Status{static_cast<Code>(v.code), Phase::counts, v.rank, static_cast<int32_t>(v.unused), v.needed, v.available};
+      if (v.code != 0 && refused.ok())
+        refused = {static_cast<Code>(v.code), Phase::counts, v.rank, static_cast<int32_t>(v.unused), v.needed, v.available};
     }
-    return Status{};
+    return refused;
   }));
 
   char* window = f.window(geo.local(), 0);
