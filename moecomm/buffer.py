@@ -396,6 +396,7 @@ class Buffer(Arguments, DecodeVerbs):
         if self._hooks:
             self._run_hooks("pre_" + op, first)
         if not async_op:
+            self.comm._settle()
             result = run(first, *rest)
             if self._hooks:
                 self._run_hooks("post_" + op, result)
@@ -444,6 +445,7 @@ class Buffer(Arguments, DecodeVerbs):
         """Release the windows; tensors that view them stay valid. Local, may be called twice."""
         if not self._closed:
             self._closed = True
+            self.comm._settle()
             if self._replicas is not None:
                 self._replicas.close()
             if self._recorder:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import socket
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent import futures
 
 import torch
 
@@ -62,7 +63,8 @@ class Communicator:
         self.rank, self.size, self.device, self.timeout = boot.rank, boot.size, device, float(timeout)
         self._native = None
         self._closed = False
-        self._executor = None
+        self._executor = self._progress = self._last = None   # of asynchronous calls: the thread, its number, the last call
+        self._ready = True   # open, and no asynchronous call is under way
         same = {"version": __version__, "ranks_per_node": ranks_per_node, "device": device.type, "timeout": float(timeout)}
         everyone = self._exchange((same, None if boot.threads else _host_identity()))
         self._require_equal("Communicator", [s for s, _ in everyone])
@@ -126,9 +128,24 @@ class Communicator:
 
     def _submit(self, work):
         """Run work on this communicator's progress thread, after what was submitted before."""
+        def note():
+            self._progress = threading.get_ident()
+
         if self._executor is None:
-            self._executor = ThreadPoolExecutor(1, thread_name_prefix="moecomm-progress")
-        return self._executor.submit(work)
+            self._executor = futures.ThreadPoolExecutor(1, thread_name_prefix="moecomm-progress", initializer=note)
+        self._ready = False
+        self._last = self._executor.submit(work)
+        return self._last
+
+    def _settle(self):
+        """Let what was submitted come to its end. Calls happen in the order in which they were made, or ranks would pair
+        one rank's asynchronous call with another rank's next one."""
+        last = self._last
+        if last is None or threading.get_ident() == self._progress:
+            return
+        futures.wait([last])
+        if self._last is last:
+            self._last, self._ready = None, not self._closed
 
     def barrier(self):
         """Wait until every rank has come here.
@@ -186,7 +203,7 @@ class Communicator:
         """Release what this communicator holds. Local: waits for nobody; may be called twice."""
         if self._closed:
             return
-        self._closed = True
+        self._closed, self._ready = True, False
         if self._executor is not None:
             self._executor.shutdown(wait=True)
         self._native.release()

@@ -65,11 +65,12 @@ class DecodeVerbs:
 
         Source: DeepSeek-V3 technical report, section 3.4.2 (decoding: direct point-to-point transfers).
         """
-        if self._decode is None or self._closed or self.comm._closed:
+        if self._decode is None or self._closed or not self.comm._ready:
             self._require_open("decode_dispatch")
+            self.comm._settle()
             if self.comm.device.type == "cuda":
                 raise InvalidArgument("decode_dispatch: the cuda world has no decode path yet; expected dispatch with a capacity", op="decode_dispatch")
-            self._decode = Decode(self)
+            self._decode = self._decode or Decode(self)
         if self._replicas is None:
             return self._decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
         topk_ids, topk_weights = self._replicas.choose_for_decode(topk_ids, topk_weights, layer)
@@ -111,9 +112,11 @@ class DecodeVerbs:
 
         Source: DeepSeek-V3 technical report, section 3.4.2.
         """
-        if self._decode is None or self._closed or self.comm._closed:
+        if self._decode is None or self._closed or not self.comm._ready:
             self._require_open("decode_combine")
-            raise InvalidArgument("decode_combine: there was no decode_dispatch", op="decode_combine", rank=self.comm.rank)
+            self.comm._settle()
+            if self._decode is None:
+                raise InvalidArgument("decode_combine: there was no decode_dispatch", op="decode_combine", rank=self.comm.rank)
         if self._replicas is not None:
             topk_ids = self._replicas.decoding[getattr(handle, "epoch", 0) % 2]
         return self._decode.combine(rows, topk_ids, topk_weights, handle, wire, return_hook, out)

@@ -96,7 +96,7 @@ def wanted(*tensors):
 # -- dispatch: a new plan -------------------------------------------------------------------------------
 
 def _dispatch(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignment, capacity):
-    b = buffer_of(buffer)
+    b = _open_buffer("dispatch", buffer)
     b._check_dispatch(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity)
     out = b._dispatch_natively(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity)
     return (out.x, x.new_empty(0, dtype=torch.float32) if scales is None else out.scales, out.topk_weights, *_picks_of(out),
@@ -144,7 +144,7 @@ def _to_tokens(ctx, rows, weights):
 # -- redispatch: the plan of an earlier dispatch ---------------------------------------------------------
 
 def _redispatch(x, topk_weights, scales, handle, buffer, layout, num_rows):
-    b, h = _checked_handle(buffer, handle)
+    b, h = _checked_handle("dispatch", buffer, handle)
     b._check_dispatch(x, scales, None, topk_weights, h.layout, 1, None, h)
     out = b._dispatch_natively(x, scales, None, topk_weights, h.layout, 1, None, h)
     return (out.x, x.new_empty(0, dtype=torch.float32) if scales is None else out.scales, out.topk_weights, *_picks_of(out))
@@ -171,7 +171,7 @@ def _redispatch_backward(ctx, rows, _scales, weights, *_):
 # -- combine: weighted sum at the tokens -----------------------------------------------------------------
 
 def _combine(rows, topk_weights, bias, handle, buffer, layout, num_tokens, wire=None):
-    b, h = _checked_handle(buffer, handle)
+    b, h = _checked_handle("combine", buffer, handle)
     b._check_combine(rows, h, topk_weights, bias, wire=wire)
     return b._combine_natively(rows, h, topk_weights, bias, wire=wire)
 
@@ -206,7 +206,7 @@ def _combine_backward(ctx, y):
 # -- combine_slots: the plain sum, and one number per row back to the pick that it came from --------------
 
 def _combine_slots(rows, back, handle, buffer, layout, num_tokens):
-    b, h = _checked_handle(buffer, handle)
+    b, h = _checked_handle("combine", buffer, handle)
     b._check_combine(rows, h, None, None)
     b._check_back(back, h)
     return b._combine_natively(rows, h, None, None, back=back)
@@ -232,8 +232,15 @@ def _wide(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-def _checked_handle(buffer, handle):
-    b = buffer_of(buffer)
+def _open_buffer(op, number):
+    b = buffer_of(number)
+    b._require_open(op)
+    b.comm._settle()
+    return b
+
+
+def _checked_handle(op, buffer, handle):
+    b = _open_buffer(op, buffer)
     return b, b._handle_of(ticket_of(handle))
 
 

@@ -1,6 +1,7 @@
 """The case classes of the rank-thread suites again, over processes: shared memory inside a node, UCX between nodes."""
 
 import random
+import time
 from dataclasses import replace
 
 import pytest
@@ -73,3 +74,28 @@ def test_a_part_of_the_world(world):
         check_case(comm, Case(ranks_per_node=1, tokens=[4] * part.size))
     world.Barrier()
     part.Free()
+
+
+def test_closing_waits_for_what_is_under_way(world):
+    """Rank 0 closes while its own asynchronous dispatch still waits for the others."""
+    with moecomm.Communicator(world, timeout=TIMEOUT) as comm:
+        buf = moecomm.Buffer(comm, hidden=64, num_experts=world.size, top_k=1, max_tokens=4)
+        x, ids = torch.ones(4, 64).bfloat16(), torch.full((4, 1), world.size - 1)
+        if comm.rank:
+            time.sleep(0.3)
+        pending = buf.dispatch(x, ids, async_op=True)
+        buf.close()
+        assert len(pending.wait().x) == (4 * world.size if comm.rank == world.size - 1 else 0)
+        comm.barrier()
+
+
+@pytest.mark.parametrize("what", ["buffer", "communicator"])
+def test_backward_after_close_says_so(world, what):
+    comm = moecomm.Communicator(world, timeout=TIMEOUT)
+    buf = moecomm.Buffer(comm, hidden=64, num_experts=world.size, top_k=1, max_tokens=4)
+    out = buf.dispatch(torch.ones(4, 64).bfloat16().requires_grad_(), torch.full((4, 1), comm.rank))
+    world.Barrier()
+    (buf if what == "buffer" else comm).close()
+    with pytest.raises(moecomm.InvalidArgument, match=f"combine: the {what} is closed"):
+        out.x.float().sum().backward()
+    comm.close()
