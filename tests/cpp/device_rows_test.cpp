@@ -107,7 +107,7 @@ TEST_CASES(sums, cases()) {
   for (float& b : bias) b = static_cast<float>(random() % 100) / 7;
   row_kernels_named("base")->reduce(want.data(), list.terms, nullptr, value.bias ? bias.data() : nullptr, 0, value.hidden, value.type, false);
   on_warp([&](Warp g, auto fabric) {
-    fabric.reduce_rows(g, got.data(), list.terms, nullptr, value.bias ? bias.data() : nullptr, value.hidden, value.type, false);
+    fabric.reduce_rows(g, got.data(), list.terms, nullptr, value.bias ? bias.data() : nullptr, value.hidden, value.type);
   });
   CHECK(std::memcmp(want.data(), got.data(), bytes) == 0);
 }
@@ -117,10 +117,10 @@ TEST_CASES(coded_sums, cases()) {
   std::mt19937_64 random(value.hidden + value.terms);
   List list(value, random);
   for (Wire wire : {Wire::fp8, Wire::logfmt10}) {
-    const uint64_t bytes = wire_row_bytes(wire, value.hidden, value.type, false);
+    const uint64_t bytes = wire_row_bytes(wire, value.hidden, value.type);
     Rows want(bytes), got(bytes);
-    row_kernels_named("base")->reduce_encode(want.data(), wire, list.terms, nullptr, 0, value.hidden, value.hidden, value.type, false);
-    on_warp([&](Warp g, auto fabric) { fabric.reduce_encode(g, got.data(), wire, list.terms, nullptr, value.hidden, value.type, false); });
+    row_kernels_named("base")->reduce_encode(want.data(), wire, list.terms, nullptr, 0, value.hidden, value.hidden, value.type);
+    on_warp([&](Warp g, auto fabric) { fabric.reduce_encode(g, got.data(), wire, list.terms, nullptr, value.hidden, value.type); });
     CHECK(std::memcmp(want.data(), got.data(), bytes) == 0);
   }
 }
