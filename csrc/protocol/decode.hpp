@@ -1,10 +1,13 @@
 // Decode: dispatch and combine in microseconds. Everything has a fixed place that follows from (parity of the
 // epoch, source, slot), so no counts are exchanged, nothing is allocated and there is no barrier.
 //
-//   dispatch, send      decode_list, decode_send, decode_announce     (decode_send.hpp)
-//   dispatch, receive   decode_accept, decode_pack                    (decode_receive.hpp)
-//   combine, send       decode_answer                                 (decode_answer.hpp)
-//   combine, receive    decode_wait_answers, decode_sum               (decode_sum.hpp)
+//   dispatch, send      decode_list, [decode_shift_slots], decode_send, decode_announce      (decode_send.hpp)
+//   dispatch, receive   decode_accept, decode_number, [decode_shift_places], decode_pack     (decode_receive.hpp)
+//   combine, send       decode_answer, decode_reply                                          (decode_answer.hpp)
+//   combine, receive    decode_wait_answers, decode_sum                                      (decode_sum.hpp)
+//
+// One group runs them one after another. Many groups share the tokens of a rank, and the messages that came, as slices:
+// each numbers its own slice from 0 and, when all have met, shifts it by what is before it.
 //
 // One message per token and destination rank, straight to its owner. To a rank of another node it is put
 // into that rank's region. Inside a node it stays where it was staged and the owner fetches it: the copy into
@@ -25,6 +28,13 @@
 // the answer's flag (B), which lies behind the answer, before it fills that slot again.
 // The argument needs neither a combine per dispatch nor an even number of calls, and bounds how far a rank can
 // run ahead: one dispatch.
+//
+// What the caller sees as tensors (x, scales, counts, rows) lies in one of two banks. Where the host numbers the
+// epochs, bank = parity. Where it does not (a captured graph is replayed: its tensors stay, the epochs go on), a bank
+// may serve two epochs in a row. x, scales and counts are the rank's own. The experts' rows are read by node peers until
+// they have received the combine; so a rank that gives the next epoch the same bank must follow
+//   (C) it has received combine e-1 before it sends dispatch e, if it sent that combine at all,
+// by which the receipt of e says that the rows of e-1 have been read.
 #pragma once
 #include "base/decode_layout.hpp"
 #include "fabric/fabric.hpp"
@@ -41,7 +51,6 @@ struct DecodeView {
 
   MOE_HD int experts_per_rank() const { return per_rank; }
   MOE_HD int first_expert() const { return geometry.rank * experts_per_rank(); }
-  MOE_HD bool is_mine(int expert) const { return expert >= 0 && owner(expert) == geometry.rank; }
   MOE_HD int owner(int expert) const { return expert / experts_per_rank(); }
   MOE_HD bool near(int rank) const { return rank / geometry.ranks_per_node == geometry.node(); }
   MOE_HD int local(int rank) const { return rank % geometry.ranks_per_node; }
@@ -55,17 +64,17 @@ struct DecodeView {
   MOE_HD uint64_t places(int parity, int source) const {
     return window.places + uint64_t{4} * (parity * geometry.size + source) * shape.max_tokens * shape.top_k;
   }
-  MOE_HD uint64_t counts(int parity) const { return window.counts + uint64_t{8} * parity * experts_per_rank(); }
+  MOE_HD uint64_t counts(int bank) const { return window.counts + uint64_t{8} * bank * experts_per_rank(); }
   MOE_HD uint64_t message(int parity, int token) const {
     return window.messages + (uint64_t(parity) * shape.max_tokens + token) * decode_message_bytes(shape);
   }
   MOE_HD uint64_t sum(int parity, int token, int k) const { return window.sums + answer_index(parity, token, k) * shape.combine_row_bytes(); }
   MOE_HD uint64_t packed_rows() const { return experts_per_rank() * decode_rows_per_expert(geometry, shape); }
-  MOE_HD uint64_t x(int parity) const { return window.x + parity * packed_rows() * shape.combine_row_bytes(); }
-  MOE_HD uint64_t scales(int parity, int expert) const {
-    return window.scales + uint64_t(parity * experts_per_rank() + expert) * decode_scale_area(geometry, shape);
+  MOE_HD uint64_t x(int bank) const { return window.x + bank * packed_rows() * shape.combine_row_bytes(); }
+  MOE_HD uint64_t scales(int bank, int expert) const {
+    return window.scales + uint64_t(bank * experts_per_rank() + expert) * decode_scale_area(geometry, shape);
   }
-  MOE_HD uint64_t rows(int parity) const { return window.rows + parity * packed_rows() * shape.combine_row_bytes(); }
+  MOE_HD uint64_t rows(int bank) const { return window.rows + bank * packed_rows() * shape.combine_row_bytes(); }
   MOE_HD uint64_t coded(int parity, int to, int slot, int pick) const {
     const uint64_t row = (uint64_t(parity) * remote() + remote_rank(to, geometry.rank)) * shape.max_tokens + slot;
     return window.coded + (row * decode_picks_per_rank(geometry, shape) + pick) * shape.slot_bytes();
@@ -98,6 +107,7 @@ inline DecodeView make_decode_view(const Geometry& g, const Shape& s, bool check
 // What a rank remembers of one parity's epoch. Private.
 struct DecodeTurn {
   uint64_t epoch = 0;
+  int32_t bank = 0;
   int32_t tokens = 0;
   int32_t mode = 0;
   CallShape call;                // row_bytes and scales of the rows that travel
@@ -106,12 +116,32 @@ struct DecodeTurn {
   int32_t* slot = nullptr;       // [T, K] slot at the pick's owner; -1 where an earlier pick has the same owner
   int32_t* sent = nullptr;       // [R] messages for that rank
   int32_t* got = nullptr;        // [R] messages from that rank
+  int32_t* arrived = nullptr;    // [R, max_tokens, 1 + K] of every message that came: its token, and which own expert each pick is, -1: none
   float* weights = nullptr;      // [T, K] of combine
   uint64_t* sent_flag = nullptr;      // [R] what this rank last wrote into its flags there
   uint64_t* answered_flag = nullptr;  // [R]
 
   MOE_HD int parity() const { return static_cast<int>(epoch & 1); }
 };
+
+// Bytes of a turn's tables; where there is memory for them, they are placed in it.
+MOE_HD inline uint64_t place_decode_turn(const DecodeView& d, char* memory, DecodeTurn& t) {
+  const uint64_t picks = uint64_t(d.shape.max_tokens) * d.shape.top_k, size = d.geometry.size;
+  detail::Cursor c;
+  const auto take = [&](auto*& table, uint64_t count) {
+    const uint64_t at = c.take(sizeof(*table) * count);
+    if (memory) table = reinterpret_cast<decltype(&*table)>(memory + at);
+  };
+  take(t.ids, picks);
+  take(t.slot, picks);
+  take(t.weights, picks);
+  take(t.sent, size);
+  take(t.got, size);
+  take(t.arrived, size * (d.shape.max_tokens + picks));
+  take(t.sent_flag, size);
+  take(t.answered_flag, size);
+  return c.at;
+}
 
 struct DecodeSendArgs {
   DecodeView d;
@@ -141,13 +171,29 @@ struct DecodeCombineArgs {
 
 namespace detail {
 
-// The message of `source` in `slot`: in its window, or landed in this rank's region.
+MOE_HD inline int32_t* arrived(const DecodeView& d, const DecodeTurn& turn, int source, int slot) {
+  return turn.arrived + (int64_t{source} * d.shape.max_tokens + slot) * (1 + d.shape.top_k);
+}
+
+// The message of `source` in `slot`, which is about `token`: in its window, or landed in this rank's region.
 template <class F>
-MOE_HD char* decode_message(F f, const DecodeView& d, const DecodeTurn& turn, int source, int slot) {
+MOE_HD char* decode_message(F f, const DecodeView& d, const DecodeTurn& turn, int source, int slot, int token) {
   if (!d.near(source)) return f.rail(d.landed(turn.parity(), source, d.geometry.rank, slot));
-  const int local = d.local(source);
-  const int32_t* wanted = reinterpret_cast<const int32_t*>(f.window(local, d.wanted(turn.parity(), d.geometry.local())));
-  return f.window(local, d.message(turn.parity(), wanted[slot]));
+  return f.window(d.local(source), d.message(turn.parity(), token));
+}
+
+// Where the rows of a token's picks lie here: indices of rows in both banks, as node peers read them.
+template <class F>
+MOE_HD int32_t* decode_places(F f, const DecodeView& d, const DecodeTurn& turn, int source, int token) {
+  return reinterpret_cast<int32_t*>(f.window(d.geometry.local(), d.places(turn.parity(), source))) + int64_t{token} * d.shape.top_k;
+}
+
+// What many groups have counted before group `part`, of one field.
+MOE_HD inline int32_t sum_before(const int32_t* counts, int64_t stride, int part) {
+  int32_t before = 0;
+  MOE_UNROLL(16)
+  for (int i = 0; i < part; ++i) before += counts[i * stride];
+  return before;
 }
 
 }  // namespace detail

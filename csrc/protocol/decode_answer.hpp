@@ -1,4 +1,4 @@
-// Decode combine, the owner's side, for one source.
+// Decode combine, the owner's side, for one source: decode_answer for slices of its messages, then decode_reply, the flag.
 //
 // Plain answers: a row per pick. Inside a node they stay where the experts wrote them and the source reads them
 // there; to other nodes each is put into its place, straight from where it lies, or coded first.
@@ -20,13 +20,12 @@ MOE_HD Terms one_row(G g, F f, const char* row) {
 
 // The picks of a message whose experts are here, weighted.
 template <Group G, class F>
-MOE_HD Terms picked_rows(G g, F f, const DecodeCombineArgs& a, const DecodeHeader* header, const int32_t* places) {
+MOE_HD Terms picked_rows(G g, F f, const DecodeCombineArgs& a, const DecodeHeader* header, const int32_t* experts, const int32_t* places) {
   const DecodeView& d = a.d;
+  const int64_t bank = static_cast<int64_t>(a.turn.bank * d.packed_rows());
   Terms terms{&f.terms(0)};
-  for (int k = 0; k < d.shape.top_k; ++k) {
-    const DecodePick pick = header->pick()[k];
-    if (d.is_mine(pick.expert)) terms.add(g, a.rows + places[k] * d.shape.combine_row_bytes(), [&] { return pick.weight; });
-  }
+  for (int k = 0; k < d.shape.top_k; ++k)
+    if (experts[k] >= 0) terms.add(g, a.rows + (places[k] - bank) * d.shape.combine_row_bytes(), [&] { return header->pick()[k].weight; });
   terms.close_group();
   return terms;
 }
@@ -46,29 +45,29 @@ MOE_HD void store_answer(G g, F f, const DecodeCombineArgs& a, char* dst, const 
 }  // namespace detail
 
 template <Group G, class F>
-MOE_HD void decode_answer(G g, F f, const DecodeCombineArgs& a, int source) {
+MOE_HD void decode_answer(G g, F f, const DecodeCombineArgs& a, int source, int begin, int end) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;
   const int parity = turn.parity(), own = d.geometry.local(), k_max = d.shape.top_k, me = d.geometry.rank;
   const bool near = d.near(source);
   const Wire wire = near ? Wire::plain : a.wire;
   const uint64_t row_bytes = d.shape.combine_row_bytes(), answer_bytes = d.shape.wire_bytes(wire);
+  const int64_t bank = static_cast<int64_t>(turn.bank * d.packed_rows());
   uint64_t answers = 0;
-  for (int i = 0; i < turn.got[source] && (turn.weighted || !near); ++i) {
-    char* message = detail::decode_message(f, d, turn, source, i);
-    const DecodeHeader* header = reinterpret_cast<const DecodeHeader*>(message);
-    const int32_t token = header->token;
-    const int32_t* places = reinterpret_cast<const int32_t*>(f.window(own, d.places(parity, source))) + int64_t{token} * k_max;
+  for (int i = begin; i < end && (turn.weighted || !near); ++i) {
+    const int32_t* note = detail::arrived(d, turn, source, i);
+    const int32_t token = note[0];
+    const int32_t* places = detail::decode_places(f, d, turn, source, token);
     const auto put = [&](int k, const char* answer) {
       if (!near && g.lane() == 0) f.put(source, d.answer(parity, token, k), answer, answer_bytes);
       ++answers;
     };
     int first = -1, picks = 0;
     for (int k = 0; k < k_max; ++k) {
-      if (!d.is_mine(header->pick()[k].expert)) continue;
+      if (note[1 + k] < 0) continue;
       if (first < 0) first = k;
       if (turn.weighted) continue;
-      const char* answer = a.rows + places[k] * row_bytes;
+      const char* answer = a.rows + (places[k] - bank) * row_bytes;
       if (wire != Wire::plain) {
         char* coded = f.window(own, d.coded(parity, source, i, picks));
         detail::store_answer(g, f, a, coded, detail::one_row(g, f, answer), wire);
@@ -78,23 +77,32 @@ MOE_HD void decode_answer(G g, F f, const DecodeCombineArgs& a, int source) {
       ++picks;
     }
     if (!turn.weighted || first < 0) continue;
+    char* message = detail::decode_message(f, d, turn, source, i, token);
     char* sum = near ? f.window(d.local(source), d.sum(parity, token, first)) : message + decode_header_bytes(k_max);
-    detail::store_answer(g, f, a, sum, detail::picked_rows(g, f, a, header, places), wire);
+    detail::store_answer(g, f, a, sum, detail::picked_rows(g, f, a, reinterpret_cast<const DecodeHeader*>(message), note + 1, places), wire);
     put(first, sum);
   }
   g.sync();
-  if (g.lane() == 0) {
-    HopCounters& hop = near ? f.counters().node : f.counters().rail;
-    hop.logical_rows += answers;
-    hop.logical_bytes += answers * answer_bytes;
-    hop.physical_rows += source != me ? answers : 0;
-    hop.physical_bytes += source != me ? answers * answer_bytes : 0;
-    if (turn.got[source] > 0) {
-      const uint64_t flag = make_flag(turn.epoch, a.mode, turn.got[source]), add = flag - turn.answered_flag[source];
-      turn.answered_flag[source] = flag;
-      if (near) f.signal_node(d.local(source), d.answered_flag(parity, own), add);
-      else f.signal_rail(source, d.remote_answered_flag(parity, me), add);
-    }
+  if (g.lane() != 0) return;
+  HopCounters& hop = near ? f.counters().node : f.counters().rail;
+  hop.logical_rows += answers;
+  hop.logical_bytes += answers * answer_bytes;
+  hop.physical_rows += source != me ? answers : 0;
+  hop.physical_bytes += source != me ? answers * answer_bytes : 0;
+}
+
+// After all of a source's answers; nothing where it sent nothing.
+template <Group G, class F>
+MOE_HD void decode_reply(G g, F f, const DecodeCombineArgs& a, int source) {
+  const DecodeView& d = a.d;
+  const DecodeTurn& turn = a.turn;
+  const int parity = turn.parity();
+  g.sync();
+  if (g.lane() == 0 && turn.got[source] > 0) {
+    const uint64_t flag = make_flag(turn.epoch, a.mode, turn.got[source]), add = flag - turn.answered_flag[source];
+    turn.answered_flag[source] = flag;
+    if (d.near(source)) f.signal_node(d.local(source), d.answered_flag(parity, d.geometry.local()), add);
+    else f.signal_rail(source, d.remote_answered_flag(parity, d.geometry.rank), add);
   }
   g.sync();
 }

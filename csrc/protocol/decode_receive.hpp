@@ -1,7 +1,9 @@
-// Decode dispatch, the owner's side. Called for the sources in ascending order.
+// Decode dispatch, the owner's side. Sources come in ascending order, a source's messages in that of their slots.
 //
-//   decode_accept  waits for the source's flag; gives each of its rows the next place of its expert
-//   decode_pack    copies its rows there; sources that were accepted may be packed side by side
+//   decode_accept         waits for the source's flag
+//   decode_number         messages [begin, end): notes what they are about; gives each row the next place of its expert
+//   decode_shift_places   what was numbered from 0 in slices: behind the slices before
+//   decode_pack           copies the rows there
 #pragma once
 #include "base/checksum.hpp"
 #include "protocol/decode.hpp"
@@ -9,66 +11,105 @@
 
 namespace moecomm {
 
+// `got`: messages of the source. Kept for the answers by whoever accepts its first part.
 template <Group G, class F>
-MOE_HD Status decode_accept(G g, F f, const DecodeReceiveArgs& a, int source) {
+MOE_HD Status decode_accept(G g, F f, const DecodeReceiveArgs& a, int source, int& got, int part = 0) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;
-  const int parity = turn.parity(), own = d.geometry.local(), k_max = d.shape.top_k, per_rank = d.experts_per_rank();
+  const int parity = turn.parity(), own = d.geometry.local();
   const uint64_t at_least = make_flag(turn.epoch, 0, 0);
-  MOE_TRY(leader(g, [&] {
+  int count = 0;
+  const Status s = leader(g, [&] {
     const uint64_t at = d.near(source) ? d.sent_flag(parity, d.local(source)) : d.remote_sent_flag(parity, source);
     MOE_TRY(d.near(source) ? f.wait_node(at, at_least, Phase::arrive, source) : f.wait_rail(at, at_least, Phase::arrive, source));
     // Its next value comes two epochs later, which this rank's receipt precedes: the word is at rest.
     const uint64_t flag = *reinterpret_cast<const uint64_t*>(d.near(source) ? f.window(own, at) : f.rail(at));
-    turn.got[source] = flag_count(flag);
+    count = flag_count(flag);
+    if (part == 0) turn.got[source] = count;
     if (flag_mode(flag) != turn.mode)
       return Status{Code::mismatch, Phase::arrive, source, 0, static_cast<uint64_t>(turn.mode), static_cast<uint64_t>(flag_mode(flag))};
     return Status{};
-  }));
+  });
+  got = g.broadcast(count, 0);
+  return s;
+}
 
-  int64_t* counts = reinterpret_cast<int64_t*>(f.window(own, d.counts(parity)));
-  int32_t* places = reinterpret_cast<int32_t*>(f.window(own, d.places(parity, source)));
+// `counts` [own experts]: rows before these messages; afterwards with theirs too.
+template <Group G, class F, class Count>
+MOE_HD void decode_number(G g, F f, const DecodeReceiveArgs& a, int source, int begin, int end, Count* counts) {
+  const DecodeView& d = a.d;
+  const DecodeTurn& turn = a.turn;
+  const int k_max = d.shape.top_k, per_rank = d.experts_per_rank();
   const int32_t per_expert = static_cast<int32_t>(decode_rows_per_expert(d.geometry, d.shape));
-  // Lane owns experts: their rows follow (source rank, source token) without atomics.
-  for (int e = g.lane(); source == 0 && e < per_rank; e += g.size()) counts[e] = 0;
-  for (int i = 0; i < turn.got[source]; ++i) {
-    const DecodeHeader* header = reinterpret_cast<const DecodeHeader*>(detail::decode_message(f, d, turn, source, i));
+  const int32_t bank = static_cast<int32_t>(turn.bank * d.packed_rows());
+  const int32_t* wanted = d.near(source) ? reinterpret_cast<const int32_t*>(f.window(d.local(source), d.wanted(turn.parity(), d.geometry.local()))) : nullptr;
+  // Headers may be far away: each lane fetches some.
+  for (int i = begin + g.lane(); i < end; i += g.size()) {
+    int32_t* note = detail::arrived(d, turn, source, i);
+    const auto* header = reinterpret_cast<const DecodeHeader*>(detail::decode_message(f, d, turn, source, i, wanted ? wanted[i] : 0));
+    note[0] = header->token;
     for (int k = 0; k < k_max; ++k) {
       const int e = header->pick()[k].expert - d.first_expert();
-      if (e < 0 || e >= per_rank || e % g.size() != g.lane()) continue;   // another rank's, or another lane's
-      places[int64_t{header->token} * k_max + k] = static_cast<int32_t>(e * per_expert + counts[e]++);
+      note[1 + k] = e < 0 || e >= per_rank ? -1 : e;
     }
   }
   g.sync();
-  return {};
+  // Lane owns experts: their rows follow (source rank, source token) without atomics.
+  for (int i = begin; i < end; ++i) {
+    const int32_t* note = detail::arrived(d, turn, source, i);
+    int32_t* places = detail::decode_places(f, d, turn, source, note[0]);
+    for (int k = 0; k < k_max; ++k) {
+      const int e = note[1 + k];
+      if (e >= 0 && e % g.size() == g.lane()) places[k] = bank + e * per_expert + static_cast<int32_t>(counts[e]++);
+    }
+  }
+  g.sync();
+}
+
+// Slice `part` of `parts`, messages [begin, end) of `source`; `counts` [parts, own experts] is what each slice has.
+template <Group G, class F>
+MOE_HD void decode_shift_places(G g, F f, const DecodeReceiveArgs& a, int source, int begin, int end, const int32_t* counts, int part, int parts) {
+  const DecodeView& d = a.d;
+  const int k_max = d.shape.top_k, per_rank = d.experts_per_rank();
+  int64_t* totals = reinterpret_cast<int64_t*>(f.window(d.geometry.local(), d.counts(a.turn.bank)));
+  for (int e = g.lane(); e < per_rank; e += g.size()) {
+    const int32_t before = detail::sum_before(counts + e, per_rank, part);
+    if (part == parts - 1) totals[e] = before + counts[int64_t{part} * per_rank + e];
+    for (int i = begin; i < end && before > 0; ++i) {
+      const int32_t* note = detail::arrived(d, a.turn, source, i);
+      for (int k = 0; k < k_max; ++k)
+        if (note[1 + k] == e) detail::decode_places(f, d, a.turn, source, note[0])[k] += before;
+    }
+  }
+  g.sync();
 }
 
 template <Group G, class F>
-MOE_HD Status decode_pack(G g, F f, const DecodeReceiveArgs& a, int source) {
+MOE_HD Status decode_pack(G g, F f, const DecodeReceiveArgs& a, int source, int begin, int end) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;
   const CallShape& call = turn.call;
-  const int parity = turn.parity(), own = d.geometry.local(), k_max = d.shape.top_k, per_rank = d.experts_per_rank();
+  const int own = d.geometry.local(), k_max = d.shape.top_k;
   const uint64_t header_bytes = decode_header_bytes(k_max);
-  const int32_t* places = reinterpret_cast<const int32_t*>(f.window(own, d.places(parity, source)));
-  char* x = f.window(own, d.x(parity));
-  const int64_t per_expert = static_cast<int64_t>(decode_rows_per_expert(d.geometry, d.shape));
+  char* x = f.window(own, d.x(turn.bank));
+  const int64_t per_expert = static_cast<int64_t>(decode_rows_per_expert(d.geometry, d.shape)), bank = static_cast<int64_t>(turn.bank * d.packed_rows());
   uint64_t replicated = 0;
-  for (int i = 0; i < turn.got[source]; ++i) {
-    const char* message = detail::decode_message(f, d, turn, source, i);
-    const DecodeHeader* header = reinterpret_cast<const DecodeHeader*>(message);
+  for (int i = begin; i < end; ++i) {
+    const int32_t* note = detail::arrived(d, turn, source, i);
+    const int32_t* places = detail::decode_places(f, d, turn, source, note[0]);
+    const char* message = detail::decode_message(f, d, turn, source, i, note[0]);
     const char* row = message + header_bytes;
     if (d.check) {
-      const uint64_t got = row_checksum(row, call.row_bytes, header->token);
-      if (got != header->checksum) return {Code::corrupt, Phase::arrive, source, header->token, header->checksum, got};
+      const uint64_t sent = reinterpret_cast<const DecodeHeader*>(message)->checksum, got = row_checksum(row, call.row_bytes, note[0]);
+      if (got != sent) return {Code::corrupt, Phase::arrive, source, note[0], sent, got};
     }
     int copies = 0;
     for (int k = 0; k < k_max; ++k) {
-      const int e = header->pick()[k].expert - d.first_expert();
-      if (e < 0 || e >= per_rank) continue;
-      const int64_t place = places[int64_t{header->token} * k_max + k];
+      const int e = note[1 + k];
+      if (e < 0) continue;
+      const int64_t place = places[k] - bank;
       f.copy_row(g, x + place * call.row_bytes, row, call.row_bytes);
-      detail::put_scales(g, f, call, f.window(own, d.scales(parity, e)), per_expert, place % per_expert, row + align16(call.row_bytes));
+      detail::put_scales(g, f, call, f.window(own, d.scales(turn.bank, e)), per_expert, place % per_expert, row + align16(call.row_bytes));
       ++copies;
     }
     replicated += copies - 1;

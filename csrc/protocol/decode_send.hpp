@@ -1,9 +1,9 @@
 // Decode dispatch, the source's side.
 //
-//   decode_list      checks the picks; gives every message its slot at its destination
-//   decode_send      tokens [begin, end): each row read once, staged with its header, put to the remote ranks
-//                    that want it; slices may run side by side
-//   decode_announce  after all slices: the flag at every rank, with the number of messages behind it
+//   decode_list          tokens [begin, end): checks the picks; numbers the messages of every destination
+//   decode_shift_slots   what was numbered from 0 in slices: behind the slices before
+//   decode_send          each row read once, staged with its header, put to the remote ranks that want it
+//   decode_announce      after all slices: the flag, with the number of messages behind it
 #pragma once
 #include "base/checksum.hpp"
 #include "protocol/decode.hpp"
@@ -12,14 +12,14 @@
 
 namespace moecomm {
 
-// Touches nothing that a peer reads before every pick is found good.
-template <Group G, class F>
-MOE_HD Status decode_list(G g, F f, const DecodeSendArgs& a) {
+// Touches nothing that a peer reads: a bad pick ends the call before anything moves. `sent` [R]: messages per destination.
+template <Group G>
+MOE_HD Status decode_list(G g, const DecodeSendArgs& a, int begin, int end, int32_t* sent) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;
   const int k_max = d.shape.top_k, size = d.geometry.size;
   Status bad;
-  for (int t = g.lane(); t < turn.tokens && bad.ok(); t += g.size()) {
+  for (int t = begin + g.lane(); t < end && bad.ok(); t += g.size()) {
     int32_t* ids = turn.ids + int64_t{t} * k_max;
     for (int k = 0; k < k_max && bad.ok(); ++k) {
       const int64_t at = int64_t{t} * k_max + k;
@@ -34,22 +34,34 @@ MOE_HD Status decode_list(G g, F f, const DecodeSendArgs& a) {
   MOE_TRY(first_failure(g, bad));
 
   // Lane owns destination ranks, so slots follow token order without atomics.
-  for (int r = g.lane(); r < size; r += g.size()) turn.sent[r] = 0;
-  for (int t = 0; t < turn.tokens; ++t) {
+  for (int r = g.lane(); r < size; r += g.size()) sent[r] = 0;
+  for (int t = begin; t < end; ++t) {
     const int32_t* ids = turn.ids + int64_t{t} * k_max;
     for (int k = 0; k < k_max; ++k) {
       const int owner = ids[k] < 0 ? -1 : d.owner(ids[k]);
       if ((owner < 0 ? 0 : owner) % g.size() != g.lane()) continue;
       bool first = owner >= 0;
       for (int j = 0; j < k && first; ++j) first = ids[j] < 0 || d.owner(ids[j]) != owner;
-      int32_t& slot = turn.slot[int64_t{t} * k_max + k];
-      slot = first ? turn.sent[owner]++ : -1;
-      if (first && d.near(owner))
-        reinterpret_cast<int32_t*>(f.window(d.geometry.local(), d.wanted(turn.parity(), d.local(owner))))[slot] = t;
+      turn.slot[int64_t{t} * k_max + k] = first ? sent[owner]++ : -1;
     }
   }
   g.sync();
   return {};
+}
+
+// Slice `part` of `parts`, tokens [begin, end); `sent` [parts, R] is what decode_list has counted of each.
+template <Group G>
+MOE_HD void decode_shift_slots(G g, const DecodeSendArgs& a, int begin, int end, const int32_t* sent, int part, int parts) {
+  const DecodeView& d = a.d;
+  const DecodeTurn& turn = a.turn;
+  const int size = d.geometry.size, k_max = d.shape.top_k;
+  for (int r = g.lane(); r < size; r += g.size()) {
+    const int32_t before = detail::sum_before(sent + r, size, part);
+    if (part == parts - 1) turn.sent[r] = before + sent[int64_t{part} * size + r];
+    for (int64_t i = int64_t{begin} * k_max; i < int64_t{end} * k_max && before > 0; ++i)
+      if (turn.slot[i] >= 0 && d.owner(turn.ids[i]) == r) turn.slot[i] += before;
+  }
+  g.sync();
 }
 
 template <Group G, class F>
@@ -90,20 +102,22 @@ MOE_HD void decode_send(G g, F f, const DecodeSendArgs& a, int begin, int end) {
       hop.logical_bytes += stride;
       hop.physical_rows += r != me;
       hop.physical_bytes += r != me ? header_bytes + stride : 0;
-      if (!d.near(r)) f.put(r, d.landed(turn.parity(), me, r, slots[k]), message, header_bytes + stride);
+      if (d.near(r)) reinterpret_cast<int32_t*>(f.window(own, d.wanted(turn.parity(), d.local(r))))[slots[k]] = t;
+      else f.put(r, d.landed(turn.parity(), me, r, slots[k]), message, header_bytes + stride);
     }
   }
   g.sync();
 }
 
+// To every parts-th rank.
 template <Group G, class F>
-MOE_HD void decode_announce(G g, F f, const DecodeSendArgs& a) {
+MOE_HD void decode_announce(G g, F f, const DecodeSendArgs& a, int part = 0, int parts = 1) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;
   const int me = d.geometry.rank, size = d.geometry.size, parity = turn.parity();
   g.sync();
   if (g.lane() == 0)
-    for (int step = 0; step < size; ++step) {
+    for (int step = part; step < size; step += parts) {
       const int r = (me + 1 + step) % size;   // the own rank last; no rank is everybody's first
       const uint64_t flag = make_flag(turn.epoch, turn.mode, turn.sent[r]), add = flag - turn.sent_flag[r];
       turn.sent_flag[r] = flag;

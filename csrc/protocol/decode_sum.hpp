@@ -1,6 +1,6 @@
 // Decode combine, the source's side.
 //
-//   decode_wait_answers  all ranks that own an expert of one of its tokens
+//   decode_wait_answers  all ranks that own an expert of one of its tokens; or of tokens [begin, end) alone
 //   decode_sum           tokens [begin, end): y[t] = sum of weight * row in top-k order, in FP32; weighted
 //                        answers: their sum, in the order of each rank's first pick
 #pragma once
@@ -8,21 +8,39 @@
 
 namespace moecomm {
 
+namespace detail {
+
+// One lane. A mismatch is found on the way: the other flags are awaited all the same, so the ranks stay in step.
+template <class F>
+MOE_HD Status wait_answer(F f, const DecodeCombineArgs& a, int rank, Status& mismatch) {
+  const DecodeView& d = a.d;
+  const int parity = a.turn.parity();
+  const uint64_t at_least = make_flag(a.turn.epoch, 0, 0);
+  const uint64_t at = d.near(rank) ? d.answered_flag(parity, d.local(rank)) : d.remote_answered_flag(parity, rank);
+  MOE_TRY(d.near(rank) ? f.wait_node(at, at_least, Phase::sum, rank) : f.wait_rail(at, at_least, Phase::sum, rank));
+  const int mode = flag_mode(*reinterpret_cast<const uint64_t*>(d.near(rank) ? f.window(d.geometry.local(), at) : f.rail(at)));
+  if (mode != a.mode) mismatch = {Code::mismatch, Phase::sum, rank, 0, static_cast<uint64_t>(a.mode), static_cast<uint64_t>(mode)};
+  return {};
+}
+
+}  // namespace detail
+
 template <Group G, class F>
 MOE_HD Status decode_wait_answers(G g, F f, const DecodeCombineArgs& a) {
-  const DecodeView& d = a.d;
-  const DecodeTurn& turn = a.turn;
-  const int parity = turn.parity(), own = d.geometry.local();
-  const uint64_t at_least = make_flag(turn.epoch, 0, 0);
   return leader(g, [&] {
-    Status mismatch;   // found on the way: the other flags are awaited all the same, so the ranks stay in step
-    for (int r = 0; r < d.geometry.size; ++r) {
-      if (turn.sent[r] == 0) continue;
-      const uint64_t at = d.near(r) ? d.answered_flag(parity, d.local(r)) : d.remote_answered_flag(parity, r);
-      MOE_TRY(d.near(r) ? f.wait_node(at, at_least, Phase::sum, r) : f.wait_rail(at, at_least, Phase::sum, r));
-      const int mode = flag_mode(*reinterpret_cast<const uint64_t*>(d.near(r) ? f.window(own, at) : f.rail(at)));
-      if (mode != a.mode) mismatch = {Code::mismatch, Phase::sum, r, 0, static_cast<uint64_t>(a.mode), static_cast<uint64_t>(mode)};
-    }
+    Status mismatch;
+    for (int r = 0; r < a.d.geometry.size; ++r)
+      if (a.turn.sent[r] > 0) MOE_TRY(detail::wait_answer(f, a, r, mismatch));
+    return mismatch;
+  });
+}
+
+template <Group G, class F>
+MOE_HD Status decode_wait_answers(G g, F f, const DecodeCombineArgs& a, int begin, int end) {
+  return leader(g, [&] {
+    Status mismatch;
+    for (int64_t i = int64_t{begin} * a.d.shape.top_k; i < int64_t{end} * a.d.shape.top_k; ++i)
+      if (a.turn.slot[i] >= 0) MOE_TRY(detail::wait_answer(f, a, a.d.owner(a.turn.ids[i]), mismatch));
     return mismatch;
   });
 }
@@ -38,8 +56,16 @@ MOE_HD Terms decode_terms(G g, F f, const DecodeCombineArgs& a, int t) {
   const uint64_t row_bytes = d.shape.combine_row_bytes();
   Terms terms{&f.terms(t & 1)};
   uint64_t fetched = 0, from_peers = 0;
+  int32_t fetched_place = 0;
   for (int k = 0; k < k_max; ++k) {
     const int64_t at = int64_t{t} * k_max + k;
+    // Places may be far away: each lane fetches one.
+    if (!turn.weighted && k % g.size() == 0 && k + g.lane() < k_max) {
+      const int expert = turn.ids[at + g.lane()], owner = expert < 0 ? me : d.owner(expert);
+      if (expert >= 0 && d.near(owner))
+        fetched_place = reinterpret_cast<const int32_t*>(f.window(d.local(owner), d.places(parity, me)))[at + g.lane()];
+    }
+    const int64_t place = g.broadcast(fetched_place, k % g.size());
     if (turn.ids[at] < 0 || (turn.weighted && turn.slot[at] < 0)) continue;
     const int r = d.owner(turn.ids[at]);
     const auto weight = [&] { return turn.weighted ? 1.0f : turn.weights[at]; };
@@ -48,8 +74,7 @@ MOE_HD Terms decode_terms(G g, F f, const DecodeCombineArgs& a, int t) {
     } else if (turn.weighted) {
       terms.add(g, f.window(d.geometry.local(), d.sum(parity, t, k)), weight);
     } else {
-      const int64_t place = reinterpret_cast<const int32_t*>(f.window(d.local(r), d.places(parity, me)))[at];
-      terms.add(g, f.window(d.local(r), d.rows(parity)) + place * row_bytes, weight);
+      terms.add(g, f.window(d.local(r), d.rows(0)) + place * row_bytes, weight);
       ++fetched;
       from_peers += r != me;
     }

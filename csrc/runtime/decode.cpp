@@ -30,20 +30,9 @@ uint64_t Decode::bytes(const Geometry& g, const Shape& s) { return decode_window
 
 Decode::Decode(std::shared_ptr<Communicator> comm, Shape shape, bool check)
     : view_(make_decode_view(comm->geometry(), shape, check)), reach_(comm, reach_plan(view_)) {
-  const uint64_t picks = uint64_t(shape.max_tokens) * shape.top_k, size = view_.geometry.size;
   for (Turn& t : turns_) {
-    detail::Cursor c;
-    const uint64_t ids = c.take(4 * picks), slot = c.take(4 * picks), weights = c.take(4 * picks);
-    const uint64_t sent = c.take(4 * size), got = c.take(4 * size), sent_flag = c.take(8 * size), answered_flag = c.take(8 * size);
-    t.memory.reset(new char[c.at]());
-    char* m = t.memory.get();
-    t.view.ids = reinterpret_cast<int32_t*>(m + ids);
-    t.view.slot = reinterpret_cast<int32_t*>(m + slot);
-    t.view.weights = reinterpret_cast<float*>(m + weights);
-    t.view.sent = reinterpret_cast<int32_t*>(m + sent);
-    t.view.got = reinterpret_cast<int32_t*>(m + got);
-    t.view.sent_flag = reinterpret_cast<uint64_t*>(m + sent_flag);
-    t.view.answered_flag = reinterpret_cast<uint64_t*>(m + answered_flag);
+    t.memory.reset(new char[place_decode_turn(view_, nullptr, t.view)]());
+    place_decode_turn(view_, t.memory.get(), t.view);
   }
 }
 
@@ -60,6 +49,7 @@ Status Decode::dispatch(const DecodeDispatchCall& call) {
   next.stage = Stage::idle;
   DecodeTurn& t = next.view;
   t.epoch = epoch_ + 1;
+  t.bank = t.parity();
   t.tokens = call.tokens;
   t.weighted = call.weighted;
   t.mode = mode_of(static_cast<int>(call.quant), t.weighted);
@@ -76,7 +66,7 @@ Status Decode::dispatch(const DecodeDispatchCall& call) {
   a.scales = call.scales;
   a.weights = call.weights;
   reach_.begin(false);   // staged rows are read by others next: they stay in the caches
-  MOE_TRY(reach_.run(false, [&](auto fabric) { return decode_list(Lane{}, fabric, a); }));
+  MOE_TRY(reach_.run(false, [&](auto) { return decode_list(Lane{}, a, 0, t.tokens, t.sent); }));
   MOE_TRY(reach_.run(false, [&](auto fabric) { return run_decode_send(Lane{}, fabric, a); }));
   ++reach_.host().counters.calls;
   ++epoch_;

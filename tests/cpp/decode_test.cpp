@@ -30,19 +30,9 @@ struct Seat {
     host.rail_region = region.data.get();
     host.watch = &watch;
     host.deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
-    const size_t picks = size_t(s.max_tokens) * s.top_k, size = g.size;
     for (int p = 0; p < 2; ++p) {
-      ints[p].assign(2 * picks + 2 * size, 0);
-      weights[p].assign(picks, 0);
-      flags[p].assign(2 * size, 0);
-      DecodeTurn& t = turns[p];
-      t.ids = ints[p].data();
-      t.slot = t.ids + picks;
-      t.sent = t.slot + picks;
-      t.got = t.sent + size;
-      t.weights = weights[p].data();
-      t.sent_flag = flags[p].data();
-      t.answered_flag = t.sent_flag + size;
+      tables[p].resize(place_decode_turn(view, nullptr, turns[p]));
+      place_decode_turn(view, tables[p].data(), turns[p]);
     }
   }
   HostFabric<LoopbackRail> fabric() { return {&host, &loopback}; }
@@ -52,9 +42,7 @@ struct Seat {
   HostState host;
   LoopbackRail loopback;
   Watch watch;
-  std::vector<int32_t> ints[2];
-  std::vector<float> weights[2];
-  std::vector<uint64_t> flags[2];
+  std::vector<char> tables[2];
   DecodeTurn turns[2];
 };
 
@@ -102,6 +90,7 @@ void one_epoch(Seat& me, const Case& c, int epoch, const std::vector<Input>& in)
   const Input& own = in[r];
   DecodeTurn& turn = me.turns[parity];
   turn.epoch = epoch;
+  turn.bank = parity;
   turn.tokens = own.tokens;
   turn.weighted = c.weighted;
   turn.mode = 1;
@@ -113,7 +102,7 @@ void one_epoch(Seat& me, const Case& c, int epoch, const std::vector<Input>& in)
   send.x = own.x.data();
   send.weights = c.weighted ? own.weights.data() : nullptr;
   const auto f = me.fabric();
-  CHECK(execute(c.lanes, [&](auto g) { return decode_list(g, f, send); }).ok());
+  CHECK(execute(c.lanes, [&](auto g) { return decode_list(g, send, 0, send.turn.tokens, send.turn.sent); }).ok());
   CHECK(execute(c.lanes, [&](auto g) { return run_decode_send(g, f, send); }).ok());
   const Status received = execute(c.lanes, [&](auto g) { return run_decode_receive(g, f, DecodeReceiveArgs{d, turn}); });
   if (!CHECK_EQ(static_cast<int>(received.code), 0)) return;

@@ -7,6 +7,15 @@
 
 namespace moecomm {
 
+// Every own expert's count, at zero.
+template <Group G, class F>
+int64_t* decode_clear_counts(G g, F f, const DecodeReceiveArgs& a) {
+  int64_t* counts = reinterpret_cast<int64_t*>(f.window(a.d.geometry.local(), a.d.counts(a.turn.bank)));
+  for (int e = g.lane(); e < a.d.experts_per_rank(); e += g.size()) counts[e] = 0;
+  g.sync();
+  return counts;
+}
+
 template <Group G, class F>
 Status run_decode_send(G g, F f, const DecodeSendArgs& a) {
   decode_send(g, f, a, 0, a.turn.tokens);
@@ -18,11 +27,15 @@ Status run_decode_send(G g, F f, const DecodeSendArgs& a) {
 template <Group G, class F>
 Status run_decode_receive(G g, F f, const DecodeReceiveArgs& a) {
   Status mismatch;
+  int64_t* counts = decode_clear_counts(g, f, a);
   for (int source = 0; source < a.d.geometry.size; ++source) {
-    const Status s = decode_accept(g, f, a, source);
+    int got = 0;
+    const Status s = decode_accept(g, f, a, source, got);
     if (s.code == Code::mismatch) mismatch = s;
     else MOE_TRY(s);
-    if (mismatch.ok()) MOE_TRY(decode_pack(g, f, a, source));
+    if (!mismatch.ok()) continue;
+    decode_number(g, f, a, source, 0, got, counts);
+    MOE_TRY(decode_pack(g, f, a, source, 0, got));
   }
   return mismatch;
 }
@@ -30,7 +43,11 @@ Status run_decode_receive(G g, F f, const DecodeReceiveArgs& a) {
 template <Group G, class F>
 Status run_decode_combine_send(G g, F f, const DecodeCombineArgs& a) {
   const int size = a.d.geometry.size;
-  for (int step = 1; step <= size; ++step) decode_answer(g, f, a, (a.d.geometry.rank + step) % size);
+  for (int step = 1; step <= size; ++step) {
+    const int source = (a.d.geometry.rank + step) % size;
+    decode_answer(g, f, a, source, 0, a.turn.got[source]);
+    decode_reply(g, f, a, source);
+  }
   return {};
 }
 

@@ -16,7 +16,7 @@ template <class F>
 Status sim_decode_send(SimNet& net, F f, const DecodeSendArgs& a, int workers) {
   constexpr Lane g;
   net.spend(net.hardware().launch);
-  MOE_TRY(sim_part(net, "list", [&] { return decode_list(g, f, a); }));
+  MOE_TRY(sim_part(net, "list", [&] { return decode_list(g, a, 0, a.turn.tokens, a.turn.sent); }));
   if (workers == 0) return run_decode_send(g, f, a);
   Crew crew(net, a.d.geometry.rank);
   for (int w = 0; w < workers; ++w)
@@ -41,13 +41,16 @@ Status sim_decode_receive(SimNet& net, F f, const DecodeReceiveArgs& a, int work
     crew.start("decode pack", w, [&, w] {
       for (int source = w; source < size; source += workers) {
         accepted.wait(source + 1);
-        if (mismatch.ok() && failed.ok()) MOE_TRY(decode_pack(g, f, a, source));
+        if (mismatch.ok() && failed.ok()) MOE_TRY(decode_pack(g, f, a, source, 0, a.turn.got[source]));
       }
       return Status{};
     });
+  int64_t* counts = decode_clear_counts(g, f, a);
   sim_part(net, "decode accept", [&] {
     for (int source = 0; source < size; ++source) {
-      const Status s = failed.ok() ? decode_accept(g, f, a, source) : failed;
+      int got = 0;
+      const Status s = failed.ok() ? decode_accept(g, f, a, source, got) : failed;
+      if (s.ok()) decode_number(g, f, a, source, 0, got, counts);
       if (s.code == Code::mismatch) mismatch = s;
       else if (!s.ok()) failed = s;
       accepted.open(source + 1);
@@ -69,7 +72,11 @@ Status sim_decode_combine_send(SimNet& net, F f, const DecodeCombineArgs& a, int
   Crew crew(net, a.d.geometry.rank);
   for (int w = 0; w < workers; ++w)
     crew.start("decode answer", w, [&, w] {
-      for (int step = 1 + w; step <= size; step += workers) decode_answer(g, f, a, (a.d.geometry.rank + step) % size);
+      for (int step = 1 + w; step <= size; step += workers) {
+        const int source = (a.d.geometry.rank + step) % size;
+        decode_answer(g, f, a, source, 0, a.turn.got[source]);
+        decode_reply(g, f, a, source);
+      }
       return Status{};
     });
   return crew.join();
