@@ -27,6 +27,8 @@ MOE_HD Status leader(G g, F&& f) {
 // Each lane found something or not; everyone gets the finding of the first lane that has one.
 template <Group G>
 MOE_HD Status first_failure(G g, const Status& mine) {
+  if constexpr (requires { g.any(true); })   // a large group asks first whether there is one at all
+    if (!g.any(!mine.ok())) return {};
   for (int lane = 0; lane < g.size(); ++lane)
     if (!g.broadcast(mine.ok(), lane)) return g.broadcast(mine, lane);
   return {};

@@ -30,7 +30,7 @@ void on_warp(Work&& work) {
   char* region[2] = {nullptr, nullptr};
   emulated::run_warp([&] {
     const Warp g;
-    WarpScratch* scratch = WarpScratch::open(shared, kStage, g.lane());
+    WarpScratch* scratch = WarpScratch::open(g, shared, kStage);
     const DeviceFabric<LoopbackDeviceRail> fabric{&links, LoopbackDeviceRail{region}, scratch, ~uint64_t{0}};
     work(g, fabric);
     fabric.settle(g);

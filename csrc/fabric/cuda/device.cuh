@@ -35,6 +35,7 @@ struct LoopbackDeviceRail {
     ptx::add_release_sys(reinterpret_cast<uint64_t*>(regions[peer] + counter), add);
   }
   __device__ void fault(int peer, uint64_t offset, uint64_t word) const {
+    if (!regions[peer]) return;   // a rank of this node, where the rail has one peer per rank of the world
     ptx::store_release_sys(reinterpret_cast<uint64_t*>(regions[peer] + offset), word);
   }
 };
@@ -73,44 +74,51 @@ struct DeviceFabric {
     return wait(window(links->geometry.local(), counter), at_least, phase, peer);
   }
 
-  __device__ void copy_row(Warp g, char* dst, const char* src, uint64_t bytes) const {
+  template <class G>
+  __device__ void copy_row(G g, char* dst, const char* src, uint64_t bytes) const {
     if (ptx::kBulk && bytes >= kBulkBytes) return bulk(g, src, bytes, 1, [&](int) { return dst; });
     copy_words(g, dst, src, bytes);
   }
-  __device__ void spread_row(Warp g, char* const* targets, int count, const char* src, uint64_t bytes) const {
+  template <class G>
+  __device__ void spread_row(G g, char* const* targets, int count, const char* src, uint64_t bytes) const {
     if (ptx::kBulk && bytes >= kBulkBytes) return bulk(g, src, bytes, count, [&](int i) { return targets[i]; });
     for (int i = 0; i < count; ++i) copy_words(g, targets[i], src, bytes);
   }
-  __device__ void zero_row(Warp g, char* dst, uint64_t bytes) const {
+  template <class G>
+  __device__ void zero_row(G g, char* dst, uint64_t bytes) const {
     if (bytes % 16 == 0 && reinterpret_cast<uint64_t>(dst) % 16 == 0)
-      for (uint64_t i = 16 * g.lane(); i < bytes; i += 16 * 32) ptx::store16(dst + i, uint4{});
+      for (uint64_t i = 16 * g.lane(); i < bytes; i += 16 * g.size()) ptx::store16(dst + i, uint4{});
     else
-      for (uint64_t i = 4 * g.lane(); i < bytes; i += 4 * 32) *reinterpret_cast<uint32_t*>(dst + i) = 0;
+      for (uint64_t i = 4 * g.lane(); i < bytes; i += 4 * g.size()) *reinterpret_cast<uint32_t*>(dst + i) = 0;
   }
-  __device__ void settle(Warp g) const {
+  template <class G>
+  __device__ void settle(G g) const {
     if (g.lane() == 0) complete();
     g.sync();
   }
 
   // Rows come from peers by the engine or by stores; a sum is written by stores.
-  __device__ void reduce_rows(Warp g, char* dst, const Terms& terms, const Terms*, const float* bias, int64_t hidden, DType type) const {
+  template <class G>
+  __device__ void reduce_rows(G g, char* dst, const Terms& terms, const Terms*, const float* bias, int64_t hidden, DType type) const {
     with_element(type, [&](auto element) {
       using T = decltype(element);
       if constexpr (T::kBytes < 8)
-        if (terms.coded) return reduce_coded<T>(dst, terms, bias, hidden, g.lane());
-      reduce_plain<T>(dst, terms, bias, hidden, g.lane());
+        if (terms.coded) return reduce_coded<T>(dst, terms, bias, hidden, g.lane(), g.size());
+      reduce_plain<T>(dst, terms, bias, hidden, g.lane(), g.size());
     });
   }
-  __device__ void reduce_encode(Warp g, char* dst, Wire wire, const Terms& terms, const Terms*, int64_t hidden, DType type) const {
+  template <class G>
+  __device__ void reduce_encode(G g, char* dst, Wire wire, const Terms& terms, const Terms*, int64_t hidden, DType type) const {
     with_element(type, [&](auto element) {
       using T = decltype(element);
-      if constexpr (T::kBytes < 8) reduce_wire<T>(dst, wire, terms, hidden, g.lane());
+      if constexpr (T::kBytes < 8) reduce_wire<T>(dst, wire, terms, hidden, g.lane(), g.size());
     });
   }
-  __device__ void quantize_row(Warp g, char* codes, char* scales, const char* row, int64_t hidden, DType type, ScaleKind kind) const {
+  template <class G>
+  __device__ void quantize_row(G g, char* codes, char* scales, const char* row, int64_t hidden, DType type, ScaleKind kind) const {
     with_element(type, [&](auto element) {
       using T = decltype(element);
-      if constexpr (T::kBytes < 8) quantize<T>(codes, scales, row, hidden, kind, g.lane());
+      if constexpr (T::kBytes < 8) quantize<T>(codes, scales, row, hidden, kind, g.lane(), g.size());
     });
   }
 
@@ -145,8 +153,8 @@ struct DeviceFabric {
   }
 
  private:
-  template <class Target>
-  __device__ void bulk(Warp g, const char* src, uint64_t bytes, int count, Target&& target) const {
+  template <class G, class Target>
+  __device__ void bulk(G g, const char* src, uint64_t bytes, int count, Target&& target) const {
     g.sync();
     if (g.lane() == 0) {
       ptx::proxy_fence();   // what the lanes stored before the sync may be the source
@@ -154,11 +162,12 @@ struct DeviceFabric {
     }
     g.sync();
   }
-  __device__ static void copy_words(Warp g, char* dst, const char* src, uint64_t bytes) {
+  template <class G>
+  __device__ static void copy_words(G g, char* dst, const char* src, uint64_t bytes) {
     if (((reinterpret_cast<uint64_t>(dst) | reinterpret_cast<uint64_t>(src) | bytes) & 15) == 0)
-      for (uint64_t i = 16 * g.lane(); i < bytes; i += 16 * 32) ptx::store16(dst + i, ptx::load16(src + i));
+      for (uint64_t i = 16 * g.lane(); i < bytes; i += 16 * g.size()) ptx::store16(dst + i, ptx::load16(src + i));
     else
-      for (uint64_t i = 4 * g.lane(); i < bytes; i += 4 * 32)
+      for (uint64_t i = 4 * g.lane(); i < bytes; i += 4 * g.size())
         *reinterpret_cast<uint32_t*>(dst + i) = *reinterpret_cast<const volatile uint32_t*>(src + i);
   }
   __device__ Status reported_fault(Phase phase) const {

@@ -1,5 +1,5 @@
-// Sums of rows: all lanes of a warp, 16 bytes each, in the order of the list. Loads of eight terms are under way
-// before the first is added.
+// Sums of rows: all lanes of a group (one warp or several), 16 bytes each, in the order of the list. Loads of eight
+// terms are under way before the first is added.
 #pragma once
 #include "base/terms.hpp"
 #include "fabric/cuda/elements.cuh"
@@ -34,10 +34,10 @@ struct Sum {
 };
 
 template <class T>
-__device__ void reduce_plain(char* dst, const Terms& terms, const float* bias, int64_t hidden, int lane) {
+__device__ void reduce_plain(char* dst, const Terms& terms, const float* bias, int64_t hidden, int lane, int lanes) {
   constexpr int kPer = T::kPerLane;
   const TermStore& list = *terms.store;
-  for (int64_t e = int64_t{lane} * kPer; e < hidden; e += 32 * kPer) {
+  for (int64_t e = int64_t{lane} * kPer; e < hidden; e += int64_t{lanes} * kPer) {
     Sum<typename T::Wide, kPer> sum;
     for (int first = 0; first < terms.count; first += kTermsInFlight) {
       uint4 raw[kTermsInFlight];
@@ -116,8 +116,8 @@ __device__ void sum_eight(const Terms& terms, int64_t e, int64_t hidden, Sum<flo
 }
 
 template <class T>
-__device__ void reduce_coded(char* dst, const Terms& terms, const float* bias, int64_t hidden, int lane) {
-  for (int64_t e = int64_t{lane} * 8; e < hidden; e += 256) {
+__device__ void reduce_coded(char* dst, const Terms& terms, const float* bias, int64_t hidden, int lane, int lanes) {
+  for (int64_t e = int64_t{lane} * 8; e < hidden; e += int64_t{lanes} * 8) {
     Sum<float, 8> sum;
     sum_eight<T>(terms, e, hidden, sum);
     if (bias) {
@@ -194,8 +194,8 @@ __device__ inline void encode_log_eight(char* row, int64_t e, int64_t hidden, co
 }
 
 template <class T>
-__device__ void reduce_wire(char* dst, Wire wire, const Terms& terms, int64_t hidden, int lane) {
-  for (int64_t base = 0; base < hidden; base += 256) {   // all lanes go on together: tiles are reduced by shuffles
+__device__ void reduce_wire(char* dst, Wire wire, const Terms& terms, int64_t hidden, int lane, int lanes) {
+  for (int64_t base = 0; base < hidden; base += int64_t{lanes} * 8) {   // all lanes go on together: tiles are reduced by shuffles
     const int64_t e = base + int64_t{lane} * 8;
     Sum<float, 8> sum;
     sum_eight<T>(terms, e, hidden, sum);
@@ -209,8 +209,8 @@ __device__ void reduce_wire(char* dst, Wire wire, const Terms& terms, int64_t hi
 }
 
 template <class T>
-__device__ void quantize(char* codes, char* scales, const char* row, int64_t hidden, ScaleKind kind, int lane) {
-  for (int64_t base = 0; base < hidden; base += 256) {
+__device__ void quantize(char* codes, char* scales, const char* row, int64_t hidden, ScaleKind kind, int lane, int lanes) {
+  for (int64_t base = 0; base < hidden; base += int64_t{lanes} * 8) {
     const int64_t e = base + int64_t{lane} * 8, tile = e / kTile;
     float v[8];
     load_eight<T>(row, e, hidden, v);

@@ -1,4 +1,4 @@
-// A warp's own piece of shared memory: lists, counters, and the stages of its copy pipeline.
+// A group's own piece of shared memory: lists, counters, and the stages of its copy pipeline.
 #pragma once
 #include "base/counters.hpp"
 #include "base/terms.hpp"
@@ -45,11 +45,13 @@ struct alignas(128) WarpScratch {
   char* targets[kMaxTopK];
   Counters counters;
   Pipeline pipe;
+  uint32_t words[16];   // of a Squad's broadcasts
 
-  // A warp's piece of shared memory, made ready; once per kernel, by all lanes.
-  static __device__ WarpScratch* open(char* shared, uint32_t stage_bytes, int lane) {
+  // A group's piece of shared memory, made ready; once per kernel, by all lanes.
+  template <class G>
+  static __device__ WarpScratch* open(G g, char* shared, uint32_t stage_bytes) {
     auto* scratch = reinterpret_cast<WarpScratch*>(shared);
-    if (lane == 0) {
+    if (g.lane() == 0) {
       scratch->counters = {};
       scratch->pipe.stages = shared + sizeof(WarpScratch);
       scratch->pipe.stage_bytes = stage_bytes;
@@ -57,7 +59,7 @@ struct alignas(128) WarpScratch {
       scratch->pipe.parity = 0;
       for (int i = 0; i < kStages; ++i) ptx::barrier_init(&scratch->pipe.barrier[i]);
     }
-    __syncwarp();
+    g.sync();
     return scratch;
   }
 };

@@ -1,6 +1,7 @@
-// A warp takes its seat: shared memory, fabric, gates; and what a kernel does around a role.
+// A group takes its seat: shared memory, fabric, gates; and what a kernel does around a role.
 #pragma once
 #include "fabric/cuda/device.cuh"
+#include "fabric/cuda/squad.cuh"
 #include "world/cuda/launch.hpp"
 
 namespace moecomm::cuda {
@@ -11,7 +12,8 @@ struct DeviceGates {
   uint64_t* counts;
   Fabric fabric;
 
-  __device__ void arrive(Warp g, Gate gate) const {
+  template <class G>
+  __device__ void arrive(G g, Gate gate) const {
     g.sync();
     if (g.lane() == 0) {
       fabric.complete();
@@ -19,32 +21,49 @@ struct DeviceGates {
     }
     g.sync();
   }
-  __device__ Status wait(Warp g, Gate gate, int groups) const {
+  template <class G>
+  __device__ Status wait(G g, Gate gate, int groups) const {
+    return leader(g, [&] { return reach(counts + static_cast<int>(gate), groups, static_cast<int32_t>(gate)); });
+  }
+
+ protected:
+  // One lane: until `count` is that far.
+  __device__ Status reach(const uint64_t* count, uint64_t at_least, int32_t which) const {
+    Status s;
+    for (int polls = 1; s.ok() && ptx::load_acquire_gpu(count) < at_least; ++polls) {
+      if (polls % kPollsPerCheck) continue;
+      if (fabric.failed()) s = {Code::lost, Phase::none, fabric.links->geometry.rank, 1, 0, 0};
+      else if (ptx::nanoseconds() >= fabric.deadline) s = {Code::timeout, Phase::none, fabric.links->geometry.rank, which, at_least, *count};
+    }
+    ptx::proxy_fence();
+    return s;
+  }
+};
+
+// Where all groups of a rank meet. The count is never set back (a call that has failed aside), so a captured call needs
+// no other work before it: the arrivals before the own one say which round this is.
+template <class Fabric>
+struct DeviceMeeting : DeviceGates<Fabric> {
+  int warps;   // of a group
+  int all;     // of the rank
+
+  template <class G>
+  __device__ Status meet(G g) const {
+    g.sync();
     return leader(g, [&] {
-      const uint64_t* count = counts + static_cast<int>(gate);
-      Status s;
-      for (int polls = 1; s.ok() && ptx::load_acquire_gpu(count) < static_cast<uint64_t>(groups); ++polls) {
-        if (polls % kPollsPerCheck) continue;
-        if (fabric.failed()) s = {Code::lost, Phase::none, fabric.links->geometry.rank, 1, 0, 0};
-        else if (ptx::nanoseconds() >= fabric.deadline)
-          s = {Code::timeout, Phase::none, fabric.links->geometry.rank, static_cast<int32_t>(gate), static_cast<uint64_t>(groups), *count};
-      }
-      ptx::proxy_fence();
-      return s;
+      this->fabric.complete();
+      const uint64_t before = ptx::fetch_add_acq_rel_gpu(this->counts, warps);
+      return this->reach(this->counts, (before / all + 1) * all, 0);
     });
   }
 };
 
-// Calls role(warp, fabric, gates, seat) and reports its Status; all warps of a call do so once, each with its own
-// index and piece of shared memory.
-template <class Rail, class Role>
-__device__ void take_seat(const Call& call, Rail rail, int index, int seats, char* shared, Role&& role) {
-  const Warp g;
-  const int workers = seats - 1, senders = call.spread.senders > 0 && call.spread.senders < workers ? call.spread.senders : workers;
-  WarpScratch* scratch = WarpScratch::open(shared, call.spread.stage_bytes, g.lane());
+// Calls role(fabric) and reports its Status; once per group of a kernel, by all its lanes, with its own piece of shared memory.
+template <class G, class Rail, class Role>
+__device__ void take_part(G g, const Call& call, Rail rail, char* shared, Role&& role) {
+  WarpScratch* scratch = WarpScratch::open(g, shared, call.spread.stage_bytes);
   const DeviceFabric<Rail> fabric{&call.links, rail, scratch, ptx::nanoseconds() + call.timeout_ns};
-  const DeviceGates<DeviceFabric<Rail>> gates{call.gates, fabric};
-  const Status s = role(g, fabric, gates, Seat{index, workers, senders});
+  const Status s = role(fabric);
   if (g.lane() != 0) return;
   if (!s.ok()) fabric.fail(s);
   fabric.complete();   // shared memory goes with the block
@@ -52,6 +71,25 @@ __device__ void take_seat(const Call& call, Rail rail, int index, int seats, cha
   auto* totals = reinterpret_cast<unsigned long long*>(call.links.counters);
   for (unsigned i = 0; i < sizeof(Counters) / 8; ++i)
     if (counted[i]) atomicAdd(totals + i, counted[i]);
+}
+
+// Calls role(warp, fabric, gates, seat); all warps of a call do so once, each with its own index.
+template <class Rail, class Role>
+__device__ void take_seat(const Call& call, Rail rail, int index, int seats, char* shared, Role&& role) {
+  const Warp g;
+  const int workers = seats - 1, senders = call.spread.senders > 0 && call.spread.senders < workers ? call.spread.senders : workers;
+  take_part(g, call, rail, shared, [&](auto fabric) {
+    return role(g, fabric, DeviceGates<decltype(fabric)>{call.gates, fabric}, Seat{index, workers, senders});
+  });
+}
+
+// Calls role(squad, fabric, meeting, index) on one of `groups` squads.
+template <class Rail, class Role>
+__device__ void join_squad(const Call& call, Rail rail, Squad g, int index, int groups, char* shared, Role&& role) {
+  take_part(g, call, rail, shared, [&](auto fabric) {
+    if (fabric.failed()) return Status{Code::lost, Phase::none, call.links.geometry.rank, 1, 0, 0};   // a call before has failed
+    return role(g, fabric, DeviceMeeting<decltype(fabric)>{{call.gates, fabric}, g.warps, g.warps * groups}, index);
+  });
 }
 
 }  // namespace moecomm::cuda

@@ -24,31 +24,45 @@ struct WarpState {
   moecomm::TeamState team{32};
   uint32_t words[32];
 };
+// A block's barriers are between the warps of one squad each, all squads as large.
+struct BlockState {
+  BlockState(int warps, int squad_warps) : warps(warps) {
+    for (int i = 0; i < warps / squad_warps; ++i) squads.emplace_back(32 * squad_warps);
+    per_squad = squad_warps;
+  }
+  std::deque<WarpState> warps;
+  std::deque<moecomm::TeamState> squads;
+  int per_squad;
+};
 struct Lane { unsigned x; };
 inline thread_local Lane lane{0};
 inline thread_local WarpState* warp = nullptr;
+inline thread_local BlockState* block = nullptr;
 
 inline void sync() { warp->team.sync(); }
 inline uint32_t shuffle(uint32_t v, int from) {
-  warp->words[lane.x] = v;
+  warp->words[lane.x % 32] = v;
   sync();
   const uint32_t out = warp->words[from];
   sync();
   return out;
 }
 
-// role() on 32 threads.
+// role() on the threads of a block.
 template <class Role>
-void run_warp(Role&& role) {
-  WarpState state;
+void run_block(int warps, int squad_warps, Role&& role) {
+  BlockState state(warps, squad_warps);
   std::vector<std::jthread> threads;
-  for (unsigned i = 0; i < 32; ++i)
+  for (int i = 0; i < 32 * warps; ++i)
     threads.emplace_back([&, i] {
-      lane.x = i;
-      warp = &state;
+      lane.x = static_cast<unsigned>(i);
+      warp = &state.warps[i / 32];
+      block = &state;
       role();
     });
 }
+template <class Role>
+void run_warp(Role&& role) { run_block(1, 1, role); }
 
 struct Engine {
   struct Load { void* stage; const void* from; uint32_t bytes; };
@@ -78,7 +92,12 @@ inline thread_local Engine engine;   // lane 0's
 #define threadIdx emulated::lane
 inline void __syncwarp() { emulated::sync(); }
 inline uint32_t __shfl_sync(unsigned, uint32_t v, int from) { return emulated::shuffle(v, from); }
-inline uint32_t __shfl_xor_sync(unsigned, uint32_t v, int mask) { return emulated::shuffle(v, static_cast<int>(emulated::lane.x) ^ mask); }
+inline uint32_t __shfl_xor_sync(unsigned, uint32_t v, int mask) { return emulated::shuffle(v, static_cast<int>(emulated::lane.x % 32) ^ mask); }
+inline bool __any_sync(unsigned, bool v) {
+  bool found = false;
+  for (int i = 0; i < 32; ++i) found |= emulated::shuffle(v, i) != 0;
+  return found;
+}
 inline float __uint_as_float(uint32_t v) { return std::bit_cast<float>(v); }
 inline uint32_t __float_as_uint(float v) { return std::bit_cast<uint32_t>(v); }
 inline double __hiloint2double(int hi, int lo) { return std::bit_cast<double>(uint64_t{static_cast<uint32_t>(hi)} << 32 | static_cast<uint32_t>(lo)); }
@@ -102,7 +121,13 @@ inline uint64_t load_acquire_sys(const uint64_t* p) {
 inline uint64_t load_acquire_gpu(const uint64_t* p) { return load_acquire_sys(p); }
 inline void add_release_sys(uint64_t* p, uint64_t v) { __atomic_fetch_add(p, v, __ATOMIC_RELEASE); }
 inline void add_release_gpu(uint64_t* p, uint64_t v) { __atomic_fetch_add(p, v, __ATOMIC_RELEASE); }
+inline uint64_t fetch_add_acq_rel_gpu(uint64_t* p, uint64_t v) { return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL); }
 inline void store_release_sys(uint64_t* p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+inline void block_barrier(int id, int threads) {
+  moecomm::TeamState& squad = emulated::block->squads[(id - 1) / emulated::block->per_squad];
+  CHECK_EQ(squad.size(), threads);
+  squad.sync();
+}
 inline uint64_t nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1); }
 
 inline uint4 load16(const void* p) {

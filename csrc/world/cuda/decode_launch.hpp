@@ -1,0 +1,32 @@
+// Decode of the cuda world as the host sees it.
+#pragma once
+#include "world/cuda/decode_schedule.hpp"
+#include "world/cuda/launch.hpp"
+
+namespace moecomm::cuda {
+
+// `call.gates` is the count of the rank's meetings, which only grows.
+struct DecodeDispatchLaunch {
+  Call call;
+  int32_t squad = 1;        // warps of a group; divides spread.warps
+  DecodeDispatchWork work;
+};
+
+struct DecodeCombineLaunch {
+  Call call;
+  int32_t squad = 1;
+  DecodeCombineWork work;
+};
+
+// Warps per group, so that there are about as many groups as things to do at once.
+constexpr int squad_of(const Spread& spread, int wanted) {
+  for (int warps = spread.warps; warps > 1; --warps)
+    if (spread.warps % warps == 0 && spread.sms * (spread.warps / warps) >= wanted) return warps;
+  return 1;
+}
+
+int prepare_decode();
+int launch_decode_dispatch(const DecodeDispatchLaunch& launch, void* stream);
+int launch_decode_combine(const DecodeCombineLaunch& launch, void* stream);
+
+}  // namespace moecomm::cuda

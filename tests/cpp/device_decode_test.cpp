@@ -1,0 +1,97 @@
+// Decode over the cuda world's own fabric, squads, meetings and schedule: every lane is a thread, over an emulated copy
+// engine. Only what the GPU's compiler and hardware do is missing.
+#include "fabric/cuda/ptx.cuh"   // the emulated one, before anything that includes it
+
+#include "decode_rounds.hpp"
+#include "world/cuda/decode_launch.hpp"
+#include "world/cuda/seat.cuh"
+
+using namespace world;
+
+namespace {
+
+// A rank's device state; one block of c.groups squads of c.squad warps.
+class DeviceDecode {
+ public:
+  static constexpr uint32_t kStage = 256;
+
+  DeviceDecode() = default;
+  DeviceDecode(const DeviceDecode&) {}   // a rank that has not begun
+
+  DecodeTurn turn(DecodeSeat&, int) { return {}; }
+  Status send(DecodeSeat& me, const DecodeCase& c, const DecodeSendArgs& a, uint64_t ticket) {
+    DecodeDispatchWork work{};
+    work.args = a;
+    work.ticket = ticket;
+    work.receives = false;
+    return dispatch(me, c, work);
+  }
+  Status receive(DecodeSeat& me, const DecodeCase& c, const DecodeReceiveArgs& a) {
+    DecodeDispatchWork work{};
+    work.args.d = a.d;
+    work.args.turn = a.turn;
+    work.sends = false;
+    return dispatch(me, c, work);
+  }
+  Status answer(DecodeSeat& me, const DecodeCase& c, const DecodeCombineArgs& a, const Input& in, uint64_t ticket) {
+    return combine(me, c, {.args = a, .ticket = ticket, .ids64 = in.ids.data(), .weights = in.weights.data(), .answers = true, .sums = false});
+  }
+  Status sum(DecodeSeat& me, const DecodeCase& c, const DecodeCombineArgs& a, uint64_t ticket) {
+    return combine(me, c, {.args = a, .ticket = ticket, .answers = false, .sums = true});
+  }
+
+ private:
+  Status dispatch(DecodeSeat& me, const DecodeCase& c, DecodeDispatchWork work) {
+    apart_.resize(decode_scratch_ints(me.view.geometry, me.view.shape, c.groups));
+    work.clock = &clock_;
+    work.tables = me.tables.data();
+    work.table_bytes = me.table_bytes;
+    work.apart = apart_.data();
+    return each_squad(me, c, [&](Squad g, auto f, auto meeting, int i) { return decode_dispatch_seat(g, f, meeting, work, i, c.groups); });
+  }
+  Status combine(DecodeSeat& me, const DecodeCase& c, DecodeCombineWork work) {
+    work.clock = &clock_;
+    work.tables = me.tables.data();
+    work.table_bytes = me.table_bytes;
+    return each_squad(me, c, [&](Squad g, auto f, auto meeting, int i) { return decode_combine_seat(g, f, meeting, work, i, c.groups); });
+  }
+  template <class Role>
+  Status each_squad(DecodeSeat& me, const DecodeCase& c, Role&& role) {
+    const Geometry& g = me.view.geometry;
+    uint64_t same_device = ~uint64_t{0};
+    Counters counters;
+    cuda::Call call;
+    call.links = {.geometry = g, .windows = me.host.windows, .rail_region = me.region.data.get(), .regions = me.regions.data(), .same_device = &same_device,
+                  .window_faults = me.view.window.faults, .region_faults = me.view.region.faults, .region_peers = g.size, .own_peer = g.rank,
+                  .failed = failed_, .fault = &record_, .counters = &counters};
+    call.spread = {.sms = 1, .warps = c.groups * c.squad, .senders = 0, .stage_bytes = kStage};
+    call.timeout_ns = 100'000'000'000;
+    call.gates = &met_;
+    std::vector<Heap> shared;
+    for (int i = 0; i < c.groups; ++i) shared.emplace_back(align_up(warp_shared_bytes(kStage), 4096));
+    emulated::run_block(c.groups * c.squad, c.squad, [&] {
+      const int squad = static_cast<int>(threadIdx.x) / 32 / c.squad;
+      char* own = shared[squad].data.get();
+      const Squad group{squad * c.squad, c.squad, reinterpret_cast<WarpScratch*>(own)->words};
+      cuda::join_squad(call, LoopbackDeviceRail{call.links.regions}, group, squad, c.groups, own, role);
+    });
+    return record_.code ? record_.status : Status{};
+  }
+
+  DecodeClock clock_{};
+  uint64_t met_ = 0, failed_[2] = {};
+  FaultRecord record_{};
+  std::vector<int32_t> apart_;
+};
+
+const std::vector<DecodeCase> kCases = {
+    {.nodes = 2, .per_node = 1, .hidden = 520, .epochs = 7, .groups = 2, .captured = 3},             // rows longer than some stages
+    {.nodes = 1, .per_node = 2, .hidden = 48, .epochs = 4, .groups = 2, .overlap = true},
+    {.nodes = 2, .per_node = 1, .weighted = true, .wire = Wire::logfmt10, .hidden = 144, .epochs = 3, .groups = 3},
+    {.nodes = 1, .per_node = 2, .check = true, .quantized = true, .hidden = 1168, .epochs = 3, .groups = 2},
+    {.nodes = 2, .per_node = 1, .quantized = true, .wire = Wire::fp8, .hidden = 656, .epochs = 3, .groups = 1, .squad = 2},   // squads of several warps
+};
+
+TEST_CASES(device_decode, kCases) { run_decode_case(value, std::vector<DeviceDecode>(value.nodes * value.per_node)); }
+
+}  // namespace
