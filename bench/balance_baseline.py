@@ -89,8 +89,8 @@ def pairing_bound(load, nodes):
     return float((load.sum(1) / nodes / (groups[:, :nodes] + groups[:, :nodes - 1:-1]).max(1)).mean())
 
 
-def best_split(load, replicas):
-    """The lightest heaviest rank of one layer when tokens split freely over its replicas (a linear program)."""
+def best_split(load, replicas, active=None):
+    """The lightest heaviest rank of one layer when tokens split freely over its (active) replicas: a linear program."""
     from scipy.optimize import linprog
 
     n, first = replicas.count, replicas.first
@@ -98,7 +98,7 @@ def best_split(load, replicas):
     ranks[replicas.rank, range(n)], ranks[:, n] = 1, -1
     experts = np.zeros((len(load), n + 1))
     for e in range(len(load)):
-        experts[e, first[e]:first[e + 1]] = 1
+        experts[e, first[e]:first[e + 1]] = 1 if active is None else active[first[e]:first[e + 1]]
     return linprog(np.eye(n + 1)[n], ranks, np.zeros(replicas.ranks), experts, load).fun
 
 

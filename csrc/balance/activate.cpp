@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "balance/forest.hpp"
 #include "balance/split.hpp"
 
 namespace moecomm::balance {
@@ -12,7 +13,8 @@ namespace {
 constexpr double kPiece = 0.95;      // of the mean rank load: an expert starts with replicas no larger than that
 constexpr double kEnough = 1.004;   // heaviest over mean that is worth no further step
 constexpr double kTied = 2e-3;
-constexpr int kSteps = 80;
+constexpr int kSteps = 40;
+constexpr int kExchanges = 20;     // of replicas in the forest
 constexpr int kRounds = 4;          // of the split between steps
 
 class Activation {
@@ -40,24 +42,25 @@ class Activation {
     return -1;
   }
 
-  // The other way round: all replicas with load run, and every rank above the limit stops those that carry least, one
-  // per round, while the rest adapts. Leaves the choice as it was and returns false where a rank gets stuck with experts
-  // that run nowhere else.
+  // The other way round: all replicas balance the ranks, and of these as few are kept as still do (forest.hpp). Where
+  // a rank then runs too many, those with the smallest shares stop. Leaves the choice as it was and returns false where
+  // a rank gets stuck with experts that run nowhere else.
   bool prune() {
+    split(r_, load_, nullptr, kRounds, share_.data());
+    Forest forest(r_, share_.data());
+    forest.prune();
+    forest.fit(limit_, kExchanges);
     const std::vector<uint8_t> before(active_, active_ + share_.size());
     const std::vector<int> used = used_, running = running_;
     std::fill(used_.begin(), used_.end(), 0);
     std::fill(running_.begin(), running_.end(), 0);
     for (size_t i = 0; i < share_.size(); ++i) {
-      active_[i] = load_[r_.expert[i]] > 0;
+      active_[i] = forest.runs(static_cast<int>(i));
       used_[r_.rank[i]] += active_[i];
       running_[r_.expert[i]] += active_[i];
     }
-    for (bool above = true; above;) {
-      split(r_, load_, active_, kRounds / 2, share_.data());
-      above = false;
-      for (int rank = 0; rank < r_.ranks; ++rank) {
-        if (used_[rank] <= limit_) continue;
+    for (int rank = 0; rank < r_.ranks; ++rank)
+      while (used_[rank] > limit_) {
         int least = -1;
         for (int s = rank * r_.slots_per_rank(); s < (rank + 1) * r_.slots_per_rank(); ++s) {
           const int i = r_.at_slot[s];
@@ -70,9 +73,7 @@ class Activation {
           return false;
         }
         stop(least);
-        above |= used_[rank] > limit_;
       }
-    }
     return true;
   }
 
@@ -82,9 +83,13 @@ class Activation {
     double least = 1e300, before = 1e300;
     std::fill(barred_.begin(), barred_.end(), 0);
     Step last{0.0};
-    Pouring pouring(r_, load_, active_, share_.data());
+    Pouring pouring(r_, load_, active_);
     pouring.settle(kRounds);
-    const auto pour_again = [&] {
+    const auto pour_again = [&](bool back) {
+      for (const int i : {last.stops, last.stops_too})
+        if (i >= 0) back ? pouring.start(i) : pouring.stop(i);
+      for (const int i : {last.starts, last.starts_too})
+        if (i >= 0) back ? pouring.stop(i) : pouring.start(i);
       for (const int i : {last.starts, last.stops, last.starts_too, last.stops_too})
         if (i >= 0) pouring.pour(r_.expert[i]);
     };
@@ -100,16 +105,17 @@ class Activation {
       if (squares >= before) {         // the estimate was wrong: back, and not again
         barred_[last.starts] = 1;
         take(last, true);
-        pour_again();
+        pour_again(true);
         before = 1e300;
         continue;
       }
       before = squares;
+      for (size_t i = 0; i < share_.size(); ++i) share_[i] = pouring.share(static_cast<int>(i));
       find_spares();
       last = best_step(most);
       if (last.starts < 0) break;
       take(last, false);
-      pour_again();
+      pour_again(false);
     }
     std::copy(best.begin(), best.end(), active_);
     return least;
@@ -272,19 +278,10 @@ class Activation {
 }  // namespace
 
 int activate(const Replicas& r, const double* load, int limit, uint8_t* active) {
-  // Two beginnings, of which sometimes one leads further and sometimes the other.
   Activation a(r, load, limit, active);
   if (const int e = a.start(); e >= 0) return e;
-  if (!a.prune()) {
-    a.improve();
-    return -1;
-  }
-  const double pruned = a.improve();
-  if (pruned <= a.enough()) return -1;
-  const std::vector<uint8_t> first(active, active + r.slot.size());
-  Activation b(r, load, limit, active);
-  b.start();
-  if (b.improve() > pruned) std::copy(first.begin(), first.end(), active);
+  a.prune();
+  a.improve();
   return -1;
 }
 

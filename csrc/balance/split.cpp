@@ -2,68 +2,110 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 namespace moecomm::balance {
 namespace {
 
 constexpr double kEnough = 1e-4;   // of the mean rank load: four rounds that gain less are the last
-
-// Pours `amount` over n ranks: raises the lowest levels to a common one. level[n] is sorted along with `at`.
-void pour_over(double amount, double* level, int* at, int n, double* rank_load, double* share, const int32_t* rank) {
-  for (int i = 1; i < n; ++i) {
-    const double l = level[i];
-    const int a = at[i];
-    int j = i;
-    for (; j > 0 && level[j - 1] > l; --j) level[j] = level[j - 1], at[j] = at[j - 1];
-    level[j] = l;
-    at[j] = a;
-  }
-  double sum = level[0];
-  int filled = 1;
-  while (filled < n && amount + sum > level[filled] * filled) sum += level[filled++];
-  const double height = (amount + sum) / filled;
-  for (int i = 0; i < n; ++i) {
-    share[at[i]] = i < filled ? std::max(0.0, height - level[i]) : 0.0;
-    rank_load[rank[at[i]]] = level[i] + share[at[i]];
-  }
-}
+constexpr double kBeyond = 1.6;    // how far beyond its own optimum an expert's pour goes in a round
 
 }  // namespace
 
-Pouring::Pouring(const Replicas& r, const double* load, const uint8_t* active, double* share)
-    : r_(r), load_(load), active_(active), share_(share), rank_load_(r.ranks, 0.0), level_(r.ranks), at_(r.ranks) {
+Pouring::Pouring(const Replicas& r, const double* load, const uint8_t* active)
+    : r_(r), load_(load), rank_(r.rank), replica_(r.slot.size()), place_(r.slot.size()), share_(r.slot.size(), 0.0), running_(r.experts),
+      rank_load_(r.ranks, 0.0), level_(r.ranks) {
+  std::iota(replica_.begin(), replica_.end(), 0);
+  std::iota(place_.begin(), place_.end(), 0);
   double total = 0.0;
-  std::fill(share, share + r.slot.size(), 0.0);
   for (int e = 0; e < r.experts; ++e) {
     total += load[e];
-    if (r.count(e) == 1) pour(e);
+    running_[e] = r.count(e);
+    if (active) {
+      running_[e] = 0;
+      for (int i = r.first[e]; i < r.first[e + 1]; ++i)
+        if (active[i]) start(i);
+    } else if (running_[e] > 1) {
+      choosing_.push_back(e);
+    }
+    if (running_[e] == 1) pour(e);
   }
   enough_ = kEnough * total / r.ranks;
-  for (const int e : r.shared) pour(e);
+  for (const int e : choosing_) pour(e);
 }
 
-void Pouring::pour(int e) {
-  int n = 0;
-  for (int i = r_.first[e]; i < r_.first[e + 1]; ++i) {
-    double& level = rank_load_[r_.rank[i]];
-    level -= share_[i];
-    share_[i] = 0.0;
-    if (active_ && !active_[i]) continue;
-    level_[n] = level;
-    at_[n++] = i;
+void Pouring::start(int i) {
+  const int e = r_.expert[i], at = place_[i], to = r_.first[e] + running_[e]++;
+  std::swap(rank_[at], rank_[to]);
+  std::swap(replica_[at], replica_[to]);
+  place_[replica_[at]] = at;
+  place_[replica_[to]] = to;
+  if (running_[e] == 2) choosing_.push_back(e);
+}
+
+void Pouring::stop(int i) {
+  const int e = r_.expert[i], at = place_[i], to = r_.first[e] + --running_[e];
+  rank_load_[rank_[at]] -= share_[at];
+  share_[at] = share_[to];
+  share_[to] = 0.0;
+  std::swap(rank_[at], rank_[to]);
+  std::swap(replica_[at], replica_[to]);
+  place_[replica_[at]] = at;
+  place_[replica_[to]] = to;
+  if (running_[e] == 1) choosing_.erase(std::find(choosing_.begin(), choosing_.end(), e));
+}
+
+void Pouring::pour(int e, double beyond) {
+  const int n = running_[e];
+  const int32_t* rank = rank_.data() + r_.first[e];
+  double *share = share_.data() + r_.first[e], *level = level_.data(), sum = load_[e];
+  for (int i = 0; i < n; ++i) sum += level[i] = rank_load_[rank[i]] - share[i];
+  // The water's height if it covers all ranks; those that stick out leave, until none does.
+  double height = n ? sum / n : 0.0;
+  for (int covered = n;;) {
+    sum = load_[e];
+    int still = 0;
+    for (int i = 0; i < n; ++i)
+      if (level[i] < height) sum += level[i], ++still;
+    if (still >= covered || still == 0) break;
+    height = sum / still;
+    covered = still;
   }
-  if (n == 1) {
-    share_[at_[0]] = load_[e];
-    rank_load_[r_.rank[at_[0]]] += load_[e];
-  } else if (n > 1) {
-    pour_over(load_[e], level_.data(), at_.data(), n, rank_load_.data(), share_, r_.rank.data());
+  if (beyond == 1.0) {
+    for (int i = 0; i < n; ++i) {
+      share[i] = std::max(0.0, height - level[i]);
+      rank_load_[rank[i]] = level[i] + share[i];
+    }
+    return;
   }
+  // In that direction further, as far as no share becomes negative.
+  double step = beyond;
+  for (int i = 0; i < n; ++i) {
+    const double change = std::max(0.0, height - level[i]) - share[i];
+    if (share[i] + step * change < 0.0) step = share[i] / -change;
+  }
+  for (int i = 0; i < n; ++i) {
+    share[i] = std::max(0.0, share[i] + step * (std::max(0.0, height - level[i]) - share[i]));
+    rank_load_[rank[i]] = level[i] + share[i];
+  }
+}
+
+// The same for two replicas that share all tokens already, in closed form: most experts with a choice have two.
+void Pouring::trade(int e, double beyond) {
+  double* share = share_.data() + r_.first[e];
+  double &a = rank_load_[rank_[r_.first[e]]], &b = rank_load_[rank_[r_.first[e] + 1]];
+  const double moved = std::clamp(beyond * (b - a) / 2, -share[0], share[1]);
+  share[0] += moved;
+  share[1] -= moved;
+  a += moved;
+  b -= moved;
 }
 
 double Pouring::settle(int rounds) {
   double before = 1e300;
   for (int round = 0; round < rounds; ++round) {
-    for (const int e : r_.shared) pour(e);
+    const double beyond = round + 1 < rounds ? kBeyond : 1.0;   // the last one as exact as it can be
+    for (const int e : choosing_) running_[e] == 2 ? trade(e, beyond) : pour(e, beyond);
     if (round % 4 != 3) continue;
     const double most = *std::max_element(rank_load_.begin(), rank_load_.end());
     if (before - most < enough_) break;
@@ -73,7 +115,10 @@ double Pouring::settle(int rounds) {
 }
 
 double split(const Replicas& r, const double* load, const uint8_t* active, int rounds, double* share) {
-  return Pouring(r, load, active, share).settle(rounds - 1);   // to begin with, everything has been poured once
+  Pouring pouring(r, load, active);   // to begin with, everything is poured once
+  const double most = pouring.settle(rounds - 1);
+  for (size_t i = 0; i < r.slot.size(); ++i) share[i] = pouring.share(static_cast<int>(i));
+  return most;
 }
 
 void quotas_of_source(const Replicas& r, const int32_t* counts, int sources, int source, const double* share, int turn, int32_t* quota) {

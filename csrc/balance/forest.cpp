@@ -1,0 +1,147 @@
+#include "balance/forest.hpp"
+
+#include <algorithm>
+
+namespace moecomm::balance {
+
+Forest::Forest(const Replicas& r, double* share)
+    : r_(r), share_(share), runs_(r.slot.size()), used_(r.ranks, 0), up_(r.experts + r.ranks), least_(r.experts) {
+  for (size_t i = 0; i < runs_.size(); ++i) {
+    runs_[i] = share[i] > 0.0;
+    used_[r.rank[i]] += runs_[i];
+  }
+}
+
+// A tree grows from nothing, replica by replica, largest share first.
+void Forest::prune() {
+  const int n = static_cast<int>(runs_.size());
+  std::vector<int32_t> order;
+  for (int i = 0; i < n; ++i)
+    if (runs_[i]) order.push_back(i);
+  std::sort(order.begin(), order.end(), [&](int a, int b) { return share_[a] != share_[b] ? share_[a] > share_[b] : a < b; });
+  std::fill(up_.begin(), up_.end(), -1);
+  const auto other = [&](int node, int i) { return node < r_.experts ? r_.experts + r_.rank[i] : r_.expert[i]; };
+  // Turns the tree of this node so that it becomes the root.
+  const auto reroot = [&](int node) {
+    for (int via = -1; node >= 0;) {
+      const int next = up_[node];
+      up_[node] = via;
+      via = next;
+      node = next < 0 ? -1 : other(node, next);
+    }
+  };
+  for (const int i : order) {
+    const int e = r_.expert[i], rank = r_.experts + r_.rank[i];
+    reroot(rank);
+    int top = e;
+    while (top != rank && up_[top] >= 0) top = other(top, up_[top]);
+    if (top != rank) {               // two trees: joined
+      up_[rank] = i;
+      continue;
+    }
+    // A cycle: i, and the way from e to its rank. Its replicas gain and lose in turns; i gains or loses.
+    int lost[2] = {i, -1};           // the smallest of those that lose with i, and of the others
+    int turn = 1;
+    for (int node = e; node != rank; node = other(node, up_[node]), turn = 1 - turn) {
+      const int k = up_[node];
+      if (lost[turn] < 0 || share_[k] < share_[lost[turn]]) lost[turn] = k;
+    }
+    const auto fuller = [&](int a, int b) { return used_[r_.rank[a]] != used_[r_.rank[b]] ? used_[r_.rank[a]] > used_[r_.rank[b]] : share_[a] < share_[b]; };
+    const int side = fuller(lost[1], lost[0]) ? 1 : 0, leaving = lost[side];
+    const double amount = share_[leaving];
+    share_[i] += side == 0 ? -amount : amount;
+    turn = 1;
+    for (int node = e; node != rank; node = other(node, up_[node]), turn = 1 - turn) share_[up_[node]] += turn == side ? -amount : amount;
+    share_[leaving] = 0.0;
+    runs_[leaving] = 0;
+    --used_[r_.rank[leaving]];
+    if (leaving == i) continue;
+    // The tree falls apart where the replica left; i joins the parts.
+    for (int node = e; node != rank; node = other(node, up_[node]))
+      if (up_[node] == leaving) {
+        up_[node] = -1;
+        break;
+      }
+    reroot(e);
+    up_[e] = i;
+  }
+}
+
+// Ways from everywhere to this rank.
+void Forest::span(int root) {
+  std::fill(up_.begin(), up_.end(), -1);
+  std::fill(least_.begin(), least_.end(), -1);
+  queue_.assign(1, root);
+  const int per_rank = r_.slots_per_rank();
+  for (size_t k = 0; k < queue_.size(); ++k) {
+    const int rank = queue_[k], from = up_[r_.experts + rank];
+    for (int s = rank * per_rank; s < (rank + 1) * per_rank; ++s) {
+      const int i = r_.at_slot[s], e = r_.expert[i];
+      if (!runs_[i] || i == from) continue;
+      up_[e] = i;
+      const int above = from < 0 ? -1 : least_[r_.expert[from]];
+      least_[e] = above >= 0 && share_[above] <= share_[i] ? above : i;
+      for (int j = r_.first[e]; j < r_.first[e + 1]; ++j)
+        if (runs_[j] && j != i) {
+          up_[r_.experts + r_.rank[j]] = j;
+          queue_.push_back(r_.rank[j]);
+        }
+    }
+  }
+}
+
+void Forest::shift(int entering, int leaving, int root) {
+  const double amount = share_[leaving];
+  share_[entering] = amount;
+  for (int e = r_.expert[entering];;) {
+    const int takes = up_[e];
+    share_[takes] -= amount;
+    const int rank = r_.rank[takes];
+    if (rank == root) break;
+    const int gives = up_[r_.experts + rank];
+    share_[gives] += amount;
+    e = r_.expert[gives];
+  }
+  share_[leaving] = 0.0;
+  runs_[leaving] = 0;
+  --used_[r_.rank[leaving]];
+  runs_[entering] = 1;
+  ++used_[root];
+}
+
+int Forest::fit(int limit, int exchanges) {
+  const int per_rank = r_.slots_per_rank();
+  std::vector<int32_t> visited(r_.ranks, -1);   // when a rank was last the one with room
+  std::vector<int32_t> rooms;
+  for (int k = 0;; ++k) {
+    int above = 0;
+    rooms.clear();
+    for (int r = 0; r < r_.ranks; ++r) {
+      above += std::max(0, used_[r] - limit);
+      if (used_[r] < limit) rooms.push_back(r);
+    }
+    if (above == 0 || k == exchanges || rooms.empty()) return above;
+    std::stable_sort(rooms.begin(), rooms.end(), [&](int a, int b) { return visited[a] < visited[b]; });
+    int entering = -1, leaving = -1, root = -1, oldest = 1 << 30;
+    for (const int room : rooms) {
+      span(room);
+      for (int s = room * per_rank; s < (room + 1) * per_rank; ++s) {
+        const int i = r_.at_slot[s], l = least_[r_.expert[i]];
+        if (runs_[i] || l < 0) continue;
+        const int at = r_.rank[l];
+        if (used_[at] > limit) {
+          if (oldest >= 0 || share_[l] < share_[leaving]) entering = i, leaving = l, root = room, oldest = -1;
+        } else if (at != room && used_[at] == limit && visited[at] < oldest) {
+          entering = i, leaving = l, root = room, oldest = visited[at];
+        }
+      }
+      if (oldest < 0) break;
+    }
+    if (entering < 0) return above;
+    if (oldest >= 0 || root != rooms.back()) span(root);
+    visited[root] = k;
+    shift(entering, leaving, root);
+  }
+}
+
+}  // namespace moecomm::balance
