@@ -70,6 +70,7 @@ struct RailLayout {
   uint64_t wire_out;   // the own one, leaving
   uint64_t faults;     // FaultWord per node
   uint64_t blocks;     // count block per node
+  uint64_t blocks_out; // the own ones, leaving, where puts leave from here only
   uint64_t verdicts;   // Verdict per node
   uint64_t outbox;     // Verdict and FaultWord on their way out (sources of puts must stay put)
   uint64_t metas;      // RowMeta per node and slot, also the own node's
@@ -97,6 +98,7 @@ MOE_HD constexpr RailLayout rail_layout(const Geometry& g, const Shape& s) {
   l.wire_out = c.take(8);
   l.faults = c.take(sizeof(FaultWord) * n);
   l.blocks = c.take(uint64_t{4} * count_layout(g, s).ints * n);
+  l.blocks_out = c.take(uint64_t{4} * count_layout(g, s).ints * n);
   l.verdicts = c.take(sizeof(Verdict) * n);
   l.outbox = c.take(sizeof(Verdict) + sizeof(FaultWord));
   l.metas = c.take(n * t * meta_bytes(s.top_k));

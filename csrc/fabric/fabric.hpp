@@ -4,9 +4,11 @@
 //          by its rail peers). Offsets come from base/layout.hpp and are the same on every rank.
 // Peers    put() and signal_rail() name a peer by its index: dispatch and combine know one per node (the rail),
 //          decode one per rank of the world (those of other nodes).
-// Ordering put() and signal_rail() to one peer are ordered: whoever sees the signal sees the puts that
-//          were issued before it. signal_node() releases all earlier writes of the calling group
-//          (after a sync()). wait_*() acquires. Nothing is ordered between different peers.
+// Ordering put() and signal_rail() of one group to one peer are ordered: whoever sees the signal sees the puts that
+//          were issued before it. So are puts of other groups, if they come before the signal (by a gate) and these groups'
+//          fabrics share a stream: a fabric over a network is given one, all others have a single one. signal_node()
+//          releases all earlier writes of the calling group (after a sync()). wait_*() acquires. Nothing is ordered
+//          between different peers.
 // Counters are 64-bit, only ever grow, and have one writer each.
 // Lanes    Row operations are called by all lanes together; put, signal and wait by one lane. reduce_rows may
 //          fetch the rows of `next` ahead, but other lanes may still be writing that list: only a group of one

@@ -13,16 +13,25 @@ template <Group G, class F>
 MOE_HD void announce(G g, F f, const DispatchArgs& a) {
   const BufferView& b = a.b;
   const int own = b.geometry.node();
+  const int nodes = b.geometry.nodes();
   const uint64_t bytes = uint64_t{4} * b.count.ints;
+  const char* blocks = reinterpret_cast<const char*>(a.plan.blocks);
+  for (int n = g.lane(); n < nodes; n += g.size()) {
+    int32_t* block = a.plan.blocks + n * b.count.ints;
+    block[b.count.signature] = a.plan.call.signature();
+    block[b.count.cached] = a.cached;
+  }
+  g.sync();
+  if (!F::kPutsFromAnywhere && nodes > 1) {
+    char* out = f.rail(b.rail.blocks_out);
+    f.copy_row(g, out, blocks, nodes * bytes);
+    f.settle(g);
+    blocks = out;
+  }
   if (g.lane() == 0) {
-    for (int n = 0; n < b.geometry.nodes(); ++n) {
-      int32_t* block = a.plan.blocks + n * b.count.ints;
-      block[b.count.signature] = a.plan.call.signature();
-      block[b.count.cached] = a.cached;
-    }
-    for (int step = 1; step < b.geometry.nodes(); ++step) {
-      const int n = (own + step) % b.geometry.nodes();
-      f.put(n, b.rail.blocks + own * bytes, reinterpret_cast<const char*>(a.plan.blocks) + n * bytes, bytes);
+    for (int step = 1; step < nodes; ++step) {
+      const int n = (own + step) % nodes;
+      f.put(n, b.rail.blocks + own * bytes, blocks + n * bytes, bytes);
       f.signal_rail(n, b.rail.enter + 8 * own, 1);
     }
     ++a.book->enter;

@@ -13,6 +13,12 @@
 
 namespace moecomm {
 
+// A rail
+//   of(links, stream)   puts and signals of one stream to one peer are in order; a call's seat is its stream, but where
+//                       groups put and one of them signals for all, they use one stream
+//   put, signal, fault  lane 0, after its bulk copies
+//   flush               lane 0, at the end of a call: the sources of this warp's puts have been read
+//
 // Between ranks whose regions are mapped here: a put is a copy through the engine, a signal a release at system scope.
 struct LoopbackDeviceRail {
   static constexpr bool kPutsFromAnywhere = true;
@@ -20,24 +26,25 @@ struct LoopbackDeviceRail {
 
   static __device__ LoopbackDeviceRail of(const DeviceLinks& links, int) { return {links.regions}; }
 
-  __device__ void put(Pipeline& pipe, int peer, uint64_t offset, const char* src, uint64_t bytes) const {
+  __device__ void put(WarpScratch& scratch, int peer, uint64_t offset, const char* src, uint64_t bytes) const {
     char* dst = regions[peer] + offset;
     const bool whole = ((reinterpret_cast<uint64_t>(dst) | reinterpret_cast<uint64_t>(src) | bytes) & 15) == 0;
     if (ptx::kBulk && whole) {
-      pipe.copy(src, bytes, 1, [&](int) { return dst; });
+      scratch.pipe.copy(src, bytes, 1, [&](int) { return dst; });
     } else if (whole) {
       for (uint64_t i = 0; i < bytes; i += 16) ptx::store16(dst + i, ptx::load16(src + i));
     } else {   // checksums, slots and fault words: whole words
       for (uint64_t i = 0; i < bytes; i += 4) *reinterpret_cast<uint32_t*>(dst + i) = *reinterpret_cast<const volatile uint32_t*>(src + i);
     }
   }
-  __device__ void signal(int peer, uint64_t counter, uint64_t add) const {
+  __device__ void signal(WarpScratch&, int peer, uint64_t counter, uint64_t add) const {
     ptx::add_release_sys(reinterpret_cast<uint64_t*>(regions[peer] + counter), add);
   }
-  __device__ void fault(int peer, uint64_t offset, uint64_t word) const {
+  __device__ void fault(WarpScratch&, int peer, uint64_t offset, uint64_t word) const {
     if (!regions[peer]) return;   // a rank of this node, where the rail has one peer per rank of the world
     ptx::store_release_sys(reinterpret_cast<uint64_t*>(regions[peer] + offset), word);
   }
+  static __device__ Status flush(WarpScratch&, uint64_t) { return {}; }
 };
 
 // Rows from this size on go through the copy engine.
@@ -57,11 +64,11 @@ struct DeviceFabric {
 
   __device__ void put(int peer, uint64_t offset, const char* src, uint64_t bytes) const {
     complete();   // the source may have been written by this group's row operations
-    rail_link.put(scratch->pipe, peer, offset, src, bytes);
+    rail_link.put(*scratch, peer, offset, src, bytes);
   }
   __device__ void signal_rail(int peer, uint64_t counter, uint64_t add) const {
     complete();
-    rail_link.signal(peer, counter, add);
+    rail_link.signal(*scratch, peer, counter, add);
   }
   __device__ void signal_node(int local, uint64_t counter, uint64_t add) const {
     complete();
@@ -142,8 +149,10 @@ struct DeviceFabric {
     for (int d = 0; d < g.ranks_per_node; ++d)
       if (d != g.local()) ptx::store_release_sys(reinterpret_cast<uint64_t*>(window(d, links->window_faults + 8 * g.local())), word);
     for (int p = 0; p < links->region_peers; ++p)
-      if (p != links->own_peer) rail_link.fault(p, links->region_faults + 8 * links->own_peer, word);
+      if (p != links->own_peer) rail_link.fault(*scratch, p, links->region_faults + 8 * links->own_peer, word);
   }
+  // One lane, at the end of a call: the network has read the sources of this warp's puts.
+  __device__ Status flush() const { return rail_link.flush(*scratch, deadline); }
   __device__ bool failed() const { return ptx::load_acquire_gpu(links->failed) != 0; }
 
   // One lane: the group's bulk copies are done and in order before what it does next.

@@ -45,7 +45,9 @@ struct alignas(128) WarpScratch {
   char* targets[kMaxTopK];
   Counters counters;
   Pipeline pipe;
-  uint32_t words[16];   // of a Squad's broadcasts
+  uint32_t words[16];              // of a Squad's broadcasts
+  bool unflushed;                  // a put of this warp may still be read by its network
+  alignas(64) char request[128];   // where such a rail builds its requests
 
   // A group's piece of shared memory, made ready; once per kernel, by all lanes.
   template <class G>
@@ -53,6 +55,7 @@ struct alignas(128) WarpScratch {
     auto* scratch = reinterpret_cast<WarpScratch*>(shared);
     if (g.lane() == 0) {
       scratch->counters = {};
+      scratch->unflushed = false;
       scratch->pipe.stages = shared + sizeof(WarpScratch);
       scratch->pipe.stage_bytes = stage_bytes;
       scratch->pipe.next = 0;

@@ -52,6 +52,7 @@ struct Kernels {
   int (*combine)(const CombineLaunch& launch, void* stream);
 };
 const Kernels& loopback_kernels();
+const Kernels& gin_kernels();                                   // only where this build has NCCL's headers
 
 int shared_bytes_limit(int* bytes, int* sms);                   // of the current device; a cudaError_t
 uint32_t shared_bytes(const Spread& spread);                    // of a block

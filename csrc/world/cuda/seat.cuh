@@ -60,11 +60,12 @@ struct DeviceMeeting : DeviceGates<Fabric> {
 
 // Calls role(fabric) and reports its Status; once per group of a kernel, by all its lanes, with its own piece of shared memory.
 template <class G, class Rail, class Role>
-__device__ void take_part(G g, const Call& call, Rail rail, char* shared, Role&& role) {
+__device__ void take_part(G g, const Call& call, Rail rail, char* shared, Role role) {
   WarpScratch* scratch = WarpScratch::open(g, shared, call.spread.stage_bytes);
   const DeviceFabric<Rail> fabric{&call.links, rail, scratch, ptx::nanoseconds() + call.timeout_ns};
-  const Status s = role(fabric);
+  Status s = role(fabric);
   if (g.lane() != 0) return;
+  if (s.ok()) s = fabric.flush();
   if (!s.ok()) fabric.fail(s);
   fabric.complete();   // shared memory goes with the block
   const auto* counted = reinterpret_cast<const unsigned long long*>(&scratch->counters);
@@ -75,10 +76,10 @@ __device__ void take_part(G g, const Call& call, Rail rail, char* shared, Role&&
 
 // Calls role(warp, fabric, gates, seat); all warps of a call do so once, each with its own index.
 template <class Rail, class Role>
-__device__ void take_seat(const Call& call, Rail rail, int index, int seats, char* shared, Role&& role) {
+__device__ void take_seat(const Call& call, Rail rail, int index, int seats, char* shared, Role role) {
   const Warp g;
   const int workers = seats - 1, senders = call.spread.senders > 0 && call.spread.senders < workers ? call.spread.senders : workers;
-  take_part(g, call, rail, shared, [&](auto fabric) {
+  take_part(g, call, rail, shared, [=, &call](auto fabric) {
     return role(g, fabric, DeviceGates<decltype(fabric)>{call.gates, fabric}, Seat{index, workers, senders});
   });
 }
