@@ -101,12 +101,12 @@ class Buffer(Arguments, DecodeVerbs):
                                        channels=channels, arena_bytes=arena_bytes, decode=decode, check=env.check,
                                        placement=None if placement is None else placement.digest))
         comm._require_equal("Buffer", everyone)
-        if on_gpu:
-            self._native = cuda.NativeBuffer(comm, plan, hidden, DTYPES[dtype], num_experts, top_k, max_tokens, arena_bytes, env.check)
-        else:
-            self._native = core.Buffer(comm._native, hidden, DTYPES[dtype], num_experts, top_k, max_tokens, channels, arena_bytes, env.check)
-        self._native.connect(comm._bootstrap.allgather(self._native.card()))
-        comm._bootstrap.barrier()
+        def native():
+            if on_gpu:
+                return cuda.NativeBuffer(comm, plan, hidden, DTYPES[dtype], num_experts, top_k, max_tokens, arena_bytes, env.check)
+            return core.Buffer(comm._native, hidden, DTYPES[dtype], num_experts, top_k, max_tokens, channels, arena_bytes, env.check)
+
+        self._native = comm._join("Buffer", native)
         self._native.connected()
         if comm._bootstrap.threads:
             comm._bootstrap.keep(self._native)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 import pickle
 import socket
 import threading
+import weakref
 from concurrent import futures
 
 import torch
@@ -14,7 +16,7 @@ from . import bootstrap, cuda
 from ._native import core
 from ._version import __version__
 from .env import Environment
-from .errors import ConfigMismatch, InvalidArgument, raise_failure
+from .errors import ConfigMismatch, InvalidArgument, MoecommError, raise_failure
 
 
 def _host_identity():
@@ -22,6 +24,20 @@ def _host_identity():
     with open("/proc/sys/kernel/random/boot_id") as f:
         boot = f.read().strip()
     return f"{boot}/{socket.gethostname()}/{os.readlink('/proc/self/ns/net')}"
+
+
+_LONGEST = 10_000_000   # seconds
+_living = weakref.WeakSet()
+
+
+def _in_forked_child():
+    """Threads, mappings and connections stay with the parent: what a child inherits is of no use to it."""
+    for comm in _living:
+        comm._closed, comm._ready = "the parent process's; a forked child cannot use it", False
+        comm._executor = comm._last = None
+
+
+os.register_at_fork(after_in_child=_in_forked_child)
 
 
 class Communicator:
@@ -57,8 +73,8 @@ class Communicator:
             device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         elif device.type != "cpu":
             raise InvalidArgument(f"device: got {device}; expected cpu or cuda", op="Communicator")
-        if not timeout > 0:
-            raise InvalidArgument(f"timeout: got {timeout}; expected seconds > 0", op="Communicator")
+        if not isinstance(timeout, numbers.Real) or not 0 < timeout <= _LONGEST:
+            raise InvalidArgument(f"timeout: got {timeout!r}; expected seconds > 0, at most {_LONGEST} (every wait ends)", op="Communicator")
         self._bootstrap = boot = bootstrap.find(group, timeout)
         self.rank, self.size, self.device, self.timeout = boot.rank, boot.size, device, float(timeout)
         self._native = None
@@ -87,13 +103,36 @@ class Communicator:
         elif rail == "loopback" and not boot.threads:
             raise InvalidArgument("MOECOMM_RAIL: got 'loopback'; processes need ucx between nodes", op="Communicator")
         self.rail = rail
-        self._native = core.Communicator(self.rank, self.size, self.ranks_per_node, boot.threads, "none" if device.type == "cuda" else rail, self.timeout)
-        self._native.connect(boot.allgather(self._native.card()))
+        self._native = self._join("Communicator", lambda: core.Communicator(self.rank, self.size, self.ranks_per_node, boot.threads,
+                                                                            "none" if device.type == "cuda" else rail, self.timeout))
         self._reach = cuda.reach_of(self) if device.type == "cuda" else None   # of its windows on GPUs
-        boot.barrier()
+        _living.add(self)
 
     def _exchange(self, value):
         return [pickle.loads(b) for b in self._bootstrap.allgather(pickle.dumps(value))]
+
+    def _join(self, op, make):
+        """make() an object on every rank and connect them: where that fails on one rank, an error on all says where and why."""
+        def on_all_ranks(step):
+            try:
+                mine = step(), None
+            except (RuntimeError, ValueError, MemoryError, OSError) as error:
+                mine = None, str(error)
+            everyone = self._exchange(mine)
+            for rank, (_, why) in enumerate(everyone):
+                if why is not None:
+                    raise MoecommError(f"{op}: rank {rank} failed: {why}", op=op, phase="connect", rank=self.rank, peer=rank)
+            return [result for result, _ in everyone]
+
+        made = []
+
+        def card():
+            made.append(make())
+            return made[0].card()
+
+        cards = on_all_ranks(card)
+        on_all_ranks(lambda: made[0].connect(cards))
+        return made[0]
 
     def _require_equal(self, op, everyone):
         """Raise ConfigMismatch on every rank when a value differs on any."""
@@ -124,7 +163,7 @@ class Communicator:
 
     def _require_open(self, op):
         if self._closed:
-            raise InvalidArgument(f"{op}: the communicator is closed", op=op, rank=self.rank)
+            raise InvalidArgument(f"{op}: the communicator is {self._closed}", op=op, rank=self.rank)
 
     def _submit(self, work):
         """Run work on this communicator's progress thread, after what was submitted before."""
@@ -203,7 +242,7 @@ class Communicator:
         """Release what this communicator holds. Local: waits for nobody; may be called twice."""
         if self._closed:
             return
-        self._closed, self._ready = True, False
+        self._closed, self._ready = "closed", False
         if self._executor is not None:
             self._executor.shutdown(wait=True)
         self._native.release()

@@ -131,9 +131,7 @@ class Decode:
         self.buffer, self.rank = buffer, comm.rank
         self.hidden, self.dtype = buffer.hidden, buffer.dtype
         comm._require_equal("decode", comm._exchange({"decode": True}))
-        self.native = core.Decode(comm._native, buffer._native, buffer._check, _Raiser(comm.rank))
-        self.native.connect(comm._bootstrap.allgather(self.native.card()))
-        comm._bootstrap.barrier()
+        self.native = comm._join("decode", lambda: core.Decode(comm._native, buffer._native, buffer._check, _Raiser(comm.rank)))
         self.native.connected()
         if comm._bootstrap.threads:
             comm._bootstrap.keep(self.native)

@@ -63,10 +63,20 @@ def run_local(fn, size, *, ranks_per_node=None, device="cpu", timeout=30.0):
                     pass
 
     threads = [threading.Thread(target=rank_main, args=(rank,), name=f"moecomm-rank-{rank}") for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException:   # Ctrl-C: the ranks wait for nobody any more
+        world.barrier.abort()
+        for rank, comm in enumerate(comms):
+            if comm is not None and not comm._closed:
+                comm._native.abort(rank)
+        for thread in threads:
+            if thread.ident is not None:
+                thread.join()
+        raise
     for comm in comms:
         if comm is not None:
             comm.close()

@@ -183,6 +183,7 @@ def test_buffer_arguments(name, value, expectation):
 
 @pytest.mark.parametrize("options,message", [
     (dict(group="world"), "group: got str; expected a torch ProcessGroup"), (dict(timeout=0), "timeout: got 0; expected seconds > 0"),
+    (dict(timeout=float("inf")), "timeout: got inf; expected.*every wait ends"), (dict(timeout=None), "timeout: got None"), (dict(timeout="5"), "timeout: got '5'"),
     (dict(ranks_per_node=2), "ranks_per_node: got 2; expected a divisor of the 1 ranks"), (dict(ranks_per_node="all"), "ranks_per_node: got 'all'"),
     (dict(device="mps"), "device: got mps")])
 def test_communicator_arguments(options, message):

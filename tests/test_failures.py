@@ -4,10 +4,14 @@ survivors go on in a new world."""
 import json
 import os
 import signal
+import threading
 import time
 
 import pytest
 import survivors
+import torch
+
+import moecomm
 
 SIZE, VICTIM = 4, 1
 MODES = {"node": dict(ranks_per_node=4, environment={}),
@@ -90,3 +94,19 @@ def test_stop(processes, tmp_path, moment, mode):
 def test_kill_at_any_moment(processes, tmp_path, milliseconds):
     """No hook: a busy rank is killed from outside."""
     check(run(processes, tmp_path, point="random", action="kill", kill_after=milliseconds / 1000, **MODES["both"]), lost=True)
+
+
+def test_ctrl_c_ends_rank_threads():
+    """The main thread waits for rank threads that wait for each other: it raises, and none of them is left."""
+    def main(comm):
+        buf = moecomm.Buffer(comm, hidden=16, num_experts=2, top_k=1, max_tokens=1)
+        if comm.rank == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            buf.dispatch(torch.ones(1, 16).bfloat16(), torch.tensor([[0]]))
+        else:
+            comm.barrier()
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        moecomm.run_local(main, 2, timeout=30)
+    assert time.monotonic() - began < 10 and not [t for t in threading.enumerate() if t.name.startswith("moecomm-rank") and t.is_alive()]

@@ -36,6 +36,7 @@ enum class Code : int32_t {
   capacity = 4,       // rows do not fit the arena or the stated capacity
   mismatch = 5,       // ranks disagree on an argument of this call
   corrupt = 6,        // MOECOMM_CHECK=1 found a row that is not what its source sent
+  interrupted = 7,    // this rank's user wanted an end while it waited
 };
 
 enum class Phase : int32_t { none, announce, counts, send, forward, arrive, publish, reduce, sum, done, flush };

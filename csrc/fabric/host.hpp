@@ -52,6 +52,7 @@ Status wait_counter(HostState& s, Rail& rail, char* memory, uint64_t offset, uin
     const Clock::time_point now = Clock::now();
     if (now >= next_check) {
       next_check = now + std::chrono::milliseconds(5);
+      if (interrupted && interrupted()) return {Code::interrupted, phase, s.geometry.rank, 0, at_least, c.load()};
       // Arrived data wins over a dead peer: what a rank sent before it died is still complete.
       if (Status fault = reported_fault(s); !fault.ok() && !arrived()) {
         if (fault.code == Code::timeout) return settle_timeout(s, rail, {Code::timeout, phase, peer, 0, at_least, c.load()});

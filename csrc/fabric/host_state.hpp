@@ -17,6 +17,9 @@ struct RoleSpan {
   int64_t begin, end;
 };
 
+// Whether the user wants the call to end (Ctrl-C): asked now and then while a rank waits. Set once by the language binding.
+inline bool (*interrupted)() = nullptr;
+
 struct HostState {
   Geometry geometry;
   uint64_t window_faults = 0;     // FaultWord per local rank in every window

@@ -44,6 +44,10 @@ UcxContext::UcxContext(std::mutex& calls, int size) : calls_(calls), links_(size
 }
 
 UcxContext::~UcxContext() {
+  if (!process_.is_here()) {   // its thread does not exist here, and its connections are the parent's
+    new std::thread(std::move(server_));
+    return;
+  }
   if (server_.joinable()) {
     eventfd_write(stop_, 1);
     server_.join();
@@ -96,7 +100,11 @@ void UcxContext::connect(int rank, const std::string& address) {
   p.err_mode = UCP_ERR_HANDLING_MODE_PEER;
   p.err_handler.cb = [](void* arg, ucp_ep_h ep, ucs_status_t s) { on_endpoint_error(arg, ep, s); };
   p.err_handler.arg = &link;
-  require(ucp_ep_create(worker_, &p, &link.endpoint), "connecting to a peer");
+  const ucs_status_t s = ucp_ep_create(worker_, &p, &link.endpoint);
+  if (s == UCS_OK) return;
+  const char* tls = std::getenv("UCX_TLS");
+  throw std::runtime_error("UCX cannot connect to rank " + std::to_string(rank) + " in another node: " + ucs_status_string(s) + "; UCX_TLS is " +
+                           (tls ? tls : "not set") + "; expected a list with a network transport (tcp, rc, dc), even for nodes on one host");
 }
 
 void UcxContext::serve() {
@@ -139,6 +147,7 @@ UcxRegion::UcxRegion(UcxContext& context, uint64_t bytes, uint64_t counter_bytes
 }
 
 UcxRegion::~UcxRegion() {
+  if (!context_.is_here()) return;
   const auto enough = std::chrono::steady_clock::now() + std::chrono::milliseconds(200);
   while (!context_.abandoned() && !flush_poll() && std::chrono::steady_clock::now() < enough) context_.progress();
   const bool settled = !context_.abandoned() && flush_poll();

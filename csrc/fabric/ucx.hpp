@@ -16,6 +16,8 @@
 #include <thread>
 #include <vector>
 
+#include "fabric/process.hpp"
+
 typedef struct ucp_context* ucp_context_h;
 typedef struct ucp_worker* ucp_worker_h;
 typedef struct ucp_ep* ucp_ep_h;
@@ -51,6 +53,7 @@ class UcxContext {
   ucp_context_h context() const { return context_; }
   ucp_worker_h worker() const { return worker_; }
   ucp_ep_h endpoint(int rank) const { return links_[rank].endpoint; }
+  bool is_here() const { return process_.is_here(); }
 
  private:
   struct Link {
@@ -61,6 +64,7 @@ class UcxContext {
   };
   friend void on_endpoint_error(void* arg, ucp_ep_h endpoint, int status);
   void serve_loop() noexcept;
+  Process process_;
   std::mutex& calls_;
   std::thread server_;
   int stop_ = -1;   // eventfd

@@ -43,7 +43,7 @@ std::shared_ptr<Memory> Memory::map(int pid, int fd, uint64_t bytes) {
 }
 
 Memory::~Memory() {
-  munmap(data_, bytes_);
+  if (process_.is_here()) munmap(data_, bytes_);   // in a forked child something else may be mapped there
   close_fd();
 }
 

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "base/wire.hpp"
+#include "fabric/process.hpp"
 
 namespace moecomm {
 
@@ -31,6 +32,7 @@ class Memory {
   char* data_;
   uint64_t bytes_;
   int fd_;
+  Process process_;
 };
 
 // First-fit pieces of [begin, end) of a window. Thread-safe: tensors are freed by any thread.

@@ -49,7 +49,7 @@ Reach::Reach(std::shared_ptr<Communicator> comm, ReachPlan plan) : comm_(std::mo
 
 // Puts of a call that did not wait for them are on their way still: peers may be waiting for what they carry.
 Reach::~Reach() {
-  if (!region_) return;
+  if (!region_ || !comm_->ucx()->is_here()) return;
   std::lock_guard lock(comm_->calls());
   begin(false);
   if (comm_->broken().ok()) flush();
@@ -113,6 +113,7 @@ Status Reach::flush() {
   while (!region_->flush_poll()) {
     comm_->ucx()->progress();
     sched_yield();
+    if (interrupted && interrupted()) return {Code::interrupted, Phase::flush, host_.geometry.rank, 0, 1, 0};
     // UCX completes what was meant for a failed peer, with an error, so a peer that has left does no harm here.
     if (std::chrono::steady_clock::now() < host_.deadline) continue;
     return settle_timeout(host_, ucx_rail_, {Code::timeout, Phase::flush, region_->slow_rank(), 0, 1, 0});

@@ -53,9 +53,11 @@ class Reach {
     if (const Status broken = comm_->broken(); !broken.ok()) return broken;
     Status s = region_ ? call(HostFabric<UcxRail>{&host_, &ucx_rail_}) : call(HostFabric<LoopbackRail>{&host_, &loopback_});
     if (region_ && drain && s.ok()) s = flush();
-    if (s.code == Code::timeout || s.code == Code::lost || s.code == Code::corrupt) {
-      report_fault(s);
-      comm_->mark_broken(s);
+    Status told = s;
+    if (s.code == Code::interrupted) told.code = Code::lost;   // this rank, as the others see it
+    if (told.code == Code::timeout || told.code == Code::lost || told.code == Code::corrupt) {
+      report_fault(told);
+      comm_->mark_broken(told);
     }
     return s;
   }

@@ -29,6 +29,7 @@ cdef extern from "base/shape.hpp" namespace "moecomm" nogil:
         capacity
         mismatch
         corrupt
+        interrupted
 
     cdef enum class Phase(int32_t):
         none
@@ -113,6 +114,9 @@ cdef extern from "base/layout.hpp" namespace "moecomm" nogil:
 
     BlockLayout block_layout(uint64_t rows, const CallShape& call, int top_k)
     OutputLayout output_layout(uint64_t rows, const Shape& shape)
+
+cdef extern from "fabric/host_state.hpp" namespace "moecomm" nogil:
+    bool (*interrupted)() noexcept
 
 cdef extern from "runtime/communicator.hpp" namespace "moecomm" nogil:
     cdef enum class RailKind(int):

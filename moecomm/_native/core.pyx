@@ -1,6 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 # distutils: language=c++
 """The cpu world, thinly: marshal, release the GIL, make one call. moecomm.* documents and validates."""
+import threading
+
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.exc cimport PyErr_Clear
 from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
@@ -12,7 +14,7 @@ from libcpp.vector cimport vector
 from moecomm._native cimport capi
 
 # By the numbers of capi.Code and capi.Phase.
-_CODES = ("ok", "invalid", "timeout", "lost", "capacity", "mismatch", "corrupt")
+_CODES = ("ok", "invalid", "timeout", "lost", "capacity", "mismatch", "corrupt", "interrupted")
 _PHASES = ("none", "announce", "counts", "send", "forward", "arrive", "publish", "reduce", "sum", "done", "flush")
 
 # By the numbers of capi.FaultPoint and capi.FaultAction.
@@ -27,7 +29,32 @@ cdef class Failure:
     cdef readonly object expected, got
 
 
+# Python runs its signal handlers on the main thread, between two of its instructions: a main thread that waits here asks for them.
+cdef extern from "Python.h":
+    int _run_signal_handlers "PyErr_CheckSignals"() noexcept
+
+cdef extern from "<pthread.h>" nogil:
+    unsigned long pthread_self()
+
+cdef unsigned long _main_thread = threading.main_thread().ident
+
+
+cdef bool _interrupted() noexcept nogil:
+    if pthread_self() != _main_thread:
+        return False
+    with gil:
+        return _run_signal_handlers() != 0   # the exception stays set: _failure raises it
+
+capi.interrupted = _interrupted
+
+
+cdef int _raise_what_is_set() except? 0:
+    return 0
+
+
 cdef Failure _failure(const capi.Status& s):
+    if s.code == capi.Code.interrupted:
+        _raise_what_is_set()
     cdef Failure f = Failure.__new__(Failure)
     f.code = _CODES[<int>s.code]
     f.phase = _PHASES[<int>s.phase]

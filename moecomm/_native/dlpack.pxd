@@ -27,5 +27,5 @@ cdef struct ExchangeTable:
     void* allocate
     void* export_managed
     void* import_managed
-    int (*read)(void* tensor, DLTensor* out)   # valid while the tensor is; may be NULL
+    int (*read)(void* tensor, DLTensor* out) noexcept   # valid while the tensor is; may be NULL
     void* current_stream
