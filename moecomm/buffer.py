@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from . import cuda, ops
 from ._native import core
 from ._native.quant import scale_words
 from .arguments import Arguments, as_tensor
 from .balance.replicas import Replicas
+from .calls import Calls
 from .decode import Decode, DecodeVerbs
 from .env import Environment
 from .errors import InvalidArgument, raise_failure
 from .record import Recorder
-from .results import BlockTensors, Dispatched, Handle, Pending
+from .results import BlockTensors, Dispatched, Handle
 from .shapes import DTYPES, QUANTS, SCALE_DTYPES, WIRES, arena_size, check_shape, default_channels, reserved_bytes
 
-_STAGES = ("pre_dispatch", "post_dispatch", "pre_combine", "post_combine")
 
-
-class Buffer(Arguments, DecodeVerbs):
+class Buffer(Arguments, Calls, DecodeVerbs):
     """Memory and state for dispatch and combine of one layer shape. Construction is collective.
 
     Parameters
@@ -114,6 +110,7 @@ class Buffer(Arguments, DecodeVerbs):
         self._row_bytes = hidden * dtype.itemsize
         self._check = env.check
         self._hooks = {}
+        self._plain = not on_gpu and record is None and placement is None   # a call is the native call and nothing else
         self._recorder = None if record is None else Recorder(record, self)
         self._closed = False
         self._decode = None
@@ -220,6 +217,11 @@ class Buffer(Arguments, DecodeVerbs):
         Source: DeepSeek-V3 technical report, section 3.2.2.
         """
         op = "dispatch"
+        if (self._plain and self.comm._ready and handle is None and quant is None and capacity is None and not async_op and not check
+                and scale_layout == "row" and type(x) is torch.Tensor and not ops.wanted(x, topk_weights)):
+            out = self._native.try_dispatch(self, x, topk_ids, topk_weights, layout, expert_alignment)
+            if out is not None:
+                return out if type(out) is Dispatched else self._fail(op, out)
         self._require_open(op)
         scales = None
         if isinstance(x, tuple):
@@ -263,13 +265,13 @@ class Buffer(Arguments, DecodeVerbs):
             x.data_ptr(), 0 if scales is None else scales.data_ptr(), 0 if topk_ids is None else topk_ids.data_ptr(),
             topk_ids is not None and topk_ids.dtype == torch.int32, 0 if topk_weights is None else topk_weights.data_ptr(),
             x.shape[0], layout == "rank", expert_alignment, -1 if capacity is None else capacity, row_bytes, scale_bytes,
-            None if handle is None else handle._ticket.plan, kind, by_column)
+            None if handle is None else handle._plan, kind, by_column)
         if type(result) is not tuple:
-            raise_failure(result, op="dispatch", rank=self.comm.rank, describe_capacity=self._describe_capacity)
+            self._fail("dispatch", result)
         plan, block, output = result
         if self._recorder:
             self._recorder.dispatch(began, plan, topk_ids, topk_weights, x.shape[0], layout, expert_alignment, capacity, list(QUANTS)[kind])
-        handle = self._handle_of(ops.Ticket(self, layout, capacity, plan, output))
+        handle = self._handle_of(layout, capacity, plan, output)
         return Dispatched(handle, BlockTensors(handle, block, torch.float8_e4m3fn if kind else x.dtype, row_bytes, scale_bytes,
                                                SCALE_DTYPES[kind], by_column), lost)
 
@@ -279,7 +281,7 @@ class Buffer(Arguments, DecodeVerbs):
             return Dispatched(handle, dict(x=rows, scales=None if scales is None else row_scales, weights=weights, ids=ids, source=source), lost)
         rows, row_scales, weights, ids, source, tokens, padded, ticket = ops.dispatch(
             x, topk_ids, topk_weights, scales, self.number, layout, expert_alignment, capacity)
-        handle = Handle(self, layout, capacity, rows.shape[0], x.shape[0], ticket, (tokens, padded))
+        handle = Handle(self, layout, capacity, rows.shape[0], x.shape[0], tensor=ticket, counts=(tokens, padded))
         return Dispatched(handle, dict(x=rows, scales=None if scales is None else row_scales, weights=weights, ids=ids, source=source), lost)
 
     # -- combine ----------------------------------------------------------------------------------
@@ -319,6 +321,11 @@ class Buffer(Arguments, DecodeVerbs):
         Source: DeepSeek-V3 technical report, section 3.2.2.
         """
         op = "combine"
+        if (self._plain and self.comm._ready and bias is None and wire is None and not async_op and not check
+                and type(rows) is torch.Tensor and not ops.wanted(rows, topk_weights)):
+            y = self._native.try_combine(self, rows, handle, topk_weights, out)
+            if y is not None:
+                return y if type(y) is torch.Tensor else self._fail(op, y)
         self._require_open(op)
         self._check_handle(op, handle)
         rows = as_tensor("rows", rows, op)
@@ -344,72 +351,20 @@ class Buffer(Arguments, DecodeVerbs):
             bias_stride = self.hidden if bias.dim() == 2 else 0
         # A rank without tokens asks for slots too: its peers' values pass through it.
         slots = None if back is None else torch.empty((max(tokens, 1), self.top_k), dtype=torch.float32, device=self.comm.device)
-        ticket = handle._ticket
         began = self._recorder and self._recorder.start()
         failure = self._native.combine(rows.data_ptr(), 0 if topk_weights is None else topk_weights.data_ptr(), y.data_ptr(),
-                                       0 if bias is None else bias.data_ptr(), bias_stride, ticket.plan, ticket.output,
+                                       0 if bias is None else bias.data_ptr(), bias_stride, handle._plan, handle._output,
                                        0 if back is None else back.data_ptr(), 0 if back is None else slots.data_ptr(), WIRES[wire])
         if failure is not None:
-            raise_failure(failure, op="combine", rank=self.comm.rank)
+            self._fail("combine", failure)
         if self._recorder:
-            self._recorder.combine(began, ticket.plan, tokens, topk_weights is not None, handle.layout, wire)
+            self._recorder.combine(began, handle._plan, tokens, topk_weights is not None, handle.layout, wire)
         return y if back is None else (y, slots[:tokens])
 
     def _combine_by_ops(self, rows, handle, topk_weights, bias, out=None, wire=None):
         return ops.combine(rows, topk_weights, bias, handle._tensor(), self.number, handle.layout, handle.num_tokens, wire)
 
     # -- the rest ---------------------------------------------------------------------------------
-
-    def register_hook(self, stage, fn):
-        """Call fn at a stage of every dispatch and combine of this rank; forward calls only.
-
-        Parameters
-        ----------
-        stage : str
-            "pre_dispatch": fn(x), "post_dispatch": fn(Dispatched), "pre_combine": fn(rows), "post_combine": fn(y).
-            What fn returns is ignored. With async_op, "post" stages run in wait().
-        fn : callable
-
-        Returns
-        -------
-        torch.utils.hooks.RemovableHandle
-            .remove() ends it.
-
-        Raises
-        ------
-        InvalidArgument
-            There is no such stage.
-        """
-        if stage not in _STAGES:
-            raise InvalidArgument(f"register_hook: stage is {stage!r}; expected one of {', '.join(_STAGES)}", op="register_hook")
-        hooks = self._hooks.setdefault(stage, OrderedDict())
-        handle = RemovableHandle(hooks)
-        hooks[handle.id] = fn
-        return handle
-
-    def _run_hooks(self, stage, value):
-        for fn in list(self._hooks.get(stage, {}).values()):
-            fn(value)
-
-    def _call(self, op, run, async_op, through_ops, first, *rest):
-        """One call between its hooks, here or on the progress thread."""
-        if self._hooks:
-            self._run_hooks("pre_" + op, first)
-        if not async_op:
-            self.comm._settle()
-            result = run(first, *rest)
-            if self._hooks:
-                self._run_hooks("post_" + op, result)
-            return result
-
-        def work():
-            with torch.set_grad_enabled(through_ops):   # the mode is a thread's own
-                return run(first, *rest)
-
-        then = lambda result: self._run_hooks("post_" + op, result)   # noqa: E731
-        if self.comm.device.type == "cuda":
-            return cuda.Pending(self.comm, work, (first, rest), then)
-        return Pending(self.comm._submit, work, (first, rest), then)
 
     def use(self, placement):
         """Serve the batches from here on by another placement of the same shape. Collective: no batch mixes two of them.
@@ -444,7 +399,7 @@ class Buffer(Arguments, DecodeVerbs):
     def close(self):
         """Release the windows; tensors that view them stay valid. Local, may be called twice."""
         if not self._closed:
-            self._closed = True
+            self._closed, self._plain = True, False
             self.comm._settle()
             if self._replicas is not None:
                 self._replicas.close()
@@ -454,13 +409,16 @@ class Buffer(Arguments, DecodeVerbs):
                 self._native.release()
                 self._decode = None
 
+    def _fail(self, op, failure):
+        raise_failure(failure, op=op, rank=self.comm.rank, describe_capacity=self._describe_capacity)
+
     def _require_open(self, op):
         if self._closed:
             raise InvalidArgument(f"{op}: the buffer is closed", op=op, rank=self.comm.rank)
         self.comm._require_open(op)
 
-    def _handle_of(self, ticket):
-        return Handle(self, ticket.layout, ticket.capacity, ticket.plan.rows(self.comm.local_rank), ticket.plan.tokens, ticket)
+    def _handle_of(self, layout, capacity, plan, output):
+        return Handle(self, layout, capacity, plan.rows(self.comm.local_rank), plan.tokens, plan=plan, output=output)
 
     def _describe_capacity(self, failure):
         if failure.detail == 1:

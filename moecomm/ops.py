@@ -88,7 +88,7 @@ def wanted(*tensors):
     """Whether a call must go through the operators: traced or compiled, seen by a mode, or with gradients."""
     if torch.is_grad_enabled():
         for t in tensors:
-            if t is not None and t.requires_grad:
+            if getattr(t, "requires_grad", False):
                 return True
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
@@ -240,8 +240,8 @@ def _open_buffer(op, number):
 
 
 def _checked_handle(op, buffer, handle):
-    b = _open_buffer(op, buffer)
-    return b, b._handle_of(ticket_of(handle))
+    b, ticket = _open_buffer(op, buffer), ticket_of(handle)
+    return b, b._handle_of(ticket.layout, ticket.capacity, ticket.plan, ticket.output)
 
 
 def _define(name, run, fake, context, backward, schema):

@@ -7,6 +7,7 @@ import time
 import torch
 
 from . import cuda, ops
+from ._native import core
 
 
 class Dispatched:
@@ -21,12 +22,21 @@ class Dispatched:
 
     def __init__(self, handle, tensors, lost_weight=None):
         self.handle, self.lost_weight = handle, lost_weight
-        self._tensors = tensors
+        self._fields, self._x, self._block = tensors, None, None
+
+    @property
+    def _tensors(self):
+        if self._fields is None:   # rows of the buffer's dtype, as they left
+            b = self.handle._buffer
+            self._fields = BlockTensors(self.handle, self._block, b.dtype, b._row_bytes, 0)
+        return self._fields
 
     @property
     def x(self):
         """Rows [N, hidden]."""
-        return self._tensors["x"]
+        if self._x is None:
+            self._x = self._tensors["x"]
+        return self._x
 
     @property
     def scales(self):
@@ -72,35 +82,45 @@ class Handle:
     there and passed to combine, it is read in place. .num_rows, .num_tokens, .layout.
     """
 
-    def __init__(self, buffer, layout, capacity, num_rows, num_tokens, ticket, counts=None):
+    def __init__(self, buffer, layout, capacity, num_rows, num_tokens, *, plan=None, output=None, tensor=None, counts=None):
         self._buffer, self._capacity = buffer, capacity
         self.layout, self.num_rows, self.num_tokens = layout, num_rows, num_tokens
-        self._either = ticket    # an ops.Ticket, or the tensor that stands for it
-        self._rows, self._made_counts = None, counts
+        # What is None is made when it is first asked for.
+        self._made_plan, self._made_output, self._made_tensor, self._made_counts, self._made_rows = plan, output, tensor, counts, None
 
     @property
-    def _ticket(self):
-        if isinstance(self._either, torch.Tensor):
-            self._either = ops.ticket_of(self._either)
-        return self._either
+    def _plan(self):
+        if self._made_plan is None:   # an operator's handle: its tensor stands for a ticket
+            ticket = ops.ticket_of(self._made_tensor)
+            self._made_plan, self._made_output = ticket.plan, ticket.output
+        return self._made_plan
+
+    @property
+    def _output(self):
+        return self._made_output if self._plan is not None else None
 
     def _tensor(self):
         """The handle as the operators take it: int64 [1] on the host."""
-        return self._either if isinstance(self._either, torch.Tensor) else self._either.tensor()
+        if self._made_tensor is None:
+            self._made_tensor = ops.Ticket(self._buffer, self.layout, self._capacity, self._plan, self._output).tensor()
+        return self._made_tensor
 
     def _counts(self):
         """(true, padded) rows of every local expert."""
         if self._made_counts is None:
-            plan, n = self._ticket.plan, self._buffer.experts_per_rank
+            plan, n = self._plan, self._buffer.experts_per_rank
             self._made_counts = torch.tensor(plan.tokens_per_expert(n)), torch.tensor(plan.rows_per_expert(n))
         return self._made_counts
 
     @property
     def rows(self):
         """The experts' output, to be written: [N, hidden] in the window."""
-        if self._rows is None:
-            self._rows = view(self._ticket.output, 0, self._buffer.dtype, (self.num_rows, self._buffer.hidden))
-        return self._rows
+        if self._made_rows is None:
+            self._made_rows = view(self._output, 0, self._buffer.dtype, (self.num_rows, self._buffer.hidden))
+        return self._made_rows
+
+
+core.return_as(Dispatched, Handle)
 
 
 class Pending:
@@ -163,7 +183,7 @@ class BlockTensors:
             "source": (4, torch.int64, ()),
         }[name]
         if self._offsets is None:
-            self._offsets = buffer._native.block_layout(h._ticket.plan, h.num_rows, self._row_bytes, self._scale_bytes, self._by_column)
+            self._offsets = buffer._native.block_layout(h._plan, h.num_rows, self._row_bytes, self._scale_bytes, self._by_column)
         if name == "scales" and self._by_column:
             column = -(-h.num_rows // 4) * 4   # columns start on 16 bytes
             return view(self._block, self._offsets[index], dtype, (*columns, column)).t()[:h.num_rows]

@@ -141,7 +141,7 @@ def test_stub(module):
 
 LIMIT = 450
 # Grown past the limit: they may shrink, not grow.
-LONG = {"moecomm/buffer.py": 470, "tests/test_decode.py": 460}
+LONG = {"tests/test_decode.py": 460}
 
 
 def test_files_are_short():

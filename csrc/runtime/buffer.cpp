@@ -96,7 +96,7 @@ Status Buffer::dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Bl
   if (!s.ok()) return s;
   const int me = view_.geometry.local();
   const CallShape& shape = plan.view.call;
-  const uint64_t rows = shape.capacity >= 0 ? shape.capacity : plan.view.rank_rows[me];
+  const uint64_t rows = local_rows(plan);
   const uint64_t first = block_layout(rows, shape, view_.shape.top_k).bytes;
   arena_->expect(plan.needed[me]);
   out = std::make_shared<Block>(reach_.window(), arena_, plan.target[me].rows, first);
@@ -106,8 +106,7 @@ Status Buffer::dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Bl
 
 Status Buffer::combine(const CombineCall& call, Plan& plan, const Block& output) {
   std::lock_guard lock(comm_->calls());
-  const int me = view_.geometry.local();
-  const uint64_t rows = plan.view.call.capacity >= 0 ? plan.view.call.capacity : plan.view.rank_rows[me];
+  const uint64_t rows = local_rows(plan);
   const OutputLayout l = output_layout(rows, view_.shape);
   CombineArgs a;
   std::vector<RowsBoard> boards(view_.geometry.ranks_per_node);

@@ -47,6 +47,9 @@ class Buffer {
   // On ok, `out` holds the dispatched rows and `output` the place for the experts' rows.
   Status dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Block>& out, std::shared_ptr<Block>& output);
   Status combine(const CombineCall& call, Plan& plan, const Block& output);
+  int64_t local_rows(const Plan& plan) const {   // of the dispatch's result here
+    return plan.view.call.capacity >= 0 ? plan.view.call.capacity : plan.view.rank_rows[view_.geometry.local()];
+  }
 
   const BufferView& view() const { return view_; }
   const Arena& arena() const { return *arena_; }

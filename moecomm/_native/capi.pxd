@@ -200,6 +200,7 @@ cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
         void connect(const vector[string]&) except +
         void connected()
         shared_ptr[Plan] new_plan() except +
+        int64_t local_rows(const Plan&)
         Status dispatch(const DispatchCall&, Plan&, shared_ptr[Block]&, shared_ptr[Block]&) except +
         Status combine(const CombineCall&, Plan&, const Block&) except +
         const Arena& arena()

@@ -3,6 +3,7 @@
 """The cpu world, thinly: marshal, release the GIL, make one call. moecomm.* documents and validates."""
 import threading
 
+cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.exc cimport PyErr_Clear
 from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
@@ -117,6 +118,7 @@ cdef class Communicator:
             self.c.reset()
 
 
+@cython.freelist(8)
 cdef class Block:
     """A piece of the window that tensors are views of; freed with the last of them."""
     cdef shared_ptr[capi.Block] b
@@ -133,6 +135,7 @@ cdef class Block:
         return <uintptr_t>self.b.get().data()
 
 
+@cython.freelist(8)
 cdef class Plan:
     """Where every row of one routing goes. Keeps nothing of the window."""
     cdef shared_ptr[capi.Plan] p
@@ -157,6 +160,10 @@ cdef class Plan:
     @property
     def by_rank(self):
         return self.p.get().view.call.layout == capi.RowLayout.rank
+
+
+include "tensors.pxi"
+include "results.pxi"
 
 
 cdef class Buffer:
@@ -235,6 +242,68 @@ cdef class Buffer:
         if s.code != capi.Code.ok:
             return _failure(s)
         return None
+
+    def try_dispatch(self, owner, x, topk_ids, topk_weights, str layout, int alignment):
+        """A Dispatched, or a Failure; None where a tensor needs a closer look. The call's other arguments are left out."""
+        cdef DLTensor rows, ids, weights
+        cdef capi.DispatchCall call
+        cdef Block out, output
+        cdef Plan plan
+        cdef capi.Status s
+        cdef capi.Buffer* buffer = self.b.get()
+        cdef bint by_rank = layout == "rank"
+        if not _read_rows(x, &rows, &self.shape) or rows.shape[0] > self.shape.max_tokens or (not by_rank and layout != "expert"):
+            return None
+        if not _read_ids(topk_ids, &ids, self.shape.top_k, &call.ids64, &call.ids32) or ids.shape[0] != rows.shape[0]:
+            return None
+        if not 1 <= alignment <= (1 if by_rank else 65536):
+            return None
+        if topk_weights is not None:
+            if not _read(topk_weights, &weights, self.shape.top_k, _FLOAT, 32) or weights.shape[0] != rows.shape[0]:
+                return None
+            call.weights = <const float*>weights.data
+        call.x = <const char*>rows.data
+        call.tokens = rows.shape[0]
+        call.shape.layout = capi.RowLayout.rank if by_rank else capi.RowLayout.expert
+        call.shape.alignment = alignment
+        call.shape.row_bytes = self.shape.combine_row_bytes()
+        out, output, plan = Block.__new__(Block), Block.__new__(Block), Plan.__new__(Plan)
+        plan.p = buffer.new_plan()
+        with nogil:
+            s = buffer.dispatch(call, plan.p.get()[0], out.b, output.b)
+        if s.code != capi.Code.ok:
+            return _failure(s)
+        return _dispatched(owner, layout, plan, out, output, self.shape, buffer.local_rows(plan.p.get()[0]))
+
+    def try_combine(self, owner, rows, handle, topk_weights, out):
+        """y, or a Failure; None where something needs a closer look. The call's other arguments are left out."""
+        cdef DLTensor terms, weights, y
+        cdef Plan plan
+        cdef Block output
+        cdef int64_t num_rows, num_tokens
+        cdef capi.CombineCall call
+        cdef capi.Status s
+        cdef capi.Buffer* buffer = self.b.get()
+        if type(handle) is not _handle_type:
+            return None
+        if handle._buffer is not owner or handle._made_plan is None:
+            return None
+        plan, output, num_rows, num_tokens = handle._made_plan, handle._made_output, handle.num_rows, handle.num_tokens
+        if not _read_rows(rows, &terms, &self.shape) or terms.shape[0] != num_rows:
+            return None
+        if topk_weights is not None:
+            if plan.p.get().view.call.layout == capi.RowLayout.rank or not _read_vector(topk_weights, &weights, num_rows):
+                return None
+            call.weights = <const float*>weights.data
+        if out is None:
+            out = _new_rows(&self.shape, num_tokens)
+        if not _read_rows(out, &y, &self.shape) or y.shape[0] != num_tokens:
+            return None
+        call.rows = <const char*>terms.data
+        call.y = <char*>y.data
+        with nogil:
+            s = buffer.combine(call, plan.p.get()[0], output.b.get()[0])
+        return out if s.code == capi.Code.ok else _failure(s)
 
     def owns(self, Plan plan):
         return plan.p.get().owner == <const void*>self.b.get()

@@ -1,43 +1,5 @@
 # The decode path; part of core, whose Communicator it needs. moecomm/decode.py validates and documents; at a few
 # tokens per call that costs more than the call, so a call whose tensors are as they should be is recognised here.
-from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
-
-from moecomm._native.dlpack cimport DLTensor, ExchangeTable
-
-# DLPack's type codes.
-cdef enum:
-    _INT = 0
-    _FLOAT = 2
-    _BFLOAT = 4
-
-cdef object _tensor_type = None
-cdef ExchangeTable* _exchange = NULL
-
-
-def read_tensors_of(tensor_type):
-    """Name the tensor class whose objects are read without calling their methods. Whether that is possible."""
-    global _tensor_type, _exchange
-    capsule = getattr(tensor_type, "__dlpack_c_exchange_api__", None)
-    if capsule is None or not PyCapsule_IsValid(capsule, "dlpack_exchange_api"):
-        return False
-    cdef ExchangeTable* table = <ExchangeTable*>PyCapsule_GetPointer(capsule, "dlpack_exchange_api")
-    if table.major != 1 or table.read == NULL:
-        return False
-    _tensor_type, _exchange = tensor_type, table
-    return True
-
-
-cdef bint _read(object tensor, DLTensor* t, int64_t columns, int code, int bits):
-    """Whether it is a contiguous matrix on the CPU, of that many columns and that type."""
-    if _exchange == NULL or type(tensor) is not _tensor_type:
-        return False
-    if _exchange.read(<void*>tensor, t) != 0:
-        PyErr_Clear()
-        return False
-    t.data = <char*>t.data + t.byte_offset
-    return (t.device_type == 1 and t.ndim == 2 and t.dtype.code == code and t.dtype.bits == bits and t.shape[1] == columns
-            and (t.strides == NULL or t.shape[0] == 0 or (t.strides[1] == 1 and (t.shape[0] == 1 or t.strides[0] == columns))))
-
 
 cdef class DecodeReceived:
     """What decode_dispatch returns; to be read after its hook.
@@ -97,14 +59,12 @@ cdef class Decode:
     cdef shared_ptr[capi.Decode] d
     cdef capi.Shape shape
     cdef readonly object fail          # (Failure, op): raises
-    cdef int float_code
     cdef list x, scales, counts, rows  # tensors: x and scales by (2 * kind + parity), counts and rows by parity
     cdef list current                  # handles by parity: a phase that a later dispatch catches up on finds its memory
 
     def __cinit__(self, Communicator comm, Buffer buffer, bint check, fail):
         self.shape = buffer.shape
         self.fail = fail
-        self.float_code = _BFLOAT if self.shape.dtype == capi.DType.bf16 else _FLOAT
         self.current = [None, None]
         with nogil:
             self.d = make_shared[capi.Decode](comm.c, self.shape, check)
@@ -149,16 +109,9 @@ cdef class Decode:
         """(DecodeReceived, hook or None); None where a tensor needs a closer look."""
         cdef DLTensor rows, ids, weights
         cdef capi.DecodeDispatchCall call
-        cdef int bits = 64 if self.shape.dtype == capi.DType.f64 else 32 if self.shape.dtype == capi.DType.f32 else 16
-        if not _read(x, &rows, self.shape.hidden, self.float_code, bits) or rows.shape[0] > self.shape.max_tokens:
+        if not _read_rows(x, &rows, &self.shape) or rows.shape[0] > self.shape.max_tokens:
             return None
-        if _read(topk_ids, &ids, self.shape.top_k, _INT, 64):
-            call.ids64 = <const int64_t*>ids.data
-        elif _read(topk_ids, &ids, self.shape.top_k, _INT, 32):
-            call.ids32 = <const int32_t*>ids.data
-        else:
-            return None
-        if ids.shape[0] != rows.shape[0]:
+        if not _read_ids(topk_ids, &ids, self.shape.top_k, &call.ids64, &call.ids32) or ids.shape[0] != rows.shape[0]:
             return None
         if topk_weights is not None:
             if not _read(topk_weights, &weights, self.shape.top_k, _FLOAT, 32) or weights.shape[0] != rows.shape[0]:
@@ -216,25 +169,18 @@ cdef class Decode:
         cdef DLTensor ids, weights, y
         cdef capi.DecodeCombineCall call
         cdef DecodeHandle h
-        cdef int bits = 64 if self.shape.dtype == capi.DType.f64 else 32 if self.shape.dtype == capi.DType.f32 else 16
         if type(handle) is not DecodeHandle:
             return None
         h = <DecodeHandle>handle
         if h.decode is not self or rows is not h.rows or self.d.get().stage(h.epoch) != 2:
             return None
-        if _read(topk_ids, &ids, self.shape.top_k, _INT, 64):
-            call.ids64 = <const int64_t*>ids.data
-        elif _read(topk_ids, &ids, self.shape.top_k, _INT, 32):
-            call.ids32 = <const int32_t*>ids.data
-        else:
-            return None
-        if ids.shape[0] != h.tokens:
+        if not _read_ids(topk_ids, &ids, self.shape.top_k, &call.ids64, &call.ids32) or ids.shape[0] != h.tokens:
             return None
         if topk_weights is not None:
             if h.weights_travel or not _read(topk_weights, &weights, self.shape.top_k, _FLOAT, 32) or weights.shape[0] != h.tokens:
                 return None
             call.weights = <const float*>weights.data
-        if not _read(out, &y, self.shape.hidden, self.float_code, bits) or y.shape[0] != h.tokens:
+        if not _read_rows(out, &y, &self.shape) or y.shape[0] != h.tokens:
             return None
         call.rows = self.d.get().rows(h.epoch & 1)
         call.y = <char*>y.data

@@ -1,0 +1,129 @@
+# Tensors by one C call each; part of core. At a few tokens per call, asking a tensor's methods for pointer, shape and
+# strides takes longer than the call itself.
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
+from libc.stdlib cimport free
+from posix.stdlib cimport posix_memalign
+
+from moecomm._native.dlpack cimport DLTensor, ExchangeTable, Managed
+
+# DLPack's type codes.
+cdef enum:
+    _INT = 0
+    _FLOAT = 2
+    _BFLOAT = 4
+
+cdef object _tensor_type = None
+cdef ExchangeTable* _exchange = NULL
+
+
+def read_tensors_of(tensor_type):
+    """Name the tensor class whose objects are read without calling their methods. Whether that is possible."""
+    global _tensor_type, _exchange
+    capsule = getattr(tensor_type, "__dlpack_c_exchange_api__", None)
+    if capsule is None or not PyCapsule_IsValid(capsule, "dlpack_exchange_api"):
+        return False
+    cdef ExchangeTable* table = <ExchangeTable*>PyCapsule_GetPointer(capsule, "dlpack_exchange_api")
+    if table.major != 1 or table.read == NULL:
+        return False
+    _tensor_type, _exchange = tensor_type, table
+    return True
+
+
+cdef bint _read(object tensor, DLTensor* t, int64_t columns, int code, int bits):
+    """Whether it is a contiguous matrix on the CPU, of that many columns and that type."""
+    if _exchange == NULL or type(tensor) is not _tensor_type:
+        return False
+    if _exchange.read(<void*>tensor, t) != 0:
+        PyErr_Clear()
+        return False
+    t.data = <char*>t.data + t.byte_offset
+    return (t.device_type == 1 and t.ndim == 2 and t.dtype.code == code and t.dtype.bits == bits and t.shape[1] == columns
+            and (t.strides == NULL or t.shape[0] == 0 or (t.strides[1] == 1 and (t.shape[0] == 1 or t.strides[0] == columns))))
+
+
+cdef int _code_of(const capi.Shape* shape):
+    return _BFLOAT if shape.dtype == capi.DType.bf16 else _FLOAT
+
+
+cdef int _bits_of(const capi.Shape* shape):
+    return 64 if shape.dtype == capi.DType.f64 else 32 if shape.dtype == capi.DType.f32 else 16
+
+
+cdef bint _read_rows(object tensor, DLTensor* t, const capi.Shape* shape):
+    """Whether it is such a matrix of a buffer's rows."""
+    return _read(tensor, t, shape.hidden, _code_of(shape), _bits_of(shape))
+
+
+cdef bint _read_vector(object tensor, DLTensor* t, int64_t length):
+    """Whether it is a contiguous vector of that many floats on the CPU."""
+    if _exchange == NULL or type(tensor) is not _tensor_type:
+        return False
+    if _exchange.read(<void*>tensor, t) != 0:
+        PyErr_Clear()
+        return False
+    t.data = <char*>t.data + t.byte_offset
+    return (t.device_type == 1 and t.ndim == 1 and t.dtype.code == _FLOAT and t.dtype.bits == 32 and t.shape[0] == length
+            and (t.strides == NULL or length <= 1 or t.strides[0] == 1))
+
+
+cdef bint _read_ids(object tensor, DLTensor* t, int64_t columns, const int64_t** ids64, const int32_t** ids32):
+    """Whether it is such a matrix of int64 or int32."""
+    if _read(tensor, t, columns, _INT, 64):
+        ids64[0] = <const int64_t*>t.data
+        return True
+    if _read(tensor, t, columns, _INT, 32):
+        ids32[0] = <const int32_t*>t.data
+        return True
+    return False
+
+
+cdef struct Piece:   # a Managed, its shape, and what keeps the memory; NULL: the memory follows, on 64 bytes
+    Managed managed
+    int64_t shape[2]
+    int64_t strides[2]
+    PyObject* owner
+
+
+cdef void _let_go(Managed* managed) noexcept nogil:
+    cdef Piece* piece = <Piece*>managed
+    if piece.owner != NULL:
+        with gil:
+            Py_DECREF(<object>piece.owner)
+    free(piece)
+
+
+cdef object _new_rows(const capi.Shape* shape, int64_t rows):
+    """A tensor [rows, hidden] of a buffer's dtype, not filled."""
+    return _tensor_at(None, NULL, shape, rows)
+
+
+cdef object _tensor_at(object owner, char* data, const capi.Shape* shape, int64_t rows):
+    """A tensor [rows, hidden] of a buffer's dtype: memory that lives as long as owner does, or its own."""
+    cdef int64_t columns = shape.hidden
+    cdef size_t head = (sizeof(Piece) + 63) // 64 * 64
+    cdef Piece* piece = NULL
+    cdef void* made = NULL
+    if posix_memalign(<void**>&piece, 64, head + (rows * shape.combine_row_bytes() if data == NULL else 0)) != 0:
+        raise MemoryError(f"{rows} rows of {columns} elements")
+    if data == NULL:
+        data = <char*>piece + head
+    piece.managed.major, piece.managed.minor = 1, 0
+    piece.managed.context, piece.managed.deleter, piece.managed.flags = NULL, _let_go, 0
+    piece.managed.tensor.data = data
+    piece.managed.tensor.device_type, piece.managed.tensor.device_id, piece.managed.tensor.ndim = 1, 0, 2
+    piece.managed.tensor.dtype.code, piece.managed.tensor.dtype.bits, piece.managed.tensor.dtype.lanes = _code_of(shape), _bits_of(shape), 1
+    piece.shape[0], piece.shape[1] = rows, columns
+    piece.strides[0], piece.strides[1] = columns, 1
+    piece.managed.tensor.shape, piece.managed.tensor.strides, piece.managed.tensor.byte_offset = piece.shape, piece.strides, 0
+    piece.owner = NULL
+    if owner is not None:
+        piece.owner = <PyObject*>owner
+        Py_INCREF(owner)
+    if _exchange.adopt(&piece.managed, &made) != 0:
+        _let_go(&piece.managed)
+        PyErr_Clear()
+        return None
+    tensor = <object>made
+    Py_DECREF(tensor)   # the call's own reference
+    return tensor

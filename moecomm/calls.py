@@ -1,0 +1,70 @@
+"""How a call of a Buffer runs: between its hooks, at once or on the communicator's progress thread."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from . import cuda
+from .errors import InvalidArgument
+from .results import Pending
+
+_STAGES = ("pre_dispatch", "post_dispatch", "pre_combine", "post_combine")
+
+
+class Calls:
+    """The hooks of Buffer, which says comm; and its calls."""
+
+    def register_hook(self, stage, fn):
+        """Call fn at a stage of every dispatch and combine of this rank; forward calls only.
+
+        Parameters
+        ----------
+        stage : str
+            "pre_dispatch": fn(x), "post_dispatch": fn(Dispatched), "pre_combine": fn(rows), "post_combine": fn(y).
+            What fn returns is ignored. With async_op, "post" stages run in wait().
+        fn : callable
+
+        Returns
+        -------
+        torch.utils.hooks.RemovableHandle
+            .remove() ends it.
+
+        Raises
+        ------
+        InvalidArgument
+            There is no such stage.
+        """
+        if stage not in _STAGES:
+            raise InvalidArgument(f"register_hook: stage is {stage!r}; expected one of {', '.join(_STAGES)}", op="register_hook")
+        self._plain = False
+        hooks = self._hooks.setdefault(stage, OrderedDict())
+        handle = RemovableHandle(hooks)
+        hooks[handle.id] = fn
+        return handle
+
+    def _run_hooks(self, stage, value):
+        for fn in list(self._hooks.get(stage, {}).values()):
+            fn(value)
+
+    def _call(self, op, run, async_op, through_ops, first, *rest):
+        """One call between its hooks, here or on the progress thread."""
+        if self._hooks:
+            self._run_hooks("pre_" + op, first)
+        if not async_op:
+            self.comm._settle()
+            result = run(first, *rest)
+            if self._hooks:
+                self._run_hooks("post_" + op, result)
+            return result
+
+        def work():
+            with torch.set_grad_enabled(through_ops):   # the mode is a thread's own
+                return run(first, *rest)
+
+        then = lambda result: self._run_hooks("post_" + op, result)   # noqa: E731
+        if self.comm.device.type == "cuda":
+            return cuda.Pending(self.comm, work, (first, rest), then)
+        return Pending(self.comm._submit, work, (first, rest), then)
