@@ -67,6 +67,9 @@ def raise_failure(failure, *, op, rank, describe_capacity=None):
         hint = describe_capacity(f) if describe_capacity else ""
         raise CapacityExceeded(f"{where}: rank {f.peer} would need {f.expected} {'rows' if f.detail == 1 else 'bytes'}, "
                                f"{f.got} are available. {hint}", **fields)
+    if f.code == "mismatch" and op == "combine":
+        raise ConfigMismatch(f"{where}: rank {f.peer} wants values back in its picks' slots and other ranks do not, or the reverse; expected "
+                             "combine on all ranks, or combine_slots on all", **fields)
     if f.code == "mismatch":
         raise ConfigMismatch(f"{where}: rank {f.peer} called with another layout, expert_alignment, capacity, dtype, quantization "
                              f"or handle reuse than its peers", **fields)

@@ -4,7 +4,7 @@ Buffer.dispatch and Buffer.combine go through these operators whenever a gradien
 traced, and past them otherwise. A Buffer crosses as its number, a handle as an int64 tensor [1] on the host
 that keeps the plan alive: no operator looks at device memory to find what it needs.
 
-    dispatch        a new plan                                    backward: combine_slots, or combine without topk_weights
+    dispatch        a new plan                                    backward: combine_slots
     redispatch      the same plan again                           backward: the same
     combine         weighted sum at the tokens, plus a bias       backward: redispatch of y's gradient
     combine_slots   plain sum, and `back` [N] or [N, top_k]       backward: redispatch of y's and the slots' gradients
@@ -130,15 +130,15 @@ def _picks_of(out):
 
 
 def _to_tokens(ctx, rows, weights):
-    """Gradients of received rows and weights, summed at the tokens that they came from."""
+    """Gradients of received rows and weights, summed at the tokens that they came from.
+
+    The weights' gradients travel even where this rank gave none: another rank's tokens may have theirs from rows here.
+    """
     (handle,) = ctx.saved_tensors
     if ctx.quantized:   # the rows carry no gradient, the weights' gradients still travel with rows
         rows = rows.new_zeros(rows.shape, dtype=buffer_of(ctx.buffer).dtype)
-    if ctx.weighted:
-        x, weights = combine_slots(rows.contiguous(), weights.contiguous(), handle, ctx.buffer, ctx.layout, ctx.tokens)
-    else:
-        x, weights = combine(rows.contiguous(), None, None, handle, ctx.buffer, ctx.layout, ctx.tokens), None
-    return None if ctx.quantized else x, weights
+    x, weights = combine_slots(rows.contiguous(), weights.contiguous(), handle, ctx.buffer, ctx.layout, ctx.tokens)
+    return None if ctx.quantized else x, weights if ctx.weighted else None
 
 
 # -- redispatch: the plan of an earlier dispatch ---------------------------------------------------------

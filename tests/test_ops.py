@@ -325,3 +325,49 @@ def test_async_calls_are_differentiable_and_hooks_run():
             buf.register_hook("dispatch", print)
 
     moecomm.run_local(run, 2)
+
+
+@pytest.mark.parametrize("nodes,per_node", [(1, 2), (2, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_of_some_ranks_have_their_gradients(nodes, per_node, layout):
+    """Rank 0 gives no weights: its experts' share of the other ranks' gradients travels all the same."""
+    size = nodes * per_node
+    world = random_world(size, 5, 16, 2 * size, 3 if size > 1 else 2, dtype=torch.float32, seed=13, masked=0.2)
+    xs, ids, weights = world
+
+    def run(comm):
+        buf = make_buffer(comm, world, 2 * size)
+        mine = weights[comm.rank].clone().requires_grad_() if comm.rank else None
+        x = xs[comm.rank].clone().requires_grad_()
+        out = buf.dispatch(x, ids[comm.rank], mine, layout=layout)
+        ((out.topk_weights * (comm.rank + 1)).sum() + out.x.sum()).backward()
+        return None if mine is None else mine.grad
+
+    for rank, got in enumerate(moecomm.run_local(run, size, ranks_per_node=per_node)):
+        if rank:
+            assert_same(got, torch.where(ids[rank] < 0, 0.0, ids[rank] // 2 + 1.0), f"rank {rank}: gradient of its weights")
+
+
+@pytest.mark.parametrize("nodes,per_node", [(1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("odd", [0, 1])
+def test_ranks_that_disagree_about_slots_learn_it(nodes, per_node, odd):
+    size = nodes * per_node
+    world = random_world(size, 5, 16, 2 * size, 2, dtype=torch.float32, seed=14)
+    xs, ids, weights = world
+
+    def run(comm):
+        buf = make_buffer(comm, world, 2 * size)
+        out = buf.dispatch(xs[comm.rank], ids[comm.rank], weights[comm.rank])
+        rows, handle = out.x.clone(), out.handle._tensor()
+        try:
+            if comm.rank == odd:
+                ops.combine(rows, None, None, handle, buf.number, "expert", 5)
+            else:
+                ops.combine_slots(rows, out.topk_weights.clone(), handle, buf.number, "expert", 5)
+        except moecomm.ConfigMismatch as error:
+            assert "combine_slots" in str(error) and error.op == "combine" and error.rank == comm.rank
+            with pytest.raises(moecomm.ConfigMismatch):   # half a collective is not undone
+                buf.combine(rows, out.handle)
+            return True
+
+    assert moecomm.run_local(run, size, ranks_per_node=per_node, timeout=15) == [True] * size

@@ -66,7 +66,7 @@ struct RailLayout {
   uint64_t rows;       // counter per node and channel: rows landed in area A
   uint64_t verdict;    // counter per node: its verdict is here
   uint64_t back;       // counter per node and channel: rows landed in area B
-  uint64_t wires;      // per parity of the combines and node: the Wire in which it wants its rows back (combine)
+  uint64_t wires;      // per parity of the combines and node: the Wire in which it wants its rows back, and whether slots too (combine)
   uint64_t wire_out;   // the own one, leaving
   uint64_t faults;     // FaultWord per node
   uint64_t blocks;     // count block per node

@@ -59,6 +59,7 @@ struct RowsBoard {
   uint64_t weights;    // window offset of one f32 per row, 0: every weight is 1
   uint64_t back;       // window offset of the f32 that go back to the picks' slots: [rows], or [rows, top_k] in the rank layout; 0: zeros
   uint64_t sums;       // window offset of one checksum per row (read only when checks are on)
+  uint64_t slots;      // 1: values go back to the picks' slots in this call, 0: they do not; equal on all ranks
 };
 
 // The judgement of a node about a dispatch, sent over the rail behind the rows.

@@ -16,9 +16,17 @@ namespace moecomm {
 
 namespace detail {
 
-// A peer that waits for nothing here may be one combine ahead, hence the parity.
-MOE_HD inline uint64_t wire_word(const CombineArgs& a, int node) {
+// Where a rail peer says how it calls: its Wire, and whether values go back to the picks' slots. A peer that waits for
+// nothing here may be one combine ahead, hence the parity.
+MOE_HD inline uint64_t wish_at(const CombineArgs& a, int node) {
   return a.b.rail.wires + 8 * ((a.book->combines & 1) * a.b.geometry.nodes() + node);
+}
+constexpr uint64_t kSlotsWished = 256;
+MOE_HD inline Wire wished_wire(uint64_t wish) { return static_cast<Wire>(wish & (kSlotsWished - 1)); }
+
+// Without this a rank that wants slots would read what an earlier call left in them.
+MOE_HD inline Status same_slots(const CombineArgs& a, bool theirs, int rank, Phase phase) {
+  return theirs == (a.slots != nullptr) ? Status{} : Status{Code::mismatch, phase, rank, 0, a.slots != nullptr, theirs};
 }
 
 }  // namespace detail
@@ -38,18 +46,21 @@ MOE_HD Status publish(G g, F f, const CombineArgs& a) {
     g.sync();
   }
   return leader(g, [&] {
-    *reinterpret_cast<RowsBoard*>(f.window(geo.local(), b.node.board)) = a.mine;
+    RowsBoard* board = reinterpret_cast<RowsBoard*>(f.window(geo.local(), b.node.board));
+    *board = a.mine;
+    board->slots = a.slots != nullptr;
     for (int d = 0; d < geo.ranks_per_node; ++d) f.signal_node(d, b.node.ready + 8 * geo.local(), 1);
-    uint64_t* wire = reinterpret_cast<uint64_t*>(f.rail(b.rail.wire_out));
-    *wire = static_cast<uint64_t>(a.wire);
+    uint64_t* wish = reinterpret_cast<uint64_t*>(f.rail(b.rail.wire_out));
+    *wish = static_cast<uint64_t>(a.wire) | (a.slots ? detail::kSlotsWished : 0);
     for (int step = 1; step < nodes; ++step) {
       const int n = (own + step) % nodes;
-      f.put(n, detail::wire_word(a, own), reinterpret_cast<const char*>(wire), 8);
+      f.put(n, detail::wish_at(a, own), reinterpret_cast<const char*>(wish), 8);
       f.signal_rail(n, b.rail.enter + 8 * own, 1);
     }
     for (int d = 0; d < geo.ranks_per_node; ++d) {
       MOE_TRY(f.wait_node(b.node.ready + 8 * d, a.book->combines, Phase::publish, geo.rank_at(geo.node(), d)));
       a.boards[d] = *reinterpret_cast<const RowsBoard*>(f.window(d, b.node.board));
+      MOE_TRY(detail::same_slots(a, a.boards[d].slots, geo.rank_at(geo.node(), d), Phase::publish));
     }
     return Status{};
   });
@@ -117,7 +128,9 @@ MOE_HD Status reduce(G g, F f, const CombineArgs& a, int n, int channel) {
   float* slots = reinterpret_cast<float*>(f.rail(b.rail.slots_out)) + here * k_max;
   Counters& count = f.counters();
   MOE_TRY(leader(g, [&] { return f.wait_rail(b.rail.enter + 8 * n, a.book->enter, Phase::reduce, geo.rail_rank(n)); }));
-  const Wire wire = static_cast<Wire>(*reinterpret_cast<const uint64_t*>(f.rail(detail::wire_word(a, n))));
+  const uint64_t wish = *reinterpret_cast<const uint64_t*>(f.rail(detail::wish_at(a, n)));
+  MOE_TRY(detail::same_slots(a, wish & detail::kSlotsWished, geo.rail_rank(n), Phase::reduce));
+  const Wire wire = detail::wished_wire(wish);
   const uint64_t row_bytes = b.shape.wire_bytes(wire);
 
   // While one row is summed the next one's terms are known, so that the fabric can fetch them ahead.

@@ -80,7 +80,7 @@ struct CombineArgs {
   Wire wire = Wire::plain;          // how the rows of other nodes come to this rank; others choose for themselves
   char* y = nullptr;                // [T, H]
   float* slots = nullptr;           // [T, K] or null: every pick's value of its row's `back`, 0 where there is no pick;
-                                    // null on all ranks or on none
+                                    // null on all ranks or on none, else the call is a mismatch
   const float* bias = nullptr;      // [H] or [T, H] or null
   int64_t bias_stride = 0;          // floats from one token's bias to the next
 };

@@ -27,7 +27,7 @@ struct CombineCall {
   const float* weights = nullptr;
   const float* back = nullptr;      // one f32 per row (rank layout: per row and slot), for the picks' slots
   char* y = nullptr;
-  float* slots = nullptr;           // [T, K], where `back` goes; null on all ranks or on none
+  float* slots = nullptr;           // [T, K], where `back` goes; null on all ranks or on none, else the call is a mismatch
   const float* bias = nullptr;
   int64_t bias_stride = 0;
   Wire wire = Wire::plain;
