@@ -130,7 +130,7 @@ int Fibers::spawn(Time at, std::function<void()> body) {
   }
   fibers_[id]->body = std::move(body);
   ++alive_;
-  push({at, next_order_++, static_cast<uint32_t>(id)});
+  follow({at, next_order_++, static_cast<uint32_t>(id)});
   return id;
 }
 
@@ -150,17 +150,27 @@ void* Fibers::take_stack() {
   return stack;
 }
 
-void Fibers::wake(int fiber, Time at) { push({at, next_order_++, static_cast<uint32_t>(fiber)}); }
-
 void Fibers::give_way(Time to) {
   push({to, next_order_++, static_cast<uint32_t>(current_)});
   switch_to(next());
 }
 
 int Fibers::next() {
+  while (next_follower_ < followers_.size()) {
+    const Item item = followers_[next_follower_++];
+    if (next_follower_ == followers_.size()) {
+      followers_.clear();
+      next_follower_ = 0;
+    }
+    if (heap_.empty() || heap_[0].at + lead_ >= item.at) {
+      now_ = item.at;
+      return static_cast<int>(item.what);
+    }
+    push(item);
+  }
   while (!heap_.empty()) {
     const Item item = pop();
-    now_ = item.at;
+    now_ = floor_ = item.at;
     if (!(item.what & kEvent)) return static_cast<int>(item.what);
     on_event_(self_, item.what & ~kEvent);
   }

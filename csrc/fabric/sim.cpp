@@ -26,6 +26,11 @@ SimNet::SimNet(Geometry world, std::vector<SimSpace> spaces, Hardware hardware, 
       r->at = c.take((r->end - r->begin) / r->stride * r->kept + r->stride, 4096);   // the last one's rest has an address too
     }
   }
+  counters_.resize(spaces_.size());
+  for (size_t i = 0; i < spaces_.size(); ++i) {
+    counters_[i].node.resize(world.size, spaces_[i].window_counters / 8);
+    counters_[i].rail.resize(world.size, spaces_[i].region_counters / 8);
+  }
   private_at_ = c.take(payload ? 0 : kPrivateBytes, 4096);
   shift_ = std::bit_width(c.at - 1);
   bytes_ = uint64_t(world.size) << shift_;
@@ -48,6 +53,10 @@ void SimNet::reset(Chaos chaos, double lead, int poison) {
   fibers_.restart(picoseconds(lead));
   stuck_.clear();
   log_.clear();
+  for (SpaceCounters& c : counters_) {
+    c.node.clear();
+    c.rail.clear();
+  }
   for (auto& one : ranks_) {
     SimRank& r = *one;
     r.counters = {};
@@ -94,7 +103,7 @@ void SimNet::run() {
     // Nobody can go on: remember who waits for whom, then let the waits fail so that every role returns.
     std::vector<int> blocked;
     for (auto& one : ranks_) {
-      for (int fiber : one->waiting) blocked.push_back(fiber);
+      for (const auto& w : one->waiting) blocked.push_back(w.fiber);
       one->waiting.clear();
     }
     const bool first = stuck_.empty();
@@ -143,10 +152,12 @@ void SimNet::put(int space, int to_peer, uint64_t offset, const char* src, uint6
   const bool rows = offset >= spaces_[space].region_rows;
   (rows ? from.rail_sent.row_bytes : from.rail_sent.other_bytes) += bytes;
   ++from.rail_sent.messages;
-  if (payload_ || !rows) {
+  if (payload_ || (!rows && !at_once())) {
     post_bytes(landed, peer, region(space, peer, offset), src, bytes, chaos_.coin());
-  } else if (const SimSpace::Records& r = spaces_[space].region_records; offset < r.end && offset >= r.begin) {
-    std::memcpy(region(space, peer, offset), src, r.kept);   // only chaos, which needs payload, could tell the time of it
+  } else if (!rows) {
+    std::memcpy(region(space, peer, offset), src, bytes);
+  } else if (const SimSpace::Records& records = spaces_[space].region_records; offset < records.end && offset >= records.begin) {
+    std::memcpy(region(space, peer, offset), src, records.kept);
   }
   log({begin, landed, Did::put, Phase::none, r.rank, r.channel, peer, r.name, offset, bytes});
   fibers_.advance(begin + put_ + chaos_.pause());
@@ -163,7 +174,7 @@ void SimNet::signal_rail(int space, int to_peer, uint64_t counter, uint64_t add,
   from.landed = std::max(from.landed, landed);
   from.rail_sent.other_bytes += kSignalBytes;
   ++from.rail_sent.messages;
-  post_counter(landed, peer, region(space, peer), counter, add);
+  count(counters_[space].rail, landed, peer, region(space, peer), counter, add);
   log({begin, landed, Did::signal_rail, Phase::none, r.rank, r.channel, peer, r.name, counter, add});
   fibers_.advance(begin + put_ + chaos_.pause());
 }
@@ -178,7 +189,7 @@ void SimNet::signal_node(int space, int local, uint64_t counter, uint64_t add) {
     from.node_moved.other_bytes += kSignalBytes;
     ++from.node_moved.messages;
   }
-  post_counter(landed, peer, window(space, peer), counter, add);
+  count(counters_[space].node, landed, peer, window(space, peer), counter, add);
   log({begin, landed, Did::signal_node, Phase::none, r.rank, r.channel, peer, r.name, counter, add});
   fibers_.advance(begin + put_ + chaos_.pause());
 }
@@ -191,7 +202,7 @@ void SimNet::settle() {
 
 void SimNet::flush() {
   fibers_.advance(std::max(fibers_.now(), ranks_[role().rank]->landed));
-  fibers_.meet();
+  if (!at_once()) fibers_.meet();
 }
 
 // -- visibility -----------------------------------------------------------------------------------
@@ -206,10 +217,16 @@ uint32_t SimNet::new_landing() {
   return i;
 }
 
-void SimNet::post_counter(Time at, int rank, char* memory, uint64_t counter, uint64_t add) {
+void SimNet::count(CounterTimes& times, Time at, int rank, char* memory, uint64_t offset, uint64_t add) {
+  auto* counter = reinterpret_cast<uint64_t*>(memory + offset);
+  if (at_once()) {
+    *counter += add;
+    if (times.enter(rank, offset / 8, *counter, at, fibers_.floor())) wake_waiting(rank, counter, at);
+    return;
+  }
   const uint32_t i = new_landing();
   Landing& l = landings_[i];
-  l.dst = memory + counter;
+  l.dst = memory + offset;
   l.bytes = 0;
   l.add = add;
   l.rank = rank;
@@ -239,36 +256,48 @@ void SimNet::land(uint32_t event) {
   } else {
     auto* counter = reinterpret_cast<uint64_t*>(l.dst);
     *counter += l.add;
-    auto& waiting = ranks_[l.rank]->waiting;
-    for (size_t i = 0; i < waiting.size();) {
-      const Role& r = *roles_[waiting[i]];
-      if (r.counter == counter && *counter >= r.at_least) {
-        // One that is ahead of the clock comes to what is there already.
-        fibers_.wake(waiting[i], fibers_.now() < r.since ? r.since : fibers_.now() + chaos_.delay(poll_));
-        waiting[i] = waiting.back();
-        waiting.pop_back();
-      } else {
-        ++i;
-      }
-    }
+    wake_waiting(l.rank, counter, fibers_.now());
   }
   idle_landings_.push_back(event);
 }
 
-Status SimNet::wait(char* memory, uint64_t offset, uint64_t at_least, Phase phase, int peer) {
+void SimNet::wake_waiting(int rank, const uint64_t* counter, Time changed) {
+  auto& waiting = ranks_[rank]->waiting;
+  for (size_t i = 0; i < waiting.size();) {
+    const SimRank::Waiting& w = waiting[i];
+    if (w.counter == counter && *counter >= w.at_least) {
+      // One that is ahead of the clock comes to what is there already.
+      const Time since = roles_[w.fiber]->since;
+      fibers_.wake(w.fiber, changed < since ? since : changed + chaos_.delay(poll_));
+      waiting[i] = waiting.back();
+      waiting.pop_back();
+    } else {
+      ++i;
+    }
+  }
+}
+
+Status SimNet::wait(CounterTimes& times, char* memory, uint64_t offset, uint64_t at_least, Phase phase, int peer) {
   const auto* counter = reinterpret_cast<const uint64_t*>(memory + offset);
-  if (*counter >= at_least) return {};   // also for one that is ahead of the clock: it landed in its past
   Role& r = role();
-  r.counter = counter;
-  r.at_least = at_least;
-  r.phase = phase;
-  r.peer = peer;
-  r.given_up = false;
-  r.since = fibers_.now();
-  ranks_[r.rank]->waiting.push_back(fibers_.current());
-  fibers_.block();
-  r.counter = nullptr;
-  log({r.since, fibers_.now(), r.given_up ? Did::give_up : Did::wait, phase, r.rank, r.channel, peer, r.name, offset, at_least});
+  const Time begin = fibers_.now();
+  if (*counter >= at_least) {
+    if (!at_once()) return {};   // also for one that is ahead of the clock: it landed in its past
+    const Time reached = times.reached(r.rank, offset / 8, at_least);
+    if (reached <= begin) return {};
+    fibers_.advance(reached + poll_);
+  } else {
+    r.at_least = at_least;
+    r.phase = phase;
+    r.peer = peer;
+    r.given_up = false;
+    r.since = begin;
+    times.watch(r.rank, offset / 8, 1);
+    ranks_[r.rank]->waiting.push_back({fibers_.current(), counter, at_least});
+    fibers_.block();
+    times.watch(r.rank, offset / 8, -1);
+  }
+  log({begin, fibers_.now(), r.given_up ? Did::give_up : Did::wait, phase, r.rank, r.channel, peer, r.name, offset, at_least});
   return r.given_up ? Status{Code::timeout, phase, peer, 0, at_least, *counter} : Status{};
 }
 

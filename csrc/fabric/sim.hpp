@@ -6,7 +6,8 @@
 // as late as the signal that releases it, and only what the contract orders is ordered.
 //
 // Without payload the row bytes are not touched; counters, tables and metadata are, since the protocol
-// steers by them. Times and counts do not change.
+// steers by them. Times and counts do not change. What is put is there at once then, and counters count at once,
+// with their time: that the protocol lets nobody look earlier is what payload and chaos are for.
 #pragma once
 #include <cstring>
 #include <memory>
@@ -17,6 +18,7 @@
 #include "fabric/fabric.hpp"
 #include "fabric/rows.hpp"
 #include "fabric/sim_chaos.hpp"
+#include "fabric/sim_counters.hpp"
 #include "fabric/sim_links.hpp"
 
 namespace moecomm {
@@ -60,7 +62,12 @@ struct SimRank {
   std::vector<Calendar> sms;        // row operations
   LinkCount rail_sent, node_moved;
   Time landed = 0;                  // every put of this rank has landed by then
-  std::vector<int> waiting;         // fibers
+  struct Waiting {
+    int fiber;
+    const uint64_t* counter;
+    uint64_t at_least;
+  };
+  std::vector<Waiting> waiting;
 };
 
 // A line of the log: what a role did, from `begin` to `end`.
@@ -121,8 +128,7 @@ struct RoleState {
   int next_flight = 0;
   Time flight[kInFlight] = {};
   Time stores = 0;                // its stores to other ranks are visible by then
-  const uint64_t* counter = nullptr;   // what it waits for
-  uint64_t at_least = 0;
+  uint64_t at_least = 0;          // what it waits for
   Time since = 0;
   Phase phase = Phase::none;
   int peer = -1;
@@ -194,7 +200,8 @@ class SimNet {
   void put(int space, int peer, uint64_t offset, const char* src, uint64_t bytes);
   void signal_rail(int space, int peer, uint64_t counter, uint64_t add, bool ordered = true);
   void signal_node(int space, int local, uint64_t counter, uint64_t add);
-  Status wait(char* memory, uint64_t counter, uint64_t at_least, Phase phase, int peer);
+  Status wait_rail(int space, uint64_t counter, uint64_t at_least, Phase phase, int peer) { return wait(counters_[space].rail, region(space, role().rank), counter, at_least, phase, peer); }
+  Status wait_node(int space, uint64_t counter, uint64_t at_least, Phase phase, int peer) { return wait(counters_[space].node, window(space, role().rank), counter, at_least, phase, peer); }
   void settle();                                      // until the row operations of this role are complete
   void flush();                                       // until all puts of this rank have landed
   void copy_row(char* dst, const char* src, uint64_t bytes);
@@ -213,10 +220,16 @@ class SimNet {
     int rank;
     std::unique_ptr<char[]> copy;
   };
+  struct SpaceCounters {
+    CounterTimes node, rail;
+  };
+  bool at_once() const { return !payload_ && !chaos_.on(); }
+  Status wait(CounterTimes& times, char* memory, uint64_t offset, uint64_t at_least, Phase phase, int peer);
+  void count(CounterTimes& times, Time at, int rank, char* memory, uint64_t offset, uint64_t add);
+  void wake_waiting(int rank, const uint64_t* counter, Time changed);
   static void on_event(void* self, uint32_t event) { static_cast<SimNet*>(self)->land(event); }
   void land(uint32_t event);
   uint32_t new_landing();
-  void post_counter(Time at, int rank, char* memory, uint64_t counter, uint64_t add);
   void post_bytes(Time at, int rank, char* dst, const char* src, uint64_t bytes, bool keep_now);
   int owner(const void* p, int otherwise) const {
     const uint64_t offset = static_cast<uint64_t>(static_cast<const char*>(p) - base_);
@@ -234,6 +247,7 @@ class SimNet {
 
   Geometry world_;
   std::vector<SimSpace> spaces_;
+  std::vector<SpaceCounters> counters_;   // by space
   Hardware hardware_;
   bool payload_;
   const RowKernels* kernels_;
@@ -270,10 +284,10 @@ struct SimFabric {
   void signal_rail(int peer, uint64_t counter, uint64_t add) const { net->signal_rail(space, peer, counter, add); }
   void signal_node(int local, uint64_t counter, uint64_t add) const { net->signal_node(space, local, counter, add); }
   Status wait_rail(uint64_t counter, uint64_t at_least, Phase phase, int peer) const {
-    return net->wait(net->region(space, me), counter, at_least, phase, peer);
+    return net->wait_rail(space, counter, at_least, phase, peer);
   }
   Status wait_node(uint64_t counter, uint64_t at_least, Phase phase, int peer) const {
-    return net->wait(net->window(space, me), counter, at_least, phase, peer);
+    return net->wait_node(space, counter, at_least, phase, peer);
   }
   template <class G>
   void copy_row(G, char* dst, const char* src, uint64_t bytes) const { net->copy_row(dst, src, bytes); }

@@ -20,7 +20,7 @@ class Milestone {
     for (size_t i = 0; i < waiting_.size();) {
       const Waiting& w = waiting_[i];
       if (w.until <= reached) {
-        net_.fibers().wake(w.fiber, std::max(w.since, now));
+        net_.fibers().wake_follower(w.fiber, std::max(w.since, now));
         waiting_[i] = waiting_.back();
         waiting_.pop_back();
       } else {
@@ -69,7 +69,7 @@ class Crew {
       std::swap(member->puts, net_.role().puts);
       member->ended.open(1);
       last_end_ = std::max(last_end_, net_.fibers().now());
-      if (++count_ == members_.size() && joiner_ >= 0) net_.fibers().wake(joiner_, std::max(since_, last_end_));
+      if (++count_ == members_.size() && joiner_ >= 0) net_.fibers().wake_follower(joiner_, std::max(since_, last_end_));
     });
     return number;
   }
