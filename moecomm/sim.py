@@ -20,7 +20,7 @@ from .shapes import DTYPES, QUANTS, WIRES, arena_size, check_shape
 
 # How far roles of large worlds (more than STRICT_TOKENS tokens in all) run ahead of the clock unless told otherwise:
 # times change by a few percent at most, since many ranks share every link.
-LEAD_NS, DECODE_LEAD_NS = 2_000.0, 20_000.0
+LEAD_NS, DECODE_LEAD_NS = 2_000.0, 50_000.0
 STRICT_TOKENS = 10_000
 SCHEDULES = ("roles", "lane", "seats")
 
@@ -136,15 +136,13 @@ class Cluster:
         MoecommError
             A call failed; names the call, the rank, and every role that waited when nobody could go on.
         """
-        results = self._native.run(program._native)
-        for call, ranks in enumerate(results):
-            for rank, (_, _, code, phase, peer, expected, got, _, ran) in enumerate(ranks):
-                if ran and code != "ok":
-                    waiting = "; ".join(describe_waiting(w) for w in self._native.stuck())
-                    raise MoecommError(f"sim: call {call} of rank {rank} ended with {code} in phase {phase} (peer {peer}, expected {expected}, got {got})"
-                                       + (f". Nobody could go on: {waiting}" if waiting else ""), op="sim", phase=phase, rank=rank, peer=peer,
-                                       expected=expected, got=got)
-        return np.array([[(r[0], r[1]) for r in ranks] for ranks in results]) / 1e6
+        times = np.empty((len(program), self.size, 2), dtype=np.uint64)
+        for call, rank, code, phase, peer, expected, got in self._native.run(program._native, times):
+            waiting = "; ".join(describe_waiting(w) for w in self._native.stuck())
+            raise MoecommError(f"sim: call {call} of rank {rank} ended with {code} in phase {phase} (peer {peer}, expected {expected}, got {got})"
+                               + (f". Nobody could go on: {waiting}" if waiting else ""), op="sim", phase=phase, rank=rank, peer=peer,
+                               expected=expected, got=got)
+        return times / 1e6
 
     # -- one call at a time, with payload -----------------------------------------------------------
 

@@ -16,13 +16,17 @@ constexpr uint64_t kPrivateBytes = uint64_t{1} << 34;   // addresses for inputs 
 SimNet::SimNet(Geometry world, std::vector<SimSpace> spaces, Hardware hardware, int num_sms, bool payload)
     : world_(world), spaces_(std::move(spaces)), hardware_(hardware), payload_(payload), kernels_(&row_kernels()), fibers_(this, &SimNet::on_event),
       num_sms_(num_sms), node_latency_(picoseconds(hardware.node_latency)), rail_latency_(picoseconds(hardware.rail_latency)),
-      message_(picoseconds(hardware.rail_message)), put_(picoseconds(hardware.put)), poll_(picoseconds(hardware.poll)) {
+      message_(picoseconds(hardware.rail_message)), put_(picoseconds(hardware.put)), poll_(picoseconds(hardware.poll)),
+      node_rate_(hardware.node_rate), rail_rate_(hardware.rail_rate), sm_read_(hardware.sm_read), sm_write_(hardware.sm_write) {
   detail::Cursor c;
   for (SimSpace& s : spaces_) {
     s.window_at = c.take(s.window_bytes, 4096);
     s.region_at = c.take(s.region_bytes, 4096);
     for (SimSpace::Records* r : {&s.window_records, &s.region_records}) {
       if (payload) r->end = r->begin;   // everything lies where the layout says
+      r->sources = (r->end - r->begin) / r->stride / r->per_source;
+      r->by_stride = Divisor(r->stride);
+      r->by_source = Divisor(r->per_source);
       r->at = c.take((r->end - r->begin) / r->stride * r->kept + r->stride, 4096);   // the last one's rest has an address too
     }
   }
@@ -128,7 +132,7 @@ void SimNet::run() {
 
 Time SimNet::cross_node(int from, int to, uint64_t bytes) {
   if (chaos_.on()) return fibers_.now() + chaos_.delay(node_latency_);
-  const Time work = transfer_time(bytes, hardware_.node_rate);
+  const Time work = node_rate_.time(bytes);
   const Time left = ranks_[from]->node_out.take(fibers_.now(), work);
   return ranks_[to]->node_in.take(left - work + node_latency_, work);
 }
@@ -143,7 +147,7 @@ void SimNet::put(int space, int to_peer, uint64_t offset, const char* src, uint6
   if (chaos_.on()) {
     landed = begin + chaos_.delay(rail_latency_);
   } else {
-    const Time work = std::max(transfer_time(bytes, hardware_.rail_rate), message_);
+    const Time work = std::max(rail_rate_.time(bytes), message_);
     const Time left = from.rail_out.take(std::max(begin, r.stores), work);   // behind the rows that this role has under way
     landed = to.rail_in.take(left - work + rail_latency_, work);
   }
@@ -218,10 +222,9 @@ uint32_t SimNet::new_landing() {
 }
 
 void SimNet::count(CounterTimes& times, Time at, int rank, char* memory, uint64_t offset, uint64_t add) {
-  auto* counter = reinterpret_cast<uint64_t*>(memory + offset);
   if (at_once()) {
-    *counter += add;
-    if (times.enter(rank, offset / 8, *counter, at, fibers_.floor())) wake_waiting(rank, counter, at);
+    if (times.enter(rank, offset / 8, add, at, fibers_.floor()))
+      wake_waiting(rank, reinterpret_cast<uint64_t*>(memory + offset), times.value(rank, offset / 8), at);
     return;
   }
   const uint32_t i = new_landing();
@@ -256,16 +259,16 @@ void SimNet::land(uint32_t event) {
   } else {
     auto* counter = reinterpret_cast<uint64_t*>(l.dst);
     *counter += l.add;
-    wake_waiting(l.rank, counter, fibers_.now());
+    wake_waiting(l.rank, counter, *counter, fibers_.now());
   }
   idle_landings_.push_back(event);
 }
 
-void SimNet::wake_waiting(int rank, const uint64_t* counter, Time changed) {
+void SimNet::wake_waiting(int rank, const uint64_t* counter, uint64_t value, Time changed) {
   auto& waiting = ranks_[rank]->waiting;
   for (size_t i = 0; i < waiting.size();) {
     const SimRank::Waiting& w = waiting[i];
-    if (w.counter == counter && *counter >= w.at_least) {
+    if (w.counter == counter && value >= w.at_least) {
       // One that is ahead of the clock comes to what is there already.
       const Time since = roles_[w.fiber]->since;
       fibers_.wake(w.fiber, changed < since ? since : changed + chaos_.delay(poll_));
@@ -278,12 +281,14 @@ void SimNet::wake_waiting(int rank, const uint64_t* counter, Time changed) {
 }
 
 Status SimNet::wait(CounterTimes& times, char* memory, uint64_t offset, uint64_t at_least, Phase phase, int peer) {
-  const auto* counter = reinterpret_cast<const uint64_t*>(memory + offset);
+  auto* counter = reinterpret_cast<uint64_t*>(memory + offset);
+  const uint64_t which = offset / 8;
   Role& r = role();
   const Time begin = fibers_.now();
+  if (at_once()) *counter = times.value(r.rank, which);   // the role may look at it itself, but not before it has waited for it
   if (*counter >= at_least) {
     if (!at_once()) return {};   // also for one that is ahead of the clock: it landed in its past
-    const Time reached = times.reached(r.rank, offset / 8, at_least);
+    const Time reached = times.reached(r.rank, which, at_least);
     if (reached <= begin) return {};
     fibers_.advance(reached + poll_);
   } else {
@@ -292,10 +297,11 @@ Status SimNet::wait(CounterTimes& times, char* memory, uint64_t offset, uint64_t
     r.peer = peer;
     r.given_up = false;
     r.since = begin;
-    times.watch(r.rank, offset / 8, 1);
+    times.watch(r.rank, which, 1);
     ranks_[r.rank]->waiting.push_back({fibers_.current(), counter, at_least});
     fibers_.block();
-    times.watch(r.rank, offset / 8, -1);
+    times.watch(r.rank, which, -1);
+    if (at_once()) *counter = times.value(r.rank, which);
   }
   log({begin, fibers_.now(), r.given_up ? Did::give_up : Did::wait, phase, r.rank, r.channel, peer, r.name, offset, at_least});
   return r.given_up ? Status{Code::timeout, phase, peer, 0, at_least, *counter} : Status{};
@@ -310,7 +316,7 @@ void SimNet::row_operation(Role& r, uint64_t read, uint64_t written, Time link) 
     return;
   }
   const Time now = fibers_.now();
-  const Time work = std::max(transfer_time(read, hardware_.sm_read), transfer_time(written, hardware_.sm_write));
+  const Time work = std::max(sm_read_.time(read), sm_write_.time(written));
   Time done = r.sm == Role::kAllSms ? now + work / num_sms_ : ranks_[r.rank]->sms[r.sm].take(now, work);
   done = std::max(done, r.flight[r.next_flight]);   // only so many rows under way
   r.flight[r.next_flight] = link;

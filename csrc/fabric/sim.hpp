@@ -31,6 +31,16 @@ struct LinkCount {
   uint64_t messages = 0;
 };
 
+// Division by a number that stays, for dividends whose product with it is below 2^64.
+class Divisor {
+ public:
+  explicit Divisor(uint64_t by = 1) : magic_(by > 1 ? ~uint64_t{0} / by + 1 : 0) {}
+  uint64_t quotient(uint64_t n) const { return magic_ ? static_cast<uint64_t>(static_cast<unsigned __int128>(n) * magic_ >> 64) : n; }
+
+ private:
+  uint64_t magic_;
+};
+
 // A node window and a rail region, of every rank: what one Reach is in the cpu world. A cluster has one for
 // dispatch and combine and one for decode.
 struct SimSpace {
@@ -41,7 +51,15 @@ struct SimSpace {
     uint64_t stride = 1;
     uint64_t kept = 0;
     uint64_t per_source = 1;      // consecutive records of one source; equal slots of all sources lie together
-    uint64_t at = 0;              // offset in a rank's memory; set by SimNet
+    // Set by SimNet:
+    uint64_t at = 0;              // offset in a rank's memory
+    uint64_t sources = 0;
+    Divisor by_stride, by_source;
+
+    uint64_t place(uint64_t offset) const {
+      const uint64_t index = by_stride.quotient(offset - begin), source = by_source.quotient(index);
+      return at + ((index - source * per_source) * sources + source) * kept + (offset - begin - index * stride);
+    }
   };
   uint64_t window_bytes = 0;
   uint64_t window_counters = 0;   // bytes at its start that hold counters and faults
@@ -85,7 +103,10 @@ struct LogLine {
 class PutTimes {
  public:
   explicit PutTimes(int ranks = 0) : ranks_(ranks) {}
-  void note(int rank, Time landed) { notes_.push_back({rank, landed}); }
+  void note(int rank, Time landed) {
+    if (notes_.capacity() == 0) notes_.reserve(64);
+    notes_.push_back({rank, landed});
+  }
   Time last(int rank) {           // to that rank
     sort();
     return last_[rank];
@@ -226,7 +247,7 @@ class SimNet {
   bool at_once() const { return !payload_ && !chaos_.on(); }
   Status wait(CounterTimes& times, char* memory, uint64_t offset, uint64_t at_least, Phase phase, int peer);
   void count(CounterTimes& times, Time at, int rank, char* memory, uint64_t offset, uint64_t add);
-  void wake_waiting(int rank, const uint64_t* counter, Time changed);
+  void wake_waiting(int rank, const uint64_t* counter, uint64_t value, Time changed);
   static void on_event(void* self, uint32_t event) { static_cast<SimNet*>(self)->land(event); }
   void land(uint32_t event);
   uint32_t new_landing();
@@ -236,9 +257,7 @@ class SimNet {
     return offset < bytes_ ? static_cast<int>(offset >> shift_) : otherwise;
   }
   static uint64_t place(const SimSpace::Records& r, uint64_t base, uint64_t offset) {
-    if (offset < r.begin || offset >= r.end) return base + offset;
-    const uint64_t index = (offset - r.begin) / r.stride, sources = (r.end - r.begin) / r.stride / r.per_source;
-    return r.at + ((index % r.per_source) * sources + index / r.per_source) * r.kept + (offset - r.begin) % r.stride;
+    return offset < r.begin || offset >= r.end ? base + offset : r.place(offset);
   }
   int peer_rank(int space, const Geometry& g, int peer) const { return spaces_[space].peers_are_ranks ? peer : g.rail_rank(peer); }
   Time cross_node(int from, int to, uint64_t bytes);
@@ -267,6 +286,7 @@ class SimNet {
   bool logging_ = false;
   std::vector<LogLine> log_;
   Time node_latency_, rail_latency_, message_, put_, poll_;
+  Rate node_rate_, rail_rate_, sm_read_, sm_write_;
 };
 
 struct SimFabric {

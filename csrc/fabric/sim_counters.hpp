@@ -21,9 +21,9 @@ class CounterTimes {
     idle_.clear();
   }
 
-  // The counter has `value` from `at` on, or from its last change on if that is later: signals of one writer are
+  // The counter grows by `add` at `at`, or with its last change if that is later: signals of one writer are
   // ordered. No role is behind `floor`. True: somebody waits for the counter.
-  bool enter(int rank, uint64_t counter, uint64_t value, Time at, Time floor) {
+  bool enter(int rank, uint64_t counter, uint64_t add, Time at, Time floor) {
     Step& last = step(rank, counter);
     int32_t older = -1;
     if (last.at > floor) {
@@ -32,9 +32,11 @@ class CounterTimes {
     } else {
       for (int32_t i = last.older; i >= 0; i = older_[i].older) idle_.push_back(i);
     }
-    last = {at, value, older, last.waiters};
+    last = {at, last.value + add, older, last.waiters};
     return last.waiters > 0;
   }
+  // As far as it has been entered.
+  uint64_t value(int rank, uint64_t counter) { return step(rank, counter).value; }
   // When the counter, which is entered with at_least or more, came to at_least.
   Time reached(int rank, uint64_t counter, uint64_t at_least) {
     const Step* s = &step(rank, counter);

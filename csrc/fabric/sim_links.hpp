@@ -25,7 +25,24 @@ struct Hardware {
 
 constexpr double kPicosecondsPerNanosecond = 1000.0;
 inline Time picoseconds(double ns) { return static_cast<Time>(ns * kPicosecondsPerNanosecond + 0.5); }
-inline Time transfer_time(uint64_t bytes, double rate) { return picoseconds(static_cast<double>(bytes) / rate); }
+
+// What one rate makes of bytes. Most transfers are as long as the one before.
+class Rate {
+ public:
+  explicit Rate(double bytes_per_ns) : rate_(bytes_per_ns) {}
+  Time time(uint64_t bytes) {
+    if (bytes != bytes_) {
+      bytes_ = bytes;
+      time_ = picoseconds(static_cast<double>(bytes) / rate_);
+    }
+    return time_;
+  }
+
+ private:
+  double rate_;
+  uint64_t bytes_ = 0;
+  Time time_ = 0;
+};
 
 // A resource that one user has at a time: a link, a NIC, a multiprocessor's copy engine. Users do not ask in the
 // order in which they come (messages are announced when they are sent, not when they arrive; roles run
@@ -39,15 +56,14 @@ class Calendar {
     uint64_t bin = find(from / kBin);
     Time left = work;
     for (;;) {
-      Bin& b = bins_[bin];
-      const Time room = kBin - b.used;
+      uint32_t& used = at(bin);
+      const Time room = kBin - used;
       if (left < room) {
-        b.used += static_cast<uint32_t>(left);
-        return std::max(bin * kBin + b.used, from + work);
+        used += static_cast<uint32_t>(left);
+        return std::max(bin * kBin + used, from + work);
       }
       left -= room;
-      b.used = kBin;
-      b.next = static_cast<uint32_t>(bin + 1);
+      used = kFull | static_cast<uint32_t>(bin + 1);
       bin = find(bin + 1);
     }
   }
@@ -58,26 +74,33 @@ class Calendar {
   }
 
  private:
-  static constexpr Time kBin = 1u << 20;   // ps: about a microsecond
-  struct Bin {
-    uint32_t used;   // ps
-    uint32_t next;   // itself; once full, a bin behind it
-  };
+  static constexpr Time kBin = 1u << 20;        // ps: about a microsecond
+  static constexpr uint32_t kFull = 1u << 31;
+  static constexpr uint64_t kMargin = 16;       // bins before the first that was asked for, and more than asked for behind
+
   // The first bin from `bin` on that has room.
   uint64_t find(uint64_t bin) {
-    grow(bin);
-    while (bins_[bin].next != bin) {
-      const uint32_t after = bins_[bin].next;
-      grow(after);
-      bins_[bin].next = bins_[after].next;   // every visit halves the way for the next one
+    reach(bin);
+    while (at(bin) & kFull) {
+      const uint64_t after = at(bin) & ~kFull;
+      reach(after);
+      if (at(after) & kFull) at(bin) = at(after);   // every visit halves the way for the next one
       bin = after;
     }
     return bin;
   }
-  void grow(uint64_t bin) {
-    while (bins_.size() <= bin) bins_.push_back({0, static_cast<uint32_t>(bins_.size())});
+  uint32_t& at(uint64_t bin) { return bins_[bin - first_]; }
+  void reach(uint64_t bin) {
+    if (bins_.empty()) first_ = bin - std::min(bin, kMargin);
+    if (bin < first_) {
+      bins_.insert(bins_.begin(), first_ - bin, 0);
+      first_ = bin;
+    }
+    if (bin - first_ >= bins_.size()) bins_.resize(bin - first_ + kMargin, 0);
   }
-  std::vector<Bin> bins_;
+
+  std::vector<uint32_t> bins_;   // ps that are used; of a full one, kFull and a bin behind it
+  uint64_t first_ = 0;           // of bins_
   Time busy_ = 0;
 };
 

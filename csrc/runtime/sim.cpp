@@ -31,7 +31,11 @@ SimSpace decode_space(const DecodeView& d) {
   const uint64_t stride = decode_message_bytes(d.shape), tokens = d.shape.max_tokens;
   s.window_bytes = d.window.bytes;
   s.window_counters = d.window.wanted;
-  s.window_records = {d.window.messages, d.window.messages + 2 * tokens * stride, stride, decode_header_bytes(d.shape.top_k), tokens, 0};
+  s.window_records.begin = d.window.messages;
+  s.window_records.end = d.window.messages + 2 * tokens * stride;
+  s.window_records.stride = stride;
+  s.window_records.kept = sizeof(DecodeHeader) + sizeof(DecodePick) * d.shape.top_k;
+  s.window_records.per_source = tokens;
   s.region_bytes = d.region.bytes;
   s.region_counters = d.region.messages;
   s.region_rows = d.region.messages;

@@ -128,19 +128,21 @@ cdef class Cluster:
         """A clean start; with a seed the next run is perturbed by it."""
         self.c.get().reset(world.Chaos() if seed is None else world.Chaos(<uint64_t>seed, budget), lead)
 
-    def run(self, Program program):
-        """By call and rank: (begin ps, end ps, code, phase, peer, expected, got, digest, ran)."""
+    def run(self, Program program, uint64_t[:, :, ::1] times):
+        """Fills times [calls, ranks, 2] with begin and end in ps. Returns the calls that failed: (call, rank, code, phase, peer, expected, got)."""
         cdef const world.SimResult* r
-        cdef size_t i
+        cdef Py_ssize_t call, rank, size = self.config.size
         with nogil:
             self.c.get().run(program.calls)
-        results = []
+        failed = []
         cdef const vector[world.SimResult]* all = &self.c.get().results()
-        for i in range(all.size()):
-            r = &all.at(i)
-            results.append((r.begin, r.end, _CODES[<int>r.status.code], PHASES[<int>r.status.phase], r.status.peer, r.status.expected,
-                            r.status.got, r.digest, r.ran))
-        return [results[i:i + self.config.size] for i in range(0, len(results), self.config.size)]
+        for call in range(times.shape[0]):
+            for rank in range(size):
+                r = &all.at(call * size + rank)
+                times[call, rank, 0], times[call, rank, 1] = r.begin, r.end
+                if r.ran and <int>r.status.code:
+                    failed.append((call, rank, _CODES[<int>r.status.code], PHASES[<int>r.status.phase], r.status.peer, r.status.expected, r.status.got))
+        return failed
 
     def plan(self, int rank, int handle):
         """(tokens per expert, rows per expert) of a dispatch at a rank."""
