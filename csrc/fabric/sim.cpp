@@ -85,10 +85,11 @@ void SimNet::reset(Chaos chaos, double lead, int poison) {
 
 void SimNet::start(int rank, const char* name, int channel, int sm, std::function<void()> body) {
   const Time at = fibers_.now() + (chaos_.on() ? chaos_.delay(0) : 0);
-  const int fiber = fibers_.spawn(at, [this, body = std::move(body)] {
+  const int fiber = fibers_.spawn(at, [this] {
+    Role& r = role();
     const Time begin = fibers_.now();
-    body();
-    const Role& r = role();
+    r.body();
+    r.body = nullptr;
     log({begin, fibers_.now(), Did::role, Phase::none, r.rank, r.channel, -1, r.name, 0, 0});
   });
   if (static_cast<size_t>(fiber) >= roles_.size()) roles_.resize(fiber + 1);
@@ -98,7 +99,7 @@ void SimNet::start(int rank, const char* name, int channel, int sm, std::functio
   state.rank = rank;
   state.channel = channel;
   state.sm = sm < 0 ? Role::kAllSms : sm % num_sms_;
-  roles_[fiber]->begin(state, world_.size);
+  roles_[fiber]->begin(state, std::move(body), world_.size);
 }
 
 void SimNet::run() {

@@ -99,15 +99,18 @@ struct LogLine {
   uint64_t offset, value;   // counter or place, and bytes or the value waited for
 };
 
-// When a role's puts have landed, by rank. Noted in turn; sorted by rank for those alone that ask.
+// When a role's puts have landed, by rank. Noted in turn; sorted by rank where there are many and somebody asks.
 class PutTimes {
  public:
   explicit PutTimes(int ranks = 0) : ranks_(ranks) {}
-  void note(int rank, Time landed) {
-    if (notes_.capacity() == 0) notes_.reserve(64);
-    notes_.push_back({rank, landed});
-  }
+  void note(int rank, Time landed) { notes_.push_back({rank, landed}); }
   Time last(int rank) {           // to that rank
+    if (last_.empty() && notes_.size() <= kFew) {
+      Time last = 0;
+      for (const Note& n : notes_)
+        if (n.rank == rank) last = std::max(last, n.landed);
+      return last;
+    }
     sort();
     return last_[rank];
   }
@@ -127,6 +130,7 @@ class PutTimes {
     int rank;
     Time landed;
   };
+  static constexpr size_t kFew = 64;
   void sort() {
     if (last_.empty()) last_.assign(ranks_, 0);
     for (const Note& n : notes_) last_[n.rank] = std::max(last_[n.rank], n.landed);
@@ -158,12 +162,14 @@ struct RoleState {
 
 // A role, as a fiber.
 struct Role : RoleState {
+  std::function<void()> body;
   PutTimes puts;
   TermStore terms[2];
   char* targets[kMaxTopK];
 
-  void begin(const RoleState& state, int ranks) {
+  void begin(const RoleState& state, std::function<void()> run, int ranks) {
     static_cast<RoleState&>(*this) = state;
+    body = std::move(run);
     puts.clear(ranks);
   }
   // Its next signals come after what the other stored and put.

@@ -55,7 +55,7 @@ class Milestone {
 
 class Crew {
  public:
-  Crew(SimNet& net, int rank) : net_(net), rank_(rank) {}
+  Crew(SimNet& net, int rank) : net_(net), rank_(rank), puts_(net.size()) {}
 
   // `role` returns a Status. Returns the member's number.
   template <class R>
@@ -65,8 +65,8 @@ class Crew {
     net_.start(rank_, name, channel, channel, [this, member = members_.back().get(), role] {
       member->status = role();
       net_.settle();
-      member->stores = net_.role().stores;
-      std::swap(member->puts, net_.role().puts);
+      stores_ = std::max(stores_, net_.role().stores);
+      puts_.add(net_.role().puts);
       member->ended.open(1);
       last_end_ = std::max(last_end_, net_.fibers().now());
       if (++count_ == members_.size() && joiner_ >= 0) net_.fibers().wake_follower(joiner_, std::max(since_, last_end_));
@@ -87,12 +87,10 @@ class Crew {
       since_ = fibers.now();
       fibers.block();
     }
-    Role& caller = net_.role();
+    net_.role().comes_after(stores_, puts_);
     Status s;
-    for (const auto& m : members_) {
-      caller.comes_after(m->stores, m->puts);
+    for (const auto& m : members_)
       if (s.ok()) s = m->status;
-    }
     return s;
   }
 
@@ -101,13 +99,13 @@ class Crew {
     explicit Member(SimNet& net) : ended(net) {}
     Milestone ended;
     Status status;
-    Time stores = 0;
-    PutTimes puts;
   };
   SimNet& net_;
   int rank_;
   std::vector<std::unique_ptr<Member>> members_;
   uint64_t count_ = 0;       // that have ended
+  Time stores_ = 0;          // theirs
+  PutTimes puts_;
   Time last_end_ = 0;
   int joiner_ = -1;          // a fiber
   Time since_ = 0;
