@@ -97,6 +97,26 @@ cdef class Reach:
         reach.r = cudaapi.reach_processes(device)
         return reach
 
+    @staticmethod
+    def nccl(bytes library, geometry, int device, bytes unique_id):
+        """Processes anywhere, by NCCL's windows. Collective; waits for every rank."""
+        cdef Reach reach = Reach.__new__(Reach)
+        cdef capi.Geometry g
+        cdef string path = library, name = unique_id
+        g.rank, g.size, g.ranks_per_node = geometry
+        with nogil:
+            reach.r = cudaapi.reach_nccl(path, g, device, name)
+        return reach
+
+    @property
+    def rail(self):
+        """What carries rows between nodes."""
+        return (<bytes>self.r.get().rail()).decode()
+
+    def abort(self):
+        with nogil:
+            self.r.get().abort()
+
 
 cdef class Buffer:
     cdef shared_ptr[cudaapi.DeviceBuffer] b
@@ -227,3 +247,16 @@ def shared_bytes(spread):
     cdef cudaapi.Spread s
     s.sms, s.warps, s.senders, s.stage_bytes = spread
     return cudaapi.shared_bytes(s)
+
+
+def nccl_headers():
+    """The version code of the NCCL headers in this build, 0: none."""
+    return cudaapi.nccl_headers_()
+
+
+def nccl_unique_id(bytes library):
+    """A new world's name."""
+    cdef string path = library, name
+    with nogil:
+        name = cudaapi.nccl_unique_id_(path)
+    return <bytes>name

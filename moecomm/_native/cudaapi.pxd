@@ -20,7 +20,8 @@ cdef extern from "world/cuda/launch.hpp" namespace "moecomm::cuda" nogil:
 
 cdef extern from "runtime/cuda/window.hpp" namespace "moecomm::cuda" nogil:
     cdef cppclass DeviceReach:
-        pass
+        string rail()
+        void abort()
 
     shared_ptr[DeviceReach] reach_threads(int device)
     shared_ptr[DeviceReach] reach_processes(int device)
@@ -29,6 +30,11 @@ cdef extern from "runtime/cuda/window.hpp" namespace "moecomm::cuda" nogil:
         char* data()
         uint64_t offset()
         uint64_t bytes()
+
+cdef extern from "runtime/cuda/nccl.hpp" namespace "moecomm::cuda" nogil:
+    int nccl_headers_ "moecomm::cuda::nccl_headers"()
+    string nccl_unique_id_ "moecomm::cuda::nccl_unique_id"(const string& library) except +
+    shared_ptr[DeviceReach] reach_nccl(const string& library, const capi.Geometry&, int device, const string& unique_id) except +
 
 cdef extern from "runtime/plan.hpp" namespace "moecomm" nogil:
     cdef cppclass PlanView:

@@ -81,7 +81,7 @@ template <class Window>
 class Reach final : public DeviceReach {
  public:
   explicit Reach(int device) : device_(device) {}
-  std::shared_ptr<DeviceWindow> window(uint64_t bytes) override { return std::make_shared<Window>(device_, bytes); }
+  std::shared_ptr<DeviceWindow> window(uint64_t bytes, Peers) override { return std::make_shared<Window>(device_, bytes); }
 
  private:
   int device_;

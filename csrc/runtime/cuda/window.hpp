@@ -38,11 +38,15 @@ class DeviceWindow {
   uint64_t bytes_ = 0;
 };
 
+enum class Peers { rail, world };   // whom a window's puts name by index: one rank per node, or every rank
+
 class DeviceReach {
  public:
   virtual ~DeviceReach() = default;
-  virtual std::shared_ptr<DeviceWindow> window(uint64_t bytes) = 0;   // zero-filled; local
+  virtual std::shared_ptr<DeviceWindow> window(uint64_t bytes, Peers peers = Peers::rail) = 0;   // zero-filled; local
   virtual const Kernels& kernels() const { return loopback_kernels(); }
+  virtual std::string rail() const { return "memory"; }   // what carries rows between nodes
+  virtual void abort() {}                                 // from any thread: ends what waits for peers; no window can be made any more
 };
 
 std::shared_ptr<DeviceReach> reach_threads(int device);

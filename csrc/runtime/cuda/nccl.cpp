@@ -1,0 +1,203 @@
+#include "runtime/cuda/nccl.hpp"
+
+#include <cuda_runtime_api.h>
+#include <dlfcn.h>
+
+#include <cstring>
+#include <mutex>
+#include <optional>
+#include <stdexcept>
+
+#include "fabric/cuda/gin.hpp"
+
+namespace moecomm::cuda {
+namespace {
+
+constexpr int kContexts = 16;   // streams that a network keeps apart; a wish
+
+// What is called of libnccl, by its headers' types.
+class Library {
+ public:
+  explicit Library(const std::string& path) {
+    void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);   // stays loaded
+    if (!handle) throw std::invalid_argument("NCCL: " + std::string(dlerror()));
+    const auto find = [&](auto& function, const char* name) {
+      function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(handle, name));
+      if (!function) throw std::invalid_argument("NCCL: " + path + " has no " + name + ": it is too old; expected 2.29 or newer");
+    };
+    find(unique_id, "ncclGetUniqueId");
+    find(init, "ncclCommInitRank");
+    find(abort, "ncclCommAbort");
+    find(error, "ncclGetErrorString");
+    find(allocate, "ncclMemAlloc");
+    find(free, "ncclMemFree");
+    find(enlist, "ncclCommWindowRegister");
+    find(delist, "ncclCommWindowDeregister");
+    find(lsa, "ncclTeamLsa");
+    find(pointer, "ncclGetLsaDevicePointer");
+    find(properties, "ncclCommQueryProperties");
+    find(create_network, "ncclDevCommCreate");
+    find(destroy_network, "ncclDevCommDestroy");
+  }
+  void require(ncclResult_t result, const char* what) const {
+    if (result != ncclSuccess) throw std::runtime_error(std::string("NCCL: ") + what + ": " + error(result));
+  }
+
+  decltype(&ncclGetUniqueId) unique_id;
+  decltype(&ncclCommInitRank) init;
+  decltype(&ncclCommAbort) abort;
+  decltype(&ncclGetErrorString) error;
+  decltype(&ncclMemAlloc) allocate;
+  decltype(&ncclMemFree) free;
+  decltype(&ncclCommWindowRegister) enlist;
+  decltype(&ncclCommWindowDeregister) delist;
+  decltype(&ncclTeamLsa) lsa;
+  decltype(&ncclGetLsaDevicePointer) pointer;
+  decltype(&ncclCommQueryProperties) properties;
+  decltype(&ncclDevCommCreate) create_network;
+  decltype(&ncclDevCommDestroy) destroy_network;
+};
+
+// A communicator. The ranks that load and store each other's windows are its LSA team: a run of consecutive ranks.
+class NcclReach final : public DeviceReach, public std::enable_shared_from_this<NcclReach> {
+ public:
+  NcclReach(const std::string& library, const Geometry& geometry, int device, const std::string& unique_id)
+      : library(library), geometry(geometry), device(device) {
+    ncclUniqueId id;
+    if (unique_id.size() != sizeof(id)) throw std::invalid_argument("NCCL: a unique id has another size");
+    std::memcpy(&id, unique_id.data(), sizeof(id));
+    const OnDevice on(device);
+    this->library.require(this->library.init(&comm_, geometry.size, id, geometry.rank), "joining the world");
+    lsa_ = this->library.lsa(comm_);
+    for (int d = 0; d < geometry.ranks_per_node; ++d)
+      if (lsa_index(geometry.rank_at(geometry.node(), d)) < 0)
+        throw std::invalid_argument("NCCL: ranks of a node do not reach each other's memory (teams of " + std::to_string(lsa_.nRanks) +
+                                    " ranks); expected ranks_per_node to divide that");
+    for (int n = 0; n < geometry.nodes(); ++n) by_memory_ &= lsa_index(geometry.rail_rank(n)) >= 0;
+    if (!by_memory_) choose_network();
+  }
+  ~NcclReach() override {
+    for (auto& network : networks_)
+      if (network && comm_) library.destroy_network(comm_, &*network);
+    abort();   // local, unlike a farewell
+  }
+
+  std::shared_ptr<DeviceWindow> window(uint64_t bytes, Peers peers) override;
+  const Kernels& kernels() const override { return by_memory_ ? loopback_kernels() : gin_kernels(); }
+  std::string rail() const override { return by_memory_ ? "memory" : type_ == NCCL_GIN_TYPE_GDAKI ? "NCCL GIN (IBGDA)" : "NCCL GIN (proxy)"; }
+  void abort() override {
+    std::lock_guard lock(mutex_);
+    if (comm_) library.abort(comm_);
+    comm_ = nullptr;
+  }
+
+  ncclComm_t comm() const { return comm_; }
+  bool by_memory() const { return by_memory_; }
+  // A rank's place in the LSA team, -1: not in it.
+  int lsa_index(int rank) const {
+    const int away = rank - geometry.rank, index = lsa_.rank + away / lsa_.stride;
+    return away % lsa_.stride == 0 && index >= 0 && index < lsa_.nRanks ? index : -1;
+  }
+  // Collective on first use.
+  const ncclDevComm& network(Peers peers) {
+    auto& network = networks_[static_cast<int>(peers)];
+    if (network) return *network;
+    ncclDevCommRequirements wanted = NCCL_DEV_COMM_REQUIREMENTS_INITIALIZER;
+    wanted.ginContextCount = kContexts;
+    wanted.ginType = type_;
+    // NCCL's own rails join ranks of the same place in the LSA teams: ours, where a node is a team.
+    wanted.ginConnectionType = peers == Peers::rail && lsa_.nRanks == geometry.ranks_per_node ? NCCL_GIN_CONNECTION_RAIL : NCCL_GIN_CONNECTION_FULL;
+    ncclDevComm made;
+    library.require(library.create_network(comm_, &wanted, &made), "creating the network");
+    network = made;
+    return *network;
+  }
+
+  const Library library;
+  const Geometry geometry;
+  const int device;
+
+ private:
+  void choose_network() {
+    ncclCommProperties p = NCCL_COMM_PROPERTIES_INITIALIZER;
+    library.require(library.properties(comm_, &p), "asking for its properties");
+    const bool any = p.deviceApiSupport && (p.ginType != NCCL_GIN_TYPE_NONE || p.railedGinType != NCCL_GIN_TYPE_NONE);
+    if (any && p.ginSupport[NCCL_GIN_TYPE_GDAKI]) type_ = NCCL_GIN_TYPE_GDAKI;
+    else if (any && p.ginSupport[NCCL_GIN_TYPE_PROXY]) type_ = NCCL_GIN_TYPE_PROXY;
+    else
+      throw std::invalid_argument("NCCL: nodes do not reach each other's memory, and NCCL offers no network to kernels here (GIN type " +
+                                  std::to_string(p.ginType) + "); expected IBGDA or its proxy, which need an InfiniBand or RoCE device");
+  }
+
+  ncclComm_t comm_ = nullptr;
+  ncclTeam_t lsa_{};
+  bool by_memory_ = true;
+  ncclGinType_t type_ = NCCL_GIN_TYPE_NONE;
+  std::optional<ncclDevComm> networks_[2];   // by Peers
+  std::mutex mutex_;
+};
+
+class NcclWindow final : public DeviceWindow {
+ public:
+  NcclWindow(std::shared_ptr<NcclReach> reach, uint64_t bytes, Peers peers) : reach_(std::move(reach)), peers_(peers) {
+    const OnDevice on(reach_->device);
+    void* p = nullptr;
+    bytes_ = align_up(bytes, NCCL_WIN_REQUIRED_ALIGNMENT);
+    reach_->library.require(reach_->library.allocate(&p, bytes_), ("allocating " + std::to_string(bytes_) + " bytes").c_str());
+    data_ = static_cast<char*>(p);
+    require(cudaMemset(data_, 0, bytes_), "clearing memory");
+    require(cudaDeviceSynchronize(), "clearing memory");
+  }
+  ~NcclWindow() override {
+    if (window_ && reach_->comm()) reach_->library.delist(reach_->comm(), window_);
+    reach_->library.free(data_);
+  }
+
+  std::string card() const override { return std::to_string(bytes_); }
+  void connect(int, const std::vector<std::string>& cards) override {
+    for (const std::string& c : cards)
+      if (c != card()) throw std::invalid_argument("NCCL: windows of " + c + " and " + card() + " bytes; expected one size");
+    const OnDevice on(reach_->device);
+    reach_->library.require(reach_->library.enlist(reach_->comm(), data_, bytes_, &window_, NCCL_WIN_COLL_SYMMETRIC), "registering a window");
+    if (reach_->by_memory()) return;
+    const Geometry& g = reach_->geometry;
+    const ncclTeam team = peers_ == Peers::rail ? ncclTeam{g.nodes(), g.node(), g.ranks_per_node} : ncclTeam{g.size, g.rank, 1};
+    const GinNetwork network{reach_->network(peers_), window_, team};
+    network_ = DeviceMemory::create(reach_->device, sizeof(network));
+    require(cudaMemcpy(network_->data(), &network, sizeof(network), cudaMemcpyHostToDevice), "writing the network");
+  }
+  char* at(int rank) override {
+    const int index = reach_->lsa_index(rank);
+    if (rank == reach_->geometry.rank) return data_;
+    if (index < 0) return nullptr;
+    void* p = nullptr;
+    reach_->library.require(reach_->library.pointer(window_, 0, index, &p), "reaching a peer's window");
+    return static_cast<char*>(p);
+  }
+  const void* network() const override { return network_ ? network_->data() : nullptr; }
+
+ private:
+  std::shared_ptr<NcclReach> reach_;
+  Peers peers_;
+  ncclWindow_t window_ = nullptr;
+  std::shared_ptr<DeviceMemory> network_;
+};
+
+std::shared_ptr<DeviceWindow> NcclReach::window(uint64_t bytes, Peers peers) { return std::make_shared<NcclWindow>(shared_from_this(), bytes, peers); }
+
+}  // namespace
+
+int nccl_headers() { return NCCL_VERSION_CODE; }
+
+std::string nccl_unique_id(const std::string& library) {
+  const Library nccl(library);
+  ncclUniqueId id;
+  nccl.require(nccl.unique_id(&id), "making a unique id");
+  return std::string(id.internal, sizeof(id.internal));
+}
+
+std::shared_ptr<DeviceReach> reach_nccl(const std::string& library, const Geometry& geometry, int device, const std::string& unique_id) {
+  return std::make_shared<NcclReach>(library, geometry, device, unique_id);
+}
+
+}  // namespace moecomm::cuda
