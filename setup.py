@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import nccl_headers  # noqa: E402 - beside this file
 RUNTIME = sorted(str(p.relative_to(ROOT)) for folder in ("fabric", "runtime") for p in (ROOT / "csrc" / folder).glob("*.cpp")
                  if not p.name.startswith("sim"))
 SIM = ["csrc/exec/fiber.cpp", "csrc/fabric/sim.cpp", *map(str, sorted(Path("csrc/runtime").glob("sim*.cpp"))), "csrc/runtime/plan.cpp", "csrc/runtime/memory.cpp",
@@ -72,9 +76,10 @@ class BuildExt(build_ext):
 
 # -- the CUDA world ---------------------------------------------------------------------------------------------------
 
-KERNELS = {"moecomm._native.cuda": ["csrc/world/cuda/kernels.cu"]}   # by name: cythonize makes extensions anew
+NCCL = nccl_headers.find()   # None: ranks of one host only
+KERNELS = {"moecomm._native.cuda": ["csrc/world/cuda/kernels.cu", *(["csrc/world/cuda/gin.cu"] if NCCL else [])]}   # by name: cythonize makes extensions anew
 
-NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden",
+NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Icsrc", *([f"-I{NCCL}"] if NCCL else []), "-Xcompiler=-fPIC,-fvisibility=hidden",
               "-diag-suppress=20011,20012,20013,20014,20015"]   # a role's lambdas may call what only a GPU has
 
 
@@ -112,9 +117,11 @@ def cuda_extension():
     return [Extension(
         "moecomm._native.cuda",
         ["moecomm/_native/cuda.pyx", "csrc/runtime/cuda/buffer.cpp", "csrc/runtime/cuda/memory.cpp", "csrc/runtime/cuda/window.cpp",
+         "csrc/runtime/cuda/nccl.cpp" if NCCL else "csrc/runtime/cuda/nccl_absent.cpp",
          "csrc/runtime/plan.cpp", "csrc/runtime/memory.cpp"],
-        language="c++", include_dirs=["csrc", str(home / "include"), str(ucx / "include")], library_dirs=[str(home / "lib64"), str(home / "lib")],
-        libraries=["cudart_static", "rt", "dl", "pthread"], extra_compile_args=FLAGS)]
+        language="c++", include_dirs=["csrc", str(home / "include"), str(ucx / "include")],
+        library_dirs=[str(home / "lib64"), str(home / "lib")],
+        libraries=["cudart_static", "rt", "dl", "pthread"], extra_compile_args=[*FLAGS, *([f"-isystem{NCCL}"] if NCCL else [])])]
 
 
 ucx = ucx_folder()

@@ -50,14 +50,16 @@ class Communicator:
     ranks_per_node : int, optional
         Consecutive ranks that share memory. None: the ranks that are on one host.
     device : str or torch.device, optional
-        "cpu", or "cuda" (the current GPU, or the one named; it may differ between ranks, and several may share one).
+        "cpu", or "cuda" (the current GPU, or the one named; it may differ between ranks, and several may share one). Processes
+        of one host share memory by CUDA IPC; those of several hosts, and where MOECOMM_CUDA_FABRIC=nccl, by NCCL.
     timeout : float
         Seconds that any wait may last.
 
     Raises
     ------
     InvalidArgument
-        The ranks do not divide into nodes of ranks_per_node, or a node spans hosts; the cuda world cannot be used here.
+        The ranks do not divide into nodes of ranks_per_node, or a node spans hosts; the cuda world cannot be used here, or
+        not between these hosts: the message names NCCL's version and what is expected.
     ConfigMismatch
         Ranks disagree about ranks_per_node, device, timeout or the version of moecomm.
     PeerTimeout
@@ -94,10 +96,7 @@ class Communicator:
         if self.num_nodes == 1:
             rail = "none"
         elif device.type == "cuda":
-            rail = "loopback"
-            if len({host for _, host in everyone}) > 1:
-                raise InvalidArgument("device: got 'cuda' with nodes on several hosts; this build joins nodes of one host only", op="Communicator",
-                                      rank=self.rank)
+            rail = "loopback"   # unless the reach, below, knows better
         elif rail == "auto":
             rail = "loopback" if boot.threads else "ucx"
         elif rail == "loopback" and not boot.threads:
@@ -105,7 +104,9 @@ class Communicator:
         self.rail = rail
         self._native = self._join("Communicator", lambda: core.Communicator(self.rank, self.size, self.ranks_per_node, boot.threads,
                                                                             "none" if device.type == "cuda" else rail, self.timeout))
-        self._reach = cuda.reach_of(self) if device.type == "cuda" else None   # of its windows on GPUs
+        self._reach = cuda.reach_of(self, [host for _, host in everyone]) if device.type == "cuda" else None   # of its windows on GPUs
+        if self._reach is not None and self.num_nodes > 1 and self._reach.rail != "memory":
+            self.rail = self._reach.rail
         _living.add(self)
 
     def _exchange(self, value):

@@ -17,7 +17,8 @@ import os
 
 import torch
 
-from . import tuning
+from . import nccl, tuning
+from .env import Environment
 from .errors import InvalidArgument
 
 
@@ -72,10 +73,57 @@ def own_stream(device):
         stream.synchronize()
 
 
-def reach_of(comm):
-    """How the ranks of this communicator reach each other's windows: the extension's Reach."""
-    reach = native().Reach
-    return reach.threads(comm.device.index) if comm._bootstrap.threads else reach.processes(comm.device.index)
+def fabric_of(threads, hosts, ipc, wanted="auto"):
+    """How ranks with GPUs reach each other: "threads", "ipc" or "nccl".
+
+    Parameters
+    ----------
+    threads : bool
+        Whether they are threads of one process.
+    hosts : sequence
+        The host of every rank.
+    ipc : sequence of bool
+        Whether each rank's memory can be shared by CUDA IPC. Where not, NCCL shares it by VMM handles.
+    wanted : str
+        MOECOMM_CUDA_FABRIC.
+
+    Raises
+    ------
+    InvalidArgument
+        What is wanted does not go.
+    """
+    if wanted not in ("auto", "ipc", "nccl"):
+        raise InvalidArgument(f"MOECOMM_CUDA_FABRIC: got {wanted!r}; expected auto, ipc or nccl", op="Communicator")
+    if threads:
+        if wanted != "auto":
+            raise InvalidArgument(f"MOECOMM_CUDA_FABRIC: got {wanted!r}; rank threads reach each other by pointer, expected auto", op="Communicator")
+        return "threads"
+    if wanted == "ipc" and len(set(hosts)) > 1:
+        raise InvalidArgument("MOECOMM_CUDA_FABRIC: got 'ipc' with ranks on several hosts; expected auto or nccl", op="Communicator")
+    if wanted == "ipc" and not all(ipc):
+        raise InvalidArgument(f"MOECOMM_CUDA_FABRIC: got 'ipc', which the GPU of rank {list(ipc).index(False)} does not have; expected auto or nccl",
+                              op="Communicator")
+    return "nccl" if wanted == "nccl" or len(set(hosts)) > 1 or not all(ipc) else "ipc"
+
+
+def reach_of(comm, hosts):
+    """How the ranks of this communicator reach each other's windows: the extension's Reach. Collective.
+
+    Raises
+    ------
+    InvalidArgument
+        The NCCL that is here cannot join them, with its version and what is expected.
+    PeerTimeout
+        A rank does not come.
+    """
+    make, device = native().Reach, comm.device.index
+    threads = comm._bootstrap.threads
+    ipc = [True] * comm.size if threads else comm._exchange(native().ipc_works(device))
+    fabric = fabric_of(threads, hosts, ipc, Environment().cuda_fabric)
+    if fabric == "nccl":
+        gpu = str(torch.cuda.get_device_properties(comm.device).uuid)
+        return nccl.join(native(), comm.rank, (comm.rank, comm.size, comm.ranks_per_node), device, gpu, len(set(hosts)) > 1, comm._exchange, comm.timeout)
+    return make.threads(device) if fabric == "threads" else make.processes(device)
 
 
 def plan_of(comm, *, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels):
@@ -109,8 +157,14 @@ class NativeBuffer:
         self._buffer = native().Buffer((comm.rank, comm.size, comm.ranks_per_node), comm._reach, comm.device.index, hidden, dtype,
                                        num_experts, top_k, max_tokens, plan.channels, arena_bytes, check, plan.spread(), comm.timeout)
         self._stream = self._done = None
-        for name in ("card", "connect", "connected", "release", "owns", "block_layout", "arena", "take_counters", "fault"):
+        self._bounds = comm.timeout, comm.rank
+        for name in ("card", "connected", "release", "owns", "block_layout", "arena", "take_counters", "fault"):
             setattr(self, name, getattr(self._buffer, name))
+
+    def connect(self, cards):
+        """As the cpu world's; NCCL's windows wait for every rank."""
+        timeout, rank = self._bounds
+        nccl.bounded(lambda: self._buffer.connect(cards), timeout, what="connecting a window", rank=rank)
 
     def _enqueue(self, call, *args):
         stream = torch.cuda.current_stream(self._device)

@@ -22,6 +22,7 @@ class Environment:
 
     check: bool = _variable("MOECOMM_CHECK", "0", "1: a checksum travels with every row and is verified on arrival", _flag)
     rail: str = _variable("MOECOMM_RAIL", "auto", "between nodes: auto | ucx | loopback (rank threads only)")
+    cuda_fabric: str = _variable("MOECOMM_CUDA_FABRIC", "auto", "between processes with GPUs: auto | ipc | nccl")
     channels: int = _variable("MOECOMM_CHANNELS", "0", "channels of a Buffer that names none; 0: chosen by the shape", int)
     populate: str = _variable("MOECOMM_POPULATE_BYTES", "268435456", "bytes of every window mapping whose pages are made ready at start")
     ucx_direct: bool = _variable("MOECOMM_UCX_DIRECT", "1", "0: UCX puts even where the peer's memory can be mapped (same host)", _flag)

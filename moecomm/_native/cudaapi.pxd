@@ -25,6 +25,7 @@ cdef extern from "runtime/cuda/window.hpp" namespace "moecomm::cuda" nogil:
 
     shared_ptr[DeviceReach] reach_threads(int device)
     shared_ptr[DeviceReach] reach_processes(int device)
+    bool ipc_works_ "moecomm::cuda::ipc_works"(int device) except +
 
     cdef cppclass DeviceBlock:
         char* data()

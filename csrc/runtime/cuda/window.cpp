@@ -89,6 +89,15 @@ class Reach final : public DeviceReach {
 
 }  // namespace
 
+bool ipc_works(int device) {
+  const auto memory = DeviceMemory::create(device, 4096);
+  const OnDevice on(device);
+  cudaIpcMemHandle_t handle;
+  if (cudaIpcGetMemHandle(&handle, memory->data()) == cudaSuccess) return true;
+  cudaGetLastError();   // forget it
+  return false;
+}
+
 std::shared_ptr<DeviceReach> reach_threads(int device) { return std::make_shared<Reach<ThreadWindow>>(device); }
 std::shared_ptr<DeviceReach> reach_processes(int device) { return std::make_shared<Reach<IpcWindow>>(device); }
 

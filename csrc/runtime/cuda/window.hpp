@@ -51,6 +51,7 @@ class DeviceReach {
 
 std::shared_ptr<DeviceReach> reach_threads(int device);
 std::shared_ptr<DeviceReach> reach_processes(int device);
+bool ipc_works(int device);   // whether memory of this GPU can be exported to other processes by CUDA IPC
 
 // As Block, in a window on a GPU. A piece that is released may be taken by the next call at once: its users must
 // have been enqueued on the stream of that call, or have finished.
