@@ -24,7 +24,8 @@ MOE_HD void announce(G g, F f, const DispatchArgs& a) {
   g.sync();
   if (!F::kPutsFromAnywhere && nodes > 1) {
     char* out = f.rail(b.rail.blocks_out);
-    f.copy_row(g, out, blocks, nodes * bytes);
+    for (uint64_t i = g.lane(); i < nodes * bytes / sizeof(FourInts); i += g.size())
+      reinterpret_cast<FourInts*>(out)[i] = reinterpret_cast<const FourInts*>(blocks)[i];
     f.settle(g);
     blocks = out;
   }
