@@ -30,8 +30,8 @@ def arguments(parser):
     add = parser.add_argument
     add("--nodes", type=int, default=2, choices=(2, 3, 4))
     add("--ranks-per-node", type=int, default=4)
-    add("--tokens", type=int, default=256, help="per rank")
-    add("--hidden", type=int, default=4096)
+    add("--tokens", type=int, default=512, help="per rank")
+    add("--hidden", type=int, default=7168)
     add("--experts", type=int, default=0, help="0: eight per rank")
     add("--top-k", type=int, default=8)
     add("--gbits", default="1,2,4,8", help="link speeds in Gbit/s, each way")
