@@ -22,7 +22,7 @@ class Dispatched:
 
     def __init__(self, handle, tensors, lost_weight=None):
         self.handle, self.lost_weight = handle, lost_weight
-        self._fields, self._x, self._block = tensors, None, None
+        self._fields, self._x, self._weights, self._block = tensors, None, None, None
 
     @property
     def _tensors(self):
@@ -46,7 +46,9 @@ class Dispatched:
     @property
     def topk_weights(self):
         """[N] in the expert layout, [N, top_k] in the rank layout, float32; 0 where there is no pick."""
-        return self._tensors["weights"]
+        if self._weights is None:
+            self._weights = self._tensors["weights"]
+        return self._weights
 
     @property
     def topk_ids(self):
@@ -109,7 +111,10 @@ class Handle:
         """(true, padded) rows of every local expert."""
         if self._made_counts is None:
             plan, n = self._plan, self._buffer.experts_per_rank
-            self._made_counts = torch.tensor(plan.tokens_per_expert(n)), torch.tensor(plan.rows_per_expert(n))
+            if isinstance(plan, core.Plan):
+                self._made_counts = core.counts_of(plan, n)
+            if self._made_counts is None:
+                self._made_counts = _counts(plan.tokens_per_expert(n)), _counts(plan.rows_per_expert(n))
         return self._made_counts
 
     @property
@@ -190,17 +195,21 @@ class BlockTensors:
         return view(self._block, self._offsets[index], dtype, (h.num_rows, *columns))
 
 
+_DLPACK = {torch.bfloat16: (4, 16), torch.float16: (2, 16), torch.float32: (2, 32), torch.float64: (2, 64), torch.int64: (0, 64)}   # code, bits
+
+
 def view(block, offset, dtype, shape):
-    """A tensor of this shape at an offset of a block, which lives as long as the tensor."""
-    count = 1
-    for n in shape:
-        count *= n
+    """A tensor of one or two dimensions at an offset of a block, which lives as long as the tensor."""
     on_gpu = hasattr(block, "__cuda_array_interface__")
-    if count == 0:
+    if 0 in shape:
         return torch.empty(shape, dtype=dtype, device="cuda" if on_gpu else "cpu")
     if on_gpu:
         return cuda.tensor_of(block, offset, dtype, shape)
-    return torch.frombuffer(block, dtype=dtype, count=count, offset=offset).view(shape)
+    rows, columns = shape if len(shape) == 2 else (*shape, 0)
+    made = core.tensor_at(block, offset, *_DLPACK[dtype], rows, columns) if dtype in _DLPACK else None
+    if made is None:
+        made = torch.frombuffer(block, dtype=dtype, count=rows * max(columns, 1), offset=offset).view(shape)
+    return made
 
 
 def _counts(counts):

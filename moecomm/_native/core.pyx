@@ -273,7 +273,7 @@ cdef class Buffer:
             s = buffer.dispatch(call, plan.p.get()[0], out.b, output.b)
         if s.code != capi.Code.ok:
             return _failure(s)
-        return _dispatched(owner, layout, plan, out, output, self.shape, buffer.local_rows(plan.p.get()[0]))
+        return _dispatched(owner, layout, plan, out, output, self.shape, buffer.local_rows(plan.p.get()[0]), call.weights != NULL)
 
     def try_combine(self, owner, rows, handle, topk_weights, out):
         """y, or a Failure; None where something needs a closer look. The call's other arguments are left out."""
@@ -296,7 +296,7 @@ cdef class Buffer:
                 return None
             call.weights = <const float*>weights.data
         if out is None:
-            out = _new_rows(&self.shape, num_tokens)
+            out = _rows_at(None, NULL, &self.shape, num_tokens)
         if not _read_rows(out, &y, &self.shape) or y.shape[0] != num_tokens:
             return None
         call.rows = <const char*>terms.data

@@ -3,6 +3,7 @@
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 from libc.stdlib cimport free
+from libc.string cimport memcpy
 from posix.stdlib cimport posix_memalign
 
 from moecomm._native.dlpack cimport DLTensor, ExchangeTable, Managed
@@ -93,28 +94,22 @@ cdef void _let_go(Managed* managed) noexcept nogil:
     free(piece)
 
 
-cdef object _new_rows(const capi.Shape* shape, int64_t rows):
-    """A tensor [rows, hidden] of a buffer's dtype, not filled."""
-    return _tensor_at(None, NULL, shape, rows)
-
-
-cdef object _tensor_at(object owner, char* data, const capi.Shape* shape, int64_t rows):
-    """A tensor [rows, hidden] of a buffer's dtype: memory that lives as long as owner does, or its own."""
-    cdef int64_t columns = shape.hidden
-    cdef size_t head = (sizeof(Piece) + 63) // 64 * 64
+cdef object _tensor_at(object owner, char* data, int code, int bits, int64_t rows, int64_t columns):
+    """A tensor [rows, columns], or [rows] where columns is 0: of memory that lives as long as owner does, or (data is NULL) its own."""
     cdef Piece* piece = NULL
     cdef void* made = NULL
-    if posix_memalign(<void**>&piece, 64, head + (rows * shape.combine_row_bytes() if data == NULL else 0)) != 0:
-        raise MemoryError(f"{rows} rows of {columns} elements")
+    cdef size_t head = (sizeof(Piece) + 63) // 64 * 64, size = rows * max(columns, 1) * (bits // 8)
+    if posix_memalign(<void**>&piece, 64, head + (size if data == NULL else 0)) != 0:
+        raise MemoryError(f"a tensor of {size} bytes")
     if data == NULL:
         data = <char*>piece + head
     piece.managed.major, piece.managed.minor = 1, 0
     piece.managed.context, piece.managed.deleter, piece.managed.flags = NULL, _let_go, 0
     piece.managed.tensor.data = data
-    piece.managed.tensor.device_type, piece.managed.tensor.device_id, piece.managed.tensor.ndim = 1, 0, 2
-    piece.managed.tensor.dtype.code, piece.managed.tensor.dtype.bits, piece.managed.tensor.dtype.lanes = _code_of(shape), _bits_of(shape), 1
+    piece.managed.tensor.device_type, piece.managed.tensor.device_id, piece.managed.tensor.ndim = 1, 0, 2 if columns else 1
+    piece.managed.tensor.dtype.code, piece.managed.tensor.dtype.bits, piece.managed.tensor.dtype.lanes = code, bits, 1
     piece.shape[0], piece.shape[1] = rows, columns
-    piece.strides[0], piece.strides[1] = columns, 1
+    piece.strides[0], piece.strides[1] = max(columns, 1), 1
     piece.managed.tensor.shape, piece.managed.tensor.strides, piece.managed.tensor.byte_offset = piece.shape, piece.strides, 0
     piece.owner = NULL
     if owner is not None:
@@ -126,4 +121,18 @@ cdef object _tensor_at(object owner, char* data, const capi.Shape* shape, int64_
         return None
     tensor = <object>made
     Py_DECREF(tensor)   # the call's own reference
+    return tensor
+
+
+cdef object _rows_at(object owner, char* data, const capi.Shape* shape, int64_t rows):
+    """Such a tensor of a buffer's rows."""
+    return _tensor_at(owner, data, _code_of(shape), _bits_of(shape), rows, shape.hidden)
+
+
+cdef object _copied(const int64_t* numbers, int n):
+    """A tensor int64 [n] of its own."""
+    cdef DLTensor t
+    tensor = _tensor_at(None, NULL, _INT, 64, n, 0)
+    if _exchange.read(<void*>tensor, &t) == 0:
+        memcpy(t.data, numbers, 8 * n)
     return tensor
