@@ -60,10 +60,8 @@ enum class Found { yes, no, impossible };
 
 class PairSearch {
  public:
-  PairSearch(const double* load, int experts, int ranks) : load_(load), experts_(experts), ranks_(ranks), order_(experts) {
-    std::iota(order_.begin(), order_.end(), 0);
-    std::sort(order_.begin(), order_.end(), [&](int a, int b) { return load[a] != load[b] ? load[a] < load[b] : a < b; });
-  }
+  PairSearch(const double* load, const std::vector<int32_t>& by_load, int ranks)
+      : load_(load), experts_(static_cast<int>(by_load.size())), ranks_(ranks), order_(by_load) {}
 
   // Counts that meet the limit, if one of the ways to choose splits finds any. In a large world one split is little,
   // and the first way does nearly as well as all of them.
@@ -140,7 +138,7 @@ class PairSearch {
   static constexpr double kClearly = 1.15;
   const double* load_;
   int experts_, ranks_;
-  std::vector<int32_t> order_;   // experts by load
+  const std::vector<int32_t>& order_;   // experts by load
   Ledger ledger_;
 };
 
@@ -151,10 +149,24 @@ struct Replica {
 };
 
 // All replicas; rank r takes those at r and at size - 1 - r: smallest with largest, and no expert with itself.
-std::vector<Replica> arrange(const double* load, const std::vector<int32_t>& count) {
-  std::vector<Replica> all;
-  for (int e = 0; e < static_cast<int>(count.size()); ++e) all.insert(all.end(), count[e], Replica{load[e] / count[e], e});
-  std::sort(all.begin(), all.end());
+// Only the split experts need sorting: the others are in order by load.
+std::vector<Replica> arrange(const double* load, const std::vector<int32_t>& by_load, const std::vector<int32_t>& count) {
+  std::vector<Replica> split, all;
+  for (const int32_t e : by_load)
+    if (count[e] > 1) split.push_back({load[e] / count[e], e});
+  std::sort(split.begin(), split.end());
+  auto next = split.begin();
+  const auto take_split = [&] {
+    all.insert(all.end(), count[next->expert], *next);
+    ++next;
+  };
+  for (const int32_t e : by_load) {
+    if (count[e] > 1) continue;
+    const Replica whole{load[e], e};
+    while (next != split.end() && *next < whole) take_split();
+    all.push_back(whole);
+  }
+  while (next != split.end()) take_split();
   const int last = static_cast<int>(all.size()) - 1, ranks = (last + 1) / 2;
   for (int r = 0; r < ranks; ++r) {
     const int32_t twice = all[r].expert;
@@ -188,8 +200,8 @@ double heaviest(const std::vector<Replica>& all) {
 
 // One replica moves from an expert that can spare it to one that lightens the heaviest pair, for as long as
 // that helps. Finds what the ledger's greedy choice of splits has missed.
-void move_replicas(const double* load, int ranks, double enough, std::vector<int32_t>& count) {
-  std::vector<Replica> all = arrange(load, count);
+void move_replicas(const double* load, const std::vector<int32_t>& by_load, int ranks, double enough, std::vector<int32_t>& count) {
+  std::vector<Replica> all = arrange(load, by_load, count);
   double now = heaviest(all);
   const int most = kWork / (2 * ranks);
   for (int tries = 0; now > enough && tries < most;) {
@@ -210,7 +222,7 @@ void move_replicas(const double* load, int ranks, double enough, std::vector<int
         ++count[to];
         --count[from];
         ++tries;
-        std::vector<Replica> trial = arrange(load, count);
+        std::vector<Replica> trial = arrange(load, by_load, count);
         const double then = heaviest(trial);
         better = then < now;
         if (better) {
@@ -229,24 +241,26 @@ void move_replicas(const double* load, int ranks, double enough, std::vector<int
 
 void place_pairs(const double* load, int experts, double enough, Bins& bins) {
   const int ranks = bins.ranks;
-  std::vector<int32_t> count(experts), trial(experts);
+  std::vector<int32_t> count(experts), trial(experts), by_load(experts);
+  std::iota(by_load.begin(), by_load.end(), 0);
+  std::sort(by_load.begin(), by_load.end(), [&](int a, int b) { return load[a] != load[b] ? load[a] < load[b] : a < b; });
   split_hottest(load, experts, 2 * ranks, ranks, count.data());
-  double high = heaviest(arrange(load, count)), low = enough;
+  double high = heaviest(arrange(load, by_load, count)), low = enough;
   // Below the limit at which splitting alone takes all slots, no counts exist: low is proven up to there.
   bool proven = true;
-  PairSearch search(load, experts, ranks);
+  PairSearch search(load, by_load, ranks);
   while (high > low * (1 + kPrecision)) {
     const double limit = low > 0 ? std::sqrt(low * high) : high / 2;
     const Found found = search.meet(limit, trial);
-    const double got = found == Found::yes ? heaviest(arrange(load, trial)) : high;
+    const double got = found == Found::yes ? heaviest(arrange(load, by_load, trial)) : high;
     if (got < high) count = trial, high = got;
     if (found == Found::yes && got <= limit) continue;
     low = limit;
     proven = found == Found::impossible;
   }
-  if (!proven) move_replicas(load, ranks, enough, count);
+  if (!proven) move_replicas(load, by_load, ranks, enough, count);
   bins.reset(ranks, 2);
-  const std::vector<Replica> all = arrange(load, count);
+  const std::vector<Replica> all = arrange(load, by_load, count);
   for (int r = 0; r < ranks; ++r) {
     const Replica &small = all[r], &large = all[2 * ranks - 1 - r];
     bins.put(r, 0, large.expert, large.size);
