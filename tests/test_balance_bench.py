@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import balance, balance_baseline
+from bench import balance, balance_baseline, balance_recorded
 from moecomm._native.balance import Replicas
 
 ROOT = Path(__file__).parent.parent
@@ -52,15 +52,30 @@ def test_rows_say_whether_targets_are_reached():
     assert "reached" in balance.Row("A", "x", 0.9, target=0.9, ms=1.0, target_ms=2.0).text()
     assert "missed" in balance.Row("A", "x", 0.9, target=0.9, ms=3.0, target_ms=2.0).text()
     assert "missed" in balance.Row("A", "x", 0.8, target=0.9).text()
+    assert "missed: moves" in balance.Row("A", "x", 0.9, target=0.9, moves=2.0, target_moves=1).text()
     verdict = balance.Row("A", "x", 0.8).text()
     assert "reached" not in verdict and "missed" not in verdict
 
 
+def test_recorded_loads_are_of_text_that_follows(monkeypatch):
+    """In small: the model learns, its gates' picks are all counted, and two stretches of text differ."""
+    for name, value in dict(STEPS=80, TOKENS=256, READINGS=2, WINDOW=4).items():
+        monkeypatch.setattr(balance_recorded, name, value)
+    loads, before, after = balance_recorded.readings.__wrapped__()
+    assert after < before - 0.4
+    for load in loads:
+        assert load.shape == (balance_recorded.LAYERS, 256) and (load.sum(1) == 4 * 256 * 8).all() and (load <= 4 * 256).all()
+    assert not np.array_equal(*loads)
+    monkeypatch.setattr(balance_recorded, "STEPS", 3)
+    first, second = (balance_recorded.readings.__wrapped__()[0] for _ in range(2))
+    assert np.array_equal(first, second), "equal runs give equal loads"
+
+
 def test_command_writes_rows(tmp_path):
     out = tmp_path / "rows.jsonl"
-    command = [sys.executable, "-m", "bench", "balance", "--cases", "D", "--seeds", "1", "--repeats", "1", "--json", str(out)]
+    command = [sys.executable, "-m", "bench", "balance", "--cases", "D", "--loads", "drift", "--seeds", "1", "--repeats", "1", "--json", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, env=dict(os.environ, PYTHONPATH=str(ROOT)))
-    assert done.returncode == 0 and "of ranks change" in done.stdout, done.stderr
+    assert done.returncode == 0 and "of the ranks change" in done.stdout and "# 1 of 1 rows" in done.stdout, done.stderr
     assert out.read_text().count("\n") == 1
     assert subprocess.run([*command[:5], "X"], capture_output=True, cwd=ROOT, timeout=60, env=dict(os.environ, PYTHONPATH=str(ROOT))).returncode != 0
 
