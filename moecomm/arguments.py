@@ -11,7 +11,11 @@ from .shapes import QUANTS, SCALE_DTYPES, WIRES
 
 
 def as_tensor(name, value, op):
-    """Torch tensors as they are; anything else that speaks DLPack (NumPy, CuPy) without a copy."""
+    """Torch tensors as they are; anything else that speaks DLPack (NumPy, CuPy, JAX, ...) as a view of its memory.
+
+    A producer on a GPU is asked for its data on the current stream of that GPU, which is the stream of this call: what it
+    still has to write there comes before the call reads it, and nothing waits for the host.
+    """
     if isinstance(value, torch.Tensor):
         return value
     try:

@@ -333,6 +333,8 @@ class Buffer(Arguments, Calls, DecodeVerbs):
             topk_weights = as_tensor("topk_weights", topk_weights, op)
         if bias is not None:
             bias = as_tensor("bias", bias, op)
+        if out is not None:
+            out = as_tensor("out", out, op)
         self._check_combine(rows, handle, topk_weights, bias, out, wire)
         if check and topk_weights is not None and bool(torch.isnan(topk_weights).any()):
             raise InvalidArgument(f"{op}: topk_weights holds NaN; expected numbers (check=True)", op=op)

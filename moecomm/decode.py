@@ -10,7 +10,7 @@ import torch
 from ._native import core
 from ._native.core import DecodeHandle, DecodeReceived
 from ._native.quant import scale_words
-from .arguments import describe
+from .arguments import as_tensor, describe
 from .errors import ConfigMismatch, InvalidArgument, raise_failure
 from .shapes import QUANTS, SCALE_DTYPES, WIRES
 
@@ -169,6 +169,9 @@ class Decode:
         op, buffer, scales = "decode_dispatch", self.buffer, None
         if isinstance(x, tuple):
             x, scales = x
+            scales = as_tensor("scales", scales, op)
+        x, topk_ids = as_tensor("x", x, op), as_tensor("topk_ids", topk_ids, op)
+        topk_weights = None if topk_weights is None else as_tensor("topk_weights", topk_weights, op)
         tokens = buffer._check_x(op, x, scales, packed=True)
         buffer._check_quant(op, quant if scales is None else None, scale_layout, scales)
         buffer._check_picks(op, "topk_ids", topk_ids, tokens, _IDS)
@@ -198,6 +201,9 @@ class Decode:
             raise InvalidArgument(f"{op}: handle is a {type(handle).__qualname__}; expected the handle of a decode_dispatch of this buffer",
                                   op=op, rank=self.rank)
         self._check_stage(self.native.stage(handle.epoch))
+        rows, topk_ids = as_tensor("rows", rows, op), as_tensor("topk_ids", topk_ids, op)
+        topk_weights = None if topk_weights is None else as_tensor("topk_weights", topk_weights, op)
+        out = None if out is None else as_tensor("out", out, op)
         want = handle.rows
         if rows.dtype != want.dtype or rows.device.type != "cpu" or rows.shape != want.shape or not rows.is_contiguous():
             raise InvalidArgument(f"{op}: rows is {describe(rows)}; expected contiguous {want.dtype} {list(want.shape)} on cpu", op=op, rank=self.rank)
