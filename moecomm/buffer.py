@@ -7,7 +7,7 @@ import torch
 from . import cuda, ops
 from ._native import core
 from ._native.quant import scale_words
-from .arguments import Arguments, as_tensor
+from .arguments import Arguments
 from .balance.replicas import Replicas
 from .calls import Calls
 from .decode import Decode, DecodeVerbs
@@ -16,9 +16,10 @@ from .errors import InvalidArgument, raise_failure
 from .record import Recorder
 from .results import BlockTensors, Dispatched, Handle
 from .shapes import DTYPES, QUANTS, SCALE_DTYPES, WIRES, arena_size, check_shape, default_channels, reserved_bytes
+from .shared import Shared
 
 
-class Buffer(Arguments, Calls, DecodeVerbs):
+class Buffer(Arguments, Calls, DecodeVerbs, Shared):
     """Memory and state for dispatch and combine of one layer shape. Construction is collective.
 
     Parameters
@@ -77,7 +78,8 @@ class Buffer(Arguments, Calls, DecodeVerbs):
         if placement is not None:
             self._replicas = Replicas(comm, placement, num_experts, replicas, activate, renormalize, monitor)
             num_experts = placement.num_slots   # from here on, experts are slots
-        check_shape(comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank)
+        hidden, num_experts, top_k, max_tokens, num_sms, channels, arena_bytes = check_shape(
+            comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank, arena_bytes)
         on_gpu = comm.device.type == "cuda"
         if on_gpu:
             for name, given in (("decode", decode), ("record", record is not None), ("placement", placement is not None)):
@@ -140,7 +142,8 @@ class Buffer(Arguments, Calls, DecodeVerbs):
         InvalidArgument
             As Buffer.
         """
-        check_shape(comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank)
+        hidden, num_experts, top_k, max_tokens, num_sms, channels, arena_bytes = check_shape(
+            comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank, arena_bytes)
         channels = channels or Environment().channels or default_channels(comm.num_nodes)
         arena_bytes = arena_bytes or arena_size(comm.size, hidden, num_experts, top_k, max_tokens, dtype)
         return reserved_bytes(comm, hidden, num_experts, top_k, max_tokens, dtype, channels, arena_bytes, decode)
@@ -223,33 +226,27 @@ class Buffer(Arguments, Calls, DecodeVerbs):
             if out is not None:
                 return out if type(out) is Dispatched else self._fail(op, out)
         self._require_open(op)
-        scales = None
-        if isinstance(x, tuple):
-            x, scales = x
-            scales = as_tensor("scales", scales, op)
-        x = as_tensor("x", x, op)
+        x, scales = self._as_rows(op, x)
         if handle is not None:
             if layout != "expert" or expert_alignment != 1 or capacity is not None:
-                raise InvalidArgument(f"{op}: layout, expert_alignment and capacity come from the handle; expected them left out", op=op)
+                self._refuse(op, "layout, expert_alignment and capacity come from the handle; expected them left out")
             self._check_handle(op, handle)
             layout, capacity = handle.layout, handle._capacity
-        if topk_ids is not None:
-            topk_ids = as_tensor("topk_ids", topk_ids, op)
-        if topk_weights is not None:
-            topk_weights = as_tensor("topk_weights", topk_weights, op)
+        topk_ids = self._as_tensor(op, "topk_ids", topk_ids, optional=True)
+        topk_weights = self._as_tensor(op, "topk_weights", topk_weights, optional=True)
         self._check_dispatch(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle)
         self._check_quant(op, quant, scale_layout, scales)
         if check and topk_weights is not None and bool(torch.isnan(topk_weights).any()):
-            raise InvalidArgument(f"{op}: topk_weights holds NaN; expected numbers (check=True)", op=op)
+            self._refuse(op, "topk_weights holds NaN; expected numbers (check=True)")
         lost = None
         if self._replicas is not None and handle is None:
             topk_ids, topk_weights, lost = self._replicas.choose(topk_ids, topk_weights, layer)
         through_ops = ops.wanted(x, topk_weights)
         if through_ops and scales is not None and x.requires_grad:
-            raise InvalidArgument(f"{op}: x is quantized and requires a gradient, which FP8 rows cannot carry; expected x.detach()", op=op)
+            self._refuse(op, "x is quantized and requires a gradient, which FP8 rows cannot carry; expected x.detach()")
         if through_ops and (quant is not None or scale_layout != "row"):
-            raise InvalidArgument(f"{op}: quant is {quant!r} and scale_layout {scale_layout!r} where a gradient is wanted or a graph is traced; "
-                                  "expected None and 'row' (quantize before, and pass (fp8, scales))", op=op)
+            self._refuse(op, f"quant is {quant!r} and scale_layout {scale_layout!r} where a gradient is wanted or a graph is traced; expected None and "
+                             "'row': FP8 rows carry no gradient (docs/training.md shows a dispatch with a backward of your own)")
         if through_ops:
             return self._call(op, self._dispatch_by_ops, async_op, True, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity,
                               handle, lost)
@@ -328,19 +325,16 @@ class Buffer(Arguments, Calls, DecodeVerbs):
                 return y if type(y) is torch.Tensor else self._fail(op, y)
         self._require_open(op)
         self._check_handle(op, handle)
-        rows = as_tensor("rows", rows, op)
-        if topk_weights is not None:
-            topk_weights = as_tensor("topk_weights", topk_weights, op)
-        if bias is not None:
-            bias = as_tensor("bias", bias, op)
-        if out is not None:
-            out = as_tensor("out", out, op)
+        rows = self._as_tensor(op, "rows", rows)
+        topk_weights = self._as_tensor(op, "topk_weights", topk_weights, optional=True)
+        bias = self._as_tensor(op, "bias", bias, optional=True)
+        out = self._as_tensor(op, "out", out, optional=True)
         self._check_combine(rows, handle, topk_weights, bias, out, wire)
         if check and topk_weights is not None and bool(torch.isnan(topk_weights).any()):
-            raise InvalidArgument(f"{op}: topk_weights holds NaN; expected numbers (check=True)", op=op)
+            self._refuse(op, "topk_weights holds NaN; expected numbers (check=True)")
         through_ops = ops.wanted(rows, topk_weights, bias)
         if through_ops and out is not None:
-            raise InvalidArgument(f"{op}: out is given where a gradient is wanted or a graph is traced; expected None", op=op)
+            self._refuse(op, "out is given where a gradient is wanted or a graph is traced; expected None")
         run = self._combine_by_ops if through_ops else self._combine_natively
         return self._call(op, run, async_op, through_ops, rows, handle, topk_weights, bias, out, wire)
 
@@ -416,7 +410,7 @@ class Buffer(Arguments, Calls, DecodeVerbs):
 
     def _require_open(self, op):
         if self._closed:
-            raise InvalidArgument(f"{op}: the buffer is closed", op=op, rank=self.comm.rank)
+            self._refuse(op, "the buffer is closed")
         self.comm._require_open(op)
 
     def _handle_of(self, layout, capacity, plan, output):

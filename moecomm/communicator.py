@@ -17,6 +17,7 @@ from ._native import core
 from ._version import __version__
 from .env import Environment
 from .errors import ConfigMismatch, InvalidArgument, MoecommError, raise_failure
+from .shared import Shared
 
 
 def _host_identity():
@@ -40,7 +41,7 @@ def _in_forked_child():
 os.register_at_fork(after_in_child=_in_forked_child)
 
 
-class Communicator:
+class Communicator(Shared):
     """The world of ranks that dispatch and combine move tokens in.
 
     Parameters
@@ -90,8 +91,6 @@ class Communicator:
         self.num_nodes = self.size // self.ranks_per_node
         self.node, self.local_rank = divmod(self.rank, self.ranks_per_node)
         rail = Environment().rail
-        if rail not in ("auto", "ucx", "loopback"):
-            raise InvalidArgument(f"MOECOMM_RAIL: got {rail!r}; expected auto, ucx or loopback", op="Communicator")
         self._stream = None   # of asynchronous calls, in the cuda world
         if self.num_nodes == 1:
             rail = "none"

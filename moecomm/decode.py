@@ -10,7 +10,7 @@ import torch
 from ._native import core
 from ._native.core import DecodeHandle, DecodeReceived
 from ._native.quant import scale_words
-from .arguments import as_tensor, describe
+from .arguments import describe, known
 from .errors import ConfigMismatch, InvalidArgument, raise_failure
 from .shapes import QUANTS, SCALE_DTYPES, WIRES
 
@@ -137,6 +137,7 @@ class Decode:
             comm._bootstrap.keep(self.native)
         self._make_tensors(buffer.experts_per_rank, comm.size * buffer.max_tokens)
 
+    @torch.inference_mode(False)   # whoever calls first: they are used outside, too
     def _make_tensors(self, experts, rows):
         def matrices(name, dtype):
             return [torch.frombuffer(self.native.area(name, p), dtype=dtype, count=experts * rows * self.hidden).view(experts, rows, self.hidden)
@@ -162,16 +163,13 @@ class Decode:
         ------
         MoecommError
         """
-        if quant in QUANTS and scale_layout == "row" and (quant is None or self.hidden % 16 == 0 and self.dtype != torch.float64):
+        if known(quant, QUANTS) and scale_layout == "row" and (quant is None or self.hidden % 16 == 0 and self.dtype != torch.float64):
             done = self.native.try_dispatch(x, topk_ids, topk_weights, QUANTS[quant], not return_hook)
             if done is not None:
                 return done
-        op, buffer, scales = "decode_dispatch", self.buffer, None
-        if isinstance(x, tuple):
-            x, scales = x
-            scales = as_tensor("scales", scales, op)
-        x, topk_ids = as_tensor("x", x, op), as_tensor("topk_ids", topk_ids, op)
-        topk_weights = None if topk_weights is None else as_tensor("topk_weights", topk_weights, op)
+        op, buffer = "decode_dispatch", self.buffer
+        x, scales = buffer._as_rows(op, x)
+        topk_ids, topk_weights = buffer._as_tensor(op, "topk_ids", topk_ids), buffer._as_tensor(op, "topk_weights", topk_weights, optional=True)
         tokens = buffer._check_x(op, x, scales, packed=True)
         buffer._check_quant(op, quant if scales is None else None, scale_layout, scales)
         buffer._check_picks(op, "topk_ids", topk_ids, tokens, _IDS)
@@ -194,17 +192,16 @@ class Decode:
             if done is not None:
                 return done
         op, buffer = "decode_combine", self.buffer
-        if wire not in WIRES or (wire is not None and self.dtype is torch.float64):
+        if not known(wire, WIRES) or (wire is not None and self.dtype is torch.float64):
             choices = "None (float64)" if self.dtype is torch.float64 else ", ".join(map(repr, WIRES))
             raise InvalidArgument(f"{op}: wire is {wire!r}; expected {choices}", op=op, rank=self.rank)
         if type(handle) is not DecodeHandle or handle.decode is not self.native:
             raise InvalidArgument(f"{op}: handle is a {type(handle).__qualname__}; expected the handle of a decode_dispatch of this buffer",
                                   op=op, rank=self.rank)
         self._check_stage(self.native.stage(handle.epoch))
-        rows, topk_ids = as_tensor("rows", rows, op), as_tensor("topk_ids", topk_ids, op)
-        topk_weights = None if topk_weights is None else as_tensor("topk_weights", topk_weights, op)
-        out = None if out is None else as_tensor("out", out, op)
         want = handle.rows
+        rows, topk_ids = buffer._as_tensor(op, "rows", rows), buffer._as_tensor(op, "topk_ids", topk_ids)
+        topk_weights, out = buffer._as_tensor(op, "topk_weights", topk_weights, optional=True), buffer._as_tensor(op, "out", out, optional=True)
         if rows.dtype != want.dtype or rows.device.type != "cpu" or rows.shape != want.shape or not rows.is_contiguous():
             raise InvalidArgument(f"{op}: rows is {describe(rows)}; expected contiguous {want.dtype} {list(want.shape)} on cpu", op=op, rank=self.rank)
         tokens = handle.tokens

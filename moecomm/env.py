@@ -3,30 +3,54 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+
+from ._native import core
+from .errors import InvalidArgument
 
 
-def _variable(name, default, meaning, convert=str):
-    from dataclasses import field
+def _variable(name, default, meaning, convert):
+    def read():
+        text = os.environ.get(name, default)
+        try:
+            return convert(text)
+        except (KeyError, ValueError):
+            raise InvalidArgument(f"{name}: got {text!r}; expected {meaning}", op="environment") from None
 
-    return field(default_factory=lambda: convert(os.environ.get(name, default)), metadata={"name": name, "default": default, "meaning": meaning})
+    return field(default_factory=read, metadata={"name": name, "default": default, "meaning": meaning})
 
 
 def _flag(text):
-    return text not in ("", "0", "false", "no")
+    return {"0": False, "1": True}[text]
+
+
+def _one_of(*names):
+    return dict(zip(names, names, strict=True)).__getitem__
+
+
+def _count(text):
+    if int(text) < 0:
+        raise ValueError
+    return int(text)
+
+
+def _rows(text):
+    if text not in ("best", core.isa()):   # chosen when the first row was moved, among those that the machine has
+        raise ValueError
+    return text
 
 
 @dataclass(frozen=True)
 class Environment:
     """The MOECOMM_* variables, read when the object is made."""
 
-    check: bool = _variable("MOECOMM_CHECK", "0", "1: a checksum travels with every row and is verified on arrival", _flag)
-    rail: str = _variable("MOECOMM_RAIL", "auto", "between nodes: auto | ucx | loopback (rank threads only)")
-    cuda_fabric: str = _variable("MOECOMM_CUDA_FABRIC", "auto", "between processes with GPUs: auto | ipc | nccl")
-    channels: int = _variable("MOECOMM_CHANNELS", "0", "channels of a Buffer that names none; 0: chosen by the shape", int)
-    populate: str = _variable("MOECOMM_POPULATE_BYTES", "268435456", "bytes of every window mapping whose pages are made ready at start")
-    ucx_direct: bool = _variable("MOECOMM_UCX_DIRECT", "1", "0: UCX puts even where the peer's memory can be mapped (same host)", _flag)
-    isa: str = _variable("MOECOMM_ISA", "best", "row kernels: avx512 | avx2 | base")
+    check: bool = _variable("MOECOMM_CHECK", "0", "1: a checksum travels with every row and is verified on arrival; 0: none", _flag)
+    rail: str = _variable("MOECOMM_RAIL", "auto", "between nodes: auto | ucx | loopback (rank threads only)", _one_of("auto", "ucx", "loopback"))
+    cuda_fabric: str = _variable("MOECOMM_CUDA_FABRIC", "auto", "between processes with GPUs: auto | ipc | nccl", _one_of("auto", "ipc", "nccl"))
+    channels: int = _variable("MOECOMM_CHANNELS", "0", "channels of a Buffer that names none; 0: chosen by the shape", _count)
+    populate: int = _variable("MOECOMM_POPULATE_BYTES", "268435456", "bytes of every window mapping whose pages are made ready at start", _count)
+    ucx_direct: bool = _variable("MOECOMM_UCX_DIRECT", "1", "0: UCX puts even where the peer's memory can be mapped (same host); 1: stores there", _flag)
+    isa: str = _variable("MOECOMM_ISA", "best", "row kernels: avx512 | avx2 | base, as far as the machine has them", _rows)
 
 
 def describe():

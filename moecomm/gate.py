@@ -214,8 +214,9 @@ class Gate(nn.Module):
         self.register_buffer("bias", torch.zeros(num_experts) if score == "sigmoid" else None)
 
     def forward(self, x):
-        """Routing of tokens x [T, hidden]; computed in float32."""
-        logits = nn.functional.linear(x.float(), self.weight.float())
+        """Routing of tokens x [T, hidden]; computed in float32, under autocast too."""
+        with torch.autocast(x.device.type, enabled=False):
+            logits = nn.functional.linear(x.float(), self.weight.float())
         sigmoid = self.score == "sigmoid"
         affinities = logits.sigmoid() if sigmoid else logits.softmax(-1)
         ids, weights = _choose(affinities, self.top_k, self.num_groups, self.top_groups, self.bias, self.normalize, self.scale, 2 if sigmoid else 1)

@@ -139,9 +139,13 @@ class MoE(nn.Module):
         Parameters
         ----------
         x : Tensor [..., hidden] of the buffer's dtype
+            Under torch.autocast of any dtype: the layer computes in the buffer's.
         with_routing : bool
             Also return what the gate returned (for a balance loss, counts or a bias update).
         """
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x.to(self.buffer.dtype), with_routing)
         tokens = x.reshape(-1, x.shape[-1])
         routing = self.gate(tokens)
         y = self._routed(tokens, *routing[:2])

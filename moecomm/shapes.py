@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 
 from ._native import core
@@ -33,8 +35,16 @@ def arena_size(size, hidden, num_experts, top_k, max_tokens, dtype, dispatches=2
     return -(-dispatches * (rows * per_row + 65536) // 4096) * 4096
 
 
-def check_shape(size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, rank):
-    """Refuse what a Buffer cannot be built for.
+def as_int(value):
+    """Integers of any library (NumPy's, say) as Python's; everything else as it is."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
+
+
+def check_shape(size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, rank, arena_bytes=None):
+    """(hidden, num_experts, top_k, max_tokens, num_sms, channels, arena_bytes) as Python's integers; refuses what a Buffer cannot be built for.
 
     Raises
     ------
@@ -44,6 +54,7 @@ def check_shape(size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, ch
         if not ok:
             raise InvalidArgument(f"Buffer: {name} is {value!r}; expected {expected}", op="Buffer", rank=rank)
 
+    hidden, num_experts, top_k, max_tokens, num_sms, channels, arena_bytes = map(as_int, (hidden, num_experts, top_k, max_tokens, num_sms, channels, arena_bytes))
     require(dtype in DTYPES, "dtype", dtype, "one of " + ", ".join(map(str, DTYPES)))
     require(isinstance(hidden, int) and hidden > 0 and hidden * dtype.itemsize % 16 == 0, "hidden", hidden, f"a row of a multiple of 16 bytes ({dtype.itemsize} bytes per element)")
     require(isinstance(num_experts, int) and 0 < num_experts <= 65535 and num_experts % size == 0, "num_experts", num_experts, f"a multiple of the {size} ranks, at most 65535")
@@ -51,3 +62,5 @@ def check_shape(size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, ch
     require(isinstance(max_tokens, int) and 1 <= max_tokens <= 1 << 24, "max_tokens", max_tokens, "1..2**24")
     require(isinstance(num_sms, int) and num_sms >= 2 and num_sms % 2 == 0, "num_sms", num_sms, "an even int >= 2")
     require(channels is None or (isinstance(channels, int) and 1 <= channels <= 1024), "channels", channels, "1..1024")
+    require(arena_bytes is None or (isinstance(arena_bytes, int) and 1 <= arena_bytes < 1 << 48), "arena_bytes", arena_bytes, "bytes, 1..2**48 - 1")
+    return hidden, num_experts, top_k, max_tokens, num_sms, channels, arena_bytes

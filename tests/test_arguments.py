@@ -1,5 +1,10 @@
 """Bad arguments: every message names argument, value and expectation; nothing moved, and the buffer works afterwards."""
 
+import copy
+import pickle
+import re
+
+import numpy as np
 import pytest
 import torch
 from worlds import assert_same
@@ -29,6 +34,10 @@ DISPATCH = {
     "x dimensions": (lambda x, i, w: ((x[0], i, w), {}), r"x is torch.bfloat16 \[64\].*expected.*\[T, 64\]"),
     "x stride": (lambda x, i, w: ((x.t().contiguous().t(), i, w), {}), r"x is non-contiguous torch.bfloat16.*expected contiguous"),
     "x device": (lambda x, i, w: ((x.to("meta"), i, w), {}), r"x is torch.bfloat16 \[4, 64\] on meta; expected.*on cpu"),
+    "x layout": (lambda x, i, w: ((x.to_sparse(), i, w), {}), r"x is torch.sparse_coo; expected a dense tensor"),
+    "x missing": (lambda x, i, w: ((None, i, w), {}), r"x is a NoneType; expected a tensor or a DLPack array"),
+    "x alone in a tuple": (lambda x, i, w: (((x,), i, w), {}), r"x is a tuple of 1; expected a tensor, or \(fp8 rows, scales\)"),
+    "ids kind": (lambda x, i, w: ((x, i.tolist(), w), {}), r"topk_ids is a list; expected a tensor or a DLPack array"),
     "x kind": (lambda x, i, w: (("rows", i, w), {}), r"x is a str; expected a tensor or a DLPack array"),
     "too many tokens": (lambda x, i, w: ((torch.cat([x] * 3), torch.cat([i] * 3), None), {}), r"x has 12 tokens; expected at most max_tokens = 8"),
     "ids dtype": (lambda x, i, w: ((x, i.float(), w), {}), r"topk_ids is torch.float32.*expected.*torch.int64 or torch.int32 \[4, 2\]"),
@@ -45,6 +54,8 @@ DISPATCH = {
     "alignment": (lambda x, i, w: ((x, i, w), dict(expert_alignment=0)), r"expert_alignment is 0; expected an int in 1..65536"),
     "alignment of ranks": (lambda x, i, w: ((x, i, w), dict(layout="rank", expert_alignment=4)), r"expert_alignment is 4; .*expected 1"),
     "capacity": (lambda x, i, w: ((x, i, w), dict(capacity=-1)), r"capacity is -1; expected an int >= 0"),
+    "capacity beyond counting": (lambda x, i, w: ((x, i, w), dict(capacity=1 << 63)), r"capacity is 9223372036854775808; expected an int >= 0, at most"),
+    "quant kind": (lambda x, i, w: ((x, i, w), dict(quant=["fp8"])), r"quant is \['fp8'\]; expected"),
     "quant": (lambda x, i, w: ((x, i, w), dict(quant="int3")), r"quant is 'int3'; expected"),
     "scales": (lambda x, i, w: (((x.to(torch.float8_e4m3fn), torch.ones(T, 2)), i, w), {}), r"scales is torch.float32 \[4, 2\].*expected.*\[4, 1\]"),
     "handle kind": (lambda x, i, w: ((x, None, w), dict(handle=7)), r"handle is a int; expected the handle of a dispatch"),
@@ -58,6 +69,9 @@ COMBINE = {
     "weights NaN": (lambda r, w: ((r,), dict(topk_weights=w * NAN, check=True)), r"topk_weights holds NaN; expected numbers"),
     "bias shape": (lambda r, w: ((r,), dict(bias=torch.zeros(3))), r"bias is torch.float32 \[3\].*expected \[64\] or \[4, 64\]"),
     "bias dtype": (lambda r, w: ((r,), dict(bias=torch.zeros(H, dtype=torch.int32))), r"bias is torch.int32"),
+    "wire kind": (lambda r, w: ((r,), dict(wire=["fp8"])), r"wire is \['fp8'\]; expected"),
+    "rows kind": (lambda r, w: ((None,), {}), r"rows is a NoneType; expected a tensor"),
+    "out kind": (lambda r, w: ((r,), dict(out=[1])), r"out is a list; expected a tensor"),
     "wire": (lambda r, w: ((r,), dict(wire="zip")), r"wire is 'zip'; expected"),
     "out shape": (lambda r, w: ((r,), dict(out=torch.empty(1, H).bfloat16())), r"out is torch.bfloat16 \[1, 64\].*expected.*\[4, 64\]"),
 }
@@ -67,7 +81,7 @@ def refused(op, pattern, rank, call):
     """The call is refused with a message of this form; the error's fields are filled."""
     with pytest.raises(moecomm.InvalidArgument, match=f"{op}.*{pattern}|{pattern}") as raised:
         call()
-    assert isinstance(raised.value, ValueError) and raised.value.op == op
+    assert isinstance(raised.value, ValueError) and raised.value.op == op and raised.value.rank == rank
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +184,8 @@ def test_use_after_close():
 
 @pytest.mark.parametrize("name,value,expectation", [
     ("hidden", 12, "a row of a multiple of 16 bytes"), ("hidden", 0, "a row of"), ("num_experts", 7, "a multiple of the 2 ranks"), ("top_k", 33, r"1\.\."),
-    ("top_k", 0, r"1\.\."), ("max_tokens", 0, r"1\.\.2"), ("dtype", torch.int8, "one of torch.bfloat16"), ("channels", 1025, r"1\.\.1024"), ("num_sms", 3, "an even int")])
+    ("top_k", 0, r"1\.\."), ("max_tokens", 0, r"1\.\.2"), ("dtype", torch.int8, "one of torch.bfloat16"), ("channels", 1025, r"1\.\.1024"), ("num_sms", 3, "an even int"),
+    ("arena_bytes", -1, r"bytes, 1\.\."), ("arena_bytes", 1.5, r"bytes, 1\.\."), ("hidden", 64.0, "a row of")])
 def test_buffer_arguments(name, value, expectation):
     def main(comm):
         with pytest.raises(moecomm.InvalidArgument, match=f"Buffer: {name} is {value}.*; expected .*{expectation}"):
@@ -189,3 +204,30 @@ def test_buffer_arguments(name, value, expectation):
 def test_communicator_arguments(options, message):
     with pytest.raises(moecomm.InvalidArgument, match=message):
         moecomm.Communicator(**options)
+
+
+@pytest.mark.parametrize("name,value,expectation", [("CHANNELS", "many", "channels of a Buffer"), ("CHANNELS", "-1", "channels of a Buffer"), ("RAIL", "foo", "auto"),
+    ("CHECK", "maybe", "1: a checksum"), ("POPULATE_BYTES", "1GB", "bytes of every window"), ("ISA", "sse9", "avx512 | avx2 | base")])
+def test_environment(monkeypatch, name, value, expectation):
+    monkeypatch.setenv(f"MOECOMM_{name}", value)
+    with pytest.raises(moecomm.InvalidArgument, match=f"MOECOMM_{name}: got '{value}'; expected .*{re.escape(expectation)}"):
+        moecomm.Communicator()
+
+
+def test_integers_of_numpy():
+    shape = dict(hidden=np.int64(H), num_experts=np.int32(E), top_k=np.int64(K), max_tokens=np.uint8(8), arena_bytes=np.int64(1 << 20))
+    comm = moecomm.Communicator()
+    assert moecomm.Buffer(comm, **shape).num_bytes == moecomm.Buffer.size_hint(comm, **shape)
+
+
+def test_copies_share_and_nothing_is_pickled():
+    """A layer that is copied deeply (an average of weights, say) keeps its Buffer."""
+    comm = moecomm.Communicator()
+    layer = moecomm.nn.MoE(H, 8, E, K, 1, moecomm.Buffer(comm, hidden=H, num_experts=E, top_k=K, max_tokens=8))
+    twin = copy.deepcopy(layer)
+    assert twin.buffer is layer.buffer and twin.experts.down is not layer.experts.down and copy.copy(comm) is comm
+    x = torch.randn(4, H).bfloat16()
+    with torch.no_grad():
+        assert_same(twin(x), layer(x), "y")
+    with pytest.raises(TypeError, match="a Buffer belongs to its process.*state_dict"):
+        pickle.dumps(layer)

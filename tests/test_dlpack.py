@@ -9,9 +9,18 @@ from worlds import assert_same
 
 import moecomm
 from moecomm import cuda
-from moecomm.arguments import as_tensor
+from moecomm.arguments import Arguments
 
 T, H, K, E = 7, 64, 3, 8
+
+
+class Taker(Arguments):
+    """What takes arguments, on rank 0."""
+
+    comm = SimpleNamespace(rank=0)
+
+
+take = Taker()._as_tensor
 
 
 def inputs(rank):
@@ -37,7 +46,7 @@ class Producer:
 
 def test_numpy_arrays_are_views():
     for array in (np.arange(12, dtype=np.float32).reshape(3, 4), np.zeros((0, 4), np.int64), np.ones((2, 2), np.int32)):
-        t = as_tensor("x", array, "dispatch")
+        t = take("dispatch", "x", array)
         assert t.shape == array.shape and (array.size == 0 or t.data_ptr() == array.ctypes.data)
 
 
@@ -102,14 +111,14 @@ def test_a_producer_on_a_gpu_is_asked_for_the_call_s_stream(monkeypatch, current
 
     monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
     producer = Producer(torch.ones(4), device=(2, 3))
-    assert_same(as_tensor("x", producer, "dispatch"), torch.ones(4), "x")
+    assert_same(take("dispatch", "x", producer), torch.ones(4), "x")
     assert asked_for == ["cuda:3"] and producer.asked[0]["stream"] == expected
 
 
 @pytest.mark.parametrize("value", [3, "rows", [1.0, 2.0], np.array(["a"])])
 def test_what_is_no_array_is_refused(value):
-    with pytest.raises(moecomm.InvalidArgument, match="dispatch: x is a .*; expected a tensor or a DLPack array"):
-        as_tensor("x", value, "dispatch")
+    with pytest.raises(moecomm.InvalidArgument, match="dispatch on rank 0: x is a .*; expected a tensor or a DLPack array"):
+        take("dispatch", "x", value)
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------

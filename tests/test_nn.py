@@ -211,3 +211,25 @@ def test_bad_buffers_are_named():
         assert isinstance(layer.experts, Experts) and "experts 0..7" in repr(layer)
 
     moecomm.run_local(run, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_autocast_leaves_the_layer_alone(dtype, given):
+    """Tokens come in whatever autocast made of them; gate, experts and exchange compute as without it."""
+    def run(comm):
+        buffer = moecomm.Buffer(comm, hidden=32, num_experts=4, top_k=2, max_tokens=8, dtype=dtype, arena_bytes=1 << 22)
+        layer, x = MoE(32, 16, 4, 2, 1, buffer), torch.randn(4, 32).to(given)
+        want, routing = layer(x.to(dtype), with_routing=True)
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got, theirs = layer(leaf, with_routing=True)
+            gate = layer.gate(x.to(dtype))
+        assert_same(got.detach(), want.detach(), "y")
+        for a, b, c in zip(routing, theirs, gate, strict=True):
+            assert_same(b.detach(), a.detach(), "routing")
+            assert_same(c.detach(), a.detach(), "routing of the gate alone")
+        got.float().sum().backward()
+        assert leaf.grad is not None and leaf.grad.dtype == given
+
+    moecomm.run_local(run, 1)
