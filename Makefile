@@ -51,6 +51,7 @@ $(HF)/.ready: $(VENV)/.ready
 
 cuda-check: $(READY) ## the CUDA sources, as far as they can be checked without a GPU
 	@$(PY) -c 'import nvidia.cu13, os; assert os.path.exists(nvidia.cu13.__path__[0] + "/bin/nvdisasm")' 2>/dev/null || $(PY) -m pip install -q nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
+	@$(PY) tools/nccl_headers.py > /dev/null || timeout 300 $(PY) -m pip install -q --no-deps nvidia-nccl-cu13==2.32.3 || true
 	@$(PY) tools/cuda_check.py
 
 # MPICH beside Open MPI needs an environment of its own. Where it cannot be installed its test is skipped.

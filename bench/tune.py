@@ -54,9 +54,11 @@ def traffic_of(shape, nodes, per_node):
 
 
 def candidates(hardware, traffic, num_sms):
-    """Plans worth measuring: the chosen one, other numbers of warps, other stages; all of them fit the GPU."""
+    """Plans worth measuring: the chosen one, other numbers of warps, other stages, other chunks on the rail; all of them fit the GPU."""
     chosen = tuning.choose_plan(hardware, traffic, num_sms)
     found = [chosen]
+    if traffic.nodes > 1:
+        found += [replace(chosen, chunk_bytes=max(traffic.row_bytes, n)) for n in (chosen.chunk_bytes // 4, chosen.chunk_bytes * 4)]
     for warps in WARPS:
         for pieces in PIECES:
             stage = -(-traffic.row_bytes // pieces // 128) * 128
@@ -65,5 +67,6 @@ def candidates(hardware, traffic, num_sms):
             workers = num_sms * warps - 1
             senders = 0 if traffic.nodes == 1 else max(1, workers * chosen.senders // (chosen.num_sms * chosen.warps - 1))
             channels = max(1, min(1024, senders or workers, -(-traffic.max_tokens // 4)))
-            found.append(replace(chosen, warps=warps, stage_bytes=stage, senders=senders, channels=channels))
+            stages = 4 if tuning.fits(hardware, warps, stage, 4) else 3
+            found.append(replace(chosen, warps=warps, stage_bytes=stage, stages=stages, senders=senders, channels=channels))
     return list(dict.fromkeys(found))

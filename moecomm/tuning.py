@@ -10,8 +10,9 @@ from pathlib import Path
 
 TABLES = Path(__file__).parent / "tables"
 _WARP_BYTES = 2304      # of shared memory beside its stages; an upper bound of the kernels' own count
-_STAGES = 3
+_MAX_STAGES = 4
 _MAX_WARPS = 12
+_CHUNKS = 4             # of a channel's rows to a node, at least: while one crosses, the one before is forwarded
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,23 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a call is spread: multiprocessors, warps on each, channels, warps that send first, bytes of a warp's stage."""
+    """How a call is spread over a GPU.
+
+    num_sms multiprocessors with `warps` warps on each; `senders` of these send before they forward (0: all); tokens in
+    `channels` slices; a warp copies through `stages` stages of stage_bytes; chunk_bytes of rows cross the rail under one signal.
+    """
 
     num_sms: int
     warps: int
     channels: int
     senders: int
     stage_bytes: int
+    stages: int = 3
+    chunk_bytes: int = 1 << 18
 
     def spread(self):
-        """The numbers that kernels take: (sms, warps, senders, stage bytes)."""
-        return self.num_sms, self.warps, self.senders, self.stage_bytes
+        """The numbers that kernels take: (sms, warps, senders, stage bytes, stages)."""
+        return self.num_sms, self.warps, self.senders, self.stage_bytes, self.stages
 
 
 HARDWARE = {
@@ -114,9 +121,9 @@ def traffic_per_token(t):
     return {"rail": rail, "node": ranks, "read": rail + nodes + copies, "written": rail + ranks + copies}
 
 
-def fits(hardware, warps, stage_bytes):
+def fits(hardware, warps, stage_bytes, stages=3):
     """Whether so many warps with such stages have room in a multiprocessor's shared memory."""
-    return warps * (_WARP_BYTES + _STAGES * stage_bytes) <= hardware.shared_bytes
+    return warps * (_WARP_BYTES + stages * stage_bytes) <= hardware.shared_bytes
 
 
 def choose_plan(hardware, traffic, num_sms=None):
@@ -146,13 +153,14 @@ def choose_plan(hardware, traffic, num_sms=None):
         rate = min(limits)
         wanted = 1.25 * max(rate * rows["read"] / hardware.sm_read, rate * rows["written"] / hardware.sm_write)
         num_sms = min(share, max(2, 2 * -(-int(wanted + 0.999) // 2)))
-    warps = min(_MAX_WARPS, max(4, hardware.shared_bytes // (_WARP_BYTES + _STAGES * 2048)))
+    warps = min(_MAX_WARPS, max(4, hardware.shared_bytes // (_WARP_BYTES + 3 * 2048)))
     room = hardware.shared_bytes // warps - _WARP_BYTES
-    # A row in as few equal pieces as the stages have room for: whole 128 bytes.
-    largest = room // _STAGES // 128 * 128
+    # A row in as few equal pieces as three stages have room for: whole 128 bytes. A fourth where there is room: one more load is under way.
+    largest = room // 3 // 128 * 128
     pieces = -(-traffic.row_bytes // largest)
     stage_bytes = -(-traffic.row_bytes // pieces // 128) * 128
     stage_bytes = min(largest, max(1024, stage_bytes))
+    stages = min(_MAX_STAGES, room // stage_bytes)
     workers = num_sms * warps - 1
     if traffic.nodes == 1:
         senders = 0
@@ -160,7 +168,16 @@ def choose_plan(hardware, traffic, num_sms=None):
         own, other = rows["rail"] + rows["node"] / traffic.nodes, rows["node"] * (traffic.nodes - 1) / traffic.nodes
         senders = min(workers - 1, max(1, round(workers * own / (own + other))))
     channels = max(1, min(1024, senders or workers, -(-traffic.max_tokens // 4)))
-    return Plan(num_sms, warps, channels, senders, stage_bytes)
+    return Plan(num_sms, warps, channels, senders, stage_bytes, stages, _chunk_bytes(hardware, traffic, rows["rail"], channels))
+
+
+def _chunk_bytes(hardware, traffic, rail_rows, channels):
+    """What the rail carries in a microsecond, about what a signal costs, in whole rows; fewer where a channel has few rows."""
+    if traffic.nodes == 1:
+        return Plan.chunk_bytes
+    to_a_node = traffic.max_tokens * rail_rows / (traffic.nodes - 1) / channels   # rows of a channel
+    rows = max(1, min(round(1e3 * hardware.rail_link / traffic.row_bytes), int(to_a_node / _CHUNKS)))
+    return rows * traffic.row_bytes
 
 
 def load_table(name):

@@ -45,7 +45,7 @@ def test_tuning_candidates_fit():
         plans = tune.candidates(hardware, tune.traffic_of(device.Shape(), nodes, per_node), 16)
         assert len(plans) > 4 and len(set(plans)) == len(plans)
         for plan in plans:
-            assert tuning.fits(hardware, plan.warps, plan.stage_bytes)
+            assert tuning.fits(hardware, plan.warps, plan.stage_bytes, plan.stages)
             assert (plan.senders == 0) == (nodes == 1) and plan.senders < plan.num_sms * plan.warps - 1
 
 

@@ -65,7 +65,8 @@ def test_every_plan_fits(name, nodes, per_node, hidden, top_k, tokens, num_sms, 
     else:
         assert plan.num_sms == num_sms
     assert 1 <= plan.channels <= 1024
-    assert plan.warps * (tuning._WARP_BYTES + tuning._STAGES * plan.stage_bytes) <= hardware.shared_bytes
+    assert plan.stages in (3, 4) and tuning.fits(hardware, plan.warps, plan.stage_bytes, plan.stages)
+    assert plan.chunk_bytes >= traffic.row_bytes or nodes == 1
     assert plan.stage_bytes % 128 == 0 and plan.stage_bytes >= 1024
     workers = plan.num_sms * plan.warps - 1
     assert 0 <= plan.senders < workers
@@ -85,10 +86,36 @@ def test_rows_go_in_equal_pieces():
     assert pieces * plan.stage_bytes - 14336 < plan.stage_bytes / 4, plan
 
 
+def test_a_fourth_stage_where_there_is_room():
+    traffic = Traffic(ranks=8, ranks_per_node=8, **{**TRAFFIC, "hidden": 2048, "row_bytes": 4096})
+    plan = choose_plan(HARDWARE["NVIDIA H200"], traffic, 20)
+    assert plan.stages == 4 and not tuning.fits(HARDWARE["NVIDIA H200"], plan.warps, plan.stage_bytes + 128 * 3, plan.stages)
+    assert choose_plan(HARDWARE["NVIDIA H200"], Traffic(ranks=8, ranks_per_node=8, **TRAFFIC), 20).stages == 3
+
+
+def test_chunks_follow_the_rail():
+    """About what the rail carries in a microsecond; less where a channel has few rows, and always whole rows."""
+    hardware = HARDWARE["NVIDIA H200"]
+    many = Traffic(ranks=16, ranks_per_node=8, **TRAFFIC)
+    chunk = choose_plan(hardware, many, 4).chunk_bytes
+    assert chunk % many.row_bytes == 0 and abs(chunk - 1e3 * hardware.rail_link) <= many.row_bytes / 2
+    few = choose_plan(hardware, many, 64)
+    rows = many.max_tokens * traffic_per_token(many)["rail"] / few.channels   # of a channel to the other node
+    assert few.chunk_bytes < chunk and 1 <= few.chunk_bytes / many.row_bytes <= rows / 4
+    faster = tuning.replace(hardware, rail_link=100.0)
+    assert choose_plan(faster, many, 4).chunk_bytes > chunk
+
+
+def test_tables_of_before_stages_and_chunks_were_chosen(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "TABLES", tmp_path)
+    (tmp_path / "Old.json").write_text('{"k": {"num_sms": 4, "warps": 8, "channels": 9, "senders": 0, "stage_bytes": 4096}}')
+    assert load_table("Old") == {"k": tuning.Plan(4, 8, 9, 0, 4096, 3, 1 << 18)}
+
+
 def test_table_overrides(tmp_path):
     hardware, traffic = HARDWARE["NVIDIA H200"], Traffic(ranks=8, ranks_per_node=8, **TRAFFIC)
     chosen = choose_plan(hardware, traffic, 20)
-    measured = tuning.Plan(20, 8, 96, 0, 4096)
+    measured = tuning.Plan(20, 8, 96, 0, 4096, 4, 14336 * 3)
     assert plan_for(hardware, traffic, 20, table={}) == chosen
     assert plan_for(hardware, traffic, 20, table={key_of(traffic, 20): measured}) == measured
     path = save_table(hardware.name, {key_of(traffic, 20): measured}, tmp_path)

@@ -1,4 +1,7 @@
-"""Where NCCL's headers lie, for the kernels whose rail is NCCL's network. Needs Python alone: setup.py asks too."""
+"""Where NCCL's headers lie, for the kernels whose rail is NCCL's network. Needs Python alone: setup.py asks too.
+
+As a program: prints the folder; exit status 1 where there is none.
+"""
 
 import os
 import re
@@ -21,3 +24,8 @@ def find():
     places = [Path(os.environ[name]) / "include" for name in ("NCCL_HOME", "CUDA_HOME") if name in os.environ]
     places += [Path(folder) / "nvidia/nccl/include" for folder in sys.path]
     return next((p for p in places if version(p) >= OLDEST), None)
+
+
+if __name__ == "__main__":
+    print(find() or "not found")
+    sys.exit(find() is None)

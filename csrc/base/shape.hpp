@@ -15,6 +15,7 @@ struct Shape {
   int32_t top_k = 0;
   int32_t max_tokens = 0;   // per rank
   int32_t channels = 1;     // independent slices of the tokens
+  int32_t chunk_rows = 16;  // rows per rail signal: enough to amortise it, few enough to pipeline the hops. A rank's own choice
   uint64_t arena_bytes = 0;
 
   MOE_HD constexpr uint64_t combine_row_bytes() const { return hidden * element_bytes(dtype); }

@@ -141,8 +141,8 @@ MOE_HD Status reduce(G g, F f, const CombineArgs& a, int n, int channel) {
   };
   Terms next = terms_of(begin);
   g.sync();
-  for (int chunk = begin; chunk < end; chunk += kChunkRows) {
-    const int chunk_end = chunk + kChunkRows < end ? chunk + kChunkRows : end;
+  for (int chunk = begin; chunk < end; chunk += b.shape.chunk_rows) {
+    const int chunk_end = chunk + b.shape.chunk_rows < end ? chunk + b.shape.chunk_rows : end;
     for (int i = chunk; i < chunk_end; ++i) {
       const Terms now = next;
       next = terms_of(i + 1);

@@ -44,8 +44,8 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
   char** targets = f.targets();
   const auto rows_of = [&](int d) { return call.capacity >= 0 ? call.capacity : a.plan.rank_rows[d]; };
 
-  for (int chunk = begin; chunk < end; chunk += kChunkRows) {
-    const int chunk_end = chunk + kChunkRows < end ? chunk + kChunkRows : end;
+  for (int chunk = begin; chunk < end; chunk += b.shape.chunk_rows) {
+    const int chunk_end = chunk + b.shape.chunk_rows < end ? chunk + b.shape.chunk_rows : end;
     if (n != own)
       MOE_TRY(leader(g, [&] {
         return f.wait_rail(b.rail.rows + 8 * (n * channels + channel), seen + (chunk_end - begin), Phase::forward, source);

@@ -91,7 +91,7 @@ MOE_HD void send(G g, F f, const DispatchArgs& a, int channel) {
       if (run > 0 && dense && t != run_token + run) put_run();
       if (run++ == 0) { run_token = t; run_slot = slot; }
       if (chunk++ == 0) chunk_slot = slot;
-      if (chunk == kChunkRows) close_chunk();
+      if (chunk == b.shape.chunk_rows) close_chunk();
     }
     close_chunk();
   }

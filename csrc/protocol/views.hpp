@@ -85,9 +85,6 @@ struct CombineArgs {
   int64_t bias_stride = 0;          // floats from one token's bias to the next
 };
 
-// Rows per rail signal: a chunk is large enough to amortise a signal, small enough to pipeline the hops.
-constexpr int kChunkRows = 16;
-
 // First token of channel c: channels are contiguous slices, so a channel's slots are contiguous too.
 MOE_HD inline int32_t channel_begin(int32_t tokens, int channel, int channels) {
   return static_cast<int32_t>(int64_t{tokens} * channel / channels);

@@ -60,6 +60,7 @@ cdef extern from "base/shape.hpp" namespace "moecomm" nogil:
         int32_t top_k
         int32_t max_tokens
         int32_t channels
+        int32_t chunk_rows
         uint64_t arena_bytes
         uint64_t combine_row_bytes()
         uint64_t scale_bytes()

@@ -122,18 +122,19 @@ cdef class Buffer:
     cdef shared_ptr[cudaapi.DeviceBuffer] b
     cdef capi.Shape shape
 
-    def __cinit__(self, geometry, Reach reach, int device, hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes, bint check,
+    def __cinit__(self, geometry, Reach reach, int device, hidden, dtype, num_experts, top_k, max_tokens, channels, chunk_bytes, arena_bytes, bint check,
                   spread, double timeout):
         cdef capi.Geometry g
         cdef cudaapi.Spread s
         g.rank, g.size, g.ranks_per_node = geometry
-        s.sms, s.warps, s.senders, s.stage_bytes = spread
+        s.sms, s.warps, s.senders, s.stage_bytes, s.stages = spread
         self.shape.hidden = hidden
         self.shape.dtype = <capi.DType><int>dtype
         self.shape.num_experts = num_experts
         self.shape.top_k = top_k
         self.shape.max_tokens = max_tokens
         self.shape.channels = channels
+        self.shape.chunk_rows = max(1, chunk_bytes // self.shape.combine_row_bytes())
         self.shape.arena_bytes = arena_bytes
         with nogil:
             self.b = make_shared[cudaapi.DeviceBuffer](g, self.shape, check, device, reach.r, s, timeout)
@@ -243,9 +244,9 @@ def device_limits():
 
 
 def shared_bytes(spread):
-    """Bytes of shared memory of a block for (sms, warps, senders, stage bytes)."""
+    """Bytes of shared memory of a block for (sms, warps, senders, stage bytes, stages)."""
     cdef cudaapi.Spread s
-    s.sms, s.warps, s.senders, s.stage_bytes = spread
+    s.sms, s.warps, s.senders, s.stage_bytes, s.stages = spread
     return cudaapi.shared_bytes(s)
 
 

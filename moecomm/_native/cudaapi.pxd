@@ -13,6 +13,7 @@ cdef extern from "world/cuda/launch.hpp" namespace "moecomm::cuda" nogil:
         int32_t warps
         int32_t senders
         uint32_t stage_bytes
+        int32_t stages
 
     int shared_bytes_limit(int* bytes, int* sms)
     uint32_t shared_bytes(const Spread&)

@@ -37,12 +37,12 @@ struct DeviceRunner {
                   .network = network.empty() ? nullptr : network[r], .region_offset = me.view.node.bytes, .same_device = &same_device,
                   .window_faults = me.view.node.faults, .region_faults = me.view.rail.faults, .region_peers = g.nodes(), .own_peer = g.node(),
                   .failed = failed, .fault = &record, .counters = &counters};
-    call.spread = {.sms = 1, .warps = c.workers + 1, .senders = c.senders, .stage_bytes = kStage};
+    call.spread = {.sms = 1, .warps = c.workers + 1, .senders = c.senders, .stage_bytes = kStage, .stages = c.stages};
     call.timeout_ns = 60'000'000'000;
     call.gates = gates;
     const int seats = c.workers + 1;
     std::vector<Heap> shared;
-    for (int i = 0; i < seats; ++i) shared.emplace_back(align_up(warp_shared_bytes(kStage), 4096));
+    for (int i = 0; i < seats; ++i) shared.emplace_back(align_up(warp_shared_bytes(kStage, c.stages), 4096));
     {
       std::vector<std::jthread> warps;
       for (int i = 0; i < seats; ++i)

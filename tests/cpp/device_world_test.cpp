@@ -12,6 +12,8 @@ std::vector<Case> cases() {
   c.layout = RowLayout::rank; all.push_back(c);
   c = base; c.nodes = 1; c.per_node = 3; c.senders = 2; c.alignment = 4; c.spare = 3; all.push_back(c);
   c = base; c.nodes = 3; c.per_node = 1; c.check = true; all.push_back(c);
+  c = base; c.stages = 2; c.chunk_rows = 1; all.push_back(c);
+  c = base; c.stages = 4; c.chunk_rows = 5; all.push_back(c);
   c = base; c.hidden = 1152; c.fused = ScaleKind::f32; all.push_back(c);
   c = base; c.hidden = 1152; c.wire = Wire::logfmt10; c.nodes = 3; c.per_node = 1; all.push_back(c);
   return all;

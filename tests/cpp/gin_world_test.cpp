@@ -54,7 +54,7 @@ std::vector<Case> cases() {
   Case c = base; all.push_back(c);
   c.layout = RowLayout::rank; all.push_back(c);
   c = base; c.nodes = 3; c.check = true; all.push_back(c);
-  c = base; c.per_node = 2; c.workers = 2; c.senders = 1; all.push_back(c);
+  c = base; c.chunk_rows = 3; c.per_node = 2; c.workers = 2; c.senders = 1; all.push_back(c);
   c = base; c.hidden = 1152; c.fused = ScaleKind::f32; c.wire = Wire::logfmt10; all.push_back(c);
   return all;
 }

@@ -20,6 +20,7 @@ struct Case {
   Wire wire = Wire::plain;    // of combine, on two of three ranks
   int skew = 0;               // 1: all tokens to one expert, 2: odd ranks are empty
   int rounds = 3;
+  int chunk_rows = 16, stages = 3;
   int workers = 0, senders = 0;   // a rank is so many groups at once, and a coordinator; 0: one group
 };
 
@@ -194,7 +195,7 @@ void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int 
 template <class Runner>
 void run_case(const Case& c, Runner runner) {
   const int max_tokens = 19, size = c.nodes * c.per_node;
-  Shape shape{.hidden = c.hidden, .dtype = c.type, .num_experts = size * c.experts_per_rank, .top_k = c.top_k, .max_tokens = max_tokens, .channels = c.channels};
+  Shape shape{.hidden = c.hidden, .dtype = c.type, .num_experts = size * c.experts_per_rank, .top_k = c.top_k, .max_tokens = max_tokens, .channels = c.channels, .chunk_rows = c.chunk_rows};
   const uint64_t most = size * max_tokens * std::min(c.top_k, c.experts_per_rank) + c.experts_per_rank * c.alignment + 64;
   shape.arena_bytes = most * (2 * shape.slot_bytes() + 12 * c.top_k + 64) + 4096;
   World w(c.nodes, c.per_node, shape, c.check);

@@ -7,13 +7,15 @@
 namespace moecomm {
 
 // Rows pass through in pieces of a stage; with several stages the loads of one piece overlap the stores of others.
-constexpr int kStages = 3;
+constexpr int kStages = 3;      // unless a call says otherwise
+constexpr int kMaxStages = 4;
 
 // The stages of a warp's pipeline and which of them comes next. Lane 0's alone.
 struct Pipeline {
-  uint64_t barrier[kStages];
+  uint64_t barrier[kMaxStages];
   char* stages;
   uint32_t stage_bytes;
+  int32_t count;     // of stages, at least 2
   int32_t next;
   uint32_t parity;   // bit i: phase of stage i
 
@@ -22,10 +24,11 @@ struct Pipeline {
   __device__ void copy(const char* src, uint64_t bytes, int targets, Target&& target) {
     const uint32_t piece = stage_bytes, pieces = static_cast<uint32_t>((bytes + piece - 1) / piece);
     const auto size_of = [&](uint32_t i) { return i + 1 < pieces ? piece : static_cast<uint32_t>(bytes - uint64_t{i} * piece); };
-    const auto after = [](int i) { return i + 1 == kStages ? 0 : i + 1; };
+    const int all = count;
+    const auto after = [all](int i) { return i + 1 == all ? 0 : i + 1; };
     int slot = next;
     for (uint32_t i = 0, loaded = 0; i < pieces; ++i) {
-      for (; loaded < pieces && loaded < i + kStages - 1; ++loaded, slot = after(slot)) {
+      for (; loaded < pieces && loaded < i + all - 1; ++loaded, slot = after(slot)) {
         // This stage's stores are older than the newest group: all but that one have read their stages.
         ptx::bulk_wait_read<1>();
         ptx::bulk_load(stages + slot * piece, src + uint64_t{loaded} * piece, size_of(loaded), &barrier[slot]);
@@ -51,16 +54,17 @@ struct alignas(128) WarpScratch {
 
   // A group's piece of shared memory, made ready; once per kernel, by all lanes.
   template <class G>
-  static __device__ WarpScratch* open(G g, char* shared, uint32_t stage_bytes) {
+  static __device__ WarpScratch* open(G g, char* shared, uint32_t stage_bytes, int stages = kStages) {
     auto* scratch = reinterpret_cast<WarpScratch*>(shared);
     if (g.lane() == 0) {
       scratch->counters = {};
       scratch->unflushed = false;
       scratch->pipe.stages = shared + sizeof(WarpScratch);
       scratch->pipe.stage_bytes = stage_bytes;
+      scratch->pipe.count = stages;
       scratch->pipe.next = 0;
       scratch->pipe.parity = 0;
-      for (int i = 0; i < kStages; ++i) ptx::barrier_init(&scratch->pipe.barrier[i]);
+      for (int i = 0; i < stages; ++i) ptx::barrier_init(&scratch->pipe.barrier[i]);
     }
     g.sync();
     return scratch;
@@ -69,6 +73,6 @@ struct alignas(128) WarpScratch {
 
 static_assert(sizeof(WarpScratch) <= 2304);   // moecomm.tuning counts on it
 
-MOE_HD constexpr uint32_t warp_shared_bytes(uint32_t stage_bytes) { return sizeof(WarpScratch) + kStages * stage_bytes; }
+MOE_HD constexpr uint32_t warp_shared_bytes(uint32_t stage_bytes, int stages = kStages) { return sizeof(WarpScratch) + stages * stage_bytes; }
 
 }  // namespace moecomm

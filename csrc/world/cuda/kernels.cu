@@ -3,7 +3,7 @@
 
 namespace moecomm::cuda {
 
-uint32_t shared_bytes(const Spread& spread) { return spread.warps * warp_shared_bytes(spread.stage_bytes); }
+uint32_t shared_bytes(const Spread& spread) { return spread.warps * warp_shared_bytes(spread.stage_bytes, spread.stages); }
 
 int shared_bytes_limit(int* bytes, int* sms) {
   int device = 0;

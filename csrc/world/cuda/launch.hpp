@@ -15,6 +15,7 @@ struct Spread {
   int32_t warps = kMaxWarps;        // per block
   int32_t senders = 0;              // warps that send before they forward; 0: all
   uint32_t stage_bytes = 3584;      // a warp's stage; a multiple of 128
+  int32_t stages = 3;               // of a warp: 2..4
 };
 
 // What the coordinator tells the host while the call goes on, in pinned memory; `ticket` is written last.

@@ -61,7 +61,7 @@ struct DeviceMeeting : DeviceGates<Fabric> {
 // Calls role(fabric) and reports its Status; once per group of a kernel, by all its lanes, with its own piece of shared memory.
 template <class G, class Rail, class Role>
 __device__ void take_part(G g, const Call& call, Rail rail, char* shared, Role role) {
-  WarpScratch* scratch = WarpScratch::open(g, shared, call.spread.stage_bytes);
+  WarpScratch* scratch = WarpScratch::open(g, shared, call.spread.stage_bytes, call.spread.stages);
   const DeviceFabric<Rail> fabric{&call.links, rail, scratch, ptx::nanoseconds() + call.timeout_ns};
   Status s = role(fabric);
   if (g.lane() != 0) return;
