@@ -42,6 +42,7 @@ std::vector<Case> features(int lanes) {
     const Case base{.lanes = lanes, .layout = layout};
     Case c = base; c.spare = 3; all.push_back(c);
     c = base; c.quantized = true; c.hidden = 144; c.channels = 3; all.push_back(c);
+    c = base; c.chunk_rows = 1; all.push_back(c);
     c = base; c.check = true; all.push_back(c);
     c = base; c.check = true; c.quantized = true; c.hidden = 144; all.push_back(c);
     c = base; c.weights = false; c.type = DType::f32; all.push_back(c);
