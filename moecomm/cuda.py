@@ -155,7 +155,7 @@ class NativeBuffer:
     def __init__(self, comm, plan, hidden, dtype, num_experts, top_k, max_tokens, arena_bytes, check):
         self._device = comm.device
         self._buffer = native().Buffer((comm.rank, comm.size, comm.ranks_per_node), comm._reach, comm.device.index, hidden, dtype,
-                                       num_experts, top_k, max_tokens, plan.channels, plan.chunk_bytes, arena_bytes, check, plan.spread(), comm.timeout)
+                                       num_experts, top_k, max_tokens, plan.channels, plan.chunk_bytes, arena_bytes, check, plan.spread(), plan.stages, comm.timeout)
         self._stream = self._done = None
         self._bounds = comm.timeout, comm.rank
         for name in ("card", "connected", "release", "owns", "block_layout", "arena", "take_counters", "fault"):

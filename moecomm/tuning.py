@@ -67,8 +67,8 @@ class Plan:
     chunk_bytes: int = 1 << 18
 
     def spread(self):
-        """The numbers that kernels take: (sms, warps, senders, stage bytes, stages)."""
-        return self.num_sms, self.warps, self.senders, self.stage_bytes, self.stages
+        """The numbers that all kernels take: (sms, warps, senders, stage bytes)."""
+        return self.num_sms, self.warps, self.senders, self.stage_bytes
 
 
 HARDWARE = {

@@ -123,11 +123,12 @@ cdef class Buffer:
     cdef capi.Shape shape
 
     def __cinit__(self, geometry, Reach reach, int device, hidden, dtype, num_experts, top_k, max_tokens, channels, chunk_bytes, arena_bytes, bint check,
-                  spread, double timeout):
+                  spread, int stages, double timeout):
         cdef capi.Geometry g
         cdef cudaapi.Spread s
         g.rank, g.size, g.ranks_per_node = geometry
-        s.sms, s.warps, s.senders, s.stage_bytes, s.stages = spread
+        s.sms, s.warps, s.senders, s.stage_bytes = spread
+        s.stages = stages
         self.shape.hidden = hidden
         self.shape.dtype = <capi.DType><int>dtype
         self.shape.num_experts = num_experts
@@ -243,10 +244,11 @@ def device_limits():
     return size, sms
 
 
-def shared_bytes(spread):
-    """Bytes of shared memory of a block for (sms, warps, senders, stage bytes, stages)."""
+def shared_bytes(spread, int stages=3):
+    """Bytes of shared memory of a block for (sms, warps, senders, stage bytes)."""
     cdef cudaapi.Spread s
-    s.sms, s.warps, s.senders, s.stage_bytes, s.stages = spread
+    s.sms, s.warps, s.senders, s.stage_bytes = spread
+    s.stages = stages
     return cudaapi.shared_bytes(s)
 
 
