@@ -1,52 +1,8 @@
-// A __global__ shim per verb of the decode path; each runs its first half, its second, or both.
-#include <cuda_runtime.h>
-
-#include "world/cuda/decode_launch.hpp"
-#include "world/cuda/seat.cuh"
+// The decode kernels of ranks that map each other's memory.
+#include "world/cuda/decode_kernels.cuh"
 
 namespace moecomm::cuda {
-namespace {
 
-// Neighbouring squads are on different multiprocessors.
-template <class Role>
-__device__ void run_squad(const Call& call, int warps, Role&& role) {
-  extern __shared__ char shared[];
-  const int squads = blockDim.x / 32 / warps, squad = threadIdx.x / 32 / warps;
-  char* own = shared + squad * warps * warp_shared_bytes(call.spread.stage_bytes);   // its first warp's piece
-  const Squad g{squad * warps, warps, reinterpret_cast<WarpScratch*>(own)->words};
-  join_squad(call, LoopbackDeviceRail{call.links.regions}, g, squad * gridDim.x + blockIdx.x, squads * gridDim.x, own, role);
-}
-
-__global__ void __launch_bounds__(32 * kMaxWarps, 1) decode_dispatch_kernel(const __grid_constant__ DecodeDispatchLaunch launch) {
-  run_squad(launch.call, launch.squad, [&](Squad g, auto fabric, auto meeting, int index) {
-    return decode_dispatch_seat(g, fabric, meeting, launch.work, index, meeting.all / g.warps);
-  });
-}
-
-__global__ void __launch_bounds__(32 * kMaxWarps, 1) decode_combine_kernel(const __grid_constant__ DecodeCombineLaunch launch) {
-  run_squad(launch.call, launch.squad, [&](Squad g, auto fabric, auto meeting, int index) {
-    return decode_combine_seat(g, fabric, meeting, launch.work, index, meeting.all / g.warps);
-  });
-}
-
-template <class Kernel, class Launch>
-int start(Kernel kernel, const Launch& launch, void* stream) {
-  const Spread& spread = launch.call.spread;
-  kernel<<<spread.sms, 32 * spread.warps, shared_bytes(spread), static_cast<cudaStream_t>(stream)>>>(launch);
-  return cudaGetLastError();
-}
-
-}  // namespace
-
-int prepare_decode() {
-  int bytes = 0, sms = 0;
-  if (const int e = shared_bytes_limit(&bytes, &sms)) return e;
-  for (const void* kernel : {reinterpret_cast<const void*>(decode_dispatch_kernel), reinterpret_cast<const void*>(decode_combine_kernel)})
-    if (const int e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return e;
-  return cudaSuccess;
-}
-
-int launch_decode_dispatch(const DecodeDispatchLaunch& launch, void* stream) { return start(decode_dispatch_kernel, launch, stream); }
-int launch_decode_combine(const DecodeCombineLaunch& launch, void* stream) { return start(decode_combine_kernel, launch, stream); }
+const DecodeKernels& loopback_decode_kernels() { return decode_kernels_over<LoopbackDeviceRail>; }
 
 }  // namespace moecomm::cuda

@@ -18,15 +18,19 @@ struct DecodeCombineLaunch {
   DecodeCombineWork work;
 };
 
-// Warps per group, so that there are about as many groups as things to do at once.
+// Warps of a group: as many as leave a group for each of `wanted` things to do at once.
 constexpr int squad_of(const Spread& spread, int wanted) {
   for (int warps = spread.warps; warps > 1; --warps)
     if (spread.warps % warps == 0 && spread.sms * (spread.warps / warps) >= wanted) return warps;
   return 1;
 }
 
-int prepare_decode();
-int launch_decode_dispatch(const DecodeDispatchLaunch& launch, void* stream);
-int launch_decode_combine(const DecodeCombineLaunch& launch, void* stream);
+// As Kernels. A launch runs the first half of its verb, the second, or both.
+struct DecodeKernels {
+  int (*prepare)();
+  int (*dispatch)(const DecodeDispatchLaunch& launch, void* stream);
+  int (*combine)(const DecodeCombineLaunch& launch, void* stream);
+};
+const DecodeKernels& loopback_decode_kernels();
 
 }  // namespace moecomm::cuda

@@ -62,6 +62,7 @@ struct DecodeCombineWork {
   const int64_t* ids64 = nullptr;   // [T, K] must be those of the dispatch; one of the two
   const int32_t* ids32 = nullptr;
   const float* weights = nullptr;   // null: 1
+  const char* staged = nullptr;     // the experts' rows where they are not in the window: those that are there are copied to args.rows
   bool answers = true, sums = true;
 };
 
@@ -169,12 +170,31 @@ MOE_HD Status take_weights(G g, const DecodeCombineWork& w, const DecodeTurn& tu
   return first_failure(g, bad);
 }
 
+// Every groups-th row of every own expert, into the window.
+template <Group G, class F>
+MOE_HD void stage_rows(G g, F f, const DecodeCombineWork& w, const DecodeTurn& turn, int index, int groups) {
+  const DecodeView& d = w.args.d;
+  const uint64_t row_bytes = d.shape.combine_row_bytes(), per_expert = decode_rows_per_expert(d.geometry, d.shape);
+  const auto* counts = reinterpret_cast<const int64_t*>(f.window(d.geometry.local(), d.counts(turn.bank)));
+  char* rows = f.window(d.geometry.local(), d.rows(turn.bank));
+  for (int e = 0; e < d.experts_per_rank(); ++e)
+    for (int64_t i = index; i < counts[e]; i += groups) {
+      const uint64_t at = (e * per_expert + i) * row_bytes;
+      f.copy_row(g, rows + at, w.staged + at, row_bytes);
+      if (g.lane() == 0) ++f.counters().staged_rows;
+    }
+}
+
 template <Group G, class F, class Meeting>
 MOE_HD Status answer_seat(G g, F f, Meeting meeting, const DecodeCombineWork& w, const DecodeCombineArgs& a, int index, int groups) {
   const DecodeView& d = a.d;
   const int size = d.geometry.size, parts = parts_of_source(d, groups);
   MOE_TRY(expect_stage(g, index, w.clock, a.turn.epoch, DecodeStage::received));
   MOE_TRY(take_weights(g, w, a.turn, d.shape.top_k, index, groups));
+  if (w.staged) {
+    stage_rows(g, f, w, a.turn, index, groups);
+    MOE_TRY(meeting.meet(g));
+  }
   if (a.turn.weighted || d.geometry.nodes() > 1)
     for (int i = index; i < size * parts; i += groups) {
       const int source = (d.geometry.rank + 1 + i / parts) % size, got = a.turn.got[source];
