@@ -77,7 +77,8 @@ class BuildExt(build_ext):
 # -- the CUDA world ---------------------------------------------------------------------------------------------------
 
 NCCL = nccl_headers.find()   # None: ranks of one host only
-KERNELS = {"moecomm._native.cuda": ["csrc/world/cuda/kernels.cu", *(["csrc/world/cuda/gin.cu"] if NCCL else [])]}   # by name: cythonize makes extensions anew
+KERNELS = {"moecomm._native.cuda": [   # by name: cythonize makes extensions anew
+    *(f"csrc/world/cuda/{name}.cu" for name in ("kernels", "decode")), *(["csrc/world/cuda/gin.cu"] if NCCL else [])]}
 
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Icsrc", *([f"-I{NCCL}"] if NCCL else []), "-Xcompiler=-fPIC,-fvisibility=hidden",
               "-diag-suppress=20011,20012,20013,20014,20015"]   # a role's lambdas may call what only a GPU has
@@ -116,8 +117,7 @@ def cuda_extension():
         return []
     return [Extension(
         "moecomm._native.cuda",
-        ["moecomm/_native/cuda.pyx", "csrc/runtime/cuda/buffer.cpp", "csrc/runtime/cuda/memory.cpp", "csrc/runtime/cuda/window.cpp",
-         "csrc/runtime/cuda/nccl.cpp" if NCCL else "csrc/runtime/cuda/nccl_absent.cpp",
+        ["moecomm/_native/cuda.pyx", *(f"csrc/runtime/cuda/{name}.cpp" for name in ("buffer", "decode", "memory", "window", "nccl" if NCCL else "nccl_absent")),
          "csrc/runtime/plan.cpp", "csrc/runtime/memory.cpp"],
         language="c++", include_dirs=["csrc", str(home / "include"), str(ucx / "include")],
         library_dirs=[str(home / "lib64"), str(home / "lib")],

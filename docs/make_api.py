@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "moecomm"
 TARGET = Path(__file__).parent / "api.md"
 # Modules without names for users, and (by what they define) commands of `python -m moecomm`.
-INTERNAL = {"arguments", "bootstrap", "calls", "cuda", "grouped", "shapes", "shared"}
+INTERNAL = {"arguments", "bootstrap", "calls", "cuda", "cuda_decode", "grouped", "shapes", "shared"}
 MIXINS = {"Calls": "calls", "DecodeVerbs": "decode"}   # documented as members of the class that inherits them
 COMMAND = {"arguments", "main"}
 

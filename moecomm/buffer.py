@@ -82,12 +82,12 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank, arena_bytes)
         on_gpu = comm.device.type == "cuda"
         if on_gpu:
-            for name, given in (("decode", decode), ("record", record is not None), ("placement", placement is not None)):
+            for name, given in (("record", record is not None), ("placement", placement is not None)):
                 if given:
                     raise InvalidArgument(f"Buffer: {name} is given; the cuda world does not have it yet, expected it left out", op="Buffer", rank=comm.rank)
             plan = cuda.plan_of(comm, hidden=hidden, num_experts=num_experts, top_k=top_k, max_tokens=max_tokens, dtype=dtype, num_sms=num_sms,
                                 channels=channels or env.channels or None)
-            channels = plan.channels
+            channels, self._plan = plan.channels, plan
         elif channels is None:
             channels = env.channels or default_channels(comm.num_nodes)
         if arena_bytes is None:

@@ -166,7 +166,12 @@ class NativeBuffer:
         timeout, rank = self._bounds
         nccl.bounded(lambda: self._buffer.connect(cards), timeout, what="connecting a window", rank=rank)
 
-    def _enqueue(self, call, *args):
+    def stream(self):
+        """The current stream, as the native code takes it."""
+        return torch.cuda.current_stream(self._device).cuda_stream
+
+    def enqueue(self, call, *args):
+        """call(*args, stream) on the current stream, behind the buffer's earlier calls."""
         stream = torch.cuda.current_stream(self._device)
         if self._stream is not None and stream != self._stream and not torch.cuda.is_current_stream_capturing():
             stream.wait_event(self._done)   # calls of one buffer do not overlap
@@ -181,12 +186,12 @@ class NativeBuffer:
         if capacity < 0 and plan is None and torch.cuda.is_current_stream_capturing():
             raise InvalidArgument("dispatch: capacity is None while a graph is captured; expected a number of rows, since nothing can wait for the "
                                   "host there", op="dispatch")
-        return self._enqueue(self._buffer.dispatch, x, scales, ids, ids_are_int32, weights, tokens, by_rank, alignment, capacity, row_bytes,
+        return self.enqueue(self._buffer.dispatch, x, scales, ids, ids_are_int32, weights, tokens, by_rank, alignment, capacity, row_bytes,
                              scale_bytes, plan, scale_kind, scales_by_column)
 
     def combine(self, rows, weights, y, bias, bias_stride, plan, output, back=0, slots=0, wire=0):
         """As the cpu world's."""
-        return self._enqueue(self._buffer.combine, rows, weights, y, bias, bias_stride, plan, output, back, slots, wire)
+        return self.enqueue(self._buffer.combine, rows, weights, y, bias, bias_stride, plan, output, back, slots, wire)
 
 
 class Pending:

@@ -5,18 +5,22 @@ docs/decode.md tells how it works.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from . import cuda, cuda_decode
 from ._native import core
 from ._native.core import DecodeHandle, DecodeReceived
 from ._native.quant import scale_words
 from .arguments import describe, known
 from .errors import ConfigMismatch, InvalidArgument, raise_failure
-from .shapes import QUANTS, SCALE_DTYPES, WIRES
+from .shapes import DTYPES, QUANTS, SCALE_DTYPES, WIRES
 
 __all__ = ["Decode", "DecodeHandle", "DecodeReceived", "DecodeVerbs"]
 
 _SENT, _RECEIVED = 1, 2
+_STAGES = ("over", "sent", "received", "answered", "done")
 _MAX_TOKENS = 1 << 20
 _IDS = (torch.int64, torch.int32)
 
@@ -68,8 +72,6 @@ class DecodeVerbs:
         if self._decode is None or self._closed or not self.comm._ready:
             self._require_open("decode_dispatch")
             self.comm._settle()
-            if self.comm.device.type == "cuda":
-                raise InvalidArgument("decode_dispatch: the cuda world has no decode path yet; expected dispatch with a capacity", op="decode_dispatch")
             self._decode = self._decode or Decode(self)
         if self._replicas is None:
             return self._decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
@@ -131,28 +133,33 @@ class Decode:
         self.buffer, self.rank = buffer, comm.rank
         self.hidden, self.dtype = buffer.hidden, buffer.dtype
         comm._require_equal("decode", comm._exchange({"decode": True}))
-        self.native = comm._join("decode", lambda: core.Decode(comm._native, buffer._native, buffer._check, _Raiser(comm.rank)))
+        self.native = comm._join("decode", self._make_native)
         self.native.connected()
         if comm._bootstrap.threads:
             comm._bootstrap.keep(self.native)
         self._make_tensors(buffer.experts_per_rank, comm.size * buffer.max_tokens)
 
+    def _make_native(self):
+        buffer, fail = self.buffer, _Raiser(self.rank)
+        if buffer.comm.device.type == "cuda":
+            return cuda_decode.NativeDecode(buffer, DTYPES[self.dtype], fail)
+        return core.Decode(buffer.comm._native, buffer._native, buffer._check, fail)
+
     @torch.inference_mode(False)   # whoever calls first: they are used outside, too
     def _make_tensors(self, experts, rows):
         def matrices(name, dtype):
-            return [torch.frombuffer(self.native.area(name, p), dtype=dtype, count=experts * rows * self.hidden).view(experts, rows, self.hidden)
-                    for p in (0, 1)]
+            return [_tensor(self.native.area(name, p), dtype, (experts, rows, self.hidden)) for p in (0, 1)]
 
         def scales(kind, by_column):
             if kind == 0 or self.hidden % 16:
                 return [None, None]
             words, column = scale_words(self.hidden, kind), -(-rows // 4) * 4
-            strides = (self.native.scale_area // 4, *((1, column) if by_column else (words, 1)))
-            return [torch.frombuffer(self.native.area("scales", p), dtype=SCALE_DTYPES[kind]).as_strided((experts, rows, words), strides)
-                    for p in (0, 1)]
+            area = self.native.scale_area // 4
+            strides = (area, *((1, column) if by_column else (words, 1)))
+            return [_tensor(self.native.area("scales", p), SCALE_DTYPES[kind], (experts * area,)).as_strided((experts, rows, words), strides) for p in (0, 1)]
 
         x = matrices("x", self.dtype) + (matrices("x", torch.float8_e4m3fn) if self.hidden % 16 == 0 else [])
-        counts = [torch.frombuffer(self.native.area("counts", p), dtype=torch.int64, count=experts) for p in (0, 1)]
+        counts = [_tensor(self.native.area("counts", p), torch.int64, (experts,)) for p in (0, 1)]
         self.native.hold(x, [t for kind, by_column in ((0, 0), (1, 0), (2, 0), (1, 1), (2, 1)) for t in scales(kind, by_column)], counts,
                          matrices("rows", self.dtype))
 
@@ -195,15 +202,15 @@ class Decode:
         if not known(wire, WIRES) or (wire is not None and self.dtype is torch.float64):
             choices = "None (float64)" if self.dtype is torch.float64 else ", ".join(map(repr, WIRES))
             raise InvalidArgument(f"{op}: wire is {wire!r}; expected {choices}", op=op, rank=self.rank)
-        if type(handle) is not DecodeHandle or handle.decode is not self.native:
+        if getattr(handle, "decode", None) is not self.native:
             raise InvalidArgument(f"{op}: handle is a {type(handle).__qualname__}; expected the handle of a decode_dispatch of this buffer",
                                   op=op, rank=self.rank)
         self._check_stage(self.native.stage(handle.epoch))
-        want = handle.rows
         rows, topk_ids = buffer._as_tensor(op, "rows", rows), buffer._as_tensor(op, "topk_ids", topk_ids)
         topk_weights, out = buffer._as_tensor(op, "topk_weights", topk_weights, optional=True), buffer._as_tensor(op, "out", out, optional=True)
-        if rows.dtype != want.dtype or rows.device.type != "cpu" or rows.shape != want.shape or not rows.is_contiguous():
-            raise InvalidArgument(f"{op}: rows is {describe(rows)}; expected contiguous {want.dtype} {list(want.shape)} on cpu", op=op, rank=self.rank)
+        want, device = handle.rows, buffer.comm.device
+        if rows.dtype != want.dtype or rows.device != device or rows.shape != want.shape or not rows.is_contiguous():
+            raise InvalidArgument(f"{op}: rows is {describe(rows)}; expected contiguous {want.dtype} {list(want.shape)} on {device}", op=op, rank=self.rank)
         tokens = handle.tokens
         buffer._check_picks(op, "topk_ids", topk_ids, tokens, _IDS)
         if topk_weights is not None:
@@ -211,9 +218,9 @@ class Decode:
                 raise InvalidArgument(f"{op}: topk_weights is given; decode_dispatch has sent the weights, expected None", op=op, rank=self.rank)
             buffer._check_picks(op, "topk_weights", topk_weights, tokens, (torch.float32,))
         if out is None:
-            out = torch.empty((tokens, self.hidden), dtype=self.dtype)
-        elif out.dtype != self.dtype or out.device.type != "cpu" or tuple(out.shape) != (tokens, self.hidden) or not out.is_contiguous():
-            raise InvalidArgument(f"{op}: out is {describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on cpu",
+            out = torch.empty((tokens, self.hidden), dtype=self.dtype, device=device)
+        elif out.dtype != self.dtype or out.device != device or tuple(out.shape) != (tokens, self.hidden) or not out.is_contiguous():
+            raise InvalidArgument(f"{op}: out is {describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on {device}",
                                   op=op, rank=self.rank)
         return self.native.combine(handle, rows, rows.data_ptr(), topk_ids.data_ptr(), topk_ids.dtype is torch.int32,
                                    0 if topk_weights is None else topk_weights.data_ptr(), WIRES[wire], out, out.data_ptr(), not return_hook)
@@ -226,6 +233,13 @@ class Decode:
         raise InvalidArgument(f"decode_combine: handle {why}", op="decode_combine", rank=self.rank)
 
 
+def _tensor(area, dtype, shape):
+    """The front of an Area as a tensor, which keeps it."""
+    if hasattr(area, "__cuda_array_interface__"):
+        return cuda.tensor_of(area, 0, dtype, shape)
+    return torch.frombuffer(area, dtype=dtype, count=math.prod(shape)).view(shape)
+
+
 class _Raiser:
     """Raises what a native failure stands for."""
 
@@ -236,6 +250,10 @@ class _Raiser:
         if failure.code == "invalid" and failure.detail == 3:
             raise InvalidArgument(f"{op}: topk_ids of token {failure.expected} differ from those that decode_dispatch sent; expected the same",
                                   op=op, rank=self._rank, got=failure.got)
+        if failure.code == "invalid" and failure.detail == 4:
+            what = f"{_STAGES[failure.got]}, where it must be {_STAGES[failure.expected]}"
+            raise InvalidArgument(f"{op}: an earlier step of this buffer is {what}; expected its hooks to be called first, and handles to stay in the graph "
+                                  "that they were captured in", op=op, rank=self._rank)
         if failure.code == "mismatch":
             raise ConfigMismatch(f"{op} on rank {self._rank}: rank {failure.peer} called with another dtype, quant, wire or use of topk_weights",
                                  op=op, phase=failure.phase, rank=self._rank, peer=failure.peer, expected=failure.expected, got=failure.got)
@@ -251,5 +269,5 @@ def check_shape(size, num_experts, max_tokens, rank):
     """
     if max_tokens > _MAX_TOKENS:
         raise InvalidArgument(f"decode: max_tokens is {max_tokens}; expected at most {_MAX_TOKENS}", op="decode", rank=rank)
-    if num_experts * max_tokens >= 1 << 31:
-        raise InvalidArgument(f"decode: num_experts * max_tokens is {num_experts * max_tokens}; expected less than 2**31", op="decode", rank=rank)
+    if num_experts * max_tokens >= 1 << 30:
+        raise InvalidArgument(f"decode: num_experts * max_tokens is {num_experts * max_tokens}; expected less than 2**30", op="decode", rank=rank)

@@ -13,13 +13,13 @@ from moecomm._native cimport capi, cudaapi
 _CODES = ("ok", "invalid", "timeout", "lost", "capacity", "mismatch", "corrupt")
 _PHASES = ("none", "announce", "counts", "send", "forward", "arrive", "publish", "reduce", "sum", "done", "flush")
 
-Failure = namedtuple("Failure", "code phase peer detail expected got")
+Failure = namedtuple("Failure", "code phase peer detail expected got reporter")
 
 
 cdef _failure(const capi.Status& s):
     if s.code == capi.Code.ok:
         return None
-    return Failure(_CODES[<int>s.code], _PHASES[<int>s.phase], s.peer, s.detail, s.expected, s.got)
+    return Failure(_CODES[<int>s.code], _PHASES[<int>s.phase], s.peer, s.detail, s.expected, s.got, s.reporter)
 
 
 cdef class Block:
@@ -233,6 +233,9 @@ cdef class Buffer:
         with nogil:
             c = self.b.get().take_counters()
         return c
+
+
+include "cuda_decode.pxi"
 
 
 def device_limits():

@@ -83,3 +83,58 @@ cdef extern from "runtime/cuda/buffer.hpp" namespace "moecomm::cuda" nogil:
         capi.Status fault() except +
         capi.Counters take_counters() except +
         const capi.Arena& arena()
+
+cdef extern from "world/cuda/decode_schedule.hpp" namespace "moecomm" nogil:
+    cdef enum class DecodeStage(int32_t):
+        idle
+
+    cdef cppclass DecodeView:
+        uint64_t packed_rows()
+        int experts_per_rank()
+        capi.Geometry geometry
+        capi.Shape shape
+
+    uint64_t decode_scale_area(const capi.Geometry&, const capi.Shape&)
+
+cdef extern from "runtime/cuda/decode.hpp" namespace "moecomm::cuda" nogil:
+    cdef cppclass DeviceDecodeDispatch:
+        const char* x
+        const char* scales
+        const int64_t* ids64
+        const int32_t* ids32
+        const float* weights
+        bool weighted
+        int32_t tokens
+        capi.ScaleKind quant
+        bool scales_by_column
+        bool receive
+        void* stream
+
+    cdef cppclass DeviceDecodeCombine:
+        uint64_t epoch
+        const char* rows
+        const int64_t* ids64
+        const int32_t* ids32
+        const float* weights
+        capi.Wire wire
+        char* y
+        bool receive
+        void* stream
+
+    cdef cppclass DeviceDecode:
+        DeviceDecode(capi.Geometry, capi.Shape, bool check, int device, shared_ptr[DeviceReach], Spread, double timeout) except +
+        string card() except +
+        void connect(const vector[string]&) except +
+        capi.Status dispatch(const DeviceDecodeDispatch&) except +
+        capi.Status dispatch_receive(uint64_t epoch, void* stream) except +
+        capi.Status combine(const DeviceDecodeCombine&) except +
+        capi.Status combine_receive(uint64_t epoch, void* stream) except +
+        capi.Status fault() except +
+        uint64_t epoch()
+        DecodeStage stage(uint64_t epoch, void* stream) except +
+        char* x(int bank)
+        char* scales(int bank)
+        char* rows(int bank)
+        char* counts(int bank)
+        const DecodeView& view()
+        capi.Counters take_counters() except +
