@@ -78,7 +78,7 @@ class BuildExt(build_ext):
 
 NCCL = nccl_headers.find()   # None: ranks of one host only
 KERNELS = {"moecomm._native.cuda": [   # by name: cythonize makes extensions anew
-    *(f"csrc/world/cuda/{name}.cu" for name in ("kernels", "decode")), *(["csrc/world/cuda/gin.cu"] if NCCL else [])]}
+    *(f"csrc/world/cuda/{name}.cu" for name in ("kernels", "decode", "quant")), *(["csrc/world/cuda/gin.cu"] if NCCL else [])]}
 
 NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Icsrc", *([f"-I{NCCL}"] if NCCL else []), "-Xcompiler=-fPIC,-fvisibility=hidden",
               "-diag-suppress=20011,20012,20013,20014,20015"]   # a role's lambdas may call what only a GPU has

@@ -1,7 +1,8 @@
 """Low precision: FP8 with a scale per tile, and LogFMT-10, on whole tensors.
 
 Bit for bit the codes that dispatch(quant=...) and combine(wire=...) put on the wire. Values that are not
-finite become NaN, each alone; they have no part in their tile's scale.
+finite become NaN, each alone; they have no part in their tile's scale. Tensors on a GPU are coded there, on the
+current stream, with the same bits.
 
 Source: DeepSeek-V3 technical report, section 3.3.2 (tiles), and "Insights into DeepSeek-V3", section 3.2 (LogFMT).
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from . import cuda
 from ._native import quant as _native
 from .errors import InvalidArgument
 
@@ -54,11 +56,11 @@ def quantize(x, *, tile=(1, TILE), scale="f32", scale_layout="row"):
     index, kind = _choose("tile", tile, _TILES, op), _choose("scale", scale, _KINDS, op)
     _choose("scale_layout", scale_layout, {"row": 0, "column": 1}, op)
     rows, columns = x.shape
-    codes = torch.empty((rows, columns), dtype=_FP8)
+    codes = torch.empty((rows, columns), dtype=_FP8, device=x.device)
     packed = kind == 2 and tile == (1, TILE)   # the kernel packs rows itself
     shape = (-(-rows // tile[0]), -(-columns // tile[1]))
-    scales = torch.empty((rows, _native.scale_words(columns, 2)), dtype=torch.int32) if packed else torch.empty(shape)
-    _run(_native.quantize, codes.data_ptr(), scales.data_ptr(), x.data_ptr(), rows, columns, _DTYPES[x.dtype], index, kind)
+    scales = torch.empty((rows, _native.scale_words(columns, 2)) if packed else shape, dtype=torch.int32 if packed else torch.float32, device=x.device)
+    _run("quantize", x.device, codes.data_ptr(), scales.data_ptr(), x.data_ptr(), rows, columns, _DTYPES[x.dtype], index, kind)
     if kind == 2 and not packed:
         scales = pack_ue8m0(scales, dim=0 if tile == (TILE, 1) else 1)
     return codes, _by_column(scales) if scale_layout == "column" else scales
@@ -88,9 +90,9 @@ def dequantize(codes, scales, *, tile=(1, TILE), dtype=torch.float32):
     _check("codes", codes, op, _FP8)
     index = _choose("tile", tile, _TILES, op)
     _choose("dtype", dtype, _DTYPES, op)
-    scales = _as_floats(op, scales, codes.shape, tile)
-    out = torch.empty(codes.shape, dtype=dtype)
-    _run(_native.dequantize, out.data_ptr(), codes.data_ptr(), scales.data_ptr(), *codes.shape, _DTYPES[dtype], index)
+    scales = _as_floats(op, scales, codes, tile)
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    _run("dequantize", codes.device, out.data_ptr(), codes.data_ptr(), scales.data_ptr(), *codes.shape, _DTYPES[dtype], index)
     return out
 
 
@@ -121,9 +123,10 @@ def transpose_requantize(codes, scales, *, scale="f32"):
     _check("codes", codes, op, _FP8)
     kind = _choose("scale", scale, _KINDS, op)
     rows, columns = codes.shape
-    scales = _as_floats(op, scales, codes.shape, (1, TILE))
-    out, out_scales = torch.empty((columns, rows), dtype=_FP8), torch.empty((columns, -(-rows // TILE)))
-    _run(_native.transpose_requantize, out.data_ptr(), out_scales.data_ptr(), codes.data_ptr(), scales.data_ptr(), rows, columns, kind)
+    scales = _as_floats(op, scales, codes, (1, TILE))
+    out = torch.empty((columns, rows), dtype=_FP8, device=codes.device)
+    out_scales = torch.empty((columns, -(-rows // TILE)), device=codes.device)
+    _run("transpose_requantize", codes.device, out.data_ptr(), out_scales.data_ptr(), codes.data_ptr(), scales.data_ptr(), rows, columns, kind)
     return out, pack_ue8m0(out_scales) if kind == 2 else out_scales
 
 
@@ -162,7 +165,7 @@ def unpack_ue8m0(packed, count, *, dim=1):
     """
     if dim == 0:
         return unpack_ue8m0(packed.t(), count).t().contiguous()
-    exponents = packed[:, :, None] >> torch.tensor([0, 8, 16, 24], dtype=torch.int32) & 0xFF
+    exponents = packed[:, :, None] >> torch.tensor([0, 8, 16, 24], dtype=torch.int32, device=packed.device) & 0xFF
     return (exponents.flatten(1)[:, :count] << 23).view(torch.float32)
 
 
@@ -193,8 +196,9 @@ def encode_wire(x, wire):
     _check("x", x, op, *_DTYPES)
     code = _choose("wire", wire, _WIRES, op)
     rows, hidden = x.shape
-    out = torch.zeros((rows, wire_bytes(hidden, wire)), dtype=torch.uint8)
-    _run(_native.encode_rows, out.data_ptr(), x.data_ptr(), rows, hidden, _DTYPES[x.dtype], code)
+    _check_wire_row("x", x.device, hidden * x.element_size(), op)
+    out = torch.zeros((rows, wire_bytes(hidden, wire)), dtype=torch.uint8, device=x.device)
+    _run("encode_rows", x.device, out.data_ptr(), x.data_ptr(), rows, hidden, _DTYPES[x.dtype], code)
     return out
 
 
@@ -223,8 +227,9 @@ def decode_wire(coded, hidden, wire, *, dtype=torch.float32):
     _choose("dtype", dtype, _DTYPES, op)
     if coded.shape[1] != wire_bytes(hidden, wire):
         raise InvalidArgument(f"{op}: coded has rows of {coded.shape[1]} bytes; expected {wire_bytes(hidden, wire)}", op=op)
-    out = torch.empty((coded.shape[0], hidden), dtype=dtype)
-    _run(_native.decode_rows, out.data_ptr(), coded.data_ptr(), coded.shape[0], hidden, _DTYPES[dtype], code)
+    _check_wire_row("the result", coded.device, hidden * dtype.itemsize, op)
+    out = torch.empty((coded.shape[0], hidden), dtype=dtype, device=coded.device)
+    _run("decode_rows", coded.device, out.data_ptr(), coded.data_ptr(), coded.shape[0], hidden, _DTYPES[dtype], code)
     return out
 
 
@@ -238,8 +243,12 @@ def wire_bytes(hidden, wire):
     return _native.wire_row_bytes(_choose("wire", wire, _WIRES, "wire_bytes"), hidden, 0)
 
 
-def _run(kernel, *args):
-    if not kernel(*args, _isa):
+def _run(name, device, *args):
+    if device.type == "cuda":
+        cuda.require(name)
+        with torch.cuda.device(device):
+            return getattr(cuda.native(), name)(*args, torch.cuda.current_stream(device).cuda_stream)
+    if not getattr(_native, name)(*args, _isa):
         raise InvalidArgument(f"isa: this machine has no {_isa!r}", op="quant")
 
 
@@ -250,25 +259,31 @@ def _choose(name, value, choices, op):
 
 
 def _check(name, t, op, *dtypes):
-    if t.dtype not in dtypes or t.dim() != 2 or t.device.type != "cpu" or not t.is_contiguous():
+    if t.dtype not in dtypes or t.dim() != 2 or t.device.type not in ("cpu", "cuda") or not t.is_contiguous():
         raise InvalidArgument(f"{op}: {name} is {'' if t.is_contiguous() else 'non-contiguous '}{t.dtype} {list(t.shape)} on {t.device}; expected "
-                              f"contiguous {' or '.join(map(str, dtypes))} with two dimensions on cpu", op=op)
+                              f"contiguous {' or '.join(map(str, dtypes))} with two dimensions on cpu or cuda", op=op)
 
 
-def _as_floats(op, scales, shape, tile):
+def _check_wire_row(name, device, row_bytes, op):
+    if device.type == "cuda" and row_bytes % 16:
+        raise InvalidArgument(f"{op}: {name} has rows of {row_bytes} bytes; on a GPU expected a multiple of 16", op=op)
+
+
+def _as_floats(op, scales, codes, tile):
     """Scales of any kind and strides as contiguous floats [tile rows, tile columns]."""
+    shape, device = codes.shape, codes.device
     want = (-(-shape[0] // tile[0]), -(-shape[1] // tile[1]))
     dim = 0 if tile == (TILE, 1) else 1
     packed = tuple(-(-n // 4) if i == dim else n for i, n in enumerate(want))
-    if scales.device.type != "cpu" or (scales.dtype, tuple(scales.shape)) not in ((torch.float32, want), (torch.int32, packed)):
+    if scales.device != device or (scales.dtype, tuple(scales.shape)) not in ((torch.float32, want), (torch.int32, packed)):
         raise InvalidArgument(f"{op}: scales is {scales.dtype} {list(scales.shape)} on {scales.device}; expected float32 {list(want)} or int32 "
-                              f"{list(packed)} on cpu", op=op)
+                              f"{list(packed)} on {device}", op=op)
     return scales.contiguous() if scales.dtype == torch.float32 else unpack_ue8m0(scales, want[dim], dim=dim)
 
 
 def _by_column(scales):
     rows, columns = scales.shape
-    column = torch.zeros((columns, -(-rows // 4) * 4), dtype=scales.dtype)
+    column = torch.zeros((columns, -(-rows // 4) * 4), dtype=scales.dtype, device=scales.device)
     out = column.t()[:rows]
     out.copy_(scales)
     return out

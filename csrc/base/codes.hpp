@@ -17,6 +17,9 @@ MOE_HD constexpr int64_t scale_words(int64_t hidden, ScaleKind kind) {
   return kind == ScaleKind::none ? 0 : kind == ScaleKind::f32 ? tiles_of(hidden) : (tiles_of(hidden) + 3) / 4;
 }
 
+// Rows and columns that share a scale, where whole tensors are coded: 1x128, 128x1, 128x128.
+enum class TileShape : int32_t { row = 0, column = 1, square = 2 };
+
 // How a node's sum crosses the rail in combine. Parts of a row, each starting on 16 bytes:
 //   plain     hidden elements of the buffer's dtype
 //   fp8       hidden codes; one f32 scale per tile

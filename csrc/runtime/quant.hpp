@@ -7,8 +7,6 @@
 
 namespace moecomm {
 
-enum class TileShape : int { row = 0, column = 1, square = 2 };   // 1x128, 128x1, 128x128
-
 bool quantize(char* codes, float* scales, const char* x, int64_t rows, int64_t columns, DType type, TileShape tile, ScaleKind kind,
               const std::string& isa);
 bool dequantize(char* x, const char* codes, const float* scales, int64_t rows, int64_t columns, DType type, TileShape tile,

@@ -236,6 +236,7 @@ cdef class Buffer:
 
 
 include "cuda_decode.pxi"
+include "cuda_quant.pxi"
 
 
 def device_limits():

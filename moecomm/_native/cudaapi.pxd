@@ -138,3 +138,15 @@ cdef extern from "runtime/cuda/decode.hpp" namespace "moecomm::cuda" nogil:
         char* counts(int bank)
         const DecodeView& view()
         capi.Counters take_counters() except +
+
+cdef extern from "world/cuda/quant_launch.hpp" namespace "moecomm" nogil:
+    cdef enum class TileShape(int32_t):
+        row
+
+cdef extern from "world/cuda/quant_launch.hpp" namespace "moecomm::cuda" nogil:
+    int launch_quantize(char* codes, float* scales, const char* x, int64_t rows, int64_t columns, capi.DType, TileShape, capi.ScaleKind, void* stream)
+    int launch_dequantize(char* x, const char* codes, const float* scales, int64_t rows, int64_t columns, capi.DType, TileShape, void* stream)
+    int launch_transpose_requantize(char* dst, float* dst_scales, const char* src, const float* src_scales, int64_t rows, int64_t columns, capi.ScaleKind,
+                                    void* stream)
+    int launch_encode_rows(char* coded, const char* x, int64_t rows, int64_t hidden, capi.DType, capi.Wire, void* stream)
+    int launch_decode_rows(char* x, const char* coded, int64_t rows, int64_t hidden, capi.DType, capi.Wire, void* stream)
