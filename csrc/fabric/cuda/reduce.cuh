@@ -139,13 +139,9 @@ __device__ inline uint32_t half_max(uint32_t v) {
   return v;
 }
 
-struct EncodedEight {
-  EightBytes codes;
-  float scale;   // of the tile, in all its lanes
-};
-
-// FP8 codes of a tile.
-__device__ inline EncodedEight encode_fp8(const float* v, ScaleKind kind) {
+// store(FP8 codes of a lane's part of a tile); returns the tile's scale.
+template <class Store>
+__device__ float encode_fp8(const float* v, ScaleKind kind, Store&& store) {
   uint32_t most = 0;
   MOE_UNROLL(8)
   for (int i = 0; i < 8; ++i) {
@@ -156,14 +152,13 @@ __device__ inline EncodedEight encode_fp8(const float* v, ScaleKind kind) {
   uint32_t code[8];
   MOE_UNROLL(8)
   for (int i = 0; i < 8; ++i) code[i] = e4m3_encode<uint32_t>(v[i] * s.inverse);
-  return {pack_bytes(code), s.scale};
+  store(code);
+  return s.scale;
 }
-
-// The same into a row of codes; returns the scale.
 __device__ inline float encode_fp8_eight(char* codes, int64_t e, int64_t hidden, const float* v, ScaleKind kind) {
-  const EncodedEight coded = encode_fp8(v, kind);
-  if (e < hidden) store_bytes(codes + e, coded.codes, e + 4 < hidden);
-  return coded.scale;
+  return encode_fp8(v, kind, [&](const uint32_t* code) {
+    if (e < hidden) store_bytes(codes + e, pack_bytes(code), e + 4 < hidden);
+  });
 }
 
 __device__ inline void encode_log_eight(char* row, int64_t e, int64_t hidden, const float* v, int lane) {

@@ -81,14 +81,13 @@ __device__ void quantize_rows(char* codes, char* scales, const char* x, const Ma
   const int64_t e = base + int64_t{lane} * 8, tile = e / kTile, tiles = tiles_of(m.columns);
   float v[8];
   load_any_eight<T>(x + row * m.columns * T::kBytes, e, m, v);
-  const EncodedEight coded = encode_fp8(v, kind);
-  store_codes(codes + row * m.columns, e, m, coded.codes);
+  const float scale = encode_fp8(v, kind, [&](const uint32_t* code) { store_codes(codes + row * m.columns, e, m, pack_bytes(code)); });
   if (lane % 16 || tile >= tiles) return;
   char* own = scales + row * 4 * scale_words(m.columns, kind);
   if (kind == ScaleKind::f32) {
-    reinterpret_cast<float*>(own)[tile] = coded.scale;
+    reinterpret_cast<float*>(own)[tile] = scale;
   } else {
-    own[tile] = static_cast<char>(ue8m0_encode(coded.scale));
+    own[tile] = static_cast<char>(ue8m0_encode(scale));
     for (int64_t i = tile + 1; tile + 1 == tiles && i % 4; ++i) own[i] = 0;   // the last int32 is whole
   }
 }
