@@ -7,7 +7,7 @@ whole: the hooks of what was sent before it are called before the capture, and h
 
 from __future__ import annotations
 
-from . import cuda
+from . import cuda, nccl
 
 
 class DecodeReceived:
@@ -43,8 +43,14 @@ class NativeDecode:
         self._native = cuda.native().Decode((comm.rank, comm.size, comm.ranks_per_node), comm._reach, comm.device.index, buffer.hidden, dtype,
                                             buffer.num_experts, buffer.top_k, buffer.max_tokens, buffer._check, buffer._plan.spread(), comm.timeout)
         self._current = [None, None]
-        for name in ("card", "connect", "area", "take_counters"):
+        self._bounds = comm.timeout, comm.rank
+        for name in ("card", "area", "take_counters"):
             setattr(self, name, getattr(self._native, name))
+
+    def connect(self, cards):
+        """As the cpu world's; NCCL's windows wait for every rank."""
+        timeout, rank = self._bounds
+        nccl.bounded(lambda: self._native.connect(cards), timeout, what="connecting the decode path's windows", rank=rank)
 
     def connected(self):
         """Nothing is left to do."""
