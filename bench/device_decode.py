@@ -1,0 +1,105 @@
+"""Part of `python -m bench device`: decode steps for 1 to 128 tokens per rank, replayed from graphs, beside their own floor.
+
+A step is decode_dispatch (FP8 on the way out) and decode_combine, both phases each; a graph holds two of them. The floor
+is the time that the bytes which must move take at the speed of a device-to-device copy: each token's row read, a message
+per token and rank of another node written and read, a packed row per pick written; and back each pick's row read, each
+answer from another node written and read, each sum written. Messages inside a node are read where they were staged: that
+copy is the library's own and not in the floor.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import moecomm
+from moecomm import quant, tuning
+
+from . import device as bench
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
+GEOMETRIES = ((1, 8), (2, 4), (4, 2))
+SMS = 128   # in all
+TARGET = "at 1 token <= 20 us; at 128 within 1.6x of the floor plus 12 us"
+
+
+def must_move(world, nodes):
+    """Bytes of one step over all ranks, each read and each write counted once."""
+    s, per_node = world.shape, world.size // nodes
+    plain, coded = 2 * s.hidden, s.hidden + 4 * (s.hidden // 128)
+    owner = world.ids // (s.experts // world.size)
+    far = owner // per_node != (torch.arange(world.size, device=owner.device) // per_node)[:, None, None]
+    messages = sum(int(((owner == r) & far).any(-1).sum()) for r in range(world.size))
+    tokens, picks, answers = world.size * s.tokens, owner.numel(), int(far.sum())
+    return tokens * plain + (2 * messages + picks) * coded + (picks + 2 * answers + tokens) * plain
+
+
+def expected_sums(world, rank, scale):
+    """y of one rank where the experts return scale(rank) * row: FP32 in top-k order, rounded once."""
+    s, x = world.shape, world.x[rank]
+    owner, total = world.ids[rank] // (s.experts // world.size), None
+    for k in range(s.top_k):
+        term = (x.float() * scale(owner[:, k].float())[:, None]).bfloat16().float() * world.weights[rank][:, k:k + 1]
+        total = term if total is None else total + term
+    return total.bfloat16()
+
+
+def rows_of_expert(world, expert):
+    """Flat tokens of the rows that an expert receives: (source rank, source token)."""
+    return world.order[world.ids.flatten()[world.order] == expert] // world.shape.top_k
+
+
+def measure(args, ceiling, tokens=TOKENS, geometries=GEOMETRIES):
+    """Rows of the table."""
+    rows = []
+    for nodes, per_node in geometries:
+        size = nodes * per_node
+        for count in tokens:
+            world = bench.World(bench.Shape(tokens=count), size, args.device)
+            origin = torch.cuda.Event(enable_timing=True)
+            origin.record()
+            origin.synchronize()
+            with tuning.overriding(lambda hardware, traffic: tuning.choose_plan(hardware, traffic, SMS // size)):   # noqa: B023
+                spans = moecomm.run_local(lambda comm: rank_main(comm, args, world, origin), size, ranks_per_node=per_node, device=args.device)   # noqa: B023
+            us = 1e3 * (max(s[1] for s in spans) - min(s[0] for s in spans)) / args.iterations / 2
+            floor = must_move(world, nodes) / ceiling / 1e3
+            rows.append(dict(nodes=nodes, ranks_per_node=per_node, tokens=count, us=us, floor_us=floor, wrong=sum(s[2] for s in spans)))
+    return rows
+
+
+def rank_main(comm, args, world, origin):
+    """One rank: (start ms, end ms, wrong elements)."""
+    s, rank = world.shape, comm.rank
+    buf = moecomm.Buffer(comm, hidden=s.hidden, num_experts=s.experts, top_k=s.top_k, max_tokens=s.tokens, num_sms=2, arena_bytes=1 << 20, decode=True)
+    x, ids, weights = world.x[rank], world.ids[rank], world.weights[rank]
+    scale = lambda r: (r + 1) / 4   # of a number or a tensor; noqa: E731
+    y, flat = torch.full_like(x, float("nan")), world.x.flatten(0, 1)
+    local = range(rank * buf.experts_per_rank, (rank + 1) * buf.experts_per_rank)
+    sources = [rows_of_expert(world, e) for e in local]
+
+    def step():
+        recv, _ = buf.decode_dispatch(x, ids, return_hook=False)
+        buf.decode_combine(recv.handle.rows, ids, weights, recv.handle, return_hook=False, out=y)
+        return recv
+
+    for _ in range(2):   # the experts' rows of both banks: they lie where the routing says, in every step
+        recv, _ = buf.decode_dispatch(x, ids, return_hook=False)
+        for e, tokens in enumerate(sources):
+            recv.handle.rows[e, :len(tokens)] = (flat[tokens].float() * scale(rank)).bfloat16()
+        buf.decode_combine(recv.handle.rows, ids, weights, recv.handle, return_hook=False)
+    recv, span = bench.replay(comm, lambda: [step(), step()][1], args.iterations, origin)
+    wrong = bench.differing(y, expected_sums(world, rank, scale))
+    for e, tokens in enumerate(sources):
+        codes, scales = quant.quantize(flat[tokens].cpu())
+        wrong += bench.differing(recv.x[e, :len(tokens)].cpu(), codes) + bench.differing(recv.scales[e, :len(tokens)].cpu(), scales)
+    wrong += bench.differing(recv.counts.cpu(), torch.tensor([len(t) for t in sources]))
+    comm.barrier()
+    buf.close()
+    return *span, wrong
+
+
+def markdown(rows):
+    """The rows as lines of a table for docs/measurements.md."""
+    lines = [f"Decode, dispatch (FP8) and combine (BF16) together, {SMS} SMs in all, replayed from graphs; wanted: {TARGET}.", "",
+             "| nodes x ranks | tokens per rank | us | floor us | us / floor | wrong |", "|---|---|---|---|---|---|"]
+    return lines + [f"| {r['nodes']}x{r['ranks_per_node']} | {r['tokens']} | {r['us']:.1f} | {r['floor_us']:.1f} | {r['us'] / r['floor_us']:.2f} | {r['wrong']} |"
+                    for r in rows]
