@@ -66,8 +66,9 @@ def stream(tokens):
 @lru_cache
 def readings():
     """([loads float64 [LAYERS, EXPERTS] of stretches of text, one after the other], cross-entropy before, after training)."""
-    generator_state = torch.get_rng_state()
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
     torch.manual_seed(0)
+    torch.set_num_threads(1)   # the matrices are small, and sums do not depend on the machine's cores
     batches = stream((STEPS + READINGS * WINDOW) * (TOKENS + 1)).view(-1, TOKENS + 1)
     model = Model()
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
@@ -89,7 +90,8 @@ def readings():
                 for layer, picks in enumerate(model(batch[:-1])[1]):
                     monitor.record(layer, picks.numpy())
             loads.append(monitor.load(weighted=False).numpy())
-    torch.set_rng_state(generator_state)
+    torch.set_rng_state(state)
+    torch.set_num_threads(threads)
     return loads, sum(losses[:10]) / 10, sum(losses[-10:]) / 10
 
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 def processes():
     """A multiprocessing context whose server has imported everything and forks a rank in no time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["survivors", "hosts"])
+    context.set_forkserver_preload(["survivors", "hosts", "replicated"])
     with pytest.MonkeyPatch.context() as patch:   # the server looks for modules nowhere else
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         multiprocessing.forkserver.ensure_running()
