@@ -225,15 +225,25 @@ def replicas_of(row, ranks=32):
     return native.Replicas(np.ascontiguousarray(row, dtype=np.int32), base.EXPERTS, ranks, 1)
 
 
+def whole_tokens(load, replicas):
+    """Balancedness of one layer after its split is rounded to the whole tokens of a batch of 32 x 4096."""
+    counts = np.round(load * (32 * 4096 * base.TOP_K / load.sum())).astype(np.int32)[None]
+    share, quota = np.empty(replicas.count), np.empty(replicas.count, dtype=np.int32)
+    replicas.split(counts[0].astype(float), share)
+    replicas.quotas(counts, 0, share, 0, quota)
+    return counts.sum() / replicas.ranks / np.bincount(replicas.rank, quota, replicas.ranks).max()
+
+
 def split_layers(load, table, args):
-    """(balancedness of the split, that of the linear program, the largest difference in a layer, ms per layer) over the layers."""
-    got, best, times = [], [], []
+    """Means over the layers, (balancedness of the split, in whole tokens, of the linear program), its worst loss in a layer, ms per layer."""
+    got, whole, best, times = [], [], [], []
     for w, row in zip(load, table):
         r, share = replicas_of(row), np.empty(len(row))
         times.append(best_time(lambda: r.split(w, share), args.repeats))
         got.append(w.sum() / r.ranks / r.split(w, share))
+        whole.append(whole_tokens(w, r))
         best.append(w.sum() / r.ranks / base.best_split(w, r))
-    return np.mean(got), np.mean(best), np.max(np.subtract(best, got)), np.median(times)
+    return np.mean(got), np.mean(whole), np.mean(best), np.max(np.subtract(best, got)), np.median(times)
 
 
 def case_split(args):
@@ -244,9 +254,9 @@ def case_split(args):
                 load, later = step(seed)
                 table, _ = plan(load, 288, 1, 1, 32, 1, connected=connected)
                 return *split_layers(later, table, args), base.balancedness(later, table, 32)
-            got, bound, gap, ms, even = over_seeds(args, measure)
+            got, whole, bound, gap, ms, even = over_seeds(args, measure)
             yield Row("split", kind, got, even, bound, 0.95 if connected and kind == "drift" else bound - 0.01, ms, 0.01,
-                      note=f"{'connected' if connected else 'ordinary'} placement; greedy: even split; a layer loses at most {gap:.4f} to the linear program")
+                      note=f"{'connected' if connected else 'ordinary'} placement; greedy: even split; a layer loses at most {gap:.4f} to the linear program; whole tokens {whole:.4f}")
 
     if "lognormal(1)" not in args.loads.split(","):
         return
@@ -259,8 +269,9 @@ def case_split(args):
         counts, sample = (np.stack([generator.multinomial(n, p) for p in chances]).astype(float) for n in (batch, batch // 8))
         table, _ = plan(sample, 288, 1, 1, 32, 1, connected=True)
         return *split_layers(counts, table, args), base.balancedness(counts, table, 32)
-    got, bound, _, ms, even = over_seeds(args, sampled)
-    yield Row("split", "1/8 sample", got, even, bound, 0.997, ms, 0.01, note="connected placement from an eighth of the picks; greedy: even split")
+    got, whole, bound, _, ms, even = over_seeds(args, sampled)
+    yield Row("split", "1/8 sample", got, even, bound, 0.997, ms, 0.01,
+              note=f"connected placement from an eighth of the picks; greedy: even split; whole tokens {whole:.4f}")
 
 
 def case_activate(args):

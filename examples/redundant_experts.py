@@ -47,10 +47,10 @@ def serve(comm):
         rows.append(len(out.x))
 
         if step == 20:   # every few minutes, in real life
-            advice = monitor.advise(placement, seconds_per_row=2e-6, bytes_per_expert=weights[0][0].nbytes, bytes_per_second=50e9,
+            advice = monitor.advise(placement, seconds_per_row=2e-6, bytes_per_expert=44e6, bytes_per_second=50e9,   # as in the real model
                                     batches=1000, comm=comm, connected=True)
             if comm.rank == 0:
-                print(f"step {step}: {len(advice.placement.moves)} slots would change; gain {1e3 * advice.gain:.1f} ms against {1e3 * advice.cost:.4f} ms of "
+                print(f"step {step}: {len(advice.placement.moves)} slots would change; gain {1e3 * advice.gain:.1f} ms against {1e3 * advice.cost:.1f} ms of "
                       f"moving: {'worth it' if advice.pays else 'not worth it'}; balancedness {advice.before:.2f} -> {advice.after:.2f}")
             if advice.pays:
                 placement = advice.placement

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import moecomm
+from bench.balance_baseline import best_pairs
 from moecomm.balance import Placement, rebalance, rebalance_experts
 
 
@@ -74,6 +75,45 @@ def test_drift_with_bounded_moves():
     stale = p.balancedness(drifted)
     quality = [rebalance(drifted, num_replicas=288, num_ranks=32, previous=p, max_moves=n).balancedness(drifted) for n in (0, 1, 2)]
     assert quality[0] == stale < 0.9 and quality[1] > 0.97 and quality[2] > 0.99
+
+
+@pytest.mark.parametrize("experts,ranks,sigma,near", [(256, 144, 1.0, 0.998), (5, 4, 1.0, 0.95), (9, 6, 0.5, 0.95)])
+def test_two_slots_per_rank_against_the_integer_program(experts, ranks, sigma, near):
+    load = lognormal(1, experts, sigma, seed=3)
+    p = rebalance(load, num_replicas=2 * ranks, num_ranks=ranks)
+    best = best_pairs(load[0], ranks)
+    assert near * best <= p.balancedness(load) <= 1.001 * best
+
+
+def test_one_slot_per_rank_is_optimal_and_moves_little():
+    """320 ranks, 256 experts and a shared one that every token picks: as good as splitting the hottest, and most ranks keep theirs."""
+    load = lognormal(6, 256)
+    load = np.concatenate([load, load.sum(1, keepdims=True) / 8], 1)
+    later = load * np.concatenate([lognormal(6, 256, 0.2, 1), np.ones((6, 1))], 1)
+    p = rebalance(load, num_replicas=320, num_ranks=320)
+    q = rebalance(later, num_replicas=320, num_ranks=320, previous=p)
+    for w, heaviest in zip(later, q.rank_load(later).max(1).values):
+        count = np.ones(257)
+        for _ in range(320 - 257):
+            count[np.argmax(w / count)] += 1
+        assert float(heaviest) == pytest.approx((w / count).max(), rel=1e-12)
+    assert len(q.moves) <= 0.03 * 6 * 320
+
+
+@pytest.mark.parametrize("experts,slots,ranks", [(256, 288, 32), (32, 40, 8), (12, 24, 4)])
+def test_connected_placements_join_all_ranks(experts, slots, ranks):
+    load = lognormal(4, experts, 1.0, seed=ranks)
+    p = rebalance(load, num_replicas=slots, num_ranks=ranks, connected=True)
+    assert (sets_of(p).diff(dim=-1) > 0).all(), "no rank holds an expert twice"
+    for table in p.physical_to_logical.view(4, ranks, -1):
+        reached, todo = {0}, [0]
+        while todo:
+            held = set(table[todo.pop()].tolist())
+            near = {r for r in range(ranks) if held & set(table[r].tolist())} - reached
+            reached |= near
+            todo += near
+        assert len(reached) == ranks
+    assert p.balancedness(load) > 0.97
 
 
 # -- traps ----------------------------------------------------------------------------------------
