@@ -106,7 +106,7 @@ void relabel_nodes(const Grid& g, const int32_t* previous, std::vector<std::vect
 }
 
 // Places one node's experts (or the world's) on its ranks. `enough`: a heaviest rank that need not get lighter.
-void place_flat(const std::vector<double>& load, int ranks, int slots, double enough, const int32_t* previous, bool connected, Bins& bins) {
+void place_flat(const std::vector<double>& load, int ranks, int slots, double enough, bool connected, Bins& bins) {
   const int experts = static_cast<int>(load.size());
   const double mean = std::accumulate(load.begin(), load.end(), 0.0) / ranks;
   std::vector<int32_t> count(experts);
@@ -115,18 +115,10 @@ void place_flat(const std::vector<double>& load, int ranks, int slots, double en
     place_pairs(load.data(), experts, std::max(enough, mean), bins);
     return;
   }
-  if (slots == 1 && previous) {
-    std::vector<int32_t> had(experts, 0);
-    for (int r = 0; r < ranks; ++r)
-      if (previous[r] >= 0) ++had[previous[r]];
-    split_hottest_near(load.data(), experts, ranks, ranks, had.data(), count.data());
-    pack_largest_first(load.data(), count.data(), experts, bins);
-    return;
-  }
   const double target = std::max(enough, mean * (1 + kClose));
   split_hottest(load.data(), experts, ranks * slots, ranks, count.data());
   pack(load, count, target, connected, bins, ranks, slots);
-  if (bins.max_load() > target * (1 + kFar)) move_replicas(load, target, connected, count, bins);
+  if (slots > 1 && bins.max_load() > target * (1 + kFar)) move_replicas(load, target, connected, count, bins);
 }
 
 }  // namespace
@@ -170,7 +162,7 @@ void rebalance_layer(const Grid& g, const double* load, const Options& options, 
       bins.expert = before;
       exchange(part_load[n].data(), experts, options.max_moves, std::max(enough, -weight / ranks * (1 + kClose)), bins);
     } else {
-      place_flat(part_load[n], ranks, slots, enough, options.previous ? before.data() : nullptr, options.connected, bins);
+      place_flat(part_load[n], ranks, slots, enough, options.connected, bins);
       if (options.previous) relabel_ranks(ranks, slots, experts, before.data(), bins.expert.data());
     }
     enough = std::max(enough, bins.max_load());
