@@ -25,6 +25,8 @@ import torch
 import moecomm
 from moecomm import cuda, gate, quant, reference, tuning
 
+from . import device_decode
+
 GEOMETRIES = ((1, 8), (2, 4), (4, 2))
 SMS = (16, 24, 40, 64, 128)
 CALLS = ("dispatch bf16", "dispatch fp8", "combine bf16")
@@ -64,7 +66,7 @@ def main(args):
         print(f"device: nothing to measure: {reason}")
         return 2
     cuda.prepare_threads()
-    checked = check_small_worlds(args.device)
+    checked = check_small_worlds(args.device) + device_decode.check_small_worlds(args.device)
     print(f"small worlds: {checked} cases equal the oracle, bit for bit")
     if args.small:
         return 0
@@ -79,6 +81,9 @@ def main(args):
             for row in measure(args, shape, nodes, per_node, sms, report["ceiling_gbs"]):
                 report["rows"].append(row)
                 print(f"{row['call']:14} {nodes}x{per_node:<4} {sms:4} {row['us']:9.1f} {row['gbs']:7.0f} {row['fraction']:7.1%} {row['wrong']:6}")
+    report["decode"] = device_decode.measure(args, report["ceiling_gbs"])
+    for row in report["decode"]:
+        print(f"decode step    {row['nodes']}x{row['ranks_per_node']:<4} {row['tokens']:4} tokens {row['us']:9.1f} us, floor {row['floor_us']:.1f} us, {row['wrong']} wrong")
     report["overlap"] = gemm_overlap(args, shape)
     report["sanitizer"] = None if args.no_sanitizer else sanitizer(args.device)
     folder = Path(args.out)
@@ -86,7 +91,7 @@ def main(args):
     (folder / "device.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / "device.md").write_text(markdown(report))
     print(markdown(report))
-    return 1 if any(row["wrong"] for row in report["rows"]) else 0
+    return 1 if any(row["wrong"] for row in report["rows"] + report["decode"]) else 0
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------
@@ -392,6 +397,7 @@ def markdown(report):
               "| call | nodes x ranks | SMs in all | us | GB/s | of the copy | wrong |", "|---|---|---|---|---|---|---|"]
     lines += [f"| {r['call']} | {r['nodes']}x{r['ranks_per_node']} | {r['sms']} | {r['us']:.1f} | {r['gbs']:.0f} | {r['fraction']:.0%} | {r['wrong']} |"
               for r in report["rows"]]
+    lines += ["", *device_decode.markdown(report["decode"])]
     b = report["baseline"]
     lines += ["", f"torch alone, one rank's tokens: index_select {b['permute_us']:.0f} us ({b['permute_gbs']:.0f} GB/s), weighted sum back "
                   f"{b['unpermute_us']:.0f} us ({b['unpermute_gbs']:.0f} GB/s).",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 import moecomm
-from moecomm import quant, tuning
+from moecomm import quant, reference, tuning
 
 from . import device as bench
 
@@ -20,6 +20,40 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 GEOMETRIES = ((1, 8), (2, 4), (4, 2))
 SMS = 128   # in all
 TARGET = "at 1 token <= 20 us; at 128 within 1.6x of the floor plus 12 us"
+
+
+def check_small_worlds(device):
+    """Decode steps of small worlds against the oracle; returns how many. Raises AssertionError."""
+    cases = [(nodes, per_node, kind) for nodes, per_node in ((1, 1), (1, 4), (2, 2), (4, 1)) for kind in (None, "fp8")]
+    for nodes, per_node, kind in cases:
+        world = bench.small_world(nodes * per_node, seed=7 * nodes + per_node)
+        moecomm.run_local(lambda comm: check_rank(comm, world, kind), nodes * per_node, ranks_per_node=per_node, device=device)   # noqa: B023
+    return len(cases)
+
+
+def check_rank(comm, world, kind):
+    """One rank's part of a small world: three steps, so both parities."""
+    xs, ids, weights = world
+    experts, rank = 4 * comm.size, comm.rank
+    coded = [quant.quantize(x) if kind else (x, None) for x in xs]
+    want = reference.decode_dispatch([c[0] for c in coded], ids, num_experts=experts, max_tokens=32, scales=[c[1] for c in coded] if kind else None)
+    rows = [(w.x.float() * (r + 1) / 4).bfloat16() for r, w in enumerate(want)]
+    sums = reference.decode_combine(rows, ids, weights, num_experts=experts, ranks_per_node=comm.ranks_per_node)
+    buf = moecomm.Buffer(comm, hidden=xs[0].shape[1], num_experts=experts, top_k=ids[0].shape[1], max_tokens=32, num_sms=2, decode=True)
+    x, i, w = (t[rank].to(comm.device) for t in world)
+    for _ in range(3):
+        recv, hook = buf.decode_dispatch(x, i, quant=kind)
+        hook()
+        bench.expect_equal(recv.counts, want[rank].counts, f"{comm}: counts")
+        for e, n in enumerate(want[rank].counts.tolist()):
+            bench.expect_equal(recv.x[e, :n], want[rank].x[e, :n], f"{comm}: x of expert {e}")
+        recv.handle.rows.copy_(rows[rank])
+        y = torch.full_like(x, float("nan"))
+        _, hook = buf.decode_combine(recv.handle.rows, i, w, recv.handle, out=y)
+        hook()
+        bench.expect_equal(y, sums[rank], f"{comm}: y")
+    comm.barrier()
+    buf.close()
 
 
 def must_move(world, nodes):

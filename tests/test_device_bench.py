@@ -9,7 +9,7 @@ import torch
 from worlds import assert_same
 
 import moecomm
-from bench import device, tune
+from bench import device, device_decode, tune
 from moecomm import cuda, reference, tuning
 
 NO_GPU = cuda.why_not()
@@ -37,6 +37,28 @@ def test_world_equals_the_oracle(nodes, per_node):
     assert world.nodes_per_token(nodes) == crossings
     picks, tokens = size * SHAPE.tokens * SHAPE.top_k, size * SHAPE.tokens
     assert device.must_move(world, nodes, "combine bf16") == 32 * (tokens + 2 * crossings + picks)
+
+
+@pytest.mark.parametrize("nodes,per_node", [(1, 4), (2, 2)])
+def test_decode_expectations_equal_the_oracle(nodes, per_node):
+    size = nodes * per_node
+    world = device.World(device.Shape(tokens=5, hidden=128, experts=32, top_k=4, groups=8, top_groups=4), size, "cpu")
+    xs, ids, weights = list(world.x), list(world.ids), list(world.weights)
+    want = reference.decode_dispatch(xs, ids, num_experts=32, max_tokens=5)
+    scale = lambda rank: (rank + 1) / 4   # noqa: E731
+    sums = reference.decode_combine([(w.x.float() * scale(r)).bfloat16() for r, w in enumerate(want)], ids, weights, num_experts=32, ranks_per_node=per_node)
+    messages = answers = 0
+    for rank in range(size):
+        for e in range(32 // size):
+            tokens = device_decode.rows_of_expert(world, rank * (32 // size) + e)
+            assert_same(world.x.flatten(0, 1)[tokens], want[rank].x[e, :want[rank].counts[e]], f"rank {rank}: rows of expert {e}")
+        assert_same(device_decode.expected_sums(world, rank, scale), sums[rank], f"rank {rank}: y")
+        for t in range(5):
+            owners = [int(e) // (32 // size) for e in ids[rank][t]]
+            far = [r for r in owners if r // per_node != rank // per_node]
+            messages, answers = messages + len(set(far)), answers + len(far)
+    picks, tokens = size * 5 * 4, size * 5
+    assert device_decode.must_move(world, nodes) == 256 * (2 * tokens + picks + 2 * answers) + (128 + 4) * (picks + 2 * messages)
 
 
 def test_tuning_candidates_fit():
@@ -81,6 +103,7 @@ gpu = pytest.mark.skipif(NO_GPU is not None, reason=f"needs a GPU: {NO_GPU}")
 @gpu
 def test_small_worlds():
     assert device.check_small_worlds("cuda:0") == 32
+    assert device_decode.check_small_worlds("cuda:0") == 8
 
 
 @gpu
