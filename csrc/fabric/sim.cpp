@@ -41,12 +41,10 @@ SimNet::SimNet(Geometry world, std::vector<SimSpace> spaces, Hardware hardware, 
   void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw std::runtime_error("cannot reserve " + std::to_string(bytes_) + " bytes of addresses for the simulated windows");
   base_ = static_cast<char*>(p);
+  ranks_.resize(world.size);
   for (int r = 0; r < world.size; ++r) {
-    auto one = std::make_unique<SimRank>();
-    one->geometry = {r, world.size, world.ranks_per_node};
-    one->memory = base_ + (uint64_t(r) << shift_);
-    one->sms.resize(num_sms);
-    ranks_.push_back(std::move(one));
+    ranks_[r].geometry = {r, world.size, world.ranks_per_node};
+    ranks_[r].sms.resize(num_sms);
   }
 }
 
@@ -61,8 +59,7 @@ void SimNet::reset(Chaos chaos, double lead, int poison) {
     c.node.clear();
     c.rail.clear();
   }
-  for (auto& one : ranks_) {
-    SimRank& r = *one;
+  for (SimRank& r : ranks_) {
     r.counters = {};
     r.node_out.clear();
     r.rail_out.clear();
@@ -72,7 +69,7 @@ void SimNet::reset(Chaos chaos, double lead, int poison) {
     r.rail_sent = r.node_moved = {};
     r.landed = 0;
     for (const SimSpace& s : spaces_) {
-      char *window = r.memory + s.window_at, *region = r.memory + s.region_at;
+      char *window = memory(r.geometry.rank) + s.window_at, *region = memory(r.geometry.rank) + s.region_at;
       std::memset(window, 0, s.window_counters);
       std::memset(region, 0, s.region_counters);
       if (!payload_) continue;
@@ -107,9 +104,9 @@ void SimNet::run() {
   while (fibers_.alive() > 0) {
     // Nobody can go on: remember who waits for whom, then let the waits fail so that every role returns.
     std::vector<int> blocked;
-    for (auto& one : ranks_) {
-      for (const auto& w : one->waiting) blocked.push_back(w.fiber);
-      one->waiting.clear();
+    for (SimRank& r : ranks_) {
+      for (const auto& w : r.waiting) blocked.push_back(w.fiber);
+      r.waiting.clear();
     }
     const bool first = stuck_.empty();
     for (int fiber : blocked) {
@@ -134,15 +131,15 @@ void SimNet::run() {
 Time SimNet::cross_node(int from, int to, uint64_t bytes) {
   if (chaos_.on()) return fibers_.now() + chaos_.delay(node_latency_);
   const Time work = node_rate_.time(bytes);
-  const Time left = ranks_[from]->node_out.take(fibers_.now(), work);
-  return ranks_[to]->node_in.take(left - work + node_latency_, work);
+  const Time left = ranks_[from].node_out.take(fibers_.now(), work);
+  return ranks_[to].node_in.take(left - work + node_latency_, work);
 }
 
 void SimNet::put(int space, int to_peer, uint64_t offset, const char* src, uint64_t bytes) {
   Role& r = role();
-  SimRank& from = *ranks_[r.rank];
+  SimRank& from = ranks_[r.rank];
   const int peer = peer_rank(space, from.geometry, to_peer);
-  SimRank& to = *ranks_[peer];
+  SimRank& to = ranks_[peer];
   const Time begin = fibers_.now();
   Time landed;
   if (chaos_.on()) {
@@ -170,7 +167,7 @@ void SimNet::put(int space, int to_peer, uint64_t offset, const char* src, uint6
 
 void SimNet::signal_rail(int space, int to_peer, uint64_t counter, uint64_t add, bool ordered) {
   Role& r = role();
-  SimRank& from = *ranks_[r.rank];
+  SimRank& from = ranks_[r.rank];
   const int peer = peer_rank(space, from.geometry, to_peer);
   const Time begin = fibers_.now();
   Time landed = begin + chaos_.delay(rail_latency_);
@@ -186,7 +183,7 @@ void SimNet::signal_rail(int space, int to_peer, uint64_t counter, uint64_t add,
 
 void SimNet::signal_node(int space, int local, uint64_t counter, uint64_t add) {
   Role& r = role();
-  SimRank& from = *ranks_[r.rank];
+  SimRank& from = ranks_[r.rank];
   const int peer = from.geometry.rank_at(from.geometry.node(), local);
   const Time begin = fibers_.now();
   const Time landed = std::max(begin + (peer == r.rank ? 0 : chaos_.delay(node_latency_)), r.stores);
@@ -206,7 +203,7 @@ void SimNet::settle() {
 }
 
 void SimNet::flush() {
-  fibers_.advance(std::max(fibers_.now(), ranks_[role().rank]->landed));
+  fibers_.advance(std::max(fibers_.now(), ranks_[role().rank].landed));
   if (!at_once()) fibers_.meet();
 }
 
@@ -266,7 +263,7 @@ void SimNet::land(uint32_t event) {
 }
 
 void SimNet::wake_waiting(int rank, const uint64_t* counter, uint64_t value, Time changed) {
-  auto& waiting = ranks_[rank]->waiting;
+  auto& waiting = ranks_[rank].waiting;
   for (size_t i = 0; i < waiting.size();) {
     const SimRank::Waiting& w = waiting[i];
     if (w.counter == counter && value >= w.at_least) {
@@ -299,7 +296,7 @@ Status SimNet::wait(CounterTimes& times, char* memory, uint64_t offset, uint64_t
     r.given_up = false;
     r.since = begin;
     times.watch(r.rank, which, 1);
-    ranks_[r.rank]->waiting.push_back({fibers_.current(), counter, at_least});
+    ranks_[r.rank].waiting.push_back({fibers_.current(), counter, at_least});
     fibers_.block();
     times.watch(r.rank, which, -1);
     if (at_once()) *counter = times.value(r.rank, which);
@@ -318,7 +315,7 @@ void SimNet::row_operation(Role& r, uint64_t read, uint64_t written, Time link) 
   }
   const Time now = fibers_.now();
   const Time work = std::max(sm_read_.time(read), sm_write_.time(written));
-  Time done = r.sm == Role::kAllSms ? now + work / num_sms_ : ranks_[r.rank]->sms[r.sm].take(now, work);
+  Time done = r.sm == Role::kAllSms ? now + work / num_sms_ : ranks_[r.rank].sms[r.sm].take(now, work);
   done = std::max(done, r.flight[r.next_flight]);   // only so many rows under way
   r.flight[r.next_flight] = link;
   r.next_flight = (r.next_flight + 1) % Role::kInFlight;
@@ -328,7 +325,7 @@ void SimNet::row_operation(Role& r, uint64_t read, uint64_t written, Time link) 
 void SimNet::copy_row(char* dst, const char* src, uint64_t bytes) {
   Role& r = role();
   const int to = owner(dst, r.rank), from = owner(src, r.rank);
-  LinkCount& moved = ranks_[r.rank]->node_moved;
+  LinkCount& moved = ranks_[r.rank].node_moved;
   Time link = 0;
   if (to != r.rank) link = cross_node(r.rank, to, bytes);
   if (from != r.rank) link = std::max(link, cross_node(from, r.rank, bytes));
@@ -351,7 +348,7 @@ void SimNet::zero_row(char* dst, uint64_t bytes) {
 // When the terms that lie on other ranks are here.
 void SimNet::sum_operation(const Terms& terms, int64_t hidden, DType type, uint64_t written) {
   Role& r = role();
-  LinkCount& moved = ranks_[r.rank]->node_moved;
+  LinkCount& moved = ranks_[r.rank].node_moved;
   const uint64_t plain = static_cast<uint64_t>(hidden) * element_bytes(type), coded = wire_row_bytes(terms.wire, hidden, type);
   uint64_t read = 0;
   Time link = 0;

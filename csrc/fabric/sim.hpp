@@ -74,7 +74,6 @@ struct SimSpace {
 
 struct SimRank {
   Geometry geometry;
-  char* memory = nullptr;
   Counters counters;
   Calendar node_out, node_in, rail_out, rail_in;
   std::vector<Calendar> sms;        // row operations
@@ -199,21 +198,21 @@ class SimNet {
 
   Fibers& fibers() { return fibers_; }
   Role& role() { return *roles_[fibers_.current()]; }
-  SimRank& rank(int r) { return *ranks_[r]; }
+  SimRank& rank(int r) { return ranks_[r]; }
   char* window(int space, int r, uint64_t offset = 0) const {
     const SimSpace& s = spaces_[space];
-    return ranks_[r]->memory + place(s.window_records, s.window_at, offset);
+    return memory(r) + place(s.window_records, s.window_at, offset);
   }
   char* region(int space, int r, uint64_t offset = 0) const {
     const SimSpace& s = spaces_[space];
-    return ranks_[r]->memory + place(s.region_records, s.region_at, offset);
+    return memory(r) + place(s.region_records, s.region_at, offset);
   }
   int size() const { return world_.size; }
   const Hardware& hardware() const { return hardware_; }
   bool payload() const { return payload_; }
   Chaos& chaos() { return chaos_; }
   int owner_of(const void* p) { return owner(p, role().rank); }
-  char* private_memory(int r) const { return ranks_[r]->memory + private_at_; }
+  char* private_memory(int r) const { return memory(r) + private_at_; }
 
   // Fibers that wait for something inside their rank, and return without it where nobody can go on.
   void park(int fiber) { parked_.push_back(fiber); roles_[fiber]->given_up = false; }
@@ -265,6 +264,7 @@ class SimNet {
   static uint64_t place(const SimSpace::Records& r, uint64_t base, uint64_t offset) {
     return offset < r.begin || offset >= r.end ? base + offset : r.place(offset);
   }
+  char* memory(int rank) const { return base_ + (static_cast<uint64_t>(rank) << shift_); }
   int peer_rank(int space, const Geometry& g, int peer) const { return spaces_[space].peers_are_ranks ? peer : g.rail_rank(peer); }
   Time cross_node(int from, int to, uint64_t bytes);
   void sum_operation(const Terms& terms, int64_t hidden, DType type, uint64_t written);
@@ -283,7 +283,7 @@ class SimNet {
   uint64_t bytes_ = 0;
   int shift_ = 0;
   uint64_t private_at_ = 0;
-  std::vector<std::unique_ptr<SimRank>> ranks_;
+  std::vector<SimRank> ranks_;
   std::vector<std::unique_ptr<Role>> roles_;   // by fiber
   std::vector<Landing> landings_;
   std::vector<uint32_t> idle_landings_;
