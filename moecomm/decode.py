@@ -6,6 +6,7 @@ docs/decode.md tells how it works.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
@@ -73,10 +74,14 @@ class DecodeVerbs:
             self._require_open("decode_dispatch")
             self.comm._settle()
             self._decode = self._decode or Decode(self)
-        if self._replicas is None:
+        if self._recorder is None and self._replicas is None:
             return self._decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
-        topk_ids, topk_weights = self._replicas.choose_for_decode(topk_ids, topk_weights, layer)
-        received, hook = self._decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
+        if self._replicas is not None:
+            topk_ids, topk_weights = self._replicas.choose_for_decode(topk_ids, topk_weights, layer)
+        dispatch = self._decode.dispatch if self._recorder is None else partial(self._recorder.decode_dispatch, self._decode)
+        received, hook = dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
+        if self._replicas is None:
+            return received, hook
         self._replicas.decoding[received.handle.epoch % 2] = topk_ids
         return received, hook
 
@@ -121,6 +126,8 @@ class DecodeVerbs:
                 raise InvalidArgument("decode_combine: there was no decode_dispatch", op="decode_combine", rank=self.comm.rank)
         if self._replicas is not None:
             topk_ids = self._replicas.decoding[getattr(handle, "epoch", 0) % 2]
+        if self._recorder is not None:
+            return self._recorder.decode_combine(self._decode, rows, topk_ids, topk_weights, handle, wire, return_hook, out)
         return self._decode.combine(rows, topk_ids, topk_weights, handle, wire, return_hook, out)
 
 

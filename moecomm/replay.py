@@ -84,25 +84,35 @@ def on_cpu(script):
     def main(comm):
         buf = Buffer(comm, **dict(script.buffer, dtype=script.dtype))
         generator = torch.Generator().manual_seed(comm.rank)
-        outs, spans, traffic = {}, [], np.zeros(len(record.HOPS), np.uint64)
+        outs, hooks, spans = {}, {}, []
         for call in script.calls[:, comm.rank]:
             x = torch.randn((int(call["tokens"]), script.buffer["hidden"]), generator=generator).to(script.dtype)
-            plan, coding = int(call["plan"]), str(call["coding"]) or None
+            op, plan, coding = str(call["op"]), int(call["plan"]), str(call["coding"]) or None
+            ids, weights = script.ids[plan][comm.rank], script.weights[plan][comm.rank] if call["weighted"] else None
             comm.barrier()
             began = time.perf_counter()
-            if call["op"] == "combine":
+            if op == "combine":
                 handle = outs[plan].handle
                 buf.combine(handle.rows, handle, topk_weights=outs[plan].topk_weights if call["weighted"] else None, wire=coding)
+            elif op == "decode_combine":
+                handle = outs[plan].handle
+                _, hooks[plan] = buf.decode_combine(handle.rows, ids, weights, handle, wire=coding)
+            elif op in ("decode_receive", "decode_sum"):
+                hooks[plan]()
             elif call["cached"]:
                 buf.dispatch(x, handle=outs[plan].handle, quant=coding)
             else:
-                outs[plan] = buf.dispatch(x, script.ids[plan][comm.rank], script.weights[plan][comm.rank], layout=str(call["layout"]),
-                                          expert_alignment=int(call["alignment"]), capacity=None if call["capacity"] < 0 else int(call["capacity"]),
-                                          quant=coding)
+                if op == "decode_dispatch":
+                    outs[plan], hooks[plan] = buf.decode_dispatch(x, ids, topk_weights=weights, quant=coding)
+                else:
+                    outs[plan] = buf.dispatch(x, ids, weights, layout=str(call["layout"]), expert_alignment=int(call["alignment"]),
+                                              capacity=None if call["capacity"] < 0 else int(call["capacity"]), quant=coding)
                 for old in [p for p in outs if p < plan and p not in script.calls["plan"][len(spans):]]:
                     del outs[old]   # no later call needs it
             spans.append((began, time.perf_counter()))
-        traffic += np.array(buf._native.counters(), np.uint64)
+        traffic = np.array(buf._native.counters(), np.uint64)
+        if buf._decode is not None:
+            traffic += np.array(buf._decode.native.counters(), np.uint64)
         comm.barrier()
         buf.close()
         return traffic, spans
@@ -116,16 +126,30 @@ def on_sim(script, hardware=None):
     """Run a Script in the sim world, without payload. Returns Replayed; its times are virtual."""
     from .sim import Cluster, Hardware
 
-    cluster = Cluster(script.size, ranks_per_node=script.ranks_per_node, hardware=hardware or Hardware(), **dict(script.buffer, dtype=script.dtype))
+    decoding = {op for op in script.calls["op"][:, 0] if op in record.DECODE_OPS}
+    cluster = Cluster(script.size, ranks_per_node=script.ranks_per_node, hardware=hardware or Hardware(), decode=bool(decoding),
+                      **dict(script.buffer, dtype=script.dtype))
     program = cluster.program()
+    last = -1   # decode dispatch; phases of the one before it may follow
     for call, coding in zip(script.calls[:, 0], script.calls["coding"]):
         if len(set(coding)) > 1:
             raise InvalidArgument(f"--world: got 'sim'; a call's ranks ask for codings {sorted(set(coding))}, which only cpu replays", op="replay")
-        plan = int(call["plan"])
-        if call["op"] == "combine":
+        op, plan = str(call["op"]), int(call["plan"])
+        weights = _all_or_none(script.weights[plan]) if call["weighted"] else None
+        if op == "decode_dispatch":
+            program.decode_dispatch(script.ids[plan], weights, quant=str(call["coding"]) or None)
+            last = plan
+            continue
+        if op == "decode_combine":
+            program.decode_combine(weights, wire=str(call["coding"]) or None, earlier=plan != last)
+            continue
+        if op in ("decode_receive", "decode_sum"):
+            program.decode_hook(after_combine=op == "decode_sum", earlier=plan != last)
+            continue
+        if op == "combine":
             program.combine(handle=plan, wire=str(call["coding"]) or None)
             continue
-        program.dispatch(None if call["cached"] else script.ids[plan], None if call["cached"] else _all_or_none(script.weights[plan]), handle=plan,
+        program.dispatch(None if call["cached"] else script.ids[plan], weights, handle=plan,
                          layout=str(call["layout"]), expert_alignment=int(call["alignment"]),
                          capacity=None if call["capacity"] < 0 else int(call["capacity"]), quant=str(call["coding"]) or None)
     cluster.reset()
@@ -162,7 +186,7 @@ def main(args):
     same_ranks = script.size == original.size
     equal = bool(same_ranks and (was.traffic == now.traffic).all())
     medians = {op: [1e6 * float(np.median(r.seconds[original.calls["op"][:, 0] == op])) for r in (was, now)]
-               for op in ("dispatch", "combine") if (original.calls["op"][:, 0] == op).any()}
+               for op in ("dispatch", "combine", *record.DECODE_OPS) if (original.calls["op"][:, 0] == op).any()}
     if args.json:
         print(json.dumps(dict(world=args.world, ranks=script.size, calls=len(script.calls), equal=equal, median_us=medians,
                               recorded=dict(zip(record.HOPS, map(int, before))), replayed=dict(zip(record.HOPS, map(int, after))))))

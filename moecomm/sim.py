@@ -297,19 +297,20 @@ class Program:
         self._native.decode_dispatch(parts, *coding, before_ns, keep)
         self.calls.append("decode_dispatch")
 
-    def decode_combine(self, topk_weights=None, *, rows=None, ys=None, flip=0, wire=None, before_ns=0.0):
-        """Append the send phase of the decode combine of the last decode dispatch. rows, ys, flip: as for combine."""
+    def decode_combine(self, topk_weights=None, *, rows=None, ys=None, flip=0, wire=None, earlier=False, before_ns=0.0):
+        """Append the send phase of the decode combine of the last decode dispatch; earlier: of the one before. rows, ys, flip: as for combine."""
         c = self._cluster
         weights = topk_weights and [_contiguous(t, torch.float32) for t in topk_weights]
         rows = rows and [_contiguous(t, c.dtype) for t in rows]
-        self._native.decode_combine([(_address(rows, r), _address(weights, r), _address(ys, r)) for r in range(c.size)], flip, WIRES[wire], before_ns,
-                                    (weights, rows, ys))
+        self._native.decode_combine([(_address(rows, r), _address(weights, r), _address(ys, r)) for r in range(c.size)], earlier, flip, WIRES[wire],
+                                    before_ns, (weights, rows, ys))
         self.calls.append("decode_combine")
 
-    def decode_hook(self):
-        """Append the receive phase of the last decode_dispatch or decode_combine."""
-        last = next(call for call in reversed(self.calls) if call.startswith("decode_"))
-        self._native.decode_hook(self._cluster.size, last == "decode_combine")
+    def decode_hook(self, *, after_combine=None, earlier=False):
+        """Append a receive phase: of the last decode_combine (after_combine) or decode_dispatch; None: whichever came last; earlier: of the one before."""
+        if after_combine is None:
+            after_combine = next(call for call in reversed(self.calls) if call.startswith("decode_")) == "decode_combine"
+        self._native.decode_hook(self._cluster.size, after_combine, earlier)
         self.calls.append("hook")
 
     def _sources(self, topk_ids, topk_weights, xs, scales, quant):

@@ -106,6 +106,61 @@ def test_segments(recording, monkeypatch):
         assert all(np.array_equal(i, j) for i, j in zip(a.ids, b.ids))
 
 
+@pytest.fixture
+def decode_recording(tmp_path):
+    """Decode steps: weights that travel and that do not, a receive phase left out, the phases of two steps interleaved."""
+    def main(comm):
+        r = comm.rank
+        xs, ids, weights = random_world(SIZE, [5, 0, 9, 7], HIDDEN, EXPERTS, TOP_K, seed=3)
+        x, ids, weights = xs[r], ids[r], weights[r]
+        buf = moecomm.Buffer(comm, hidden=HIDDEN, num_experts=EXPERTS, top_k=TOP_K, max_tokens=9, record=tmp_path / "rec")
+        recv, hook = buf.decode_dispatch(x, ids)
+        hook()
+        buf.decode_combine(recv.handle.rows, ids, weights, recv.handle, return_hook=False)
+        buf.decode_dispatch(x, ids.flip(0), topk_weights=weights, quant=None)   # never received by hand
+        first, _ = buf.decode_dispatch(x, ids, quant=None, return_hook=False)
+        _, finish = buf.decode_combine(first.handle.rows, ids, weights, first.handle, wire="fp8")
+        second, hook = buf.decode_dispatch(x, ids, topk_weights=weights, quant="fp8_ue8m0")
+        finish()
+        hook()
+        third, hook = buf.decode_dispatch(x, ids, quant=None)
+        _, finish = buf.decode_combine(second.handle.rows, ids, None, second.handle)   # of the dispatch before the last
+        hook()
+        finish()
+        stats = buf.stats()["decode"]
+        comm.barrier()
+        buf.close()
+        return ids, weights, stats
+
+    return tmp_path / "rec", moecomm.run_local(main, SIZE, ranks_per_node=PER_NODE)
+
+
+def test_decode_is_recorded(decode_recording):
+    """Every phase is a call with its times; picks, weights and what moved are there."""
+    path, ran = decode_recording
+    for r, (ids, weights, stats) in zip(record.load(path), ran):
+        assert r.calls["op"].tolist() == [
+            "decode_dispatch", "decode_receive", "decode_combine", "decode_sum", "decode_dispatch", "decode_dispatch", "decode_receive",
+            "decode_combine", "decode_dispatch", "decode_sum", "decode_receive", "decode_dispatch", "decode_combine", "decode_receive", "decode_sum"]
+        assert r.calls["plan"].tolist() == [0, 0, 0, 0, 1, 2, 2, 2, 3, 2, 3, 4, 3, 4, 3]
+        assert r.calls["coding"].tolist() == ["fp8", "", "", "", "", "", "", "fp8", "fp8_ue8m0", "", "", "", "", "", ""]
+        assert (r.calls["end_ns"] > r.calls["begin_ns"]).all() and (r.calls["begin_ns"][1:] >= r.calls["end_ns"][:-1]).all()
+        for plan, its in enumerate((ids, ids.flip(0), ids, ids, ids)):
+            assert np.array_equal(r.ids[plan], its.numpy())
+            assert r.weights[plan] is None if plan == 4 else np.array_equal(r.weights[plan], weights.numpy())
+        for hop in ("rail", "node"):
+            for name, value in stats[hop].items():
+                assert r.calls[f"{hop}_{name}"].sum() == value
+
+
+@pytest.mark.parametrize("world", ["cpu", "sim"])
+def test_decode_replay_moves_the_same(decode_recording, world, capsys):
+    assert command.main(["replay", str(decode_recording[0]), "--world", world, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["equal"] and said["recorded"] == said["replayed"] and said["recorded"]["rail_physical_rows"] > 0
+    assert set(said["median_us"]) == set(record.DECODE_OPS)
+
+
 def test_errors(tmp_path):
     with pytest.raises(moecomm.InvalidArgument, match="recording: .*holds no rank"):
         record.load(tmp_path)

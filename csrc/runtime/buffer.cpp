@@ -165,6 +165,11 @@ void Buffer::trace(bool on) {
   reach_.host().timeline = on ? &timeline_ : nullptr;
 }
 
+uint64_t Buffer::timeline_size() {
+  std::lock_guard lock(comm_->calls());
+  return timeline_.size();
+}
+
 std::vector<RoleSpan> Buffer::take_timeline() {
   std::lock_guard lock(comm_->calls());
   return std::exchange(timeline_, {});

@@ -57,6 +57,7 @@ class Buffer {
   Counters take_counters();       // and reset
   void trace(bool on);            // keep a timeline of roles, or drop it
   std::vector<RoleSpan> take_timeline();
+  uint64_t timeline_size();
   void set_stream_threshold(uint64_t bytes) { stream_threshold_ = bytes; }
   void set_fault(Fault fault) { reach_.host().fault = std::move(fault); }   // tests only: see fabric/fault.hpp
 

@@ -135,6 +135,11 @@ Status Decode::combine_receive(uint64_t epoch) {
   return stage(epoch) == Stage::answered ? sum(turn(epoch)) : Status{};
 }
 
+Counters Decode::counters() {
+  std::lock_guard lock(reach_.comm().calls());
+  return reach_.host().counters;
+}
+
 Counters Decode::take_counters() {
   std::lock_guard lock(reach_.comm().calls());
   const Counters c = reach_.host().counters;

@@ -72,6 +72,7 @@ class Decode {
   void skip_to(uint64_t epoch) { epoch_ = epoch; }
   bool streams(uint64_t bytes) const { return bytes >= stream_threshold_; }   // past the caches
 
+  Counters counters();                         // since the last take_counters
   Counters take_counters();                    // and reset
   void set_stream_threshold(uint64_t bytes) { stream_threshold_ = bytes; }
 

@@ -234,7 +234,7 @@ Status SimCluster::call_decode(int rank, F fabric, const SimCall& call, SimResul
   RankState& r = ranks_[rank];
   SimDecode& decode = *r.decode;
   const SimPart& part = call.parts[rank];
-  const uint64_t epoch = decode.epoch(), row_bytes = config_.shape.combine_row_bytes();
+  const uint64_t epoch = decode.epoch() - call.handle, row_bytes = config_.shape.combine_row_bytes();
   const int parity = epoch & 1;
   switch (call.verb) {
     case SimVerb::decode_dispatch: {

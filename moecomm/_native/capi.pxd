@@ -209,6 +209,7 @@ cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
         Counters take_counters()
         void trace(bool)
         vector[RoleSpan] take_timeline() except +
+        uint64_t timeline_size()
         void set_stream_threshold(uint64_t)
         bool rail_is_mapped()
         void set_fault(Fault)
@@ -257,6 +258,7 @@ cdef extern from "runtime/decode.hpp" namespace "moecomm" nogil:
         int64_t packed_rows()
         int64_t scale_area()
         int num_local_experts()
+        Counters counters()
         Counters take_counters()
         void set_stream_threshold(uint64_t)
         @staticmethod

@@ -166,6 +166,11 @@ include "tensors.pxi"
 include "results.pxi"
 
 
+cdef tuple _hops(const capi.Counters& c):
+    return (c.rail.logical_rows, c.rail.physical_rows, c.rail.logical_bytes, c.rail.physical_bytes,
+            c.node.logical_rows, c.node.physical_rows, c.node.logical_bytes, c.node.physical_bytes, c.replicated_rows)
+
+
 cdef class Buffer:
     cdef shared_ptr[capi.Buffer] b
     cdef capi.Shape shape
@@ -326,8 +331,7 @@ cdef class Buffer:
         cdef capi.Counters c
         with nogil:
             c = self.b.get().counters()
-        return (c.rail.logical_rows, c.rail.physical_rows, c.rail.logical_bytes, c.rail.physical_bytes,
-                c.node.logical_rows, c.node.physical_rows, c.node.logical_bytes, c.node.physical_bytes, c.replicated_rows)
+        return _hops(c)
 
     def take_counters(self):
         cdef capi.Counters c
@@ -339,6 +343,10 @@ cdef class Buffer:
         """Start a timeline of roles, or end it."""
         with nogil:
             self.b.get().trace(on)
+
+    def timeline_size(self):
+        """How many spans there are since the last take_timeline()."""
+        return self.b.get().timeline_size()
 
     def take_timeline(self):
         """[(role, begin, end)] since the last call; seconds of time.perf_counter()."""

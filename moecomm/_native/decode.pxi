@@ -220,6 +220,13 @@ cdef class Decode:
         """0 its places are used by a later epoch, 1 sent, 2 received, 3 answered, 4 done."""
         return self.d.get().stage(epoch)
 
+    def counters(self):
+        """As Buffer.counters()."""
+        cdef capi.Counters c
+        with nogil:
+            c = self.d.get().counters()
+        return _hops(c)
+
     def take_counters(self):
         cdef capi.Counters c
         with nogil:

@@ -75,14 +75,15 @@ cdef class Program:
         self.dispatch(0, parts, False, 1, -1, row_bytes, scale_bytes, kind, scales_given, before, keep)
         self.calls.back().verb = world.SimVerb.decode_dispatch
 
-    def decode_combine(self, list parts, int flip, int wire, double before, keep=None):
-        """parts: by rank (rows, weights, y), addresses or 0."""
-        self.combine(0, [(rows, weights, 0, 0, y) for rows, weights, y in parts], False, flip, wire, False, before, keep)
+    def decode_combine(self, list parts, bint earlier, int flip, int wire, double before, keep=None):
+        """parts: by rank (rows, weights, y), addresses or 0. earlier: of the dispatch before the last one."""
+        self.combine(earlier, [(rows, weights, 0, 0, y) for rows, weights, y in parts], False, flip, wire, False, before, keep)
         self.calls.back().verb = world.SimVerb.decode_combine
 
-    def decode_hook(self, int size, bint after_combine):
-        """A receive phase: of the last decode_dispatch, or of the last decode_combine."""
+    def decode_hook(self, int size, bint after_combine, bint earlier=False):
+        """A receive phase: of the last decode_dispatch, or of the last decode_combine; of the one before that."""
         cdef world.SimCall call
+        call.handle = earlier
         call.verb = world.SimVerb.decode_sum if after_combine else world.SimVerb.decode_receive
         call.parts.resize(size)
         self.calls.push_back(call)
