@@ -147,12 +147,12 @@ class _Rows:
     """Rows that are appended, in memory that is there already."""
 
     def __init__(self, columns, dtype):
-        self._rows, self._end = np.empty((1024, columns), dtype), 0
+        self._rows, self._end = np.full((4096, columns), 0, dtype), 0   # written once: pages are there before a call needs them
 
     def add(self, tensor):
         end = self._end + len(tensor)
         if end > len(self._rows):
-            self._rows = np.concatenate([self._rows, np.empty((max(len(self._rows), len(tensor)), self._rows.shape[1]), self._rows.dtype)])
+            self._rows = np.concatenate([self._rows, np.full((max(len(self._rows), len(tensor)), self._rows.shape[1]), 0, self._rows.dtype)])
         np.copyto(self._rows[self._end:end], tensor.numpy(), casting="same_kind")   # experts were checked: they fit
         self._end = end
 

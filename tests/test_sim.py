@@ -1,6 +1,8 @@
 """The sim world: equal to the oracle with payload, equal to the cpu world in what it counts."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,6 +112,23 @@ def test_decode_counts_equal_cpu_world(payload):
         for hop in ("rail", "node"):
             assert c.stats()[rank][hop] == real[rank][hop], f"rank {rank}, {hop}"
         assert c.links()[rank]["rail"]["row_bytes"] == real[rank]["rail"]["physical_bytes"]
+
+
+def test_examples_of_the_docs():
+    """docs/simulation.md: the calls give what the reference gives, the fast path gives times."""
+    text = (Path(__file__).parents[1] / "docs/simulation.md").read_text()
+    said = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(block, said)
+        if "zs" in said and "step" not in said:
+            want = reference.dispatch(said["xs"], said["ids"], said["weights"], num_experts=16)
+            for rank in range(4):
+                assert_received(said["received"][rank], want[rank], rank)
+            want = reference.decode_dispatch(said["xs"], said["ids"], num_experts=16, max_tokens=9)
+            expected = reference.decode_combine([w.x for w in want], said["ids"], said["weights"], num_experts=16)
+            for rank in range(4):
+                assert_same(said["zs"][rank], expected[rank], f"rank {rank}: y")
+    assert said["step"].dispatch_us.shape == (320,) and (said["step"].combine_us > said["step"].dispatch_us).all()
 
 
 def test_deterministic():
