@@ -1,8 +1,9 @@
 // Decode over the cuda world's own fabric, squads, meetings and schedule: every lane is a thread, over an emulated copy
-// engine. Only what the GPU's compiler and hardware do is missing.
+// engine; between nodes by stores, and over an emulated network. Only what the GPU's compiler and hardware do is missing.
 #include "fabric/cuda/ptx.cuh"   // the emulated one, before anything that includes it
 
 #include "decode_rounds.hpp"
+#include "fabric/cuda/gin.cuh"
 #include "world/cuda/decode_launch.hpp"
 #include "world/cuda/seat.cuh"
 
@@ -10,13 +11,14 @@ using namespace world;
 
 namespace {
 
-// A rank's device state; one block of c.groups squads of c.squad warps.
+// A rank's device state; one block of c.groups squads of c.squad warps. `gin` is the network that all ranks share.
+template <class Rail>
 class DeviceDecode {
  public:
   static constexpr uint32_t kStage = 256;
 
-  DeviceDecode() = default;
-  DeviceDecode(const DeviceDecode&) {}   // a rank that has not begun
+  explicit DeviceDecode(std::shared_ptr<emulated::Gin> gin = nullptr) : gin_(std::move(gin)) {}
+  DeviceDecode(const DeviceDecode& other) : gin_(other.gin_) {}   // a rank that has not begun
 
   DecodeTurn turn(DecodeSeat&, int) { return {}; }
   Status send(DecodeSeat& me, const DecodeCase& c, const DecodeSendArgs& a, uint64_t ticket) {
@@ -60,8 +62,12 @@ class DeviceDecode {
     const Geometry& g = me.view.geometry;
     uint64_t same_device = ~uint64_t{0};
     Counters counters;
-    cuda::Call call;
-    call.links = {.geometry = g, .windows = me.host.windows, .rail_region = me.region.data.get(), .regions = me.regions.data(), .same_device = &same_device,
+    ncclWindow_vidmem window;   // of every rank: as if it ended with its rail region
+    for (int r = 0; r < g.size; ++r) window.base.push_back((r == g.rank ? me.region.data.get() : me.regions[r]) - me.view.window.bytes);
+    const GinNetwork network{{g.rank, kContexts, gin_.get()}, &window, {g.size, g.rank, 1}};
+    moecomm::cuda::Call call;
+    call.links = {.geometry = g, .windows = me.host.windows, .rail_region = me.region.data.get(), .regions = me.regions.data(), .network = &network,
+                  .region_offset = me.view.window.bytes, .same_device = &same_device,
                   .window_faults = me.view.window.faults, .region_faults = me.view.region.faults, .region_peers = g.size, .own_peer = g.rank,
                   .failed = failed_, .fault = &record_, .counters = &counters};
     call.spread = {.sms = 1, .warps = c.groups * c.squad, .senders = 0, .stage_bytes = kStage};
@@ -73,11 +79,13 @@ class DeviceDecode {
       const int squad = static_cast<int>(threadIdx.x) / 32 / c.squad;
       char* own = shared[squad].data.get();
       const Squad group{squad * c.squad, c.squad, reinterpret_cast<WarpScratch*>(own)->words};
-      cuda::join_squad(call, LoopbackDeviceRail{call.links.regions}, group, squad, c.groups, own, role);
+      moecomm::cuda::join_squad(call, Rail::of(call.links, 0), group, squad, c.groups, own, role);
     });
     return record_.code ? record_.status : Status{};
   }
 
+  static constexpr int kContexts = 3;
+  std::shared_ptr<emulated::Gin> gin_;
   DecodeClock clock_{};
   uint64_t met_ = 0, failed_[2] = {};
   FaultRecord record_{};
@@ -92,6 +100,13 @@ const std::vector<DecodeCase> kCases = {
     {.nodes = 2, .per_node = 1, .quantized = true, .wire = Wire::fp8, .hidden = 656, .epochs = 3, .groups = 1, .squad = 2},   // squads of several warps
 };
 
-TEST_CASES(device_decode, kCases) { run_decode_case(value, std::vector<DeviceDecode>(value.nodes * value.per_node)); }
+TEST_CASES(device_decode, kCases) { run_decode_case(value, std::vector<DeviceDecode<LoopbackDeviceRail>>(value.nodes * value.per_node)); }
+
+// All groups' puts to a rank come before the one signal that announces them.
+TEST_CASES(gin_decode, kCases) {
+  const int size = value.nodes * value.per_node;
+  if (value.nodes == 1) return;
+  run_decode_case(value, std::vector<DeviceDecode<GinRail>>(size, DeviceDecode<GinRail>(std::make_shared<emulated::Gin>(size, 3, value.hidden))));
+}
 
 }  // namespace

@@ -27,11 +27,11 @@ uint64_t DeviceDecode::bytes(const Geometry& g, const Shape& s) { return decode_
 
 DeviceDecode::DeviceDecode(Geometry geometry, Shape shape, bool check, int device, std::shared_ptr<DeviceReach> reach, Spread spread,
                            double timeout_seconds)
-    : view_(make_decode_view(geometry, shape, check)), device_(device), reach_(std::move(reach)), kernels_(loopback_decode_kernels()), spread_(spread),
+    : view_(make_decode_view(geometry, shape, check)), device_(device), reach_(std::move(reach)), kernels_(reach_->decode_kernels()), spread_(spread),
       timeout_(timeout_seconds) {
   const OnDevice on(device);
   require(kernels_.prepare(), "loading the kernels (built for another architecture?)");
-  window_ = reach_->window(bytes(geometry, shape));
+  window_ = reach_->window(bytes(geometry, shape), Peers::world);
   pinned_ = std::make_unique<Pinned>(sizeof(FaultRecord));
   table_bytes_ = place_decode_turn(view_, nullptr, turns_[0].view);
   const uint64_t size = geometry.size, p = geometry.ranks_per_node;
@@ -67,9 +67,9 @@ void DeviceDecode::connect(const std::vector<std::string>& cards) {
   for (int d = 0; d < g.ranks_per_node; ++d) windows.push_back(window_->at(g.rank_at(g.node(), d)));
   for (int r = 0; r < g.size; ++r) {
     char* there = view_.near(r) ? nullptr : window_->at(r);
-    if (!view_.near(r) && !there) throw std::runtime_error("decode: rank " + std::to_string(r) + " is on another host; the cuda world's decode path reaches ranks of one host");
     regions.push_back(there ? there + view_.window.bytes : nullptr);
   }
+  links_.network = window_->network();
   require(cudaMemcpy(links_.windows, windows.data(), 8 * windows.size(), cudaMemcpyHostToDevice), "writing the windows");
   require(cudaMemcpy(links_.regions, regions.data(), 8 * regions.size(), cudaMemcpyHostToDevice), "writing the regions");
 }

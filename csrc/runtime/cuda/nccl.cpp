@@ -84,6 +84,7 @@ class NcclReach final : public DeviceReach, public std::enable_shared_from_this<
 
   std::shared_ptr<DeviceWindow> window(uint64_t bytes, Peers peers) override;
   const Kernels& kernels() const override { return by_memory_ ? loopback_kernels() : gin_kernels(); }
+  const DecodeKernels& decode_kernels() const override { return by_memory_ ? loopback_decode_kernels() : gin_decode_kernels(); }
   std::string rail() const override { return by_memory_ ? "memory" : type_ == NCCL_GIN_TYPE_GDAKI ? "NCCL GIN (IBGDA)" : "NCCL GIN (proxy)"; }
   void abort() override {
     std::lock_guard lock(mutex_);

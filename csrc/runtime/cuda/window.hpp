@@ -11,6 +11,7 @@
 
 #include "runtime/cuda/memory.hpp"
 #include "runtime/memory.hpp"
+#include "world/cuda/decode_launch.hpp"
 #include "world/cuda/launch.hpp"
 
 namespace moecomm::cuda {
@@ -45,6 +46,7 @@ class DeviceReach {
   virtual ~DeviceReach() = default;
   virtual std::shared_ptr<DeviceWindow> window(uint64_t bytes, Peers peers = Peers::rail) = 0;   // zero-filled; local
   virtual const Kernels& kernels() const { return loopback_kernels(); }
+  virtual const DecodeKernels& decode_kernels() const { return loopback_decode_kernels(); }
   virtual std::string rail() const { return "memory"; }   // what carries rows between nodes
   virtual void abort() {}                                 // from any thread: ends what waits for peers; no window can be made any more
 };

@@ -32,5 +32,6 @@ struct DecodeKernels {
   int (*combine)(const DecodeCombineLaunch& launch, void* stream);
 };
 const DecodeKernels& loopback_decode_kernels();
+const DecodeKernels& gin_decode_kernels();   // only where this build has NCCL's headers
 
 }  // namespace moecomm::cuda
