@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from . import launch
+
 DTYPES = ("bf16", "f16", "f32")
 LAYOUTS = ("rank", "expert")
 BASELINES = {"mpi": ("tuned-mpi",), "gloo": ("tuned-gloo", "torch-gloo"), "none": ()}
@@ -65,8 +67,8 @@ FAMILIES = (
 def arguments(parser, case=Case()):
     """The options of a case and of its measurement."""
     add = parser.add_argument
-    add("--nodes", type=int, default=case.nodes)
-    add("--ranks-per-node", type=int, default=case.ranks_per_node)
+    add("--nodes", type=int, help=f"default: {case.nodes}")
+    add("--ranks-per-node", type=int, help=f"default: as many as the launcher's ranks make, else {case.ranks_per_node}")
     add("--tokens", type=int, default=case.tokens, help="per rank")
     add("--hidden", type=int, default=case.hidden)
     add("--experts", type=int, default=case.experts, help="over all ranks")
@@ -96,7 +98,12 @@ def measurement(parser):
 def from_args(args, op):
     """The case that parsed options describe."""
     fields = {name: getattr(args, name) for name in Case.__dataclass_fields__ if name != "op"}
-    return replace(Case(), op=op, **fields)
+    default, ranks = Case(), launch.launched()
+    if fields["nodes"] is None:
+        fields["nodes"] = ranks // fields["ranks_per_node"] if ranks and fields["ranks_per_node"] else default.nodes
+    if fields["ranks_per_node"] is None:
+        fields["ranks_per_node"] = ranks // fields["nodes"] if ranks else default.ranks_per_node
+    return replace(default, op=op, **fields)
 
 
 def baselines_of(text):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 
 def launched():
-    """Whether a launcher has started this process as one of its ranks."""
-    return any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE"))
+    """How many ranks a launcher has started, of which this process is one; 0 where none has."""
+    return next((int(os.environ[name]) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE") if name in os.environ), 0)
 
 
 def mpirun(ranks):

@@ -1,5 +1,6 @@
 """The benchmark's own parts: inputs, routes, the fast check against the oracle, what is written."""
 
+import argparse
 import json
 import os
 import shutil
@@ -223,3 +224,16 @@ def test_shaped_link_small(tmp_path):
                  "--plot", str(tmp_path / "link.png"))
     row = text.splitlines()[4].split()
     assert float(row[0]) == 1 and int(row[-1]) == 0 and float(row[4]) > 0
+
+
+@pytest.mark.parametrize("started,options,nodes,per_node", [(0, "", 1, 8), (0, "--nodes 2 --ranks-per-node 4", 2, 4), (4, "", 1, 4), (4, "--nodes 2", 2, 2),
+                                                            (6, "--ranks-per-node 2", 3, 2), (4, "--nodes 2 --ranks-per-node 4", 2, 4)])
+def test_geometry_follows_the_launcher(monkeypatch, started, options, nodes, per_node):
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    if started:
+        monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", str(started))
+    parser = argparse.ArgumentParser()
+    cases.arguments(parser)
+    case = cases.from_args(parser.parse_args(options.split()), "dispatch")
+    assert (case.nodes, case.ranks_per_node) == (nodes, per_node)
