@@ -70,7 +70,7 @@ test-mpi: $(READY) ## the same cases under mpirun: UCX over shared memory, over 
 	UCX_TLS=tcp,self $(MPIRUN) -n 4 $(MPI_SUITE) -k "edges or random"
 	MOECOMM_UCX_DIRECT=0 $(MPIRUN) -n 4 $(MPI_SUITE) -k "edges or random"
 	$(MPIRUN) -n 6 $(MPI_SUITE) -k edges
-	$(MPIRUN) -n 8 $(MPI_SUITE) -k "rail or mismatch"
+	$(MPIRUN) -n 8 $(MPI_SUITE) -k "rail or mismatch or decode or many_steps"
 
 clean:      ## all that was built
 	rm -rf $(VENV) $(HF) $(MPICH) build dist *.egg-info moecomm/_native/*.so moecomm/_native/*.cpp

@@ -1,7 +1,9 @@
 """What accumulating FP8 products with few bits costs, and what promotion to FP32 every 128 products repairs.
 
 The tensor cores of one GPU generation keep about 14 bits while they add FP8 products: the 32 products of an instruction
-and the sum so far are aligned to the largest exponent among them, bits below the 14th are cut off, the rest is added.
+are shifted to the largest exponent among them, bits below the 14th are cut off, the rest is added; registers keep 14 bits
+too. Whether the sum so far takes part in that alignment the report does not say. By default it does (--align all: every
+product is cut where the sum ends); with --align products the 32 are added first, and their sum is cut once.
 This emulates that, bit for bit, for C = A B with e4m3 matrices and an inner dimension of 256 to 16384, beside
   promoted   the short sum is added to an FP32 register and cleared every 128 products
   FP32       products added one by one in FP32
@@ -9,7 +11,7 @@ and prints how far each is from the exact sum: the root mean square and the larg
 of C. The DeepSeek-V3 report speaks of "nearly 2%" as the largest error at K = 4096, of random matrices whose size and
 distribution it does not tell: cut-off bits cancel where products have both signs, and add up where they do not.
 
-Source: DeepSeek-V3 technical report, section 3.3.2 (increasing accumulation precision).
+Source: DeepSeek-V3 technical report, sections 3.3.2 (increasing accumulation precision) and 3.5.2 (how products are aligned).
 """
 
 import argparse
@@ -35,7 +37,16 @@ def short_add(total, products, largest):
     return torch.trunc(aligned * inverse) * unit
 
 
-def accumulate(a, b, sizes):
+def short_add_apart(total, products, largest):
+    """The same where the products are added among themselves first: two short additions."""
+    added = short_add(torch.zeros_like(total), products, largest)
+    return short_add(total, added[..., None], added.abs())
+
+
+ALIGN = {"all": short_add, "products": short_add_apart}
+
+
+def accumulate(a, b, sizes, add=short_add):
     """{K: (short, promoted, fp32, exact)} of a[:, :K] @ b[:, :K].T for FP32 matrices of e4m3 values."""
     short, partial, promoted, fp32 = (torch.zeros((len(a), len(b))) for _ in range(4))
     exact = torch.zeros((len(a), len(b)), dtype=torch.float64)
@@ -43,7 +54,7 @@ def accumulate(a, b, sizes):
     for k in range(0, sizes[-1], INSTRUCTION):
         products = a[:, None, k:k + INSTRUCTION] * b[None, :, k:k + INSTRUCTION]   # exact: 4 + 4 bits
         largest = products.abs().amax(-1)
-        short, partial = short_add(short, products, largest), short_add(partial, products, largest)
+        short, partial = add(short, products, largest), add(partial, products, largest)
         for i in range(INSTRUCTION):
             fp32 += products[..., i]
         exact += products.double().sum(-1)
@@ -94,6 +105,7 @@ def plot(results, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=64, help="rows of both matrices (default 64)")
+    parser.add_argument("--align", choices=ALIGN, default="all", help="what is aligned to one exponent: the products and the sum so far, or the products")
     parser.add_argument("--plot", default="fp8_accumulation.png", help="where the figure goes (default fp8_accumulation.png; '' for none)")
     args = parser.parse_args()
     sizes = [256 << i for i in range(7)]
@@ -101,7 +113,7 @@ def main():
     for kind in ("normal", "uniform"):
         generator = torch.Generator().manual_seed(0)
         a, b = (matrices(kind, args.rows, sizes[-1], generator) for _ in range(2))
-        results[kind] = accumulate(a, b, sizes)
+        results[kind] = accumulate(a, b, sizes, ALIGN[args.align])
         print(f"\n{kind} matrices: error in % of RMS(C), root mean square / largest\n{'K':>6}  {'14 bits':>18}  {'promoted':>18}  {'FP32':>18}")
         for k, row in results[kind].items():
             print(f"{k:>6}  " + "  ".join("{:8.2g} / {:7.2g}".format(*errors(got, row[3])) for got in row[:3]))

@@ -274,7 +274,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
 
     def _dispatch_by_ops(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle, lost=None):
         if handle is not None:
-            rows, row_scales, weights, ids, source = ops.redispatch(x, topk_weights, scales, handle._tensor(), self.number, layout, handle.num_rows)
+            rows, row_scales, weights, ids, source = ops.redispatch(x, topk_weights, scales, handle.tensor(), self.number, layout, handle.num_rows)
             return Dispatched(handle, dict(x=rows, scales=None if scales is None else row_scales, weights=weights, ids=ids, source=source), lost)
         rows, row_scales, weights, ids, source, tokens, padded, ticket = ops.dispatch(
             x, topk_ids, topk_weights, scales, self.number, layout, expert_alignment, capacity)
@@ -358,7 +358,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         return y if back is None else (y, slots[:tokens])
 
     def _combine_by_ops(self, rows, handle, topk_weights, bias, out=None, wire=None):
-        return ops.combine(rows, topk_weights, bias, handle._tensor(), self.number, handle.layout, handle.num_tokens, wire)
+        return ops.combine(rows, topk_weights, bias, handle.tensor(), self.number, handle.layout, handle.num_tokens, wire)
 
     # -- the rest ---------------------------------------------------------------------------------
 

@@ -100,7 +100,7 @@ def _dispatch(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignmen
     b._check_dispatch(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity)
     out = b._dispatch_natively(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity)
     return (out.x, x.new_empty(0, dtype=torch.float32) if scales is None else out.scales, out.topk_weights, *_picks_of(out),
-            out.tokens_per_expert, out.rows_per_expert, out.handle._tensor())
+            out.tokens_per_expert, out.rows_per_expert, out.handle.tensor())
 
 
 def _dispatch_fake(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignment, capacity):

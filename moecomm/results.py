@@ -101,8 +101,8 @@ class Handle:
     def _output(self):
         return self._made_output if self._plan is not None else None
 
-    def _tensor(self):
-        """The handle as the operators take it: int64 [1] on the host."""
+    def tensor(self):
+        """The handle as torch.ops.moecomm.* take it: int64 [1] on the host. Keep this tensor, not a copy of it."""
         if self._made_tensor is None:
             self._made_tensor = ops.Ticket(self._buffer, self.layout, self._capacity, self._plan, self._output).tensor()
         return self._made_tensor

@@ -83,7 +83,7 @@ def test_gradcheck(layout):
     def run(comm):
         buf = make_buffer(comm, world, 4)
         out = buf.dispatch(x, ids, weights, layout=layout)
-        handle = out.handle._tensor()
+        handle = out.handle.tensor()
         rows = torch.randn(out.x.shape, dtype=torch.float64, requires_grad=True)
         n = len(rows)
         x64, w32 = x.clone().requires_grad_(), weights.clone().requires_grad_()
@@ -230,7 +230,7 @@ def test_opcheck(layout, capacity, monkeypatch):
         torch.library.opcheck(ops.dispatch.default, (grad[0], ids, grad[1], None, buf.number, layout, 1, capacity),
                               **(need if capacity else dict(test_utils=need["test_utils"][:3])))
         out = buf.dispatch(x, ids, weights, layout=layout, capacity=capacity)
-        handle, n = out.handle._tensor(), len(out.x)
+        handle, n = out.handle.tensor(), len(out.x)
         rows, back = out.x.clone().requires_grad_(), out.topk_weights.clone().requires_grad_()
         bias = torch.randn(8, requires_grad=True)
         torch.library.opcheck(ops.redispatch.default, (grad[0], grad[1], None, handle, buf.number, layout, n), **need)
@@ -287,7 +287,7 @@ def test_a_copied_handle_is_refused():
 
     def run(comm):
         buf = make_buffer(comm, world, 2)
-        copy = buf.dispatch(x, ids).handle._tensor().clone()
+        copy = buf.dispatch(x, ids).handle.tensor().clone()
         with pytest.raises(moecomm.InvalidArgument, match="handle of a dispatch"):
             ops.combine(torch.zeros(6, 16), None, None, copy, buf.number, "expert", 3)
         with pytest.raises(moecomm.InvalidArgument, match="no living Buffer"):
@@ -358,7 +358,7 @@ def test_ranks_that_disagree_about_slots_learn_it(nodes, per_node, odd):
     def run(comm):
         buf = make_buffer(comm, world, 2 * size)
         out = buf.dispatch(xs[comm.rank], ids[comm.rank], weights[comm.rank])
-        rows, handle = out.x.clone(), out.handle._tensor()
+        rows, handle = out.x.clone(), out.handle.tensor()
         try:
             if comm.rank == odd:
                 ops.combine(rows, None, None, handle, buf.number, "expert", 5)

@@ -47,6 +47,23 @@ def test_short_add_is_what_it_says(example):
             assert Fraction(float(got[i, j])) == cut(exact, example.BITS, abs(exact)), (i, j)
 
 
+def test_products_may_be_aligned_apart(example):
+    """Products cut to 14 bits at the largest of them, their sum and the total cut at the larger of the two."""
+    products = example.matrices("normal", 64, 128, torch.Generator().manual_seed(5))
+    products = (products[:8, None] * products[None, 8:16])[..., :32].contiguous()
+    total = torch.randn((8, 8), generator=torch.Generator().manual_seed(6)) * 2.0 ** torch.arange(-8, 24, 4)
+    got = example.short_add_apart(total, products, products.abs().amax(-1))
+
+    def added(values):
+        largest = max(map(abs, values))
+        exact = sum(cut(v, example.BITS, largest) for v in values)
+        return cut(exact, example.BITS, abs(exact)) if exact else exact
+
+    for i in range(8):
+        for j in range(8):
+            assert Fraction(float(got[i, j])) == added([Fraction(float(total[i, j])), added([Fraction(float(v)) for v in products[i, j]])]), (i, j)
+
+
 def test_promotion_stops_the_error_from_growing(example):
     generator = torch.Generator().manual_seed(0)
     a, b = (example.matrices("normal", 16, 4096, generator) for _ in range(2))
