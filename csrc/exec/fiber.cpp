@@ -16,6 +16,7 @@ namespace {
 constexpr size_t kGuard = 4096;
 constexpr size_t kStack = (128u << 10) - kGuard;   // touched pages alone cost memory
 constexpr int kStacksPerChunk = 64;
+constexpr size_t kGuardedChunks = 64;              // every guard costs two mappings, of which a process has some ten thousand
 thread_local Fibers* running = nullptr;            // handed to a fiber's first instruction
 
 }  // namespace
@@ -141,7 +142,7 @@ void* Fibers::take_stack() {
     chunks_.push_back(chunk);
     for (int i = 0; i < kStacksPerChunk; ++i) {
       char* guard = static_cast<char*>(chunk) + i * (kStack + kGuard);
-      mprotect(guard, kGuard, PROT_NONE);          // an overflow stops here
+      if (chunks_.size() <= kGuardedChunks) mprotect(guard, kGuard, PROT_NONE);   // an overflow stops here
       idle_stacks_.push_back(guard + kGuard);
     }
   }
