@@ -59,7 +59,7 @@ MOE_HD void decode_shift_slots(G g, const DecodeSendArgs& a, int begin, int end,
     const int32_t before = detail::sum_before(sent + r, size, part);
     if (part == parts - 1) turn.sent[r] = before + sent[int64_t{part} * size + r];
     for (int64_t i = int64_t{begin} * k_max; i < int64_t{end} * k_max && before > 0; ++i)
-      if (turn.slot[i] >= 0 && d.owner(turn.ids[i]) == r) turn.slot[i] += before;
+      if (turn.ids[i] >= 0 && d.owner(turn.ids[i]) == r && turn.slot[i] >= 0) turn.slot[i] += before;   // another lane's are not looked at
   }
   g.sync();
 }

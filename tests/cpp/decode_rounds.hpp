@@ -215,10 +215,10 @@ inline bool DecodeRank::received_is_right(int epoch, const std::vector<Input>& i
             right &= CHECK_EQ(std::memcmp(got, sent, c_.hidden * 2), 0);
           } else {
             std::vector<char> codes(c_.hidden);
-            float scale[2];
-            row_kernels().quantize(codes.data(), reinterpret_cast<char*>(scale), sent, 0, c_.hidden, c_.hidden, DType::bf16, ScaleKind::f32);
+            std::vector<float> scales(tiles_of(c_.hidden));
+            row_kernels().quantize(codes.data(), reinterpret_cast<char*>(scales.data()), sent, 0, c_.hidden, c_.hidden, DType::bf16, ScaleKind::f32);
             right &= CHECK_EQ(std::memcmp(got, codes.data(), c_.hidden), 0);
-            right &= CHECK_EQ(reinterpret_cast<const float*>(window + d.scales(now.bank, e))[n * now.call.scale_bytes / 4], scale[0]);
+            right &= CHECK_EQ(std::memcmp(window + d.scales(now.bank, e) + n * now.call.scale_bytes, scales.data(), now.call.scale_bytes), 0);
           }
           for (int i = 0; i < c_.hidden; ++i) store(rows + (e * per_expert + n) * c_.hidden * 2, i, DType::bf16, expert_value(epoch, expert, s, t, i));
           ++n;
