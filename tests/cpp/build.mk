@@ -13,10 +13,11 @@ CPP_FLAGS_device_rows_test := -iquote tests/cpp/emulated -Itests/cpp/emulated -W
 CPP_FLAGS_device_world_test := $(CPP_FLAGS_device_rows_test)
 CPP_FLAGS_device_decode_test := $(CPP_FLAGS_device_rows_test)
 CPP_FLAGS_device_quant_test := $(CPP_FLAGS_device_rows_test)
+CPP_FLAGS_device_graph_test := $(CPP_FLAGS_device_rows_test)
 CPP_FLAGS_gin_world_test := $(CPP_FLAGS_device_rows_test)
 CPP_TESTS := $(sort $(notdir $(basename $(wildcard tests/cpp/*_test.cpp))))
-CPP_NOT_tsan := decode_runtime_test
-CPP_NOT_asan := decode_runtime_test device_world_test device_decode_test gin_world_test
+CPP_NOT_tsan := decode_runtime_test device_graph_test
+CPP_NOT_asan := decode_runtime_test device_world_test device_decode_test device_graph_test gin_world_test
 # Asked once, when the first rule needs it: before that the environment may not exist yet.
 CPP_UCX = $(eval CPP_UCX := $(shell $(PY) -c 'import importlib.util as u, os; print(os.path.dirname(u.find_spec("libucx").origin))'))$(CPP_UCX)
 CPP_FLAGS = -std=c++20 -ffp-contract=off -Wall -Wextra -Wno-psabi -pthread -Icsrc -Itests/cpp -I$(CPP_UCX)/include
