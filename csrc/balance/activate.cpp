@@ -10,12 +10,12 @@
 namespace moecomm::balance {
 namespace {
 
-constexpr double kPiece = 0.95;      // of the mean rank load: an expert starts with replicas no larger than that
-constexpr double kEnough = 1.004;   // heaviest over mean that is worth no further step
-constexpr double kTied = 2e-3;
+constexpr double kPiece = 0.95;    // of the mean rank load: an expert starts with replicas no larger than that
+constexpr double kEnough = 1.004;  // heaviest over mean that is worth no further step
+constexpr double kTied = 2e-3;     // ranks so near to the heaviest count as heaviest
 constexpr int kSteps = 40;
 constexpr int kExchanges = 20;     // of replicas in the forest
-constexpr int kRounds = 4;          // of the split between steps
+constexpr int kRounds = 4;         // of the split between steps
 
 class Activation {
  public:
@@ -43,56 +43,44 @@ class Activation {
   }
 
   // The other way round: all replicas balance the ranks, and of these as few are kept as still do (forest.hpp). Where
-  // a rank then runs too many, those with the smallest shares stop. Leaves the choice as it was and returns false where
-  // a rank gets stuck with experts that run nowhere else.
-  bool prune() {
+  // a rank then runs too many, those with the smallest shares stop. Nothing changes where a rank gets stuck with experts
+  // that run nowhere else.
+  void prune() {
     split(r_, load_, nullptr, kRounds, share_.data());
     Forest forest(r_, share_.data());
     forest.prune();
     forest.fit(limit_, kExchanges);
-    const std::vector<uint8_t> before(active_, active_ + share_.size());
-    const std::vector<int> used = used_, running = running_;
-    std::fill(used_.begin(), used_.end(), 0);
-    std::fill(running_.begin(), running_.end(), 0);
+    std::vector<uint8_t> active(share_.size());
+    std::vector<int> used(r_.ranks, 0), running(r_.experts, 0);
     for (size_t i = 0; i < share_.size(); ++i) {
-      active_[i] = forest.runs(static_cast<int>(i));
-      used_[r_.rank[i]] += active_[i];
-      running_[r_.expert[i]] += active_[i];
+      active[i] = forest.runs(static_cast<int>(i));
+      used[r_.rank[i]] += active[i];
+      running[r_.expert[i]] += active[i];
     }
     for (int rank = 0; rank < r_.ranks; ++rank)
-      while (used_[rank] > limit_) {
+      for (; used[rank] > limit_; --used[rank]) {
         int least = -1;
         for (int s = rank * r_.slots_per_rank(); s < (rank + 1) * r_.slots_per_rank(); ++s) {
           const int i = r_.at_slot[s];
-          if (active_[i] && running_[r_.expert[i]] > 1 && (least < 0 || share_[i] < share_[least])) least = i;
+          if (active[i] && running[r_.expert[i]] > 1 && (least < 0 || share_[i] < share_[least])) least = i;
         }
-        if (least < 0) {
-          std::copy(before.begin(), before.end(), active_);
-          used_ = used;
-          running_ = running;
-          return false;
-        }
-        stop(least);
+        if (least < 0) return;
+        active[least] = 0;
+        --running[r_.expert[least]];
       }
-    return true;
+    for (int e = 0; e < r_.experts; ++e)
+      if (running_[e] > 0 && running[e] == 0) return;   // a load so small that rounding left nothing of it
+    std::copy(active.begin(), active.end(), active_);
+    used_.swap(used);
+    running_.swap(running);
   }
 
-  // Returns the heaviest rank's load.
-  double improve() {
+  void improve() {
     std::vector<uint8_t> best;
     double least = 1e300, before = 1e300;
-    std::fill(barred_.begin(), barred_.end(), 0);
     Step last{0.0};
     Pouring pouring(r_, load_, active_);
     pouring.settle(kRounds);
-    const auto pour_again = [&](bool back) {
-      for (const int i : {last.stops, last.stops_too})
-        if (i >= 0) back ? pouring.start(i) : pouring.stop(i);
-      for (const int i : {last.starts, last.starts_too})
-        if (i >= 0) back ? pouring.stop(i) : pouring.start(i);
-      for (const int i : {last.starts, last.stops, last.starts_too, last.stops_too})
-        if (i >= 0) pouring.pour(r_.expert[i]);
-    };
     for (int step = 0; step <= kSteps; ++step) {
       const double most = pouring.settle(kRounds);
       if (most < least) {
@@ -104,8 +92,7 @@ class Activation {
       const double squares = std::inner_product(level_.begin(), level_.end(), level_.begin(), 0.0);
       if (squares >= before) {         // the estimate was wrong: back, and not again
         barred_[last.starts] = 1;
-        take(last, true);
-        pour_again(true);
+        take({0.0, last.stops, last.starts, last.stops_too, last.starts_too}, pouring);
         before = 1e300;
         continue;
       }
@@ -114,13 +101,10 @@ class Activation {
       find_spares();
       last = best_step(most);
       if (last.starts < 0) break;
-      take(last, false);
-      pour_again(false);
+      take(last, pouring);
     }
     std::copy(best.begin(), best.end(), active_);
-    return least;
   }
-  double enough() const { return kEnough * mean_; }
 
  private:
   struct Step {
@@ -191,11 +175,13 @@ class Activation {
     return false;
   }
 
-  void take(const Step& s, bool back) {
+  void take(const Step& s, Pouring& pouring) {
     for (const int i : {s.stops, s.stops_too})
-      if (i >= 0) back ? void(run(i, 0.0)) : stop(i);
+      if (i >= 0) stop(i), pouring.stop(i);
     for (const int i : {s.starts, s.starts_too})
-      if (i >= 0) back ? stop(i) : void(run(i, 0.0));
+      if (i >= 0) run(i, 0.0), pouring.start(i);
+    for (const int i : {s.starts, s.stops, s.starts_too, s.stops_too})
+      if (i >= 0) pouring.pour(r_.expert[i]);
   }
 
   // Ranks that share experts are equally heavy: whichever of the heaviest is relieved, all of them are.
@@ -221,8 +207,7 @@ class Activation {
   double gain(int from, int to, double moved) const { return 2 * moved * (level_[from] - level_[to] - moved); }
 
   // Rank `to` of replica j is full: one of its experts, in k, makes place. It runs elsewhere already, or on h in
-  // exchange for i, or on a third rank, that has room or
-  // stops what it can spare.
+  // exchange for i, or on a third rank, that has room or stops what it can spare.
   void consider_trades(Step& best, int h, int i, int j) const {
     const int to = r_.rank[j];
     for (int s = to * r_.slots_per_rank(); s < (to + 1) * r_.slots_per_rank(); ++s) {

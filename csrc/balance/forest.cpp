@@ -109,36 +109,35 @@ void Forest::shift(int entering, int leaving, int root) {
   ++used_[root];
 }
 
-int Forest::fit(int limit, int exchanges) {
+void Forest::fit(int limit, int exchanges) {
   const int per_rank = r_.slots_per_rank();
-  std::vector<int32_t> visited(r_.ranks, -1);   // when a rank was last the one with room
+  std::vector<int32_t> visited(r_.ranks, -1);   // when a rank last had room and something started there
   std::vector<int32_t> rooms;
-  for (int k = 0;; ++k) {
-    int above = 0;
+  for (int k = 0; k < exchanges; ++k) {
     rooms.clear();
-    for (int r = 0; r < r_.ranks; ++r) {
-      above += std::max(0, used_[r] - limit);
+    for (int r = 0; r < r_.ranks; ++r)
       if (used_[r] < limit) rooms.push_back(r);
-    }
-    if (above == 0 || k == exchanges || rooms.empty()) return above;
+    if (*std::max_element(used_.begin(), used_.end()) <= limit) return;
     std::stable_sort(rooms.begin(), rooms.end(), [&](int a, int b) { return visited[a] < visited[b]; });
-    int entering = -1, leaving = -1, root = -1, oldest = 1 << 30;
+    // What starts where, such that a rank above the limit stops one; else the room moves on, to where it was not lately.
+    constexpr int kRelief = -2;
+    int entering = -1, leaving = -1, root = -1, oldest = k;
     for (const int room : rooms) {
       span(room);
       for (int s = room * per_rank; s < (room + 1) * per_rank; ++s) {
         const int i = r_.at_slot[s], l = least_[r_.expert[i]];
         if (runs_[i] || l < 0) continue;
         const int at = r_.rank[l];
-        if (used_[at] > limit) {
-          if (oldest >= 0 || share_[l] < share_[leaving]) entering = i, leaving = l, root = room, oldest = -1;
-        } else if (at != room && used_[at] == limit && visited[at] < oldest) {
-          entering = i, leaving = l, root = room, oldest = visited[at];
+        const bool relief = used_[at] > limit;
+        if (relief ? oldest != kRelief || share_[l] < share_[leaving] : used_[at] == limit && visited[at] < oldest) {
+          entering = i, leaving = l, root = room;
+          oldest = relief ? kRelief : visited[at];
         }
       }
-      if (oldest < 0) break;
+      if (oldest == kRelief) break;
     }
-    if (entering < 0) return above;
-    if (oldest >= 0 || root != rooms.back()) span(root);
+    if (entering < 0) return;
+    if (oldest != kRelief) span(root);
     visited[root] = k;
     shift(entering, leaving, root);
   }

@@ -16,10 +16,9 @@ class Forest {
   // Shifts load around cycles until none is left. Of the two ways round, the one that relieves the fuller rank.
   void prune();
   // Starts replicas on ranks that run fewer than `limit`, so that ranks above it run one less. Gives up after so
-  // many exchanges. Returns how many replicas are too many still.
-  int fit(int limit, int exchanges);
-  int used(int rank) const { return used_[rank]; }
-  bool runs(int replica) const { return runs_[replica]; }
+  // many exchanges.
+  void fit(int limit, int exchanges);
+  bool runs(int replica) const { return runs_[replica] != 0; }
 
  private:
   void span(int root);
