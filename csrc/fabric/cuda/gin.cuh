@@ -26,7 +26,8 @@ struct GinRail {
 
   static __device__ GinRail of(const DeviceLinks& links, int stream) { return {&links, stream}; }
 
-  __device__ void put(WarpScratch& scratch, int peer, uint64_t offset, const char* src, uint64_t bytes) const {
+  // Not inlined: with its registers beside those of a sum, decode's combine would spill.
+  __device__ __attribute__((noinline)) void put(WarpScratch& scratch, int peer, uint64_t offset, const char* src, uint64_t bytes) const {
     const uint64_t from = src - (links->rail_region - links->region_offset);   // sources lie in this rank's window
     context().put(network().peers, peer, network().window, there(offset), network().window, from, bytes, ncclGin_None{}, ncclGin_None{},
                   ncclCoopThread{}, descriptor(scratch));
