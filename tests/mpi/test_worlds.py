@@ -96,6 +96,6 @@ def test_backward_after_close_says_so(world, what):
     out = buf.dispatch(torch.ones(4, 64).bfloat16().requires_grad_(), torch.full((4, 1), comm.rank))
     world.Barrier()
     (buf if what == "buffer" else comm).close()
-    with pytest.raises(moecomm.InvalidArgument, match=f"combine: the {what} is closed"):
+    with pytest.raises(moecomm.InvalidArgument, match=f"combine.*: the {what} is closed"):
         out.x.float().sum().backward()
     comm.close()
