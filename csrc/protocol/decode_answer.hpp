@@ -53,7 +53,7 @@ MOE_HD void decode_answer(G g, F f, const DecodeCombineArgs& a, int source, int 
   const Wire wire = near ? Wire::plain : a.wire;
   const uint64_t row_bytes = d.shape.combine_row_bytes(), answer_bytes = d.shape.wire_bytes(wire);
   const int64_t bank = static_cast<int64_t>(turn.bank * d.packed_rows());
-  uint64_t answers = 0;
+  int answers = 0;
   for (int i = begin; i < end && (turn.weighted || !near); ++i) {
     const int32_t* note = detail::arrived(d, turn, source, i);
     const int32_t token = note[0];

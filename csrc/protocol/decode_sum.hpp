@@ -55,7 +55,7 @@ MOE_HD Terms decode_terms(G g, F f, const DecodeCombineArgs& a, int t) {
   const int parity = turn.parity(), k_max = d.shape.top_k, me = d.geometry.rank;
   const uint64_t row_bytes = d.shape.combine_row_bytes();
   Terms terms{&f.terms(t & 1)};
-  uint64_t fetched = 0, from_peers = 0;
+  int fetched = 0, from_peers = 0;
   int32_t fetched_place = 0;
   for (int k = 0; k < k_max; ++k) {
     const int64_t at = int64_t{t} * k_max + k;
