@@ -85,9 +85,10 @@ def functions(sass):
 def look_inside(name, sass):
     """The promises about one kernel's machine code for sm_90a."""
     count = lambda pattern: len(re.findall(pattern, sass))   # noqa: E731
-    between_ranks, decodes = "dispatch" in name or "combine" in name, name.startswith(("dequantize", "decode_rows"))
-    in_words = name.startswith("transpose")   # neither codes nor their tiles are 16 bytes wide there
-    if "dispatch" in name:
+    kernel = name.split()[-1]   # without its source
+    between_ranks, decodes = "dispatch" in kernel or "combine" in kernel, kernel.startswith(("dequantize", "decode_rows"))
+    in_words = kernel.startswith("transpose")   # neither codes nor their tiles are 16 bytes wide there
+    if "dispatch" in kernel:
         check(f"{name}: bulk copies through the engine", count(r"\bUBLKCP\b") >= 2, f"{count(r'UBLKCP')} of them")
     if not decodes and not in_words:
         check(f"{name}: 16-byte loads", count(r"\bLDG?\.E\S*\.128") >= 1, f"{count(r'LDG?.E[^ ]*.128')}")
