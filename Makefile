@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.built
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-SOURCES := setup.py $(shell find csrc moecomm -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' -o -name '*.pyx' -o -name '*.pxd' | grep -v _native/.*cpp)
+SOURCES := setup.py $(shell find csrc moecomm -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi' | grep -v _native/.*cpp)
 
 .PHONY: help bench test test-python test-mpi explore build cuda-check clean transformers mpich
 help:       ## this list
@@ -30,7 +30,7 @@ build: $(VENV)/.built ## the extension, in place
 bench: build ## tokens through both hops, verified, beside what a user would pick instead (under three minutes)
 	@$(PY) -m bench suite
 
-test: build test-cpp test-python test-mpi ## every suite
+test: build test-cpp test-python test-mpi explore ## every suite
 
 test-python: $(READY) ## units, rank threads, launchers, failures, a short benchmark
 	-@$(MAKE) -s --no-print-directory transformers mpich
