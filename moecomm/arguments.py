@@ -46,6 +46,8 @@ class Arguments:
             self._refuse(op, f"{name} is a {type(value).__qualname__}; expected a tensor or a DLPack array{why}")
         if value.layout != torch.strided:
             self._refuse(op, f"{name} is {value.layout}; expected a dense tensor")
+        if not torch.compiler.is_compiling() and value.is_neg():   # its memory holds the numbers without their sign
+            self._refuse(op, f"{name} is a negated view (of a conjugate); expected its resolve_neg()")
         return value
 
     def _as_rows(self, op, x):

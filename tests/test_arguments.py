@@ -35,6 +35,7 @@ DISPATCH = {
     "x stride": (lambda x, i, w: ((x.t().contiguous().t(), i, w), {}), r"x is non-contiguous torch.bfloat16.*expected contiguous"),
     "x device": (lambda x, i, w: ((x.to("meta"), i, w), {}), r"x is torch.bfloat16 \[4, 64\] on meta; expected.*on cpu"),
     "x layout": (lambda x, i, w: ((x.to_sparse(), i, w), {}), r"x is torch.sparse_coo; expected a dense tensor"),
+    "x negated": (lambda x, i, w: ((torch._neg_view(x), i, w), {}), r"x is a negated view.*resolve_neg"),
     "x missing": (lambda x, i, w: ((None, i, w), {}), r"x is a NoneType; expected a tensor or a DLPack array"),
     "x alone in a tuple": (lambda x, i, w: (((x,), i, w), {}), r"x is a tuple of 1; expected a tensor, or \(fp8 rows, scales\)"),
     "ids kind": (lambda x, i, w: ((x, i.tolist(), w), {}), r"topk_ids is a list; expected a tensor or a DLPack array"),

@@ -35,6 +35,8 @@ cdef bint _read(object tensor, DLTensor* t, int64_t columns, int code, int bits)
     """Whether it is a contiguous matrix on the CPU, of that many columns and that type."""
     if _exchange == NULL or type(tensor) is not _tensor_type:
         return False
+    if code != _INT and tensor.is_neg():   # the sign is not in its memory
+        return False
     if _exchange.read(<void*>tensor, t) != 0:
         PyErr_Clear()
         return False
@@ -58,7 +60,7 @@ cdef bint _read_rows(object tensor, DLTensor* t, const capi.Shape* shape):
 
 cdef bint _read_vector(object tensor, DLTensor* t, int64_t length):
     """Whether it is a contiguous vector of that many floats on the CPU."""
-    if _exchange == NULL or type(tensor) is not _tensor_type:
+    if _exchange == NULL or type(tensor) is not _tensor_type or tensor.is_neg():
         return False
     if _exchange.read(<void*>tensor, t) != 0:
         PyErr_Clear()
