@@ -23,9 +23,14 @@ def mpirun(ranks):
     return command
 
 
+def terminal():
+    """The terminal that this process's messages go to; empty where they go elsewhere."""
+    return os.ttyname(sys.stderr.fileno()) if sys.stderr.isatty() else ""
+
+
 def relaunch(ranks, argv):
     """Run `python -m bench argv` as that many ranks; returns the exit status."""
     root = str(Path(__file__).resolve().parent.parent)
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join(paths), BENCH_PROGRESS="1" if sys.stderr.isatty() else "0")
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(paths), BENCH_PROGRESS=terminal())
     return subprocess.call([*mpirun(ranks), sys.executable, "-m", "bench", *argv], env=env)

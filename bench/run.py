@@ -11,10 +11,18 @@ from .world import World
 
 
 def progress_line(world):
-    """A function that keeps one line of the terminal current, on rank 0 where there is a terminal."""
-    if world.rank or not (os.environ.get("BENCH_PROGRESS") == "1" or sys.stderr.isatty()):
+    """A function that keeps one line of the terminal current, on rank 0 where there is a terminal.
+
+    Written to the terminal itself: a launcher passes stderr on by whole lines only.
+    """
+    where = os.environ.get("BENCH_PROGRESS") or launch.terminal()
+    if world.rank or not where:
         return lambda text: None
-    return lambda text: print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    try:
+        terminal = open(where, "w")   # noqa: SIM115 (open as long as the process)
+    except OSError:
+        return lambda text: None
+    return lambda text: print(f"\r\033[K{text}", end="", file=terminal, flush=True)
 
 
 def run_cases(world, families, ops, args):

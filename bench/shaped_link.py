@@ -132,7 +132,7 @@ def start(args):
     ranks = []
     for rank in range(size):
         env = dict(os.environ, RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="10.97.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
-                   UCX_TLS="tcp", UCX_NET_DEVICES="uplink", GLOO_SOCKET_IFNAME="uplink", BENCH_PROGRESS="1" if sys.stderr.isatty() else "0",
+                   UCX_TLS="tcp", UCX_NET_DEVICES="uplink", GLOO_SOCKET_IFNAME="uplink", BENCH_PROGRESS=launch.terminal(),
                    PYTHONPATH=os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]))
         ranks.append(subprocess.Popen(["ip", "netns", "exec", namespace(args.tag, rank // args.ranks_per_node), sys.executable, "-m", "bench",
                                        *sys.argv[1:], "--tag", args.tag], env=env))
