@@ -221,7 +221,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         """
         op = "dispatch"
         if (self._plain and self.comm._ready and handle is None and quant is None and capacity is None and not async_op and not check
-                and scale_layout == "row" and type(x) is torch.Tensor and not ops.wanted(x, topk_weights)):
+                and scale_layout == "row" and type(x) is torch.Tensor and not torch.compiler.is_compiling()):
             out = self._native.try_dispatch(self, x, topk_ids, topk_weights, layout, expert_alignment)
             if out is not None:
                 return out if type(out) is Dispatched else self._fail(op, out)
@@ -319,7 +319,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         """
         op = "combine"
         if (self._plain and self.comm._ready and bias is None and wire is None and not async_op and not check
-                and type(rows) is torch.Tensor and not ops.wanted(rows, topk_weights)):
+                and type(rows) is torch.Tensor and not torch.compiler.is_compiling()):
             y = self._native.try_combine(self, rows, handle, topk_weights, out)
             if y is not None:
                 return y if type(y) is torch.Tensor else self._fail(op, y)

@@ -25,7 +25,7 @@ _STAGES = ("over", "sent", "received", "answered", "done")
 _MAX_TOKENS = 1 << 20
 _IDS = (torch.int64, torch.int32)
 
-core.read_tensors_of(torch.Tensor)
+core.read_tensors_of(torch.Tensor, torch.is_grad_enabled, torch._C._len_torch_dispatch_stack)
 
 
 class DecodeVerbs:

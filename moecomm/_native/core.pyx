@@ -257,7 +257,7 @@ cdef class Buffer:
         cdef capi.Status s
         cdef capi.Buffer* buffer = self.b.get()
         cdef bint by_rank = layout == "rank"
-        if not _read_rows(x, &rows, &self.shape) or rows.shape[0] > self.shape.max_tokens or (not by_rank and layout != "expert"):
+        if not _only_numbers(x, topk_weights) or not _read_rows(x, &rows, &self.shape) or rows.shape[0] > self.shape.max_tokens or (not by_rank and layout != "expert"):
             return None
         if not _read_ids(topk_ids, &ids, self.shape.top_k, &call.ids64, &call.ids32) or ids.shape[0] != rows.shape[0]:
             return None
@@ -289,7 +289,7 @@ cdef class Buffer:
         cdef capi.CombineCall call
         cdef capi.Status s
         cdef capi.Buffer* buffer = self.b.get()
-        if type(handle) is not _handle_type:
+        if type(handle) is not _handle_type or not _only_numbers(rows, topk_weights):
             return None
         if handle._buffer is not owner or handle._made_plan is None:
             return None

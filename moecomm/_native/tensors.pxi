@@ -14,13 +14,15 @@ cdef enum:
     _FLOAT = 2
     _BFLOAT = 4
 
-cdef object _tensor_type = None
+cdef object _tensor_type = None, _grad_enabled = None, _modes = None
 cdef ExchangeTable* _exchange = NULL
 
 
-def read_tensors_of(tensor_type):
-    """Name the tensor class whose objects are read without calling their methods. Whether that is possible."""
-    global _tensor_type, _exchange
+def read_tensors_of(tensor_type, grad_enabled, modes):
+    """Name the tensor class whose objects are read without calling their methods, and what tells whether gradients are on and how
+    many modes look at calls. Whether that is possible."""
+    global _tensor_type, _exchange, _grad_enabled, _modes
+    _grad_enabled, _modes = grad_enabled, modes
     capsule = getattr(tensor_type, "__dlpack_c_exchange_api__", None)
     if capsule is None or not PyCapsule_IsValid(capsule, "dlpack_exchange_api"):
         return False
@@ -29,6 +31,13 @@ def read_tensors_of(tensor_type):
         return False
     _tensor_type, _exchange = tensor_type, table
     return True
+
+
+cdef bint _only_numbers(object a, object b):
+    """Whether a call is the native one and nothing else: no gradient is wanted, no mode looks (ops.wanted, but for compilers)."""
+    if _grad_enabled() and (getattr(a, "requires_grad", False) or getattr(b, "requires_grad", False)):
+        return False
+    return _modes() == 0
 
 
 cdef bint _read(object tensor, DLTensor* t, int64_t columns, int code, int bits):
