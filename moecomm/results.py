@@ -34,9 +34,7 @@ class Dispatched:
     @property
     def x(self):
         """Rows [N, hidden]."""
-        if self._x is None:
-            self._x = self._tensors["x"]
-        return self._x
+        return self._tensors["x"] if self._x is None else self._x
 
     @property
     def scales(self):
@@ -46,9 +44,7 @@ class Dispatched:
     @property
     def topk_weights(self):
         """[N] in the expert layout, [N, top_k] in the rank layout, float32; 0 where there is no pick."""
-        if self._weights is None:
-            self._weights = self._tensors["weights"]
-        return self._weights
+        return self._tensors["weights"] if self._weights is None else self._weights
 
     @property
     def topk_ids(self):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from worlds import random_world, round_trip
+from worlds import assert_same, random_world, round_trip
 
 import moecomm
 
@@ -40,3 +40,27 @@ def test_calls_happen_in_the_order_in_which_they_are_made(nodes, per_node):
         comm.barrier()
 
     moecomm.run_local(main, nodes * per_node, ranks_per_node=per_node, timeout=15)
+
+
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_results_do_not_depend_on_the_fast_path(layout):
+    """Tensors that DLPack's table does not read (here: a subclass) take the long way to the same bits, in both directions."""
+    class Plain(torch.Tensor):
+        pass
+
+    world = random_world(4, [5, 0, 3, 6], 64, 8, 3, seed=7)
+
+    def main(comm):
+        x, ids, weights = (part[comm.rank] for part in world)
+        buf, results = moecomm.Buffer(comm, hidden=64, num_experts=8, top_k=3, max_tokens=6), []
+        for wrap in (lambda t: t, lambda t: t.as_subclass(Plain)):
+            out = buf.dispatch(wrap(x), wrap(ids.to(torch.int32)), wrap(weights), layout=layout)
+            assert (out._block is None) == (wrap(x) is not x)   # only the fast path leaves the making of tensors for later
+            given = out.topk_weights if layout == "expert" else None
+            y = buf.combine(wrap(out.x), out.handle, topk_weights=given if given is None else wrap(given))
+            results.append([y.as_subclass(torch.Tensor), *(t.clone() for t in (out.x, out.topk_weights, out.source_rank, out.source_token, out.tokens_per_expert,
+                                                                             out.rows_per_expert))])
+        for a, b in zip(*results, strict=True):
+            assert_same(a, b, f"rank {comm.rank}")
+
+    moecomm.run_local(main, 4, ranks_per_node=2, timeout=20)

@@ -204,12 +204,10 @@ static void stream(void* dst, const void* src, unsigned long bytes) {
   const char* s = (const char*)src;
   unsigned long head = (64 - ((unsigned long)d & 63)) & 63;
   if (head > bytes) head = bytes;
+  const unsigned long tail = head + ((bytes - head) & ~63ul);
   __builtin_memcpy(d, s, head);
-  unsigned long i = head;
-  const unsigned long body = (bytes - head) & ~63ul;
-  stream_lines(d + head, s + head, (long)body);
-  i += body;
-  __builtin_memcpy(d + i, s + i, bytes - i);
+  stream_lines(d + head, s + head, (long)(tail - head));
+  __builtin_memcpy(d + tail, s + tail, bytes - tail);
 #else
   __builtin_memcpy(dst, src, bytes);
 #endif
