@@ -4,34 +4,13 @@
 #include <string>
 #include <vector>
 
+#include "runtime/calls.hpp"
 #include "runtime/communicator.hpp"
 #include "runtime/memory.hpp"
 #include "runtime/plan.hpp"
 #include "runtime/reach.hpp"
 
 namespace moecomm {
-
-struct DispatchCall {
-  const char* x = nullptr;
-  const char* scales = nullptr;
-  const int64_t* ids64 = nullptr;
-  const int32_t* ids32 = nullptr;
-  const float* weights = nullptr;
-  int32_t tokens = 0;
-  bool cached = false;
-  CallShape shape;
-};
-
-struct CombineCall {
-  const char* rows = nullptr;       // in this rank's window, or anywhere: then it is staged once
-  const float* weights = nullptr;
-  const float* back = nullptr;      // one f32 per row (rank layout: per row and slot), for the picks' slots
-  char* y = nullptr;
-  float* slots = nullptr;           // [T, K], where `back` goes; null on all ranks or on none, else the call is a mismatch
-  const float* bias = nullptr;
-  int64_t bias_stride = 0;
-  Wire wire = Wire::plain;
-};
 
 class Buffer {
  public:

@@ -6,33 +6,10 @@
 #include <vector>
 
 #include "protocol/decode.hpp"
+#include "runtime/calls.hpp"
 #include "runtime/reach.hpp"
 
 namespace moecomm {
-
-struct DecodeDispatchCall {
-  const char* x = nullptr;
-  const char* scales = nullptr;
-  const int64_t* ids64 = nullptr;
-  const int32_t* ids32 = nullptr;
-  const float* weights = nullptr;
-  bool weighted = false;            // weights travel
-  int32_t tokens = 0;
-  ScaleKind quant = ScaleKind::none; // of the rows that travel; made on the way where `scales` is null
-  bool scales_by_column = false;     // at the receiver
-  bool receive = false;             // both phases in one call
-};
-
-struct DecodeCombineCall {
-  uint64_t epoch = 0;
-  const char* rows = nullptr;       // [E/R, R * max_tokens, H]: rows(epoch), or anywhere: then staged once
-  const int64_t* ids64 = nullptr;   // must be those of the dispatch
-  const int32_t* ids32 = nullptr;
-  const float* weights = nullptr;   // null: 1
-  Wire wire = Wire::plain;          // of the answers that cross between nodes
-  char* y = nullptr;                // written by the receive phase
-  bool receive = false;
-};
 
 class Decode {
  public:

@@ -51,26 +51,10 @@ cdef extern from "runtime/cuda/buffer.hpp" namespace "moecomm::cuda" nogil:
         int64_t num_rows
         const void* owner
 
-    cdef cppclass DeviceDispatchCall:
-        const char* x
-        const char* scales
-        const int64_t* ids64
-        const int32_t* ids32
-        const float* weights
-        int32_t tokens
-        bool cached
-        capi.CallShape shape
+    cdef cppclass DeviceDispatchCall(capi.DispatchCall):
         void* stream
 
-    cdef cppclass DeviceCombineCall:
-        const char* rows
-        const float* weights
-        const float* back
-        char* y
-        float* slots
-        const float* bias
-        int64_t bias_stride
-        capi.Wire wire
+    cdef cppclass DeviceCombineCall(capi.CombineCall):
         void* stream
 
     cdef cppclass DeviceBuffer:
@@ -97,28 +81,10 @@ cdef extern from "world/cuda/decode_schedule.hpp" namespace "moecomm" nogil:
     uint64_t decode_scale_area(const capi.Geometry&, const capi.Shape&)
 
 cdef extern from "runtime/cuda/decode.hpp" namespace "moecomm::cuda" nogil:
-    cdef cppclass DeviceDecodeDispatch:
-        const char* x
-        const char* scales
-        const int64_t* ids64
-        const int32_t* ids32
-        const float* weights
-        bool weighted
-        int32_t tokens
-        capi.ScaleKind quant
-        bool scales_by_column
-        bool receive
+    cdef cppclass DeviceDecodeDispatch(capi.DecodeDispatchCall):
         void* stream
 
-    cdef cppclass DeviceDecodeCombine:
-        uint64_t epoch
-        const char* rows
-        const int64_t* ids64
-        const int32_t* ids32
-        const float* weights
-        capi.Wire wire
-        char* y
-        bool receive
+    cdef cppclass DeviceDecodeCombine(capi.DecodeCombineCall):
         void* stream
 
     cdef cppclass DeviceDecode:

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "runtime/calls.hpp"
 #include "runtime/cuda/window.hpp"
 #include "runtime/plan.hpp"
 
@@ -27,29 +28,8 @@ struct DevicePlan {
   std::shared_ptr<DeviceMemory> memory;
 };
 
-struct DeviceDispatchCall {
-  const char* x = nullptr;
-  const char* scales = nullptr;
-  const int64_t* ids64 = nullptr;
-  const int32_t* ids32 = nullptr;
-  const float* weights = nullptr;
-  int32_t tokens = 0;
-  bool cached = false;
-  CallShape shape;
-  void* stream = nullptr;
-};
-
-struct DeviceCombineCall {
-  const char* rows = nullptr;           // in this rank's window, or anywhere: then it is staged once
-  const float* weights = nullptr;
-  const float* back = nullptr;
-  char* y = nullptr;
-  float* slots = nullptr;
-  const float* bias = nullptr;
-  int64_t bias_stride = 0;
-  Wire wire = Wire::plain;
-  void* stream = nullptr;
-};
+using DeviceDispatchCall = OnStream<DispatchCall>;
+using DeviceCombineCall = OnStream<CombineCall>;
 
 class DeviceBuffer {
  public:

@@ -8,36 +8,14 @@
 #include <string>
 #include <vector>
 
+#include "runtime/calls.hpp"
 #include "runtime/cuda/window.hpp"
 #include "world/cuda/decode_launch.hpp"
 
 namespace moecomm::cuda {
 
-struct DeviceDecodeDispatch {
-  const char* x = nullptr;
-  const char* scales = nullptr;
-  const int64_t* ids64 = nullptr;
-  const int32_t* ids32 = nullptr;
-  const float* weights = nullptr;
-  bool weighted = false;             // weights travel
-  int32_t tokens = 0;
-  ScaleKind quant = ScaleKind::none; // of the rows that travel; made on the way where `scales` is null
-  bool scales_by_column = false;     // at the receiver
-  bool receive = false;              // both phases in one kernel
-  void* stream = nullptr;
-};
-
-struct DeviceDecodeCombine {
-  uint64_t epoch = 0;
-  const char* rows = nullptr;        // rows(bank), or anywhere: then those that are there are staged once
-  const int64_t* ids64 = nullptr;    // must be those of the dispatch
-  const int32_t* ids32 = nullptr;
-  const float* weights = nullptr;    // null: 1
-  Wire wire = Wire::plain;
-  char* y = nullptr;                 // written by the receive phase
-  bool receive = false;
-  void* stream = nullptr;
-};
+using DeviceDecodeDispatch = OnStream<DecodeDispatchCall>;
+using DeviceDecodeCombine = OnStream<DecodeCombineCall>;
 
 class DeviceDecode {
  public:

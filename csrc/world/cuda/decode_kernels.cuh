@@ -4,6 +4,7 @@
 
 #include "world/cuda/decode_launch.hpp"
 #include "world/cuda/seat.cuh"
+#include "world/cuda/start.cuh"
 
 namespace moecomm::cuda {
 namespace {
@@ -32,29 +33,18 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decode_combine_kernel(const
   });
 }
 
-template <class Kernel, class Launch>
-int start_decode(Kernel kernel, const Launch& launch, void* stream) {
-  const Spread& spread = launch.call.spread;
-  kernel<<<spread.sms, 32 * spread.warps, shared_bytes(spread), static_cast<cudaStream_t>(stream)>>>(launch);
-  return cudaGetLastError();
-}
-
 template <class Rail>
 int prepare_decode() {
-  int bytes = 0, sms = 0;
-  if (const int e = shared_bytes_limit(&bytes, &sms)) return e;
-  for (const void* kernel : {reinterpret_cast<const void*>(decode_dispatch_kernel<Rail>), reinterpret_cast<const void*>(decode_combine_kernel<Rail>)})
-    if (const int e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return e;
-  return cudaSuccess;
+  return allow_shared_memory({reinterpret_cast<const void*>(decode_dispatch_kernel<Rail>), reinterpret_cast<const void*>(decode_combine_kernel<Rail>)});
 }
 
 template <class Rail>
 int launch_decode_dispatch(const DecodeDispatchLaunch& launch, void* stream) {
-  return start_decode(decode_dispatch_kernel<Rail>, launch, stream);
+  return start(decode_dispatch_kernel<Rail>, launch, stream);
 }
 template <class Rail>
 int launch_decode_combine(const DecodeCombineLaunch& launch, void* stream) {
-  return start_decode(decode_combine_kernel<Rail>, launch, stream);
+  return start(decode_combine_kernel<Rail>, launch, stream);
 }
 
 template <class Rail>

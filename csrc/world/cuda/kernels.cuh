@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "world/cuda/seat.cuh"
+#include "world/cuda/start.cuh"
 
 namespace moecomm::cuda {
 namespace {
@@ -38,20 +39,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) combine_kernel(const __grid
   });
 }
 
-template <class Kernel, class Launch>
-int start(Kernel kernel, const Launch& launch, void* stream) {
-  const Spread& spread = launch.call.spread;
-  kernel<<<spread.sms, 32 * spread.warps, shared_bytes(spread), static_cast<cudaStream_t>(stream)>>>(launch);
-  return cudaGetLastError();
-}
-
 template <class Rail>
 int prepare() {
-  int bytes = 0, sms = 0;
-  if (const int e = shared_bytes_limit(&bytes, &sms)) return e;
-  for (const void* kernel : {reinterpret_cast<const void*>(dispatch_kernel<Rail>), reinterpret_cast<const void*>(combine_kernel<Rail>)})
-    if (const int e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return e;
-  return cudaSuccess;
+  return allow_shared_memory({reinterpret_cast<const void*>(dispatch_kernel<Rail>), reinterpret_cast<const void*>(combine_kernel<Rail>)});
 }
 
 template <class Rail>

@@ -1,0 +1,60 @@
+// What a caller gives to the verbs, in every world that moves memory. What it points to stays until the call is over.
+#pragma once
+#include "base/codes.hpp"
+#include "base/shape.hpp"
+
+namespace moecomm {
+
+struct DispatchCall {
+  const char* x = nullptr;
+  const char* scales = nullptr;
+  const int64_t* ids64 = nullptr;
+  const int32_t* ids32 = nullptr;
+  const float* weights = nullptr;
+  int32_t tokens = 0;
+  bool cached = false;
+  CallShape shape;
+};
+
+struct CombineCall {
+  const char* rows = nullptr;       // in this rank's window, or anywhere: then it is staged once
+  const float* weights = nullptr;
+  const float* back = nullptr;      // one f32 per row (rank layout: per row and slot), for the picks' slots
+  char* y = nullptr;
+  float* slots = nullptr;           // [T, K], where `back` goes; null on all ranks or on none, else the call is a mismatch
+  const float* bias = nullptr;
+  int64_t bias_stride = 0;
+  Wire wire = Wire::plain;
+};
+
+struct DecodeDispatchCall {
+  const char* x = nullptr;
+  const char* scales = nullptr;
+  const int64_t* ids64 = nullptr;
+  const int32_t* ids32 = nullptr;
+  const float* weights = nullptr;
+  bool weighted = false;             // weights travel
+  int32_t tokens = 0;
+  ScaleKind quant = ScaleKind::none; // of the rows that travel; made on the way where `scales` is null
+  bool scales_by_column = false;     // at the receiver
+  bool receive = false;              // both phases in one call
+};
+
+struct DecodeCombineCall {
+  uint64_t epoch = 0;
+  const char* rows = nullptr;       // [E/R, R * max_tokens, H]: rows(epoch), or anywhere: then staged once
+  const int64_t* ids64 = nullptr;   // must be those of the dispatch
+  const int32_t* ids32 = nullptr;
+  const float* weights = nullptr;   // null: 1
+  Wire wire = Wire::plain;          // of the answers that cross between nodes
+  char* y = nullptr;                // written by the receive phase
+  bool receive = false;
+};
+
+// The same call, enqueued on a stream of a GPU (a cudaStream_t).
+template <class Call>
+struct OnStream : Call {
+  void* stream = nullptr;
+};
+
+}  // namespace moecomm
