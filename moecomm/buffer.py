@@ -13,9 +13,9 @@ from .calls import Calls
 from .decode import Decode, DecodeVerbs
 from .env import Environment
 from .errors import InvalidArgument, raise_failure
-from .record import Recorder
+from .record import Recorder, make_folder
 from .results import BlockTensors, Dispatched, Handle
-from .shapes import DTYPES, QUANTS, SCALE_DTYPES, WIRES, arena_size, check_shape, default_channels, reserved_bytes
+from .shapes import DTYPES, QUANTS, SCALE_DTYPES, WIRES, arena_size, as_int, check_shape, default_channels, reserved_bytes
 from .shared import Shared
 
 
@@ -61,9 +61,9 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
     Raises
     ------
     InvalidArgument
-        An argument is out of range.
+        An argument or a MOECOMM_* variable is wrong, on whichever rank: raised on every rank, and the message names it.
     ConfigMismatch
-        Ranks disagree about an argument; raised on every rank.
+        Ranks disagree about an argument or MOECOMM_CHECK; raised on every rank.
 
     Source: DeepSeek-V3 technical report, section 3.2.2 (dispatch and combine over two networks).
     """
@@ -73,36 +73,46 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
                  monitor=None):
         self.comm = comm
         comm._require_open("Buffer")
-        env = Environment()
-        self._replicas = None
-        if placement is not None:
-            self._replicas = Replicas(comm, placement, num_experts, replicas, activate, renormalize, monitor)
-            num_experts = placement.num_slots   # from here on, experts are slots
-        hidden, num_experts, top_k, max_tokens, num_sms, channels, arena_bytes = check_shape(
-            comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank, arena_bytes)
         on_gpu = comm.device.type == "cuda"
-        if on_gpu:
+
+        def arguments():
+            env = Environment()
+            if placement is not None:
+                Replicas.check(comm, placement, num_experts, replicas, activate, monitor)
             for name, given in (("record", record is not None), ("placement", placement is not None)):
-                if given:
+                if on_gpu and given:
                     raise InvalidArgument(f"Buffer: {name} is given; the cuda world does not have it yet, expected it left out", op="Buffer", rank=comm.rank)
-            plan = cuda.plan_of(comm, hidden=hidden, num_experts=num_experts, top_k=top_k, max_tokens=max_tokens, dtype=dtype, num_sms=num_sms,
-                                channels=channels or env.channels or None)
-            channels, self._plan = plan.channels, plan
-        elif channels is None:
-            channels = env.channels or default_channels(comm.num_nodes)
-        if arena_bytes is None:
-            arena_bytes = arena_size(comm.size, hidden, num_experts, top_k, max_tokens, dtype)
-        self.hidden, self.num_experts, self.top_k, self.max_tokens = hidden, num_experts, top_k, max_tokens
-        self.dtype, self.num_sms, self.channels, self.arena_bytes = dtype, num_sms, channels, arena_bytes
-        self.experts_per_rank = num_experts // comm.size
-        everyone = comm._exchange(dict(hidden=hidden, num_experts=num_experts, top_k=top_k, max_tokens=max_tokens, dtype=str(dtype),
-                                       channels=channels, arena_bytes=arena_bytes, decode=decode, check=env.check,
-                                       placement=None if placement is None else placement.digest))
+            shape = check_shape(comm.size, hidden, num_experts if placement is None else placement.num_slots, top_k, max_tokens, dtype, num_sms, channels,
+                                comm.rank, arena_bytes)
+            if record is not None:
+                make_folder(record, comm.rank)
+            same = dict(zip(("hidden", "num_experts", "top_k", "max_tokens", "num_sms", "channels", "arena_bytes"), shape, strict=True))
+            del same["num_sms"]   # a rank's own choice
+            same["channels"] = same["channels"] or env.channels or (None if on_gpu else default_channels(comm.num_nodes))
+            same["arena_bytes"] = same["arena_bytes"] or arena_size(comm.size, *shape[:4], dtype)
+            how = (None, None, None) if placement is None else (placement.digest, replicas, activate)
+            return same | {"dtype": str(dtype), "decode": decode, "MOECOMM_CHECK": env.check} | dict(zip(("placement", "replicas", "activate"), how, strict=True))
+
+        everyone = comm._everywhere("Buffer", arguments)
         comm._require_equal("Buffer", everyone)
+        hidden, num_experts, top_k, max_tokens, channels, arena_bytes = list(everyone[0].values())[:6]
+        check = everyone[0]["MOECOMM_CHECK"]
+        self._replicas = None
+        if placement is not None:   # from here on, experts are slots
+            self._replicas = Replicas(comm, placement, replicas, activate, renormalize, monitor)
+        if on_gpu:
+            plan = cuda.plan_of(comm, hidden=hidden, num_experts=num_experts, top_k=top_k, max_tokens=max_tokens, dtype=dtype, num_sms=as_int(num_sms),
+                                channels=channels)
+            channels, self._plan = plan.channels, plan
+            comm._require_equal("Buffer", comm._exchange({"channels": channels}))
+        self.hidden, self.num_experts, self.top_k, self.max_tokens = hidden, num_experts, top_k, max_tokens
+        self.dtype, self.num_sms, self.channels, self.arena_bytes = dtype, as_int(num_sms), channels, arena_bytes
+        self.experts_per_rank = num_experts // comm.size
+
         def native():
             if on_gpu:
-                return cuda.NativeBuffer(comm, plan, hidden, DTYPES[dtype], num_experts, top_k, max_tokens, arena_bytes, env.check)
-            return core.Buffer(comm._native, hidden, DTYPES[dtype], num_experts, top_k, max_tokens, channels, arena_bytes, env.check)
+                return cuda.NativeBuffer(comm, plan, hidden, DTYPES[dtype], num_experts, top_k, max_tokens, arena_bytes, check)
+            return core.Buffer(comm._native, hidden, DTYPES[dtype], num_experts, top_k, max_tokens, channels, arena_bytes, check)
 
         self._native = comm._join("Buffer", native)
         self._native.connected()
@@ -110,7 +120,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             comm._bootstrap.keep(self._native)
         self.number = ops.number_buffer(self)   # how torch.ops.moecomm.* name this buffer
         self._row_bytes = hidden * dtype.itemsize
-        self._check = env.check
+        self._check = check
         self._hooks = {}
         self._plain = not on_gpu and record is None and placement is None   # a call is the native call and nothing else
         self._recorder = None if record is None else Recorder(record, self)

@@ -27,7 +27,7 @@ def _host_identity():
     return f"{boot}/{socket.gethostname()}/{os.readlink('/proc/self/ns/net')}"
 
 
-_LONGEST = 10_000_000   # seconds
+_LONGEST, _USUAL = 10_000_000, 30.0   # seconds
 _living = weakref.WeakSet()
 
 
@@ -39,6 +39,24 @@ def _in_forked_child():
 
 
 os.register_at_fork(after_in_child=_in_forked_child)
+
+
+def _is_timeout(timeout):
+    return isinstance(timeout, numbers.Real) and 0 < timeout <= _LONGEST
+
+
+def _device_of(device):
+    """The torch.device of a rank; refuses what is no device, or not one of this machine."""
+    try:
+        device = torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError):
+        raise InvalidArgument(f"device: got {device!r}; expected cpu or cuda", op="Communicator") from None
+    if device.type == "cuda":
+        cuda.require("Communicator")
+        return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    if device.type != "cpu":
+        raise InvalidArgument(f"device: got {device}; expected cpu or cuda", op="Communicator")
+    return device
 
 
 class Communicator(Shared):
@@ -59,10 +77,11 @@ class Communicator(Shared):
     Raises
     ------
     InvalidArgument
-        The ranks do not divide into nodes of ranks_per_node, or a node spans hosts; the cuda world cannot be used here, or
+        An argument or a MOECOMM_* variable is wrong, on whichever rank: raised on all of them, and the message names it. The
+        ranks do not divide into nodes of ranks_per_node, or a node spans hosts; the cuda world cannot be used here, or
         not between these hosts: the message names NCCL's version and what is expected.
     ConfigMismatch
-        Ranks disagree about ranks_per_node, device, timeout or the version of moecomm.
+        Ranks disagree about ranks_per_node, device, timeout, MOECOMM_RAIL or the version of moecomm.
     PeerTimeout
         A rank does not come.
 
@@ -70,40 +89,40 @@ class Communicator(Shared):
     """
 
     def __init__(self, group=None, *, ranks_per_node=None, device=None, timeout=30.0):
-        device = torch.device("cpu" if device is None else device)
-        if device.type == "cuda":
-            cuda.require("Communicator")
-            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        elif device.type != "cpu":
-            raise InvalidArgument(f"device: got {device}; expected cpu or cuda", op="Communicator")
-        if not isinstance(timeout, numbers.Real) or not 0 < timeout <= _LONGEST:
-            raise InvalidArgument(f"timeout: got {timeout!r}; expected seconds > 0, at most {_LONGEST} (every wait ends)", op="Communicator")
-        self._bootstrap = boot = bootstrap.find(group, timeout)
-        self.rank, self.size, self.device, self.timeout = boot.rank, boot.size, device, float(timeout)
+        # A rank whose arguments are wrong takes part in the first round all the same: the others learn it there.
+        self._bootstrap = boot = bootstrap.find(group, timeout if _is_timeout(timeout) else _USUAL)
+        self.rank, self.size = boot.rank, boot.size
         self._native = None
         self._closed = False
         self._executor = self._progress = self._last = None   # of asynchronous calls: the thread, its number, the last call
         self._ready = True   # open, and no asynchronous call is under way
-        same = {"version": __version__, "ranks_per_node": ranks_per_node, "device": device.type, "timeout": float(timeout)}
-        everyone = self._exchange((same, None if boot.threads else _host_identity()))
-        self._require_equal("Communicator", [s for s, _ in everyone])
-        self.ranks_per_node = self._node_size(ranks_per_node, [host for _, host in everyone])
+
+        def arguments():
+            if not _is_timeout(timeout):
+                raise InvalidArgument(f"timeout: got {timeout!r}; expected seconds > 0, at most {_LONGEST} (every wait ends)", op="Communicator")
+            self.device, self.timeout = _device_of(device), float(timeout)
+            same = {"version": __version__, "ranks_per_node": ranks_per_node, "device": self.device.type, "timeout": self.timeout}
+            return same, {"MOECOMM_RAIL": self._rail_between_nodes(Environment().rail)}, None if boot.threads else _host_identity()
+
+        everyone, rails, hosts = zip(*self._everywhere("Communicator", arguments), strict=True)
+        self._require_equal("Communicator", everyone)
+        self.ranks_per_node = self._node_size(ranks_per_node, hosts)
         self.num_nodes = self.size // self.ranks_per_node
         self.node, self.local_rank = divmod(self.rank, self.ranks_per_node)
-        rail = Environment().rail
         self._stream = None   # of asynchronous calls, in the cuda world
+        on_gpu = self.device.type == "cuda"
         if self.num_nodes == 1:
-            rail = "none"
-        elif device.type == "cuda":
-            rail = "loopback"   # unless the reach, below, knows better
-        elif rail == "auto":
-            rail = "loopback" if boot.threads else "ucx"
-        elif rail == "loopback" and not boot.threads:
-            raise InvalidArgument("MOECOMM_RAIL: got 'loopback'; processes need ucx between nodes", op="Communicator")
-        self.rail = rail
+            self.rail = "none"
+        elif on_gpu:
+            self.rail = "loopback"   # unless the reach, below, knows better
+        else:
+            self._require_equal("Communicator", rails)
+            self.rail = rails[0]["MOECOMM_RAIL"]
+            if self.rail == "loopback" and not boot.threads:
+                raise InvalidArgument("MOECOMM_RAIL: got 'loopback'; processes need ucx between nodes", op="Communicator", rank=self.rank)
         self._native = self._join("Communicator", lambda: core.Communicator(self.rank, self.size, self.ranks_per_node, boot.threads,
-                                                                            "none" if device.type == "cuda" else rail, self.timeout))
-        self._reach = cuda.reach_of(self, [host for _, host in everyone]) if device.type == "cuda" else None   # of its windows on GPUs
+                                                                            "none" if on_gpu else self.rail, self.timeout))
+        self._reach = cuda.reach_of(self, hosts) if on_gpu else None   # of its windows on GPUs
         if self._reach is not None and self.num_nodes > 1 and self._reach.rail != "memory":
             self.rail = self._reach.rail
         _living.add(self)
@@ -111,27 +130,35 @@ class Communicator(Shared):
     def _exchange(self, value):
         return [pickle.loads(b) for b in self._bootstrap.allgather(pickle.dumps(value))]
 
-    def _join(self, op, make):
-        """make() an object on every rank and connect them: where that fails on one rank, an error on all says where and why."""
-        def on_all_ranks(step):
-            try:
-                mine = step(), None
-            except (RuntimeError, ValueError, MemoryError, OSError) as error:
-                mine = None, str(error)
-            everyone = self._exchange(mine)
-            for rank, (_, why) in enumerate(everyone):
-                if why is not None:
-                    raise MoecommError(f"{op}: rank {rank} failed: {why}", op=op, phase="connect", rank=self.rank, peer=rank)
-            return [result for result, _ in everyone]
+    def _rail_between_nodes(self, wanted):
+        return wanted if wanted != "auto" else "loopback" if self._bootstrap.threads else "ucx"
 
+    def _everywhere(self, op, step):
+        """step() of every rank, by rank. Where it fails on one, an error on all of them says where and why."""
+        try:
+            mine = step(), None, False
+        except InvalidArgument as error:
+            mine = None, str(error), True
+        except (RuntimeError, ValueError, MemoryError, OSError) as error:
+            mine = None, str(error), False
+        everyone = self._exchange(mine)
+        for rank, (_, why, refused) in enumerate(everyone):
+            if why is not None and refused:
+                raise InvalidArgument(f"{why}{f' (rank {rank})' if self.size > 1 else ''}", op=op, rank=self.rank, peer=rank)
+            if why is not None:
+                raise MoecommError(f"{op}: rank {rank} failed: {why}", op=op, phase="connect", rank=self.rank, peer=rank)
+        return [result for result, _, _ in everyone]
+
+    def _join(self, op, make):
+        """make() an object on every rank and connect them."""
         made = []
 
         def card():
             made.append(make())
             return made[0].card()
 
-        cards = on_all_ranks(card)
-        on_all_ranks(lambda: made[0].connect(cards))
+        cards = self._everywhere(op, card)
+        self._everywhere(op, lambda: made[0].connect(cards))
         return made[0]
 
     def _require_equal(self, op, everyone):

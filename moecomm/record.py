@@ -55,8 +55,24 @@ NOTHING = (0,) * len(HOPS)
 QUANT_OF = dict(zip(SCALE_DTYPES, QUANTS))   # what rows with such scales are
 
 
+def make_folder(path, rank):
+    """Make sure that rank can write there.
+
+    Raises
+    ------
+    InvalidArgument
+    """
+    try:
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"rank-{rank:05d}.partial", "wb"):
+            pass
+    except (OSError, TypeError) as error:
+        raise InvalidArgument(f"Buffer: record is {str(path)!r}; expected a folder that can be written ({error})", op="Buffer", rank=rank) from None
+
+
 class Recorder:
-    """One rank's recording. Made by Buffer; full segments are written in the background, the rest by close() or when the process ends."""
+    """One rank's recording. Made by Buffer after make_folder; full segments are written in the background, the rest by close() or when the process ends."""
 
     def __init__(self, path, buffer):
         comm = buffer.comm
@@ -172,12 +188,8 @@ class _Segments:
         self._lock, self._writer = threading.Lock(), None
         self._number = 0
         self._clear()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for old in folder.glob(f"rank-{rank:05d}.*.npz"):   # of an earlier recording
-                old.unlink()
-        except OSError as error:
-            raise InvalidArgument(f"Buffer: record is {str(folder)!r}; expected a folder that can be written ({error})", op="Buffer", rank=rank) from None
+        for old in folder.glob(f"rank-{rank:05d}.*"):   # of an earlier recording, or of make_folder
+            old.unlink()
 
     def _clear(self):
         top_k = self._header["top_k"]

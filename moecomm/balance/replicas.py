@@ -13,7 +13,7 @@ MODES = ("local", "even", "optimal")
 
 
 class Replicas:
-    """The replica choice of one Buffer. Construction is collective where the choice needs the counts of all ranks.
+    """The replica choice of one Buffer. Construction is collective where the choice needs the counts of all ranks; check comes first.
 
     Parameters
     ----------
@@ -35,10 +35,24 @@ class Replicas:
     Raises
     ------
     InvalidArgument
-        The placement is of another world, or `activate` slots per rank cannot run all experts.
+        `activate` slots per rank cannot run all experts.
     """
 
-    def __init__(self, comm, placement, num_experts, mode, activate=None, renormalize=False, monitor=None):
+    def __init__(self, comm, placement, mode, activate=None, renormalize=False, monitor=None):
+        self.comm, self.mode, self.activate, self.renormalize, self.monitor = comm, mode, activate, renormalize, monitor
+        self._counts = CountExchange(comm, placement.num_experts) if mode == "optimal" or activate is not None else None
+        self._turn = 0
+        self.decoding = [None, None]   # physical ids of the two decode epochs
+        self._take(placement)
+
+    @staticmethod
+    def check(comm, placement, num_experts, mode, activate, monitor):
+        """Refuse arguments of a Buffer that do not go together.
+
+        Raises
+        ------
+        InvalidArgument
+        """
         op = "Buffer"
         require(isinstance(placement, Placement), op, "placement", placement, "a moecomm.balance.Placement")
         require(placement.num_experts == num_experts, op, "num_experts", num_experts, f"the placement's {placement.num_experts} logical experts")
@@ -48,11 +62,6 @@ class Replicas:
         require(activate is None or (isinstance(activate, int) and 1 <= activate <= per_rank), op, "activate", activate, f"None or 1..{per_rank}")
         shape = (placement.num_layers, placement.num_experts)
         require(monitor is None or monitor.shape == shape, op, "monitor", monitor, f"a LoadMonitor of {shape[0]} layers and {shape[1]} experts")
-        self.comm, self.mode, self.activate, self.renormalize, self.monitor = comm, mode, activate, renormalize, monitor
-        self._counts = CountExchange(comm, placement.num_experts) if mode == "optimal" or activate is not None else None
-        self._turn = 0
-        self.decoding = [None, None]   # physical ids of the two decode epochs
-        self._take(placement)
 
     def use(self, placement):
         """As Buffer.use.

@@ -1,5 +1,7 @@
 """Ranks that disagree learn it together: ConfigMismatch on every rank, naming the argument and the ranks."""
 
+import time
+
 import pytest
 import torch
 
@@ -20,6 +22,59 @@ def test_buffer_arguments(world, name, value):
         assert name in text and "rank 0" in text and f"rank {last}" in text and str(value) in text, text
         assert raised.value.rank == comm.rank and raised.value.peer == last
         moecomm.Buffer(comm, **GOOD).close()   # the communicator is as good as before
+
+
+def refused_everywhere(world, make, *patterns):
+    """make(whether this is the rank that is wrong) raises InvalidArgument on every rank, at once, and names that rank."""
+    last, began = world.size - 1, time.monotonic()
+    with pytest.raises(moecomm.InvalidArgument) as raised:
+        make(world.rank == last)
+    assert time.monotonic() - began < 10
+    for pattern in (*patterns, f"rank {last}"):
+        assert pattern in str(raised.value), str(raised.value)
+    assert raised.value.rank == world.rank and raised.value.peer == last
+
+
+@pytest.mark.parametrize("name,value", [("hidden", 12), ("num_experts", 7), ("top_k", 0), ("dtype", torch.int8), ("channels", 0), ("record", "/proc/here"),
+                                        ("placement", "none")])
+def test_wrong_arguments_of_one_rank(world, name, value):
+    """Not only a disagreement: a value that no buffer can have, on one rank alone."""
+    with moecomm.Communicator(world, timeout=20) as comm:
+        refused_everywhere(world, lambda wrong: moecomm.Buffer(comm, **{**GOOD, **({name: value} if wrong else {})}), name, str(value))
+        moecomm.Buffer(comm, **GOOD).close()
+
+
+@pytest.mark.parametrize("options", [dict(timeout=0), dict(device="tpu"), dict(device="cuda:900")], ids=str)
+def test_wrong_arguments_of_one_communicator(world, options):
+    refused_everywhere(world, lambda wrong: moecomm.Communicator(world, **{"timeout": 20, **(options if wrong else {})}), *options)
+
+
+@pytest.mark.parametrize("name,value", [("RAIL", "foo"), ("CHECK", "maybe"), ("CHANNELS", "-1"), ("POPULATE_BYTES", "1GB"), ("ISA", "sse9")])
+def test_wrong_environment_of_one_rank(world, monkeypatch, name, value):
+    """Read when the world is made and again by every Buffer; the ranks are as good as before once it is mended."""
+    def with_variable(make):
+        def on(wrong):
+            if wrong:
+                monkeypatch.setenv(f"MOECOMM_{name}", value)
+            make()
+        return on
+
+    expected = f"MOECOMM_{name}: got '{value}'; expected "
+    refused_everywhere(world, with_variable(lambda: moecomm.Communicator(world, timeout=20)), expected)
+    monkeypatch.delenv(f"MOECOMM_{name}", raising=False)
+    with moecomm.Communicator(world, timeout=20) as comm:
+        refused_everywhere(world, with_variable(lambda: moecomm.Buffer(comm, **GOOD)), expected)
+        monkeypatch.delenv(f"MOECOMM_{name}", raising=False)
+        moecomm.Buffer(comm, **GOOD).close()
+
+
+@pytest.mark.parametrize("name,value,first", [("CHECK", "1", "False"), ("RAIL", "loopback", "'ucx'")])
+def test_environment_that_differs(world, monkeypatch, name, value, first):
+    if world.rank == 1:
+        monkeypatch.setenv(f"MOECOMM_{name}", value)
+    with pytest.raises(moecomm.ConfigMismatch, match=f"MOECOMM_{name} differs.*rank 0 has {first}, rank 1 has "), moecomm.Communicator(
+            world, ranks_per_node=1, timeout=20) as comm:
+        moecomm.Buffer(comm, **GOOD)
 
 
 @pytest.mark.parametrize("name,value", [("timeout", 7.0), ("ranks_per_node", 1)])
