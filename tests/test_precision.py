@@ -64,6 +64,19 @@ def test_products_may_be_aligned_apart(example):
             assert Fraction(float(got[i, j])) == added([Fraction(float(total[i, j])), added([Fraction(float(v)) for v in products[i, j]])]), (i, j)
 
 
+def test_the_register_may_be_cut_alone(example):
+    """The sum of the products added to the register without loss, the result cut to 14 bits."""
+    products = example.matrices("normal", 64, 128, torch.Generator().manual_seed(7))
+    products = (products[:8, None] * products[None, 8:16])[..., :32].contiguous()
+    total = torch.randn((8, 8), generator=torch.Generator().manual_seed(8)) * 2.0 ** torch.arange(-8, 24, 4)
+    largest = products.abs().amax(-1)
+    got, added = example.short_add_exactly(total, products, largest), example.short_add(torch.zeros_like(total), products, largest)
+    for i in range(8):
+        for j in range(8):
+            exact = Fraction(float(total[i, j])) + Fraction(float(added[i, j]))
+            assert Fraction(float(got[i, j])) == cut(exact, example.BITS, abs(exact)), (i, j)
+
+
 def test_promotion_stops_the_error_from_growing(example):
     generator = torch.Generator().manual_seed(0)
     a, b = (example.matrices("normal", 16, 4096, generator) for _ in range(2))
