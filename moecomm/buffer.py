@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.compiler import is_compiling
 
 from . import cuda, ops
 from ._native import core
@@ -231,7 +232,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         """
         op = "dispatch"
         if (self._plain and self.comm._ready and handle is None and quant is None and capacity is None and not async_op and not check
-                and scale_layout == "row" and type(x) is torch.Tensor and not torch.compiler.is_compiling()):
+                and scale_layout == "row" and type(x) is torch.Tensor and not is_compiling()):
             out = self._native.try_dispatch(self, x, topk_ids, topk_weights, layout, expert_alignment)
             if out is not None:
                 return out if type(out) is Dispatched else self._fail(op, out)
@@ -279,17 +280,24 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         if self._recorder:
             self._recorder.dispatch(began, plan, topk_ids, topk_weights, x.shape[0], layout, expert_alignment, capacity, list(QUANTS)[kind])
         handle = self._handle_of(layout, capacity, plan, output)
-        return Dispatched(handle, BlockTensors(handle, block, torch.float8_e4m3fn if kind else x.dtype, row_bytes, scale_bytes,
-                                               SCALE_DTYPES[kind], by_column), lost)
+        out = Dispatched(handle, lost)
+        out._tensors = BlockTensors(handle, block, torch.float8_e4m3fn if kind else x.dtype, row_bytes, scale_bytes, SCALE_DTYPES[kind], by_column)
+        return out
 
     def _dispatch_by_ops(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle, lost=None):
         if handle is not None:
             rows, row_scales, weights, ids, source = ops.redispatch(x, topk_weights, scales, handle.tensor(), self.number, layout, handle.num_rows)
-            return Dispatched(handle, dict(x=rows, scales=None if scales is None else row_scales, weights=weights, ids=ids, source=source), lost)
+            return self._dispatched_by_ops(handle, lost, rows, None if scales is None else row_scales, weights, ids, source)
         rows, row_scales, weights, ids, source, tokens, padded, ticket = ops.dispatch(
             x, topk_ids, topk_weights, scales, self.number, layout, expert_alignment, capacity)
         handle = Handle(self, layout, capacity, rows.shape[0], x.shape[0], tensor=ticket, counts=(tokens, padded))
-        return Dispatched(handle, dict(x=rows, scales=None if scales is None else row_scales, weights=weights, ids=ids, source=source), lost)
+        return self._dispatched_by_ops(handle, lost, rows, None if scales is None else row_scales, weights, ids, source)
+
+    def _dispatched_by_ops(self, handle, lost, rows, scales, weights, ids, source):
+        out = Dispatched(handle, lost)
+        out.x, out.scales, out.topk_weights, out._source = rows, scales, weights, source
+        out.topk_ids = None if handle.layout == "expert" else ids
+        return out
 
     # -- combine ----------------------------------------------------------------------------------
 
@@ -329,7 +337,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         """
         op = "combine"
         if (self._plain and self.comm._ready and bias is None and wire is None and not async_op and not check
-                and type(rows) is torch.Tensor and not torch.compiler.is_compiling()):
+                and type(rows) is torch.Tensor and not is_compiling()):
             y = self._native.try_combine(self, rows, handle, topk_weights, out)
             if y is not None:
                 return y if type(y) is torch.Tensor else self._fail(op, y)

@@ -126,7 +126,7 @@ def _dispatch_backward(ctx, rows, _scales, weights, *_):
 
 def _picks_of(out):
     """Ids (empty in the expert layout) and source of what was dispatched."""
-    return out.x.new_empty(0, dtype=torch.int64) if out.topk_ids is None else out.topk_ids, out._tensors["source"]
+    return out.x.new_empty(0, dtype=torch.int64) if out.topk_ids is None else out.topk_ids, out._source
 
 
 def _to_tokens(ctx, rows, weights):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cached_property
 
 import torch
 
@@ -20,47 +21,50 @@ class Dispatched:
     tokens, the weight of picks whose experts have no replica any more (of a plan that is used again: None).
     """
 
-    def __init__(self, handle, tensors, lost_weight=None):
+    # Fields are ordinary attributes; those that nobody has set are made of the block when they are first asked for.
+    lost_weight = None
+
+    def __init__(self, handle, lost_weight=None):
         self.handle, self.lost_weight = handle, lost_weight
-        self._fields, self._x, self._weights, self._block = tensors, None, None, None
 
-    @property
+    @cached_property
     def _tensors(self):
-        if self._fields is None:   # rows of the buffer's dtype, as they left
-            b = self.handle._buffer
-            self._fields = BlockTensors(self.handle, self._block, b.dtype, b._row_bytes, 0)
-        return self._fields
+        b = self.handle._buffer
+        return BlockTensors(self.handle, self._block, b.dtype, b._row_bytes, 0)   # rows of the buffer's dtype, as they left
 
-    @property
+    @cached_property
     def x(self):
         """Rows [N, hidden]."""
-        return self._tensors["x"] if self._x is None else self._x
+        return self._tensors.make("x")
 
-    @property
+    @cached_property
     def scales(self):
         """Scales of quantized rows, else None: float32 [N, hidden/128], or int32 [N, hidden/512] (UE8M0), in either layout."""
-        return self._tensors["scales"]
+        return self._tensors.make("scales")
 
-    @property
+    @cached_property
     def topk_weights(self):
         """[N] in the expert layout, [N, top_k] in the rank layout, float32; 0 where there is no pick."""
-        return self._tensors["weights"] if self._weights is None else self._weights
+        return self._tensors.make("weights")
 
-    @property
+    @cached_property
     def topk_ids(self):
         """Local expert ids [N, top_k] int64, -1 elsewhere (rank layout; None in the expert layout)."""
-        return None if self.handle.layout == "expert" else self._tensors["ids"]
+        return None if self.handle.layout == "expert" else self._tensors.make("ids")
+
+    @cached_property
+    def _source(self):
+        return self._tensors.make("source")
 
     @property
     def source_rank(self):
         """Rank that each row comes from, int64 [N]; -1 on padding."""
-        return self._tensors["source"] >> 32
+        return self._source >> 32
 
     @property
     def source_token(self):
         """Token at that rank, int64 [N]; -1 on padding."""
-        source = self._tensors["source"]
-        return torch.where(source < 0, source, source & 0xFFFFFFFF)
+        return torch.where(self._source < 0, self._source, self._source & 0xFFFFFFFF)
 
     @property
     def tokens_per_expert(self):
@@ -80,11 +84,13 @@ class Handle:
     there and passed to combine, it is read in place. .num_rows, .num_tokens, .layout.
     """
 
+    # What is None is made when it is first asked for.
+    _capacity = _made_plan = _made_output = _made_tensor = _made_counts = None
+
     def __init__(self, buffer, layout, capacity, num_rows, num_tokens, *, plan=None, output=None, tensor=None, counts=None):
         self._buffer, self._capacity = buffer, capacity
         self.layout, self.num_rows, self.num_tokens = layout, num_rows, num_tokens
-        # What is None is made when it is first asked for.
-        self._made_plan, self._made_output, self._made_tensor, self._made_counts, self._made_rows = plan, output, tensor, counts, None
+        self._made_plan, self._made_output, self._made_tensor, self._made_counts = plan, output, tensor, counts
 
     @property
     def _plan(self):
@@ -113,12 +119,10 @@ class Handle:
                 self._made_counts = _counts(plan.tokens_per_expert(n)), _counts(plan.rows_per_expert(n))
         return self._made_counts
 
-    @property
+    @cached_property
     def rows(self):
         """The experts' output, to be written: [N, hidden] in the window."""
-        if self._made_rows is None:
-            self._made_rows = view(self._output, 0, self._buffer.dtype, (self.num_rows, self._buffer.hidden))
-        return self._made_rows
+        return view(self._output, 0, self._buffer.dtype, (self.num_rows, self._buffer.hidden))
 
 
 core.return_as(Dispatched, Handle)
@@ -157,21 +161,16 @@ class Pending:
 
 
 class BlockTensors:
-    """The fields of a dispatch as views of its block, made when first asked for."""
+    """Makes the fields of a dispatch as views of its block."""
 
     def __init__(self, handle, block, dtype, row_bytes, scale_bytes, scale_dtype=torch.float32, scales_by_column=False):
         self._handle, self._block, self._dtype = handle, block, dtype
         self._row_bytes, self._scale_bytes = row_bytes, scale_bytes
         self._scale_dtype, self._by_column = scale_dtype, scales_by_column
-        self._made = {}
         self._offsets = None
 
-    def __getitem__(self, name):
-        if name not in self._made:
-            self._made[name] = self._make(name)
-        return self._made[name]
-
-    def _make(self, name):
+    def make(self, name):
+        """One of x, scales, weights, ids, source."""
         h = self._handle
         buffer, top_k = h._buffer, () if h.layout == "expert" else (h._buffer.top_k,)
         if name == "scales" and not self._scale_bytes:

@@ -55,7 +55,7 @@ def test_results_do_not_depend_on_the_fast_path(layout):
         buf, results = moecomm.Buffer(comm, hidden=64, num_experts=8, top_k=3, max_tokens=6), []
         for wrap in (lambda t: t, lambda t: t.as_subclass(Plain)):
             out = buf.dispatch(wrap(x), wrap(ids.to(torch.int32)), wrap(weights), layout=layout)
-            assert (out._block is None) == (wrap(x) is not x)   # only the fast path leaves the making of tensors for later
+            assert hasattr(out, "_block") == (wrap(x) is x)   # only the fast path leaves the making of tensors for later
             given = out.topk_weights if layout == "expert" else None
             y = buf.combine(wrap(out.x), out.handle, topk_weights=given if given is None else wrap(given))
             results.append([y.as_subclass(torch.Tensor), *(t.clone() for t in (out.x, out.topk_weights, out.source_rank, out.source_token, out.tokens_per_expert,

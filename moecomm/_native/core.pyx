@@ -300,12 +300,15 @@ cdef class Buffer:
             if plan.p.get().view.call.layout == capi.RowLayout.rank or not _read_vector(topk_weights, &weights, num_rows):
                 return None
             call.weights = <const float*>weights.data
-        if out is None:
-            out = _rows_at(None, NULL, &self.shape, num_tokens)
-        if not _read_rows(out, &y, &self.shape) or y.shape[0] != num_tokens:
-            return None
         call.rows = <const char*>terms.data
-        call.y = <char*>y.data
+        if out is None:
+            out = _rows_at(None, NULL, &self.shape, num_tokens, &call.y)
+            if out is None:
+                return None
+        else:
+            if not _read_rows(out, &y, &self.shape) or y.shape[0] != num_tokens:
+                return None
+            call.y = <char*>y.data
         with nogil:
             s = buffer.combine(call, plan.p.get()[0], output.b.get()[0])
         return out if s.code == capi.Code.ok else _failure(s)

@@ -11,18 +11,21 @@ def return_as(dispatched_type, handle_type):
 
 cdef object _dispatched(owner, layout, Plan plan, Block block, Block output, const capi.Shape& shape, int64_t rows, bint weighted):
     handle, dispatched = object.__new__(_handle_type), object.__new__(_dispatched_type)
-    handle._buffer, handle.layout, handle._capacity = owner, layout, None
+    handle._buffer, handle.layout = owner, layout
     handle.num_rows, handle.num_tokens = rows, plan.p.get().view.tokens
     handle._made_plan, handle._made_output = plan, output
-    handle._made_tensor = handle._made_rows = handle._made_counts = None
-    dispatched.handle, dispatched.lost_weight, dispatched._block, dispatched._fields = handle, None, block, None
-    # What is wanted of nearly every dispatch is made here.
+    dispatched.handle, dispatched._block = handle, block
+    # What is wanted of nearly every dispatch is made here: rows, and the weights that go into combine.
     cdef capi.CallShape* call = &plan.p.get().view.call
     cdef capi.BlockLayout at = capi.block_layout(rows, call[0], shape.top_k)
     cdef char* data = block.b.get().data()
     cdef bint by_rank = call.layout == capi.RowLayout.rank
-    dispatched._x = _rows_at(block, data + at.rows, &shape, rows) if rows else None
-    dispatched._weights = _tensor_at(block, data + at.weights, _FLOAT, 32, rows, shape.top_k if by_rank else 0) if rows and weighted else None
+    x = _rows_at(block, data + at.rows, &shape, rows) if rows else None
+    weights = _tensor_at(block, data + at.weights, _FLOAT, 32, rows, 0) if rows and weighted and not by_rank else None
+    if x is not None:
+        dispatched.x = x
+    if weights is not None:
+        dispatched.topk_weights = weights
     return dispatched
 
 

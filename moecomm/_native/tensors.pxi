@@ -105,8 +105,9 @@ cdef void _let_go(Managed* managed) noexcept nogil:
     free(piece)
 
 
-cdef object _tensor_at(object owner, char* data, int code, int bits, int64_t rows, int64_t columns):
-    """A tensor [rows, columns], or [rows] where columns is 0: of memory that lives as long as owner does, or (data is NULL) its own."""
+cdef object _tensor_at(object owner, char* data, int code, int bits, int64_t rows, int64_t columns, char** place=NULL):
+    """A tensor [rows, columns], or [rows] where columns is 0: of memory that lives as long as owner does, or (data is NULL) its own.
+    Where that lies goes to place."""
     cdef Piece* piece = NULL
     cdef void* made = NULL
     cdef size_t head = (sizeof(Piece) + 63) // 64 * 64, size = rows * max(columns, 1) * (bits // 8)
@@ -114,6 +115,8 @@ cdef object _tensor_at(object owner, char* data, int code, int bits, int64_t row
         raise MemoryError(f"a tensor of {size} bytes")
     if data == NULL:
         data = <char*>piece + head
+    if place != NULL:
+        place[0] = data
     piece.managed.major, piece.managed.minor = 1, 0
     piece.managed.context, piece.managed.deleter, piece.managed.flags = NULL, _let_go, 0
     piece.managed.tensor.data = data
@@ -135,15 +138,15 @@ cdef object _tensor_at(object owner, char* data, int code, int bits, int64_t row
     return tensor
 
 
-cdef object _rows_at(object owner, char* data, const capi.Shape* shape, int64_t rows):
+cdef object _rows_at(object owner, char* data, const capi.Shape* shape, int64_t rows, char** place=NULL):
     """Such a tensor of a buffer's rows."""
-    return _tensor_at(owner, data, _code_of(shape), _bits_of(shape), rows, shape.hidden)
+    return _tensor_at(owner, data, _code_of(shape), _bits_of(shape), rows, shape.hidden, place)
 
 
 cdef object _copied(const int64_t* numbers, int n):
     """A tensor int64 [n] of its own."""
-    cdef DLTensor t
-    tensor = _tensor_at(None, NULL, _INT, 64, n, 0)
-    if _exchange.read(<void*>tensor, &t) == 0:
-        memcpy(t.data, numbers, 8 * n)
+    cdef char* place = NULL
+    tensor = _tensor_at(None, NULL, _INT, 64, n, 0, &place)
+    if tensor is not None:
+        memcpy(place, numbers, 8 * n)
     return tensor
