@@ -74,7 +74,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
                  monitor=None):
         self.comm = comm
         comm._require_open("Buffer")
-        on_gpu = comm.device.type == "cuda"
+        on_gpu = comm._gpu is not None
 
         def arguments():
             env = Environment()

@@ -65,6 +65,6 @@ class Calls:
                 return run(first, *rest)
 
         then = lambda result: self._run_hooks("post_" + op, result)   # noqa: E731
-        if self.comm.device.type == "cuda":
+        if self.comm._gpu is not None:
             return cuda.Pending(self.comm, work, (first, rest), then)
         return Pending(self.comm._submit, work, (first, rest), then)

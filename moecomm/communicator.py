@@ -110,10 +110,10 @@ class Communicator(Shared):
         self.num_nodes = self.size // self.ranks_per_node
         self.node, self.local_rank = divmod(self.rank, self.ranks_per_node)
         self._stream = None   # of asynchronous calls, in the cuda world
-        on_gpu = self.device.type == "cuda"
+        self._gpu = self.device.index if self.device.type == "cuda" else None   # its number; None: the cpu world
         if self.num_nodes == 1:
             self.rail = "none"
-        elif on_gpu:
+        elif self._gpu is not None:
             self.rail = "loopback"   # unless the reach, below, knows better
         else:
             self._require_equal("Communicator", rails)
@@ -121,8 +121,8 @@ class Communicator(Shared):
             if self.rail == "loopback" and not boot.threads:
                 raise InvalidArgument("MOECOMM_RAIL: got 'loopback'; processes need ucx between nodes", op="Communicator", rank=self.rank)
         self._native = self._join("Communicator", lambda: core.Communicator(self.rank, self.size, self.ranks_per_node, boot.threads,
-                                                                            "none" if on_gpu else self.rail, self.timeout))
-        self._reach = cuda.reach_of(self, hosts) if on_gpu else None   # of its windows on GPUs
+                                                                            self.rail if self._gpu is None else "none", self.timeout))
+        self._reach = None if self._gpu is None else cuda.reach_of(self, hosts)   # of its windows on GPUs
         if self._reach is not None and self.num_nodes > 1 and self._reach.rail != "memory":
             self.rail = self._reach.rail
         _living.add(self)

@@ -116,7 +116,7 @@ def reach_of(comm, hosts):
     PeerTimeout
         A rank does not come.
     """
-    make, device = native().Reach, comm.device.index
+    make, device = native().Reach, comm._gpu
     threads = comm._bootstrap.threads
     ipc = [True] * comm.size if threads else comm._exchange(native().ipc_works(device))
     fabric = fabric_of(threads, hosts, ipc, Environment().cuda_fabric)
@@ -154,7 +154,7 @@ class NativeBuffer:
 
     def __init__(self, comm, plan, hidden, dtype, num_experts, top_k, max_tokens, arena_bytes, check):
         self._device = comm.device
-        self._buffer = native().Buffer((comm.rank, comm.size, comm.ranks_per_node), comm._reach, comm.device.index, hidden, dtype,
+        self._buffer = native().Buffer((comm.rank, comm.size, comm.ranks_per_node), comm._reach, comm._gpu, hidden, dtype,
                                        num_experts, top_k, max_tokens, plan.channels, plan.chunk_bytes, arena_bytes, check, plan.spread(), plan.stages, comm.timeout)
         self._stream = self._done = None
         self._bounds = comm.timeout, comm.rank
@@ -225,15 +225,19 @@ class Pending:
         return self.event.query()
 
 
+def memory_of(area):
+    """A piece of device memory that the extension describes, as a tensor that keeps it."""
+    return torch.as_tensor(area)
+
+
 def tensor_of(block, offset, dtype, shape):
     """A tensor of this shape at an offset (bytes) of a Block, which lives as long as the tensor."""
     count = dtype.itemsize
     for n in shape:
         count *= n
-    whole = torch.as_tensor(block)
-    return whole[offset:offset + count].view(dtype).view(shape)
+    return memory_of(block)[offset:offset + count].view(dtype).view(shape)
 
 
 def counts_of(counts):
     """A copy of int64 counts in a plan, made on the current stream: the plan's memory is used again later."""
-    return torch.as_tensor(counts).clone()
+    return memory_of(counts).clone()

@@ -40,7 +40,7 @@ class NativeDecode:
     def __init__(self, buffer, dtype, fail):
         comm = buffer.comm
         self._buffer, self._fail = buffer._native, fail
-        self._native = cuda.native().Decode((comm.rank, comm.size, comm.ranks_per_node), comm._reach, comm.device.index, buffer.hidden, dtype,
+        self._native = cuda.native().Decode((comm.rank, comm.size, comm.ranks_per_node), comm._reach, comm._gpu, buffer.hidden, dtype,
                                             buffer.num_experts, buffer.top_k, buffer.max_tokens, buffer._check, buffer._plan.spread(), comm.timeout)
         self._current = [None, None]
         self._bounds = comm.timeout, comm.rank

@@ -148,7 +148,7 @@ class Decode:
 
     def _make_native(self):
         buffer, fail = self.buffer, _Raiser(self.rank)
-        if buffer.comm.device.type == "cuda":
+        if buffer.comm._gpu is not None:
             return cuda_decode.NativeDecode(buffer, DTYPES[self.dtype], fail)
         return core.Decode(buffer.comm._native, buffer._native, buffer._check, fail)
 

@@ -122,7 +122,7 @@ class Handle:
     @cached_property
     def rows(self):
         """The experts' output, to be written: [N, hidden] in the window."""
-        return view(self._output, 0, self._buffer.dtype, (self.num_rows, self._buffer.hidden))
+        return view(self._output, 0, self._buffer.dtype, (self.num_rows, self._buffer.hidden), self._buffer.comm.device)
 
 
 core.return_as(Dispatched, Handle)
@@ -186,19 +186,18 @@ class BlockTensors:
             self._offsets = buffer._native.block_layout(h._plan, h.num_rows, self._row_bytes, self._scale_bytes, self._by_column)
         if name == "scales" and self._by_column:
             column = -(-h.num_rows // 4) * 4   # columns start on 16 bytes
-            return view(self._block, self._offsets[index], dtype, (*columns, column)).t()[:h.num_rows]
-        return view(self._block, self._offsets[index], dtype, (h.num_rows, *columns))
+            return view(self._block, self._offsets[index], dtype, (*columns, column), buffer.comm.device).t()[:h.num_rows]
+        return view(self._block, self._offsets[index], dtype, (h.num_rows, *columns), buffer.comm.device)
 
 
 _DLPACK = {torch.bfloat16: (4, 16), torch.float16: (2, 16), torch.float32: (2, 32), torch.float64: (2, 64), torch.int64: (0, 64)}   # code, bits
 
 
-def view(block, offset, dtype, shape):
+def view(block, offset, dtype, shape, device):
     """A tensor of one or two dimensions at an offset of a block, which lives as long as the tensor."""
-    on_gpu = hasattr(block, "__cuda_array_interface__")
     if 0 in shape:
-        return torch.empty(shape, dtype=dtype, device="cuda" if on_gpu else "cpu")
-    if on_gpu:
+        return torch.empty(shape, dtype=dtype, device=device)
+    if hasattr(block, "__cuda_array_interface__"):
         return cuda.tensor_of(block, offset, dtype, shape)
     rows, columns = shape if len(shape) == 2 else (*shape, 0)
     made = core.tensor_at(block, offset, *_DLPACK[dtype], rows, columns) if dtype in _DLPACK else None

@@ -1,14 +1,12 @@
-"""The cuda world's decode path, quantization and streams, on a GPU. Everything here is skipped, with the reason, where there is none."""
+"""The cuda world's decode path, quantization and streams, on a GPU, and as far as it goes on an emulated one (tests/emulated_gpu.py)."""
 
 import pytest
 import torch
+from emulated_gpu import gpu, real_gpu  # noqa: F401 - a fixture
 from worlds import assert_same, random_world
 
 import moecomm
-from moecomm import cuda, quant, reference, reference_quant
-
-NO_GPU = cuda.why_not()
-pytestmark = pytest.mark.skipif(NO_GPU is not None, reason=f"needs a GPU: {NO_GPU}")
+from moecomm import quant, reference, reference_quant
 
 HIDDEN, EXPERTS_PER_RANK, TOP_K, MAX_TOKENS = 512, 4, 4, 16
 
@@ -55,7 +53,7 @@ def expect_received(recv, want, what):
 @pytest.mark.parametrize("scheme", [None, "fp8", "fp8_ue8m0"])
 @pytest.mark.parametrize("weights_travel", [False, True])
 @pytest.mark.parametrize("wire", [None, "fp8", "logfmt10"])
-def test_decode_steps(nodes, per_node, scheme, weights_travel, wire):
+def test_decode_steps(gpu, nodes, per_node, scheme, weights_travel, wire):   # noqa: F811
     """Epochs of both parities, hooks called late, rows in place and staged, outputs poisoned."""
     size = nodes * per_node
     worlds = [make_world(size, seed=10 * size + n) for n in range(5)]
@@ -83,6 +81,7 @@ def test_decode_steps(nodes, per_node, scheme, weights_travel, wire):
     moecomm.run_local(rank_main, size, ranks_per_node=per_node, device="cuda:0")
 
 
+@real_gpu
 @pytest.mark.parametrize("nodes,per_node", [(1, 2), (2, 1)])
 def test_three_captured_steps_replayed_101_times(nodes, per_node):
     """An odd number of epochs per replay and in all: the epochs are the device's. Inputs change in place between replays."""
@@ -136,6 +135,7 @@ def test_three_captured_steps_replayed_101_times(nodes, per_node):
     moecomm.run_local(rank_main, size, ranks_per_node=per_node, device="cuda:0")
 
 
+@real_gpu
 def test_a_capture_must_be_whole():
     """What was sent before it and not received ends it with an error that says so; handles do not cross its ends."""
     def rank_main(comm):
@@ -156,7 +156,7 @@ def test_a_capture_must_be_whole():
     moecomm.run_local(rank_main, 1, ranks_per_node=1, device="cuda:0")
 
 
-def test_bad_ids_are_told_by_the_next_call():
+def test_bad_ids_are_told_by_the_next_call(gpu):   # noqa: F811
     """The kernel refuses before anything moves; the buffer stays usable."""
     def rank_main(comm):
         buf = make_buffer(comm)
@@ -174,7 +174,7 @@ def test_bad_ids_are_told_by_the_next_call():
     moecomm.run_local(rank_main, 1, ranks_per_node=1, device="cuda:0")
 
 
-def test_a_missing_rank_times_out_in_decode():
+def test_a_missing_rank_times_out_in_decode(gpu):   # noqa: F811
     """The kernel ends by its own deadline and the error names the suspect; the context survives."""
     def rank_main(comm):
         buf = make_buffer(comm)
@@ -190,6 +190,7 @@ def test_a_missing_rank_times_out_in_decode():
     moecomm.run_local(rank_main, 2, ranks_per_node=2, device="cuda:0", timeout=3.0)
 
 
+@real_gpu
 def test_async_op_orders_the_callers_stream():
     """The call starts after what the caller's stream has in flight, and wait() makes that stream wait for the call's event, not the host."""
     size = 2
@@ -240,6 +241,7 @@ def same_tensors(got, want, what):
         assert_same(g, w, what)
 
 
+@real_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [(1, 128), (3, 48), (130, 17), (257, 200), (64, 7168)])
 def test_quantization_equals_the_cpu(dtype, shape):

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
+from emulated_gpu import NO_GPU, gpu, real_gpu  # noqa: F401 - a fixture
 from worlds import assert_same
 
 import moecomm
 from bench import device, device_decode, tune
-from moecomm import cuda, reference, tuning
+from moecomm import reference, tuning
 
-NO_GPU = cuda.why_not()
 SHAPE = device.Shape(tokens=29, hidden=16, experts=32, top_k=4, groups=8, top_groups=4)
 
 
@@ -95,18 +95,14 @@ def test_benchmarks_say_why(command):
     assert run.returncode == 2 and "nothing to measure" in run.stdout, run.stdout + run.stderr
 
 
-# -- on a GPU ----------------------------------------------------------------------------------------------------------
+# -- on a GPU, real or emulated ----------------------------------------------------------------------------------------------------------
 
-gpu = pytest.mark.skipif(NO_GPU is not None, reason=f"needs a GPU: {NO_GPU}")
-
-
-@gpu
-def test_small_worlds():
+def test_small_worlds(gpu):   # noqa: F811
     assert device.check_small_worlds("cuda:0") == 32
     assert device_decode.check_small_worlds("cuda:0") == 8
 
 
-@gpu
+@real_gpu
 def test_graphs_replay():
     """Three captured calls, replayed 101 times with new inputs in place, equal the oracle at the end."""
     world = device.small_world(2, seed=5)
@@ -136,8 +132,7 @@ def test_graphs_replay():
     moecomm.run_local(rank_main, 2, ranks_per_node=1, device="cuda:0")
 
 
-@gpu
-def test_a_missing_rank_times_out():
+def test_a_missing_rank_times_out(gpu):   # noqa: F811
     """The kernel ends by its own deadline, the context survives, and the error names the suspect."""
     def rank_main(comm):
         buf = moecomm.Buffer(comm, hidden=64, num_experts=4, top_k=2, max_tokens=4, num_sms=2)

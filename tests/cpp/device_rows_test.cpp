@@ -34,7 +34,7 @@ void on_warp(Work&& work) {
     const DeviceFabric<LoopbackDeviceRail> fabric{&links, LoopbackDeviceRail{region}, scratch, ~uint64_t{0}};
     work(g, fabric);
     fabric.settle(g);
-    if (g.lane() == 0) CHECK(emulated::engine.loads.empty() && emulated::engine.groups.empty());
+    if (g.lane() == 0) CHECK(emulated::engine().loads.empty() && emulated::engine().groups.empty());
   });
 }
 

@@ -20,14 +20,7 @@ template <class Rail>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) dispatch_kernel(const __grid_constant__ DispatchLaunch launch) {
   run_warp<Rail>(launch.call, [&](Warp g, auto fabric, auto gates, Seat seat) {
     return dispatch_seat(g, fabric, gates, launch.work, seat, [&launch, g] {
-      if (g.lane() != 0 || !launch.placed) return;
-      const DispatchArgs& a = launch.work.args;
-      const int me = a.b.geometry.local();
-      launch.placed->rows = a.plan.call.capacity >= 0 ? a.plan.call.capacity : a.plan.rank_rows[me];
-      launch.placed->needed = a.needed[me];
-      launch.placed->offset = a.target[me].rows;
-      launch.placed->verdict = a.verdict->code;
-      ptx::store_release_sys(&launch.placed->ticket, launch.ticket);
+      if (g.lane() == 0 && launch.placed) tell_placed(launch);
     });
   });
 }

@@ -6,6 +6,9 @@
 
 namespace moecomm::cuda {
 
+// What waits inside a rank waits that much longer than what waits for a peer: the record of a missed deadline is to name the peer.
+constexpr uint64_t kGrace = 100'000'000;   // ns
+
 // Gates are counters in this rank's device memory, released and acquired at GPU scope.
 template <class Fabric>
 struct DeviceGates {
@@ -33,7 +36,7 @@ struct DeviceGates {
     for (int polls = 1; s.ok() && ptx::load_acquire_gpu(count) < at_least; ++polls) {
       if (polls % kPollsPerCheck) continue;
       if (fabric.failed()) s = {Code::lost, Phase::none, fabric.links->geometry.rank, 1, 0, 0};
-      else if (ptx::nanoseconds() >= fabric.deadline) s = {Code::timeout, Phase::none, fabric.links->geometry.rank, which, at_least, *count};
+      else if (ptx::nanoseconds() >= fabric.deadline + kGrace) s = {Code::timeout, Phase::none, fabric.links->geometry.rank, which, at_least, *count};
     }
     ptx::proxy_fence();
     return s;
@@ -72,6 +75,17 @@ __device__ void take_part(G g, const Call& call, Rail rail, char* shared, Role r
   auto* totals = reinterpret_cast<unsigned long long*>(call.links.counters);
   for (unsigned i = 0; i < sizeof(Counters) / 8; ++i)
     if (counted[i]) atomicAdd(totals + i, counted[i]);
+}
+
+// One lane, for a host that waits: how many rows there will be, and where.
+inline __device__ void tell_placed(const DispatchLaunch& launch) {
+  const DispatchArgs& a = launch.work.args;
+  const int me = a.b.geometry.local();
+  launch.placed->rows = a.plan.call.capacity >= 0 ? a.plan.call.capacity : a.plan.rank_rows[me];
+  launch.placed->needed = a.needed[me];
+  launch.placed->offset = a.target[me].rows;
+  launch.placed->verdict = a.verdict->code;
+  ptx::store_release_sys(&launch.placed->ticket, launch.ticket);
 }
 
 // Calls role(warp, fabric, gates, seat); all warps of a call do so once, each with its own index.

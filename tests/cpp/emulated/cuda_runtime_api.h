@@ -8,10 +8,11 @@
 #include <utility>
 #include <vector>
 
-enum cudaError_t { cudaSuccess, cudaErrorPeerAccessAlreadyEnabled };
+enum cudaError_t { cudaSuccess, cudaErrorPeerAccessAlreadyEnabled, cudaErrorNotReady, cudaErrorNotSupported };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
-enum { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaHostAllocPortable, cudaHostAllocMapped, cudaIpcMemLazyEnablePeerAccess };
+enum { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaHostAllocPortable, cudaHostAllocMapped, cudaIpcMemLazyEnablePeerAccess };
 struct cudaIpcMemHandle_t { char reserved[64]; };
+struct cudaDeviceProp { struct { char bytes[16]; } uuid; };
 
 namespace emulated {
 
@@ -49,6 +50,13 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
   return cudaSuccess;
 }
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, int) { std::memcpy(to, from, bytes); return cudaSuccess; }
+inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t stream) {
+  stream->enqueue([=] { std::memcpy(to, from, bytes); });
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) { *p = {}; return cudaSuccess; }
 inline cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t*, void*) { return cudaSuccess; }
 inline cudaError_t cudaIpcOpenMemHandle(void**, cudaIpcMemHandle_t, unsigned) { return cudaSuccess; }
 inline cudaError_t cudaIpcCloseMemHandle(void*) { return cudaSuccess; }

@@ -7,12 +7,10 @@
 #include <chrono>
 #include <cstdint>
 #include <cstring>
-#include <deque>
-#include <map>
 #include <vector>
 
 #include "check.hpp"
-#include "exec/team.hpp"
+#include "lanes.hpp"   // as threads or as fibers
 
 #define __device__
 
@@ -20,26 +18,6 @@ struct uint4 { uint32_t x, y, z, w; };
 
 namespace emulated {
 
-struct WarpState {
-  moecomm::TeamState team{32};
-  uint32_t words[32];
-};
-// A block's barriers are between the warps of one squad each, all squads as large.
-struct BlockState {
-  BlockState(int warps, int squad_warps) : warps(warps) {
-    for (int i = 0; i < warps / squad_warps; ++i) squads.emplace_back(32 * squad_warps);
-    per_squad = squad_warps;
-  }
-  std::deque<WarpState> warps;
-  std::deque<moecomm::TeamState> squads;
-  int per_squad;
-};
-struct Lane { unsigned x; };
-inline thread_local Lane lane{0};
-inline thread_local WarpState* warp = nullptr;
-inline thread_local BlockState* block = nullptr;
-
-inline void sync() { warp->team.sync(); }
 inline uint32_t shuffle(uint32_t v, int from) {
   warp->words[lane.x % 32] = v;
   sync();
@@ -47,45 +25,6 @@ inline uint32_t shuffle(uint32_t v, int from) {
   sync();
   return out;
 }
-
-// role() on the threads of a block.
-template <class Role>
-void run_block(int warps, int squad_warps, Role&& role) {
-  BlockState state(warps, squad_warps);
-  std::vector<std::jthread> threads;
-  for (int i = 0; i < 32 * warps; ++i)
-    threads.emplace_back([&, i] {
-      lane.x = static_cast<unsigned>(i);
-      warp = &state.warps[i / 32];
-      block = &state;
-      role();
-    });
-}
-template <class Role>
-void run_warp(Role&& role) { run_block(1, 1, role); }
-
-struct Engine {
-  struct Load { void* stage; const void* from; uint32_t bytes; };
-  struct Store { void* to; const void* stage; uint32_t bytes; std::vector<char> data; };
-  struct Group { std::vector<Store> stores; bool read = false; };
-  std::map<uint64_t*, Load> loads;
-  Group open;
-  std::deque<Group> groups;
-
-  void read(Group& g) {
-    if (!g.read)
-      for (Store& s : g.stores) s.data.assign(static_cast<const char*>(s.stage), static_cast<const char*>(s.stage) + s.bytes);
-    g.read = true;
-  }
-  bool in_use(const void* stage, uint32_t bytes) const {
-    const auto* begin = static_cast<const char*>(stage);
-    for (const Group& g : groups)
-      for (const Store& s : g.stores)
-        if (!g.read && static_cast<const char*>(s.stage) < begin + bytes && begin < static_cast<const char*>(s.stage) + s.bytes) return true;
-    return false;
-  }
-};
-inline thread_local Engine engine;   // lane 0's
 
 }  // namespace emulated
 
@@ -113,9 +52,9 @@ namespace moecomm::ptx {
 
 constexpr bool kBulk = true;
 
-// Whoever polls lets others run: there are many more lanes than cores.
+// Whoever polls lets others run.
 inline uint64_t load_acquire_sys(const uint64_t* p) {
-  std::this_thread::yield();
+  emulated::pause();
   return __atomic_load_n(p, __ATOMIC_ACQUIRE);
 }
 inline uint64_t load_acquire_gpu(const uint64_t* p) { return load_acquire_sys(p); }
@@ -124,9 +63,9 @@ inline void add_release_gpu(uint64_t* p, uint64_t v) { __atomic_fetch_add(p, v, 
 inline uint64_t fetch_add_acq_rel_gpu(uint64_t* p, uint64_t v) { return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL); }
 inline void store_release_sys(uint64_t* p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
 inline void block_barrier(int id, int threads) {
-  moecomm::TeamState& squad = emulated::block->squads[(id - 1) / emulated::block->per_squad];
+  auto& squad = emulated::block->squads[(id - 1) / emulated::block->per_squad];
   CHECK_EQ(squad.size(), threads);
-  squad.sync();
+  emulated::sync(squad);
 }
 inline uint64_t nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1); }
 
@@ -144,14 +83,14 @@ inline void store16(void* p, uint4 v) {
 inline void proxy_fence() {}
 inline void barrier_init(uint64_t* barrier) { *barrier = 0; }   // phases that have ended
 inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
-  auto& e = emulated::engine;
+  auto& e = emulated::engine();
   CHECK(bytes % 16 == 0 && reinterpret_cast<uintptr_t>(shared) % 16 == 0 && reinterpret_cast<uintptr_t>(global) % 16 == 0);
   CHECK(!e.in_use(shared, bytes));
   CHECK(e.loads.emplace(barrier, emulated::Engine::Load{shared, global, bytes}).second);
   std::memset(shared, 0xee, bytes);
 }
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
-  auto& e = emulated::engine;
+  auto& e = emulated::engine();
   const auto found = e.loads.find(barrier);
   CHECK(found != e.loads.end());
   if (found == e.loads.end()) return;
@@ -162,20 +101,20 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
 }
 inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
   CHECK(bytes % 16 == 0 && reinterpret_cast<uintptr_t>(global) % 16 == 0);
-  emulated::engine.open.stores.push_back({global, shared, bytes, {}});
+  emulated::engine().open.stores.push_back({global, shared, bytes, {}});
 }
 inline void bulk_commit() {
-  auto& e = emulated::engine;
+  auto& e = emulated::engine();
   e.groups.push_back(std::move(e.open));
   e.open = {};
 }
 template <int kPending>
 inline void bulk_wait_read() {
-  auto& e = emulated::engine;
+  auto& e = emulated::engine();
   for (size_t i = 0; i + kPending < e.groups.size(); ++i) e.read(e.groups[i]);
 }
 inline void bulk_wait_all() {
-  auto& e = emulated::engine;
+  auto& e = emulated::engine();
   CHECK(e.open.stores.empty());
   for (auto& g : e.groups) {
     e.read(g);

@@ -1,0 +1,8 @@
+// In place of the test harness's: what an emulated GPU finds wrong ends the process that uses it.
+#pragma once
+#include <cstdio>
+#include <cstdlib>
+
+#define CHECK(expression) \
+  do { if (!(expression)) { std::fprintf(stderr, "%s:%d: %s is false\n", __FILE__, __LINE__, #expression); std::abort(); } } while (0)
+#define CHECK_EQ(a, b) CHECK((a) == (b))
