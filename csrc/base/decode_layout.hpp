@@ -54,6 +54,7 @@ struct DecodeWindowLayout {
   uint64_t scales;     // per parity and own expert: scale_bytes for each row of x, columns padded to 16 bytes
   uint64_t rows;       // as x
   uint64_t coded;      // slot per parity, rank of another node, slot and pick: answers in another format, leaving
+  uint64_t signs;      // checksum per parity, source rank, token and k: of the answer to that pick (written only when checks are on)
   uint64_t bytes;
 };
 
@@ -82,6 +83,7 @@ MOE_HD constexpr DecodeWindowLayout decode_window_layout(const Geometry& g, cons
   l.scales = c.take(2 * experts * decode_scale_area(g, s), 4096);
   l.rows = c.take(packed * s.combine_row_bytes(), 4096);
   l.coded = c.take(2 * (g.size - p) * t * decode_picks_per_rank(g, s) * s.slot_bytes(), 4096);
+  l.signs = c.take(8 * 2 * g.size * t * k, 4096);
   l.bytes = align_up(c.at, 4096);
   return l;
 }
@@ -93,6 +95,7 @@ struct DecodeRegionLayout {
   uint64_t outbox;     // FaultWord on its way out
   uint64_t messages;   // per parity, rank of another node and slot
   uint64_t answers;    // slot per parity, token and k
+  uint64_t signs;      // checksum per parity, token and k: of the answer there (written only when checks are on)
   uint64_t bytes;
 };
 
@@ -107,6 +110,7 @@ MOE_HD constexpr DecodeRegionLayout decode_region_layout(const Geometry& g, cons
   l.outbox = c.take(sizeof(FaultWord));
   l.messages = c.take(2 * remote * t * decode_message_bytes(s));
   l.answers = c.take(remote ? 2 * t * s.top_k * s.slot_bytes() : 0);
+  l.signs = c.take(remote ? 8 * 2 * t * s.top_k : 0);
   l.bytes = align_up(c.at, 4096);
   return l;
 }

@@ -79,6 +79,9 @@ struct DecodeView {
     const uint64_t row = (uint64_t(parity) * remote() + remote_rank(to, geometry.rank)) * shape.max_tokens + slot;
     return window.coded + (row * decode_picks_per_rank(geometry, shape) + pick) * shape.slot_bytes();
   }
+  MOE_HD uint64_t signs(int parity, int source) const {
+    return window.signs + uint64_t{8} * (parity * geometry.size + source) * shape.max_tokens * shape.top_k;
+  }
 
   // Region offsets.
   MOE_HD uint64_t remote_sent_flag(int parity, int rank) const { return region.sent + 8 * (parity * geometry.size + rank); }
@@ -87,6 +90,9 @@ struct DecodeView {
     return region.messages + ((uint64_t(parity) * remote() + remote_rank(from, at)) * shape.max_tokens + slot) * decode_message_bytes(shape);
   }
   MOE_HD uint64_t answer(int parity, int token, int k) const { return region.answers + answer_index(parity, token, k) * shape.slot_bytes(); }
+  MOE_HD uint64_t landed_sign(int parity, int64_t pick) const {
+    return region.signs + uint64_t{8} * (uint64_t(parity) * shape.max_tokens * shape.top_k + pick);
+  }
 
  private:
   MOE_HD int remote() const { return geometry.size - geometry.ranks_per_node; }

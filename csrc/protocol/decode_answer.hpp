@@ -5,6 +5,7 @@
 // Weighted answers: one row per token, the weighted sum of its picks here in their order, rounded (or coded) once.
 #pragma once
 #include "protocol/decode.hpp"
+#include "protocol/decode_verify.hpp"
 
 namespace moecomm {
 
@@ -54,13 +55,15 @@ MOE_HD void decode_answer(G g, F f, const DecodeCombineArgs& a, int source, int 
   const uint64_t row_bytes = d.shape.combine_row_bytes(), answer_bytes = d.shape.wire_bytes(wire);
   const int64_t bank = static_cast<int64_t>(turn.bank * d.packed_rows());
   int answers = 0;
-  for (int i = begin; i < end && (turn.weighted || !near); ++i) {
+  const bool moves = turn.weighted || !near;   // else the rows stay where they are, and are signed at most
+  for (int i = begin; i < end && (moves || d.check); ++i) {
     const int32_t* note = detail::arrived(d, turn, source, i);
     const int32_t token = note[0];
     const int32_t* places = detail::decode_places(f, d, turn, source, token);
     const auto put = [&](int k, const char* answer) {
       if (!near && g.lane() == 0) f.put(source, d.answer(parity, token, k), answer, answer_bytes);
-      ++answers;
+      if (d.check && g.lane() == 0) verify::sign_answer(f, a, source, token, k, answer, answer_bytes);
+      answers += moves;
     };
     int first = -1, picks = 0;
     for (int k = 0; k < k_max; ++k) {

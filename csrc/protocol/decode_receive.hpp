@@ -3,10 +3,10 @@
 //   decode_accept         waits for the source's flag
 //   decode_number         messages [begin, end): notes what they are about; gives each row the next place of its expert
 //   decode_shift_places   what was numbered from 0 in slices: behind the slices before
-//   decode_pack           copies the rows there
+//   decode_pack           copies the rows there; checked, it ends at the first that is wrong
 #pragma once
-#include "base/checksum.hpp"
 #include "protocol/decode.hpp"
+#include "protocol/decode_verify.hpp"
 #include "protocol/quantize.hpp"
 
 namespace moecomm {
@@ -47,7 +47,7 @@ MOE_HD void decode_number(G g, F f, const DecodeReceiveArgs& a, int source, int 
   for (int i = begin + g.lane(); i < end; i += g.size()) {
     int32_t* note = detail::arrived(d, turn, source, i);
     const auto* header = reinterpret_cast<const DecodeHeader*>(detail::decode_message(f, d, turn, source, i, wanted ? wanted[i] : 0));
-    note[0] = header->token;
+    note[0] = d.check ? verify::token_in_range(d, header->token) : header->token;
     for (int k = 0; k < k_max; ++k) {
       const int e = header->pick()[k].expert - d.first_expert();
       note[1 + k] = e < 0 || e >= per_rank ? -1 : e;
@@ -99,10 +99,6 @@ MOE_HD Status decode_pack(G g, F f, const DecodeReceiveArgs& a, int source, int 
     const int32_t* places = detail::decode_places(f, d, turn, source, note[0]);
     const char* message = detail::decode_message(f, d, turn, source, i, note[0]);
     const char* row = message + header_bytes;
-    if (d.check) {
-      const uint64_t sent = reinterpret_cast<const DecodeHeader*>(message)->checksum, got = row_checksum(row, call.row_bytes, note[0]);
-      if (got != sent) return {Code::corrupt, Phase::arrive, source, note[0], sent, got};
-    }
     int copies = 0;
     for (int k = 0; k < k_max; ++k) {
       const int e = note[1 + k];
@@ -113,6 +109,9 @@ MOE_HD Status decode_pack(G g, F f, const DecodeReceiveArgs& a, int source, int 
       ++copies;
     }
     replicated += copies - 1;
+    if (!d.check) continue;
+    f.settle(g);
+    MOE_TRY(leader(g, [&] { return verify::packed_rows(f, a, source, message, note, places); }));
   }
   if (g.lane() == 0) f.counters().replicated_rows += replicated;
   g.sync();

@@ -5,8 +5,8 @@
 //   decode_send          each row read once, staged with its header, put to the remote ranks that want it
 //   decode_announce      after all slices: the flag, with the number of messages behind it
 #pragma once
-#include "base/checksum.hpp"
 #include "protocol/decode.hpp"
+#include "protocol/decode_verify.hpp"
 #include "protocol/plan.hpp"
 #include "protocol/quantize.hpp"
 
@@ -92,7 +92,9 @@ MOE_HD void decode_send(G g, F f, const DecodeSendArgs& a, int begin, int end) {
     g.sync();
     if (g.lane() != 0) continue;
     header->token = t;
-    if (d.check) header->checksum = row_checksum(a.quantizes() ? row : x, turn.call.row_bytes, t);
+    if (d.check)   // of what the caller gave, where it goes as it is
+      header->checksum = verify::message_checksum(d, turn, header, me, t, a.quantizes() ? row : x,
+                                                  a.quantizes() ? row + align16(turn.call.row_bytes) : a.scales + t * turn.call.scale_bytes, 1);
     count.quantized_rows += a.quantizes();
     for (int k = 0; k < k_max; ++k) {
       if (slots[k] < 0) continue;

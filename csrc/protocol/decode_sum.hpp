@@ -5,6 +5,7 @@
 //                        answers: their sum, in the order of each rank's first pick
 #pragma once
 #include "protocol/decode.hpp"
+#include "protocol/decode_verify.hpp"
 
 namespace moecomm {
 
@@ -91,8 +92,34 @@ MOE_HD Terms decode_terms(G g, F f, const DecodeCombineArgs& a, int t) {
 
 }  // namespace detail
 
+namespace detail {
+
+// Token t's answers are what their owners signed.
+template <class F>
+MOE_HD Status verify_answers(F f, const DecodeCombineArgs& a, int t) {
+  const DecodeView& d = a.d;
+  const DecodeTurn& turn = a.turn;
+  const int parity = turn.parity();
+  for (int k = 0; k < d.shape.top_k; ++k) {
+    const int64_t at = int64_t{t} * d.shape.top_k + k;
+    if (turn.ids[at] < 0 || (turn.weighted && turn.slot[at] < 0)) continue;
+    const int r = d.owner(turn.ids[at]);
+    const char* answer;
+    if (!d.near(r)) answer = f.rail(d.answer(parity, t, k));
+    else if (turn.weighted) answer = f.window(d.geometry.local(), d.sum(parity, t, k));
+    else {
+      const int32_t place = reinterpret_cast<const int32_t*>(f.window(d.local(r), d.places(parity, d.geometry.rank)))[at];
+      answer = f.window(d.local(r), d.rows(0)) + place * d.shape.combine_row_bytes();
+    }
+    MOE_TRY(verify::answered_row(f, a, t, k, r, answer));
+  }
+  return {};
+}
+
+}  // namespace detail
+
 template <Group G, class F>
-MOE_HD void decode_sum(G g, F f, const DecodeCombineArgs& a, int begin, int end) {
+MOE_HD Status decode_sum(G g, F f, const DecodeCombineArgs& a, int begin, int end) {
   const uint64_t row_bytes = a.d.shape.combine_row_bytes();
   const float* no_bias = nullptr;
   // While one row is summed the next one's terms are known, so that the fabric can fetch them ahead.
@@ -100,11 +127,13 @@ MOE_HD void decode_sum(G g, F f, const DecodeCombineArgs& a, int begin, int end)
   Terms next = terms_of(begin);
   g.sync();
   for (int t = begin; t < end; ++t) {
+    if (a.d.check) MOE_TRY(leader(g, [&] { return detail::verify_answers(f, a, t); }));
     const Terms now = next;
     next = terms_of(t + 1);
     f.reduce_rows(g, a.y + t * row_bytes, now, &next, no_bias, a.d.shape.hidden, a.d.shape.dtype);
     g.sync();
   }
+  return {};
 }
 
 }  // namespace moecomm

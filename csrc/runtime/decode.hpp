@@ -52,6 +52,7 @@ class Decode {
   Counters counters();                         // since the last take_counters
   Counters take_counters();                    // and reset
   void set_stream_threshold(uint64_t bytes) { stream_threshold_ = bytes; }
+  void set_fault(Fault fault) { reach_.host().fault = std::move(fault); }   // tests only: see fabric/fault.hpp
 
  private:
   struct Turn {

@@ -261,6 +261,7 @@ cdef extern from "runtime/decode.hpp" namespace "moecomm" nogil:
         Counters counters()
         Counters take_counters()
         void set_stream_threshold(uint64_t)
+        void set_fault(Fault)
         @staticmethod
         uint64_t bytes(const Geometry&, const Shape&)
 

@@ -166,6 +166,15 @@ include "tensors.pxi"
 include "results.pxi"
 
 
+cdef capi.Fault _fault(str point, str action, int64_t passes, str phase):
+    cdef capi.Fault fault
+    fault.point = <capi.FaultPoint><int>_POINTS.index(point)
+    fault.action = <capi.FaultAction><int>_ACTIONS.index(action)
+    fault.phase = <capi.Phase><int>_PHASES.index(phase)
+    fault.passes = passes
+    return fault
+
+
 cdef tuple _hops(const capi.Counters& c):
     return (c.rail.logical_rows, c.rail.physical_rows, c.rail.logical_bytes, c.rail.physical_bytes,
             c.node.logical_rows, c.node.physical_rows, c.node.logical_bytes, c.node.physical_bytes, c.replicated_rows)
@@ -368,12 +377,7 @@ cdef class Buffer:
     def set_fault(self, str point, str action, int64_t passes=0, str phase="none"):
         """Tests only: at the point ("put", "copy", "reduce", "wait") of this rank's calls, passed unharmed `passes` times,
         a row is damaged or left out ("damage", "omit"), or the process stops or dies ("stop", "kill")."""
-        cdef capi.Fault fault
-        fault.point = <capi.FaultPoint><int>_POINTS.index(point)
-        fault.action = <capi.FaultAction><int>_ACTIONS.index(action)
-        fault.phase = <capi.Phase><int>_PHASES.index(phase)
-        fault.passes = passes
-        self.b.get().set_fault(fault)
+        self.b.get().set_fault(_fault(point, action, passes, phase))
 
 
 include "decode.pxi"

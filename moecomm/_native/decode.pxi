@@ -236,6 +236,10 @@ cdef class Decode:
     def set_stream_threshold(self, uint64_t bytes):
         self.d.get().set_stream_threshold(bytes)
 
+    def set_fault(self, str point, str action, int64_t passes=0, str phase="none"):
+        """Tests only: as Buffer.set_fault, in the decode path."""
+        self.d.get().set_fault(_fault(point, action, passes, phase))
+
 
 cdef class DecodeFloor:
     """A decode step's bytes and flags without anything else, for benchmarks."""

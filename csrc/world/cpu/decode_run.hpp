@@ -54,8 +54,7 @@ Status run_decode_combine_send(G g, F f, const DecodeCombineArgs& a) {
 template <Group G, class F>
 Status run_decode_combine_receive(G g, F f, const DecodeCombineArgs& a) {
   MOE_TRY(decode_wait_answers(g, f, a));
-  decode_sum(g, f, a, 0, a.turn.tokens);
-  return {};
+  return decode_sum(g, f, a, 0, a.turn.tokens);
 }
 
 }  // namespace moecomm

@@ -195,7 +195,7 @@ MOE_HD Status answer_seat(G g, F f, Meeting meeting, const DecodeCombineWork& w,
     stage_rows(g, f, w, a.turn, index, groups);
     MOE_TRY(meeting.meet(g));
   }
-  if (a.turn.weighted || d.geometry.nodes() > 1)
+  if (a.turn.weighted || d.geometry.nodes() > 1 || d.check)
     for (int i = index; i < size * parts; i += groups) {
       const int source = (d.geometry.rank + 1 + i / parts) % size, got = a.turn.got[source];
       decode_answer(g, f, a, source, channel_begin(got, i % parts, parts), channel_begin(got, i % parts + 1, parts));
@@ -211,8 +211,8 @@ template <Group G, class F>
 MOE_HD Status sum_seat(G g, F f, const DecodeCombineWork& w, const DecodeCombineArgs& a, int index, int groups) {
   const int tokens = a.turn.tokens, begin = channel_begin(tokens, index, groups), end = channel_begin(tokens, index + 1, groups);
   MOE_TRY(expect_stage(g, index, w.clock, a.turn.epoch, DecodeStage::answered));
-  const Status s = decode_wait_answers(g, f, a, begin, end);
-  if (s.ok()) decode_sum(g, f, a, begin, end);
+  Status s = decode_wait_answers(g, f, a, begin, end);
+  if (s.ok()) s = decode_sum(g, f, a, begin, end);
   if (s.ok() || s.code == Code::mismatch) set_stage(g, index, w.clock, a.turn.epoch, DecodeStage::done);
   return s;
 }

@@ -90,8 +90,7 @@ Status sim_decode_combine_receive(SimNet& net, F f, const DecodeCombineArgs& a, 
   Crew crew(net, a.d.geometry.rank);
   for (int w = 0; w < workers; ++w)
     crew.start("decode sum", w, [&, w] {
-      decode_sum(g, f, a, channel_begin(a.turn.tokens, w, workers), channel_begin(a.turn.tokens, w + 1, workers));
-      return Status{};
+      return decode_sum(g, f, a, channel_begin(a.turn.tokens, w, workers), channel_begin(a.turn.tokens, w + 1, workers));
     });
   return crew.join();
 }
