@@ -157,7 +157,7 @@ class NativeBuffer:
         self._buffer = native().Buffer((comm.rank, comm.size, comm.ranks_per_node), comm._reach, comm._gpu, hidden, dtype,
                                        num_experts, top_k, max_tokens, plan.channels, plan.chunk_bytes, arena_bytes, check, plan.spread(), plan.stages, comm.timeout)
         self._stream = self._done = None
-        self._bounds = comm.timeout, comm.rank
+        self._comm, self._bounds = comm, (comm.timeout, comm.rank)
         for name in ("card", "connected", "release", "owns", "block_layout", "arena", "take_counters", "fault"):
             setattr(self, name, getattr(self._buffer, name))
 
@@ -171,11 +171,17 @@ class NativeBuffer:
         return torch.cuda.current_stream(self._device).cuda_stream
 
     def enqueue(self, call, *args):
-        """call(*args, stream) on the current stream, behind the buffer's earlier calls."""
+        """call(*args, stream) on the current stream, behind the buffer's earlier calls. Where a call of this communicator has failed
+        for good, its Failure instead."""
+        broken = self._comm._native.broken()
+        if broken is not None:
+            return broken
         stream = torch.cuda.current_stream(self._device)
         if self._stream is not None and stream != self._stream and not torch.cuda.is_current_stream_capturing():
             stream.wait_event(self._done)   # calls of one buffer do not overlap
         result = call(*args, stream.cuda_stream)
+        if isinstance(result, native().Failure):
+            self._comm._native.note(result)
         if not torch.cuda.is_current_stream_capturing():
             self._stream, self._done = stream, stream.record_event()
         return result

@@ -56,6 +56,13 @@ struct Status {
   MOE_HD constexpr bool ok() const { return code == Code::ok; }
 };
 
+// Whether a failure ends the communicator: half a collective cannot be undone. A mismatch that the call itself brings to
+// every rank (dispatch, decode) does not; one between combines, found here or told by its finder, does.
+MOE_HD constexpr bool is_final(const Status& s) {
+  return s.code == Code::timeout || s.code == Code::lost || s.code == Code::corrupt ||
+         (s.code == Code::mismatch && (s.phase == Phase::publish || s.phase == Phase::reduce || s.reporter >= 0));
+}
+
 #define MOE_TRY(expr)                              \
   do {                                             \
     const ::moecomm::Status moe_status = (expr);   \

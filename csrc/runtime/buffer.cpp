@@ -144,7 +144,7 @@ Status Buffer::combine(const CombineCall& call, Plan& plan, const Block& output)
   a.mine.sums = output.offset() + l.sums;
   a.mine.weights = in_window(call.weights, rows, l.weights);
   a.mine.back = in_window(call.back, rows * (by_rank ? view_.shape.top_k : 1), l.back);
-  return reach_.run(true, [&](auto fabric) { return run_combine(Lane{}, fabric, a); }, false);
+  return reach_.run(true, [&](auto fabric) { return run_combine(Lane{}, fabric, a); });
 }
 
 Counters Buffer::counters() {

@@ -47,16 +47,15 @@ class Reach {
   // stream: the call moves more than the caches hold.
   void begin(bool stream);
   // Runs call(fabric). drain: also waits until the sources of its puts may be overwritten. A failure that
-  // is final is told to everyone within reach and to the communicator; so is a mismatch, unless the call itself
-  // brings it to every rank (agrees).
+  // is final is told to everyone within reach and to the communicator.
   template <class Call>
-  Status run(bool drain, Call&& call, bool agrees = true) {
+  Status run(bool drain, Call&& call) {
     if (const Status broken = comm_->broken(); !broken.ok()) return broken;
     Status s = region_ ? call(HostFabric<UcxRail>{&host_, &ucx_rail_}) : call(HostFabric<LoopbackRail>{&host_, &loopback_});
     if (region_ && drain && s.ok()) s = flush();
     Status told = s;
     if (s.code == Code::interrupted) told.code = Code::lost;   // this rank, as the others see it
-    if (told.code == Code::timeout || told.code == Code::lost || told.code == Code::corrupt || (told.code == Code::mismatch && !agrees)) {
+    if (is_final(told)) {
       report_fault(told);
       comm_->mark_broken(told);
     }

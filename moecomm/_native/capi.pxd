@@ -53,6 +53,8 @@ cdef extern from "base/shape.hpp" namespace "moecomm" nogil:
         uint64_t got
         int32_t reporter
 
+    bool is_final(const Status&)
+
     cdef cppclass Shape:
         int64_t hidden
         DType dtype
@@ -131,6 +133,7 @@ cdef extern from "runtime/communicator.hpp" namespace "moecomm" nogil:
         void connect(const vector[string]&) except +
         void abort(int rank)
         Status broken()
+        void mark_broken(const Status&)
 
 cdef extern from "runtime/memory.hpp" namespace "moecomm" nogil:
     cdef cppclass Block:

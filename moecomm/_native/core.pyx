@@ -113,6 +113,15 @@ cdef class Communicator:
         cdef capi.Status s = self.c.get().broken()
         return None if s.code == capi.Code.ok else _failure(s)
 
+    def note(self, failure):
+        """A Failure of the cuda world: one that is final ends this communicator."""
+        cdef capi.Status s
+        s.code = <capi.Code><int>_CODES.index(failure.code)
+        s.phase = <capi.Phase><int>_PHASES.index(failure.phase)
+        s.peer, s.detail, s.expected, s.got, s.reporter = failure[2:]
+        if capi.is_final(s):
+            self.c.get().mark_broken(s)
+
     def release(self):
         with nogil:
             self.c.reset()

@@ -5,6 +5,7 @@
 // and adds with release at system scope; what other lanes stored comes before it by the group's sync. A wait is an
 // acquire at system scope followed by a proxy fence, so that the engine too may read what was released.
 #pragma once
+#include "base/wire.hpp"
 #include "exec/warp.cuh"
 #include "fabric/cuda/links.hpp"
 #include "fabric/cuda/reduce.cuh"
@@ -141,11 +142,11 @@ struct DeviceFabric {
     if (atomicCAS(reinterpret_cast<unsigned long long*>(links->failed + 1), 0ull, 1ull) != 0) return;
     links->fault->status = s;
     ptx::store_release_sys(&links->fault->code, static_cast<uint64_t>(s.code));
-    if (s.code == Code::capacity || s.code == Code::mismatch) return;
+    if (s.code == Code::capacity || (s.code == Code::mismatch && !is_final(s))) return;
     ptx::add_release_gpu(links->failed, 1);
     if (s.code == Code::invalid) return;   // nothing has moved
-    const uint64_t word = static_cast<uint64_t>(s.code) | static_cast<uint64_t>(s.peer + 1) << 8;
     const Geometry& g = links->geometry;
+    const uint64_t word = pack_fault(s, g.rank).packed;
     for (int d = 0; d < g.ranks_per_node; ++d)
       if (d != g.local()) ptx::store_release_sys(reinterpret_cast<uint64_t*>(window(d, links->window_faults + 8 * g.local())), word);
     for (int p = 0; p < links->region_peers; ++p)
@@ -189,7 +190,9 @@ struct DeviceFabric {
     if (!word && links->rail_region) word = read(links->rail_region, links->region_faults, links->region_peers);
     if (!word && failed()) return {Code::lost, phase, links->geometry.rank, 1, 0, 0};   // another warp has left the record
     if (!word) return {};
-    return {static_cast<Code>(word & 0xff), phase, static_cast<int32_t>(word >> 8) - 1, 1, 0, 0};
+    Status told = unpack_fault({word});
+    told.phase = phase;
+    return told;
   }
   __device__ Status wait(const char* counter, uint64_t at_least, Phase phase, int peer) const {
     const auto* c = reinterpret_cast<const uint64_t*>(counter);

@@ -15,8 +15,6 @@ constexpr int kGates = static_cast<int>(Gate::count);
 constexpr size_t kUuid = 16;   // bytes of a GPU's name
 cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
-bool is_final(Code code) { return code == Code::timeout || code == Code::lost || code == Code::corrupt; }
-
 }  // namespace
 
 uint64_t DeviceBuffer::bytes(const Geometry& g, const Shape& s) { return node_layout(g, s).bytes + rail_layout(g, s).bytes; }
@@ -152,7 +150,7 @@ Status DeviceBuffer::fault() {
   if (code.load(std::memory_order_acquire) == 0) return {};
   const Status s = record().status;
   code.store(0, std::memory_order_relaxed);
-  if (is_final(s.code)) broken_ = s;
+  if (is_final(s)) broken_ = s;
   return s;
 }
 

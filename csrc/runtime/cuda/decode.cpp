@@ -80,7 +80,7 @@ Status DeviceDecode::fault() {
   if (code.load(std::memory_order_acquire) == 0) return {};
   const Status s = record().status;
   code.store(0, std::memory_order_relaxed);
-  if (s.code == Code::timeout || s.code == Code::lost || s.code == Code::corrupt) broken_ = s;
+  if (is_final(s)) broken_ = s;
   for (Turn& t : turns_) t.stage = DecodeStage::idle;
   unclean_ = true;
   return s;
