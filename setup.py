@@ -21,10 +21,10 @@ sys.path.insert(0, str(ROOT / "tools"))
 import nccl_headers  # noqa: E402 - beside this file
 RUNTIME = sorted(str(p.relative_to(ROOT)) for folder in ("fabric", "runtime") for p in (ROOT / "csrc" / folder).glob("*.cpp")
                  if not p.name.startswith("sim"))
+BALANCE = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/balance").glob("*.cpp"))
 SIM = ["csrc/exec/fiber.cpp", "csrc/fabric/sim.cpp", *map(str, sorted(Path("csrc/runtime").glob("sim*.cpp"))), "csrc/runtime/plan.cpp", "csrc/runtime/memory.cpp",
        *(s for s in RUNTIME if "fabric/rows" in s)]
 QUANT = ["csrc/runtime/quant.cpp", *(s for s in RUNTIME if "fabric/rows" in s)]
-BALANCE = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/balance").glob("*.cpp"))
 HEADERS = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".hpp", ".inl", ".cuh", ".cu")]
 # Equal bits from every build of the row kernels: no contraction of a product and a sum into one rounding.
 FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
@@ -127,7 +127,7 @@ def cuda_extension():
 ucx = ucx_folder()
 core = Extension(
     "moecomm._native.core",
-    ["moecomm/_native/core.pyx", *RUNTIME],
+    ["moecomm/_native/core.pyx", *RUNTIME, *BALANCE],
     language="c++",
     include_dirs=["csrc", str(ucx / "include")],
     library_dirs=[str(ucx / "lib")],

@@ -227,11 +227,11 @@ def replicas_of(row, ranks=32):
 
 def whole_tokens(load, replicas):
     """Balancedness of one layer after its split is rounded to the whole tokens of a batch of 32 x 4096."""
-    counts = np.round(load * (32 * 4096 * base.TOP_K / load.sum())).astype(np.int32)[None]
-    share, quota = np.empty(replicas.count), np.empty(replicas.count, dtype=np.int32)
-    replicas.split(counts[0].astype(float), share)
-    replicas.quotas(counts, 0, share, 0, quota)
-    return counts.sum() / replicas.ranks / np.bincount(replicas.rank, quota, replicas.ranks).max()
+    counts = np.round(load * (32 * 4096 * base.TOP_K / load.sum())).astype(np.int32)
+    share, first, last = np.empty(replicas.count), *np.empty((2, replicas.count), dtype=np.int32)
+    replicas.split(counts.astype(float), share)
+    replicas.runs(counts, share, 0, first, last)
+    return counts.sum() / replicas.ranks / np.bincount(replicas.rank, last - first, replicas.ranks).max()
 
 
 def split_layers(load, table, args):

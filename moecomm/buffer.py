@@ -113,7 +113,8 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         def native():
             if on_gpu:
                 return cuda.NativeBuffer(comm, plan, hidden, DTYPES[dtype], num_experts, top_k, max_tokens, arena_bytes, check)
-            return core.Buffer(comm._native, hidden, DTYPES[dtype], num_experts, top_k, max_tokens, channels, arena_bytes, check)
+            return core.Buffer(comm._native, hidden, DTYPES[dtype], num_experts, top_k, max_tokens, channels, arena_bytes, check,
+                               self._replicas.logical_experts if self._replicas else 0)
 
         self._native = comm._join("Buffer", native)
         self._native.connected()
@@ -251,7 +252,8 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             self._refuse(op, "topk_weights holds NaN; expected numbers (check=True)")
         lost = None
         if self._replicas is not None and handle is None:
-            topk_ids, topk_weights, lost = self._replicas.choose(topk_ids, topk_weights, layer)
+            self._replicas.require_layer(op, layer)
+            topk_weights, lost = self._replicas.account(topk_ids, topk_weights, layer)
         through_ops = ops.wanted(x, topk_weights)
         if through_ops and scales is not None and x.requires_grad:
             self._refuse(op, "x is quantized and requires a gradient, which FP8 rows cannot carry; expected x.detach()")
@@ -260,23 +262,31 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
                              "'row': FP8 rows carry no gradient (docs/training.md shows a dispatch with a backward of your own)")
         if through_ops:
             return self._call(op, self._dispatch_by_ops, async_op, True, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity,
-                              handle, lost)
+                              handle, lost, layer)
         return self._call(op, self._dispatch_natively, async_op, False, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity,
-                          handle, quant, scale_layout == "column", lost)
+                          handle, quant, scale_layout == "column", lost, layer)
 
-    def _dispatch_natively(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle=None, quant=None, by_column=False, lost=None):
+    def _dispatch_natively(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle=None, quant=None, by_column=False, lost=None,
+                           layer=0):
         kind = QUANTS[quant] if scales is None else SCALE_DTYPES.index(scales.dtype)
         row_bytes = self.hidden if kind else self._row_bytes
         scale_bytes = 4 * scale_words(self.hidden, kind)
+        asking = None
+        if self._replicas is not None and handle is None:
+            asking = self._replicas.ask(topk_ids, layer)
+            topk_ids = asking.ids
         began = self._recorder and self._recorder.start()
         result = self._native.dispatch(
             x.data_ptr(), 0 if scales is None else scales.data_ptr(), 0 if topk_ids is None else topk_ids.data_ptr(),
             topk_ids is not None and topk_ids.dtype == torch.int32, 0 if topk_weights is None else topk_weights.data_ptr(),
             x.shape[0], layout == "rank", expert_alignment, -1 if capacity is None else capacity, row_bytes, scale_bytes,
-            None if handle is None else handle._plan, kind, by_column)
+            None if handle is None else handle._plan, kind, by_column, asking and asking.chosen)
         if type(result) is not tuple:
             self._fail("dispatch", result)
         plan, block, output = result
+        if asking is not None:
+            self._replicas.record(asking, layer)
+            topk_ids = asking.slots
         if self._recorder:
             self._recorder.dispatch(began, plan, topk_ids, topk_weights, x.shape[0], layout, expert_alignment, capacity, list(QUANTS)[kind])
         handle = self._handle_of(layout, capacity, plan, output)
@@ -284,12 +294,12 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         out._tensors = BlockTensors(handle, block, torch.float8_e4m3fn if kind else x.dtype, row_bytes, scale_bytes, SCALE_DTYPES[kind], by_column)
         return out
 
-    def _dispatch_by_ops(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle, lost=None):
+    def _dispatch_by_ops(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle, lost=None, layer=0):
         if handle is not None:
             rows, row_scales, weights, ids, source = ops.redispatch(x, topk_weights, scales, handle.tensor(), self.number, layout, handle.num_rows)
             return self._dispatched_by_ops(handle, lost, rows, None if scales is None else row_scales, weights, ids, source)
         rows, row_scales, weights, ids, source, tokens, padded, ticket = ops.dispatch(
-            x, topk_ids, topk_weights, scales, self.number, layout, expert_alignment, capacity)
+            x, topk_ids, topk_weights, scales, self.number, layout, expert_alignment, capacity, layer)
         handle = Handle(self, layout, capacity, rows.shape[0], x.shape[0], tensor=ticket, counts=(tokens, padded))
         return self._dispatched_by_ops(handle, lost, rows, None if scales is None else row_scales, weights, ids, source)
 
@@ -399,8 +409,8 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         """Rows and bytes per hop since the last call; calling resets them.
 
         Returns a dict: rail and node, each {logical_rows, physical_rows, logical_bytes, physical_bytes}
-        (physical: what crossed the hop's link), replicated_rows, quantized_rows, staged_rows, calls; and under "decode" the same
-        of the decode path, where it was used.
+        (physical: what crossed the hop's link), replicated_rows, quantized_rows, staged_rows, calls, exchanges (rounds in
+        which every rank waited for the counts of all others); and under "decode" the same of the decode path, where it was used.
         """
         self._require_open("stats")
         counted = self._native.take_counters()
@@ -415,8 +425,6 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         if not self._closed:
             self._closed, self._plain = True, False
             self.comm._settle()
-            if self._replicas is not None:
-                self._replicas.close()
             if self._recorder:
                 self._recorder.close()
             if not self.comm._bootstrap.threads:   # rank threads reach it by pointer until all have ended

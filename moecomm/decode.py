@@ -77,7 +77,10 @@ class DecodeVerbs:
         if self._recorder is None and self._replicas is None:
             return self._decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
         if self._replicas is not None:
-            topk_ids, topk_weights = self._replicas.choose_for_decode(topk_ids, topk_weights, layer)
+            rows, scales = self._as_rows("decode_dispatch", x)
+            topk_ids = self._as_tensor("decode_dispatch", "topk_ids", topk_ids)
+            self._check_picks("decode_dispatch", "topk_ids", topk_ids, self._check_x("decode_dispatch", rows, scales, packed=True), _IDS)
+            topk_ids = self._replicas.choose_for_decode(self, topk_ids, layer)
         dispatch = self._decode.dispatch if self._recorder is None else partial(self._recorder.decode_dispatch, self._decode)
         received, hook = dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
         if self._replicas is None:

@@ -71,8 +71,8 @@ def raise_failure(failure, *, op, rank, describe_capacity=None):
         raise ConfigMismatch(f"{where}: rank {f.peer} wants values back in its picks' slots and other ranks do not, or the reverse; expected "
                              "combine on all ranks, or combine_slots on all", **fields)
     if f.code == "mismatch":
-        raise ConfigMismatch(f"{where}: rank {f.peer} called with another layout, expert_alignment, capacity, dtype, quantization "
-                             f"or handle reuse than its peers", **fields)
+        raise ConfigMismatch(f"{where}: rank {f.peer} called with another layout, expert_alignment, capacity, dtype, quantization, "
+                             f"handle reuse, placement or layer than its peers", **fields)
     reported = "" if reporter is None else f" (reported by rank {reporter})"
     if f.code == "corrupt":
         _raise_corrupt(f, where, rank if reporter is None else reporter, reported, fields)

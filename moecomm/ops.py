@@ -95,15 +95,15 @@ def wanted(*tensors):
 
 # -- dispatch: a new plan -------------------------------------------------------------------------------
 
-def _dispatch(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignment, capacity):
+def _dispatch(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignment, capacity, layer=0):
     b = _open_buffer("dispatch", buffer)
     b._check_dispatch(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity)
-    out = b._dispatch_natively(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity)
+    out = b._dispatch_natively(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, layer=layer)
     return (out.x, x.new_empty(0, dtype=torch.float32) if scales is None else out.scales, out.topk_weights, *_picks_of(out),
             out.tokens_per_expert, out.rows_per_expert, out.handle.tensor())
 
 
-def _dispatch_fake(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignment, capacity):
+def _dispatch_fake(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignment, capacity, layer=0):
     b = buffer_of(buffer)
     n = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
     by_rank = layout == "rank"
@@ -114,14 +114,14 @@ def _dispatch_fake(x, topk_ids, topk_weights, scales, buffer, layout, expert_ali
 
 
 def _dispatch_context(ctx, inputs, output):
-    x, _, topk_weights, scales, ctx.buffer, ctx.layout, _, _ = inputs
+    x, _, topk_weights, scales, ctx.buffer, ctx.layout, *_ = inputs
     ctx.tokens, ctx.weighted, ctx.quantized = x.shape[0], topk_weights is not None, scales is not None
     ctx.save_for_backward(output[-1])
 
 
 def _dispatch_backward(ctx, rows, _scales, weights, *_):
     x, weights = _to_tokens(ctx, rows, weights)
-    return x, None, weights, None, None, None, None, None
+    return x, None, weights, None, None, None, None, None, None
 
 
 def _picks_of(out):
@@ -254,7 +254,7 @@ def _define(name, run, fake, context, backward, schema):
 # The operators. `buffer` is Buffer.number; layout, num_rows and num_tokens repeat what the handle says, so that shapes
 # are known without it. Outputs that do not apply are empty.
 dispatch = _define("dispatch", _dispatch, _dispatch_fake, _dispatch_context, _dispatch_backward,
-                   "(Tensor x, Tensor topk_ids, Tensor? topk_weights, Tensor? scales, int buffer, str layout, int expert_alignment, int? capacity)"
+                   "(Tensor x, Tensor topk_ids, Tensor? topk_weights, Tensor? scales, int buffer, str layout, int expert_alignment, int? capacity, int layer=0)"
                    " -> (Tensor x, Tensor scales, Tensor topk_weights, Tensor topk_ids, Tensor source, Tensor tokens_per_expert,"
                    " Tensor rows_per_expert, Tensor handle)")
 redispatch = _define("redispatch", _redispatch, _redispatch_fake, _redispatch_context, _redispatch_backward,

@@ -121,44 +121,34 @@ double split(const Replicas& r, const double* load, const uint8_t* active, int r
   return most;
 }
 
-void quotas_of_source(const Replicas& r, const int32_t* counts, int sources, int source, const double* share, int turn, int32_t* quota) {
+void runs(const Replicas& r, const int32_t* total, const double* share, int turn, int32_t* from, int32_t* to) {
   for (int e = 0; e < r.experts; ++e) {
     const int begin = r.first[e], n = r.count(e);
-    int64_t mine = 0, total = 0;   // the run of this source: [mine, end)
-    for (int s = 0; s < sources; ++s) {
-      if (s == source) mine = total;
-      total += counts[static_cast<int64_t>(s) * r.experts + e];
-    }
-    const int64_t end = mine + counts[static_cast<int64_t>(source) * r.experts + e];
     double poured = 0.0;
-    int64_t from = 0;
+    int32_t taken = 0;
     int last = -1;                 // the last replica with a share takes what rounding leaves
     for (int k = 0; k < n; ++k)
       if (share[begin + (e + turn + k) % n] > 0) last = k;
     for (int k = 0; k < n; ++k) {
       const int i = begin + (e + turn + k) % n;
       poured += share[i];
-      const int64_t to = k >= last ? total : std::clamp<int64_t>(std::llround(poured), from, total);
-      quota[i] = last < 0 ? 0 : static_cast<int32_t>(std::max<int64_t>(0, std::min(end, to) - std::max(mine, from)));
-      from = to;
+      from[i] = taken;
+      taken = last < 0 ? 0 : k >= last ? total[e] : static_cast<int32_t>(std::clamp<int64_t>(std::llround(poured), taken, total[e]));
+      to[i] = taken;
     }
   }
 }
 
-void even_quotas(const Replicas& r, const int32_t* counts, const uint8_t* active, int turn, int32_t* quota) {
-  for (int e = 0; e < r.experts; ++e) {
-    const int begin = r.first[e], n = r.count(e);
-    int usable = 0;
-    for (int i = begin; i < begin + n; ++i) usable += !active || active[i];
-    for (int k = 0, left = counts[e]; k < n; ++k) {
-      const int i = begin + (e + turn + k) % n;
-      quota[i] = 0;
-      if (active && !active[i]) continue;
-      quota[i] = (left + usable - 1) / usable;   // what does not divide goes to the first in turn
-      left -= quota[i];
-      --usable;
-    }
+int32_t even_quota(const Replicas& r, int replica, int32_t count, const uint8_t* active, int turn) {
+  const int e = r.expert[replica], begin = r.first[e], n = r.count(e);
+  if (active && !active[replica]) return 0;
+  int usable = 0, before = 0;   // in turn: what does not divide goes to the first ones
+  for (int k = 0; k < n; ++k) {
+    const int i = begin + (e + turn + k) % n;
+    if (i == replica) before = usable;
+    usable += !active || active[i];
   }
+  return count / usable + (before < count % usable);
 }
 
 }  // namespace moecomm::balance

@@ -40,12 +40,11 @@ class Pouring {
   double enough_ = 0.0;
 };
 
-// Whole tokens of one source, replica by replica: the tokens of an expert are numbered over all sources in rank
-// order, and the replicas take consecutive runs of them, the first of which belongs to replica (expert + turn) mod n.
-// counts[sources, experts]; quota[replicas] out.
-void quotas_of_source(const Replicas& r, const int32_t* counts, int sources, int source, const double* share, int turn, int32_t* quota);
+// Whole tokens: those of an expert are numbered over all sources in rank order, and its replicas take consecutive runs
+// [from, to) of them, the first of which belongs to replica (expert + turn) mod n. total[experts]; from, to [replicas] out.
+void runs(const Replicas& r, const int32_t* total, const double* share, int turn, int32_t* from, int32_t* to);
 
-// Every source for itself: its tokens evenly over the (active) replicas. counts[experts] of that source.
-void even_quotas(const Replicas& r, const int32_t* counts, const uint8_t* active, int turn, int32_t* quota);
+// Every source for itself: what one (active) replica takes of `count` tokens of its expert where all take as many.
+int32_t even_quota(const Replicas& r, int replica, int32_t count, const uint8_t* active, int turn);
 
 }  // namespace moecomm::balance

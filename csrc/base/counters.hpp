@@ -19,6 +19,7 @@ struct Counters {
   uint64_t quantized_rows = 0;    // rows that dispatch made FP8: one per token that has picks
   uint64_t staged_rows = 0;       // rows copied into the window because they were not there already
   uint64_t calls = 0;
+  uint64_t exchanges = 0;         // rounds of counts in which this rank waited for all others
 };
 
 }  // namespace moecomm

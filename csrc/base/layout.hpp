@@ -35,7 +35,7 @@ struct NodeLayout {
   uint64_t offers;     // Offer per local rank
   uint64_t verdicts;   // Verdict per local rank, as its gateway knows it (dispatch)
   uint64_t board;      // RowsBoard of this rank
-  uint64_t tables;     // per source rank: its count block for this node
+  uint64_t tables;     // per half and source rank: its count block for this node
   uint64_t arena;
   uint64_t bytes;
 };
@@ -53,7 +53,7 @@ MOE_HD constexpr NodeLayout node_layout(const Geometry& g, const Shape& s) {
   l.offers = c.take(sizeof(Offer) * p);
   l.verdicts = c.take(sizeof(Verdict) * p);
   l.board = c.take(sizeof(RowsBoard));
-  l.tables = c.take(uint64_t{4} * count_layout(g, s).ints * g.size);
+  l.tables = c.take(uint64_t{4} * count_layout(g, s).ints * g.size * s.count_halves());
   l.arena = c.take(s.arena_bytes, 4096);
   l.bytes = align_up(c.at, 4096);
   return l;
@@ -69,7 +69,7 @@ struct RailLayout {
   uint64_t wires;      // per parity of the combines and node: the Wire in which it wants its rows back, and whether slots too (combine)
   uint64_t wire_out;   // the own one, leaving
   uint64_t faults;     // FaultWord per node
-  uint64_t blocks;     // count block per node
+  uint64_t blocks;     // per half and node: a count block
   uint64_t blocks_out; // the own ones, leaving, where puts leave from here only
   uint64_t verdicts;   // Verdict per node
   uint64_t outbox;     // Verdict and FaultWord on their way out (sources of puts must stay put)
@@ -97,8 +97,8 @@ MOE_HD constexpr RailLayout rail_layout(const Geometry& g, const Shape& s) {
   l.wires = c.take(8 * 2 * n);
   l.wire_out = c.take(8);
   l.faults = c.take(sizeof(FaultWord) * n);
-  l.blocks = c.take(uint64_t{4} * count_layout(g, s).ints * n);
-  l.blocks_out = c.take(uint64_t{4} * count_layout(g, s).ints * n);
+  l.blocks = c.take(uint64_t{4} * count_layout(g, s).ints * n * s.count_halves());
+  l.blocks_out = c.take(uint64_t{4} * count_layout(g, s).ints * n * s.count_halves());
   l.verdicts = c.take(sizeof(Verdict) * n);
   l.outbox = c.take(sizeof(Verdict) + sizeof(FaultWord));
   l.metas = c.take(n * t * meta_bytes(s.top_k));

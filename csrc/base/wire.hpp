@@ -33,6 +33,7 @@ struct CountLayout {
   int32_t experts = 0;         // first of num_experts / nodes counts
   int32_t ranks = 0;           // first of ranks_per_node counts (rows after rank-level dedup)
   int32_t channels = 0;        // first of `channels` row counts
+  int32_t picks = 0;           // first of `logical_experts` counts: picks of the source, whatever replica will serve them
   int32_t ints = 0;            // length, a multiple of 4
 };
 struct alignas(16) FourInts { int32_t v[4]; };   // count blocks are copied so many at a time
@@ -42,7 +43,8 @@ MOE_HD constexpr CountLayout count_layout(const Geometry& g, const Shape& s) {
   c.experts = 4;
   c.ranks = c.experts + s.num_experts / g.nodes();
   c.channels = c.ranks + g.ranks_per_node;
-  c.ints = (c.channels + s.channels + 3) / 4 * 4;
+  c.picks = c.channels + s.channels;
+  c.ints = (c.picks + s.logical_experts + 3) / 4 * 4;
   return c;
 }
 

@@ -9,73 +9,121 @@
 
 namespace moecomm {
 
+// Which half of the memory for count blocks the latest announcement uses: with two halves nobody writes to one that
+// somebody may still read, however soon the next exchange follows.
+MOE_HD inline int count_half(const DispatchArgs& a) { return a.b.shape.count_halves() == 1 ? 0 : static_cast<int>(a.book->blocks % 2); }
+
+// What the announcement carries: [N, ints], as it is until the call is over.
+MOE_HD inline int32_t* blocks_of(const DispatchArgs& a) { return a.asked ? a.asked : a.plan.blocks; }
+
+// begins: it is the first, mostly the only one of its dispatch.
 template <Group G, class F>
-MOE_HD void announce(G g, F f, const DispatchArgs& a) {
+MOE_HD void announce(G g, F f, const DispatchArgs& a, bool begins = true) {
   const BufferView& b = a.b;
   const int own = b.geometry.node();
   const int nodes = b.geometry.nodes();
   const uint64_t bytes = uint64_t{4} * b.count.ints;
-  const char* blocks = reinterpret_cast<const char*>(a.plan.blocks);
+  const char* blocks = reinterpret_cast<const char*>(blocks_of(a));
   for (int n = g.lane(); n < nodes; n += g.size()) {
-    int32_t* block = a.plan.blocks + n * b.count.ints;
+    int32_t* block = blocks_of(a) + n * b.count.ints;
     block[b.count.signature] = a.plan.call.signature();
     block[b.count.cached] = a.cached;
   }
+  if (g.lane() == 0) {
+    ++a.book->enter;
+    ++a.book->blocks;
+    a.book->dispatches += begins;
+  }
   g.sync();
+  const uint64_t half = count_half(a) * nodes * bytes;
   if (!F::kPutsFromAnywhere && nodes > 1) {
-    char* out = f.rail(b.rail.blocks_out);
+    char* out = f.rail(b.rail.blocks_out + half);
     for (uint64_t i = g.lane(); i < nodes * bytes / sizeof(FourInts); i += g.size())
       reinterpret_cast<FourInts*>(out)[i] = reinterpret_cast<const FourInts*>(blocks)[i];
     f.settle(g);
     blocks = out;
   }
-  if (g.lane() == 0) {
+  if (g.lane() == 0)
     for (int step = 1; step < nodes; ++step) {
       const int n = (own + step) % nodes;
-      f.put(n, b.rail.blocks + own * bytes, blocks + n * bytes, bytes);
+      f.put(n, b.rail.blocks + half + own * bytes, blocks + n * bytes, bytes);
       f.signal_rail(n, b.rail.enter + 8 * own, 1);
     }
-    ++a.book->enter;
-    ++a.book->dispatches;
-  }
   g.sync();
 }
+
+namespace detail {
+
+// The count block of node n's rail peer, once it is here.
+template <Group G, class F>
+MOE_HD Status await_block(G g, F f, const DispatchArgs& a, int n, const int32_t*& block) {
+  const BufferView& b = a.b;
+  const int own = b.geometry.node(), nodes = b.geometry.nodes();
+  if (n != own)
+    MOE_TRY(leader(g, [&] { return f.wait_rail(b.rail.enter + 8 * n, a.book->enter, Phase::announce, b.geometry.rail_rank(n)); }));
+  block = n == own ? blocks_of(a) + n * b.count.ints
+                   : reinterpret_cast<const int32_t*>(f.rail(b.rail.blocks)) + (int64_t{count_half(a)} * nodes + n) * b.count.ints;
+  return {};
+}
+
+MOE_HD inline int32_t* table_of(const DispatchArgs& a, char* window, int source) {
+  return reinterpret_cast<int32_t*>(window + a.b.node.tables) + (int64_t{count_half(a)} * a.b.geometry.size + source) * a.b.count.ints;
+}
+
+}  // namespace detail
 
 template <Group G, class F>
 MOE_HD Status relay(G g, F f, const DispatchArgs& a, Offer offer) {
   const BufferView& b = a.b;
   const int own = b.geometry.node(), nodes = b.geometry.nodes(), p = b.geometry.ranks_per_node;
-  const uint64_t bytes = uint64_t{4} * b.count.ints;
   for (int step = 0; step < nodes; ++step) {
-    const int n = (own + step) % nodes, source = b.geometry.rail_rank(n);
-    if (n != own)
-      MOE_TRY(leader(g, [&] { return f.wait_rail(b.rail.enter + 8 * n, a.book->enter, Phase::announce, source); }));
-    const FourInts* block = reinterpret_cast<const FourInts*>(
-        n == own ? reinterpret_cast<const char*>(a.plan.blocks + n * b.count.ints) : f.rail(b.rail.blocks + n * bytes));
+    const int n = (own + step) % nodes;
+    const int32_t* block = nullptr;
+    MOE_TRY(detail::await_block(g, f, a, n, block));
     for (int local = 0; local < p; ++local) {
-      FourInts* table = reinterpret_cast<FourInts*>(f.window(local, b.node.tables + source * bytes));
-      for (int i = g.lane(); i < b.count.ints / 4; i += g.size()) table[i] = block[i];
+      FourInts* table = reinterpret_cast<FourInts*>(detail::table_of(a, f.window(local, 0), b.geometry.rail_rank(n)));
+      for (int i = g.lane(); i < b.count.ints / 4; i += g.size()) table[i] = reinterpret_cast<const FourInts*>(block)[i];
     }
   }
   if (g.lane() == 0)
     for (int local = 0; local < p; ++local)
       reinterpret_cast<Offer*>(f.window(local, b.node.offers))[b.geometry.local()] = offer;
   g.sync();
-  if (g.lane() == 0)
+  if (g.lane() == 0) {
+    ++a.book->counts;
+    ++f.counters().exchanges;
     for (int local = 0; local < p; ++local) f.signal_node(local, b.node.counts + 8 * b.geometry.local(), 1);
+  }
   return {};
+}
+
+// Everyone's blocks of the latest exchange are here.
+template <Group G, class F>
+MOE_HD Status await_counts(G g, F f, const DispatchArgs& a) {
+  const Geometry& geo = a.b.geometry;
+  return leader(g, [&] {
+    for (int i = 0; i < geo.ranks_per_node; ++i)
+      MOE_TRY(f.wait_node(a.b.node.counts + 8 * i, a.book->counts, Phase::counts, geo.rank_at(geo.node(), i)));
+    return Status{};
+  });
 }
 
 namespace detail {
 
-MOE_HD inline const int32_t* table_of(const BufferView& b, const char* window, int source) {
-  return reinterpret_cast<const int32_t*>(window + b.node.tables) + int64_t{source} * b.count.ints;
+// The first rank that calls otherwise than this one does; all ranks find one, or none does.
+MOE_HD inline Verdict agreement(const DispatchArgs& a, char* window) {
+  for (int s = 0; s < a.b.geometry.size; ++s) {
+    const int32_t* table = table_of(a, window, s);
+    if (table[a.b.count.signature] != a.plan.call.signature() || table[a.b.count.cached] != a.cached)
+      return {static_cast<int32_t>(Code::mismatch), s, 0, 0, 0};
+  }
+  return {};
 }
 
 // Prefix sums over sources and experts: where the rows of every source of my rail begin, in every rank of
 // the node. Lanes own experts (or ranks) of the node, then ranks, then experts again; ends with a sync.
 template <Group G>
-MOE_HD void place_rows(G g, const DispatchArgs& a, const char* window) {
+MOE_HD void place_rows(G g, const DispatchArgs& a, char* window) {
   const BufferView& b = a.b;
   const Geometry& geo = b.geometry;
   const bool by_rank = a.plan.call.layout == RowLayout::rank;
@@ -84,14 +132,14 @@ MOE_HD void place_rows(G g, const DispatchArgs& a, const char* window) {
   const int64_t alignment = a.plan.call.alignment;
   const auto total = [&](int field) {
     int32_t rows = 0;
-    for (int s = 0; s < geo.size; ++s) rows += table_of(b, window, s)[field];
+    for (int s = 0; s < geo.size; ++s) rows += table_of(a, window, s)[field];
     return rows;
   };
   // The first row of `field` is known; those of the sources follow in ascending order.
   const auto follow = [&](int field, int index, int stride, int32_t row) {
     for (int s = 0; s < geo.size; ++s) {
       if (s % p == geo.local()) a.base[s / p * stride + index] = row;
-      row += table_of(b, window, s)[field];
+      row += table_of(a, window, s)[field];
     }
     return row;
   };
@@ -122,24 +170,15 @@ MOE_HD Status place(G g, F f, const DispatchArgs& a) {
   const BufferView& b = a.b;
   const Geometry& geo = b.geometry;
   const int p = geo.ranks_per_node, nodes = geo.nodes(), channels = b.shape.channels;
-  MOE_TRY(leader(g, [&] {
-    for (int i = 0; i < p; ++i)
-      MOE_TRY(f.wait_node(b.node.counts + 8 * i, a.book->dispatches, Phase::counts, geo.rank_at(geo.node(), i)));
-    return Status{};
-  }));
-  const char* window = f.window(geo.local(), 0);
-
-  Verdict verdict{};
-  for (int s = 0; s < geo.size; ++s) {
-    const int32_t* table = detail::table_of(b, window, s);
-    if (verdict.code == 0 && (table[b.count.signature] != a.plan.call.signature() || table[b.count.cached] != a.cached))
-      verdict = {static_cast<int32_t>(Code::mismatch), s, 0, 0, 0};
-    if (b.check && g.lane() == 0) verify::keep_announced(a, table, s);
-  }
+  MOE_TRY(await_counts(g, f, a));
+  char* window = f.window(geo.local(), 0);
+  Verdict verdict = detail::agreement(a, window);
+  if (b.check && g.lane() == 0)
+    for (int s = 0; s < geo.size; ++s) verify::keep_announced(a, detail::table_of(a, window, s), s);
   if (!a.cached && verdict.code == 0) detail::place_rows(g, a, window);
   // What will come over the rail is known even where the call is refused: it is taken off the wire then.
   for (int n = g.lane(); n < nodes; n += g.size()) {
-    const int32_t* rows = detail::table_of(b, window, geo.rail_rank(n)) + b.count.channels;
+    const int32_t* rows = detail::table_of(a, window, geo.rail_rank(n)) + b.count.channels;
     int32_t* first = a.plan.channel_first + n * (channels + 1);
     first[0] = 0;
     for (int c = 0; c < channels; ++c) first[c + 1] = first[c] + rows[c];

@@ -46,7 +46,9 @@ struct PlanView {
 
 // Counter values that this rank has already consumed. Private, grows with every call.
 struct Book {
-  uint64_t enter = 0;
+  uint64_t enter = 0;         // with every announcement and every combine
+  uint64_t blocks = 0;        // count blocks announced
+  uint64_t counts = 0;        // count blocks relayed
   uint64_t dispatches = 0;
   uint64_t combines = 0;
   uint64_t* rows = nullptr;   // [N, C]
@@ -63,6 +65,7 @@ struct DispatchArgs {
   const char* x = nullptr;          // [T, row_bytes]
   const char* scales = nullptr;     // [T, scale_bytes] or null
   const float* weights = nullptr;   // [T, K] or null
+  int32_t* asked = nullptr;         // [N, ints] blocks with the picks of logical experts (picks.hpp); null: the plan's own travel
   int32_t* base = nullptr;          // scratch [N, max(E/N, P)]: first row of each source node, per expert or rank of mine
   int32_t* first = nullptr;         // scratch [max(E/N, P)]
   Offer* offers = nullptr;          // private copy of the node's offers [P]

@@ -26,6 +26,8 @@ class Buffer {
   // On ok, `out` holds the dispatched rows and `output` the place for the experts' rows.
   Status dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Block>& out, std::shared_ptr<Block>& output);
   Status combine(const CombineCall& call, Plan& plan, const Block& output);
+  // The slots of a batch that goes on another way: an exchange of counts by itself where the choice needs those of all ranks.
+  Status choose(const DispatchCall& call);
   int64_t local_rows(const Plan& plan) const {   // of the dispatch's result here
     return plan.view.call.capacity >= 0 ? plan.view.call.capacity : plan.view.rank_rows[view_.geometry.local()];
   }
@@ -42,6 +44,8 @@ class Buffer {
 
  private:
   void begin_call(uint64_t bytes_moved);
+  // Counts the picks of call.choice. True: all ranks' picks are needed, and `a` asks for them; false: the slots are chosen, or the picks are bad.
+  bool ask(const DispatchCall& call, DispatchArgs& a, Status& bad);
 
   std::shared_ptr<Communicator> comm_;
   BufferView view_;
@@ -50,6 +54,8 @@ class Buffer {
   std::shared_ptr<PlanPool> pool_;
   Book book_;
   std::vector<uint64_t> book_counts_;
+  std::vector<int32_t> asked_;   // DispatchArgs::asked
+  int32_t turn_ = 0;             // batches whose replicas this rank has chosen by itself
   std::vector<RoleSpan> timeline_;
   uint64_t stream_threshold_ = 7u << 20;
 };

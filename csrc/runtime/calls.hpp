@@ -5,6 +5,8 @@
 
 namespace moecomm {
 
+namespace balance { class Choice; }
+
 struct DispatchCall {
   const char* x = nullptr;
   const char* scales = nullptr;
@@ -14,6 +16,9 @@ struct DispatchCall {
   int32_t tokens = 0;
   bool cached = false;
   CallShape shape;
+  const balance::Choice* choice = nullptr;   // ids64 are logical: their slots are chosen, and written to
+  int64_t* slots = nullptr;                  // [T, K]
+  int32_t* counted = nullptr;                // [E] out: picks per expert, of all ranks where the choice needs them, else of this one
 };
 
 struct CombineCall {

@@ -1,7 +1,7 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 # distutils: language=c++
 """The balance core, thinly: marshal, release the GIL, one call per layer. moecomm.balance documents and validates."""
-from libc.stdint cimport int32_t, int64_t, uint8_t
+from libc.stdint cimport int32_t, uint8_t
 
 from moecomm._native cimport balanceapi as core
 
@@ -22,18 +22,6 @@ def rebalance(const double[:, ::1] load, int32_t[:, ::1] placement, int groups, 
             if follow:
                 options.previous = &previous[layer, 0]
             core.rebalance_layer(grid, &load[layer, 0], options, &placement[layer, 0])
-
-
-def count_picks(const int64_t[:, ::1] ids, int32_t[::1] counts):
-    """Fill counts [experts] with the picks per expert; (code, token, id) of the first bad pick, code 0: none."""
-    cdef core.Refusal bad
-    cdef int tokens = <int>ids.shape[0], top_k = <int>ids.shape[1]
-    cdef const int64_t* first = NULL
-    if tokens > 0:
-        first = &ids[0, 0]
-    with nogil:
-        bad = core.count_picks(first, tokens, top_k, <int>counts.shape[0], &counts[0])
-    return bad.code, bad.token, bad.id
 
 
 cdef class Replicas:
@@ -70,37 +58,10 @@ cdef class Replicas:
             most = core.split(self.r[0], &load[0], mask, rounds, &share[0])
         return most
 
-    def quotas(self, const int32_t[:, ::1] counts, int source, const double[::1] share, int turn, int32_t[::1] quota):
-        """Fill quota [replicas] with this source's whole tokens, from counts [sources, E] of all."""
+    def runs(self, const int32_t[::1] total, const double[::1] share, int turn, int32_t[::1] first, int32_t[::1] last):
+        """Fill first and last [replicas]: the run of its expert's tokens that each replica takes, of total [E]."""
         with nogil:
-            core.quotas_of_source(self.r[0], &counts[0, 0], <int>counts.shape[0], source, &share[0], turn, &quota[0])
-
-    def even(self, const int32_t[::1] counts, int turn, int32_t[::1] quota, const uint8_t[::1] active=None):
-        """Fill quota [replicas] with an even split of this source's counts [E]."""
-        cdef const uint8_t* mask = NULL
-        if active is not None:
-            mask = &active[0]
-        with nogil:
-            core.even_quotas(self.r[0], &counts[0], mask, turn, &quota[0])
-
-    def route_by_quota(self, const int64_t[:, ::1] ids, int own_node, int32_t[::1] quota, int64_t[:, ::1] physical):
-        """Fill physical [T, K]; uses the quota up."""
-        cdef int tokens = <int>ids.shape[0], top_k = <int>ids.shape[1]
-        if tokens == 0:
-            return
-        with nogil:
-            core.route_by_quota(self.r[0], &ids[0, 0], tokens, top_k, own_node, &quota[0], &physical[0, 0])
-
-    def route_locally(self, const int64_t[:, ::1] ids, int own_node, int turn, int64_t[:, ::1] physical, const uint8_t[::1] active=None):
-        """Fill physical [T, K]."""
-        cdef int tokens = <int>ids.shape[0], top_k = <int>ids.shape[1]
-        cdef const uint8_t* mask = NULL
-        if tokens == 0:
-            return
-        if active is not None:
-            mask = &active[0]
-        with nogil:
-            core.route_locally(self.r[0], &ids[0, 0], tokens, top_k, own_node, mask, turn, &physical[0, 0])
+            core.runs(self.r[0], &total[0], &share[0], turn, &first[0], &last[0])
 
     def activate(self, const double[::1] load, int limit, uint8_t[::1] active):
         """Fill active [replicas] with at most `limit` ones per rank; -1, or an expert that no choice can run."""

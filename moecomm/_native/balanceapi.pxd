@@ -1,5 +1,5 @@
 # The balance core as Cython sees it: declarations only.
-from libc.stdint cimport int32_t, int64_t, uint8_t
+from libc.stdint cimport int32_t, uint8_t
 from libcpp.vector cimport vector
 
 cdef extern from "balance/rebalance.hpp" namespace "moecomm::balance" nogil:
@@ -29,19 +29,7 @@ cdef extern from "balance/replicas.hpp" namespace "moecomm::balance" nogil:
 
 cdef extern from "balance/split.hpp" namespace "moecomm::balance" nogil:
     double split(const CppReplicas&, const double* load, const uint8_t* active, int rounds, double* share) except +
-    void quotas_of_source(const CppReplicas&, const int32_t* counts, int sources, int source, const double* share, int turn, int32_t* quota)
-    void even_quotas(const CppReplicas&, const int32_t* counts, const uint8_t* active, int turn, int32_t* quota)
-
-cdef extern from "balance/route.hpp" namespace "moecomm::balance" nogil:
-    cdef cppclass Refusal:
-        int32_t code
-        int32_t token
-        int64_t id
-
-    Refusal count_picks(const int64_t* ids, int tokens, int top_k, int experts, int32_t* counts) except +
-    void route_by_quota(const CppReplicas&, const int64_t* ids, int tokens, int top_k, int own_node, int32_t* quota, int64_t* physical) except +
-    void route_locally(const CppReplicas&, const int64_t* ids, int tokens, int top_k, int own_node, const uint8_t* active, int turn,
-                       int64_t* physical) except +
+    void runs(const CppReplicas&, const int32_t* total, const double* share, int turn, int32_t* first, int32_t* last)
 
 cdef extern from "balance/activate.hpp" namespace "moecomm::balance" nogil:
     int activate_replicas "moecomm::balance::activate"(const CppReplicas&, const double* load, int limit, uint8_t* active) except +

@@ -1,5 +1,5 @@
 # The C++ runtime as Cython sees it: declarations only.
-from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
 from libcpp cimport bool
 from libcpp.memory cimport shared_ptr, unique_ptr
 from libcpp.string cimport string
@@ -64,6 +64,7 @@ cdef extern from "base/shape.hpp" namespace "moecomm" nogil:
         int32_t channels
         int32_t chunk_rows
         uint64_t arena_bytes
+        int32_t logical_experts
         uint64_t combine_row_bytes()
         uint64_t scale_bytes()
 
@@ -85,6 +86,7 @@ cdef extern from "base/shape.hpp" namespace "moecomm" nogil:
         uint64_t scale_bytes
         ScaleKind scales
         bool scales_by_column
+        uint32_t routing
 
 cdef extern from "base/counters.hpp" namespace "moecomm" nogil:
     cdef struct HopCounters:
@@ -100,6 +102,7 @@ cdef extern from "base/counters.hpp" namespace "moecomm" nogil:
         uint64_t quantized_rows
         uint64_t staged_rows
         uint64_t calls
+        uint64_t exchanges
 
 cdef extern from "base/layout.hpp" namespace "moecomm" nogil:
     cdef cppclass BlockLayout:
@@ -120,6 +123,16 @@ cdef extern from "base/layout.hpp" namespace "moecomm" nogil:
 
 cdef extern from "fabric/host_state.hpp" namespace "moecomm" nogil:
     bool (*interrupted)() noexcept
+
+cdef extern from "balance/choice.hpp" namespace "moecomm::balance" nogil:
+    cdef enum class Mode(int32_t):
+        local
+        even
+        optimal
+
+    cdef cppclass Choice:
+        Choice(const int32_t* physical_to_logical, int slots, int experts, int ranks, int nodes, Mode mode, int activate) except +
+        bool needs_all()
 
 cdef extern from "runtime/communicator.hpp" namespace "moecomm" nogil:
     cdef enum class RailKind(int):
@@ -187,6 +200,9 @@ cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
         int32_t tokens
         bool cached
         CallShape shape
+        const Choice* choice
+        int64_t* slots
+        int32_t* counted
 
     cdef cppclass CombineCall:
         const char* rows
@@ -207,6 +223,7 @@ cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
         int64_t local_rows(const Plan&)
         Status dispatch(const DispatchCall&, Plan&, shared_ptr[Block]&, shared_ptr[Block]&) except +
         Status combine(const CombineCall&, Plan&, const Block&) except +
+        Status choose(const DispatchCall&) except +
         const Arena& arena()
         Counters counters()
         Counters take_counters()

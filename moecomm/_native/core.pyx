@@ -6,7 +6,7 @@ import threading
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.exc cimport PyErr_Clear
-from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uintptr_t
 from libcpp cimport bool
 from libcpp.memory cimport make_shared, shared_ptr, unique_ptr
 from libcpp.string cimport string
@@ -67,7 +67,7 @@ cdef Failure _failure(const capi.Status& s):
     return f
 
 
-cdef capi.Shape _shape(hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes):
+cdef capi.Shape _shape(hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes, logical_experts=0):
     cdef capi.Shape s
     s.hidden = hidden
     s.dtype = <capi.DType><int>dtype
@@ -76,6 +76,7 @@ cdef capi.Shape _shape(hidden, dtype, num_experts, top_k, max_tokens, channels, 
     s.max_tokens = max_tokens
     s.channels = channels
     s.arena_bytes = arena_bytes
+    s.logical_experts = logical_experts
     return s
 
 
@@ -171,6 +172,7 @@ cdef class Plan:
         return self.p.get().view.call.layout == capi.RowLayout.rank
 
 
+include "choice.pxi"
 include "tensors.pxi"
 include "results.pxi"
 
@@ -193,8 +195,8 @@ cdef class Buffer:
     cdef shared_ptr[capi.Buffer] b
     cdef capi.Shape shape
 
-    def __cinit__(self, Communicator comm, hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes, bint check):
-        self.shape = _shape(hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes)
+    def __cinit__(self, Communicator comm, hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes, bint check, logical_experts=0):
+        self.shape = _shape(hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes, logical_experts)
         with nogil:
             self.b = make_shared[capi.Buffer](comm.c, self.shape, check)
 
@@ -215,8 +217,8 @@ cdef class Buffer:
 
     def dispatch(self, uintptr_t x, uintptr_t scales, uintptr_t ids, bint ids_are_int32, uintptr_t weights, int tokens,
                  bint by_rank, int alignment, int64_t capacity, uint64_t row_bytes, uint64_t scale_bytes, Plan plan=None,
-                 int scale_kind=0, bint scales_by_column=False):
-        """(Plan, Block of the rows, Block of the output) or a Failure."""
+                 int scale_kind=0, bint scales_by_column=False, Chosen chosen=None):
+        """(Plan, Block of the rows, Block of the output) or a Failure. chosen: ids are logical, and their slots are written there."""
         cdef capi.DispatchCall call
         cdef Block out = Block.__new__(Block), output = Block.__new__(Block)
         cdef capi.Status s
@@ -237,6 +239,8 @@ cdef class Buffer:
         call.shape.scale_bytes = scale_bytes
         call.shape.scales = <capi.ScaleKind>scale_kind
         call.shape.scales_by_column = scales_by_column
+        if chosen is not None:
+            chosen.ask(&call)
         if plan is None:
             plan = Plan.__new__(Plan)
             plan.p = buffer.new_plan()
@@ -245,6 +249,18 @@ cdef class Buffer:
         if s.code != capi.Code.ok:
             return _failure(s)
         return plan, out, output
+
+    def choose(self, uintptr_t ids, int tokens, Chosen chosen):
+        """None or a Failure: the slots of logical ids, for a call that knows of slots alone. Collective where the choice needs the picks of all."""
+        cdef capi.DispatchCall call
+        cdef capi.Status s
+        call.ids64 = <const int64_t*>ids
+        call.tokens = tokens
+        call.shape.alignment = 0   # no dispatch calls so
+        chosen.ask(&call)
+        with nogil:
+            s = self.b.get().choose(call)
+        return None if s.code == capi.Code.ok else _failure(s)
 
     def combine(self, uintptr_t rows, uintptr_t weights, uintptr_t y, uintptr_t bias, int64_t bias_stride, Plan plan, Block output,
                 uintptr_t back=0, uintptr_t slots=0, int wire=0):
@@ -392,9 +408,9 @@ cdef class Buffer:
 include "decode.pxi"
 
 
-def buffer_bytes(rank, size, ranks_per_node, hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes):
+def buffer_bytes(rank, size, ranks_per_node, hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes, logical_experts=0):
     return capi.Buffer.bytes(_geometry(rank, size, ranks_per_node),
-                             _shape(hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes))
+                             _shape(hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes, logical_experts))
 
 
 def isa():
@@ -406,42 +422,4 @@ def ucx_version():
     return (<bytes>capi.UcxContext.version()).decode()
 
 
-# The library's own packing and reduction, for baselines that swap only the transport.
-def gather_rows(uintptr_t dst, uintptr_t src, uintptr_t index, int64_t rows, uint64_t row_bytes, bint stream):
-    with nogil:
-        capi.gather_rows(<char*>dst, <const char*>src, <const int64_t*>index, rows, row_bytes, stream)
-
-
-def sum_rows(uintptr_t dst, uintptr_t src, uintptr_t index, uintptr_t weights, int64_t tokens, int terms, int64_t hidden, int dtype):
-    with nogil:
-        capi.sum_rows(<char*>dst, <const char*>src, <const int64_t*>index, <const float*>weights, tokens, terms, hidden,
-                      <capi.DType>dtype)
-
-
-def count_different(uintptr_t got, uintptr_t want, uintptr_t index, int64_t rows, int64_t row_elements, int64_t element_bytes):
-    cdef int64_t n
-    with nogil:
-        n = capi.count_different(<const char*>got, <const char*>want, <const int64_t*>index, rows, row_elements, element_bytes)
-    return n
-
-
-cdef class RateProbe:
-    """Passes over memory like a window's: write() streams stores, read() loads every byte."""
-    cdef unique_ptr[capi.RateProbe] p
-
-    def __cinit__(self, int64_t size):
-        self.p.reset(new capi.RateProbe(size))
-
-    @property
-    def nbytes(self):
-        return self.p.get().bytes()
-
-    def write(self):
-        with nogil:
-            self.p.get().write()
-
-    def read(self):
-        cdef uint64_t r
-        with nogil:
-            r = self.p.get().read()
-        return r
+include "tools.pxi"

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import torch
 
 from .._native import balance as native
-from ..errors import InvalidArgument
+from .._native import core
 from .placement import Placement, require
 
 MODES = ("local", "even", "optimal")
 
 
 class Replicas:
-    """The replica choice of one Buffer. Construction is collective where the choice needs the counts of all ranks; check comes first.
+    """The replica choice of one Buffer. Construction is each rank's own; check comes first.
 
     Parameters
     ----------
@@ -23,10 +25,10 @@ class Replicas:
     mode : "local", "even" or "optimal"
         local: per token as few nodes as possible, then the least loaded rank, from this source's own picks.
         even: this source's tokens of an expert evenly over its replicas. optimal: the split that makes the heaviest
-        rank lightest for this batch, from the counts of all sources: they are exchanged once per batch, one row per
-        rank; the split itself every rank computes alike. All three keep a token in few nodes where they can choose.
+        rank lightest for this batch, from the picks of all sources, which travel in the dispatch's own exchange of counts;
+        the split itself every rank computes alike. All three keep a token in few nodes where they can choose.
     activate : int, optional
-        Slots of a rank that may run in one batch; the choice of them is from the counts of all ranks too.
+        Slots of a rank that may run in one batch; the choice of them is from the picks of all ranks too.
     renormalize : bool
         Scale the weights of a token that lost picks so that they sum to what they did.
     monitor : LoadMonitor, optional
@@ -40,8 +42,6 @@ class Replicas:
 
     def __init__(self, comm, placement, mode, activate=None, renormalize=False, monitor=None):
         self.comm, self.mode, self.activate, self.renormalize, self.monitor = comm, mode, activate, renormalize, monitor
-        self._counts = CountExchange(comm, placement.num_experts) if mode == "optimal" or activate is not None else None
-        self._turn = 0
         self.decoding = [None, None]   # physical ids of the two decode epochs
         self._take(placement)
 
@@ -63,6 +63,11 @@ class Replicas:
         shape = (placement.num_layers, placement.num_experts)
         require(monitor is None or monitor.shape == shape, op, "monitor", monitor, f"a LoadMonitor of {shape[0]} layers and {shape[1]} experts")
 
+    @property
+    def logical_experts(self):
+        """Experts whose picks all ranks tell each other; 0 where each chooses by its own."""
+        return self.placement.num_experts if self._choices[0].needs_all else 0
+
     def use(self, placement):
         """As Buffer.use.
 
@@ -73,83 +78,64 @@ class Replicas:
         old = self.placement
         fits = isinstance(placement, Placement) and placement.physical_to_logical.shape == old.physical_to_logical.shape
         require(fits and placement.num_experts == old.num_experts, "use", "placement", placement, f"a Placement like {old}")
-        # Everyone is here, so every batch before this is over everywhere.
+        self.comm._settle()   # everyone comes here, so every batch before this is over everywhere
         self.comm._require_equal("use", self.comm._exchange({"placement": placement.digest}))
         self._take(placement)
 
     def _take(self, placement):
-        tables = placement.physical_to_logical.to(torch.int32).numpy()
-        layers = [native.Replicas(np.ascontiguousarray(row), placement.num_experts, placement.num_ranks, self.comm.num_nodes) for row in tables]
+        tables = [np.ascontiguousarray(row) for row in placement.physical_to_logical.to(torch.int32).numpy()]
+        shape = placement.num_experts, placement.num_ranks, self.comm.num_nodes
         if self.activate is not None:
-            for layer, r in enumerate(layers):
-                stuck = r.activate(np.ones(placement.num_experts), self.activate, np.empty(r.count, dtype=np.uint8))
+            for layer, table in enumerate(tables):
+                stuck = native.Replicas(table, *shape).activate(np.ones(placement.num_experts), self.activate, np.empty(len(table), dtype=np.uint8))
                 require(stuck < 0, "Buffer", "activate", self.activate, f"room to run expert {stuck} of layer {layer} beside the others on its ranks")
-        self.placement, self._layers = placement, layers
+        self.placement, self._choices = placement, [core.Choice(table, *shape, MODES.index(self.mode), self.activate or 0) for table in tables]
+        self._routing = [zlib.crc32(f"{placement.digest}/{layer}".encode()) for layer in range(placement.num_layers)]
         self._lost = placement.replica_count == 0 if placement.partial else None
 
-    def choose(self, topk_ids, topk_weights, layer):
-        """(physical ids int64 [T, K], weights, weight of lost picks [T] float32) for logical ids. Collective as the class says.
+    def require_layer(self, op, layer):
+        """Refuse a layer that the placement does not have.
 
         Raises
         ------
         InvalidArgument
-            An id is out of range or twice in a token, or there is no such layer.
         """
-        require(isinstance(layer, int) and 0 <= layer < len(self._layers), "dispatch", "layer", layer, f"0..{len(self._layers) - 1}")
-        replicas, comm = self._layers[layer], self.comm
-        ids = topk_ids.detach().to(torch.int64).contiguous().numpy()
-        counts = np.empty(replicas.experts, dtype=np.int32)
-        code, token, bad = native.count_picks(ids, counts)
-        if code:
-            what = f"expert id {bad} is out of range" if code == 1 else f"expert id {bad} is picked twice"
-            raise InvalidArgument(f"topk_ids: {what} in token {token}; expected distinct ids in [0, {replicas.experts}), or -1", op="dispatch",
-                                  rank=comm.rank, got=bad)
-        everyone = self._counts.gather(counts) if self._counts else None
+        require(isinstance(layer, int) and 0 <= layer < len(self._choices), op, "layer", layer, f"0..{len(self._choices) - 1}")
+
+    def ask(self, topk_ids, layer):
+        """The Asking of one batch: logical ids [T, K] of a layer, for a native call that chooses their slots."""
+        return Asking(topk_ids, self._choices[layer], self._routing[layer], self.placement.num_experts)
+
+    def record(self, asking, layer):
+        """Tell the monitor what a batch counted."""
         if self.monitor is not None:
-            self.monitor.record(layer, counts if everyone is None else everyone.sum(0), everywhere=everyone is not None)
-        physical = np.empty_like(ids)
-        self._turn += 1
-        turn = self._turn + comm.rank   # sources begin at different replicas
-        active = None
-        if self.activate is not None:
-            active = np.empty(replicas.count, dtype=np.uint8)
-            replicas.activate(everyone.sum(0).astype(np.float64), self.activate, active)
-        if self.mode == "local":
-            replicas.route_locally(ids, comm.node, turn, physical, active)
-        else:
-            quota = np.empty(replicas.count, dtype=np.int32)
-            if self.mode == "even":
-                replicas.even(counts, turn, quota, active)
-            else:
-                share = np.empty(replicas.count)
-                replicas.split(everyone.sum(0).astype(np.float64), share, active)
-                replicas.quotas(everyone, comm.rank, share, self._turn, quota)
-            replicas.route_by_quota(ids, comm.node, quota, physical)
-        weights, lost = self._account(topk_ids, topk_weights, layer)
-        return torch.from_numpy(physical), weights, lost
+            self.monitor.record(layer, asking.counted, everywhere=self.logical_experts > 0)
 
-    def choose_for_decode(self, topk_ids, topk_weights, layer):
-        """(physical ids, weights); decode has no place to report lost weight, so nothing may be lost.
+    def choose_for_decode(self, buffer, topk_ids, layer):
+        """Physical ids of a decode batch. Decode exchanges no counts; where the choice needs them they take an exchange of their own.
 
         Raises
         ------
         InvalidArgument
-            As choose, or the placement is partial.
+            As dispatch, or the placement is partial: decode has no place to report lost weight.
         """
-        require(self._lost is None, "decode_dispatch", "placement", self.placement, "a complete one: lost weight is reported by dispatch only")
-        return self.choose(topk_ids, topk_weights, layer)[:2]
+        op = "decode_dispatch"
+        require(self._lost is None, op, "placement", self.placement, "a complete one: lost weight is reported by dispatch only")
+        self.require_layer(op, layer)
+        self.comm._settle()
+        asking = self.ask(topk_ids, layer)
+        failure = buffer._native.choose(asking.ids.data_ptr(), len(asking.ids), asking.chosen)
+        if failure is not None:
+            buffer._fail(op, failure)
+        self.record(asking, layer)
+        return asking.slots
 
-    def close(self):
-        """Release what the exchange of counts holds."""
-        if self._counts is not None:
-            self._counts.close()
-
-    def _account(self, topk_ids, weights, layer):
-        """What lost picks weighed per token; the weights of the others, scaled up if asked."""
+    def account(self, topk_ids, weights, layer):
+        """(weights, lost): what lost picks weighed per token, float32 [T]; the weights of the others, scaled up if asked."""
         if self._lost is None:
             return weights, torch.zeros(len(topk_ids))
         given = torch.ones(topk_ids.shape) if weights is None else weights
-        gone = self._lost[layer][topk_ids.clamp_min(0).long()] & (topk_ids >= 0)
+        gone = self._lost[layer][topk_ids.clamp(0, self.placement.num_experts - 1).long()] & (topk_ids >= 0)
         lost = (given * gone).sum(1).detach()
         if self.renormalize:
             kept = (given * (~gone & (topk_ids >= 0))).sum(1)
@@ -157,32 +143,12 @@ class Replicas:
         return weights, lost
 
 
-class CountExchange:
-    """Every rank learns every rank's counts: one row from each rank to each, through the library's own dispatch."""
+class Asking:
+    """Logical ids on their way into a native call: .chosen is the request; it writes .slots int64 [T, K] and .counted int32 [E],
+    picks per expert, of all ranks where the choice needs them, else of this one."""
 
-    _PICKS = 32   # destinations of one row at most
-
-    def __init__(self, comm, experts):
-        from ..buffer import Buffer
-
-        self._comm, self._experts = comm, experts
-        rows, width = -(-comm.size // self._PICKS), -(-experts // 4) * 4
-        top_k = min(comm.size, self._PICKS)
-        self._buffer = Buffer(comm, hidden=width, num_experts=comm.size, top_k=top_k, max_tokens=rows, dtype=torch.float32)
-        self._row = torch.zeros((rows, width), dtype=torch.int32)
-        ids = torch.arange(rows * top_k)
-        self._ids = ids.where(ids < comm.size, -1).view(rows, top_k)
-
-    def gather(self, counts):
-        """counts int32 [E] of this rank -> int32 [size, E]. Collective; in order with what was submitted before."""
-        self._row[:, :self._experts] = torch.from_numpy(counts)
-
-        def exchange():
-            rows = self._buffer.dispatch(self._row.view(torch.float32), self._ids, layout="rank").x
-            return rows.view(torch.int32)[:, :self._experts].contiguous().numpy()
-
-        return exchange() if self._comm._executor is None else self._comm._submit(exchange).result()
-
-    def close(self):
-        """Release the window."""
-        self._buffer.close()
+    def __init__(self, topk_ids, choice, routing, experts):
+        self.ids = topk_ids.detach().to(torch.int64).contiguous()
+        self.slots = torch.empty_like(self.ids)
+        self.counted = np.empty(experts, dtype=np.int32)
+        self.chosen = core.Chosen(choice, routing, self.slots.numpy(), self.counted)

@@ -5,6 +5,7 @@
 #include <set>
 
 #include "balance/activate.hpp"
+#include "balance/choice.hpp"
 #include "balance/counts.hpp"
 #include "balance/rebalance.hpp"
 #include "balance/relabel.hpp"
@@ -227,32 +228,83 @@ TEST(split_shares_are_whole_and_at_their_minimum) {
   }
 }
 
-TEST(quotas_of_all_sources_make_the_split) {
+// Rows of every source and slot, [sources, slots].
+std::vector<int32_t> rows_of_all(const Choice& choice, const Choice::Solved& solved, const std::vector<int32_t>& counts, int sources) {
+  const int experts = choice.replicas().experts, slots = choice.replicas().slots;
+  std::vector<int32_t> rows, before(experts, 0);
+  for (int s = 0; s < sources; ++s) {
+    for (int p = 0; p < slots; ++p) rows.push_back(choice.rows(solved, s, before.data(), counts.data() + s * experts, p));
+    for (int e = 0; e < experts; ++e) before[e] += counts[s * experts + e];
+  }
+  return rows;
+}
+
+TEST(rows_of_all_sources_make_the_split) {
   const int sources = 5;
-  for (uint32_t seed = 0; seed < 10; ++seed) {
-    const auto [r, load] = layer(kWorld, seed, true);
-    std::mt19937 engine(seed);
-    std::vector<int32_t> counts(sources * r.experts, 0);
-    for (int e = 0; e < r.experts; ++e)
-      for (int n = 0; n < load[e]; ++n) ++counts[engine() % sources * r.experts + e];
-    std::vector<double> share(r.slot.size());
-    split(r, load.data(), nullptr, 24, share.data());
-    std::vector<int32_t> quota(r.slot.size());
-    std::vector<double> sum(r.slot.size(), 0.0);
+  for (uint32_t seed = 0; seed < 10; ++seed)
+    for (Mode mode : {Mode::even, Mode::optimal})
+      for (int activate : {0, 3}) {
+        const auto [r, load] = layer(kWorld, seed, true);
+        std::mt19937 engine(seed);
+        std::vector<int32_t> counts(sources * r.experts, 0), total(r.experts), table(r.slots);
+        for (int e = 0; e < r.experts; ++e)
+          for (int n = 0; n < load[e]; ++n) ++total[e], ++counts[engine() % sources * r.experts + e];
+        for (int p = 0; p < r.slots; ++p) table[p] = r.expert[r.at_slot[p]];
+        const Choice choice(table.data(), r.slots, r.experts, r.ranks, r.nodes, mode, activate ? r.slots_per_rank() - 1 : 0);
+        const Choice::Solved solved = choice.solve(total.data(), static_cast<int>(seed));
+        const std::vector<int32_t> rows = rows_of_all(choice, solved, counts, sources);
+        const std::vector<double> floats(total.begin(), total.end());
+        std::vector<double> share(r.slots), sum(r.slots, 0.0);
+        split(r, floats.data(), solved.active.empty() ? nullptr : solved.active.data(), 24, share.data());
+        for (int s = 0; s < sources; ++s)
+          for (int e = 0; e < r.experts; ++e) {
+            int served = 0, low = 1 << 30, high = 0;
+            for (int i = r.first[e]; i < r.first[e + 1]; ++i) {
+              const int32_t n = rows[s * r.slots + r.slot[i]];
+              served += n;
+              sum[i] += n;
+              if (!solved.active.empty() && !solved.active[i]) {
+                CHECK_EQ(n, 0);
+                continue;
+              }
+              low = std::min(low, n), high = std::max(high, n);
+            }
+            CHECK_EQ(served, counts[s * r.experts + e]);
+            if (mode == Mode::even) CHECK(high - low <= 1);
+          }
+        for (int i = 0; i < r.slots && mode == Mode::optimal; ++i) CHECK(std::abs(sum[i] - share[i]) <= 1.0 + 1e-6);   // rounding, nothing else
+      }
+}
+
+// What every rank works out about every other one is what that one does.
+TEST(rows_that_follow_are_those_that_are_routed) {
+  const int sources = 4, tokens = 40, top_k = 4;
+  std::mt19937 engine(3);
+  for (int round = 0; round < 12; ++round) {
+    const auto [r, load] = layer(kWorld, static_cast<uint32_t>(round), true);
+    std::vector<int32_t> table(r.slots);
+    for (int p = 0; p < r.slots; ++p) table[p] = r.expert[r.at_slot[p]];
+    const Choice choice(table.data(), r.slots, r.experts, r.ranks, r.nodes, round % 2 ? Mode::even : Mode::optimal, round % 3 ? 0 : r.slots_per_rank() - 1);
+    std::vector<int32_t> counts(sources * r.experts), total(r.experts, 0), before(r.experts, 0);
+    std::vector<std::vector<int64_t>> ids(sources);
     for (int s = 0; s < sources; ++s) {
-      quotas_of_source(r, counts.data(), sources, s, share.data(), static_cast<int>(seed), quota.data());
-      for (int e = 0; e < r.experts; ++e)
-        CHECK_EQ(std::accumulate(quota.begin() + r.first[e], quota.begin() + r.first[e + 1], 0), counts[s * r.experts + e]);
-      for (size_t i = 0; i < sum.size(); ++i) sum[i] += quota[i];
+      for (int i = 0; i < tokens * top_k; ++i) ids[s].push_back(engine() % 9 == 0 ? -1 : engine() % (r.experts / top_k) * top_k + i % top_k);
+      CHECK_EQ(count_picks(ids[s].data(), tokens, top_k, r.experts, counts.data() + s * r.experts).code, 0);
+      for (int e = 0; e < r.experts; ++e) total[e] += counts[s * r.experts + e];
     }
-    for (size_t i = 0; i < sum.size(); ++i) CHECK(std::abs(sum[i] - share[i]) <= 1.0 + 1e-6);   // rounding, nothing else
-    int32_t counts_of_one[64];
-    std::copy(counts.begin(), counts.begin() + 64, counts_of_one);
-    even_quotas(r, counts_of_one, nullptr, 3, quota.data());
-    for (int e = 0; e < r.experts; ++e) {
-      const auto [low, high] = std::minmax_element(quota.begin() + r.first[e], quota.begin() + r.first[e + 1]);
-      CHECK(*high - *low <= 1);
-      CHECK_EQ(std::accumulate(quota.begin() + r.first[e], quota.begin() + r.first[e + 1], 0), counts_of_one[e]);
+    const Choice::Solved solved = choice.solve(total.data(), round);
+    const std::vector<int32_t> rows = rows_of_all(choice, solved, counts, sources);
+    for (int s = 0; s < sources; ++s) {
+      std::vector<int64_t> physical(tokens * top_k);
+      std::vector<int32_t> routed(r.slots, 0);
+      choice.route(solved, {ids[s].data(), tokens, top_k, counts.data() + s * r.experts}, s * r.ranks / sources, before.data(), physical.data());
+      for (int i = 0; i < tokens * top_k; ++i) {
+        CHECK_EQ(physical[i] < 0 ? int64_t{-1} : int64_t{table[physical[i]]}, ids[s][i]);
+        if (physical[i] >= 0) ++routed[physical[i]];
+      }
+      if (s == 0 || round % 2 == 0)   // even: the rank says where the turn begins
+        for (int p = 0; p < r.slots; ++p) CHECK_EQ(routed[p], rows[s * r.slots + p]);
+      for (int e = 0; e < r.experts; ++e) before[e] += counts[s * r.experts + e];
     }
   }
 }
@@ -266,7 +318,7 @@ TEST(routes_keep_to_quotas_and_refuse_bad_ids) {
     for (int k = 0; k < top_k; ++k) ids[t * top_k + k] = k == 3 && t % 7 == 0 ? -1 : (engine() % 16) * 4 + k;
   std::vector<int32_t> counts(r.experts), quota(r.slot.size());
   CHECK_EQ(count_picks(ids.data(), tokens, top_k, r.experts, counts.data()).code, 0);
-  even_quotas(r, counts.data(), nullptr, 1, quota.data());
+  for (int i = 0; i < r.slots; ++i) quota[i] = even_quota(r, i, counts[r.expert[i]], nullptr, 1);
   for (bool by_quota : {true, false}) {
     if (by_quota) route_by_quota(r, ids.data(), tokens, top_k, 0, quota.data(), physical.data());
     else route_locally(r, ids.data(), tokens, top_k, 0, nullptr, 0, physical.data());

@@ -30,7 +30,7 @@ std::vector<Case> cases() {
     for (int p : {1, 3, 8})
       for (int top_k : {1, 8, 32})
         for (DType type : {DType::bf16, DType::f64}) {
-          Shape s{.hidden = 72, .dtype = type, .num_experts = 4 * nodes * p, .top_k = top_k, .max_tokens = 37, .channels = 3, .arena_bytes = 12345};
+          Shape s{.hidden = 72, .dtype = type, .num_experts = 4 * nodes * p, .top_k = top_k, .max_tokens = 37, .channels = 3, .arena_bytes = 12345, .logical_experts = top_k == 8 ? 57 : 0};
           all.push_back({{nodes * p - 1, nodes * p, p}, s});
         }
   return all;
@@ -44,7 +44,7 @@ TEST_CASES(node_windows, cases()) {
   const uint64_t p = g.ranks_per_node;
   check_disjoint({{0, sizeof(MemoryHeader), 64}, {l.counts, 8 * p, 8}, {l.arrive, 8 * p, 8}, {l.ready, 8 * p, 8}, {l.done, 8 * p, 8},
                   {l.faults, sizeof(FaultWord) * p, 8}, {l.offers, sizeof(Offer) * p, 8}, {l.verdicts, sizeof(Verdict) * p, 8},
-                  {l.board, sizeof(RowsBoard), 8}, {l.tables, uint64_t{4} * count_layout(g, s).ints * g.size, 16}, {l.arena, s.arena_bytes, 4096}},
+                  {l.board, sizeof(RowsBoard), 8}, {l.tables, uint64_t{4} * count_layout(g, s).ints * g.size * s.count_halves(), 16}, {l.arena, s.arena_bytes, 4096}},
                  l.bytes);
 }
 
@@ -53,7 +53,7 @@ TEST_CASES(rail_regions, cases()) {
   const RailLayout l = rail_layout(g, s);
   const uint64_t n = g.nodes(), rows = (n - 1) * s.max_tokens;
   check_disjoint({{0, sizeof(MemoryHeader), 64}, {l.enter, 8 * n, 8}, {l.rows, 8 * n * s.channels, 8}, {l.verdict, 8 * n, 8},
-                  {l.back, 8 * n * s.channels, 8}, {l.faults, sizeof(FaultWord) * n, 8}, {l.blocks, uint64_t{4} * count_layout(g, s).ints * n, 16},
+                  {l.back, 8 * n * s.channels, 8}, {l.faults, sizeof(FaultWord) * n, 8}, {l.blocks, uint64_t{4} * count_layout(g, s).ints * n * s.count_halves(), 16},
                   {l.verdicts, sizeof(Verdict) * n, 8}, {l.outbox, sizeof(Verdict) + sizeof(FaultWord), 8},
                   {l.metas, n * s.max_tokens * meta_bytes(s.top_k), 16}, {l.metas_out, rows * meta_bytes(s.top_k), 16}, {l.sums, 8 * rows, 8},
                   {l.sums_out, 8 * rows, 8},

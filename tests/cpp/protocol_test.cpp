@@ -60,6 +60,20 @@ std::vector<Case> features(int lanes) {
   return all;
 }
 
+// Ids that depend on everyone's picks.
+std::vector<Case> chosen(int lanes) {
+  std::vector<Case> all;
+  for (const auto& [nodes, per_node] : kGeometries) {
+    const Case base{.nodes = nodes, .per_node = per_node, .lanes = lanes, .rounds = 5, .chosen = 1};
+    all.push_back(base);
+    Case c = base; c.chosen = 2; all.push_back(c);
+    c.layout = RowLayout::rank; c.check = true; all.push_back(c);
+    c = base; c.check = true; c.skew = 2; c.channels = 5; all.push_back(c);
+    c = base; c.skew = 1; c.alignment = 4; c.spare = 3; all.push_back(c);
+  }
+  return all;
+}
+
 // The same as the cuda world schedules it.
 std::vector<Case> seated(std::vector<Case> cases, int workers, int senders) {
   for (Case& c : cases) {
@@ -75,6 +89,8 @@ TEST_CASES(lane_geometries, geometries(0)) { run_case(value); }
 TEST_CASES(lane_features, features(0)) { run_case(value); }
 TEST_CASES(team_of_2_geometries, geometries(2)) { run_case(value); }
 TEST_CASES(team_of_3_features, features(3)) { run_case(value); }
+TEST_CASES(lane_chosen, chosen(0)) { run_case(value); }
+TEST_CASES(team_of_2_chosen, chosen(2)) { run_case(value); }
 TEST_CASES(seats_geometries, seated(geometries(0), 3, 3)) { run_case(value); }
 TEST_CASES(seats_apart_features, seated(features(0), 4, 2)) { run_case(value); }
 TEST(seats_of_a_warp) { run_case({.nodes = 2, .per_node = 1, .lanes = 32, .channels = 3, .hidden = 256, .rounds = 2, .workers = 2, .senders = 1}); }

@@ -22,6 +22,7 @@ struct Case {
   int rounds = 3;
   int chunk_rows = 16, stages = 3;
   int workers = 0, senders = 0;   // a rank is so many groups at once, and a coordinator; 0: one group
+  int chosen = 0;             // ids become known when everyone's picks are: 1, and with them what others send; 2, which takes another exchange
 };
 
 inline bool has_codes(const Case& c) { return c.quantized || c.fused != ScaleKind::none; }
@@ -75,6 +76,38 @@ inline std::vector<Input> make_inputs(const Case& c, int max_tokens, uint64_t se
   return all;
 }
 
+// Picks of every id by one source.
+inline std::vector<int32_t> picks_by(const Input& in, int experts) {
+  std::vector<int32_t> picks(experts, 0);
+  for (const int64_t id : in.ids)
+    if (id >= 0) ++picks[id];
+  return picks;
+}
+
+// The part of a choice of replicas: holds what the exchange brought against the inputs, and hands out the ids then.
+struct Chooser {
+  const std::vector<Input>& in;
+  const Geometry& geometry;
+  int experts;
+  bool rows_follow;
+  std::vector<int64_t>& ids;   // out; noise until then
+  int rank;
+
+  template <class Picks>
+  void choose(Picks picks_of) {
+    for (int s = 0; s < static_cast<int>(in.size()); ++s) {
+      const std::vector<int32_t> want = picks_by(in[s], experts);
+      CHECK(std::equal(want.begin(), want.end(), picks_of(s)));
+    }
+    std::copy(in[rank].ids.begin(), in[rank].ids.end(), ids.begin());
+  }
+  void rows_to(int source, int32_t* rows) const {
+    const std::vector<int32_t> picks = picks_by(in[source], experts);
+    const int per_node = experts / geometry.nodes();
+    std::copy_n(picks.begin() + geometry.node() * per_node, per_node, rows);
+  }
+};
+
 // What one rank does in one round; called on the rank's thread.
 template <class Runner>
 void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int r, int round, const std::vector<Input>& in, Plan& plan) {
@@ -114,7 +147,25 @@ void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int 
   const Offer offer = me.arena.offer();
   std::vector<int32_t> apart(c.channels * c.nodes * me.view.count.ints);
   const DispatchWork work{a, offer, apart.data()};
-  const Status s = runner.dispatch(w, r, c, work);
+  std::vector<int64_t> slots(in[r].ids.size(), 1 << 20);
+  std::vector<int32_t> asked;
+  const auto choosing = [&](DispatchArgs by_choice) {
+    const std::vector<int32_t> mine = picks_by(in[r], shape.num_experts);
+    asked.assign(c.nodes * me.view.count.ints, 0);
+    for (int n = 0; n < c.nodes; ++n) std::copy(mine.begin(), mine.end(), asked.begin() + n * me.view.count.ints + me.view.count.picks);
+    by_choice.asked = asked.data();
+    by_choice.ids64 = slots.data();
+    Chooser chooser{in, g, shape.num_experts, c.chosen == 1, slots, r};
+    if (round % 2) {   // also an exchange by itself
+      const Status alone = execute(c.lanes, [&](auto group) {
+        return run_exchange(group, me.fabric(), by_choice, [&](auto picks_of) { if (group.lane() == 0) chooser.choose(picks_of); });
+      });
+      CHECK_EQ(alone.code, Code::ok);
+      std::fill(slots.begin(), slots.end(), 1 << 20);
+    }
+    return execute(c.lanes, [&](auto group) { return run_dispatch(group, me.fabric(), by_choice, offer, chooser); });
+  };
+  const Status s = c.chosen && !cached ? choosing(a) : runner.dispatch(w, r, c, work);
   if (!CHECK_EQ(s.code, Code::ok)) return;
 
   const CallShape& call = plan.view.call;
@@ -196,6 +247,7 @@ template <class Runner>
 void run_case(const Case& c, Runner runner) {
   const int max_tokens = 19, size = c.nodes * c.per_node;
   Shape shape{.hidden = c.hidden, .dtype = c.type, .num_experts = size * c.experts_per_rank, .top_k = c.top_k, .max_tokens = max_tokens, .channels = c.channels, .chunk_rows = c.chunk_rows};
+  if (c.chosen) shape.logical_experts = shape.num_experts;
   const uint64_t most = size * max_tokens * std::min(c.top_k, c.experts_per_rank) + c.experts_per_rank * c.alignment + 64;
   shape.arena_bytes = most * (2 * shape.slot_bytes() + 12 * c.top_k + 64) + 4096;
   World w(c.nodes, c.per_node, shape, c.check);
@@ -216,8 +268,8 @@ void run_case(const Case& c, Runner runner) {
     Plan plan(w.rank(r).view);
     for (int round = 0; round < c.rounds; ++round) one_round(w, runner, c, shape, r, round, inputs[round], plan);
   });
-  if (check::failures()) std::printf("  ... in %dx%d lanes %d layout %d alignment %d spare %d top_k %d channels %d quantized %d fused %d wire %d check %d skew %d\n", c.nodes,
-                                     c.per_node, c.lanes, int(c.layout), c.alignment, c.spare, c.top_k, c.channels, c.quantized, int(c.fused), int(c.wire), c.check, c.skew);
+  if (check::failures()) std::printf("  ... in %dx%d lanes %d layout %d alignment %d spare %d top_k %d channels %d quantized %d fused %d wire %d check %d skew %d chosen %d\n", c.nodes,
+                                     c.per_node, c.lanes, int(c.layout), c.alignment, c.spare, c.top_k, c.channels, c.quantized, int(c.fused), int(c.wire), c.check, c.skew, c.chosen);
 }
 
 }  // namespace world

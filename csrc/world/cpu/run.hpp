@@ -28,21 +28,24 @@ auto timed(G g, F f, Phase role, Work work) {
   return work();
 }
 
+namespace detail {
+
 template <Group G, class F>
-Status run_dispatch(G g, F f, const DispatchArgs& a, Offer offer) {
-  const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
-  MOE_TRY(timed(g, f, Phase::none, [&] {
-    if (a.cached) return Status{};
+Status plan_rows(G g, F f, const DispatchArgs& a) {
+  return timed(g, f, Phase::none, [&] {
     MOE_TRY(sort_picks(g, a, 0, a.plan.tokens));
     count_picks(g, a);
     return Status{};
-  }));
-  MOE_TRY(timed(g, f, Phase::announce, [&] {
-    announce(g, f, a);
-    return relay(g, f, a, offer);
-  }));
-  for (int c = 0; c < channels; ++c) timed(g, f, Phase::send, [&] { send(g, f, a, c); });
+  });
+}
+
+// From the exchange of counts on. tables: what is still to do before they can be read.
+template <Group G, class F, class Tables>
+Status move_rows(G g, F f, const DispatchArgs& a, bool sends, Tables tables) {
+  const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
+  for (int c = 0; c < channels && sends; ++c) timed(g, f, Phase::send, [&] { send(g, f, a, c); });
   MOE_TRY(timed(g, f, Phase::counts, [&] {
+    MOE_TRY(tables());
     MOE_TRY(place(g, f, a));
     judge(g, f, a);
     return Status{};
@@ -54,6 +57,58 @@ Status run_dispatch(G g, F f, const DispatchArgs& a, Offer offer) {
   return timed(g, f, Phase::arrive, [&] {
     MOE_TRY(announce_arrival(g, f, a));
     return arrive(g, f, a, 0, 1);
+  });
+}
+
+}  // namespace detail
+
+template <Group G, class F>
+Status run_dispatch(G g, F f, const DispatchArgs& a, Offer offer) {
+  if (!a.cached) MOE_TRY(detail::plan_rows(g, f, a));
+  MOE_TRY(timed(g, f, Phase::announce, [&] {
+    announce(g, f, a);
+    return relay(g, f, a, offer);
+  }));
+  return detail::move_rows(g, f, a, true, [] { return Status{}; });
+}
+
+// One exchange of a.asked and nothing else; picks(source) is good within use(picks), and until another exchange.
+template <Group G, class F, class Use>
+Status run_exchange(G g, F f, const DispatchArgs& a, Use use) {
+  announce(g, f, a, false);
+  MOE_TRY(relay(g, f, a, {}));
+  MOE_TRY(await_counts(g, f, a));
+  char* window = f.window(a.b.geometry.local(), 0);
+  if (const Verdict v = detail::agreement(a, window); v.code != 0) return {Code::mismatch, Phase::counts, v.rank};
+  use([&](int source) { return picks_of(a, window, source); });
+  return {};
+}
+
+// A dispatch by picks of logical experts, whose slots depend on everyone's: a.asked carries this rank's. The chooser
+// writes the slots to a.ids64 when it gets the picks of all: choose(picks of source), rows_follow, rows_to(source, counts).
+template <Group G, class F, class Chooser>
+Status run_dispatch(G g, F f, DispatchArgs a, Offer offer, Chooser&& chooser) {
+  MOE_TRY(timed(g, f, Phase::announce, [&] {
+    announce(g, f, a);
+    return relay(g, f, a, offer);
+  }));
+  MOE_TRY(timed(g, f, Phase::counts, [&] { return await_counts(g, f, a); }));
+  char* window = f.window(a.b.geometry.local(), 0);
+  // Where ranks called differently all know it now, and those that have not chosen send nothing.
+  const bool agreed = detail::agreement(a, window).code == 0;
+  if (agreed) {
+    MOE_TRY(leader(g, [&] {
+      return timed(g, f, Phase::none, [&] { chooser.choose([&](int source) { return picks_of(a, window, source); }); return Status{}; });
+    }));
+    MOE_TRY(detail::plan_rows(g, f, a));
+    a.asked = nullptr;
+    MOE_TRY(timed(g, f, Phase::announce, [&] {
+      announce(g, f, a, false);
+      return chooser.rows_follow ? Status{} : relay(g, f, a, offer);
+    }));
+  }
+  return detail::move_rows(g, f, a, agreed, [&] {
+    return agreed && chooser.rows_follow ? derive_tables(g, f, a, [&](int source, int32_t* counts) { chooser.rows_to(source, counts); }) : Status{};
   });
 }
 
