@@ -44,7 +44,7 @@ def check_dispatch(comm, buf, world, *, scheme=None, prepared=False, weights_tra
 
 
 def check_step(comm, buf, world, *, in_place=True, wire=None, weights_travel=False, return_hook=True, **how):
-    """Dispatch, experts, combine. Every output is poisoned first."""
+    """Dispatch, experts, combine. Every output is poisoned first. Returns y."""
     xs, ids, weights = world
     r, dtype = comm.rank, xs[0].dtype
     recv, want = check_dispatch(comm, buf, world, weights_travel=weights_travel, return_hook=return_hook, **how)
@@ -63,3 +63,4 @@ def check_step(comm, buf, world, *, in_place=True, wire=None, weights_travel=Fal
     if hook:
         hook()
     assert_same(y, expected[r], f"rank {r}: y")
+    return y

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from cases import check_case, make_case
+from cases import Case, check_case, make_case
 
 import moecomm
 
@@ -48,6 +48,55 @@ def inputs(comm, to, top_k=1):
 def test_sound_worlds_pass(seed):
     case = make_case(random.Random(seed).choice, 4, 2)
     moecomm.run_local(lambda comm: check_case(comm, case), 4, ranks_per_node=2)
+
+
+QUANTS = [(None, "row"), ("fp8", "row"), ("fp8", "column"), ("fp8_ue8m0", "row"), ("fp8_ue8m0", "column")]
+
+
+@pytest.mark.parametrize("wire", [None, "fp8", "logfmt10"])
+@pytest.mark.parametrize("quant,scale_layout", QUANTS)
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_every_mode_passes(layout, quant, scale_layout, wire):
+    case = Case(ranks_per_node=2, tokens=[3, 8, 0, 5], layout=layout, hidden=144, quant=quant, scale_layout=scale_layout, wire=wire, reuse=1,
+                alignment=4 if layout == "expert" else 1, bias="row")
+    moecomm.run_local(lambda comm: check_case(comm, case), 4, ranks_per_node=2, timeout=10)
+
+
+@pytest.mark.parametrize("quant,scale_layout", QUANTS)
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+@pytest.mark.parametrize("hop", ["node", "rail"])
+def test_every_mode_names_a_wrong_row(hop, layout, quant, scale_layout):
+    """Rank 0's fourth row is damaged on its way into its own node's rank 1, or on its way to the gateway of rank 3."""
+    destination = 1 if hop == "node" else 3
+
+    def main(comm):
+        buf, x, ids = inputs(comm, to=destination)
+        tokens = TOKENS if comm.rank == 0 else 0
+        x, ids = x[:tokens], ids[:tokens]
+        if comm.rank == 0:
+            pieces = 2 if quant and scale_layout == "row" else 1   # a row, and its scales beside it
+            buf._native.set_fault(*(("copy", "damage", 3 * pieces) if hop == "node" else ("put", "damage", 1)))
+        buf.dispatch(x, ids, layout=layout, quant=quant, scale_layout=scale_layout)
+        return buf, x, ids
+
+    # The gateway of rank 0's rows for the other node is rank 2: five rows leave in one put, of which the middle is damaged.
+    expected = dict(destination=1, token=3, phase="arrive") if hop == "node" else dict(destination=2, token=2, phase="forward")
+    assert_named(everybody_raises(main, 4, 2), source=0, **expected)
+
+
+@pytest.mark.parametrize("wire", [None, "fp8", "logfmt10"])
+@pytest.mark.parametrize("layout", ["expert", "rank"])
+def test_every_wire_names_a_wrong_row(layout, wire):
+    """Rank 2 is the gateway of rank 0's rows: the sums that it puts over the rail are damaged in the middle."""
+    def main(comm):
+        buf, x, ids = inputs(comm, to=3)
+        out = buf.dispatch(x, ids, layout=layout)
+        if comm.rank == 2:
+            buf._native.set_fault("put", "damage", passes=1)   # behind the word about its wire
+        buf.combine(out.x, out.handle, wire=wire)
+        return buf, x, ids
+
+    assert_named(everybody_raises(main, 4, 2), source=2, destination=0, token=2, phase="sum", op="combine")
 
 
 @pytest.mark.parametrize("action,put,token", [("damage", 1, 2), ("omit", 1, 0), ("omit", 2, 0)])
@@ -104,19 +153,6 @@ def test_a_wrong_copy_of_a_row_for_a_second_expert():
         return buf, x, ids
 
     assert_named(everybody_raises(main, 2, 2), source=0, destination=1, token=1, phase="arrive")
-
-
-def test_a_wrong_row_on_the_way_back():
-    """Rank 2 is the gateway of rank 0's rows; the sums that it puts over the rail are damaged in the middle."""
-    def main(comm):
-        buf, x, ids = inputs(comm, to=3)
-        out = buf.dispatch(x, ids)
-        if comm.rank == 2:
-            buf._native.set_fault("put", "damage", passes=1)   # behind the word about its wire
-        buf.combine(out.x, out.handle)
-        return buf, x, ids
-
-    assert_named(everybody_raises(main, 4, 2), source=2, destination=0, token=2, phase="sum", op="combine")
 
 
 def test_rows_that_change_while_they_are_being_summed():

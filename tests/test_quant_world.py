@@ -1,8 +1,5 @@
 """FP8 rows in dispatch and coded rows in combine, over rank threads, against the oracle, bit for bit."""
 
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -252,15 +249,3 @@ def test_bad_arguments():
         assert buf.stats()["calls"] == 0
 
     moecomm.run_local(main, 1)
-
-
-if __name__ == "__main__":   # one world in a process of its own: another build of the row kernels
-    check_dispatch(make_world(6, seed=5), 6, 2, "fp8", "column")
-    check_combine(make_world(6, seed=5), 6, 2, ["fp8", "logfmt10", None, "fp8", None, "logfmt10"])
-
-
-@pytest.mark.parametrize("isa", ["avx2", "base"])
-def test_other_builds_of_the_row_kernels(isa):
-    here = os.path.dirname(__file__)
-    subprocess.run([sys.executable, __file__], check=True, timeout=120,
-                   env=os.environ | {"MOECOMM_ISA": isa, "PYTHONPATH": os.pathsep.join([os.path.dirname(here), here, os.environ.get("PYTHONPATH", "")])})
