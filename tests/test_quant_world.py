@@ -1,6 +1,5 @@
 """FP8 rows in dispatch and coded rows in combine, over rank threads, against the oracle, bit for bit."""
 
-
 import pytest
 import torch
 from hypothesis import given, settings
