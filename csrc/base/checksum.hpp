@@ -6,7 +6,7 @@
 
 namespace moecomm {
 
-MOE_HD inline uint64_t row_checksum(const void* row, uint64_t bytes, uint64_t seed) {
+MOE_OUTLINE uint64_t row_checksum(const void* row, uint64_t bytes, uint64_t seed) {
   const unsigned char* p = static_cast<const unsigned char*>(row);
   uint64_t h = seed * 0x9E3779B97F4A7C15ull + bytes;
   const auto mix = [&](uint64_t w) {

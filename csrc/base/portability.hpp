@@ -9,6 +9,8 @@
 #endif
 
 #define MOE_INLINE MOE_HD inline __attribute__((always_inline))
+// A call of its own: what is rarely needed must not cost its callers registers.
+#define MOE_OUTLINE MOE_HD inline __attribute__((noinline))
 
 // nvcc ignores `#pragma GCC unroll`, g++ ignores `#pragma unroll`: spelled through _Pragma once.
 #define MOE_PRAGMA(x) _Pragma(#x)
