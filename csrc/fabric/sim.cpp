@@ -158,8 +158,8 @@ void SimNet::put(int space, int to_peer, uint64_t offset, const char* src, uint6
     post_bytes(landed, peer, region(space, peer, offset), src, bytes, chaos_.coin());
   } else if (!rows) {
     std::memcpy(region(space, peer, offset), src, bytes);
-  } else if (const SimSpace::Records& records = spaces_[space].region_records; offset < records.end && offset >= records.begin) {
-    std::memcpy(region(space, peer, offset), src, records.kept);
+  } else if (spaces_[space].region_records.has(offset)) {
+    put_record(spaces_[space], peer, offset) = const_cast<char*>(src);
   }
   log({begin, landed, Did::put, Phase::none, r.rank, r.channel, peer, r.name, offset, bytes});
   fibers_.advance(begin + put_ + chaos_.pause());

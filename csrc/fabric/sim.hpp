@@ -45,7 +45,8 @@ class Divisor {
 // dispatch and combine and one for decode.
 struct SimSpace {
   // Records of which only the first bytes are metadata. Without payload the rest would lie untouched between
-  // them and spread them over as many pages; they are kept side by side instead.
+  // them and spread them over as many pages; they are kept side by side instead. Those that were put into a region are
+  // not even copied: what is kept there says where the sender has them, who leaves them alone until they have been read.
   struct Records {
     uint64_t begin = 0, end = 0;  // offsets
     uint64_t stride = 1;
@@ -56,6 +57,8 @@ struct SimSpace {
     uint64_t sources = 0;
     Divisor by_stride, by_source;
 
+    bool has(uint64_t offset) const { return offset >= begin && offset < end; }
+    uint64_t within(uint64_t offset) const { return offset - begin - by_stride.quotient(offset - begin) * stride; }
     uint64_t place(uint64_t offset) const {
       const uint64_t index = by_stride.quotient(offset - begin), source = by_source.quotient(index);
       return at + ((index - source * per_source) * sources + source) * kept + (offset - begin - index * stride);
@@ -201,11 +204,11 @@ class SimNet {
   SimRank& rank(int r) { return ranks_[r]; }
   char* window(int space, int r, uint64_t offset = 0) const {
     const SimSpace& s = spaces_[space];
-    return memory(r) + place(s.window_records, s.window_at, offset);
+    return memory(r) + (s.window_records.has(offset) ? s.window_records.place(offset) : s.window_at + offset);
   }
   char* region(int space, int r, uint64_t offset = 0) const {
     const SimSpace& s = spaces_[space];
-    return memory(r) + place(s.region_records, s.region_at, offset);
+    return s.region_records.has(offset) ? put_record(s, r, offset) + s.region_records.within(offset) : memory(r) + s.region_at + offset;
   }
   int size() const { return world_.size; }
   const Hardware& hardware() const { return hardware_; }
@@ -257,12 +260,15 @@ class SimNet {
   void land(uint32_t event);
   uint32_t new_landing();
   void post_bytes(Time at, int rank, char* dst, const char* src, uint64_t bytes, bool keep_now);
-  int owner(const void* p, int otherwise) const {
+  // Whose memory it is, seen from rank `me`: where no load or store of its reaches it is what has been put to it.
+  int owner(const void* p, int me) const {
     const uint64_t offset = static_cast<uint64_t>(static_cast<const char*>(p) - base_);
-    return offset < bytes_ ? static_cast<int>(offset >> shift_) : otherwise;
+    if (offset >= bytes_) return me;
+    const int rank = static_cast<int>(offset >> shift_), first = ranks_[me].geometry.rank_at(ranks_[me].geometry.node(), 0);
+    return rank >= first && rank < first + world_.ranks_per_node ? rank : me;
   }
-  static uint64_t place(const SimSpace::Records& r, uint64_t base, uint64_t offset) {
-    return offset < r.begin || offset >= r.end ? base + offset : r.place(offset);
+  char*& put_record(const SimSpace& s, int rank, uint64_t offset) const {
+    return *reinterpret_cast<char**>(memory(rank) + s.region_records.place(offset - s.region_records.within(offset)));
   }
   char* memory(int rank) const { return base_ + (static_cast<uint64_t>(rank) << shift_); }
   int peer_rank(int space, const Geometry& g, int peer) const { return spaces_[space].peers_are_ranks ? peer : g.rail_rank(peer); }

@@ -40,6 +40,7 @@ SimSpace decode_space(const DecodeView& d) {
   s.region_counters = d.region.messages;
   s.region_rows = d.region.messages;
   s.region_records = s.window_records;
+  s.region_records.kept = sizeof(char*);
   s.region_records.begin = d.region.messages;
   s.region_records.end = d.region.messages + 2 * (d.geometry.size - d.geometry.ranks_per_node) * tokens * stride;
   s.peers_are_ranks = true;
@@ -65,6 +66,8 @@ SimCluster::SimCluster(const SimConfig& config) : config_(config) {
     RankState& rank = ranks_[r];
     rank.view = make_view({r, config.size, config.ranks_per_node}, config.shape, false);
     rank.pool = std::make_shared<PlanPool>(rank.view);
+    if (config.decode) rank.decode = std::make_unique<SimDecode>(*net_, make_decode_view(rank.view.geometry, config.shape, false),
+                                                                 config.schedule == SimSchedule::lane ? 0 : config.workers);
   }
   reset({});
 }
@@ -79,8 +82,7 @@ void SimCluster::reset(const Chaos& chaos, double lead, int poison) {
     r.book = {};
     r.book.rows = r.book_counts.data();
     r.book.back = r.book_counts.data() + per_book;
-    if (config_.decode) r.decode = std::make_unique<SimDecode>(*net_, make_decode_view(r.view.geometry, config_.shape, false),
-                                                               config_.schedule == SimSchedule::lane ? 0 : config_.workers);
+    if (r.decode) r.decode->reset(config_.payload);
     r.decode_digest = 0;
   }
 }

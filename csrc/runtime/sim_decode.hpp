@@ -24,6 +24,9 @@ class SimDecode {
 
   SimDecode(SimNet& net, const DecodeView& view, int workers);
 
+  // As new. The tables are large and mostly untouched: without `poison` only what counts from 0 is cleared.
+  void reset(bool poison);
+
   template <class F>
   Status dispatch(F f, const SimDecodeDispatch& call) {
     MOE_TRY(receive(f, epoch_));                   // rule A
@@ -93,6 +96,7 @@ class SimDecode {
   DecodeTurn turns_[2];
   Stage stages_[2] = {};
   std::unique_ptr<char[]> tables_[2];
+  uint64_t table_bytes_;
   char* y_[2] = {};
   Wire wire_[2] = {};
 };
