@@ -15,6 +15,7 @@ from .decode import Decode, DecodeVerbs
 from .env import Environment
 from .errors import InvalidArgument, raise_failure
 from .record import Recorder, make_folder
+from .record_cuda import DeviceRecorder
 from .results import BlockTensors, Dispatched, Handle
 from .shapes import DTYPES, QUANTS, SCALE_DTYPES, WIRES, arena_size, as_int, check_shape, default_channels, reserved_bytes
 from .shared import Shared
@@ -46,10 +47,12 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         Window memory for dispatch outputs and experts' outputs. None: twice the worst case of one
         dispatch (all tokens of all ranks to one rank); reserved, and committed when first touched.
     record : path-like, optional
-        A folder: routing, times and traffic of every dispatch and combine are written there (moecomm.record).
+        A folder: routing, times and traffic of every dispatch and combine are written there (moecomm.record). On a GPU
+        that is not for CUDA graphs, whose replays no host sees.
     placement : moecomm.balance.Placement, optional
         topk_ids name logical experts then, and num_experts is their number; each batch chooses the replica of every
-        pick, and the rest of the buffer sees slots: rank r's local experts are the slots of the placement.
+        pick, and the rest of the buffer sees slots: rank r's local experts are the slots of the placement. The host chooses: on a
+        GPU every dispatch by topk_ids waits for them, and none of them can be captured into a CUDA graph (one by `handle` can).
     replicas : "local", "even" or "optimal"
         How (moecomm.balance.Replicas): fewest nodes, even split, or lightest heaviest rank.
     activate : int, optional
@@ -80,9 +83,6 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             env = Environment()
             if placement is not None:
                 Replicas.check(comm, placement, num_experts, replicas, activate, monitor)
-            for name, given in (("record", record is not None), ("placement", placement is not None)):
-                if on_gpu and given:
-                    raise InvalidArgument(f"Buffer: {name} is given; the cuda world does not have it yet, expected it left out", op="Buffer", rank=comm.rank)
             shape = check_shape(comm.size, hidden, num_experts if placement is None else placement.num_slots, top_k, max_tokens, dtype, num_sms, channels,
                                 comm.rank, arena_bytes)
             if record is not None:
@@ -125,7 +125,13 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         self._check = check
         self._hooks = {}
         self._plain = not on_gpu and record is None and placement is None   # a call is the native call and nothing else
-        self._recorder = None if record is None else Recorder(record, self)
+        self._recorder = None if record is None else (DeviceRecorder if on_gpu else Recorder)(record, self)
+        # Who chooses replicas: where tensors are on a GPU, a buffer on the host beside this one, which exchanges picks and moves no row.
+        self._beside = None
+        if on_gpu and placement is not None:
+            self._beside = Buffer(comm._on_host(), hidden=8, num_experts=placement.num_experts, top_k=top_k, max_tokens=max_tokens, arena_bytes=1 << 16,
+                                  placement=placement, replicas=replicas, activate=activate)
+        self._chooser = self._beside._native if self._beside else self._native
         self._closed = False
         self._decode = None
         if decode:
@@ -272,7 +278,9 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         row_bytes = self.hidden if kind else self._row_bytes
         scale_bytes = 4 * scale_words(self.hidden, kind)
         asking = None
-        if self._replicas is not None and handle is None:
+        if self._beside is not None and handle is None:
+            topk_ids = self._replicas.choose(self, "dispatch", topk_ids, layer)
+        elif self._replicas is not None and handle is None:
             asking = self._replicas.ask(topk_ids, layer)
             topk_ids = asking.ids
         began = self._recorder and self._recorder.start()
@@ -430,6 +438,9 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             if not self.comm._bootstrap.threads:   # rank threads reach it by pointer until all have ended
                 self._native.release()
                 self._decode = None
+            if self._beside is not None:
+                self._beside.close()
+                self._beside.comm.close()
 
     def _fail(self, op, failure):
         raise_failure(failure, op=op, rank=self.comm.rank, describe_capacity=self._describe_capacity)

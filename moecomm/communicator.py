@@ -236,7 +236,7 @@ class Communicator(Shared):
             A rank does not come.
         """
         self._require_open("duplicate")
-        return Communicator(self._bootstrap.subset(range(self.size)), ranks_per_node=self.ranks_per_node, device=self.device, timeout=self.timeout)
+        return self._of(range(self.size), self.ranks_per_node)
 
     def shrink(self, alive):
         """A communicator of the ranks that are left, numbered anew in ascending order. Collective over them alone.
@@ -263,7 +263,15 @@ class Communicator(Shared):
         nodes = [r // self.ranks_per_node for r in alive]
         per_node = max(n for n in range(1, len(alive) + 1)
                        if len(alive) % n == 0 and all(len(set(nodes[i:i + n])) == 1 for i in range(0, len(alive), n)))
-        return Communicator(self._bootstrap.subset(alive), ranks_per_node=per_node, device=self.device, timeout=self.timeout)
+        return self._of(alive, per_node)
+
+    def _of(self, ranks, per_node):
+        return Communicator(self._bootstrap.subset(ranks), ranks_per_node=per_node, device=self.device if self._gpu is None else torch.device("cuda", self._gpu),
+                            timeout=self.timeout)
+
+    def _on_host(self):
+        """The same ranks in the cpu world. Collective."""
+        return Communicator(self._bootstrap.subset(range(self.size)), ranks_per_node=self.ranks_per_node, timeout=self.timeout)
 
     def close(self):
         """Release what this communicator holds. Local: waits for nobody; may be called twice."""

@@ -64,6 +64,18 @@ def spread_over_gpus(device, rank):
     return device if device.index is not None else torch.device("cuda", rank % torch.cuda.device_count())
 
 
+def refuse_capture(op, comm, name, why):
+    """Refuse what cannot be part of a CUDA graph, while one is captured.
+
+    Raises
+    ------
+    InvalidArgument
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise InvalidArgument(f"{op}: a CUDA graph is captured, and the buffer has {name}: {why}, which no replay would do; expected a buffer without it",
+                              op=op, rank=comm.rank)
+
+
 @contextlib.contextmanager
 def own_stream(device):
     """A rank thread's current stream: on the default one, kernels of several ranks would run after each other, and wait for each other."""
@@ -158,13 +170,24 @@ class NativeBuffer:
                                        num_experts, top_k, max_tokens, plan.channels, plan.chunk_bytes, arena_bytes, check, plan.spread(), plan.stages, comm.timeout)
         self._stream = self._done = None
         self._comm, self._bounds = comm, (comm.timeout, comm.rank)
-        for name in ("card", "connected", "release", "owns", "block_layout", "arena", "take_counters", "fault"):
+        for name in ("card", "connected", "release", "owns", "block_layout", "arena", "counters", "take_counters", "fault"):
             setattr(self, name, getattr(self._buffer, name))
 
     def connect(self, cards):
         """As the cpu world's; NCCL's windows wait for every rank."""
         timeout, rank = self._bounds
         nccl.bounded(lambda: self._buffer.connect(cards), timeout, what="connecting a window", rank=rank)
+
+    def trace(self, on):
+        """Kernels keep no timeline of their roles."""
+
+    def timeline_size(self):
+        """As the cpu world's."""
+        return 0
+
+    def take_timeline(self):
+        """As the cpu world's."""
+        return []
 
     def stream(self):
         """The current stream, as the native code takes it."""
@@ -187,8 +210,8 @@ class NativeBuffer:
         return result
 
     def dispatch(self, x, scales, ids, ids_are_int32, weights, tokens, by_rank, alignment, capacity, row_bytes, scale_bytes, plan=None,
-                 scale_kind=0, scales_by_column=False):
-        """As the cpu world's."""
+                 scale_kind=0, scales_by_column=False, chosen=None):
+        """As the cpu world's, but that replicas are chosen before: `chosen` is None."""
         if capacity < 0 and plan is None and torch.cuda.is_current_stream_capturing():
             raise InvalidArgument("dispatch: capacity is None while a graph is captured; expected a number of rows, since nothing can wait for the "
                                   "host there", op="dispatch")

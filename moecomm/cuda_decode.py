@@ -44,7 +44,7 @@ class NativeDecode:
                                             buffer.num_experts, buffer.top_k, buffer.max_tokens, buffer._check, buffer._plan.spread(), comm.timeout)
         self._current = [None, None]
         self._bounds = comm.timeout, comm.rank
-        for name in ("card", "area", "take_counters"):
+        for name in ("card", "area", "counters", "take_counters"):
             setattr(self, name, getattr(self._native, name))
 
     def connect(self, cards):

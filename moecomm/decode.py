@@ -76,6 +76,8 @@ class DecodeVerbs:
             self._decode = self._decode or Decode(self)
         if self._recorder is None and self._replicas is None:
             return self._decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
+        topk_ids = self._as_tensor("decode_dispatch", "topk_ids", topk_ids)
+        topk_weights = self._as_tensor("decode_dispatch", "topk_weights", topk_weights, optional=True)
         if self._replicas is not None:
             rows, scales = self._as_rows("decode_dispatch", x)
             topk_ids = self._as_tensor("decode_dispatch", "topk_ids", topk_ids)
@@ -130,6 +132,7 @@ class DecodeVerbs:
         if self._replicas is not None:
             topk_ids = self._replicas.decoding[getattr(handle, "epoch", 0) % 2]
         if self._recorder is not None:
+            topk_weights = self._as_tensor("decode_combine", "topk_weights", topk_weights, optional=True)
             return self._recorder.decode_combine(self._decode, rows, topk_ids, topk_weights, handle, wire, return_hook, out)
         return self._decode.combine(rows, topk_ids, topk_weights, handle, wire, return_hook, out)
 

@@ -84,10 +84,13 @@ class Recorder:
         self._plans, self._decoding, self._next_plan = {}, [0, 0], 0
         self.forget_counts()
         self._native.trace(True)
-        self._finalizer = weakref.finalize(self, state.close)
+        self._finalizer = weakref.finalize(self, self._end_with(state))
+
+    def _end_with(self, state):
+        return state.close   # must not keep this object
 
     def start(self):
-        """The time at which a call begins."""
+        """The time, at a call's begin or end."""
         return time.perf_counter_ns()
 
     def forget_counts(self):
@@ -96,20 +99,20 @@ class Recorder:
 
     def dispatch(self, began, plan, ids, weights, tokens, layout, alignment, capacity, coding):
         """A dispatch has ended; ids None: it reused the plan."""
-        ended = time.perf_counter_ns()
+        ended = self.start()
         if ids is not None:
             self._plans[id(plan)] = self._add_picks(ids, weights)
         self._add("dispatch", plan, ids is None, tokens, weights is not None, layout, alignment, capacity, coding, began, ended)
 
     def combine(self, began, plan, tokens, weighted, layout, coding):
         """A combine has ended."""
-        self._add("combine", plan, True, tokens, weighted, layout, 1, None, coding, began, time.perf_counter_ns())
+        self._add("combine", plan, True, tokens, weighted, layout, 1, None, coding, began, self.start())
 
     def decode_dispatch(self, decode, x, ids, weights, quant, scale_layout, return_hook):
         """Decode.dispatch, recorded."""
-        began = time.perf_counter_ns()
+        began = self.start()
         received, hook = decode.dispatch(x, ids, weights, quant, scale_layout, True)
-        ended = time.perf_counter_ns()
+        ended = self.start()
         handle = received.handle
         plan = self._decoding[handle.epoch & 1] = self._add_picks(ids, weights)
         coding = QUANT_OF[x[1].dtype] if isinstance(x, tuple) else quant
@@ -118,12 +121,11 @@ class Recorder:
 
     def decode_combine(self, decode, rows, ids, weights, handle, wire, return_hook, out):
         """Decode.combine, recorded."""
-        began = time.perf_counter_ns()
+        began = self.start()
         y, hook = decode.combine(rows, ids, weights, handle, wire, True, out)
-        ended = time.perf_counter_ns()
+        ended = self.start()
         plan = self._decoding[handle.epoch & 1]
-        if weights is not None:
-            self._state.add_weights(weights)
+        self._add_rows(None, weights)
         self._add_decode("decode_combine", decode, plan, handle.tokens, weights is not None, wire, began, ended)
         return y, self._second("decode_sum", decode, hook, plan, handle.tokens, return_hook)
 
@@ -133,26 +135,36 @@ class Recorder:
         return hook if return_hook else hook()
 
     def _receive(self, op, decode, hook, plan, tokens):
-        began = time.perf_counter_ns()
+        began = self.start()
         hook()
-        self._add_decode(op, decode, plan, tokens, False, None, began, time.perf_counter_ns())
+        self._add_decode(op, decode, plan, tokens, False, None, began, self.start())
 
     def _add_picks(self, ids, weights):
-        self._state.add_ids(ids)
-        if weights is not None:
-            self._state.add_weights(weights)
+        self._add_rows(ids, weights)
         self._next_plan += 1
         return self._next_plan - 1
 
+    def _add_rows(self, ids, weights):
+        if ids is not None:
+            self._state.add_ids(ids)
+        if weights is not None:
+            self._state.add_weights(weights)
+
+    def _add_call(self, call, began, ended, before, after):
+        self._state.add_call((*call, began, ended), self._native.timeline_size(), before, after)
+
     def _add(self, op, plan, cached, tokens, weighted, layout, alignment, capacity, coding, began, ended):
-        before, self._counted = self._counted, self._native.counters()
-        self._state.add_call((op, self._plans[id(plan)], cached, tokens, weighted, layout, alignment, -1 if capacity is None else capacity,
-                              coding or "", began, ended), self._native.timeline_size(), before, self._counted)
+        before, self._counted = self._counted, self._counts(self._native)
+        self._add_call((op, self._plans[id(plan)], cached, tokens, weighted, layout, alignment, -1 if capacity is None else capacity, coding or ""),
+                       began, ended, before, self._counted)
 
     def _add_decode(self, op, decode, plan, tokens, weighted, coding, began, ended):
-        before, self._decode_counted = self._decode_counted, decode.native.counters()
-        self._state.add_call((op, plan, False, tokens, weighted, "expert", 1, -1, coding or "", began, ended), self._native.timeline_size(), before,
-                             self._decode_counted)
+        before, self._decode_counted = self._decode_counted, self._counts(decode.native)
+        self._add_call((op, plan, False, tokens, weighted, "expert", 1, -1, coding or ""), began, ended, before, self._decode_counted)
+
+    @staticmethod
+    def _counts(native):
+        return native.counters()
 
     def close(self):
         """Write what is left."""

@@ -24,6 +24,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import moecomm
 from moecomm import cuda, tuning
 from moecomm.communicator import Communicator
 
@@ -185,6 +186,15 @@ def emulated(monkeypatch):
     return install(monkeypatch)
 
 
+@pytest.fixture(params=["cpu", "emulated"])
+def either_world(request, monkeypatch):
+    """For tests of the cpu world whose run_local is to mean the cuda world too."""
+    if request.param == "emulated":
+        install(monkeypatch)
+        monkeypatch.setattr(moecomm, "run_local", functools.partial(moecomm.run_local, device="cuda:0"))
+    return request.param
+
+
 real_gpu = pytest.mark.skipif(NO_GPU is not None, reason=REASON)   # for tests that it cannot run
 
 
@@ -204,6 +214,7 @@ def install(patch, spread=lambda hardware, traffic: tuning.replace(tuning.choose
     patch.setattr(cuda, "native", lambda: gpu.native)
     patch.setattr(cuda, "memory_of", memory_of)
     patch.setattr(tuning, "_override", spread)
+    patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     for name, value in dict(current_stream=gpu.current_stream, stream=gpu.stream, Stream=lambda device=None: Stream(gpu), Event=Event,
                             device=lambda device: contextlib.nullcontext(), current_device=lambda: 0, device_count=lambda: 1,
                             get_device_name=lambda device=None: "an emulated GPU", synchronize=lambda device=None: None,

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from emulated_gpu import either_world  # noqa: F401 - a fixture
 from worlds import assert_received, assert_same, random_world
 
 import moecomm
 from moecomm import reference
 from moecomm.balance import LoadMonitor, Placement, rebalance
 from moecomm.balance.replicas import MODES
+
+pytestmark = pytest.mark.usefixtures("either_world")
 
 EXPERTS, TOP_K = 12, 4
 

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from emulated_gpu import either_world  # noqa: F401 - a fixture
 from worlds import assert_same
 
 import moecomm
 from moecomm.balance import Placement, rebalance
+
+pytestmark = pytest.mark.usefixtures("either_world")
 
 EXPERTS, TOP_K, HIDDEN, LAYERS, TOKENS = 8, 3, 16, 3, 12
 

@@ -5,11 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from emulated_gpu import either_world  # noqa: F401 - a fixture
 from worlds import random_world
 
 import moecomm
 from moecomm import __main__ as command
 from moecomm import record, replay
+
+pytestmark = pytest.mark.usefixtures("either_world")
 
 SIZE, PER_NODE, HIDDEN, EXPERTS, TOP_K = 4, 2, 64, 16, 4
 
@@ -38,7 +41,7 @@ def recording(tmp_path):
     return tmp_path / "rec", worlds, moecomm.run_local(main, SIZE, ranks_per_node=PER_NODE)
 
 
-def test_what_is_recorded(recording):
+def test_what_is_recorded(recording, either_world):   # noqa: F811
     path, worlds, stats = recording
     ranks = record.load(path)
     assert [r.header["rank"] for r in ranks] == list(range(SIZE))
@@ -47,9 +50,11 @@ def test_what_is_recorded(recording):
         assert r.calls["plan"].tolist() == [0, 0, 0, 0, 1, 1] and r.calls["cached"].tolist() == [False, True, True, True, False, True]
         assert r.calls["coding"].tolist() == ["", "", "fp8", "logfmt10", "", ""]
         assert (r.calls["end_ns"] > r.calls["begin_ns"]).all()
-        assert r.calls["phases"].sum() == len(r.phases) and (r.calls["phases"] > 0).all()
-        first = r.phases[:r.calls["phases"][0]]
-        assert first["role"][0] == "plan" and first["role"][-1] == "arrive" and (first["end"] >= first["begin"]).all()
+        assert r.calls["phases"].sum() == len(r.phases)
+        if either_world == "cpu":   # kernels keep no timeline
+            assert (r.calls["phases"] > 0).all()
+            first = r.phases[:r.calls["phases"][0]]
+            assert first["role"][0] == "plan" and first["role"][-1] == "arrive" and (first["end"] >= first["begin"]).all()
         for plan, (_, ids, _) in enumerate(worlds):
             assert np.array_equal(r.ids[plan], ids[rank].numpy())
         assert np.array_equal(r.weights[0], worlds[0][2][rank].numpy()) and r.weights[1] is None

@@ -40,14 +40,23 @@ cdef class Block:
 
 
 cdef class Counts:
-    """int64 counts in a plan's device memory."""
+    """int64 counts in device memory, of a plan or of what moved."""
     cdef shared_ptr[cudaapi.DevicePlan] p
+    cdef object owner
     cdef int64_t* data
     cdef int n
 
     @property
     def __cuda_array_interface__(self):
         return {"shape": (self.n,), "typestr": "<i8", "data": (<uintptr_t>self.data, False), "version": 3}
+
+
+cdef Counts _counters(owner, const capi.Counters* counters):
+    cdef Counts c = Counts.__new__(Counts)
+    c.owner = owner
+    c.data = <int64_t*>counters
+    c.n = sizeof(capi.Counters) // 8
+    return c
 
 
 cdef class Plan:
@@ -227,6 +236,10 @@ cdef class Buffer:
     def arena(self):
         """(bytes held, blocks held, bytes in all)"""
         return self.b.get().arena().held_bytes(), self.b.get().arena().held_blocks(), self.b.get().arena().capacity()
+
+    def counters(self):
+        """What moved since the last take_counters, in the order of capi.Counters: device memory that kernels add to."""
+        return _counters(self, self.b.get().counters())
 
     def take_counters(self):
         cdef capi.Counters c

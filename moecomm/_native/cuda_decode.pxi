@@ -132,6 +132,10 @@ cdef class Decode:
         """0 its places are used by a later epoch or it belongs to another capture, 1 sent, 2 received, 3 answered, 4 done."""
         return <int>self.d.get().stage(epoch, <void*>stream)
 
+    def counters(self):
+        """As Buffer.counters()."""
+        return _counters(self, self.d.get().counters())
+
     def take_counters(self):
         cdef capi.Counters c
         with nogil:

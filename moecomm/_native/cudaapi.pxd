@@ -66,6 +66,7 @@ cdef extern from "runtime/cuda/buffer.hpp" namespace "moecomm::cuda" nogil:
         capi.Status combine(const DeviceCombineCall&, DevicePlan&, const DeviceBlock&) except +
         capi.Status fault() except +
         capi.Counters take_counters() except +
+        const capi.Counters* counters()
         const capi.Arena& arena()
 
 cdef extern from "world/cuda/decode_schedule.hpp" namespace "moecomm" nogil:
@@ -104,6 +105,7 @@ cdef extern from "runtime/cuda/decode.hpp" namespace "moecomm::cuda" nogil:
         char* counts(int bank)
         const DecodeView& view()
         capi.Counters take_counters() except +
+        const capi.Counters* counters()
 
 cdef extern from "world/cuda/quant_launch.hpp" namespace "moecomm" nogil:
     cdef enum class TileShape(int32_t):

@@ -1,13 +1,16 @@
 """Migration: the weights of changed slots travel through a dispatch of their own, beside the running layers.
 
 Every rank knows all moves, so nothing is announced: a slot's bytes are cut into rows, a row's only pick is the
-rank that needs it, and rows of one source arrive in the order in which they were sent.
+rank that needs it, and rows of one source arrive in the order in which they were sent. Weights on a GPU move on a stream of their own.
 """
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
+from .. import cuda
 from ..results import Pending
 from .placement import require
 
@@ -54,8 +57,10 @@ class Migration:
         self._slot_bytes = [sum(t[0].numel() * t.element_size() for t in self._tensors(w)) for w in weights]
         for layer, w in enumerate(weights):
             for t in self._tensors(w):
-                ok = t.dim() >= 1 and t.shape[0] == per_rank and t.is_contiguous() and t.device.type == "cpu"
-                require(ok, op, f"weights[{layer}]", f"{t.dtype} {list(t.shape)}", f"contiguous cpu tensors of {per_rank} slots")
+                ok = t.dim() >= 1 and t.shape[0] == per_rank and t.is_contiguous() and t.device == comm.device
+                require(ok, op, f"weights[{layer}]", f"{t.dtype} {list(t.shape)} on {t.device}", f"contiguous tensors of {per_rank} slots on {comm.device}")
+        self._caller = torch.cuda.current_stream(comm.device) if comm._gpu is not None else None
+        self._begin = self._caller and self._caller.record_event()
         # All moves of a layer, by source rank, in the order of the table: what leaves and arrives is read from it.
         self._moves = [[] for _ in range(placement.num_layers)]
         for layer, slot, _, source in placement.moves.tolist():
@@ -65,7 +70,8 @@ class Migration:
         self._rank = me
         from ..buffer import Buffer
 
-        self._buffer = Buffer(self.comm, hidden=self._row_bytes // 4, num_experts=comm.size, top_k=1, max_tokens=_ROWS_PER_ROUND, dtype=torch.float32)
+        self._buffer = Buffer(self.comm, hidden=self._row_bytes // 4, num_experts=comm.size, top_k=1, max_tokens=_ROWS_PER_ROUND, dtype=torch.float32,
+                              num_sms=2)
         same = {"version": placement.digest, "slot_bytes": tuple(self._slot_bytes)}
         self.comm._require_equal(op, self.comm._exchange(same))
 
@@ -86,11 +92,25 @@ class Migration:
     def run(self):
         """Move layer after layer; the new weights once every rank has its own."""
         new = []
-        for layer in range(self.placement.num_layers):
-            new.append(self._move_layer(layer))
-            self.layers_done = layer + 1
-        self._dispatch(torch.empty((0, self._row_bytes), dtype=torch.uint8), [])   # done everywhere, or an error everywhere
+        with self._aside():
+            for layer in range(self.placement.num_layers):
+                new.append(self._move_layer(layer))
+                self.layers_done = layer + 1
+            self._dispatch(self._no_rows(), [])   # done everywhere, or an error everywhere
         return new
+
+    @contextlib.contextmanager
+    def _aside(self):
+        """On a GPU: a stream of its own, which begins where the caller's was and is through at the end."""
+        if self._caller is None:
+            yield
+            return
+        with cuda.own_stream(self.comm.device) as stream:
+            stream.wait_event(self._begin)
+            yield
+
+    def _no_rows(self):
+        return torch.empty((0, self._row_bytes), dtype=torch.uint8, device=self.comm.device)
 
     def _move_layer(self, layer):
         moves, entry = self._moves[layer], self.weights[layer]
@@ -99,6 +119,8 @@ class Migration:
         if not moves:
             return entry
         tensors = [t.clone() for t in old] if arrivals else old     # the running layers read the old ones
+        for t in tensors if arrivals and self._caller else ():
+            t.record_stream(self._caller)   # which will read the new ones
         rows_per_slot = -(-self._slot_bytes[layer] // self._row_bytes)
         local = [m for m in arrivals if m[0] == self._rank]
         remote = [m for m in moves if m[0] != m[1]]
@@ -127,12 +149,12 @@ class Migration:
                 flat = torch.nn.functional.pad(flat, (0, rows_per_slot * self._row_bytes - len(flat))).view(rows_per_slot, -1)
             rows.append(flat[i % rows_per_slot])
             to.append(dest)
-        return torch.stack(rows) if rows else torch.empty((0, self._row_bytes), dtype=torch.uint8), to
+        return torch.stack(rows) if rows else self._no_rows(), to
 
     def _dispatch(self, rows, to):
         """One round: (source rank, row) of everything that arrives, by source and in its order."""
         x = rows.view(torch.float32).view(-1, self._row_bytes // 4)
-        out = self._buffer.dispatch(x, torch.tensor(to, dtype=torch.int64).view(-1, 1), layout="rank")
+        out = self._buffer.dispatch(x, torch.tensor(to, dtype=torch.int64, device=x.device).view(-1, 1), layout="rank")
         return list(zip(out.source_rank.tolist(), out.x.view(torch.uint8).clone()))
 
     @staticmethod

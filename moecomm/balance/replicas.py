@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import torch
 
+from .. import cuda
 from .._native import balance as native
 from .._native import core
 from .placement import Placement, require
@@ -91,7 +92,7 @@ class Replicas:
                 require(stuck < 0, "Buffer", "activate", self.activate, f"room to run expert {stuck} of layer {layer} beside the others on its ranks")
         self.placement, self._choices = placement, [core.Choice(table, *shape, MODES.index(self.mode), self.activate or 0) for table in tables]
         self._routing = [zlib.crc32(f"{placement.digest}/{layer}".encode()) for layer in range(placement.num_layers)]
-        self._lost = placement.replica_count == 0 if placement.partial else None
+        self._lost = (placement.replica_count == 0).to(self.comm.device) if placement.partial else None
 
     def require_layer(self, op, layer):
         """Refuse a layer that the placement does not have.
@@ -123,23 +124,35 @@ class Replicas:
         require(self._lost is None, op, "placement", self.placement, "a complete one: lost weight is reported by dispatch only")
         self.require_layer(op, layer)
         self.comm._settle()
+        return self.choose(buffer, op, topk_ids, layer)
+
+    def choose(self, buffer, op, topk_ids, layer):
+        """Physical ids of a batch, by an exchange of its own. The host chooses: ids on a GPU come here first, behind what their stream has in flight.
+
+        Raises
+        ------
+        InvalidArgument
+            As dispatch, or a CUDA graph is captured.
+        """
+        if self.comm._gpu is not None:
+            cuda.refuse_capture(op, self.comm, "placement", "the host chooses the replicas of every batch")
         asking = self.ask(topk_ids, layer)
-        failure = buffer._native.choose(asking.ids.data_ptr(), len(asking.ids), asking.chosen)
+        failure = buffer._chooser.choose(asking.ids.data_ptr(), len(asking.ids), asking.chosen)
         if failure is not None:
             buffer._fail(op, failure)
         self.record(asking, layer)
-        return asking.slots
+        return asking.slots.to(topk_ids.device)
 
     def account(self, topk_ids, weights, layer):
         """(weights, lost): what lost picks weighed per token, float32 [T]; the weights of the others, scaled up if asked."""
         if self._lost is None:
-            return weights, torch.zeros(len(topk_ids))
-        given = torch.ones(topk_ids.shape) if weights is None else weights
+            return weights, torch.zeros(len(topk_ids), device=topk_ids.device)
+        given = torch.ones(topk_ids.shape, device=topk_ids.device) if weights is None else weights
         gone = self._lost[layer][topk_ids.clamp(0, self.placement.num_experts - 1).long()] & (topk_ids >= 0)
         lost = (given * gone).sum(1).detach()
         if self.renormalize:
             kept = (given * (~gone & (topk_ids >= 0))).sum(1)
-            weights = given * torch.where(kept > 0, (kept + lost) / kept.where(kept > 0, torch.ones(())), 1.0)[:, None]
+            weights = given * torch.where(kept > 0, (kept + lost) / kept.where(kept > 0, 1.0), 1.0)[:, None]
         return weights, lost
 
 
@@ -148,7 +161,7 @@ class Asking:
     picks per expert, of all ranks where the choice needs them, else of this one."""
 
     def __init__(self, topk_ids, choice, routing, experts):
-        self.ids = topk_ids.detach().to(torch.int64).contiguous()
+        self.ids = topk_ids.detach().to("cpu", torch.int64).contiguous()
         self.slots = torch.empty_like(self.ids)
         self.counted = np.empty(experts, dtype=np.int32)
         self.chosen = core.Chosen(choice, routing, self.slots.numpy(), self.counted)

@@ -49,6 +49,7 @@ class DeviceBuffer {
   // What kernels have reported so far. A final failure stays; others are forgotten once told.
   Status fault();
   Counters take_counters();             // waits for the device; and resets
+  const Counters* counters() const { return links_.counters; }   // in device memory; kernels add to them
 
   const Arena& arena() const { return *arena_; }
   const Shape& shape() const { return view_.shape; }

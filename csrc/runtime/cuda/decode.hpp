@@ -44,6 +44,7 @@ class DeviceDecode {
   char* counts(int bank) const { return window_->data() + view_.counts(bank); }
   const DecodeView& view() const { return view_; }
   Counters take_counters();                                   // waits for the device; and resets
+  const Counters* counters() const { return links_.counters; } // in device memory; kernels add to them
 
  private:
   struct Turn {
