@@ -1,7 +1,7 @@
 // Stands in for csrc/fabric/cuda/ptx.cuh on a CPU, so that the device fabric's own text can be run and compared: a
-// lane is a thread, the copy engine is as lazy as its rules allow. A bulk load fills its stage when its barrier is
-// waited for, a bulk store reads its stage when wait_group.read asks for it and writes when wait_group does; a stage
-// that is filled before its stores have read it is a failed check.
+// lane is a thread or a fiber, the copy engine is as free as its rules allow (engine.hpp). Failed checks: a stage that is
+// filled before its stores have read it; a bulk load behind an acquire or a meeting of lanes without a proxy fence between;
+// a release while bulk stores are under way, or without a proxy fence behind them.
 #pragma once
 #include <bit>
 #include <chrono>
@@ -25,11 +25,18 @@ inline uint32_t shuffle(uint32_t v, int from) {
   sync();
   return out;
 }
+// Lane 0, which starts the copies, may know now what the engine does not.
+inline void outdate() {
+  if (lane.x % 32 == 0) engine().stale = true;
+}
 
 }  // namespace emulated
 
 #define threadIdx emulated::lane
-inline void __syncwarp() { emulated::sync(); }
+inline void __syncwarp() {
+  emulated::sync();
+  emulated::outdate();
+}
 inline uint32_t __shfl_sync(unsigned, uint32_t v, int from) { return emulated::shuffle(v, from); }
 inline uint32_t __shfl_xor_sync(unsigned, uint32_t v, int mask) { return emulated::shuffle(v, static_cast<int>(emulated::lane.x % 32) ^ mask); }
 inline bool __any_sync(unsigned, bool v) {
@@ -55,17 +62,26 @@ constexpr bool kBulk = true;
 // Whoever polls lets others run.
 inline uint64_t load_acquire_sys(const uint64_t* p) {
   emulated::pause();
+  emulated::outdate();
   return __atomic_load_n(p, __ATOMIC_ACQUIRE);
 }
 inline uint64_t load_acquire_gpu(const uint64_t* p) { return load_acquire_sys(p); }
-inline void add_release_sys(uint64_t* p, uint64_t v) { __atomic_fetch_add(p, v, __ATOMIC_RELEASE); }
-inline void add_release_gpu(uint64_t* p, uint64_t v) { __atomic_fetch_add(p, v, __ATOMIC_RELEASE); }
-inline uint64_t fetch_add_acq_rel_gpu(uint64_t* p, uint64_t v) { return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL); }
+inline void add_release_sys(uint64_t* p, uint64_t v) {
+  CHECK(emulated::engine().quiet());
+  __atomic_fetch_add(p, v, __ATOMIC_RELEASE);
+}
+inline void add_release_gpu(uint64_t* p, uint64_t v) { add_release_sys(p, v); }
+inline uint64_t fetch_add_acq_rel_gpu(uint64_t* p, uint64_t v) {
+  CHECK(emulated::engine().quiet());
+  emulated::outdate();
+  return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
+}
 inline void store_release_sys(uint64_t* p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
 inline void block_barrier(int id, int threads) {
   auto& squad = emulated::block->squads[(id - 1) / emulated::block->per_squad];
   CHECK_EQ(squad.size(), threads);
   emulated::sync(squad);
+  emulated::outdate();
 }
 inline uint64_t nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1); }
 
@@ -80,13 +96,20 @@ inline void store16(void* p, uint4 v) {
   std::memcpy(p, &v, 16);
 }
 
-inline void proxy_fence() {}
+inline void proxy_fence() {
+  auto& e = emulated::engine();
+  for (auto& s : e.unseen) std::memcpy(s.to, s.data.data(), s.bytes);
+  e.unseen.clear();
+  e.stale = false;
+}
 inline void barrier_init(uint64_t* barrier) { *barrier = 0; }   // phases that have ended
 inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
   auto& e = emulated::engine();
   CHECK(bytes % 16 == 0 && reinterpret_cast<uintptr_t>(shared) % 16 == 0 && reinterpret_cast<uintptr_t>(global) % 16 == 0);
   CHECK(!e.in_use(shared, bytes));
-  CHECK(e.loads.emplace(barrier, emulated::Engine::Load{shared, global, bytes}).second);
+  CHECK(!e.stale);
+  const auto* from = static_cast<const char*>(global);
+  CHECK(e.loads.emplace(barrier, emulated::Engine::Load{shared, global, bytes, e.eager() ? std::vector<char>(from, from + bytes) : std::vector<char>()}).second);
   std::memset(shared, 0xee, bytes);
 }
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
@@ -95,13 +118,16 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   CHECK(found != e.loads.end());
   if (found == e.loads.end()) return;
   CHECK_EQ(*barrier & 1, uint64_t{parity});
-  std::memcpy(found->second.stage, found->second.from, found->second.bytes);
+  const auto& load = found->second;
+  std::memcpy(load.stage, load.early.empty() ? load.from : load.early.data(), load.bytes);
   e.loads.erase(found);
   ++*barrier;
 }
 inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
-  CHECK(bytes % 16 == 0 && reinterpret_cast<uintptr_t>(global) % 16 == 0);
-  emulated::engine().open.stores.push_back({global, shared, bytes, {}});
+  auto& e = emulated::engine();
+  CHECK(bytes % 16 == 0 && reinterpret_cast<uintptr_t>(global) % 16 == 0 && reinterpret_cast<uintptr_t>(shared) % 16 == 0);
+  if (e.eager()) std::memcpy(global, shared, bytes);
+  else e.open.stores.push_back({global, shared, bytes, {}});
 }
 inline void bulk_commit() {
   auto& e = emulated::engine();
@@ -118,7 +144,7 @@ inline void bulk_wait_all() {
   CHECK(e.open.stores.empty());
   for (auto& g : e.groups) {
     e.read(g);
-    for (auto& s : g.stores) std::memcpy(s.to, s.data.data(), s.bytes);
+    e.unseen.insert(e.unseen.end(), g.stores.begin(), g.stores.end());
   }
   e.groups.clear();
 }
