@@ -84,12 +84,12 @@ struct DeviceFabric {
 
   template <class G>
   __device__ void copy_row(G g, char* dst, const char* src, uint64_t bytes) const {
-    if (ptx::kBulk && bytes >= kBulkBytes) return bulk(g, src, bytes, 1, [&](int) { return dst; });
+    if (takes_engine(dst, src, bytes)) return bulk(g, src, bytes, 1, [&](int) { return dst; });
     copy_words(g, dst, src, bytes);
   }
   template <class G>
   __device__ void spread_row(G g, char* const* targets, int count, const char* src, uint64_t bytes) const {
-    if (ptx::kBulk && bytes >= kBulkBytes) return bulk(g, src, bytes, count, [&](int i) { return targets[i]; });
+    if (takes_engine(src, src, bytes)) return bulk(g, src, bytes, count, [&](int i) { return targets[i]; });   // targets are rows of windows
     for (int i = 0; i < count; ++i) copy_words(g, targets[i], src, bytes);
   }
   template <class G>
@@ -163,6 +163,10 @@ struct DeviceFabric {
   }
 
  private:
+  // The engine takes whole 16 bytes; rows are, scales of long rows need not be.
+  __device__ static bool takes_engine(const char* dst, const char* src, uint64_t bytes) {
+    return ptx::kBulk && bytes >= kBulkBytes && ((reinterpret_cast<uint64_t>(dst) | reinterpret_cast<uint64_t>(src) | bytes) & 15) == 0;
+  }
   template <class G, class Target>
   __device__ void bulk(G g, const char* src, uint64_t bytes, int count, Target&& target) const {
     g.sync();

@@ -63,7 +63,8 @@ __device__ inline uint32_t shared_address(const void* p) { return static_cast<ui
 __device__ inline void proxy_fence() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 __device__ inline void barrier_init(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;"
+               ::"r"(shared_address(barrier)) : "memory");
 }
 // Global to shared; the barrier's phase ends when all bytes have come.
 __device__ inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {

@@ -12,9 +12,9 @@ namespace {
 // Neighbouring squads are on different multiprocessors. All are one stream of the rail: one of them signals for others.
 template <class Rail, class Role>
 __device__ void run_squad(const Call& call, int warps, Role&& role) {
-  extern __shared__ char shared[];
+  extern __shared__ __align__(128) char shared[];
   const int squads = blockDim.x / 32 / warps, squad = threadIdx.x / 32 / warps;
-  char* own = shared + squad * warps * warp_shared_bytes(call.spread.stage_bytes);   // its first warp's piece
+  char* own = shared + squad * warps * warp_shared_bytes(call.spread.stage_bytes, call.spread.stages);   // its first warp's piece
   const Squad g{squad * warps, warps, reinterpret_cast<WarpScratch*>(own)->words};
   join_squad(call, Rail::of(call.links, 0), g, squad * gridDim.x + blockIdx.x, squads * gridDim.x, own, role);
 }

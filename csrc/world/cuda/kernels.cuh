@@ -11,7 +11,7 @@ namespace {
 // Neighbouring seats are on different multiprocessors.
 template <class Rail, class Role>
 __device__ void run_warp(const Call& call, Role&& role) {
-  extern __shared__ char shared[];
+  extern __shared__ __align__(128) char shared[];
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, seat = warp * gridDim.x + blockIdx.x;
   take_seat(call, Rail::of(call.links, seat), seat, warps * gridDim.x, shared + warp * warp_shared_bytes(call.spread.stage_bytes, call.spread.stages), role);
 }
