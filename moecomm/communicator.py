@@ -213,6 +213,12 @@ class Communicator(Shared):
         if self._last is last:
             self._last, self._ready = None, not self._closed
 
+    def _abort(self, rank):
+        """From any thread: what waits for peers on the host ends, since this rank has failed."""
+        self._native.abort(rank)
+        if self._reach is not None:
+            self._reach.abort()
+
     def barrier(self):
         """Wait until every rank has come here.
 

@@ -54,7 +54,7 @@ def run_local(fn, size, *, ranks_per_node=None, device="cpu", timeout=30.0):
             world.barrier.abort()
             for other in comms:
                 if other is not None and not other._closed:
-                    other._native.abort(rank)
+                    other._abort(rank)
         finally:
             if not errors:
                 try:
@@ -72,7 +72,7 @@ def run_local(fn, size, *, ranks_per_node=None, device="cpu", timeout=30.0):
         world.barrier.abort()
         for rank, comm in enumerate(comms):
             if comm is not None and not comm._closed:
-                comm._native.abort(rank)
+                comm._abort(rank)
         for thread in threads:
             if thread.ident is not None:
                 thread.join()

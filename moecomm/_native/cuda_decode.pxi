@@ -16,11 +16,13 @@ cdef class Decode:
     cdef shared_ptr[cudaapi.DeviceDecode] d
     cdef capi.Shape shape
 
-    def __cinit__(self, geometry, Reach reach, int device, hidden, dtype, num_experts, top_k, max_tokens, bint check, spread, double timeout):
+    def __cinit__(self, geometry, Reach reach, int device, hidden, dtype, num_experts, top_k, max_tokens, bint check, spread, int stages,
+                  double timeout):
         cdef capi.Geometry g
         cdef cudaapi.Spread s
         g.rank, g.size, g.ranks_per_node = geometry
         s.sms, s.warps, s.senders, s.stage_bytes = spread
+        s.stages = stages
         self.shape.hidden = hidden
         self.shape.dtype = <capi.DType><int>dtype
         self.shape.num_experts = num_experts

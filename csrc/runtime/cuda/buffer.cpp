@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstring>
 #include <stdexcept>
+#include <thread>
 
 namespace moecomm::cuda {
 namespace {
@@ -159,6 +160,7 @@ Status DeviceBuffer::wait_placed(uint64_t ticket, void* stream) {
   // The kernel has its own deadline; this one is for a kernel that never starts.
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(2 * timeout_ + 1);
   while (ready.load(std::memory_order_acquire) != ticket) {
+    std::this_thread::yield();   // the driver is asked, too, and other ranks' threads want it
     if (const Status s = fault(); !s.ok()) return s;
     const cudaError_t e = cudaStreamQuery(as_stream(stream));
     if (e != cudaErrorNotReady && e != cudaSuccess) require(e, "dispatch");
@@ -203,12 +205,14 @@ Status DeviceBuffer::dispatch(const DeviceDispatchCall& call, DevicePlan& plan, 
   launch.work.offer = arena_->offer();
   const CallShape& shape = plan.view.call;
   const bool known = shape.capacity >= 0 || call.cached;
-  launch.call = begin(call.stream);
   if (!known) {
     launch.placed = &placed();
     launch.ticket = ++ticket_;
   }
-  require(kernels_.dispatch(launch, call.stream), "starting dispatch");
+  MOE_TRY(window_->start_together(call.stream, timeout_, [&] {
+    launch.call = begin(call.stream);
+    require(kernels_.dispatch(launch, call.stream), "starting dispatch");
+  }));
 
   int64_t rows = call.cached ? plan.num_rows : shape.capacity;
   if (!known) {
@@ -260,9 +264,10 @@ Status DeviceBuffer::combine(const DeviceCombineCall& call, DevicePlan& plan, co
   a.mine.rows = rows ? in_window(call.rows, rows * view_.shape.combine_row_bytes(), l.rows) : output.offset();
   a.mine.weights = in_window(call.weights, rows * 4, l.weights);
   a.mine.back = in_window(call.back, rows * 4 * per_row, l.back);
-  launch.call = begin(call.stream);
-  require(kernels_.combine(launch, call.stream), "starting combine");
-  return {};
+  return window_->start_together(call.stream, timeout_, [&] {
+    launch.call = begin(call.stream);
+    require(kernels_.combine(launch, call.stream), "starting combine");
+  });
 }
 
 Counters DeviceBuffer::take_counters() {

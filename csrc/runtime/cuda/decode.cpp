@@ -11,13 +11,6 @@ namespace {
 
 cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
-uint64_t capture_of(void* stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  unsigned long long id = 0;
-  require(cudaStreamGetCaptureInfo(as_stream(stream), &status, &id), "asking whether a stream is captured");
-  return status == cudaStreamCaptureStatusActive ? id : 0;
-}
-
 // What all ranks must do alike, as the mode bits of a flag: how rows are coded, and whether weights travel.
 int mode_of(int code, bool weighted) { return code | (weighted ? 4 : 0); }
 
@@ -112,7 +105,9 @@ Status DeviceDecode::launch(Turn& t, DecodeDispatchWork work, void* stream) {
   work.tables = tables_;
   work.table_bytes = table_bytes_;
   work.apart = apart_;
-  require(kernels_.dispatch({begin(stream), squad(t), work}, stream), "starting decode dispatch");
+  const auto start = [&] { require(kernels_.dispatch({begin(stream), squad(t), work}, stream), "starting decode dispatch"); };
+  if (work.sends) MOE_TRY(window_->start_together(stream, timeout_, start));
+  else start();   // waits for what others have started
   t.stage = work.receives ? DecodeStage::received : DecodeStage::sent;
   return {};
 }
@@ -127,7 +122,9 @@ Status DeviceDecode::launch(Turn& t, DecodeCombineWork work, void* stream) {
   work.clock = clock_;
   work.tables = tables_;
   work.table_bytes = table_bytes_;
-  require(kernels_.combine({begin(stream), squad(t), work}, stream), "starting decode combine");
+  const auto start = [&] { require(kernels_.combine({begin(stream), squad(t), work}, stream), "starting decode combine"); };
+  if (work.answers) MOE_TRY(window_->start_together(stream, timeout_, start));
+  else start();
   t.stage = work.sums ? DecodeStage::done : DecodeStage::answered;
   return {};
 }

@@ -12,19 +12,52 @@ void require(int error, const char* what) {
   throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(static_cast<cudaError_t>(error)));
 }
 
+uint64_t capture_of(void* stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  require(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &id), "asking whether a stream is captured");
+  return status == cudaStreamCaptureStatusActive ? id : 0;
+}
+
 OnDevice::OnDevice(int device) {
   require(cudaGetDevice(&before_), "asking for the current device");
-  require(cudaSetDevice(device), "choosing a device");
+  if (before_ == device) before_ = -1;
+  else require(cudaSetDevice(device), "choosing a device");
 }
-OnDevice::~OnDevice() { cudaSetDevice(before_); }
+OnDevice::~OnDevice() {
+  if (before_ >= 0) cudaSetDevice(before_);
+}
+
+namespace {
+
+// On a stream of its own: the default one, or the whole device, may be busy with kernels that wait for this rank.
+void clear(void* p, uint64_t bytes) {
+  cudaStream_t stream;
+  require(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
+  const cudaError_t set = cudaMemsetAsync(p, 0, bytes, stream), done = cudaStreamSynchronize(stream);
+  cudaStreamDestroy(stream);
+  require(set != cudaSuccess ? set : done, "clearing memory");
+}
+
+// Other threads may be capturing graphs, which this thread's allocations have no part in.
+class BesideCaptures {
+ public:
+  BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+}  // namespace
 
 std::shared_ptr<DeviceMemory> DeviceMemory::create(int device, uint64_t bytes) {
   const OnDevice on(device);
+  const BesideCaptures beside;
   void* p = nullptr;
   require(cudaMalloc(&p, bytes), ("allocating " + std::to_string(bytes) + " bytes").c_str());
   std::shared_ptr<DeviceMemory> memory(new DeviceMemory(device, static_cast<char*>(p), bytes, false));
-  require(cudaMemset(p, 0, bytes), "clearing memory");
-  require(cudaDeviceSynchronize(), "clearing memory");
+  clear(p, bytes);
   return memory;
 }
 

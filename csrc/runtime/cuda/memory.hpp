@@ -9,6 +9,9 @@ namespace moecomm::cuda {
 // Throws std::runtime_error with CUDA's own words.
 void require(int error, const char* what);
 
+// The capture that a stream is part of, 0: none.
+uint64_t capture_of(void* stream);
+
 // Makes a device current for a scope.
 class OnDevice {
  public:
@@ -16,9 +19,10 @@ class OnDevice {
   ~OnDevice();
 
  private:
-  int before_;
+  int before_;   // -1: it was current already
 };
 
+// Making memory waits for nothing but itself: kernels of other ranks may run on this device and wait for this rank.
 class DeviceMemory {
  public:
   static std::shared_ptr<DeviceMemory> create(int device, uint64_t bytes);               // zero-filled

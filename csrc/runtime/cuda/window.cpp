@@ -2,10 +2,21 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstring>
 #include <stdexcept>
+#include <thread>
 
 namespace moecomm::cuda {
+
+Status DeviceWindow::start_together(void* stream, double seconds, const std::function<void()>& start) {
+  const bool runs = capture_of(stream) == 0;
+  if (runs) MOE_TRY(meet(seconds));
+  start();
+  return runs ? meet(seconds) : Status{};
+}
+
 namespace {
 
 class MappedWindow : public DeviceWindow {
@@ -39,21 +50,51 @@ class MappedWindow : public DeviceWindow {
 // Ranks of one process, on one or several GPUs.
 class ThreadWindow final : public MappedWindow {
  public:
-  using MappedWindow::MappedWindow;
+  using Counter = std::atomic<uint64_t>;
+  ThreadWindow(int device, uint64_t bytes, std::shared_ptr<std::atomic<bool>> abandoned) : MappedWindow(device, bytes), abandoned_(std::move(abandoned)) {}
   std::string card() const override {
-    const Card c{data_, device_};
+    const Card c{data_, device_, &meetings_};
     return std::string(reinterpret_cast<const char*>(&c), sizeof(c));
+  }
+  void connect(int rank, const std::vector<std::string>& cards) override {   // peers live until all have connected
+    MappedWindow::connect(rank, cards);
+    all_.clear();
+    for (const std::string& card : cards) all_.push_back(*read(card).meetings);
   }
 
  private:
   struct Card {
     char* data;
     int device;
+    const std::shared_ptr<Counter>* meetings;
   };
-  char* map(const std::string& card) override {
+  static Card read(const std::string& card) {
     Card c;
     if (card.size() != sizeof(c)) throw std::invalid_argument("a peer's card has another size");
     std::memcpy(&c, card.data(), sizeof(c));
+    return c;
+  }
+  Status meet(double seconds) override {
+    using Clock = std::chrono::steady_clock;
+    const auto begin = Clock::now(), deadline = begin + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+    const uint64_t round = meetings_->fetch_add(1) + 1;
+    for (size_t rank = 0; rank < all_.size() && !late_; ++rank)
+      while (all_[rank]->load() < round && !late_) {
+        if (abandoned_->load()) return {Code::lost, Phase::none, static_cast<int32_t>(rank), 0, round, all_[rank]->load()};
+        const auto now = Clock::now();
+        late_ = now >= deadline;
+        if (now - begin < std::chrono::milliseconds(1)) std::this_thread::yield();
+        else std::this_thread::sleep_for(std::chrono::microseconds(20));
+      }
+    return {};
+  }
+
+  std::shared_ptr<Counter> meetings_ = std::make_shared<Counter>(0);   // that this rank has come to
+  std::vector<std::shared_ptr<Counter>> all_;                          // every rank's
+  std::shared_ptr<std::atomic<bool>> abandoned_;
+  bool late_ = false;                                                  // a rank has not come: this one does not wait again
+  char* map(const std::string& card) override {
+    const Card c = read(card);
     if (c.device != device_) {
       const OnDevice on(device_);
       const cudaError_t e = cudaDeviceEnablePeerAccess(c.device, 0);
@@ -66,7 +107,8 @@ class ThreadWindow final : public MappedWindow {
 
 class IpcWindow final : public MappedWindow {
  public:
-  using MappedWindow::MappedWindow;
+  // Whole 2 MiB: the driver shares memory by these, whatever else lies in them.
+  IpcWindow(int device, uint64_t bytes) : MappedWindow(device, align_up(bytes, uint64_t{2} << 20)) {}
   std::string card() const override { return memory_->export_handle(); }
 
  private:
@@ -77,11 +119,21 @@ class IpcWindow final : public MappedWindow {
   std::vector<std::shared_ptr<DeviceMemory>> peers_;
 };
 
-template <class Window>
-class Reach final : public DeviceReach {
+class ThreadReach final : public DeviceReach {
  public:
-  explicit Reach(int device) : device_(device) {}
-  std::shared_ptr<DeviceWindow> window(uint64_t bytes, Peers) override { return std::make_shared<Window>(device_, bytes); }
+  explicit ThreadReach(int device) : device_(device) {}
+  std::shared_ptr<DeviceWindow> window(uint64_t bytes, Peers) override { return std::make_shared<ThreadWindow>(device_, bytes, abandoned_); }
+  void abort() override { *abandoned_ = true; }
+
+ private:
+  int device_;
+  std::shared_ptr<std::atomic<bool>> abandoned_ = std::make_shared<std::atomic<bool>>(false);
+};
+
+class IpcReach final : public DeviceReach {
+ public:
+  explicit IpcReach(int device) : device_(device) {}
+  std::shared_ptr<DeviceWindow> window(uint64_t bytes, Peers) override { return std::make_shared<IpcWindow>(device_, bytes); }
 
  private:
   int device_;
@@ -98,8 +150,8 @@ bool ipc_works(int device) {
   return false;
 }
 
-std::shared_ptr<DeviceReach> reach_threads(int device) { return std::make_shared<Reach<ThreadWindow>>(device); }
-std::shared_ptr<DeviceReach> reach_processes(int device) { return std::make_shared<Reach<IpcWindow>>(device); }
+std::shared_ptr<DeviceReach> reach_threads(int device) { return std::make_shared<ThreadReach>(device); }
+std::shared_ptr<DeviceReach> reach_processes(int device) { return std::make_shared<IpcReach>(device); }
 
 DeviceBlock::DeviceBlock(std::shared_ptr<DeviceWindow> window, std::shared_ptr<Arena> arena, uint64_t offset, uint64_t bytes)
     : window_(std::move(window)), arena_(std::move(arena)), offset_(offset), bytes_(bytes) {

@@ -5,6 +5,7 @@
 //   ipc       processes of one host: CUDA IPC
 //   nccl      processes anywhere: NCCL windows, whose rail may be GIN (runtime/cuda/nccl.hpp)
 #pragma once
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -33,8 +34,15 @@ class DeviceWindow {
   // What rail kernels find their network by, in device memory; null for kernels that need none.
   virtual const void* network() const { return nullptr; }
 
+  // start() enqueues a kernel that waits for the same one of every other rank. Rank threads of one process share a device's
+  // context, where allocations, frees, the loading of a kernel or a full queue of the hardware may wait for whatever runs;
+  // so they start together: none before all are ready, and none goes on before all have started. A rank that does not come
+  // within so many seconds is left to the kernels, which name it. Nothing of this where a graph is captured.
+  Status start_together(void* stream, double seconds, const std::function<void()>& start);
+
  protected:
   DeviceWindow() = default;
+  virtual Status meet(double) { return {}; }   // of the hosts of rank threads; a Status where they have been told to give up
   char* data_ = nullptr;
   uint64_t bytes_ = 0;
 };
@@ -48,7 +56,7 @@ class DeviceReach {
   virtual const Kernels& kernels() const { return loopback_kernels(); }
   virtual const DecodeKernels& decode_kernels() const { return loopback_decode_kernels(); }
   virtual std::string rail() const { return "memory"; }   // what carries rows between nodes
-  virtual void abort() {}                                 // from any thread: ends what waits for peers; no window can be made any more
+  virtual void abort() {}                                 // from any thread: ends what waits for peers on the host; no window can be made any more
 };
 
 std::shared_ptr<DeviceReach> reach_threads(int device);

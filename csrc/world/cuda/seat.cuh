@@ -69,8 +69,8 @@ __device__ void take_part(G g, const Call& call, Rail rail, char* shared, Role r
   Status s = role(fabric);
   if (g.lane() != 0) return;
   if (s.ok()) s = fabric.flush();
-  if (!s.ok()) fabric.fail(s);
   fabric.complete();   // shared memory goes with the block
+  if (!s.ok()) fabric.fail(s);
   const auto* counted = reinterpret_cast<const unsigned long long*>(&scratch->counters);
   auto* totals = reinterpret_cast<unsigned long long*>(call.links.counters);
   for (unsigned i = 0; i < sizeof(Counters) / 8; ++i)

@@ -10,7 +10,9 @@
 
 enum cudaError_t { cudaSuccess, cudaErrorPeerAccessAlreadyEnabled, cudaErrorNotReady, cudaErrorNotSupported };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
-enum { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaHostAllocPortable, cudaHostAllocMapped, cudaIpcMemLazyEnablePeerAccess };
+enum { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaHostAllocPortable, cudaHostAllocMapped, cudaIpcMemLazyEnablePeerAccess,
+       cudaStreamNonBlocking };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
 struct cudaIpcMemHandle_t { char reserved[64]; };
 struct cudaDeviceProp { struct { char bytes[16]; } uuid; };
 
@@ -49,13 +51,16 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
   stream->enqueue([=] { std::memset(p, value, bytes); });
   return cudaSuccess;
 }
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { *stream = new emulated::Stream; return cudaSuccess; }
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { delete stream; return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, int) { std::memcpy(to, from, bytes); return cudaSuccess; }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t stream) {
   stream->enqueue([=] { std::memcpy(to, from, bytes); });
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamQuery(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) { *p = {}; return cudaSuccess; }
 inline cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t*, void*) { return cudaSuccess; }
 inline cudaError_t cudaIpcOpenMemHandle(void**, cudaIpcMemHandle_t, unsigned) { return cudaSuccess; }

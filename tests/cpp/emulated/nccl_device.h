@@ -141,7 +141,7 @@ struct ncclGin {
  private:
   int world(ncclTeam team, int peer) const { return comm.rank + (peer - team.rank) * team.stride; }
   void post(ncclTeam team, int peer, ncclGin_DescriptorSmem d, const emulated::Gin::Request& r) const {
-    CHECK(emulated::engine.quiet());   // the network sees what a release would let others see
+    CHECK(emulated::engine().quiet());   // the network sees what a release would let others see
     std::memset(d.descriptor, 0xee, sizeof(*d.descriptor));   // NCCL builds its request there
     comm.gin->post(comm.rank, context, world(team, peer), r);
   }

@@ -45,7 +45,7 @@ int run_squads(const Launch& launch, void* stream, Role role) {
   static_cast<cudaStream_t>(stream)->enqueue([launch, role] {
     const Spread& s = launch.call.spread;
     const int squads = s.warps / launch.squad, all = squads * s.sms;
-    const Shared shared(all, warp_shared_bytes(s.stage_bytes));
+    const Shared shared(all, warp_shared_bytes(s.stage_bytes, s.stages));
     emulated::run_grid(s.sms, s.warps, launch.squad, [&](int block) {
       const int squad = static_cast<int>(threadIdx.x) / 32 / launch.squad, index = squad * s.sms + block;
       const Squad g{squad * launch.squad, launch.squad, reinterpret_cast<WarpScratch*>(shared.piece(index))->words};

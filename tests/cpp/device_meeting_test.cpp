@@ -1,0 +1,100 @@
+// Rank threads start kernels together: the cuda world's own windows, over device memory that is the heap's.
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <chrono>
+
+#include "check.hpp"
+#include "runtime/cuda/memory.cpp"
+#include "runtime/cuda/window.cpp"
+
+namespace moecomm::cuda {
+
+const Kernels& loopback_kernels() {
+  static const Kernels none{};
+  return none;
+}
+const DecodeKernels& loopback_decode_kernels() {
+  static const DecodeKernels none{};
+  return none;
+}
+
+}  // namespace moecomm::cuda
+
+using namespace moecomm;
+
+namespace {
+
+constexpr int kRanks = 3;
+
+struct Ranks {
+  Ranks() {
+    std::vector<std::string> cards;
+    for (int r = 0; r < kRanks; ++r) {
+      reach.push_back(cuda::reach_threads(0));
+      windows.push_back(reach[r]->window(4096));
+      cards.push_back(windows[r]->card());
+    }
+    for (int r = 0; r < kRanks; ++r) windows[r]->connect(r, cards);
+  }
+  std::vector<std::shared_ptr<cuda::DeviceReach>> reach;
+  std::vector<std::shared_ptr<cuda::DeviceWindow>> windows;
+  emulated::Stream streams[kRanks];
+};
+
+double seconds_of(const std::function<void()>& work) {
+  const auto begin = std::chrono::steady_clock::now();
+  work();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+}  // namespace
+
+TEST(none_starts_before_all_are_ready_and_none_goes_on_before_all_have_started) {
+  Ranks ranks;
+  std::atomic<int> ready{0}, started{0};
+  std::vector<std::jthread> threads;
+  for (int r = 0; r < kRanks; ++r)
+    threads.emplace_back([&, r] {
+      for (int call = 0; call < 50; ++call) {
+        if (call % kRanks == r) std::this_thread::sleep_for(std::chrono::milliseconds(1));   // another one is the last each time
+        ++ready;
+        const Status s = ranks.windows[r]->start_together(&ranks.streams[r], 60.0, [&] {
+          CHECK(ready >= kRanks * (call + 1));
+          ++started;
+        });
+        CHECK(s.ok() && started >= kRanks * (call + 1));
+      }
+    });
+  threads.clear();
+  CHECK_EQ(started.load(), kRanks * 50);
+}
+
+TEST(a_rank_that_does_not_come_is_left_to_the_kernels) {
+  Ranks ranks;
+  int started = 0;
+  const auto start = [&] { CHECK(ranks.windows[0]->start_together(&ranks.streams[0], 0.1, [&] { ++started; }).ok()); };
+  const double first = seconds_of(start), second = seconds_of(start);
+  CHECK(first >= 0.1);
+  CHECK(second < 0.1);   // it is not waited for again
+  CHECK_EQ(started, 2);
+}
+
+TEST(who_waits_is_told_when_a_rank_has_failed) {
+  Ranks ranks;
+  std::jthread fails([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    ranks.reach[0]->abort();
+  });
+  const Status s = ranks.windows[0]->start_together(&ranks.streams[0], 60.0, [] { CHECK(false); });
+  CHECK_EQ(s.code, Code::lost);
+  CHECK_EQ(s.peer, 1);
+}
+
+TEST(what_is_captured_does_not_run_and_waits_for_nobody) {
+  Ranks ranks;
+  int started = 0;
+  ranks.streams[0].capture = 5;
+  CHECK(ranks.windows[0]->start_together(&ranks.streams[0], 60.0, [&] { ++started; }).ok());
+  CHECK_EQ(started, 1);
+}
