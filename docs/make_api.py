@@ -76,7 +76,7 @@ def members(node):
         if isinstance(item, ast.FunctionDef) and not item.name.startswith("_"):
             decorators = {ast.unparse(d) for d in item.decorator_list}
             if not any(d.endswith(".setter") for d in decorators):
-                yield "property" if decorators & {"property", "functools.cached_property"} else "method", item
+                yield "property" if decorators & {"property", "cached_property"} else "method", item
 
 
 def signature(node):
