@@ -11,26 +11,40 @@ typedef float Fv __attribute__((vector_size(4 * kLanes)));
 typedef unsigned int Uv __attribute__((vector_size(4 * kLanes)));
 typedef unsigned short Hv __attribute__((vector_size(2 * kLanes)));
 
+// A row type converts single vectors of consecutive elements (load, store), and whole registers of memory to kParts vectors
+// and back (unpack, pack), in whatever order of elements is cheapest; `gather` brings floats into that order.
+constexpr int kMemory = MOE_VECTOR;
+
 struct BF16 {
-  static constexpr int kBytes = 2;
+  static constexpr int kBytes = 2, kParts = 2;
   static inline Fv load(const char* p) {
     Hv h;
     __builtin_memcpy(&h, p, sizeof(h));
     const Uv u = __builtin_convertvector(h, Uv) << 16;
     return (Fv)u;
   }
-  // Round to nearest even; NaN becomes the quiet NaN 0x7fc0 (as torch does).
-  static inline void store(char* p, Fv v) {
+  // Round to nearest even, in the upper half; NaN becomes the quiet NaN 0x7fc0 (as torch does).
+  static inline Uv round(Fv v) {
     const Uv u = (Uv)v;
-    const Uv rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    const Uv nan = (Uv)((u & 0x7fffffffu) > 0x7f800000u);
-    const Hv h = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0u), Hv);
+    return v != v ? Uv{} + 0x7fc00000u : u + 0x7fffu + ((u >> 16) & 1u);
+  }
+  static inline void store(char* p, Fv v) {
+    const Hv h = __builtin_convertvector(round(v) >> 16, Hv);
     __builtin_memcpy(p, &h, sizeof(h));
+  }
+  // Even elements, then odd ones: neither widening nor narrowing moves anything between lanes.
+  static inline void unpack(Uv u, Fv* v) {
+    v[0] = (Fv)(u << 16);
+    v[1] = (Fv)(u & 0xffff0000u);
+  }
+  static inline Uv pack(const Fv* v) { return round(v[0]) >> 16 | (round(v[1]) & 0xffff0000u); }
+  static inline void gather(const float* from, Fv* v) {
+    for (int i = 0; i < 2 * kLanes; ++i) v[i & 1][i / 2] = from[i];
   }
 };
 
 struct F16 {
-  static constexpr int kBytes = 2;
+  static constexpr int kBytes = 2, kParts = 2;
   static inline Fv load(const char* p) {
 #if MOE_VECTOR == 64
     __m256i h;
@@ -61,16 +75,30 @@ struct F16 {
     __builtin_memcpy(p, h, sizeof(h));
 #endif
   }
+  static inline void unpack(Uv u, Fv* v) {
+    v[0] = load((const char*)&u);
+    v[1] = load((const char*)&u + kMemory / 2);
+  }
+  static inline Uv pack(const Fv* v) {
+    Uv u;
+    store((char*)&u, v[0]);
+    store((char*)&u + kMemory / 2, v[1]);
+    return u;
+  }
+  static inline void gather(const float* from, Fv* v) { __builtin_memcpy(v, from, 2 * sizeof(Fv)); }
 };
 
 struct F32 {
-  static constexpr int kBytes = 4;
+  static constexpr int kBytes = 4, kParts = 1;
   static inline Fv load(const char* p) {
     Fv v;
     __builtin_memcpy(&v, p, sizeof(v));
     return v;
   }
   static inline void store(char* p, Fv v) { __builtin_memcpy(p, &v, sizeof(v)); }
+  static inline void unpack(Uv u, Fv* v) { v[0] = (Fv)u; }
+  static inline Uv pack(const Fv* v) { return (Uv)v[0]; }
+  static inline void gather(const float* from, Fv* v) { v[0] = load((const char*)from); }
 };
 
 // To a destination on 64 bytes, past the cache.
@@ -86,23 +114,28 @@ static inline void stream_lines(char* dst, const char* src, long bytes) {
 #endif
 }
 
-// kUnroll vectors at a time: the partial sums stay in registers while the terms are walked.
-template <class T, int kUnroll, bool kStream>
+// So many registers of memory at a time that the partial sums stay in registers while the terms are walked; whole lines
+// of the destination, which streamed stores must not share.
+constexpr int kBlock = MOE_VECTOR == 64 ? 4 : 64 / MOE_VECTOR;
+
+template <class T, int kRegisters, bool kStream>
 static inline void reduce_block(char* dst, const moecomm::Terms& terms, const moecomm::Terms* next, const float* bias, long at) {
-  Fv total[kUnroll], part[kUnroll];
+  constexpr int kVectors = kRegisters * T::kParts;
+  Fv total[kVectors], part[kVectors], term[kVectors];
   bool first_group = true, first_term = true;
-  for (int j = 0; j < kUnroll; ++j) total[j] = Fv{};
+  for (int j = 0; j < kVectors; ++j) total[j] = Fv{};
   for (int i = 0; i < terms.count; ++i) {
     const char* row = (const char*)terms.store->row[i] + at * T::kBytes;
     const float w = terms.store->weight[i];
-    if (first_term) {
-      for (int j = 0; j < kUnroll; ++j) part[j] = T::load(row + kLanes * j * T::kBytes) * w;
-    } else {
-      for (int j = 0; j < kUnroll; ++j) part[j] = part[j] + T::load(row + kLanes * j * T::kBytes) * w;
+    for (int j = 0; j < kRegisters; ++j) {
+      Uv u;
+      __builtin_memcpy(&u, row + kMemory * j, kMemory);
+      T::unpack(u, term + j * T::kParts);
     }
+    for (int j = 0; j < kVectors; ++j) part[j] = first_term ? term[j] * w : part[j] + term[j] * w;
     first_term = false;
     if (terms.group_end >> i & 1) {
-      for (int j = 0; j < kUnroll; ++j) total[j] = first_group ? part[j] : total[j] + part[j];
+      for (int j = 0; j < kVectors; ++j) total[j] = first_group ? part[j] : total[j] + part[j];
       first_group = false;
       first_term = true;
     }
@@ -110,14 +143,20 @@ static inline void reduce_block(char* dst, const moecomm::Terms& terms, const mo
   if (next)
     for (int i = 0; i < next->count; ++i) {
       const char* row = (const char*)next->store->row[i] + at * T::kBytes;
-      for (int j = 0; j < kUnroll * kLanes * T::kBytes; j += 64) __builtin_prefetch(row + j, 0, 2);
+      for (int j = 0; j < kRegisters * kMemory; j += 64) __builtin_prefetch(row + j, 0, 2);
     }
-  if (bias)
-    for (int j = 0; j < kUnroll; ++j) total[j] = total[j] + F32::load((const char*)(bias + at + kLanes * j));
   char* out = dst + at * T::kBytes;
-  char line[kStream ? kUnroll * kLanes * T::kBytes : 1] __attribute__((aligned(64)));
-  for (int j = 0; j < kUnroll; ++j) T::store((kStream ? line : out) + kLanes * j * T::kBytes, total[j]);
-  if (kStream) stream_lines(out, line, sizeof(line));
+  for (int j = 0; j < kRegisters; ++j) {
+    Fv* v = total + j * T::kParts;
+    if (bias) {
+      Fv b[T::kParts];
+      T::gather(bias + at + j * kLanes * T::kParts, b);
+      for (int k = 0; k < T::kParts; ++k) v[k] = v[k] + b[k];
+    }
+    const Uv u = T::pack(v);
+    if (kStream) stream_lines(out + kMemory * j, (const char*)&u, kMemory);
+    else __builtin_memcpy(out + kMemory * j, &u, kMemory);
+  }
 }
 
 // The tail that is shorter than a vector: the same steps on zero-extended copies.
@@ -155,12 +194,12 @@ static void reduce_typed(char* dst, const moecomm::Terms& terms, const moecomm::
                          bool stream) {
   if (terms.coded) return reduce_coded<T>(dst, terms, next, bias, begin, end);
   long at = begin;
-  constexpr long kStep = 64 / T::kBytes;   // whole lines of the destination: streamed stores must not share one
+  constexpr long kWide = kBlock * kMemory / T::kBytes, kNarrow = kMemory / T::kBytes;
   if (stream && ((unsigned long)(dst + at * T::kBytes) & 63) == 0)
-    for (; at + 2 * kStep <= end; at += 2 * kStep) reduce_block<T, 2 * kStep / kLanes, true>(dst, terms, next, bias, at);
-  for (; at + 4 * kLanes <= end; at += 4 * kLanes) reduce_block<T, 4, false>(dst, terms, next, bias, at);
-  for (; at + kLanes <= end; at += kLanes) reduce_block<T, 1, false>(dst, terms, nullptr, bias, at);
-  if (at < end) reduce_tail<T>(dst, terms, bias, at, end - at);
+    for (; at + kWide <= end; at += kWide) reduce_block<T, kBlock, true>(dst, terms, next, bias, at);
+  for (; at + kWide <= end; at += kWide) reduce_block<T, kBlock, false>(dst, terms, next, bias, at);
+  for (; at + kNarrow <= end; at += kNarrow) reduce_block<T, 1, false>(dst, terms, nullptr, bias, at);
+  for (; at < end; at += kLanes) reduce_tail<T>(dst, terms, bias, at, at + kLanes <= end ? kLanes : end - at);
 }
 
 #include "fabric/impl/quant_kernels.inl"
