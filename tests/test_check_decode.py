@@ -120,8 +120,8 @@ def test_a_wrong_answer_between_nodes(wire, weights_travel, action):
             recv, _ = buf.decode_dispatch(x + number, ids, topk_weights=weights if weights_travel else None, quant=None, return_hook=False)
             for e, n in enumerate(recv.counts.tolist()):
                 recv.handle.rows[e, :n] = recv.x[e, :n]
-            if strike and comm.rank == 3:   # an answer is two puts: itself and its signature; one answer per pick, or per token
-                buf._decode.native.set_fault("put", action, passes=2 * 2 if weights_travel else 2 * 2 * 2)
+            if strike and comm.rank == 3:   # one answer per token, or per pick
+                buf._decode.native.set_fault("put", action, passes=2 if weights_travel else 2 * 2)
             buf.decode_combine(recv.handle.rows, ids, None if weights_travel else weights, recv.handle, wire=wire, return_hook=False)
 
         step(0), step(1), step(2, strike=True)

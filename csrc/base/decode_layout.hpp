@@ -95,7 +95,7 @@ struct DecodeRegionLayout {
   uint64_t outbox;     // FaultWord on its way out
   uint64_t messages;   // per parity, rank of another node and slot
   uint64_t answers;    // slot per parity, token and k
-  uint64_t signs;      // checksum per parity, token and k: of the answer there (written only when checks are on)
+  uint64_t signs;      // checksum per parity, rank, token and k: of its answer to that pick (written only when checks are on)
   uint64_t bytes;
 };
 
@@ -110,7 +110,7 @@ MOE_HD constexpr DecodeRegionLayout decode_region_layout(const Geometry& g, cons
   l.outbox = c.take(sizeof(FaultWord));
   l.messages = c.take(2 * remote * t * decode_message_bytes(s));
   l.answers = c.take(remote ? 2 * t * s.top_k * s.slot_bytes() : 0);
-  l.signs = c.take(remote ? 8 * 2 * t * s.top_k : 0);
+  l.signs = c.take(remote ? 8 * 2 * g.size * t * s.top_k : 0);
   l.bytes = align_up(c.at, 4096);
   return l;
 }

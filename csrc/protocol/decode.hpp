@@ -90,8 +90,8 @@ struct DecodeView {
     return region.messages + ((uint64_t(parity) * remote() + remote_rank(from, at)) * shape.max_tokens + slot) * decode_message_bytes(shape);
   }
   MOE_HD uint64_t answer(int parity, int token, int k) const { return region.answers + answer_index(parity, token, k) * shape.slot_bytes(); }
-  MOE_HD uint64_t landed_sign(int parity, int64_t pick) const {
-    return region.signs + uint64_t{8} * (uint64_t(parity) * shape.max_tokens * shape.top_k + pick);
+  MOE_HD uint64_t landed_signs(int parity, int owner) const {
+    return region.signs + uint64_t{8} * (parity * geometry.size + owner) * shape.max_tokens * shape.top_k;
   }
 
  private:

@@ -43,6 +43,33 @@ MOE_HD void store_answer(G g, F f, const DecodeCombineArgs& a, char* dst, const 
   g.sync();
 }
 
+// One lane: what the source will find, which is where decode_answer left it, signed.
+template <class F>
+MOE_HD void sign_answers(F f, const DecodeCombineArgs& a, int source) {
+  const DecodeView& d = a.d;
+  const DecodeTurn& turn = a.turn;
+  const int parity = turn.parity(), own = d.geometry.local();
+  const bool near = d.near(source);
+  const Wire wire = near ? Wire::plain : a.wire;
+  uint64_t* signs = reinterpret_cast<uint64_t*>(f.window(own, d.signs(parity, source)));
+  for (int i = 0; i < turn.got[source]; ++i) {
+    const int32_t* note = arrived(d, turn, source, i);
+    const int32_t* places = decode_places(f, d, turn, source, note[0]);
+    for (int k = 0, picks = 0; k < d.shape.top_k; ++k) {
+      if (note[1 + k] < 0) continue;
+      const char* answer;
+      if (turn.weighted && near) answer = f.window(d.local(source), d.sum(parity, note[0], k));
+      else if (turn.weighted) answer = decode_message(f, d, turn, source, i, note[0]) + decode_header_bytes(d.shape.top_k);
+      else if (wire != Wire::plain) answer = f.window(own, d.coded(parity, source, i, picks++));
+      else answer = a.rows + (places[k] - static_cast<int64_t>(turn.bank * d.packed_rows())) * d.shape.combine_row_bytes();
+      const int64_t pick = int64_t{note[0]} * d.shape.top_k + k;
+      signs[pick] = verify::answer_checksum(turn, answer, d.shape.wire_bytes(wire), d.geometry.rank, pick);
+      if (turn.weighted) break;
+    }
+  }
+  if (!near) f.put(source, d.landed_signs(parity, d.geometry.rank), reinterpret_cast<const char*>(signs), uint64_t{8} * d.shape.max_tokens * d.shape.top_k);
+}
+
 }  // namespace detail
 
 template <Group G, class F>
@@ -55,15 +82,13 @@ MOE_HD void decode_answer(G g, F f, const DecodeCombineArgs& a, int source, int 
   const uint64_t row_bytes = d.shape.combine_row_bytes(), answer_bytes = d.shape.wire_bytes(wire);
   const int64_t bank = static_cast<int64_t>(turn.bank * d.packed_rows());
   int answers = 0;
-  const bool moves = turn.weighted || !near;   // else the rows stay where they are, and are signed at most
-  for (int i = begin; i < end && (moves || d.check); ++i) {
+  for (int i = begin; i < end && (turn.weighted || !near); ++i) {
     const int32_t* note = detail::arrived(d, turn, source, i);
     const int32_t token = note[0];
     const int32_t* places = detail::decode_places(f, d, turn, source, token);
     const auto put = [&](int k, const char* answer) {
       if (!near && g.lane() == 0) f.put(source, d.answer(parity, token, k), answer, answer_bytes);
-      if (d.check && g.lane() == 0) verify::sign_answer(f, a, source, token, k, answer, answer_bytes);
-      answers += moves;
+      ++answers;
     };
     int first = -1, picks = 0;
     for (int k = 0; k < k_max; ++k) {
@@ -100,8 +125,10 @@ MOE_HD void decode_reply(G g, F f, const DecodeCombineArgs& a, int source) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;
   const int parity = turn.parity();
+  if (d.check) f.settle(g);
   g.sync();
   if (g.lane() == 0 && turn.got[source] > 0) {
+    if (d.check) detail::sign_answers(f, a, source);
     const uint64_t flag = make_flag(turn.epoch, a.mode, turn.got[source]), add = flag - turn.answered_flag[source];
     turn.answered_flag[source] = flag;
     if (d.near(source)) f.signal_node(d.local(source), d.answered_flag(parity, d.geometry.local()), add);

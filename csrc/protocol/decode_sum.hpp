@@ -94,7 +94,7 @@ MOE_HD Terms decode_terms(G g, F f, const DecodeCombineArgs& a, int t) {
 
 namespace detail {
 
-// Token t's answers are what their owners signed.
+// One lane: token t's answers are what their owners signed.
 template <class F>
 MOE_HD Status verify_answers(F f, const DecodeCombineArgs& a, int t) {
   const DecodeView& d = a.d;
@@ -122,12 +122,12 @@ template <Group G, class F>
 MOE_HD Status decode_sum(G g, F f, const DecodeCombineArgs& a, int begin, int end) {
   const uint64_t row_bytes = a.d.shape.combine_row_bytes();
   const float* no_bias = nullptr;
+  for (int t = begin; t < end && a.d.check; ++t) MOE_TRY(leader(g, [&] { return detail::verify_answers(f, a, t); }));
   // While one row is summed the next one's terms are known, so that the fabric can fetch them ahead.
   const auto terms_of = [&](int t) { return t < end ? detail::decode_terms(g, f, a, t) : Terms{&f.terms(t & 1)}; };
   Terms next = terms_of(begin);
   g.sync();
   for (int t = begin; t < end; ++t) {
-    if (a.d.check) MOE_TRY(leader(g, [&] { return detail::verify_answers(f, a, t); }));
     const Terms now = next;
     next = terms_of(t + 1);
     f.reduce_rows(g, a.y + t * row_bytes, now, &next, no_bias, a.d.shape.hidden, a.d.shape.dtype);

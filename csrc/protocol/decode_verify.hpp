@@ -49,17 +49,6 @@ MOE_HD inline uint64_t answer_checksum(const DecodeTurn& turn, const char* answe
   return row_checksum(answer, bytes, checksum_seed(turn.epoch, owner, pick));
 }
 
-// The owner's side, one lane: pick k of the token is answered by these bytes.
-template <class F>
-MOE_HD void sign_answer(F f, const DecodeCombineArgs& a, int source, int token, int k, const char* answer, uint64_t bytes) {
-  const DecodeView& d = a.d;
-  const int parity = a.turn.parity();
-  const int64_t pick = int64_t{token} * d.shape.top_k + k;
-  uint64_t* sign = reinterpret_cast<uint64_t*>(f.window(d.geometry.local(), d.signs(parity, source))) + pick;
-  *sign = answer_checksum(a.turn, answer, bytes, d.geometry.rank, pick);
-  if (!d.near(source)) f.put(source, d.landed_sign(parity, pick), reinterpret_cast<const char*>(sign), 8);
-}
-
 // The source's side, one lane: the answer to pick k of token t, which lies at `answer`.
 template <class F>
 MOE_HD Status answered_row(F f, const DecodeCombineArgs& a, int t, int k, int owner, const char* answer) {
@@ -67,8 +56,8 @@ MOE_HD Status answered_row(F f, const DecodeCombineArgs& a, int t, int k, int ow
   const int parity = a.turn.parity();
   const int64_t pick = int64_t{t} * d.shape.top_k + k;
   const bool near = d.near(owner);
-  const uint64_t want = near ? reinterpret_cast<const uint64_t*>(f.window(d.local(owner), d.signs(parity, d.geometry.rank)))[pick]
-                             : *reinterpret_cast<const uint64_t*>(f.rail(d.landed_sign(parity, pick)));
+  const char* signs = near ? f.window(d.local(owner), d.signs(parity, d.geometry.rank)) : f.rail(d.landed_signs(parity, owner));
+  const uint64_t want = reinterpret_cast<const uint64_t*>(signs)[pick];
   const uint64_t got = answer_checksum(a.turn, answer, d.shape.wire_bytes(near ? Wire::plain : a.wire), owner, pick);
   return got == want ? Status{} : wrong_row(Phase::sum, owner, t, want, got);
 }

@@ -195,7 +195,7 @@ MOE_HD Status answer_seat(G g, F f, Meeting meeting, const DecodeCombineWork& w,
     stage_rows(g, f, w, a.turn, index, groups);
     MOE_TRY(meeting.meet(g));
   }
-  if (a.turn.weighted || d.geometry.nodes() > 1 || d.check)
+  if (a.turn.weighted || d.geometry.nodes() > 1)
     for (int i = index; i < size * parts; i += groups) {
       const int source = (d.geometry.rank + 1 + i / parts) % size, got = a.turn.got[source];
       decode_answer(g, f, a, source, channel_begin(got, i % parts, parts), channel_begin(got, i % parts + 1, parts));
