@@ -1,8 +1,8 @@
-"""`python -m bench device`: build, check and time the cuda world on one GPU, in one call of a few minutes.
+"""What `python -m bench device` measures of the cuda world on one GPU (bench/device_run.py runs it).
 
 Ranks are threads that share the GPU, so two "nodes" run both hops of the real kernels, the rail as a copy through the
-copy engine. Every timed result is compared with what it must be, bit for bit. Times are of graph replays, from the
-first rank's start to the last rank's end; a number of multiprocessors is the total over all ranks.
+copy engine. Every timed result is compared with what it must be, bit for bit, and was poisoned before. Times are of graph
+replays, from the first rank's start to the last rank's end; a number of multiprocessors is the total over all ranks.
 
 What must move: every byte read once and written once. Dispatch reads each token's row, writes it into and reads it out
 of staging per other node, and writes one row per pick; combine the other way. The ceiling is a device-to-device copy.
@@ -10,28 +10,19 @@ of staging per other node, and writes one row per pick; combine the other way. T
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import statistics
-import subprocess
-import sys
 import threading
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
 import moecomm
-from moecomm import cuda, gate, quant, reference, tuning
-
-from . import device_decode
+from moecomm import gate, quant, reference, tuning
 
 GEOMETRIES = ((1, 8), (2, 4), (4, 2))
 SMS = (16, 24, 40, 64, 128)
 CALLS = ("dispatch bf16", "dispatch fp8", "combine bf16")
 _capturing = threading.Lock()   # entering a capture synchronizes the device, which no other capture allows
-OWN_CODE = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -46,59 +37,14 @@ class Shape:
     top_groups: int = 4
 
 
-def arguments(parser):
-    """What to run."""
-    parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--iterations", type=int, default=20, help="graph replays that are timed")
-    parser.add_argument("--tokens", type=int, default=Shape.tokens)
-    parser.add_argument("--small", action="store_true", help="only the checks on small worlds (as compute-sanitizer runs them)")
-    parser.add_argument("--no-sanitizer", action="store_true")
-    parser.add_argument("--build", action="store_true", help="build the extension in place first")
-    parser.add_argument("--out", default=os.environ.get("OUT", "bench/results"), help="folder for device.json and device.md")
-
-
-def main(args):
-    """Run everything; the exit status says whether a result was wrong."""
-    if args.build:
-        subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], check=True, cwd=OWN_CODE)
-    reason = cuda.why_not()
-    if reason is not None:
-        print(f"device: nothing to measure: {reason}")
-        return 2
-    cuda.prepare_threads()
-    checked = check_small_worlds(args.device) + device_decode.check_small_worlds(args.device)
-    print(f"small worlds: {checked} cases equal the oracle, bit for bit")
-    if args.small:
-        return 0
-    torch.cuda.set_device(args.device)
-    shape = Shape(tokens=args.tokens)
-    report = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda, "shape": asdict(shape),
-              "ceiling_gbs": copy_ceiling(), "rows": [], "baseline": permute_baseline(shape)}
-    print(f"{report['gpu']}: a device-to-device copy moves {report['ceiling_gbs']:.0f} GB/s, read plus written")
-    print(f"{'call':14} {'ranks':>6} {'SMs':>4} {'us':>9} {'GB/s':>7} {'of copy':>8} {'wrong':>6}")
-    for nodes, per_node in GEOMETRIES:
-        for sms in SMS:
-            for row in measure(args, shape, nodes, per_node, sms, report["ceiling_gbs"]):
-                report["rows"].append(row)
-                print(f"{row['call']:14} {nodes}x{per_node:<4} {sms:4} {row['us']:9.1f} {row['gbs']:7.0f} {row['fraction']:7.1%} {row['wrong']:6}")
-    report["decode"] = device_decode.measure(args, report["ceiling_gbs"])
-    for row in report["decode"]:
-        print(f"decode step    {row['nodes']}x{row['ranks_per_node']:<4} {row['tokens']:4} tokens {row['us']:9.1f} us, floor {row['floor_us']:.1f} us, {row['wrong']} wrong")
-    report["overlap"] = gemm_overlap(args, shape)
-    report["sanitizer"] = None if args.no_sanitizer else sanitizer(args.device)
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "device.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "device.md").write_text(markdown(report))
-    print(markdown(report))
-    return 1 if any(row["wrong"] for row in report["rows"] + report["decode"]) else 0
-
-
 # -- checks ----------------------------------------------------------------------------------------------------------
 
-def check_small_worlds(device):
+SMALL = ((1, 1), (1, 4), (2, 2), (4, 1))
+
+
+def check_small_worlds(device, worlds=SMALL):
     """Dispatch and combine of small worlds against the oracle; returns how many. Raises AssertionError."""
-    cases = [(nodes, per_node, layout, capacity, kind) for nodes, per_node in ((1, 1), (1, 4), (2, 2), (4, 1)) for layout in ("expert", "rank")
+    cases = [(nodes, per_node, layout, capacity, kind) for nodes, per_node in worlds for layout in ("expert", "rank")
              for capacity in (None, 200) for kind in (None, "fp8")]
     for nodes, per_node, layout, capacity, kind in cases:
         size = nodes * per_node
@@ -110,7 +56,7 @@ def check_small_worlds(device):
 def small_world(size, seed, tokens=23, hidden=512, experts_per_rank=4, top_k=4):
     """(xs, ids, weights) by rank, on the host; ranks have different numbers of tokens, one of them none."""
     g = torch.Generator().manual_seed(seed)
-    counts = [0 if r == 1 else tokens - 3 * r for r in range(size)]
+    counts = [0 if r == 1 else tokens - 3 * r % tokens for r in range(size)]
     xs = [torch.randn((t, hidden), generator=g).bfloat16() for t in counts]
     ids = [torch.rand((t, experts_per_rank * size), generator=g).argsort(1)[:, :top_k].contiguous() for t in counts]
     ids = [i.masked_fill(torch.rand(i.shape, generator=g) < 0.2, -1) for i in ids]
@@ -249,7 +195,9 @@ def timed(work, repeats):
 def measure(args, shape, nodes, per_node, sms, ceiling, choose=None):
     """Rows of the table for one geometry and one number of multiprocessors in all; `choose` replaces the chosen plan."""
     size = nodes * per_node
+    torch.cuda.empty_cache()   # windows are not torch's memory: what its cache keeps is lost to them
     world = World(shape, size, args.device)
+    torch.cuda.synchronize()   # the ranks' streams do not wait for this one
     capacity = max(world.counts)
     scale = lambda rank: (rank + 1) / 4   # of a number or a tensor; noqa: E731
     reference_event = torch.cuda.Event(enable_timing=True)
@@ -283,7 +231,7 @@ def rank_main(comm, args, world, capacity, scale, nodes, origin):
             torch.mul(out.x, scale(rank), out=out.handle.rows)
             y = torch.full_like(x, float("nan"))
             run = lambda: buf.combine(out.handle.rows, out.handle, topk_weights=out.topk_weights, out=y)   # noqa: E731
-        result, span = replay(comm, run, args.iterations, origin)
+        result, span = replay(comm, run, args.iterations, origin, lambda out: (out,) if torch.is_tensor(out) else (out.x, out.scales))
         if call == "dispatch bf16":
             wrong = differing(result.x[:rows], world.x.flatten(0, 1)[sources]) + int((result.x[rows:] != 0).sum())
         elif call == "dispatch fp8":
@@ -309,17 +257,28 @@ def differing(got, want):
     return int((as_bits(got) != as_bits(want)).sum()) if got.shape == want.shape else max(got.numel(), want.numel())
 
 
-def replay(comm, run, iterations, origin):
-    """(result, (start ms, end ms)) of graph replays; all ranks start together. Each call runs once before it is captured."""
-    run()
+def captured(comm, run):
+    """(graph, result) of run(), which has run once before. One rank thread captures at a time, and nothing of the others runs meanwhile."""
     torch.cuda.current_stream().synchronize()
     comm.barrier()
     graph = torch.cuda.CUDAGraph()
     with _capturing, torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
         result = run()
     comm.barrier()
+    return graph, result
+
+
+def replay(comm, run, iterations, origin, outputs):
+    """(result, (start ms, end ms)) of graph replays; all ranks start together. outputs(result): tensors that each must write, all of them."""
+    run()
+    graph, result = captured(comm, run)
     for _ in range(3):
         graph.replay()
+    torch.cuda.current_stream().synchronize()
+    comm.barrier()   # nobody writes here any more
+    for out in outputs(result):
+        if out is not None:
+            as_bits(out).fill_(-1 if out.element_size() > 1 else 255)
     torch.cuda.current_stream().synchronize()
     comm.barrier()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -344,63 +303,39 @@ def permute_baseline(shape):
     return {"permute_us": 1e6 * permute, "permute_gbs": moved / permute / 1e9, "unpermute_us": 1e6 * unpermute, "unpermute_gbs": moved / unpermute / 1e9}
 
 
-def gemm_overlap(args, shape, sms=(16, 40)):
-    """How much a GEMM slows down beside dispatch and combine, by multiprocessors given: {sms: slowdown}."""
+def gemm_overlap(args, shape, sms=(16, 40), rounds=6):
+    """How much a GEMM slows down beside dispatch and combine, by multiprocessors given: {sms: slowdown}. They outlast it, or it is left out."""
     a, b = (torch.randn((8192, 8192), device=args.device).bfloat16() for _ in range(2))
     alone = timed(lambda: torch.mm(a, b), 20)
     found = {}
     for total in sms:
-        def rank(comm, total=total):
-            world = World(Shape(tokens=1024), comm.size, args.device)
-            buf = moecomm.Buffer(comm, hidden=shape.hidden, num_experts=shape.experts, top_k=shape.top_k, max_tokens=1024,
+        world = World(Shape(tokens=4096), 8, args.device)
+        torch.cuda.synchronize()
+
+        def rank(comm, total=total, world=world):
+            buf = moecomm.Buffer(comm, hidden=shape.hidden, num_experts=shape.experts, top_k=shape.top_k, max_tokens=4096,
                                  num_sms=max(2, total // comm.size // 2 * 2), arena_bytes=arena_bytes(max(world.counts), shape))
-            times = []
-            side = torch.cuda.Stream(args.device)
-            for _ in range(10):
+            times, side = [], torch.cuda.Stream(args.device)
+            for _ in range(5):
                 comm.barrier()
-                out = buf.dispatch(world.x[comm.rank], world.ids[comm.rank], world.weights[comm.rank], capacity=max(world.counts))
-                buf.combine(out.handle.rows, out.handle)
-                if comm.rank == 0:
-                    with torch.cuda.stream(side):
-                        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                        begin.record()
-                        torch.mm(a, b)
-                        end.record()
-                    end.synchronize()
+                for n in range(rounds):
+                    out = buf.dispatch(world.x[comm.rank], world.ids[comm.rank], world.weights[comm.rank], capacity=max(world.counts))
+                    if comm.rank == 0 and n == 0:
+                        with torch.cuda.stream(side):
+                            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                            begin.record()
+                            torch.mm(a, b)
+                            end.record()
+                    buf.combine(out.handle.rows, out.handle)
+                    del out
+                last = torch.cuda.Event(enable_timing=True)
+                last.record()
+                last.synchronize()
+                if comm.rank == 0 and end.elapsed_time(last) > 0:
                     times.append(begin.elapsed_time(end) / 1e3)
-                del out
-                torch.cuda.current_stream().synchronize()
             buf.close()
             return statistics.median(times) if times else None
-        found[total] = moecomm.run_local(rank, 8, ranks_per_node=8, device=args.device)[0] / alone
+        beside = moecomm.run_local(rank, 8, ranks_per_node=8, device=args.device)[0]
+        if beside is not None:
+            found[total] = beside / alone
     return found
-
-
-def sanitizer(device):
-    """{tool: what compute-sanitizer says} on the small worlds, or None where it is not installed."""
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        return None
-    said = {}
-    for name in ("memcheck", "racecheck"):
-        run = subprocess.run([tool, "--tool", name, "--error-exitcode", "9", sys.executable, "-m", "bench", "device", "--small", "--device", device],
-                             capture_output=True, text=True, timeout=150, cwd=OWN_CODE)
-        said[name] = "clean" if run.returncode == 0 else (run.stdout + run.stderr)[-800:]
-    return said
-
-
-def markdown(report):
-    """The report as a section for docs/measurements.md."""
-    s, lines = report["shape"], [f"## {report['gpu']}, torch {report['torch']}", "",
-                                 f"A device-to-device copy moves {report['ceiling_gbs']:.0f} GB/s (read plus written)."]
-    lines += [f"{s['tokens']} tokens per rank, hidden {s['hidden']}, {s['experts']} experts, top-{s['top_k']} in {s['top_groups']} of {s['groups']} groups.", "",
-              "| call | nodes x ranks | SMs in all | us | GB/s | of the copy | wrong |", "|---|---|---|---|---|---|---|"]
-    lines += [f"| {r['call']} | {r['nodes']}x{r['ranks_per_node']} | {r['sms']} | {r['us']:.1f} | {r['gbs']:.0f} | {r['fraction']:.0%} | {r['wrong']} |"
-              for r in report["rows"]]
-    lines += ["", *device_decode.markdown(report["decode"])]
-    b = report["baseline"]
-    lines += ["", f"torch alone, one rank's tokens: index_select {b['permute_us']:.0f} us ({b['permute_gbs']:.0f} GB/s), weighted sum back "
-                  f"{b['unpermute_us']:.0f} us ({b['unpermute_gbs']:.0f} GB/s).",
-              "A GEMM beside dispatch and combine takes " + ", ".join(f"{v:.2f}x with {k} SMs" for k, v in report["overlap"].items()) + " of its time alone.",
-              f"compute-sanitizer: {report['sanitizer'] or 'not run'}.", ""]
-    return "\n".join(lines)

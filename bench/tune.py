@@ -9,7 +9,7 @@ import torch
 
 from moecomm import cuda, tuning
 
-from . import device
+from . import device, device_run
 
 WARPS = (4, 6, 8, 12)
 PIECES = (1, 2, 3, 4)   # of a row, each a stage
@@ -17,18 +17,18 @@ PIECES = (1, 2, 3, 4)   # of a row, each a stage
 
 def arguments(parser):
     """As `bench device`, and where the table goes."""
-    device.arguments(parser)
+    device_run.arguments(parser)
     parser.add_argument("--sms", type=int, nargs="+", default=[20], help="multiprocessors per rank")
     parser.add_argument("--table", default=str(tuning.TABLES), help="folder of the table file")
 
 
 def main(args):
     """Measure every candidate, keep the fastest; returns 2 where there is no GPU."""
+    cuda.prepare_threads()   # before anything touches the GPU
     reason = cuda.why_not()
     if reason is not None:
         print(f"tune: nothing to measure: {reason}")
         return 2
-    cuda.prepare_threads()
     torch.cuda.set_device(args.device)
     shape, plans = device.Shape(tokens=args.tokens), {}
     name = torch.cuda.get_device_name()

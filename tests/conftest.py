@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")   # as cuda.prepare_threads(): tests ask for a GPU before they run ranks on it
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from emulated_gpu import gpu, real_gpu  # noqa: F401 - a fixture
 from worlds import assert_same, random_world
 
 import moecomm
+from bench.device import captured
 from moecomm import quant, reference, reference_quant
 
 HIDDEN, EXPERTS_PER_RANK, TOP_K, MAX_TOKENS = 512, 4, 4, 16
@@ -105,12 +106,7 @@ def test_three_captured_steps_replayed_101_times(nodes, per_node):
                 buf.decode_combine(recv.handle.rows, ids, weights, recv.handle, return_hook=False, out=y)
 
         run()   # once before it is captured
-        torch.cuda.current_stream().synchronize()
-        comm.barrier()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-            run()
-        comm.barrier()
+        graph, _ = captured(comm, run)
         last = None
         for n in range(101):
             last = [[(x.float() * (n + 2 + s) / 8).bfloat16() for x in world[0]] for s, world in enumerate(worlds)]

@@ -1,8 +1,10 @@
 """What can be tested of the cuda world without a GPU: its benchmark's oracle, its candidates, its refusals. And on one: everything."""
 
+import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from emulated_gpu import NO_GPU, gpu, real_gpu  # noqa: F401 - a fixture
 from worlds import assert_same
 
 import moecomm
-from bench import device, device_decode, tune
+from bench import device, device_decode, device_run, tune
 from moecomm import reference, tuning
 
 SHAPE = device.Shape(tokens=29, hidden=16, experts=32, top_k=4, groups=8, top_groups=4)
@@ -88,6 +90,33 @@ def test_refusals_say_why():
         moecomm.Communicator(device="meta")
 
 
+def test_a_failed_section_leaves_the_others_rows(monkeypatch, tmp_path):
+    """Sections are processes: one that fails keeps its rows so far, one that hangs is ended, and the report says so."""
+    row = {"call": "dispatch bf16", "nodes": 1, "ranks_per_node": 8, "sms": 16, "us": 10.0, "gbs": 2000.0, "fraction": 0.5, "wrong": 0}
+
+    def section(command, cwd, timeout):
+        name = command[command.index("--only") + 1]
+        wrote = {"base": {"gpu": "a GPU", "torch": "2", "shape": vars(device.Shape()), "ceiling_gbs": 4000.0}, "1x8": {"rows": [row]}, "2x4": {"rows": [row]}}
+        if name in wrote:
+            (tmp_path / f"device.{name}.json").write_text(json.dumps(wrote[name]))
+        if name == "decode":
+            raise subprocess.TimeoutExpired(command, timeout)
+        assert name in ("check", "base") or command[command.index("--ceiling") + 1] == "4000.0"
+        return SimpleNamespace(returncode=1 if name == "2x4" else 0)
+
+    monkeypatch.setattr(device_run.subprocess, "run", section)
+    args = SimpleNamespace(device="cuda:0", iterations=3, tokens=8, minutes=7.5, no_sanitizer=False)
+    assert device_run.run_all(args, tmp_path) == 1
+    report = json.loads((tmp_path / "device.json").read_text())
+    assert report["rows"] == [row, row] and report["failures"] == {"2x4": "exit status 1", "decode": "not done in 120 s"}
+    said = (tmp_path / "device.md").read_text()
+    assert "Section 2x4: exit status 1." in said and "| dispatch bf16 | 1x8 | 16 | 10.0 | 2000 | 50% | 0 |" in said and "4000 GB/s" in said
+    assert not list(tmp_path.glob("device.*x*.json"))
+    args.minutes = 0
+    assert device_run.run_all(args, tmp_path) == 1
+    assert set(json.loads((tmp_path / "device.json").read_text())["failures"].values()) == {"no time was left"}
+
+
 @pytest.mark.parametrize("command", ["device", "tune"])
 @pytest.mark.skipif(NO_GPU is None, reason="there is a GPU")
 def test_benchmarks_say_why(command):
@@ -113,12 +142,7 @@ def test_graphs_replay():
         buf = moecomm.Buffer(comm, hidden=512, num_experts=8, top_k=4, max_tokens=32, num_sms=2)
         call = lambda: [buf.dispatch(x, i, w, capacity=100) for _ in range(3)]   # noqa: E731
         call()   # once before it is captured
-        torch.cuda.current_stream().synchronize()
-        comm.barrier()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-            outs = call()
-        comm.barrier()
+        graph, outs = device.captured(comm, call)
         for n in range(101):
             x.copy_((xs[comm.rank].float() * (n + 1)).bfloat16())
             graph.replay()

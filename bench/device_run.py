@@ -1,0 +1,167 @@
+"""`python -m bench device`: build, check and time the cuda world on one GPU, in one call of less than eight minutes.
+
+Each section is a process of its own with a time limit: what fails, hangs or breaks its context leaves the others' rows.
+The report is written after each, to device.json and device.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from moecomm import cuda
+
+from . import device_decode
+from .device import SMALL, SMS, Shape, check_small_worlds, copy_ceiling, gemm_overlap, measure, permute_baseline
+
+OWN_CODE = Path(__file__).resolve().parent.parent
+SECTIONS = {"check": 90, "base": 45, "1x8": 90, "2x4": 90, "4x2": 90, "decode": 120, "overlap": 60, "sanitizer": 180}   # seconds that each may take
+
+
+def arguments(parser):
+    """What to run."""
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--iterations", type=int, default=20, help="graph replays that are timed")
+    parser.add_argument("--tokens", type=int, default=Shape.tokens)
+    parser.add_argument("--small", action="store_true", help="only the checks on small worlds (as compute-sanitizer runs them)")
+    parser.add_argument("--most-ranks", type=int, default=8, help="of the small worlds")
+    parser.add_argument("--no-sanitizer", action="store_true")
+    parser.add_argument("--build", action="store_true", help="build the extension in place first (before anything of it is imported)")
+    parser.add_argument("--minutes", type=float, default=7.5, help="no section goes on for longer, all together")
+    parser.add_argument("--only", choices=SECTIONS, help="one section, in this process")
+    parser.add_argument("--ceiling", type=float, default=float("nan"), help="GB/s of a copy, where that was measured before")
+    parser.add_argument("--out", default=os.environ.get("OUT", "bench/results"), help="folder for device.json and device.md")
+
+
+def main(args):
+    """Run everything; the exit status says whether a result was wrong or a section failed."""
+    cuda.prepare_threads()   # before anything touches the GPU
+    reason = cuda.why_not()
+    if reason is not None:
+        print(f"device: nothing to measure: {reason}")
+        return 2
+    if args.small:
+        print(f"small worlds: {check_all(args.device, args.most_ranks)} cases equal the oracle, bit for bit")
+        return 0
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.only:
+        return run_section(args, folder / f"device.{args.only}.json")
+    return run_all(args, folder)
+
+
+def run_all(args, folder):
+    """Every section, as far as the time goes; the report is written after each."""
+    end = time.monotonic() + 60 * args.minutes
+    report = {"rows": [], "decode": [], "failures": {}}
+    for name, most in SECTIONS.items():
+        if args.no_sanitizer and name == "sanitizer":
+            continue
+        part, left = folder / f"device.{name}.json", end - time.monotonic()
+        part.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "bench", "device", "--only", name, "--ceiling", str(report.get("ceiling_gbs", "nan")), "--device", args.device,
+                   "--iterations", str(args.iterations), "--tokens", str(args.tokens), "--out", str(folder)]
+        try:
+            failed = left < 5 or subprocess.run(command, cwd=OWN_CODE, timeout=min(most, left)).returncode
+            why = "no time was left" if left < 5 else f"exit status {failed}" if failed else None
+        except subprocess.TimeoutExpired:
+            why = f"not done in {min(most, left):.0f} s"
+        if why is not None:
+            report["failures"][name] = why
+            print(f"device: section {name}: {why}")
+        if part.exists():
+            for key, value in json.loads(part.read_text()).items():
+                report[key] = report[key] + value if key in ("rows", "decode") else value
+            part.unlink()
+        (folder / "device.json").write_text(json.dumps(report, indent=1) + "\n")
+        (folder / "device.md").write_text(markdown(report))
+    print(markdown(report))
+    return 1 if report["failures"] or any(row["wrong"] for row in report["rows"] + report["decode"]) else 0
+
+
+def run_section(args, part):
+    """One section; what it finds is in the file `part` at once, row by row."""
+    found = {}
+
+    def keep(**fields):
+        for key, value in fields.items():
+            found.setdefault(key, []).append(value) if key in ("rows", "decode") else found.update({key: value})
+        part.write_text(json.dumps(found))
+
+    torch.cuda.set_device(args.device)
+    shape = Shape(tokens=args.tokens)
+    if args.only == "check":
+        keep(checked=check_all(args.device, args.most_ranks))
+        print(f"small worlds: {found['checked']} cases equal the oracle, bit for bit")
+    elif args.only == "base":
+        keep(gpu=torch.cuda.get_device_name(), torch=torch.__version__, cuda=torch.version.cuda, shape=asdict(shape), ceiling_gbs=copy_ceiling())
+        print(f"{found['gpu']}: a device-to-device copy moves {found['ceiling_gbs']:.0f} GB/s, read plus written")
+        keep(baseline=permute_baseline(shape))
+    elif args.only == "decode":
+        for row in device_decode.measure(args, args.ceiling):
+            keep(decode=row)
+            print(f"decode step    {row['nodes']}x{row['ranks_per_node']:<4} {row['tokens']:4} tokens {row['us']:9.1f} us, floor {row['floor_us']:.1f} us, {row['wrong']} wrong")
+    elif args.only == "overlap":
+        keep(overlap=gemm_overlap(args, shape))
+    elif args.only == "sanitizer":
+        for tool, said in sanitizer(args.device):
+            keep(sanitizer={**found.get("sanitizer", {}), tool: said})
+    else:
+        nodes, per_node = map(int, args.only.split("x"))
+        for sms in SMS:
+            for row in measure(args, shape, nodes, per_node, sms, args.ceiling):
+                keep(rows=row)
+                print(f"{row['call']:14} {nodes}x{per_node:<4} {sms:4} SMs {row['us']:9.1f} us {row['gbs']:7.0f} GB/s {row['fraction']:7.1%} {row['wrong']:6} wrong", flush=True)
+    return 0
+
+
+def check_all(device, most_ranks=8):
+    """Every small world of so many ranks at most; returns how many."""
+    worlds = [w for w in (*SMALL, (1, 8)) if w[0] * w[1] <= most_ranks]
+    return check_small_worlds(device, worlds) + device_decode.check_small_worlds(device, worlds)
+
+
+def sanitizer(device):
+    """(tool, what compute-sanitizer says) on the small worlds; nothing where it is not installed. Where it starts kernels one after another,
+    ranks wait for each other in vain: then worlds of one rank."""
+    tool = shutil.which("compute-sanitizer")
+    for name in ("memcheck", "racecheck") if tool else ():
+        for ranks in (2, 1):
+            command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, "-m", "bench", "device", "--small", "--most-ranks", str(ranks), "--device", device]
+            try:
+                run = subprocess.run(command, capture_output=True, text=True, timeout=45, cwd=OWN_CODE)
+                said = "clean" if run.returncode == 0 else (run.stdout + run.stderr)[-800:]
+            except subprocess.TimeoutExpired:
+                said = "not done in 45 s"
+            if said == "clean":
+                break
+        yield name, f"{said} ({ranks} rank{'s' if ranks > 1 else ''} at most)"
+
+
+def markdown(report):
+    """The report, as far as it goes, as a section for docs/measurements.md."""
+    lines = []
+    if "gpu" in report:
+        s = report["shape"]
+        lines += [f"## {report['gpu']}, torch {report['torch']}", "", f"A device-to-device copy moves {report['ceiling_gbs']:.0f} GB/s (read plus written).",
+                  f"{s['tokens']} tokens per rank, hidden {s['hidden']}, {s['experts']} experts, top-{s['top_k']} in {s['top_groups']} of {s['groups']} groups.", ""]
+    lines += ["| call | nodes x ranks | SMs in all | us | GB/s | of the copy | wrong |", "|---|---|---|---|---|---|---|"]
+    lines += [f"| {r['call']} | {r['nodes']}x{r['ranks_per_node']} | {r['sms']} | {r['us']:.1f} | {r['gbs']:.0f} | {r['fraction']:.0%} | {r['wrong']} |"
+              for r in report["rows"]]
+    lines += ["", *device_decode.markdown(report["decode"]), ""]
+    if b := report.get("baseline"):
+        lines += [f"torch alone, one rank's tokens: index_select {b['permute_us']:.0f} us ({b['permute_gbs']:.0f} GB/s), weighted sum back "
+                  f"{b['unpermute_us']:.0f} us ({b['unpermute_gbs']:.0f} GB/s)."]
+    if report.get("overlap"):
+        lines += ["A GEMM beside dispatch and combine takes " + ", ".join(f"{v:.2f}x with {k} SMs" for k, v in report["overlap"].items()) + " of its time alone."]
+    lines += [f"Small worlds that equal the oracle: {report.get('checked', 'not checked')}. compute-sanitizer: {report.get('sanitizer') or 'not run'}."]
+    lines += [f"Section {name}: {why}." for name, why in report["failures"].items()]
+    return "\n".join([*lines, ""])
