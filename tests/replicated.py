@@ -16,14 +16,16 @@ from moecomm.balance import Placement, rebalance
 
 SIZE, EXPERTS, TOP_K, HIDDEN, TOKENS, TIMEOUT = 4, 8, 3, 16, 12, 8.0
 # Rank 1 alone has experts 3 and 4, rank 3 alone has 7; what else they hold lives elsewhere too.
-TABLE = [[0, 1, 2, 3, 4, 0, 5, 6, 1, 7, 2, 5]]
+TABLE = [[0, 1, 2, 3, 4, 0, 5, 6, 1, 7, 2, 5]] * 2   # two layers; steps use the first one, migrations move both
 
 
 class Mortal(list):
-    """A rank's weights: once its process should die, reading them for a migration kills it."""
+    """A rank's weights: when the first layer has moved, reading the second one kills the process."""
 
     def __getitem__(self, layer):
-        os.kill(os.getpid(), signal.SIGKILL)
+        if layer == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(layer)
 
 
 def batch(rank, step):
@@ -39,7 +41,7 @@ class Serving:
 
     def __init__(self, comm, placement, local, mode, original_rank):
         self.scale = torch.randint(-4, 5, (EXPERTS, HIDDEN), generator=torch.Generator().manual_seed(1)).float()
-        self.local = [self.scale[placement.physical_to_logical[0].view(comm.size, -1)[comm.rank]]] if local is None else local
+        self.local = [self.scale[table.view(comm.size, -1)[comm.rank]] for table in placement.physical_to_logical] if local is None else local
         self.buf = moecomm.Buffer(comm, hidden=HIDDEN, num_experts=EXPERTS, top_k=TOP_K, max_tokens=TOKENS, dtype=torch.float32, placement=placement,
                                   replicas=mode)
         self.here, self.rank = placement.replica_count[0] > 0, original_rank
@@ -66,13 +68,17 @@ def main(folder, rank, ranks_per_node, victim, mode, moment):
     began, number = time.monotonic(), 3
     try:
         if moment == "while migrating":
-            target = rebalance(torch.tensor([[1.0, 9, 1, 1, 9, 1, 1, 1]]), num_replicas=12, num_nodes=placement.num_nodes, num_ranks=SIZE, previous=placement)
-            before = serving.local[0].clone()
+            target = rebalance(torch.tensor([[1.0, 9, 1, 1, 9, 1, 1, 1]] * 2), num_replicas=12, num_nodes=placement.num_nodes, num_ranks=SIZE, previous=placement)
+            assert set(target.moves[:, 0].tolist()) == {0, 1}
+            before = [w.clone() for w in serving.local]
             weights = Mortal(serving.local) if rank == victim else serving.local
             try:
-                target.migrate(weights, comm).wait()
+                pending = target.migrate(weights, comm)
+                pending.wait()
             finally:
-                assert torch.equal(serving.local[0], before), "the old weights are only read"
+                assert pending.layers_done <= 1, "no rank takes a migration for complete that another one has not ended"
+                assert all(map(torch.equal, serving.local, before)), "the old weights are only read"
+                assert serving.buf._replicas.placement is placement
         elif rank == victim and moment == "between steps":
             os.kill(os.getpid(), signal.SIGKILL)
         elif rank == victim:

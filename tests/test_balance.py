@@ -1,5 +1,7 @@
 """The static plan: complete placements, known optima, bounded moves, the traps, and typed errors."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -179,6 +181,13 @@ def test_the_signature_that_engines_call():
     physical, logical, count = rebalance_experts(weight, 24, 4, 2, 4)
     assert physical.shape == (2, 24) and count.shape == (2, 16) and logical.shape == (2, 16, int(count.max()))
     assert {t.dtype for t in (physical, logical, count)} == {torch.int64}
+    check_tables(Placement(physical, 16, 4, 2))
+    for layer, e in itertools.product(range(2), range(16)):
+        held = (physical[layer] == e).nonzero().flatten().tolist()
+        assert len(held) == count[layer, e] and logical[layer, e].tolist() == held + [-1] * (logical.shape[2] - len(held))
+        assert len({p // 12 for p in (physical[layer] // 4 == e // 4).nonzero().flatten().tolist()}) == 1, "groups stay in a node"
+    named = rebalance_experts(weight=(weight * 100).long(), num_replicas=24, num_groups=4, num_nodes=2, num_gpus=4)   # as counts, too
+    assert [t.shape[:2] for t in named] == [(2, 24), (2, 16), (2, 16)]
     assert rebalance_experts(weight, 24, 1, 2, 4)[0].shape == (2, 24), "groups that do not divide over the nodes: no such limit"
 
 

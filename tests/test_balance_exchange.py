@@ -252,3 +252,52 @@ def test_a_plan_is_repeated_without_another_choice():
 
     for r, (first, again) in enumerate(on_ranks(repeat, world, placed(world[1], SIZE, 2), "optimal")):
         assert_same(again, first, f"rank {r}")
+
+
+def test_what_was_submitted_goes_by_the_placement_of_its_time():
+    world = skewed_world(SIZE, TOKENS, seed=5)
+    old = placed(world[1], SIZE, 2)
+    new = moecomm.balance.rebalance(torch.rand(1, EXPERTS) + 0.1, num_replicas=old.num_slots, num_nodes=2, num_ranks=SIZE, previous=old)
+
+    def change(buf, x, ids, weights):
+        pending = [buf.dispatch(x, ids, weights, async_op=True) for _ in range(3)]
+        buf.use(new)
+        outs = [*(p.wait() for p in pending), buf.dispatch(x, ids, weights)]
+        return [(o.source_rank.clone(), o.source_token.clone(), o.tokens_per_expert.clone()) for o in outs]
+
+    for mode in MODES:
+        outs = on_ranks(change, world, old, mode)
+        for step, placement in enumerate((old, old, old, new)):
+            physical_ids([r[step] for r in outs], placement, world[1])
+
+
+def test_gradients_follow_the_weights_that_are_left():
+    """Experts 2 and 7 have no replica; the weights of the other picks are scaled up, and gradients know of it."""
+    xs, ids, weights = skewed_world(SIZE, TOKENS, seed=13)
+    table = torch.tensor([[e for e in range(EXPERTS) if e not in (2, 7)] + [0, 1]])
+    p = moecomm.balance.Placement(table, EXPERTS, SIZE, 2, partial=True)
+    scale = torch.rand(EXPERTS) + 0.5
+
+    def backward(buf, x, ids, weights):
+        x, w = x.float().requires_grad_(), weights.clone().requires_grad_()
+        out = buf.dispatch(x, ids, w)
+        local = table[0, buf.comm.rank * 3:(buf.comm.rank + 1) * 3].repeat_interleave(out.tokens_per_expert)
+        y = buf.combine(out.x * scale[local][:, None], out.handle, topk_weights=out.topk_weights)
+        (y * y.detach().cos()).sum().backward()
+        return x, w, y.detach(), out.lost_weight
+
+    for mode in MODES:
+        for r, (x, w, y, lost) in enumerate(on_ranks(backward, (xs, ids, weights), p, mode, renormalize=True, dtype=torch.float32)):
+            x2, w2 = (t.detach().clone().requires_grad_() for t in (x, w))
+            gone = (ids[r] == 2) | (ids[r] == 7)
+            here = ~gone & (ids[r] >= 0)
+            assert (gone.any(1) & here.any(1)).any()
+            torch.testing.assert_close(lost, (w2 * gone).sum(1).detach())
+            assert not lost.requires_grad
+            kept = (w2 * here).sum(1)
+            factor = torch.where(kept > 0, (w2 * (ids[r] >= 0)).sum(1) / kept.clamp_min(1e-30), 0.0)
+            dense = x2 * (factor * (w2 * scale[ids[r].clamp_min(0)] * here).sum(1))[:, None]
+            torch.testing.assert_close(y, dense.detach(), rtol=1e-4, atol=1e-4)
+            (dense * y.cos()).sum().backward()
+            torch.testing.assert_close(x.grad, x2.grad, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(w.grad, w2.grad, rtol=1e-3, atol=1e-3)

@@ -49,10 +49,9 @@ void Forest::prune() {
     const auto fuller = [&](int a, int b) { return used_[r_.rank[a]] != used_[r_.rank[b]] ? used_[r_.rank[a]] > used_[r_.rank[b]] : share_[a] < share_[b]; };
     const int side = fuller(lost[1], lost[0]) ? 1 : 0, leaving = lost[side];
     const double amount = share_[leaving];
-    share_[i] += side == 0 ? -amount : amount;
+    share_[i] += side == 0 ? -amount : amount;   // exactly nothing is left of what leaves
     turn = 1;
     for (int node = e; node != rank; node = other(node, up_[node]), turn = 1 - turn) share_[up_[node]] += turn == side ? -amount : amount;
-    share_[leaving] = 0.0;
     runs_[leaving] = 0;
     --used_[r_.rank[leaving]];
     if (leaving == i) continue;
@@ -102,7 +101,6 @@ void Forest::shift(int entering, int leaving, int root) {
     share_[gives] += amount;
     e = r_.expert[gives];
   }
-  share_[leaving] = 0.0;
   runs_[leaving] = 0;
   --used_[r_.rank[leaving]];
   runs_[entering] = 1;

@@ -149,11 +149,11 @@ class Replicas:
             return weights, torch.zeros(len(topk_ids), device=topk_ids.device)
         given = torch.ones(topk_ids.shape, device=topk_ids.device) if weights is None else weights
         gone = self._lost[layer][topk_ids.clamp(0, self.placement.num_experts - 1).long()] & (topk_ids >= 0)
-        lost = (given * gone).sum(1).detach()
+        lost = (given * gone).sum(1)
         if self.renormalize:
             kept = (given * (~gone & (topk_ids >= 0))).sum(1)
             weights = given * torch.where(kept > 0, (kept + lost) / kept.where(kept > 0, 1.0), 1.0)[:, None]
-        return weights, lost
+        return weights, lost.detach()
 
 
 class Asking:
