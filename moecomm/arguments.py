@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 
 from ._native.quant import scale_words
+from .balance.replicas import Replicas
+from .env import Environment
 from .errors import InvalidArgument
+from .record import make_folder
 from .results import Handle
-from .shapes import QUANTS, SCALE_DTYPES, WIRES
+from .shapes import QUANTS, SCALE_DTYPES, WIRES, arena_size, check_shape, default_channels
 
 _MOST_ROWS = (1 << 31) - 1
 
@@ -15,6 +18,13 @@ _MOST_ROWS = (1 << 31) - 1
 def known(value, table):
     """Whether it is one of the table's names; a list, say, is none."""
     return (value is None or isinstance(value, str)) and value in table
+
+
+def shares_memory(a, b):
+    """Whether two contiguous tensors have bytes in common; traced ones have none."""
+    if torch.compiler.is_compiling() or not a.numel() or not b.numel():
+        return False
+    return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
 
 
 def describe(t):
@@ -25,10 +35,35 @@ def describe(t):
 class Arguments:
     """The checks of Buffer, which says hidden, top_k, max_tokens, dtype and comm."""
 
+    def _agree(self, shape, decode, record, placement, replicas, activate, monitor):
+        """(MOECOMM_CHECK, hidden, ... arena_bytes) of a Buffer that is being made, with what was left open filled in. Collective: what is wrong on one
+        rank, or differs, is raised on all."""
+        comm = self.comm
+
+        def mine():
+            env = Environment()
+            hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, rank, arena_bytes = shape
+            if placement is not None:   # from here on, experts are slots
+                Replicas.check(comm, placement, num_experts, replicas, activate, monitor)
+                num_experts = placement.num_slots
+            hidden, num_experts, top_k, max_tokens, _, channels, arena_bytes = check_shape(
+                comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, rank, arena_bytes)
+            if record is not None:
+                make_folder(record, rank)
+            channels = channels or env.channels or (None if comm.device.type == "cuda" else default_channels(comm.num_nodes))
+            arena_bytes = arena_bytes or arena_size(comm.size, hidden, num_experts, top_k, max_tokens, dtype)
+            how = (None, None, None) if placement is None else (placement.digest, replicas, activate)
+            return dict(hidden=hidden, num_experts=num_experts, top_k=top_k, max_tokens=max_tokens, channels=channels, arena_bytes=arena_bytes,
+                        dtype=str(dtype), decode=decode, MOECOMM_CHECK=env.check, placement=how[0], replicas=how[1], activate=how[2])
+
+        everyone = comm._everywhere("Buffer", mine)
+        comm._require_equal("Buffer", everyone)
+        return everyone[0]["MOECOMM_CHECK"], list(everyone[0].values())[:6]
+
     def _refuse(self, op, what):
         raise InvalidArgument(f"{op} on rank {self.comm.rank}: {what}", op=op, rank=self.comm.rank)
 
-    def _as_tensor(self, op, name, value, optional=False):
+    def _as_tensor(self, op, name, value, optional=False, written=False):
         """Torch tensors as they are; anything else that speaks DLPack (NumPy, CuPy, JAX, ...) as a view of its memory.
 
         A producer on a GPU is asked for its data on the current stream of that GPU, which is the stream of this call: what it
@@ -36,7 +71,7 @@ class Arguments:
         """
         if value is None and optional:
             return None
-        why = ""
+        why, readonly = "", getattr(getattr(value, "flags", None), "writeable", True) is False   # NumPy's word; torch drops it
         if not isinstance(value, torch.Tensor) and hasattr(value, "__dlpack__"):
             try:
                 value = torch.from_dlpack(value)
@@ -44,6 +79,8 @@ class Arguments:
                 why = f" ({error})"
         if not isinstance(value, torch.Tensor):
             self._refuse(op, f"{name} is a {type(value).__qualname__}; expected a tensor or a DLPack array{why}")
+        if written and readonly:
+            self._refuse(op, f"{name} is an array that may not be written to; expected one that may")
         if value.layout != torch.strided:
             self._refuse(op, f"{name} is {value.layout}; expected a dense tensor")
         if not torch.compiler.is_compiling() and value.is_neg():   # its memory holds the numbers without their sign
@@ -99,6 +136,13 @@ class Arguments:
         if out is not None and (out.dtype != self.dtype or out.device != self.comm.device or out.shape != (tokens, self.hidden)
                                 or not out.is_contiguous()):
             self._refuse(op, f"out is {describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on {self.comm.device}")
+        self._check_apart(op, out, rows=rows, topk_weights=topk_weights, bias=bias)
+
+    def _check_apart(self, op, out, **inputs):
+        """The result is written while this rank, and its peers, still read the inputs."""
+        for name, t in inputs.items():
+            if out is not None and t is not None and shares_memory(out, t):
+                self._refuse(op, f"out shares memory with {name}; expected memory of its own")
 
     def _check_back(self, back, handle):
         self._check_floats("combine_slots", "back", back, (handle.num_rows,) if handle.layout == "expert" else (handle.num_rows, self.top_k))

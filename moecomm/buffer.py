@@ -14,7 +14,7 @@ from .calls import Calls
 from .decode import Decode, DecodeVerbs
 from .env import Environment
 from .errors import InvalidArgument, raise_failure
-from .record import Recorder, make_folder
+from .record import Recorder
 from .record_cuda import DeviceRecorder
 from .results import BlockTensors, Dispatched, Handle
 from .shapes import DTYPES, QUANTS, SCALE_DTYPES, WIRES, arena_size, as_int, check_shape, default_channels, reserved_bytes
@@ -79,25 +79,8 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         comm._require_open("Buffer")
         on_gpu = comm._gpu is not None
 
-        def arguments():
-            env = Environment()
-            if placement is not None:
-                Replicas.check(comm, placement, num_experts, replicas, activate, monitor)
-            shape = check_shape(comm.size, hidden, num_experts if placement is None else placement.num_slots, top_k, max_tokens, dtype, num_sms, channels,
-                                comm.rank, arena_bytes)
-            if record is not None:
-                make_folder(record, comm.rank)
-            same = dict(zip(("hidden", "num_experts", "top_k", "max_tokens", "num_sms", "channels", "arena_bytes"), shape, strict=True))
-            del same["num_sms"]   # a rank's own choice
-            same["channels"] = same["channels"] or env.channels or (None if on_gpu else default_channels(comm.num_nodes))
-            same["arena_bytes"] = same["arena_bytes"] or arena_size(comm.size, *shape[:4], dtype)
-            how = (None, None, None) if placement is None else (placement.digest, replicas, activate)
-            return same | {"dtype": str(dtype), "decode": decode, "MOECOMM_CHECK": env.check} | dict(zip(("placement", "replicas", "activate"), how, strict=True))
-
-        everyone = comm._everywhere("Buffer", arguments)
-        comm._require_equal("Buffer", everyone)
-        hidden, num_experts, top_k, max_tokens, channels, arena_bytes = list(everyone[0].values())[:6]
-        check = everyone[0]["MOECOMM_CHECK"]
+        check, (hidden, num_experts, top_k, max_tokens, channels, arena_bytes) = self._agree(
+            (hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank, arena_bytes), decode, record, placement, replicas, activate, monitor)
         self._replicas = None
         if placement is not None:   # from here on, experts are slots
             self._replicas = Replicas(comm, placement, replicas, activate, renormalize, monitor)
@@ -338,7 +321,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         async_op, check : bool
             As for dispatch.
         out : Tensor [T, hidden], optional
-            Where the result goes; a new tensor where None.
+            Where the result goes, apart from rows, weights and bias; a new tensor where None.
 
         Returns
         -------
@@ -364,7 +347,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         rows = self._as_tensor(op, "rows", rows)
         topk_weights = self._as_tensor(op, "topk_weights", topk_weights, optional=True)
         bias = self._as_tensor(op, "bias", bias, optional=True)
-        out = self._as_tensor(op, "out", out, optional=True)
+        out = self._as_tensor(op, "out", out, optional=True, written=True)
         self._check_combine(rows, handle, topk_weights, bias, out, wire)
         if check and topk_weights is not None and bool(torch.isnan(topk_weights).any()):
             self._refuse(op, "topk_weights holds NaN; expected numbers (check=True)")

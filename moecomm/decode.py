@@ -108,7 +108,7 @@ class DecodeVerbs:
         return_hook : bool
             True: only send; y is complete after the hook. False: both.
         out : Tensor [T, hidden], optional
-            Where y goes; a new tensor where None.
+            Where y goes, apart from rows and weights; a new tensor where None.
 
         Returns
         -------
@@ -220,7 +220,7 @@ class Decode:
                                   op=op, rank=self.rank)
         self._check_stage(self.native.stage(handle.epoch))
         rows, topk_ids = buffer._as_tensor(op, "rows", rows), buffer._as_tensor(op, "topk_ids", topk_ids)
-        topk_weights, out = buffer._as_tensor(op, "topk_weights", topk_weights, optional=True), buffer._as_tensor(op, "out", out, optional=True)
+        topk_weights, out = buffer._as_tensor(op, "topk_weights", topk_weights, optional=True), buffer._as_tensor(op, "out", out, optional=True, written=True)
         want, device = handle.rows, buffer.comm.device
         if rows.dtype != want.dtype or rows.device != device or rows.shape != want.shape or not rows.is_contiguous():
             raise InvalidArgument(f"{op}: rows is {describe(rows)}; expected contiguous {want.dtype} {list(want.shape)} on {device}", op=op, rank=self.rank)
@@ -235,6 +235,7 @@ class Decode:
         elif out.dtype != self.dtype or out.device != device or tuple(out.shape) != (tokens, self.hidden) or not out.is_contiguous():
             raise InvalidArgument(f"{op}: out is {describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on {device}",
                                   op=op, rank=self.rank)
+        buffer._check_apart(op, out, rows=rows, topk_weights=topk_weights)
         return self.native.combine(handle, rows, rows.data_ptr(), topk_ids.data_ptr(), topk_ids.dtype is torch.int32,
                                    0 if topk_weights is None else topk_weights.data_ptr(), WIRES[wire], out, out.data_ptr(), not return_hook)
 

@@ -75,6 +75,11 @@ COMBINE = {
     "out kind": (lambda r, w: ((r,), dict(out=[1])), r"out is a list; expected a tensor"),
     "wire": (lambda r, w: ((r,), dict(wire="zip")), r"wire is 'zip'; expected"),
     "out shape": (lambda r, w: ((r,), dict(out=torch.empty(1, H).bfloat16())), r"out is torch.bfloat16 \[1, 64\].*expected.*\[4, 64\]"),
+    "out in rows": (lambda r, w: (lambda more: ((more[:len(r)],), dict(out=more[len(r) - 1:len(r) + T - 1])))(torch.cat([r, r.new_zeros(T, H)])),
+                    r"out shares memory with rows; expected memory of its own"),
+    "out in bias": (lambda r, w: (lambda b: ((r,), dict(bias=b, out=b.view(torch.bfloat16).view(-1)[:T * H].view(T, H))))(torch.zeros(T, H)),
+                    r"out shares memory with bias"),
+    "out read-only": (lambda r, w: ((r,), dict(out=np.broadcast_to(np.zeros(H, dtype=np.float32), (T, H)))), r"out is an array that may not be written to"),
 }
 
 

@@ -1,5 +1,6 @@
 """What decode's verbs are given by other libraries and under torch's modes."""
 
+import numpy as np
 import pytest
 import torch
 from worlds import assert_same, random_world
@@ -60,3 +61,18 @@ def test_what_is_no_tensor_is_named(place, bad, said):
     for options, said in [(dict(rows=None), "rows is a NoneType"), (dict(topk_ids=[1]), "topk_ids is a list"), (dict(out=[1]), "out is a list"), (dict(wire=["fp8"]), "wire is")]:
         with pytest.raises(moecomm.InvalidArgument, match=f"decode_combine.*{said}"):
             buf.decode_combine(**{**dict(rows=received.handle.rows, topk_ids=ids, topk_weights=weights, handle=received.handle), **options})
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_result_has_memory_of_its_own(in_place):
+    """Peers read the rows while a rank writes its result."""
+    (x,), (ids,), (weights,) = random_world(1, 5, 64, 4, 2, dtype=torch.float32, seed=6)
+    buf = moecomm.Buffer(moecomm.Communicator(), **SHAPE)
+    y = step(buf, x, ids, weights)[2]
+    received, _ = buf.decode_dispatch(x, ids, quant=None, return_hook=False)
+    received.handle.rows.copy_(received.x * 2)
+    rows = received.handle.rows if in_place else received.handle.rows.clone()
+    for out, said in [(rows[1, :5], "out shares memory with rows"), (np.broadcast_to(np.float32(0), (5, 64)), "out is an array that may not be written to")]:
+        with pytest.raises(moecomm.InvalidArgument, match=f"decode_combine on rank 0: {said}"):
+            buf.decode_combine(rows, ids, weights, received.handle, out=out)
+    assert_same(buf.decode_combine(rows, ids, weights, received.handle, return_hook=False, out=torch.empty_like(x))[0], y, "y")

@@ -343,6 +343,8 @@ cdef class Buffer:
             if not _read_rows(out, &y, &self.shape) or y.shape[0] != num_tokens:
                 return None
             call.y = <char*>y.data
+            if not _apart(y.data, num_tokens * self.shape.combine_row_bytes(), terms.data, num_rows * self.shape.combine_row_bytes()):
+                return None
         with nogil:
             s = buffer.combine(call, plan.p.get()[0], output.b.get()[0])
         return out if s.code == capi.Code.ok else _failure(s)

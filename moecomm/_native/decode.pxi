@@ -184,6 +184,8 @@ cdef class Decode:
             return None
         call.rows = self.d.get().rows(h.epoch & 1)
         call.y = <char*>y.data
+        if not _apart(y.data, h.tokens * self.shape.combine_row_bytes(), call.rows, self.d.get().packed_rows() * self.shape.combine_row_bytes()):
+            return None
         call.receive = receive
         return self.run_combine(call, h, rows, out)
 

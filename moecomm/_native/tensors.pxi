@@ -54,6 +54,11 @@ cdef bint _read(object tensor, DLTensor* t, int64_t columns, int code, int bits)
             and (t.strides == NULL or t.shape[0] == 0 or (t.strides[1] == 1 and (t.shape[0] == 1 or t.strides[0] == columns))))
 
 
+cdef bint _apart(const void* a, uint64_t a_bytes, const void* b, uint64_t b_bytes) noexcept:
+    """Whether two pieces of memory share no byte."""
+    return <uintptr_t>a + a_bytes <= <uintptr_t>b or <uintptr_t>b + b_bytes <= <uintptr_t>a
+
+
 cdef int _code_of(const capi.Shape* shape):
     return _BFLOAT if shape.dtype == capi.DType.bf16 else _FLOAT
 
