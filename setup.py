@@ -4,8 +4,8 @@ Objects are compiled in parallel, and only those whose sources or headers change
 """
 
 import importlib.util
+import json
 import os
-import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "tools"))
 
-import nccl_headers  # noqa: E402 - beside this file
+import cuda_toolkit  # noqa: E402 - beside this file
+import nccl_headers  # noqa: E402
+
 RUNTIME = sorted(str(p.relative_to(ROOT)) for folder in ("fabric", "runtime") for p in (ROOT / "csrc" / folder).glob("*.cpp")
                  if not p.name.startswith("sim"))
 BALANCE = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/balance").glob("*.cpp"))
@@ -62,20 +64,34 @@ class BuildExt(build_ext):
                 list(pool.map(one, objects))
             return objects
 
-        for source in KERNELS.get(ext.name, []):
+        # What an extension is made of and how may change though no file does: NCCL's headers come, an architecture is added.
+        kernels = KERNELS.get(ext.name, [])
+        compile_kernel = [cuda_toolkit.nvcc(), *NVCC_FLAGS, *cuda_toolkit.architectures()] if kernels else []
+        parts, whole = Path(self.build_temp) / f"{ext.name}.parts", repr([ext.sources, ext.extra_compile_args, kernels, compile_kernel])
+        same = parts.exists() and parts.read_text() == whole
+        for source in kernels:
             obj = str(Path(self.build_temp) / source) + ".o"
-            if not is_fresh(obj):
+            if not (same and is_fresh(obj)):
                 Path(obj).parent.mkdir(parents=True, exist_ok=True)
                 launcher = os.environ.get("CXX", "").split()[:-1]   # ccache, where the C++ compiler has it
-                subprocess.run([*launcher, nvcc(), *NVCC_FLAGS, *architectures(), "-MD", "-MF", str(depfile(obj)), "-c", source, "-o", obj], check=True)
+                subprocess.run([*launcher, *compile_kernel, "-MD", "-MF", str(depfile(obj)), "-c", source, "-o", obj], check=True)
             ext.extra_objects.append(obj)
         compiler.compile = compile_all
+        before, self.force = self.force, self.force or not same
         ext.depends = [*HEADERS, __file__]   # else setuptools looks at the sources alone before it asks for their objects
         super().build_extension(ext)
+        parts.write_text(whole)
+        self.force = before
+
+    def run(self):
+        super().run()
+        folder = Path(self.get_ext_fullpath("moecomm._native.core")).parent
+        (folder / "built.json").write_text(json.dumps({"no_cuda": NO_CUDA, "no_nccl": None if NCCL else nccl_headers.why_not()}))
 
 
 # -- the CUDA world ---------------------------------------------------------------------------------------------------
 
+NO_CUDA = cuda_toolkit.why_not()   # None: it is built
 NCCL = nccl_headers.find()   # None: ranks of one host only
 KERNELS = {"moecomm._native.cuda": [   # by name: cythonize makes extensions anew
     *(f"csrc/world/cuda/{name}.cu" for name in ("kernels", "decode", "quant")), *(["csrc/world/cuda/gin.cu"] if NCCL else [])]}
@@ -84,37 +100,11 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "-fmad=false", "-Icsrc", *([f"-I{NCCL}"] if N
               "-diag-suppress=20011,20012,20013,20014,20015"]   # a role's lambdas may call what only a GPU has
 
 
-def nvcc():
-    """The CUDA compiler, or None: then this build has no CUDA world. MOECOMM_NO_CUDA=1 leaves it out."""
-    if os.environ.get("MOECOMM_NO_CUDA"):
-        return None
-    home = os.environ.get("CUDA_HOME")
-    return (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
-
-
-def cuda_home():
-    """The folder of the toolkit: it has include/cuda_runtime_api.h. None where there is no compiler or no such folder."""
-    if nvcc() is None:
-        return None
-    places = [Path(os.environ.get("CUDA_HOME", "/nowhere")), Path(nvcc()).resolve().parent.parent, Path("/usr/local/cuda")]
-    return next((p for p in places if (p / "include/cuda_runtime_api.h").exists()), None)
-
-
-def architectures():
-    """nvcc's -gencode options for TORCH_CUDA_ARCH_LIST, whose words are as torch's: 8.0, 9.0a, 9.0a+PTX."""
-    flags = []
-    for word in os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0a+PTX").replace(";", " ").split():
-        number = word.removesuffix("+PTX").replace(".", "")
-        code = f"sm_{number},compute_{number}" if word.endswith("+PTX") else f"sm_{number}"
-        flags.append(f"-gencode=arch=compute_{number},code=[{code}]")
-    return flags
-
-
 def cuda_extension():
-    """[the extension], or [] without the toolkit."""
-    home = cuda_home()
-    if home is None:
+    """[the extension], or [] where it cannot be built."""
+    if NO_CUDA is not None:
         return []
+    home = cuda_toolkit.home()
     return [Extension(
         "moecomm._native.cuda",
         ["moecomm/_native/cuda.pyx", *(f"csrc/runtime/cuda/{name}.cpp" for name in ("buffer", "decode", "memory", "window", "nccl" if NCCL else "nccl_absent")),

@@ -396,21 +396,6 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             raise InvalidArgument("use: the buffer was made without a placement; expected Buffer(..., placement=...)", op="use", rank=self.comm.rank)
         self._replicas.use(placement)
 
-    def stats(self):
-        """Rows and bytes per hop since the last call; calling resets them.
-
-        Returns a dict: rail and node, each {logical_rows, physical_rows, logical_bytes, physical_bytes}
-        (physical: what crossed the hop's link), replicated_rows, quantized_rows, staged_rows, calls, exchanges (rounds in
-        which every rank waited for the counts of all others); and under "decode" the same of the decode path, where it was used.
-        """
-        self._require_open("stats")
-        counted = self._native.take_counters()
-        if self._recorder:
-            self._recorder.forget_counts()
-        if self._decode is not None:
-            counted["decode"] = self._decode.native.take_counters()
-        return counted
-
     def close(self):
         """Release the windows; tensors that view them stay valid. Local, may be called twice."""
         if not self._closed:

@@ -1,4 +1,4 @@
-"""How a call of a Buffer runs: between its hooks, at once or on the communicator's progress thread."""
+"""How a call of a Buffer runs: between its hooks, at once or on the communicator's progress thread; and what calls have moved."""
 
 from __future__ import annotations
 
@@ -68,3 +68,18 @@ class Calls:
         if self.comm._gpu is not None:
             return cuda.Pending(self.comm, work, (first, rest), then)
         return Pending(self.comm._submit, work, (first, rest), then)
+
+    def stats(self):
+        """Rows and bytes per hop since the last call; calling resets them.
+
+        Returns a dict: rail and node, each {logical_rows, physical_rows, logical_bytes, physical_bytes}
+        (physical: what crossed the hop's link), replicated_rows, quantized_rows, staged_rows, calls, exchanges (rounds in
+        which every rank waited for the counts of all others); and under "decode" the same of the decode path, where it was used.
+        """
+        self._require_open("stats")
+        counted = self._native.take_counters()
+        if self._recorder:
+            self._recorder.forget_counts()
+        if self._decode is not None:
+            counted["decode"] = self._decode.native.take_counters()
+        return counted

@@ -13,19 +13,28 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import json
 import os
+from pathlib import Path
 
 import torch
 
 from . import nccl, tuning
+from ._native import core
 from .env import Environment
 from .errors import InvalidArgument
+
+
+def built():
+    """What setup.py noted: no_cuda and no_nccl, why that is not in this build, or None."""
+    note = Path(core.__file__).parent / "built.json"
+    return json.loads(note.read_text()) if note.exists() else {}
 
 
 def why_not():
     """None where the cuda world can be used here, else the reason."""
     if importlib.util.find_spec("moecomm._native.cuda") is None:
-        return "this build has no CUDA extension: nvcc was not found when moecomm was built (set CUDA_HOME and build again)"
+        return f"this build has no CUDA extension: {built().get('no_cuda') or 'it was left out'}, when moecomm was built (set CUDA_HOME and build again)"
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no GPU"
     return None

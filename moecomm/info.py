@@ -44,6 +44,8 @@ def network():
         return "no libnccl: nodes with GPUs on one host only"
     headers = cuda.native().nccl_headers() if importlib.util.find_spec("moecomm._native.cuda") else 0
     reason = nccl.refusal(library, headers, [], True)
+    if headers == 0 and cuda.built().get("no_nccl"):
+        reason = f"not in this build: {cuda.built()['no_nccl']}"
     where = f"NCCL {nccl.spelled(library.version)}, {'loaded by this process' if library.loaded else 'of its wheel'}"
     return f"{where}: {reason or 'nodes on several hosts; which network (GIN type) is known when they have joined: Communicator.rail'}"
 

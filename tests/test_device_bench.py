@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import ArgumentParser
 from types import SimpleNamespace
 
 import pytest
@@ -122,6 +123,45 @@ def test_a_failed_section_leaves_the_others_rows(monkeypatch, tmp_path):
 def test_benchmarks_say_why(command):
     run = subprocess.run([sys.executable, "-m", "bench", command], capture_output=True, text=True, timeout=100, env=dict(os.environ))
     assert run.returncode == 2 and "nothing to measure" in run.stdout, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("nodes,per_node", [(1, 8), (2, 4), (4, 2)])
+@pytest.mark.parametrize("call", device.CALLS)
+def test_necessary_bytes_by_hand(nodes, per_node, call):
+    """Row by row over every token's picks: each read and each write once."""
+    shape = device.Shape(tokens=3, hidden=256, experts=64, top_k=4, groups=8, top_groups=4)
+    world = device.World(shape, nodes * per_node, "cpu")
+    plain, coded = 2 * 256, 256 + 4 * 2
+    moved = 0
+    for rank in range(world.size):
+        for ids in world.ids[rank].tolist():
+            far = {e * nodes // 64 for e in ids} - {rank // per_node}
+            row = coded if "fp8" in call else plain
+            moved += plain + len(far) * 2 * row + len(ids) * row   # its own row; into and out of staging; the experts' rows
+    assert device.must_move(world, nodes, call) == moved
+
+
+def test_one_call_measures_everything_in_less_than_eight_minutes(tmp_path, monkeypatch):
+    """Every geometry with every number of multiprocessors, three calls each; decode of 1 to 128 tokens; what stands beside them."""
+    parser = ArgumentParser()
+    device_run.arguments(parser)
+    args = parser.parse_args(["--out", str(tmp_path)])
+    assert args.minutes < 8 and set(device_run.SECTIONS) == {"check", "base", "1x8", "2x4", "4x2", "decode", "overlap", "sanitizer"}
+    asked = []
+
+    def measure(args, shape, nodes, per_node, sms, ceiling):
+        asked.append((nodes, per_node, sms))
+        return [{"call": call, "nodes": nodes, "ranks_per_node": per_node, "sms": sms, "us": 1.0, "gbs": 1.0, "fraction": 0.1, "wrong": 0} for call in device.CALLS]
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(device_run, "measure", measure)
+    for section in ("1x8", "2x4", "4x2"):
+        args.only = section
+        assert device_run.run_section(args, tmp_path / section) == 0
+        assert len(json.loads((tmp_path / section).read_text())["rows"]) == 15
+    assert asked == [(n, p, s) for n, p in ((1, 8), (2, 4), (4, 2)) for s in (16, 24, 40, 64, 128)]
+    assert device.CALLS == ("dispatch bf16", "dispatch fp8", "combine bf16")
+    assert device_decode.TOKENS == (1, 2, 4, 8, 16, 32, 64, 128) and device_decode.GEOMETRIES == device.GEOMETRIES
 
 
 # -- on a GPU, real or emulated ----------------------------------------------------------------------------------------------------------

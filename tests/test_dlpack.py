@@ -100,7 +100,8 @@ def test_a_producer_on_the_host_is_asked_for_no_stream():
         assert len(producer.asked) == 1 and producer.asked[0].get("stream") is None
 
 
-@pytest.mark.parametrize("current,expected", [(0, 1), (4660, 4660)])   # the legacy default stream has the number 1 there
+# In the array API the legacy default stream is 1, the per-thread one 2, any other its handle.
+@pytest.mark.parametrize("current,expected", [(0, 1), (2, 2), (4660, 4660)])
 def test_a_producer_on_a_gpu_is_asked_for_the_call_s_stream(monkeypatch, current, expected):
     """It says that it is on GPU 3; what it hands over lies on the host, as there is no GPU here."""
     asked_for = []
