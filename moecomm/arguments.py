@@ -144,6 +144,17 @@ class Arguments:
             if out is not None and t is not None and shares_memory(out, t):
                 self._refuse(op, f"out shares memory with {name}; expected memory of its own")
 
+        self._check_start(op, out=out)
+
+    def _check_start(self, op, **tensors):
+        """Kernels move rows by 16 bytes: where a row begins between two of these the GPU would stop with an error of its own."""
+        if self.comm._gpu is None or torch.compiler.is_compiling():
+            return
+        for name, t in tensors.items():
+            if t is not None and t.numel() and t.data_ptr() % 16:
+                self._refuse(op, f"{name} starts {t.data_ptr() % 16} bytes behind a multiple of 16 in memory; expected none (a view that starts in the "
+                                 f"middle of another tensor: {name}.clone())")
+
     def _check_back(self, back, handle):
         self._check_floats("combine_slots", "back", back, (handle.num_rows,) if handle.layout == "expert" else (handle.num_rows, self.top_k))
 
@@ -151,6 +162,7 @@ class Arguments:
         want = self.dtype if scales is None else torch.float8_e4m3fn
         if x.dtype != want or x.device != self.comm.device or x.dim() != 2 or x.shape[1] != self.hidden or not x.is_contiguous():
             self._refuse(op, f"x is {describe(x)}; expected contiguous {want} [T, {self.hidden}] on {self.comm.device}")
+        self._check_start(op, x=x)
         tokens = x.shape[0]
         if tokens > self.max_tokens:
             self._refuse(op, f"x has {tokens} tokens; expected at most max_tokens = {self.max_tokens}")

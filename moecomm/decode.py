@@ -236,6 +236,7 @@ class Decode:
             raise InvalidArgument(f"{op}: out is {describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on {device}",
                                   op=op, rank=self.rank)
         buffer._check_apart(op, out, rows=rows, topk_weights=topk_weights)
+        buffer._check_start(op, rows=rows, out=out)
         return self.native.combine(handle, rows, rows.data_ptr(), topk_ids.data_ptr(), topk_ids.dtype is torch.int32,
                                    0 if topk_weights is None else topk_weights.data_ptr(), WIRES[wire], out, out.data_ptr(), not return_hook)
 

@@ -265,3 +265,30 @@ def test_quantization_equals_the_cpu(dtype, shape):
     else:
         with pytest.raises(moecomm.InvalidArgument, match="multiple of 16"):
             quant.encode_wire(there, "fp8")
+
+
+def test_rows_that_start_between_16_bytes_are_refused(gpu):   # noqa: F811
+    """A view into the middle of a tensor: named before anything moves, and the buffer stays usable."""
+    def rank_main(comm):
+        buf = make_buffer(comm)
+        x, ids, weights = (t[0].to(comm.device) for t in make_world(1, seed=8))
+
+        def shifted(t):
+            room = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)
+            return room[1:].view(t.shape).copy_(t)
+
+        for verb in (buf.dispatch, buf.decode_dispatch):
+            with pytest.raises(moecomm.InvalidArgument, match="x starts 2 bytes behind a multiple of 16"):
+                verb(shifted(x), ids, quant=None)
+        out = buf.dispatch(x, ids)
+        with pytest.raises(moecomm.InvalidArgument, match="out starts 2 bytes"):
+            buf.combine(out.handle.rows, out.handle, out=shifted(x))
+        y = buf.combine(shifted(out.x), out.handle)   # staged: these may lie anywhere
+        assert_same(buf.combine(out.handle.rows.copy_(out.x), out.handle).cpu(), y.cpu(), "y")
+        recv, _ = buf.decode_dispatch(x, ids, quant=None, return_hook=False)
+        with pytest.raises(moecomm.InvalidArgument, match="rows starts 2 bytes"):
+            buf.decode_combine(shifted(recv.x), ids, weights, recv.handle)
+        comm.barrier()
+        buf.close()
+
+    moecomm.run_local(rank_main, 1, ranks_per_node=1, device="cuda:0")
