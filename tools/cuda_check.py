@@ -2,7 +2,7 @@
 
 Compiles every kernel for sm_90a (and sm_80, which has no copy engine), reads the compiler's resource report, and looks
 into the machine code for what the design promises: bulk copies, 16-byte accesses, release and acquire at system
-scope, no read-only (.nc) loads, no local memory.
+scope, no read-only (.nc) loads, no local memory; and into the PTX for the order between the copy engine and the threads.
 """
 
 import os
@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc/world/cuda").glob("*.cu"))
 NCCL = nccl_headers.find()
 FLAGS = ["-std=c++20", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}", *([f"-I{NCCL}"] if NCCL else []), "-diag-suppress=20011,20012,20013,20014,20015"]
+MAX_WARPS = int(re.search(r"kMaxWarps = (\d+)", (ROOT / "csrc/world/cuda/launch.hpp").read_text())[1])
 results = []
 
 
@@ -102,6 +103,45 @@ def look_inside(name, sass):
     check(f"{name}: no local memory", count(r"\b(?:LDL|STL)\b") == 0, f"{count(r'(?:LDL|STL)')} accesses")
 
 
+def instructions(ptx):
+    """PTX without comments, labels and empty lines."""
+    return [line.strip() for line in ptx.splitlines() if line.strip() and not line.strip().startswith(("//", "$L"))]
+
+
+def unfenced(lines, release):
+    """Releases that bulk stores are not in order before: none of wait_group 0, then a proxy fence, shortly before them."""
+    found = []
+    for i, line in enumerate(lines):
+        if not re.match(release, line):
+            continue
+        before = lines[max(0, i - 16):i]
+        fence = max((n for n, earlier in enumerate(before) if earlier.startswith("fence.proxy.async.global")), default=-1)
+        if fence < 1 or not any(earlier.startswith("cp.async.bulk.wait_group 0") for earlier in before[:fence]) or any("bulk.global" in b for b in before[fence:]):
+            found.append(line)
+    return found
+
+
+def look_at_launch(source, folder):
+    """What a launch, and the order between the copy engine and the threads, rest on; read off the PTX."""
+    out = Path(folder) / f"{source.stem}.ptx"
+    run = subprocess.run(["nvcc", *FLAGS, "-ptx", "-gencode=arch=compute_90a,code=compute_90a", str(source), "-o", str(out)], capture_output=True, text=True)
+    name, ptx = source.name, out.read_text() if run.returncode == 0 else ""
+    sizes = [int(n) for n in re.findall(r"_kernel\S*_param_0\[(\d+)\]", ptx)]
+    check(f"{name}: arguments of a launch fit every driver's 4 KiB", bool(sizes) and max(sizes) <= 4096, f"{max(sizes, default=0)} bytes")
+    dynamic = re.findall(r"\.extern \.shared \.align (\d+)", ptx)
+    check(f"{name}: shared memory starts on 128 bytes", bool(dynamic) and all(int(n) >= 128 for n in dynamic), ", ".join(dynamic))
+    static = re.findall(r"^\s*\.shared .*", ptx, re.M)
+    check(f"{name}: all of it is the launch's own, so a block may have all that the GPU has", not static, f"{len(static)} fixed pieces")
+    lines = instructions(ptx)
+    inits = [i for i, line in enumerate(lines) if line.startswith("mbarrier.init")]
+    fenced = sum(lines[i + 1].startswith("fence.mbarrier_init") and lines[i + 2].startswith("fence.proxy.async.shared::cta") for i in inits)
+    check(f"{name}: barriers are known to the copy engine before it uses them", len(inits) == fenced > 0, f"{fenced} of {len(inits)}")
+    for what, release in (("signals to other ranks", r"red\.release\.sys"), ("meetings of a rank's groups", r"atom\.acq_rel\.gpu")):
+        count, bad = sum(bool(re.match(release, line)) for line in lines), unfenced(lines, release)
+        if count:
+            check(f"{name}: {what} come behind complete and fenced bulk stores", not bad, f"{count - len(bad)} of {count}")
+
+
 def main():
     """Run all checks; the exit status says whether one failed."""
     if shutil.which("nvcc") is None:
@@ -118,8 +158,12 @@ def main():
             check(f"{source.name}: compiles for sm_90a", made is not None, f"{made[2]:.0f} s of nvcc, {made[0].stat().st_size} bytes" if made else "")
             if made is None:
                 continue
+            if source.stem in ("kernels", "decode"):
+                look_at_launch(source, folder)
             for name, (stack, spilled, registers) in kernels(made[1]).items():
                 check(f"{source.stem}, {name}: nothing spills, no stack", stack == 0 and spilled == 0, f"{registers} registers, {stack} bytes of stack, {spilled} spilled")
+                if "dispatch" in name or "combine" in name:
+                    check(f"{source.stem}, {name}: a block of {MAX_WARPS} warps has registers enough", -(-registers // 8) * 8 * 32 * MAX_WARPS <= 65536)
             sass = disassembly(made[0])
             if sass is None:
                 print("skip machine code: no disassembler (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)")
