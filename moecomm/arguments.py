@@ -20,6 +20,17 @@ def known(value, table):
     return (value is None or isinstance(value, str)) and value in table
 
 
+def require_comm(comm):
+    """Refuse what is no Communicator.
+
+    Raises
+    ------
+    InvalidArgument
+    """
+    if not hasattr(comm, "ranks_per_node"):
+        raise InvalidArgument(f"Buffer: comm is a {type(comm).__qualname__}; expected a Communicator", op="Buffer")
+
+
 def shares_memory(a, b):
     """Whether two contiguous tensors have bytes in common; traced ones have none."""
     if torch.compiler.is_compiling() or not a.numel() or not b.numel():

@@ -8,7 +8,7 @@ from torch.compiler import is_compiling
 from . import cuda, ops
 from ._native import core
 from ._native.quant import scale_words
-from .arguments import Arguments
+from .arguments import Arguments, require_comm
 from .balance.replicas import Replicas
 from .calls import Calls
 from .decode import Decode, DecodeVerbs
@@ -75,6 +75,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
     def __init__(self, comm, *, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, num_sms=20, channels=None,
                  arena_bytes=None, decode=False, record=None, placement=None, replicas="optimal", activate=None, renormalize=False,
                  monitor=None):
+        require_comm(comm)
         self.comm = comm
         comm._require_open("Buffer")
         on_gpu = comm._gpu is not None
@@ -143,6 +144,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         InvalidArgument
             As Buffer.
         """
+        require_comm(comm)
         hidden, num_experts, top_k, max_tokens, num_sms, channels, arena_bytes = check_shape(
             comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank, arena_bytes)
         channels = channels or Environment().channels or default_channels(comm.num_nodes)
@@ -227,6 +229,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             if out is not None:
                 return out if type(out) is Dispatched else self._fail(op, out)
         self._require_open(op)
+        expert_alignment, capacity = as_int(expert_alignment), as_int(capacity)
         x, scales = self._as_rows(op, x)
         if handle is not None:
             if layout != "expert" or expert_alignment != 1 or capacity is not None:

@@ -17,6 +17,7 @@ from ._native import core
 from ._version import __version__
 from .env import Environment
 from .errors import ConfigMismatch, InvalidArgument, MoecommError, raise_failure
+from .shapes import as_int
 from .shared import Shared
 
 
@@ -45,12 +46,34 @@ def _is_timeout(timeout):
     return isinstance(timeout, numbers.Real) and 0 < timeout <= _LONGEST
 
 
+def require_timeout(timeout, op):
+    """Refuse what is no number of seconds.
+
+    Raises
+    ------
+    InvalidArgument
+    """
+    if not _is_timeout(timeout):
+        raise InvalidArgument(f"timeout: got {timeout!r}; expected seconds > 0, at most {_LONGEST} (every wait ends)", op=op)
+
+
+def as_device(device, op):
+    """The torch.device that is meant.
+
+    Raises
+    ------
+    InvalidArgument
+        There is no such device.
+    """
+    try:
+        return torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError):
+        raise InvalidArgument(f"device: got {device!r}; expected cpu or cuda", op=op) from None
+
+
 def _device_of(device):
     """The torch.device of a rank; refuses what is no device, or not one of this machine."""
-    try:
-        device = torch.device("cpu" if device is None else device)
-    except (RuntimeError, TypeError):
-        raise InvalidArgument(f"device: got {device!r}; expected cpu or cuda", op="Communicator") from None
+    device = as_device(device, "Communicator")
     if device.type == "cuda":
         cuda.require("Communicator")
         return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
@@ -89,6 +112,7 @@ class Communicator(Shared):
     """
 
     def __init__(self, group=None, *, ranks_per_node=None, device=None, timeout=30.0):
+        ranks_per_node = as_int(ranks_per_node)
         # A rank whose arguments are wrong takes part in the first round all the same: the others learn it there.
         self._bootstrap = boot = bootstrap.find(group, timeout if _is_timeout(timeout) else _USUAL)
         self.rank, self.size = boot.rank, boot.size
@@ -98,8 +122,7 @@ class Communicator(Shared):
         self._ready = True   # open, and no asynchronous call is under way
 
         def arguments():
-            if not _is_timeout(timeout):
-                raise InvalidArgument(f"timeout: got {timeout!r}; expected seconds > 0, at most {_LONGEST} (every wait ends)", op="Communicator")
+            require_timeout(timeout, "Communicator")
             self.device, self.timeout = _device_of(device), float(timeout)
             same = {"version": __version__, "ranks_per_node": ranks_per_node, "device": self.device.type, "timeout": self.timeout}
             return same, {"MOECOMM_RAIL": self._rail_between_nodes(Environment().rail)}, None if boot.threads else _host_identity()
@@ -263,9 +286,10 @@ class Communicator(Shared):
             One of them does not come either.
         """
         self._require_open("shrink")
-        alive = sorted(set(alive))
-        if not alive or alive[0] < 0 or alive[-1] >= self.size or self.rank not in alive:
+        alive = [as_int(r) for r in alive]
+        if not all(isinstance(r, int) and 0 <= r < self.size for r in alive) or self.rank not in alive:
             raise InvalidArgument(f"shrink: alive is {alive}; expected ranks in 0..{self.size - 1} with {self.rank} among them", op="shrink", rank=self.rank)
+        alive = sorted(set(alive))
         nodes = [r // self.ranks_per_node for r in alive]
         per_node = max(n for n in range(1, len(alive) + 1)
                        if len(alive) % n == 0 and all(len(set(nodes[i:i + n])) == 1 for i in range(0, len(alive), n)))

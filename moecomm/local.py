@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 
-import torch
-
 from . import bootstrap, cuda
-from .communicator import Communicator
+from .communicator import Communicator, as_device, require_timeout
 from .errors import InvalidArgument, MoecommError
+from .shapes import as_int
 
 
 def run_local(fn, size, *, ranks_per_node=None, device="cpu", timeout=30.0):
@@ -24,13 +23,19 @@ def run_local(fn, size, *, ranks_per_node=None, device="cpu", timeout=30.0):
 
     Raises
     ------
+    InvalidArgument
+        An argument is wrong.
     Exception
         The first exception of a rank, with its rank in a note. The other ranks are released from
         their waits with PeerLost.
     """
+    size = as_int(size)
     if not isinstance(size, int) or size < 1:
         raise InvalidArgument(f"size: got {size!r}; expected an int >= 1", op="run_local")
-    on_gpu = torch.device(device).type == "cuda"
+    if not callable(fn):
+        raise InvalidArgument(f"fn: got {fn!r}; expected a function of a Communicator", op="run_local")
+    require_timeout(timeout, "run_local")
+    on_gpu = as_device(device, "run_local").type == "cuda"
     if on_gpu:
         cuda.prepare_threads()
     world = bootstrap.ThreadWorld(size, timeout)

@@ -55,7 +55,7 @@ def check_shape(size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, ch
             raise InvalidArgument(f"Buffer: {name} is {value!r}; expected {expected}", op="Buffer", rank=rank)
 
     hidden, num_experts, top_k, max_tokens, num_sms, channels, arena_bytes = map(as_int, (hidden, num_experts, top_k, max_tokens, num_sms, channels, arena_bytes))
-    require(dtype in DTYPES, "dtype", dtype, "one of " + ", ".join(map(str, DTYPES)))
+    require(isinstance(dtype, torch.dtype) and dtype in DTYPES, "dtype", dtype, "one of " + ", ".join(map(str, DTYPES)))
     require(isinstance(hidden, int) and hidden > 0 and hidden * dtype.itemsize % 16 == 0, "hidden", hidden, f"a row of a multiple of 16 bytes ({dtype.itemsize} bytes per element)")
     require(isinstance(num_experts, int) and 0 < num_experts <= 65535 and num_experts % size == 0, "num_experts", num_experts, f"a multiple of the {size} ranks, at most 65535")
     require(isinstance(top_k, int) and 1 <= top_k <= min(MAX_TOP_K, num_experts), "top_k", top_k, f"1..{min(MAX_TOP_K, num_experts)}")

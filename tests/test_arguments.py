@@ -220,7 +220,32 @@ def test_environment(monkeypatch, name, value, expectation):
         moecomm.Communicator()
 
 
+@pytest.mark.parametrize("options,message", [
+    (dict(size=0), "size: got 0"), (dict(size="2"), "size: got '2'"), (dict(fn=None), "fn: got None; expected a function"), (dict(timeout=-1), "timeout: got -1"),
+    (dict(timeout="x"), "timeout: got 'x'"), (dict(device="toaster"), "device: got 'toaster'; expected cpu or cuda"), (dict(ranks_per_node=3), "ranks_per_node: got 3")])
+def test_run_local_arguments(options, message):
+    with pytest.raises(moecomm.InvalidArgument, match=message):
+        moecomm.run_local(**{**dict(fn=lambda comm: None, size=4), **options})
+
+
+def test_what_has_no_business_there():
+    """Kinds of things that never fit, on the shortest way of a call and on the long one."""
+    comm = moecomm.Communicator()
+    shape = dict(hidden=H, num_experts=E, top_k=K, max_tokens=8)
+    for make in (moecomm.Buffer, moecomm.Buffer.size_hint):
+        refused("Buffer", "comm is a NoneType; expected a Communicator", None, lambda make=make: make(None, **shape))
+        refused("Buffer", "dtype is \\[1\\]", 0, lambda make=make: make(comm, **shape, dtype=[1]))
+    refused("shrink", "alive is \\['a'\\]; expected ranks", 0, lambda: comm.shrink("a"))
+    buf = moecomm.Buffer(comm, **shape)
+    x, ids, _ = good(0)
+    refused("dispatch", "layout is \\['rank'\\]; expected", 0, lambda: buf.dispatch(x, ids, layout=["rank"]))
+    for alignment in (1.5, "4", 2**40, 2**80, None):
+        refused("dispatch", "expert_alignment is .*; expected an int in 1..65536", 0, lambda a=alignment: buf.dispatch(x, ids, expert_alignment=a))
+    assert buf.dispatch(x, ids, expert_alignment=np.int32(4), capacity=np.int64(64)).x.shape == (64, H)
+
+
 def test_integers_of_numpy():
+    assert moecomm.run_local(lambda comm: comm.num_nodes, np.int64(4), ranks_per_node=np.int32(2)) == [2] * 4
     shape = dict(hidden=np.int64(H), num_experts=np.int32(E), top_k=np.int64(K), max_tokens=np.uint8(8), arena_bytes=np.int64(1 << 20))
     comm = moecomm.Communicator()
     assert moecomm.Buffer(comm, **shape).num_bytes == moecomm.Buffer.size_hint(comm, **shape)

@@ -282,16 +282,18 @@ cdef class Buffer:
             return _failure(s)
         return None
 
-    def try_dispatch(self, owner, x, topk_ids, topk_weights, str layout, int alignment):
-        """A Dispatched, or a Failure; None where a tensor needs a closer look. The call's other arguments are left out."""
+    def try_dispatch(self, owner, x, topk_ids, topk_weights, layout, alignment):
+        """A Dispatched, or a Failure; None where an argument needs a closer look. The call's other arguments are left out."""
         cdef DLTensor rows, ids, weights
         cdef capi.DispatchCall call
         cdef Block out, output
         cdef Plan plan
         cdef capi.Status s
         cdef capi.Buffer* buffer = self.b.get()
-        cdef bint by_rank = layout == "rank"
-        if not _only_numbers(x, topk_weights) or not _read_rows(x, &rows, &self.shape) or rows.shape[0] > self.shape.max_tokens or (not by_rank and layout != "expert"):
+        if type(layout) is not str or type(alignment) is not int:
+            return None
+        cdef bint by_rank = <str>layout == "rank"
+        if not _only_numbers(x, topk_weights) or not _read_rows(x, &rows, &self.shape) or rows.shape[0] > self.shape.max_tokens or (not by_rank and <str>layout != "expert"):
             return None
         if not _read_ids(topk_ids, &ids, self.shape.top_k, &call.ids64, &call.ids32) or ids.shape[0] != rows.shape[0]:
             return None
