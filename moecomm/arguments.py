@@ -148,14 +148,13 @@ class Arguments:
                                 or not out.is_contiguous()):
             self._refuse(op, f"out is {describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on {self.comm.device}")
         self._check_apart(op, out, rows=rows, topk_weights=topk_weights, bias=bias)
+        self._check_start(op, out=out)
 
     def _check_apart(self, op, out, **inputs):
         """The result is written while this rank, and its peers, still read the inputs."""
         for name, t in inputs.items():
             if out is not None and t is not None and shares_memory(out, t):
                 self._refuse(op, f"out shares memory with {name}; expected memory of its own")
-
-        self._check_start(op, out=out)
 
     def _check_start(self, op, **tensors):
         """Kernels move rows by 16 bytes: where a row begins between two of these the GPU would stop with an error of its own."""
