@@ -301,3 +301,26 @@ def test_gradients_follow_the_weights_that_are_left():
             (dense * y.cos()).sum().backward()
             torch.testing.assert_close(x.grad, x2.grad, rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(w.grad, w2.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_the_choice_is_part_of_a_compiled_graph():
+    """One graph, without a break: the operator chooses."""
+    xs, ids, weights = skewed_world(2, TOKENS, seed=14)
+
+    def compiled(comm):
+        buf = buffer(comm, placed(ids, 2), "optimal")
+
+        def layer(x, ids, weights):
+            out = buf.dispatch(x, ids, weights)
+            return buf.combine(out.x, out.handle, topk_weights=out.topk_weights)
+
+        x = xs[comm.rank].clone().requires_grad_()
+        y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x, ids[comm.rank], weights[comm.rank])
+        y.float().sum().backward()
+        comm.barrier()
+        return y.detach(), x.grad
+
+    for r, (y, grad) in enumerate(moecomm.run_local(compiled, 2)):
+        factor = (weights[r] * (ids[r] >= 0)).sum(1, keepdim=True)
+        torch.testing.assert_close(y.float(), xs[r].float() * factor, rtol=0.03, atol=0.03)
+        torch.testing.assert_close(grad.float(), factor.expand(-1, 32), rtol=0.03, atol=0.03)
