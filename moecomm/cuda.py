@@ -14,6 +14,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 from pathlib import Path
 
@@ -268,12 +269,17 @@ def memory_of(area):
     return torch.as_tensor(area)
 
 
+class _Piece:
+    """Some bytes of a block, which keeps it: a tensor of them begins at its storage's beginning, as compilers expect."""
+
+    def __init__(self, block, offset, count):
+        self._block, whole = block, block.__cuda_array_interface__
+        self.__cuda_array_interface__ = {**whole, "shape": (count,), "data": (whole["data"][0] + offset, False)}
+
+
 def tensor_of(block, offset, dtype, shape):
     """A tensor of this shape at an offset (bytes) of a Block, which lives as long as the tensor."""
-    count = dtype.itemsize
-    for n in shape:
-        count *= n
-    return memory_of(block)[offset:offset + count].view(dtype).view(shape)
+    return memory_of(_Piece(block, offset, dtype.itemsize * math.prod(shape))).view(dtype).view(shape)
 
 
 def counts_of(counts):

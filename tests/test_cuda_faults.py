@@ -109,3 +109,15 @@ def test_a_capacity_that_is_too_small(nodes, per_node):
         comm.barrier()
 
     run(main, nodes, per_node)
+
+
+def test_more_multiprocessors_than_there_are():
+    """The ranks of a GPU share it: their kernels wait for each other, so all must run at once."""
+    def main(comm):
+        with pytest.raises(moecomm.InvalidArgument, match=r"num_sms is \d+ on each of the ranks that share .*, \d+ in all; expected at most its \d+"):
+            moecomm.Buffer(comm, hidden=HIDDEN, num_experts=2 * comm.size, top_k=2, max_tokens=TOKENS, num_sms=130)
+        for wrong in (0, 3, -2, 2.0, "all"):
+            with pytest.raises(moecomm.InvalidArgument, match=f"num_sms is {wrong!r}; expected an even int >= 2"):
+                moecomm.Buffer(comm, hidden=HIDDEN, num_experts=2 * comm.size, top_k=2, max_tokens=TOKENS, num_sms=wrong)
+
+    run(main, 1, 2)

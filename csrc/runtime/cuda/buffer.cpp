@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 #include <thread>
 
 namespace moecomm::cuda {
@@ -137,6 +138,7 @@ std::shared_ptr<DevicePlan> DeviceBuffer::new_plan() {
 
 Call DeviceBuffer::begin(void* stream) {
   require(cudaMemsetAsync(gates_, 0, 8 * (kGates + 2), as_stream(stream)), "opening a call");
+  ++calls_;
   Call call;
   call.links = links_;
   call.spread = spread_;
@@ -262,6 +264,7 @@ Status DeviceBuffer::combine(const DeviceCombineCall& call, DevicePlan& plan, co
   a.bias_stride = call.bias_stride;
   const uint64_t per_row = plan.view.call.layout == RowLayout::rank ? view_.shape.top_k : 1;
   a.mine.rows = rows ? in_window(call.rows, rows * view_.shape.combine_row_bytes(), l.rows) : output.offset();
+  if (rows && a.mine.rows == output.offset() + l.rows && call.rows != window_->data() + a.mine.rows) staged_rows_ += rows;
   a.mine.weights = in_window(call.weights, rows * 4, l.weights);
   a.mine.back = in_window(call.back, rows * 4 * per_row, l.back);
   return window_->start_together(call.stream, timeout_, [&] {
@@ -276,6 +279,8 @@ Counters DeviceBuffer::take_counters() {
   Counters c;
   require(cudaMemcpy(&c, links_.counters, sizeof(c), cudaMemcpyDeviceToHost), "reading counters");
   require(cudaMemset(links_.counters, 0, sizeof(c)), "resetting counters");
+  c.calls += std::exchange(calls_, 0);
+  c.staged_rows += std::exchange(staged_rows_, 0);
   return c;
 }
 

@@ -76,6 +76,7 @@ class DeviceBuffer {
   Book* book_ = nullptr;
   uint64_t* gates_ = nullptr;           // the gates, then the two words that DeviceLinks::failed names
   uint64_t ticket_ = 0;
+  uint64_t calls_ = 0, staged_rows_ = 0;   // since take_counters; what graphs replay is not among them
   Status broken_;
 
   struct Pool {
