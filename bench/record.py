@@ -1,4 +1,4 @@
-"""record: round trips through a Buffer that records its calls, against the same without, interleaved."""
+"""record: round trips through a Buffer that records its calls, against the same while it does not, interleaved."""
 
 from __future__ import annotations
 
@@ -18,10 +18,18 @@ from .run import world_of
 def arguments(parser):
     """A case and the number of iterations."""
     cases.arguments(parser)
+    parser.set_defaults(iters=300)   # what is looked for is smaller than the noise of a few
+
+
+def cost_of(seconds, plain):
+    """Percent that the median of the ratios of neighbours lies above 1, and the 95% interval of that median (bootstrap)."""
+    ratios = np.array(seconds) / np.array(plain)
+    medians = np.median(np.random.default_rng(0).choice(ratios, (2000, len(ratios))), axis=1)
+    return tuple(100 * (np.array([np.median(ratios), *np.percentile(medians, [2.5, 97.5])]) - 1))
 
 
 def main(args):
-    """Print both medians, their ratio and the bytes written per step."""
+    """Print the medians, what recording costs, what a second run without it seems to cost (the noise), and the bytes written per step."""
     case = cases.from_args(args, "roundtrip")
     if not launch.launched():
         return launch.relaunch(case.ranks, sys.argv[1:])
@@ -32,31 +40,31 @@ def main(args):
         folder = comm._exchange(folder)[0]   # rank 0's
         options = dict(hidden=case.hidden, num_experts=case.experts, top_k=case.top_k, max_tokens=case.tokens, dtype=TORCH_DTYPES[case.dtype])
         buf = moecomm.Buffer(comm, record=folder, **options)
-        recorder = buf._recorder   # switched off and on: both contenders use the same memory
-        times = {"plain": [], "recording": []}
+        times = {"plain": [], "plain again": [], "recording": []}
         y = torch.empty_like(inputs.x)
 
         def step(recording):
-            buf._recorder = recorder if recording else None
+            buf._recorder.record(recording)   # all contenders use the same memory
             out = buf.dispatch(inputs.x, inputs.ids, inputs.weights, layout=case.layout)
             buf.combine(out.handle.rows, out.handle, out=y)
 
         for i in range(args.warmup + args.iters):
-            for name in sorted(times, reverse=i % 2 == 0):
+            names = list(times)[i % 3:] + list(times)[:i % 3]
+            for name in names if i % 2 else reversed(names):
                 _, seconds = world.timed(lambda name=name: step(name == "recording"))
                 if i >= args.warmup:
                     times[name].append(seconds)
         world.barrier()
-        buf._recorder = recorder
         buf.close()
+        world.barrier()   # all have written
         if comm.rank == 0:
             written = sum(m.nbytes for rank in moecomm.record.load(folder)[:1] for m in [rank.calls, *rank.ids, *[w for w in rank.weights if w is not None]])
-            ratios = np.array(times["recording"]) / np.array(times["plain"])
-            print(f"# {case.title()}\n{'':12}{'median us':>12}{'p99 us':>12}")
+            print(f"# {case.title()}\n{'':12}{'median us':>12}{'p99 us':>12}{'of a step':>12}{'95% interval':>20}")
             for name, seconds in times.items():
-                print(f"{name:12}{1e6 * np.median(seconds):12.1f}{1e6 * np.percentile(seconds, 99):12.1f}")
-            print(f"recording costs {100 * (np.median(ratios) - 1):+.2f}% of a step (median of {len(ratios)} pairs), "
-                  f"{written / (args.warmup + args.iters) / 1024:.1f} KiB per step and rank")
+                cost, low, high = cost_of(seconds, times["plain"])
+                print(f"{name:12}{1e6 * np.median(seconds):12.1f}{1e6 * np.percentile(seconds, 99):12.1f}"
+                      + (f"{cost:+11.2f}%{low:+10.2f} ..{high:+6.2f}%" if name != "plain" else ""))
+            print(f"{args.iters} triples; {written / (args.warmup + args.iters) / 1024:.1f} KiB per step and rank")
         world.barrier()
     comm.close()
     return 0

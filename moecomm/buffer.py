@@ -108,8 +108,9 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         self._row_bytes = hidden * dtype.itemsize
         self._check = check
         self._hooks = {}
-        self._plain = not on_gpu and record is None and placement is None   # a call is the native call and nothing else
+        self._plain = not on_gpu and placement is None   # a call is the native call and nothing else
         self._recorder = None if record is None else (DeviceRecorder if on_gpu else Recorder)(record, self)
+        self._noter = self._recorder if on_gpu else None   # the native calls of the host note themselves
         # Who chooses replicas: where tensors are on a GPU, a buffer on the host beside this one, which exchanges picks and moves no row.
         self._beside = None
         if on_gpu and placement is not None:
@@ -269,7 +270,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         elif self._replicas is not None and handle is None:
             asking = self._replicas.ask(topk_ids, layer)
             topk_ids = asking.ids
-        began = self._recorder and self._recorder.start()
+        began = self._noter and self._noter.start()
         result = self._native.dispatch(
             x.data_ptr(), 0 if scales is None else scales.data_ptr(), 0 if topk_ids is None else topk_ids.data_ptr(),
             topk_ids is not None and topk_ids.dtype == torch.int32, 0 if topk_weights is None else topk_weights.data_ptr(),
@@ -281,8 +282,8 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         if asking is not None:
             self._replicas.record(asking, layer)
             topk_ids = asking.slots
-        if self._recorder:
-            self._recorder.dispatch(began, plan, topk_ids, topk_weights, x.shape[0], layout, expert_alignment, capacity, list(QUANTS)[kind])
+        if self._noter:
+            self._noter.dispatch(began, plan, topk_ids, topk_weights, x.shape[0], layout, expert_alignment, capacity, list(QUANTS)[kind])
         handle = self._handle_of(layout, capacity, plan, output)
         out = Dispatched(handle, lost)
         out._tensors = BlockTensors(handle, block, torch.float8_e4m3fn if kind else x.dtype, row_bytes, scale_bytes, SCALE_DTYPES[kind], by_column)
@@ -369,14 +370,14 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             bias_stride = self.hidden if bias.dim() == 2 else 0
         # A rank without tokens asks for slots too: its peers' values pass through it.
         slots = None if back is None else torch.empty((max(tokens, 1), self.top_k), dtype=torch.float32, device=self.comm.device)
-        began = self._recorder and self._recorder.start()
+        began = self._noter and self._noter.start()
         failure = self._native.combine(rows.data_ptr(), 0 if topk_weights is None else topk_weights.data_ptr(), y.data_ptr(),
                                        0 if bias is None else bias.data_ptr(), bias_stride, handle._plan, handle._output,
                                        0 if back is None else back.data_ptr(), 0 if back is None else slots.data_ptr(), WIRES[wire])
         if failure is not None:
             self._fail("combine", failure)
-        if self._recorder:
-            self._recorder.combine(began, handle._plan, tokens, topk_weights is not None, handle.layout, wire)
+        if self._noter:
+            self._noter.combine(began, handle._plan, tokens, topk_weights is not None, handle.layout, wire)
         return y if back is None else (y, slots[:tokens])
 
     def _combine_by_ops(self, rows, handle, topk_weights, bias, out=None, wire=None):

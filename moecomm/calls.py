@@ -78,8 +78,8 @@ class Calls:
         """
         self._require_open("stats")
         counted = self._native.take_counters()
-        if self._recorder:
-            self._recorder.forget_counts()
+        if self._noter:
+            self._noter.forget_counts()
         if self._decode is not None:
             counted["decode"] = self._decode.native.take_counters()
         return counted

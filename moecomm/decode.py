@@ -74,7 +74,7 @@ class DecodeVerbs:
             self._require_open("decode_dispatch")
             self.comm._settle()
             self._decode = self._decode or Decode(self)
-        if self._recorder is None and self._replicas is None:
+        if self._noter is None and self._replicas is None:
             return self._decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
         topk_ids = self._as_tensor("decode_dispatch", "topk_ids", topk_ids)
         topk_weights = self._as_tensor("decode_dispatch", "topk_weights", topk_weights, optional=True)
@@ -83,7 +83,7 @@ class DecodeVerbs:
             topk_ids = self._as_tensor("decode_dispatch", "topk_ids", topk_ids)
             self._check_picks("decode_dispatch", "topk_ids", topk_ids, self._check_x("decode_dispatch", rows, scales, packed=True), _IDS)
             topk_ids = self._replicas.choose_for_decode(self, topk_ids, layer)
-        dispatch = self._decode.dispatch if self._recorder is None else partial(self._recorder.decode_dispatch, self._decode)
+        dispatch = self._decode.dispatch if self._noter is None else partial(self._noter.decode_dispatch, self._decode)
         received, hook = dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
         if self._replicas is None:
             return received, hook
@@ -131,9 +131,9 @@ class DecodeVerbs:
                 raise InvalidArgument("decode_combine: there was no decode_dispatch", op="decode_combine", rank=self.comm.rank)
         if self._replicas is not None:
             topk_ids = self._replicas.decoding[getattr(handle, "epoch", 0) % 2]
-        if self._recorder is not None:
+        if self._noter is not None:
             topk_weights = self._as_tensor("decode_combine", "topk_weights", topk_weights, optional=True)
-            return self._recorder.decode_combine(self._decode, rows, topk_ids, topk_weights, handle, wire, return_hook, out)
+            return self._noter.decode_combine(self._decode, rows, topk_ids, topk_weights, handle, wire, return_hook, out)
         return self._decode.combine(rows, topk_ids, topk_weights, handle, wire, return_hook, out)
 
 
@@ -150,6 +150,8 @@ class Decode:
         self.native.connected()
         if comm._bootstrap.threads:
             comm._bootstrap.keep(self.native)
+        if buffer._recorder is not None and buffer._noter is None:
+            buffer._recorder.record_decode(self.native)
         self._make_tensors(buffer.experts_per_rank, comm.size * buffer.max_tokens)
 
     def _make_native(self):

@@ -21,17 +21,18 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from ._native import core
 from ._version import __version__
 from .errors import InvalidArgument
-from .shapes import QUANTS, SCALE_DTYPES
+from .shapes import QUANTS, WIRES
 
 FORMAT = 2
 SEGMENT_BYTES = 64 << 20
+LOOK_SECONDS, FLUSH_SECONDS = 0.5, 60.0
 HOPS = ("rail_logical_rows", "rail_physical_rows", "rail_logical_bytes", "rail_physical_bytes",
         "node_logical_rows", "node_physical_rows", "node_logical_bytes", "node_physical_bytes", "replicated_rows")
 DECODE_OPS = ("decode_dispatch", "decode_receive", "decode_combine", "decode_sum")
@@ -50,9 +51,12 @@ CALL = np.dtype([
     ("phases", "i4"),        # how many records of `phases` are this call's
     *((name, "u8") for name in HOPS),
 ])
+OPS = ("dispatch", "combine", *DECODE_OPS)   # by the numbers of the C++ RecordedOp
+# C++ RecordedCall and RoleSpan.
+NATIVE_CALL = np.dtype([*((name, "i8") for name in ("plan", "capacity", "begin", "end", "spans")), *((name, "u8") for name in HOPS),
+                        *((name, "i4") for name in ("op", "tokens", "alignment", "coding", "cached", "weighted", "by_rank", "unused"))])
+NATIVE_SPAN = np.dtype([("role", "i4"), ("unused", "i4"), ("begin", "i8"), ("end", "i8")])
 PHASE = np.dtype([("role", "U8"), ("begin", "f8"), ("end", "f8")])   # seconds of time.perf_counter
-NOTHING = (0,) * len(HOPS)
-QUANT_OF = dict(zip(SCALE_DTYPES, QUANTS))   # what rows with such scales are
 
 
 def make_folder(path, rank):
@@ -72,194 +76,111 @@ def make_folder(path, rank):
 
 
 class Recorder:
-    """One rank's recording. Made by Buffer after make_folder; full segments are written in the background, the rest by close() or when the process ends."""
+    """One rank's recording. Made by Buffer after make_folder.
+
+    The native calls note what they do; a thread of its own writes it when there is a full segment, at least every FLUSH_SECONDS, and
+    close() or the end of the process what is left. A process that is killed loses what was not written yet.
+    """
 
     def __init__(self, path, buffer):
-        comm = buffer.comm
-        self._native = buffer._native
-        self._state = state = _Segments(Path(path), comm.rank, self._native, dict(
-            format=FORMAT, version=__version__, rank=comm.rank, size=comm.size, ranks_per_node=comm.ranks_per_node, hidden=buffer.hidden,
-            num_experts=buffer.num_experts, top_k=buffer.top_k, max_tokens=buffer.max_tokens, dtype=str(buffer.dtype).removeprefix("torch."),
-            channels=buffer.channels))
-        self._plans, self._decoding, self._next_plan = {}, [0, 0], 0
-        self.forget_counts()
-        self._native.trace(True)
-        self._finalizer = weakref.finalize(self, self._end_with(state))
+        self._source = NativeCalls(buffer._native, buffer.top_k, buffer.num_experts)
+        self.record(True)
+        self.segments = Segments(path, buffer, self._source)
+        self._finalizer = weakref.finalize(self, self.segments.close)
 
-    def _end_with(self, state):
-        return state.close   # must not keep this object
+    def record(self, on):
+        """Go on recording dispatch and combine, or pause."""
+        self._source.record(on)
 
-    def start(self):
-        """The time, at a call's begin or end."""
-        return time.perf_counter_ns()
-
-    def forget_counts(self):
-        """The buffer's counters were reset."""
-        self._counted, self._decode_counted = NOTHING, NOTHING
-
-    def dispatch(self, began, plan, ids, weights, tokens, layout, alignment, capacity, coding):
-        """A dispatch has ended; ids None: it reused the plan."""
-        ended = self.start()
-        if ids is not None:
-            self._plans[id(plan)] = self._add_picks(ids, weights)
-        self._add("dispatch", plan, ids is None, tokens, weights is not None, layout, alignment, capacity, coding, began, ended)
-
-    def combine(self, began, plan, tokens, weighted, layout, coding):
-        """A combine has ended."""
-        self._add("combine", plan, True, tokens, weighted, layout, 1, None, coding, began, self.start())
-
-    def decode_dispatch(self, decode, x, ids, weights, quant, scale_layout, return_hook):
-        """Decode.dispatch, recorded."""
-        began = self.start()
-        received, hook = decode.dispatch(x, ids, weights, quant, scale_layout, True)
-        ended = self.start()
-        handle = received.handle
-        plan = self._decoding[handle.epoch & 1] = self._add_picks(ids, weights)
-        coding = QUANT_OF[x[1].dtype] if isinstance(x, tuple) else quant
-        self._add_decode("decode_dispatch", decode, plan, handle.tokens, weights is not None, coding, began, ended)
-        return received, self._second("decode_receive", decode, hook, plan, handle.tokens, return_hook)
-
-    def decode_combine(self, decode, rows, ids, weights, handle, wire, return_hook, out):
-        """Decode.combine, recorded."""
-        began = self.start()
-        y, hook = decode.combine(rows, ids, weights, handle, wire, True, out)
-        ended = self.start()
-        plan = self._decoding[handle.epoch & 1]
-        self._add_rows(None, weights)
-        self._add_decode("decode_combine", decode, plan, handle.tokens, weights is not None, wire, began, ended)
-        return y, self._second("decode_sum", decode, hook, plan, handle.tokens, return_hook)
-
-    def _second(self, op, decode, hook, plan, tokens, return_hook):
-        """A hook that records itself; None where it has run."""
-        hook = partial(self._receive, op, decode, hook, plan, tokens)
-        return hook if return_hook else hook()
-
-    def _receive(self, op, decode, hook, plan, tokens):
-        began = self.start()
-        hook()
-        self._add_decode(op, decode, plan, tokens, False, None, began, self.start())
-
-    def _add_picks(self, ids, weights):
-        self._add_rows(ids, weights)
-        self._next_plan += 1
-        return self._next_plan - 1
-
-    def _add_rows(self, ids, weights):
-        if ids is not None:
-            self._state.add_ids(ids)
-        if weights is not None:
-            self._state.add_weights(weights)
-
-    def _add_call(self, call, began, ended, before, after):
-        self._state.add_call((*call, began, ended), self._native.timeline_size(), before, after)
-
-    def _add(self, op, plan, cached, tokens, weighted, layout, alignment, capacity, coding, began, ended):
-        before, self._counted = self._counted, self._counts(self._native)
-        self._add_call((op, self._plans[id(plan)], cached, tokens, weighted, layout, alignment, -1 if capacity is None else capacity, coding or ""),
-                       began, ended, before, self._counted)
-
-    def _add_decode(self, op, decode, plan, tokens, weighted, coding, began, ended):
-        before, self._decode_counted = self._decode_counted, self._counts(decode.native)
-        self._add_call((op, plan, False, tokens, weighted, "expert", 1, -1, coding or ""), began, ended, before, self._decode_counted)
-
-    @staticmethod
-    def _counts(native):
-        return native.counters()
+    def record_decode(self, native):
+        """The decode path is there: its calls are recorded too."""
+        native.record(self._source.recording)
 
     def close(self):
         """Write what is left."""
         self._finalizer()
 
 
-class _Rows:
-    """Rows that are appended, in memory that is there already."""
+class NativeCalls:
+    """What a native buffer of the host notes: a source of segments."""
 
-    def __init__(self, columns, dtype):
-        self._rows, self._end = np.full((4096, columns), 0, dtype), 0   # written once: pages are there before a call needs them
+    def __init__(self, native, top_k, num_experts):
+        self._native, self._top_k, self._ids = native, top_k, ids_dtype(num_experts)
+        self.recording = core.Recording(top_k, num_experts)
 
-    def add(self, tensor):
-        end = self._end + len(tensor)
-        if end > len(self._rows):
-            self._rows = np.concatenate([self._rows, np.full((max(len(self._rows), len(tensor)), self._rows.shape[1]), 0, self._rows.dtype)])
-        np.copyto(self._rows[self._end:end], tensor.numpy(), casting="same_kind")   # experts were checked: they fit
-        self._end = end
+    def record(self, on):
+        """Go on, or pause."""
+        self._native.record(self.recording if on else None)
 
     @property
     def nbytes(self):
-        return self._end * self._rows.strides[0]
+        """Of what take() would give."""
+        return self.recording.nbytes
 
-    def array(self):
-        return self._rows[:self._end]
+    def take(self):
+        """(calls, phases, ids, weights) since the last time."""
+        calls, ids, weights, spans = self._native.take(self.recording)
+        native, timeline = np.frombuffer(calls, NATIVE_CALL), np.frombuffer(spans, NATIVE_SPAN)
+        rows, phases = np.zeros(len(native), CALL), np.zeros(len(timeline), PHASE)
+        for name in ("plan", "tokens", "alignment", "capacity", *HOPS):
+            rows[name] = native[name]
+        for name in ("cached", "weighted"):
+            rows[name] = native[name] != 0
+        rows["begin_ns"], rows["end_ns"] = native["begin"], native["end"]
+        rows["op"] = np.array(OPS)[native["op"]]
+        rows["layout"] = np.array(("expert", "rank"))[native["by_rank"]]
+        wired = np.isin(rows["op"], ("combine", "decode_combine"))
+        rows["coding"] = np.where(wired, np.array([w or "" for w in WIRES])[native["coding"]], np.array([q or "" for q in QUANTS])[native["coding"]])
+        rows["phases"] = np.diff(native["spans"].astype(np.int64), prepend=0)
+        phases["role"] = np.array(("plan", *core.PHASES[1:]))[timeline["role"]]
+        phases["begin"], phases["end"] = timeline["begin"] * 1e-9, timeline["end"] * 1e-9
+        return rows, phases, np.frombuffer(ids, self._ids).reshape(-1, self._top_k), np.frombuffer(weights, np.float32).reshape(-1, self._top_k)
 
 
-class _Segments:
-    """Accumulates one segment while another is written; apart from Recorder so that the end of the process can still write."""
+def ids_dtype(num_experts):
+    """Of recorded picks."""
+    return np.int16 if num_experts <= 32768 else np.int32
 
-    def __init__(self, folder, rank, native, header):
-        self._folder, self._rank, self._native, self._header = folder, rank, native, header
-        self._lock, self._writer = threading.Lock(), None
-        self._number = 0
-        self._clear()
-        for old in folder.glob(f"rank-{rank:05d}.*"):   # of an earlier recording, or of make_folder
+
+class Segments:
+    """Takes segments from a source and writes them, in a thread; apart from Recorder so that the end of the process can still write."""
+
+    def __init__(self, path, buffer, source):
+        comm = buffer.comm
+        self._folder, self._rank, self.source = Path(path), comm.rank, source
+        self._header = dict(
+            format=FORMAT, version=__version__, rank=comm.rank, size=comm.size, ranks_per_node=comm.ranks_per_node, hidden=buffer.hidden,
+            num_experts=buffer.num_experts, top_k=buffer.top_k, max_tokens=buffer.max_tokens, dtype=str(buffer.dtype).removeprefix("torch."),
+            channels=buffer.channels)
+        self._lock, self._closed, self._number = threading.Lock(), threading.Event(), 0
+        for old in self._folder.glob(f"rank-{comm.rank:05d}.*"):   # of an earlier recording, or of make_folder
             old.unlink()
+        threading.Thread(target=self._run, name="moecomm recording", daemon=True).start()
 
-    def _clear(self):
-        top_k = self._header["top_k"]
-        self._calls, self._bytes = [], 0
-        self._ids = _Rows(top_k, np.int16 if self._header["num_experts"] <= 32768 else np.int32)
-        self._weights = _Rows(top_k, np.float32)
-
-    def add_ids(self, ids):
-        with self._lock:
-            self._ids.add(ids)
-
-    def add_weights(self, weights):
-        with self._lock:
-            self._weights.add(weights)
-
-    def add_call(self, call, spans, before, after):
-        """spans: of roles, since the segment began."""
-        with self._lock:
-            self._calls.append((call, spans, before, after))
-            self._bytes += CALL.itemsize
-            full = self._bytes + spans * PHASE.itemsize + self._ids.nbytes + self._weights.nbytes >= SEGMENT_BYTES
-        if full:
-            self.write()
-
-    def write(self):
-        """Hand the segment to a thread that writes it, after the one before."""
-        self._wait()
-        self._writer = threading.Thread(target=self._save, args=self._take())
-        self._writer.start()
+    def _run(self):
+        written = time.monotonic()
+        while not self._closed.wait(LOOK_SECONDS):
+            if self.source.nbytes >= SEGMENT_BYTES or self.source.nbytes and time.monotonic() - written >= FLUSH_SECONDS:
+                self.write()
+                written = time.monotonic()
 
     def close(self):
         """Write what is left."""
-        self._wait()
-        if self._calls or not self._number:
-            self._save(*self._take())
+        self._closed.set()
+        self.write()
 
-    def _wait(self):
-        if self._writer is not None:
-            self._writer.join()
-
-    def _take(self):
-        with self._lock:
+    def write(self):
+        """Take what there is and write it; the first segment also where there is nothing."""
+        with self._lock:   # one segment after the other
+            if not self.source.nbytes and self._number:
+                return
+            calls, phases, ids, weights = self.source.take()
             path = self._folder / f"rank-{self._rank:05d}.{self._number:03d}.npz"
-            content = path, self._calls, self._native.take_timeline(), self._ids.array(), self._weights.array()
+            partial_path = path.with_suffix(".partial")
+            with open(partial_path, "wb") as file:
+                np.savez(file, header=np.array(json.dumps(self._header)), calls=calls, phases=phases, ids=ids, weights=weights)
+            os.replace(partial_path, path)   # a reader sees whole segments only
             self._number += 1
-            self._clear()
-        return content
-
-    def _save(self, path, calls, phases, ids, weights):
-        began, rows = 0, []
-        for call, spans, before, after in calls:
-            rows.append((*call, spans - began, *(b - a for a, b in zip(before, after))))
-            began = spans
-        partial_path = path.with_suffix(".partial")
-        with open(partial_path, "wb") as file:
-            np.savez(file, header=np.array(json.dumps(self._header)), calls=np.array(rows, dtype=CALL), phases=np.array(phases, dtype=PHASE),
-                     ids=ids, weights=weights)
-        os.replace(partial_path, path)   # a reader sees whole segments only
 
 
 @dataclass
@@ -274,7 +195,7 @@ class RankRecording:
 
 
 def load(path):
-    """A recording, by rank.
+    """A recording, by rank: the calls that all ranks have written.
 
     Parameters
     ----------
@@ -298,9 +219,15 @@ def load(path):
         raise InvalidArgument(f"recording: {str(path)!r} holds no rank-*.npz; expected a folder that Buffer(..., record=PATH) wrote", op="replay")
     ranks = [_load_rank(files) for _, files in sorted(segments.items())]
     size = ranks[0].header["size"]
-    if len(ranks) != size or len({len(r.calls) for r in ranks}) > 1:
-        raise InvalidArgument(f"recording: {str(path)!r} holds {len(ranks)} ranks with {sorted({len(r.calls) for r in ranks})} calls; "
-                              f"expected {size} ranks with equally many", op="replay")
+    if len(ranks) != size:
+        raise InvalidArgument(f"recording: {str(path)!r} holds {len(ranks)} ranks; expected {size}", op="replay")
+    count = min(len(r.calls) for r in ranks)   # calls are collective: where a process was killed, what all ranks have written
+    weighted = np.any([r.calls["weighted"][:count] for r in ranks], axis=0)
+    for r in ranks:
+        r.calls = r.calls[:count]
+        r.calls["weighted"] |= weighted & (r.calls["tokens"] == 0)   # a rank without tokens had no weights to note
+        r.phases = r.phases[:r.calls["phases"].sum()]
+        _deal_out(r)
     return ranks
 
 
@@ -312,18 +239,22 @@ def _load_rank(files):
     header = json.loads(str(parts[0]["header"]))
     if header.get("format") != FORMAT:
         raise InvalidArgument(f"recording: {files[0].name} has format {header.get('format')!r}; expected {FORMAT}", op="replay")
-    calls, phases, ids, weights = (np.concatenate([p[name] for p in parts]) for name in ("calls", "phases", "ids", "weights"))
+    return RankRecording(header, *(np.concatenate([p[name] for p in parts]) for name in ("calls", "phases", "ids", "weights")))
+
+
+def _deal_out(rank):
+    """Cut ids and weights into those of each plan."""
     of_plan_ids, of_plan_weights, at, weights_at = [], [], 0, 0
-    for call in calls[np.isin(calls["op"], ("dispatch", "decode_dispatch", "decode_combine")) & ~calls["cached"]]:
+    for call in rank.calls[np.isin(rank.calls["op"], ("dispatch", "decode_dispatch", "decode_combine")) & ~rank.calls["cached"]]:
         n, own = int(call["tokens"]), None
         if call["weighted"]:
-            own = weights[weights_at:weights_at + n]
+            own = rank.weights[weights_at:weights_at + n]
             weights_at += n
         if call["op"] == "decode_combine":
             if own is not None:
                 of_plan_weights[call["plan"]] = own
             continue
-        of_plan_ids.append(ids[at:at + n])
+        of_plan_ids.append(rank.ids[at:at + n])
         of_plan_weights.append(own)
         at += n
-    return RankRecording(header, calls, phases, of_plan_ids, of_plan_weights)
+    rank.ids, rank.weights = of_plan_ids, of_plan_weights

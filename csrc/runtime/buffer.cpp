@@ -139,6 +139,7 @@ Status Buffer::choose(const DispatchCall& call) {
 
 Status Buffer::dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Block>& out, std::shared_ptr<Block>& output) {
   std::lock_guard lock(comm_->calls());
+  Recording::Span recorded(recording_.get(), RecordedOp::dispatch, reach_.host().counters);
   Verdict verdict{};
   DispatchArgs a;
   a.b = view_;
@@ -179,6 +180,18 @@ Status Buffer::dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Bl
   if (!s.ok()) return s;
   const int me = view_.geometry.local();
   const CallShape& shape = plan.view.call;
+  if (recorded) {
+    if (!call.cached) plan.recorded = recording_->add_picks(call.slots ? call.slots : call.ids64, call.ids32, call.weights, call.tokens);
+    recorded.call.plan = plan.recorded;
+    recorded.call.capacity = shape.capacity;
+    recorded.call.tokens = plan.view.tokens;
+    recorded.call.alignment = call.cached ? 1 : shape.alignment;
+    recorded.call.coding = static_cast<int32_t>(shape.scales);
+    recorded.call.cached = call.cached;
+    recorded.call.weighted = call.weights != nullptr;
+    recorded.call.by_rank = shape.layout == RowLayout::rank;
+    recorded.end();
+  }
   const uint64_t rows = local_rows(plan);
   const uint64_t first = block_layout(rows, shape, view_.shape.top_k).bytes;
   arena_->expect(plan.needed[me]);
@@ -189,6 +202,7 @@ Status Buffer::dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Bl
 
 Status Buffer::combine(const CombineCall& call, Plan& plan, const Block& output) {
   std::lock_guard lock(comm_->calls());
+  Recording::Span recorded(recording_.get(), RecordedOp::combine, reach_.host().counters);
   const uint64_t rows = local_rows(plan);
   const OutputLayout l = output_layout(rows, view_.shape);
   CombineArgs a;
@@ -227,7 +241,17 @@ Status Buffer::combine(const CombineCall& call, Plan& plan, const Block& output)
   a.mine.sums = output.offset() + l.sums;
   a.mine.weights = in_window(call.weights, rows, l.weights);
   a.mine.back = in_window(call.back, rows * (by_rank ? view_.shape.top_k : 1), l.back);
-  return reach_.run(true, [&](auto fabric) { return run_combine(Lane{}, fabric, a); });
+  const Status s = reach_.run(true, [&](auto fabric) { return run_combine(Lane{}, fabric, a); });
+  if (recorded && s.ok()) {
+    recorded.call.plan = plan.recorded;
+    recorded.call.tokens = plan.view.tokens;
+    recorded.call.coding = static_cast<int32_t>(call.wire);
+    recorded.call.cached = true;
+    recorded.call.weighted = call.weights != nullptr;
+    recorded.call.by_rank = by_rank;
+    recorded.end();
+  }
+  return s;
 }
 
 Counters Buffer::counters() {
@@ -248,9 +272,15 @@ void Buffer::trace(bool on) {
   reach_.host().timeline = on ? &timeline_ : nullptr;
 }
 
-uint64_t Buffer::timeline_size() {
+void Buffer::record(std::shared_ptr<Recording> recording) {
   std::lock_guard lock(comm_->calls());
-  return timeline_.size();
+  recording_ = std::move(recording);
+  reach_.host().timeline = recording_ ? &recording_->spans() : nullptr;
+}
+
+Recording::Segment Buffer::take(Recording& recording) {
+  std::lock_guard lock(comm_->calls());
+  return recording.take();
 }
 
 std::vector<RoleSpan> Buffer::take_timeline() {

@@ -9,6 +9,7 @@
 #include "runtime/memory.hpp"
 #include "runtime/plan.hpp"
 #include "runtime/reach.hpp"
+#include "runtime/recording.hpp"
 
 namespace moecomm {
 
@@ -38,7 +39,9 @@ class Buffer {
   Counters take_counters();       // and reset
   void trace(bool on);            // keep a timeline of roles, or drop it
   std::vector<RoleSpan> take_timeline();
-  uint64_t timeline_size();
+  // Keep a recording of the calls and their roles; null: none. It is taken apart only between two calls.
+  void record(std::shared_ptr<Recording> recording);
+  Recording::Segment take(Recording& recording);
   void set_stream_threshold(uint64_t bytes) { stream_threshold_ = bytes; }
   void set_fault(Fault fault) { reach_.host().fault = std::move(fault); }   // tests only: see fabric/fault.hpp
 
@@ -57,6 +60,7 @@ class Buffer {
   std::vector<int32_t> asked_;   // DispatchArgs::asked
   int32_t turn_ = 0;             // batches whose replicas this rank has chosen by itself
   std::vector<RoleSpan> timeline_;
+  std::shared_ptr<Recording> recording_;
   uint64_t stream_threshold_ = 7u << 20;
 };
 

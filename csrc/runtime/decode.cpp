@@ -43,6 +43,7 @@ Decode::Stage Decode::stage(uint64_t epoch) const {
 
 Status Decode::dispatch(const DecodeDispatchCall& call) {
   std::lock_guard lock(reach_.comm().calls());
+  Recording::Span span(recording_.get(), RecordedOp::decode_dispatch, reach_.host().counters);
   Turn& next = turn(epoch_ + 1);
   if (Turn& last = turn(epoch_); last.stage == Stage::sent) MOE_TRY(receive(last));    // rule A
   if (next.stage == Stage::answered) MOE_TRY(sum(next));                                // rule B
@@ -71,7 +72,14 @@ Status Decode::dispatch(const DecodeDispatchCall& call) {
   ++reach_.host().counters.calls;
   ++epoch_;
   next.stage = Stage::sent;
-  return call.receive ? receive(next) : Status{};
+  if (span) {
+    span.call.plan = recording_->decode_plan[t.parity()] = recording_->add_picks(call.ids64, call.ids32, call.weights, call.tokens);
+    span.call.tokens = call.tokens;
+    span.call.coding = static_cast<int32_t>(call.quant);
+    span.call.weighted = call.weights != nullptr;
+    span.end();
+  }
+  return call.receive ? recorded(RecordedOp::decode_receive, epoch_, &Decode::receive) : Status{};
 }
 
 Status Decode::receive(Turn& t) {
@@ -84,7 +92,7 @@ Status Decode::receive(Turn& t) {
 
 Status Decode::dispatch_receive(uint64_t epoch) {
   std::lock_guard lock(reach_.comm().calls());
-  return stage(epoch) == Stage::sent ? receive(turn(epoch)) : Status{};
+  return recorded(RecordedOp::decode_receive, epoch, stage(epoch) == Stage::sent ? &Decode::receive : nullptr);
 }
 
 // Only the rows that are there, not the whole sparse tensor.
@@ -101,6 +109,7 @@ void Decode::stage_rows(const Turn& t, const char* rows) {
 
 Status Decode::combine(const DecodeCombineCall& call) {
   std::lock_guard lock(reach_.comm().calls());
+  Recording::Span span(recording_.get(), RecordedOp::decode_combine, reach_.host().counters);
   Turn& t = turn(call.epoch);
   const int64_t picks = int64_t{t.view.tokens} * view_.shape.top_k;
   for (int64_t i = 0; i < picks; ++i)
@@ -119,7 +128,15 @@ Status Decode::combine(const DecodeCombineCall& call) {
   MOE_TRY(reach_.run(false, [&](auto fabric) { return run_decode_combine_send(Lane{}, fabric, a); }));
   ++reach_.host().counters.calls;
   t.stage = Stage::answered;
-  return call.receive ? sum(t) : Status{};
+  if (span) {
+    if (call.weights) recording_->add_weights(call.weights, t.view.tokens);
+    span.call.plan = recording_->decode_plan[t.view.parity()];
+    span.call.tokens = t.view.tokens;
+    span.call.coding = static_cast<int32_t>(call.wire);
+    span.call.weighted = call.weights != nullptr;
+    span.end();
+  }
+  return call.receive ? recorded(RecordedOp::decode_sum, call.epoch, &Decode::sum) : Status{};
 }
 
 Status Decode::sum(Turn& t) {
@@ -132,7 +149,25 @@ Status Decode::sum(Turn& t) {
 
 Status Decode::combine_receive(uint64_t epoch) {
   std::lock_guard lock(reach_.comm().calls());
-  return stage(epoch) == Stage::answered ? sum(turn(epoch)) : Status{};
+  return recorded(RecordedOp::decode_sum, epoch, stage(epoch) == Stage::answered ? &Decode::sum : nullptr);
+}
+
+// A receive phase; null: it has run already, by one of the rules.
+Status Decode::recorded(RecordedOp op, uint64_t epoch, Status (Decode::*phase)(Turn&)) {
+  Recording::Span span(recording_.get(), op, reach_.host().counters);
+  Turn& t = turn(epoch);
+  const Status s = phase ? (this->*phase)(t) : Status{};
+  if (span && s.ok()) {
+    span.call.plan = recording_->decode_plan[epoch & 1];
+    span.call.tokens = t.view.tokens;
+    span.end();
+  }
+  return s;
+}
+
+void Decode::record(std::shared_ptr<Recording> recording) {
+  std::lock_guard lock(reach_.comm().calls());
+  recording_ = std::move(recording);
 }
 
 Counters Decode::counters() {

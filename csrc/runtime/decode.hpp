@@ -8,6 +8,7 @@
 #include "protocol/decode.hpp"
 #include "runtime/calls.hpp"
 #include "runtime/reach.hpp"
+#include "runtime/recording.hpp"
 
 namespace moecomm {
 
@@ -51,6 +52,7 @@ class Decode {
 
   Counters counters();                         // since the last take_counters
   Counters take_counters();                    // and reset
+  void record(std::shared_ptr<Recording> recording);   // the Buffer's; null: none
   void set_stream_threshold(uint64_t bytes) { stream_threshold_ = bytes; }
   void set_fault(Fault fault) { reach_.host().fault = std::move(fault); }   // tests only: see fabric/fault.hpp
 
@@ -68,12 +70,14 @@ class Decode {
   bool streams(const Turn& t, uint64_t row_bytes) const { return streams(uint64_t(t.view.tokens) * view_.shape.top_k * row_bytes); }
   Status receive(Turn& t);
   Status sum(Turn& t);
+  Status recorded(RecordedOp op, uint64_t epoch, Status (Decode::*phase)(Turn&));
   void stage_rows(const Turn& t, const char* rows);
 
   DecodeView view_;
   Reach reach_;
   uint64_t epoch_ = 0;
   Turn turns_[2];
+  std::shared_ptr<Recording> recording_;
   uint64_t stream_threshold_ = 7u << 20;
 };
 

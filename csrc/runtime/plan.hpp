@@ -24,6 +24,7 @@ class Plan {
   std::vector<int32_t> base;
   std::vector<int32_t> first;
   const void* owner = nullptr;          // the Buffer it belongs to
+  int64_t recorded = -1;                // its number in the Buffer's recording
 
  private:
   std::unique_ptr<char[]> memory_;

@@ -1,5 +1,5 @@
 # The C++ runtime as Cython sees it: declarations only.
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from libc.stdint cimport int16_t, int32_t, int64_t, uint32_t, uint64_t
 from libcpp cimport bool
 from libcpp.memory cimport shared_ptr, unique_ptr
 from libcpp.string cimport string
@@ -190,6 +190,21 @@ cdef extern from "fabric/fault.hpp" namespace "moecomm" nogil:
         Phase phase
         int64_t passes
 
+cdef extern from "runtime/recording.hpp" namespace "moecomm" nogil:
+    cdef struct RecordedCall:
+        pass
+
+    cdef cppclass RecordingSegment "moecomm::Recording::Segment":
+        vector[RecordedCall] calls
+        vector[int16_t] ids16
+        vector[int32_t] ids32
+        vector[float] weights
+        vector[RoleSpan] spans
+
+    cdef cppclass Recording:
+        Recording(int top_k, int num_experts)
+        uint64_t bytes()
+
 cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
     cdef cppclass DispatchCall:
         const char* x
@@ -229,7 +244,8 @@ cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
         Counters take_counters()
         void trace(bool)
         vector[RoleSpan] take_timeline() except +
-        uint64_t timeline_size()
+        void record(shared_ptr[Recording])
+        RecordingSegment take(Recording&) except +
         void set_stream_threshold(uint64_t)
         bool rail_is_mapped()
         void set_fault(Fault)
@@ -270,6 +286,7 @@ cdef extern from "runtime/decode.hpp" namespace "moecomm" nogil:
         Status combine_receive(uint64_t epoch)
         uint64_t epoch()
         int stage(uint64_t epoch)
+        void record(shared_ptr[Recording])
         bool weighted(uint64_t epoch)
         char* x(int parity)
         char* scales(int parity)

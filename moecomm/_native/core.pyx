@@ -16,7 +16,7 @@ from moecomm._native cimport capi
 
 # By the numbers of capi.Code and capi.Phase.
 _CODES = ("ok", "invalid", "timeout", "lost", "capacity", "mismatch", "corrupt", "interrupted")
-_PHASES = ("none", "announce", "counts", "send", "forward", "arrive", "publish", "reduce", "sum", "done", "flush")
+PHASES = ("none", "announce", "counts", "send", "forward", "arrive", "publish", "reduce", "sum", "done", "flush")
 
 # By the numbers of capi.FaultPoint and capi.FaultAction.
 _POINTS = ("none", "put", "copy", "reduce", "wait")
@@ -58,7 +58,7 @@ cdef Failure _failure(const capi.Status& s):
         _raise_what_is_set()
     cdef Failure f = Failure.__new__(Failure)
     f.code = _CODES[<int>s.code]
-    f.phase = _PHASES[<int>s.phase]
+    f.phase = PHASES[<int>s.phase]
     f.peer = s.peer
     f.detail = s.detail
     f.expected = s.expected
@@ -118,7 +118,7 @@ cdef class Communicator:
         """A Failure of the cuda world: one that is final ends this communicator."""
         cdef capi.Status s
         s.code = <capi.Code><int>_CODES.index(failure.code)
-        s.phase = <capi.Phase><int>_PHASES.index(failure.phase)
+        s.phase = <capi.Phase><int>PHASES.index(failure.phase)
         s.peer, s.detail, s.expected, s.got, s.reporter = failure[2:]
         if capi.is_final(s):
             self.c.get().mark_broken(s)
@@ -174,6 +174,7 @@ cdef class Plan:
 
 include "choice.pxi"
 include "tensors.pxi"
+include "recording.pxi"
 include "results.pxi"
 
 
@@ -181,7 +182,7 @@ cdef capi.Fault _fault(str point, str action, int64_t passes, str phase):
     cdef capi.Fault fault
     fault.point = <capi.FaultPoint><int>_POINTS.index(point)
     fault.action = <capi.FaultAction><int>_ACTIONS.index(action)
-    fault.phase = <capi.Phase><int>_PHASES.index(phase)
+    fault.phase = <capi.Phase><int>PHASES.index(phase)
     fault.passes = passes
     return fault
 
@@ -385,16 +386,29 @@ cdef class Buffer:
         with nogil:
             self.b.get().trace(on)
 
-    def timeline_size(self):
-        """How many spans there are since the last take_timeline()."""
-        return self.b.get().timeline_size()
+    def record(self, Recording recording):
+        """Keep a recording of the calls and their roles from here on; None: no more."""
+        cdef shared_ptr[capi.Recording] r
+        if recording is not None:
+            r = recording.r
+        with nogil:
+            self.b.get().record(r)
+
+    def take(self, Recording recording):
+        """What has been recorded since, as bytes: calls (C++ RecordedCall), picks, weights, spans of roles (C++ RoleSpan)."""
+        cdef capi.RecordingSegment s
+        with nogil:
+            s = self.b.get().take(recording.r.get()[0])
+        cdef bytes ids = _bytes_of(s.ids32.data(), 4 * s.ids32.size()) if s.ids32.size() else _bytes_of(s.ids16.data(), 2 * s.ids16.size())
+        return (_bytes_of(s.calls.data(), sizeof(capi.RecordedCall) * s.calls.size()), ids, _bytes_of(s.weights.data(), 4 * s.weights.size()),
+                _bytes_of(s.spans.data(), sizeof(capi.RoleSpan) * s.spans.size()))
 
     def take_timeline(self):
         """[(role, begin, end)] since the last call; seconds of time.perf_counter()."""
         cdef vector[capi.RoleSpan] spans
         with nogil:
             spans = self.b.get().take_timeline()
-        return [(_PHASES[<int>s.role] if <int>s.role else "plan", s.begin * 1e-9, s.end * 1e-9) for s in spans]
+        return [(PHASES[<int>s.role] if <int>s.role else "plan", s.begin * 1e-9, s.end * 1e-9) for s in spans]
 
     def rail_is_mapped(self):
         """Whether UCX mapped the rail peers' memory (nodes on one host): puts are stores then."""

@@ -218,6 +218,12 @@ cdef class Decode:
         self.current[handle.epoch & 1] = handle
         return out, handle.receive_combine
 
+    def record(self, Recording recording not None):
+        """Recorded there from here on."""
+        cdef shared_ptr[capi.Recording] r = recording.r
+        with nogil:
+            self.d.get().record(r)
+
     def stage(self, uint64_t epoch):
         """0 its places are used by a later epoch, 1 sent, 2 received, 3 answered, 4 done."""
         return self.d.get().stage(epoch)
