@@ -96,7 +96,9 @@ struct Rank {
 
   cuda::DeviceDecode decode;
   emulated::Stream stream;
-  float x[kTokens * kHidden], y[kTokens * kHidden], weights[4] = {0.5f, 0.25f, 0.5f, 0.25f};
+  alignas(16) float x[kTokens * kHidden];   // as any tensor is
+  alignas(16) float y[kTokens * kHidden];
+  float weights[4] = {0.5f, 0.25f, 0.5f, 0.25f};
   int64_t ids[4] = {0, 3, 2, 1};
 };
 
