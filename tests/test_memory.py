@@ -1,6 +1,7 @@
 """The arena: tensors hold their piece of the window, garbage collection gives it back, a full arena says so."""
 
 import gc
+import os
 
 import numpy as np
 import pytest
@@ -141,3 +142,41 @@ def test_cupy_goes_in_through_dlpack():
             buf.dispatch(cupy.asarray(x.float().numpy()), ids)   # the cpu world takes no device memory, and says so
 
     moecomm.run_local(main, 1)
+
+
+def test_a_thousand_steps_leave_nothing_behind():
+    """All kinds of calls on two buffers in turn, then worlds and buffers that come and go: no descriptor, no mapping, no piece of an arena is left."""
+    def held():
+        gc.collect()
+        with open("/proc/self/maps") as maps:
+            return len(os.listdir("/proc/self/fd")), sum("memfd:moecomm" in line for line in maps)
+
+    x, ids = torch.randn(16, 64).bfloat16(), torch.rand(16, 8).argsort(1)[:, :2].contiguous()
+
+    def main(comm, steps):
+        bufs = [moecomm.Buffer(comm, hidden=64, num_experts=8, top_k=2, max_tokens=16, decode=True) for _ in range(2)]
+        for step in range(steps):
+            buf = bufs[step % 2]
+            out = buf.dispatch(x, ids)
+            buf.combine(out.x, out.handle)
+            if step % 5 == 0:
+                buf.dispatch(x, ids, async_op=True).wait()
+            received, _ = buf.decode_dispatch(x, ids, return_hook=False)
+            buf.decode_combine(received.handle.rows, ids, None, received.handle, return_hook=False)
+            del out, received
+        assert all(buf._native.arena()[:2] == (0, 0) for buf in bufs)
+        comm.barrier()
+
+    moecomm.run_local(lambda comm: main(comm, 2), 2, ranks_per_node=1)
+    before = held()
+    moecomm.run_local(lambda comm: main(comm, 1000), 2, ranks_per_node=1)
+    for _ in range(10):
+        moecomm.run_local(lambda comm: main(comm, 1), 2, ranks_per_node=1)
+    comm = moecomm.Communicator()
+    for number in range(20):   # closed, or just dropped
+        buf = moecomm.Buffer(comm, hidden=64, num_experts=8, top_k=2, max_tokens=16)
+        if number % 2:
+            buf.close()
+        del buf
+    comm.close()
+    assert held() == before

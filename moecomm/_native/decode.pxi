@@ -46,8 +46,9 @@ cdef class DecodeHandle:
 
 
 cdef class Area:
-    """Memory of a Decode that tensors are views of; keeps it mapped."""
-    cdef Decode owner
+    """Memory of a Decode that tensors are views of; keeps it mapped. Not the Python object, which holds these tensors: a cycle through a
+    tensor's memory is none that the garbage collector sees."""
+    cdef shared_ptr[capi.Decode] owner
     cdef char* data
     cdef int64_t size
 
@@ -85,7 +86,7 @@ cdef class Decode:
         cdef Area area = Area.__new__(Area)
         cdef capi.Decode* d = self.d.get()
         cdef int64_t rows = d.packed_rows()
-        area.owner = self
+        area.owner = self.d
         if name == "x":
             area.data, area.size = d.x(parity), rows * self.shape.combine_row_bytes()
         elif name == "scales":
