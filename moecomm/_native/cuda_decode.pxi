@@ -2,8 +2,8 @@
 
 
 cdef class DecodeArea:
-    """Memory of a Decode that tensors are views of; keeps it allocated."""
-    cdef Decode owner
+    """Memory of a Decode that tensors are views of; keeps it allocated. Not the Python object, as in the cpu world."""
+    cdef shared_ptr[cudaapi.DeviceDecode] owner
     cdef char* data
     cdef int64_t size
 
@@ -45,7 +45,7 @@ cdef class Decode:
         cdef DecodeArea area = DecodeArea.__new__(DecodeArea)
         cdef cudaapi.DeviceDecode* d = self.d.get()
         cdef int64_t rows = d.view().packed_rows()
-        area.owner = self
+        area.owner = self.d
         if name == "x":
             area.data, area.size = d.x(bank), rows * self.shape.combine_row_bytes()
         elif name == "scales":
