@@ -1,6 +1,7 @@
 """The planner: questions from names, predictions that follow the bytes, reports that hold what they say."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,3 +101,17 @@ def test_sweeps_repeat_the_question_itself():
     q = ask("deepseek-v2-lite", "h100", 8, 4)
     plan = make_plan(q, sweeps=("tokens", "ranks"))
     assert dict(plan.sweeps["tokens"])[4] == plan.prediction == dict(plan.sweeps["ranks"])[8]
+
+
+@pytest.mark.parametrize("ranks,tokens", [(320, 128), (32, 4096)], ids=["decode", "prefill"])
+def test_the_docs_say_what_the_planner_says(ranks, tokens):
+    """docs/planning.md: its tables, and the bytes that leave a rank."""
+    p = predict(ask("deepseek-v3", "h800", ranks, tokens))
+    text = " ".join((Path(__file__).parents[1] / "docs/planning.md").read_text().split())
+    if ranks == 320:
+        said = [f"| dispatch | {p.dispatch_us:.0f} us | {p.dispatch_slowest_us:.0f} us |", f"| combine | {p.combine_us:.0f} us | {p.combine_slowest_us:.0f} us |",
+                f"{p.rail_bytes / 1e6:.1f} MB leave a rank per step; its NIC is busy {p.hottest_share:.0%} of the time"]
+    else:
+        said = [f"| slowest rank | {p.dispatch_slowest_us / 1e3:.2f} ms | {p.combine_slowest_us / 1e3:.2f} ms |",
+                f"busy {p.hottest_share:.0%} of the step: {p.rail_bytes / 1e6:.0f} MB leave a rank over it, {p.node_bytes / 1e6:.0f} MB over NVLink"]
+    assert [line for line in said if line not in text] == []
