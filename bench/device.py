@@ -281,26 +281,18 @@ def replay(comm, run, iterations, origin, outputs):
             as_bits(out).fill_(-1 if out.element_size() > 1 else 255)
     torch.cuda.current_stream().synchronize()
     comm.barrier()
+    return result, replays(graph, iterations, origin)
+
+
+def replays(graph, iterations, origin):
+    """(start ms, end ms) of so many, after the event `origin`."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(iterations):
         graph.replay()
     end.record()
     end.synchronize()
-    return result, (origin.elapsed_time(begin), origin.elapsed_time(end))
-
-
-def permute_baseline(shape):
-    """What a user would pick instead on one GPU: index_select by expert and a weighted sum back, of one rank's tokens."""
-    world = World(shape, 1, "cuda")
-    flat, index = world.x.flatten(0, 1), world.order // shape.top_k
-    out = torch.empty((len(index), shape.hidden), dtype=flat.dtype, device="cuda")
-    inverse = torch.argsort(world.order)
-    permute = timed(lambda: torch.index_select(flat, 0, index, out=out), 20)
-    weights = world.weights.flatten()[world.order][:, None]
-    unpermute = timed(lambda: (out * weights).index_select(0, inverse).view(-1, shape.top_k, shape.hidden).float().sum(1).bfloat16(), 20)
-    moved = (len(flat) + len(index)) * 2 * shape.hidden
-    return {"permute_us": 1e6 * permute, "permute_gbs": moved / permute / 1e9, "unpermute_us": 1e6 * unpermute, "unpermute_gbs": moved / unpermute / 1e9}
+    return origin.elapsed_time(begin), origin.elapsed_time(end)
 
 
 def gemm_overlap(args, shape, sms=(16, 40), rounds=6):

@@ -19,11 +19,11 @@ import torch
 
 from moecomm import cuda
 
-from . import device_decode
-from .device import SMALL, SMS, Shape, check_small_worlds, copy_ceiling, gemm_overlap, measure, permute_baseline
+from . import device_decode, device_torch
+from .device import SMALL, SMS, Shape, check_small_worlds, copy_ceiling, gemm_overlap, measure
 
 OWN_CODE = Path(__file__).resolve().parent.parent
-SECTIONS = {"check": 90, "base": 45, "1x8": 90, "2x4": 90, "4x2": 90, "decode": 120, "overlap": 60, "sanitizer": 180}   # seconds that each may take
+SECTIONS = {"check": 90, "base": 45, "1x8": 90, "2x4": 90, "4x2": 90, "decode": 120, "torch": 60, "overlap": 60, "sanitizer": 180}   # seconds that each may take
 
 
 def arguments(parser):
@@ -104,11 +104,12 @@ def run_section(args, part):
     elif args.only == "base":
         keep(gpu=torch.cuda.get_device_name(), torch=torch.__version__, cuda=torch.version.cuda, shape=asdict(shape), ceiling_gbs=copy_ceiling())
         print(f"{found['gpu']}: a device-to-device copy moves {found['ceiling_gbs']:.0f} GB/s, read plus written")
-        keep(baseline=permute_baseline(shape))
     elif args.only == "decode":
         for row in device_decode.measure(args, args.ceiling):
             keep(decode=row)
             print(f"decode step    {row['nodes']}x{row['ranks_per_node']:<4} {row['tokens']:4} tokens {row['us']:9.1f} us, floor {row['floor_us']:.1f} us, {row['wrong']} wrong")
+    elif args.only == "torch":
+        keep(torch_in_turns=device_torch.in_turns(args, shape))
     elif args.only == "overlap":
         keep(overlap=gemm_overlap(args, shape))
     elif args.only == "sanitizer":
@@ -157,9 +158,8 @@ def markdown(report):
     lines += [f"| {r['call']} | {r['nodes']}x{r['ranks_per_node']} | {r['sms']} | {r['us']:.1f} | {r['gbs']:.0f} | {r['fraction']:.0%} | {r['wrong']} |"
               for r in report["rows"]]
     lines += ["", *device_decode.markdown(report["decode"]), ""]
-    if b := report.get("baseline"):
-        lines += [f"torch alone, one rank's tokens: index_select {b['permute_us']:.0f} us ({b['permute_gbs']:.0f} GB/s), weighted sum back "
-                  f"{b['unpermute_us']:.0f} us ({b['unpermute_gbs']:.0f} GB/s)."]
+    lines += [f"torch in turns with this library, 1x8, 128 SMs, {call}: {t['torch_us']:.0f} us against {t['us']:.0f}, {t['ratio']:.2f} times as long."
+              for call, t in report.get("torch_in_turns", {}).items()]
     if report.get("overlap"):
         lines += ["A GEMM beside dispatch and combine takes " + ", ".join(f"{v:.2f}x with {k} SMs" for k, v in report["overlap"].items()) + " of its time alone."]
     lines += [f"Small worlds that equal the oracle: {report.get('checked', 'not checked')}. compute-sanitizer: {report.get('sanitizer') or 'not run'}."]

@@ -13,7 +13,7 @@ from emulated_gpu import NO_GPU, gpu, real_gpu  # noqa: F401 - a fixture
 from worlds import assert_same
 
 import moecomm
-from bench import device, device_decode, device_run, tune
+from bench import device, device_decode, device_run, device_torch, tune
 from moecomm import reference, tuning
 
 SHAPE = device.Shape(tokens=29, hidden=16, experts=32, top_k=4, groups=8, top_groups=4)
@@ -40,6 +40,17 @@ def test_world_equals_the_oracle(nodes, per_node):
     assert world.nodes_per_token(nodes) == crossings
     picks, tokens = size * SHAPE.tokens * SHAPE.top_k, size * SHAPE.tokens
     assert device.must_move(world, nodes, "combine bf16") == 32 * (tokens + 2 * crossings + picks)
+
+
+def test_what_torch_does_in_turns_is_the_same_work():
+    """Its rows are those that the ranks receive, one after another; its sums are combine's but for the order of terms."""
+    world = device.World(SHAPE, 4, "cpu")
+    permuter = device_torch.Permuter(world)
+    rows = permuter.dispatch()
+    assert_same(rows, torch.cat([world.x.flatten(0, 1)[world.sources(rank)] for rank in range(4)]), "rows")
+    rows *= world.owner[:, None] + 1
+    expected = torch.cat([world.combined(rank, lambda owner: owner + 1, 1) for rank in range(4)])
+    torch.testing.assert_close(permuter.combine().float(), expected.float(), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("nodes,per_node", [(1, 4), (2, 2)])
@@ -97,7 +108,8 @@ def test_a_failed_section_leaves_the_others_rows(monkeypatch, tmp_path):
 
     def section(command, cwd, timeout):
         name = command[command.index("--only") + 1]
-        wrote = {"base": {"gpu": "a GPU", "torch": "2", "shape": vars(device.Shape()), "ceiling_gbs": 4000.0}, "1x8": {"rows": [row]}, "2x4": {"rows": [row]}}
+        wrote = {"base": {"gpu": "a GPU", "torch": "2", "shape": vars(device.Shape()), "ceiling_gbs": 4000.0}, "1x8": {"rows": [row]}, "2x4": {"rows": [row]},
+                 "torch": {"torch_in_turns": {"combine": {"us": 10.0, "torch_us": 25.0, "ratio": 2.5}}}}
         if name in wrote:
             (tmp_path / f"device.{name}.json").write_text(json.dumps(wrote[name]))
         if name == "decode":
@@ -112,6 +124,7 @@ def test_a_failed_section_leaves_the_others_rows(monkeypatch, tmp_path):
     assert report["rows"] == [row, row] and report["failures"] == {"2x4": "exit status 1", "decode": "not done in 120 s"}
     said = (tmp_path / "device.md").read_text()
     assert "Section 2x4: exit status 1." in said and "| dispatch bf16 | 1x8 | 16 | 10.0 | 2000 | 50% | 0 |" in said and "4000 GB/s" in said
+    assert "combine: 25 us against 10, 2.50 times as long" in said
     assert not list(tmp_path.glob("device.*x*.json"))
     args.minutes = 0
     assert device_run.run_all(args, tmp_path) == 1
@@ -146,7 +159,7 @@ def test_one_call_measures_everything_in_less_than_eight_minutes(tmp_path, monke
     parser = ArgumentParser()
     device_run.arguments(parser)
     args = parser.parse_args(["--out", str(tmp_path)])
-    assert args.minutes < 8 and set(device_run.SECTIONS) == {"check", "base", "1x8", "2x4", "4x2", "decode", "overlap", "sanitizer"}
+    assert args.minutes < 8 and set(device_run.SECTIONS) == {"check", "base", "1x8", "2x4", "4x2", "decode", "torch", "overlap", "sanitizer"}
     asked = []
 
     def measure(args, shape, nodes, per_node, sms, ceiling):

@@ -7,7 +7,7 @@
 namespace moecomm::cuda {
 
 // What waits inside a rank waits that much longer than what waits for a peer: the record of a missed deadline is to name the peer.
-constexpr uint64_t kGrace = 100'000'000;   // ns
+constexpr uint64_t kGrace = 1'000'000'000;   // ns; costs nothing: as soon as the record is there, everything else ends
 
 // Gates are counters in this rank's device memory, released and acquired at GPU scope.
 template <class Fabric>

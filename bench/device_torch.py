@@ -1,0 +1,80 @@
+"""What a user would pick instead on the same GPU, in turns with this library: the permute and unpermute of an all-to-all dispatcher.
+
+Both move all ranks' tokens in one go. Torch sorts the rows by expert, copies them once as an all-to-all would (the second
+sort at the receivers is spared), copies them back and sums them with their weights.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+
+import moecomm
+
+from .device import World, arena_bytes, captured, replays, timed
+
+CALLS = ("dispatch", "combine")
+
+
+class Permuter:
+    """All ranks' tokens of a World through torch; routing and buffers are prepared."""
+
+    def __init__(self, world):
+        s = world.shape
+        self._top_k, self._x = s.top_k, world.x.flatten(0, 1)
+        self._token, self._inverse = world.order // s.top_k, torch.argsort(world.order)
+        self._weights = world.weights.flatten()[world.order][:, None]
+        self._sent = torch.empty((len(world.order), s.hidden), dtype=self._x.dtype, device=self._x.device)
+        self._received = torch.empty_like(self._sent)
+
+    def dispatch(self):
+        """Rows by expert [tokens * top_k, hidden]."""
+        torch.index_select(self._x, 0, self._token, out=self._sent)
+        return self._received.copy_(self._sent)
+
+    def combine(self):
+        """The weighted sums of those rows [tokens, hidden]."""
+        self._sent.copy_(self._received)
+        rows = (self._sent * self._weights).index_select(0, self._inverse)
+        return rows.view(-1, self._top_k, rows.shape[1]).sum(1).to(self._x.dtype)
+
+
+def in_turns(args, shape, size=8, sms=128, rounds=5):
+    """{call: {"us", "torch_us", "ratio"}}: medians over rounds; a round's ratio is torch's time over ours."""
+    world = World(shape, size, args.device)
+    permuter = Permuter(world)
+    torch.cuda.synchronize()   # the ranks' streams do not wait for this one
+    origin = torch.cuda.Event(enable_timing=True)
+    origin.record()
+    origin.synchronize()
+    ranks = moecomm.run_local(lambda comm: _rank(comm, args, world, sms // size, origin, permuter, rounds), size, device=args.device)
+    found = {}
+    for call in CALLS:
+        ours = [1e3 * (max(r[call][i][1] for r in ranks) - min(r[call][i][0] for r in ranks)) / args.iterations for i in range(rounds)]
+        theirs = [1e6 * ranks[0][call][i][2] for i in range(rounds)]
+        found[call] = {"us": statistics.median(ours), "torch_us": statistics.median(theirs),
+                       "ratio": statistics.median(t / o for t, o in zip(theirs, ours, strict=True))}
+    return found
+
+
+def _rank(comm, args, world, sms, origin, permuter, rounds):
+    """One rank: {call: [(start ms, end ms, torch's seconds on rank 0)]}."""
+    s, rank, capacity = world.shape, comm.rank, max(world.counts)
+    buf = moecomm.Buffer(comm, hidden=s.hidden, num_experts=s.experts, top_k=s.top_k, max_tokens=s.tokens, num_sms=sms, arena_bytes=arena_bytes(capacity, s))
+    dispatch = lambda: buf.dispatch(world.x[rank], world.ids[rank], world.weights[rank], capacity=capacity)   # noqa: E731
+    out, y = dispatch(), torch.empty_like(world.x[rank])
+    combine = lambda: buf.combine(out.handle.rows, out.handle, topk_weights=out.topk_weights, out=y)   # noqa: E731
+    found = {call: [] for call in CALLS}
+    for call, run in zip(CALLS, (dispatch, combine), strict=True):
+        run()
+        graph, kept = captured(comm, run)   # kept: what the graph writes to
+        for _ in range(rounds):
+            comm.barrier()
+            span = replays(graph, args.iterations, origin)
+            comm.barrier()   # torch has the GPU for itself
+            found[call].append((*span, timed(getattr(permuter, call), 3) if rank == 0 else None))
+        del graph, kept
+        comm.barrier()
+    buf.close()
+    return found
