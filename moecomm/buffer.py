@@ -117,7 +117,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             self._beside = Buffer(comm._on_host(), hidden=8, num_experts=placement.num_experts, top_k=top_k, max_tokens=max_tokens, arena_bytes=1 << 16,
                                   placement=placement, replicas=replicas, activate=activate)
         self._chooser = self._beside._native if self._beside else self._native
-        self._closed = False
+        self._closed = self._traced = False
         self._decode = None
         if decode:
             self._decode = Decode(self)

@@ -191,10 +191,6 @@ class NativeBuffer:
     def trace(self, on):
         """Kernels keep no timeline of their roles."""
 
-    def timeline_size(self):
-        """As the cpu world's."""
-        return 0
-
     def take_timeline(self):
         """As the cpu world's."""
         return []

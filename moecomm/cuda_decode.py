@@ -56,6 +56,13 @@ class NativeDecode:
     def connected(self):
         """Nothing is left to do."""
 
+    def trace(self, on):
+        """Kernels keep no timeline of their roles."""
+
+    def take_timeline(self):
+        """As the cpu world's."""
+        return []
+
     @property
     def scale_area(self):
         """Bytes from one expert's scales to the next one's."""

@@ -152,6 +152,7 @@ class Decode:
             comm._bootstrap.keep(self.native)
         if buffer._recorder is not None and buffer._noter is None:
             buffer._recorder.record_decode(self.native)
+        self.native.trace(buffer._traced)
         self._make_tensors(buffer.experts_per_rank, comm.size * buffer.max_tokens)
 
     def _make_native(self):

@@ -158,7 +158,7 @@ class Trace:
     Parameters
     ----------
     *buffers : Buffer
-        Their roles (announce, send, forward, ...) are recorded.
+        Their roles (announce, send, forward, decode pack, ...) are recorded.
 
     Raises
     ------
@@ -173,18 +173,19 @@ class Trace:
         for buffer in self._buffers:
             if buffer._recorder is not None:
                 raise InvalidArgument("Trace: a buffer records its calls and their roles already; expected one without record=", op="Trace")
-            buffer._native.trace(True)
+            _trace(buffer, True)
         return self
 
     def __exit__(self, *exc):
         self._collect()
         for buffer in self._buffers:
-            buffer._native.trace(False)
+            _trace(buffer, False)
 
     def _collect(self):
         for buffer in self._buffers:
-            for role, begin, end in buffer._native.take_timeline():
-                self.add("roles", role, begin, end)
+            for native in _natives(buffer):
+                for role, begin, end in native.take_timeline():
+                    self.add("roles", role, begin, end)
 
     def add(self, track, name, begin, end):
         """Take a span: begin and end in seconds of time.perf_counter()."""
@@ -222,6 +223,16 @@ class Trace:
                 events.append({"ph": "X", "pid": rank, "tid": tid, "name": name, "cat": track, "ts": begin * 1e6, "dur": (end - begin) * 1e6})
         with open(path, "w") as file:
             json.dump({"traceEvents": events, "displayTimeUnit": "ms"}, file)
+
+
+def _natives(buffer):
+    return [buffer._native] if buffer._decode is None else [buffer._native, buffer._decode.native]
+
+
+def _trace(buffer, on):
+    buffer._traced = on   # a decode path that is made later asks
+    for native in _natives(buffer):
+        native.trace(on)
 
 
 @contextlib.contextmanager

@@ -132,7 +132,7 @@ class NativeCalls:
         wired = np.isin(rows["op"], ("combine", "decode_combine"))
         rows["coding"] = np.where(wired, np.array([w or "" for w in WIRES])[native["coding"]], np.array([q or "" for q in QUANTS])[native["coding"]])
         rows["phases"] = np.diff(native["spans"].astype(np.int64), prepend=0)
-        phases["role"] = np.array(("plan", *core.PHASES[1:]))[timeline["role"]]
+        phases["role"] = np.array(core.ROLES)[timeline["role"]]
         phases["begin"], phases["end"] = timeline["begin"] * 1e-9, timeline["end"] * 1e-9
         return rows, phases, np.frombuffer(ids, self._ids).reshape(-1, self._top_k), np.frombuffer(weights, np.float32).reshape(-1, self._top_k)
 

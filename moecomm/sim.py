@@ -43,7 +43,7 @@ class Hardware:
     rail_rate: float = 50.0
     rail_latency: float = 2500.0
     rail_message: float = 5.0
-    sm_read: float = 200.0
+    sm_read: float = 200.0   # what DeepEP V2 plans its multiprocessors with, as the next one; the others are assumed, see tables/clusters
     sm_write: float = 50.0
     put: float = 50.0
     poll: float = 200.0

@@ -10,9 +10,9 @@ import contextlib
 import json
 from dataclasses import dataclass
 
-# Tracks from top to bottom, in the order in which a token meets the roles.
-ROLES = ("plan", "announce", "counts", "send", "forward", "arrive", "publish", "reduce", "sum", "done", "list", "decode send", "decode announce",
-         "decode accept", "decode pack", "decode answer", "decode wait", "decode sum")
+from ._native import core
+
+ROLES = core.ROLES   # tracks from top to bottom
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def arguments(parser):
     parser.add_argument("--ranks-per-node", type=int, default=8)
     parser.add_argument("--model", default="deepseek_v3", help="a shape of moecomm.presets")
     parser.add_argument("--tokens", type=int, default=64, help="per rank")
-    parser.add_argument("--decode", action="store_true", help="sim world: the decode path")
+    parser.add_argument("--decode", action="store_true", help="the decode path")
 
 
 def main(args):
@@ -105,8 +105,13 @@ def main(args):
         def run(comm):
             buf = Buffer(comm, **shape)
             with overlap.Trace(buf) as trace:
-                out = buf.dispatch(torch.randn((args.tokens, model.hidden)).to(torch.bfloat16), ids[comm.rank])
-                buf.combine(out.handle.rows, out.handle)
+                x = torch.randn((args.tokens, model.hidden)).to(torch.bfloat16)
+                if args.decode:
+                    received, _ = buf.decode_dispatch(x, ids[comm.rank], return_hook=False)
+                    buf.decode_combine(received.handle.rows, ids[comm.rank], None, received.handle, return_hook=False)
+                else:
+                    out = buf.dispatch(x, ids[comm.rank])
+                    buf.combine(out.handle.rows, out.handle)
                 return spans_of_buffers(trace, comm.rank)
 
         spans = [s for one in local.run_local(run, args.ranks, ranks_per_node=args.ranks_per_node) for s in one]

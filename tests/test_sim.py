@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -202,24 +203,41 @@ def test_exploration_finds(name, flaw, phase, decode):
         assert "waits for rank" in text, text
 
 
-def test_timelines_have_the_same_roles(tmp_path):
+@pytest.mark.parametrize("decode", [False, True])
+def test_timelines_have_the_same_roles(tmp_path, decode):
     """One track per role and rank in both worlds, under the same names; spans of a track nest or follow each other."""
     size, per_node = 4, 2
     world = random_world(size, 12, 64, 4 * size, 4, seed=2)
     xs, ids, _ = world
-    c = cluster_of(world, size, per_node)
+    c = cluster_of(world, size, per_node, decode=decode)
     with trace.recording(c):
-        c.step(ids)
+        (c.decode_step if decode else c.step)(ids)
         simulated = trace.spans_of_cluster(c)
 
     def run(comm):
         buf = moecomm.Buffer(comm, hidden=64, num_experts=4 * size, top_k=4, max_tokens=12)
+        x, own_ids = xs[comm.rank], ids[comm.rank]
+
+        def call():
+            if decode:
+                received, hook = buf.decode_dispatch(x, own_ids)
+                hook()
+                buf.decode_combine(received.handle.rows, own_ids, None, received.handle, return_hook=False)
+            else:
+                out = buf.dispatch(x, own_ids)
+                buf.combine(out.handle.rows, out.handle)
+
         with Trace(buf) as recorded:
-            out = buf.dispatch(xs[comm.rank], ids[comm.rank])
-            buf.combine(out.handle.rows, out.handle)
-            return trace.spans_of_buffers(recorded, comm.rank)
+            call()   # makes the decode path
+            call()
+            began = time.perf_counter()
+        spans = trace.spans_of_buffers(recorded, comm.rank)
+        call()
+        assert trace.spans_of_buffers(recorded, comm.rank) == spans and max(s.end for s in spans) <= 1e6 * began, "tracing has ended"
+        return spans
 
     real = [s for spans in moecomm.run_local(run, size, ranks_per_node=per_node) for s in spans]
+    assert {s.role for s in real} <= set(trace.ROLES) and ("decode pack" in {s.role for s in real}) == decode
     for rank in range(size):
         assert {s.role for s in simulated if s.rank == rank} == {s.role for s in real if s.rank == rank}
     for name, spans in (("sim", simulated), ("cpu", real)):

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "base/counters.hpp"
+#include "base/roles.hpp"
 #include "fabric/fault.hpp"
 #include "fabric/futex.hpp"
 #include "fabric/rows.hpp"
@@ -13,7 +14,7 @@ namespace moecomm {
 
 // When a role ran: nanoseconds of the steady clock.
 struct RoleSpan {
-  Phase role;
+  RoleKind role;
   int64_t begin, end;
 };
 

@@ -268,8 +268,7 @@ Counters Buffer::take_counters() {
 
 void Buffer::trace(bool on) {
   std::lock_guard lock(comm_->calls());
-  timeline_.clear();
-  reach_.host().timeline = on ? &timeline_ : nullptr;
+  reach_.trace(on);
 }
 
 void Buffer::record(std::shared_ptr<Recording> recording) {
@@ -285,7 +284,7 @@ Recording::Segment Buffer::take(Recording& recording) {
 
 std::vector<RoleSpan> Buffer::take_timeline() {
   std::lock_guard lock(comm_->calls());
-  return std::exchange(timeline_, {});
+  return reach_.take_timeline();
 }
 
 }  // namespace moecomm

@@ -59,7 +59,6 @@ class Buffer {
   std::vector<uint64_t> book_counts_;
   std::vector<int32_t> asked_;   // DispatchArgs::asked
   int32_t turn_ = 0;             // batches whose replicas this rank has chosen by itself
-  std::vector<RoleSpan> timeline_;
   std::shared_ptr<Recording> recording_;
   uint64_t stream_threshold_ = 7u << 20;
 };

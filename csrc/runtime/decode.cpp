@@ -67,7 +67,9 @@ Status Decode::dispatch(const DecodeDispatchCall& call) {
   a.scales = call.scales;
   a.weights = call.weights;
   reach_.begin(false);   // staged rows are read by others next: they stay in the caches
-  MOE_TRY(reach_.run(false, [&](auto) { return decode_list(Lane{}, a, 0, t.tokens, t.sent); }));
+  MOE_TRY(reach_.run(false, [&](auto fabric) {
+    return timed(Lane{}, fabric, RoleKind::list, [&] { return decode_list(Lane{}, a, 0, t.tokens, t.sent); });
+  }));
   MOE_TRY(reach_.run(false, [&](auto fabric) { return run_decode_send(Lane{}, fabric, a); }));
   ++reach_.host().counters.calls;
   ++epoch_;
@@ -163,6 +165,16 @@ Status Decode::recorded(RecordedOp op, uint64_t epoch, Status (Decode::*phase)(T
     span.end();
   }
   return s;
+}
+
+void Decode::trace(bool on) {
+  std::lock_guard lock(reach_.comm().calls());
+  reach_.trace(on);
+}
+
+std::vector<RoleSpan> Decode::take_timeline() {
+  std::lock_guard lock(reach_.comm().calls());
+  return reach_.take_timeline();
 }
 
 void Decode::record(std::shared_ptr<Recording> recording) {

@@ -52,6 +52,8 @@ class Decode {
 
   Counters counters();                         // since the last take_counters
   Counters take_counters();                    // and reset
+  void trace(bool on);                         // keep a timeline of roles, or drop it
+  std::vector<RoleSpan> take_timeline();
   void record(std::shared_ptr<Recording> recording);   // the Buffer's; null: none
   void set_stream_threshold(uint64_t bytes) { stream_threshold_ = bytes; }
   void set_fault(Fault fault) { reach_.host().fault = std::move(fault); }   // tests only: see fabric/fault.hpp

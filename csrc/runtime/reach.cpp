@@ -103,6 +103,11 @@ bool Reach::rail_is_mapped() const {
   return false;
 }
 
+void Reach::trace(bool on) {
+  timeline_.clear();
+  host_.timeline = on ? &timeline_ : nullptr;
+}
+
 void Reach::begin(bool stream) {
   host_.stream = stream;
   host_.deadline = std::chrono::steady_clock::now() +

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fabric/host.hpp"
@@ -44,6 +45,9 @@ class Reach {
   Communicator& comm() const { return *comm_; }
   HostState& host() { return host_; }
 
+  void trace(bool on);   // keep a timeline of roles, or drop it
+  std::vector<RoleSpan> take_timeline() { return std::exchange(timeline_, {}); }
+
   // stream: the call moves more than the caches hold.
   void begin(bool stream);
   // Runs call(fabric). drain: also waits until the sources of its puts may be overwritten. A failure that
@@ -73,6 +77,7 @@ class Reach {
   std::shared_ptr<Memory> own_rail_;                 // loopback; under UCX the region owns its memory
   std::unique_ptr<UcxRegion> region_;
   HostState host_;
+  std::vector<RoleSpan> timeline_;
   LoopbackRail loopback_;
   UcxRail ucx_rail_;
 };

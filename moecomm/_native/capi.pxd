@@ -171,9 +171,13 @@ cdef extern from "runtime/plan.hpp" namespace "moecomm" nogil:
         PlanView view
         const void* owner
 
+cdef extern from "base/roles.hpp" namespace "moecomm" nogil:
+    cdef enum class RoleKind(int32_t):
+        pass
+
 cdef extern from "fabric/host.hpp" namespace "moecomm" nogil:
     cdef struct RoleSpan:
-        Phase role
+        RoleKind role
         int64_t begin
         int64_t end
 
@@ -286,6 +290,8 @@ cdef extern from "runtime/decode.hpp" namespace "moecomm" nogil:
         Status combine_receive(uint64_t epoch)
         uint64_t epoch()
         int stage(uint64_t epoch)
+        void trace(bool)
+        vector[RoleSpan] take_timeline() except +
         void record(shared_ptr[Recording])
         bool weighted(uint64_t epoch)
         char* x(int parity)

@@ -17,10 +17,17 @@ from moecomm._native cimport capi
 # By the numbers of capi.Code and capi.Phase.
 _CODES = ("ok", "invalid", "timeout", "lost", "capacity", "mismatch", "corrupt", "interrupted")
 PHASES = ("none", "announce", "counts", "send", "forward", "arrive", "publish", "reduce", "sum", "done", "flush")
+# By the numbers of capi.RoleKind, in the order in which a token meets them.
+ROLES = ("plan", "announce", "counts", "send", "forward", "arrive", "publish", "reduce", "sum", "done",
+         "list", "decode send", "decode announce", "decode accept", "decode pack", "decode answer", "decode wait", "decode sum")
 
 # By the numbers of capi.FaultPoint and capi.FaultAction.
 _POINTS = ("none", "put", "copy", "reduce", "wait")
 _ACTIONS = ("damage", "omit", "stop", "kill")
+
+
+cdef list _named(vector[capi.RoleSpan]& spans):
+    return [(ROLES[<int>s.role], s.begin * 1e-9, s.end * 1e-9) for s in spans]
 
 
 cdef class Failure:
@@ -408,7 +415,7 @@ cdef class Buffer:
         cdef vector[capi.RoleSpan] spans
         with nogil:
             spans = self.b.get().take_timeline()
-        return [(PHASES[<int>s.role] if <int>s.role else "plan", s.begin * 1e-9, s.end * 1e-9) for s in spans]
+        return _named(spans)
 
     def rail_is_mapped(self):
         """Whether UCX mapped the rail peers' memory (nodes on one host): puts are stores then."""

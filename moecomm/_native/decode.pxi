@@ -219,6 +219,18 @@ cdef class Decode:
         self.current[handle.epoch & 1] = handle
         return out, handle.receive_combine
 
+    def trace(self, bint on):
+        """Start a timeline of roles, or end it."""
+        with nogil:
+            self.d.get().trace(on)
+
+    def take_timeline(self):
+        """As Buffer.take_timeline()."""
+        cdef vector[capi.RoleSpan] spans
+        with nogil:
+            spans = self.d.get().take_timeline()
+        return _named(spans)
+
     def record(self, Recording recording not None):
         """Recorded there from here on."""
         cdef shared_ptr[capi.Recording] r = recording.r

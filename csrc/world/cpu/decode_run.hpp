@@ -4,6 +4,7 @@
 #include "protocol/decode_receive.hpp"
 #include "protocol/decode_send.hpp"
 #include "protocol/decode_sum.hpp"
+#include "world/cpu/timed.hpp"
 
 namespace moecomm {
 
@@ -18,8 +19,8 @@ int64_t* decode_clear_counts(G g, F f, const DecodeReceiveArgs& a) {
 
 template <Group G, class F>
 Status run_decode_send(G g, F f, const DecodeSendArgs& a) {
-  decode_send(g, f, a, 0, a.turn.tokens);
-  decode_announce(g, f, a);
+  timed(g, f, RoleKind::decode_send, [&] { decode_send(g, f, a, 0, a.turn.tokens); });
+  timed(g, f, RoleKind::decode_announce, [&] { decode_announce(g, f, a); });
   return {};
 }
 
@@ -30,12 +31,14 @@ Status run_decode_receive(G g, F f, const DecodeReceiveArgs& a) {
   int64_t* counts = decode_clear_counts(g, f, a);
   for (int source = 0; source < a.d.geometry.size; ++source) {
     int got = 0;
-    const Status s = decode_accept(g, f, a, source, got);
+    const Status s = timed(g, f, RoleKind::decode_accept, [&] { return decode_accept(g, f, a, source, got); });
     if (s.code == Code::mismatch) mismatch = s;
     else MOE_TRY(s);
     if (!mismatch.ok()) continue;
-    decode_number(g, f, a, source, 0, got, counts);
-    MOE_TRY(decode_pack(g, f, a, source, 0, got));
+    MOE_TRY(timed(g, f, RoleKind::decode_pack, [&] {
+      decode_number(g, f, a, source, 0, got, counts);
+      return decode_pack(g, f, a, source, 0, got);
+    }));
   }
   return mismatch;
 }
@@ -43,18 +46,20 @@ Status run_decode_receive(G g, F f, const DecodeReceiveArgs& a) {
 template <Group G, class F>
 Status run_decode_combine_send(G g, F f, const DecodeCombineArgs& a) {
   const int size = a.d.geometry.size;
-  for (int step = 1; step <= size; ++step) {
-    const int source = (a.d.geometry.rank + step) % size;
-    decode_answer(g, f, a, source, 0, a.turn.got[source]);
-    decode_reply(g, f, a, source);
-  }
+  timed(g, f, RoleKind::decode_answer, [&] {
+    for (int step = 1; step <= size; ++step) {
+      const int source = (a.d.geometry.rank + step) % size;
+      decode_answer(g, f, a, source, 0, a.turn.got[source]);
+      decode_reply(g, f, a, source);
+    }
+  });
   return {};
 }
 
 template <Group G, class F>
 Status run_decode_combine_receive(G g, F f, const DecodeCombineArgs& a) {
-  MOE_TRY(decode_wait_answers(g, f, a));
-  return decode_sum(g, f, a, 0, a.turn.tokens);
+  MOE_TRY(timed(g, f, RoleKind::decode_wait, [&] { return decode_wait_answers(g, f, a); }));
+  return timed(g, f, RoleKind::decode_sum, [&] { return decode_sum(g, f, a, 0, a.turn.tokens); });
 }
 
 }  // namespace moecomm

@@ -2,37 +2,18 @@
 // in an order in which nobody waits for something that comes later on another rank. Puts are
 // asynchronous and waits keep the network moving, so the hops still overlap.
 #pragma once
-#include <chrono>
-
 #include "protocol/combine.hpp"
 #include "protocol/dispatch.hpp"
 #include "protocol/plan.hpp"
+#include "world/cpu/timed.hpp"
 
 namespace moecomm {
-
-// One role of a call; where the fabric keeps a timeline, the role's span goes there.
-template <Group G, class F, class Work>
-auto timed(G g, F f, Phase role, Work work) {
-  if constexpr (requires { f.timeline(); }) {
-    if (g.lane() == 0 && f.timeline() != nullptr) {
-      struct Clock {
-        static int64_t now() { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1); }
-        decltype(f.timeline()) timeline;
-        Phase role;
-        int64_t begin = now();
-        ~Clock() { timeline->push_back({role, begin, now()}); }
-      } clock{f.timeline(), role};
-      return work();
-    }
-  }
-  return work();
-}
 
 namespace detail {
 
 template <Group G, class F>
 Status plan_rows(G g, F f, const DispatchArgs& a) {
-  return timed(g, f, Phase::none, [&] {
+  return timed(g, f, RoleKind::plan, [&] {
     MOE_TRY(sort_picks(g, a, 0, a.plan.tokens));
     count_picks(g, a);
     return Status{};
@@ -43,8 +24,8 @@ Status plan_rows(G g, F f, const DispatchArgs& a) {
 template <Group G, class F, class Tables>
 Status move_rows(G g, F f, const DispatchArgs& a, bool sends, Tables tables) {
   const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
-  for (int c = 0; c < channels && sends; ++c) timed(g, f, Phase::send, [&] { send(g, f, a, c); });
-  MOE_TRY(timed(g, f, Phase::counts, [&] {
+  for (int c = 0; c < channels && sends; ++c) timed(g, f, RoleKind::send, [&] { send(g, f, a, c); });
+  MOE_TRY(timed(g, f, RoleKind::counts, [&] {
     MOE_TRY(tables());
     MOE_TRY(place(g, f, a));
     judge(g, f, a);
@@ -53,8 +34,8 @@ Status move_rows(G g, F f, const DispatchArgs& a, bool sends, Tables tables) {
   // A node sends to the one behind it first, so its predecessor's rows are the first to come.
   for (int step = 0; step < nodes; ++step)
     for (int c = 0; c < channels; ++c)
-      MOE_TRY(timed(g, f, Phase::forward, [&] { return forward(g, f, a, (own + nodes - step) % nodes, c); }));
-  return timed(g, f, Phase::arrive, [&] {
+      MOE_TRY(timed(g, f, RoleKind::forward, [&] { return forward(g, f, a, (own + nodes - step) % nodes, c); }));
+  return timed(g, f, RoleKind::arrive, [&] {
     MOE_TRY(announce_arrival(g, f, a));
     return arrive(g, f, a, 0, 1);
   });
@@ -65,7 +46,7 @@ Status move_rows(G g, F f, const DispatchArgs& a, bool sends, Tables tables) {
 template <Group G, class F>
 Status run_dispatch(G g, F f, const DispatchArgs& a, Offer offer) {
   if (!a.cached) MOE_TRY(detail::plan_rows(g, f, a));
-  MOE_TRY(timed(g, f, Phase::announce, [&] {
+  MOE_TRY(timed(g, f, RoleKind::announce, [&] {
     announce(g, f, a);
     return relay(g, f, a, offer);
   }));
@@ -88,21 +69,21 @@ Status run_exchange(G g, F f, const DispatchArgs& a, Use use) {
 // writes the slots to a.ids64 when it gets the picks of all: choose(picks of source), rows_follow, rows_to(source, counts).
 template <Group G, class F, class Chooser>
 Status run_dispatch(G g, F f, DispatchArgs a, Offer offer, Chooser&& chooser) {
-  MOE_TRY(timed(g, f, Phase::announce, [&] {
+  MOE_TRY(timed(g, f, RoleKind::announce, [&] {
     announce(g, f, a);
     return relay(g, f, a, offer);
   }));
-  MOE_TRY(timed(g, f, Phase::counts, [&] { return await_counts(g, f, a); }));
+  MOE_TRY(timed(g, f, RoleKind::counts, [&] { return await_counts(g, f, a); }));
   char* window = f.window(a.b.geometry.local(), 0);
   // Where ranks called differently all know it now, and those that have not chosen send nothing.
   const bool agreed = detail::agreement(a, window).code == 0;
   if (agreed) {
     MOE_TRY(leader(g, [&] {
-      return timed(g, f, Phase::none, [&] { chooser.choose([&](int source) { return picks_of(a, window, source); }); return Status{}; });
+      return timed(g, f, RoleKind::plan, [&] { chooser.choose([&](int source) { return picks_of(a, window, source); }); return Status{}; });
     }));
     MOE_TRY(detail::plan_rows(g, f, a));
     a.asked = nullptr;
-    MOE_TRY(timed(g, f, Phase::announce, [&] {
+    MOE_TRY(timed(g, f, RoleKind::announce, [&] {
       announce(g, f, a, false);
       return chooser.rows_follow ? Status{} : relay(g, f, a, offer);
     }));
@@ -115,12 +96,12 @@ Status run_dispatch(G g, F f, DispatchArgs a, Offer offer, Chooser&& chooser) {
 template <Group G, class F>
 Status run_combine(G g, F f, const CombineArgs& a) {
   const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
-  MOE_TRY(timed(g, f, Phase::publish, [&] { return publish(g, f, a); }));
+  MOE_TRY(timed(g, f, RoleKind::publish, [&] { return publish(g, f, a); }));
   for (int step = 1; step < nodes; ++step)
     for (int c = 0; c < channels; ++c)
-      MOE_TRY(timed(g, f, Phase::reduce, [&] { return reduce(g, f, a, (own + step) % nodes, c); }));
-  for (int c = 0; c < channels; ++c) MOE_TRY(timed(g, f, Phase::sum, [&] { return sum(g, f, a, c); }));
-  return timed(g, f, Phase::done, [&] { return finish(g, f, a); });
+      MOE_TRY(timed(g, f, RoleKind::reduce, [&] { return reduce(g, f, a, (own + step) % nodes, c); }));
+  for (int c = 0; c < channels; ++c) MOE_TRY(timed(g, f, RoleKind::sum, [&] { return sum(g, f, a, c); }));
+  return timed(g, f, RoleKind::done, [&] { return finish(g, f, a); });
 }
 
 }  // namespace moecomm
