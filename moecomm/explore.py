@@ -259,7 +259,7 @@ def shrink(found, *, flaw="none", phase="none", schedules=300):
         smaller += [replace(w, nodes=w.nodes - 1)] if w.nodes > 1 and w.top_k <= (w.size - w.ranks_per_node) * w.experts_per_rank else []
         for candidate in smaller:
             again = explore_world(candidate, schedules, flaw=flaw, phase=phase, oracle=False)
-            if again["found"] and len(again["log"]) < len(best["log"]):
+            if again["found"] and 0 < len(again["log"]) < len(best["log"]):   # 0: it crashed, which shows nothing
                 best, progress = again, True
                 break
     return best

@@ -203,6 +203,42 @@ def test_exploration_finds(name, flaw, phase, decode):
         assert "waits for rank" in text, text
 
 
+@pytest.mark.parametrize("name", ["a rank that is not told", "count off by one: a row too many awaited", "decode: a rank that is not told",
+                                  "decode: missing acquire: answers", "window reused too early: experts' rows", "a put that is left out"])
+def test_a_finding_is_shrunk(name):
+    """A smaller world with a shorter trace, which fails again from what the report says: its seed, its trace, who waits for whom."""
+    _, flaw, phase, decode = next(m for m in explore.MUTATIONS if m[0] == name)
+    _, found = explore.find_mutation(flaw, phase, decode)
+    small = explore.shrink(found, flaw=flaw, phase=phase)
+    assert 0 < len(small["log"]) < len(found["log"]), "this mutant's first finding is not the shortest"
+    was, now = found["world"], small["world"]
+    assert now != was and all(getattr(now, f) <= getattr(was, f) for f in ("nodes", "ranks_per_node", "channels", "tokens", "rounds")) and now.seed == was.seed
+    again = explore.explore_world(now, 1, first_seed=small["seed"], flaw=flaw, phase=phase, oracle=False)
+    assert again["found"] and {**again, "schedules": 0} == {**small, "schedules": 0}, "the schedule of that seed is another one"
+    assert not explore.explore_world(now, 50, first_seed=small["seed"])["found"], "it fails without the flaw, too"
+    lines = explore.report(small).splitlines()
+    assert small["what"] in lines[0] and f"schedule seed {small['seed']}, {small['perturbations']} perturbation(s)" in lines[0]
+    assert lines[1] == f"  world: {now}" and f"program seed {now.seed}" in lines[1]
+    waiting = [line for line in lines if "waits for rank" in line]
+    assert len(waiting) == len(small["stuck"]) and (len(waiting) > 0) == (small["what"] == "deadlock")
+    for line, role in zip(waiting, small["stuck"]):
+        assert line.startswith(f"  rank {role['rank']} {role['role']}") and f"waits for rank {role['peer']} in phase {role['phase']}" in line
+        assert 0 <= role["peer"] < now.size
+    steps = [line for line in small["log"] if line["did"] != "landed"]
+    trace_of_it = lines[lines.index(f"  the last of {len(steps)} steps (us):") + 1:]
+    assert len(trace_of_it) == min(40, len(steps))
+    for line, step in zip(trace_of_it, steps[-40:]):
+        assert f"{step['begin'] / 1e6:.3f} .. " in line and f"rank {step['rank']} {step['role']}" in line
+
+
+def test_a_crash_is_no_short_trace(monkeypatch):
+    """A smaller world that ends its process shows nothing: the finding stays the one that has a trace."""
+    _, found = explore.find_mutation("skip_signal", "none", False)
+    monkeypatch.setattr(explore, "_in_child", lambda explore: None)
+    assert explore.explore_world(found["world"], 1, flaw="skip_signal")["what"] == "crash"
+    assert explore.shrink(found, flaw="skip_signal") is found
+
+
 @pytest.mark.parametrize("decode", [False, True])
 def test_timelines_have_the_same_roles(tmp_path, decode):
     """One track per role and rank in both worlds, under the same names; spans of a track nest or follow each other."""
