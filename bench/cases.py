@@ -75,7 +75,7 @@ def arguments(parser, case=Case()):
     add("--top-k", type=int, default=case.top_k)
     add("--groups", type=int, default=case.groups, help="consecutive groups of experts")
     add("--top-groups", type=int, default=case.top_groups, help="groups that a token's experts come from")
-    add("--routing", default=case.routing, help="uniform | zipf | text | FILE (.npy or .npz of ids, or any text)")
+    add("--routing", default=case.routing, help="uniform | zipf | text | the folder of a recording | FILE (.npy or .npz of ids, or any text)")
     add("--masked", type=float, default=case.masked, help="share of picks that are -1")
     add("--unbalanced", action="store_true", help="rank r of R has (r + 1) / R of the tokens")
     add("--dtype", choices=DTYPES, default=case.dtype)

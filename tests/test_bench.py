@@ -15,7 +15,7 @@ from worlds import assert_same, random_world
 
 from bench import cases, check, launch, report, routing, shaped_link
 from bench.baselines import Routes
-from moecomm import reference
+from moecomm import Buffer, reference, run_local
 
 
 def small(**changes):
@@ -214,6 +214,37 @@ def test_a_case_launches_itself_and_verifies_all(tmp_path):
     for r in records:
         assert r["wrong"] == 0 and r["baselines_wrong"] == {"tuned-mpi": 0, "tuned-gloo": 0, "torch-gloo": 0}
         assert r["time_us"] > 0 and r["rail_bytes"] > 0 and r["node_bytes"] > 0 and 0 < r["floor_fraction"]
+
+
+def test_a_recording_feeds_a_case(tmp_path):
+    """--routing with the folder of a recording: rows and bytes are those of its picks, dealt out where it has another number of ranks."""
+    needs_mpi()
+    xs, ids, weights = random_world(4, 12, 64, 16, 4, seed=3)
+
+    def main(comm):
+        buf = Buffer(comm, hidden=64, num_experts=16, top_k=4, max_tokens=12, record=tmp_path / "trace")
+        buf.dispatch(xs[comm.rank], ids[comm.rank], weights[comm.rank])
+        comm.barrier()
+        buf.close()
+
+    run_local(main, 4, ranks_per_node=2)
+    case = small(routing=str(tmp_path / "trace"))
+    got = [routing.make_inputs(case, rank, spare=5) for rank in range(4)]
+    for rank in range(4):   # 14 tokens of 12: the last two are the first two again
+        assert torch.equal(got[rank].ids, ids[rank].repeat(2, 1)[:14]) and torch.equal(got[rank].weights, weights[rank].repeat(2, 1)[:14])
+    on_two = [routing.make_inputs(replace(case, ranks_per_node=1, tokens=24), rank).ids for rank in range(2)]
+    assert torch.equal(torch.stack(on_two, 1).view(48, 4), torch.cat(ids))
+    with pytest.raises(SystemExit, match="has top-4 of 16 experts; expected top-4 of 32"):
+        routing.make_inputs(replace(case, experts=32), 0)
+
+    text = bench("roundtrip", "--nodes", "2", "--ranks-per-node", "2", "--tokens", "12", "--hidden", "64", "--experts", "16", "--top-k", "4", "--iters", "2",
+                 "--warmup", "1", "--baseline", "none", "--routing", str(tmp_path / "trace"), "--json", str(tmp_path / "r.jsonl"))
+    records = {r["op"]: r for r in map(json.loads, (tmp_path / "r.jsonl").read_text().splitlines())}
+    assert set(records) == {"dispatch", "combine", "roundtrip"} and all(r["wrong"] == 0 and r["routing"] == case.routing for r in records.values()) and text
+    # An iteration shifts through the 12 tokens and moves all of them.
+    owners = [[set(t[t >= 0].tolist()) for t in i // 4] for i in ids]
+    assert records["dispatch"]["logical_bytes"] == 128 * sum(len(o) for own in owners for o in own)
+    assert records["dispatch"]["rail_bytes"] == 128 * sum(1 - rank // 2 in {o // 2 for o in token} for rank, own in enumerate(owners) for token in own)
 
 
 def test_shaped_link_small(tmp_path):

@@ -1,6 +1,11 @@
 """The planner: questions from names, predictions that follow the bytes, reports that hold what they say."""
 
 import json
+import os
+import pty
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -62,17 +67,23 @@ def test_more_bytes_take_longer():
     assert 0 < fp8.hottest_share <= 1
 
 
-def test_recorded_routing(tmp_path):
+def recorded(path):
+    """Records one dispatch of two ranks with the gate of deepseek-v2-lite; its picks by rank."""
     shape = presets.deepseek_v2_lite
     ids = [torch.rand(6, shape.num_experts).topk(shape.top_k).indices for _ in range(2)]
 
     def main(comm):
-        buf = moecomm.Buffer(comm, hidden=64, num_experts=shape.num_experts, top_k=shape.top_k, max_tokens=6, record=tmp_path)
+        buf = moecomm.Buffer(comm, hidden=64, num_experts=shape.num_experts, top_k=shape.top_k, max_tokens=6, record=path)
         buf.dispatch(torch.zeros(6, 64).bfloat16(), ids[comm.rank])
         comm.barrier()
         buf.close()
 
     moecomm.run_local(main, 2)
+    return ids
+
+
+def test_recorded_routing(tmp_path):
+    ids = recorded(tmp_path)
     q = ask("deepseek-v2-lite", "h100", 4, 3, routing=str(tmp_path))
     assert torch.equal(route(q).view(12, -1), torch.cat(ids))
     with pytest.raises(moecomm.InvalidArgument, match="has top-6 of 64 experts; expected top-8 of 256"):
@@ -95,6 +106,71 @@ def test_plan_and_reports(tmp_path, capsys):
     assert text.count("<svg") == 5 and "http://" not in text.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
     assert command.main([*options, "--quick"]) == 0
     assert "tokens/s" in capsys.readouterr().out
+
+
+SMALL = ("--model", "deepseek-v2-lite", "--cluster", "h100", "--ep", "8", "--tokens", "4")
+
+
+def plan(*words, stderr=subprocess.PIPE):
+    """Starts `python -m moecomm plan` on a small question."""
+    return subprocess.Popen([sys.executable, "-m", "moecomm", "plan", *SMALL, *words], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=stderr, text=True)
+
+
+def answer(process):
+    """(what it wrote, what it wrote to stderr), of a process that ends well."""
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, f"{out}\n{err}"
+    return out, err
+
+
+@pytest.mark.parametrize("routing", ["zipf", "recorded"])
+def test_command_line(tmp_path, routing):
+    """JSON that parses and nothing beside it, a page that loads nothing, the bound on a step; no progress bar where nobody looks."""
+    if routing == "recorded":
+        recorded(tmp_path / "trace")
+        routing = str(tmp_path / "trace")
+    out, err = answer(plan("--routing", routing, "--slo-ms", "12", "--json", "--html", str(tmp_path / "plan.html")))
+    assert err == ""
+    said = json.loads(out)
+    assert (said["question"]["routing"], said["question"]["ranks"], said["slo_ms"]) == (routing, 8, 12.0)
+    steps = {s["value"]: 2 * said["layers"] * (s["dispatch_slowest_us"] + s["combine_slowest_us"]) / 1e3 for s in said["sweeps"]["tokens"]}
+    assert min(steps.values()) < 12 < max(steps.values()), f"a bound that does not bind: {steps}"
+    assert said["tokens_within_slo"] == max(tokens for tokens, ms in steps.items() if ms <= 12)
+    page = (tmp_path / "plan.html").read_text()
+    assert page.count("<svg") == 5 and f"12 ms per step: up to {said['tokens_within_slo']} tokens" in page
+    assert re.findall(r"(?:src|href|action|data)\s*=\s*[\"']?(?!#)[^\"'\s>]+", page) == [], "it refers to something outside"
+    assert re.findall(r"<(?:script|link|img|iframe|object|embed|base)\b|@import|url\(\s*[\"']?(?!#)", page) == [], "it loads something"
+
+
+def test_routing_matters(capsys):
+    most = {}
+    for routing in ("uniform", "zipf"):
+        assert command.main(["plan", *SMALL, "--quick", "--json", "--routing", routing]) == 0
+        most[routing] = json.loads(capsys.readouterr().out)["prediction"]["node_bytes_most"]
+    assert most["zipf"] > most["uniform"], "a skewed routing loads some ranks more"
+
+
+def test_progress_bar_is_for_terminals():
+    """Through a pseudo-terminal the bar shows and goes again; what is printed is the same as without one."""
+    words = ("--routing", "zipf")
+    ours, its = pty.openpty()
+    process = plan(*words, stderr=its)
+    os.close(its)
+    shown, reading = b"", True
+    while reading:
+        try:
+            piece = os.read(ours, 4096)
+        except OSError:   # how Linux says that nobody has the terminal open any more
+            piece = b""
+        shown, reading = shown + piece, piece != b""
+    os.close(ours)
+    out, _ = answer(process)
+    bars = re.findall(r"\r\x1b\[K\[(#*) *\] (\d+)/(\d+) ([^\r]*)", shown.decode())
+    assert bars[0][3] == "the question itself" and {b[3].split()[0] for b in bars[1:]} == {"sms", "node_limit", "precision", "ranks", "tokens"}
+    assert [int(b[1]) for b in bars] == list(range(len(bars))) and {int(b[2]) for b in bars} == {len(bars)}
+    assert [len(b[0]) for b in bars] == [30 * i // len(bars) for i in range(len(bars))]
+    assert shown.endswith(b"\r\x1b[K"), "the bar is still there"
+    assert answer(plan(*words)) == (out, ""), "without a terminal there is no bar, and the answer is the same"
 
 
 def test_sweeps_repeat_the_question_itself():
