@@ -25,7 +25,7 @@ RUNTIME = sorted(str(p.relative_to(ROOT)) for folder in ("fabric", "runtime") fo
                  if not p.name.startswith("sim"))
 BALANCE = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/balance").glob("*.cpp"))
 SIM = ["csrc/exec/fiber.cpp", "csrc/fabric/sim.cpp", *map(str, sorted(Path("csrc/runtime").glob("sim*.cpp"))), "csrc/runtime/plan.cpp", "csrc/runtime/memory.cpp",
-       *(s for s in RUNTIME if "fabric/rows" in s)]
+       *(s for s in RUNTIME if "fabric/rows" in s), *BALANCE]
 QUANT = ["csrc/runtime/quant.cpp", *(s for s in RUNTIME if "fabric/rows" in s)]
 HEADERS = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".hpp", ".inl", ".cuh", ".cu")]
 # Equal bits from every build of the row kernels: no contraction of a product and a sum into one rounding.

@@ -19,40 +19,50 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from . import reference
-from .sim import Cluster, describe_waiting
+from .balance import Placement
+from .sim import MODES, SCHEDULES, Choosing, Cluster, describe_waiting
 
-# What a program with such a bug would do; each must be found. (name, flaw, phase of the waits that are meant, in decode)
+# What a program with such a bug would do; each must be found. (name, flaw, phase of the waits that are meant, the programs: of
+# dispatch, decode, or a choice of replicas; chosen: the bug shows only between a choice and the end of its call)
 MUTATIONS = [
-    ("signal before put", "signal_before_put", "none", False),
-    ("missing acquire: enter, dispatch", "skip_wait", "announce", False),
-    ("missing acquire: counts", "skip_wait", "counts", False),
-    ("missing acquire: rows and verdicts", "skip_wait", "forward", False),
-    ("missing acquire: arrival", "skip_wait", "arrive", False),
-    ("missing acquire: rows board", "skip_wait", "publish", False),
-    ("missing acquire: returned rows", "skip_wait", "sum", False),
-    ("window reused too early: experts' rows", "skip_wait", "done", False),
-    ("window reused too early: staging", "skip_wait", "reduce", False),
-    ("epoch off by one: enter, dispatch", "early_wait", "announce", False),
-    ("epoch off by one: counts", "early_wait", "counts", False),
-    ("epoch off by one: arrival", "early_wait", "arrive", False),
-    ("epoch off by one: rows board", "early_wait", "publish", False),
-    ("epoch off by one: done", "early_wait", "done", False),
-    ("epoch off by one: enter, combine", "early_wait", "reduce", False),
-    ("count off by one: a row too early, forward", "early_wait", "forward", False),
-    ("count off by one: a row too early, sum", "early_wait", "sum", False),
-    ("count off by one: a row too many awaited", "late_wait", "forward", False),
-    ("count off by one: a row less signalled", "less_signalled", "none", False),
-    ("count off by one: a row more signalled", "more_signalled", "none", False),
-    ("a put that is left out", "drop_put", "none", False),
-    ("a forwarder that skips a rank", "skip_rank", "none", False),
-    ("a rank that is not told", "skip_signal", "none", False),
-    ("decode: signal before put", "signal_before_put", "none", True),
-    ("decode: missing acquire: messages", "skip_wait", "arrive", True),
-    ("decode: missing acquire: answers", "skip_wait", "sum", True),
-    ("decode: a flag that counts a row less", "less_signalled", "none", True),
-    ("decode: a flag that counts a row more", "more_signalled", "none", True),
-    ("decode: a put that is left out", "drop_put", "none", True),
-    ("decode: a rank that is not told", "skip_signal", "none", True),
+    ("signal before put", "signal_before_put", "none", "dispatch"),
+    ("missing acquire: enter, dispatch", "skip_wait", "announce", "dispatch"),
+    ("missing acquire: counts", "skip_wait", "counts", "dispatch"),
+    ("missing acquire: rows and verdicts", "skip_wait", "forward", "dispatch"),
+    ("missing acquire: arrival", "skip_wait", "arrive", "dispatch"),
+    ("missing acquire: rows board", "skip_wait", "publish", "dispatch"),
+    ("missing acquire: returned rows", "skip_wait", "sum", "dispatch"),
+    ("window reused too early: experts' rows", "skip_wait", "done", "dispatch"),
+    ("window reused too early: staging", "skip_wait", "reduce", "dispatch"),
+    ("epoch off by one: enter, dispatch", "early_wait", "announce", "dispatch"),
+    ("epoch off by one: counts", "early_wait", "counts", "dispatch"),
+    ("epoch off by one: arrival", "early_wait", "arrive", "dispatch"),
+    ("epoch off by one: rows board", "early_wait", "publish", "dispatch"),
+    ("epoch off by one: done", "early_wait", "done", "dispatch"),
+    ("epoch off by one: enter, combine", "early_wait", "reduce", "dispatch"),
+    ("count off by one: a row too early, forward", "early_wait", "forward", "dispatch"),
+    ("count off by one: a row too early, sum", "early_wait", "sum", "dispatch"),
+    ("count off by one: a row too many awaited", "late_wait", "forward", "dispatch"),
+    ("count off by one: a row less signalled", "less_signalled", "none", "dispatch"),
+    ("count off by one: a row more signalled", "more_signalled", "none", "dispatch"),
+    ("a put that is left out", "drop_put", "none", "dispatch"),
+    ("a forwarder that skips a rank", "skip_rank", "none", "dispatch"),
+    ("a rank that is not told", "skip_signal", "none", "dispatch"),
+    ("decode: signal before put", "signal_before_put", "none", "decode"),
+    ("decode: missing acquire: messages", "skip_wait", "arrive", "decode"),
+    ("decode: missing acquire: answers", "skip_wait", "sum", "decode"),
+    ("decode: a flag that counts a row less", "less_signalled", "none", "decode"),
+    ("decode: a flag that counts a row more", "more_signalled", "none", "decode"),
+    ("decode: a put that is left out", "drop_put", "none", "decode"),
+    ("decode: a rank that is not told", "skip_signal", "none", "decode"),
+    ("choice: missing acquire: everyone's picks", "skip_wait", "counts", "choice"),
+    ("choice: epoch off by one: everyone's picks", "early_wait", "counts", "choice"),
+    ("choice: missing acquire: a peer's rows", "skip_wait", "announce", "chosen"),
+    ("choice: epoch off by one: a peer's rows", "early_wait", "announce", "chosen"),
+    ("choice: missing acquire: tables told", "skip_wait", "counts", "chosen"),
+    ("choice: a peer's rows are not told", "drop_put", "none", "chosen"),
+    ("choice: one half for all count blocks", "one_half", "none", "choice"),
+    ("choice: a rank that skips a half", "other_half", "none", "choice"),
 ]
 
 
@@ -71,14 +81,20 @@ class World:
     decode: bool = False
     schedule: str = "roles"
     hidden: int = 16
+    choice: bool = False   # of replicas, by everyone's picks
 
     @property
     def size(self):
         """Ranks."""
         return self.nodes * self.ranks_per_node
 
+    @property
+    def kind(self):
+        """What its programs are about."""
+        return "decode" if self.decode else "choice" if self.choice else "dispatch"
+
     def __str__(self):
-        return (f"{'decode on ' if self.decode else ''}{self.schedule} in {self.nodes} node(s) x {self.ranks_per_node} rank(s), {self.channels} channel(s), {self.experts_per_rank} expert(s) per rank, "
+        return (f"{self.kind} on {self.schedule} in {self.nodes} node(s) x {self.ranks_per_node} rank(s), {self.channels} channel(s), {self.experts_per_rank} expert(s) per rank, "
                 f"top {self.top_k}, up to {self.tokens} tokens, {self.rounds} round(s), program seed {self.seed}")
 
 
@@ -92,16 +108,19 @@ class Calls:
     pairs: list = field(default_factory=list)   # what the oracle needs, per dispatch
 
 
-def random_world(seed):
-    """The world of a program seed."""
+def random_world(seed, kind=None):
+    """The world of a program seed; of a kind, if told."""
     r = random.Random(seed)
     nodes, per_node = r.choice([(1, 2), (1, 4), (2, 1), (2, 2), (2, 2), (3, 1), (2, 3), (3, 2), (4, 2)])
     experts = r.randint(1, 3)
-    decode = r.random() < 0.4
-    return World(seed, nodes, per_node, r.randint(1, 3), experts, min(r.randint(1, 4), experts * nodes * per_node),
+    drawn = r.random()   # whatever is told, so that the rest stays
+    decode = kind == "decode" if kind else drawn < 0.4
+    world = World(seed, nodes, per_node, r.randint(1, 3), experts, min(r.randint(1, 4), experts * nodes * per_node),
                  r.choice([r.randint(1, 7), r.randint(1, 7), r.randint(17, 40)]),
                  r.randint(2, 3) if not decode else r.randint(3, 6), decode,
                  r.choice(("roles", "lane") if decode else ("roles", "lane", "seats", "seats")))
+    choice = kind == "choice" if kind else not decode and r.random() < 0.3
+    return replace(world, choice=choice, rounds=world.rounds + 1, schedule=r.choice(SCHEDULES)) if choice else world
 
 
 def _rows(tokens, hidden, scaled, g):
@@ -119,13 +138,13 @@ def build(world):
     rows = world.size * world.tokens * min(world.top_k, world.experts_per_rank)
     cluster = Cluster(world.size, ranks_per_node=world.ranks_per_node, hidden=hidden, num_experts=num_experts, top_k=world.top_k,
                       max_tokens=world.tokens, channels=world.channels, num_sms=2, payload=True, decode=world.decode, schedule=world.schedule,
-                      arena_bytes=-(-3 * (rows * (4 * hidden + 12 * world.top_k + 128) + 1024) // 4096) * 4096)
+                      placement=_placement(world, r) if world.choice else None, arena_bytes=-(-3 * (rows * (4 * hidden + 12 * world.top_k + 128) + 1024) // 4096) * 4096)
     calls = Calls(world, cluster, cluster.program())
     for number in range(world.rounds):
         layout = r.choice(["expert", "expert", "rank"])
         alignment = r.choice([1, 1, 3]) if layout == "expert" else 1
         tokens = [r.choice([0, world.tokens, r.randint(0, world.tokens)]) for _ in range(world.size)]
-        ids = [torch.rand((t, num_experts), generator=g).argsort(1)[:, :world.top_k] for t in tokens]
+        ids = [torch.rand((t, cluster.logical_experts or num_experts), generator=g).argsort(1)[:, :world.top_k] for t in tokens]
         ids = [i.masked_fill(torch.rand(i.shape, generator=g) < 0.2, -1) for i in ids]
         weights = [torch.rand((t, world.top_k), generator=g) for t in tokens]
         capacity = r.choice([None, None, rows + world.experts_per_rank * (alignment - 1) + 3, 1])
@@ -133,23 +152,56 @@ def build(world):
         if world.decode:
             _decode_round(calls, r, xs, ids, weights, scales, number)
             continue
+        choosing = _choose(calls, r, ids) if world.choice else None
+        refused = capacity == 1 or (choosing is not None and choosing.routings is not None)
         handle = number % 2
         quant = None if scales is not None else r.choice([None, None, "fp8", "fp8_ue8m0"])
         wire = r.choice([None, None, "fp8", "logfmt10"])
-        shape = {"layout": layout, "expert_alignment": alignment, "capacity": capacity}
+        shape = {"layout": layout, "expert_alignment": alignment, "capacity": capacity, "choosing": choosing}
         calls.program.dispatch(ids, weights, xs=xs, scales=scales, quant=quant, handle=handle, before_ns=r.choice([0, 0, 20_000]), **shape)
-        if quant is None:
+        if quant is None and not refused:
             calls.pairs.append((xs, ids, weights, scales, shape))
         again = r.random() < 0.3
         echo_weights = layout == "expert" and r.random() < 0.7
         calls.program.combine(handle=handle, echo_weights=echo_weights, wire=wire, keep=again)
         if again:   # the rows are still there: once more, from the same place
             calls.program.combine(handle=handle, echo_weights=echo_weights, wire=wire, flip=1)
-        if r.random() < 0.3 and capacity != 1:   # the plan is reused with other rows
+        if r.random() < 0.3 and not refused:   # the plan is reused with other rows
             fresh = [torch.randn((t, hidden), generator=g).to(torch.bfloat16) for t in tokens]
-            calls.program.dispatch(xs=fresh, handle=handle, **shape)
+            calls.program.dispatch(xs=fresh, handle=handle, **{**shape, "choosing": None})
             calls.program.combine(handle=handle, flip=2)
     return calls
+
+
+def _placement(world, r):
+    """Experts dealt out in turn, so that no rank has one twice: from as few as a rank or a token needs to one for most slots."""
+    slots, fewest = world.size * world.experts_per_rank, max(world.top_k, world.experts_per_rank)
+    experts = r.randint(fewest, max(fewest, slots * 3 // 4))
+    deck = r.sample(range(experts), experts)
+    table = [deck[slot % experts] for slot in range(slots)]
+    return Placement(torch.tensor([table]), experts, world.size, world.nodes)
+
+
+def _choose(calls, r, ids):
+    """The Choosing of a round, None for a plain dispatch; before it, perhaps some choices by themselves."""
+    w = calls.world
+
+    def draw():
+        mode = r.choice(MODES)
+        return {"mode": mode, "activate": r.choice([None, w.experts_per_rank] if mode == "optimal" else [w.experts_per_rank])}
+
+    for _ in range(r.choice([0, 0, 1, 2])):
+        calls.program.choose(ids, Choosing(**draw(), routings=_odd_one(w, r) if r.random() < 0.1 else None))
+    if r.random() < 0.2:
+        return None
+    return Choosing(**draw(), routings=_odd_one(w, r, plain=w.schedule != "seats") if r.random() < 0.15 else None)
+
+
+def _odd_one(world, r, plain=False):
+    """One rank that chooses by another layer, or does not choose at all."""
+    routings = [1] * world.size
+    routings[r.randrange(world.size)] = r.choice([0, 2]) if plain else 2
+    return routings
 
 
 def _decode_round(calls, r, xs, ids, weights, scales, number):
@@ -196,11 +248,14 @@ def check_calm(calls):
     """The calm schedule of every dispatch equals the oracle; raises AssertionError where not."""
     c = calls.cluster
     for xs, ids, weights, scales, shape in calls.pairs:
-        if shape["capacity"] == 1:
-            continue
         c.reset()
-        want = reference.dispatch(xs, ids, weights, num_experts=c.num_experts, scales=scales, **shape)
         got = c.dispatch(xs, ids, weights, scales=scales, **shape)
+        shape, choosing = dict(shape), shape["choosing"]
+        del shape["choosing"]
+        slots = ids if choosing is None else choosing.slots
+        if choosing is not None:
+            check_choice(calls, ids, choosing)
+        want = reference.dispatch(xs, slots, weights, num_experts=c.num_experts, scales=scales, **shape)
         for rank, (g, w) in enumerate(zip(got, want)):
             for name in ("x", "scales", "topk_weights", "topk_ids", "tokens_per_expert", "source_rank", "source_token"):
                 assert _same(getattr(g, name), getattr(w, name)), \
@@ -213,13 +268,24 @@ def check_calm(calls):
                     f"{calls.world}: calm combine differs from the oracle on rank {rank}"
 
 
-def explore_world(world, schedules, *, first_seed=0, flaw="none", phase="none", oracle=True):
+def check_choice(calls, ids, choosing):
+    """Every pick has a slot that holds its expert, and all ranks have counted all picks; raises AssertionError where not."""
+    c = calls.cluster
+    picks = torch.cat([i.flatten() for i in ids])
+    counted = torch.bincount(picks[picks >= 0], minlength=c.logical_experts)
+    for rank, (wanted, slots) in enumerate(zip(ids, choosing.slots)):
+        served = torch.where(slots < 0, -1, c.placement.physical_to_logical[0][slots.clamp(min=0)])
+        assert torch.equal(served, wanted), f"{calls.world}: rank {rank} chose slots of other experts"
+        assert torch.equal(choosing.counted[rank].long(), counted), f"{calls.world}: rank {rank} counted other picks"
+
+
+def explore_world(world, schedules, *, first_seed=0, flaw="none", phase="none", chosen=False, oracle=True):
     """Run `schedules` schedules of a world; returns the native finding as a dict, `world` added."""
     calls = build(world)
     if oracle:
         (check_calm_decode if world.decode else check_calm)(calls)
     def explore():
-        return calls.cluster._native.explore(calls.program._native, flaw, phase, first_seed, schedules)
+        return calls.cluster._native.explore(calls.program._native, flaw, phase, chosen, first_seed, schedules)
 
     # A flawed protocol may also read what it should not: that ends a process, and is as good as found.
     found = explore() if flaw == "none" else _in_child(explore)
@@ -282,11 +348,11 @@ def report(found):
 
 def _work(job):
     """A worker's share of the worlds: the first finding, or None."""
-    seeds, per_world, total, current = job
+    seeds, kind, per_world, total, current = job
     torch.set_num_threads(1)
     for seed in seeds:
         current.value = seed
-        found = explore_world(random_world(seed), per_world)
+        found = explore_world(random_world(seed, kind), per_world)
         with total.get_lock():
             total.value += found["schedules"]
         if found["found"]:
@@ -298,8 +364,8 @@ def _process(job, findings):
     findings.put(_work(job))
 
 
-def run(schedules, *, first_seed=0, per_world=250, workers=None):
-    """Explore `schedules` schedules with `workers` processes; returns (schedules run, first finding or None).
+def run(schedules, *, first_seed=0, kind=None, per_world=250, workers=None):
+    """Explore `schedules` schedules (of a kind of programs) with `workers` processes; returns (schedules run, first finding or None).
 
     Raises
     ------
@@ -310,14 +376,14 @@ def run(schedules, *, first_seed=0, per_world=250, workers=None):
     context = multiprocessing.get_context("spawn")
     total, findings = context.Value("q", 0), context.SimpleQueue()
     seeds = range(first_seed, first_seed - (-schedules // per_world))
-    jobs = [(list(seeds[i::workers]), per_world, total, context.Value("q", -1)) for i in range(workers)]
+    jobs = [(list(seeds[i::workers]), kind, per_world, total, context.Value("q", -1)) for i in range(workers)]
     processes = [context.Process(target=_process, args=(job, findings)) for job in jobs]
     for process in processes:
         process.start()
     for process, job in zip(processes, jobs):
         process.join()
         if process.exitcode:
-            raise RuntimeError(f"explore: a worker died with status {process.exitcode} at program seed {job[3].value}")
+            raise RuntimeError(f"explore: a worker died with status {process.exitcode} at program seed {job[4].value}")
     results = [findings.get() for _ in processes]
     return total.value, next((f for f in results if f), None)
 
@@ -326,16 +392,18 @@ def arguments(parser):
     """Arguments of the command."""
     parser.add_argument("--schedules", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0, help="of the first program")
+    parser.add_argument("--kind", choices=("dispatch", "decode", "choice"), help="of programs; default: all")
     parser.add_argument("--per-world", type=int, default=250, help="schedules of each program")
     parser.add_argument("--workers", type=int, default=None, help="processes; default: all cores")
     parser.add_argument("--mutations", action="store_true", help="first break the protocol in every known way: each must be found")
 
 
-def find_mutation(flaw, phase, decode, *, schedules_per_world=100, worlds=200, first_seed=0):
+def find_mutation(flaw, phase, kind, *, schedules_per_world=100, worlds=200, first_seed=0):
     """(schedules until it was found, finding), or (schedules, None)."""
     run_so_far = 0
-    for world in (w for seed in range(first_seed, first_seed + worlds) if (w := random_world(seed)).decode == decode):
-        found = explore_world(world, schedules_per_world, flaw=flaw, phase=phase, oracle=False)
+    chosen = kind == "chosen"
+    for world in (w for seed in range(first_seed, first_seed + worlds) if (w := random_world(seed)).kind == ("choice" if chosen else kind)):
+        found = explore_world(world, schedules_per_world, flaw=flaw, phase=phase, chosen=chosen, oracle=False)
         run_so_far += found["schedules"]
         if found["found"]:
             return run_so_far, found
@@ -346,12 +414,12 @@ def main(args):
     """Explore; status 1 where something was found, or a mutation was not."""
     missed = 0
     if args.mutations:
-        for name, flaw, phase, decode in MUTATIONS:
-            n, found = find_mutation(flaw, phase, decode)
+        for name, flaw, phase, kind in MUTATIONS:
+            n, found = find_mutation(flaw, phase, kind)
             missed += found is None
             print(f"  {name:48} " + (f"found in schedule {n}: {found['what']}" if found else f"NOT FOUND in {n} schedules"), flush=True)
     begin = time.perf_counter()
-    n, found = run(args.schedules, first_seed=args.seed, per_world=args.per_world, workers=args.workers)
+    n, found = run(args.schedules, first_seed=args.seed, kind=args.kind, per_world=args.per_world, workers=args.workers)
     print(f"{n} schedules in {time.perf_counter() - begin:.0f} s: " + ("nothing found" if found is None else "FOUND"))
     if found is not None:
         print(report(found))

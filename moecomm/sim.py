@@ -23,6 +23,7 @@ from .shapes import DTYPES, QUANTS, WIRES, arena_size, check_shape
 LEAD_NS, DECODE_LEAD_NS = 2_000.0, 50_000.0
 STRICT_TOKENS = 10_000
 SCHEDULES = ("roles", "lane", "seats")
+MODES = ("local", "even", "optimal")   # by the numbers of balance::Mode
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,29 @@ class Step:
     links: list
 
 
+class Choosing:
+    """How a batch's replicas are chosen, for Program.dispatch and Program.choose, and what was chosen when the last of them ran.
+
+    mode, activate : as Buffer's `replicas` and `activate`, such that the choice needs the picks of all ranks
+    routings : int by rank, optional
+        Where they differ the call is a mismatch; 0: this rank makes a plain dispatch, its ids name slots.
+    slots : list of int64 Tensor [T, top_k] by rank, what was chosen
+    counted : list of int32 Tensor [logical experts] by rank, picks of all ranks
+    """
+
+    def __init__(self, mode="optimal", activate=None, routings=None):
+        if mode not in MODES or (mode != "optimal" and activate is None):
+            raise InvalidArgument(f"Choosing: mode is {mode!r}, activate is {activate!r}; expected a choice that needs the picks of all ranks", op="Choosing")
+        self.mode, self.activate, self.routings, self.slots, self.counted = mode, activate, routings, None, None
+
+    def _begin(self, program, topk_ids, experts, alone):
+        self.slots = [torch.empty_like(ids) for ids in topk_ids]
+        self.counted = [torch.zeros(experts, dtype=torch.int32) for _ in topk_ids]
+        routings = self.routings or [1] * len(topk_ids)
+        parts = [(_address(self.slots, r), self.counted[r].data_ptr(), routing) if routing else (0, 0, 0) for r, routing in enumerate(routings)]
+        program.choose(MODES.index(self.mode), self.activate or 0, parts, alone, (self.slots, self.counted))
+
+
 class Cluster:
     """A simulated world of `size` ranks with one Buffer each.
 
@@ -86,6 +110,8 @@ class Cluster:
         does (decode too); or in the cuda world's seats, ordered by its gates.
     arena_bytes : int, optional
         As for Buffer.
+    placement : moecomm.balance.Placement, optional
+        Experts are its slots then, and dispatches may choose replicas in its first layer by the picks of all ranks.
 
     Raises
     ------
@@ -94,7 +120,8 @@ class Cluster:
     """
 
     def __init__(self, size, *, ranks_per_node=None, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, num_sms=20, channels=None,
-                 hardware=Hardware(), payload=False, decode=False, schedule="roles", arena_bytes=None):
+                 hardware=Hardware(), payload=False, decode=False, schedule="roles", arena_bytes=None,
+                 placement=None):
         ranks_per_node = ranks_per_node or size
         if not isinstance(size, int) or size < 1 or size % ranks_per_node:
             raise InvalidArgument(f"Cluster: size is {size!r}; expected a multiple of ranks_per_node = {ranks_per_node}", op="Cluster")
@@ -104,9 +131,13 @@ class Cluster:
         self.size, self.ranks_per_node, self.hidden, self.num_experts, self.top_k = size, ranks_per_node, hidden, num_experts, top_k
         self.max_tokens, self.dtype, self.num_sms, self.channels = max_tokens, dtype, num_sms, channels or num_sms
         self.hardware, self.payload, self.decode_path = hardware, payload, decode
+        if placement is not None and (placement.num_slots, placement.num_ranks) != (num_experts, size):
+            raise InvalidArgument(f"Cluster: placement is {placement}; expected one of {size} ranks and num_experts = {num_experts} slots", op="Cluster")
+        self.placement, self.logical_experts = placement, placement.num_experts if placement else 0
         arena_bytes = arena_bytes or arena_size(size, hidden, num_experts, top_k, max_tokens, dtype)
         self._native = native.Cluster(size, ranks_per_node, num_sms, hidden, DTYPES[dtype], num_experts, top_k, max_tokens, self.channels,
-                                      arena_bytes, payload, decode, SCHEDULES.index(schedule), min(num_sms, max_tokens), asdict(hardware))
+                                      arena_bytes, payload, decode, SCHEDULES.index(schedule), min(num_sms, max_tokens), asdict(hardware),
+                                      placement.physical_to_logical[0].tolist() if placement else [], self.logical_experts)
         self._row_bytes = hidden * dtype.itemsize
 
     # -- programs: what every rank does, call after call --------------------------------------------
@@ -146,7 +177,7 @@ class Cluster:
 
     # -- one call at a time, with payload -----------------------------------------------------------
 
-    def dispatch(self, xs, topk_ids, topk_weights=None, *, layout="expert", expert_alignment=1, capacity=None, scales=None):
+    def dispatch(self, xs, topk_ids, topk_weights=None, *, layout="expert", expert_alignment=1, capacity=None, scales=None, choosing=None):
         """Dispatch of the whole world: arguments are lists by rank. Needs payload.
 
         Returns
@@ -155,7 +186,8 @@ class Cluster:
             Copies of what every rank received.
         """
         p = self.program()
-        p.dispatch(topk_ids, topk_weights, xs=xs, layout=layout, expert_alignment=expert_alignment, capacity=capacity, scales=scales)
+        p.dispatch(topk_ids, topk_weights, xs=xs, layout=layout, expert_alignment=expert_alignment, capacity=capacity, scales=scales,
+                   choosing=choosing)
         self.run(p)
         return [self._received(rank, 0, layout, xs[rank].dtype, 0 if scales is None else scales[rank].shape[1]) for rank in range(self.size)]
 
@@ -272,11 +304,21 @@ class Program:
         return len(self._native)
 
     def dispatch(self, topk_ids=None, topk_weights=None, *, xs=None, scales=None, handle=0, layout="expert", expert_alignment=1, capacity=None,
-                 quant=None, before_ns=0.0):
-        """Append a dispatch. topk_ids None: the handle's plan is reused. before_ns: the rank computes before the call."""
+                 quant=None, choosing=None, before_ns=0.0):
+        """Append a dispatch. topk_ids None: the handle's plan is reused; with choosing they name logical experts. before_ns: the rank
+        computes before the call."""
         parts, coding, keep = self._sources(topk_ids, topk_weights, xs, scales, quant)
         self._native.dispatch(handle, parts, layout == "rank", expert_alignment, -1 if capacity is None else capacity, *coding, before_ns, keep)
+        if choosing:
+            choosing._begin(self._native, keep[0], self._cluster.logical_experts, False)
         self.calls.append("dispatch")
+
+    def choose(self, topk_ids, choosing):
+        """Append the choice of a batch's replicas by itself, as decode makes it."""
+        ids = [_contiguous(t, torch.int64) for t in topk_ids]
+        self._native.dispatch(0, [(len(t), _address(ids, r), 0, 0, 0) for r, t in enumerate(ids)], False, 1, -1, 0, 0, 0, False, 0.0, ids)
+        choosing._begin(self._native, ids, self._cluster.logical_experts, True)
+        self.calls.append("choose")
 
     def combine(self, *, rows=None, topk_weights=None, bias=None, ys=None, handle=0, keep=False, flip=0, wire=None, echo_weights=False,
                 before_ns=0.0):

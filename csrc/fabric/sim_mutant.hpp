@@ -15,18 +15,22 @@ enum class Flaw : int32_t {
   drop_put,            // a put is left out
   skip_rank,           // rows for one rank of the node are not forwarded
   skip_signal,         // one rank of the node is not told
+  one_half,            // every announcement uses the same half of the memory for count blocks
+  other_half,          // a rank leaves a half out when it has chosen
 };
 
 struct Mutation {
   Flaw flaw = Flaw::none;
   Phase phase = Phase::none;   // the waits that are meant
+  bool chosen = false;         // only what follows a choice of replicas, until the call is over
 };
 
 struct MutantFabric : SimFabric {
   Mutation mutation;
+  const bool* chosen;          // the rank has chosen replicas in this call
 
-  bool is(Flaw flaw) const { return mutation.flaw == flaw; }
-  bool hits(Flaw flaw, Phase phase) const { return is(flaw) && mutation.phase == phase; }
+  bool is(Flaw flaw) const { return mutation.flaw == flaw && (!mutation.chosen || *chosen); }
+  bool hits(Flaw flaw, Phase phase) const { return mutation.phase == phase && is(flaw); }
   int victim() const { return net->rank(me).geometry.ranks_per_node - 1; }   // by local rank
 
   void put(int peer, uint64_t offset, const char* src, uint64_t bytes) const {

@@ -56,7 +56,8 @@ class Reach {
   Status run(bool drain, Call&& call) {
     if (const Status broken = comm_->broken(); !broken.ok()) return broken;
     Status s = region_ ? call(HostFabric<UcxRail>{&host_, &ucx_rail_}) : call(HostFabric<LoopbackRail>{&host_, &loopback_});
-    if (region_ && drain && s.ok()) s = flush();
+    if (region_ && drain && !is_final(s) && s.code != Code::interrupted)   // a refused call's puts too: others may not have read them yet
+      if (const Status unread = flush(); !unread.ok()) s = unread;
     Status told = s;
     if (s.code == Code::interrupted) told.code = Code::lost;   // this rank, as the others see it
     if (is_final(told)) {

@@ -1,8 +1,11 @@
 #include "runtime/sim.hpp"
 
+#include <algorithm>
 #include <cstring>
 
+#include "balance/route.hpp"
 #include "base/checksum.hpp"
+#include "runtime/chooser.hpp"
 #include "world/sim/run.hpp"
 #include "world/sim/seats_run.hpp"
 
@@ -100,6 +103,58 @@ void SimCluster::release(RankState& r, Handle& handle) {
 
 // -- one rank's calls -----------------------------------------------------------------------------
 
+// A Chooser, and what mutants do when it is asked.
+class SimCluster::WatchedChooser {
+ public:
+  WatchedChooser(Chooser& chooser, RankState& rank, const Mutation& mutation)
+      : rows_follow(chooser.rows_follow), chooser_(chooser), rank_(rank), mutation_(mutation) { step(); }
+  template <class Picks>
+  void choose(Picks picks_of) {
+    chooser_.choose(picks_of);
+    rank_.chosen = true;
+    step();
+    if (mutation_.flaw == Flaw::other_half && rank_.view.geometry.rank == 0) ++rank_.book.blocks;
+  }
+  void rows_to(int source, int32_t* rows) { chooser_.rows_to(source, rows); }
+
+  const bool rows_follow;
+
+ private:
+  void step() { if (mutation_.flaw == Flaw::one_half) rank_.book.blocks |= 1; }   // announce counts on
+
+  Chooser& chooser_;
+  RankState& rank_;
+  const Mutation& mutation_;
+};
+
+// The same for a call that chooses replicas; `choice` is null in one that does not.
+DispatchCall SimCluster::asked_of(int rank, const SimCall& call, CallShape shape) {
+  const SimPart& part = call.parts[rank];
+  DispatchCall asked;
+  if (!part.slots) return asked;
+  asked.ids64 = part.ids;
+  asked.tokens = part.tokens;
+  asked.shape = shape;
+  asked.choice = &choices_.at({call.mode, call.activate});
+  asked.slots = part.slots;
+  asked.counted = part.counted;
+  balance::count_picks(part.ids, part.tokens, config_.shape.top_k, config_.shape.logical_experts, part.counted);
+  fill_asked(ranks_[rank].view, asked, ranks_[rank].asked);
+  return asked;
+}
+
+template <class F>
+Status SimCluster::choose(int rank, F fabric, DispatchArgs a, const DispatchCall& asked) {
+  RankState& r = ranks_[rank];
+  a.asked = r.asked.data();
+  Chooser chooser(r.view, asked, r.book.counts);
+  WatchedChooser watched(chooser, r, mutation_);
+  net_->spend(config_.hardware.plan_token * asked.tokens);
+  const Status s = run_exchange(Lane{}, fabric, a, [&](auto picks_of) { watched.choose(picks_of); });
+  if (s.ok()) net_->flush();
+  return s;
+}
+
 template <class F>
 Status SimCluster::dispatch(int rank, F fabric, const SimCall& call, Handle& handle) {
   RankState& r = ranks_[rank];
@@ -112,6 +167,7 @@ Status SimCluster::dispatch(int rank, F fabric, const SimCall& call, Handle& han
   if (!cached) {
     plan.view.tokens = part.tokens;
     plan.view.call = call.shape;
+    plan.view.call.routing = part.routing;
   } else {
     plan.view.call.row_bytes = call.shape.row_bytes;
     plan.view.call.scale_bytes = call.shape.scale_bytes;
@@ -133,11 +189,24 @@ Status SimCluster::dispatch(int rank, F fabric, const SimCall& call, Handle& han
   a.needed = plan.needed.data();
   a.verdict = &verdict;
   const Offer offer = r.arena->offer();
-  const Status s = config_.schedule == SimSchedule::lane    ? lane_dispatch(*net_, fabric, a, offer)
-                   : config_.schedule == SimSchedule::seats ? seats_dispatch(*net_, fabric, a, offer, config_.workers)
-                                                            : sim_dispatch(*net_, fabric, a, offer);
+  const DispatchCall asked = asked_of(rank, call, plan.view.call);
+  Status s;
+  if (asked.choice) {
+    a.ids64 = part.slots;
+    if (config_.schedule == SimSchedule::seats) s = choose(rank, fabric, a, asked);   // as a GPU's host does before it launches
+  }
+  if (asked.choice && config_.schedule != SimSchedule::seats) {
+    a.asked = r.asked.data();
+    Chooser chooser(r.view, asked, r.book.dispatches);
+    WatchedChooser watched(chooser, r, mutation_);
+    s = config_.schedule == SimSchedule::lane ? lane_dispatch(*net_, fabric, a, offer, watched) : sim_dispatch(*net_, fabric, a, offer, watched);
+  } else if (s.ok()) {
+    s = config_.schedule == SimSchedule::lane    ? lane_dispatch(*net_, fabric, a, offer)
+        : config_.schedule == SimSchedule::seats ? seats_dispatch(*net_, fabric, a, offer, config_.workers)
+                                                 : sim_dispatch(*net_, fabric, a, offer);
+  }
+  if (!s.ok()) return s;   // its puts may still be on their way
   net_->flush();
-  if (!s.ok()) return s;
   const int me = r.view.geometry.local();
   const CallShape& shape = plan.view.call;
   handle.rows = shape.capacity >= 0 ? shape.capacity : plan.view.rank_rows[me];
@@ -190,7 +259,7 @@ Status SimCluster::combine(int rank, F fabric, const SimCall& call, Handle& hand
   const Status s = config_.schedule == SimSchedule::lane    ? lane_combine(*net_, fabric, a)
                    : config_.schedule == SimSchedule::seats ? seats_combine(*net_, fabric, a, config_.workers)
                                                             : sim_combine(*net_, fabric, a);
-  net_->flush();
+  if (s.ok()) net_->flush();
   if (config_.payload) {
     digest = digest_bytes(1, a.y, plan.view.tokens * row_bytes);
     std::memset(output, kScribble, l.bytes);   // the experts may write again
@@ -214,10 +283,28 @@ uint64_t SimCluster::digest_block(int rank, const Handle& handle) const {
 
 template <class F>
 Status SimCluster::call_main(int rank, F fabric, const SimCall& call, SimResult& result) {
-  Handle& handle = ranks_[rank].handles[call.handle];
+  RankState& r = ranks_[rank];
+  const SimPart& part = call.parts[rank];
+  const auto add_choice = [&] {
+    if (!part.slots) return;
+    result.digest = digest_bytes(result.digest, part.slots, uint64_t{8} * part.tokens * config_.shape.top_k);
+    result.digest = digest_bytes(result.digest, part.counted, uint64_t{4} * config_.shape.logical_experts);
+  };
+  if (call.verb == SimVerb::choose) {
+    DispatchArgs a;
+    a.b = r.view;
+    a.book = &r.book;
+    a.plan.call = call.shape;
+    a.plan.call.routing = part.routing;
+    MOE_TRY(choose(rank, fabric, a, asked_of(rank, call, a.plan.call)));
+    add_choice();
+    return {};
+  }
+  Handle& handle = r.handles[call.handle];
   if (call.verb == SimVerb::dispatch) {
     MOE_TRY(dispatch(rank, fabric, call, handle));
     if (config_.payload) result.digest = handle.digest = digest_block(rank, handle);
+    add_choice();
     return {};
   }
   if (!handle.held) {   // its dispatch was refused
@@ -305,7 +392,8 @@ void SimCluster::run_rank(int rank, F fabric, const std::vector<SimCall>& progra
     net_->spend(call.before);
     result.begin = net_->fibers().now();
     result.ran = true;
-    const bool main = call.verb == SimVerb::dispatch || call.verb == SimVerb::combine;
+    const bool main = call.verb == SimVerb::dispatch || call.verb == SimVerb::combine || call.verb == SimVerb::choose;
+    ranks_[rank].chosen = false;
     fabric.space = main ? kMain : SimDecode::kSpace;
     result.status = main ? call_main(rank, fabric, call, result) : call_decode(rank, fabric, call, result);
     result.end = net_->fibers().now();
@@ -315,14 +403,20 @@ void SimCluster::run_rank(int rank, F fabric, const std::vector<SimCall>& progra
 
 const std::vector<SimResult>& SimCluster::run(const std::vector<SimCall>& program, const Mutation& mutation) {
   results_.assign(program.size() * config_.size, {});
+  mutation_ = mutation;
   int handles = 0;
-  for (const SimCall& call : program) handles = std::max(handles, call.handle + 1);
+  for (const SimCall& call : program) {
+    handles = std::max(handles, call.handle + 1);
+    if (!config_.placement.empty())
+      choices_.try_emplace({call.mode, call.activate}, config_.placement.data(), config_.shape.num_experts, config_.shape.logical_experts, config_.size,
+                           config_.size / config_.ranks_per_node, call.mode, call.activate);
+  }
   for (int rank = 0; rank < config_.size; ++rank) {
     if (static_cast<int>(ranks_[rank].handles.size()) < handles) ranks_[rank].handles.resize(handles);
-    net_->start(rank, "rank", -1, config_.schedule == SimSchedule::lane ? 0 : Role::kAllSms, [this, rank, &program, &mutation] {
+    net_->start(rank, "rank", -1, config_.schedule == SimSchedule::lane ? 0 : Role::kAllSms, [this, rank, &program] {
       const SimFabric fabric{net_.get(), rank, kMain};
-      if (mutation.flaw == Flaw::none) run_rank(rank, fabric, program);
-      else run_rank(rank, MutantFabric{fabric, mutation}, program);
+      if (mutation_.flaw == Flaw::none) run_rank(rank, fabric, program);
+      else run_rank(rank, MutantFabric{fabric, mutation_, &ranks_[rank].chosen}, program);
     });
   }
   net_->run();

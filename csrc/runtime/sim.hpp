@@ -1,10 +1,13 @@
 // SimCluster: all ranks of a simulated world, their windows, plans and arenas, and the programs they run.
 #pragma once
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "balance/choice.hpp"
 #include "fabric/sim_mutant.hpp"
+#include "runtime/calls.hpp"
 #include "runtime/memory.hpp"
 #include "runtime/plan.hpp"
 #include "runtime/sim_decode.hpp"
@@ -25,10 +28,12 @@ struct SimConfig {
   bool decode = false;                // the decode path's memories too
   SimSchedule schedule = SimSchedule::roles;
   int workers = 1;                    // roles that share a decode phase of a rank, or its seats
+  std::vector<int32_t> placement;     // the logical expert in every slot, where shape.logical_experts are fewer
 };
 
 // Decode's receive phases may be left out of a program: the rules (A) and (B) make up for them.
-enum class SimVerb : int32_t { dispatch, combine, decode_dispatch, decode_receive, decode_combine, decode_sum };
+// choose: which slots a batch takes, and nothing else.
+enum class SimVerb : int32_t { dispatch, combine, decode_dispatch, decode_receive, decode_combine, decode_sum, choose };
 
 // One rank's part in a call. Without payload, x, rows and y are left out.
 struct SimPart {
@@ -41,6 +46,9 @@ struct SimPart {
   const float* bias = nullptr;
   int64_t bias_stride = 0;
   char* y = nullptr;                  // null: into memory of the cluster
+  int64_t* slots = nullptr;           // [T, K] out: ids are logical, replicas are chosen by the picks of all
+  int32_t* counted = nullptr;         // [logical experts] out: those picks
+  uint32_t routing = 0;               // ranks that differ in it make different calls
 };
 
 // Every rank runs the same calls; each as soon as it has finished the one before.
@@ -53,6 +61,8 @@ struct SimCall {
   Wire wire = Wire::plain;            // combine
   bool echo_weights = false;          // combine: weighted by what dispatch brought
   double before = 0;                  // nanoseconds that the rank computes before the call
+  balance::Mode mode = balance::Mode::optimal;   // of parts with slots
+  int activate = 0;
   CallShape shape;
   std::vector<SimPart> parts;         // by rank
 };
@@ -104,10 +114,15 @@ class SimCluster {
     std::unique_ptr<SimDecode> decode;
     std::vector<char> decode_y[2];
     uint64_t decode_digest = 0;
+    std::vector<int32_t> asked;       // DispatchArgs::asked
+    bool chosen = false;              // in this call
   };
+  class WatchedChooser;
   template <class F> void run_rank(int rank, F fabric, const std::vector<SimCall>& program);
   template <class F> Status dispatch(int rank, F fabric, const SimCall& call, Handle& handle);
   template <class F> Status combine(int rank, F fabric, const SimCall& call, Handle& handle, uint64_t& digest);
+  template <class F> Status choose(int rank, F fabric, DispatchArgs a, const DispatchCall& asked);
+  DispatchCall asked_of(int rank, const SimCall& call, CallShape shape);
   template <class F> Status call_main(int rank, F fabric, const SimCall& call, SimResult& result);
   template <class F> Status call_decode(int rank, F fabric, const SimCall& call, SimResult& result);
   void release(RankState& r, Handle& handle);
@@ -118,6 +133,8 @@ class SimCluster {
   std::unique_ptr<SimNet> net_;
   std::vector<RankState> ranks_;
   std::vector<SimResult> results_;
+  std::map<std::pair<balance::Mode, int>, balance::Choice> choices_;
+  Mutation mutation_;                                    // of the run
 };
 
 }  // namespace moecomm

@@ -13,7 +13,7 @@ _CODES = ("ok", "invalid", "timeout", "lost", "capacity", "mismatch", "corrupt")
 PHASES = ("none", "announce", "counts", "send", "forward", "arrive", "publish", "reduce", "sum", "done", "flush")
 _DID = ("role", "wait", "put", "signal_rail", "signal_node", "landed", "give_up")
 FLAWS = ("none", "signal_before_put", "skip_wait", "early_wait", "late_wait", "less_signalled", "more_signalled", "drop_put",
-         "skip_rank", "skip_signal")
+         "skip_rank", "skip_signal", "one_half", "other_half")
 
 
 cdef class Program:
@@ -47,6 +47,18 @@ cdef class Program:
             part.scales = <const char*><uintptr_t>scales
             call.parts.push_back(part)
         self.calls.push_back(call)
+        self.kept.append(keep)
+
+    def choose(self, int mode, int activate, list parts, bint alone, keep=None):
+        """The dispatch appended last chooses replicas. parts: by rank (slots, counted, routing), addresses; slots 0: this rank's does not. alone: it moves no rows."""
+        cdef world.SimCall* call = &self.calls.back()
+        call.mode, call.activate = <capi.Mode>mode, activate
+        if alone:
+            call.verb = world.SimVerb.choose
+        for rank, (slots, counted, routing) in enumerate(parts):
+            call.parts[rank].slots = <int64_t*><uintptr_t>slots
+            call.parts[rank].counted = <int32_t*><uintptr_t>counted
+            call.parts[rank].routing = routing
         self.kept.append(keep)
 
     def combine(self, int handle, list parts, bint keep_rows, int flip, int wire, bint echo_weights, double before, keep=None):
@@ -106,7 +118,7 @@ cdef class Cluster:
     cdef world.SimConfig config
 
     def __cinit__(self, int size, int ranks_per_node, int num_sms, hidden, int dtype, num_experts, top_k, max_tokens, channels, arena_bytes,
-                  bint payload, bint decode, int schedule, int workers, dict hardware):
+                  bint payload, bint decode, int schedule, int workers, dict hardware, list placement, int logical_experts):
         cdef world.SimConfig* g = &self.config
         cdef world.Hardware* h = &g.hardware
         g.size, g.ranks_per_node, g.num_sms, g.payload = size, ranks_per_node, num_sms, payload
@@ -117,6 +129,8 @@ cdef class Cluster:
         g.shape.max_tokens = max_tokens
         g.shape.channels = channels
         g.shape.arena_bytes = arena_bytes
+        g.shape.logical_experts = logical_experts
+        g.placement = placement
         g.decode, g.workers = decode, workers
         g.schedule = <world.SimSchedule>schedule
         h.node_rate, h.node_latency = hardware["node_rate"], hardware["node_latency"]
@@ -191,12 +205,13 @@ cdef class Cluster:
     def switches(self):
         return self.c.get().events()
 
-    def explore(self, Program program, str flaw, str phase, uint64_t first_seed, uint64_t count):
-        """What `count` schedules found, or None in `what`."""
+    def explore(self, Program program, str flaw, str phase, bint chosen, uint64_t first_seed, uint64_t count):
+        """What `count` schedules found, or None in `what`. chosen: the flaw shows only where replicas have been chosen, until the call is over."""
         cdef world.Mutation m
         cdef world.Finding f
         m.flaw = <world.Flaw><int>FLAWS.index(flaw)
         m.phase = <capi.Phase><int>PHASES.index(phase)
+        m.chosen = chosen
         with nogil:
             f = world.explore(self.c.get()[0], program.calls, m, first_seed, count)
         return dict(found=f.found, schedules=f.schedules, seed=f.seed, perturbations=f.perturbations, call=f.call, rank=f.rank,

@@ -1,10 +1,10 @@
 # The simulated world as Cython sees it: declarations only.
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
-from moecomm._native.capi cimport CallShape, Counters, Phase, PlanView, Shape, Status, Wire
+from moecomm._native.capi cimport CallShape, Counters, Mode, Phase, PlanView, Shape, Status, Wire
 
 cdef extern from "fabric/sim_links.hpp" namespace "moecomm" nogil:
     cdef cppclass Hardware:
@@ -86,6 +86,7 @@ cdef extern from "fabric/sim_mutant.hpp" namespace "moecomm" nogil:
     cdef cppclass Mutation:
         Flaw flaw
         Phase phase
+        bool chosen
 
 cdef extern from "runtime/sim.hpp" namespace "moecomm" nogil:
     cdef cppclass Plan:
@@ -106,6 +107,7 @@ cdef extern from "runtime/sim.hpp" namespace "moecomm" nogil:
         bool decode
         SimSchedule schedule
         int workers
+        vector[int32_t] placement
 
     cdef enum class SimVerb(int32_t):
         dispatch
@@ -114,6 +116,7 @@ cdef extern from "runtime/sim.hpp" namespace "moecomm" nogil:
         decode_receive
         decode_combine
         decode_sum
+        choose
 
     cdef cppclass DecodeView:
         uint64_t x(int parity)
@@ -136,6 +139,9 @@ cdef extern from "runtime/sim.hpp" namespace "moecomm" nogil:
         const float* bias
         int64_t bias_stride
         char* y
+        int64_t* slots
+        int32_t* counted
+        uint32_t routing
 
     cdef cppclass SimCall:
         SimVerb verb
@@ -146,6 +152,8 @@ cdef extern from "runtime/sim.hpp" namespace "moecomm" nogil:
         Wire wire
         bool echo_weights
         double before
+        Mode mode
+        int activate
         CallShape shape
         vector[SimPart] parts
 

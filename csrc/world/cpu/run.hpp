@@ -67,8 +67,9 @@ Status run_exchange(G g, F f, const DispatchArgs& a, Use use) {
 
 // A dispatch by picks of logical experts, whose slots depend on everyone's: a.asked carries this rank's. The chooser
 // writes the slots to a.ids64 when it gets the picks of all: choose(picks of source), rows_follow, rows_to(source, counts).
-template <Group G, class F, class Chooser>
-Status run_dispatch(G g, F f, DispatchArgs a, Offer offer, Chooser&& chooser) {
+// move(args, sends, tables) does what follows, as detail::move_rows.
+template <Group G, class F, class Chooser, class Move>
+Status run_dispatch(G g, F f, DispatchArgs a, Offer offer, Chooser&& chooser, Move move) {
   MOE_TRY(timed(g, f, RoleKind::announce, [&] {
     announce(g, f, a);
     return relay(g, f, a, offer);
@@ -88,9 +89,14 @@ Status run_dispatch(G g, F f, DispatchArgs a, Offer offer, Chooser&& chooser) {
       return chooser.rows_follow ? Status{} : relay(g, f, a, offer);
     }));
   }
-  return detail::move_rows(g, f, a, agreed, [&] {
+  return move(a, agreed, [&] {
     return agreed && chooser.rows_follow ? derive_tables(g, f, a, [&](int source, int32_t* counts) { chooser.rows_to(source, counts); }) : Status{};
   });
+}
+
+template <Group G, class F, class Chooser>
+Status run_dispatch(G g, F f, const DispatchArgs& a, Offer offer, Chooser&& chooser) {
+  return run_dispatch(g, f, a, offer, chooser, [&](const DispatchArgs& chosen, bool sends, auto tables) { return detail::move_rows(g, f, chosen, sends, tables); });
 }
 
 template <Group G, class F>

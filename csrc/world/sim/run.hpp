@@ -33,16 +33,58 @@ Status lane_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer) {
   return run_dispatch(Lane{}, f, a, offer);
 }
 
+template <class F, class Chooser>
+Status lane_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer, Chooser& chooser) {
+  net.spend(net.hardware().launch + net.hardware().plan_token * a.plan.tokens);
+  return run_dispatch(Lane{}, f, a, offer, chooser);
+}
+
 template <class F>
 Status lane_combine(SimNet& net, F f, const CombineArgs& a) {
   net.spend(net.hardware().launch);
   return run_combine(Lane{}, f, a);
 }
 
+namespace detail {
+
+// As the cpu world's move_rows.
+template <class F, class Tables>
+Status sim_move_rows(SimNet& net, F f, const DispatchArgs& a, bool sends, Tables tables) {
+  constexpr Lane g;
+  const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
+  Crew crew(net, a.b.geometry.rank);
+  std::vector<int> sent(channels);
+  for (int c = 0; c < channels && sends; ++c)
+    sent[c] = crew.start("send", c, [&, c] { send(g, f, a, c); return Status{}; });
+  const Status placed = sim_part(net, "counts", [&] {
+    MOE_TRY(tables());
+    MOE_TRY(place(g, f, a));
+    judge(g, f, a);
+    return Status{};
+  });
+  if (placed.ok()) {
+    for (int c = 0; c < channels; ++c)
+      crew.start("forward", c, [&, c] {
+        // A node sends to the one behind it first: its predecessor's rows come first.
+        for (int step = 1; step < nodes; ++step) MOE_TRY(forward(g, f, a, (own + nodes - step) % nodes, c));
+        if (sends) crew.wait_for(sent[c]);   // it wrote the own node's metadata
+        return forward(g, f, a, own, c);
+      });
+  }
+  const Status forwarded = crew.join();
+  MOE_TRY(placed);
+  MOE_TRY(forwarded);
+  return sim_part(net, "arrive", [&] {
+    MOE_TRY(announce_arrival(g, f, a));
+    return arrive(g, f, a, 0, 1);
+  });
+}
+
+}  // namespace detail
+
 template <class F>
 Status sim_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer) {
   constexpr Lane g;
-  const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
   net.spend(net.hardware().launch);
   if (!a.cached) {
     MOE_TRY(sim_part(net, "plan", [&] {
@@ -56,31 +98,14 @@ Status sim_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer) {
     announce(g, f, a);
     return relay(g, f, a, offer);
   }));
-  Crew crew(net, a.b.geometry.rank);
-  std::vector<int> sent(channels);
-  for (int c = 0; c < channels; ++c)
-    sent[c] = crew.start("send", c, [&, c] { send(g, f, a, c); return Status{}; });
-  const Status placed = sim_part(net, "counts", [&] {
-    MOE_TRY(place(g, f, a));
-    judge(g, f, a);
-    return Status{};
-  });
-  if (placed.ok()) {
-    for (int c = 0; c < channels; ++c)
-      crew.start("forward", c, [&, c] {
-        // A node sends to the one behind it first: its predecessor's rows come first.
-        for (int step = 1; step < nodes; ++step) MOE_TRY(forward(g, f, a, (own + nodes - step) % nodes, c));
-        crew.wait_for(sent[c]);   // it wrote the own node's metadata
-        return forward(g, f, a, own, c);
-      });
-  }
-  const Status forwarded = crew.join();
-  MOE_TRY(placed);
-  MOE_TRY(forwarded);
-  return sim_part(net, "arrive", [&] {
-    MOE_TRY(announce_arrival(g, f, a));
-    return arrive(g, f, a, 0, 1);
-  });
+  return detail::sim_move_rows(net, f, a, true, [] { return Status{}; });
+}
+
+template <class F, class Chooser>
+Status sim_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer, Chooser& chooser) {
+  net.spend(net.hardware().launch + net.hardware().plan_token * a.plan.tokens);
+  return run_dispatch(Lane{}, f, a, offer, chooser,
+                      [&](const DispatchArgs& chosen, bool sends, auto tables) { return detail::sim_move_rows(net, f, chosen, sends, tables); });
 }
 
 template <class F>
