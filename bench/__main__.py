@@ -14,6 +14,7 @@ from moecomm.__main__ import run  # noqa: E402 - see above
 
 COMMANDS = {
     "published": ("bench.published", "the sim world's predictions against published measurements of clusters"),
+    "sim": ("bench.sim", "how long the simulator itself takes for a step of hundreds of ranks"),
     "dispatch": ("bench.run", "tokens to the ranks of their experts"),
     "combine": ("bench.run", "the experts' rows back, and summed"),
     "roundtrip": ("bench.run", "both, and their sum"),

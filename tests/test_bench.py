@@ -247,6 +247,11 @@ def test_a_recording_feeds_a_case(tmp_path):
     assert records["dispatch"]["rail_bytes"] == 128 * sum(1 - rank // 2 in {o // 2 for o in token} for rank, own in enumerate(owners) for token in own)
 
 
+def test_sim_small():
+    text = bench("sim", "--ranks", "16", "--tokens", "4", "--steps", "3")
+    assert "decode step   EP16, 4 tokens" in text and "of 3;" in text and "memory" in text
+
+
 def test_shaped_link_small(tmp_path):
     reason = shaped_link.why_not()
     if reason:

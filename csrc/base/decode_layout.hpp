@@ -45,7 +45,7 @@ struct DecodeWindowLayout {
   uint64_t answered;   // flag per parity and local rank: its experts' rows may be read, or its sums are here
   uint64_t faults;     // FaultWord per local rank
   uint64_t wanted;     // int32 per parity, local rank and slot: the token that the rank finds in this slot
-  uint64_t places;     // int32 per parity, source rank, token and k: where the row of that pick lies in `rows`
+  uint64_t places;     // int32 per parity, local rank, token and k: where the row of that pick lies in `rows`
   uint64_t counts;     // int64 per parity and own expert
   uint64_t messages;   // per parity and token
   uint64_t warm;       // end of what is made ready at start
@@ -74,7 +74,7 @@ MOE_HD constexpr DecodeWindowLayout decode_window_layout(const Geometry& g, cons
   l.answered = c.take(8 * 2 * p);
   l.faults = c.take(sizeof(FaultWord) * p);
   l.wanted = c.take(4 * 2 * p * t);
-  l.places = c.take(4 * 2 * g.size * t * k);
+  l.places = c.take(4 * 2 * p * t * k);
   l.counts = c.take(8 * 2 * experts);
   l.messages = c.take(2 * t * decode_message_bytes(s));
   l.warm = c.at;

@@ -11,6 +11,14 @@ namespace {
 constexpr uint64_t kSignalBytes = 8;
 constexpr uint64_t kPrivateBytes = uint64_t{1} << 34;   // addresses for inputs and outputs that hold no bytes
 
+// Zeros, committed where they are touched; `dense`: most of what is touched lies together.
+char* reserve(uint64_t bytes, bool dense) {
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) throw std::runtime_error("cannot reserve " + std::to_string(bytes) + " bytes of addresses for the simulated windows");
+  if (dense) madvise(p, bytes, MADV_HUGEPAGE);   // a hint
+  return static_cast<char*>(p);
+}
+
 }  // namespace
 
 SimNet::SimNet(Geometry world, std::vector<SimSpace> spaces, Hardware hardware, int num_sms, bool payload)
@@ -24,11 +32,14 @@ SimNet::SimNet(Geometry world, std::vector<SimSpace> spaces, Hardware hardware, 
     s.region_at = c.take(s.region_bytes, 4096);
     for (SimSpace::Records* r : {&s.window_records, &s.region_records}) {
       if (payload) r->end = r->begin;   // everything lies where the layout says
-      r->sources = (r->end - r->begin) / r->stride / r->per_source;
       r->by_stride = Divisor(r->stride);
-      r->by_source = Divisor(r->per_source);
-      r->at = c.take((r->end - r->begin) / r->stride * r->kept + r->stride, 4096);   // the last one's rest has an address too
     }
+    SimSpace::Records &own = s.window_records, &landed = s.region_records;
+    own.at = c.take((own.end - own.begin) / own.stride * own.kept + own.stride, 4096);   // the last one's rest has an address too
+    landed.by_source = Divisor(landed.per_source);
+    landed.sources = (landed.end - landed.begin) / landed.stride / landed.per_source;
+    landed.ranks = world.size;
+    if (landed.sources) landed.sent = reinterpret_cast<char**>(reserve(landed.sent_bytes(), true));
   }
   counters_.resize(spaces_.size());
   for (size_t i = 0; i < spaces_.size(); ++i) {
@@ -36,11 +47,10 @@ SimNet::SimNet(Geometry world, std::vector<SimSpace> spaces, Hardware hardware, 
     counters_[i].rail.resize(world.size, spaces_[i].region_counters / 8);
   }
   private_at_ = c.take(payload ? 0 : kPrivateBytes, 4096);
+  c.take(kSkew * world.size);
   shift_ = std::bit_width(c.at - 1);
   bytes_ = uint64_t(world.size) << shift_;
-  void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED) throw std::runtime_error("cannot reserve " + std::to_string(bytes_) + " bytes of addresses for the simulated windows");
-  base_ = static_cast<char*>(p);
+  base_ = reserve(bytes_, false);
   ranks_.resize(world.size);
   for (int r = 0; r < world.size; ++r) {
     ranks_[r].geometry = {r, world.size, world.ranks_per_node};
@@ -48,7 +58,11 @@ SimNet::SimNet(Geometry world, std::vector<SimSpace> spaces, Hardware hardware, 
   }
 }
 
-SimNet::~SimNet() { munmap(base_, bytes_); }
+SimNet::~SimNet() {
+  munmap(base_, bytes_);
+  for (const SimSpace& s : spaces_)
+    if (s.region_records.sent) munmap(s.region_records.sent, s.region_records.sent_bytes());
+}
 
 void SimNet::reset(Chaos chaos, double lead, int poison) {
   chaos_ = chaos;
@@ -145,6 +159,7 @@ void SimNet::put(int space, int to_peer, uint64_t offset, const char* src, uint6
   if (chaos_.on()) {
     landed = begin + chaos_.delay(rail_latency_);
   } else {
+    to.rail_in.expect(begin + rail_latency_);
     const Time work = std::max(rail_rate_.time(bytes), message_);
     const Time left = from.rail_out.take(std::max(begin, r.stores), work);   // behind the rows that this role has under way
     landed = to.rail_in.take(left - work + rail_latency_, work);
@@ -159,7 +174,7 @@ void SimNet::put(int space, int to_peer, uint64_t offset, const char* src, uint6
   } else if (!rows) {
     std::memcpy(region(space, peer, offset), src, bytes);
   } else if (spaces_[space].region_records.has(offset)) {
-    put_record(spaces_[space], peer, offset) = const_cast<char*>(src);
+    spaces_[space].region_records.sent_from(peer, offset) = const_cast<char*>(src);
   }
   log({begin, landed, Did::put, Phase::none, r.rank, r.channel, peer, r.name, offset, bytes});
   fibers_.advance(begin + put_ + chaos_.pause());

@@ -46,23 +46,30 @@ class Divisor {
 struct SimSpace {
   // Records of which only the first bytes are metadata. Without payload the rest would lie untouched between
   // them and spread them over as many pages; they are kept side by side instead. Those that were put into a region are
-  // not even copied: what is kept there says where the sender has them, who leaves them alone until they have been read.
+  // not even copied: a table says where the sender has them, who leaves them alone until they have been read. It is one for all
+  // ranks, since few of each one's many slots are filled.
   struct Records {
     uint64_t begin = 0, end = 0;  // offsets
     uint64_t stride = 1;
-    uint64_t kept = 0;
-    uint64_t per_source = 1;      // consecutive records of one source; equal slots of all sources lie together
+    uint64_t kept = 0;            // of a window
+    uint64_t per_source = 1;      // of a region: consecutive records of one source
     // Set by SimNet:
-    uint64_t at = 0;              // offset in a rank's memory
-    uint64_t sources = 0;
+    uint64_t at = 0;              // of a window: offset in a rank's memory
+    char** sent = nullptr;        // of a region: by slot, rank and source, where the sender has the record
+    uint64_t sources = 0, ranks = 0;
     Divisor by_stride, by_source;
 
     bool has(uint64_t offset) const { return offset >= begin && offset < end; }
     uint64_t within(uint64_t offset) const { return offset - begin - by_stride.quotient(offset - begin) * stride; }
     uint64_t place(uint64_t offset) const {
-      const uint64_t index = by_stride.quotient(offset - begin), source = by_source.quotient(index);
-      return at + ((index - source * per_source) * sources + source) * kept + (offset - begin - index * stride);
+      const uint64_t index = by_stride.quotient(offset - begin);
+      return at + index * kept + (offset - begin - index * stride);
     }
+    char*& sent_from(int rank, uint64_t offset) const {
+      const uint64_t index = by_stride.quotient(offset - begin), source = by_source.quotient(index);
+      return sent[((index - source * per_source) * ranks + rank) * sources + source];
+    }
+    uint64_t sent_bytes() const { return sources * per_source * ranks * sizeof(char*); }
   };
   uint64_t window_bytes = 0;
   uint64_t window_counters = 0;   // bytes at its start that hold counters and faults
@@ -184,6 +191,7 @@ struct Role : RoleState {
 class SimNet {
  public:
   static constexpr int kPoison = 0xA5;
+  static constexpr uint64_t kSkew = 7 * 4096 + 192;   // equal offsets of ranks fall into different sets of the caches and of the TLB
 
   SimNet(Geometry world, std::vector<SimSpace> spaces, Hardware hardware, int num_sms, bool payload);
   ~SimNet();
@@ -208,7 +216,7 @@ class SimNet {
   }
   char* region(int space, int r, uint64_t offset = 0) const {
     const SimSpace& s = spaces_[space];
-    return s.region_records.has(offset) ? put_record(s, r, offset) + s.region_records.within(offset) : memory(r) + s.region_at + offset;
+    return s.region_records.has(offset) ? s.region_records.sent_from(r, offset) + s.region_records.within(offset) : memory(r) + s.region_at + offset;
   }
   int size() const { return world_.size; }
   const Hardware& hardware() const { return hardware_; }
@@ -267,10 +275,7 @@ class SimNet {
     const int rank = static_cast<int>(offset >> shift_), first = ranks_[me].geometry.rank_at(ranks_[me].geometry.node(), 0);
     return rank >= first && rank < first + world_.ranks_per_node ? rank : me;
   }
-  char*& put_record(const SimSpace& s, int rank, uint64_t offset) const {
-    return *reinterpret_cast<char**>(memory(rank) + s.region_records.place(offset - s.region_records.within(offset)));
-  }
-  char* memory(int rank) const { return base_ + (static_cast<uint64_t>(rank) << shift_); }
+  char* memory(int rank) const { return base_ + ((static_cast<uint64_t>(rank) << shift_) + static_cast<uint64_t>(rank) * kSkew); }
   int peer_rank(int space, const Geometry& g, int peer) const { return spaces_[space].peers_are_ranks ? peer : g.rail_rank(peer); }
   Time cross_node(int from, int to, uint64_t bytes);
   void sum_operation(const Terms& terms, int64_t hidden, DType type, uint64_t written);

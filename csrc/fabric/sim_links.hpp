@@ -67,6 +67,11 @@ class Calendar {
       bin = find(bin + 1);
     }
   }
+  // Whoever takes something at about `from` will look there soon.
+  void expect(Time from) const {
+    const uint64_t bin = from / kBin - first_;
+    if (bin < bins_.size()) __builtin_prefetch(&bins_[bin]);
+  }
   Time busy() const { return busy_; }
   void clear() {
     bins_.clear();

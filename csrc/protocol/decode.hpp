@@ -48,6 +48,7 @@ struct DecodeView {
   DecodeRegionLayout region;
   bool check = false;   // MOECOMM_CHECK=1
   int per_rank = 1;     // experts of a rank; a field since every pick of every message asks for it
+  int note_per_source = 0, note_per_slot = 1;   // how notes lie: those of a source side by side, unless a world wants it otherwise
 
   MOE_HD int experts_per_rank() const { return per_rank; }
   MOE_HD int first_expert() const { return geometry.rank * experts_per_rank(); }
@@ -61,8 +62,8 @@ struct DecodeView {
   MOE_HD uint64_t wanted(int parity, int local) const {
     return window.wanted + uint64_t{4} * (parity * geometry.ranks_per_node + local) * shape.max_tokens;
   }
-  MOE_HD uint64_t places(int parity, int source) const {
-    return window.places + uint64_t{4} * (parity * geometry.size + source) * shape.max_tokens * shape.top_k;
+  MOE_HD uint64_t places(int parity, int local) const {
+    return window.places + uint64_t{4} * (parity * geometry.ranks_per_node + local) * shape.max_tokens * shape.top_k;
   }
   MOE_HD uint64_t counts(int bank) const { return window.counts + uint64_t{8} * bank * experts_per_rank(); }
   MOE_HD uint64_t message(int parity, int token) const {
@@ -107,7 +108,7 @@ struct DecodeView {
 };
 
 inline DecodeView make_decode_view(const Geometry& g, const Shape& s, bool check) {
-  return DecodeView{g, s, decode_window_layout(g, s), decode_region_layout(g, s), check, s.num_experts / g.size};
+  return DecodeView{g, s, decode_window_layout(g, s), decode_region_layout(g, s), check, s.num_experts / g.size, s.max_tokens, 1};
 }
 
 // What a rank remembers of one parity's epoch. Private.
@@ -122,7 +123,8 @@ struct DecodeTurn {
   int32_t* slot = nullptr;       // [T, K] slot at the pick's owner; -1 where an earlier pick has the same owner
   int32_t* sent = nullptr;       // [R] messages for that rank
   int32_t* got = nullptr;        // [R] messages from that rank
-  int32_t* arrived = nullptr;    // [R, max_tokens, 1 + K] of every message that came: its token, and which own expert each pick is, -1: none
+  int32_t* arrived = nullptr;    // [R, max_tokens, 1 + 2 K] of every message that came: its token; which own expert each pick is, -1: none; and,
+                                 // from other nodes, where its row lies
   float* weights = nullptr;      // [T, K] of combine
   uint64_t* sent_flag = nullptr;      // [R] what this rank last wrote into its flags there
   uint64_t* answered_flag = nullptr;  // [R]
@@ -143,7 +145,7 @@ MOE_HD inline uint64_t place_decode_turn(const DecodeView& d, char* memory, Deco
   take(t.weights, picks);
   take(t.sent, size);
   take(t.got, size);
-  take(t.arrived, size * (d.shape.max_tokens + picks));
+  take(t.arrived, size * (d.shape.max_tokens + 2 * picks));
   take(t.sent_flag, size);
   take(t.answered_flag, size);
   return c.at;
@@ -178,7 +180,7 @@ struct DecodeCombineArgs {
 namespace detail {
 
 MOE_HD inline int32_t* arrived(const DecodeView& d, const DecodeTurn& turn, int source, int slot) {
-  return turn.arrived + (int64_t{source} * d.shape.max_tokens + slot) * (1 + d.shape.top_k);
+  return turn.arrived + (int64_t{source} * d.note_per_source + int64_t{slot} * d.note_per_slot) * (1 + 2 * d.shape.top_k);
 }
 
 // The message of `source` in `slot`, which is about `token`: in its window, or landed in this rank's region.
@@ -188,10 +190,11 @@ MOE_HD char* decode_message(F f, const DecodeView& d, const DecodeTurn& turn, in
   return f.window(d.local(source), d.message(turn.parity(), token));
 }
 
-// Where the rows of a token's picks lie here: indices of rows in both banks, as node peers read them.
+// Where the rows of a token's picks lie here: indices of rows in both banks. Node peers read them; of others they are private.
 template <class F>
-MOE_HD int32_t* decode_places(F f, const DecodeView& d, const DecodeTurn& turn, int source, int token) {
-  return reinterpret_cast<int32_t*>(f.window(d.geometry.local(), d.places(turn.parity(), source))) + int64_t{token} * d.shape.top_k;
+MOE_HD int32_t* decode_places(F f, const DecodeView& d, const DecodeTurn& turn, int source, int32_t* note) {
+  if (!d.near(source)) return note + 1 + d.shape.top_k;
+  return reinterpret_cast<int32_t*>(f.window(d.geometry.local(), d.places(turn.parity(), d.local(source)))) + int64_t{note[0]} * d.shape.top_k;
 }
 
 // What many groups have counted before group `part`, of one field.

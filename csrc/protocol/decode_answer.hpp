@@ -53,8 +53,8 @@ MOE_HD void sign_answers(F f, const DecodeCombineArgs& a, int source) {
   const Wire wire = near ? Wire::plain : a.wire;
   uint64_t* signs = reinterpret_cast<uint64_t*>(f.window(own, d.signs(parity, source)));
   for (int i = 0; i < turn.got[source]; ++i) {
-    const int32_t* note = arrived(d, turn, source, i);
-    const int32_t* places = decode_places(f, d, turn, source, note[0]);
+    int32_t* note = arrived(d, turn, source, i);
+    const int32_t* places = decode_places(f, d, turn, source, note);
     for (int k = 0, picks = 0; k < d.shape.top_k; ++k) {
       if (note[1 + k] < 0) continue;
       const char* answer;
@@ -83,9 +83,9 @@ MOE_HD void decode_answer(G g, F f, const DecodeCombineArgs& a, int source, int 
   const int64_t bank = static_cast<int64_t>(turn.bank * d.packed_rows());
   int answers = 0;
   for (int i = begin; i < end && (turn.weighted || !near); ++i) {
-    const int32_t* note = detail::arrived(d, turn, source, i);
+    int32_t* note = detail::arrived(d, turn, source, i);
     const int32_t token = note[0];
-    const int32_t* places = detail::decode_places(f, d, turn, source, token);
+    const int32_t* places = detail::decode_places(f, d, turn, source, note);
     const auto put = [&](int k, const char* answer) {
       if (!near && g.lane() == 0) f.put(source, d.answer(parity, token, k), answer, answer_bytes);
       ++answers;

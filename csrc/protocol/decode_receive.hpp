@@ -56,8 +56,8 @@ MOE_HD void decode_number(G g, F f, const DecodeReceiveArgs& a, int source, int 
   g.sync();
   // Lane owns experts: their rows follow (source rank, source token) without atomics.
   for (int i = begin; i < end; ++i) {
-    const int32_t* note = detail::arrived(d, turn, source, i);
-    int32_t* places = detail::decode_places(f, d, turn, source, note[0]);
+    int32_t* note = detail::arrived(d, turn, source, i);
+    int32_t* places = detail::decode_places(f, d, turn, source, note);
     for (int k = 0; k < k_max; ++k) {
       const int e = note[1 + k];
       if (e >= 0 && e % g.size() == g.lane()) places[k] = bank + e * per_expert + static_cast<int32_t>(counts[e]++);
@@ -76,9 +76,9 @@ MOE_HD void decode_shift_places(G g, F f, const DecodeReceiveArgs& a, int source
     const int32_t before = detail::sum_before(counts + e, per_rank, part);
     if (part == parts - 1) totals[e] = before + counts[int64_t{part} * per_rank + e];
     for (int i = begin; i < end && before > 0; ++i) {
-      const int32_t* note = detail::arrived(d, a.turn, source, i);
+      int32_t* note = detail::arrived(d, a.turn, source, i);
       for (int k = 0; k < k_max; ++k)
-        if (note[1 + k] == e) detail::decode_places(f, d, a.turn, source, note[0])[k] += before;
+        if (note[1 + k] == e) detail::decode_places(f, d, a.turn, source, note)[k] += before;
     }
   }
   g.sync();
@@ -95,8 +95,8 @@ MOE_HD Status decode_pack(G g, F f, const DecodeReceiveArgs& a, int source, int 
   const int64_t per_expert = static_cast<int64_t>(decode_rows_per_expert(d.geometry, d.shape)), bank = static_cast<int64_t>(turn.bank * d.packed_rows());
   uint64_t replicated = 0;
   for (int i = begin; i < end; ++i) {
-    const int32_t* note = detail::arrived(d, turn, source, i);
-    const int32_t* places = detail::decode_places(f, d, turn, source, note[0]);
+    int32_t* note = detail::arrived(d, turn, source, i);
+    const int32_t* places = detail::decode_places(f, d, turn, source, note);
     const char* message = detail::decode_message(f, d, turn, source, i, note[0]);
     const char* row = message + header_bytes;
     int copies = 0;

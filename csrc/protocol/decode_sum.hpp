@@ -64,7 +64,7 @@ MOE_HD Terms decode_terms(G g, F f, const DecodeCombineArgs& a, int t) {
     if (!turn.weighted && k % g.size() == 0 && k + g.lane() < k_max) {
       const int expert = turn.ids[at + g.lane()], owner = expert < 0 ? me : d.owner(expert);
       if (expert >= 0 && d.near(owner))
-        fetched_place = reinterpret_cast<const int32_t*>(f.window(d.local(owner), d.places(parity, me)))[at + g.lane()];
+        fetched_place = reinterpret_cast<const int32_t*>(f.window(d.local(owner), d.places(parity, d.geometry.local())))[at + g.lane()];
     }
     const int64_t place = g.broadcast(fetched_place, k % g.size());
     if (turn.ids[at] < 0 || (turn.weighted && turn.slot[at] < 0)) continue;
@@ -108,7 +108,7 @@ MOE_HD Status verify_answers(F f, const DecodeCombineArgs& a, int t) {
     if (!d.near(r)) answer = f.rail(d.answer(parity, t, k));
     else if (turn.weighted) answer = f.window(d.geometry.local(), d.sum(parity, t, k));
     else {
-      const int32_t place = reinterpret_cast<const int32_t*>(f.window(d.local(r), d.places(parity, d.geometry.rank)))[at];
+      const int32_t place = reinterpret_cast<const int32_t*>(f.window(d.local(r), d.places(parity, d.geometry.local())))[at];
       answer = f.window(d.local(r), d.rows(0)) + place * d.shape.combine_row_bytes();
     }
     MOE_TRY(verify::answered_row(f, a, t, k, r, answer));

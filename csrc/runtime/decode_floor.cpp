@@ -10,8 +10,8 @@ DecodeFloor::DecodeFloor(Decode& decode, const char* x, char* y)
   const int parity = turn_.parity(), me = view_.geometry.rank, own = view_.geometry.local(), k_max = view_.shape.top_k;
   const uint64_t header = decode_header_bytes(k_max);
   const HostState& host = reach_.host();
-  const auto places = [&](int owner, int source, int token) {
-    return reinterpret_cast<const int32_t*>(host.windows[view_.local(owner)] + view_.places(parity, source)) + int64_t{token} * k_max;
+  const auto places = [&](int owner, int token) {   // of this rank's picks there
+    return reinterpret_cast<const int32_t*>(host.windows[view_.local(owner)] + view_.places(parity, own)) + int64_t{token} * k_max;
   };
   stores_.resize(turn_.tokens);
   for (int t = 0; t < turn_.tokens; ++t) {
@@ -24,7 +24,7 @@ DecodeFloor::DecodeFloor(Decode& decode, const char* x, char* y)
       const int r = view_.owner(turn_.ids[at]);
       if (turn_.slot[at] >= 0 && !view_.near(r)) messages_.push_back({r, view_.landed(parity, me, r, turn_.slot[at]), message, header + row_bytes_});
       stores_[t].weight[n] = turn_.weights[at];
-      stores_[t].row[n++] = view_.near(r) ? host.windows[view_.local(r)] + view_.rows(0) + places(r, me, t)[k] * row_bytes_
+      stores_[t].row[n++] = view_.near(r) ? host.windows[view_.local(r)] + view_.rows(0) + places(r, t)[k] * row_bytes_
                                           : host.rail_region + view_.answer(parity, t, k);
     }
     terms_.push_back(n);
@@ -32,11 +32,12 @@ DecodeFloor::DecodeFloor(Decode& decode, const char* x, char* y)
   const HostFabric<LoopbackRail> memory{&reach_.host(), nullptr};
   for (int s = 0; s < view_.geometry.size; ++s)
     for (int i = 0; i < turn_.got[s]; ++i) {
-      const int32_t* note = detail::arrived(view_, turn_, s, i);
+      int32_t* note = detail::arrived(view_, turn_, s, i);
+      const int32_t* rows = detail::decode_places(memory, view_, turn_, s, note);
       const char* message = detail::decode_message(memory, view_, turn_, s, i, note[0]);
       for (int k = 0; k < k_max; ++k) {
         if (note[1 + k] < 0) continue;
-        const int64_t place = places(me, s, note[0])[k];   // in both banks
+        const int64_t place = rows[k];   // in both banks
         packed_.push_back({host.windows[own] + view_.x(0) + place * row_bytes_, message + header});
         if (!view_.near(s)) answers_.push_back({s, view_.answer(parity, note[0], k), host.windows[own] + view_.rows(0) + place * row_bytes_, row_bytes_});
       }

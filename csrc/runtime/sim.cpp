@@ -29,6 +29,14 @@ void echo(char* out, uint64_t out_bytes, const char* in, uint64_t in_bytes, uint
     for (uint64_t i = 0; i < out_bytes; ++i) out[r * out_bytes + i] = in[r * in_bytes + i % in_bytes] ^ flip;
 }
 
+// Most sources have few messages for a rank: equal slots of all sources lie together.
+DecodeView sim_decode_view(const Geometry& g, const Shape& s) {
+  DecodeView d = make_decode_view(g, s, false);
+  d.note_per_source = 1;
+  d.note_per_slot = g.size;
+  return d;
+}
+
 SimSpace decode_space(const DecodeView& d) {
   SimSpace s;
   const uint64_t stride = decode_message_bytes(d.shape), tokens = d.shape.max_tokens;
@@ -38,12 +46,11 @@ SimSpace decode_space(const DecodeView& d) {
   s.window_records.end = d.window.messages + 2 * tokens * stride;
   s.window_records.stride = stride;
   s.window_records.kept = sizeof(DecodeHeader) + sizeof(DecodePick) * d.shape.top_k;
-  s.window_records.per_source = tokens;
   s.region_bytes = d.region.bytes;
   s.region_counters = d.region.messages;
   s.region_rows = d.region.messages;
-  s.region_records = s.window_records;
-  s.region_records.kept = sizeof(char*);
+  s.region_records.stride = stride;
+  s.region_records.per_source = tokens;
   s.region_records.begin = d.region.messages;
   s.region_records.end = d.region.messages + 2 * (d.geometry.size - d.geometry.ranks_per_node) * tokens * stride;
   s.peers_are_ranks = true;
@@ -62,14 +69,14 @@ SimCluster::SimCluster(const SimConfig& config) : config_(config) {
   main.region_counters = first.rail.blocks;
   main.region_rows = first.rail.area_a;
   std::vector<SimSpace> spaces{main};
-  if (config.decode) spaces.push_back(decode_space(make_decode_view(world, config.shape, false)));
+  if (config.decode) spaces.push_back(decode_space(sim_decode_view(world, config.shape)));
   net_ = std::make_unique<SimNet>(world, spaces, config.hardware, config.num_sms, config.payload);
   ranks_.resize(config.size);
   for (int r = 0; r < config.size; ++r) {
     RankState& rank = ranks_[r];
     rank.view = make_view({r, config.size, config.ranks_per_node}, config.shape, false);
     rank.pool = std::make_shared<PlanPool>(rank.view);
-    if (config.decode) rank.decode = std::make_unique<SimDecode>(*net_, make_decode_view(rank.view.geometry, config.shape, false),
+    if (config.decode) rank.decode = std::make_unique<SimDecode>(*net_, sim_decode_view(rank.view.geometry, config.shape),
                                                                  config.schedule == SimSchedule::lane ? 0 : config.workers);
   }
   reset({});

@@ -28,6 +28,18 @@ Status sim_decode_send(SimNet& net, F f, const DecodeSendArgs& a, int workers) {
   return sim_part(net, "decode announce", [&] { decode_announce(g, f, a); return Status{}; });
 }
 
+// Headers lie with those who sent them, all over the caches: they are fetched while earlier ones are read.
+template <class F>
+void expect_messages(F f, const DecodeReceiveArgs& a, int source) {
+  constexpr int kMost = 4;   // of a source
+  if (source >= a.d.geometry.size || a.d.near(source)) return;
+  for (int slot = 0; slot < kMost && slot < a.d.shape.max_tokens; ++slot) {
+    const char* header = detail::decode_message(f, a.d, a.turn, source, slot, 0);
+    __builtin_prefetch(header);
+    __builtin_prefetch(header + 64);
+  }
+}
+
 // The rank's main fiber accepts the sources in ascending order; workers pack what has been accepted.
 template <class F>
 Status sim_decode_receive(SimNet& net, F f, const DecodeReceiveArgs& a, int workers) {
@@ -47,7 +59,9 @@ Status sim_decode_receive(SimNet& net, F f, const DecodeReceiveArgs& a, int work
     });
   int64_t* counts = decode_clear_counts(g, f, a);
   sim_part(net, "decode accept", [&] {
+    constexpr int kAhead = 8;
     for (int source = 0; source < size; ++source) {
+      expect_messages(f, a, source + kAhead);
       int got = 0;
       const Status s = failed.ok() ? decode_accept(g, f, a, source, got) : failed;
       if (s.ok()) decode_number(g, f, a, source, 0, got, counts);
