@@ -191,6 +191,12 @@ def test_refused_call_is_over_for_every_gateway():
     assert not found["found"], explore.report(found)
 
 
+def test_refused_choice_leaves_no_put_behind():
+    """A program that fails where a refused exchange does not wait for its puts: the next call's announcement arrives first, and stands for this one's."""
+    found = explore.explore_world(explore.random_world(500201, "choice"), 1000)
+    assert not found["found"], explore.report(found)
+
+
 @pytest.mark.parametrize("name,flaw,phase,kind", explore.MUTATIONS, ids=[m[0] for m in explore.MUTATIONS])
 def test_exploration_finds(name, flaw, phase, kind):
     """Every known bug is found, and its report names the schedule."""
