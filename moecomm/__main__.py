@@ -4,6 +4,8 @@ import argparse
 import importlib
 import sys
 
+from .errors import InvalidArgument
+
 COMMANDS = {
     "calibrate": ("moecomm.calibrate", "measures this machine for the sim world, and checks its predictions"),
     "explore": ("moecomm.explore", "random schedules of small simulated worlds: hunts deadlocks and reordering bugs"),
@@ -26,7 +28,11 @@ def run(prog, description, commands, argv=None):
     own = argparse.ArgumentParser(prog=f"{prog} {name}", description=commands[name][1])
     module.arguments(own)
     own.set_defaults(command=name)
-    return module.main(own.parse_args(argv[1:])) or 0
+    args = own.parse_args(argv[1:])
+    try:
+        return module.main(args) or 0
+    except InvalidArgument as refused:   # what argparse could not know, told as argparse tells
+        own.error(str(refused))
 
 
 def main(argv=None):

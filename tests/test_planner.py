@@ -36,6 +36,14 @@ def test_errors(wrong, said):
         predict(ask("deepseek-v3", "h800", 8, 4, routing="nowhere"))
 
 
+def test_a_wrong_argument_is_told_like_one(capsys):
+    """By the commands too: their usage, what was wrong and what was expected; no traceback."""
+    with pytest.raises(SystemExit) as ended:
+        command.main(["plan", "--model", "deepseek-v3", "--cluster", "abacus", "--ep", "8", "--tokens", "4"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "usage: python -m moecomm plan" in said and "cluster: got 'abacus'; expected one of" in said
+
+
 def test_routing_keeps_the_node_limit():
     """With as many groups as nodes and no copies, a token reaches at most M nodes."""
     for limit in (1, 2, 4):
