@@ -210,7 +210,7 @@ def test_exploration_finds(name, flaw, phase, kind):
 
 
 @pytest.mark.parametrize("name", ["a rank that is not told", "count off by one: a row too many awaited", "decode: a rank that is not told",
-                                  "decode: missing acquire: answers", "window reused too early: experts' rows"])
+                                  "decode: missing acquire: answers", "window reused too early: experts' rows", "decode: a put that is left out"])
 def test_a_finding_is_shrunk(name):
     """A smaller world with a shorter trace, which fails again from what the report says: its seed, its trace, who waits for whom."""
     _, flaw, phase, kind = next(m for m in explore.MUTATIONS if m[0] == name)

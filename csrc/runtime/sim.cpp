@@ -158,7 +158,7 @@ Status SimCluster::choose(int rank, F fabric, DispatchArgs a, const DispatchCall
   WatchedChooser watched(chooser, r, mutation_);
   net_->spend(config_.hardware.plan_token * asked.tokens);
   const Status s = run_exchange(Lane{}, fabric, a, [&](auto picks_of) { watched.choose(picks_of); });
-  net_->flush();
+  if (!is_final(s)) net_->flush();
   return s;
 }
 
@@ -212,7 +212,7 @@ Status SimCluster::dispatch(int rank, F fabric, const SimCall& call, Handle& han
         : config_.schedule == SimSchedule::seats ? seats_dispatch(*net_, fabric, a, offer, config_.workers)
                                                  : sim_dispatch(*net_, fabric, a, offer);
   }
-  net_->flush();   // refused or not, as in the cpu world: another role's signal in the next call could overtake them otherwise
+  if (!is_final(s)) net_->flush();   // refused or not, as in the cpu world: another role's signal in the next call could overtake them otherwise
   if (!s.ok()) return s;
   const int me = r.view.geometry.local();
   const CallShape& shape = plan.view.call;
@@ -266,7 +266,7 @@ Status SimCluster::combine(int rank, F fabric, const SimCall& call, Handle& hand
   const Status s = config_.schedule == SimSchedule::lane    ? lane_combine(*net_, fabric, a)
                    : config_.schedule == SimSchedule::seats ? seats_combine(*net_, fabric, a, config_.workers)
                                                             : sim_combine(*net_, fabric, a);
-  net_->flush();
+  if (!is_final(s)) net_->flush();
   if (config_.payload) {
     digest = digest_bytes(1, a.y, plan.view.tokens * row_bytes);
     std::memset(output, kScribble, l.bytes);   // the experts may write again
