@@ -198,6 +198,9 @@ def _from_environment(timeout):
 
         owned = not dist.is_initialized()
         if owned:
+            # Defaults of its functions are the default group of the moment it is imported, kept for ever: a group of ours would outlive close().
+            import torch.distributed.nn.functional  # noqa: F401
+
             dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout))
         return Torch(dist.group.WORLD, timeout, owned)
     return Alone()

@@ -69,6 +69,20 @@ def test_cases_by_torchrun():
     assert all(f"rank {r} of 4 is done" in output for r in range(4))
 
 
+def test_a_closed_world_leaves_no_thread_of_gloo(tmp_path):
+    """Such a thread aborts the process when it lets go of a tensor while the interpreter ends. Compilers, which a gradient brings in, must not keep the group."""
+    worker = tmp_path / "worker.py"
+    worker.write_text("import os, torch, moecomm\n"
+                      "def gloo(): return [n for t in os.listdir('/proc/self/task') if 'gloo' in (n := open(f'/proc/self/task/{t}/comm').read())]\n"
+                      "with moecomm.Communicator() as comm:\n"
+                      "    buf = moecomm.Buffer(comm, hidden=8, num_experts=2, top_k=1, max_tokens=2)\n"
+                      "    out = buf.dispatch(torch.ones(2, 8, requires_grad=True).bfloat16(), torch.tensor([[0], [1]]))\n"
+                      "    buf.combine(out.x, out.handle).float().sum().backward()\n"
+                      "    assert gloo(), 'another transport'\n"
+                      "assert not gloo(), gloo()\n")
+    start(*torchrun(2), worker)
+
+
 def test_mpich():
     """mpi4py finds the MPICH wheel, and a world comes up under its mpiexec."""
     if not (MPICH / "mpiexec").exists():
