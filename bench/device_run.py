@@ -41,12 +41,18 @@ def arguments(parser):
     parser.add_argument("--out", default=os.environ.get("OUT", "bench/results"), help="folder for device.json and device.md")
 
 
-def main(args):
-    """Run everything; the exit status says whether a result was wrong or a section failed."""
+def ready(args):
+    """Whether there is a GPU to measure; says why not."""
     cuda.prepare_threads()   # before anything touches the GPU
     reason = cuda.why_not()
     if reason is not None:
-        print(f"device: nothing to measure: {reason}")
+        print(f"{args.command}: nothing to measure: {reason}")
+    return reason is None
+
+
+def main(args):
+    """Run everything; the exit status says whether a result was wrong or a section failed."""
+    if not ready(args):
         return 2
     if args.small:
         print(f"small worlds: {check_all(args.device, args.most_ranks)} cases equal the oracle, bit for bit")

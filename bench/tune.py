@@ -24,10 +24,7 @@ def arguments(parser):
 
 def main(args):
     """Measure every candidate, keep the fastest; returns 2 where there is no GPU."""
-    cuda.prepare_threads()   # before anything touches the GPU
-    reason = cuda.why_not()
-    if reason is not None:
-        print(f"tune: nothing to measure: {reason}")
+    if not device_run.ready(args):
         return 2
     torch.cuda.set_device(args.device)
     shape, plans = device.Shape(tokens=args.tokens), {}

@@ -7,13 +7,17 @@ namespace moecomm {
 
 namespace balance { class Choice; }
 
-struct DispatchCall {
+// A rank's tokens and where they want to go.
+struct Tokens {
   const char* x = nullptr;
-  const char* scales = nullptr;
-  const int64_t* ids64 = nullptr;
+  const char* scales = nullptr;      // of rows that are quantized already
+  const int64_t* ids64 = nullptr;    // one of the two kinds of ids
   const int32_t* ids32 = nullptr;
   const float* weights = nullptr;
   int32_t tokens = 0;
+};
+
+struct DispatchCall : Tokens {
   bool cached = false;
   CallShape shape;
   const balance::Choice* choice = nullptr;   // ids64 are logical: their slots are chosen, and written to
@@ -32,14 +36,8 @@ struct CombineCall {
   Wire wire = Wire::plain;
 };
 
-struct DecodeDispatchCall {
-  const char* x = nullptr;
-  const char* scales = nullptr;
-  const int64_t* ids64 = nullptr;
-  const int32_t* ids32 = nullptr;
-  const float* weights = nullptr;
+struct DecodeDispatchCall : Tokens {
   bool weighted = false;             // weights travel
-  int32_t tokens = 0;
   ScaleKind quant = ScaleKind::none; // of the rows that travel; made on the way where `scales` is null
   bool scales_by_column = false;     // at the receiver
   bool receive = false;              // both phases in one call
