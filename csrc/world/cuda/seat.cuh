@@ -68,7 +68,10 @@ __device__ void take_part(G g, const Call& call, Rail rail, char* shared, Role r
   const DeviceFabric<Rail> fabric{&call.links, rail, scratch, ptx::nanoseconds() + call.timeout_ns};
   Status s = role(fabric);
   if (g.lane() != 0) return;
-  if (s.ok()) s = fabric.flush();
+  if (!is_final(s)) {   // a refused call's puts too: a later call's signal could overtake them
+    const Status unread = fabric.flush();
+    if (!unread.ok()) s = unread;
+  }
   fabric.complete();   // shared memory goes with the block
   if (!s.ok()) fabric.fail(s);
   const auto* counted = reinterpret_cast<const unsigned long long*>(&scratch->counters);
