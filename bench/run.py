@@ -7,7 +7,7 @@ import sys
 
 from . import cases, launch, report
 from .measure import OPS, measure
-from .world import World
+from .world import World, join_gloo
 
 
 def progress_line(world):
@@ -57,7 +57,7 @@ def world_of(ranks):
         import torch.distributed as dist
 
         if not dist.is_initialized():
-            dist.init_process_group("gloo")
+            join_gloo()
         world = World.from_torch()
     if world.size != ranks:
         raise SystemExit(f"--nodes x --ranks-per-node: got {ranks}; the launcher has started {world.size} ranks")

@@ -19,7 +19,7 @@ from . import cases, launch
 from .measure import OWN, measure
 from .run import progress_line
 from .suite import RESULTS
-from .world import World
+from .world import World, join_gloo
 
 STRAIGHT = "tuned-gloo"
 _BURST, _QUEUE = "256kb", "200ms"
@@ -145,9 +145,7 @@ def start(args):
 
 def run_rank(args):
     """One rank: walk through the link speeds. 1 where a result was wrong."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo")
+    join_gloo()
     world = World.from_torch()
     case = cases.Case(nodes=args.nodes, ranks_per_node=args.ranks_per_node, tokens=args.tokens, hidden=args.hidden, top_k=args.top_k,
                       experts=args.experts or 8 * world.size)
@@ -164,9 +162,7 @@ def run_rank(args):
         print("\n".join([f"# {case.title()}", f"# rail {measured.rail} over shaped veth links; bytes of all ranks over the links, dispatch and combine", *table(rows)]))
         plot(args.plot, rows, case)
         print(f"# written: {args.plot}")
-    wrong = sum(r["wrong"] for r in rows)
-    dist.destroy_process_group()
-    return 1 if wrong else 0
+    return 1 if sum(r["wrong"] for r in rows) else 0
 
 
 def summary(gbits, measured):

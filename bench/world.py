@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import mmap
 import os
 import socket
@@ -9,6 +10,14 @@ import time
 
 import torch
 import torch.distributed as dist
+
+
+def join_gloo(**how):
+    """Make torch.distributed's default group (gloo), and leave it before the interpreter ends: its threads could abort the process there."""
+    import torch.distributed.nn.functional  # noqa: F401  (imported later, its defaults would keep the group for ever)
+
+    dist.init_process_group("gloo", **how)
+    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
 
 class World:
@@ -45,7 +54,7 @@ class World:
         host, port = self.allgather((host, store.port if store else 0))[0]
         if store is None:
             store = dist.TCPStore(host, port, self.size, is_master=False)
-        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size)
+        join_gloo(store=store, rank=self.rank, world_size=self.size)
 
     def span(self, start, end):
         """Seconds from the first rank's start to the last rank's end; the longest rank's where hosts have clocks of their own."""
