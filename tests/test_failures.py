@@ -96,7 +96,7 @@ def test_kill_at_any_moment(processes, tmp_path, milliseconds):
     check(run(processes, tmp_path, point="random", action="kill", kill_after=milliseconds / 1000, **MODES["both"]), lost=True)
 
 
-def test_ctrl_c_ends_rank_threads():
+def test_ctrl_c_ends_rank_threads(ctrl_c):
     """The main thread waits for rank threads that wait for each other: it raises, and none of them is left."""
     def main(comm):
         buf = moecomm.Buffer(comm, hidden=16, num_experts=2, top_k=1, max_tokens=1)

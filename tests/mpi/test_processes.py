@@ -50,7 +50,7 @@ def test_a_forked_child_harms_nobody(world, child_does):
     comm.close()
 
 
-def test_ctrl_c_ends_a_wait(world):
+def test_ctrl_c_ends_a_wait(world, ctrl_c):
     """The rank that waits raises KeyboardInterrupt at once; the others learn that it left."""
     with moecomm.Communicator(world, timeout=TIMEOUT) as comm:
         buf = moecomm.Buffer(comm, **SHAPE)
