@@ -84,6 +84,8 @@ class BuildExt(build_ext):
         self.force = before
 
     def run(self):
+        if self.editable_mode:   # pip's own folder goes after this build, and the next one would compile everything again
+            self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
         super().run()
         folder = Path(self.get_ext_fullpath("moecomm._native.core")).parent
         (folder / "built.json").write_text(json.dumps({"no_cuda": NO_CUDA, "no_nccl": None if NCCL else nccl_headers.why_not()}))

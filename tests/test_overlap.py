@@ -48,7 +48,8 @@ def test_two_batches_equal_one_after_the_other(size, per_node):
         (want[0].square().sum() + want[1].square().sum()).backward()
         (got[0].square().sum() + got[1].square().sum()).backward()
         for mine, theirs in zip(leaves[1], leaves[0], strict=True):
-            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4)   # summed in another order
+            # Summed in another order; what nearly cancels is off by a part of what was summed.
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6 * float(theirs.grad.norm()))
 
     moecomm.run_local(run, size, ranks_per_node=per_node)
 
