@@ -225,10 +225,10 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         """
         op = "dispatch"
         if (self._plain and self.comm._ready and handle is None and quant is None and capacity is None and not async_op and not check
-                and scale_layout == "row" and type(x) is torch.Tensor and not is_dynamo_compiling()):
+                and scale_layout == "row" and not is_dynamo_compiling()):
             out = self._native.try_dispatch(self, x, topk_ids, topk_weights, layout, expert_alignment)
             if out is not None:
-                return out if type(out) is Dispatched else self._fail(op, out)
+                return out
         self._require_open(op)
         expert_alignment, capacity = as_int(expert_alignment), as_int(capacity)
         x, scales = self._as_rows(op, x)
@@ -342,10 +342,10 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         """
         op = "combine"
         if (self._plain and self.comm._ready and bias is None and wire is None and not async_op and not check
-                and type(rows) is torch.Tensor and not is_dynamo_compiling()):
+                and not is_dynamo_compiling()):
             y = self._native.try_combine(self, rows, handle, topk_weights, out)
             if y is not None:
-                return y if type(y) is torch.Tensor else self._fail(op, y)
+                return y
         self._require_open(op)
         self._check_handle(op, handle)
         rows = self._as_tensor(op, "rows", rows)

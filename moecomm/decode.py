@@ -80,7 +80,6 @@ class DecodeVerbs:
         topk_weights = self._as_tensor("decode_dispatch", "topk_weights", topk_weights, optional=True)
         if self._replicas is not None:
             rows, scales = self._as_rows("decode_dispatch", x)
-            topk_ids = self._as_tensor("decode_dispatch", "topk_ids", topk_ids)
             self._check_picks("decode_dispatch", "topk_ids", topk_ids, self._check_x("decode_dispatch", rows, scales, packed=True), _IDS)
             topk_ids = self._replicas.choose_for_decode(self, topk_ids, layer)
         dispatch = self._decode.dispatch if self._noter is None else partial(self._noter.decode_dispatch, self._decode)

@@ -286,12 +286,10 @@ cdef class Buffer:
         call.wire = <capi.Wire>wire
         with nogil:
             s = buffer.combine(call, plan.p.get()[0], output.b.get()[0])
-        if s.code != capi.Code.ok:
-            return _failure(s)
-        return None
+        return None if s.code == capi.Code.ok else _failure(s)
 
     def try_dispatch(self, owner, x, topk_ids, topk_weights, layout, alignment):
-        """A Dispatched, or a Failure; None where an argument needs a closer look. The call's other arguments are left out."""
+        """A Dispatched; None where an argument needs a closer look. The call's other arguments are left out. Raises what owner._fail does."""
         cdef DLTensor rows, ids, weights
         cdef capi.DispatchCall call
         cdef Block out, output
@@ -321,11 +319,11 @@ cdef class Buffer:
         with nogil:
             s = buffer.dispatch(call, plan.p.get()[0], out.b, output.b)
         if s.code != capi.Code.ok:
-            return _failure(s)
+            owner._fail("dispatch", _failure(s))
         return _dispatched(owner, layout, plan, out, output, self.shape, buffer.local_rows(plan.p.get()[0]), call.weights != NULL)
 
     def try_combine(self, owner, rows, handle, topk_weights, out):
-        """y, or a Failure; None where something needs a closer look. The call's other arguments are left out."""
+        """y; None where something needs a closer look. The call's other arguments are left out. Raises what owner._fail does."""
         cdef DLTensor terms, weights, y
         cdef Plan plan
         cdef Block output
@@ -357,7 +355,9 @@ cdef class Buffer:
                 return None
         with nogil:
             s = buffer.combine(call, plan.p.get()[0], output.b.get()[0])
-        return out if s.code == capi.Code.ok else _failure(s)
+        if s.code != capi.Code.ok:
+            owner._fail("combine", _failure(s))
+        return out
 
     def owns(self, Plan plan):
         return plan.p.get().owner == <const void*>self.b.get()

@@ -35,7 +35,7 @@ def read_tensors_of(tensor_type, grad_enabled, modes):
 
 cdef bint _only_numbers(object a, object b):
     """Whether a call is the native one and nothing else: no gradient is wanted, no mode looks (ops.wanted, but for compilers)."""
-    if _grad_enabled() and (getattr(a, "requires_grad", False) or getattr(b, "requires_grad", False)):
+    if (getattr(a, "requires_grad", False) or getattr(b, "requires_grad", False)) and _grad_enabled():
         return False
     return _modes() == 0
 
