@@ -11,12 +11,12 @@ import time
 import torch
 import torch.distributed as dist
 
+from moecomm.bootstrap import make_default_group
+
 
 def join_gloo(**how):
     """Make torch.distributed's default group (gloo), and leave it before the interpreter ends: its threads could abort the process there."""
-    import torch.distributed.nn.functional  # noqa: F401  (imported later, its defaults would keep the group for ever)
-
-    dist.init_process_group("gloo", **how)
+    make_default_group(**how)
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
 

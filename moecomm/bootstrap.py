@@ -187,6 +187,16 @@ def find(group, timeout):
     raise InvalidArgument(f"group: got {type(group).__qualname__}; expected a torch ProcessGroup, an mpi4py Comm or None", op="Communicator")
 
 
+def make_default_group(**how):
+    """torch.distributed's default group over gloo, of which nothing is left when it is destroyed; init_process_group's arguments."""
+    import torch.distributed as dist
+
+    # Defaults of its functions are the default group of the moment it is imported, kept for ever: the group would outlive its end.
+    import torch.distributed.nn.functional  # noqa: F401
+
+    dist.init_process_group("gloo", **how)
+
+
 def _from_environment(timeout):
     e = os.environ
     if any(name in e for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MPI_LOCALNRANKS")):
@@ -198,9 +208,6 @@ def _from_environment(timeout):
 
         owned = not dist.is_initialized()
         if owned:
-            # Defaults of its functions are the default group of the moment it is imported, kept for ever: a group of ours would outlive close().
-            import torch.distributed.nn.functional  # noqa: F401
-
-            dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=timeout))
+            make_default_group(timeout=datetime.timedelta(seconds=timeout))
         return Torch(dist.group.WORLD, timeout, owned)
     return Alone()
