@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -140,7 +141,7 @@ def update_bias(bias, counts, speed):
 
     Parameters
     ----------
-    bias : Tensor [E]
+    bias : Tensor [E] float32 or float64
     counts : Tensor [E]
         Picks of each expert in the whole batch: of all ranks.
     speed : float
@@ -151,8 +152,16 @@ def update_bias(bias, counts, speed):
     Tensor [E]
         bias.
 
+    Raises
+    ------
+    InvalidArgument
+        bias has a dtype in which a step of this size is rounded away.
+
     Source: DeepSeek-V3 technical report, section 2.1.2, "auxiliary-loss-free load balancing".
     """
+    if bias.dtype not in (torch.float32, torch.float64):
+        raise InvalidArgument(f"update_bias: bias is {bias.dtype}, which loses steps of {speed}; expected float32 or float64 "
+                              "(keep_float32 keeps a module's bias so)", op="update_bias")
     counts = counts.to(torch.float64)
     return bias.add_(torch.sign(counts.mean() - counts).to(bias.dtype), alpha=speed)
 
@@ -172,21 +181,82 @@ def balance_loss(affinities, topk_ids, alpha):
     Returns
     -------
     Tensor []
-        alpha * sum over experts of (fraction of picks, times E) * (mean normalized affinity).
+        alpha * sum over experts of (fraction of picks, times E) * (mean normalized affinity), in float32 or wider.
+        Without tokens it is 0, and its gradient exists.
 
     Source: DeepSeek-V3 technical report, equations 17 to 20.
     """
     *batch, length, experts = affinities.shape
-    affinities, ids = affinities.reshape(-1, length, experts), topk_ids.reshape(-1, length, topk_ids.shape[-1])
+    sequences, top_k = math.prod(batch), topk_ids.shape[-1]
+    affinities, ids = affinities.reshape(sequences, length, experts), topk_ids.reshape(sequences, length, top_k)
+    affinities = affinities.to(torch.promote_types(affinities.dtype, torch.float32))   # bfloat16 counts to 256 only
     picked = torch.zeros(len(ids), experts + 1, dtype=affinities.dtype, device=ids.device)
     picked.scatter_add_(1, ids.flatten(1) + 1, torch.ones_like(ids, dtype=affinities.dtype).flatten(1))
-    fraction = picked[:, 1:] * (experts / (ids.shape[-1] * length))
-    share = (affinities / (affinities.sum(-1, keepdim=True) + 1e-20)).mean(1)
-    return alpha * (fraction * share).sum(-1).mean()
+    # Sums over at least one token and one sequence: the mean of nothing would be NaN.
+    fraction = picked[:, 1:] * (experts / (top_k * max(length, 1)))
+    share = (affinities / (affinities.sum(-1, keepdim=True) + 1e-20)).sum(1) / max(length, 1)
+    return alpha * (fraction * share).sum() / max(sequences, 1)
+
+
+def _apply_keeping(names, apply, module, fn, recurse):
+    """Module._apply, after which the named tensors are float32 again, with the bits that they had before."""
+    before = {name: getattr(module, name).data for name in names}
+    apply(module, fn, recurse)
+    for name, value in before.items():
+        now = getattr(module, name)
+        if now.dtype != torch.float32:   # a move and a cast are one function: what the cast rounded away comes from before it
+            now.data = torch.empty_like(now, dtype=torch.float32) if value.is_meta else value.to(now.device, torch.float32)
+    return module
+
+
+def _widen(name, module, _=None):
+    """Make a tensor of a module float32, where a load has assigned one of another dtype."""
+    value = getattr(module, name)
+    if value.dtype != torch.float32:
+        value.data = value.data.to(torch.float32)
+
+
+class _Keeping:
+    """Takes the place of a module's _apply. A class, so that the module can be copied and pickled."""
+
+    def __init__(self, module, name):
+        self.module, self.name = module, name
+
+    def __call__(self, fn, recurse=True):
+        return _apply_keeping((self.name,), type(self.module)._apply, self.module, fn, recurse)
+
+
+def keep_float32(model, name):
+    """Keep every buffer or parameter of this name in float32 through .to(dtype), .half(), .bfloat16() and loading.
+
+    Steps of update_bias are lost in a narrower type. Gate does this for its own bias; call it for routers of other libraries
+    (transformers: keep_float32(model, "e_score_correction_bias")), before the first cast.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        It and its submodules are searched.
+    name : str
+        Of the attribute; what is not float32 yet is converted now.
+
+    Returns
+    -------
+    int
+        Modules that have it.
+    """
+    found = 0
+    for module in model.modules():
+        if isinstance(getattr(module, name, None), torch.Tensor):
+            found += 1
+            _widen(name, module)
+            if not isinstance(module, Gate):
+                module._apply = _Keeping(module, name)
+                module.register_load_state_dict_post_hook(partial(_widen, name))
+    return found
 
 
 class Gate(nn.Module):
-    """A gate with parameters: weight [E, hidden], and a bias [E] for choosing only (score="sigmoid").
+    """A gate with parameters: weight [E, hidden], and a bias [E] for choosing only (score="sigmoid"), always float32.
 
     Parameters
     ----------
@@ -209,9 +279,18 @@ class Gate(nn.Module):
             raise InvalidArgument(f"score: got {score!r}; expected 'sigmoid' or 'softmax'", op="Gate")
         self.num_experts, self.top_k, self.score = num_experts, top_k, score
         self.num_groups, self.top_groups, self.normalize, self.scale = num_groups, top_groups, normalize, scale
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden))
+        device = torch.get_default_device()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden, dtype=torch.get_default_dtype(), device=device))
         nn.init.normal_(self.weight, std=hidden ** -0.5)
-        self.register_buffer("bias", torch.zeros(num_experts) if score == "sigmoid" else None)
+        self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32, device=device) if score == "sigmoid" else None)
+
+    def _apply(self, fn, recurse=True):
+        return _apply_keeping(() if self.bias is None else ("bias",), nn.Module._apply, self, fn, recurse)
+
+    def _load_from_state_dict(self, *how):
+        super()._load_from_state_dict(*how)
+        if self.bias is not None:   # load_state_dict(assign=True) takes the tensor as it is
+            _widen("bias", self)
 
     def forward(self, x):
         """Routing of tokens x [T, hidden]; computed in float32, under autocast too."""

@@ -1,6 +1,8 @@
 """Gates against a slow version that shares no code with them, and the published shapes."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -144,3 +146,80 @@ def test_presets_are_the_published_shapes():
         assert d.experts % d.ranks == 0 and d.ranks % d.ranks_per_node == 0 and d.experts >= d.model.num_experts
     for shape in (v for v in vars(p).values() if isinstance(v, p.ModelShape)):
         assert shape.hidden % 128 == 0 and shape.top_groups * shape.num_experts // shape.num_groups >= shape.top_k
+
+
+class Router(torch.nn.Module):
+    """Of another library: its bias is a buffer or a parameter."""
+
+    def __init__(self, parameter):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(4, 8))
+        if parameter:
+            self.correction = torch.nn.Parameter(torch.randn(4), requires_grad=False)
+        else:
+            self.register_buffer("correction", torch.randn(4))
+
+
+CASTS = {"bfloat16": lambda m: m.bfloat16(), "half": lambda m: m.half(), "double": lambda m: m.double(), "to": lambda m: m.to("cpu", torch.bfloat16),
+         "copy": lambda m: copy.deepcopy(m).bfloat16(), "pickle": lambda m: pickle.loads(pickle.dumps(m)).half()}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_bias_stays_float32(cast):
+    """Casts of a model leave the balancing bias as it is, bit by bit; its weight follows. Likewise routers that keep_float32 was told of."""
+    model = torch.nn.ModuleList([gate.Gate(8, 4, 1), Router(False), Router(True), gate.Gate(8, 4, 1, score="softmax")])
+    model[0].bias.normal_()
+    assert gate.keep_float32(model, "correction") == 2 and gate.keep_float32(model, "nothing") == 0
+    before = [model[0].bias.clone(), model[1].correction.clone(), model[2].correction.clone()]
+    model = CASTS[cast](CASTS[cast](model))
+    for have, want in zip([model[0].bias, model[1].correction, model[2].correction], before, strict=True):
+        assert have.dtype == torch.float32 and torch.equal(have, want)
+    assert model[0].weight.dtype == model[1].weight.dtype != torch.float32 and model[3].bias is None
+    assert [name for name, _ in model[2].named_parameters()] == ["weight", "correction"]
+
+
+def test_bias_keeps_moving_after_a_cast():
+    model = gate.Gate(8, 4, 1).bfloat16()
+    for _ in range(1500):
+        model.update_bias(torch.tensor([0, 10, 10, 10]), 0.001)
+    torch.testing.assert_close(model.bias, torch.tensor([1.5, -1.5, -1.5, -1.5]), rtol=1e-4, atol=0)
+    with pytest.raises(moecomm.InvalidArgument, match="bias is torch.bfloat16.*float32 or float64"):
+        gate.update_bias(model.bias.bfloat16(), torch.tensor([0, 10, 10, 10]), 0.001)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_bias_through_a_state_dict(assign):
+    """As it was saved; and float32 where a checkpoint holds another dtype."""
+    first = torch.nn.ModuleList([gate.Gate(8, 4, 1), Router(False)]).bfloat16()
+    first[0].bias.normal_()
+    again = torch.nn.ModuleList([gate.Gate(8, 4, 1), Router(False)])
+    gate.keep_float32(again, "correction")
+    again.load_state_dict(first.state_dict(), assign=assign)
+    assert torch.equal(again[0].bias, first[0].bias)
+    again.load_state_dict({k: v.bfloat16() for k, v in first.state_dict().items()}, assign=assign)
+    assert again[0].bias.dtype == again[1].correction.dtype == torch.float32
+    assert torch.equal(again[0].bias, first[0].bias.bfloat16().float())
+
+
+def test_bias_is_made_on_another_device():
+    """A model built on meta, cast there and given memory later."""
+    with torch.device("meta"):
+        model = gate.Gate(8, 4, 1)
+    model = model.bfloat16().to_empty(device="cpu")
+    assert model.bias.dtype == torch.float32 and model.bias.device.type == "cpu" and model.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0, 4), (0, 5, 4)])
+def test_balance_loss_without_tokens(shape):
+    """A rank that got no tokens has a loss of zero that takes part in backward."""
+    affinities = torch.rand(shape, requires_grad=True)
+    loss = gate.balance_loss(affinities, torch.zeros((*shape[:-1], 2), dtype=torch.int64), 1e-4)
+    loss.backward()
+    assert loss.item() == 0 and affinities.grad.shape == shape
+
+
+def test_balance_loss_counts_beyond_bfloat16():
+    """bfloat16 cannot count to 600: half-precision affinities are summed in float32."""
+    affinities, ids = torch.full((600, 2), 0.5), torch.zeros(600, 1, dtype=torch.int64)
+    want = gate.balance_loss(affinities, ids, 1.0)
+    torch.testing.assert_close(gate.balance_loss(affinities.bfloat16(), ids, 1.0), want)

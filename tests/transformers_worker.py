@@ -13,7 +13,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
-from moecomm.gate import Gate
+from moecomm.gate import Gate, keep_float32
 
 CONFIG = dict(vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3, num_attention_heads=4,
               num_key_value_heads=4, n_shared_experts=1, n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2, kv_lora_rank=16,
@@ -58,6 +58,10 @@ def single(folder):
         order, own = ids.argsort(1), ours.topk_ids.argsort(1)
         assert torch.equal(ids.gather(1, order), ours.topk_ids.gather(1, own)), "other experts were picked"
         worst = max(worst, float((weights.gather(1, order) - ours.topk_weights.gather(1, own)).abs().max()))
+    before = {k: v.clone() for k, v in model.state_dict().items() if k.endswith("e_score_correction_bias")}
+    assert keep_float32(model, "e_score_correction_bias") == len(before) == 2
+    after = model.bfloat16().state_dict()
+    assert all(after[k].dtype == torch.float32 and torch.equal(after[k], v) for k, v in before.items()), "a balancing bias was cast"
     print(f"router {worst:.3e}")
 
 

@@ -8,6 +8,10 @@ Importing this registers the implementation "moecomm":
 
     model = AutoModelForCausalLM.from_pretrained(name, distributed_config=DistributedConfig(
         tp_size=8, ep_size=8, ep_implementation="moecomm"))
+
+Routers that balance by a bias need it in float32, also where the model is cast after loading (model.bfloat16()):
+
+    moecomm.gate.keep_float32(model, "e_score_correction_bias")
 """
 
 from __future__ import annotations
