@@ -26,14 +26,14 @@ FIT_TOKENS, TEST_TOKENS = (128, 1024), (192, 384, 768)
 def routing(ranks, tokens):
     """Uniform picks by rank."""
     g = torch.Generator().manual_seed(tokens)
-    return [torch.rand((tokens, EXPERTS_PER_RANK * ranks), generator=g).argsort(1)[:, :TOP_K].contiguous() for _ in range(ranks)]
+    return [torch.rand((tokens, EXPERTS_PER_RANK * ranks), generator=g, dtype=torch.float32, device="cpu").argsort(1)[:, :TOP_K].contiguous() for _ in range(ranks)]
 
 
 def measure(ranks, sizes, repeats):
     """{tokens: us of OPS}: medians over repeats (sizes interleaved) of the mean over ranks."""
     def run(comm):
         world = {t: (Buffer(comm, hidden=HIDDEN, num_experts=EXPERTS_PER_RANK * ranks, top_k=TOP_K, max_tokens=t), routing(ranks, t)[comm.rank],
-                     torch.randn((t, HIDDEN)).to(torch.bfloat16), torch.rand((t, TOP_K))) for t in sizes}
+                     torch.randn((t, HIDDEN), dtype=torch.float32, device="cpu").to(torch.bfloat16), torch.rand((t, TOP_K), dtype=torch.float32, device="cpu")) for t in sizes}
         times = {t: [] for t in sizes}
         for _ in range(repeats + 3):
             for t, (buf, ids, x, weights) in world.items():

@@ -262,7 +262,9 @@ class Pending:
 
 def memory_of(area):
     """A piece of device memory that the extension describes, as a tensor that keeps it."""
-    return torch.as_tensor(area)
+    dtype = {"|u1": torch.uint8, "<i8": torch.int64}[area.__cuda_array_interface__["typestr"]]
+    with torch._C.DisableTorchFunction():   # torch.set_default_device would have a copy made there
+        return torch.as_tensor(area, dtype=dtype, device=None)
 
 
 class _Piece:

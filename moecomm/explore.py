@@ -126,9 +126,9 @@ def random_world(seed, kind=None):
 def _rows(tokens, hidden, scaled, g):
     """(xs, scales): random rows of every rank, quantized or not."""
     if not scaled:
-        return [torch.randn((t, hidden), generator=g).to(torch.bfloat16) for t in tokens], None
-    return ([torch.randint(1, 100, (t, hidden), generator=g, dtype=torch.uint8).view(torch.float8_e4m3fn) for t in tokens],
-            [torch.rand((t, -(-hidden // 128)), generator=g) for t in tokens])
+        return [torch.randn((t, hidden), generator=g, dtype=torch.float32, device="cpu").to(torch.bfloat16) for t in tokens], None
+    return ([torch.randint(1, 100, (t, hidden), generator=g, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn) for t in tokens],
+            [torch.rand((t, -(-hidden // 128)), generator=g, dtype=torch.float32, device="cpu") for t in tokens])
 
 
 def build(world):
@@ -144,9 +144,9 @@ def build(world):
         layout = r.choice(["expert", "expert", "rank"])
         alignment = r.choice([1, 1, 3]) if layout == "expert" else 1
         tokens = [r.choice([0, world.tokens, r.randint(0, world.tokens)]) for _ in range(world.size)]
-        ids = [torch.rand((t, cluster.logical_experts or num_experts), generator=g).argsort(1)[:, :world.top_k] for t in tokens]
-        ids = [i.masked_fill(torch.rand(i.shape, generator=g) < 0.2, -1) for i in ids]
-        weights = [torch.rand((t, world.top_k), generator=g) for t in tokens]
+        ids = [torch.rand((t, cluster.logical_experts or num_experts), generator=g, dtype=torch.float32, device="cpu").argsort(1)[:, :world.top_k] for t in tokens]
+        ids = [i.masked_fill(torch.rand(i.shape, generator=g, dtype=torch.float32, device="cpu") < 0.2, -1) for i in ids]
+        weights = [torch.rand((t, world.top_k), generator=g, dtype=torch.float32, device="cpu") for t in tokens]
         capacity = r.choice([None, None, rows + world.experts_per_rank * (alignment - 1) + 3, 1])
         xs, scales = _rows(tokens, hidden, r.random() < 0.3, g)
         if world.decode:
@@ -167,7 +167,7 @@ def build(world):
         if again:   # the rows are still there: once more, from the same place
             calls.program.combine(handle=handle, echo_weights=echo_weights, wire=wire, flip=1)
         if r.random() < 0.3 and not refused:   # the plan is reused with other rows
-            fresh = [torch.randn((t, hidden), generator=g).to(torch.bfloat16) for t in tokens]
+            fresh = [torch.randn((t, hidden), generator=g, dtype=torch.float32, device="cpu").to(torch.bfloat16) for t in tokens]
             calls.program.dispatch(xs=fresh, handle=handle, **{**shape, "choosing": None})
             calls.program.combine(handle=handle, flip=2)
     return calls
@@ -179,7 +179,7 @@ def _placement(world, r):
     experts = r.randint(fewest, max(fewest, slots * 3 // 4))
     deck = r.sample(range(experts), experts)
     table = [deck[slot % experts] for slot in range(slots)]
-    return Placement(torch.tensor([table]), experts, world.size, world.nodes)
+    return Placement(torch.tensor([table], dtype=torch.int64, device="cpu"), experts, world.size, world.nodes)
 
 
 def _choose(calls, r, ids):

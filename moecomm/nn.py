@@ -46,8 +46,9 @@ class Experts(nn.Module):
     def __init__(self, hidden, intermediate, count, first=0, *, dtype=None):
         super().__init__()
         self.intermediate, self.count, self.first = intermediate, count, first
-        self.gate_up = nn.Parameter(torch.empty(count, 2 * intermediate, hidden, dtype=dtype))
-        self.down = nn.Parameter(torch.empty(count, hidden, intermediate, dtype=dtype))
+        made = dict(dtype=dtype or torch.get_default_dtype(), device=torch.get_default_device())
+        self.gate_up = nn.Parameter(torch.empty(count, 2 * intermediate, hidden, **made))
+        self.down = nn.Parameter(torch.empty(count, hidden, intermediate, **made))
         nn.init.normal_(self.gate_up, std=hidden ** -0.5)
         nn.init.normal_(self.down, std=intermediate ** -0.5)
 

@@ -125,7 +125,7 @@ def transpose_requantize(codes, scales, *, scale="f32"):
     rows, columns = codes.shape
     scales = _as_floats(op, scales, codes, (1, TILE))
     out = torch.empty((columns, rows), dtype=_FP8, device=codes.device)
-    out_scales = torch.empty((columns, -(-rows // TILE)), device=codes.device)
+    out_scales = torch.empty((columns, -(-rows // TILE)), device=codes.device, dtype=torch.float32)
     _run("transpose_requantize", codes.device, out.data_ptr(), out_scales.data_ptr(), codes.data_ptr(), scales.data_ptr(), rows, columns, kind)
     return out, pack_ue8m0(out_scales) if kind == 2 else out_scales
 

@@ -48,7 +48,7 @@ def dispatch(xs, topk_ids, topk_weights=None, *, num_experts, layout="expert", e
     size, top_k = len(xs), topk_ids[0].shape[1]
     per_rank = num_experts // size
     if topk_weights is None:
-        topk_weights = [torch.ones(ids.shape) for ids in topk_ids]
+        topk_weights = [torch.ones(ids.shape, dtype=torch.float32, device="cpu") for ids in topk_ids]
     out = []
     for rank in range(size):
         mine = range(rank * per_rank, (rank + 1) * per_rank)
@@ -75,11 +75,11 @@ def dispatch(xs, topk_ids, topk_weights=None, *, num_experts, layout="expert", e
 
 def _gather(rows, mine, xs, scales, topk_ids, topk_weights, layout, top_k, tokens, padded):
     n = len(rows)
-    x = torch.zeros((n, xs[0].shape[1]), dtype=xs[0].dtype)
-    s = None if scales is None else torch.zeros((n, scales[0].shape[1]), dtype=scales[0].dtype)
-    weights = torch.zeros(n if layout == "expert" else (n, top_k))
-    ids = None if layout == "expert" else torch.full((n, top_k), -1, dtype=torch.int64)
-    source_rank, source_token = (torch.full((n,), -1, dtype=torch.int64) for _ in range(2))
+    x = torch.zeros((n, xs[0].shape[1]), dtype=xs[0].dtype, device="cpu")
+    s = None if scales is None else torch.zeros((n, scales[0].shape[1]), dtype=scales[0].dtype, device="cpu")
+    weights = torch.zeros(n if layout == "expert" else (n, top_k), dtype=torch.float32, device="cpu")
+    ids = None if layout == "expert" else torch.full((n, top_k), -1, dtype=torch.int64, device="cpu")
+    source_rank, source_token = (torch.full((n,), -1, dtype=torch.int64, device="cpu") for _ in range(2))
     for i, row in enumerate(rows):
         if row is None:
             continue
@@ -94,7 +94,7 @@ def _gather(rows, mine, xs, scales, topk_ids, topk_weights, layout, top_k, token
             else:
                 weights[i, k] = topk_weights[source][t, k]
                 ids[i, k] = int(topk_ids[source][t, k]) - mine.start
-    return Received(x, s, weights, ids, torch.tensor(tokens), torch.tensor(padded), source_rank, source_token)
+    return Received(x, s, weights, ids, torch.tensor(tokens, dtype=torch.int64, device="cpu"), torch.tensor(padded, dtype=torch.int64, device="cpu"), source_rank, source_token)
 
 
 def combine(rows, received, num_tokens, *, ranks_per_node, topk_weights=None, bias=None, wire=None):
@@ -126,7 +126,7 @@ def combine(rows, received, num_tokens, *, ranks_per_node, topk_weights=None, bi
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     out = []
     for source in range(size):
-        y = torch.zeros((num_tokens[source], hidden), dtype=dtype)
+        y = torch.zeros((num_tokens[source], hidden), dtype=dtype, device="cpu")
         for t in range(num_tokens[source]):
             total = None
             for node in range(size // ranks_per_node):
@@ -142,7 +142,7 @@ def combine(rows, received, num_tokens, *, ranks_per_node, topk_weights=None, bi
                     code = wire[source] if isinstance(wire, list) else wire
                     part = code(part) if code else part.to(dtype).to(wide)
                 total = part if total is None else total + part
-            total = torch.zeros(hidden, dtype=wide) if total is None else total
+            total = torch.zeros(hidden, dtype=wide, device="cpu") if total is None else total
             if bias is not None:
                 b = bias[source]
                 total = total + (b[t] if b.dim() == 2 else b).to(torch.float32).to(wide)
@@ -194,9 +194,9 @@ def decode_dispatch(xs, topk_ids, *, num_experts, max_tokens, scales=None):
     size = len(xs)
     places, filled = _decode_places(topk_ids, num_experts)
     shape = (num_experts // size, size * max_tokens)
-    out = [DecodeReceived(torch.zeros(*shape, xs[0].shape[1]).to(xs[0].dtype),
-                          None if scales is None else torch.zeros(*shape, scales[0].shape[1], dtype=scales[0].dtype),
-                          torch.tensor(filled[rank * shape[0]:(rank + 1) * shape[0]])) for rank in range(size)]
+    out = [DecodeReceived(torch.zeros(*shape, xs[0].shape[1], dtype=torch.float32, device="cpu").to(xs[0].dtype),
+                          None if scales is None else torch.zeros(*shape, scales[0].shape[1], dtype=scales[0].dtype, device="cpu"),
+                          torch.tensor(filled[rank * shape[0]:(rank + 1) * shape[0]], dtype=torch.int64, device="cpu")) for rank in range(size)]
     for (source, t, _), (rank, expert, at) in places.items():
         out[rank].x[expert, at] = xs[source][t]
         if scales is not None:
@@ -235,7 +235,7 @@ def decode_combine(rows, topk_ids, topk_weights, *, num_experts, weights_travel=
 
     out = []
     for source, ids in enumerate(topk_ids):
-        y = torch.zeros((len(ids), hidden), dtype=dtype)
+        y = torch.zeros((len(ids), hidden), dtype=dtype, device="cpu")
         for t in range(len(ids)):
             terms = {}   # by rank, in the order of first picks
             total = None

@@ -36,7 +36,7 @@ def encode_fp8(x):
 def decode_fp8(codes):
     """e4m3 codes to FP32."""
     nan = (codes.view(torch.uint8) & 0x7F) == 0x7F
-    return torch.where(nan, torch.tensor(float("nan")), codes.to(torch.float32))
+    return codes.to(torch.float32).masked_fill(nan, float("nan"))
 
 
 def tile_scales(amax, scale="f32"):
@@ -59,7 +59,7 @@ def quantize(x, tile=(1, TILE), scale="f32"):
     """(codes [R, C], scales f32 of the tiles) for tiles of tile[0] rows and tile[1] columns."""
     x = _f32(x)
     rows, columns = x.shape
-    finite = torch.where(torch.isfinite(x), x.abs(), torch.zeros(()))
+    finite = x.abs().masked_fill(~torch.isfinite(x), 0.0)
     padded = torch.nn.functional.pad(finite, (0, -columns % tile[1], 0, -rows % tile[0]))
     amax = padded.view(-(-rows // tile[0]), tile[0], -(-columns // tile[1]), tile[1]).amax((1, 3))
     scales, inverse = tile_scales(amax, scale)
@@ -110,14 +110,14 @@ def encode_logfmt10(x):
     finite = torch.isfinite(x)
     normal = finite & (a >= 2.0**-126)
     some = normal.any(-1)
-    largest = torch.where(normal, a, torch.zeros(())).amax(-1)
-    least = torch.where(normal, a, torch.full((), float("inf"))).amin(-1)
-    top, bottom = (log2(torch.where(some, m, torch.ones(()))) for m in (largest, least))
+    largest = a.masked_fill(~normal, 0.0).amax(-1)
+    least = a.masked_fill(~normal, float("inf")).amin(-1)
+    top, bottom = (log2(m.masked_fill(~some, 1.0)) for m in (largest, least))
     low = torch.maximum(bottom, top - 32.0)
     step = (top - low).clamp_min(0.0) / torch.full_like(top, 510.0)
-    low, step = (torch.where(some, v, torch.zeros(())) for v in (low, step))
-    inverse = torch.where(step > 0, torch.ones(()) / step, torch.zeros(()))
-    level = log2(torch.where(normal, a, torch.ones(())))
+    low, step = (v.masked_fill(~some, 0.0) for v in (low, step))
+    inverse = step.reciprocal().masked_fill(~(step > 0), 0.0)
+    level = log2(a.masked_fill(~normal, 1.0))
     place = (level - low[..., None]) * inverse[..., None] - (step * 0.0866433976)[..., None]
     k = ((place.clamp(0.0, 510.0) + _ROUND) - _ROUND).to(torch.int32) + 1
     codes = k | (torch.signbit(x).to(torch.int32) << 9)
@@ -130,7 +130,7 @@ def decode_logfmt10(codes, low, step, hidden):
     k = codes & 0x1FF
     values = exp2((k - 1).to(torch.float32) * step[..., None] + low[..., None])
     values = torch.where(codes >= 0x200, -values, values)
-    zero_or_nan = torch.where(codes == 0x200, torch.tensor(float("nan")), torch.zeros(()))
+    zero_or_nan = torch.zeros_like(values).masked_fill(codes == 0x200, float("nan"))
     return torch.where(k == 0, zero_or_nan, values).flatten(1)[:, :hidden]
 
 

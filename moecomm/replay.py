@@ -86,7 +86,7 @@ def on_cpu(script):
         generator = torch.Generator().manual_seed(comm.rank)
         outs, hooks, spans = {}, {}, []
         for call in script.calls[:, comm.rank]:
-            x = torch.randn((int(call["tokens"]), script.buffer["hidden"]), generator=generator).to(script.dtype)
+            x = torch.randn((int(call["tokens"]), script.buffer["hidden"]), generator=generator, dtype=torch.float32, device="cpu").to(script.dtype)
             op, plan, coding = str(call["op"]), int(call["plan"]), str(call["coding"]) or None
             ids, weights = script.ids[plan][comm.rank], script.weights[plan][comm.rank] if call["weighted"] else None
             comm.barrier()

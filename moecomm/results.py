@@ -208,4 +208,4 @@ def view(block, offset, dtype, shape, device):
 
 def _counts(counts):
     """A tensor of a plan's counts, where the buffer's tensors are."""
-    return cuda.counts_of(counts) if hasattr(counts, "__cuda_array_interface__") else torch.tensor(counts)
+    return cuda.counts_of(counts) if hasattr(counts, "__cuda_array_interface__") else torch.tensor(counts, dtype=torch.int64, device="cpu")

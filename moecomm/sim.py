@@ -86,7 +86,7 @@ class Choosing:
 
     def _begin(self, program, topk_ids, experts, alone):
         self.slots = [torch.empty_like(ids) for ids in topk_ids]
-        self.counted = [torch.zeros(experts, dtype=torch.int32) for _ in topk_ids]
+        self.counted = [torch.zeros(experts, dtype=torch.int32, device="cpu") for _ in topk_ids]
         routings = self.routings or [1] * len(topk_ids)
         parts = [(_address(self.slots, r), self.counted[r].data_ptr(), routing) if routing else (0, 0, 0) for r, routing in enumerate(routings)]
         program.choose(MODES.index(self.mode), self.activate or 0, parts, alone, (self.slots, self.counted))
@@ -193,7 +193,7 @@ class Cluster:
 
     def combine(self, rows, *, topk_weights=None, bias=None, num_tokens):
         """Combine of the whole world after dispatch(): lists by rank. Returns y by rank."""
-        ys = [torch.full((t, self.hidden), float("nan"), dtype=self.dtype) for t in num_tokens]
+        ys = [torch.full((t, self.hidden), float("nan"), dtype=self.dtype, device="cpu") for t in num_tokens]
         p = self.program()
         p.combine(rows=rows, topk_weights=topk_weights, bias=bias, ys=ys)
         self.run(p)
@@ -218,7 +218,7 @@ class Cluster:
 
     def decode_combine(self, rows, topk_weights=None, *, num_tokens):
         """Decode combine of the whole world after decode_dispatch(), both phases; lists by rank. Returns y by rank."""
-        ys = [torch.full((t, self.hidden), float("nan"), dtype=self.dtype) for t in num_tokens]
+        ys = [torch.full((t, self.hidden), float("nan"), dtype=self.dtype, device="cpu") for t in num_tokens]
         p = self.program()
         p.decode_combine(topk_weights, rows=rows, ys=ys)
         p.decode_hook()
@@ -288,7 +288,7 @@ class Cluster:
         tokens, padded = self._native.plan(rank, handle)
         return Received(view(rows, dtype, n, self.hidden), view(scales, torch.float32, n, scale_columns) if scale_columns else None,
                         view(weights, torch.float32, *((n, self.top_k) if by_rank else (n,))),
-                        view(ids, torch.int64, n, self.top_k) if by_rank else None, torch.tensor(tokens), torch.tensor(padded),
+                        view(ids, torch.int64, n, self.top_k) if by_rank else None, torch.tensor(tokens, dtype=torch.int64, device="cpu"), torch.tensor(padded, dtype=torch.int64, device="cpu"),
                         origin >> 32, torch.where(origin < 0, origin, origin & 0xFFFFFFFF))
 
 
@@ -388,13 +388,13 @@ def _lead(topk_ids, large):
 def _copy(address, dtype, *shape):
     count = int(np.prod(shape))
     if count == 0:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     raw = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
     return torch.frombuffer(raw, dtype=dtype).view(shape).clone()
 
 
 def _contiguous(t, dtype):
-    t = t if isinstance(t, torch.Tensor) else torch.as_tensor(t)
+    t = t if isinstance(t, torch.Tensor) else torch.as_tensor(t, dtype=dtype, device="cpu")
     return t.to(dtype).contiguous()
 
 

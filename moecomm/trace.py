@@ -95,7 +95,7 @@ def main(args):
     model = getattr(presets, args.model)
     shape = {"hidden": model.hidden, "num_experts": model.num_experts, "top_k": model.top_k, "max_tokens": args.tokens}
     g = torch.Generator().manual_seed(0)
-    ids = [torch.rand((args.tokens, model.num_experts), generator=g).argsort(1)[:, :model.top_k].contiguous() for _ in range(args.ranks)]
+    ids = [torch.rand((args.tokens, model.num_experts), generator=g, dtype=torch.float32, device="cpu").argsort(1)[:, :model.top_k].contiguous() for _ in range(args.ranks)]
     if args.world == "sim":
         cluster = sim.Cluster(args.ranks, ranks_per_node=args.ranks_per_node, hardware=clusters.load(args.cluster).hardware, decode=args.decode, **shape)
         with recording(cluster):
@@ -105,7 +105,7 @@ def main(args):
         def run(comm):
             buf = Buffer(comm, **shape)
             with overlap.Trace(buf) as trace:
-                x = torch.randn((args.tokens, model.hidden)).to(torch.bfloat16)
+                x = torch.randn((args.tokens, model.hidden), dtype=torch.float32, device="cpu").to(torch.bfloat16)
                 if args.decode:
                     received, _ = buf.decode_dispatch(x, ids[comm.rank], return_hook=False)
                     buf.decode_combine(received.handle.rows, ids[comm.rank], None, received.handle, return_hook=False)

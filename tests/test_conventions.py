@@ -165,3 +165,18 @@ def test_every_variable_is_in_one_place():
         used |= set(re.findall(r"""(?:getenv|environ\.get|env_bytes|environ\[|getenv)\(?\(?["'](MOECOMM_\w+)""", path.read_text()))
     listed = {name for name, *_ in moecomm.env.describe()}
     assert used <= listed, f"not in env.py: {sorted(used - listed)}"
+
+
+FACTORIES = {"arange", "as_tensor", "asarray", "empty", "empty_permuted", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand", "randint",
+             "randn", "randperm", "range", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "moecomm").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_new_tensors_name_dtype_and_device(path):
+    """torch.set_default_dtype and torch.set_default_device belong to the user: native code would read such tensors as something else."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or getattr(node.func.value, "id", None) != "torch":
+            continue
+        wanted = {"dtype", "device"} if node.func.attr in FACTORIES else {"dtype"} if node.func.attr == "frombuffer" else set()
+        given = {k.arg for k in node.keywords}
+        assert None in given or wanted <= given, f"{path.name}:{node.lineno}: torch.{node.func.attr} without {sorted(wanted - given)}"

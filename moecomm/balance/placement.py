@@ -59,7 +59,7 @@ class Placement:
 
     def __post_init__(self, previous):
         op = "Placement"
-        table = torch.as_tensor(self.physical_to_logical, dtype=torch.int64)
+        table = torch.as_tensor(self.physical_to_logical, dtype=torch.int64, device="cpu")
         require(table.dim() == 2, op, "physical_to_logical", list(table.shape), "a table [layers, slots]")
         layers, slots = table.shape
         require(self.num_ranks >= 1 and slots % self.num_ranks == 0, op, "num_ranks", self.num_ranks, f"a divisor of the {slots} slots")
@@ -70,13 +70,13 @@ class Placement:
         sets = table.view(layers, self.num_ranks, -1).sort(-1).values
         twice = (sets[..., 1:] == sets[..., :-1])
         require(not twice.any(), op, "physical_to_logical", twice.nonzero()[:1].tolist(), "no expert twice on one rank (layer, rank, ...)")
-        count = torch.zeros((layers, self.num_experts), dtype=torch.int64).scatter_add_(1, table, torch.ones_like(table))
+        count = torch.zeros((layers, self.num_experts), dtype=torch.int64, device="cpu").scatter_add_(1, table, torch.ones_like(table))
         require(self.partial or bool((count > 0).all()), op, "physical_to_logical", (count == 0).nonzero()[:1].tolist(), "a slot for every (layer, expert)")
         by_expert = table.argsort(dim=1, stable=True)
         first = count.cumsum(1) - count
-        ordinal = torch.arange(slots) - first.gather(1, table.gather(1, by_expert))
-        replicas = torch.full((layers, self.num_experts, int(count.max())), -1, dtype=torch.int64)
-        layer = torch.arange(layers)[:, None].expand(layers, slots)
+        ordinal = torch.arange(slots, dtype=torch.int64, device="cpu") - first.gather(1, table.gather(1, by_expert))
+        replicas = torch.full((layers, self.num_experts, int(count.max())), -1, dtype=torch.int64, device="cpu")
+        layer = torch.arange(layers, dtype=torch.int64, device="cpu")[:, None].expand(layers, slots)
         replicas[layer, table.gather(1, by_expert), ordinal] = by_expert
         for name, value in (("physical_to_logical", table), ("replica_count", count), ("logical_to_physical", replicas)):
             object.__setattr__(self, name, value)
@@ -170,7 +170,7 @@ class Placement:
 
     def _moves(self, before):
         if before is None:
-            return torch.zeros((0, 4), dtype=torch.int64)
+            return torch.zeros((0, 4), dtype=torch.int64, device="cpu")
         same = before.physical_to_logical.shape == self.physical_to_logical.shape and before.num_ranks == self.num_ranks
         require(same and before.num_experts == self.num_experts, "Placement", "previous", before, "a placement of the same layers, slots, experts and ranks")
         changed = (before.physical_to_logical != self.physical_to_logical).nonzero()

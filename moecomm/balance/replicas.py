@@ -146,8 +146,8 @@ class Replicas:
     def account(self, topk_ids, weights, layer):
         """(weights, lost): what lost picks weighed per token, float32 [T]; the weights of the others, scaled up if asked."""
         if self._lost is None:
-            return weights, torch.zeros(len(topk_ids), device=topk_ids.device)
-        given = torch.ones(topk_ids.shape, device=topk_ids.device) if weights is None else weights
+            return weights, torch.zeros(len(topk_ids), device=topk_ids.device, dtype=torch.float32)
+        given = torch.ones(topk_ids.shape, device=topk_ids.device, dtype=torch.float32) if weights is None else weights
         gone = self._lost[layer][topk_ids.clamp(0, self.placement.num_experts - 1).long()] & (topk_ids >= 0)
         lost = (given * gone).sum(1)
         if self.renormalize:

@@ -145,10 +145,10 @@ def _placement_groups(q):
 
 def _gated(q, seed):
     generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn((q.ranks * q.tokens, q.model.num_experts), generator=generator)
+    logits = torch.randn((q.ranks * q.tokens, q.model.num_experts), generator=generator, dtype=torch.float32, device="cpu")
     if q.routing == "zipf":   # popularity 1, 1/2, 1/3 ... in a random order
-        popularity = 1.0 / (1 + torch.randperm(q.model.num_experts, generator=generator))
-        logits = popularity.log() - torch.rand(logits.shape, generator=generator).clamp_min(1e-12).log().neg().log()
+        popularity = (1 + torch.randperm(q.model.num_experts, generator=generator, dtype=torch.int64, device="cpu")).to(torch.float32).reciprocal()
+        logits = popularity.log() - torch.rand(logits.shape, generator=generator, dtype=torch.float32, device="cpu").clamp_min(1e-12).log().neg().log()
     elif q.routing != "uniform":
         raise InvalidArgument(f"routing: got {q.routing!r}; expected uniform, zipf or the folder of a recording", op="plan")
     return gate.group_limited_top_k(logits.sigmoid(), q.model.top_k, num_groups=q.groups, top_groups=q.top_groups).numpy()
