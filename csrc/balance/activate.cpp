@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "balance/forest.hpp"
+#include "balance/scale.hpp"
 #include "balance/split.hpp"
 
 namespace moecomm::balance {
@@ -263,7 +264,8 @@ class Activation {
 }  // namespace
 
 int activate(const Replicas& r, const double* load, int limit, uint8_t* active) {
-  Activation a(r, load, limit, active);
+  const std::vector<double> scaled = scaled_loads(load, r.experts);
+  Activation a(r, scaled.data(), limit, active);
   if (const int e = a.start(); e >= 0) return e;
   a.prune();
   a.improve();

@@ -5,6 +5,8 @@
 namespace moecomm::balance {
 namespace {
 
+constexpr int kSwapsPerSlot = 8;   // each lightens the heaviest rank by a little; rounding must not make that endless
+
 std::vector<std::pair<double, int32_t>> by_size(const double* load, const int32_t* count, int experts) {
   std::vector<std::pair<double, int32_t>> order(experts);   // minus the size, so that equal sizes go by expert
   for (int e = 0; e < experts; ++e) order[e] = {-load[e] / count[e], e};
@@ -121,7 +123,8 @@ void pack_connected(const double* load, const int32_t* count, int experts, Bins&
 }
 
 void swap_down(Bins& b, double enough, const int32_t* count) {
-  for (;;) {
+  const int most = kSwapsPerSlot * b.ranks * b.slots;   // less than one per slot is usual
+  for (int swaps = 0; swaps < most; ++swaps) {
     const int h = b.heaviest();
     if (b.load[h] <= enough) return;
     Exchange best{b.load[h] * (1 - 1e-9)};

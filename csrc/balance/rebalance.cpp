@@ -9,6 +9,7 @@
 #include "balance/pack.hpp"
 #include "balance/pairs.hpp"
 #include "balance/relabel.hpp"
+#include "balance/scale.hpp"
 
 namespace moecomm::balance {
 namespace {
@@ -123,7 +124,9 @@ void place_flat(const std::vector<double>& load, int ranks, int slots, double en
 
 }  // namespace
 
-void rebalance_layer(const Grid& g, const double* load, const Options& options, int32_t* placement) {
+void rebalance_layer(const Grid& g, const double* given, const Options& options, int32_t* placement) {
+  const std::vector<double> scaled = scaled_loads(given, g.experts);
+  const double* load = scaled.data();
   const int parts = g.groups > 1 ? g.nodes : 1, per_group = g.experts / g.groups;
   const int ranks = g.ranks / parts, slots = g.slots / g.ranks, per_part = ranks * slots;
   const bool bounded = options.previous && options.max_moves >= 0 && options.max_moves < slots;

@@ -18,8 +18,9 @@ struct Options {
   bool connected = false;              // replicated experts join all ranks (see pack_connected); three slots per rank or more
 };
 
-// load[experts] >= 0, slots a multiple of ranks, experts <= slots <= experts * (ranks that may hold an expert).
-// Writes placement[slots]; a pure function of its input. Thread-safe.
+// load[experts] finite and >= 0, of any magnitude: only their ratios matter. slots a multiple of ranks,
+// experts <= slots <= experts * (ranks that may hold an expert).
+// Writes placement[slots]; a pure function of its input. Thread-safe. Every loop is bounded.
 void rebalance_layer(const Grid& grid, const double* load, const Options& options, int32_t* placement);
 
 }  // namespace moecomm::balance

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 namespace moecomm::balance {
@@ -102,7 +103,7 @@ void Pouring::trade(int e, double beyond) {
 }
 
 double Pouring::settle(int rounds) {
-  double before = 1e300;
+  double before = std::numeric_limits<double>::infinity();
   for (int round = 0; round < rounds; ++round) {
     const double beyond = round + 1 < rounds ? kBeyond : 1.0;   // the last one as exact as it can be
     for (const int e : choosing_) running_[e] == 2 ? trade(e, beyond) : pour(e, beyond);
