@@ -8,6 +8,7 @@ from .errors import InvalidArgument
 
 COMMANDS = {
     "calibrate": ("moecomm.calibrate", "measures this machine for the sim world, and checks its predictions"),
+    "deep-ep-path": ("moecomm.integrations.deep_ep.install", "the folder that makes `import deep_ep` import moecomm, for PYTHONPATH"),
     "explore": ("moecomm.explore", "random schedules of small simulated worlds: hunts deadlocks and reordering bugs"),
     "info": ("moecomm.info", "version, worlds and engines that are available here, topology as seen"),
     "plan": ("moecomm.planner.cli", "predict what a cluster would do with a model's tokens"),

@@ -1,0 +1,15 @@
+"""A drop-in for deep_ep: its names over moecomm. docs/deep_ep.md tells the three ways to use it, and what differs."""
+
+import torch
+
+from ._world import configure, shutdown
+from .buffer import Buffer
+from .config import Config
+from .errors import Unsupported
+from .events import EventHandle, EventOverlap
+from .install import install, path
+
+topk_idx_t = torch.int64
+__moecomm__ = True
+
+__all__ = ["Buffer", "Config", "EventHandle", "EventOverlap", "Unsupported", "configure", "install", "path", "shutdown", "topk_idx_t"]

@@ -1,0 +1,125 @@
+"""What crosses in a dispatch of any dtype, and the plan of one routing on every core Buffer that it is used with."""
+
+from __future__ import annotations
+
+import torch
+
+from ...errors import CapacityExceeded
+from ...shapes import DTYPES
+from .errors import refuse, require_tensor
+
+_FP8 = torch.float8_e4m3fn
+DTYPE_NUMBERS = {dtype: i for i, dtype in enumerate((*DTYPES, _FP8, torch.float8_e5m2, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))}
+
+
+class Payload:
+    """Rows of a dispatch, with their scales where they come as a pair, as a core Buffer takes them.
+
+    Rows of the core's dtypes travel as they are, FP8 rows with a scale per 128 as the core's pairs. All else (bytes, other
+    FP8, scales per 32, ...) travels uninterpreted: a token's row and scales as the bytes of one row.
+
+    Parameters
+    ----------
+    op : str
+    x : Tensor [T, H], or (Tensor [T, H], scales [T, n])
+
+    Raises
+    ------
+    InvalidArgument
+    """
+
+    def __init__(self, op, x):
+        pair = isinstance(x, (tuple, list))
+        if pair and len(x) != 2:
+            refuse(op, f"x is a {type(x).__name__} of {len(x)}; expected a tensor, or (rows, scales)")
+        rows = require_tensor(op, "x", x[0] if pair else x, shape=(None, None))
+        scales = require_tensor(op, "the scales of x", x[1], shape=(rows.shape[0], None)) if pair else None
+        self.tokens, self.width, self.rows_dtype = rows.shape[0], rows.shape[1], rows.dtype
+        self.row_bytes = self.width * rows.dtype.itemsize
+        self.scales_dtype, self.scale_bytes = (None, 0) if scales is None else (scales.dtype, scales.shape[1] * scales.dtype.itemsize)
+        if rows.dtype not in DTYPE_NUMBERS or (pair and scales.dtype not in DTYPE_NUMBERS):
+            refuse(op, f"x is {rows.dtype}{f' with scales {scales.dtype}' if pair else ''}; expected one of {', '.join(map(str, DTYPE_NUMBERS))}")
+        if not self.width or self.row_bytes % 16:
+            refuse(op, f"a row of x has {self.row_bytes} bytes; expected a multiple of 16")
+        self._packed = False
+        if rows.dtype in DTYPES and not pair:
+            self.x, self.hidden, self.dtype = rows, self.width, rows.dtype
+        elif rows.dtype == _FP8 and pair and (scales.dtype, scales.shape[1]) in ((torch.float32, -(-self.width // 128)), (torch.int32, -(-self.width // 512))):
+            self.x, self.hidden, self.dtype = (rows, scales), self.width, torch.bfloat16
+        else:
+            self._packed, self.dtype = True, torch.bfloat16
+            total = self.row_bytes + self.scale_bytes
+            self.hidden = -(-total // 16) * 8
+            self.x = torch.zeros((self.tokens, 2 * self.hidden), dtype=torch.uint8, device=rows.device)
+            self.x[:, :self.row_bytes] = rows.view(torch.uint8)
+            if pair:
+                self.x[:, self.row_bytes:total] = scales.clone(memory_format=torch.contiguous_format).view(torch.uint8)   # "contiguous" allows any stride of one column
+            self.x = self.x.view(torch.bfloat16)
+
+    @property
+    def same(self):
+        """What all ranks must agree on, by name."""
+        return {"bytes per row of x": self.row_bytes, "the dtype of x (by number)": DTYPE_NUMBERS[self.rows_dtype], "bytes of scales per token": self.scale_bytes,
+                "the dtype of the scales (by number)": DTYPE_NUMBERS.get(self.scales_dtype, -1)}
+
+    def received(self, out):
+        """The same of what arrived: Tensor [N, H], or a pair."""
+        if not self._packed:
+            return (out.x, out.scales) if isinstance(self.x, tuple) else out.x
+        raw = out.x.view(torch.uint8)
+        rows = raw[:, :self.row_bytes].contiguous().view(self.rows_dtype)
+        if self.scales_dtype is None:
+            return rows
+        return rows, raw[:, self.row_bytes:self.row_bytes + self.scale_bytes].contiguous().view(self.scales_dtype)
+
+
+class Routing:
+    """Where every token of one dispatch went, for any later dispatch or combine of any row size: one plan per core Buffer.
+
+    Parameters
+    ----------
+    world : World
+    ids : Tensor [T, top_k]
+        Global expert ids of this rank's tokens; kept.
+    experts, most, num_sms : int
+        Experts over all ranks, the largest T of any rank.
+    how : dict
+        layout, expert_alignment, capacity of the core's dispatch.
+    """
+
+    def __init__(self, world, ids, experts, most, num_sms, how):
+        self.world, self.ids, self.experts, self.most, self.num_sms, self.how = world, ids, experts, most, num_sms, how
+        self.tokens, self._plans = ids.shape[0], {}
+        self.num_rows = None
+
+    def dispatch(self, hidden, dtype, x, weights=None):
+        """Dispatched: by the plan of an earlier call on this core Buffer, else by a new one of the same row order. Collective."""
+        key = hidden, dtype
+        if key in self._plans:
+            core, handle = self._plans[key]
+            try:
+                return core.dispatch(x, topk_weights=weights, handle=handle)
+            except CapacityExceeded:   # on every rank: results of earlier calls fill the arena
+                del self._plans[key]
+        core = self.world.core(hidden, self.experts, self.ids.shape[1], dtype, self.most, num_sms=self.num_sms)
+        core, out = self.world.dispatch(core, x, self.ids, weights, **self.how)
+        self._plans[key] = core, out.handle
+        self.num_rows = out.handle.num_rows
+        return out
+
+    def plan(self, hidden, dtype):
+        """(core Buffer, its handle), made by a dispatch of rows without meaning where this row size is new. Collective then."""
+        if (hidden, dtype) not in self._plans:
+            self.dispatch(hidden, dtype, torch.zeros((self.tokens, hidden), dtype=dtype, device=self.ids.device))
+        return self._plans[hidden, dtype]
+
+    def combine(self, rows, bias=None, **how):
+        """Tensor [T, H]: the sum of each token's rows. Collective."""
+        core, handle = self.plan(rows.shape[1], rows.dtype)
+        return core.combine(rows, handle, bias=bias, **how)
+
+    def combine_numbers(self, numbers):
+        """float32 [N, n] -> [T, n]: the sum over each token's rows, by a combine of its own. Collective."""
+        n = numbers.shape[1]
+        rows = torch.nn.functional.pad(numbers, (0, -n % 4))
+        return self.combine(rows)[:, :n].contiguous()

@@ -1,0 +1,411 @@
+"""Buffer: deep_ep's first interface, normal mode. Its low-latency verbs are in low_latency.py."""
+
+from __future__ import annotations
+
+import torch
+
+from ._routing import Payload, Routing
+from ._world import world_of
+from .config import Config
+from .errors import Unsupported, refuse, require_tensor
+from .events import EventHandle, EventOverlap, event_of, wait_before
+from .low_latency import LowLatency
+
+_IDS = (torch.int64, torch.int32)
+_NAMES = "previous_event", "async_finish"
+
+
+class Runtime:
+    """What callers ask of Buffer.runtime: which ranks and nodes there are."""
+
+    def __init__(self, buffer):
+        self._buffer = buffer
+
+    def is_available(self):
+        """Whether the buffer can be used."""
+        return not self._buffer._destroyed
+
+    def is_internode_available(self):
+        """Whether there is more than one node."""
+        return self._buffer._world.num_nodes > 1
+
+    def get_num_rdma_ranks(self):
+        """Nodes."""
+        return self._buffer._world.num_nodes
+
+    def get_rdma_rank(self):
+        """This rank's node."""
+        return self._buffer._world.comm.node
+
+    def get_local_device_id(self):
+        """Number of this rank's GPU; 0 on the CPU."""
+        return self._buffer._world.comm.device.index or 0
+
+
+class Buffer(LowLatency):
+    """Expert-parallel dispatch and combine by deep_ep's names, over moecomm. Construction is collective.
+
+    Memory is not made here: it follows the shapes of the calls, is shared by all Buffers of one group in a process, and grows.
+
+    Parameters
+    ----------
+    group : torch ProcessGroup, one-dimensional DeviceMesh or moecomm.Communicator
+        The ranks; None with `comm`.
+    num_nvl_bytes, num_rdma_bytes : int
+        Kept as attributes; no limit to anything.
+    low_latency_mode : bool
+        The low-latency verbs may be called.
+    num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric, allow_nvlink_for_normal_mode
+        Without meaning here: moecomm finds its links itself.
+    explicitly_destroy : bool
+        destroy() may be called; without it a Buffer ends with the process or moecomm.integrations.deep_ep.shutdown().
+    enable_shrink : bool
+        The verbs of rank masks may be called (see low_latency_update_mask_buffer for what they can do).
+    comm : mpi4py Comm, optional
+        In place of group.
+
+    Raises
+    ------
+    InvalidArgument
+        An argument is wrong, or neither or both of group and comm are given.
+    """
+
+    num_sms = 20
+
+    def __init__(self, group, num_nvl_bytes=0, num_rdma_bytes=0, low_latency_mode=False, num_qps_per_rank=24,
+                 allow_nvlink_for_low_latency_mode=True, allow_mnnvl=False, use_fabric=False, explicitly_destroy=False, enable_shrink=False,
+                 comm=None, *, allow_nvlink_for_normal_mode=True):
+        if (group is None) == (comm is None):
+            refuse("Buffer", "group and comm are both None or both given; expected a ProcessGroup as group, or group=None and an mpi4py Comm as comm")
+        for name, value in {"num_nvl_bytes": num_nvl_bytes, "num_rdma_bytes": num_rdma_bytes, "num_qps_per_rank": num_qps_per_rank}.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                refuse("Buffer", f"{name} is {value!r}; expected an int >= 0")
+        self.group = comm if group is None else group
+        self._world = world_of(self.group)
+        self.rank, self.group_size = self._world.rank, self._world.size
+        self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
+        self.low_latency_mode, self.explicitly_destroy, self.enable_shrink = bool(low_latency_mode), bool(explicitly_destroy), bool(enable_shrink)
+        self._destroyed = False
+        self.runtime = Runtime(self)
+
+    # -- statics ----------------------------------------------------------------------------------
+
+    @staticmethod
+    def set_num_sms(new_num_sms):
+        """Multiprocessors for kernels on a GPU, even; of core Buffers that are made from here on."""
+        if isinstance(new_num_sms, bool) or not isinstance(new_num_sms, int) or new_num_sms < 2 or new_num_sms % 2:
+            refuse("set_num_sms", f"got {new_num_sms!r}; expected an even int >= 2")
+        Buffer.num_sms = new_num_sms
+
+    @staticmethod
+    def capture():
+        """An EventOverlap of the current stream's work so far."""
+        return EventOverlap(EventHandle())
+
+    @staticmethod
+    def get_dispatch_config(num_ranks):
+        """The Config that dispatch takes where it gets none. A plain attribute: callers may replace it."""
+        return _default_config("get_dispatch_config", num_ranks)
+
+    @staticmethod
+    def get_combine_config(num_ranks):
+        """The Config that combine takes where it gets none. A plain attribute: callers may replace it."""
+        return _default_config("get_combine_config", num_ranks)
+
+    @staticmethod
+    def is_sm90_compiled():
+        """Whether the kernels use what sm_90 has; deep_ep's callers ask before they choose FP8."""
+        return True
+
+    # -- normal mode ------------------------------------------------------------------------------
+
+    def get_dispatch_layout(self, topk_idx, num_experts, previous_event=None, async_finish=False, allocate_on_comm_stream=False):
+        """Count what a routing sends where. Local: no rank waits for another.
+
+        Parameters
+        ----------
+        topk_idx : Tensor [T, K] int64 or int32
+            Global expert ids; -1: no expert.
+        num_experts : int
+        previous_event, async_finish, allocate_on_comm_stream
+            As for dispatch.
+
+        Returns
+        -------
+        (num_tokens_per_rank, num_tokens_per_rdma_rank, num_tokens_per_expert, is_token_in_rank, event)
+            int32 [ranks], int32 [nodes] or None on one node, int32 [num_experts], bool [T, ranks], EventOverlap.
+
+        Raises
+        ------
+        InvalidArgument
+        """
+        op = "get_dispatch_layout"
+        self._require_usable(op)
+        wait_before(op, previous_event, async_finish, allocate_on_comm_stream, _NAMES)
+        ids = require_tensor(op, "topk_idx", topk_idx, dtypes=_IDS, shape=(None, None))
+        self._check_experts(op, num_experts)
+        if not _capturing() and ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < num_experts:
+            refuse(op, f"topk_idx holds ids from {int(ids.min())} to {int(ids.max())}; expected -1 (none) or ids below num_experts = {num_experts}", self.rank)
+        per_expert, in_rank = self._layout(ids, num_experts)
+        per_rdma_rank = None
+        if self._world.num_nodes > 1:
+            per_rdma_rank = in_rank.unflatten(1, (self._world.num_nodes, -1)).any(2).sum(0, dtype=torch.int32)
+        return in_rank.sum(0, dtype=torch.int32), per_rdma_rank, per_expert, in_rank, event_of(async_finish, topk_idx)
+
+    def dispatch(self, x, handle=None, num_tokens_per_rank=None, num_tokens_per_rdma_rank=None, is_token_in_rank=None, num_tokens_per_expert=None,
+                 topk_idx=None, topk_weights=None, expert_alignment=1, num_worst_tokens=0, config=None, previous_event=None, async_finish=False,
+                 allocate_on_comm_stream=False):
+        """Carry every token to the ranks that own its experts, one row per token and rank. Collective.
+
+        Without a handle it costs one small exchange more than moecomm.Buffer.dispatch, in which ranks agree on the largest number
+        of tokens and learn of a peer that refuses its arguments. Rows come in order (source rank, source token).
+
+        Parameters
+        ----------
+        x : Tensor [T, H], or (rows [T, H], scales [T, n])
+            A row is a multiple of 16 bytes. FP8 rows with float32 scales per 128 or packed int32 ones travel as moecomm's
+            pairs; other dtypes and scales travel uninterpreted. T may differ between ranks and be 0.
+        handle : optional
+            Of an earlier dispatch: its plan is used again; the layout, ids and weights must be left out.
+        num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert : Tensor
+            As get_dispatch_layout gives them for topk_idx. num_tokens_per_rdma_rank is not looked at.
+        topk_idx : Tensor [T, K] int64 or int32, optional
+            None: rows go where is_token_in_rank says, and no ids arrive.
+        topk_weights : Tensor [T, K] float32, optional
+        expert_alignment : int
+            Numbers in the list of received tokens per expert are rounded up to a multiple of it; rows are not padded.
+        num_worst_tokens : int
+            Static number of received rows; those behind the real ones are zero with ids -1. 0: as many as arrive.
+        config : Config, optional
+            Checked, and without effect.
+        previous_event : EventOverlap, optional
+            Waited for first.
+        async_finish, allocate_on_comm_stream : bool
+            async_finish: the last result has an event. The call runs on the current stream all the same.
+
+        Returns
+        -------
+        (recv_x, recv_topk_idx, recv_topk_weights, num_recv_tokens_per_expert_list, handle, event)
+            recv_topk_idx int64 [N, K] local ids, -1 elsewhere; the list is [] with num_worst_tokens. With a handle:
+            (recv_x, None, None, None, None, event).
+
+        Raises
+        ------
+        InvalidArgument
+            On every rank, where one rank's arguments are wrong (by a handle: on that rank alone).
+        ConfigMismatch
+            Ranks make different calls or pass different shapes.
+        CapacityExceeded
+            More rows than num_worst_tokens; raised on every rank.
+        PeerLost, PeerTimeout
+            A peer is gone or stalled.
+        """
+        op = "dispatch"
+        self._require_usable(op)
+        self._check_config(op, config, "get_dispatch_config")
+        if handle is not None:
+            return self._dispatch_again(x, handle, (num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert, topk_idx,
+                                                    topk_weights), num_worst_tokens, previous_event, async_finish, allocate_on_comm_stream)
+        refusal, same, tokens = None, {}, 0
+        try:
+            wait_before(op, previous_event, async_finish, allocate_on_comm_stream, _NAMES)
+            payload, ids, weights, counts = self._check_dispatch(x, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights,
+                                                                 expert_alignment, num_worst_tokens)
+            experts, tokens = num_tokens_per_expert.numel(), payload.tokens
+            same = {**payload.same, "num_experts": experts, "top_k": ids.shape[1], "num_worst_tokens": num_worst_tokens,
+                    "topk_idx given": topk_idx is not None, "topk_weights given": weights is not None}
+        except Exception as error:  # noqa: BLE001 - agree raises it, here and as InvalidArgument on the peers
+            refusal = error
+        most = tokens if _capturing() and refusal is None else self._world.agree(op, same=same, most=(tokens,), refusal=refusal)[0]
+        if topk_idx is None:   # who receives how much for which expert, as the caller counted it
+            counts = self._world.scatter(counts.view(self.group_size, -1)).sum(0)
+        with torch.no_grad():
+            routing = Routing(self._world, ids, experts, most, Buffer.num_sms, dict(layout="rank", capacity=num_worst_tokens or None))
+            out = routing.dispatch(payload.hidden, payload.dtype, payload.x, weights)
+            recv_x = payload.received(out)
+        recv_ids, recv_weights, per_expert = None, None, []
+        if topk_idx is not None:
+            recv_ids, recv_weights = out.topk_ids, None if weights is None else out.topk_weights
+            counts = out.tokens_per_expert
+        if not num_worst_tokens:
+            per_expert = [-(-n // expert_alignment) * expert_alignment for n in counts.tolist()]
+        return recv_x, recv_ids, recv_weights, per_expert, DispatchHandle(routing), event_of(async_finish, x, ids, weights)
+
+    def combine(self, x, handle, topk_weights=None, bias=None, config=None, previous_event=None, async_finish=False, allocate_on_comm_stream=False):
+        """Carry the experts' rows back and sum them, without weights. Collective.
+
+        Parameters
+        ----------
+        x : Tensor [N, H] of bfloat16, float16, float32 or float64
+            A row for every received one. H and dtype may differ from dispatch's: the first such combine of a handle then
+            costs one more dispatch.
+        handle
+            Of the dispatch to undo; it may be combined as often as wanted.
+        topk_weights : Tensor [N, K] float32, optional
+            Summed over all rows of a token, not only those of the rank that owns the pick: ones give the number of rows. The
+            first time for a handle that costs a small dispatch, and every time a small combine.
+        bias : Tensor [T, H], or a pair of them, optional
+            Added in FP32 before the one rounding.
+        config, previous_event, async_finish, allocate_on_comm_stream
+            As for dispatch.
+
+        Returns
+        -------
+        (combined_x, combined_topk_weights, event)
+            [T, H] of x's dtype, float32 [T, K] or None, EventOverlap.
+
+        Raises
+        ------
+        InvalidArgument
+            Here alone; peers that made the call wait for this rank until their deadline.
+        PeerLost, PeerTimeout
+        """
+        op = "combine"
+        self._require_usable(op)
+        self._check_config(op, config, "get_combine_config")
+        wait_before(op, previous_event, async_finish, allocate_on_comm_stream, _NAMES)
+        routing = self._routing_of(op, handle)
+        rows = require_tensor(op, "x", x, dtypes=(torch.bfloat16, torch.float16, torch.float32, torch.float64), shape=(routing.num_rows, None))
+        if not rows.shape[1] or rows.shape[1] * rows.dtype.itemsize % 16:
+            refuse(op, f"a row of x has {rows.shape[1] * rows.dtype.itemsize} bytes; expected a multiple of 16", self.rank)
+        numbers = require_tensor(op, "topk_weights", topk_weights, optional=True, dtypes=(torch.float32,), shape=(routing.num_rows, None))
+        bias = self._check_bias(op, bias, (routing.tokens, rows.shape[1]))
+        with torch.no_grad():
+            y = routing.combine(rows, bias)
+            summed = None if numbers is None else routing.combine_numbers(numbers)
+        return y, summed, event_of(async_finish, x, topk_weights)
+
+    # -- the rest ---------------------------------------------------------------------------------
+
+    def get_comm_stream(self):
+        """The stream that calls run on: the current one. None on the CPU, which has no streams."""
+        return torch.cuda.current_stream(self._world.comm.device) if self._world.comm.device.type == "cuda" else None
+
+    def get_local_buffer_tensor(self, dtype, size=None, offset=0, use_rdma_buffer=False):
+        """Not there: memory belongs to shapes, not to a Buffer of bytes.
+
+        Raises
+        ------
+        Unsupported
+            Always.
+        """
+        raise Unsupported("get_local_buffer_tensor: moecomm's windows are laid out by shape and hold no raw bytes for the caller; expected "
+                          "torch.empty for scratch memory", op="get_local_buffer_tensor", rank=self.rank)
+
+    def destroy(self):
+        """End this Buffer; its handles stay usable with other Buffers of the group. Needs explicitly_destroy=True."""
+        if not self.explicitly_destroy:
+            refuse("destroy", "the Buffer was made with explicitly_destroy=False; expected Buffer(..., explicitly_destroy=True)", self.rank)
+        self._destroyed = True
+
+    def _require_usable(self, op):
+        if self._destroyed:
+            refuse(op, "the Buffer was destroyed; expected a new one", self.rank)
+        self._world.require_open(op)
+
+    def _check_config(self, op, config, default):
+        config = getattr(self, default)(self.group_size) if config is None else config
+        if not isinstance(config, Config):
+            refuse(op, f"config is a {type(config).__qualname__}; expected a Config", self.rank)
+
+    def _check_experts(self, op, num_experts):
+        if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1 or num_experts % self.group_size:
+            refuse(op, f"num_experts is {num_experts!r}; expected a multiple of the {self.group_size} ranks", self.rank)
+
+    def _layout(self, ids, experts):
+        """(picks per expert int32 [experts], which ranks get the token bool [T, ranks]) of ids in range."""
+        flat = ids.to(torch.int64)
+        per_expert = torch.zeros(experts + 1, dtype=torch.int32, device=ids.device)
+        per_expert.index_add_(0, (flat + 1).view(-1), torch.ones(flat.numel(), dtype=torch.int32, device=ids.device))
+        in_rank = torch.zeros((len(ids), self.group_size + 1), dtype=torch.bool, device=ids.device)
+        in_rank.scatter_(1, torch.div(flat, experts // self.group_size, rounding_mode="floor") + 1, True)
+        return per_expert[1:], in_rank[:, 1:].contiguous()
+
+    def _check_dispatch(self, x, per_rank, in_rank, per_expert, topk_idx, topk_weights, alignment, worst):
+        """(Payload, ids [T, K], weights or None, what the caller counted per expert)."""
+        op = "dispatch"
+        payload = Payload(op, x)
+        for name, value, kinds, shape in (("num_tokens_per_rank", per_rank, _IDS, (self.group_size,)), ("num_tokens_per_expert", per_expert, _IDS, (None,)),
+                                          ("is_token_in_rank", in_rank, (torch.bool,), (payload.tokens, self.group_size))):
+            if value is None:
+                refuse(op, f"{name} is None; expected it from get_dispatch_layout, or a handle", self.rank)
+            require_tensor(op, name, value, dtypes=kinds, shape=shape)
+        experts = per_expert.numel()
+        self._check_experts(op, experts)
+        for name, value, least in (("expert_alignment", alignment, 1), ("num_worst_tokens", worst, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                refuse(op, f"{name} is {value!r}; expected an int >= {least}", self.rank)
+        if topk_idx is None:
+            if topk_weights is not None:
+                refuse(op, "topk_weights is given without topk_idx; expected both", self.rank)
+            k = min(self.group_size, 32)
+            if not _capturing() and len(in_rank) and int(in_rank.sum(1).max()) > k:
+                refuse(op, f"topk_idx is None and a token goes to more than {k} ranks; expected topk_idx", self.rank)
+            order = in_rank.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :k]   # the ranks of each token: their first experts stand for them
+            return payload, torch.where(in_rank.gather(1, order), order * (experts // self.group_size), -1), None, per_expert.to("cpu", torch.int64)
+        ids = require_tensor(op, "topk_idx", topk_idx, dtypes=_IDS, shape=(payload.tokens, None))
+        weights = require_tensor(op, "topk_weights", topk_weights, optional=True, dtypes=(torch.float32,), shape=tuple(ids.shape))
+        if not 1 <= ids.shape[1] <= min(32, experts):
+            refuse(op, f"topk_idx has {ids.shape[1]} picks per token; expected 1..{min(32, experts)}", self.rank)
+        if not _capturing():
+            if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < experts:
+                refuse(op, f"topk_idx holds ids from {int(ids.min())} to {int(ids.max())}; expected -1 (none) or ids below {experts}", self.rank)
+            if not torch.equal(self._layout(ids, experts)[1], in_rank):
+                refuse(op, "is_token_in_rank is not the layout of topk_idx; expected what get_dispatch_layout gives for the same ids", self.rank)
+        return payload, ids, weights, None
+
+    def _dispatch_again(self, x, handle, left_out, worst, previous_event, async_finish, allocate_on_comm_stream):
+        op = "dispatch"
+        wait_before(op, previous_event, async_finish, allocate_on_comm_stream, _NAMES)
+        routing, payload = self._routing_of(op, handle), Payload(op, x)
+        if any(value is not None for value in left_out[4:]):
+            refuse(op, "topk_idx or topk_weights are given with a handle; expected neither", self.rank)
+        if worst and worst != routing.how["capacity"]:
+            refuse(op, f"num_worst_tokens is {worst} and the handle's is {routing.how['capacity'] or 0}; expected it left out", self.rank)
+        if payload.tokens != routing.tokens:
+            refuse(op, f"x has {payload.tokens} tokens; the handle is for {routing.tokens}", self.rank)
+        with torch.no_grad():
+            recv_x = payload.received(routing.dispatch(payload.hidden, payload.dtype, payload.x))
+        return recv_x, None, None, None, None, event_of(async_finish, x)
+
+    def _routing_of(self, op, handle):
+        if not isinstance(handle, DispatchHandle):
+            refuse(op, f"handle is a {type(handle).__qualname__}; expected the handle of a dispatch of this library", self.rank)
+        if handle._routing.world is not self._world:
+            refuse(op, "handle comes from a Buffer of another group; expected one of this group", self.rank)
+        return handle._routing
+
+    def _check_bias(self, op, bias, shape):
+        """float32 [T, H]: the sum of the biases; None without any."""
+        given = bias if isinstance(bias, (tuple, list)) else (bias,)
+        if len(given) > 2:
+            refuse(op, f"bias is {len(given)} tensors; expected None, one, or a pair", self.rank)
+        floats = [b.float() for b in (require_tensor(op, "bias", b, optional=True, shape=shape) for b in given) if b is not None]
+        return None if not floats else floats[0] if len(floats) == 1 else floats[0] + floats[1]
+
+
+class DispatchHandle:
+    """What combine and a cached dispatch need. Opaque: deep_ep's tuples of tensors are its kernels' and not made here."""
+
+    def __init__(self, routing):
+        self._routing = routing
+
+    def __iter__(self):
+        return self._opaque()
+
+    def __getitem__(self, index):
+        return self._opaque()
+
+    def _opaque(self):
+        raise Unsupported("handle: deep_ep's handle is a tuple of its kernels' tensors, this one is opaque; expected it only to be passed on", op="handle")
+
+
+def _default_config(op, num_ranks):
+    if isinstance(num_ranks, bool) or not isinstance(num_ranks, int) or num_ranks < 1:
+        refuse(op, f"num_ranks is {num_ranks!r}; expected an int >= 1")
+    return Config(Buffer.num_sms)
+
+
+def _capturing():
+    """Whether a CUDA graph records: then the host learns nothing, and shapes must have been seen before."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,5 @@
+"""deep_ep.utils: the events, by the names of both releases."""
+
+from .events import EventHandle, EventOverlap
+
+__all__ = ["EventHandle", "EventOverlap"]
