@@ -229,11 +229,34 @@ def main(folder, rank, size, check):
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     moecomm.bootstrap.make_default_group(init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    deep_ep.configure(timeout=100.0)   # the machine may be busy
     deep_ep.install()
     import deep_ep as installed
 
     assert installed is deep_ep
-    globals()[check](torch.distributed.group.WORLD, rank, size)
+    globals()[check](torch.distributed.group.WORLD, rank, size)   # a check_ of this module
     torch.distributed.barrier()
     deep_ep.shutdown()
     torch.distributed.destroy_process_group()
+
+
+def check_elastic(group, rank, size):
+    """As deep_ep_elastic.check."""
+    import deep_ep_elastic
+
+    deep_ep_elastic.check(group, rank, size)
+
+
+def run_processes(processes, folder, size, check):
+    """check(group, rank, size) of this module in processes of their own, over gloo."""
+    ranks = [processes.Process(target=main, args=(str(folder), r, size, check)) for r in range(size)]
+    for p in ranks:
+        p.start()
+    try:
+        for r, p in enumerate(ranks):
+            p.join(120)
+            assert p.exitcode == 0, f"rank {r} ended with {p.exitcode} (None: it hangs)"
+    finally:
+        for p in ranks:
+            p.kill()
+            p.join()

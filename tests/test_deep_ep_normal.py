@@ -8,21 +8,6 @@ import moecomm
 from moecomm.integrations import deep_ep
 
 
-def run_processes(processes, folder, size, check):
-    """check(group, rank, size) of deep_ep_oracle in processes of their own, over gloo."""
-    ranks = [processes.Process(target=deep_ep_oracle.main, args=(str(folder), r, size, check)) for r in range(size)]
-    for p in ranks:
-        p.start()
-    try:
-        for r, p in enumerate(ranks):
-            p.join(90)
-            assert p.exitcode == 0, f"rank {r} ended with {p.exitcode} (None: it hangs)"
-    finally:
-        for p in ranks:
-            p.kill()
-            p.join()
-
-
 @pytest.mark.parametrize("size,nodes", [(1, 1), (2, 1), (4, 2), (4, 4)])
 def test_normal_mode_of_rank_threads(size, nodes):
     """Layout, dispatch and combine equal the contract in one node, and over nodes."""
@@ -38,7 +23,7 @@ def test_low_latency_of_rank_threads(size, nodes):
 @pytest.mark.parametrize("size,check", [(2, "check_normal"), (4, "check_normal"), (2, "check_low_latency")])
 def test_process_groups(processes, tmp_path, size, check):
     """The same over a torch ProcessGroup, by way of install()."""
-    run_processes(processes, tmp_path, size, check)
+    deep_ep_oracle.run_processes(processes, tmp_path, size, check)
 
 
 def test_results_may_live_for_ever():

@@ -13,6 +13,7 @@ from moecomm.integrations import deep_ep
 
 NONE, REQUIRED = None, inspect.Parameter.empty
 EVENTS = [("previous_event", NONE), ("async_finish", False), ("allocate_on_comm_stream", False)]
+V2_EVENTS = [("previous_event", NONE), ("previous_event_before_epilogue", NONE), ("async_with_compute_stream", False), ("allocate_on_comm_stream", False)]
 # Every verb: (argument, default) in deep_ep's order; those of its forks are keyword-only and stand behind.
 VERBS = {
     "Config": [("num_sms", 20), ("num_max_nvl_chunked_send_tokens", 6), ("num_max_nvl_chunked_recv_tokens", 256),
@@ -51,6 +52,28 @@ VERBS = {
     "Buffer.get_local_buffer_tensor": [("dtype", REQUIRED), ("size", NONE), ("offset", 0), ("use_rdma_buffer", False)],
     "Buffer.get_comm_stream": [],
     "Buffer.destroy": [],
+    "ElasticBuffer": [("group", REQUIRED), ("num_bytes", NONE), ("num_cpu_bytes", 0), ("num_max_tokens_per_rank", 0), ("hidden", 0), ("num_topk", 0),
+                      ("use_fp8_dispatch", False), ("deterministic", False), ("allow_hybrid_mode", True), ("allow_multiple_reduction", True),
+                      ("prefer_overlap_with_compute", True), ("sl_idx", 3), ("num_allocated_qps", 0), ("num_cpu_timeout_secs", 300),
+                      ("num_gpu_timeout_secs", 100), ("explicitly_destroy", False)],
+    "ElasticBuffer.get_buffer_size_hint": [("group", REQUIRED), ("num_max_tokens_per_rank", REQUIRED), ("hidden", REQUIRED), ("num_topk", 0),
+                                           ("use_fp8_dispatch", False), ("allow_hybrid_mode", True), ("allow_multiple_reduction", True)],
+    "ElasticBuffer.dispatch": [("x", REQUIRED), ("topk_idx", NONE), ("topk_weights", NONE), ("cumulative_local_expert_recv_stats", NONE), ("num_experts", NONE),
+                               ("num_max_tokens_per_rank", NONE), ("expert_alignment", NONE), ("num_sms", 0), ("num_qps", 0), *V2_EVENTS, ("handle", NONE),
+                               ("do_handle_copy", True), ("do_cpu_sync", NONE), ("do_expand", False), ("do_zero_padding", False),
+                               ("use_tma_aligned_col_major_sf", False)],
+    "ElasticBuffer.combine": [("x", REQUIRED), ("handle", REQUIRED), ("topk_weights", NONE), ("bias", NONE), ("num_sms", 0), ("num_qps", 0), *V2_EVENTS],
+    "ElasticBuffer.get_theoretical_num_sms": [("num_experts", REQUIRED), ("num_topk", REQUIRED), ("num_scaleout_topk", 0), ("rdma_gbs", 0), ("nvlink_gbs", 0),
+                                              ("sm_read_gbs", 200), ("sm_write_gbs", 50)],
+    "ElasticBuffer.get_theoretical_num_qps": [("num_sms", REQUIRED)],
+    "ElasticBuffer.capture": [],
+    "ElasticBuffer.barrier": [("use_comm_stream", True), ("with_cpu_sync", False), ("sequential", True)],
+    "ElasticBuffer.get_comm_stream": [],
+    "ElasticBuffer.get_physical_domain_size": [],
+    "ElasticBuffer.get_logical_domain_size": [],
+    "ElasticBuffer.destroy": [],
+    "get_physical_domain_size": [("group", REQUIRED)],
+    "get_logical_domain_size": [("group", REQUIRED), ("allow_hybrid_mode", True)],
 }
 
 

@@ -5,6 +5,7 @@ import torch
 from ._world import configure, shutdown
 from .buffer import Buffer
 from .config import Config
+from .elastic import ElasticBuffer, EPHandle, get_logical_domain_size, get_physical_domain_size
 from .errors import Unsupported
 from .events import EventHandle, EventOverlap
 from .install import install, path
@@ -12,4 +13,5 @@ from .install import install, path
 topk_idx_t = torch.int64
 __moecomm__ = True
 
-__all__ = ["Buffer", "Config", "EventHandle", "EventOverlap", "Unsupported", "configure", "install", "path", "shutdown", "topk_idx_t"]
+__all__ = ["Buffer", "Config", "EPHandle", "ElasticBuffer", "EventHandle", "EventOverlap", "Unsupported", "configure", "get_logical_domain_size",
+           "get_physical_domain_size", "install", "path", "shutdown", "topk_idx_t"]

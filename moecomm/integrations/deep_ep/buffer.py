@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ._checks import IDS, aligned, capturing, check_experts, check_int, check_picks, check_rows, sum_of_biases
 from ._routing import Payload, Routing
 from ._world import world_of
 from .config import Config
@@ -11,7 +12,6 @@ from .errors import Unsupported, refuse, require_tensor
 from .events import EventHandle, EventOverlap, event_of, wait_before
 from .low_latency import LowLatency
 
-_IDS = (torch.int64, torch.int32)
 _NAMES = "previous_event", "async_finish"
 
 
@@ -78,8 +78,7 @@ class Buffer(LowLatency):
         if (group is None) == (comm is None):
             refuse("Buffer", "group and comm are both None or both given; expected a ProcessGroup as group, or group=None and an mpi4py Comm as comm")
         for name, value in {"num_nvl_bytes": num_nvl_bytes, "num_rdma_bytes": num_rdma_bytes, "num_qps_per_rank": num_qps_per_rank}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                refuse("Buffer", f"{name} is {value!r}; expected an int >= 0")
+            check_int("Buffer", name, value, 0)
         self.group = comm if group is None else group
         self._world = world_of(self.group)
         self.rank, self.group_size = self._world.rank, self._world.size
@@ -142,9 +141,9 @@ class Buffer(LowLatency):
         op = "get_dispatch_layout"
         self._require_usable(op)
         wait_before(op, previous_event, async_finish, allocate_on_comm_stream, _NAMES)
-        ids = require_tensor(op, "topk_idx", topk_idx, dtypes=_IDS, shape=(None, None))
-        self._check_experts(op, num_experts)
-        if not _capturing() and ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < num_experts:
+        ids = require_tensor(op, "topk_idx", topk_idx, dtypes=IDS, shape=(None, None))
+        check_experts(op, num_experts, self.group_size, self.rank)
+        if not capturing() and ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < num_experts:
             refuse(op, f"topk_idx holds ids from {int(ids.min())} to {int(ids.max())}; expected -1 (none) or ids below num_experts = {num_experts}", self.rank)
         per_expert, in_rank = self._layout(ids, num_experts)
         per_rdma_rank = None
@@ -216,7 +215,7 @@ class Buffer(LowLatency):
                     "topk_idx given": topk_idx is not None, "topk_weights given": weights is not None}
         except Exception as error:  # noqa: BLE001 - agree raises it, here and as InvalidArgument on the peers
             refusal = error
-        most = tokens if _capturing() and refusal is None else self._world.agree(op, same=same, most=(tokens,), refusal=refusal)[0]
+        most = tokens if capturing() and refusal is None else self._world.agree(op, same=same, most=(tokens,), refusal=refusal)[0]
         if topk_idx is None:   # who receives how much for which expert, as the caller counted it
             counts = self._world.scatter(counts.view(self.group_size, -1)).sum(0)
         with torch.no_grad():
@@ -228,7 +227,7 @@ class Buffer(LowLatency):
             recv_ids, recv_weights = out.topk_ids, None if weights is None else out.topk_weights
             counts = out.tokens_per_expert
         if not num_worst_tokens:
-            per_expert = [-(-n // expert_alignment) * expert_alignment for n in counts.tolist()]
+            per_expert = aligned(counts.tolist(), expert_alignment)
         return recv_x, recv_ids, recv_weights, per_expert, DispatchHandle(routing), event_of(async_finish, x, ids, weights)
 
     def combine(self, x, handle, topk_weights=None, bias=None, config=None, previous_event=None, async_finish=False, allocate_on_comm_stream=False):
@@ -265,11 +264,9 @@ class Buffer(LowLatency):
         self._check_config(op, config, "get_combine_config")
         wait_before(op, previous_event, async_finish, allocate_on_comm_stream, _NAMES)
         routing = self._routing_of(op, handle)
-        rows = require_tensor(op, "x", x, dtypes=(torch.bfloat16, torch.float16, torch.float32, torch.float64), shape=(routing.num_rows, None))
-        if not rows.shape[1] or rows.shape[1] * rows.dtype.itemsize % 16:
-            refuse(op, f"a row of x has {rows.shape[1] * rows.dtype.itemsize} bytes; expected a multiple of 16", self.rank)
+        rows = check_rows(op, x, routing.num_rows, self.rank)
         numbers = require_tensor(op, "topk_weights", topk_weights, optional=True, dtypes=(torch.float32,), shape=(routing.num_rows, None))
-        bias = self._check_bias(op, bias, (routing.tokens, rows.shape[1]))
+        bias = sum_of_biases(op, bias, (routing.tokens, rows.shape[1]), self.rank)
         with torch.no_grad():
             y = routing.combine(rows, bias)
             summed = None if numbers is None else routing.combine_numbers(numbers)
@@ -308,10 +305,6 @@ class Buffer(LowLatency):
         if not isinstance(config, Config):
             refuse(op, f"config is a {type(config).__qualname__}; expected a Config", self.rank)
 
-    def _check_experts(self, op, num_experts):
-        if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1 or num_experts % self.group_size:
-            refuse(op, f"num_experts is {num_experts!r}; expected a multiple of the {self.group_size} ranks", self.rank)
-
     def _layout(self, ids, experts):
         """(picks per expert int32 [experts], which ranks get the token bool [T, ranks]) of ids in range."""
         flat = ids.to(torch.int64)
@@ -325,33 +318,26 @@ class Buffer(LowLatency):
         """(Payload, ids [T, K], weights or None, what the caller counted per expert)."""
         op = "dispatch"
         payload = Payload(op, x)
-        for name, value, kinds, shape in (("num_tokens_per_rank", per_rank, _IDS, (self.group_size,)), ("num_tokens_per_expert", per_expert, _IDS, (None,)),
+        for name, value, kinds, shape in (("num_tokens_per_rank", per_rank, IDS, (self.group_size,)), ("num_tokens_per_expert", per_expert, IDS, (None,)),
                                           ("is_token_in_rank", in_rank, (torch.bool,), (payload.tokens, self.group_size))):
             if value is None:
                 refuse(op, f"{name} is None; expected it from get_dispatch_layout, or a handle", self.rank)
             require_tensor(op, name, value, dtypes=kinds, shape=shape)
         experts = per_expert.numel()
-        self._check_experts(op, experts)
+        check_experts(op, experts, self.group_size, self.rank)
         for name, value, least in (("expert_alignment", alignment, 1), ("num_worst_tokens", worst, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                refuse(op, f"{name} is {value!r}; expected an int >= {least}", self.rank)
+            check_int(op, name, value, least, self.rank)
         if topk_idx is None:
             if topk_weights is not None:
                 refuse(op, "topk_weights is given without topk_idx; expected both", self.rank)
             k = min(self.group_size, 32)
-            if not _capturing() and len(in_rank) and int(in_rank.sum(1).max()) > k:
+            if not capturing() and len(in_rank) and int(in_rank.sum(1).max()) > k:
                 refuse(op, f"topk_idx is None and a token goes to more than {k} ranks; expected topk_idx", self.rank)
             order = in_rank.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :k]   # the ranks of each token: their first experts stand for them
             return payload, torch.where(in_rank.gather(1, order), order * (experts // self.group_size), -1), None, per_expert.to("cpu", torch.int64)
-        ids = require_tensor(op, "topk_idx", topk_idx, dtypes=_IDS, shape=(payload.tokens, None))
-        weights = require_tensor(op, "topk_weights", topk_weights, optional=True, dtypes=(torch.float32,), shape=tuple(ids.shape))
-        if not 1 <= ids.shape[1] <= min(32, experts):
-            refuse(op, f"topk_idx has {ids.shape[1]} picks per token; expected 1..{min(32, experts)}", self.rank)
-        if not _capturing():
-            if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < experts:
-                refuse(op, f"topk_idx holds ids from {int(ids.min())} to {int(ids.max())}; expected -1 (none) or ids below {experts}", self.rank)
-            if not torch.equal(self._layout(ids, experts)[1], in_rank):
-                refuse(op, "is_token_in_rank is not the layout of topk_idx; expected what get_dispatch_layout gives for the same ids", self.rank)
+        ids, weights = check_picks(op, topk_idx, topk_weights, payload.tokens, experts, self.rank)
+        if not capturing() and not torch.equal(self._layout(ids, experts)[1], in_rank):
+            refuse(op, "is_token_in_rank is not the layout of topk_idx; expected what get_dispatch_layout gives for the same ids", self.rank)
         return payload, ids, weights, None
 
     def _dispatch_again(self, x, handle, left_out, worst, previous_event, async_finish, allocate_on_comm_stream):
@@ -375,14 +361,6 @@ class Buffer(LowLatency):
             refuse(op, "handle comes from a Buffer of another group; expected one of this group", self.rank)
         return handle._routing
 
-    def _check_bias(self, op, bias, shape):
-        """float32 [T, H]: the sum of the biases; None without any."""
-        given = bias if isinstance(bias, (tuple, list)) else (bias,)
-        if len(given) > 2:
-            refuse(op, f"bias is {len(given)} tensors; expected None, one, or a pair", self.rank)
-        floats = [b.float() for b in (require_tensor(op, "bias", b, optional=True, shape=shape) for b in given) if b is not None]
-        return None if not floats else floats[0] if len(floats) == 1 else floats[0] + floats[1]
-
 
 class DispatchHandle:
     """What combine and a cached dispatch need. Opaque: deep_ep's tuples of tensors are its kernels' and not made here."""
@@ -401,11 +379,6 @@ class DispatchHandle:
 
 
 def _default_config(op, num_ranks):
-    if isinstance(num_ranks, bool) or not isinstance(num_ranks, int) or num_ranks < 1:
-        refuse(op, f"num_ranks is {num_ranks!r}; expected an int >= 1")
+    check_int(op, "num_ranks", num_ranks, 1)
     return Config(Buffer.num_sms)
 
-
-def _capturing():
-    """Whether a CUDA graph records: then the host learns nothing, and shapes must have been seen before."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 
 from ...quant import unpack_ue8m0
+from ._checks import IDS, check_experts, check_int
 from .errors import Unsupported, refuse, require_tensor
 from .events import event_of
-
-_IDS = (torch.int64, torch.int32)
 
 
 class LowLatencyHandle:
@@ -34,8 +33,7 @@ class LowLatency:
         """Bytes to pass as num_rdma_bytes: about what the low-latency verbs reserve for this shape on every rank."""
         for name, value in {"num_max_dispatch_tokens_per_rank": num_max_dispatch_tokens_per_rank, "hidden": hidden, "num_ranks": num_ranks,
                             "num_experts": num_experts}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                refuse("get_low_latency_rdma_size_hint", f"{name} is {value!r}; expected an int >= 1")
+            check_int("get_low_latency_rdma_size_hint", name, value, 1)
         rows = num_max_dispatch_tokens_per_rank * num_experts   # two halves of messages, packed rows and experts' output each
         return -(-2 * rows * (3 * 2 * hidden + 4 * -(-hidden // 128) + 64) // 128) * 128
 
@@ -92,8 +90,8 @@ class LowLatency:
         most = num_max_dispatch_tokens_per_rank
         if isinstance(most, bool) or not isinstance(most, int) or not 1 <= most <= 1 << 20 or len(x) > most:
             refuse(op, f"num_max_dispatch_tokens_per_rank is {most!r} and x has {len(x)} tokens; expected an int that is not smaller", self.rank)
-        self._check_experts(op, num_experts)
-        ids = require_tensor(op, "topk_idx", topk_idx, dtypes=_IDS, shape=(len(x), None))
+        check_experts(op, num_experts, self.group_size, self.rank)
+        ids = require_tensor(op, "topk_idx", topk_idx, dtypes=IDS, shape=(len(x), None))
         local = num_experts // self.group_size
         stats = cumulative_local_expert_recv_stats
         if stats is not None and require_tensor(op, "cumulative_local_expert_recv_stats", stats, dtypes=(torch.int32,), shape=(local,)) is None:
@@ -171,7 +169,7 @@ class LowLatency:
         self._check_ll_handle(op, handle)
         core, used = handle._core, handle._handle
         rows = require_tensor(op, "x", used.rows if zero_copy else x, dtypes=(core.dtype,), shape=tuple(used.rows.shape))
-        ids = require_tensor(op, "topk_idx", topk_idx, dtypes=_IDS, shape=tuple(handle._ids.shape))
+        ids = require_tensor(op, "topk_idx", topk_idx, dtypes=IDS, shape=tuple(handle._ids.shape))
         weights = require_tensor(op, "topk_weights", topk_weights, dtypes=(torch.float32,), shape=tuple(handle._ids.shape))
         with torch.no_grad():
             if handle._combined:   # the same plan again, in memory that no result of the caller's lies in
