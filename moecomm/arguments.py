@@ -8,7 +8,7 @@ from ._native.quant import scale_words
 from .balance.replicas import Replicas
 from .env import Environment
 from .errors import InvalidArgument
-from .record import make_folder
+from .recorder import check_folder
 from .results import Handle
 from .shapes import QUANTS, SCALE_DTYPES, WIRES, arena_size, check_shape, default_channels
 
@@ -60,7 +60,7 @@ class Arguments:
             hidden, num_experts, top_k, max_tokens, _, channels, arena_bytes = check_shape(
                 comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, rank, arena_bytes)
             if record is not None:
-                make_folder(record, rank)
+                check_folder(record, rank, comm.size)
             channels = channels or env.channels or (None if comm.device.type == "cuda" else default_channels(comm.num_nodes))
             arena_bytes = arena_bytes or arena_size(comm.size, hidden, num_experts, top_k, max_tokens, dtype)
             how = (None, None, None) if placement is None else (placement.digest, replicas, activate)

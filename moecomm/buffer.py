@@ -14,8 +14,8 @@ from .calls import Calls
 from .decode import Decode, DecodeVerbs
 from .env import Environment
 from .errors import InvalidArgument, raise_failure
-from .record import Recorder
 from .record_cuda import DeviceRecorder
+from .recorder import Recorder
 from .results import BlockTensors, Dispatched, Handle
 from .shapes import DTYPES, QUANTS, SCALE_DTYPES, WIRES, arena_size, as_int, check_shape, default_channels, reserved_bytes
 from .shared import Shared

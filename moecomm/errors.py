@@ -46,6 +46,10 @@ class CorruptRow(MoecommError):
     source = destination = token = None
 
 
+class RecordingIncomplete(UserWarning):
+    """A recording ends early, because of a full disk for example. Warned once per Buffer; the Buffer itself is not affected."""
+
+
 def raise_failure(failure, *, op, rank, describe_capacity=None):
     """Raise the error that a native failure stands for.
 

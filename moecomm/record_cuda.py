@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from . import cuda
-from .record import CALL, HOPS, PHASE, Segments, ids_dtype
+from .record_format import CALL, HOPS, PHASE, ids_dtype
+from .recorder import Segments
 from .shapes import QUANTS, SCALE_DTYPES
 
 NOTHING = (0,) * len(HOPS)
@@ -195,5 +196,8 @@ def _counts(native):
 
 
 def _close(notes, segments):
-    notes.finish()
+    try:
+        notes.finish()
+    except Exception as error:   # the GPU has failed: what it had not come to is not recorded, and everything is released
+        segments.fail(error)
     segments.close()

@@ -13,7 +13,7 @@ from worlds import random_world
 
 import moecomm
 from moecomm import __main__ as command
-from moecomm import record, replay
+from moecomm import record, recorder, replay
 
 pytestmark = pytest.mark.usefixtures("either_world")
 
@@ -96,8 +96,8 @@ def test_a_changed_recording_is_found(recording, capsys):
 def test_segments(recording, monkeypatch, either_world):   # noqa: F811
     """A recording in many files reads like one; a thread writes what is full, or old."""
     path, whole = recording[0], record.load(recording[0])
-    monkeypatch.setattr(record, "SEGMENT_BYTES", 1)
-    monkeypatch.setattr(record, "LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(recorder, "SEGMENT_BYTES", 1)
+    monkeypatch.setattr(recorder, "LOOK_SECONDS", 0.001)
     script = replay.script_of(whole)
 
     def wait_until_taken(buf):
