@@ -86,14 +86,13 @@ def _opened(op, file):
     """A regular file, opened to be read: a pipe or a device would never end."""
     try:
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        opened = os.fdopen(fd, "rb")
     except (OSError, ValueError, TypeError) as error:
         refuse(op, file, "file", f"cannot be opened ({error})", "a file that can be read")
     about = os.fstat(fd)
     if not stat.S_ISREG(about.st_mode) or about.st_size > _MOST_BYTES:
-        opened.close()
+        os.close(fd)
         refuse(op, file, "file", "is a folder, a pipe, a device or too large", "a regular file")
-    return opened
+    return os.fdopen(fd, "rb")
 
 
 def _array(op, file, name, raw):

@@ -405,14 +405,16 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         if not self._closed:
             self._closed, self._plain = True, False
             self.comm._settle()
-            if self._recorder:
-                self._recorder.close()
-            if not self.comm._bootstrap.threads:   # rank threads reach it by pointer until all have ended
-                self._native.release()
-                self._decode = None
-            if self._beside is not None:
-                self._beside.close()
-                self._beside.comm.close()
+            try:
+                if self._recorder:
+                    self._recorder.close()   # an incomplete recording is a warning, which may be an error here
+            finally:
+                if not self.comm._bootstrap.threads:   # rank threads reach it by pointer until all have ended
+                    self._native.release()
+                    self._decode = None
+                if self._beside is not None:
+                    self._beside.close()
+                    self._beside.comm.close()
 
     def _fail(self, op, failure):
         raise_failure(failure, op=op, rank=self.comm.rank, describe_capacity=self._describe_capacity)

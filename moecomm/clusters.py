@@ -6,6 +6,9 @@ import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from .archives import read_text, refuse
+from .checks import path as _path
+from .checks import spelled
 from .errors import InvalidArgument
 from .sim import Hardware
 
@@ -40,15 +43,29 @@ def load(name):
     InvalidArgument
         There is no such table, or it holds something else than a cluster.
     """
-    path = Path(name) if str(name).endswith(".toml") else FOLDER / f"{name}.toml"
-    if not path.is_file():
-        raise InvalidArgument(f"cluster: got {str(name)!r}; expected one of {', '.join(names())}, or a .toml file", op="clusters")
-    with open(path, "rb") as file:
-        table = tomllib.load(file)
-    known = {f.name for f in fields(Hardware)}
+    path = Path(_path("cluster", "name", name))
+    path = path if path.name.endswith(".toml") else FOLDER / f"{name}.toml"
+    if path.parent == FOLDER and path.stem not in names():
+        raise InvalidArgument(f"cluster: got {spelled(name)}; expected one of {', '.join(names())}, or a .toml file", op="clusters")
+    text = read_text("cluster", path)
+    try:
+        table = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:   # a TOMLDecodeError is a ValueError; so is a number that Python does not read
+        refuse("cluster", path, "file", f"is no TOML ({type(error).__name__}: {error})", "a table as in moecomm/tables/clusters")
     hardware = table.get("hardware", {})
+    known = {f.name for f in fields(Hardware)}
+    if not isinstance(hardware, dict):
+        refuse("cluster", path, "hardware", f"is {spelled(hardware)}", "a table [hardware]")
     wrong = sorted((set(table) - {"description", "ranks_per_node", "hardware"}) | (set(hardware) - known))
     if wrong or "ranks_per_node" not in table:
-        raise InvalidArgument(f"cluster: {path.name} has {wrong or 'no ranks_per_node'}; expected description, ranks_per_node and a table [hardware] with "
-                              f"some of {', '.join(sorted(known))}", op="clusters")
-    return Cluster(path.stem, table.get("description", ""), table["ranks_per_node"], Hardware(**hardware))
+        refuse("cluster", path, "file", f"has {spelled(wrong) if wrong else 'no ranks_per_node'}",
+               f"description, ranks_per_node and a table [hardware] with some of {', '.join(sorted(known))}")
+    per_node, description = table["ranks_per_node"], table.get("description", "")
+    if not isinstance(per_node, int) or isinstance(per_node, bool) or not 1 <= per_node <= 65535:
+        refuse("cluster", path, "ranks_per_node", f"is {spelled(per_node)}", "an int in 1..65535")
+    if not isinstance(description, str):
+        refuse("cluster", path, "description", f"is {spelled(description)}", "a text")
+    try:
+        return Cluster(path.stem, description, per_node, Hardware(**hardware))
+    except InvalidArgument as error:
+        refuse("cluster", path, "hardware", f"is wrong ({error})", "numbers that the simulation can use")

@@ -26,9 +26,10 @@ from .checks import path as checked_path
 from .errors import InvalidArgument
 from .record_check import header_of, segment_of, sequence, together
 from .record_files import SEGMENT
-from .record_format import CALL, DECODE_OPS, FORMAT, HOPS, OPS, PHASE
+from .record_format import CALL, DECODE_OPS, FORMAT, HOPS, OPS, PHASE, ids_dtype
+from .recorder import NativeCalls, Recorder, Segments
 
-__all__ = ["CALL", "DECODE_OPS", "FORMAT", "HOPS", "OPS", "PHASE", "RankRecording", "load"]
+__all__ = ["CALL", "DECODE_OPS", "FORMAT", "HOPS", "NativeCalls", "OPS", "PHASE", "RankRecording", "Recorder", "Segments", "ids_dtype", "load"]
 
 OP = "replay"
 

@@ -109,11 +109,13 @@ class Folder:
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._fd)
         except OSError:   # a link, a socket, or nothing that this user may read
             return False
-        with os.fdopen(fd, "rb") as file:
+        try:
             about = os.fstat(fd)
             if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid():
                 return False
-            head = file.read(_HEAD)
+            head = os.read(fd, _HEAD)
+        finally:
+            os.close(fd)
         empty = not head and name.endswith(".partial")   # killed before the first byte
         return empty or (head[:2] == b"PK" and _MEMBER in head[:64] and _TEXT in head)
 

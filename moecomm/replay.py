@@ -18,6 +18,8 @@ from .buffer import Buffer
 from .errors import InvalidArgument
 from .local import run_local
 
+MOST_THREADS = 512
+
 
 @dataclass
 class Script:
@@ -50,8 +52,10 @@ def script_of(ranks, size=None):
     Raises
     ------
     InvalidArgument
-        The experts do not divide over that many ranks.
+        There are no calls, or the experts do not divide over that many ranks.
     """
+    if not len(ranks[0].calls):
+        raise InvalidArgument("recording: there is no call that all ranks have written; expected one at least", op="replay")
     header = ranks[0].header
     buffer = {name: header[name] for name in ("hidden", "num_experts", "top_k", "max_tokens", "dtype", "channels")}
     calls = np.stack([r.calls for r in ranks], axis=1)
@@ -64,12 +68,13 @@ def script_of(ranks, size=None):
 def _dealt(script, size):
     if size < 1 or script.buffer["num_experts"] % size:
         raise InvalidArgument(f"--ranks: got {size}; expected a divisor of the {script.buffer['num_experts']} experts", op="replay")
+    _require_one_order(script, "--ranks", size)
     per_node = next(p for p in range(min(script.ranks_per_node, size), 0, -1) if size % p == 0)
 
     def deal(parts):
         return None if parts[0] is None else list(torch.cat(parts).tensor_split(size))
 
-    ids, weights = [deal(p) for p in script.ids], [deal(p) or [None] * size for p in script.weights]
+    ids, weights = [deal(p) for p in script.ids], [deal(_all_or_none(p, "--ranks", size) or [None]) or [None] * size for p in script.weights]
     calls = np.repeat(script.calls[:, :1], size, axis=1)
     for call in calls:
         for rank in range(size):
@@ -79,7 +84,16 @@ def _dealt(script, size):
 
 
 def on_cpu(script):
-    """Run a Script with rank threads; rows are random. Returns Replayed."""
+    """Run a Script with rank threads; rows are random. Returns Replayed.
+
+    Raises
+    ------
+    InvalidArgument
+        More ranks than a process can hold.
+    """
+    if script.size > MOST_THREADS:
+        raise InvalidArgument(f"--ranks: got {script.size}; the cpu world runs every rank as a thread, expected at most {MOST_THREADS}, or --world sim",
+                              op="replay")
 
     def main(comm):
         buf = Buffer(comm, **dict(script.buffer, dtype=script.dtype))
@@ -123,9 +137,16 @@ def on_cpu(script):
 
 
 def on_sim(script, hardware=None):
-    """Run a Script in the sim world, without payload. Returns Replayed; its times are virtual."""
+    """Run a Script in the sim world, without payload. Returns Replayed; its times are virtual.
+
+    Raises
+    ------
+    InvalidArgument
+        Ranks did what one program for all cannot say.
+    """
     from .sim import Cluster, Hardware
 
+    _require_one_order(script, "--world", "sim")
     decoding = {op for op in script.calls["op"][:, 0] if op in record.DECODE_OPS}
     cluster = Cluster(script.size, ranks_per_node=script.ranks_per_node, hardware=hardware or Hardware(), decode=bool(decoding),
                       **dict(script.buffer, dtype=script.dtype))
@@ -135,7 +156,7 @@ def on_sim(script, hardware=None):
         if len(set(coding)) > 1:
             raise InvalidArgument(f"--world: got 'sim'; a call's ranks ask for codings {sorted(set(coding))}, which only cpu replays", op="replay")
         op, plan = str(call["op"]), int(call["plan"])
-        weights = _all_or_none(script.weights[plan]) if call["weighted"] else None
+        weights = _all_or_none(script.weights[plan], "--world", "sim") if call["weighted"] else None
         if op == "decode_dispatch":
             program.decode_dispatch(script.ids[plan], weights, quant=str(call["coding"]) or None)
             last = plan
@@ -159,8 +180,19 @@ def on_sim(script, hardware=None):
     return Replayed(np.array(stats, np.uint64), (times[:, :, 1].max(1) - times[:, :, 0].min(1)) / 1e6)
 
 
-def _all_or_none(weights):
-    return None if weights[0] is None else weights
+def _all_or_none(weights, name, value):
+    """Weights of a plan by rank, or None where no rank gave some."""
+    given = [w is not None for w in weights]
+    if any(given) and not all(given):
+        raise InvalidArgument(f"{name}: got {value!r}; in this recording rank {given.index(False)} gave no weights where others did, which only the recorded "
+                              "ranks in the cpu world can replay", op="replay")
+    return weights if all(given) else None
+
+
+def _require_one_order(script, name, value):
+    if (script.calls["op"] != script.calls["op"][:, :1]).any():
+        raise InvalidArgument(f"{name}: got {value!r}; in this recording ranks call their decode hooks in different orders, which only the recorded ranks "
+                              "in the cpu world can replay", op="replay")
 
 
 def recorded(script):

@@ -7,13 +7,14 @@ predicts times and counts at a scale that no one machine holds.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
 
 from ._native import sim as native
 from ._native.quant import scale_words
+from .checks import integer, number, require
 from .errors import InvalidArgument, MoecommError
 from .reference import DecodeReceived, Received
 from .shapes import DTYPES, QUANTS, WIRES, arena_size, check_shape
@@ -22,6 +23,7 @@ from .shapes import DTYPES, QUANTS, WIRES, arena_size, check_shape
 # times change by a few percent at most, since many ranks share every link.
 LEAD_NS, DECODE_LEAD_NS = 2_000.0, 50_000.0
 STRICT_TOKENS = 10_000
+RATES = ("node_rate", "rail_rate", "sm_read", "sm_write")   # of Hardware; the others are times
 SCHEDULES = ("roles", "lane", "seats")
 MODES = ("local", "even", "optimal")   # by the numbers of balance::Mode
 
@@ -37,6 +39,11 @@ class Hardware:
     poll : from a counter's change to the waiter's next instruction
     launch : start of a kernel
     plan_token : counting the picks of one token
+
+    Raises
+    ------
+    InvalidArgument
+        A value is no number, or one that the virtual clock cannot hold.
     """
 
     node_rate: float = 160.0
@@ -50,6 +57,15 @@ class Hardware:
     poll: float = 200.0
     launch: float = 4000.0
     plan_token: float = 0.5
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, rate = getattr(self, f.name), f.name in RATES
+            require(not isinstance(value, bool), "Hardware", f.name, value, "a number")
+            low, unit = (1e-6, "GB/s") if rate else (0.0, "ns")
+            found = number("Hardware", f.name, value, low)
+            require(found <= 1e9, "Hardware", f.name, value, f"at most 1e9 {unit}")
+            object.__setattr__(self, f.name, found)
 
 
 @dataclass(frozen=True)
@@ -122,9 +138,10 @@ class Cluster:
     def __init__(self, size, *, ranks_per_node=None, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, num_sms=20, channels=None,
                  hardware=Hardware(), payload=False, decode=False, schedule="roles", arena_bytes=None,
                  placement=None):
-        ranks_per_node = ranks_per_node or size
-        if not isinstance(size, int) or size < 1 or size % ranks_per_node:
-            raise InvalidArgument(f"Cluster: size is {size!r}; expected a multiple of ranks_per_node = {ranks_per_node}", op="Cluster")
+        size = integer("Cluster", "size", size, 1, 65535)
+        ranks_per_node = size if ranks_per_node is None else integer("Cluster", "ranks_per_node", ranks_per_node, 1, 65535)
+        require(size % ranks_per_node == 0, "Cluster", "size", size, f"a multiple of ranks_per_node = {ranks_per_node}")
+        require(isinstance(hardware, Hardware), "Cluster", "hardware", hardware, "a Hardware")
         if schedule not in SCHEDULES:
             raise InvalidArgument(f"Cluster: schedule is {schedule!r}; expected one of {', '.join(SCHEDULES)}", op="Cluster")
         check_shape(size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, 0)
