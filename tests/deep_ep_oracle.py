@@ -247,6 +247,13 @@ def check_elastic(group, rank, size):
     deep_ep_elastic.check(group, rank, size)
 
 
+def check_hybrid(group, rank, size):
+    """As deep_ep_hybrid.check."""
+    import deep_ep_hybrid
+
+    deep_ep_hybrid.check(group, rank, size)
+
+
 def run_processes(processes, folder, size, check):
     """check(group, rank, size) of this module in processes of their own, over gloo."""
     ranks = [processes.Process(target=main, args=(str(folder), r, size, check)) for r in range(size)]

@@ -17,7 +17,7 @@ def test_rank_threads(size, nodes):
 
 def test_process_group(processes, tmp_path):
     """The same over a torch ProcessGroup."""
-    deep_ep_oracle.run_processes(processes, tmp_path, 4, "check_elastic")
+    deep_ep_oracle.run_processes(processes, tmp_path, 2, "check_elastic")
 
 
 def with_elastic(fn, size=1, **how):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import moecomm
+from moecomm.__main__ import main as moecomm_main
 from moecomm.integrations import deep_ep
 
 NONE, REQUIRED = None, inspect.Parameter.empty
@@ -72,6 +73,19 @@ VERBS = {
     "ElasticBuffer.get_physical_domain_size": [],
     "ElasticBuffer.get_logical_domain_size": [],
     "ElasticBuffer.destroy": [],
+    "HybridEPBuffer": [("group", REQUIRED), ("hidden_dim", REQUIRED), ("max_num_of_tokens_per_rank", REQUIRED), ("num_local_experts", REQUIRED), ("use_fp8", False),
+                       ("num_sms_dispatch_api", NONE), ("num_sms_combine_api", NONE), ("num_sms_preprocessing_api", NONE), ("num_blocks_permute", NONE),
+                       ("num_blocks_unpermute", NONE), ("load_cached_kernels", False), ("use_shared_buffer", True), ("enable_custom_allgather", False),
+                       ("num_of_hybrid_ep_ranks_per_nvlink_domain", NONE), ("use_mnnvl", NONE)],
+    "HybridEPBuffer.dispatch": [("hidden", REQUIRED), ("scaling_factor", NONE), ("topk_idx", NONE), ("topk_weights", NONE), ("num_of_experts", NONE),
+                                ("probs", NONE), ("routing_map", NONE), ("num_dispatched_tokens_tensor", NONE), ("num_dispatched_tokens", NONE),
+                                ("handle", NONE)],
+    "HybridEPBuffer.combine": [("hidden", REQUIRED), ("probs", NONE), ("handle", NONE)],
+    "HybridEPBuffer.dispatch_with_permute": [],
+    "HybridEPBuffer.combine_with_unpermute": [],
+    "HybridEPBuffer.update_template_config": [("hidden_dim", NONE), ("max_num_of_tokens_per_rank", NONE), ("num_local_experts", NONE), ("use_fp8", NONE)],
+    "HybridEPBuffer.empty_jit_cache": [],
+    "hybrid_ep_buffer.indices_to_map": [(name, REQUIRED) for name in ("topk_idx", "topk_weights", "num_of_tokens", "num_of_experts")],
     "get_physical_domain_size": [("group", REQUIRED)],
     "get_logical_domain_size": [("group", REQUIRED), ("allow_hybrid_mode", True)],
 }
@@ -85,11 +99,26 @@ def find(name):
     return found
 
 
+KEYWORDS = {   # of verbs that take nothing else
+    "HybridEPBuffer.dispatch_with_permute": {
+        "hidden": REQUIRED, "topk_idx": NONE, "topk_weights": NONE, "num_of_experts_per_rank": NONE, "num_of_experts": NONE, "use_fp8": NONE, "routing_map": NONE,
+        "probs": NONE, "scaling_factor": NONE, "num_permuted_tokens": NONE, "pad_multiple": NONE, "handle": NONE, "non_blocking": False,
+        "fuse_permute_dispatch": False, "num_dispatched_tokens": NONE, "use_host_meta": NONE},
+    "HybridEPBuffer.combine_with_unpermute": {"hidden": REQUIRED, "probs": NONE, "handle": NONE, "pad_multiple": NONE, "fuse_unpermute_combine": False,
+                                              "num_dispatched_tokens": NONE},
+    "Buffer": {"allow_nvlink_for_normal_mode": True},
+    "Buffer.low_latency_dispatch": {"topk_weights": NONE, "x_global_scale": NONE, "use_nvfp4": False, "use_ue8m0_for_sf": False},
+    "Buffer.low_latency_combine": {"overlap": False, "src_signals": NONE, "src_signal_expect_value": 0, "packed_recv_count": NONE, "comp_signal": NONE,
+                                   "block_m": 64, "threshold": 0, "num_sms": 3},
+}
+
+
 @pytest.mark.parametrize("name", VERBS)
 def test_arguments(name):
     """Names, order and defaults are deep_ep's; what is added is keyword-only; nothing else is taken."""
     parameters = [p for p in inspect.signature(find(name)).parameters.values() if p.name != "self"]
     assert [(p.name, p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == VERBS[name]
+    assert {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} == KEYWORDS.get(name, {})
     assert all(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in parameters), "*args or **kwargs"
 
 
@@ -208,32 +237,40 @@ def test_an_opaque_handle_says_so():
     with_buffer(look, low_latency_mode=True)
 
 
-PROGRAM = """
-import sys, types
-{before}
-import deep_ep, moecomm
-from deep_ep import Buffer, Config, EventHandle, EventOverlap, topk_idx_t
+CHECKS = """
+import deep_ep, sys
+from deep_ep import Buffer, Config, ElasticBuffer, EPHandle, EventHandle, EventOverlap, topk_idx_t
 from deep_ep.utils import EventHandle as handle, EventOverlap as overlap
-assert deep_ep.Buffer is moecomm.integrations.deep_ep.Buffer and handle is EventHandle and overlap is EventOverlap
-assert sys.modules["deep_ep"] is moecomm.integrations.deep_ep
+from deep_ep.hybrid_ep_buffer import HybridEPBuffer, indices_to_map
+import moecomm.integrations.deep_ep as ours
+assert deep_ep.Buffer is ours.Buffer and handle is EventHandle and overlap is EventOverlap and sys.modules["deep_ep"] is ours
 print("imported")
+"""
+REAL = """
+import sys, types
+import moecomm.integrations.deep_ep as ours
+sys.modules["deep_ep"] = types.ModuleType("deep_ep")
+try:
+    ours.install()
+except ValueError as refused:
+    print(refused)
+ours.install(force=True)
+ours.install()
 """
 
 
-def run(before, path=None):
-    """What the program prints, or its traceback."""
-    paths = [p for p in (path, os.getcwd(), os.environ.get("PYTHONPATH")) if p]
-    done = subprocess.run([sys.executable, "-c", PROGRAM.format(before=before)], capture_output=True, text=True, timeout=60, check=False,
+def run(program, first_path=None):
+    """What the program prints."""
+    paths = [p for p in (first_path, os.getcwd(), os.environ.get("PYTHONPATH")) if p]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=180, check=False,
                           env=dict(os.environ, PYTHONPATH=os.pathsep.join(paths)))
-    return done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_three_ways_in():
+def test_three_ways_in(capsys):
     """install(), install(force=True) where another deep_ep is imported, and the folder that `python -m moecomm deep-ep-path` names."""
-    first = "import moecomm.integrations.deep_ep as ours; "
-    assert "imported" in run(first + "ours.install(); ours.install()")
-    other = first + "sys.modules['deep_ep'] = types.ModuleType('deep_ep'); "
-    assert "deep_ep is imported already" in run(other + "ours.install()")
-    assert "imported" in run(other + "ours.install(force=True)")
-    said = subprocess.run([sys.executable, "-m", "moecomm", "deep-ep-path"], capture_output=True, text=True, timeout=60, check=True).stdout.strip()
-    assert said == deep_ep.path() and "imported" in run("", said)
+    said = run(REAL + CHECKS)
+    assert "deep_ep is imported already" in said and "imported" in said.splitlines()
+    assert moecomm_main(["deep-ep-path"]) == 0
+    assert capsys.readouterr().out.strip() == deep_ep.path() and "imported" in run(CHECKS, deep_ep.path())

@@ -8,10 +8,11 @@ from .config import Config
 from .elastic import ElasticBuffer, EPHandle, get_logical_domain_size, get_physical_domain_size
 from .errors import Unsupported
 from .events import EventHandle, EventOverlap
+from .hybrid_ep_buffer import HybridEPBuffer
 from .install import install, path
 
 topk_idx_t = torch.int64
 __moecomm__ = True
 
-__all__ = ["Buffer", "Config", "EPHandle", "ElasticBuffer", "EventHandle", "EventOverlap", "Unsupported", "configure", "get_logical_domain_size",
+__all__ = ["Buffer", "Config", "EPHandle", "ElasticBuffer", "EventHandle", "EventOverlap", "HybridEPBuffer", "Unsupported", "configure", "get_logical_domain_size",
            "get_physical_domain_size", "install", "path", "shutdown", "topk_idx_t"]

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from .errors import refuse
 
-_MODULES = {"deep_ep": "moecomm.integrations.deep_ep", "deep_ep.utils": "moecomm.integrations.deep_ep.utils"}
+_OURS = "moecomm.integrations.deep_ep"
+_MODULES = {"deep_ep": _OURS, "deep_ep.utils": f"{_OURS}.utils", "deep_ep.hybrid_ep_buffer": f"{_OURS}.hybrid_ep_buffer", "deep_ep.buffer": f"{_OURS}.buffer"}
 _PATH = Path(__file__).parent / "path"
 
 
 def install(*, force=False):
-    """Let `import deep_ep` and `import deep_ep.utils` give this library, in this process. May be called again.
+    """Let `import deep_ep`, deep_ep.utils, deep_ep.buffer and deep_ep.hybrid_ep_buffer give this library, in this process. May be called again.
 
     Parameters
     ----------
