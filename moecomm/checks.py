@@ -21,13 +21,13 @@ MOST_EXPERTS = 65535   # of a model, and slots of a layer: what a Buffer can hol
 
 def spelled(value):
     """The value's repr in one short line; its type where it has none."""
-    if isinstance(value, torch.Tensor):
-        return f"a {value.dtype} tensor {list(value.shape)} on {value.device}"
-    if isinstance(value, np.ndarray) and value.ndim:
-        return f"a {value.dtype} array {list(value.shape)}"
     try:
+        if isinstance(value, torch.Tensor):
+            return f"a {value.dtype} tensor {list(value.shape)} on {value.device}"
+        if isinstance(value, np.ndarray) and value.ndim:
+            return f"a {value.dtype} array {list(value.shape)}"
         text = " ".join(repr(value).split())
-    except Exception as error:   # whatever a foreign __repr__ raises, the check itself is what the user must see
+    except Exception as error:   # a foreign __repr__, or a tensor without a shape: the check itself is what the user must see
         return f"a {type(value).__qualname__} (its repr raises {type(error).__name__})"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 

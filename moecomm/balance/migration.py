@@ -11,8 +11,8 @@ import contextlib
 import torch
 
 from .. import cuda
+from ..checks import require
 from ..results import Pending
-from .placement import require
 
 _ROW_BYTES = 1 << 16
 _ROWS_PER_ROUND = 128   # of one source, so that a round's window stays small

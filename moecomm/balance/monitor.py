@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .placement import Placement, rebalance, require
+from ..checks import MOST_EXPERTS, flag, integer, integers, number, require
+from .placement import Placement, rebalance
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,15 @@ class LoadMonitor:
     """
 
     def __init__(self, num_layers, num_experts, *, window=64, half_life=64.0):
-        for name, value in dict(num_layers=num_layers, num_experts=num_experts, window=window).items():
-            require(isinstance(value, int) and value >= 1, "LoadMonitor", name, value, "an int >= 1")
-        require(half_life > 0, "LoadMonitor", "half_life", half_life, "batches > 0")
-        self.shape, self.window = (num_layers, num_experts), window
-        self._decay = 0.5 ** (1.0 / half_life)
-        self.reset()
+        op = "LoadMonitor"
+        layers, experts = integer(op, "num_layers", num_layers, 1, 1 << 20), integer(op, "num_experts", num_experts, 1, MOST_EXPERTS)
+        self.shape, self.window = (layers, experts), integer(op, "window", window, 1, 1 << 20)
+        half_life = number(op, "half_life", half_life, positive=True)
+        self._decay = 0.5 ** min(1.0 / half_life, 1074.0)   # beyond that it is 0
+        try:
+            self.reset()
+        except (MemoryError, ValueError):   # NumPy's, where the size is no size at all
+            require(False, op, "window", window, f"a history of {layers} layers x {experts} experts x window that memory holds")
 
     def reset(self):
         """Forget everything."""
@@ -66,8 +70,11 @@ class LoadMonitor:
         Raises
         ------
         InvalidArgument
-            Both kinds are mixed since the last reset.
+            There is no such layer, the counts are no picks [E], or both kinds are mixed since the last reset.
         """
+        layer, everywhere = integer("LoadMonitor", "layer", layer, 0, self.shape[0] - 1), flag("LoadMonitor", "everywhere", everywhere)
+        counts = integers("LoadMonitor", "counts", counts)
+        require(counts.shape == self.shape[1:] and counts.min() >= 0, "LoadMonitor", "counts", counts, f"picks >= 0 of {self.shape[1]} experts")
         require(self._everywhere in (None, everywhere), "LoadMonitor", "everywhere", everywhere, "the same kind of counts since the last reset")
         self._everywhere = everywhere
         self._recent[self.batches[layer] % self.window, layer] = counts
@@ -79,7 +86,14 @@ class LoadMonitor:
 
         Meant to be called rarely, before a rebalance. Where dispatch recorded the counts of all ranks, nothing is
         sent.
+
+        Raises
+        ------
+        InvalidArgument
+            comm is no Communicator.
         """
+        weighted = flag("load", "weighted", weighted)
+        require(comm is None or hasattr(comm, "ranks_per_node"), "load", "comm", comm, "a Communicator, or None")
         load = self._average if weighted else self._recent.sum(0).astype(np.float64)
         if comm is not None and not self._everywhere:
             load = np.sum(comm._exchange(load), axis=0)
@@ -111,14 +125,30 @@ class LoadMonitor:
         Raises
         ------
         InvalidArgument
-            As rebalance.
+            A number is none, the placement is of another shape, or as rebalance.
         """
+        op = "advise"
+
+        def checked():
+            require(isinstance(placement, Placement), op, "placement", placement, "a moecomm.balance.Placement")
+            require((placement.num_layers, placement.num_experts) == self.shape, op, "placement", placement,
+                    f"one of {self.shape[0]} layers and {self.shape[1]} experts")
+            unknown = sorted(set(options) - {"max_moves", "num_groups", "connected"})
+            require(not unknown, op, "options", unknown, "some of max_moves, num_groups, connected")
+            return [number(op, "seconds_per_row", seconds_per_row), number(op, "bytes_per_expert", bytes_per_expert),
+                    number(op, "bytes_per_second", bytes_per_second, positive=True), number(op, "batches", batches)]
+
+        require(comm is None or hasattr(comm, "ranks_per_node"), op, "comm", comm, "a Communicator, or None")
+        # What is wrong on one rank is raised on all of them: nobody waits for loads that do not come.
+        alone = comm is None or self._everywhere
+        per_row, moved, rate, batches = checked() if alone else comm._everywhere(op, checked)[comm.rank]
         load = self.load(comm)
         planned = rebalance(load, num_replicas=placement.num_slots, num_nodes=placement.num_nodes, num_ranks=placement.num_ranks,
                             previous=placement, **options)
-        weight = (1 - self._decay ** self.batches.astype(np.float64)) / (1 - self._decay)   # of all batches in the average
+        past = self.batches.astype(np.float64)
+        weight = past if self._decay == 1.0 else (1 - self._decay ** past) / (1 - self._decay)   # of all batches in the average
         per_batch = load / torch.from_numpy(np.maximum(weight, 1.0))[:, None]
         saved = (placement.rank_load(per_batch).max(1).values - planned.rank_load(per_batch).max(1).values).sum()
         into = torch.bincount(planned.moves[:, 1] // planned.slots_per_rank, minlength=planned.num_ranks)
-        gain, cost = float(saved) * seconds_per_row * batches, float(into.max()) * bytes_per_expert / bytes_per_second
+        gain, cost = float(saved) * per_row * batches, float(into.max()) * moved / rate
         return Advice(gain > cost, gain, cost, placement.balancedness(load), planned.balancedness(load), planned)

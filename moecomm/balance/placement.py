@@ -9,23 +9,7 @@ import numpy as np
 import torch
 
 from .._native import balance as native
-from ..errors import InvalidArgument
-
-
-def require(ok, op, name, value, expected):
-    """Raise InvalidArgument that names the argument, its value and what was expected, unless ok.
-
-    Raises
-    ------
-    InvalidArgument
-    """
-    if not ok:
-        raise InvalidArgument(f"{op}: {name} is {value!r}; expected {expected}", op=op)
-
-
-def _loads(load):
-    """Any array or tensor of loads as a contiguous float64 tensor on the CPU."""
-    return torch.from_numpy(np.ascontiguousarray(load.cpu() if isinstance(load, torch.Tensor) else load, dtype=np.float64))
+from ..checks import MOST_EXPERTS, flag, integer, integers, reals, require
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +25,7 @@ class Placement:
     Raises
     ------
     InvalidArgument
-        A slot holds no expert of the model, an expert has no slot, or a rank holds an expert twice.
+        A slot holds no expert of the model, an expert has no slot, a rank holds an expert twice, or an argument is of another type.
 
     Source: DeepSeek-V3 technical report, sections 3.4.1 and 3.4.2 (redundant experts).
     """
@@ -59,12 +43,15 @@ class Placement:
 
     def __post_init__(self, previous):
         op = "Placement"
-        table = torch.as_tensor(self.physical_to_logical, dtype=torch.int64, device="cpu")
-        require(table.dim() == 2, op, "physical_to_logical", list(table.shape), "a table [layers, slots]")
+        table = torch.from_numpy(integers(op, "physical_to_logical", self.physical_to_logical).copy())
+        require(table.dim() == 2 and table.numel() > 0, op, "physical_to_logical", list(table.shape), "a table [layers, slots]")
         layers, slots = table.shape
-        require(self.num_ranks >= 1 and slots % self.num_ranks == 0, op, "num_ranks", self.num_ranks, f"a divisor of the {slots} slots")
-        require(self.num_nodes >= 1 and self.num_ranks % self.num_nodes == 0, op, "num_nodes", self.num_nodes,
-                 f"a divisor of the {self.num_ranks} ranks")
+        for name, low, high in (("num_experts", 1, MOST_EXPERTS), ("num_ranks", 1, slots), ("num_nodes", 1, slots), ("version", 0, (1 << 63) - 1)):
+            object.__setattr__(self, name, integer(op, name, getattr(self, name), low, high))
+        object.__setattr__(self, "partial", flag(op, "partial", self.partial))
+        require(previous is None or isinstance(previous, Placement), op, "previous", previous, "a Placement, or None")
+        require(slots % self.num_ranks == 0, op, "num_ranks", self.num_ranks, f"a divisor of the {slots} slots")
+        require(self.num_ranks % self.num_nodes == 0, op, "num_nodes", self.num_nodes, f"a divisor of the {self.num_ranks} ranks")
         bad = (table < 0) | (table >= self.num_experts)
         require(not bad.any(), op, "physical_to_logical", table[bad][:1].tolist(), f"experts in [0, {self.num_experts})")
         sets = table.view(layers, self.num_ranks, -1).sort(-1).values
@@ -110,18 +97,20 @@ class Placement:
         Raises
         ------
         InvalidArgument
-            load has another shape.
+            load has another shape, or is no array of numbers.
         """
-        load = _loads(load)
+        load = torch.from_numpy(reals("rank_load", "load", load))
         require(load.shape == self.replica_count.shape, "rank_load", "load", list(load.shape), f"[L, E] = {list(self.replica_count.shape)}")
         share = (load / self.replica_count).gather(1, self.physical_to_logical)
         return share.view(self.num_layers, self.num_ranks, -1).sum(-1)
 
     def balancedness(self, load):
         """Mean over layers of mean/max rank load, 1.0 at best; a layer without load counts as balanced."""
-        rank = self.rank_load(load)
+        load = torch.from_numpy(_finite("balancedness", "load", load))
+        largest = load.max(1, keepdim=True).values if load.dim() == 2 and load.numel() else load
+        rank = self.rank_load(load / torch.where(largest > 0, largest, 1.0))   # of loads up to 1: no sum overflows, no quotient vanishes
         highest = rank.max(1).values
-        return float(torch.where(highest > 0, rank.mean(1) / highest.clamp_min(1e-300), 1.0).mean())
+        return float(torch.where(highest > 0, rank.mean(1) / torch.where(highest > 0, highest, 1.0), 1.0).mean())
 
     def surviving(self, alive, *, num_nodes=1):
         """This placement on the ranks that are left, numbered anew in ascending order; they keep their slots.
@@ -134,8 +123,10 @@ class Placement:
         InvalidArgument
             alive is empty or names a rank that does not exist.
         """
-        alive = sorted(set(alive))
-        require(alive and 0 <= alive[0] and alive[-1] < self.num_ranks, "surviving", "alive", alive, f"ranks in 0..{self.num_ranks - 1}")
+        ranks = integers("surviving", "alive", sorted(alive) if isinstance(alive, (set, frozenset, range)) else alive)
+        alive = sorted(set(ranks.reshape(-1).tolist()))
+        require(ranks.ndim == 1 and alive and 0 <= alive[0] and alive[-1] < self.num_ranks, "surviving", "alive", alive,
+                f"a list of ranks in 0..{self.num_ranks - 1}")
         table = self.physical_to_logical.view(self.num_layers, self.num_ranks, -1)[:, alive].reshape(self.num_layers, -1)
         return Placement(table, self.num_experts, len(alive), num_nodes, self.version, partial=True)
 
@@ -186,6 +177,14 @@ class Placement:
         return torch.stack([layer, slot, expert, sources.gather(1, chosen).flatten()], 1)
 
 
+def _finite(op, name, load):
+    """Loads as float64 on the host."""
+    load = reals(op, name, load)
+    wrong = ~(np.isfinite(load) & (load >= 0))
+    require(not wrong.any(), op, name, float(load[wrong][0]) if wrong.any() else 0.0, "finite numbers >= 0")
+    return load
+
+
 def rebalance(load, *, num_replicas, num_groups=1, num_nodes=1, num_ranks, previous=None, max_moves=None, connected=False):
     """A placement that balances the ranks under this load. Deterministic; releases the GIL.
 
@@ -219,17 +218,19 @@ def rebalance(load, *, num_replicas, num_groups=1, num_nodes=1, num_ranks, previ
     Source: DeepSeek-V3 technical report, section 3.4.1; rebalancing every few minutes from online statistics.
     """
     op = "rebalance"
-    load = _loads(load).numpy()
+    load = _finite(op, "load", load)
     require(load.ndim == 2 and load.size > 0, op, "load", list(load.shape), "[layers, experts]")
-    require(bool(np.isfinite(load).all()) and load.min() >= 0, op, "load", float(load.flat[int(np.argmin(load))]), "finite numbers >= 0")
     experts = load.shape[1]
-    for name, value in dict(num_replicas=num_replicas, num_groups=num_groups, num_nodes=num_nodes, num_ranks=num_ranks).items():
-        require(isinstance(value, int) and value >= 1, op, name, value, "an int >= 1")
+    require(experts <= MOST_EXPERTS, op, "load", list(load.shape), f"at most {MOST_EXPERTS} experts")
+    num_replicas, num_groups, num_nodes, num_ranks = (
+        integer(op, name, value, 1, MOST_EXPERTS) for name, value in
+        dict(num_replicas=num_replicas, num_groups=num_groups, num_nodes=num_nodes, num_ranks=num_ranks).items())
+    connected = flag(op, "connected", connected)
     require(num_ranks % num_nodes == 0, op, "num_nodes", num_nodes, f"a divisor of the {num_ranks} ranks")
     require(experts % num_groups == 0, op, "num_groups", num_groups, f"a divisor of the {experts} experts")
     require(num_groups == 1 or num_groups % num_nodes == 0, op, "num_groups", num_groups, f"1 or a multiple of the {num_nodes} nodes")
     parts = num_nodes if num_groups > 1 else 1
-    most = experts // parts * (num_ranks // parts) * parts
+    most = min(MOST_EXPERTS, experts // parts * (num_ranks // parts) * parts)
     require(num_replicas % num_ranks == 0 and experts <= num_replicas <= most, op, "num_replicas", num_replicas,
              f"a multiple of the {num_ranks} ranks in {experts}..{most} (no rank holds an expert twice)")
     before = None
@@ -243,8 +244,9 @@ def rebalance(load, *, num_replicas, num_groups=1, num_nodes=1, num_ranks, previ
             together = (home == home[..., :1]).all() and ((node_of == node_of[:, :, :1]) | (previous.logical_to_physical < 0)).all()
             require(bool(together), op, "previous", previous, "a placement that keeps every group in one node")
         before = np.ascontiguousarray(previous.physical_to_logical.numpy(), dtype=np.int32)
-    require(max_moves is None or (isinstance(max_moves, int) and max_moves >= 0 and previous is not None), op, "max_moves", max_moves,
-             "an int >= 0, with previous")
+    if max_moves is not None:
+        require(previous is not None, op, "max_moves", max_moves, "None without previous")
+        max_moves = integer(op, "max_moves", max_moves, 0)
     out = np.empty((load.shape[0], num_replicas), dtype=np.int32)
     native.rebalance(load, out, num_groups, num_nodes, num_ranks, before, -1 if max_moves is None else max_moves, connected)
     return Placement(torch.from_numpy(out), experts, num_ranks, num_nodes, 0 if previous is None else previous.version + 1, previous)
@@ -269,6 +271,7 @@ def rebalance_experts(weight, num_replicas, num_groups, num_nodes, num_gpus):
     InvalidArgument
         As rebalance.
     """
+    num_groups, num_nodes = (integer("rebalance", name, value, 1, MOST_EXPERTS) for name, value in dict(num_groups=num_groups, num_nodes=num_nodes).items())
     groups = num_groups if num_groups % num_nodes == 0 else 1
     p = rebalance(weight, num_replicas=num_replicas, num_groups=groups, num_nodes=num_nodes, num_ranks=num_gpus)
     return p.physical_to_logical, p.logical_to_physical, p.replica_count

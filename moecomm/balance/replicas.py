@@ -10,7 +10,8 @@ import torch
 from .. import cuda
 from .._native import balance as native
 from .._native import core
-from .placement import Placement, require
+from ..checks import require
+from .placement import Placement
 
 MODES = ("local", "even", "optimal")
 
