@@ -1,12 +1,14 @@
 #include "runtime/memory.hpp"
 
 #include <fcntl.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 namespace moecomm {
 namespace {
@@ -17,8 +19,31 @@ char* map_shared(int fd, uint64_t bytes) {
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
   if (p == MAP_FAILED) fail("cannot map a window of " + std::to_string(bytes) + " bytes");
   madvise(p, bytes, MADV_HUGEPAGE);   // a hint: fewer faults where shared huge pages are allowed
-  madvise(p, bytes, MADV_DONTFORK);   // a child process must not keep our windows alive
+  madvise(p, bytes, MADV_DONTFORK);   // peers' memory and network regions are of no use to a child process
   return static_cast<char*>(p);
+}
+
+// The memories that forked children inherit.
+struct Inherited {
+  std::mutex mutex;
+  std::map<char*, std::pair<uint64_t, int>> by_address;   // bytes, descriptor
+};
+
+Inherited& inherited() {
+  static Inherited* const all = [] {
+    static Inherited& made = *new Inherited;   // never destroyed: windows may be let go of at the end of the process
+    // In the child every such mapping is replaced by a private one at the same place, before any of its code runs: its stores must not
+    // reach the windows that peers read. Where that fails it can only read.
+    pthread_atfork([] { made.mutex.lock(); }, [] { made.mutex.unlock(); },
+                   [] {
+                     for (const auto& [data, rest] : made.by_address)
+                       if (mmap(data, rest.first, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, rest.second, 0) == MAP_FAILED)
+                         mprotect(data, rest.first, PROT_READ);
+                     made.mutex.unlock();
+                   });
+    return &made;
+  }();
+  return *all;
 }
 
 }  // namespace
@@ -43,13 +68,20 @@ std::shared_ptr<Memory> Memory::map(int pid, int fd, uint64_t bytes) {
 }
 
 Memory::~Memory() {
-  if (process_.is_here()) munmap(data_, bytes_);   // in a forked child something else may be mapped there
-  close_fd();
+  if (inherited_) {
+    std::lock_guard lock(inherited().mutex);
+    inherited().by_address.erase(data_);
+  }
+  if (inherited_ || process_.is_here()) munmap(data_, bytes_);   // else, in a forked child, something else may be mapped there
+  if (fd_ >= 0) close(fd_);
 }
 
-void Memory::close_fd() {
-  if (fd_ >= 0) close(fd_);
-  fd_ = -1;
+void Memory::share_with_children() {
+  if (inherited_ || fd_ < 0) return;
+  std::lock_guard lock(inherited().mutex);
+  inherited().by_address[data_] = {bytes_, fd_};
+  madvise(data_, bytes_, MADV_DOFORK);
+  inherited_ = true;
 }
 
 void Memory::populate(uint64_t bytes) const {

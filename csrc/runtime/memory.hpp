@@ -12,7 +12,7 @@
 namespace moecomm {
 
 // Zero-filled memory that node peers can map. It has no name in any file system: a descriptor is its
-// only handle, so the kernel frees it when the last process that maps it ends, however it ends.
+// only handle, so the kernel frees it when the last process that maps or holds it ends, however it ends.
 class Memory {
  public:
   static std::shared_ptr<Memory> create(uint64_t bytes);                    // shareable by descriptor
@@ -24,7 +24,9 @@ class Memory {
   char* data() const { return data_; }
   uint64_t bytes() const { return bytes_; }
   int fd() const { return fd_; }
-  void close_fd();                                         // once all peers have mapped it
+  // A forked child of this process gets a copy of its own, page by page as it writes: tensors are read there, and what is written there
+  // stays there. Else there is no such mapping in a child. Of memory that was created here.
+  void share_with_children();
   void populate(uint64_t bytes) const;                     // page tables filled ahead of first use
 
  private:
@@ -32,6 +34,7 @@ class Memory {
   char* data_;
   uint64_t bytes_;
   int fd_;
+  bool inherited_ = false;
   Process process_;
 };
 

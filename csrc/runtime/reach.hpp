@@ -38,7 +38,7 @@ class Reach {
   // Collective in three steps: construct, connect with everyone's card, connected after a barrier.
   std::string card() const;
   void connect(const std::vector<std::string>& cards);
-  void connected() { window_->close_fd(); }
+  void connected() { window_->share_with_children(); }   // from here on tensors view it
 
   const std::shared_ptr<Memory>& window() const { return window_; }
   bool rail_is_mapped() const;   // whether stores reach the rail peers' regions without the network
@@ -56,6 +56,7 @@ class Reach {
   Status run(bool drain, Call&& call) {
     if (const Status broken = comm_->broken(); !broken.ok()) return broken;
     Status s = region_ ? call(HostFabric<UcxRail>{&host_, &ucx_rail_}) : call(HostFabric<LoopbackRail>{&host_, &loopback_});
+    if (!comm_->calls().is_here()) return s;   // a signal handler forked, and its child came back into the call: it is no rank
     if (region_ && drain && !is_final(s) && s.code != Code::interrupted)   // a refused call's puts too: others may not have read them yet
       if (const Status unread = flush(); !unread.ok()) s = unread;
     Status told = s;
