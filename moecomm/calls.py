@@ -67,7 +67,7 @@ class Calls:
         then = lambda result: self._run_hooks("post_" + op, result)   # noqa: E731
         if self.comm._gpu is not None:
             return cuda.Pending(self.comm, work, (first, rest), then)
-        return Pending(self.comm._submit, work, (first, rest), then)
+        return Pending(self.comm, work, (first, rest), then)
 
     def stats(self):
         """Rows and bytes per hop since the last call; calling resets them.
@@ -80,6 +80,7 @@ class Calls:
         counted = self._native.take_counters()
         if self._noter:
             self._noter.forget_counts()
-        if self._decode is not None:
-            counted["decode"] = self._decode.native.take_counters()
+        decode = self._decode
+        if decode is not None:
+            counted["decode"] = decode.native.take_counters()
         return counted

@@ -117,7 +117,7 @@ class Communicator(Shared):
         self._bootstrap = boot = bootstrap.find(group, timeout if _is_timeout(timeout) else _USUAL)
         self.rank, self.size = boot.rank, boot.size
         self._native = None
-        self._closed = False
+        self._closed, self._pid = False, os.getpid()
         self._executor = self._progress = self._last = None   # of asynchronous calls: the thread, its number, the last call
         self._ready = True   # open, and no asynchronous call is under way
 
@@ -223,8 +223,24 @@ class Communicator(Shared):
         if self._executor is None:
             self._executor = futures.ThreadPoolExecutor(1, thread_name_prefix="moecomm-progress", initializer=note)
         self._ready = False
-        self._last = self._executor.submit(work)
+        try:
+            self._last = self._executor.submit(work)
+        except RuntimeError:   # another thread has closed the communicator meanwhile
+            self._require_open("async_op")
+            raise
         return self._last
+
+    def _require_here(self, op):
+        if self._pid != os.getpid():
+            raise InvalidArgument(f"{op}: the call is the parent process's; a forked child cannot wait for it", op=op, rank=self.rank)
+
+    def _require_outside(self, op):
+        """Refuse to wait for a call where it cannot come to its end meanwhile."""
+        self._require_here(op)
+        running = "an asynchronous call" if threading.get_ident() == self._progress else self._native.running()
+        if running is not None:
+            raise InvalidArgument(f"{op}: this thread is inside {running} of the same communicator, in whose middle this code runs (a signal handler, a "
+                                  f"finalizer); expected {op} after that call has returned", op=op, rank=self.rank)
 
     def _settle(self):
         """Let what was submitted come to its end. Calls happen in the order in which they were made, or ranks would pair
@@ -232,6 +248,7 @@ class Communicator(Shared):
         last = self._last
         if last is None or threading.get_ident() == self._progress:
             return
+        self._require_outside("a call")
         futures.wait([last])
         if self._last is last:
             self._last, self._ready = None, not self._closed
@@ -304,12 +321,20 @@ class Communicator(Shared):
         return Communicator(self._bootstrap.subset(range(self.size)), ranks_per_node=self.ranks_per_node, timeout=self.timeout)
 
     def close(self):
-        """Release what this communicator holds. Local: waits for nobody; may be called twice."""
+        """Release what this communicator holds. Local, may be called twice.
+
+        Waits for a call that another thread has under way, which its timeout bounds. From within a call of this thread (a signal handler
+        or a finalizer runs while it waits): when that call has returned.
+        """
         if self._closed:
             return
         self._closed, self._ready = "closed", False
+        if not self._native.after_call(self._release):
+            self._release()
+
+    def _release(self):
         if self._executor is not None:
-            self._executor.shutdown(wait=True)
+            self._executor.shutdown(wait=threading.get_ident() != self._progress)
         self._native.release()
         self._bootstrap.close()
 

@@ -24,6 +24,7 @@ from . import nccl, tuning
 from ._native import core
 from .env import Environment
 from .errors import InvalidArgument
+from .exclusive import Exclusive
 
 
 def built():
@@ -180,13 +181,23 @@ class NativeBuffer:
                                        num_experts, top_k, max_tokens, plan.channels, plan.chunk_bytes, arena_bytes, check, plan.spread(), plan.stages, comm.timeout)
         self._stream = self._done = None
         self._comm, self._bounds = comm, (comm.timeout, comm.rank)
-        for name in ("card", "connected", "release", "owns", "block_layout", "arena", "counters", "take_counters", "fault"):
+        self._calls = Exclusive(comm.rank)
+        for name in ("card", "connected", "owns", "block_layout", "arena", "counters", "fault"):
             setattr(self, name, getattr(self._buffer, name))
 
     def connect(self, cards):
         """As the cpu world's; NCCL's windows wait for every rank."""
         timeout, rank = self._bounds
         nccl.bounded(lambda: self._buffer.connect(cards), timeout, what="connecting a window", rank=rank)
+
+    def release(self):
+        """Waits for a call of another thread; a call that this thread is inside keeps the memory until its end."""
+        self._calls.after_call(self._buffer.release)
+
+    def take_counters(self):
+        """As the cpu world's."""
+        with self._calls.call("stats"):
+            return self._buffer.take_counters()
 
     def trace(self, on):
         """Kernels keep no timeline of their roles."""
@@ -199,9 +210,13 @@ class NativeBuffer:
         """The current stream, as the native code takes it."""
         return torch.cuda.current_stream(self._device).cuda_stream
 
-    def enqueue(self, call, *args):
+    def enqueue(self, op, call, *args):
         """call(*args, stream) on the current stream, behind the buffer's earlier calls. Where a call of this communicator has failed
         for good, its Failure instead."""
+        with self._calls.call(op):
+            return self._enqueue(call, *args)
+
+    def _enqueue(self, call, *args):
         broken = self._comm._native.broken()
         if broken is not None:
             return broken
@@ -221,12 +236,12 @@ class NativeBuffer:
         if capacity < 0 and plan is None and torch.cuda.is_current_stream_capturing():
             raise InvalidArgument("dispatch: capacity is None while a graph is captured; expected a number of rows, since nothing can wait for the "
                                   "host there", op="dispatch")
-        return self.enqueue(self._buffer.dispatch, x, scales, ids, ids_are_int32, weights, tokens, by_rank, alignment, capacity, row_bytes,
+        return self.enqueue("dispatch", self._buffer.dispatch, x, scales, ids, ids_are_int32, weights, tokens, by_rank, alignment, capacity, row_bytes,
                              scale_bytes, plan, scale_kind, scales_by_column)
 
     def combine(self, rows, weights, y, bias, bias_stride, plan, output, back=0, slots=0, wire=0):
         """As the cpu world's."""
-        return self.enqueue(self._buffer.combine, rows, weights, y, bias, bias_stride, plan, output, back, slots, wire)
+        return self.enqueue("combine", self._buffer.combine, rows, weights, y, bias, bias_stride, plan, output, back, slots, wire)
 
 
 class Pending:
@@ -245,10 +260,17 @@ class Pending:
         with torch.cuda.stream(comm._stream):
             self._result = work()
             self.event = comm._stream.record_event()
-        self._device, self._keep, self._then = comm.device, keep, then
+        self._comm, self._device, self._keep, self._then = comm, comm.device, keep, then
 
     def wait(self):
-        """The call's result, after which the current stream may use it. The host does not wait."""
+        """The call's result, after which the current stream may use it. The host does not wait.
+
+        Raises
+        ------
+        InvalidArgument
+            This is a forked child.
+        """
+        self._comm._require_here("wait")
         torch.cuda.current_stream(self._device).wait_event(self.event)
         then, self._keep, self._then = self._then, None, None
         if then is not None:

@@ -73,7 +73,7 @@ class NativeDecode:
         self._x, self._scales, self._counts, self._rows = x, scales, counts, rows
 
     def _run(self, op, call, *args):
-        failure = self._buffer.enqueue(call, *args)
+        failure = self._buffer.enqueue(op, call, *args)
         if failure is not None:
             self._fail(failure, op)
 

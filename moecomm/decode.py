@@ -74,15 +74,18 @@ class DecodeVerbs:
             self._require_open("decode_dispatch")
             self.comm._settle()
             self._decode = self._decode or Decode(self)
+        decode = self._decode
+        if decode is None:   # another thread has closed the buffer meanwhile
+            self._require_open("decode_dispatch")
         if self._noter is None and self._replicas is None:
-            return self._decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
+            return decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
         topk_ids = self._as_tensor("decode_dispatch", "topk_ids", topk_ids)
         topk_weights = self._as_tensor("decode_dispatch", "topk_weights", topk_weights, optional=True)
         if self._replicas is not None:
             rows, scales = self._as_rows("decode_dispatch", x)
             self._check_picks("decode_dispatch", "topk_ids", topk_ids, self._check_x("decode_dispatch", rows, scales, packed=True), _IDS)
             topk_ids = self._replicas.choose_for_decode(self, topk_ids, layer)
-        dispatch = self._decode.dispatch if self._noter is None else partial(self._noter.decode_dispatch, self._decode)
+        dispatch = decode.dispatch if self._noter is None else partial(self._noter.decode_dispatch, decode)
         received, hook = dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
         if self._replicas is None:
             return received, hook
@@ -128,12 +131,15 @@ class DecodeVerbs:
             self.comm._settle()
             if self._decode is None:
                 raise InvalidArgument("decode_combine: there was no decode_dispatch", op="decode_combine", rank=self.comm.rank)
+        decode = self._decode
+        if decode is None:   # another thread has closed the buffer meanwhile
+            self._require_open("decode_combine")
         if self._replicas is not None:
             topk_ids = self._replicas.decoding[getattr(handle, "epoch", 0) % 2]
         if self._noter is not None:
             topk_weights = self._as_tensor("decode_combine", "topk_weights", topk_weights, optional=True)
-            return self._noter.decode_combine(self._decode, rows, topk_ids, topk_weights, handle, wire, return_hook, out)
-        return self._decode.combine(rows, topk_ids, topk_weights, handle, wire, return_hook, out)
+            return self._noter.decode_combine(decode, rows, topk_ids, topk_weights, handle, wire, return_hook, out)
+        return decode.combine(rows, topk_ids, topk_weights, handle, wire, return_hook, out)
 
 
 class Decode:

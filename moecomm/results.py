@@ -136,8 +136,8 @@ class Pending:
 
     event = None   # set in the CUDA world
 
-    def __init__(self, submit, work, keep, then=None):
-        self.span, self._keep, self._then = None, keep, then
+    def __init__(self, comm, work, keep, then=None):
+        self._comm, self.span, self._keep, self._then = comm, None, keep, then
 
         def timed():
             begin = time.perf_counter()
@@ -145,10 +145,20 @@ class Pending:
             self.span = begin, time.perf_counter()
             return result
 
-        self._future = submit(timed)
+        self._future = comm._submit(timed)
 
     def wait(self):
-        """The call's result, when it is there; raises what the call raised."""
+        """The call's result, when it is there.
+
+        Raises
+        ------
+        InvalidArgument
+            It is not there, and waiting would not bring it: this is a forked child, or code that runs inside another call of the communicator.
+        MoecommError
+            What the call raised.
+        """
+        if not self._future.done():
+            self._comm._require_outside("wait")
         result = self._future.result()
         then, self._keep, self._then = self._then, None, None
         if then is not None:

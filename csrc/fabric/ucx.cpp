@@ -27,7 +27,7 @@ void on_endpoint_error(void* arg, ucp_ep_h, int) {
   link->context->fail(link->rank);
 }
 
-UcxContext::UcxContext(std::mutex& calls, int size) : calls_(calls), links_(size) {
+UcxContext::UcxContext(std::timed_mutex& calls, int size) : calls_(calls), links_(size) {
   ucp_config_t* config;
   require(ucp_config_read(nullptr, nullptr, &config), "reading the configuration");
   ucp_params_t params{};

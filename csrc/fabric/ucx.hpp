@@ -30,7 +30,7 @@ class UcxLine;
 
 class UcxContext {
  public:
-  UcxContext(std::mutex& calls, int size);   // `calls` is held by whoever uses the worker
+  UcxContext(std::timed_mutex& calls, int size);   // `calls` is held by whoever uses the worker
   ~UcxContext();   // closes by force and bounded: a dead peer cannot hold it up
   UcxContext(const UcxContext&) = delete;
   UcxContext& operator=(const UcxContext&) = delete;
@@ -65,7 +65,7 @@ class UcxContext {
   friend void on_endpoint_error(void* arg, ucp_ep_h endpoint, int status);
   void serve_loop() noexcept;
   Process process_;
-  std::mutex& calls_;
+  std::timed_mutex& calls_;
   std::thread server_;
   int stop_ = -1;   // eventfd
   ucp_context_h context_ = nullptr;

@@ -80,7 +80,8 @@ bool Buffer::ask(const DispatchCall& call, DispatchArgs& a, Status& bad) {
 }
 
 Status Buffer::choose(const DispatchCall& call) {
-  std::lock_guard lock(comm_->calls());
+  const CallScope scope(comm_->calls(), "choose");
+  if (!scope.entered()) return {Code::interrupted};
   DispatchArgs a;
   a.b = view_;
   a.book = &book_;
@@ -93,7 +94,8 @@ Status Buffer::choose(const DispatchCall& call) {
 }
 
 Status Buffer::dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Block>& out, std::shared_ptr<Block>& output) {
-  std::lock_guard lock(comm_->calls());
+  const CallScope scope(comm_->calls(), "dispatch");
+  if (!scope.entered()) return {Code::interrupted};
   Recording::Span recorded(recording_.get(), RecordedOp::dispatch, reach_.host().counters);
   Verdict verdict{};
   DispatchArgs a;
@@ -156,7 +158,8 @@ Status Buffer::dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Bl
 }
 
 Status Buffer::combine(const CombineCall& call, Plan& plan, const Block& output) {
-  std::lock_guard lock(comm_->calls());
+  const CallScope scope(comm_->calls(), "combine");
+  if (!scope.entered()) return {Code::interrupted};
   Recording::Span recorded(recording_.get(), RecordedOp::combine, reach_.host().counters);
   const uint64_t rows = local_rows(plan);
   const OutputLayout l = output_layout(rows, view_.shape);

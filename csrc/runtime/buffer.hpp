@@ -33,6 +33,7 @@ class Buffer {
     return plan.view.call.capacity >= 0 ? plan.view.call.capacity : plan.view.rank_rows[view_.geometry.local()];
   }
 
+  Communicator& comm() const { return *comm_; }
   const BufferView& view() const { return view_; }
   const Arena& arena() const { return *arena_; }
   Counters counters();            // since the last take_counters

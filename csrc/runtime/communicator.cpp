@@ -35,7 +35,7 @@ Card read_card(const std::string& text) {
 
 Communicator::Communicator(Geometry geometry, bool threads, RailKind rail, double timeout_seconds)
     : geometry_(geometry), threads_(threads), rail_(rail), timeout_(timeout_seconds) {
-  if (rail == RailKind::ucx) ucx_ = std::make_unique<UcxContext>(calls_, geometry.size);
+  if (rail == RailKind::ucx) ucx_ = std::make_unique<UcxContext>(calls_.mutex(), geometry.size);
 }
 
 std::string Communicator::card() const {

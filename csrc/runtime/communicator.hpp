@@ -9,6 +9,7 @@
 #include "base/types.hpp"
 #include "fabric/ucx.hpp"
 #include "fabric/watch.hpp"
+#include "runtime/call_lock.hpp"
 
 namespace moecomm {
 
@@ -30,7 +31,7 @@ class Communicator {
   double timeout() const { return timeout_; }
   UcxContext* ucx() { return ucx_.get(); }
   Watch& watch() { return watch_; }
-  std::mutex& calls() { return calls_; }                  // one call at a time moves data
+  CallLock& calls() { return calls_; }                    // one call at a time moves data
 
   // The first failure is final: later calls say what it was instead of waiting again.
   void mark_broken(const Status& why);
@@ -42,7 +43,7 @@ class Communicator {
   bool threads_;
   RailKind rail_;
   double timeout_;
-  std::mutex calls_;                  // outlives ucx_, whose thread takes it
+  CallLock calls_;                    // outlives ucx_, whose thread takes it
   std::unique_ptr<UcxContext> ucx_;
   std::vector<std::string> ucx_addresses_;   // by rank
   Watch watch_;

@@ -41,8 +41,9 @@ Decode::Stage Decode::stage(uint64_t epoch) const {
   return t.view.epoch == epoch ? t.stage : Stage::idle;
 }
 
-Status Decode::dispatch(const DecodeDispatchCall& call) {
-  std::lock_guard lock(reach_.comm().calls());
+Status Decode::dispatch(const DecodeDispatchCall& call, uint64_t& epoch) {
+  const CallScope scope(reach_.comm().calls(), "decode_dispatch");
+  if (!scope.entered()) return {Code::interrupted};
   Recording::Span span(recording_.get(), RecordedOp::decode_dispatch, reach_.host().counters);
   Turn& next = turn(epoch_ + 1);
   if (Turn& last = turn(epoch_); last.stage == Stage::sent) MOE_TRY(receive(last));    // rule A
@@ -72,7 +73,7 @@ Status Decode::dispatch(const DecodeDispatchCall& call) {
   }));
   MOE_TRY(reach_.run(false, [&](auto fabric) { return run_decode_send(Lane{}, fabric, a); }));
   ++reach_.host().counters.calls;
-  ++epoch_;
+  epoch = ++epoch_;
   next.stage = Stage::sent;
   if (span) {
     span.call.plan = recording_->decode_plan[t.parity()] = recording_->add_picks(call.ids64, call.ids32, call.weights, call.tokens);
@@ -93,7 +94,8 @@ Status Decode::receive(Turn& t) {
 }
 
 Status Decode::dispatch_receive(uint64_t epoch) {
-  std::lock_guard lock(reach_.comm().calls());
+  const CallScope scope(reach_.comm().calls(), "the hook of decode_dispatch");
+  if (!scope.entered()) return {Code::interrupted};
   return recorded(RecordedOp::decode_receive, epoch, stage(epoch) == Stage::sent ? &Decode::receive : nullptr);
 }
 
@@ -110,9 +112,12 @@ void Decode::stage_rows(const Turn& t, const char* rows) {
 }
 
 Status Decode::combine(const DecodeCombineCall& call) {
-  std::lock_guard lock(reach_.comm().calls());
+  const CallScope scope(reach_.comm().calls(), "decode_combine");
+  if (!scope.entered()) return {Code::interrupted};
   Recording::Span span(recording_.get(), RecordedOp::decode_combine, reach_.host().counters);
   Turn& t = turn(call.epoch);
+  if (const Stage now = stage(call.epoch); now != Stage::received)   // another thread was faster
+    return {Code::invalid, Phase::none, -1, 4, Stage::received, static_cast<uint64_t>(now)};
   const int64_t picks = int64_t{t.view.tokens} * view_.shape.top_k;
   for (int64_t i = 0; i < picks; ++i)
     if (const int64_t id = call.ids64 ? call.ids64[i] : call.ids32[i]; id != t.view.ids[i])
@@ -150,7 +155,8 @@ Status Decode::sum(Turn& t) {
 }
 
 Status Decode::combine_receive(uint64_t epoch) {
-  std::lock_guard lock(reach_.comm().calls());
+  const CallScope scope(reach_.comm().calls(), "the hook of decode_combine");
+  if (!scope.entered()) return {Code::interrupted};
   return recorded(RecordedOp::decode_sum, epoch, stage(epoch) == Stage::answered ? &Decode::sum : nullptr);
 }
 

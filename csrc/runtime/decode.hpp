@@ -23,14 +23,12 @@ class Decode {
   void connect(const std::vector<std::string>& cards) { reach_.connect(cards); }
   void connected() { reach_.connected(); }
 
-  // Waits only for what the two rules ask for; on ok, epoch() is the new dispatch.
-  Status dispatch(const DecodeDispatchCall& call);
+  // Waits only for what the two rules ask for; on ok, `epoch` is the new dispatch.
+  Status dispatch(const DecodeDispatchCall& call, uint64_t& epoch);
   Status dispatch_receive(uint64_t epoch);     // at once where it is received already
-  // The caller has looked at stage(): received.
   Status combine(const DecodeCombineCall& call);
   Status combine_receive(uint64_t epoch);
 
-  uint64_t epoch() const { return epoch_; }
   Stage stage(uint64_t epoch) const;           // idle: the epoch's places are used by a later one
   bool weighted(uint64_t epoch) const { return turns_[epoch & 1].view.weighted; }
 
@@ -42,6 +40,8 @@ class Decode {
   int64_t packed_rows() const { return static_cast<int64_t>(view_.packed_rows()); }
   int64_t scale_area() const { return static_cast<int64_t>(decode_scale_area(view_.geometry, view_.shape)); }   // of one expert
   int num_local_experts() const { return view_.experts_per_rank(); }
+
+  Communicator& comm() const { return reach_.comm(); }
 
   // For DecodeFloor, which repeats the last step's traffic on its own.
   Reach& reach() { return reach_; }

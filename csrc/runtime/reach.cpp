@@ -50,7 +50,8 @@ Reach::Reach(std::shared_ptr<Communicator> comm, ReachPlan plan) : comm_(std::mo
 // Puts of a call that did not wait for them are on their way still: peers may be waiting for what they carry.
 Reach::~Reach() {
   if (!region_ || !comm_->ucx()->is_here()) return;
-  std::lock_guard lock(comm_->calls());
+  std::unique_lock lock(comm_->calls(), std::defer_lock);
+  if (!comm_->calls().running()) lock.lock();   // make_owned() holds it already
   begin(false);
   if (comm_->broken().ok()) flush();
   region_.reset();

@@ -140,7 +140,14 @@ cdef extern from "runtime/communicator.hpp" namespace "moecomm" nogil:
         loopback
         ucx
 
+    cdef cppclass CallLock:
+        bool is_here()
+        const char* running()
+        void wait()
+
     cdef cppclass Communicator:
+        Geometry geometry()
+        CallLock& calls()
         Communicator(Geometry, bool threads, RailKind rail, double timeout) except +
         string card() except +
         void connect(const vector[string]&) except +
@@ -234,7 +241,7 @@ cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
         Wire wire
 
     cdef cppclass Buffer:
-        Buffer(shared_ptr[Communicator], Shape, bool check) except +
+        Communicator& comm()
         string card() except +
         void connect(const vector[string]&) except +
         void connected()
@@ -255,6 +262,8 @@ cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
         void set_fault(Fault)
         @staticmethod
         uint64_t bytes(const Geometry&, const Shape&)
+
+    shared_ptr[Buffer] make_buffer "moecomm::make_owned<moecomm::Buffer>"(shared_ptr[Communicator], Shape, bool check) except +
 
 cdef extern from "runtime/decode.hpp" namespace "moecomm" nogil:
     cdef cppclass DecodeDispatchCall:
@@ -280,15 +289,14 @@ cdef extern from "runtime/decode.hpp" namespace "moecomm" nogil:
         bool receive
 
     cdef cppclass Decode:
-        Decode(shared_ptr[Communicator], Shape, bool check) except +
+        Communicator& comm()
         string card() except +
         void connect(const vector[string]&) except +
         void connected()
-        Status dispatch(const DecodeDispatchCall&)
+        Status dispatch(const DecodeDispatchCall&, uint64_t& epoch)
         Status dispatch_receive(uint64_t epoch)
         Status combine(const DecodeCombineCall&)
         Status combine_receive(uint64_t epoch)
-        uint64_t epoch()
         int stage(uint64_t epoch)
         void trace(bool)
         vector[RoleSpan] take_timeline() except +
@@ -307,6 +315,8 @@ cdef extern from "runtime/decode.hpp" namespace "moecomm" nogil:
         void set_fault(Fault)
         @staticmethod
         uint64_t bytes(const Geometry&, const Shape&)
+
+    shared_ptr[Decode] make_decode "moecomm::make_owned<moecomm::Decode>"(shared_ptr[Communicator], Shape, bool check) except +
 
 cdef extern from "runtime/decode_floor.hpp" namespace "moecomm" nogil:
     cdef cppclass DecodeFloor:

@@ -1,11 +1,13 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 # distutils: language=c++
 """The cpu world, thinly: marshal, release the GIL, make one call. moecomm.* documents and validates."""
+import contextlib
 import threading
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.exc cimport PyErr_Clear
+from cpython.ref cimport PyObject
 from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t, uintptr_t
 from libcpp cimport bool
 from libcpp.memory cimport make_shared, shared_ptr, unique_ptr
@@ -21,10 +23,6 @@ PHASES = ("none", "announce", "counts", "send", "forward", "arrive", "publish", 
 ROLES = ("plan", "announce", "counts", "send", "forward", "arrive", "publish", "reduce", "sum", "done",
          "list", "decode send", "decode announce", "decode accept", "decode pack", "decode answer", "decode wait", "decode sum")
 
-# By the numbers of capi.FaultPoint and capi.FaultAction.
-_POINTS = ("none", "put", "copy", "reduce", "wait")
-_ACTIONS = ("damage", "omit", "stop", "kill")
-
 
 cdef list _named(vector[capi.RoleSpan]& spans):
     return [(ROLES[<int>s.role], s.begin * 1e-9, s.end * 1e-9) for s in spans]
@@ -37,32 +35,7 @@ cdef class Failure:
     cdef readonly object expected, got
 
 
-# Python runs its signal handlers on the main thread, between two of its instructions: a main thread that waits here asks for them.
-cdef extern from "Python.h":
-    int _run_signal_handlers "PyErr_CheckSignals"() noexcept
-
-cdef extern from "<pthread.h>" nogil:
-    unsigned long pthread_self()
-
-cdef unsigned long _main_thread = threading.main_thread().ident
-
-
-cdef bool _interrupted() noexcept nogil:
-    if pthread_self() != _main_thread:
-        return False
-    with gil:
-        return _run_signal_handlers() != 0   # the exception stays set: _failure raises it
-
-capi.interrupted = _interrupted
-
-
-cdef int _raise_what_is_set() except? 0:
-    return 0
-
-
 cdef Failure _failure(const capi.Status& s):
-    if s.code == capi.Code.interrupted:
-        _raise_what_is_set()
     cdef Failure f = Failure.__new__(Failure)
     f.code = _CODES[<int>s.code]
     f.phase = PHASES[<int>s.phase]
@@ -74,29 +47,12 @@ cdef Failure _failure(const capi.Status& s):
     return f
 
 
-cdef capi.Shape _shape(hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes, logical_experts=0):
-    cdef capi.Shape s
-    s.hidden = hidden
-    s.dtype = <capi.DType><int>dtype
-    s.num_experts = num_experts
-    s.top_k = top_k
-    s.max_tokens = max_tokens
-    s.channels = channels
-    s.arena_bytes = arena_bytes
-    s.logical_experts = logical_experts
-    return s
-
-
-cdef capi.Geometry _geometry(rank, size, ranks_per_node):
-    cdef capi.Geometry g
-    g.rank = rank
-    g.size = size
-    g.ranks_per_node = ranks_per_node
-    return g
+include "shapes.pxi"
 
 
 cdef class Communicator:
     cdef shared_ptr[capi.Communicator] c
+    cdef list put_off   # until the call ends that this process's main thread is inside
 
     def __cinit__(self, int rank, int size, int ranks_per_node, bint threads, str rail, double timeout):
         cdef capi.RailKind kind = capi.RailKind.none
@@ -115,10 +71,13 @@ cdef class Communicator:
             self.c.get().connect(c)
 
     def abort(self, int rank):
-        self.c.get().abort(rank)
+        if self.c:   # not closed meanwhile
+            self.c.get().abort(rank)
 
     def broken(self):
-        cdef capi.Status s = self.c.get().broken()
+        cdef capi.Status s
+        if self.c:
+            s = self.c.get().broken()
         return None if s.code == capi.Code.ok else _failure(s)
 
     def note(self, failure):
@@ -127,101 +86,95 @@ cdef class Communicator:
         s.code = <capi.Code><int>_CODES.index(failure.code)
         s.phase = <capi.Phase><int>PHASES.index(failure.phase)
         s.peer, s.detail, s.expected, s.got, s.reporter = failure[2:]
-        if capi.is_final(s):
+        if self.c and capi.is_final(s):
             self.c.get().mark_broken(s)
 
+    def running(self):
+        """The call that this thread is inside, or None: while it waits, Python runs signal handlers and finalizers."""
+        cdef const char* name = self.c.get().calls().running() if self.c else NULL
+        return None if name == NULL else (<bytes>name).decode()
+
+    def after_call(self, work):
+        """Whether work() is put off until the call returns that this thread is inside; False: it is inside none."""
+        if self.running() is None:
+            return False
+        self.put_off = [*(self.put_off or ()), work]
+        return True
+
+    cdef do_put_off(self):
+        works, self.put_off = self.put_off, None
+        with contextlib.ExitStack() as all_of_them:   # also where one raises
+            for work in reversed(works):
+                all_of_them.callback(work)
+
     def release(self):
+        cdef shared_ptr[capi.Communicator] c = self.c
+        self.c.reset()
+        with nogil:
+            if c:
+                c.get().calls().wait()
+            c.reset()
+        _left(self)
+
+    def __dealloc__(self):
         with nogil:
             self.c.reset()
 
 
-@cython.freelist(8)
-cdef class Block:
-    """A piece of the window that tensors are views of; freed with the last of them."""
-    cdef shared_ptr[capi.Block] b
-
-    def __getbuffer__(self, Py_buffer* view, int flags):
-        PyBuffer_FillInfo(view, self, self.b.get().data(), self.b.get().bytes(), 0, flags)
-
-    @property
-    def nbytes(self):
-        return self.b.get().bytes()
-
-    @property
-    def address(self):
-        return <uintptr_t>self.b.get().data()
-
-
-@cython.freelist(8)
-cdef class Plan:
-    """Where every row of one routing goes. Keeps nothing of the window."""
-    cdef shared_ptr[capi.Plan] p
-
-    @property
-    def tokens(self):
-        return self.p.get().view.tokens
-
-    def rows(self, int local_rank):
-        cdef capi.CallShape* call = &self.p.get().view.call
-        return call.capacity if call.capacity >= 0 else self.p.get().view.rank_rows[local_rank]
-
-    def real_rows(self, int local_rank):
-        return self.p.get().view.rank_rows[local_rank]
-
-    def tokens_per_expert(self, int n):
-        return [self.p.get().view.tokens_per_expert[i] for i in range(n)]
-
-    def rows_per_expert(self, int n):
-        return [self.p.get().view.rows_per_expert[i] for i in range(n)]
-
-    @property
-    def by_rank(self):
-        return self.p.get().view.call.layout == capi.RowLayout.rank
-
-
+include "calls.pxi"
+include "plans.pxi"
 include "choice.pxi"
 include "tensors.pxi"
 include "recording.pxi"
 include "results.pxi"
 
 
-cdef capi.Fault _fault(str point, str action, int64_t passes, str phase):
-    cdef capi.Fault fault
-    fault.point = <capi.FaultPoint><int>_POINTS.index(point)
-    fault.action = <capi.FaultAction><int>_ACTIONS.index(action)
-    fault.phase = <capi.Phase><int>PHASES.index(phase)
-    fault.passes = passes
-    return fault
-
-
-cdef tuple _hops(const capi.Counters& c):
-    return (c.rail.logical_rows, c.rail.physical_rows, c.rail.logical_bytes, c.rail.physical_bytes,
-            c.node.logical_rows, c.node.physical_rows, c.node.logical_bytes, c.node.physical_bytes, c.replicated_rows)
-
-
 cdef class Buffer:
     cdef shared_ptr[capi.Buffer] b
+    cdef Communicator comm
     cdef capi.Shape shape
 
     def __cinit__(self, Communicator comm, hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes, bint check, logical_experts=0):
         self.shape = _shape(hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes, logical_experts)
+        self.comm = comm
+        _enter(comm.c.get(), "Buffer")
         with nogil:
-            self.b = make_shared[capi.Buffer](comm.c, self.shape, check)
+            self.b = capi.make_buffer(comm.c, self.shape, check)
+
+    def __dealloc__(self):
+        with nogil:
+            self.b.reset()
+
+    cdef shared_ptr[capi.Buffer] borrow(self, str op) except *:
+        """The native buffer for the length of a call, during which this object may be closed."""
+        if not self.b:
+            _refuse_closed(op, "buffer")
+        _enter(&self.b.get().comm(), op)
+        return self.b
 
     def card(self):
         return <bytes>self.b.get().card()
 
     def connect(self, list cards):
         cdef vector[string] c = cards
+        cdef shared_ptr[capi.Buffer] held = self.borrow("Buffer")
         with nogil:
-            self.b.get().connect(c)
+            held.get().connect(c)
+            held.reset()
+        _left(self.comm)
 
     def connected(self):
         self.b.get().connected()
 
     def release(self):
+        """Waits for a call of another thread. One that this thread is inside (or a later one of that thread) keeps the memory until its end."""
+        cdef shared_ptr[capi.Buffer] b = self.b
+        self.b.reset()
         with nogil:
-            self.b.reset()
+            if b:
+                b.get().comm().calls().wait()
+            b.reset()
+        _left(self.comm)
 
     def dispatch(self, uintptr_t x, uintptr_t scales, uintptr_t ids, bint ids_are_int32, uintptr_t weights, int tokens,
                  bint by_rank, int alignment, int64_t capacity, uint64_t row_bytes, uint64_t scale_bytes, Plan plan=None,
@@ -230,7 +183,8 @@ cdef class Buffer:
         cdef capi.DispatchCall call
         cdef Block out = Block.__new__(Block), output = Block.__new__(Block)
         cdef capi.Status s
-        cdef capi.Buffer* buffer = self.b.get()
+        cdef shared_ptr[capi.Buffer] held = self.borrow("dispatch")
+        cdef capi.Buffer* buffer = held.get()
         call.x = <const char*>x
         call.scales = <const char*>scales
         if ids_are_int32:
@@ -254,6 +208,8 @@ cdef class Buffer:
             plan.p = buffer.new_plan()
         with nogil:
             s = buffer.dispatch(call, plan.p.get()[0], out.b, output.b)
+            held.reset()
+        _left(self.comm)
         if s.code != capi.Code.ok:
             return _failure(s)
         return plan, out, output
@@ -266,8 +222,11 @@ cdef class Buffer:
         call.tokens = tokens
         call.shape.alignment = 0   # no dispatch calls so
         chosen.ask(&call)
+        cdef shared_ptr[capi.Buffer] held = self.borrow("dispatch")
         with nogil:
-            s = self.b.get().choose(call)
+            s = held.get().choose(call)
+            held.reset()
+        _left(self.comm)
         return None if s.code == capi.Code.ok else _failure(s)
 
     def combine(self, uintptr_t rows, uintptr_t weights, uintptr_t y, uintptr_t bias, int64_t bias_stride, Plan plan, Block output,
@@ -275,7 +234,8 @@ cdef class Buffer:
         """None or a Failure. back: f32 per row (and slot, in the rank layout) that go to slots [T, K]."""
         cdef capi.CombineCall call
         cdef capi.Status s
-        cdef capi.Buffer* buffer = self.b.get()
+        cdef shared_ptr[capi.Buffer] held = self.borrow("combine")
+        cdef capi.Buffer* buffer = held.get()
         call.rows = <const char*>rows
         call.weights = <const float*>weights
         call.back = <const float*>back
@@ -286,6 +246,8 @@ cdef class Buffer:
         call.wire = <capi.Wire>wire
         with nogil:
             s = buffer.combine(call, plan.p.get()[0], output.b.get()[0])
+            held.reset()
+        _left(self.comm)
         return None if s.code == capi.Code.ok else _failure(s)
 
     def try_dispatch(self, owner, x, topk_ids, topk_weights, layout, alignment):
@@ -295,7 +257,9 @@ cdef class Buffer:
         cdef Block out, output
         cdef Plan plan
         cdef capi.Status s
-        cdef capi.Buffer* buffer = self.b.get()
+        cdef int64_t received
+        cdef shared_ptr[capi.Buffer] held = self.borrow("dispatch")
+        cdef capi.Buffer* buffer = held.get()
         if type(layout) is not str or type(alignment) is not int:
             return None
         cdef bint by_rank = <str>layout == "rank"
@@ -318,9 +282,12 @@ cdef class Buffer:
         plan.p = buffer.new_plan()
         with nogil:
             s = buffer.dispatch(call, plan.p.get()[0], out.b, output.b)
+            received = buffer.local_rows(plan.p.get()[0]) if s.code == capi.Code.ok else 0
+            held.reset()
+        _left(self.comm)
         if s.code != capi.Code.ok:
             owner._fail("dispatch", _failure(s))
-        return _dispatched(owner, layout, plan, out, output, self.shape, buffer.local_rows(plan.p.get()[0]), call.weights != NULL)
+        return _dispatched(owner, layout, plan, out, output, self.shape, received, call.weights != NULL)
 
     def try_combine(self, owner, rows, handle, topk_weights, out):
         """y; None where something needs a closer look. The call's other arguments are left out. Raises what owner._fail does."""
@@ -330,7 +297,8 @@ cdef class Buffer:
         cdef int64_t num_rows, num_tokens
         cdef capi.CombineCall call
         cdef capi.Status s
-        cdef capi.Buffer* buffer = self.b.get()
+        cdef shared_ptr[capi.Buffer] held = self.borrow("combine")
+        cdef capi.Buffer* buffer = held.get()
         if type(handle) is not _handle_type or not _only_numbers(rows, topk_weights):
             return None
         if handle._buffer is not owner or handle._made_plan is None:
@@ -355,6 +323,8 @@ cdef class Buffer:
                 return None
         with nogil:
             s = buffer.combine(call, plan.p.get()[0], output.b.get()[0])
+            held.reset()
+        _left(self.comm)
         if s.code != capi.Code.ok:
             owner._fail("combine", _failure(s))
         return out
@@ -373,39 +343,56 @@ cdef class Buffer:
 
     def arena(self):
         """(bytes held, blocks held, bytes in all)"""
+        if not self.b:   # closed from another thread while its call failed
+            return 0, 0, 0
         return self.b.get().arena().held_bytes(), self.b.get().arena().held_blocks(), self.b.get().arena().capacity()
 
     def counters(self):
         """What moved since the last take_counters: logical and physical rows and bytes of the rail, of the node; replicated rows."""
         cdef capi.Counters c
+        cdef shared_ptr[capi.Buffer] held = self.borrow("stats")
         with nogil:
-            c = self.b.get().counters()
+            c = held.get().counters()
+            held.reset()
+        _left(self.comm)
         return _hops(c)
 
     def take_counters(self):
         cdef capi.Counters c
+        cdef shared_ptr[capi.Buffer] held = self.borrow("stats")
         with nogil:
-            c = self.b.get().take_counters()
+            c = held.get().take_counters()
+            held.reset()
+        _left(self.comm)
         return c
 
     def trace(self, bint on):
         """Start a timeline of roles, or end it."""
+        cdef shared_ptr[capi.Buffer] held = self.borrow("trace")
         with nogil:
-            self.b.get().trace(on)
+            held.get().trace(on)
+            held.reset()
+        _left(self.comm)
 
     def record(self, Recording recording):
         """Keep a recording of the calls and their roles from here on; None: no more."""
         cdef shared_ptr[capi.Recording] r
         if recording is not None:
             r = recording.r
+        cdef shared_ptr[capi.Buffer] held = self.borrow("record")
         with nogil:
-            self.b.get().record(r)
+            held.get().record(r)
+            held.reset()
+        _left(self.comm)
 
     def take(self, Recording recording):
         """What has been recorded since, as bytes: calls (C++ RecordedCall), picks, weights, spans of roles (C++ RoleSpan)."""
         cdef capi.RecordingSegment s
+        cdef shared_ptr[capi.Buffer] held = self.borrow("record")
         with nogil:
-            s = self.b.get().take(recording.r.get()[0])
+            s = held.get().take(recording.r.get()[0])
+            held.reset()
+        _left(self.comm)
         cdef bytes ids = _bytes_of(s.ids32.data(), 4 * s.ids32.size()) if s.ids32.size() else _bytes_of(s.ids16.data(), 2 * s.ids16.size())
         return (_bytes_of(s.calls.data(), sizeof(capi.RecordedCall) * s.calls.size()), ids, _bytes_of(s.weights.data(), 4 * s.weights.size()),
                 _bytes_of(s.spans.data(), sizeof(capi.RoleSpan) * s.spans.size()))
@@ -413,8 +400,11 @@ cdef class Buffer:
     def take_timeline(self):
         """[(role, begin, end)] since the last call; seconds of time.perf_counter()."""
         cdef vector[capi.RoleSpan] spans
+        cdef shared_ptr[capi.Buffer] held = self.borrow("trace")
         with nogil:
-            spans = self.b.get().take_timeline()
+            spans = held.get().take_timeline()
+            held.reset()
+        _left(self.comm)
         return _named(spans)
 
     def rail_is_mapped(self):

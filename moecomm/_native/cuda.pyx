@@ -9,6 +9,8 @@ from libcpp.vector cimport vector
 
 from moecomm._native cimport capi, cudaapi
 
+from moecomm.errors import InvalidArgument
+
 # By the numbers of capi.Code and capi.Phase.
 _CODES = ("ok", "invalid", "timeout", "lost", "capacity", "mismatch", "corrupt")
 _PHASES = ("none", "announce", "counts", "send", "forward", "arrive", "publish", "reduce", "sum", "done", "flush")
@@ -149,6 +151,16 @@ cdef class Buffer:
         with nogil:
             self.b = make_shared[cudaapi.DeviceBuffer](g, self.shape, check, device, reach.r, s, timeout)
 
+    cdef shared_ptr[cudaapi.DeviceBuffer] borrow(self, str op) except *:
+        """The native buffer for the length of a call, during which this object may be closed."""
+        if not self.b:
+            raise InvalidArgument(f"{op}: the buffer is closed", op=op)
+        return self.b
+
+    def __dealloc__(self):
+        with nogil:
+            self.b.reset()
+
     def card(self):
         return <bytes>self.b.get().card()
 
@@ -161,8 +173,10 @@ cdef class Buffer:
         pass
 
     def release(self):
+        cdef shared_ptr[cudaapi.DeviceBuffer] b = self.b
+        self.b.reset()
         with nogil:
-            self.b.reset()
+            b.reset()
 
     def dispatch(self, uintptr_t x, uintptr_t scales, uintptr_t ids, bint ids_are_int32, uintptr_t weights, int tokens,
                  bint by_rank, int alignment, int64_t capacity, uint64_t row_bytes, uint64_t scale_bytes, Plan plan, int scale_kind,
@@ -171,7 +185,8 @@ cdef class Buffer:
         cdef cudaapi.DeviceDispatchCall call
         cdef Block out = Block.__new__(Block), output = Block.__new__(Block)
         cdef capi.Status s
-        cdef cudaapi.DeviceBuffer* buffer = self.b.get()
+        cdef shared_ptr[cudaapi.DeviceBuffer] held = self.borrow("dispatch")
+        cdef cudaapi.DeviceBuffer* buffer = held.get()
         call.x = <const char*>x
         call.scales = <const char*>scales
         if ids_are_int32:
@@ -203,7 +218,8 @@ cdef class Buffer:
         """None or a Failure. Enqueued on `stream`."""
         cdef cudaapi.DeviceCombineCall call
         cdef capi.Status s
-        cdef cudaapi.DeviceBuffer* buffer = self.b.get()
+        cdef shared_ptr[cudaapi.DeviceBuffer] held = self.borrow("combine")
+        cdef cudaapi.DeviceBuffer* buffer = held.get()
         call.rows = <const char*>rows
         call.weights = <const float*>weights
         call.back = <const float*>back
@@ -219,7 +235,7 @@ cdef class Buffer:
 
     def fault(self):
         """What kernels have reported so far, or None."""
-        return _failure(self.b.get().fault())
+        return _failure(self.borrow("fault").get().fault())
 
     def owns(self, Plan plan):
         return plan.p.get().owner == <const void*>self.b.get()
@@ -235,16 +251,19 @@ cdef class Buffer:
 
     def arena(self):
         """(bytes held, blocks held, bytes in all)"""
+        if not self.b:   # closed from another thread while its call failed
+            return 0, 0, 0
         return self.b.get().arena().held_bytes(), self.b.get().arena().held_blocks(), self.b.get().arena().capacity()
 
     def counters(self):
         """What moved since the last take_counters, in the order of capi.Counters: device memory that kernels add to."""
-        return _counters(self, self.b.get().counters())
+        return _counters(self, self.borrow("stats").get().counters())
 
     def take_counters(self):
         cdef capi.Counters c
+        cdef shared_ptr[cudaapi.DeviceBuffer] held = self.borrow("stats")
         with nogil:
-            c = self.b.get().take_counters()
+            c = held.get().take_counters()
         return c
 
 

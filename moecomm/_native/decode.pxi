@@ -28,18 +28,22 @@ cdef class DecodeHandle:
     def receive_dispatch(self):
         """The hook of decode_dispatch."""
         cdef capi.Status s
-        cdef capi.Decode* d = self.decode.d.get()
+        cdef shared_ptr[capi.Decode] held = self.decode.borrow("decode_dispatch")
         with nogil:
-            s = d.dispatch_receive(self.epoch)
+            s = held.get().dispatch_receive(self.epoch)
+            held.reset()
+        _left(self.decode.comm)
         if s.code != capi.Code.ok:
             self.decode.fail(_failure(s), "decode_dispatch")
 
     def receive_combine(self):
         """The hook of decode_combine."""
         cdef capi.Status s
-        cdef capi.Decode* d = self.decode.d.get()
+        cdef shared_ptr[capi.Decode] held = self.decode.borrow("decode_combine")
         with nogil:
-            s = d.combine_receive(self.epoch)
+            s = held.get().combine_receive(self.epoch)
+            held.reset()
+        _left(self.decode.comm)
         self.keep = None
         if s.code != capi.Code.ok:
             self.decode.fail(_failure(s), "decode_combine")
@@ -58,6 +62,7 @@ cdef class Area:
 
 cdef class Decode:
     cdef shared_ptr[capi.Decode] d
+    cdef Communicator comm
     cdef capi.Shape shape
     cdef readonly object fail          # (Failure, op): raises
     cdef list x, scales, counts, rows  # tensors: x and scales by (2 * kind + parity), counts and rows by parity
@@ -67,16 +72,30 @@ cdef class Decode:
         self.shape = buffer.shape
         self.fail = fail
         self.current = [None, None]
+        self.comm = comm
+        _enter(comm.c.get(), "decode")
         with nogil:
-            self.d = make_shared[capi.Decode](comm.c, self.shape, check)
+            self.d = capi.make_decode(comm.c, self.shape, check)
+
+    def __dealloc__(self):
+        with nogil:
+            self.d.reset()
+
+    cdef shared_ptr[capi.Decode] borrow(self, str op) except *:
+        """As Buffer.borrow()."""
+        _enter(&self.d.get().comm(), op)
+        return self.d
 
     def card(self):
         return <bytes>self.d.get().card()
 
     def connect(self, list cards):
         cdef vector[string] c = cards
+        cdef shared_ptr[capi.Decode] held = self.borrow("decode")
         with nogil:
-            self.d.get().connect(c)
+            held.get().connect(c)
+            held.reset()
+        _left(self.comm)
 
     def connected(self):
         self.d.get().connected()
@@ -145,16 +164,19 @@ cdef class Decode:
 
     cdef object run_dispatch(self, const capi.DecodeDispatchCall& call):
         cdef capi.Status s
-        cdef capi.Decode* d = self.d.get()
+        cdef shared_ptr[capi.Decode] held = self.borrow("decode_dispatch")
+        cdef uint64_t epoch = 0
         cdef int parity, kind = <int>call.quant
         with nogil:
-            s = d.dispatch(call)
+            s = held.get().dispatch(call, epoch)
+            held.reset()
+        _left(self.comm)
         if s.code != capi.Code.ok:
             self.fail(_failure(s), "decode_dispatch")
         cdef DecodeHandle handle = DecodeHandle.__new__(DecodeHandle)
         cdef DecodeReceived received = DecodeReceived.__new__(DecodeReceived)
         handle.decode = self
-        handle.epoch = d.epoch()
+        handle.epoch = epoch
         handle.tokens = call.tokens
         handle.weights_travel = call.weighted
         parity = handle.epoch & 1
@@ -207,10 +229,12 @@ cdef class Decode:
 
     cdef object run_combine(self, capi.DecodeCombineCall& call, DecodeHandle handle, rows, out):
         cdef capi.Status s
-        cdef capi.Decode* d = self.d.get()
+        cdef shared_ptr[capi.Decode] held = self.borrow("decode_combine")
         call.epoch = handle.epoch
         with nogil:
-            s = d.combine(call)
+            s = held.get().combine(call)
+            held.reset()
+        _left(self.comm)
         if s.code != capi.Code.ok:
             self.fail(_failure(s), "decode_combine")
         if call.receive:
@@ -221,21 +245,30 @@ cdef class Decode:
 
     def trace(self, bint on):
         """Start a timeline of roles, or end it."""
+        cdef shared_ptr[capi.Decode] held = self.borrow("trace")
         with nogil:
-            self.d.get().trace(on)
+            held.get().trace(on)
+            held.reset()
+        _left(self.comm)
 
     def take_timeline(self):
         """As Buffer.take_timeline()."""
         cdef vector[capi.RoleSpan] spans
+        cdef shared_ptr[capi.Decode] held = self.borrow("trace")
         with nogil:
-            spans = self.d.get().take_timeline()
+            spans = held.get().take_timeline()
+            held.reset()
+        _left(self.comm)
         return _named(spans)
 
     def record(self, Recording recording not None):
         """Recorded there from here on."""
         cdef shared_ptr[capi.Recording] r = recording.r
+        cdef shared_ptr[capi.Decode] held = self.borrow("record")
         with nogil:
-            self.d.get().record(r)
+            held.get().record(r)
+            held.reset()
+        _left(self.comm)
 
     def stage(self, uint64_t epoch):
         """0 its places are used by a later epoch, 1 sent, 2 received, 3 answered, 4 done."""
@@ -244,14 +277,20 @@ cdef class Decode:
     def counters(self):
         """As Buffer.counters()."""
         cdef capi.Counters c
+        cdef shared_ptr[capi.Decode] held = self.borrow("stats")
         with nogil:
-            c = self.d.get().counters()
+            c = held.get().counters()
+            held.reset()
+        _left(self.comm)
         return _hops(c)
 
     def take_counters(self):
         cdef capi.Counters c
+        cdef shared_ptr[capi.Decode] held = self.borrow("stats")
         with nogil:
-            c = self.d.get().take_counters()
+            c = held.get().take_counters()
+            held.reset()
+        _left(self.comm)
         return c
 
     def set_stream_threshold(self, uint64_t bytes):
@@ -275,15 +314,19 @@ cdef class DecodeFloor:
 
     def run(self, int steps):
         cdef capi.Status s
+        self.decode.borrow("decode_floor")
         with nogil:
             s = self.f.get().run(steps)
+        _left(self.decode.comm)
         if s.code != capi.Code.ok:
             self.decode.fail(_failure(s), "decode_floor")
 
     def latency(self, int rounds):
         cdef capi.Status s
+        self.decode.borrow("decode_floor")
         with nogil:
             s = self.f.get().latency(rounds)
+        _left(self.decode.comm)
         if s.code != capi.Code.ok:
             self.decode.fail(_failure(s), "decode_floor")
 

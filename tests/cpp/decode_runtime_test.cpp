@@ -53,8 +53,8 @@ TEST(a_steady_state_allocates_nothing) {
         dispatch.weighted = i % 3 == 0;
         dispatch.tokens = (r + i) % 5;
         dispatch.receive = i % 2;
-        CHECK(decodes[r]->dispatch(dispatch).ok());
-        const uint64_t epoch = decodes[r]->epoch();
+        uint64_t epoch = 0;
+        CHECK(decodes[r]->dispatch(dispatch, epoch).ok());
         CHECK(decodes[r]->dispatch_receive(epoch).ok());
         DecodeCombineCall combine;
         combine.epoch = epoch;
