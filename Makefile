@@ -8,7 +8,7 @@ READY := $(VENV)/.built
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SOURCES := setup.py $(shell find csrc moecomm -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi' | grep -v _native/.*cpp)
 
-.PHONY: help bench test test-python test-mpi explore build cuda-check clean transformers mpich
+.PHONY: help bench test test-python test-mpi explore build cuda-check ptx-check clean transformers mpich
 help:       ## this list
 	@grep -hE '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -30,7 +30,7 @@ build: $(VENV)/.built ## the extension, in place
 bench: build ## tokens through both hops, verified, beside what a user would pick instead (under three minutes)
 	@$(PY) -m bench suite
 
-test: build test-cpp test-python test-mpi explore ## every suite
+test: build test-cpp test-python ptx-check test-mpi explore ## every suite
 
 test-python: $(READY) ## units, rank threads, launchers, failures, a short benchmark
 	-@$(MAKE) -s --no-print-directory transformers mpich
@@ -53,6 +53,12 @@ cuda-check: $(READY) ## the CUDA sources, as far as they can be checked without 
 	@$(PY) -c 'import nvidia.cu13, os; assert os.path.exists(nvidia.cu13.__path__[0] + "/bin/nvdisasm")' 2>/dev/null || $(PY) -m pip install -q nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || true
 	@$(PY) tools/nccl_headers.py > /dev/null || timeout 300 $(PY) -m pip install -q --no-deps nvidia-nccl-cu13==2.32.3 || true
 	@$(PY) tools/cuda_check.py
+
+# nvcc from PATH, else from its wheels; where there is neither, the check says so and is skipped.
+ptx-check: $(READY) ## the PTX that nvcc makes of the kernels, run without a GPU under the emulated GPU's tests
+	@PYTHONPATH=tools $(PY) -c 'import sys; from ptx import build; sys.exit(build.why_not() is not None)' \
+	  || timeout 300 $(PY) -m pip install -q nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl || true
+	@PYTHONPATH=tools $(PY) -m ptx check
 
 # MPICH beside Open MPI needs an environment of its own. Where it cannot be installed its test is skipped.
 MPICH := .venv-mpich

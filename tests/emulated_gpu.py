@@ -5,6 +5,8 @@ A kernel runs while it is launched, every lane a fiber of the launching rank's t
 has it, unless it is captured. What only a GPU does (the order of memory, streams that run by themselves) is not here.
 
     python tests/emulated_gpu.py      builds it, into build/emulated
+
+With EMULATED_KERNELS=ptx in the environment the kernels are what nvcc has made of that text, run by tools/ptx.
 """
 
 import contextlib
@@ -31,31 +33,41 @@ from moecomm.communicator import Communicator
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build/emulated"
 SOURCES = (*(ROOT / "csrc/runtime/cuda" / f"{name}.cpp" for name in ("buffer", "decode", "memory", "window", "nccl_absent")),
-           ROOT / "csrc/runtime/plan.cpp", ROOT / "csrc/runtime/memory.cpp", ROOT / "csrc/exec/fiber.cpp", ROOT / "tests/cpp/emulated/fibers/gpu.cpp")
+           ROOT / "csrc/runtime/plan.cpp", ROOT / "csrc/runtime/memory.cpp", ROOT / "tests/cpp/emulated/fibers/streams.cpp")
+TEXT = ROOT / "csrc/exec/fiber.cpp", ROOT / "tests/cpp/emulated/fibers/gpu.cpp"   # the kernels
+PTX = os.environ.get("EMULATED_KERNELS") == "ptx"
 INCLUDES = ("-iquote", "tests/cpp/emulated/fibers", "-iquote", "tests/cpp/emulated", "-Itests/cpp/emulated", "-Icsrc")
 
 
 def build():
     """The path of the extension, compiled where something is newer than it."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    cython, library = FOLDER / "cuda.cpp", FOLDER / "cuda.so"
+    cython, library = FOLDER / "cuda.cpp", FOLDER / ("cuda_ptx.so" if PTX else "cuda.so")
     if not is_fresh(cython, [p for p in (ROOT / "moecomm/_native").iterdir() if p.suffix in (".pyx", ".pxi", ".pxd")]):
         subprocess.run([sys.executable, "-m", "cython", "-3", "--cplus", "--module-name", "moecomm._native.cuda", "moecomm/_native/cuda.pyx",
                         "-o", str(cython)], check=True, cwd=ROOT)
     ucx = Path(importlib.util.find_spec("libucx").origin).parent
     flags = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w", *INCLUDES, f"-I{ucx}/include", f"-I{sysconfig.get_path('include')}"]
     objects, running = [], []
-    for source in (cython, *SOURCES):
+    for source in (cython, *SOURCES, *(() if PTX else TEXT)):
         objects.append(FOLDER / f"{source.parent.name}_{source.stem}.o")
         made = objects[-1].with_suffix(".d")
         needs = made.read_text().replace("\\\n", " ").split(":", 1)[1].split() if made.exists() else []
         if not needs or not is_fresh(objects[-1], [ROOT / name for name in needs]):
             command = [*shlex.split(os.environ.get("CXX", "c++")), *flags, "-MMD", "-MF", str(made), "-c", str(source), "-o", str(objects[-1])]
             running.append(subprocess.Popen(command, cwd=ROOT))
+    if PTX:
+        objects += ptx_build().objects()
     assert not any([p.wait() for p in running])
     if not is_fresh(library, objects):
         subprocess.run([*shlex.split(os.environ.get("CXX", "c++")), "-shared", *map(str, objects), "-o", str(library), "-pthread", "-lrt"], check=True)
     return library
+
+
+def ptx_build():
+    """tools/ptx/build.py."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    return importlib.import_module("ptx.build")
 
 
 def is_fresh(made, sources):
@@ -114,6 +126,11 @@ class Gpu:
         self.calls.emulated_begin_capture.argtypes = [ctypes.c_void_p, ctypes.c_ulonglong]
         self.calls.emulated_end_capture.argtypes = self.calls.emulated_replay.argtypes = [ctypes.c_void_p]
         self.local, self.captures = threading.local(), 0
+        if PTX:
+            self.calls.ptx_load.restype = ctypes.c_char_p
+            for program in ptx_build().programs():
+                wrong = self.calls.ptx_load(str(program).encode())
+                assert wrong is None, wrong.decode()
 
     def current_stream(self, device=None):
         if not hasattr(self.local, "stream"):

@@ -8,6 +8,8 @@
 #include <utility>
 #include <vector>
 
+#include "extents.hpp"
+
 enum cudaError_t { cudaSuccess, cudaErrorPeerAccessAlreadyEnabled, cudaErrorNotReady, cudaErrorNotSupported };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaHostAllocPortable, cudaHostAllocMapped, cudaIpcMemLazyEnablePeerAccess,
@@ -42,8 +44,16 @@ inline cudaError_t cudaGetDevice(int* device) { *device = 0; return cudaSuccess;
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 inline cudaError_t cudaDeviceEnablePeerAccess(int, unsigned) { return cudaSuccess; }
-inline cudaError_t cudaMalloc(void** p, size_t bytes) { *p = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096); return cudaSuccess; }
-inline cudaError_t cudaFree(void* p) { std::free(p); return cudaSuccess; }
+inline cudaError_t cudaMalloc(void** p, size_t bytes) {
+  *p = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
+  emulated::extents().add(*p, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* p) {
+  emulated::extents().remove(p);
+  std::free(p);
+  return cudaSuccess;
+}
 inline cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) { return cudaMalloc(p, bytes); }
 inline cudaError_t cudaFreeHost(void* p) { return cudaFree(p); }
 inline cudaError_t cudaMemset(void* p, int value, size_t bytes) { std::memset(p, value, bytes); return cudaSuccess; }

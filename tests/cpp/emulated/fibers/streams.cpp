@@ -1,0 +1,13 @@
+// Streams and graphs, for tests/emulated_gpu.py.
+#include <cuda_runtime_api.h>
+
+extern "C" {
+__attribute__((visibility("default"))) void* emulated_stream() { return new emulated::Stream; }
+__attribute__((visibility("default"))) void emulated_begin_capture(void* stream, unsigned long long id) { static_cast<emulated::Stream*>(stream)->capture = id; }
+__attribute__((visibility("default"))) void* emulated_end_capture(void* stream) {
+  return new std::vector<std::function<void()>>(static_cast<emulated::Stream*>(stream)->end_capture());
+}
+__attribute__((visibility("default"))) void emulated_replay(void* graph) {
+  for (const auto& work : *static_cast<std::vector<std::function<void()>>*>(graph)) work();
+}
+}
