@@ -11,6 +11,7 @@ from .errors import InvalidArgument
 from .recorder import check_folder
 from .results import Handle
 from .shapes import QUANTS, SCALE_DTYPES, WIRES, arena_size, check_shape, default_channels
+from .tensors import plain
 
 _MOST_ROWS = (1 << 31) - 1
 
@@ -36,6 +37,19 @@ def shares_memory(a, b):
     if torch.compiler.is_compiling() or not a.numel() or not b.numel():
         return False
     return a.data_ptr() < b.data_ptr() + b.nbytes and b.data_ptr() < a.data_ptr() + a.nbytes
+
+
+def overlaps(t, at, size):
+    """Whether a contiguous tensor has bytes in [at, at + size)."""
+    return not torch.compiler.is_compiling() and t.numel() > 0 and t.data_ptr() < at + size and at < t.data_ptr() + t.nbytes
+
+
+def extent(block):
+    """(address, bytes) of a Block of any world."""
+    if hasattr(block, "__cuda_array_interface__"):
+        described = block.__cuda_array_interface__
+        return described["data"][0], described["shape"][0]
+    return block.address, block.nbytes
 
 
 def describe(t):
@@ -75,28 +89,8 @@ class Arguments:
         raise InvalidArgument(f"{op} on rank {self.comm.rank}: {what}", op=op, rank=self.comm.rank)
 
     def _as_tensor(self, op, name, value, optional=False, written=False):
-        """Torch tensors as they are; anything else that speaks DLPack (NumPy, CuPy, JAX, ...) as a view of its memory.
-
-        A producer on a GPU is asked for its data on the current stream of that GPU, which is the stream of this call: what it
-        still has to write there comes before the call reads it, and nothing waits for the host.
-        """
-        if value is None and optional:
-            return None
-        why, readonly = "", getattr(getattr(value, "flags", None), "writeable", True) is False   # NumPy's word; torch drops it
-        if not isinstance(value, torch.Tensor) and hasattr(value, "__dlpack__"):
-            try:
-                value = torch.from_dlpack(value)
-            except (TypeError, RuntimeError, BufferError, ValueError) as error:
-                why = f" ({error})"
-        if not isinstance(value, torch.Tensor):
-            self._refuse(op, f"{name} is a {type(value).__qualname__}; expected a tensor or a DLPack array{why}")
-        if written and readonly:
-            self._refuse(op, f"{name} is an array that may not be written to; expected one that may")
-        if value.layout != torch.strided:
-            self._refuse(op, f"{name} is {value.layout}; expected a dense tensor")
-        if not torch.compiler.is_compiling() and value.is_neg():   # its memory holds the numbers without their sign
-            self._refuse(op, f"{name} is a negated view (of a conjugate); expected its resolve_neg()")
-        return value
+        """An argument as a plain tensor (moecomm.tensors)."""
+        return plain(op, name, value, rank=self.comm.rank, optional=optional, written=written, traceable=op in ("dispatch", "combine"))
 
     def _as_rows(self, op, x):
         """(rows, scales or None) of x, which is a tensor, or both in a tuple."""
@@ -148,13 +142,33 @@ class Arguments:
                                 or not out.is_contiguous()):
             self._refuse(op, f"out is {describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on {self.comm.device}")
         self._check_apart(op, out, rows=rows, topk_weights=topk_weights, bias=bias)
+        self._check_staging(op, rows, handle, topk_weights=topk_weights, bias=bias)
         self._check_start(op, out=out)
 
     def _check_apart(self, op, out, **inputs):
-        """The result is written while this rank, and its peers, still read the inputs."""
+        """The result is written while this rank, and its peers, still read the inputs and the windows."""
+        if out is None:
+            return
         for name, t in inputs.items():
-            if out is not None and t is not None and shares_memory(out, t):
+            if t is not None and shares_memory(out, t):
                 self._refuse(op, f"out shares memory with {name}; expected memory of its own")
+        if self._in_windows(out):
+            self._refuse(op, "out lies in a window of this buffer (handle.rows, or the result of a dispatch), which peers read during the call; expected "
+                             "memory outside of it")
+
+    def _in_windows(self, t):
+        """Whether some bytes of a tensor are in memory that this buffer shares with its peers."""
+        windows = [self._native.window()] if self._decode is None else [self._native.window(), self._decode.native.window()]
+        return any(overlaps(t, at, size) for at, size in windows)
+
+    def _check_staging(self, op, rows, handle, **inputs):
+        """Rows from elsewhere are copied to handle.rows first: what else the call reads must not lie there."""
+        given = {name: t for name, t in inputs.items() if t is not None}
+        if not given or torch.compiler.is_compiling() or handle._output is None or overlaps(rows, *self._native.window()):
+            return
+        for name, t in given.items():
+            if overlaps(t, *extent(handle._output)):
+                self._refuse(op, f"{name} lies in handle.rows, to which rows are copied first; expected memory of its own, or rows = handle.rows")
 
     def _check_start(self, op, **tensors):
         """Kernels move rows by 16 bytes: where a row begins between two of these the GPU would stop with an error of its own."""

@@ -19,6 +19,7 @@ from .recorder import Recorder
 from .results import BlockTensors, Dispatched, Handle
 from .shapes import DTYPES, QUANTS, SCALE_DTYPES, WIRES, arena_size, as_int, check_shape, default_channels, reserved_bytes
 from .shared import Shared
+from .tensors import address
 
 
 class Buffer(Arguments, Calls, DecodeVerbs, Shared):
@@ -272,8 +273,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             topk_ids = asking.ids
         began = self._noter and self._noter.start()
         result = self._native.dispatch(
-            x.data_ptr(), 0 if scales is None else scales.data_ptr(), 0 if topk_ids is None else topk_ids.data_ptr(),
-            topk_ids is not None and topk_ids.dtype == torch.int32, 0 if topk_weights is None else topk_weights.data_ptr(),
+            address(x), address(scales), address(topk_ids), topk_ids is not None and topk_ids.dtype == torch.int32, address(topk_weights),
             x.shape[0], layout == "rank", expert_alignment, -1 if capacity is None else capacity, row_bytes, scale_bytes,
             None if handle is None else handle._plan, kind, by_column, asking and asking.chosen)
         if type(result) is not tuple:
@@ -325,7 +325,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         async_op, check : bool
             As for dispatch.
         out : Tensor [T, hidden], optional
-            Where the result goes, apart from rows, weights and bias; a new tensor where None.
+            Where the result goes, apart from rows, weights and bias and outside this buffer's windows; a new tensor where None.
 
         Returns
         -------
@@ -371,9 +371,8 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         # A rank without tokens asks for slots too: its peers' values pass through it.
         slots = None if back is None else torch.empty((max(tokens, 1), self.top_k), dtype=torch.float32, device=self.comm.device)
         began = self._noter and self._noter.start()
-        failure = self._native.combine(rows.data_ptr(), 0 if topk_weights is None else topk_weights.data_ptr(), y.data_ptr(),
-                                       0 if bias is None else bias.data_ptr(), bias_stride, handle._plan, handle._output,
-                                       0 if back is None else back.data_ptr(), 0 if back is None else slots.data_ptr(), WIRES[wire])
+        failure = self._native.combine(address(rows), address(topk_weights), address(y), address(bias), bias_stride, handle._plan, handle._output,
+                                       address(back), address(slots), WIRES[wire])
         if failure is not None:
             self._fail("combine", failure)
         if self._noter:

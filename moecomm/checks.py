@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .errors import InvalidArgument
+from .tensors import plain
 
 _LONGEST = 120   # characters of a value in a message
 MOST_EXPERTS = 65535   # of a model, and slots of a layer: what a Buffer can hold
@@ -121,6 +122,8 @@ def integers(op, name, value):
 
 
 def _array(op, name, value, dtype, kinds, expected):
+    if isinstance(value, torch.Tensor):
+        value = plain(op, name, value)
     try:
         if isinstance(value, torch.Tensor):
             value = value.detach()

@@ -182,7 +182,7 @@ class NativeBuffer:
         self._stream = self._done = None
         self._comm, self._bounds = comm, (comm.timeout, comm.rank)
         self._calls = Exclusive(comm.rank)
-        for name in ("card", "connected", "owns", "block_layout", "arena", "counters", "fault"):
+        for name in ("card", "connected", "owns", "block_layout", "window", "arena", "counters", "fault"):
             setattr(self, name, getattr(self._buffer, name))
 
     def connect(self, cards):

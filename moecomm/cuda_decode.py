@@ -45,7 +45,7 @@ class NativeDecode:
                                             comm.timeout)
         self._current = [None, None]
         self._bounds = comm.timeout, comm.rank
-        for name in ("card", "area", "counters", "take_counters"):
+        for name in ("card", "window", "area", "counters", "take_counters"):
             setattr(self, name, getattr(self._native, name))
 
     def connect(self, cards):

@@ -9,14 +9,16 @@ import math
 from functools import partial
 
 import torch
+from torch.autograd import forward_ad
 
 from . import cuda, cuda_decode
 from ._native import core
 from ._native.core import DecodeHandle, DecodeReceived
 from ._native.quant import scale_words
-from .arguments import describe, known
+from .arguments import describe, known, shares_memory
 from .errors import ConfigMismatch, InvalidArgument, raise_failure
 from .shapes import DTYPES, QUANTS, SCALE_DTYPES, WIRES
+from .tensors import address
 
 __all__ = ["Decode", "DecodeHandle", "DecodeReceived", "DecodeVerbs"]
 
@@ -25,7 +27,7 @@ _STAGES = ("over", "sent", "received", "answered", "done")
 _MAX_TOKENS = 1 << 20
 _IDS = (torch.int64, torch.int32)
 
-core.read_tensors_of(torch.Tensor, torch.is_grad_enabled, torch._C._len_torch_dispatch_stack)
+core.read_tensors_of(torch.Tensor, torch.is_grad_enabled, torch._C._len_torch_dispatch_stack, forward_ad)
 
 
 class DecodeVerbs:
@@ -110,7 +112,7 @@ class DecodeVerbs:
         return_hook : bool
             True: only send; y is complete after the hook. False: both.
         out : Tensor [T, hidden], optional
-            Where y goes, apart from rows and weights; a new tensor where None.
+            Where y goes, apart from rows, ids and weights and outside this buffer's windows; a new tensor where None.
 
         Returns
         -------
@@ -204,9 +206,8 @@ class Decode:
         if topk_weights is not None:
             buffer._check_picks(op, "topk_weights", topk_weights, tokens, (torch.float32,))
         kind = QUANTS[quant] if scales is None else SCALE_DTYPES.index(scales.dtype)
-        return self.native.dispatch(x.data_ptr(), 0 if scales is None else scales.data_ptr(), topk_ids.data_ptr(), topk_ids.dtype is torch.int32,
-                                    0 if topk_weights is None else topk_weights.data_ptr(), topk_weights is not None, tokens, kind,
-                                    scale_layout == "column", not return_hook)
+        return self.native.dispatch(address(x), address(scales), address(topk_ids), topk_ids.dtype is torch.int32, address(topk_weights),
+                                    topk_weights is not None, tokens, kind, scale_layout == "column", not return_hook)
 
     def combine(self, rows, topk_ids, topk_weights, handle, wire, return_hook, out):
         """As Buffer.decode_combine.
@@ -243,10 +244,14 @@ class Decode:
         elif out.dtype != self.dtype or out.device != device or tuple(out.shape) != (tokens, self.hidden) or not out.is_contiguous():
             raise InvalidArgument(f"{op}: out is {describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on {device}",
                                   op=op, rank=self.rank)
-        buffer._check_apart(op, out, rows=rows, topk_weights=topk_weights)
+        buffer._check_apart(op, out, rows=rows, topk_ids=topk_ids, topk_weights=topk_weights)
+        if not shares_memory(rows, want):
+            for name, t in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+                if t is not None and shares_memory(t, want):
+                    buffer._refuse(op, f"{name} lies in handle.rows, to which rows are copied first; expected memory of its own, or rows = handle.rows")
         buffer._check_start(op, rows=rows, out=out)
-        return self.native.combine(handle, rows, rows.data_ptr(), topk_ids.data_ptr(), topk_ids.dtype is torch.int32,
-                                   0 if topk_weights is None else topk_weights.data_ptr(), WIRES[wire], out, out.data_ptr(), not return_hook)
+        return self.native.combine(handle, rows, address(rows), address(topk_ids), topk_ids.dtype is torch.int32, address(topk_weights), WIRES[wire],
+                                   out, address(out), not return_hook)
 
     def _check_stage(self, stage):
         if stage == _RECEIVED:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from .tensors import plain
+
 
 def grouped_mm(x, w, ends):
     """y[rows of group g] = x[rows of group g] @ w[g].
@@ -23,6 +25,7 @@ def grouped_mm(x, w, ends):
     -------
     Tensor [N, M]
     """
+    x, w, ends = (plain("grouped_mm", name, t, traceable=True) for name, t in (("x", x), ("w", w), ("ends", ends)))
     if _torch_has_it(x, w):
         # To the last row, so that all rows are defined.
         offsets = torch.cat([ends[:-1], ends.new_full((1,), x.shape[0])]).to(device=x.device, dtype=torch.int32)

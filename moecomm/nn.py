@@ -8,6 +8,7 @@ from torch import nn
 from .errors import InvalidArgument
 from .gate import Gate
 from .grouped import grouped_mm, grouped_mm_into
+from .tensors import plain
 
 
 class SwiGLU(nn.Module):
@@ -144,6 +145,7 @@ class MoE(nn.Module):
         with_routing : bool
             Also return what the gate returned (for a balance loss, counts or a bias update).
         """
+        x = plain("MoE", "x", x, traceable=True)
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x.to(self.buffer.dtype), with_routing)

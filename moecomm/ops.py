@@ -17,12 +17,14 @@ they run the same model on graphs of the same shape, whatever their numbers of t
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import weakref
 
 import torch
 
 from .errors import InvalidArgument
+from .tensors import refuse
 
 _numbers = itertools.count(1)
 _buffers = weakref.WeakValueDictionary()
@@ -97,6 +99,7 @@ def wanted(*tensors):
 
 def _dispatch(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignment, capacity, layer=0):
     b = _open_buffer("dispatch", buffer)
+    _require_plain(b, "dispatch", x=x, topk_ids=topk_ids, topk_weights=topk_weights, scales=scales)
     b._check_dispatch(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity)
     out = b._dispatch_natively(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, layer=layer)
     return (out.x, x.new_empty(0, dtype=torch.float32) if scales is None else out.scales, out.topk_weights, *_picks_of(out),
@@ -145,6 +148,7 @@ def _to_tokens(ctx, rows, weights):
 
 def _redispatch(x, topk_weights, scales, handle, buffer, layout, num_rows):
     b, h = _checked_handle("dispatch", buffer, handle)
+    _require_plain(b, "dispatch", x=x, topk_weights=topk_weights, scales=scales)
     b._check_dispatch(x, scales, None, topk_weights, h.layout, 1, None, h)
     out = b._dispatch_natively(x, scales, None, topk_weights, h.layout, 1, None, h)
     return (out.x, x.new_empty(0, dtype=torch.float32) if scales is None else out.scales, out.topk_weights, *_picks_of(out))
@@ -172,6 +176,7 @@ def _redispatch_backward(ctx, rows, _scales, weights, *_):
 
 def _combine(rows, topk_weights, bias, handle, buffer, layout, num_tokens, wire=None):
     b, h = _checked_handle("combine", buffer, handle)
+    _require_plain(b, "combine", rows=rows, topk_weights=topk_weights, bias=bias)
     b._check_combine(rows, h, topk_weights, bias, wire=wire)
     return b._combine_natively(rows, h, topk_weights, bias, wire=wire)
 
@@ -207,7 +212,9 @@ def _combine_backward(ctx, y):
 
 def _combine_slots(rows, back, handle, buffer, layout, num_tokens):
     b, h = _checked_handle("combine", buffer, handle)
+    _require_plain(b, "combine_slots", rows=rows, back=back)
     b._check_combine(rows, h, None, None)
+    b._check_staging("combine_slots", rows, h, back=back)
     b._check_back(back, h)
     return b._combine_natively(rows, h, None, None, back=back)
 
@@ -244,10 +251,20 @@ def _checked_handle(op, buffer, handle):
     return b, b._handle_of(ticket.layout, ticket.capacity, ticket.plan, ticket.output)
 
 
+def _require_plain(b, op, **tensors):
+    for name, t in tensors.items():
+        b._as_tensor(op, name, t, optional=True)
+
+
+def _refuse_vmap(name, *_):
+    refuse(name, "an argument is a tensor inside torch.func.vmap; moecomm calls have no rule for it, expected one call of all tokens")
+
+
 def _define(name, run, fake, context, backward, schema):
     op = torch.library.custom_op(f"moecomm::{name}", run, mutates_args=(), schema=schema)
     op.register_fake(fake)
     op.register_autograd(backward, setup_context=context)
+    op.register_vmap(functools.partial(_refuse_vmap, name))
     return getattr(torch.ops.moecomm, name)
 
 

@@ -14,6 +14,7 @@ import torch
 from . import cuda
 from ._native import quant as _native
 from .errors import InvalidArgument
+from .tensors import address, plain
 
 TILE = 128
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -52,7 +53,7 @@ def quantize(x, *, tile=(1, TILE), scale="f32", scale_layout="row"):
     Source: DeepSeek-V3 technical report, section 3.3.2.
     """
     op = "quantize"
-    _check("x", x, op, *_DTYPES)
+    x = _check("x", x, op, *_DTYPES)
     index, kind = _choose("tile", tile, _TILES, op), _choose("scale", scale, _KINDS, op)
     _choose("scale_layout", scale_layout, {"row": 0, "column": 1}, op)
     rows, columns = x.shape
@@ -60,7 +61,7 @@ def quantize(x, *, tile=(1, TILE), scale="f32", scale_layout="row"):
     packed = kind == 2 and tile == (1, TILE)   # the kernel packs rows itself
     shape = (-(-rows // tile[0]), -(-columns // tile[1]))
     scales = torch.empty((rows, _native.scale_words(columns, 2)) if packed else shape, dtype=torch.int32 if packed else torch.float32, device=x.device)
-    _run("quantize", x.device, codes.data_ptr(), scales.data_ptr(), x.data_ptr(), rows, columns, _DTYPES[x.dtype], index, kind)
+    _run("quantize", x.device, address(codes), address(scales), address(x), rows, columns, _DTYPES[x.dtype], index, kind)
     if kind == 2 and not packed:
         scales = pack_ue8m0(scales, dim=0 if tile == (TILE, 1) else 1)
     return codes, _by_column(scales) if scale_layout == "column" else scales
@@ -87,12 +88,12 @@ def dequantize(codes, scales, *, tile=(1, TILE), dtype=torch.float32):
     InvalidArgument
     """
     op = "dequantize"
-    _check("codes", codes, op, _FP8)
+    codes = _check("codes", codes, op, _FP8)
     index = _choose("tile", tile, _TILES, op)
     _choose("dtype", dtype, _DTYPES, op)
     scales = _as_floats(op, scales, codes, tile)
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    _run("dequantize", codes.device, out.data_ptr(), codes.data_ptr(), scales.data_ptr(), *codes.shape, _DTYPES[dtype], index)
+    _run("dequantize", codes.device, address(out), address(codes), address(scales), *codes.shape, _DTYPES[dtype], index)
     return out
 
 
@@ -120,13 +121,13 @@ def transpose_requantize(codes, scales, *, scale="f32"):
     Source: DeepSeek-V3 technical report, section 3.3.3 (activations stored in FP8).
     """
     op = "transpose_requantize"
-    _check("codes", codes, op, _FP8)
+    codes = _check("codes", codes, op, _FP8)
     kind = _choose("scale", scale, _KINDS, op)
     rows, columns = codes.shape
     scales = _as_floats(op, scales, codes, (1, TILE))
     out = torch.empty((columns, rows), dtype=_FP8, device=codes.device)
     out_scales = torch.empty((columns, -(-rows // TILE)), device=codes.device, dtype=torch.float32)
-    _run("transpose_requantize", codes.device, out.data_ptr(), out_scales.data_ptr(), codes.data_ptr(), scales.data_ptr(), rows, columns, kind)
+    _run("transpose_requantize", codes.device, address(out), address(out_scales), address(codes), address(scales), rows, columns, kind)
     return out, pack_ue8m0(out_scales) if kind == 2 else out_scales
 
 
@@ -193,12 +194,12 @@ def encode_wire(x, wire):
     Source: "Insights into DeepSeek-V3: Scaling Challenges and Reflections on Hardware for AI Architectures", section 3.2.
     """
     op = "encode_wire"
-    _check("x", x, op, *_DTYPES)
+    x = _check("x", x, op, *_DTYPES)
     code = _choose("wire", wire, _WIRES, op)
     rows, hidden = x.shape
     _check_wire_row("x", x.device, hidden * x.element_size(), op)
     out = torch.zeros((rows, wire_bytes(hidden, wire)), dtype=torch.uint8, device=x.device)
-    _run("encode_rows", x.device, out.data_ptr(), x.data_ptr(), rows, hidden, _DTYPES[x.dtype], code)
+    _run("encode_rows", x.device, address(out), address(x), rows, hidden, _DTYPES[x.dtype], code)
     return out
 
 
@@ -222,14 +223,14 @@ def decode_wire(coded, hidden, wire, *, dtype=torch.float32):
     InvalidArgument
     """
     op = "decode_wire"
-    _check("coded", coded, op, torch.uint8)
+    coded = _check("coded", coded, op, torch.uint8)
     code = _choose("wire", wire, _WIRES, op)
     _choose("dtype", dtype, _DTYPES, op)
     if coded.shape[1] != wire_bytes(hidden, wire):
         raise InvalidArgument(f"{op}: coded has rows of {coded.shape[1]} bytes; expected {wire_bytes(hidden, wire)}", op=op)
     _check_wire_row("the result", coded.device, hidden * dtype.itemsize, op)
     out = torch.empty((coded.shape[0], hidden), dtype=dtype, device=coded.device)
-    _run("decode_rows", coded.device, out.data_ptr(), coded.data_ptr(), coded.shape[0], hidden, _DTYPES[dtype], code)
+    _run("decode_rows", coded.device, address(out), address(coded), coded.shape[0], hidden, _DTYPES[dtype], code)
     return out
 
 
@@ -259,9 +260,11 @@ def _choose(name, value, choices, op):
 
 
 def _check(name, t, op, *dtypes):
+    t = plain(op, name, t)
     if t.dtype not in dtypes or t.dim() != 2 or t.device.type not in ("cpu", "cuda") or not t.is_contiguous():
         raise InvalidArgument(f"{op}: {name} is {'' if t.is_contiguous() else 'non-contiguous '}{t.dtype} {list(t.shape)} on {t.device}; expected "
                               f"contiguous {' or '.join(map(str, dtypes))} with two dimensions on cpu or cuda", op=op)
+    return t
 
 
 def _check_wire_row(name, device, row_bytes, op):
@@ -271,6 +274,7 @@ def _check_wire_row(name, device, row_bytes, op):
 
 def _as_floats(op, scales, codes, tile):
     """Scales of any kind and strides as contiguous floats [tile rows, tile columns]."""
+    scales = plain(op, "scales", scales)
     shape, device = codes.shape, codes.device
     want = (-(-shape[0] // tile[0]), -(-shape[1] // tile[1]))
     dim = 0 if tile == (TILE, 1) else 1

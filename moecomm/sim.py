@@ -18,6 +18,7 @@ from .checks import integer, number, require
 from .errors import InvalidArgument, MoecommError
 from .reference import DecodeReceived, Received
 from .shapes import DTYPES, QUANTS, WIRES, arena_size, check_shape
+from .tensors import address, plain
 
 # How far roles of large worlds (more than STRICT_TOKENS tokens in all) run ahead of the clock unless told otherwise:
 # times change by a few percent at most, since many ranks share every link.
@@ -411,10 +412,10 @@ def _copy(address, dtype, *shape):
 
 
 def _contiguous(t, dtype):
-    t = t if isinstance(t, torch.Tensor) else torch.as_tensor(t, dtype=dtype, device="cpu")
+    t = plain("simulate", "a rank's tensor", t) if isinstance(t, torch.Tensor) else torch.as_tensor(t, dtype=dtype, device="cpu")
     return t.to(dtype).contiguous()
 
 
 def _address(tensors, rank):
     # An empty tensor has address 0, which would mean "left out".
-    return 0 if tensors is None else tensors[rank].data_ptr() or 1
+    return 0 if tensors is None else address(tensors[rank]) or 1

@@ -36,6 +36,7 @@ class Buffer {
   Communicator& comm() const { return *comm_; }
   const BufferView& view() const { return view_; }
   const Arena& arena() const { return *arena_; }
+  const Memory& window() const { return *reach_.window(); }   // which peers read
   Counters counters();            // since the last take_counters
   Counters take_counters();       // and reset
   void trace(bool on);            // keep a timeline of roles, or drop it

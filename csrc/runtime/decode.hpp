@@ -32,6 +32,7 @@ class Decode {
   Stage stage(uint64_t epoch) const;           // idle: the epoch's places are used by a later one
   bool weighted(uint64_t epoch) const { return turns_[epoch & 1].view.weighted; }
 
+  const Memory& window() const { return *reach_.window(); }   // which peers read
   // Memory of a parity, for tensors: as long as the Decode lives.
   char* x(int parity) const { return reach_.window()->data() + view_.x(parity); }
   char* scales(int parity) const { return reach_.window()->data() + view_.scales(parity, 0); }

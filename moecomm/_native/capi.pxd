@@ -156,6 +156,10 @@ cdef extern from "runtime/communicator.hpp" namespace "moecomm" nogil:
         void mark_broken(const Status&)
 
 cdef extern from "runtime/memory.hpp" namespace "moecomm" nogil:
+    cdef cppclass Memory:
+        char* data()
+        uint64_t bytes()
+
     cdef cppclass Block:
         char* data()
         uint64_t offset()
@@ -251,6 +255,7 @@ cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
         Status combine(const CombineCall&, Plan&, const Block&) except +
         Status choose(const DispatchCall&) except +
         const Arena& arena()
+        const Memory& window()
         Counters counters()
         Counters take_counters()
         void trace(bool)
@@ -302,6 +307,7 @@ cdef extern from "runtime/decode.hpp" namespace "moecomm" nogil:
         vector[RoleSpan] take_timeline() except +
         void record(shared_ptr[Recording])
         bool weighted(uint64_t epoch)
+        const Memory& window()
         char* x(int parity)
         char* scales(int parity)
         char* rows(int parity)

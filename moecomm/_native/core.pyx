@@ -133,6 +133,7 @@ cdef class Buffer:
     cdef shared_ptr[capi.Buffer] b
     cdef Communicator comm
     cdef capi.Shape shape
+    cdef Windows windows
 
     def __cinit__(self, Communicator comm, hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes, bint check, logical_experts=0):
         self.shape = _shape(hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes, logical_experts)
@@ -140,6 +141,7 @@ cdef class Buffer:
         _enter(comm.c.get(), "Buffer")
         with nogil:
             self.b = capi.make_buffer(comm.c, self.shape, check)
+        self.windows.own = _extent(self.b.get().window())
 
     def __dealloc__(self):
         with nogil:
@@ -294,7 +296,7 @@ cdef class Buffer:
         cdef DLTensor terms, weights, y
         cdef Plan plan
         cdef Block output
-        cdef int64_t num_rows, num_tokens
+        cdef int64_t num_rows, num_tokens, y_bytes
         cdef capi.CombineCall call
         cdef capi.Status s
         cdef shared_ptr[capi.Buffer] held = self.borrow("combine")
@@ -309,6 +311,8 @@ cdef class Buffer:
         if topk_weights is not None:
             if plan.p.get().view.call.layout == capi.RowLayout.rank or not _read_vector(topk_weights, &weights, num_rows):
                 return None
+            if not _apart(weights.data, 4 * num_rows, output.b.get().data(), output.b.get().bytes()):   # rows may be staged there
+                return None
             call.weights = <const float*>weights.data
         call.rows = <const char*>terms.data
         if out is None:
@@ -318,9 +322,11 @@ cdef class Buffer:
         else:
             if not _read_rows(out, &y, &self.shape) or y.shape[0] != num_tokens:
                 return None
-            call.y = <char*>y.data
-            if not _apart(y.data, num_tokens * self.shape.combine_row_bytes(), terms.data, num_rows * self.shape.combine_row_bytes()):
+            y_bytes = num_tokens * self.shape.combine_row_bytes()
+            if (not _apart(y.data, y_bytes, terms.data, num_rows * self.shape.combine_row_bytes()) or not _outside(self.windows, y.data, y_bytes)
+                    or call.weights != NULL and not _apart(y.data, y_bytes, weights.data, 4 * num_rows)):
                 return None
+            call.y = <char*>y.data
         with nogil:
             s = buffer.combine(call, plan.p.get()[0], output.b.get()[0])
             held.reset()
@@ -340,6 +346,10 @@ cdef class Buffer:
         call.scales_by_column = scales_by_column
         cdef capi.BlockLayout l = capi.block_layout(rows, call, self.shape.top_k)
         return l.rows, l.scales, l.weights, l.ids, l.source
+
+    def window(self):
+        """(address, bytes) of the memory that peers read."""
+        return <uintptr_t>self.windows.own.data, self.windows.own.size
 
     def arena(self):
         """(bytes held, blocks held, bytes in all)"""

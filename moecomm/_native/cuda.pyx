@@ -249,6 +249,10 @@ cdef class Buffer:
         cdef capi.BlockLayout l = capi.block_layout(rows, call, self.shape.top_k)
         return l.rows, l.scales, l.weights, l.ids, l.source
 
+    def window(self):
+        """(address, bytes) of the memory that peers read."""
+        return <uintptr_t>self.b.get().window().data(), self.b.get().window().bytes()
+
     def arena(self):
         """(bytes held, blocks held, bytes in all)"""
         if not self.b:   # closed from another thread while its call failed

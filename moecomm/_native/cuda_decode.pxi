@@ -56,6 +56,10 @@ cdef class Decode:
             area.data, area.size = d.counts(bank), 8 * d.view().experts_per_rank()
         return area
 
+    def window(self):
+        """As Buffer.window()."""
+        return <uintptr_t>self.d.get().window().data(), self.d.get().window().bytes()
+
     @property
     def scale_area(self):
         """Bytes from one expert's scales to the next one's."""

@@ -28,6 +28,10 @@ cdef extern from "runtime/cuda/window.hpp" namespace "moecomm::cuda" nogil:
     shared_ptr[DeviceReach] reach_processes(int device)
     bool ipc_works_ "moecomm::cuda::ipc_works"(int device) except +
 
+    cdef cppclass DeviceWindow:
+        char* data()
+        uint64_t bytes()
+
     cdef cppclass DeviceBlock:
         char* data()
         uint64_t offset()
@@ -68,6 +72,7 @@ cdef extern from "runtime/cuda/buffer.hpp" namespace "moecomm::cuda" nogil:
         capi.Counters take_counters() except +
         const capi.Counters* counters()
         const capi.Arena& arena()
+        const DeviceWindow& window()
 
 cdef extern from "world/cuda/decode_schedule.hpp" namespace "moecomm" nogil:
     cdef enum class DecodeStage(int32_t):
@@ -104,6 +109,7 @@ cdef extern from "runtime/cuda/decode.hpp" namespace "moecomm::cuda" nogil:
         char* rows(int bank)
         char* counts(int bank)
         const DecodeView& view()
+        const DeviceWindow& window()
         capi.Counters take_counters() except +
         const capi.Counters* counters()
 

@@ -66,6 +66,7 @@ cdef class Decode:
     cdef capi.Shape shape
     cdef readonly object fail          # (Failure, op): raises
     cdef list x, scales, counts, rows  # tensors: x and scales by (2 * kind + parity), counts and rows by parity
+    cdef Windows windows
     cdef list current                  # handles by parity: a phase that a later dispatch catches up on finds its memory
 
     def __cinit__(self, Communicator comm, Buffer buffer, bint check, fail):
@@ -76,6 +77,8 @@ cdef class Decode:
         _enter(comm.c.get(), "decode")
         with nogil:
             self.d = capi.make_decode(comm.c, self.shape, check)
+        buffer.windows.decode = _extent(self.d.get().window())
+        self.windows = buffer.windows
 
     def __dealloc__(self):
         with nogil:
@@ -116,6 +119,10 @@ cdef class Decode:
             area.data, area.size = <char*>d.counts(parity), 8 * d.num_local_experts()
         return area
 
+    def window(self):
+        """As Buffer.window()."""
+        return <uintptr_t>self.windows.decode.data, self.windows.decode.size
+
     @property
     def scale_area(self):
         """Bytes from one expert's scales to the next one's."""
@@ -129,7 +136,7 @@ cdef class Decode:
         """(DecodeReceived, hook or None); None where a tensor needs a closer look."""
         cdef DLTensor rows, ids, weights
         cdef capi.DecodeDispatchCall call
-        if not _read_rows(x, &rows, &self.shape) or rows.shape[0] > self.shape.max_tokens:
+        if _forward_ad._current_level >= 0 or not _read_rows(x, &rows, &self.shape) or rows.shape[0] > self.shape.max_tokens:
             return None
         if not _read_ids(topk_ids, &ids, self.shape.top_k, &call.ids64, &call.ids32) or ids.shape[0] != rows.shape[0]:
             return None
@@ -192,7 +199,7 @@ cdef class Decode:
         cdef DLTensor ids, weights, y
         cdef capi.DecodeCombineCall call
         cdef DecodeHandle h
-        if type(handle) is not DecodeHandle:
+        if type(handle) is not DecodeHandle or _forward_ad._current_level >= 0:
             return None
         h = <DecodeHandle>handle
         if h.decode is not self or rows is not h.rows or self.d.get().stage(h.epoch) != 2:
@@ -207,7 +214,11 @@ cdef class Decode:
             return None
         call.rows = self.d.get().rows(h.epoch & 1)
         call.y = <char*>y.data
-        if not _apart(y.data, h.tokens * self.shape.combine_row_bytes(), call.rows, self.d.get().packed_rows() * self.shape.combine_row_bytes()):
+        if not _outside(self.windows, y.data, y.shape[0] * self.shape.combine_row_bytes()):
+            return None
+        if not _apart(y.data, y.shape[0] * self.shape.combine_row_bytes(), ids.data, ids.shape[0] * ids.shape[1] * (ids.dtype.bits // 8)):
+            return None
+        if call.weights != NULL and not _apart(y.data, y.shape[0] * self.shape.combine_row_bytes(), call.weights, 4 * weights.shape[0] * weights.shape[1]):
             return None
         call.receive = receive
         return self.run_combine(call, h, rows, out)

@@ -14,15 +14,15 @@ cdef enum:
     _FLOAT = 2
     _BFLOAT = 4
 
-cdef object _tensor_type = None, _grad_enabled = None, _modes = None
+cdef object _tensor_type = None, _grad_enabled = None, _modes = None, _forward_ad = None
 cdef ExchangeTable* _exchange = NULL
 
 
-def read_tensors_of(tensor_type, grad_enabled, modes):
-    """Name the tensor class whose objects are read without calling their methods, and what tells whether gradients are on and how
-    many modes look at calls. Whether that is possible."""
-    global _tensor_type, _exchange, _grad_enabled, _modes
-    _grad_enabled, _modes = grad_enabled, modes
+def read_tensors_of(tensor_type, grad_enabled, modes, forward_ad):
+    """Name the tensor class whose objects are read without calling their methods, and what tells whether gradients are on, how
+    many modes look at calls, and (._current_level) whether forward-mode AD is on. Whether that is possible."""
+    global _tensor_type, _exchange, _grad_enabled, _modes, _forward_ad
+    _grad_enabled, _modes, _forward_ad = grad_enabled, modes, forward_ad
     capsule = getattr(tensor_type, "__dlpack_c_exchange_api__", None)
     if capsule is None or not PyCapsule_IsValid(capsule, "dlpack_exchange_api"):
         return False
@@ -34,10 +34,21 @@ def read_tensors_of(tensor_type, grad_enabled, modes):
 
 
 cdef bint _only_numbers(object a, object b):
-    """Whether a call is the native one and nothing else: no gradient is wanted, no mode looks (ops.wanted, but for compilers)."""
+    """Whether a call is the native one and nothing else: no gradient or tangent is wanted, no mode looks (ops.wanted, but for compilers)."""
+    if _forward_ad._current_level >= 0:   # a tensor may have a tangent
+        return False
     if (getattr(a, "requires_grad", False) or getattr(b, "requires_grad", False)) and _grad_enabled():
         return False
     return _modes() == 0
+
+
+cdef bint _empty(const DLTensor* t) noexcept:
+    """Whether it has no elements."""
+    cdef int i
+    for i in range(t.ndim):
+        if t.shape[i] == 0:
+            return True
+    return False
 
 
 cdef bint _read(object tensor, DLTensor* t, int64_t columns, int code, int bits):
@@ -49,6 +60,8 @@ cdef bint _read(object tensor, DLTensor* t, int64_t columns, int code, int bits)
     if _exchange.read(<void*>tensor, t) != 0:
         PyErr_Clear()
         return False
+    if t.data == NULL and not _empty(t):   # a freed storage: moecomm.tensors names it
+        return False
     t.data = <char*>t.data + t.byte_offset
     return (t.device_type == 1 and t.ndim == 2 and t.dtype.code == code and t.dtype.bits == bits and t.shape[1] == columns
             and (t.strides == NULL or t.shape[0] == 0 or (t.strides[1] == 1 and (t.shape[0] == 1 or t.strides[0] == columns))))
@@ -57,6 +70,27 @@ cdef bint _read(object tensor, DLTensor* t, int64_t columns, int code, int bits)
 cdef bint _apart(const void* a, uint64_t a_bytes, const void* b, uint64_t b_bytes) noexcept:
     """Whether two pieces of memory share no byte."""
     return <uintptr_t>a + a_bytes <= <uintptr_t>b or <uintptr_t>b + b_bytes <= <uintptr_t>a
+
+
+cdef struct Extent:   # some memory
+    const char* data
+    uint64_t size
+
+
+cdef struct Windows:   # what peers read: of the buffer itself, and of its decode path (empty where there is none)
+    Extent own
+    Extent decode
+
+
+cdef Extent _extent(const capi.Memory& memory) noexcept:
+    cdef Extent e
+    e.data, e.size = memory.data(), memory.bytes()
+    return e
+
+
+cdef bint _outside(const Windows& windows, const void* data, uint64_t size) noexcept:
+    """Whether memory shares no byte with the windows."""
+    return _apart(data, size, windows.own.data, windows.own.size) and _apart(data, size, windows.decode.data, windows.decode.size)
 
 
 cdef int _code_of(const capi.Shape* shape):
@@ -78,6 +112,8 @@ cdef bint _read_vector(object tensor, DLTensor* t, int64_t length):
         return False
     if _exchange.read(<void*>tensor, t) != 0:
         PyErr_Clear()
+        return False
+    if t.data == NULL and not _empty(t):
         return False
     t.data = <char*>t.data + t.byte_offset
     return (t.device_type == 1 and t.ndim == 1 and t.dtype.code == _FLOAT and t.dtype.bits == 32 and t.shape[0] == length

@@ -13,6 +13,7 @@ import torch
 from .. import cuda
 from ..checks import require
 from ..results import Pending
+from ..tensors import plain
 
 _ROW_BYTES = 1 << 16
 _ROWS_PER_ROUND = 128   # of one source, so that a round's window stays small
@@ -57,6 +58,7 @@ class Migration:
         self._slot_bytes = [sum(t[0].numel() * t.element_size() for t in self._tensors(w)) for w in weights]
         for layer, w in enumerate(weights):
             for t in self._tensors(w):
+                plain(op, f"weights[{layer}]", t)
                 ok = t.dim() >= 1 and t.shape[0] == per_rank and t.is_contiguous() and t.device == comm.device
                 require(ok, op, f"weights[{layer}]", f"{t.dtype} {list(t.shape)} on {t.device}", f"contiguous tensors of {per_rank} slots on {comm.device}")
         self._caller = torch.cuda.current_stream(comm.device) if comm._gpu is not None else None

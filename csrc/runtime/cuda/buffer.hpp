@@ -52,6 +52,7 @@ class DeviceBuffer {
   const Counters* counters() const { return links_.counters; }   // in device memory; kernels add to them
 
   const Arena& arena() const { return *arena_; }
+  const DeviceWindow& window() const { return *window_; }        // which peers read
   const Shape& shape() const { return view_.shape; }
   const Spread& spread() const { return spread_; }
 

@@ -42,6 +42,7 @@ class DeviceDecode {
   char* scales(int bank) const { return window_->data() + view_.scales(bank, 0); }
   char* rows(int bank) const { return window_->data() + view_.rows(bank); }
   char* counts(int bank) const { return window_->data() + view_.counts(bank); }
+  const DeviceWindow& window() const { return *window_; }
   const DecodeView& view() const { return view_; }
   Counters take_counters();                                   // waits for the device; and resets
   const Counters* counters() const { return links_.counters; } // in device memory; kernels add to them
