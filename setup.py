@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from Cython.Build import cythonize
-from setuptools import Extension, setup
+from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -32,9 +32,16 @@ HEADERS = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suf
 FLAGS = ["-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 
 
-def ucx_folder():
-    """Where the UCX wheel has its headers and libraries, without importing it."""
-    return Path(importlib.util.find_spec("libucx").origin).parent
+def ucx_headers():
+    """The folder of UCX's headers: UCX_HOME, the wheel libucx-cu12 or libucx-cu13, or the system's."""
+    wheel = importlib.util.find_spec("libucx")
+    places = [*([Path(os.environ["UCX_HOME"]) / "include"] if "UCX_HOME" in os.environ else []),
+              *([Path(wheel.submodule_search_locations[0]) / "include"] if wheel else []), Path("/usr/include"), Path("/usr/local/include")]
+    found = next((place for place in places if (place / "ucp/api/ucp.h").exists()), None)
+    if found is None:
+        sys.exit("setup.py: UCX's headers were not found; expected ucp/api/ucp.h. Run pip install libucx-cu13 (or libucx-cu12), install your "
+                 "system's UCX development package, or set UCX_HOME.")
+    return str(found)
 
 
 class BuildExt(build_ext):
@@ -111,27 +118,27 @@ def cuda_extension():
         "moecomm._native.cuda",
         ["moecomm/_native/cuda.pyx", *(f"csrc/runtime/cuda/{name}.cpp" for name in ("buffer", "decode", "memory", "window", "nccl" if NCCL else "nccl_absent")),
          "csrc/runtime/plan.cpp", "csrc/runtime/memory.cpp"],
-        language="c++", include_dirs=["csrc", str(home / "include"), str(ucx / "include")],
+        language="c++", include_dirs=["csrc", str(home / "include"), ucx],
         library_dirs=[str(home / "lib64"), str(home / "lib")],
         libraries=["cudart_static", "rt", "dl", "pthread"], extra_compile_args=[*FLAGS, *([f"-isystem{NCCL}"] if NCCL else [])])]
 
 
-ucx = ucx_folder()
+ucx = ucx_headers()
 core = Extension(
     "moecomm._native.core",
     ["moecomm/_native/core.pyx", *RUNTIME, *BALANCE],
     language="c++",
-    include_dirs=["csrc", str(ucx / "include")],
-    library_dirs=[str(ucx / "lib")],
-    libraries=["ucp", "ucs"],
+    include_dirs=["csrc", ucx],
+    libraries=["dl"],   # UCX is found when it is needed: csrc/fabric/ucx_library.hpp
     extra_compile_args=FLAGS,
-    # Beside this package in site-packages; moecomm loads UCX first wherever else it may lie.
-    extra_link_args=["-Wl,-rpath,$ORIGIN/../../libucx/lib"],
 )
 sim = Extension("moecomm._native.sim", ["moecomm/_native/sim.pyx", *SIM], language="c++",
-                include_dirs=["csrc", str(ucx / "include")], extra_compile_args=FLAGS)
+                include_dirs=["csrc", ucx], extra_compile_args=FLAGS)
 quant = Extension("moecomm._native.quant", ["moecomm/_native/quant.pyx", *QUANT], language="c++",
-                  include_dirs=["csrc", str(ucx / "include")], extra_compile_args=FLAGS)
+                  include_dirs=["csrc", ucx], extra_compile_args=FLAGS)
 balance = Extension("moecomm._native.balance", ["moecomm/_native/balance.pyx", *BALANCE], language="c++",
                     include_dirs=["csrc"], extra_compile_args=FLAGS)
-setup(ext_modules=cythonize([core, sim, quant, balance, *cuda_extension()], language_level=3, build_dir="build/cython"), cmdclass={"build_ext": BuildExt})
+# The benchmarks stand beside the package in a checkout (`python -m bench`); what is installed has them inside (`moecomm bench`).
+setup(packages=[*find_namespace_packages(include=["moecomm*"]), "moecomm.bench"], package_dir={"moecomm.bench": "bench"},
+      ext_modules=cythonize([core, sim, quant, balance, *cuda_extension()], language_level=3, build_dir="build/cython"),
+      cmdclass={"build_ext": BuildExt})

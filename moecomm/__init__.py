@@ -5,19 +5,18 @@ The same protocol runs between threads, processes and hosts; see docs/protocol.m
 
 from __future__ import annotations
 
-import ctypes as _ctypes
+import importlib.util as _importlib_util
 import os as _os
 
 # UCX reads these when it is loaded: no signal handlers of its own, no chatter unless asked for.
 for _name, _value in {"UCX_HANDLE_ERRORS": "none", "UCX_ERROR_SIGNALS": "", "UCX_LOG_LEVEL": "fatal"}.items():
     _os.environ.setdefault(_name, _value)
 
-try:   # one UCX per process: where MPI was imported first and brought its own, that one serves (the calls are those of UCX 1.x)
-    _ctypes.CDLL("libucp.so.0", mode=_os.RTLD_NOLOAD)
-except OSError:
-    import libucx as _libucx
+from ._native import core as _core  # noqa: E402
 
-    _libucx.load_library()   # so that the extension finds UCX wherever the wheel lies
+# The wheels libucx-cu12 and libucx-cu13 are both the package `libucx`. It is not imported: UCX is loaded when nodes are joined.
+_ucx = _importlib_util.find_spec("libucx")
+_core.set_ucx_folders([_os.path.join(folder, "lib") for folder in _ucx.submodule_search_locations] if _ucx else [])
 
 from . import balance, gate, nn, ops, overlap, presets, quant, reference  # noqa: E402
 from ._version import __version__  # noqa: E402

@@ -20,7 +20,11 @@ def arguments(parser):
 
 def worlds():
     """{world: (available, why or why not)}"""
-    found = {"cpu": (True, f"row kernels for {core.isa()}; nodes joined by UCX {core.ucx_version()}")}
+    try:
+        joined = f"nodes joined by UCX {core.ucx_version()}"
+    except RuntimeError as error:
+        joined = f"one node only: {error}"
+    found = {"cpu": (True, f"row kernels for {core.isa()}; {joined}")}
     reason = cuda.why_not()
     found["cuda"] = (reason is None, reason or torch.cuda.get_device_name())
     return found

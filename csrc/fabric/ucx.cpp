@@ -11,6 +11,7 @@
 #include <stdexcept>
 
 #include "fabric/futex.hpp"
+#include "fabric/ucx_library.hpp"
 #include "fabric/ucx_line.hpp"
 
 namespace moecomm {
@@ -28,6 +29,7 @@ void on_endpoint_error(void* arg, ucp_ep_h, int) {
 }
 
 UcxContext::UcxContext(std::timed_mutex& calls, int size) : calls_(calls), links_(size) {
+  require_ucx();
   ucp_config_t* config;
   require(ucp_config_read(nullptr, nullptr, &config), "reading the configuration");
   ucp_params_t params{};

@@ -341,6 +341,10 @@ cdef extern from "fabric/ucx.hpp" namespace "moecomm" nogil:
         @staticmethod
         string version()
 
+cdef extern from "fabric/ucx_library.hpp" namespace "moecomm":
+    void set_ucx_folders(vector[string])
+    void require_ucx() except +
+
 cdef extern from "runtime/tools.hpp" namespace "moecomm" nogil:
     void gather_rows(char* dst, const char* src, const int64_t* index, int64_t rows, uint64_t row_bytes, bool stream)
     void sum_rows(char* dst, const char* src, const int64_t* index, const float* weights, int64_t tokens, int terms, int64_t hidden, DType dtype)

@@ -443,8 +443,4 @@ def isa():
     return (<bytes>capi.row_kernels().name).decode()
 
 
-def ucx_version():
-    return (<bytes>capi.UcxContext.version()).decode()
-
-
 include "tools.pxi"

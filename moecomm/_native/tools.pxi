@@ -37,3 +37,15 @@ cdef class RateProbe:
         with nogil:
             r = self.p.get().read()
         return r
+
+
+def set_ucx_folders(list folders):
+    """Name the folders in which UCX is looked for before the system's libraries."""
+    cdef vector[string] paths = [folder.encode() for folder in folders]
+    capi.set_ucx_folders(paths)
+
+
+def ucx_version():
+    """The version of the UCX that this process uses. Raises RuntimeError where there is none."""
+    capi.require_ucx()
+    return (<bytes>capi.UcxContext.version()).decode()
