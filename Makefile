@@ -8,15 +8,15 @@ READY := $(VENV)/.built
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 SOURCES := setup.py $(shell find csrc moecomm -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi' | grep -v _native/.*cpp)
 
-.PHONY: help bench test test-python test-mpi explore build cuda-check ptx-check clean transformers mpich
+.PHONY: help bench wheel test test-python test-mpi explore build cuda-check ptx-check clean transformers mpich
 help:       ## this list
 	@grep -hE '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --upgrade pip
-	$(PY) -m pip install -q "$(TORCH)" cython 'setuptools>=77' libucx-cu13==1.22.0
-	$(PY) -m pip install -q --no-build-isolation -e '.[mpi,bench,test]'   # builds the extensions, too
+	$(PY) -m pip install -q "$(TORCH)" cython 'setuptools>=77' wheel 'libucx-cu13>=1.19,<2'
+	$(PY) -m pip install -q --no-build-isolation -e '.[ucx,mpi,bench,test]'   # builds the extensions, too
 	@touch $@ $(VENV)/.built
 
 $(VENV)/.built: $(VENV)/.ready $(SOURCES)
@@ -26,6 +26,12 @@ $(VENV)/.built: $(VENV)/.ready $(SOURCES)
 include tests/cpp/build.mk
 
 build: $(VENV)/.built ## the extension, in place
+
+wheel: build ## an sdist and a wheel in dist/; the wheel is repaired by auditwheel where that is installed
+	$(PY) setup.py -q sdist --dist-dir dist
+	$(PY) -m pip wheel . -q --no-build-isolation --no-deps -w dist
+	@if $(PY) -c 'import auditwheel' 2>/dev/null; then $(PY) -m auditwheel repair --exclude 'libcuda*' -w dist dist/moecomm-*-linux_*.whl && rm dist/moecomm-*-linux_*.whl; \
+	else echo 'auditwheel is not installed: the wheel is for machines like this one'; fi
 
 bench: build ## tokens through both hops, verified, beside what a user would pick instead (under three minutes)
 	@$(PY) -m bench suite

@@ -12,29 +12,30 @@ if {"device", "tune"} & set(sys.argv[1:2]):
 
 from moecomm.__main__ import run  # noqa: E402 - see above
 
+PROGRAM = "python -m bench" if __package__ == "bench" else "moecomm bench"
 COMMANDS = {
-    "published": ("bench.published", "the sim world's predictions against published measurements of clusters"),
-    "sim": ("bench.sim", "how long the simulator itself takes for a step of hundreds of ranks"),
-    "dispatch": ("bench.run", "tokens to the ranks of their experts"),
-    "combine": ("bench.run", "the experts' rows back, and summed"),
-    "roundtrip": ("bench.run", "both, and their sum"),
-    "decode": ("bench.decode", "microseconds per decode step, its phases and its floor"),
-    "suite": ("bench.suite", "what `make bench` runs"),
-    "record": ("bench.record", "what recording a Buffer's calls costs"),
-    "overlap": ("bench.overlap", "two micro-batches, each computing while the other communicates"),
-    "shaped-link": ("bench.shaped_link", "time against the speed of the link between nodes (root)"),
-    "sweep": ("bench.sweep", "cost per row against tokens and ranks"),
-    "balance": ("bench.balance", "plans for redundant experts, and the split of a batch's tokens over them"),
-    "precision": ("bench.precision", "error of every wire format on normal, outlier-heavy and real rows"),
-    "device": ("bench.device_run", "the cuda world on one GPU: build, check, time"),
-    "tune": ("bench.tune", "the best spread over a GPU, written to its table"),
-    "quant": ("bench.quant", "quantization against torch's own operators"),
+    "published": (f"{__package__}.published", "the sim world's predictions against published measurements of clusters"),
+    "sim": (f"{__package__}.sim", "how long the simulator itself takes for a step of hundreds of ranks"),
+    "dispatch": (f"{__package__}.run", "tokens to the ranks of their experts"),
+    "combine": (f"{__package__}.run", "the experts' rows back, and summed"),
+    "roundtrip": (f"{__package__}.run", "both, and their sum"),
+    "decode": (f"{__package__}.decode", "microseconds per decode step, its phases and its floor"),
+    "suite": (f"{__package__}.suite", "what `make bench` runs"),
+    "record": (f"{__package__}.record", "what recording a Buffer's calls costs"),
+    "overlap": (f"{__package__}.overlap", "two micro-batches, each computing while the other communicates"),
+    "shaped-link": (f"{__package__}.shaped_link", "time against the speed of the link between nodes (root)"),
+    "sweep": (f"{__package__}.sweep", "cost per row against tokens and ranks"),
+    "balance": (f"{__package__}.balance", "plans for redundant experts, and the split of a batch's tokens over them"),
+    "precision": (f"{__package__}.precision", "error of every wire format on normal, outlier-heavy and real rows"),
+    "device": (f"{__package__}.device_run", "the cuda world on one GPU: build, check, time"),
+    "tune": (f"{__package__}.tune", "the best spread over a GPU, written to its table"),
+    "quant": (f"{__package__}.quant", "quantization against torch's own operators"),
 }
 
 
 def main(argv=None):
     """Run one command; returns its exit status."""
-    return run("python -m bench", "moecomm against what a user would pick instead", COMMANDS, argv)
+    return run(PROGRAM, "moecomm against what a user would pick instead", COMMANDS, argv)
 
 
 if __name__ == "__main__":

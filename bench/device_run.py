@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 
 from moecomm import cuda
 
-from . import device_decode, device_torch
+from . import device_decode, device_torch, launch
 from .device import SMALL, SMS, Shape, check_small_worlds, copy_ceiling, gemm_overlap, measure
 
 OWN_CODE = Path(__file__).resolve().parent.parent
@@ -73,7 +72,7 @@ def run_all(args, folder):
             continue
         part, left = folder / f"device.{name}.json", end - time.monotonic()
         part.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "bench", "device", "--only", name, "--ceiling", str(report.get("ceiling_gbs", "nan")), "--device", args.device,
+        command = [*launch.program(), "device", "--only", name, "--ceiling", str(report.get("ceiling_gbs", "nan")), "--device", args.device,
                    "--iterations", str(args.iterations), "--tokens", str(args.tokens), "--out", str(folder)]
         try:
             failed = left < 5 or subprocess.run(command, cwd=OWN_CODE, timeout=min(most, left)).returncode
@@ -142,7 +141,7 @@ def sanitizer(device):
     tool = shutil.which("compute-sanitizer")
     for name in ("memcheck", "racecheck") if tool else ():
         for ranks in (2, 1):
-            command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, "-m", "bench", "device", "--small", "--most-ranks", str(ranks), "--device", device]
+            command = [tool, "--tool", name, "--error-exitcode", "9", *launch.program(), "device", "--small", "--most-ranks", str(ranks), "--device", device]
             try:
                 run = subprocess.run(command, capture_output=True, text=True, timeout=45, cwd=OWN_CODE)
                 said = "clean" if run.returncode == 0 else (run.stdout + run.stderr)[-800:]

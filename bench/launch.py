@@ -30,7 +30,17 @@ def terminal():
 
 def relaunch(ranks, argv):
     """Run `python -m bench argv` as that many ranks; returns the exit status."""
-    root = str(Path(__file__).resolve().parent.parent)
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = dict(os.environ, PYTHONPATH=os.pathsep.join(paths), BENCH_PROGRESS=terminal())
-    return subprocess.call([*mpirun(ranks), sys.executable, "-m", "bench", *argv], env=env)
+    return subprocess.call([*mpirun(ranks), *program(), *argv], env=environment(BENCH_PROGRESS=terminal()))
+
+
+def program():
+    """The command of these benchmarks: `bench` of a checkout, or `moecomm.bench` where it is installed."""
+    return [sys.executable, "-m", __package__]
+
+
+def environment(**more):
+    """The environment in which program() is found from any folder."""
+    if __package__ != "bench":
+        return dict(os.environ, **more)
+    paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return dict(os.environ, PYTHONPATH=os.pathsep.join(paths), **more)

@@ -128,13 +128,11 @@ def start(args):
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
-    root = str(Path(__file__).resolve().parent.parent)
     ranks = []
     for rank in range(size):
-        env = dict(os.environ, RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="10.97.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
-                   UCX_TLS="tcp", UCX_NET_DEVICES="uplink", GLOO_SOCKET_IFNAME="uplink", BENCH_PROGRESS=launch.terminal(),
-                   PYTHONPATH=os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]))
-        ranks.append(subprocess.Popen(["ip", "netns", "exec", namespace(args.tag, rank // args.ranks_per_node), sys.executable, "-m", "bench",
+        env = launch.environment(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="10.97.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+                   UCX_TLS="tcp", UCX_NET_DEVICES="uplink", GLOO_SOCKET_IFNAME="uplink", BENCH_PROGRESS=launch.terminal())
+        ranks.append(subprocess.Popen(["ip", "netns", "exec", namespace(args.tag, rank // args.ranks_per_node), *launch.program(),
                                        *sys.argv[1:], "--tag", args.tag], env=env))
     try:
         return next((status for status in [rank.wait() for rank in ranks] if status), 0)

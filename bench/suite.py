@@ -9,7 +9,8 @@ from . import cases, launch, report
 from .measure import OPS
 from .run import run_cases, world_of
 
-RESULTS = Path(__file__).parent / "results"
+# Beside the sources in a checkout, in the current folder where the package is installed.
+RESULTS = Path(__file__).parent / "results" if __package__ == "bench" else Path("bench-results")
 
 
 def arguments(parser):

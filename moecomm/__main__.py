@@ -1,12 +1,15 @@
-"""`python -m moecomm COMMAND`: each command is a module with arguments(parser) and main(args) -> exit status."""
+"""`moecomm COMMAND`, or `python -m moecomm COMMAND`: each command is a module with arguments(parser) and main(args) -> exit status."""
 
 import argparse
 import importlib
+import importlib.util
 import sys
+from pathlib import Path
 
 from .errors import InvalidArgument
 
 COMMANDS = {
+    "bench": (None, "the benchmarks, each a command of its own"),
     "calibrate": ("moecomm.calibrate", "measures this machine for the sim world, and checks its predictions"),
     "deep-ep-path": ("moecomm.integrations.deep_ep.install", "the folder that makes `import deep_ep` import moecomm, for PYTHONPATH"),
     "explore": ("moecomm.explore", "random schedules of small simulated worlds: hunts deadlocks and reordering bugs"),
@@ -36,8 +39,23 @@ def run(prog, description, commands, argv=None):
         own.error(str(refused))
 
 
+def _bench(argv):
+    """Run the benchmarks: part of the installed package, or beside it in a checkout."""
+    name = "moecomm.bench"
+    if importlib.util.find_spec(name) is None:
+        name, root = "bench", str(Path(__file__).resolve().parent.parent)
+        if not (Path(root) / name / "__main__.py").exists():
+            sys.exit("moecomm bench: this installation has no benchmarks; expected the folder bench/ of a checkout, or a wheel of moecomm")
+        sys.path.insert(0, root)
+    sys.argv = [f"{sys.argv[0]} bench", *argv]   # a benchmark starts its ranks with the arguments it was given
+    return importlib.import_module(f"{name}.__main__").main(argv)
+
+
 def main(argv=None):
     """Run one command; returns its exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["bench"]:
+        return _bench(argv[1:])
     return run("python -m moecomm", "Mixture-of-Experts token exchange", COMMANDS, argv)
 
 
