@@ -39,7 +39,7 @@ bench: build ## tokens through both hops, verified, beside what a user would pic
 test: build test-cpp test-python ptx-check test-mpi explore ## every suite
 
 test-python: $(READY) ## units, rank threads, launchers, failures, a short benchmark
-	-@$(MAKE) -s --no-print-directory transformers mpich
+	-@$(MAKE) -s --no-print-directory transformers mpich $(CLIENTS)/.ready
 	$(PY) -m pytest -q tests
 
 explore: build ## 100,000 random schedules of all protocols, after every known bug has been found again
@@ -53,6 +53,18 @@ $(HF)/.ready: $(VENV)/.ready
 	$(PY) -c 'import site; print(site.getsitepackages()[0])' > "$$($(HF)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
 	$(HF)/bin/python -c 'import torch'
 	timeout 300 $(HF)/bin/python -m pip install -q 'transformers>=5.23' accelerate || { rm -rf $(HF); exit 1; }
+	@touch $@
+
+# The same for clients of deep_ep, which the drop-in serves (docs/deep_ep.md).
+.PHONY: clients
+CLIENTS := .venv-clients
+clients: $(CLIENTS)/.ready build ## Megatron and torchtitan over the drop-in for deep_ep, in an environment of their own
+	$(PY) -m pytest -q tests/test_clients.py
+$(CLIENTS)/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv $(CLIENTS)
+	$(PY) -c 'import site; print(site.getsitepackages()[0])' > "$$($(CLIENTS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+	timeout 300 $(CLIENTS)/bin/python -m pip install -q --no-deps 'megatron-core==0.16.1' 'torchtitan==0.3.0' 'spmd_types==0.2.3' || { rm -rf $(CLIENTS); exit 1; }
+	timeout 300 $(CLIENTS)/bin/python -m pip install -q packaging tyro docstring_parser || { rm -rf $(CLIENTS); exit 1; }
 	@touch $@
 
 cuda-check: $(READY) ## the CUDA sources, as far as they can be checked without a GPU
@@ -85,4 +97,4 @@ test-mpi: $(READY) ## the same cases under mpirun: UCX over shared memory, over 
 	$(MPIRUN) -n 8 $(MPI_SUITE) -k "rail or mismatch or decode or many_steps"
 
 clean:      ## all that was built
-	rm -rf $(VENV) $(HF) $(MPICH) build dist *.egg-info moecomm/_native/*.so moecomm/_native/*.cpp
+	rm -rf $(VENV) $(HF) $(CLIENTS) $(MPICH) build dist *.egg-info moecomm/_native/*.so moecomm/_native/*.cpp

@@ -30,7 +30,6 @@ REFUSED = {
     "hidden_dim is 0": lambda: moecomm.run_local(lambda comm: deep_ep.HybridEPBuffer(comm, 0, 4, 2), 1),
     "group is None": lambda: deep_ep.HybridEPBuffer(None, 64, 4, 2),
     "both None or both given": lambda: with_hybrid(lambda b, r: b.dispatch(X)),
-    r"hidden is \[5, 64\]": lambda: with_hybrid(lambda b, r: b.dispatch(torch.zeros(5, 64), routing_map=torch.ones(5, 2).bool())),
     "num_of_experts is 3": lambda: with_hybrid(lambda b, r: b.dispatch(X, routing_map=MAP, num_of_experts=3)),
     "num_permuted_tokens is None": lambda: with_hybrid(lambda b, r: b.dispatch_with_permute(hidden=X, routing_map=MAP, non_blocking=True)),
     "multiple of pad_multiple": lambda: with_hybrid(lambda b, r: b.dispatch_with_permute(hidden=X, routing_map=MAP, pad_multiple=8, num_permuted_tokens=9)),
@@ -48,3 +47,12 @@ def test_refused(said):
     """A typed error names the argument, what it is, and what was expected."""
     with pytest.raises(moecomm.InvalidArgument, match=said):
         REFUSED[said]()
+
+
+def test_more_than_the_constructor_says():
+    """Tokens and rows grow the configuration, on all ranks alike."""
+    def grow(b, rank):
+        assert b.dispatch(torch.zeros(5 + rank, 128), routing_map=torch.ones(5 + rank, 4).bool())[0].shape == (11, 128)
+        return b.config.hidden_dim, b.config.max_num_of_tokens_per_rank
+
+    assert with_hybrid(grow, 2) == [(128, 6)] * 2

@@ -56,7 +56,7 @@ class HybridEPBuffer:
     ----------
     group : torch ProcessGroup, one-dimensional DeviceMesh, mpi4py Comm or moecomm.Communicator
     hidden_dim, max_num_of_tokens_per_rank, num_local_experts : int
-        Of the calls; a rank may bring fewer tokens, also none.
+        Kept as attributes, which grow where calls bring more; a rank may bring fewer tokens, also none.
     use_fp8 : bool
         Calls bring FP8 rows as uint8 with their scaling factors.
     num_sms_dispatch_api, num_sms_combine_api, num_sms_preprocessing_api, num_blocks_permute, num_blocks_unpermute : int, optional
@@ -320,9 +320,6 @@ class HybridEPBuffer:
         refusal, most = None, (0, 1)
         try:
             payload = Payload(op, hidden if scaling_factor is None else (hidden, scaling_factor))
-            if payload.width != self.config.hidden_dim or payload.tokens > self.config.max_num_of_tokens_per_rank:
-                refuse(op, f"hidden is [{payload.tokens}, {payload.width}]; expected at most {self.config.max_num_of_tokens_per_rank} tokens of {self.config.hidden_dim}, "
-                           "as the constructor says", self.rank)
             if handle is not None:
                 routing = self._state(op, handle, "expert" if same["permuted"] else "rank")[0]
                 if any(value is not None for value in (topk_idx, topk_weights, routing_map, probs)):
@@ -352,6 +349,8 @@ class HybridEPBuffer:
                 raise
             refusal = error
         most, k = self._world.agree(op, same=same, most=most, refusal=refusal)
+        config = self.config   # the buffer grows with what comes, as hybrid-ep's does
+        config.hidden_dim, config.max_num_of_tokens_per_rank = max(config.hidden_dim, payload.width), max(config.max_num_of_tokens_per_rank, most)
         order = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :k]   # a token's experts in ascending order
         picked = chosen.gather(1, order)
         weights = None if probs is None else probs.gather(1, order) * picked

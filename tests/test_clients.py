@@ -1,0 +1,26 @@
+"""Clients of deep_ep over moecomm's drop-in, unchanged: results and all gradients equal those of a single process.
+
+They have an environment of their own (`make clients`), so that they are not a dependency of all other tests.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PYTHON = ROOT / ".venv-clients" / "bin" / "python"
+# Largest difference allowed: probabilities travel in float32.
+CLIENTS = {"megatron_deepep": 5e-6, "megatron_hybridep": 5e-6, "megatron_layer": 1e-5, "torchtitan_v2": 2e-5}
+
+
+@pytest.mark.skipif(not PYTHON.exists(), reason="megatron-core and torchtitan are not installed: make clients")
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("client", CLIENTS)
+def test_client(client, ranks, tmp_path):
+    """What the client computes over ranks, forward and backward, beside one process (of Megatron's layer: its own dispatcher)."""
+    done = subprocess.run([PYTHON, "-W", "ignore", ROOT / "tests" / "clients_worker.py", client, str(ranks), tmp_path], capture_output=True, text=True,
+                          timeout=240, check=False, env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert float(done.stdout.strip().splitlines()[-1]) <= CLIENTS[client], done.stdout
