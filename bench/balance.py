@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from moecomm import options
 from moecomm._native import balance as native
 
 from . import balance_baseline as base
@@ -57,22 +58,18 @@ HEADER = f"# {'case':<7} {'load':<16} {'got':>7} {'greedy':>7} {'bound':>7} {'ta
 
 def arguments(parser):
     """Which cases, how many seeds, where results go."""
-    parser.add_argument("--cases", default="A,B,C,D,split,activate,step", help="comma-separated: A B C D split activate step")
-    parser.add_argument("--loads", default=",".join(KINDS), help="comma-separated: only these (recorded: real text through gates that are trained first)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=5, help="runs per time")
-    parser.add_argument("--exact-layers", type=int, default=2, help="layers per seed that integer programs (case C) and linear ones (activate) solve")
-    parser.add_argument("--json", help="append the rows to this file, one JSON object per line")
+    parser.add_argument("--cases", type=options.some_of("A", "B", "C", "D", "split", "activate", "step"), default="A,B,C,D,split,activate,step", help="comma-separated: A B C D split activate step")
+    parser.add_argument("--loads", type=options.some_of(*KINDS), default=",".join(KINDS), help="comma-separated: only these (recorded: real text through gates that are trained first)")
+    parser.add_argument("--seeds", type=options.positive, default=3)
+    parser.add_argument("--repeats", type=options.positive, default=5, help="runs per time")
+    parser.add_argument("--exact-layers", type=options.count, default=2, help="layers per seed that integer programs (case C) and linear ones (activate) solve")
+    parser.add_argument("--json", type=options.file_to_write, help="append the rows to this file, one JSON object per line")
 
 
 def main(args):
     """Print the table; writes JSON lines where asked."""
     runs = dict(A=case_a, B=case_b, C=case_c, D=case_d, split=case_split, activate=case_activate, step=balance_step.run)
     wanted = args.cases.split(",")
-    if unknown := [c for c in wanted if c not in runs]:
-        raise SystemExit(f"--cases: got {unknown[0]}; expected some of {', '.join(runs)}")
-    if unknown := [k for k in args.loads.split(",") if k not in KINDS]:
-        raise SystemExit(f"--loads: got {unknown[0]}; expected some of {', '.join(KINDS)}")
     print(HEADER)
     judged, missed = 0, []
     for case in wanted:

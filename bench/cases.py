@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from moecomm import options
+
 from . import launch
 
 DTYPES = ("bf16", "f16", "f32")
@@ -67,32 +69,32 @@ FAMILIES = (
 def arguments(parser, case=Case()):
     """The options of a case and of its measurement."""
     add = parser.add_argument
-    add("--nodes", type=int, help=f"default: {case.nodes}")
-    add("--ranks-per-node", type=int, help=f"default: as many as the launcher's ranks make, else {case.ranks_per_node}")
-    add("--tokens", type=int, default=case.tokens, help="per rank")
-    add("--hidden", type=int, default=case.hidden)
-    add("--experts", type=int, default=case.experts, help="over all ranks")
-    add("--top-k", type=int, default=case.top_k)
-    add("--groups", type=int, default=case.groups, help="consecutive groups of experts")
-    add("--top-groups", type=int, default=case.top_groups, help="groups that a token's experts come from")
-    add("--routing", default=case.routing, help="uniform | zipf | text | the folder of a recording | FILE (.npy or .npz of ids, or any text)")
-    add("--masked", type=float, default=case.masked, help="share of picks that are -1")
+    add("--nodes", type=options.ranks, help=f"default: {case.nodes}")
+    add("--ranks-per-node", type=options.ranks, help=f"default: as many as the launcher's ranks make, else {case.ranks_per_node}")
+    add("--tokens", type=options.tokens, default=case.tokens, help="per rank")
+    add("--hidden", type=options.tokens, default=case.hidden)
+    add("--experts", type=options.ranks, default=case.experts, help="over all ranks")
+    add("--top-k", type=options.ranks, default=case.top_k)
+    add("--groups", type=options.ranks, default=case.groups, help="consecutive groups of experts")
+    add("--top-groups", type=options.ranks, default=case.top_groups, help="groups that a token's experts come from")
+    add("--routing", type=options.source("uniform", "zipf", "text"), default=case.routing, help="uniform | zipf | text | the folder of a recording | FILE (.npy or .npz of ids, or any text)")
+    add("--masked", type=options.share, default=case.masked, help="share of picks that are -1")
     add("--unbalanced", action="store_true", help="rank r of R has (r + 1) / R of the tokens")
     add("--dtype", choices=DTYPES, default=case.dtype)
     add("--layout", choices=LAYOUTS, default=case.layout)
-    add("--channels", type=int, default=case.channels, help="0: chosen by the library")
+    add("--channels", type=options.count, default=case.channels, help="0: chosen by the library")
     measurement(parser)
 
 
 def measurement(parser):
     """The options of a measurement, whatever is measured."""
     add = parser.add_argument
-    add("--baseline", default="gloo,mpi", help="comma-separated: mpi, gloo, none")
-    add("--iters", type=int, default=20)
-    add("--warmup", type=int, default=3)
-    add("--json", metavar="FILE", help="append one JSON object per case")
-    add("--csv", metavar="FILE", help="append one CSV row per case")
-    add("--plot", metavar="FILE", help="a PNG chart of the cases")
+    add("--baseline", type=options.some_of(*BASELINES), default="gloo,mpi", help="comma-separated: mpi, gloo, none")
+    add("--iters", type=options.positive, default=20)
+    add("--warmup", type=options.count, default=3)
+    add("--json", type=options.file_to_write, metavar="FILE", help="append one JSON object per case")
+    add("--csv", type=options.file_to_write, metavar="FILE", help="append one CSV row per case")
+    add("--plot", type=options.file_to_write, metavar="FILE", help="a PNG chart of the cases")
 
 
 def from_args(args, op):
@@ -108,7 +110,4 @@ def from_args(args, op):
 
 def baselines_of(text):
     """Names of the baselines that a --baseline option asks for."""
-    unknown = set(text.split(",")) - set(BASELINES)
-    if unknown:
-        raise SystemExit(f"--baseline: got {', '.join(sorted(unknown))}; expected {', '.join(BASELINES)}")
     return [name for key in ("mpi", "gloo") if key in text.split(",") for name in BASELINES[key]]

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 import moecomm
+from moecomm import InvalidArgument, options
 from moecomm._native import core
 
 from . import baselines, check, launch
@@ -37,15 +38,15 @@ _PARTS = ("dispatch send", "dispatch receive", "combine send", "combine receive"
 def arguments(parser):
     """Sizes, and how long to measure."""
     add = parser.add_argument
-    add("--geometries", default="1x8,2x4", help="nodes x ranks per node; all of one number of ranks")
-    add("--tokens", default="1,8,32,128", help="per rank")
-    add("--hidden", type=int, default=7168)
-    add("--experts", type=int, default=288, help="256 and 32 redundant ones")
-    add("--top-k", type=int, default=8)
-    add("--baseline", default="gloo,mpi", help="comma-separated: mpi, gloo, none")
-    add("--blocks", type=int, default=5, help="of every contender")
-    add("--steps", type=int, default=0, help="per block; 0: as many as fit about 2000 tokens, 10 to 200")
-    add("--json", metavar="FILE", help="append one JSON object per row")
+    add("--geometries", type=options.geometries, default="1x8,2x4", help="nodes x ranks per node; all of one number of ranks")
+    add("--tokens", type=options.positives, default="1,8,32,128", help="per rank")
+    add("--hidden", type=options.tokens, default=7168)
+    add("--experts", type=options.ranks, default=288, help="256 and 32 redundant ones")
+    add("--top-k", type=options.ranks, default=8)
+    add("--baseline", type=options.some_of("mpi", "gloo", "none"), default="gloo,mpi", help="comma-separated: mpi, gloo, none")
+    add("--blocks", type=options.positive, default=5, help="of every contender")
+    add("--steps", type=options.count, default=0, help="per block; 0: as many as fit about 2000 tokens, 10 to 200")
+    add("--json", type=options.file_to_write, metavar="FILE", help="append one JSON object per row")
 
 
 def main(args):
@@ -53,7 +54,7 @@ def main(args):
     geometries = [tuple(map(int, g.split("x"))) for g in args.geometries.split(",")]
     ranks = geometries[0][0] * geometries[0][1]
     if any(n * p != ranks for n, p in geometries):
-        raise SystemExit(f"--geometries: got {args.geometries}; expected equal numbers of ranks")
+        raise InvalidArgument(f"--geometries: got {args.geometries}; expected equal numbers of ranks", op="bench")
     if not launch.launched():
         return launch.relaunch(ranks, sys.argv[1:])
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from moecomm import cuda
+from moecomm import cuda, options
 
 from . import device_decode, device_torch, launch
 from .device import SMALL, SMS, Shape, check_small_worlds, copy_ceiling, gemm_overlap, measure
@@ -28,16 +28,16 @@ SECTIONS = {"check": 90, "base": 45, "1x8": 90, "2x4": 90, "4x2": 90, "decode": 
 def arguments(parser):
     """What to run."""
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--iterations", type=int, default=20, help="graph replays that are timed")
-    parser.add_argument("--tokens", type=int, default=Shape.tokens)
+    parser.add_argument("--iterations", type=options.positive, default=20, help="graph replays that are timed")
+    parser.add_argument("--tokens", type=options.tokens, default=Shape.tokens)
     parser.add_argument("--small", action="store_true", help="only the checks on small worlds (as compute-sanitizer runs them)")
-    parser.add_argument("--most-ranks", type=int, default=8, help="of the small worlds")
+    parser.add_argument("--most-ranks", type=options.ranks, default=8, help="of the small worlds")
     parser.add_argument("--no-sanitizer", action="store_true")
     parser.add_argument("--build", action="store_true", help="build the extension in place first (before anything of it is imported)")
-    parser.add_argument("--minutes", type=float, default=7.5, help="no section goes on for longer, all together")
+    parser.add_argument("--minutes", type=options.above_zero, default=7.5, help="no section goes on for longer, all together")
     parser.add_argument("--only", choices=SECTIONS, help="one section, in this process")
     parser.add_argument("--ceiling", type=float, default=float("nan"), help="GB/s of a copy, where that was measured before")
-    parser.add_argument("--out", default=os.environ.get("OUT", "bench/results"), help="folder for device.json and device.md")
+    parser.add_argument("--out", type=options.folder_to_write, default=os.environ.get("OUT", "bench/results"), help="folder for device.json and device.md")
 
 
 def ready(args):

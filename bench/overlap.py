@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import moecomm
+from moecomm import options
 from moecomm.nn import MoE
 from moecomm.overlap import Started, Trace, moe_stages, two_batches
 
@@ -25,20 +26,20 @@ from .run import world_of
 def arguments(parser):
     """Sizes of the layers, and of the measurement."""
     parser.add_argument("--path", choices=("throughput", "decode"), default="throughput")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--ranks-per-node", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=0, help="per rank and micro-batch; 0: 512 (throughput), 32 (decode)")
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--intermediate", type=int, default=256)
-    parser.add_argument("--experts", type=int, default=16)
-    parser.add_argument("--top-k", type=int, default=4)
+    parser.add_argument("--nodes", type=options.ranks, default=1)
+    parser.add_argument("--ranks-per-node", type=options.ranks, default=2)
+    parser.add_argument("--tokens", type=options.count, default=0, help="per rank and micro-batch; 0: 512 (throughput), 32 (decode)")
+    parser.add_argument("--hidden", type=options.tokens, default=1024)
+    parser.add_argument("--intermediate", type=options.tokens, default=256)
+    parser.add_argument("--experts", type=options.ranks, default=16)
+    parser.add_argument("--top-k", type=options.ranks, default=4)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="float32: what CPUs multiply at full speed")
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="of torch, per rank")
-    parser.add_argument("--iters", type=int, default=20)
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--json", default="", help="append a line to this file")
-    parser.add_argument("--trace", default="", help="write a Chrome/Perfetto trace of one overlapped run")
+    parser.add_argument("--layers", type=options.positive, default=3)
+    parser.add_argument("--threads", type=options.positive, default=1, help="of torch, per rank")
+    parser.add_argument("--iters", type=options.positive, default=20)
+    parser.add_argument("--warmup", type=options.count, default=3)
+    parser.add_argument("--json", type=options.file_to_write, default="", help="append a line to this file")
+    parser.add_argument("--trace", type=options.file_to_write, default="", help="write a Chrome/Perfetto trace of one overlapped run")
 
 
 def main(args):

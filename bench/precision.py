@@ -7,15 +7,15 @@ import struct
 
 import torch
 
-from moecomm import quant, reference_quant
+from moecomm import archives, options, quant, reference_quant
 
 ROWS, NODES = 1024, 4
 
 
 def arguments(parser):
     """Arguments of `python -m bench precision`."""
-    parser.add_argument("--embeddings", help="a .npy or .safetensors file with an embedding table [tokens, hidden]")
-    parser.add_argument("--hidden", type=int, default=7168, help="width of the random rows (default 7168)")
+    parser.add_argument("--embeddings", type=options.file_to_read, help="a .npy or .safetensors file with an embedding table [tokens, hidden]")
+    parser.add_argument("--hidden", type=options.tokens, default=7168, help="width of the random rows (default 7168)")
 
 
 def main(args):
@@ -94,17 +94,21 @@ FORMATS = {
 def load(path):
     """The largest table [tokens, hidden] of a .npy or .safetensors file, FP32."""
     if path.endswith(".npy"):
-        import numpy as np
-
-        return torch.from_numpy(np.load(path)).float()
-    with open(path, "rb") as file:
-        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        start = file.tell()
-        types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-        tables = {n: e for n, e in header.items() if "embed" in n and len(e.get("shape", ())) == 2 and e["dtype"] in types}
-        name, entry = max(tables.items(), key=lambda item: item[1]["shape"][0])
-        file.seek(start + entry["data_offsets"][0])
-        data = bytearray(file.read(entry["data_offsets"][1] - entry["data_offsets"][0]))
-    table = torch.frombuffer(data, dtype=types[entry["dtype"]]).view(entry["shape"]).float()
+        table = archives.read_array("--embeddings", path)
+        if table.ndim != 2 or table.dtype.kind != "f" or not table.size:
+            archives.refuse("--embeddings", path, "array", f"is {table.dtype} {list(table.shape)}", "floats [tokens, hidden]")
+        return torch.from_numpy(table).float()
+    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    try:
+        with open(path, "rb") as file:
+            header = json.loads(file.read(min(struct.unpack("<Q", file.read(8))[0], 1 << 27)))
+            start = file.tell()
+            tables = {n: e for n, e in header.items() if "embed" in n and len(e.get("shape", ())) == 2 and e["dtype"] in types}
+            name, entry = max(tables.items(), key=lambda item: item[1]["shape"][0])
+            file.seek(start + entry["data_offsets"][0])
+            data = bytearray(file.read(entry["data_offsets"][1] - entry["data_offsets"][0]))
+        table = torch.frombuffer(data, dtype=types[entry["dtype"]]).view(entry["shape"]).float()
+    except Exception as error:   # whatever a file of another kind makes of these lines
+        archives.refuse("--embeddings", path, "file", f"has no embedding table ({type(error).__name__}: {error})", "a .npy or .safetensors file with one")
     print(f"embeddings: {name} {entry['shape']} of {path}")
     return table

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from moecomm import clusters, gate, sim
+from moecomm import clusters, gate, options, sim
 
 HIDDEN, TOP_K = 7168, 8
 FITTED = ("launch", "rail_rate")
@@ -109,7 +109,7 @@ def fit(rows=None):
 def arguments(parser):
     """Arguments of the command."""
     parser.add_argument("--decode-only", action="store_true", help="leave out the throughput rows (a minute)")
-    parser.add_argument("--json", help="also write the table to this file")
+    parser.add_argument("--json", type=options.file_to_write, help="also write the table to this file")
 
 
 def main(args):

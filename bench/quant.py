@@ -7,15 +7,15 @@ import time
 
 import torch
 
-from moecomm import quant, reference_quant
+from moecomm import options, quant, reference_quant
 
 
 def arguments(parser):
     """Arguments of `python -m bench quant`."""
-    parser.add_argument("--rows", type=int, default=1024, help="rows a multiple of 128 (default 1024)")
-    parser.add_argument("--hidden", type=int, default=7168, help="columns, a multiple of 128 (default 7168)")
-    parser.add_argument("--repeats", type=int, default=15, help="turns of every contender (default 15)")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads; the kernels use one (default 1)")
+    parser.add_argument("--rows", type=options.tokens, default=1024, help="rows a multiple of 128 (default 1024)")
+    parser.add_argument("--hidden", type=options.tokens, default=7168, help="columns, a multiple of 128 (default 7168)")
+    parser.add_argument("--repeats", type=options.positive, default=15, help="turns of every contender (default 15)")
+    parser.add_argument("--threads", type=options.positive, default=1, help="torch's threads; the kernels use one (default 1)")
 
 
 def main(args):

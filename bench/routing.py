@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moecomm import gate, record
+from moecomm import InvalidArgument, archives, gate, record
+from moecomm.record_check import picks_error
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 
@@ -65,10 +66,17 @@ def read_ids(case, rank, tokens):
     """
     if Path(case.routing).is_dir():
         return recorded_ids(case, rank, tokens)
-    loaded = np.load(case.routing)
-    ids, weights = (loaded["ids"], loaded.get("weights")) if case.routing.endswith(".npz") else (loaded, None)
-    if ids.ndim not in (2, 3) or ids.shape[-1] != case.top_k or (ids.ndim == 3 and ids.shape[0] != case.ranks):
-        raise SystemExit(f"--routing: {case.routing} has shape {list(ids.shape)}; expected [T, {case.top_k}] or [{case.ranks}, T, {case.top_k}]")
+    if case.routing.endswith(".npz"):
+        loaded = archives.read_archive("--routing", case.routing, ("ids",), optional=("weights",))
+        ids, weights = loaded["ids"], loaded.get("weights")
+    else:
+        ids, weights = archives.read_array("--routing", case.routing), None
+    if ids.dtype.kind not in "iu" or ids.size == 0 or ids.ndim not in (2, 3) or ids.shape[-1] != case.top_k or (ids.ndim == 3 and ids.shape[0] != case.ranks):
+        archives.refuse("--routing", case.routing, "ids", f"is {ids.dtype} {list(ids.shape)}", f"integers [T, {case.top_k}] or [{case.ranks}, T, {case.top_k}]")
+    if error := picks_error(ids.astype(np.int64).reshape(-1, case.top_k), case.experts):
+        archives.refuse("--routing", case.routing, *error)
+    if weights is not None and (weights.dtype.kind != "f" or weights.shape != ids.shape):
+        archives.refuse("--routing", case.routing, "weights", f"is {weights.dtype} {list(weights.shape)}", f"floats {list(ids.shape)}, as ids")
 
     def mine(array):
         own = array[rank] if array.ndim == 3 else array[rank::case.ranks]
@@ -82,9 +90,11 @@ def recorded_ids(case, rank, tokens):
     """Ids and weights of a recording (moecomm.record): all plans in order; dealt out where it has another number of ranks."""
     recording = record.load(case.routing)
     if recording[0].header["top_k"] != case.top_k or recording[0].header["num_experts"] != case.experts:
-        raise SystemExit(f"--routing: {case.routing} has top-{recording[0].header['top_k']} of {recording[0].header['num_experts']} experts; "
-                         f"expected top-{case.top_k} of {case.experts}")
+        raise InvalidArgument(f"--routing: {case.routing} has top-{recording[0].header['top_k']} of {recording[0].header['num_experts']} experts; "
+                              f"expected top-{case.top_k} of {case.experts}", op="bench")
     sources = [recording[rank]] if len(recording) == case.ranks else recording
+    if not sum(len(i) for r in sources for i in r.ids):
+        raise InvalidArgument(f"--routing: {case.routing} has no tokens; expected a recording with some", op="bench")
     ids = np.concatenate([i for r in sources for i in r.ids]).astype(np.int64)
     weights = np.concatenate([np.full(i.shape, 1 / case.top_k) if w is None else w for r in sources for i, w in zip(r.ids, r.weights)])
     if len(recording) != case.ranks:
@@ -115,14 +125,14 @@ def words_of(case, rank, tokens):
     else:
         files = [Path(case.routing)]
         if not files[0].is_file():
-            raise SystemExit(f"--routing: {case.routing} is no file; expected uniform, zipf, text or a file")
+            raise InvalidArgument(f"--routing: {case.routing} is no file; expected uniform, zipf, text or a file", op="bench")
     words = []
     for path in files:
-        words += tokenize(path.read_text(errors="replace"))
+        words += tokenize(archives.read_text("--routing", path))
         if len(words) >= case.ranks * tokens:
             break
     if not words:
-        raise SystemExit("--routing: no words were found")
+        raise InvalidArgument(f"--routing: {case.routing} has no words; expected a text", op="bench")
     first = 0 if case.routing == "text" else rank * tokens   # one file is shared out
     return [words[(first + i) % len(words)] for i in range(tokens)]
 

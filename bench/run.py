@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from moecomm import InvalidArgument
+
 from . import cases, launch, report
 from .measure import OPS, measure
 from .world import World, join_gloo
@@ -60,7 +62,7 @@ def world_of(ranks):
             join_gloo()
         world = World.from_torch()
     if world.size != ranks:
-        raise SystemExit(f"--nodes x --ranks-per-node: got {ranks}; the launcher has started {world.size} ranks")
+        raise InvalidArgument(f"--nodes x --ranks-per-node: got {ranks}; the launcher has started {world.size} ranks", op="bench")
     return world
 
 

@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from moecomm import options
+
 from . import cases, launch
 from .measure import OWN, measure
 from .run import progress_line
@@ -29,15 +31,15 @@ def arguments(parser):
     """Sizes, and the link speeds to walk through."""
     add = parser.add_argument
     add("--nodes", type=int, default=2, choices=(2, 3, 4))
-    add("--ranks-per-node", type=int, default=4)
-    add("--tokens", type=int, default=512, help="per rank")
-    add("--hidden", type=int, default=7168)
-    add("--experts", type=int, default=0, help="0: eight per rank")
-    add("--top-k", type=int, default=8)
-    add("--gbits", default="1,2,4,8", help="link speeds in Gbit/s, each way")
-    add("--iters", type=int, default=5)
-    add("--warmup", type=int, default=2)
-    add("--plot", default=str(RESULTS / "shaped_link.png"), metavar="FILE")
+    add("--ranks-per-node", type=options.ranks, default=4)
+    add("--tokens", type=options.tokens, default=512, help="per rank")
+    add("--hidden", type=options.tokens, default=7168)
+    add("--experts", type=options.count, default=0, help="0: eight per rank")
+    add("--top-k", type=options.ranks, default=8)
+    add("--gbits", type=options.numbers, default="1,2,4,8", help="link speeds in Gbit/s, each way")
+    add("--iters", type=options.positive, default=5)
+    add("--warmup", type=options.count, default=2)
+    add("--plot", type=options.file_to_write, default=str(RESULTS / "shaped_link.png"), metavar="FILE")
     add("--tag", default="", help="of the namespaces' names; set by the command itself")
 
 

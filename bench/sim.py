@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from moecomm import clusters, sim
+from moecomm import clusters, options, sim
 
 HIDDEN, TOP_K = 7168, 8
 
@@ -16,9 +16,9 @@ HIDDEN, TOP_K = 7168, 8
 def arguments(parser):
     """Arguments of `python -m bench sim`."""
     parser.add_argument("--cluster", default="h800", help="table of the modelled hardware (default h800)")
-    parser.add_argument("--ranks", type=int, default=320, help="of the decode step, with one expert each (default 320)")
-    parser.add_argument("--tokens", type=int, default=128, help="per rank, of the decode step (default 128)")
-    parser.add_argument("--steps", type=int, default=20, help="timed decode steps, after one that touches the memory (default 20)")
+    parser.add_argument("--ranks", type=options.ranks, default=320, help="of the decode step, with one expert each (default 320)")
+    parser.add_argument("--tokens", type=options.tokens, default=128, help="per rank, of the decode step (default 128)")
+    parser.add_argument("--steps", type=options.positive, default=20, help="timed decode steps, after one that touches the memory (default 20)")
     parser.add_argument("--roundtrip", action="store_true", help="also a dispatch and combine of 64 ranks with 4096 tokens")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from moecomm import options
+
 from . import cases, launch, report
 from .measure import OPS
 from .run import run_cases, world_of
@@ -17,9 +19,9 @@ def arguments(parser):
     """The measurement's options, and sizes for a quick look."""
     cases.measurement(parser)
     parser.set_defaults(iters=12)   # three minutes are also enough on a machine that has other things to do
-    parser.add_argument("--tokens", type=int, default=0, help="per rank; 0: as the families say")
-    parser.add_argument("--hidden", type=int, default=0, help="0: as the families say")
-    parser.add_argument("--output", default=str(RESULTS), help="folder of latest.json and latest.png")
+    parser.add_argument("--tokens", type=options.count, default=0, help="per rank; 0: as the families say")
+    parser.add_argument("--hidden", type=options.count, default=0, help="0: as the families say")
+    parser.add_argument("--output", type=options.folder_to_write, default=str(RESULTS), help="folder of latest.json and latest.png")
 
 
 def main(args):

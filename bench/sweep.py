@@ -10,6 +10,8 @@ from __future__ import annotations
 import sys
 import time
 
+from moecomm import options
+
 from . import cases, launch, report
 from .measure import OPS, OWN, measure
 from .run import progress_line, world_of
@@ -19,8 +21,8 @@ from .world import World
 def arguments(parser):
     """A case, and the tokens and ranks to walk through."""
     cases.arguments(parser, cases.Case())
-    parser.add_argument("--sweep-tokens", default="256,512,1024,2048,4096")
-    parser.add_argument("--sweep-ranks", default="2,4,8", help="of one node; more nodes keep --ranks-per-node")
+    parser.add_argument("--sweep-tokens", type=options.positives, default="256,512,1024,2048,4096")
+    parser.add_argument("--sweep-ranks", type=options.positives, default="2,4,8", help="of one node; more nodes keep --ranks-per-node")
 
 
 def main(args):

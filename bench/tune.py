@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from moecomm import cuda, tuning
+from moecomm import cuda, options, tuning
 
 from . import device, device_run
 
@@ -18,8 +18,8 @@ PIECES = (1, 2, 3, 4)   # of a row, each a stage
 def arguments(parser):
     """As `bench device`, and where the table goes."""
     device_run.arguments(parser)
-    parser.add_argument("--sms", type=int, nargs="+", default=[20], help="multiprocessors per rank")
-    parser.add_argument("--table", default=str(tuning.TABLES), help="folder of the table file")
+    parser.add_argument("--sms", type=options.positive, nargs="+", default=[20], help="multiprocessors per rank")
+    parser.add_argument("--table", type=options.folder_to_write, default=str(tuning.TABLES), help="folder of the table file")
 
 
 def main(args):

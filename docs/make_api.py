@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "moecomm"
 TARGET = Path(__file__).parent / "api.md"
 # Modules without names for users, and (by what they define) commands of `python -m moecomm`.
-INTERNAL = {"archives", "arguments", "bootstrap", "calls", "checks", "cuda", "cuda_decode", "grouped", "record_check", "record_files", "record_format",
+INTERNAL = {"archives", "arguments", "bootstrap", "calls", "checks", "cuda", "cuda_decode", "grouped", "options", "record_check", "record_files", "record_format",
             "recorder", "shapes", "shared"}
 MIXINS = {"Calls": "calls", "DecodeVerbs": "decode"}   # documented as members of the class that inherits them
 COMMAND = {"arguments", "main"}

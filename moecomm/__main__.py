@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from .errors import InvalidArgument
+from .errors import InvalidArgument, MoecommError
 
 COMMANDS = {
     "bench": (None, "the benchmarks, each a command of its own"),
@@ -37,6 +37,13 @@ def run(prog, description, commands, argv=None):
         return module.main(args) or 0
     except InvalidArgument as refused:   # what argparse could not know, told as argparse tells
         own.error(str(refused))
+    except MoecommError as failed:
+        print(f"{own.prog}: {failed}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.filename is None:   # none of a file that an option named
+            raise
+        own.error(str(error))
 
 
 def _bench(argv):

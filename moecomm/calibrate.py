@@ -14,8 +14,9 @@ from dataclasses import asdict, replace
 import numpy as np
 import torch
 
-from . import local
+from . import local, options
 from .buffer import Buffer
+from .checks import require
 from .sim import Cluster, Hardware
 
 HIDDEN, EXPERTS_PER_RANK, TOP_K = 2048, 8, 4
@@ -93,13 +94,14 @@ def fit(ranks, measured):
 
 def arguments(parser):
     """Arguments of the command."""
-    parser.add_argument("--ranks", type=int, default=len(os.sched_getaffinity(0)), help="rank threads; default: one per core")
-    parser.add_argument("--repeats", type=int, default=40)
-    parser.add_argument("--out", help="table to write, .toml")
+    parser.add_argument("--ranks", type=options.ranks, default=len(os.sched_getaffinity(0)), help="rank threads; default: one per core")
+    parser.add_argument("--repeats", type=options.positive, default=40)
+    parser.add_argument("--out", type=options.file_to_write, help="table to write, .toml")
 
 
 def main(args):
     """Measure, fit, predict, compare."""
+    require(args.ranks <= local.MOST_RANKS, "calibrate", "--ranks", args.ranks, f"at most {local.MOST_RANKS}")
     measured = measure(args.ranks, sorted({*FIT_TOKENS, *TEST_TOKENS}), args.repeats)
     hardware = fit(args.ranks, {t: measured[t] for t in FIT_TOKENS})
     print(f"{args.ranks} rank threads, hidden {HIDDEN}, {EXPERTS_PER_RANK} experts per rank, top {TOP_K}, bf16; fitted at {FIT_TOKENS} tokens: "

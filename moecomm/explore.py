@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from . import reference
+from . import options, reference
 from .balance import Placement
 from .sim import MODES, SCHEDULES, Choosing, Cluster, describe_waiting
 
@@ -390,11 +390,11 @@ def run(schedules, *, first_seed=0, kind=None, per_world=250, workers=None):
 
 def arguments(parser):
     """Arguments of the command."""
-    parser.add_argument("--schedules", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0, help="of the first program")
+    parser.add_argument("--schedules", type=options.positive, default=100_000)
+    parser.add_argument("--seed", type=options.count, default=0, help="of the first program")
     parser.add_argument("--kind", choices=("dispatch", "decode", "choice"), help="of programs; default: all")
-    parser.add_argument("--per-world", type=int, default=250, help="schedules of each program")
-    parser.add_argument("--workers", type=int, default=None, help="processes; default: all cores")
+    parser.add_argument("--per-world", type=options.positive, default=250, help="schedules of each program")
+    parser.add_argument("--workers", type=options.ranks, default=None, help="processes; default: all cores")
     parser.add_argument("--mutations", action="store_true", help="first break the protocol in every known way: each must be found")
 
 

@@ -10,6 +10,8 @@ from .communicator import Communicator, as_device, require_timeout
 from .errors import InvalidArgument, MoecommError
 from .shapes import as_int
 
+MOST_RANKS = 512   # rank threads that a command starts
+
 
 def run_local(fn, size, *, ranks_per_node=None, device="cpu", timeout=30.0):
     """Run fn(comm) on `size` rank threads of this process and return the results by rank.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .checks import require
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -50,6 +52,20 @@ class Deployment:
     def experts_per_rank(self):
         """Physical experts of a rank."""
         return self.experts // self.ranks
+
+
+def shape_of(name):
+    """The ModelShape of this name; dashes stand for underscores.
+
+    Raises
+    ------
+    InvalidArgument
+        There is none.
+    """
+    found = globals().get(name.replace("-", "_")) if isinstance(name, str) else None
+    known = sorted(n.replace("_", "-") for n, shape in globals().items() if isinstance(shape, ModelShape))
+    require(isinstance(found, ModelShape), "presets", "model", name, f"one of {', '.join(known)}")
+    return found
 
 
 # Source: DeepSeek-V3 technical report, section 4.2.

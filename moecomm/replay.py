@@ -13,13 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from . import record
+from . import options, record
 from .buffer import Buffer
 from .errors import InvalidArgument
-from .local import run_local
-
-MOST_THREADS = 512
-
+from .local import MOST_RANKS, run_local
 
 @dataclass
 class Script:
@@ -91,8 +88,8 @@ def on_cpu(script):
     InvalidArgument
         More ranks than a process can hold.
     """
-    if script.size > MOST_THREADS:
-        raise InvalidArgument(f"--ranks: got {script.size}; the cpu world runs every rank as a thread, expected at most {MOST_THREADS}, or --world sim",
+    if script.size > MOST_RANKS:
+        raise InvalidArgument(f"--ranks: got {script.size}; the cpu world runs every rank as a thread, expected at most {MOST_RANKS}, or --world sim",
                               op="replay")
 
     def main(comm):
@@ -205,7 +202,7 @@ def arguments(parser):
     """Options of the command."""
     parser.add_argument("path", help="the folder that Buffer(..., record=PATH) wrote")
     parser.add_argument("--world", choices=("cpu", "sim"), default="cpu")
-    parser.add_argument("--ranks", type=int, help="another number of ranks than the recorded one")
+    parser.add_argument("--ranks", type=options.ranks, help="another number of ranks than the recorded one")
     parser.add_argument("--json", action="store_true")
 
 

@@ -10,8 +10,11 @@ import contextlib
 import json
 from dataclasses import dataclass
 
+from . import options
 from ._native import core
+from .checks import require
 
+MOST_TOKENS = 1 << 20   # of all ranks
 ROLES = core.ROLES   # tracks from top to bottom
 
 
@@ -75,13 +78,13 @@ def save(path, spans):
 
 def arguments(parser):
     """Arguments of the command."""
-    parser.add_argument("out", help="file to write, .json")
+    parser.add_argument("out", type=options.file_to_write, help="file to write, .json")
     parser.add_argument("--world", choices=("sim", "cpu"), default="sim")
     parser.add_argument("--cluster", default="h800", help="sim world: a name of `moecomm.clusters`, or a .toml file")
-    parser.add_argument("--ranks", type=int, default=16)
-    parser.add_argument("--ranks-per-node", type=int, default=8)
+    parser.add_argument("--ranks", type=options.ranks, default=16)
+    parser.add_argument("--ranks-per-node", type=options.ranks, default=8)
     parser.add_argument("--model", default="deepseek_v3", help="a shape of moecomm.presets")
-    parser.add_argument("--tokens", type=int, default=64, help="per rank")
+    parser.add_argument("--tokens", type=options.tokens, default=64, help="per rank")
     parser.add_argument("--decode", action="store_true", help="the decode path")
 
 
@@ -92,7 +95,10 @@ def main(args):
     from . import clusters, local, overlap, presets, sim
     from .buffer import Buffer
 
-    model = getattr(presets, args.model)
+    model = presets.shape_of(args.model)
+    require(args.ranks * args.tokens <= MOST_TOKENS, "trace", "--ranks times --tokens", args.ranks * args.tokens, f"at most {MOST_TOKENS}")
+    require(args.world == "sim" or args.ranks <= local.MOST_RANKS, "trace", "--ranks", args.ranks, f"at most {local.MOST_RANKS} in the cpu world")
+    require(args.ranks % args.ranks_per_node == 0, "trace", "--ranks-per-node", args.ranks_per_node, f"a divisor of the {args.ranks} ranks")
     shape = {"hidden": model.hidden, "num_experts": model.num_experts, "top_k": model.top_k, "max_tokens": args.tokens}
     g = torch.Generator().manual_seed(0)
     ids = [torch.rand((args.tokens, model.num_experts), generator=g, dtype=torch.float32, device="cpu").argsort(1)[:, :model.top_k].contiguous() for _ in range(args.ranks)]

@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+from .. import options
 from . import report
 from .question import ask
 from .sweeps import make_plan
@@ -16,19 +17,19 @@ def arguments(parser):
     add = parser.add_argument
     add("--model", default="deepseek-v3", help="a shape of moecomm.presets")
     add("--cluster", default="h800", help="a table of moecomm.clusters")
-    add("--ep", type=int, default=320, help="ranks")
-    add("--tokens", type=int, default=128, help="per rank and micro-batch")
-    add("--routing", default="uniform", help="uniform | zipf | the folder of a recording")
+    add("--ep", type=options.ranks, default=320, help="ranks")
+    add("--tokens", type=options.tokens, default=128, help="per rank and micro-batch")
+    add("--routing", type=options.source("uniform", "zipf"), default="uniform", help="uniform | zipf | the folder of a recording")
     add("--path", choices=("auto", "decode", "throughput"), default="auto", help="auto: decode up to 256 tokens")
     add("--dispatch", choices=("fp8", "bf16"), default="fp8", help="rows of dispatch; combine carries bf16")
-    add("--sms", type=int, default=20)
-    add("--node-limit", type=int, help="groups that a token's experts come from; default: the model's")
-    add("--slots-per-rank", type=int, help="physical experts of a rank; default: the published deployment's, or the fewest")
-    add("--layers", type=int, default=61)
-    add("--slo-ms", type=float, help="bound on a step: how many tokens fit")
-    add("--attention-us", type=float, help="computation of one micro-batch: what share of communication it hides")
+    add("--sms", type=options.positive, default=20)
+    add("--node-limit", type=options.positive, help="groups that a token's experts come from; default: the model's")
+    add("--slots-per-rank", type=options.ranks, help="physical experts of a rank; default: the published deployment's, or the fewest")
+    add("--layers", type=options.positive, default=61)
+    add("--slo-ms", type=options.above_zero, help="bound on a step: how many tokens fit")
+    add("--attention-us", type=options.above_zero, help="computation of one micro-batch: what share of communication it hides")
     add("--quick", action="store_true", help="the question itself, no sweeps")
-    add("--html", metavar="FILE")
+    add("--html", type=options.file_to_write, metavar="FILE")
     add("--json", action="store_true")
 
 
@@ -42,8 +43,8 @@ def main(args):
             bar = "#" * (30 * done // of)
             print(f"\r\033[K[{bar:30}] {done}/{of} {what}" if done < of else "\r\033[K", end="", file=sys.stderr, flush=True)
 
-    options = dict(sweeps=()) if args.quick else {}
-    plan = make_plan(question, layers=args.layers, slo_ms=args.slo_ms, attention_us=args.attention_us, progress=progress, **options)
+    chosen = dict(sweeps=()) if args.quick else {}
+    plan = make_plan(question, layers=args.layers, slo_ms=args.slo_ms, attention_us=args.attention_us, progress=progress, **chosen)
     print(json.dumps(report.as_dict(plan), indent=1) if args.json else report.text(plan))
     if args.html:
         Path(args.html).write_text(report.page(plan))

@@ -10,7 +10,9 @@ import torch
 
 from .. import clusters, gate, presets, record
 from ..balance import rebalance
+from ..checks import MOST_EXPERTS, integer, path, require
 from ..errors import InvalidArgument
+from ..shapes import QUANTS
 
 DECODE_TOKENS = 256   # up to here a step is taken for decoding where nothing is said
 
@@ -71,6 +73,9 @@ class Question:
         return replace(self, **changes)
 
 
+MOST_RANKS, MOST_TOKENS = 4096, 1 << 22   # of a question: ranks, and tokens of all of them
+
+
 def ask(model, cluster, ranks, tokens, *, routing="uniform", decode=None, quant="fp8", num_sms=20, top_groups=None, slots_per_rank=None):
     """A Question from names, with the published deployment of that many ranks where there is one.
 
@@ -89,12 +94,16 @@ def ask(model, cluster, ranks, tokens, *, routing="uniform", decode=None, quant=
     InvalidArgument
         There is no such model or cluster, or the experts do not fit.
     """
-    shape = getattr(presets, str(model).replace("-", "_"), None)
-    if not isinstance(shape, presets.ModelShape):
-        names = sorted(n.replace("_", "-") for n, v in vars(presets).items() if isinstance(v, presets.ModelShape))
-        raise InvalidArgument(f"model: got {model!r}; expected one of {', '.join(names)}", op="plan")
-    if ranks < 1 or tokens < 1:
-        raise InvalidArgument(f"{'ep' if ranks < 1 else 'tokens'}: got {min(ranks, tokens)}; expected an int >= 1", op="plan")
+    op, shape = "plan", presets.shape_of(model)
+    ranks, tokens = integer(op, "ep", ranks, 1, MOST_RANKS), integer(op, "tokens", tokens, 1, 1 << 24)
+    require(ranks * tokens <= MOST_TOKENS, op, "tokens", tokens, f"at most {MOST_TOKENS // ranks} with {ranks} ranks")
+    num_sms = integer(op, "num_sms", num_sms, 2, 4096)
+    require(num_sms % 2 == 0, op, "num_sms", num_sms, "an even number")
+    require(decode is None or isinstance(decode, bool), op, "decode", decode, "True, False or None")
+    require(quant is None or (isinstance(quant, str) and quant in QUANTS), op, "quant", quant, f"one of {', '.join(map(repr, QUANTS))}")
+    routing = path(op, "routing", routing)
+    top_groups = None if top_groups is None else integer(op, "top_groups", top_groups, 1, MOST_EXPERTS)
+    slots_per_rank = None if slots_per_rank is None else integer(op, "slots_per_rank", slots_per_rank, 1, MOST_EXPERTS // ranks)
     machine = clusters.load(cluster)
     decode = tokens <= DECODE_TOKENS if decode is None else decode
     published = next((d for d in vars(presets).values() if isinstance(d, presets.Deployment) and d.model == shape and d.ranks == ranks), None)
@@ -161,4 +170,5 @@ def _recorded(q):
         raise InvalidArgument(f"routing: {q.routing!r} has top-{header['top_k']} of {header['num_experts']} experts; "
                               f"expected top-{q.model.top_k} of {q.model.num_experts}", op="plan")
     ids = np.concatenate([i for r in ranks for i in r.ids]).astype(np.int64)
+    require(len(ids), "plan", "routing", q.routing, "a recording with tokens")
     return np.resize(ids, (q.ranks * q.tokens, q.model.top_k))
