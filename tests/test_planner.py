@@ -26,9 +26,9 @@ def test_published_deployments_are_found():
     assert (prefill.slots, prefill.top_k, prefill.decode, prefill.nodes, prefill.top_groups) == (288, 8, False, 4, 4)
 
 
-@pytest.mark.parametrize("wrong,said", [(dict(model="gpt-9"), "model: got 'gpt-9'; expected one of deepseek-v2-lite"),
-                                        (dict(cluster="abacus"), "cluster: got 'abacus'"), (dict(ranks=0), "ep: got 0"),
-                                        (dict(tokens=0), "tokens: got 0"), (dict(slots_per_rank=1, ranks=64), "slots_per_rank: got 1")])
+@pytest.mark.parametrize("wrong,said", [(dict(model="gpt-9"), "model is 'gpt-9'; expected one of deepseek-v2-lite"),
+                                        (dict(cluster="abacus"), "cluster: got 'abacus'"), (dict(ranks=0), "ep is 0"),
+                                        (dict(tokens=0), "tokens is 0"), (dict(slots_per_rank=1, ranks=64), "slots_per_rank: got 1")])
 def test_errors(wrong, said):
     with pytest.raises(moecomm.InvalidArgument, match=said.replace("(", r"\(")):
         ask(**{**dict(model="deepseek-v3", cluster="h800", ranks=32, tokens=16), **wrong})
