@@ -60,7 +60,7 @@ Status wait_counter(HostState& s, Rail& rail, char* memory, uint64_t offset, uin
         if (fault.code != Code::corrupt) { fault.expected = at_least; fault.got = c.load(); }
         return fault;
       }
-      if (const int lost = rail.failed(peer) ? peer : s.watch->lost(peer); lost >= 0 && !arrived())
+      if (const int dead = s.watch->lost(peer), lost = dead >= 0 ? dead : rail.lost(peer); lost >= 0 && !arrived())
         return {Code::lost, phase, lost, 0, at_least, c.load()};
       if (now >= s.deadline) return settle_timeout(s, rail, {Code::timeout, phase, peer, 0, at_least, c.load()});
     }

@@ -16,7 +16,7 @@ class LoopbackRail {
   void signal(int peer, uint64_t counter, uint64_t add) noexcept { add_and_wake(regions_[peer], counter, add); }
   static char* reach(int) noexcept { return nullptr; }   // as over a network, so that rank threads take the same way
   static bool progress() noexcept { return false; }
-  static bool failed(int) noexcept { return false; }
+  static int lost(int) noexcept { return -1; }
   static bool flush_poll() noexcept { return true; }
 
  private:

@@ -5,6 +5,7 @@
 #include <ucp/api/ucp.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
@@ -13,6 +14,7 @@
 #include "fabric/futex.hpp"
 #include "fabric/ucx_library.hpp"
 #include "fabric/ucx_line.hpp"
+#include "fabric/ucx_rescue.hpp"
 
 namespace moecomm {
 namespace {
@@ -56,6 +58,10 @@ UcxContext::~UcxContext() {
   }
   if (stop_ >= 0) close(stop_);
   abandon();
+  if (dead_) {   // nothing of it can be ended, and peers may still write: it is left to the end of the process
+    new auto(std::move(retired_));
+    return;
+  }
   if (worker_) ucp_worker_destroy(worker_);
   for (auto& [memory, rest] : retired_) ucp_mem_unmap(context_, memory);
   if (context_) ucp_cleanup(context_);
@@ -63,6 +69,7 @@ UcxContext::~UcxContext() {
 
 void UcxContext::abandon() noexcept {
   abandoned_ = true;
+  if (dead_) return;
   std::vector<ucs_status_ptr_t> closing;
   for (Link& link : links_) {
     if (!link.endpoint) continue;
@@ -75,8 +82,8 @@ void UcxContext::abandon() noexcept {
   }
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(500);
   for (ucs_status_ptr_t r : closing) {
-    while (ucp_request_check_status(r) == UCS_INPROGRESS && std::chrono::steady_clock::now() < deadline) ucp_worker_progress(worker_);
-    ucp_request_free(r);
+    while (!dead_ && ucp_request_check_status(r) == UCS_INPROGRESS && std::chrono::steady_clock::now() < deadline) progress();
+    if (!dead_) ucp_request_free(r);
   }
 }
 
@@ -122,7 +129,8 @@ void UcxContext::serve_loop() noexcept {
     {
       std::lock_guard lock(calls_);
       do {
-        while (ucp_worker_progress(worker_)) {}
+        while (progress()) {}
+        if (dead_) return;
       } while (ucp_worker_arm(worker_) == UCS_ERR_BUSY);
     }
     pollfd fds[2] = {{events, POLLIN, 0}, {stop_, POLLIN, 0}};
@@ -131,7 +139,22 @@ void UcxContext::serve_loop() noexcept {
   }
 }
 
-bool UcxContext::progress() noexcept { return ucp_worker_progress(worker_) != 0; }
+bool UcxContext::progress() noexcept {
+  if (dead_) return false;
+  unsigned moved = 0;
+  if (survives_abort([this, &moved] { moved = ucp_worker_progress(worker_); })) return moved != 0;
+  if (std::none_of(links_.begin(), links_.end(), [](const Link& l) { return l.failed.load(std::memory_order_acquire); })) std::abort();   // something else
+  dead_ = abandoned_ = true;
+  for (Link& link : links_) link.endpoint = nullptr;
+  return false;
+}
+
+int UcxContext::lost(int rank) const noexcept {
+  if (rank < 0 || links_[rank].failed.load(std::memory_order_acquire) || !dead_) return failed(rank) ? rank : -1;
+  for (const Link& link : links_)   // what ended UCX here is the connection that failed before, whomever this rank waits for
+    if (link.failed.load(std::memory_order_acquire)) return link.rank;
+  return rank;
+}
 
 std::string UcxContext::version() { return ucp_get_version_string(); }
 
@@ -153,9 +176,11 @@ UcxRegion::~UcxRegion() {
   const auto enough = std::chrono::steady_clock::now() + std::chrono::milliseconds(200);
   while (!context_.abandoned() && !flush_poll() && std::chrono::steady_clock::now() < enough) context_.progress();
   const bool settled = !context_.abandoned() && flush_poll();
-  for (ucp_rkey_h key : mapped_) ucp_rkey_destroy(key);
-  for (Peer& p : peers_)
-    if (p.line) p.line->close();
+  if (!context_.dead()) {
+    for (ucp_rkey_h key : mapped_) ucp_rkey_destroy(key);
+    for (Peer& p : peers_)
+      if (p.line) p.line->close();
+  }
   // A peer that has not noticed a failure yet may still write into this region, and UCX may hold on to a line.
   if (settled) ucp_mem_unmap(context_.context(), memory_);
   else context_.retire(memory_, std::make_shared<std::vector<Peer>>(std::move(peers_)));

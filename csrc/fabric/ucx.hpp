@@ -40,6 +40,10 @@ class UcxContext {
   void serve();                             // starts the thread
 
   bool progress() noexcept;                 // true when something moved
+  // The rank whose connection is gone, where this one waits for `rank`; -1: none.
+  int lost(int rank) const noexcept;
+  // UCX wanted to end the process (fabric/ucx_rescue.hpp): nothing of this context is used any more.
+  bool dead() const noexcept { return dead_; }
   bool failed(int rank) const noexcept { return rank >= 0 && links_[rank].failed.load(std::memory_order_acquire); }
   void fail(int rank) noexcept { links_[rank].failed.store(true, std::memory_order_release); }
   // After a failure that is final: closes every endpoint by force, so that nothing is read from a caller's memory or
@@ -71,7 +75,7 @@ class UcxContext {
   ucp_context_h context_ = nullptr;
   ucp_worker_h worker_ = nullptr;
   std::vector<Link> links_;   // by rank; never resized: endpoints point into it
-  bool abandoned_ = false;
+  bool abandoned_ = false, dead_ = false;
   std::vector<std::pair<ucp_mem_h, std::shared_ptr<void>>> retired_;
 };
 

@@ -13,7 +13,7 @@ class UcxRail {
   void signal(int peer, uint64_t counter, uint64_t add) noexcept { region_->signal(peer, counter, add); }
   char* reach(int peer) const noexcept { return region_->reach(peer); }
   bool progress() noexcept { return context_->progress(); }
-  bool failed(int rank) const noexcept { return context_->failed(rank); }
+  int lost(int rank) const noexcept { return context_->lost(rank); }
   bool flush_poll() noexcept { return region_->flush_poll(); }
 
  private:
