@@ -21,7 +21,10 @@ class InvalidArgument(MoecommError, ValueError):
 
 
 class PeerTimeout(MoecommError):
-    """A peer did not do its part before the deadline; the communicator cannot be used any more."""
+    """A peer did not do its part before the deadline; the communicator cannot be used any more.
+
+    Where this rank itself was the late one (it was stopped, say), .peer is its own number and .reporter a rank that ended without it.
+    """
 
 
 class PeerLost(MoecommError):
@@ -80,6 +83,10 @@ def raise_failure(failure, *, op, rank, describe_capacity=None):
     reported = "" if reporter is None else f" (reported by rank {reporter})"
     if f.code == "corrupt":
         _raise_corrupt(f, where, rank if reporter is None else reporter, reported, fields)
+    if f.peer == rank and f.code == "timeout" and f.detail:
+        ended = "another rank has" if reporter is None else f"rank {reporter} has"
+        raise PeerTimeout(f"{where}: this rank did not look at its peers for {f.detail / 1000:.1f} s (it was stopped, or busy elsewhere), and {ended} ended "
+                          "the call without it; expected a longer timeout, or a rank that is not stopped", **fields)
     who = f"rank {f.peer}" if f.peer >= 0 else "a rank"
     seen = f"{reported}; expected counter {f.expected}, got {f.got}"
     if f.code == "lost":

@@ -40,6 +40,7 @@ Status wait_counter(HostState& s, Rail& rail, char* memory, uint64_t offset, uin
     if (arrived()) return {};
   }
   Clock::time_point next_check = Clock::now();
+  s.look(next_check);
   const Clock::time_point sleepy = next_check + kYielding;
   for (int i = 0; i < kYields && next_check < sleepy; ++i, next_check = Clock::now()) {
     rail.progress();
@@ -50,8 +51,11 @@ Status wait_counter(HostState& s, Rail& rail, char* memory, uint64_t offset, uin
     const bool moved = rail.progress();
     if (arrived()) return {};
     const Clock::time_point now = Clock::now();
+    s.look(now);
     if (now >= next_check) {
       next_check = now + std::chrono::milliseconds(5);
+      const int dead = s.watch->lost(peer), unreachable = dead < 0 ? rail.lost(peer) : -1;
+      if (const Status self = own_absence(s, phase, unreachable, at_least, c.load()); !self.ok() && !arrived()) return self;
       if (interrupted && interrupted()) return {Code::interrupted, phase, s.geometry.rank, 0, at_least, c.load()};
       // Arrived data wins over a dead peer: what a rank sent before it died is still complete.
       if (Status fault = reported_fault(s); !fault.ok() && !arrived()) {
@@ -60,7 +64,7 @@ Status wait_counter(HostState& s, Rail& rail, char* memory, uint64_t offset, uin
         if (fault.code != Code::corrupt) { fault.expected = at_least; fault.got = c.load(); }
         return fault;
       }
-      if (const int dead = s.watch->lost(peer), lost = dead >= 0 ? dead : rail.lost(peer); lost >= 0 && !arrived())
+      if (const int lost = std::max(dead, unreachable); lost >= 0 && !arrived())
         return {Code::lost, phase, lost, 0, at_least, c.load()};
       if (now >= s.deadline) return settle_timeout(s, rail, {Code::timeout, phase, peer, 0, at_least, c.load()});
     }

@@ -3,6 +3,9 @@
 #pragma once
 #include <unistd.h>
 
+#include <algorithm>
+#include <chrono>
+
 #include "fabric/host_state.hpp"
 
 namespace moecomm {
@@ -36,6 +39,28 @@ inline Status reported_fault(const HostState& s) {
   Status first;
   each_report(s, [&](int, const Status& said) { if (first.ok()) first = said; });
   return first;
+}
+
+// A rank that has said that it waited too long for this one, or that this one is gone; -1: none has.
+inline int given_up_by(const HostState& s) {
+  int who = -1;
+  each_report(s, [&](int writer, const Status& said) {
+    if (who < 0 && writer != s.geometry.rank && said.peer == s.geometry.rank && (said.code == Code::timeout || said.code == Code::lost)) who = writer;
+  });
+  return who;
+}
+
+// Where others have ended without this rank, since it was away: a timeout whose peer is this rank, and whose detail is for how many milliseconds. Else ok.
+// A rank that names this one has waited a whole timeout: where this one has waited much less, it came late. unreachable: a peer whose connection is
+// gone although nobody saw it die, or -1.
+inline Status own_absence(const HostState& s, Phase phase, int unreachable, uint64_t expected, uint64_t got) {
+  if (!s.was_away() && !s.came_late()) return {};
+  int by = given_up_by(s);
+  if (by < 0 && s.was_away()) by = unreachable;
+  if (by < 0) return {};
+  constexpr int64_t kMost = (1 << 24) - 1;   // what a FaultWord holds
+  const int64_t away = (s.was_away() ? s.absent : s.between) / std::chrono::milliseconds(1);
+  return {Code::timeout, phase, s.geometry.rank, static_cast<int32_t>(std::clamp<int64_t>(away, 1, kMost)), expected, got, by};
 }
 
 // This rank waits for `mine.peer` and its time, or another rank's, is up. Reports cross for a moment; then the chain

@@ -111,8 +111,7 @@ void Reach::trace(bool on) {
 
 void Reach::begin(bool stream) {
   host_.stream = stream;
-  host_.deadline = std::chrono::steady_clock::now() +
-                   std::chrono::duration_cast<std::chrono::steady_clock::duration>(std::chrono::duration<double>(comm_->timeout()));
+  host_.begin(std::chrono::duration_cast<std::chrono::steady_clock::duration>(std::chrono::duration<double>(comm_->timeout())));
 }
 
 Status Reach::flush() {
@@ -120,8 +119,10 @@ Status Reach::flush() {
     comm_->ucx()->progress();
     sched_yield();
     if (interrupted && interrupted()) return {Code::interrupted, Phase::flush, host_.geometry.rank, 0, 1, 0};
+    host_.look(std::chrono::steady_clock::now());
     // UCX completes what was meant for a failed peer, with an error, so a peer that has left does no harm here.
-    if (std::chrono::steady_clock::now() < host_.deadline) continue;
+    if (host_.looked < host_.deadline) continue;
+    if (const Status self = own_absence(host_, Phase::flush, -1, 1, 0); !self.ok()) return self;
     return settle_timeout(host_, ucx_rail_, {Code::timeout, Phase::flush, region_->slow_rank(), 0, 1, 0});
   }
   return {};
