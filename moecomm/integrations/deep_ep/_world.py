@@ -11,7 +11,7 @@ from ...communicator import Communicator
 from ...errors import CapacityExceeded, ConfigMismatch, InvalidArgument
 from .errors import refuse
 
-_options = dict(ranks_per_node=None, device=None, timeout=None)
+_options = dict(ranks_per_node=None, device=None, timeout=100.0)   # seconds, as deep_ep's own
 _worlds = {}   # by id of the group, which the World keeps
 _NUMBERS, _TEXT = 24, 40   # int64 words of a round: what is agreed, and why a rank refuses
 _DISPATCHES = 4   # results that an arena holds at first; it grows
@@ -20,7 +20,8 @@ _DISPATCHES = 4   # results that an arena holds at first; it grows
 def configure(**options):
     """How Communicators of groups that are seen for the first time from here on are made: ranks_per_node, device, timeout.
 
-    None leaves it to moecomm.Communicator; without a device it is the current GPU where torch has one, else the CPU.
+    None leaves it to moecomm.Communicator; without a device it is the current GPU where torch has one, else the CPU. The timeout
+    is 100 seconds where it was never named.
 
     Raises
     ------

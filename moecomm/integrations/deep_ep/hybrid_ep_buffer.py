@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import torch
 
 from ... import ops
-from ...errors import CapacityExceeded
-from ._checks import IDS, check_int, check_rows
+from ._checks import IDS, capturing, check_int, check_rows
 from ._routing import Payload, Routing
 from ._world import world_of
 from .errors import Unsupported, refuse, require_tensor
@@ -213,7 +212,7 @@ class HybridEPBuffer:
         handle : tuple, optional
             Of an earlier dispatch_with_permute: its plan is used again.
         non_blocking : bool
-            The host does not wait for sizes.
+            Results have static sizes. The host waits all the same, so it is not for CUDA graphs (with a handle it is).
         fuse_permute_dispatch, num_dispatched_tokens, use_host_meta
             Without effect: dispatch puts rows in their final order anyway.
 
@@ -241,7 +240,7 @@ class HybridEPBuffer:
                 refuse(op, f"num_permuted_tokens is {num_permuted_tokens}; expected a multiple of pad_multiple = {pad}", self.rank)
             if use_fp8 and scaling_factor is None:
                 refuse(op, "use_fp8 is set and scaling_factor is None; expected rows and their scaling factors", self.rank)
-            return dict(layout="expert", expert_alignment=pad, capacity=num_permuted_tokens)
+            return dict(layout="expert", expert_alignment=pad)   # the budget cuts what arrives: too many rows are no error here
 
         same = {"permuted": 1, "pad_multiple": pad if isinstance(pad, int) else -1, "num_permuted_tokens": num_permuted_tokens if isinstance(num_permuted_tokens, int) else -1}
         routing, payload, weights = self._begin(op, hidden, scaling_factor, topk_idx, topk_weights, num_of_experts, num_of_experts_per_rank, probs, routing_map, handle,
@@ -253,13 +252,7 @@ class HybridEPBuffer:
                 if given is not None and given != kept:
                     refuse(op, f"{name} is {given} and the handle's is {kept}; expected it left out", self.rank)
         with torch.no_grad():
-            try:
-                out = routing.dispatch(payload.hidden, payload.dtype, payload.x, weights)
-            except CapacityExceeded:   # on every rank: more rows than the budget of one of them
-                if routing.how["capacity"] is None:
-                    raise
-                routing.how = {**routing.how, "capacity": None}
-                out = routing.dispatch(payload.hidden, payload.dtype, payload.x, weights)
+            out = routing.dispatch(payload.hidden, payload.dtype, payload.x, weights)
             recv_probs = None if weights is None else out.topk_weights
             rows, scales = self._received(payload, out)
             n = self._rows(routing, budget)
@@ -332,6 +325,9 @@ class HybridEPBuffer:
             experts = local * self.group_size
             if num_of_experts is not None and num_of_experts != experts:
                 refuse(op, f"num_of_experts is {num_of_experts}; expected {local} experts per rank times {self.group_size} ranks", self.rank)
+            if capturing():
+                raise Unsupported(f"{op}: a CUDA graph is captured, and the host must learn how many picks and rows there are; expected the first dispatch "
+                                  "outside, and calls with its handle inside, or ElasticBuffer.dispatch(do_cpu_sync=False)", op=op, rank=self.rank)
             if (topk_idx is None) == (routing_map is None):
                 refuse(op, "topk_idx and routing_map are both None or both given; expected one of them, or a handle", self.rank)
             if topk_idx is not None:
