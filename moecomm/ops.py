@@ -56,7 +56,8 @@ def ticket_of(handle):
     Raises
     ------
     InvalidArgument
-        Its dispatch is forgotten: the tensor is a copy, and the original is gone.
+        Its dispatch is forgotten: the tensor is a copy, and the original is gone (in a compiled graph, hooks that copy saved tensors
+        do that).
     """
     found = _tickets.get(int(handle))
     if found is None:
@@ -119,7 +120,7 @@ def _dispatch_fake(x, topk_ids, topk_weights, scales, buffer, layout, expert_ali
 def _dispatch_context(ctx, inputs, output):
     x, _, topk_weights, scales, ctx.buffer, ctx.layout, *_ = inputs
     ctx.tokens, ctx.weighted, ctx.quantized = x.shape[0], topk_weights is not None, scales is not None
-    ctx.save_for_backward(output[-1])
+    _save(ctx, output[-1])
 
 
 def _dispatch_backward(ctx, rows, _scales, weights, *_):
@@ -164,7 +165,7 @@ def _redispatch_fake(x, topk_weights, scales, handle, buffer, layout, num_rows):
 def _redispatch_context(ctx, inputs, output):
     x, topk_weights, scales, handle, ctx.buffer, ctx.layout, _ = inputs
     ctx.tokens, ctx.weighted, ctx.quantized = x.shape[0], topk_weights is not None, scales is not None
-    ctx.save_for_backward(handle)
+    _save(ctx, handle)
 
 
 def _redispatch_backward(ctx, rows, _scales, weights, *_):
@@ -189,7 +190,7 @@ def _combine_context(ctx, inputs, output):
     rows, topk_weights, bias, handle, ctx.buffer, ctx.layout, *_ = inputs
     ctx.bias = None if bias is None else (bias.dim(), bias.dtype)
     ctx.num_rows, ctx.weighted = rows.shape[0], topk_weights is not None
-    ctx.save_for_backward(*((handle, rows, topk_weights) if ctx.weighted else (handle,)))
+    _save(ctx, handle, *((rows, topk_weights) if ctx.weighted else ()))
 
 
 def _combine_backward(ctx, y):
@@ -226,13 +227,33 @@ def _combine_slots_fake(rows, back, handle, buffer, layout, num_tokens):
 def _combine_slots_context(ctx, inputs, output):
     rows, _, handle, ctx.buffer, ctx.layout, _ = inputs
     ctx.num_rows = rows.shape[0]
-    ctx.save_for_backward(handle)
+    _save(ctx, handle)
 
 
 def _combine_slots_backward(ctx, y, slots):
     (handle,) = ctx.saved_tensors
     rows, _, back, *_ = redispatch(y.contiguous(), slots.contiguous(), None, handle, ctx.buffer, ctx.layout, ctx.num_rows)
     return rows, back, None, None, None, None
+
+
+def _save(ctx, handle, *tensors):
+    """Save for backward. Hooks on saved tensors may keep copies (torch.autograd.graph.save_on_cpu): the ticket of the original handle
+    is then kept beside them, which a copy names as well. Not for checkpoint's hooks, which keep nothing and compute again."""
+    ctx.save_for_backward(handle, *tensors)
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    copied = hooks is not None and getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint" and type(handle) is torch.Tensor   # no tracer's
+    ctx.ticket = _tickets.get(int(handle)) if copied else None
+
+
+def _through(backward):
+    """A backward, after which the ticket beside copies goes, unless the graph is kept. Saved tensors go in the same moment."""
+    @functools.wraps(backward)
+    def run(ctx, *grads):
+        result = backward(ctx, *grads)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            ctx.ticket = None
+        return result
+    return run
 
 
 def _wide(dtype):
@@ -263,7 +284,7 @@ def _refuse_vmap(name, *_):
 def _define(name, run, fake, context, backward, schema):
     op = torch.library.custom_op(f"moecomm::{name}", run, mutates_args=(), schema=schema)
     op.register_fake(fake)
-    op.register_autograd(backward, setup_context=context)
+    op.register_autograd(_through(backward), setup_context=context)
     op.register_vmap(functools.partial(_refuse_vmap, name))
     return getattr(torch.ops.moecomm, name)
 
