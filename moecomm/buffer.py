@@ -161,6 +161,9 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         layers that share a Buffer, plus one per layer where gradients of activations are kept too. Memory is committed
         when it is first touched, so a generous number costs address space alone.
 
+        Room for the next dispatch is there whenever fewer than `dispatches` are held, in whatever order they come and go. A
+        capacity beyond that worst case, or the padding of expert_alignment, comes on top.
+
         Raises
         ------
         InvalidArgument

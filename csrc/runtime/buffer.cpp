@@ -49,7 +49,7 @@ uint64_t Buffer::bytes(const Geometry& g, const Shape& s) {
 
 Buffer::Buffer(std::shared_ptr<Communicator> comm, Shape shape, bool check)
     : comm_(std::move(comm)), view_(make_view(comm_->geometry(), shape, check)), reach_(comm_, reach_plan(view_)) {
-  arena_ = std::make_shared<Arena>(view_.node.arena, view_.node.arena + shape.arena_bytes);
+  arena_ = std::make_shared<Arena>(view_.node.arena, view_.node.arena + shape.arena_bytes, dispatch_bound(view_.geometry, shape));
   pool_ = std::make_shared<PlanPool>(view_);
   const uint64_t per_book = static_cast<uint64_t>(view_.geometry.nodes()) * shape.channels;
   book_counts_.assign(2 * per_book, 0);

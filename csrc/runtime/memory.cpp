@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <stdexcept>
@@ -94,15 +95,38 @@ void Memory::populate(uint64_t bytes) const {
   }
 }
 
-Arena::Arena(uint64_t begin, uint64_t end) : begin_(begin), end_(end) { free_[begin] = end - begin; }
+uint64_t dispatch_bound(const Geometry& g, const Shape& s) {
+  const uint64_t rows = uint64_t(g.size) * s.max_tokens * std::min(s.top_k, s.num_experts / g.size), hidden = s.hidden;
+  const uint64_t coded = hidden + 4 * ((hidden + 127) / 128) + 16;
+  return rows * (2 * std::max(s.combine_row_bytes(), coded) + 16 * s.top_k + 64) + 65536;
+}
+
+Arena::Arena(uint64_t begin, uint64_t end, uint64_t bound)
+    : begin_(begin), end_(end), slot_(bound / 256 * 256), slots_(slot_ ? std::max<uint64_t>(1, (end - begin) / slot_) : 1) {
+  free_[begin] = end - begin;
+}
+
+uint64_t Arena::boundary_after(uint64_t at) const {
+  const uint64_t slot = slots_ == 1 ? 0 : std::min((at - begin_) / slot_, slots_ - 1);
+  return slot + 1 == slots_ ? end_ : begin_ + (slot + 1) * slot_;
+}
 
 Offer Arena::offer() const {
   std::lock_guard lock(mutex_);
   Offer o{};
+  uint64_t anywhere = 0, largest = 0;
   for (const auto& [offset, bytes] : free_) {
-    if (o.bytes[0] == 0 && bytes >= largest_) { o.offset[0] = offset; o.bytes[0] = bytes; }
-    if (bytes > o.bytes[1]) { o.offset[1] = offset; o.bytes[1] = bytes; }
+    if (bytes > largest) { anywhere = offset; largest = bytes; }
+    const uint64_t end = offset + bytes;
+    for (uint64_t at = offset; at < end && o.bytes[0] == 0; at = boundary_after(at)) {   // inside a slot
+      const uint64_t here = std::min(end, boundary_after(at)) - at;
+      if (here >= largest_) { o.offset[0] = at; o.bytes[0] = here; }
+    }
+    const uint64_t first = offset == begin_ ? offset : boundary_after(offset - 1);
+    // From the beginning of a free slot to the end of the free ones behind it.
+    if (first < end && boundary_after(first) <= end && end - first > o.bytes[1]) { o.offset[1] = first; o.bytes[1] = end - first; }
   }
+  if (o.bytes[1] == 0) { o.offset[1] = anywhere; o.bytes[1] = largest; }   // as many are held as were promised
   return o;
 }
 

@@ -6,6 +6,7 @@
 #include <mutex>
 #include <string>
 
+#include "base/shape.hpp"
 #include "base/wire.hpp"
 #include "fabric/process.hpp"
 
@@ -38,10 +39,21 @@ class Memory {
   Process process_;
 };
 
-// First-fit pieces of [begin, end) of a window. Thread-safe: tensors are freed by any thread.
+// Bytes that one dispatch needs at most, without padding: all tokens of all ranks at one rank (arena_size of moecomm/shapes.py).
+uint64_t dispatch_bound(const Geometry& g, const Shape& s);
+
+// Pieces of [begin, end) of a window. Thread-safe: tensors are freed by any thread.
+//
+// The promise: an arena of n * bound bytes takes the next dispatch, of any size up to `bound`, whenever fewer than n are held,
+// whatever the order of sizes and frees. First fit over the whole arena does not keep it: small pieces that are freed between
+// large ones leave holes that add up to enough, but none of which is. So the arena is divided into n slots of `bound` bytes (the
+// last one has the remainder too), and no dispatch up to `bound` lies across the boundary of two of them: it is placed first-fit
+// inside a slot, or at the beginning of a free one. Then k held dispatches touch at most k slots, and with k < n one is free.
+// What is larger than `bound` (a generous capacity, padding) and what comes while n are held already may lie anywhere: they are
+// beyond the promise, which counts again when they are gone.
 class Arena {
  public:
-  Arena(uint64_t begin, uint64_t end);
+  Arena(uint64_t begin, uint64_t end, uint64_t bound);
   Offer offer() const;
   void take(uint64_t offset, uint64_t bytes);      // inside an offered piece
   void expect(uint64_t bytes);                     // a call needed this much: offer low pieces only from here up
@@ -52,7 +64,9 @@ class Arena {
 
  private:
   mutable std::mutex mutex_;
+  uint64_t boundary_after(uint64_t at) const;      // the first one > at
   uint64_t begin_, end_;
+  uint64_t slot_, slots_;
   uint64_t largest_ = 0;                           // the most that a call needed so far
   std::map<uint64_t, uint64_t> free_;              // offset -> bytes
   std::map<uint64_t, uint64_t> held_;

@@ -86,7 +86,8 @@ void SimCluster::reset(const Chaos& chaos, double lead, int poison) {
   net_->reset(chaos, lead, poison);
   for (RankState& r : ranks_) {
     r.handles.clear();
-    r.arena = std::make_unique<Arena>(r.view.node.arena, r.view.node.arena + config_.shape.arena_bytes);
+    r.arena = std::make_unique<Arena>(r.view.node.arena, r.view.node.arena + config_.shape.arena_bytes,
+                                      dispatch_bound(r.view.geometry, config_.shape));
     const uint64_t per_book = uint64_t(r.view.geometry.nodes()) * config_.shape.channels;
     r.book_counts.assign(2 * per_book, 0);
     r.book = {};

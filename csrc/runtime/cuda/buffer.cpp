@@ -28,7 +28,7 @@ DeviceBuffer::DeviceBuffer(Geometry geometry, Shape shape, bool check, int devic
   const OnDevice on(device);
   require(kernels_.prepare(), "loading the kernels (built for another architecture?)");
   window_ = reach_->window(bytes(geometry, shape));
-  arena_ = std::make_shared<Arena>(view_.node.arena, view_.node.arena + shape.arena_bytes);
+  arena_ = std::make_shared<Arena>(view_.node.arena, view_.node.arena + shape.arena_bytes, dispatch_bound(view_.geometry, shape));
   pinned_ = std::make_unique<Pinned>(4096);
 
   const uint64_t n = geometry.nodes(), p = geometry.ranks_per_node, per_book = n * shape.channels, mask_words = (p + 63) / 64;
