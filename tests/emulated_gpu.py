@@ -124,6 +124,7 @@ class Gpu:
         for name in ("emulated_stream", "emulated_end_capture"):
             getattr(self.calls, name).restype = ctypes.c_void_p
         self.calls.emulated_begin_capture.argtypes = [ctypes.c_void_p, ctypes.c_ulonglong]
+        self.calls.emulated_order.argtypes = [ctypes.c_ulonglong]
         self.calls.emulated_end_capture.argtypes = self.calls.emulated_replay.argtypes = [ctypes.c_void_p]
         self.local, self.captures = threading.local(), 0
         if PTX:
@@ -144,6 +145,19 @@ class Gpu:
             yield stream
         finally:
             self.local.stream = before
+
+    @contextlib.contextmanager
+    def any_order(self, seed):
+        """Blocks, warps and lanes run in an order that the seed chooses."""
+        self.calls.emulated_order(seed << 32 | 1)
+        try:
+            yield
+        finally:
+            self.calls.emulated_order(0)
+
+    def damage(self, passes):
+        """Of the bulk stores that this thread's kernels make from here on, one writes a wrong bit."""
+        self.calls.emulated_damage(passes)
 
     @contextlib.contextmanager
     def capture(self):

@@ -51,17 +51,17 @@ MOE_HD constexpr CountLayout count_layout(const Geometry& g, const Shape& s) {
 // What a rank offers its node peers at the start of a dispatch: two free pieces of its arena. The low
 // one is used when the rows fit there (its pages are warm), else the largest one.
 struct Offer {
-  uint64_t offset[2];
-  uint64_t bytes[2];
+  uint64_t offset[2] = {};
+  uint64_t bytes[2] = {};
 };
 
 // What a rank tells its node peers at the start of a combine.
 struct RowsBoard {
-  uint64_t rows;       // window offset of the experts' output
-  uint64_t weights;    // window offset of one f32 per row, 0: every weight is 1
-  uint64_t back;       // window offset of the f32 that go back to the picks' slots: [rows], or [rows, top_k] in the rank layout; 0: zeros
-  uint64_t sums;       // window offset of one checksum per row (read only when checks are on)
-  uint64_t slots;      // 1: values go back to the picks' slots in this call, 0: they do not; equal on all ranks
+  uint64_t rows = 0;     // window offset of the experts' output
+  uint64_t weights = 0;  // window offset of one f32 per row, 0: every weight is 1
+  uint64_t back = 0;     // window offset of the f32 that go back to the picks' slots: [rows], or [rows, top_k] in the rank layout; 0: zeros
+  uint64_t sums = 0;     // window offset of one checksum per row (read only when checks are on)
+  uint64_t slots = 0;    // 1: values go back to the picks' slots in this call, 0: they do not; equal on all ranks
 };
 
 // The judgement of a node about a dispatch, sent over the rail behind the rows.

@@ -91,6 +91,15 @@ TEST(who_waits_is_told_when_a_rank_has_failed) {
   CHECK_EQ(s.peer, 1);
 }
 
+TEST(nobody_waits_for_a_rank_that_has_left) {
+  Ranks ranks;
+  for (int r = 1; r < kRanks; ++r) ranks.windows[r]->leave();
+  int started = 0;
+  for (int call = 0; call < 3; ++call)
+    CHECK(seconds_of([&] { CHECK(ranks.windows[0]->start_together(&ranks.streams[0], 60.0, [&] { ++started; }).ok()); }) < 30);
+  CHECK_EQ(started, 3);
+}
+
 TEST(what_is_captured_does_not_run_and_waits_for_nobody) {
   Ranks ranks;
   int started = 0;

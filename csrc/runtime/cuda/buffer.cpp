@@ -153,7 +153,10 @@ Status DeviceBuffer::fault() {
   if (code.load(std::memory_order_acquire) == 0) return {};
   const Status s = record().status;
   code.store(0, std::memory_order_relaxed);
-  if (is_final(s)) broken_ = s;
+  if (is_final(s)) {
+    broken_ = s;
+    window_->leave();
+  }
   return s;
 }
 
@@ -269,6 +272,7 @@ Status DeviceBuffer::combine(const DeviceCombineCall& call, DevicePlan& plan, co
   a.mine.back = in_window(call.back, rows * 4 * per_row, l.back);
   return window_->start_together(call.stream, timeout_, [&] {
     launch.call = begin(call.stream);
+  a.mine.sums = output.offset() + l.sums;
     require(kernels_.combine(launch, call.stream), "starting combine");
   });
 }

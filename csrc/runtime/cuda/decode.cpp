@@ -73,7 +73,10 @@ Status DeviceDecode::fault() {
   if (code.load(std::memory_order_acquire) == 0) return {};
   const Status s = record().status;
   code.store(0, std::memory_order_relaxed);
-  if (is_final(s)) broken_ = s;
+  if (is_final(s)) {
+    broken_ = s;
+    window_->leave();
+  }
   for (Turn& t : turns_) t.stage = DecodeStage::idle;
   unclean_ = true;
   return s;

@@ -62,6 +62,8 @@ class ThreadWindow final : public MappedWindow {
     for (const std::string& card : cards) all_.push_back(*read(card).meetings);
   }
 
+  void leave() override { *meetings_ = uint64_t{1} << 63; }   // as if it had come to all that there will be
+
  private:
   struct Card {
     char* data;

@@ -7,6 +7,8 @@
 #include <map>
 #include <vector>
 
+#include "trouble.hpp"
+
 namespace emulated {
 
 struct Engine {

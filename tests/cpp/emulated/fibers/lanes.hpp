@@ -1,9 +1,11 @@
 // Lanes as fibers, all warps of a call on the thread that launched it: whole worlds in milliseconds, without races. Who
-// polls gives way to the other lanes, then to other threads, which are other ranks.
+// polls gives way to the other lanes, then to other threads, which are other ranks. In the order of their numbers, or with a
+// seed in any order: blocks and lanes start when they like, and every poll and meeting may take one of them long.
 #pragma once
 #include <sched.h>
 
 #include <deque>
+#include <random>
 #include <utility>
 #include <vector>
 
@@ -39,6 +41,16 @@ inline thread_local WarpState* warp = nullptr;
 inline thread_local BlockState* block = nullptr;
 inline thread_local moecomm::Fibers* fibers = nullptr;
 
+inline thread_local std::mt19937_64 order;
+inline thread_local bool any_order = false;   // of the grid that runs
+
+// Virtual time that something takes: a little, and now and then up to `most`.
+inline uint64_t some_time(uint64_t most) {
+  if (!any_order) return 0;
+  const uint64_t drawn = order();
+  return drawn % 16 ? drawn % 4 : drawn / 16 % most;
+}
+
 template <class Leave>
 void leave(Leave&& leave) {
   const Lane my_lane = lane;
@@ -57,12 +69,12 @@ inline void sync(Barrier& b) {
     leave([] { fibers->block(); });
     return;
   }
-  for (int fiber : std::exchange(b.waiting, {})) fibers->wake(fiber, fibers->now());
+  for (int fiber : std::exchange(b.waiting, {})) fibers->wake(fiber, fibers->now() + some_time(8));
 }
 inline void sync() { sync(warp->barrier); }
 inline void pause() {
   sched_yield();
-  leave([] { fibers->advance(fibers->now() + 1); });
+  leave([] { fibers->advance(fibers->now() + 1 + some_time(4096)); });
 }
 
 // role(block) on the lanes of a grid.
@@ -70,10 +82,13 @@ template <class Role>
 void run_grid(int blocks, int warps, int squad_warps, Role&& role) {
   moecomm::Fibers own(nullptr, nullptr);
   std::deque<BlockState> states;
+  any_order = order_seed != 0;
+  if (any_order) order.seed(order_seed.fetch_add(1));
   for (int b = 0; b < blocks; ++b) {
     BlockState& state = states.emplace_back(warps, squad_warps);
+    const uint64_t start = any_order ? order() % 8192 : 0;
     for (int i = 0; i < 32 * warps; ++i)
-      own.spawn(0, [&role, &state, b, i] {
+      own.spawn(start + some_time(64), [&role, &state, b, i] {
         lane.x = static_cast<unsigned>(i);
         warp = &state.warps[i / 32];
         block = &state;

@@ -1,7 +1,11 @@
-// Streams and graphs, for tests/emulated_gpu.py.
+// Streams, graphs and trouble, for tests/emulated_gpu.py.
 #include <cuda_runtime_api.h>
 
+#include "trouble.hpp"
+
 extern "C" {
+__attribute__((visibility("default"))) void emulated_order(unsigned long long seed) { emulated::order_seed = seed; }
+__attribute__((visibility("default"))) void emulated_damage(int passes) { emulated::damage = passes; }
 __attribute__((visibility("default"))) void* emulated_stream() { return new emulated::Stream; }
 __attribute__((visibility("default"))) void emulated_begin_capture(void* stream, unsigned long long id) { static_cast<emulated::Stream*>(stream)->capture = id; }
 __attribute__((visibility("default"))) void* emulated_end_capture(void* stream) {
