@@ -105,7 +105,9 @@ __device__ void take_seat(const Call& call, Rail rail, int index, int seats, cha
 template <class Rail, class Role>
 __device__ void join_squad(const Call& call, Rail rail, Squad g, int index, int groups, char* shared, Role&& role) {
   take_part(g, call, rail, shared, [&](auto fabric) {
-    if (fabric.failed()) return Status{Code::lost, Phase::none, call.links.geometry.rank, 1, 0, 0};   // a call before has failed
+    // A call before has failed. One lane looks: another squad may fail now, and lanes that disagreed would not meet again.
+    const Status before = leader(g, [&] { return fabric.failed() ? Status{Code::lost, Phase::none, call.links.geometry.rank, 1, 0, 0} : Status{}; });
+    if (!before.ok()) return before;
     return role(g, fabric, DeviceMeeting<decltype(fabric)>{{call.gates, fabric}, g.warps, g.warps * groups}, index);
   });
 }
