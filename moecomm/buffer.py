@@ -441,5 +441,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         if failure.detail == 1:
             return "A larger `capacity` of dispatch enlarges it."
         held, blocks, total = self._native.arena()
+        graphs = self.captured_bytes
+        kept = f"; calls in CUDA graphs keep {graphs} of these until release_captured()" if graphs else ""
         return (f"This rank's arena has {total} bytes, of which {blocks} pieces of earlier dispatches hold {held}: drop their tensors and "
-                f"handles, or give Buffer a larger `arena_bytes`.")
+                f"handles, or give Buffer a larger `arena_bytes`{kept}.")

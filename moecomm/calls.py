@@ -69,6 +69,22 @@ class Calls:
             return cuda.Pending(self.comm, work, (first, rest), then)
         return Pending(self.comm, work, (first, rest), then)
 
+    @property
+    def captured_bytes(self):
+        """Bytes of the arena that calls in CUDA graphs keep (release_captured); 0 in the cpu world."""
+        return self._native.captured_bytes() if self.comm._gpu is not None else 0
+
+    def release_captured(self):
+        """Give back what calls in CUDA graphs keep. Local. No graph with calls of this buffer may be replayed any more.
+
+        A captured dispatch keeps its piece of the arena and its plan, a captured combine those of its dispatch, after the last
+        handle and tensor of them are gone: every replay writes there again. Without this call they are kept until the
+        buffer is closed, and every capture adds its own.
+        """
+        self._require_open("release_captured")
+        if self.comm._gpu is not None:
+            self._native.release_captured()
+
     def stats(self):
         """Rows and bytes per hop since the last call; calling resets them.
 

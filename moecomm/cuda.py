@@ -5,7 +5,7 @@ the GPU; calls are kernels on the caller's current stream; with a `capacity` not
 may be captured into CUDA graphs (call each of them once before); a failure of such a call is raised by a later one.
 
 A piece of the window is free again when the last tensor on it is dropped: use the tensors on the stream of the
-buffer's calls, or synchronize before dropping them.
+buffer's calls, or synchronize before dropping them. What a captured call uses stays its own (Buffer.release_captured).
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class NativeBuffer:
         self._stream = self._done = None
         self._comm, self._bounds = comm, (comm.timeout, comm.rank)
         self._calls = Exclusive(comm.rank)
-        for name in ("card", "connected", "owns", "block_layout", "window", "arena", "counters", "fault"):
+        for name in ("card", "connected", "owns", "block_layout", "window", "arena", "counters", "fault", "captured_bytes", "release_captured"):
             setattr(self, name, getattr(self._buffer, name))
 
     def connect(self, cards):

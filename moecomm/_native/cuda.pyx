@@ -208,7 +208,7 @@ cdef class Buffer:
             plan = Plan.__new__(Plan)
             plan.p = buffer.new_plan()
         with nogil:
-            s = buffer.dispatch(call, plan.p.get()[0], out.b, output.b)
+            s = buffer.dispatch(call, plan.p, out.b, output.b)
         if s.code != capi.Code.ok:
             return _failure(s)
         return plan, out, output
@@ -230,7 +230,7 @@ cdef class Buffer:
         call.wire = <capi.Wire>wire
         call.stream = <void*>stream
         with nogil:
-            s = buffer.combine(call, plan.p.get()[0], output.b.get()[0])
+            s = buffer.combine(call, plan.p, output.b)
         return _failure(s)
 
     def fault(self):
@@ -258,6 +258,14 @@ cdef class Buffer:
         if not self.b:   # closed from another thread while its call failed
             return 0, 0, 0
         return self.b.get().arena().held_bytes(), self.b.get().arena().held_blocks(), self.b.get().arena().capacity()
+
+    def captured_bytes(self):
+        """Of the arena: what calls in CUDA graphs use."""
+        return self.b.get().captured_bytes()
+
+    def release_captured(self):
+        """No graph with calls of this buffer is replayed any more."""
+        self.b.get().release_captured()
 
     def counters(self):
         """What moved since the last take_counters, in the order of capi.Counters: device memory that kernels add to."""

@@ -66,8 +66,10 @@ cdef extern from "runtime/cuda/buffer.hpp" namespace "moecomm::cuda" nogil:
         string card() except +
         void connect(const vector[string]&) except +
         shared_ptr[DevicePlan] new_plan() except +
-        capi.Status dispatch(const DeviceDispatchCall&, DevicePlan&, shared_ptr[DeviceBlock]&, shared_ptr[DeviceBlock]&) except +
-        capi.Status combine(const DeviceCombineCall&, DevicePlan&, const DeviceBlock&) except +
+        capi.Status dispatch(const DeviceDispatchCall&, const shared_ptr[DevicePlan]&, shared_ptr[DeviceBlock]&, shared_ptr[DeviceBlock]&) except +
+        capi.Status combine(const DeviceCombineCall&, const shared_ptr[DevicePlan]&, const shared_ptr[DeviceBlock]&) except +
+        uint64_t captured_bytes()
+        void release_captured()
         capi.Status fault() except +
         capi.Counters take_counters() except +
         const capi.Counters* counters()

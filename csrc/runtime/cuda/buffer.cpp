@@ -176,8 +176,9 @@ Status DeviceBuffer::wait_placed(uint64_t ticket, void* stream) {
   return fault();
 }
 
-Status DeviceBuffer::dispatch(const DeviceDispatchCall& call, DevicePlan& plan, std::shared_ptr<DeviceBlock>& out,
+Status DeviceBuffer::dispatch(const DeviceDispatchCall& call, const std::shared_ptr<DevicePlan>& owned, std::shared_ptr<DeviceBlock>& out,
                               std::shared_ptr<DeviceBlock>& output) {
+  DevicePlan& plan = *owned;
   const OnDevice on(device_);
   if (const Status s = fault(); !s.ok()) return s;
   if (!call.cached) {
@@ -237,10 +238,13 @@ Status DeviceBuffer::dispatch(const DeviceDispatchCall& call, DevicePlan& plan, 
   const uint64_t offset = launch.work.offer.offset[piece];
   out = std::make_shared<DeviceBlock>(window_, arena_, offset, first);
   output = std::make_shared<DeviceBlock>(window_, arena_, offset + first, needed - first);
+  if (capture_of(call.stream)) captured_.keep(owned, {out, output});
   return {};
 }
 
-Status DeviceBuffer::combine(const DeviceCombineCall& call, DevicePlan& plan, const DeviceBlock& output) {
+Status DeviceBuffer::combine(const DeviceCombineCall& call, const std::shared_ptr<DevicePlan>& owned, const std::shared_ptr<DeviceBlock>& owned_output) {
+  const DevicePlan& plan = *owned;
+  const DeviceBlock& output = *owned_output;
   const OnDevice on(device_);
   if (const Status s = fault(); !s.ok()) return s;
   const uint64_t rows = plan.num_rows;
@@ -268,11 +272,12 @@ Status DeviceBuffer::combine(const DeviceCombineCall& call, DevicePlan& plan, co
   const uint64_t per_row = plan.view.call.layout == RowLayout::rank ? view_.shape.top_k : 1;
   a.mine.rows = rows ? in_window(call.rows, rows * view_.shape.combine_row_bytes(), l.rows) : output.offset();
   if (rows && a.mine.rows == output.offset() + l.rows && call.rows != window_->data() + a.mine.rows) staged_rows_ += rows;
+  a.mine.sums = output.offset() + l.sums;
   a.mine.weights = in_window(call.weights, rows * 4, l.weights);
   a.mine.back = in_window(call.back, rows * 4 * per_row, l.back);
+  if (capture_of(call.stream)) captured_.keep(owned, {owned_output});
   return window_->start_together(call.stream, timeout_, [&] {
     launch.call = begin(call.stream);
-  a.mine.sums = output.offset() + l.sums;
     require(kernels_.combine(launch, call.stream), "starting combine");
   });
 }

@@ -3,6 +3,7 @@
 #pragma once
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -28,6 +29,29 @@ struct DevicePlan {
   std::shared_ptr<DeviceMemory> memory;
 };
 
+// What captured calls use. A graph may be replayed after the last handle and tensor of its calls are gone, and writes there
+// again: until clear() nobody else gets these plans and pieces.
+class Captured {
+ public:
+  void keep(const std::shared_ptr<DevicePlan>& plan, std::initializer_list<std::shared_ptr<DeviceBlock>> blocks) {
+    plans_.insert(plan);
+    blocks_.insert(blocks);
+  }
+  void clear() {
+    plans_.clear();
+    blocks_.clear();
+  }
+  uint64_t bytes() const {   // of the arena
+    uint64_t sum = 0;
+    for (const auto& b : blocks_) sum += b->bytes();
+    return sum;
+  }
+
+ private:
+  std::set<std::shared_ptr<DevicePlan>> plans_;
+  std::set<std::shared_ptr<DeviceBlock>> blocks_;
+};
+
 using DeviceDispatchCall = OnStream<DispatchCall>;
 using DeviceCombineCall = OnStream<CombineCall>;
 
@@ -44,8 +68,12 @@ class DeviceBuffer {
   std::shared_ptr<DevicePlan> new_plan();
   // Enqueues on the call's stream. Without a capacity it also waits until the number of rows is known; with one it
   // returns at once, and a failure is found by a later call or by fault().
-  Status dispatch(const DeviceDispatchCall& call, DevicePlan& plan, std::shared_ptr<DeviceBlock>& out, std::shared_ptr<DeviceBlock>& output);
-  Status combine(const DeviceCombineCall& call, DevicePlan& plan, const DeviceBlock& output);
+  // What a captured call uses is kept until release_captured().
+  Status dispatch(const DeviceDispatchCall& call, const std::shared_ptr<DevicePlan>& plan, std::shared_ptr<DeviceBlock>& out,
+                  std::shared_ptr<DeviceBlock>& output);
+  Status combine(const DeviceCombineCall& call, const std::shared_ptr<DevicePlan>& plan, const std::shared_ptr<DeviceBlock>& output);
+  uint64_t captured_bytes() const { return captured_.bytes(); }
+  void release_captured() { captured_.clear(); }
   // What kernels have reported so far. A final failure stays; others are forgotten once told.
   Status fault();
   Counters take_counters();             // waits for the device; and resets
@@ -79,6 +107,7 @@ class DeviceBuffer {
   uint64_t ticket_ = 0;
   uint64_t calls_ = 0, staged_rows_ = 0;   // since take_counters; what graphs replay is not among them
   Status broken_;
+  Captured captured_;
 
   struct Pool {
     std::mutex mutex;
