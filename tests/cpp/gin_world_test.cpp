@@ -14,7 +14,8 @@ constexpr int kContexts = 4;
 
 // What every rank of a world of one window finds its peers by.
 struct Network {
-  Network(const std::vector<char*>& bases, const Geometry& any, uint64_t seed) : gin(any.size, kContexts, seed), window{bases}, of_rank(any.size) {
+  Network(const std::vector<char*>& bases, const Geometry& any, uint64_t seed, int flags = kGinWindowFlags)
+      : gin(any.size, kContexts, seed), window{bases, flags}, of_rank(any.size) {
     for (int r = 0; r < any.size; ++r)
       of_rank[r] = {{r, kContexts, &gin}, &window, {any.nodes(), r / any.ranks_per_node, any.ranks_per_node}};
   }
@@ -61,12 +62,12 @@ std::vector<Case> cases() {
 
 // Four groups of rank 0 put to rank 1, meet, and one of them signals; rank 1 looks at the data when it sees the signal.
 // How often it was not complete.
-int incomplete_after_signal(bool one_stream, int rounds) {
+int incomplete_after_signal(bool one_stream, int rounds, int flags = kGinWindowFlags) {
   constexpr int kGroups = 4, kBytes = 64;
   int incomplete = 0;
   for (int round = 1; round <= rounds; ++round) {
     Heap from(4096), to(4096), shared(4096 * kGroups);
-    Network network({from.data.get(), to.data.get()}, Geometry{0, 2, 1}, round);
+    Network network({from.data.get(), to.data.get()}, Geometry{0, 2, 1}, round, flags);
     DeviceLinks links{.geometry = {0, 2, 1}, .rail_region = from.data.get(), .network = &network.of_rank[0]};
     std::memset(from.data.get(), round, 4096);
     network.gin.hold(true);
@@ -101,6 +102,7 @@ TEST_CASES(gin_worlds, cases()) {
 TEST(one_signal_after_many_groups) {
   CHECK_EQ(incomplete_after_signal(true, 50), 0);
   CHECK(incomplete_after_signal(false, 50) > 25);   // what the stream is for
+  CHECK(incomplete_after_signal(true, 50, NCCL_WIN_COLL_SYMMETRIC) > 25);   // and strict ordering
 }
 
 TEST(a_source_may_be_written_again_after_flush) {

@@ -9,6 +9,10 @@
 
 namespace moecomm {
 
+// How a window is registered that signals add to. A network may write the data of a put in any order, and an atomic ahead of
+// what was posted before it, unless the memory is registered as strictly ordered: then no signal overtakes the rows before it.
+constexpr int kGinWindowFlags = NCCL_WIN_COLL_SYMMETRIC | NCCL_WIN_STRICT_ORDERING;
+
 // In device memory. A window begins with a rank's node window; its rail region lies at DeviceLinks::region_offset.
 struct GinNetwork {
   ncclDevComm comm;

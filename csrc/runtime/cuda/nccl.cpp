@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <optional>
 #include <stdexcept>
@@ -76,10 +77,13 @@ class NcclReach final : public DeviceReach, public std::enable_shared_from_this<
     for (int n = 0; n < geometry.nodes(); ++n) by_memory_ &= lsa_index(geometry.rail_rank(n)) >= 0;
     if (!by_memory_) choose_network();
   }
+  // The order that NCCL wants: networks, then the windows that they know, then memory. Nothing of it waits for another rank:
+  // abort() is local, unlike a farewell, and ends the windows that are left.
   ~NcclReach() override {
     for (auto& network : networks_)
       if (network && comm_) library.destroy_network(comm_, &*network);
-    abort();   // local, unlike a farewell
+    abort();
+    for (const auto& [number, gone] : retired_) library.free(gone.data);
   }
 
   std::shared_ptr<DeviceWindow> window(uint64_t bytes, Peers peers) override;
@@ -90,6 +94,30 @@ class NcclReach final : public DeviceReach, public std::enable_shared_from_this<
     std::lock_guard lock(mutex_);
     if (comm_) library.abort(comm_);
     comm_ = nullptr;
+  }
+
+  std::vector<int> retired() const override {
+    std::lock_guard lock(mutex_);
+    std::vector<int> numbers;
+    for (const auto& [number, gone] : retired_) numbers.push_back(number);
+    return numbers;
+  }
+  void release(const std::vector<int>& numbers) override {
+    std::lock_guard lock(mutex_);
+    for (int number : numbers) {
+      const auto found = retired_.find(number);
+      if (found == retired_.end()) throw std::invalid_argument("NCCL: window " + std::to_string(number) + " is in use, or gone");
+      if (comm_) library.delist(comm_, found->second.window);
+      library.free(found->second.data);
+      retired_.erase(found);
+    }
+  }
+  int number_window() { return windows_++; }
+  // Of a window that has ended. NCCL places windows alike on all ranks as long as all register and give up the same ones in the
+  // same order; ranks close their buffers when they like.
+  void retire(int number, ncclWindow_t window, char* data) {
+    std::lock_guard lock(mutex_);
+    retired_[number] = {window, data};
   }
 
   ncclComm_t comm() const { return comm_; }
@@ -135,7 +163,10 @@ class NcclReach final : public DeviceReach, public std::enable_shared_from_this<
   bool by_memory_ = true;
   ncclGinType_t type_ = NCCL_GIN_TYPE_NONE;
   std::optional<ncclDevComm> networks_[2];   // by Peers
-  std::mutex mutex_;
+  struct Retired { ncclWindow_t window; char* data; };
+  std::map<int, Retired> retired_;
+  int windows_ = 0;                          // registered so far
+  mutable std::mutex mutex_;
 };
 
 class NcclWindow final : public DeviceWindow {
@@ -150,8 +181,8 @@ class NcclWindow final : public DeviceWindow {
     require(cudaDeviceSynchronize(), "clearing memory");
   }
   ~NcclWindow() override {
-    if (window_ && reach_->comm()) reach_->library.delist(reach_->comm(), window_);
-    reach_->library.free(data_);
+    if (window_) reach_->retire(number_, window_, data_);
+    else reach_->library.free(data_);
   }
 
   std::string card() const override { return std::to_string(bytes_); }
@@ -159,7 +190,9 @@ class NcclWindow final : public DeviceWindow {
     for (const std::string& c : cards)
       if (c != card()) throw std::invalid_argument("NCCL: windows of " + c + " and " + card() + " bytes; expected one size");
     const OnDevice on(reach_->device);
-    reach_->library.require(reach_->library.enlist(reach_->comm(), data_, bytes_, &window_, NCCL_WIN_COLL_SYMMETRIC), "registering a window");
+    reach_->library.require(reach_->library.enlist(reach_->comm(), data_, bytes_, &window_, reach_->by_memory() ? NCCL_WIN_COLL_SYMMETRIC : kGinWindowFlags),
+                            "registering a window");
+    number_ = reach_->number_window();
     if (reach_->by_memory()) return;
     const Geometry& g = reach_->geometry;
     const ncclTeam team = peers_ == Peers::rail ? ncclTeam{g.nodes(), g.node(), g.ranks_per_node} : ncclTeam{g.size, g.rank, 1};
@@ -181,6 +214,7 @@ class NcclWindow final : public DeviceWindow {
   std::shared_ptr<NcclReach> reach_;
   Peers peers_;
   ncclWindow_t window_ = nullptr;
+  int number_ = -1;   // among the registered ones
   std::shared_ptr<DeviceMemory> network_;
 };
 

@@ -57,6 +57,10 @@ class DeviceReach {
   virtual const Kernels& kernels() const { return loopback_kernels(); }
   virtual const DecodeKernels& decode_kernels() const { return loopback_decode_kernels(); }
   virtual std::string rail() const { return "memory"; }   // what carries rows between nodes
+  // Windows that are gone here, by numbers that all ranks give alike; their memory is kept until release() of those that are gone
+  // on every rank, or until this object ends.
+  virtual std::vector<int> retired() const { return {}; }
+  virtual void release(const std::vector<int>&) {}
   virtual void abort() {}                                 // from any thread: ends what waits for peers on the host; no window can be made any more
 };
 

@@ -1,7 +1,8 @@
 // Stands in for NCCL's device headers on a CPU, as far as the GIN rail uses them, so that its own text can be run. The
 // network is as free as GIN's rules allow: requests wait in a queue per (rank, context, peer); queues are served in
 // random order; puts within one land in any order and read their source only then; a strong signal lands after the puts
-// that its queue got before it, and after nothing else. A flush waits until the calling rank's queues of its context are empty.
+// that its queue got before it, and after nothing else; and it overtakes these too where its window is not registered as strictly
+// ordered. A flush waits until the calling rank's queues of its context are empty.
 #pragma once
 #include <algorithm>
 #include <condition_variable>
@@ -13,12 +14,11 @@
 #include <vector>
 
 #include "fabric/cuda/ptx.cuh"
+#include "nccl.h"
 
 namespace cuda {
 enum memory_order { memory_order_acquire };
 }
-
-enum ncclResult_t { ncclSuccess = 0, ncclTimeout = 8 };
 
 namespace emulated {
 
@@ -39,6 +39,7 @@ class Gin {
     const char* from;      // null: a signal, or a value
     uint64_t value, bytes;
     bool signal;
+    bool strict = true;    // of a signal: its window is strictly ordered
   };
   // While it is held nothing lands. It may let go until the next signal has landed, so that what came with it can be seen.
   void hold(bool held, bool until_signal = false) {
@@ -78,8 +79,8 @@ class Gin {
         continue;
       }
       auto& q = *busy[random_() % busy.size()];
-      // What may land now: any put before the queue's first signal, or that signal if it is the first of all.
-      const size_t puts = std::find_if(q.begin(), q.end(), [](const Request& r) { return r.signal; }) - q.begin();
+      // What may land now: anything before the queue's first strict signal, or that signal if it is the first of all.
+      const size_t puts = std::find_if(q.begin(), q.end(), [](const Request& r) { return r.signal && r.strict; }) - q.begin();
       const size_t at = puts == 0 ? 0 : random_() % puts;
       held_ = until_signal_ && q[at].signal;
       land(q[at]);
@@ -107,10 +108,6 @@ class Gin {
 
 }  // namespace emulated
 
-// A window: where every rank's memory lies.
-struct ncclWindow_vidmem { std::vector<char*> base; };
-using ncclWindow_t = ncclWindow_vidmem*;
-struct ncclTeam { int nRanks, rank, stride; };
 struct ncclDevComm { int rank; uint32_t ginContextCount; emulated::Gin* gin; };
 struct ncclGin_None {};
 struct ncclCoopThread {};
@@ -131,7 +128,8 @@ struct ncclGin {
     post(team, peer, d, {to->base[world(team, peer)] + offset, nullptr, value, 8, false});
   }
   void signal(ncclTeam team, int peer, ncclGin_StrongVASignalAdd s, ncclCoopThread, ncclGin_DescriptorSmem d) const {
-    post(team, peer, d, {s.signalWindow->base[world(team, peer)] + s.signalOffset, nullptr, s.value, 8, true});
+    post(team, peer, d, {s.signalWindow->base[world(team, peer)] + s.signalOffset, nullptr, s.value, 8, true,
+                            (s.signalWindow->flags & NCCL_WIN_STRICT_ORDERING) != 0});
   }
   ncclResult_t flush(ncclCoopThread, cuda::memory_order, ncclGin_DescriptorSmem, uint64_t) const {
     comm.gin->flush(comm.rank, context);
