@@ -97,8 +97,9 @@ class Event:
 class Stream:
     """Of the emulated GPU."""
 
-    def __init__(self, gpu):
+    def __init__(self, gpu, priority=0):
         self.gpu, self.cuda_stream, self.capturing = gpu, gpu.calls.emulated_stream(), False
+        self.priority, self.waited = priority, []
 
     def record_event(self):
         event = Event()
@@ -107,6 +108,7 @@ class Stream:
 
     def wait_event(self, event):
         assert event.at is not None
+        self.waited.append(event)
 
     def wait_stream(self, other):
         """It is at its end."""
@@ -154,6 +156,16 @@ class Gpu:
             yield
         finally:
             self.calls.emulated_order(0)
+
+    @contextlib.contextmanager
+    def captured_elsewhere(self):
+        """While another thread captures in the default mode: gives what says how many calls were refused for it."""
+        self.calls.emulated_refused_calls()
+        self.calls.emulated_global_captures(1)
+        try:
+            yield self.calls.emulated_refused_calls
+        finally:
+            self.calls.emulated_global_captures(-1)
 
     def damage(self, passes):
         """Of the bulk stores that this thread's kernels make from here on, one writes a wrong bit."""
@@ -246,7 +258,7 @@ def install(patch, spread=lambda hardware, traffic: tuning.replace(tuning.choose
     patch.setattr(cuda, "memory_of", memory_of)
     patch.setattr(tuning, "_override", spread)
     patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
-    for name, value in dict(current_stream=gpu.current_stream, stream=gpu.stream, Stream=lambda device=None: Stream(gpu), Event=Event,
+    for name, value in dict(current_stream=gpu.current_stream, stream=gpu.stream, Stream=lambda device=None, priority=0: Stream(gpu, priority), Event=Event,
                             device=lambda device: contextlib.nullcontext(), current_device=lambda: 0, device_count=lambda: 1,
                             get_device_name=lambda device=None: "an emulated GPU", synchronize=lambda device=None: None,
                             get_device_properties=lambda device=None: SimpleNamespace(uuid="emulated"),

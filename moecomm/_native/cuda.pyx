@@ -124,6 +124,16 @@ cdef class Reach:
         """What carries rows between nodes."""
         return (<bytes>self.r.get().rail()).decode()
 
+    def retired(self):
+        """Windows that have ended here and whose memory is kept until they have on every rank, by number."""
+        return list(self.r.get().retired())
+
+    def release(self, list numbers):
+        """Give up windows that have ended on every rank. Every rank gives the same numbers."""
+        cdef vector[int] v = numbers
+        with nogil:
+            self.r.get().release(v)
+
     def abort(self):
         with nogil:
             self.r.get().abort()
@@ -300,9 +310,20 @@ def shared_bytes(spread, int stages=3):
     return cudaapi.shared_bytes(s)
 
 
-def ipc_works(int device):
-    """Whether memory of this GPU can be shared by CUDA IPC."""
-    return cudaapi.ipc_works_(device)
+cdef class IpcSample:
+    """Memory to try CUDA IPC with, before windows are made."""
+    cdef shared_ptr[cudaapi.IpcSample] s
+
+    def __cinit__(self, int device):
+        self.s = cudaapi.ipc_sample(device)
+
+    def handle(self):
+        """For another process; empty where this GPU exports nothing."""
+        return <bytes>self.s.get().handle()
+
+    def opens(self, bytes handle):
+        """Whether another process's memory can be mapped here."""
+        return self.s.get().opens(handle)
 
 
 def nccl_headers():

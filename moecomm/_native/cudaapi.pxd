@@ -22,11 +22,16 @@ cdef extern from "world/cuda/launch.hpp" namespace "moecomm::cuda" nogil:
 cdef extern from "runtime/cuda/window.hpp" namespace "moecomm::cuda" nogil:
     cdef cppclass DeviceReach:
         string rail()
+        vector[int] retired()
+        void release(const vector[int]&) except +
         void abort()
 
     shared_ptr[DeviceReach] reach_threads(int device)
     shared_ptr[DeviceReach] reach_processes(int device)
-    bool ipc_works_ "moecomm::cuda::ipc_works"(int device) except +
+    cdef cppclass IpcSample:
+        string handle() except +
+        bool opens(const string&) except +
+    shared_ptr[IpcSample] ipc_sample(int device) except +
 
     cdef cppclass DeviceWindow:
         char* data()

@@ -16,6 +16,7 @@ CPP_FLAGS_device_quant_test := $(CPP_FLAGS_device_rows_test)
 CPP_FLAGS_device_graph_test := $(CPP_FLAGS_device_rows_test)
 CPP_FLAGS_device_meeting_test := $(CPP_FLAGS_device_rows_test)
 CPP_FLAGS_gin_world_test := $(CPP_FLAGS_device_rows_test)
+CPP_FLAGS_device_fault_test := $(CPP_FLAGS_device_rows_test)
 CPP_FLAGS_nccl_host_test := $(CPP_FLAGS_device_rows_test)
 CPP_TESTS := $(sort $(notdir $(basename $(wildcard tests/cpp/*_test.cpp))))
 CPP_NOT_tsan := decode_runtime_test device_graph_test

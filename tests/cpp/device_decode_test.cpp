@@ -62,14 +62,14 @@ class DeviceDecode {
     const Geometry& g = me.view.geometry;
     uint64_t same_device = ~uint64_t{0};
     Counters counters;
-    ncclWindow_vidmem window;   // of every rank: as if it ended with its rail region
+    ncclWindow_vidmem window{{}, kGinWindowFlags};   // of every rank: as if it ended with its rail region
     for (int r = 0; r < g.size; ++r) window.base.push_back((r == g.rank ? me.region.data.get() : me.regions[r]) - me.view.window.bytes);
     const GinNetwork network{{g.rank, kContexts, gin_.get()}, &window, {g.size, g.rank, 1}};
     moecomm::cuda::Call call;
     call.links = {.geometry = g, .windows = me.host.windows, .rail_region = me.region.data.get(), .regions = me.regions.data(), .network = &network,
                   .region_offset = me.view.window.bytes, .same_device = &same_device,
                   .window_faults = me.view.window.faults, .region_faults = me.view.region.faults, .region_peers = g.size, .own_peer = g.rank,
-                  .failed = failed_, .fault = &record_, .counters = &counters};
+                  .failed = failed_, .faults = &faults_, .counters = &counters};
     call.spread = {.sms = 1, .warps = c.groups * c.squad, .senders = 0, .stage_bytes = kStage};
     call.timeout_ns = 100'000'000'000;
     call.gates = &met_;
@@ -81,14 +81,15 @@ class DeviceDecode {
       const Squad group{squad * c.squad, c.squad, reinterpret_cast<WarpScratch*>(own)->words};
       moecomm::cuda::join_squad(call, Rail::of(call.links, 0), group, squad, c.groups, own, role);
     });
-    return record_.code ? record_.status : Status{};
+    const FaultRecord& record = faults_.fatal.code ? faults_.fatal : faults_.refused;
+    return record.code ? record.status : Status{};
   }
 
   static constexpr int kContexts = 3;
   std::shared_ptr<emulated::Gin> gin_;
   DecodeClock clock_{};
-  uint64_t met_ = 0, failed_[2] = {};
-  FaultRecord record_{};
+  uint64_t met_ = 0, failed_[3] = {};
+  FaultRecords faults_{};
   std::vector<int32_t> apart_;
 };
 

@@ -100,6 +100,18 @@ TEST(nobody_waits_for_a_rank_that_has_left) {
   CHECK_EQ(started, 3);
 }
 
+TEST(memory_of_a_gpu_that_this_process_does_not_see_is_not_opened) {
+  const auto own = cuda::ipc_sample(0);
+  emulated::own_gpu = 1;
+  const auto peer = cuda::ipc_sample(0);
+  emulated::own_gpu = 0;
+  CHECK(own->opens(peer->handle()));
+  emulated::hidden_gpu = 1;
+  CHECK(!own->opens(peer->handle()));
+  emulated::hidden_gpu = -1;
+  CHECK(!own->opens(""));
+}
+
 TEST(what_is_captured_does_not_run_and_waits_for_nobody) {
   Ranks ranks;
   int started = 0;

@@ -135,13 +135,17 @@ struct DeviceFabric {
   __device__ char** targets() const { return scratch->targets; }
   __device__ bool replicates(int local) const { return links->same_device[local / 64] >> local % 64 & 1; }
 
-  // The first failure of a rank is its record. A verdict is everybody's, and each rank goes on to the call's end;
-  // what is final ends all warps of this rank, and everyone within reach learns of it.
+  // The first failure of a kind is a rank's record of it. A verdict is everybody's, and each rank goes on to the call's end;
+  // what is final ends all warps of this rank, and everyone within reach learns of it, whatever the call was refused for.
   __device__ void fail(const Status& s) const {
     if (s.code == Code::lost && s.peer == links->geometry.rank) return;   // ended by another warp's failure
-    if (atomicCAS(reinterpret_cast<unsigned long long*>(links->failed + 1), 0ull, 1ull) != 0) return;
-    links->fault->status = s;
-    ptx::store_release_sys(&links->fault->code, static_cast<uint64_t>(s.code));
+    const bool fatal = is_final(s);
+    if (atomicCAS(reinterpret_cast<unsigned long long*>(links->failed + (fatal ? 2 : 1)), 0ull, 1ull) != 0) return;
+    FaultRecord& record = fatal ? links->faults->fatal : links->faults->refused;
+    if (ptx::load_acquire_sys(&record.code) == 0) {   // else that of an earlier call is there, and the host may be reading it
+      record.status = s;
+      ptx::store_release_sys(&record.code, static_cast<uint64_t>(s.code));
+    }
     if (s.code == Code::capacity || (s.code == Code::mismatch && !is_final(s))) return;
     ptx::add_release_gpu(links->failed, 1);
     if (s.code == Code::invalid) return;   // nothing has moved

@@ -5,10 +5,17 @@
 
 namespace moecomm {
 
-// What a failing rank leaves for its host, in pinned memory; `code` is written last.
+// What a failing rank leaves for its host, in pinned memory; `code` is written last. A kernel writes where it is 0, and the host
+// sets it back when it has read the status: neither sees a record that the other one is at.
 struct FaultRecord {
   Status status;
-  uint64_t code;
+  uint64_t code = 0;
+};
+
+// A rank's two records. What is final is not hidden by what a call was refused for before.
+struct FaultRecords {
+  FaultRecord refused;   // forgotten once told
+  FaultRecord fatal;     // stays
 };
 
 // What a rank has mapped. Device memory is named by plain pointers; the host's Buffer owns all of it.
@@ -24,8 +31,8 @@ struct DeviceLinks {
   uint64_t region_faults = 0;      // offset in a region of FaultWord per peer
   int32_t region_peers = 0;
   int32_t own_peer = 0;            // this rank's index among them
-  uint64_t* failed = nullptr;      // not 0: this rank's warps end; [1]: not 0: the record is taken
-  FaultRecord* fault = nullptr;    // pinned
+  uint64_t* failed = nullptr;      // not 0: this rank's warps end; [1], [2]: not 0: the record is taken, of a refusal, of what is final
+  FaultRecords* faults = nullptr;  // pinned
   Counters* counters = nullptr;    // totals of all warps
 };
 

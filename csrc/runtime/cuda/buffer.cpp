@@ -33,7 +33,7 @@ DeviceBuffer::DeviceBuffer(Geometry geometry, Shape shape, bool check, int devic
 
   const uint64_t n = geometry.nodes(), p = geometry.ranks_per_node, per_book = n * shape.channels, mask_words = (p + 63) / 64;
   detail::Cursor c;
-  const uint64_t gates = c.take(8 * (kGates + 2)), book = c.take(sizeof(Book)), rows = c.take(8 * per_book), back = c.take(8 * per_book);
+  const uint64_t gates = c.take(8 * (kGates + 3)), book = c.take(sizeof(Book)), rows = c.take(8 * per_book), back = c.take(8 * per_book);
   const uint64_t windows = c.take(8 * p), regions = c.take(8 * n), mask = c.take(8 * mask_words), counters = c.take(sizeof(Counters));
   state_ = DeviceMemory::create(device, c.at);
   char* s = state_->data();
@@ -53,7 +53,7 @@ DeviceBuffer::DeviceBuffer(Geometry geometry, Shape shape, bool check, int devic
   links_.region_peers = static_cast<int32_t>(n);
   links_.own_peer = geometry.node();
   links_.failed = gates_ + kGates;
-  links_.fault = &record();
+  links_.faults = &records();
   links_.counters = reinterpret_cast<Counters*>(s + counters);
   pool_->idle.push_back(make_plan());   // ahead, since a stream that is being captured allows no allocation
 }
@@ -137,7 +137,7 @@ std::shared_ptr<DevicePlan> DeviceBuffer::new_plan() {
 }
 
 Call DeviceBuffer::begin(void* stream) {
-  require(cudaMemsetAsync(gates_, 0, 8 * (kGates + 2), as_stream(stream)), "opening a call");
+  require(cudaMemsetAsync(gates_, 0, 8 * (kGates + 3), as_stream(stream)), "opening a call");
   ++calls_;
   Call call;
   call.links = links_;
@@ -148,15 +148,9 @@ Call DeviceBuffer::begin(void* stream) {
 }
 
 Status DeviceBuffer::fault() {
-  if (!broken_.ok()) return broken_;
-  auto& code = *reinterpret_cast<std::atomic<uint64_t>*>(&record().code);
-  if (code.load(std::memory_order_acquire) == 0) return {};
-  const Status s = record().status;
-  code.store(0, std::memory_order_relaxed);
-  if (is_final(s)) {
-    broken_ = s;
-    window_->leave();
-  }
+  const bool sound = broken_.ok();
+  const Status s = take_fault(records(), broken_);
+  if (sound && !broken_.ok()) window_->leave();
   return s;
 }
 

@@ -89,7 +89,7 @@ class DeviceBuffer {
   Status wait_placed(uint64_t ticket, void* stream);
   std::unique_ptr<DevicePlan> make_plan();
   Placed& placed() const { return *reinterpret_cast<Placed*>(pinned_->data()); }
-  FaultRecord& record() const { return *reinterpret_cast<FaultRecord*>(pinned_->data() + 64); }
+  FaultRecords& records() const { return *reinterpret_cast<FaultRecords*>(pinned_->data() + 64); }
 
   BufferView view_;
   int device_;
@@ -103,7 +103,7 @@ class DeviceBuffer {
   std::unique_ptr<Pinned> pinned_;
   DeviceLinks links_;
   Book* book_ = nullptr;
-  uint64_t* gates_ = nullptr;           // the gates, then the two words that DeviceLinks::failed names
+  uint64_t* gates_ = nullptr;           // the gates, then the three words that DeviceLinks::failed names
   uint64_t ticket_ = 0;
   uint64_t calls_ = 0, staged_rows_ = 0;   // since take_counters; what graphs replay is not among them
   Status broken_;

@@ -25,11 +25,11 @@ DeviceDecode::DeviceDecode(Geometry geometry, Shape shape, bool check, int devic
   const OnDevice on(device);
   require(kernels_.prepare(), "loading the kernels (built for another architecture?)");
   window_ = reach_->window(bytes(geometry, shape), Peers::world);
-  pinned_ = std::make_unique<Pinned>(sizeof(FaultRecord));
+  pinned_ = std::make_unique<Pinned>(sizeof(FaultRecords));
   table_bytes_ = place_decode_turn(view_, nullptr, turns_[0].view);
   const uint64_t size = geometry.size, p = geometry.ranks_per_node;
   detail::Cursor c;
-  const uint64_t met = c.take(8 * 3), clock = c.take(sizeof(DecodeClock)), windows = c.take(8 * p), regions = c.take(8 * size);
+  const uint64_t met = c.take(8 * 4), clock = c.take(sizeof(DecodeClock)), windows = c.take(8 * p), regions = c.take(8 * size);
   const uint64_t counters = c.take(sizeof(Counters)), tables = c.take(2 * table_bytes_);
   const uint64_t apart = c.take(4 * decode_scratch_ints(geometry, shape, spread.sms * spread.warps));
   state_ = DeviceMemory::create(device, c.at);
@@ -48,7 +48,7 @@ DeviceDecode::DeviceDecode(Geometry geometry, Shape shape, bool check, int devic
   links_.region_peers = geometry.size;
   links_.own_peer = geometry.rank;
   links_.failed = met_ + 1;
-  links_.fault = &record();
+  links_.faults = &records();
   links_.counters = reinterpret_cast<Counters*>(s + counters);
 }
 
@@ -68,15 +68,10 @@ void DeviceDecode::connect(const std::vector<std::string>& cards) {
 }
 
 Status DeviceDecode::fault() {
-  if (!broken_.ok()) return broken_;
-  auto& code = *reinterpret_cast<std::atomic<uint64_t>*>(&record().code);
-  if (code.load(std::memory_order_acquire) == 0) return {};
-  const Status s = record().status;
-  code.store(0, std::memory_order_relaxed);
-  if (is_final(s)) {
-    broken_ = s;
-    window_->leave();
-  }
+  const bool sound = broken_.ok();
+  const Status s = take_fault(records(), broken_);
+  if (s.ok() || !sound) return s;
+  if (!broken_.ok()) window_->leave();
   for (Turn& t : turns_) t.stage = DecodeStage::idle;
   unclean_ = true;
   return s;
@@ -88,7 +83,7 @@ DecodeStage DeviceDecode::stage(uint64_t epoch, void* stream) const {
 }
 
 Call DeviceDecode::begin(void* stream) {
-  if (unclean_) require(cudaMemsetAsync(met_, 0, 8 * 3, as_stream(stream)), "opening a call");
+  if (unclean_) require(cudaMemsetAsync(met_, 0, 8 * 4, as_stream(stream)), "opening a call");
   unclean_ = false;
   Call call;
   call.links = links_;

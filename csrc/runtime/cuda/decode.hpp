@@ -62,7 +62,7 @@ class DeviceDecode {
   Status launch(Turn& t, DecodeDispatchWork work, void* stream);
   Status launch(Turn& t, DecodeCombineWork work, void* stream);
   int squad(const Turn& t) const;
-  FaultRecord& record() const { return *reinterpret_cast<FaultRecord*>(pinned_->data()); }
+  FaultRecords& records() const { return *reinterpret_cast<FaultRecords*>(pinned_->data()); }
 
   DecodeView view_;
   int device_;
@@ -75,7 +75,7 @@ class DeviceDecode {
   std::unique_ptr<Pinned> pinned_;
   DeviceLinks links_;
   DecodeClock* clock_ = nullptr;
-  uint64_t* met_ = nullptr;             // the count of the meetings, then the two words that DeviceLinks::failed names
+  uint64_t* met_ = nullptr;             // the count of the meetings, then the three words that DeviceLinks::failed names
   char* tables_ = nullptr;
   uint64_t table_bytes_ = 0;
   int32_t* apart_ = nullptr;

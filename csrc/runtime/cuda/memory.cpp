@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstring>
 #include <stdexcept>
 
@@ -17,6 +18,16 @@ uint64_t capture_of(void* stream) {
   unsigned long long id = 0;
   require(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &id), "asking whether a stream is captured");
   return status == cudaStreamCaptureStatusActive ? id : 0;
+}
+
+BesideCaptures::BesideCaptures() {
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  mode_ = mode;
+}
+BesideCaptures::~BesideCaptures() {
+  auto mode = static_cast<cudaStreamCaptureMode>(mode_);
+  cudaThreadExchangeStreamCaptureMode(&mode);
 }
 
 OnDevice::OnDevice(int device) {
@@ -39,21 +50,10 @@ void clear(void* p, uint64_t bytes) {
   require(set != cudaSuccess ? set : done, "clearing memory");
 }
 
-// Other threads may be capturing graphs, which this thread's allocations have no part in.
-class BesideCaptures {
- public:
-  BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
-
 }  // namespace
 
 std::shared_ptr<DeviceMemory> DeviceMemory::create(int device, uint64_t bytes) {
   const OnDevice on(device);
-  const BesideCaptures beside;
   void* p = nullptr;
   require(cudaMalloc(&p, bytes), ("allocating " + std::to_string(bytes) + " bytes").c_str());
   std::shared_ptr<DeviceMemory> memory(new DeviceMemory(device, static_cast<char*>(p), bytes, false));
@@ -72,6 +72,7 @@ std::shared_ptr<DeviceMemory> DeviceMemory::open(int device, const std::string& 
 }
 
 DeviceMemory::~DeviceMemory() {
+  const BesideCaptures beside;
   int before = 0;
   if (cudaGetDevice(&before) != cudaSuccess || cudaSetDevice(device_) != cudaSuccess) return;   // the driver is gone already
   if (opened_) cudaIpcCloseMemHandle(data_);
@@ -87,11 +88,28 @@ std::string DeviceMemory::export_handle() const {
 }
 
 Pinned::Pinned(uint64_t bytes) {
+  const BesideCaptures beside;
   void* p = nullptr;
   require(cudaHostAlloc(&p, bytes, cudaHostAllocPortable | cudaHostAllocMapped), "allocating pinned memory");
   data_ = static_cast<char*>(p);
   std::memset(data_, 0, bytes);
 }
-Pinned::~Pinned() { cudaFreeHost(data_); }
+Pinned::~Pinned() {
+  const BesideCaptures beside;
+  cudaFreeHost(data_);
+}
+
+Status take_fault(FaultRecords& faults, Status& broken) {
+  if (!broken.ok()) return broken;
+  for (FaultRecord* record : {&faults.fatal, &faults.refused}) {
+    auto& code = *reinterpret_cast<std::atomic<uint64_t>*>(&record->code);
+    if (code.load(std::memory_order_acquire) == 0) continue;
+    const Status s = record->status;
+    if (is_final(s)) broken = s;
+    else code.store(0, std::memory_order_release);   // a kernel may write the next one from here on
+    return s;
+  }
+  return {};
+}
 
 }  // namespace moecomm::cuda

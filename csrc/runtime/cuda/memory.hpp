@@ -4,6 +4,8 @@
 #include <memory>
 #include <string>
 
+#include "fabric/cuda/links.hpp"
+
 namespace moecomm::cuda {
 
 // Throws std::runtime_error with CUDA's own words.
@@ -12,13 +14,27 @@ void require(int error, const char* what);
 // The capture that a stream is part of, 0: none.
 uint64_t capture_of(void* stream);
 
-// Makes a device current for a scope.
+// Other threads may be capturing graphs; the calls of this thread have no part in them. Without this, calls that a capture
+// must not see (an allocation, a question to a stream) are refused here and end the other thread's capture.
+class BesideCaptures {
+ public:
+  BesideCaptures();
+  ~BesideCaptures();
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+ private:
+  int mode_;
+};
+
+// Makes a device current for a scope, beside captures.
 class OnDevice {
  public:
   explicit OnDevice(int device);
   ~OnDevice();
 
  private:
+  BesideCaptures beside_;
   int before_;   // -1: it was current already
 };
 
@@ -42,6 +58,9 @@ class DeviceMemory {
   uint64_t bytes_;
   bool opened_;
 };
+
+// What kernels have reported: what is final first, and for ever; a refusal once.
+Status take_fault(FaultRecords& faults, Status& broken);
 
 // Zero-filled; every device sees it at the same address.
 class Pinned {

@@ -143,14 +143,41 @@ class IpcReach final : public DeviceReach {
 
 }  // namespace
 
-bool ipc_works(int device) {
-  const auto memory = DeviceMemory::create(device, 4096);
-  const OnDevice on(device);
-  cudaIpcMemHandle_t handle;
-  if (cudaIpcGetMemHandle(&handle, memory->data()) == cudaSuccess) return true;
-  cudaGetLastError();   // forget it
-  return false;
-}
+namespace {
+
+// Whole 2 MiB, as windows are.
+class Sample final : public IpcSample {
+ public:
+  explicit Sample(int device) : device_(device), memory_(DeviceMemory::create(device, uint64_t{2} << 20)) {
+    const OnDevice on(device);
+    cudaIpcMemHandle_t h;
+    if (cudaIpcGetMemHandle(&h, memory_->data()) == cudaSuccess) handle_.assign(reinterpret_cast<const char*>(&h), sizeof(h));
+    else cudaGetLastError();   // forget it
+  }
+  std::string handle() const override { return handle_; }
+  bool opens(const std::string& peer) const override {
+    const OnDevice on(device_);
+    cudaIpcMemHandle_t h;
+    if (peer.size() != sizeof(h)) return false;
+    std::memcpy(&h, peer.data(), sizeof(h));
+    void* p = nullptr;
+    if (cudaIpcOpenMemHandle(&p, h, cudaIpcMemLazyEnablePeerAccess) != cudaSuccess) {
+      cudaGetLastError();
+      return false;
+    }
+    cudaIpcCloseMemHandle(p);
+    return true;
+  }
+
+ private:
+  int device_;
+  std::shared_ptr<DeviceMemory> memory_;
+  std::string handle_;
+};
+
+}  // namespace
+
+std::shared_ptr<IpcSample> ipc_sample(int device) { return std::make_shared<Sample>(device); }
 
 std::shared_ptr<DeviceReach> reach_threads(int device) { return std::make_shared<ThreadReach>(device); }
 std::shared_ptr<DeviceReach> reach_processes(int device) { return std::make_shared<IpcReach>(device); }

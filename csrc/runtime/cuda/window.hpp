@@ -66,7 +66,15 @@ class DeviceReach {
 
 std::shared_ptr<DeviceReach> reach_threads(int device);
 std::shared_ptr<DeviceReach> reach_processes(int device);
-bool ipc_works(int device);   // whether memory of this GPU can be exported to other processes by CUDA IPC
+
+// Memory to try CUDA IPC with: a GPU's memory may be exported and yet not opened by a process that does not see that GPU.
+class IpcSample {
+ public:
+  virtual ~IpcSample() = default;
+  virtual std::string handle() const = 0;                    // for another process; empty where this GPU exports nothing
+  virtual bool opens(const std::string& handle) const = 0;   // another process's
+};
+std::shared_ptr<IpcSample> ipc_sample(int device);
 
 // As Block, in a window on a GPU. A piece that is released may be taken by the next call at once: its users must
 // have been enqueued on the stream of that call, or have finished.
