@@ -132,7 +132,7 @@ class Communicator(Shared):
         self.ranks_per_node = self._node_size(ranks_per_node, hosts)
         self.num_nodes = self.size // self.ranks_per_node
         self.node, self.local_rank = divmod(self.rank, self.ranks_per_node)
-        self._stream = None   # of asynchronous calls, in the cuda world
+        self._stream, self._latest, self._buffers = None, (None, None), weakref.WeakSet()   # in the cuda world: see moecomm/cuda.py
         self._gpu = self.device.index if self.device.type == "cuda" else None   # its number; None: the cpu world
         if self.num_nodes == 1:
             self.rail = "none"

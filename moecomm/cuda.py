@@ -16,6 +16,8 @@ import importlib.util
 import json
 import math
 import os
+import socket
+import weakref
 from pathlib import Path
 
 import torch
@@ -106,7 +108,7 @@ def fabric_of(threads, hosts, ipc, wanted="auto"):
     hosts : sequence
         The host of every rank.
     ipc : sequence of bool
-        Whether each rank's memory can be shared by CUDA IPC. Where not, NCCL shares it by VMM handles.
+        Whether each rank shares memory with its host's other ranks by CUDA IPC. Where not, NCCL shares it by VMM handles.
     wanted : str
         MOECOMM_CUDA_FABRIC.
 
@@ -124,7 +126,8 @@ def fabric_of(threads, hosts, ipc, wanted="auto"):
     if wanted == "ipc" and len(set(hosts)) > 1:
         raise InvalidArgument("MOECOMM_CUDA_FABRIC: got 'ipc' with ranks on several hosts; expected auto or nccl", op="Communicator")
     if wanted == "ipc" and not all(ipc):
-        raise InvalidArgument(f"MOECOMM_CUDA_FABRIC: got 'ipc', which the GPU of rank {list(ipc).index(False)} does not have; expected auto or nccl",
+        raise InvalidArgument(f"MOECOMM_CUDA_FABRIC: got 'ipc', which rank {list(ipc).index(False)} cannot use with its host's other ranks (does each process see all GPUs?); "
+                              "expected auto or nccl",
                               op="Communicator")
     return "nccl" if wanted == "nccl" or len(set(hosts)) > 1 or not all(ipc) else "ipc"
 
@@ -141,7 +144,7 @@ def reach_of(comm, hosts):
     """
     make, device = native().Reach, comm._gpu
     threads = comm._bootstrap.threads
-    ipc = [True] * comm.size if threads else comm._exchange(native().ipc_works(device))
+    ipc = [True] * comm.size if threads else _ipc_opens(comm, device, hosts)
     fabric = fabric_of(threads, hosts, ipc, Environment().cuda_fabric)
     if fabric == "nccl":
         gpu = str(torch.cuda.get_device_properties(comm.device).uuid)
@@ -149,25 +152,64 @@ def reach_of(comm, hosts):
     return make.threads(device) if fabric == "threads" else make.processes(device)
 
 
-def plan_of(comm, *, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels):
-    """The tuning.Plan of a buffer on this communicator's GPU.
+def _ipc_opens(comm, device, hosts):
+    """By rank: whether it exports memory by CUDA IPC and opens that of all ranks of its host. It does not where each process sees its own GPU alone."""
+    sample = native().IpcSample(device)
+    handles = comm._exchange(sample.handle())
+    here = [r for r, host in enumerate(hosts) if host == hosts[comm.rank] and r != comm.rank]
+    opens = comm._exchange(bool(handles[comm.rank]) and all(handles[r] and sample.opens(handles[r]) for r in here))
+    comm._exchange(None)   # the sample is mapped nowhere any more
+    return opens
+
+
+_communicators = weakref.WeakSet()   # of this process, with buffers on GPUs
+
+
+def _wanted_here(gpu):
+    """{(a name of a communicator of this process): multiprocessors that its kernels may hold of this GPU at once}.
+
+    Kernels of one communicator run after each other, so that is the most that one of its open buffers takes.
+    """
+    process = f"{socket.gethostname()}:{os.getpid()}"
+    wanted = {}
+    for comm in list(_communicators):
+        sizes = [b.num_sms for b in list(comm._buffers) if not getattr(b, "_closed", False)]
+        if sizes and comm._gpu_name == gpu and not comm._closed:
+            wanted[process, id(comm)] = max(sizes)
+    return wanted
+
+
+def plan_of(buffer, *, hidden, num_experts, top_k, max_tokens, dtype, channels):
+    """The tuning.Plan of a buffer on its communicator's GPU. Collective.
 
     Raises
     ------
     InvalidArgument
-        The ranks on this GPU want more multiprocessors than it has: their kernels wait for each other, so all must run.
+        The ranks on this GPU want more multiprocessors than it has, those of all their open buffers counted: kernels of
+        different ranks wait for each other, so all must run at once.
     """
+    comm, num_sms = buffer.comm, buffer.num_sms
     with torch.cuda.device(comm.device):
         shared_bytes, sms = native().device_limits()
         name = torch.cuda.get_device_name()
         gpu = str(torch.cuda.get_device_properties(comm.device).uuid)
-    sharing = comm._exchange((gpu, num_sms))
-    wanted = sum(n for other, n in sharing if other == gpu)
-    if wanted > sms:
-        raise InvalidArgument(f"Buffer: num_sms is {num_sms} on each of the ranks that share {name}, {wanted} in all; expected at most its {sms}, "
-                              "since their kernels wait for each other", op="Buffer", rank=comm.rank)
+    comm._gpu_name = gpu
+    _communicators.add(comm)
+    comm._buffers.add(buffer)
+    sharing = comm._exchange((gpu, sms, _wanted_here(gpu), comm._reach.retired()))
+    comm._reach.release(sorted(set.intersection(*(set(gone) for *_, gone in sharing))))
+    for other, its_sms, *_ in sharing:   # on every rank alike: all refuse, or none
+        wanted = {}
+        for there, _, held, _ in sharing:
+            if there == other:
+                wanted.update(held)
+        if sum(wanted.values()) > its_sms:
+            comm._buffers.discard(buffer)
+            raise InvalidArgument(f"Buffer: num_sms is {num_sms} on each of the ranks that share {name}, {sum(wanted.values())} in all; expected at most its "
+                                  f"{its_sms}, since their kernels wait for each other. The largest open buffer of every communicator of these ranks' "
+                                  "processes counts: give fewer num_sms, or close() buffers that are not used any more", op="Buffer", rank=comm.rank)
     traffic = tuning.Traffic(hidden=hidden, num_experts=num_experts, top_k=top_k, max_tokens=max_tokens, ranks=comm.size,
-                             ranks_per_node=comm.ranks_per_node, row_bytes=hidden * dtype.itemsize, shared_gpu=sum(other == gpu for other, _ in sharing))
+                             ranks_per_node=comm.ranks_per_node, row_bytes=hidden * dtype.itemsize, shared_gpu=sum(other == gpu for other, *_ in sharing))
     plan = tuning.plan_for(tuning.hardware_of(name, sms, shared_bytes), traffic, num_sms)
     return plan if channels is None else tuning.replace(plan, channels=channels)
 
@@ -179,7 +221,6 @@ class NativeBuffer:
         self._device = comm.device
         self._buffer = native().Buffer((comm.rank, comm.size, comm.ranks_per_node), comm._reach, comm._gpu, hidden, dtype,
                                        num_experts, top_k, max_tokens, plan.channels, plan.chunk_bytes, arena_bytes, check, plan.spread(), plan.stages, comm.timeout)
-        self._stream = self._done = None
         self._comm, self._bounds = comm, (comm.timeout, comm.rank)
         self._calls = Exclusive(comm.rank)
         for name in ("card", "connected", "owns", "block_layout", "window", "arena", "counters", "fault", "captured_bytes", "release_captured"):
@@ -211,23 +252,25 @@ class NativeBuffer:
         return torch.cuda.current_stream(self._device).cuda_stream
 
     def enqueue(self, op, call, *args):
-        """call(*args, stream) on the current stream, behind the buffer's earlier calls. Where a call of this communicator has failed
-        for good, its Failure instead."""
+        """call(*args, stream) on the current stream, behind the communicator's earlier calls. Where one of them has failed for good, its
+        Failure instead."""
         with self._calls.call(op):
-            return self._enqueue(call, *args)
+            return self._enqueue(self._comm, call, *args)
 
-    def _enqueue(self, call, *args):
-        broken = self._comm._native.broken()
+    def _enqueue(self, comm, call, *args):
+        broken = comm._native.broken()
         if broken is not None:
             return broken
         stream = torch.cuda.current_stream(self._device)
-        if self._stream is not None and stream != self._stream and not torch.cuda.is_current_stream_capturing():
-            stream.wait_event(self._done)   # calls of one buffer do not overlap
+        capturing = torch.cuda.is_current_stream_capturing()
+        before, done = comm._latest
+        if before is not None and stream != before and not capturing:
+            stream.wait_event(done)   # two kernels of a rank could each keep the other's blocks, or another rank's, from running
         result = call(*args, stream.cuda_stream)
         if isinstance(result, native().Failure):
-            self._comm._native.note(result)
-        if not torch.cuda.is_current_stream_capturing():
-            self._stream, self._done = stream, stream.record_event()
+            comm._native.note(result)
+        if not capturing:
+            comm._latest = stream, stream.record_event()
         return result
 
     def dispatch(self, x, scales, ids, ids_are_int32, weights, tokens, by_rank, alignment, capacity, row_bytes, scale_bytes, plan=None,
@@ -255,7 +298,7 @@ class Pending:
     def __init__(self, comm, work, keep, then=None):
         caller = torch.cuda.current_stream(comm.device)
         if comm._stream is None:
-            comm._stream = torch.cuda.Stream(comm.device)
+            comm._stream = torch.cuda.Stream(comm.device, priority=-1)   # before the blocks of a long kernel that has not started them all
         comm._stream.wait_stream(caller)
         with torch.cuda.stream(comm._stream):
             self._result = work()

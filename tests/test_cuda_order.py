@@ -67,7 +67,7 @@ class Machine:
 def machine(monkeypatch):
     m = Machine()
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: m.current)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device=None: Stream(m))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device=None, priority=0: Stream(m))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     return m
 

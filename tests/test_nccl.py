@@ -86,10 +86,27 @@ def test_choice_of_fabric(threads, hosts, ipc, wanted, expected):
 
 @pytest.mark.parametrize("threads,hosts,ipc,wanted,message", [
     (True, [None], [True], "nccl", "got 'nccl'; rank threads reach each other by pointer"), (False, ["h", "i"], [True] * 2, "ipc", "ranks on several hosts"),
-    (False, ["h"] * 2, [True, False], "ipc", "which the GPU of rank 1 does not have"), (False, ["h"], [True], "mpi", "got 'mpi'; expected auto, ipc or nccl")])
+    (False, ["h"] * 2, [True, False], "ipc", "which rank 1 cannot use with its host's other ranks"), (False, ["h"], [True], "mpi", "got 'mpi'; expected auto, ipc or nccl")])
 def test_fabrics_that_do_not_go(threads, hosts, ipc, wanted, message):
     with pytest.raises(moecomm.InvalidArgument, match=message):
         cuda.fabric_of(threads, hosts, ipc, wanted)
+
+
+def test_memory_that_a_peer_cannot_open_is_not_shared_by_ipc(monkeypatch):
+    """Every process exports, but rank 2 sees its own GPU alone: whoever shares a host with it goes by NCCL."""
+    def sample(rank):
+        return SimpleNamespace(handle=lambda: b"memory of %d" % rank, opens=lambda handle: rank != 2)
+
+    monkeypatch.setattr(cuda, "native", lambda: SimpleNamespace(IpcSample=sample))
+    found = {}
+
+    def main(comm):
+        for hosts in (["h"] * 3, ["h", "h", "i"]):
+            found[comm.rank, hosts[2]] = cuda._ipc_opens(comm, comm.rank, hosts)
+
+    moecomm.run_local(main, 3, ranks_per_node=3)
+    assert all(found[r, "h"] == [True, True, False] and found[r, "i"] == [True] * 3 for r in range(3))
+    assert cuda.fabric_of(False, ["h"] * 3, found[0, "h"]) == "nccl"
 
 
 def test_the_variable_has_a_meaning():
