@@ -34,7 +34,7 @@ def test_hopper_with_ptx_by_default(unset, monkeypatch):
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     if unset is not None:
         monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", unset)
-    assert cuda_toolkit.architectures() == ["-gencode=arch=compute_90a,code=[sm_90a,compute_90a]"]
+    assert cuda_toolkit.architectures() == ["-gencode=arch=compute_90,code=[sm_90,compute_90]"]
 
 
 @pytest.mark.parametrize("word", ["7.0", "Volta", "sm_90", "9", "9.0x"])

@@ -1,6 +1,6 @@
 """`make cuda-check`: what can be said of the CUDA sources without a GPU. Closes with "N passed, M failed".
 
-Compiles every kernel for sm_90a (and sm_80, which has no copy engine), reads the compiler's resource report, and looks
+Compiles every kernel for sm_90 (and sm_80, which has no copy engine), reads the compiler's resource report, and looks
 into the machine code for what the design promises: bulk copies, 16-byte accesses, release and acquire at system
 scope, no read-only (.nc) loads, no local memory; and into the PTX for the order between the copy engine and the threads.
 """
@@ -84,7 +84,7 @@ def functions(sass):
 
 
 def look_inside(name, sass):
-    """The promises about one kernel's machine code for sm_90a."""
+    """The promises about one kernel's machine code for sm_90."""
     count = lambda pattern: len(re.findall(pattern, sass))   # noqa: E731
     kernel = name.split()[-1]   # without its source
     between_ranks, decodes = "dispatch" in kernel or "combine" in kernel, kernel.startswith(("dequantize", "decode_rows"))
@@ -124,8 +124,10 @@ def unfenced(lines, release):
 def look_at_launch(source, folder):
     """What a launch, and the order between the copy engine and the threads, rest on; read off the PTX."""
     out = Path(folder) / f"{source.stem}.ptx"
-    run = subprocess.run(["nvcc", *FLAGS, "-ptx", "-gencode=arch=compute_90a,code=compute_90a", str(source), "-o", str(out)], capture_output=True, text=True)
+    run = subprocess.run(["nvcc", *FLAGS, "-ptx", "-gencode=arch=compute_90,code=compute_90", str(source), "-o", str(out)], capture_output=True, text=True)
     name, ptx = source.name, out.read_text() if run.returncode == 0 else ""
+    newer = subprocess.run(["ptxas", "-arch=sm_100", str(out), "-o", os.devnull], capture_output=True, text=True)
+    check(f"{name}: its PTX is good for a newer GPU", run.returncode == newer.returncode == 0, newer.stderr.strip()[:200] or "sm_100")
     sizes = [int(n) for n in re.findall(r"_kernel\S*_param_0\[(\d+)\]", ptx)]
     check(f"{name}: arguments of a launch fit every driver's 4 KiB", bool(sizes) and max(sizes) <= 4096, f"{max(sizes, default=0)} bytes")
     dynamic = re.findall(r"\.extern \.shared \.align (\d+)", ptx)
@@ -154,8 +156,8 @@ def main():
                 continue
             older = compiled(source, "80", folder)
             check(f"{source.name}: compiles for sm_80 (no copy engine)", older is not None)
-            made = compiled(source, "90a", folder)
-            check(f"{source.name}: compiles for sm_90a", made is not None, f"{made[2]:.0f} s of nvcc, {made[0].stat().st_size} bytes" if made else "")
+            made = compiled(source, "90", folder)
+            check(f"{source.name}: compiles for sm_90", made is not None, f"{made[2]:.0f} s of nvcc, {made[0].stat().st_size} bytes" if made else "")
             if made is None:
                 continue
             if source.stem in ("kernels", "decode"):

@@ -43,7 +43,8 @@ def why_not():
 
 
 def architectures(words=None):
-    """nvcc's -gencode options for a TORCH_CUDA_ARCH_LIST, whose words are as torch's: 8.0, 9.0a, 9.0a+PTX, Hopper.
+    """nvcc's -gencode options for a TORCH_CUDA_ARCH_LIST, whose words are as torch's: 8.0, 9.0, 9.0+PTX, Hopper. None: Hopper's, with PTX
+    that newer GPUs compile when they load it (that of 9.0a runs on Hopper alone).
 
     Raises
     ------
@@ -51,7 +52,7 @@ def architectures(words=None):
         A word is none of these, or older than 8.0.
     """
     flags = []
-    for word in (words or os.environ.get("TORCH_CUDA_ARCH_LIST") or "9.0a+PTX").replace(";", " ").split():
+    for word in (words or os.environ.get("TORCH_CUDA_ARCH_LIST") or "9.0+PTX").replace(";", " ").split():
         name, ptx = word.removesuffix("+PTX"), word.endswith("+PTX")
         for number in _NAMES.get(name, name).split():
             if not re.fullmatch(r"\d+\.\d[af]?", number) or float(number.rstrip("af")) < 8:
