@@ -10,7 +10,7 @@ from .env import Environment
 from .errors import InvalidArgument
 from .recorder import check_folder
 from .results import Handle
-from .shapes import QUANTS, SCALE_DTYPES, WIRES, arena_size, check_shape, default_channels
+from .shapes import QUANTS, SCALE_DTYPES, WIRES, arena_size, check_shape, decode_tokens, default_channels
 from .tensors import plain
 
 _MOST_ROWS = (1 << 31) - 1
@@ -60,8 +60,8 @@ def describe(t):
 class Arguments:
     """The checks of Buffer, which says hidden, top_k, max_tokens, dtype and comm."""
 
-    def _agree(self, shape, decode, record, placement, replicas, activate, monitor):
-        """(MOECOMM_CHECK, hidden, ... arena_bytes) of a Buffer that is being made, with what was left open filled in. Collective: what is wrong on one
+    def _agree(self, shape, decode, record, placement, replicas, activate, monitor, decode_max_tokens):
+        """(MOECOMM_CHECK, hidden, ... decode_max_tokens) of a Buffer that is being made, with what was left open filled in. Collective: what is wrong on one
         rank, or differs, is raised on all."""
         comm = self.comm
 
@@ -79,11 +79,11 @@ class Arguments:
             arena_bytes = arena_bytes or arena_size(comm.size, hidden, num_experts, top_k, max_tokens, dtype)
             how = (None, None, None) if placement is None else (placement.digest, replicas, activate)
             return dict(hidden=hidden, num_experts=num_experts, top_k=top_k, max_tokens=max_tokens, channels=channels, arena_bytes=arena_bytes,
-                        dtype=str(dtype), decode=decode, MOECOMM_CHECK=env.check, placement=how[0], replicas=how[1], activate=how[2])
+                        decode_max_tokens=decode_tokens(decode_max_tokens, max_tokens, rank), dtype=str(dtype), decode=decode, MOECOMM_CHECK=env.check, placement=how[0], replicas=how[1], activate=how[2])
 
         everyone = comm._everywhere("Buffer", mine)
         comm._require_equal("Buffer", everyone)
-        return everyone[0]["MOECOMM_CHECK"], list(everyone[0].values())[:6]
+        return everyone[0]["MOECOMM_CHECK"], list(everyone[0].values())[:7]
 
     def _refuse(self, op, what):
         raise InvalidArgument(f"{op} on rank {self.comm.rank}: {what}", op=op, rank=self.comm.rank)
@@ -188,8 +188,9 @@ class Arguments:
             self._refuse(op, f"x is {describe(x)}; expected contiguous {want} [T, {self.hidden}] on {self.comm.device}")
         self._check_start(op, x=x)
         tokens = x.shape[0]
-        if tokens > self.max_tokens:
-            self._refuse(op, f"x has {tokens} tokens; expected at most max_tokens = {self.max_tokens}")
+        most, name = (self.decode_max_tokens, "decode_max_tokens") if op.startswith("decode") else (self.max_tokens, "max_tokens")
+        if tokens > most:
+            self._refuse(op, f"x has {tokens} tokens; expected at most {name} = {most}")
         if scales is not None:
             self._check_fp8_rows(op)
             kinds = (1, 2) if packed else (1,)

@@ -17,7 +17,7 @@ from .errors import InvalidArgument, raise_failure
 from .record_cuda import DeviceRecorder
 from .recorder import Recorder
 from .results import BlockTensors, Dispatched, Handle
-from .shapes import DTYPES, QUANTS, SCALE_DTYPES, WIRES, arena_size, as_int, check_shape, default_channels, reserved_bytes
+from .shapes import DTYPES, QUANTS, SCALE_DTYPES, WIRES, arena_size, as_int, check_shape, decode_tokens, default_channels, reserved_bytes
 from .shared import Shared
 from .tensors import address
 
@@ -44,6 +44,8 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         Independent slices of the tokens, each with its own pipeline.
     decode : bool
         Make the memory of the decode path now. False: the first decode_dispatch makes it (collectively).
+    decode_max_tokens : int, optional
+        Most tokens of a decode call, at most max_tokens (None: as many). Wants to be small on a GPU, which commits all of this memory.
     arena_bytes : int, optional
         Window memory for dispatch outputs and experts' outputs. None: twice the worst case of one
         dispatch (all tokens of all ranks to one rank); reserved, and committed when first touched.
@@ -75,24 +77,25 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
 
     def __init__(self, comm, *, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, num_sms=20, channels=None,
                  arena_bytes=None, decode=False, record=None, placement=None, replicas="optimal", activate=None, renormalize=False,
-                 monitor=None):
+                 monitor=None, decode_max_tokens=None):
         require_comm(comm)
         self.comm = comm
         comm._require_open("Buffer")
         on_gpu = comm._gpu is not None
 
-        check, (hidden, num_experts, top_k, max_tokens, channels, arena_bytes) = self._agree(
-            (hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank, arena_bytes), decode, record, placement, replicas, activate, monitor)
+        check, (hidden, num_experts, top_k, max_tokens, channels, arena_bytes, self.decode_max_tokens) = self._agree(
+            (hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank, arena_bytes), decode, record, placement, replicas, activate, monitor,
+            decode_max_tokens)
         self._replicas = None
         if placement is not None:   # from here on, experts are slots
             self._replicas = Replicas(comm, placement, replicas, activate, renormalize, monitor)
+        self.num_sms = as_int(num_sms)
         if on_gpu:
-            plan = cuda.plan_of(comm, hidden=hidden, num_experts=num_experts, top_k=top_k, max_tokens=max_tokens, dtype=dtype, num_sms=as_int(num_sms),
-                                channels=channels)
+            plan = cuda.plan_of(self, hidden=hidden, num_experts=num_experts, top_k=top_k, max_tokens=max_tokens, dtype=dtype, channels=channels)
             channels, self._plan = plan.channels, plan
             comm._require_equal("Buffer", comm._exchange({"channels": channels}))
         self.hidden, self.num_experts, self.top_k, self.max_tokens = hidden, num_experts, top_k, max_tokens
-        self.dtype, self.num_sms, self.channels, self.arena_bytes = dtype, as_int(num_sms), channels, arena_bytes
+        self.dtype, self.channels, self.arena_bytes = dtype, channels, arena_bytes
         self.experts_per_rank = num_experts // comm.size
 
         def native():
@@ -130,16 +133,16 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         """Bytes of this rank's windows (reserved; committed when touched)."""
         c = self.comm
         return reserved_bytes(c, self.hidden, self.num_experts, self.top_k, self.max_tokens, self.dtype, self.channels, self.arena_bytes,
-                      self._decode is not None)
+                              self._decode is not None and self.decode_max_tokens)
 
     @staticmethod
     def size_hint(comm, *, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, num_sms=20, channels=None, arena_bytes=None,
-                  decode=False):
+                  decode=False, decode_max_tokens=None):
         """Bytes that a Buffer with these arguments would reserve on each rank; allocates nothing.
 
-        With decode=True also what the decode path reserves: proportional to size * max_tokens * row bytes (for
-        the messages), and to that times the experts per rank (for the packed rows, of which only what is
-        touched is committed).
+        With decode=True also what the decode path reserves: proportional to size * decode_max_tokens * row bytes (for
+        the messages), and to that times the experts per rank (for the packed rows, of which the cpu world commits only
+        what is touched, and the cuda world all).
 
         Raises
         ------
@@ -151,7 +154,8 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank, arena_bytes)
         channels = channels or Environment().channels or default_channels(comm.num_nodes)
         arena_bytes = arena_bytes or arena_size(comm.size, hidden, num_experts, top_k, max_tokens, dtype)
-        return reserved_bytes(comm, hidden, num_experts, top_k, max_tokens, dtype, channels, arena_bytes, decode)
+        tokens = decode_tokens(decode_max_tokens, max_tokens, comm.rank)
+        return reserved_bytes(comm, hidden, num_experts, top_k, max_tokens, dtype, channels, arena_bytes, decode and tokens)
 
     @staticmethod
     def arena_hint(comm, *, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, dispatches=2):

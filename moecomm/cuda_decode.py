@@ -41,7 +41,7 @@ class NativeDecode:
         comm = buffer.comm
         self._buffer, self._fail = buffer._native, fail
         self._native = cuda.native().Decode((comm.rank, comm.size, comm.ranks_per_node), comm._reach, comm._gpu, buffer.hidden, dtype,
-                                            buffer.num_experts, buffer.top_k, buffer.max_tokens, buffer._check, buffer._plan.spread(), buffer._plan.stages,
+                                            buffer.num_experts, buffer.top_k, buffer.decode_max_tokens, buffer._check, buffer._plan.spread(), buffer._plan.stages,
                                             comm.timeout)
         self._current = [None, None]
         self._bounds = comm.timeout, comm.rank

@@ -99,7 +99,7 @@ class DecodeVerbs:
 
         Parameters
         ----------
-        rows : Tensor [experts per rank, size * max_tokens, hidden] of the buffer's dtype
+        rows : Tensor [experts per rank, size * decode_max_tokens, hidden] of the buffer's dtype
             Laid out as DecodeReceived.x. handle.rows is sent without a staging copy; unchanged until the hook.
         topk_ids : Tensor [T, top_k]
             As given to decode_dispatch.
@@ -149,7 +149,7 @@ class Decode:
 
     def __init__(self, buffer):
         comm = buffer.comm
-        check_shape(comm.size, buffer.num_experts, buffer.max_tokens, comm.rank)
+        check_shape(comm.size, buffer.num_experts, buffer.decode_max_tokens, comm.rank)
         self.buffer, self.rank = buffer, comm.rank
         self.hidden, self.dtype = buffer.hidden, buffer.dtype
         comm._require_equal("decode", comm._exchange({"decode": True}))
@@ -160,13 +160,13 @@ class Decode:
         if buffer._recorder is not None and buffer._noter is None:
             buffer._recorder.record_decode(self.native)
         self.native.trace(buffer._traced)
-        self._make_tensors(buffer.experts_per_rank, comm.size * buffer.max_tokens)
+        self._make_tensors(buffer.experts_per_rank, comm.size * buffer.decode_max_tokens)
 
     def _make_native(self):
         buffer, fail = self.buffer, _Raiser(self.rank)
         if buffer.comm._gpu is not None:
             return cuda_decode.NativeDecode(buffer, DTYPES[self.dtype], fail)
-        return core.Decode(buffer.comm._native, buffer._native, buffer._check, fail)
+        return core.Decode(buffer.comm._native, buffer._native, buffer._check, fail, buffer.decode_max_tokens)
 
     @torch.inference_mode(False)   # whoever calls first: they are used outside, too
     def _make_tensors(self, experts, rows):
@@ -296,6 +296,6 @@ def check_shape(size, num_experts, max_tokens, rank):
     InvalidArgument
     """
     if max_tokens > _MAX_TOKENS:
-        raise InvalidArgument(f"decode: max_tokens is {max_tokens}; expected at most {_MAX_TOKENS}", op="decode", rank=rank)
+        raise InvalidArgument(f"decode: decode_max_tokens is {max_tokens}; expected at most {_MAX_TOKENS}", op="decode", rank=rank)
     if num_experts * max_tokens >= 1 << 30:
-        raise InvalidArgument(f"decode: num_experts * max_tokens is {num_experts * max_tokens}; expected less than 2**30", op="decode", rank=rank)
+        raise InvalidArgument(f"decode: num_experts * decode_max_tokens is {num_experts * max_tokens}; expected less than 2**30", op="decode", rank=rank)

@@ -18,9 +18,9 @@ SCALE_DTYPES = (None, torch.float32, torch.int32)   # by the numbers of QUANTS
 
 
 def reserved_bytes(comm, hidden, num_experts, top_k, max_tokens, dtype, channels, arena_bytes, decode):
-    """Bytes of a rank's windows: reserved, and committed when touched."""
-    geometry, shape = (comm.rank, comm.size, comm.ranks_per_node), (hidden, DTYPES[dtype], num_experts, top_k, max_tokens)
-    return core.buffer_bytes(*geometry, *shape, channels, arena_bytes) + (core.decode_bytes(*geometry, *shape) if decode else 0)
+    """Bytes of a rank's windows: reserved, and committed when touched. decode: tokens of the decode path; 0, False: there is none."""
+    geometry, shape = (comm.rank, comm.size, comm.ranks_per_node), (hidden, DTYPES[dtype], num_experts, top_k)
+    return core.buffer_bytes(*geometry, *shape, max_tokens, channels, arena_bytes) + (core.decode_bytes(*geometry, *shape, decode) if decode else 0)
 
 
 def default_channels(num_nodes):
@@ -33,6 +33,20 @@ def arena_size(size, hidden, num_experts, top_k, max_tokens, dtype, dispatches=2
     rows = size * max_tokens * min(top_k, num_experts // size)
     per_row = 2 * max(hidden * dtype.itemsize, hidden + 4 * ((hidden + 127) // 128) + 16) + 16 * top_k + 64
     return -(-dispatches * (rows * per_row + 65536) // 4096) * 4096
+
+
+def decode_tokens(decode_max_tokens, max_tokens, rank):
+    """Most tokens of a decode call; None: as many as of any other.
+
+    Raises
+    ------
+    InvalidArgument
+    """
+    tokens = max_tokens if decode_max_tokens is None else as_int(decode_max_tokens)
+    if not isinstance(tokens, int) or not 1 <= tokens <= max_tokens:
+        raise InvalidArgument(f"Buffer: decode_max_tokens is {decode_max_tokens!r}; expected 1..max_tokens = {max_tokens}, or None for max_tokens", op="Buffer",
+                              rank=rank)
+    return tokens
 
 
 def as_int(value):

@@ -27,7 +27,7 @@ def check_dispatch(comm, buf, world, *, scheme=None, prepared=False, weights_tra
     xs, ids, weights = world
     r = comm.rank
     rows = [coded(x, scheme) for x in xs] if scheme else [(x, None) for x in xs]
-    want = reference.decode_dispatch([x for x, _ in rows], ids, num_experts=buf.num_experts, max_tokens=buf.max_tokens,
+    want = reference.decode_dispatch([x for x, _ in rows], ids, num_experts=buf.num_experts, max_tokens=buf.decode_max_tokens,
                                      scales=[s for _, s in rows] if scheme else None)
     recv, hook = buf.decode_dispatch(rows[r] if prepared else xs[r], ids[r], topk_weights=weights[r] if weights_travel else None,
                                      quant=None if prepared else scheme, scale_layout=scale_layout, return_hook=return_hook)

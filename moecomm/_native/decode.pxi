@@ -4,7 +4,7 @@
 cdef class DecodeReceived:
     """What decode_dispatch returns; to be read after its hook.
 
-    .x [experts per rank, size * max_tokens, hidden]: the rows of local expert e are x[e, :counts[e]], in order
+    .x [experts per rank, size * decode_max_tokens, hidden]: the rows of local expert e are x[e, :counts[e]], in order
     (source rank, source token); what lies behind them is undefined. .scales [.., hidden/128] f32 (int32 [.., hidden/512]
     for UE8M0) of quantized rows, else None. .counts int64 [experts per rank]. .handle for decode_combine. The tensors
     are memory of the buffer: the dispatch after the next one overwrites them.
@@ -15,7 +15,7 @@ cdef class DecodeReceived:
 cdef class DecodeHandle:
     """What decode_combine needs; good for one combine, until the dispatch after the next one.
 
-    .rows [experts per rank, size * max_tokens, hidden] of the buffer's dtype: a place for the experts' output.
+    .rows [experts per rank, size * decode_max_tokens, hidden] of the buffer's dtype: a place for the experts' output.
     Written there (after the dispatch's hook) and passed to decode_combine, it is sent without a staging copy.
     """
     cdef readonly object rows
@@ -69,8 +69,9 @@ cdef class Decode:
     cdef Windows windows
     cdef list current                  # handles by parity: a phase that a later dispatch catches up on finds its memory
 
-    def __cinit__(self, Communicator comm, Buffer buffer, bint check, fail):
+    def __cinit__(self, Communicator comm, Buffer buffer, bint check, fail, int max_tokens):
         self.shape = buffer.shape
+        self.shape.max_tokens = max_tokens
         self.fail = fail
         self.current = [None, None]
         self.comm = comm
