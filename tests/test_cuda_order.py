@@ -76,7 +76,7 @@ class Buffer(Calls):
     """Calls of a communicator on a GPU."""
 
     def __init__(self):
-        self.comm, self._hooks = SimpleNamespace(device=torch.device("cuda"), _gpu=0, _stream=None), {}
+        self.comm, self._hooks = SimpleNamespace(device=torch.device("cuda"), _gpu=0, _stream=None, _require_here=lambda op: None), {}
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -69,7 +69,7 @@ class DeviceDecode {
     call.links = {.geometry = g, .windows = me.host.windows, .rail_region = me.region.data.get(), .regions = me.regions.data(), .network = &network,
                   .region_offset = me.view.window.bytes, .same_device = &same_device,
                   .window_faults = me.view.window.faults, .region_faults = me.view.region.faults, .region_peers = g.size, .own_peer = g.rank,
-                  .failed = failed_, .faults = &faults_, .counters = &counters};
+                  .failed = failed_, .faults = faults_, .counters = &counters};
     call.spread = {.sms = 1, .warps = c.groups * c.squad, .senders = 0, .stage_bytes = kStage};
     call.timeout_ns = 100'000'000'000;
     call.gates = &met_;
@@ -81,7 +81,7 @@ class DeviceDecode {
       const Squad group{squad * c.squad, c.squad, reinterpret_cast<WarpScratch*>(own)->words};
       moecomm::cuda::join_squad(call, Rail::of(call.links, 0), group, squad, c.groups, own, role);
     });
-    const FaultRecord& record = faults_.fatal.code ? faults_.fatal : faults_.refused;
+    const FaultRecord& record = faults_[1].code ? faults_[1] : faults_[0];
     return record.code ? record.status : Status{};
   }
 
@@ -89,7 +89,7 @@ class DeviceDecode {
   std::shared_ptr<emulated::Gin> gin_;
   DecodeClock clock_{};
   uint64_t met_ = 0, failed_[3] = {};
-  FaultRecords faults_{};
+  FaultRecord faults_[kFaultRecords] = {};
   std::vector<int32_t> apart_;
 };
 

@@ -18,9 +18,9 @@ const Status kOther{Code::mismatch, Phase::announce, 1, 0, 5, 6};
 struct Rank {
   uint64_t own[8] = {}, peer[8] = {}, failed[3] = {};
   char* windows[2] = {reinterpret_cast<char*>(own), reinterpret_cast<char*>(peer)};
-  FaultRecords faults;
+  FaultRecord faults[kFaultRecords] = {};
   Status broken;
-  DeviceLinks links{.geometry = {0, 2, 2}, .windows = windows, .region_peers = 1, .failed = failed, .faults = &faults};
+  DeviceLinks links{.geometry = {0, 2, 2}, .windows = windows, .region_peers = 1, .failed = failed, .faults = faults};
 
   void fail(const Status& s) {
     alignas(128) static char shared[warp_shared_bytes(256)];

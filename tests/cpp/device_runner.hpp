@@ -30,13 +30,13 @@ struct DeviceRunner {
     for (int n = 0; n < g.nodes(); ++n) regions.push_back(w.rank(g.rail_rank(n)).region.data.get());
     uint64_t same_device = 0x5;   // further copies cross a link on their way to odd local ranks
     uint64_t gates[static_cast<int>(Gate::count)] = {}, failed[3] = {};
-    FaultRecords faults{};
+    FaultRecord faults[kFaultRecords] = {};
     Counters counters;
     cuda::Call call;
     call.links = {.geometry = g, .windows = me.host.windows, .rail_region = me.region.data.get(), .regions = regions.data(),
                   .network = network.empty() ? nullptr : network[r], .region_offset = me.view.node.bytes, .same_device = &same_device,
                   .window_faults = me.view.node.faults, .region_faults = me.view.rail.faults, .region_peers = g.nodes(), .own_peer = g.node(),
-                  .failed = failed, .faults = &faults, .counters = &counters};
+                  .failed = failed, .faults = faults, .counters = &counters};
     call.spread = {.sms = 1, .warps = c.workers + 1, .senders = c.senders, .stage_bytes = kStage, .stages = c.stages};
     call.timeout_ns = 60'000'000'000;
     call.gates = gates;
@@ -50,7 +50,7 @@ struct DeviceRunner {
           emulated::run_warp([&] { cuda::take_seat(call, Rail::of(call.links, i), i, seats, shared[i].data.get(), role); });
         });
     }
-    const FaultRecord& record = faults.fatal.code ? faults.fatal : faults.refused;
+    const FaultRecord& record = faults[1].code ? faults[1] : faults[0];
     return record.code ? record.status : Status{};
   }
 };

@@ -139,9 +139,9 @@ struct DeviceFabric {
   // what is final ends all warps of this rank, and everyone within reach learns of it, whatever the call was refused for.
   __device__ void fail(const Status& s) const {
     if (s.code == Code::lost && s.peer == links->geometry.rank) return;   // ended by another warp's failure
-    const bool fatal = is_final(s);
-    if (atomicCAS(reinterpret_cast<unsigned long long*>(links->failed + (fatal ? 2 : 1)), 0ull, 1ull) != 0) return;
-    FaultRecord& record = fatal ? links->faults->fatal : links->faults->refused;
+    const int fatal = is_final(s);
+    if (atomicCAS(reinterpret_cast<unsigned long long*>(links->failed + 1 + fatal), 0ull, 1ull) != 0) return;
+    FaultRecord& record = links->faults[fatal];
     if (ptx::load_acquire_sys(&record.code) == 0) {   // else that of an earlier call is there, and the host may be reading it
       record.status = s;
       ptx::store_release_sys(&record.code, static_cast<uint64_t>(s.code));

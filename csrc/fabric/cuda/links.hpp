@@ -12,11 +12,9 @@ struct FaultRecord {
   uint64_t code = 0;
 };
 
-// A rank's two records. What is final is not hidden by what a call was refused for before.
-struct FaultRecords {
-  FaultRecord refused;   // forgotten once told
-  FaultRecord fatal;     // stays
-};
+// A rank's two records: of what a call was refused for, which is forgotten once told; and of what is final, which stays, and which
+// no refusal hides.
+constexpr int kFaultRecords = 2;
 
 // What a rank has mapped. Device memory is named by plain pointers; the host's Buffer owns all of it.
 struct DeviceLinks {
@@ -32,7 +30,7 @@ struct DeviceLinks {
   int32_t region_peers = 0;
   int32_t own_peer = 0;            // this rank's index among them
   uint64_t* failed = nullptr;      // not 0: this rank's warps end; [1], [2]: not 0: the record is taken, of a refusal, of what is final
-  FaultRecords* faults = nullptr;  // pinned
+  FaultRecord* faults = nullptr;   // [kFaultRecords], pinned
   Counters* counters = nullptr;    // totals of all warps
 };
 

@@ -50,15 +50,17 @@ struct alignas(128) WarpScratch {
   Pipeline pipe;
   uint32_t words[16];              // of a Squad's broadcasts
   bool unflushed;                  // a put of this warp may still be read by its network
+  bool late;                       // the rank had failed when the group began
   alignas(64) char request[128];   // where such a rail builds its requests
 
-  // A group's piece of shared memory, made ready; once per kernel, by all lanes.
+  // A group's piece of shared memory, made ready; once per kernel, by all lanes. `failed`: as DeviceLinks'; one lane looks for all.
   template <class G>
-  static __device__ WarpScratch* open(G g, char* shared, uint32_t stage_bytes, int stages = kStages) {
+  static __device__ WarpScratch* open(G g, char* shared, uint32_t stage_bytes, int stages = kStages, const uint64_t* failed = nullptr) {
     auto* scratch = reinterpret_cast<WarpScratch*>(shared);
     if (g.lane() == 0) {
       scratch->counters = {};
       scratch->unflushed = false;
+      scratch->late = failed && ptx::load_acquire_gpu(failed) != 0;
       scratch->pipe.stages = shared + sizeof(WarpScratch);
       scratch->pipe.stage_bytes = stage_bytes;
       scratch->pipe.count = stages;

@@ -53,7 +53,7 @@ DeviceBuffer::DeviceBuffer(Geometry geometry, Shape shape, bool check, int devic
   links_.region_peers = static_cast<int32_t>(n);
   links_.own_peer = geometry.node();
   links_.failed = gates_ + kGates;
-  links_.faults = &records();
+  links_.faults = records();
   links_.counters = reinterpret_cast<Counters*>(s + counters);
   pool_->idle.push_back(make_plan());   // ahead, since a stream that is being captured allows no allocation
 }

@@ -89,7 +89,7 @@ class DeviceBuffer {
   Status wait_placed(uint64_t ticket, void* stream);
   std::unique_ptr<DevicePlan> make_plan();
   Placed& placed() const { return *reinterpret_cast<Placed*>(pinned_->data()); }
-  FaultRecords& records() const { return *reinterpret_cast<FaultRecords*>(pinned_->data() + 64); }
+  FaultRecord* records() const { return reinterpret_cast<FaultRecord*>(pinned_->data() + 64); }
 
   BufferView view_;
   int device_;

@@ -25,7 +25,7 @@ DeviceDecode::DeviceDecode(Geometry geometry, Shape shape, bool check, int devic
   const OnDevice on(device);
   require(kernels_.prepare(), "loading the kernels (built for another architecture?)");
   window_ = reach_->window(bytes(geometry, shape), Peers::world);
-  pinned_ = std::make_unique<Pinned>(sizeof(FaultRecords));
+  pinned_ = std::make_unique<Pinned>(kFaultRecords * sizeof(FaultRecord));
   table_bytes_ = place_decode_turn(view_, nullptr, turns_[0].view);
   const uint64_t size = geometry.size, p = geometry.ranks_per_node;
   detail::Cursor c;
@@ -48,7 +48,7 @@ DeviceDecode::DeviceDecode(Geometry geometry, Shape shape, bool check, int devic
   links_.region_peers = geometry.size;
   links_.own_peer = geometry.rank;
   links_.failed = met_ + 1;
-  links_.faults = &records();
+  links_.faults = records();
   links_.counters = reinterpret_cast<Counters*>(s + counters);
 }
 

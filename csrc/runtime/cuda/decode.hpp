@@ -62,7 +62,7 @@ class DeviceDecode {
   Status launch(Turn& t, DecodeDispatchWork work, void* stream);
   Status launch(Turn& t, DecodeCombineWork work, void* stream);
   int squad(const Turn& t) const;
-  FaultRecords& records() const { return *reinterpret_cast<FaultRecords*>(pinned_->data()); }
+  FaultRecord* records() const { return reinterpret_cast<FaultRecord*>(pinned_->data()); }
 
   DecodeView view_;
   int device_;

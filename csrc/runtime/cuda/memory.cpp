@@ -99,9 +99,9 @@ Pinned::~Pinned() {
   cudaFreeHost(data_);
 }
 
-Status take_fault(FaultRecords& faults, Status& broken) {
+Status take_fault(FaultRecord* faults, Status& broken) {
   if (!broken.ok()) return broken;
-  for (FaultRecord* record : {&faults.fatal, &faults.refused}) {
+  for (FaultRecord* record : {faults + 1, faults}) {
     auto& code = *reinterpret_cast<std::atomic<uint64_t>*>(&record->code);
     if (code.load(std::memory_order_acquire) == 0) continue;
     const Status s = record->status;

@@ -60,7 +60,7 @@ class DeviceMemory {
 };
 
 // What kernels have reported: what is final first, and for ever; a refusal once.
-Status take_fault(FaultRecords& faults, Status& broken);
+Status take_fault(FaultRecord* faults, Status& broken);
 
 // Zero-filled; every device sees it at the same address.
 class Pinned {

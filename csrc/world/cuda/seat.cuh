@@ -64,7 +64,7 @@ struct DeviceMeeting : DeviceGates<Fabric> {
 // Calls role(fabric) and reports its Status; once per group of a kernel, by all its lanes, with its own piece of shared memory.
 template <class G, class Rail, class Role>
 __device__ void take_part(G g, const Call& call, Rail rail, char* shared, Role role) {
-  WarpScratch* scratch = WarpScratch::open(g, shared, call.spread.stage_bytes, call.spread.stages);
+  WarpScratch* scratch = WarpScratch::open(g, shared, call.spread.stage_bytes, call.spread.stages, call.links.failed);
   const DeviceFabric<Rail> fabric{&call.links, rail, scratch, ptx::nanoseconds() + call.timeout_ns};
   Status s = role(fabric);
   if (g.lane() != 0) return;
@@ -105,9 +105,8 @@ __device__ void take_seat(const Call& call, Rail rail, int index, int seats, cha
 template <class Rail, class Role>
 __device__ void join_squad(const Call& call, Rail rail, Squad g, int index, int groups, char* shared, Role&& role) {
   take_part(g, call, rail, shared, [&](auto fabric) {
-    // A call before has failed. One lane looks: another squad may fail now, and lanes that disagreed would not meet again.
-    const Status before = leader(g, [&] { return fabric.failed() ? Status{Code::lost, Phase::none, call.links.geometry.rank, 1, 0, 0} : Status{}; });
-    if (!before.ok()) return before;
+    // A call before has failed. One lane has looked: another squad may fail now, and lanes that disagreed would not meet again.
+    if (fabric.scratch->late) return Status{Code::lost, Phase::none, call.links.geometry.rank, 1, 0, 0};
     return role(g, fabric, DeviceMeeting<decltype(fabric)>{{call.gates, fabric}, g.warps, g.warps * groups}, index);
   });
 }
