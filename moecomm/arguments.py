@@ -67,6 +67,8 @@ class Arguments:
 
         def mine():
             env = Environment()
+            if not isinstance(decode, bool):
+                raise InvalidArgument(f"Buffer: decode is a {type(decode).__qualname__}; expected True or False", op="Buffer", rank=comm.rank)
             hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, rank, arena_bytes = shape
             if placement is not None:   # from here on, experts are slots
                 Replicas.check(comm, placement, num_experts, replicas, activate, monitor)

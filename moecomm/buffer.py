@@ -93,7 +93,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         if on_gpu:
             plan = cuda.plan_of(self, hidden=hidden, num_experts=num_experts, top_k=top_k, max_tokens=max_tokens, dtype=dtype, channels=channels)
             channels, self._plan = plan.channels, plan
-            comm._require_equal("Buffer", comm._exchange({"channels": channels}))
+            comm._require_equal("Buffer", comm._exchange({"channels": channels}, "Buffer"))
         self.hidden, self.num_experts, self.top_k, self.max_tokens = hidden, num_experts, top_k, max_tokens
         self.dtype, self.channels, self.arena_bytes = dtype, channels, arena_bytes
         self.experts_per_rank = num_experts // comm.size
@@ -113,7 +113,13 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         self._check = check
         self._hooks = {}
         self._plain = not on_gpu and placement is None   # a call is the native call and nothing else
-        self._recorder = None if record is None else (DeviceRecorder if on_gpu else Recorder)(record, self)
+        self._recorder = None
+
+        def start_recording():   # the last step that may fail on one rank alone
+            if record is not None:
+                self._recorder = (DeviceRecorder if on_gpu else Recorder)(record, self)
+
+        comm._everywhere("Buffer", start_recording)
         self._noter = self._recorder if on_gpu else None   # the native calls of the host note themselves
         # Who chooses replicas: where tensors are on a GPU, a buffer on the host beside this one, which exchanges picks and moves no row.
         self._beside = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numbers
 import os
-import pickle
 import socket
 import threading
 import weakref
@@ -12,9 +11,10 @@ from concurrent import futures
 
 import torch
 
-from . import bootstrap, cuda
+from . import bootstrap, cuda, errors
 from ._native import core
 from ._version import __version__
+from .encoding import decode, encode
 from .env import Environment
 from .errors import ConfigMismatch, InvalidArgument, MoecommError, raise_failure
 from .shapes import as_int
@@ -22,10 +22,18 @@ from .shared import Shared
 
 
 def _host_identity():
-    """Ranks with equal identity can share memory: the same kernel, and the same network view of it."""
+    """Ranks with equal identity can share memory: one kernel, one view of its network, and process numbers that mean the same process."""
     with open("/proc/sys/kernel/random/boot_id") as f:
         boot = f.read().strip()
-    return f"{boot}/{socket.gethostname()}/{os.readlink('/proc/self/ns/net')}"
+    return "/".join([boot, socket.gethostname(), *(os.readlink(f"/proc/self/ns/{space}") for space in ("net", "pid"))])
+
+
+def _in_words(error):
+    """What an error says, where it can say anything: its arguments may be objects that cannot be printed."""
+    try:
+        return str(error)
+    except Exception:   # noqa: BLE001 - whatever a foreign __str__ raises
+        return "an error that cannot be printed"
 
 
 _LONGEST, _USUAL = 10_000_000, 30.0   # seconds
@@ -87,8 +95,11 @@ class Communicator(Shared):
 
     Parameters
     ----------
-    group : torch ProcessGroup, mpi4py Comm or None
-        None: found in the environment (mpirun, torchrun), else one rank alone.
+    group : torch ProcessGroup, one-dimensional DeviceMesh, mpi4py Comm, "alone" or None
+        None: torch.distributed's default group where it is initialized; else what the launcher says in the environment (torchrun, or RANK, WORLD_SIZE,
+        MASTER_ADDR and MASTER_PORT; mpirun; srun); else one rank alone. Sources that contradict each other, and being alone in what looks like a
+        launched job, are errors: pass the group then, or set MOECOMM_GROUP. "alone": one rank, whatever the environment says. Torch groups and MPI
+        are used once, to exchange addresses; what comes later (barrier, buffers, duplicate, shrink, migrations) needs neither.
     ranks_per_node : int, optional
         Consecutive ranks that share memory. None: the ranks that are on one host.
     device : str or torch.device, optional
@@ -101,12 +112,12 @@ class Communicator(Shared):
     ------
     InvalidArgument
         An argument or a MOECOMM_* variable is wrong, on whichever rank: raised on all of them, and the message names it. The
-        ranks do not divide into nodes of ranks_per_node, or a node spans hosts; the cuda world cannot be used here, or
-        not between these hosts: the message names NCCL's version and what is expected.
+        ranks do not divide into nodes of ranks_per_node, or a node spans hosts (or pid namespaces); the cuda world cannot be used
+        here, or not between these hosts: the message names NCCL's version and what is expected. The environment contradicts itself.
     ConfigMismatch
         Ranks disagree about ranks_per_node, device, timeout, MOECOMM_RAIL or the version of moecomm.
-    PeerTimeout
-        A rank does not come.
+    PeerTimeout, PeerLost
+        A rank has not come within the timeout, or is gone: .peer of the error.
 
     Source: the two networks and the rail of DeepSeek-V3, technical report, section 3.2.2.
     """
@@ -122,11 +133,23 @@ class Communicator(Shared):
         self._ready = True   # open, and no asynchronous call is under way
 
         def arguments():
+            if boot.complaint is not None:
+                raise boot.complaint
             require_timeout(timeout, "Communicator")
+            if not isinstance(ranks_per_node, (int, type(None))):
+                raise InvalidArgument(f"ranks_per_node: got {ranks_per_node!r}; expected a divisor of the {self.size} ranks", op="Communicator", rank=self.rank)
             self.device, self.timeout = _device_of(device), float(timeout)
             same = {"version": __version__, "ranks_per_node": ranks_per_node, "device": self.device.type, "timeout": self.timeout}
             return same, {"MOECOMM_RAIL": self._rail_between_nodes(Environment().rail)}, None if boot.threads else _host_identity()
 
+        try:
+            self._join_world(arguments, ranks_per_node)
+        except BaseException:
+            boot.close()   # where this fails nobody has it
+            raise
+
+    def _join_world(self, arguments, ranks_per_node):
+        boot = self._bootstrap
         everyone, rails, hosts = zip(*self._everywhere("Communicator", arguments), strict=True)
         self._require_equal("Communicator", everyone)
         self.ranks_per_node = self._node_size(ranks_per_node, hosts)
@@ -150,30 +173,38 @@ class Communicator(Shared):
             self.rail = self._reach.rail
         _living.add(self)
 
-    def _exchange(self, value):
-        return [pickle.loads(b) for b in self._bootstrap.allgather(pickle.dumps(value))]
+    def _exchange(self, value, op="exchange"):
+        """Everyone's value by rank, as encoding.encode takes it. Collective."""
+        mine = encode([op, value])
+        everyone = [decode(data) for data in self._bootstrap.allgather(mine, op)]
+        self._require_equal(op, [{"the collective call under way": said} for said, _ in everyone])
+        return [value for _, value in everyone]
 
     def _rail_between_nodes(self, wanted):
         return wanted if wanted != "auto" else "loopback" if self._bootstrap.threads else "ucx"
 
     def _everywhere(self, op, step):
         """step() of every rank, by rank. Where it fails on one, an error on all of them says where and why."""
+        cause = None
         try:
-            mine = step(), None, False
-        except InvalidArgument as error:
-            mine = None, str(error), True
-        except (RuntimeError, ValueError, MemoryError, OSError) as error:
-            mine = None, str(error), False
-        everyone = self._exchange(mine)
-        for rank, (_, why, refused) in enumerate(everyone):
-            if why is not None and refused:
-                raise InvalidArgument(f"{why}{f' (rank {rank})' if self.size > 1 else ''}", op=op, rank=self.rank, peer=rank)
+            mine = step(), None, None
+            encode(mine)
+        except Exception as error:   # noqa: BLE001 - told to everyone, and raised below
+            kind = type(error).__name__ if isinstance(error, MoecommError) else None
+            mine, cause = (None, _in_words(error) if kind else f"{type(error).__name__}: {_in_words(error)}", kind), error
+        except BaseException as error:
+            self._bootstrap.interrupt(f"{op}: rank {self.rank} was interrupted by {type(error).__name__}")
+            raise
+        everyone = self._exchange(mine, op)
+        for rank, (_, why, kind) in enumerate(everyone):
             if why is not None:
-                raise MoecommError(f"{op}: rank {rank} failed: {why}", op=op, phase="connect", rank=self.rank, peer=rank)
+                known = getattr(errors, kind or "", MoecommError)
+                text = f"{why}{f' (rank {rank})' if self.size > 1 else ''}" if kind else f"{op}: rank {rank} failed: {why}"
+                raise known(text, op=op, phase=None if kind else "connect", rank=self.rank, peer=rank) from (cause if rank == self.rank else None)
         return [result for result, _, _ in everyone]
 
-    def _join(self, op, make):
-        """make() an object on every rank and connect them."""
+    def _join(self, op, make, then=None):
+        """make() an object on every rank and connect them; then(object), where it is given, comes last."""
         made = []
 
         def card():
@@ -182,6 +213,8 @@ class Communicator(Shared):
 
         cards = self._everywhere(op, card)
         self._everywhere(op, lambda: made[0].connect(cards))
+        if then is not None:
+            self._everywhere(op, lambda: then(made[0]))
         return made[0]
 
     def _require_equal(self, op, everyone):
@@ -271,7 +304,7 @@ class Communicator(Shared):
         broken = self._native.broken()
         if broken is not None:
             raise_failure(broken, op="barrier", rank=self.rank)
-        self._bootstrap.barrier()
+        self._exchange(None, "barrier")
 
     def duplicate(self):
         """A communicator of the same ranks whose calls need not be in order with this one's. Collective.
@@ -303,10 +336,16 @@ class Communicator(Shared):
             One of them does not come either.
         """
         self._require_open("shrink")
-        alive = [as_int(r) for r in alive]
-        if not all(isinstance(r, int) and 0 <= r < self.size for r in alive) or self.rank not in alive:
-            raise InvalidArgument(f"shrink: alive is {alive}; expected ranks in 0..{self.size - 1} with {self.rank} among them", op="shrink", rank=self.rank)
-        alive = sorted(set(alive))
+        try:
+            left = [as_int(r) for r in alive]
+            fits = all(isinstance(r, int) and 0 <= r < self.size for r in left) and self.rank in left
+        except TypeError:
+            left, fits = [], False
+        if not fits:   # the others come with a list of their own, and wait for this rank
+            why = f"shrink: alive is {_in_words(left or alive)}; expected ranks in 0..{self.size - 1} with {self.rank} among them"
+            self._bootstrap.refuse(range(self.size), why)
+            raise InvalidArgument(why, op="shrink", rank=self.rank)
+        alive = sorted(set(left))
         nodes = [r // self.ranks_per_node for r in alive]
         per_node = max(n for n in range(1, len(alive) + 1)
                        if len(alive) % n == 0 and all(len(set(nodes[i:i + n])) == 1 for i in range(0, len(alive), n)))

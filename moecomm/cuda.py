@@ -154,10 +154,15 @@ def reach_of(comm, hosts):
 
 def _ipc_opens(comm, device, hosts):
     """By rank: whether it exports memory by CUDA IPC and opens that of all ranks of its host. It does not where each process sees its own GPU alone."""
-    sample = native().IpcSample(device)
-    handles = comm._exchange(sample.handle())
+    samples = []
+
+    def handle():
+        samples.append(native().IpcSample(device))
+        return samples[0].handle()
+
+    handles = comm._everywhere("Communicator", handle)
     here = [r for r, host in enumerate(hosts) if host == hosts[comm.rank] and r != comm.rank]
-    opens = comm._exchange(bool(handles[comm.rank]) and all(handles[r] and sample.opens(handles[r]) for r in here))
+    opens = comm._everywhere("Communicator", lambda: bool(handles[comm.rank]) and all(handles[r] and samples[0].opens(handles[r]) for r in here))
     comm._exchange(None)   # the sample is mapped nowhere any more
     return opens
 
@@ -166,7 +171,7 @@ _communicators = weakref.WeakSet()   # of this process, with buffers on GPUs
 
 
 def _wanted_here(gpu):
-    """{(a name of a communicator of this process): multiprocessors that its kernels may hold of this GPU at once}.
+    """{a name of a communicator of this process: multiprocessors that its kernels may hold of this GPU at once}.
 
     Kernels of one communicator run after each other, so that is the most that one of its open buffers takes.
     """
@@ -175,7 +180,7 @@ def _wanted_here(gpu):
     for comm in list(_communicators):
         sizes = [b.num_sms for b in list(comm._buffers) if not getattr(b, "_closed", False)]
         if sizes and comm._gpu_name == gpu and not comm._closed:
-            wanted[process, id(comm)] = max(sizes)
+            wanted[f"{process}:{id(comm)}"] = max(sizes)
     return wanted
 
 
@@ -189,25 +194,28 @@ def plan_of(buffer, *, hidden, num_experts, top_k, max_tokens, dtype, channels):
         different ranks wait for each other, so all must run at once.
     """
     comm, num_sms = buffer.comm, buffer.num_sms
-    with torch.cuda.device(comm.device):
-        shared_bytes, sms = native().device_limits()
-        name = torch.cuda.get_device_name()
-        gpu = str(torch.cuda.get_device_properties(comm.device).uuid)
-    comm._gpu_name = gpu
-    _communicators.add(comm)
-    comm._buffers.add(buffer)
-    sharing = comm._exchange((gpu, sms, _wanted_here(gpu), comm._reach.retired()))
+
+    def held():
+        with torch.cuda.device(comm.device):
+            limits, name = native().device_limits(), torch.cuda.get_device_name()
+            comm._gpu_name = gpu = str(torch.cuda.get_device_properties(comm.device).uuid)
+        _communicators.add(comm)
+        comm._buffers.add(buffer)
+        return gpu, *limits, name, _wanted_here(gpu), list(comm._reach.retired())
+
+    sharing = comm._everywhere("Buffer", held)
+    gpu, shared_bytes, sms, name, *_ = sharing[comm.rank]
     comm._reach.release(sorted(set.intersection(*(set(gone) for *_, gone in sharing))))
-    for other, its_sms, *_ in sharing:   # on every rank alike: all refuse, or none
+    for rank, (other, _, its_sms, its_name, *_) in enumerate(sharing):   # on every rank alike: all refuse, or none
         wanted = {}
-        for there, _, held, _ in sharing:
+        for there, _, _, _, theirs, _ in sharing:
             if there == other:
-                wanted.update(held)
+                wanted.update(theirs)
         if sum(wanted.values()) > its_sms:
             comm._buffers.discard(buffer)
-            raise InvalidArgument(f"Buffer: num_sms is {num_sms} on each of the ranks that share {name}, {sum(wanted.values())} in all; expected at most its "
+            raise InvalidArgument(f"Buffer: num_sms is {num_sms} on each of the ranks that share {its_name}, {sum(wanted.values())} in all; expected at most its "
                                   f"{its_sms}, since their kernels wait for each other. The largest open buffer of every communicator of these ranks' "
-                                  "processes counts: give fewer num_sms, or close() buffers that are not used any more", op="Buffer", rank=comm.rank)
+                                  "processes counts: give fewer num_sms, or close() buffers that are not used any more", op="Buffer", rank=comm.rank, peer=rank)
     traffic = tuning.Traffic(hidden=hidden, num_experts=num_experts, top_k=top_k, max_tokens=max_tokens, ranks=comm.size,
                              ranks_per_node=comm.ranks_per_node, row_bytes=hidden * dtype.itemsize, shared_gpu=sum(other == gpu for other, *_ in sharing))
     plan = tuning.plan_for(tuning.hardware_of(name, sms, shared_bytes), traffic, num_sms)

@@ -149,10 +149,9 @@ class Decode:
 
     def __init__(self, buffer):
         comm = buffer.comm
-        check_shape(comm.size, buffer.num_experts, buffer.decode_max_tokens, comm.rank)
+        comm._everywhere("decode", lambda: check_shape(comm.size, buffer.num_experts, buffer.decode_max_tokens, comm.rank))
         self.buffer, self.rank = buffer, comm.rank
         self.hidden, self.dtype = buffer.hidden, buffer.dtype
-        comm._require_equal("decode", comm._exchange({"decode": True}))
         self.native = comm._join("decode", self._make_native)
         self.native.connected()
         if comm._bootstrap.threads:

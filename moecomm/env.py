@@ -50,6 +50,10 @@ class Environment:
     channels: int = _variable("MOECOMM_CHANNELS", "0", "channels of a Buffer that names none; 0: chosen by the shape", _count)
     populate: int = _variable("MOECOMM_POPULATE_BYTES", "268435456", "bytes of every window mapping whose pages are made ready at start", _count)
     ucx_direct: bool = _variable("MOECOMM_UCX_DIRECT", "1", "0: UCX puts even where the peer's memory can be mapped (same host); 1: stores there", _flag)
+    group: str = _variable("MOECOMM_GROUP", "auto", "whom Communicator() asks for its ranks: auto (refuses contradictions) | torch | env (RANK, WORLD_SIZE) | mpi | slurm | "
+                           "alone", _one_of("auto", "torch", "env", "mpi", "slurm", "alone"))
+    socket_ifname: str = _variable("MOECOMM_SOCKET_IFNAME", "", "interface whose address ranks of other hosts connect to while objects are made; empty: GLOO_SOCKET_IFNAME, "
+                                   "NCCL_SOCKET_IFNAME, or the one on the way to MASTER_ADDR", str)
     isa: str = _variable("MOECOMM_ISA", "best", "row kernels: avx512 | avx2 | base, as far as the machine has them", _rows)
 
 

@@ -170,5 +170,13 @@ def join(native, rank, geometry, device, gpu, several_hosts, exchange, timeout):
         if why is not None:
             raise InvalidArgument(f"Communicator: device is 'cuda' over NCCL; on rank {other} {why}", op="Communicator", rank=rank, peer=other)
     path = library.path.encode()
-    [name, *_] = exchange(native.nccl_unique_id(path) if rank == 0 else None)
+    name = why = None
+    if rank == 0:
+        try:
+            name = native.nccl_unique_id(path)
+        except (RuntimeError, ValueError) as error:
+            why = str(error)
+    [name, why] = exchange((name, why))[0]
+    if why is not None:
+        raise MoecommError(f"Communicator: NCCL on rank 0 makes no world: {why}", op="Communicator", phase="connect", rank=rank, peer=0)
     return bounded(lambda: native.Reach.nccl(path, geometry, device, name), timeout, what="joining the world", rank=rank)

@@ -210,7 +210,7 @@ class Trace:
         comm : Communicator, optional
             Collective then: rank 0 writes the spans of all ranks. They share a time axis where they share a host.
         """
-        everyone = {0: self.spans()} if comm is None else dict(enumerate(comm._exchange(self.spans())))
+        everyone = {0: self.spans()} if comm is None else dict(enumerate(comm._exchange(self.spans(), "save")))
         if comm is not None and comm.rank:
             return
         tracks = ("compute", "wait", "progress thread", "roles")

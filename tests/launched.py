@@ -3,11 +3,15 @@
     torchrun --nproc-per-node 4 tests/launched.py
 """
 
+import os
+
 import torch.distributed as dist
 from cases import Case, check_case
 
 import moecomm
 
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    dist.init_process_group("gloo")
 with moecomm.Communicator(ranks_per_node=2, timeout=20) as comm:
     for layout in ("expert", "rank"):
         check_case(comm, Case(ranks_per_node=2, tokens=[3, 0, 7, 5], layout=layout, reuse=1))
@@ -20,3 +24,5 @@ with moecomm.Communicator(ranks_per_node=2, timeout=20) as comm:
                     check_case(part, Case(ranks_per_node=1, tokens=[4, 6]))
     comm.barrier()
     print(f"rank {comm.rank} of {comm.size} is done")
+if dist.is_initialized():
+    dist.destroy_process_group()

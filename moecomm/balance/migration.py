@@ -7,6 +7,7 @@ rank that needs it, and rows of one source arrive in the order in which they wer
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 
@@ -50,17 +51,14 @@ class Migration:
 
     def __init__(self, placement, weights, comm):
         op = "migrate"
-        require(placement.num_ranks == comm.size, op, "comm", comm, f"a communicator of the placement's {placement.num_ranks} ranks")
-        require(len(weights) == placement.num_layers, op, "weights", len(weights), f"one entry per layer, {placement.num_layers}")
+        require(hasattr(comm, "ranks_per_node"), op, "comm", type(comm).__qualname__, "a Communicator")
+        comm._require_open(op)
         self.placement, self.weights = placement, weights
         self.layers_done, self._closed = 0, False
         per_rank, me = placement.slots_per_rank, comm.rank
-        self._slot_bytes = [sum(t[0].numel() * t.element_size() for t in self._tensors(w)) for w in weights]
-        for layer, w in enumerate(weights):
-            for t in self._tensors(w):
-                plain(op, f"weights[{layer}]", t)
-                ok = t.dim() >= 1 and t.shape[0] == per_rank and t.is_contiguous() and t.device == comm.device
-                require(ok, op, f"weights[{layer}]", f"{t.dtype} {list(t.shape)} on {t.device}", f"contiguous tensors of {per_rank} slots on {comm.device}")
+        same = comm._everywhere(op, lambda: self._check(op, comm))   # what is wrong on one rank is raised on all
+        comm._require_equal(op, same)
+        self._slot_bytes = same[me]["slot_bytes"]
         self._caller = torch.cuda.current_stream(comm.device) if comm._gpu is not None else None
         self._begin = self._caller and self._caller.record_event()
         # All moves of a layer, by source rank, in the order of the table: what leaves and arrives is read from it.
@@ -68,14 +66,36 @@ class Migration:
         for layer, slot, _, source in placement.moves.tolist():
             self._moves[layer].append((source // per_rank, slot // per_rank, source % per_rank, slot % per_rank))
         self._row_bytes = min(_ROW_BYTES, max(16, -(-max(self._slot_bytes) // 16) * 16))
-        self.comm = comm.duplicate()
         self._rank = me
         from ..buffer import Buffer
 
-        self._buffer = Buffer(self.comm, hidden=self._row_bytes // 4, num_experts=comm.size, top_k=1, max_tokens=_ROWS_PER_ROUND, dtype=torch.float32,
-                              num_sms=2)
-        same = {"version": placement.digest, "slot_bytes": tuple(self._slot_bytes)}
-        self.comm._require_equal(op, self.comm._exchange(same))
+        self.comm = comm.duplicate()
+        try:
+            self._buffer = Buffer(self.comm, hidden=self._row_bytes // 4, num_experts=comm.size, top_k=1, max_tokens=_ROWS_PER_ROUND, dtype=torch.float32,
+                                  num_sms=2)
+        except BaseException:
+            self.comm.close()
+            raise
+
+    def _check(self, op, comm):
+        """What must be equal on all ranks; refuses what does not fit."""
+        placement, weights, per_rank = self.placement, self.weights, self.placement.slots_per_rank
+        require(placement.num_ranks == comm.size, op, "comm", comm, f"a communicator of the placement's {placement.num_ranks} ranks")
+        require(isinstance(weights, Sequence) and not isinstance(weights, str), op, "weights", type(weights).__qualname__, "a list with one entry per layer")
+        require(len(weights) == placement.num_layers, op, "weights", len(weights), f"one entry per layer, {placement.num_layers}")
+        slot_bytes = []
+        for layer, w in enumerate(weights):
+            known = isinstance(w, (torch.Tensor, dict, list, tuple))
+            require(known, op, f"weights[{layer}]", type(w).__qualname__, "a tensor, or a list or dict of tensors")
+            slot_bytes.append(0)
+            for t in self._tensors(w):
+                require(isinstance(t, torch.Tensor), op, f"weights[{layer}]", type(t).__qualname__, "a tensor")
+                plain(op, f"weights[{layer}]", t)
+                ok = t.layout == torch.strided and t.dim() >= 1 and t.shape[0] == per_rank and t.is_contiguous() and t.device == comm.device
+                require(ok, op, f"weights[{layer}]", f"{t.dtype} {t.layout} {list(t.shape)} on {t.device}",
+                        f"contiguous tensors of {per_rank} slots on {comm.device}")
+                slot_bytes[-1] += t[0].numel() * t.element_size()
+        return {"version": placement.digest, "slot_bytes": slot_bytes}
 
     @staticmethod
     def _tensors(entry):

@@ -96,7 +96,9 @@ class LoadMonitor:
         require(comm is None or hasattr(comm, "ranks_per_node"), "load", "comm", comm, "a Communicator, or None")
         load = self._average if weighted else self._recent.sum(0).astype(np.float64)
         if comm is not None and not self._everywhere:
-            load = np.sum(comm._exchange(load), axis=0)
+            everyone = comm._exchange([list(load.shape), np.ascontiguousarray(load).tobytes()], "load")
+            comm._require_equal("load", [{"layers and experts": shape} for shape, _ in everyone])
+            load = np.sum([np.frombuffer(data, dtype=np.float64).reshape(load.shape) for _, data in everyone], axis=0)
         return torch.from_numpy(np.array(load))
 
     def advise(self, placement, *, seconds_per_row, bytes_per_expert, bytes_per_second, batches, comm=None, **options):

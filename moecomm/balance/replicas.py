@@ -11,6 +11,7 @@ from .. import cuda
 from .._native import balance as native
 from .._native import core
 from ..checks import require
+from .monitor import LoadMonitor
 from .placement import Placement
 
 MODES = ("local", "even", "optimal")
@@ -63,7 +64,7 @@ class Replicas:
         per_rank = placement.slots_per_rank
         require(activate is None or (isinstance(activate, int) and 1 <= activate <= per_rank), op, "activate", activate, f"None or 1..{per_rank}")
         shape = (placement.num_layers, placement.num_experts)
-        require(monitor is None or monitor.shape == shape, op, "monitor", monitor, f"a LoadMonitor of {shape[0]} layers and {shape[1]} experts")
+        require(monitor is None or (isinstance(monitor, LoadMonitor) and monitor.shape == shape), op, "monitor", monitor, f"a LoadMonitor of {shape[0]} layers and {shape[1]} experts")
 
     @property
     def logical_experts(self):
@@ -78,10 +79,14 @@ class Replicas:
         InvalidArgument, ConfigMismatch
         """
         old = self.placement
-        fits = isinstance(placement, Placement) and placement.physical_to_logical.shape == old.physical_to_logical.shape
-        require(fits and placement.num_experts == old.num_experts, "use", "placement", placement, f"a Placement like {old}")
+
+        def check():
+            fits = isinstance(placement, Placement) and placement.physical_to_logical.shape == old.physical_to_logical.shape
+            require(fits and placement.num_experts == old.num_experts, "use", "placement", placement, f"a Placement like {old}")
+            return {"placement": placement.digest}
+
         self.comm._settle()   # everyone comes here, so every batch before this is over everywhere
-        self.comm._require_equal("use", self.comm._exchange({"placement": placement.digest}))
+        self.comm._require_equal("use", self.comm._everywhere("use", check))
         self._take(placement)
 
     def _take(self, placement):
