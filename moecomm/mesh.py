@@ -31,6 +31,14 @@ def neighbors(rank, size):
     return sorted({(rank + s) % size for s in steps} | {(rank - s) % size for s in steps} - {rank})
 
 
+def _identity_of(payload):
+    """The identity of a failure that a peer tells of."""
+    try:
+        return str(decode(payload)[3])
+    except (MoecommError, TypeError, IndexError, KeyError):
+        return None
+
+
 class Clock:
     """A deadline that a stop of this very process (SIGSTOP, a debugger) moves on."""
 
@@ -75,9 +83,11 @@ class Mesh:
     timeout : float
         Seconds that any wait may last.
     name : str
-        Equal on all its ranks, and no other mesh's.
+        Equal on all its ranks.
     parent : str, optional
-        The name of the mesh that it is a part of.
+        The identity of the mesh that it is a part of.
+    numbers : sequence of int, optional
+        The ranks in the caller's numbering, by which errors name them until everyone has come.
 
     Raises
     ------
@@ -89,10 +99,11 @@ class Mesh:
 
     threads, complaint = False, None
 
-    def __init__(self, endpoint, cards, ranks, me, timeout, name="all", parent=""):
+    def __init__(self, endpoint, cards, ranks, me, timeout, name="all", parent="", numbers=None):
         self._endpoint, self._cards, self._ranks, self._timeout = endpoint, cards, list(ranks), timeout
         self._name, self._parent = name, parent
         self.rank, self.size = self._ranks.index(me), len(self._ranks)
+        self._numbers = range(self.size) if numbers is None else list(numbers)
         self._neighbors = neighbors(self.rank, self.size)
         self._floods = len(self._neighbors) < self.size - 1
         self._lines = {}          # by neighbor
@@ -101,16 +112,19 @@ class Mesh:
         self._lost, self._left = set(), set()   # ranks that are gone; those of them that have said goodbye
         self._done = {}           # number of the last exchange that a neighbor has everything of
         self._told = None         # (number, origin, payload): another rank has failed
-        self._refusal = None      # the number of the refusal that this mesh has failed by
+        self._failure = None      # the identity of what this mesh has failed by, the same on all ranks
         self._op = "Communicator"
         self._broken = None       # (class, text, peer): what every further exchange says
-        self._parts = {}          # how often this rank has made each
+        self._witness = None      # a line on which a rank waits for this one in another part
         self._busy, self._owner = threading.Lock(), None
         endpoint.enter()
         self._finalizer = weakref.finalize(self, _let_go, self._lines, endpoint)
         try:
             with self._failing(1):
                 self._connect()
+            nonces = self._allgather(secrets.token_bytes(16))   # here everyone has come; and no other mesh has this identity
+            self._numbers = range(self.size)
+            self._identity = hashlib.sha256(b"".join(nonces)).hexdigest()[:32]
         except BaseException:
             self._finalizer()
             raise
@@ -154,6 +168,8 @@ class Mesh:
                 for r, (_, line) in callers.items():
                     if r > self.rank:
                         self._read(r, line)
+                    elif r not in welcomed:   # a line that ends says nothing: it is the one that is not kept
+                        self._told = self._told or next(((number, r, payload) for kind, number, _, payload in line.frames() if kind == FAILED), None)
                 self._raise_told(1)
                 absent = [r for r in self._neighbors if r not in welcomed or r not in callers]
                 if not absent:
@@ -166,7 +182,7 @@ class Mesh:
                     raise self._late_error(absent)
                 with point.lock:
                     fds = point.fileno_list()
-                heard = [line for r, line in calls.items() if r < self.rank or r not in welcomed] + [line for r, (_, line) in callers.items() if r > self.rank]
+                heard = [line for r, line in calls.items() if r < self.rank or r not in welcomed] + [line for r, (_, line) in callers.items() if r > self.rank or r not in welcomed]
                 reading = fds + [line.socket.fileno() for line in heard if not line.gone]
                 writing = [line.socket.fileno() for line in calls.values() if line.pending]
                 if all(r in calls for r in self._neighbors):
@@ -181,6 +197,11 @@ class Mesh:
             raise
         for line in [*calls.values(), *(line for _, line in callers.values())]:
             line.close()
+        for number, values in self._values.items() if self._floods else ():   # they came when there was nobody to pass them on to
+            for origin, data in values.items():
+                self._tell(VALUE, number, origin, data)
+        for r in self._lost if self._floods else ():
+            self._tell(LOST, 0, r)
 
     def _dial(self, r):
         try:
@@ -195,17 +216,21 @@ class Mesh:
         with point.lock:
             point.greet()
             for r in self._neighbors:
-                found = point.waiting.pop((self._name, self._ranks[r]), None)
-                if found is not None:
-                    callers[r] = found
-                    found[1].put(WELCOME, 0, self.rank, self._welcome(found[0]["nonce"], r).encode())
+                queue = point.waiting.get((self._name, self._ranks[r]), [])
+                while queue and r not in callers:
+                    hello, line = queue.pop(0)
+                    if _identity_of(line.failure()) in point.settled:
+                        line.close()
+                        continue
+                    callers[r] = hello, line
+                    line.put(WELCOME, 0, self.rank, self._welcome(hello["nonce"], r).encode())
             for name, caller in [key for key in point.refusals if key[0] == self._parent and key[1] in self._ranks]:
-                number, why = point.refusals.pop((name, caller))
-                r = self._ranks.index(caller)
-                if r not in callers and number not in point.settled:
-                    self._refusal = number
-                    point.settled.add(number)
-                    raise InvalidArgument(f"{why} (rank {r})", op=self._op, rank=self.rank, peer=r)
+                queue, r = point.refusals[name, caller], self._ranks.index(caller)
+                while queue and r not in callers:
+                    number, why = queue.pop(0)
+                    if number not in point.settled:
+                        self._failure = number
+                        raise InvalidArgument(f"{why} (rank {self._numbers[r]})", op=self._op, rank=self._numbers[self.rank], peer=self._numbers[r])
 
     def _expected_welcome(self, r, nonce):
         return sign(self._endpoint.token, ["welcome", self._name, nonce])
@@ -224,14 +249,13 @@ class Mesh:
     def _compare(self, absent, callers):
         """Refuse to wait for a rank that waits for this one in another part of the same ranks."""
         with self._endpoint.lock:
-            for (name, caller), (hello, line) in list(self._endpoint.waiting.items()):
-                if line.gone or name == self._name or hello.get("parent") != self._parent or not self._parent:
-                    continue
-                r = self._ranks.index(caller) if caller in self._ranks else None
-                if r in absent and r not in callers:
-                    raise ConfigMismatch(f"Communicator on rank {self.rank}: rank {r} makes a communicator of ranks {hello.get('ranks')} of the first one, "
-                                         f"this one of {self._ranks}; expected the same on all of them, in the same order of calls",
-                                         op=self._op, rank=self.rank, peer=r, expected=self._ranks, got=hello.get("ranks"))
+            for hello, line in self._endpoint.living(self._parent, self._name):
+                r = self._ranks.index(hello["from"]) if hello["from"] in self._ranks else None
+                if self._parent and r in absent and r not in callers:
+                    self._witness = line   # it is told, too
+                    raise ConfigMismatch(f"Communicator on rank {self._numbers[self.rank]}: rank {self._numbers[r]} makes a communicator of ranks {hello.get('ranks')} of "
+                                         f"the first one, this one of {self._ranks}; expected the same on all of them, in the same order of calls",
+                                         op=self._op, rank=self._numbers[self.rank], peer=self._numbers[r], expected=self._ranks, got=hello.get("ranks"))
 
     # -- exchanging -------------------------------------------------------------------------------
 
@@ -268,6 +292,7 @@ class Mesh:
                 for r, line in self._lines.items():
                     line.flush()
                     self._read(r, line)
+                self._raise_told(number)
                 absent = [r for r in range(self.size) if r not in got]
                 if not absent and self._floods and not said:
                     said = True
@@ -276,7 +301,6 @@ class Mesh:
                 unread = [r for r, line in self._lines.items() if line.pending and self._done.get(r, 0) < number]
                 if not absent and not unread:
                     break
-                self._raise_told(number)
                 gone = [r for r in absent if r in self._lost]
                 if gone:
                     raise self._lost_error(gone[0])
@@ -334,25 +358,29 @@ class Mesh:
         try:
             yield
         except OSError as error:
-            why = MoecommError(f"{self._op} on rank {self.rank}: {error} (a connection to every rank takes a file descriptor: ulimit -n)", op=self._op, phase="connect",
-                               rank=self.rank)
-            self._fail(number, MoecommError, str(why), self.rank)
+            me = self._numbers[self.rank]
+            why = MoecommError(f"{self._op} on rank {me}: {error} (a connection to every rank takes a file descriptor: ulimit -n)", op=self._op, phase="connect", rank=me)
+            self._fail(number, MoecommError, str(why), me)
             raise why from error
         except MoecommError as error:
             self._fail(number, type(error), str(error), error.peer)
             raise
         except BaseException as error:
-            self._fail(number, PeerLost, f"{self._op}: rank {self.rank} was interrupted by {type(error).__name__}", self.rank)
+            self._fail(number, PeerLost, f"{self._op}: rank {self._numbers[self.rank]} was interrupted by {type(error).__name__}", self._numbers[self.rank])
             raise
 
     def _fail(self, number, kind, text, peer):
         self._broken = kind, text, peer
-        payload = encode([kind.__name__, text, peer, self._refusal])
-        self._endpoint.given_up[self._name] = number, self.rank, payload
-        for line in self._lines.values():
-            if self._told is None:
-                line.put(FAILED, number, self.rank, payload)
-            line.flush()
+        self._failure = self._failure or secrets.token_hex(8)
+        self._endpoint.settled.add(self._failure)
+        payload = encode([kind.__name__, text, peer, self._failure])
+        with self._endpoint.lock:
+            called = self._endpoint.take(self._name, self._parent)
+        for line in [*self._lines.values(), *called, *filter(None, [self._witness])]:
+            line.put(FAILED, number, self.rank, payload)
+        for line in called:
+            line.end()
+        self._witness = None
 
     def interrupt(self, why):
         """This rank leaves a collective call in the middle: the others need not wait for it."""
@@ -368,34 +396,37 @@ class Mesh:
         if self._told is None or self._told[0] > number:
             return
         _, origin, payload = self._told
-        kind, text, peer = PeerLost, "it has failed", origin
+        origin = self._numbers[origin]
+        kind, text, peer = PeerLost, f"rank {origin} has failed", origin
+        me = self._numbers[self.rank]
         with contextlib.suppress(MoecommError, ValueError, TypeError):
-            name, text, peer, refusal = decode(payload)
-            self._endpoint.settled.add(refusal)
+            name, text, peer, failure = decode(payload)
+            self._failure = str(failure)
             found = getattr(errors, str(name), None)
             kind = found if isinstance(found, type) and issubclass(found, MoecommError) else MoecommError
             peer = peer if isinstance(peer, int) else origin
-        if peer == self.rank and kind in (PeerLost, PeerTimeout):
+        if peer == me and kind in (PeerLost, PeerTimeout):
             text = f"{self._op}: the others have given up waiting for this rank: {text}"
-        raise kind(f"{text} (reported by rank {origin})", op=self._op, phase="connect", rank=self.rank, peer=peer, reporter=origin)
+        raise kind(f"{text} (reported by rank {origin})", op=self._op, phase="connect", rank=me, peer=peer, reporter=origin)
 
     def _lost_error(self, r):
         why = "has closed its communicator" if r in self._left else "is gone: its process has ended, it has given up, or the connection is cut"
-        return PeerLost(f"{self._op} on rank {self.rank}: rank {r} {why}", op=self._op, phase="connect", rank=self.rank, peer=r)
+        me, r = self._numbers[self.rank], self._numbers[r]
+        return PeerLost(f"{self._op} on rank {me}: rank {r} {why}", op=self._op, phase="connect", rank=me, peer=r)
 
     def _late_error(self, absent):
+        me, absent = self._numbers[self.rank], [self._numbers[r] for r in absent]
         who = f"rank {absent[0]} has" if len(absent) == 1 else f"ranks {', '.join(map(str, absent[:16]))}{' and more' if len(absent) > 16 else ''} have"
-        return PeerTimeout(f"{self._op} on rank {self.rank}: {who} not come within {self._timeout} s; expected every rank to make the same calls in the same "
-                           "order (a larger timeout, if it is only slow)", op=self._op, phase="connect", rank=self.rank, peer=absent[0])
+        return PeerTimeout(f"{self._op} on rank {me}: {who} not come within {self._timeout} s; expected every rank to make the same calls in the same "
+                           "order (a larger timeout, if it is only slow)", op=self._op, phase="connect", rank=me, peer=absent[0])
 
     # -- parts ------------------------------------------------------------------------------------
 
     def subset(self, ranks):
         """A mesh of these ranks; collective over them alone. Works where this one is broken."""
-        ranks = [self._ranks[r] for r in ranks]
-        count = self._parts[tuple(ranks)] = self._parts.get(tuple(ranks), 0) + 1
-        name = hashlib.sha256(json.dumps([self._name, count, ranks]).encode()).hexdigest()[:24]
-        return Mesh(self._endpoint, self._cards, ranks, self._ranks[self.rank], self._timeout, name, self._name)
+        numbers, ranks = list(ranks), [self._ranks[r] for r in ranks]
+        name = hashlib.sha256(json.dumps([self._identity, ranks]).encode()).hexdigest()[:32]
+        return Mesh(self._endpoint, self._cards, ranks, self._ranks[self.rank], self._timeout, name, self._identity, numbers)
 
     def refuse(self, ranks, why):
         """Tell those ranks that this one makes no part with them."""
@@ -403,7 +434,7 @@ class Mesh:
         for r in ranks:
             with contextlib.suppress(PeerLost):
                 if r != self.rank and (line := self._dial(r)) is not None:
-                    fields = {"name": self._name, "parent": self._parent, "from": self._ranks[self.rank], "refused": why, "number": number}
+                    fields = {"name": self._identity, "parent": self._parent, "from": self._ranks[self.rank], "refused": why, "number": number}
                     line.put(HELLO, 0, self.rank, json.dumps({**fields, "signature": sign(self._token_of(r), fields)}).encode())
                     lines.append(line)
         clock = Clock(min(1.0, self._timeout))

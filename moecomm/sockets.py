@@ -213,6 +213,21 @@ class Line:
         self.gone = True
         self.socket.close()
 
+    def ended(self):
+        """Whether the other end is gone or has sent that it failed; keeps what it has sent."""
+        return self.failure() is not None or self.gone
+
+    def failure(self):
+        """The payload of FAILED, where it has come; keeps what has been sent."""
+        self._read_all()
+        at = 0
+        while len(self._in) - at >= _HEAD.size:
+            length, kind, _, _ = _HEAD.unpack_from(self._in, at)
+            if kind == FAILED:
+                return bytes(self._in[at + _HEAD.size:at + 4 + length])
+            at += 4 + length
+        return None
+
     def end(self):
         """Close it behind what was put last. What was not read would make TCP drop that."""
         self._read_all()
@@ -230,10 +245,9 @@ class Endpoint:
         self.network, self.token = network_identity(), secrets.token_bytes(32)
         self.lock = threading.Lock()
         self.users = 0
-        self.waiting = {}     # (name of a mesh, caller) -> (its hello, Line): for a mesh that is not being made here yet
-        self.refusals = {}    # (name of a mesh, caller) -> (number, text): that rank has refused to make a part of it
-        self.settled = set()  # numbers of the refusals that a call here has failed by
-        self.given_up = {}    # name of a mesh -> (number, payload) of the failure that ended its making here
+        self.waiting = {}     # (name of a mesh, caller) -> [(its hello, Line)]: for a mesh that is not being made here yet
+        self.refusals = {}    # (identity of a mesh, caller) -> [(identity of the failure, text)]: that rank has refused to make a part of it
+        self.settled = set()  # identities of the failures that a call here has raised: news of them that comes later is no news
         self._strangers = []  # lines that have not said hello
         unix, self._unix_address = listen()
         self.listening, self._tcp_address = [unix], None
@@ -286,14 +300,31 @@ class Endpoint:
         if not genuine:
             line.close()
         elif refused is not None:
-            self.refusals[name, caller] = str(hello.get("number")), str(refused)
+            self.refusals.setdefault((name, caller), []).append((str(hello.get("number")), str(refused)))
             line.close()
-        elif name in self.given_up:
-            line.put(FAILED, *self.given_up[name])
-            line.end()
         else:
             line.known = True
-            self.waiting[name, caller] = hello, line
+            self.waiting.setdefault((name, caller), []).append((hello, line))
+
+    def living(self, parent, but):
+        """[(hello, Line)] of those who wait for other parts of a mesh than `but`; who has given up is forgotten. The caller holds .lock."""
+        found = []
+        for (name, _), queue in self.waiting.items():
+            for hello, line in list(queue):
+                if name == but or hello.get("parent") != parent:
+                    continue
+                if line.ended():
+                    queue.remove((hello, line))
+                    line.close()
+                else:
+                    found.append((hello, line))
+        return found
+
+    def take(self, name, parent):
+        """The lines of all who have called for a mesh so far; drops those that failed to make another part of its parent. The caller holds .lock."""
+        self.greet()
+        self.living(parent, name)
+        return [line for key in [key for key in self.waiting if key[0] == name] for _, line in self.waiting.pop(key)]
 
     def fileno_list(self):
         """Descriptors on which something may come."""
@@ -313,7 +344,7 @@ class Endpoint:
         """Listen no more."""
         for s in self.listening:
             s.close()
-        for line in [*self._strangers, *(line for _, line in self.waiting.values())]:
+        for line in [*self._strangers, *(line for queue in self.waiting.values() for _, line in queue)]:
             line.close()
         self._strangers, self.waiting = [], {}
 

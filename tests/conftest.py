@@ -17,7 +17,7 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")   # as cuda.prepare_t
 def processes():
     """A multiprocessing context whose server has imported everything and forks a rank in no time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["survivors", "hosts", "replicated"])
+    context.set_forkserver_preload(["survivors", "hosts", "replicated", "joining"])
     with pytest.MonkeyPatch.context() as patch:   # the server looks for modules nowhere else
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         multiprocessing.forkserver.ensure_running()

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -63,6 +64,11 @@ std::shared_ptr<Memory> Memory::map(int pid, int fd, uint64_t bytes) {
   const std::string path = "/proc/" + std::to_string(pid) + "/fd/" + std::to_string(fd);
   const int own = open(path.c_str(), O_RDWR | O_CLOEXEC);
   if (own < 0) fail("cannot open a node peer's window at " + path + " (ranks of a node must share a pid namespace and a user)");
+  struct stat found;
+  if (fstat(own, &found) != 0 || !S_ISREG(found.st_mode) || static_cast<uint64_t>(found.st_size) != bytes) {
+    close(own);
+    throw std::runtime_error(path + " is not the window of a node peer (ranks of a node must share a pid namespace)");
+  }
   char* data = map_shared(own, bytes);
   close(own);
   return std::shared_ptr<Memory>(new Memory(data, bytes, -1));

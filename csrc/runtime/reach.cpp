@@ -1,6 +1,7 @@
 #include "runtime/reach.hpp"
 
 #include <cstring>
+#include <random>
 #include <stdexcept>
 
 namespace moecomm {
@@ -13,7 +14,13 @@ struct Card {
   uint64_t window;      // address, for rank threads
   uint64_t rail;
   uint64_t bytes;
+  Nonce nonce;
 };
+
+Nonce random_nonce() {
+  std::random_device source;
+  return {uint64_t{source()} << 32 | source(), uint64_t{source()} << 32 | source()};
+}
 
 Card read_card(const std::string& text) {
   Card c;
@@ -26,7 +33,9 @@ Card read_card(const std::string& text) {
 Reach::Reach(std::shared_ptr<Communicator> comm, ReachPlan plan) : comm_(std::move(comm)), plan_(std::move(plan)) {
   const Geometry& g = comm_->geometry();
   if (g.ranks_per_node > static_cast<int>(std::size(host_.windows))) throw std::invalid_argument("too many ranks in a node");
-  window_ = Memory::create(plan_.window_bytes);
+  window_ = Memory::create(plan_.window_bytes + sizeof(Nonce));
+  nonce_ = random_nonce();
+  std::memcpy(window_->data() + plan_.window_bytes, nonce_.data(), sizeof(Nonce));
   window_->populate(plan_.warm_bytes);
   if (comm_->rail() == RailKind::ucx) {
     std::lock_guard lock(comm_->calls());   // the rail's thread uses the same worker
@@ -63,7 +72,8 @@ std::string Reach::card() const {
   c.fd = window_->fd();
   c.window = reinterpret_cast<uint64_t>(window_->data());
   c.rail = reinterpret_cast<uint64_t>(host_.rail_region);
-  c.bytes = plan_.window_bytes;
+  c.bytes = window_->bytes();
+  c.nonce = nonce_;
   std::string card(reinterpret_cast<const char*>(&c), sizeof(c));
   if (region_) card += region_->key();
   return card;
@@ -80,6 +90,9 @@ void Reach::connect(const std::vector<std::string>& cards) {
       host_.windows[local] = reinterpret_cast<char*>(c.window);
     } else {
       peers_.push_back(Memory::map(c.pid, c.fd, c.bytes));
+      if (std::memcmp(peers_.back()->data() + c.bytes - sizeof(Nonce), c.nonce.data(), sizeof(Nonce)) != 0)
+        throw std::runtime_error("descriptor " + std::to_string(c.fd) + " of process " + std::to_string(c.pid) + " is not the window of rank " + std::to_string(rank) +
+                                 ": that process is another one here (ranks of a node must share a pid namespace)");
       peers_.back()->populate(plan_.warm_bytes);
       host_.windows[local] = peers_.back()->data();
     }

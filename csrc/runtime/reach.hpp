@@ -1,6 +1,7 @@
 // Reach: the two memories of a rank that others see (node window and rail region), theirs as far as this
 // rank reaches them, and how a call runs over both. A Buffer has one for dispatch and combine, decode its own.
 #pragma once
+#include <array>
 #include <chrono>
 #include <memory>
 #include <string>
@@ -27,6 +28,9 @@ struct ReachPlan {
   std::vector<int> peers;          // the fabric's peers by index: their ranks, -1: not over the region
   int own = 0;                     // this rank's index among the peers
 };
+
+// Lies at the end of every window and travels in its card: whoever maps a window sees that it is the one that was meant.
+using Nonce = std::array<uint64_t, 2>;
 
 class Reach {
  public:
@@ -75,6 +79,7 @@ class Reach {
   std::shared_ptr<Communicator> comm_;
   ReachPlan plan_;
   std::shared_ptr<Memory> window_;
+  Nonce nonce_{};
   std::vector<std::shared_ptr<Memory>> peers_;
   std::shared_ptr<Memory> own_rail_;                 // loopback; under UCX the region owns its memory
   std::unique_ptr<UcxRegion> region_;
