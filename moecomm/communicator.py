@@ -191,7 +191,8 @@ class Communicator(Shared):
             encode(mine)
         except Exception as error:   # noqa: BLE001 - told to everyone, and raised below
             kind = type(error).__name__ if isinstance(error, MoecommError) else None
-            mine, cause = (None, _in_words(error) if kind else f"{type(error).__name__}: {_in_words(error)}", kind), error
+            named = kind or isinstance(error, (RuntimeError, OSError, MemoryError))   # whose texts say enough
+            mine, cause = (None, _in_words(error) if named else f"{type(error).__name__}: {_in_words(error)}", kind), error
         except BaseException as error:
             self._bootstrap.interrupt(f"{op}: rank {self.rank} was interrupted by {type(error).__name__}")
             raise

@@ -8,8 +8,9 @@ import os
 import threading
 import time
 
+from .clock import Clock
 from .errors import InvalidArgument, MoecommError, PeerLost, PeerTimeout
-from .mesh import Clock, Mesh
+from .mesh import Mesh
 from .sockets import Endpoint
 
 _SLOT = 1024      # bytes of a card, at most, where all have the same size

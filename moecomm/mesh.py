@@ -6,12 +6,12 @@ import contextlib
 import hashlib
 import json
 import secrets
-import select
 import threading
 import time
 import weakref
 
 from . import errors
+from .clock import Clock
 from .encoding import decode, encode
 from .errors import ConfigMismatch, InvalidArgument, MoecommError, PeerLost, PeerTimeout
 from .sockets import BYE, DONE, FAILED, HELLO, LOST, VALUE, WELCOME, Line, Refused, dial, same, sign
@@ -19,8 +19,6 @@ from .sockets import BYE, DONE, FAILED, HELLO, LOST, VALUE, WELCOME, Line, Refus
 # Up to this many ranks each has a connection to every other one. Above, rank r has them to r +- 1, 2, 4, ...: a value or the news of a death
 # that comes on one of them goes on over all others, so everyone learns it while fewer than 2 log2(size) ranks fail at once.
 ALL_TO_ALL = 32
-_POLL = 0.1         # seconds between two looks at the clock
-_STOPPED = 1.0      # a poll that took this much longer: this process was stopped, and nobody else is late
 
 
 def neighbors(rank, size):
@@ -37,28 +35,6 @@ def _identity_of(payload):
         return str(decode(payload)[3])
     except (MoecommError, TypeError, IndexError, KeyError):
         return None
-
-
-class Clock:
-    """A deadline that a stop of this very process (SIGSTOP, a debugger) moves on."""
-
-    def __init__(self, seconds):
-        self._end = time.monotonic() + seconds
-
-    def passed(self):
-        """Whether it is over."""
-        return time.monotonic() > self._end
-
-    def poll(self, reading, writing=()):
-        """Wait until a descriptor is ready, for a moment at most."""
-        poller = select.poll()
-        for fd in {*reading, *writing} - {-1}:
-            poller.register(fd, (select.POLLIN if fd in reading else 0) | (select.POLLOUT if fd in writing else 0))
-        began = time.monotonic()
-        poller.poll(max(0.0, min(_POLL, self._end - began)) * 1000 + 1)
-        late = time.monotonic() - began - _POLL
-        if late > _STOPPED:
-            self._end += late
 
 
 def _let_go(lines, endpoint):

@@ -188,3 +188,23 @@ def found(folder, rank, size, environment, initialized):
     seen |= attempt(join)
     (folder / f"{rank}.json").write_text(json.dumps(seen))
     os._exit(0)
+
+
+def apart(folder, rank):
+    """One of two ranks, each in a pid namespace of its own; then they take themselves for processes of one."""
+    folder, rank, seen = Path(folder), int(rank), {}
+    world = group(folder, "store", rank, 2)
+
+    def step():
+        comm = moecomm.Communicator(world, timeout=TIMEOUT)
+        seen.setdefault("nodes", [comm.num_nodes, comm.ranks_per_node])
+        buf = moecomm.Buffer(comm, hidden=64, num_experts=2, top_k=2, max_tokens=8)
+        out = buf.dispatch(torch.full((1, 64), float(rank)).bfloat16(), torch.tensor([[0, 1]]))
+        seen["rows"] = out.x[:, 0].tolist()
+        comm.barrier()
+
+    seen["as it is"] = attempt(step)["error"]
+    moecomm.communicator._host_identity = lambda: "one host"
+    seen["mistaken"] = attempt(step)["error"]
+    (folder / f"{rank}.json").write_text(json.dumps(seen))
+    os._exit(0)
