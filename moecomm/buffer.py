@@ -109,17 +109,10 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         if comm._bootstrap.threads:
             comm._bootstrap.keep(self._native)
         self.number = ops.number_buffer(self)   # how torch.ops.moecomm.* name this buffer
-        self._row_bytes = hidden * dtype.itemsize
-        self._check = check
-        self._hooks = {}
+        self._row_bytes, self._check, self._hooks = hidden * dtype.itemsize, check, {}
         self._plain = not on_gpu and placement is None   # a call is the native call and nothing else
-        self._recorder = None
-
-        def start_recording():   # the last step that may fail on one rank alone
-            if record is not None:
-                self._recorder = (DeviceRecorder if on_gpu else Recorder)(record, self)
-
-        comm._everywhere("Buffer", start_recording)
+        recorder = DeviceRecorder if on_gpu else Recorder   # the last step that may fail on one rank alone
+        self._recorder = comm._make_everywhere("Buffer", lambda: None if record is None else recorder(record, self))
         self._noter = self._recorder if on_gpu else None   # the native calls of the host note themselves
         # Who chooses replicas: where tensors are on a GPU, a buffer on the host beside this one, which exchanges picks and moves no row.
         self._beside = None

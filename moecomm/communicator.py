@@ -204,8 +204,14 @@ class Communicator(Shared):
                 raise known(text, op=op, phase=None if kind else "connect", rank=self.rank, peer=rank) from (cause if rank == self.rank else None)
         return [result for result, _, _ in everyone]
 
-    def _join(self, op, make, then=None):
-        """make() an object on every rank and connect them; then(object), where it is given, comes last."""
+    def _make_everywhere(self, op, make):
+        """make() on every rank; this rank's result. Where it fails on one, an error on all of them says where and why."""
+        made = []
+        self._everywhere(op, lambda: made.append(make()))
+        return made[0]
+
+    def _join(self, op, make):
+        """make() an object on every rank and connect them."""
         made = []
 
         def card():
@@ -214,8 +220,6 @@ class Communicator(Shared):
 
         cards = self._everywhere(op, card)
         self._everywhere(op, lambda: made[0].connect(cards))
-        if then is not None:
-            self._everywhere(op, lambda: then(made[0]))
         return made[0]
 
     def _require_equal(self, op, everyone):

@@ -215,7 +215,7 @@ ODD = {   # name: (what rank 1 does, what rank 0 does, what the message says)
     "migrate shape": (migrate([torch.zeros(2, 3)]), migrate([torch.zeros(6, 3)]), r"weights\[0\] is 'torch.float32 .*\[2, 3\]"),
     "migrate stride": (migrate([torch.zeros(3, 6).t()]), migrate([torch.zeros(6, 3)]), r"weights\[0\] is"),
     "migrate none": (migrate(None), migrate([torch.zeros(6, 3)]), "weights is 'NoneType'"),
-    "migrate sparse": (migrate([torch.zeros(6, 3).to_sparse()]), migrate([torch.zeros(6, 3)]), r"weights\[0\] is 'torch.float32 torch.sparse_coo"),
+    "migrate sparse": (migrate([torch.zeros(6, 3).to_sparse()]), migrate([torch.zeros(6, 3)]), r"weights\[0\] is torch.sparse_coo; expected a dense tensor"),
     "migrate kind": (migrate(["rows"]), migrate([torch.zeros(6, 3)]), r"weights\[0\] is 'str'"),
     "shrink": (lambda comm, buf: comm.shrink([0, 1, "x"]), lambda comm, buf: comm.shrink([0, 1]), r"alive is \[0, 1, 'x'\]"),
     "shrink none": (lambda comm, buf: comm.shrink(None), lambda comm, buf: comm.shrink([0, 1]), "alive is None"),
