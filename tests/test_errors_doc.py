@@ -41,6 +41,13 @@ def test_texts_are_the_real_ones(code, op, phase, detail):
     assert any(same(line).startswith(same(str(raised.value))) for line in section(type(raised.value).__name__).splitlines()), str(raised.value)
 
 
+def test_the_text_of_a_rank_that_was_away_is_the_real_one():
+    failure = SimpleNamespace(code="timeout", phase="counts", peer=0, expected=7, got=3, detail=4000, reporter=1)
+    with pytest.raises(errors.PeerTimeout) as raised:
+        errors.raise_failure(failure, op="dispatch", rank=0)
+    assert same(str(raised.value)) in map(same, section("PeerTimeout").splitlines())
+
+
 def same(text):
     """A text with N for numbers."""
     return re.sub(r"0x(N|[0-9a-f]+)|\d+", lambda m: "0xN" if m[0].startswith("0x") else "N", text.strip())
