@@ -53,6 +53,7 @@ class Calls:
         """One call between its hooks, here or on the progress thread."""
         if self._hooks:
             self._run_hooks("pre_" + op, first)
+            self._require_open(op)   # a hook may have closed it
         if not async_op:
             self.comm._settle()
             result = run(first, *rest)

@@ -75,7 +75,17 @@ def test_a_handler_closes_and_leaves(processes, tmp_path):
 
 def test_a_hook_closes_the_buffer(processes, tmp_path):
     for s in run(processes, tmp_path, "node", "hook"):
-        assert s["error"]["type"] == "InvalidArgument" and s["error"]["text"] == "dispatch: the buffer is closed", s
+        assert s["error"]["type"] == "InvalidArgument" and s["error"]["text"].endswith("the buffer is closed"), s
+
+
+def test_a_hook_of_a_rank_thread_closes_the_buffer():
+    def main(comm):
+        buf = moecomm.Buffer(comm, hidden=64, num_experts=4, top_k=2, max_tokens=8)
+        buf.register_hook("pre_dispatch", lambda _: buf.close())
+        with pytest.raises(moecomm.InvalidArgument, match="the buffer is closed"):
+            buf.dispatch(torch.ones(8, 64).bfloat16(), torch.tensor([[0, 3]] * 8))
+
+    moecomm.run_local(main, 2)
 
 
 def test_threads_share_a_buffer():
