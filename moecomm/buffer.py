@@ -416,19 +416,6 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             if not self.comm._native.after_call(self._release):
                 self._release()
 
-    def _release(self):
-        self.comm._settle()
-        try:
-            if self._recorder:
-                self._recorder.close()   # an incomplete recording is a warning, which may be an error here
-        finally:
-            if not self.comm._bootstrap.threads:   # rank threads reach it by pointer until all have ended
-                self._native.release()
-                self._decode = None
-            if self._beside is not None:
-                self._beside.close()
-                self._beside.comm.close()
-
     def _fail(self, op, failure):
         raise_failure(failure, op=op, rank=self.comm.rank, describe_capacity=self._describe_capacity)
 

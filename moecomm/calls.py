@@ -101,3 +101,16 @@ class Calls:
         if decode is not None:
             counted["decode"] = decode.native.take_counters()
         return counted
+
+    def _release(self):
+        self.comm._settle()
+        try:
+            if self._recorder:
+                self._recorder.close()   # an incomplete recording is a warning, which may be an error here
+        finally:
+            if not self.comm._bootstrap.threads:   # rank threads reach it by pointer until all have ended
+                self._native.release()
+                self._decode = None
+            if self._beside is not None:
+                self._beside.close()
+                self._beside.comm.close()
