@@ -62,9 +62,12 @@ struct DeviceMeeting : DeviceGates<Fabric> {
 };
 
 // Calls role(fabric) and reports its Status; once per group of a kernel, by all its lanes, with its own piece of shared memory.
-template <class G, class Rail, class Role>
+template <bool kMeets, class G, class Rail, class Role>
 __device__ void take_part(G g, const Call& call, Rail rail, char* shared, Role role) {
-  WarpScratch* scratch = WarpScratch::open(g, shared, call.spread.stage_bytes, call.spread.stages, call.links.failed);
+  WarpScratch* scratch = WarpScratch::open(g, shared, call.spread.stage_bytes, call.spread.stages, kMeets ? call.links.failed : nullptr);
+  // A call before has failed: groups that meet take no part. One lane has looked: another squad may fail now, and lanes that
+  // disagreed would not meet again. Here, before the role: behind it a register more is live in decode's sum, which spills.
+  if (scratch->late) return;
   const DeviceFabric<Rail> fabric{&call.links, rail, scratch, ptx::nanoseconds() + call.timeout_ns};
   Status s = role(fabric);
   if (g.lane() != 0) return;
@@ -96,7 +99,7 @@ template <class Rail, class Role>
 __device__ void take_seat(const Call& call, Rail rail, int index, int seats, char* shared, Role role) {
   const Warp g;
   const int workers = seats - 1, senders = call.spread.senders > 0 && call.spread.senders < workers ? call.spread.senders : workers;
-  take_part(g, call, rail, shared, [=, &call](auto fabric) {
+  take_part<false>(g, call, rail, shared, [=, &call](auto fabric) {
     return role(g, fabric, DeviceGates<decltype(fabric)>{call.gates, fabric}, Seat{index, workers, senders});
   });
 }
@@ -104,9 +107,7 @@ __device__ void take_seat(const Call& call, Rail rail, int index, int seats, cha
 // Calls role(squad, fabric, meeting, index) on one of `groups` squads.
 template <class Rail, class Role>
 __device__ void join_squad(const Call& call, Rail rail, Squad g, int index, int groups, char* shared, Role&& role) {
-  take_part(g, call, rail, shared, [&](auto fabric) {
-    // A call before has failed. One lane has looked: another squad may fail now, and lanes that disagreed would not meet again.
-    if (fabric.scratch->late) return Status{Code::lost, Phase::none, call.links.geometry.rank, 1, 0, 0};
+  take_part<true>(g, call, rail, shared, [&](auto fabric) {
     return role(g, fabric, DeviceMeeting<decltype(fabric)>{{call.gates, fabric}, g.warps, g.warps * groups}, index);
   });
 }
