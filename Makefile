@@ -73,10 +73,10 @@ cuda-check: $(READY) ## the CUDA sources, as far as they can be checked without 
 	@$(PY) tools/cuda_check.py
 
 # nvcc from PATH, else from its wheels; where there is neither, the check says so and is skipped.
-ptx-check: $(READY) ## the PTX that nvcc makes of the kernels, run without a GPU under the emulated GPU's tests
+ptx-check: $(READY) ## the PTX that nvcc makes of the kernels, run without a GPU under the emulated GPU's tests; MUTANTS=1 for its mutants
 	@PYTHONPATH=tools $(PY) -c 'import sys; from ptx import build; sys.exit(build.why_not() is not None)' \
 	  || timeout 300 $(PY) -m pip install -q nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl || true
-	@PYTHONPATH=tools $(PY) -m ptx check
+	@PYTHONPATH=tools $(PY) -m ptx $(if $(MUTANTS),mutants,check)
 
 # MPICH beside Open MPI needs an environment of its own. Where it cannot be installed its test is skipped.
 MPICH := .venv-mpich

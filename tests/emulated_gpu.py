@@ -6,7 +6,8 @@ has it, unless it is captured. What only a GPU does (the order of memory, stream
 
     python tests/emulated_gpu.py      builds it, into build/emulated
 
-With EMULATED_KERNELS=ptx in the environment the kernels are what nvcc has made of that text, run by tools/ptx.
+With EMULATED_KERNELS=ptx in the environment the kernels are what nvcc has made of that text, run by tools/ptx: with EMULATED_SEED=n under
+a random schedule, with EMULATED_ORDER=1 under its checker of memory order (docs/ptx.md).
 """
 
 import contextlib
@@ -134,6 +135,8 @@ class Gpu:
             for program in ptx_build().programs():
                 wrong = self.calls.ptx_load(str(program).encode())
                 assert wrong is None, wrong.decode()
+            self.calls.ptx_settings(ctypes.c_uint64(int(os.environ.get("EMULATED_SEED", "0"))), 132)
+            self.calls.ptx_check(os.environ.get("EMULATED_ORDER") == "1")
 
     def current_stream(self, device=None):
         if not hasattr(self.local, "stream"):

@@ -43,11 +43,13 @@ def write(path, *kernels):
     return path
 
 
-def run(path, name, tensors, blocks=1, threads=32, shared=4096, seed=0):
-    """What is wrong, or None; tensors are on the CPU."""
+def run(path, name, tensors, blocks=1, threads=32, shared=4096, seed=0, check=False):
+    """What is wrong, or None; tensors are on the CPU. check: the order of memory, too."""
     count = len(tensors)
     pointers = (ctypes.c_uint64 * count)(*(t.data_ptr() for t in tensors))
     sizes = (ctypes.c_uint64 * count)(*(t.numel() * t.element_size() for t in tensors))
     library().ptx_settings(ctypes.c_uint64(seed), 132)
+    library().ptx_check(check)
     said = library().ptx_run(str(path).encode(), name.encode(), blocks, threads, ctypes.c_uint64(shared), count, pointers, sizes)
+    library().ptx_check(False)
     return None if said is None else said.decode()

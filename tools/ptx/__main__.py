@@ -7,7 +7,7 @@ import time
 
 from ptx import build
 
-TESTS = ("test_ptx_kernels", "test_cuda", "test_cuda_graphs", "test_cuda_faults", "test_cuda_balance", "test_cuda_order")
+TESTS = ("test_ptx_kernels.py", "test_ptx_order.py", "test_cuda*.py")
 
 
 def check():
@@ -20,10 +20,25 @@ def check():
     build.objects()
     lines = sum(path.read_text().count("\n") for path in build.programs())
     print(f"ptx-check: {lines} lines of the machine's text from {', '.join(build.KERNELS)}, in {time.monotonic() - began:.0f} s", flush=True)
-    tests = [str(build.ROOT / "tests" / f"{name}.py") for name in TESTS if (build.ROOT / "tests" / f"{name}.py").exists()]
+    tests = [str(path) for pattern in TESTS for path in sorted((build.ROOT / "tests").glob(pattern))]
     return subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "not real", *tests, *sys.argv[2:]], cwd=build.ROOT,
                           env={**os.environ, "EMULATED_KERNELS": "ptx"}).returncode
 
 
+def main():
+    """check, or mutants [KIND]."""
+    if sys.argv[1:2] != ["mutants"]:
+        return check()
+    if build.why_not():
+        print(f"ptx mutants: skipped, {build.why_not()}")
+        return 0
+    os.environ["EMULATED_KERNELS"] = "ptx"   # before emulated_gpu is imported
+    sys.path.insert(0, str(build.ROOT / "tests"))
+    sys.path.insert(0, str(build.ROOT))
+    from ptx import mutants
+    mutants.run(only=sys.argv[2] if len(sys.argv) > 2 else None)
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit(check())
+    sys.exit(main())

@@ -19,7 +19,7 @@ from ptx.parser import parse  # noqa: E402
 FOLDER = ROOT / "build/ptx"
 KERNELS = ("kernels", "decode", "quant")
 RUNTIME = ROOT / "tools/ptx/runtime"
-MACHINE = tuple(RUNTIME / f"{name}.cpp" for name in ("arithmetic", "async", "exports", "load", "memory", "schedule"))
+MACHINE = tuple(RUNTIME / f"{name}.cpp" for name in ("arithmetic", "async", "checker", "exports", "load", "memory", "schedule"))
 GLUE = RUNTIME / "driver.cpp", RUNTIME / "launches.cpp"   # to the cuda world's host code
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 # As setup.py compiles them, for the GPU whose PTX this tool knows.

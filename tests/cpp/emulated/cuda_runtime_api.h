@@ -70,9 +70,16 @@ inline cudaError_t cudaFree(void* p) {
 }
 inline cudaError_t cudaHostAlloc(void** p, size_t bytes, unsigned) { return cudaMalloc(p, bytes); }
 inline cudaError_t cudaFreeHost(void* p) { return cudaFree(p); }
-inline cudaError_t cudaMemset(void* p, int value, size_t bytes) { std::memset(p, value, bytes); return cudaSuccess; }
+inline cudaError_t cudaMemset(void* p, int value, size_t bytes) {
+  std::memset(p, value, bytes);
+  emulated::extents().write(p, bytes);
+  return cudaSuccess;
+}
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t stream) {
-  stream->enqueue([=] { std::memset(p, value, bytes); });
+  stream->enqueue([=] {
+    std::memset(p, value, bytes);
+    emulated::extents().write(p, bytes);
+  });
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { *stream = new emulated::Stream; return cudaSuccess; }
@@ -82,10 +89,14 @@ inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mo
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, int) {
   if (emulated::is_unsafe()) return cudaErrorStreamCaptureUnsafe;
   std::memcpy(to, from, bytes);
+  emulated::extents().write(to, bytes);
   return cudaSuccess;
 }
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t stream) {
-  stream->enqueue([=] { std::memcpy(to, from, bytes); });
+  stream->enqueue([=] {
+    std::memcpy(to, from, bytes);
+    emulated::extents().write(to, bytes);
+  });
   return cudaSuccess;
 }
 inline cudaError_t cudaStreamQuery(cudaStream_t) { return emulated::is_unsafe() ? cudaErrorStreamCaptureUnsafe : cudaSuccess; }

@@ -16,9 +16,17 @@ class Extents {
   }
   void remove(const void* p) {
     std::lock_guard lock(mutex_);
-    all_.erase(reinterpret_cast<uintptr_t>(p));
+    const auto found = all_.find(reinterpret_cast<uintptr_t>(p));
+    if (found == all_.end()) return;
+    write(p, found->second);
+    all_.erase(found);
     ++version_;
   }
+  // The host writes, or frees.
+  void write(const void* p, uint64_t bytes) const {
+    if (const auto tell = changed.load()) tell(p, bytes);
+  }
+  std::atomic<void (*)(const void* p, uint64_t bytes)> changed{nullptr};
   // Changes whenever what was found may be gone.
   uint64_t version() const { return version_.load(std::memory_order_relaxed); }
   // Whether they lie in one allocation, and where it begins and ends.

@@ -5,8 +5,11 @@
 // Failed checks: a stage that is filled before its stores have read it; a bulk load behind an acquire or a meeting of lanes without
 // a proxy fence between; bytes that no arrival expects, or that never come; shared memory that goes while stores read it.
 #include <cstring>
+#include <tuple>
+#include <utility>
 
-#include "machine.hpp"
+#include "checker.hpp"
+#include "trouble.hpp"
 
 namespace simt {
 namespace {
@@ -25,6 +28,7 @@ void settle(Mbarrier& b) {
   b.phase ^= 1;
   b.pending = b.count;
   b.polls = 0;
+  b.ended = std::exchange(b.arriving, {});
 }
 
 void init(Warp& w, const Ins& i, Mask m) {
@@ -33,7 +37,8 @@ void init(Warp& w, const Ins& i, Mask m) {
     w.at(i, l, Space::shared, at, 8);
     const uint32_t count = w.reg(i.r[1])[l];
     if (count == 0 || count > kMostBytes) w.fault(i, l, "an mbarrier of " + std::to_string(count) + " arrivals");
-    w.block->mbarriers[at] = {count, count, 0, 0, 0};
+    w.block->mbarriers[at] = {count, count};
+    if (checker()) checker()->write(w, i, l, w.block->shared.get() + at, 8);
   });
 }
 void expect(Warp& w, const Ins& i, Mask m) {
@@ -43,6 +48,7 @@ void expect(Warp& w, const Ins& i, Mask m) {
     b.bytes += get<uint32_t>(w.reg(i.r[1])[l]) + i.integer;
     if (b.bytes > kMostBytes) w.fault(i, l, "an mbarrier expects more bytes than it can count");
     --b.pending;
+    if (checker()) checker()->arrive(w, l, b.arriving);
     settle(b);
   });
 }
@@ -51,6 +57,7 @@ void land(Warp& w, const BulkLoad& load) {
   std::memcpy(w.block->shared.get() + load.to, load.early.empty() ? load.from : load.early.data(), load.bytes);
   Mbarrier& b = w.block->mbarriers.at(load.barrier);
   b.bytes -= load.bytes;
+  if (checker()) checker()->landed(load.engine, load.at, b.arriving);
   if (b.pending == 0 && b.bytes < 0) w.fault(*load.ins, load.lane, "more bytes have come than the mbarrier expects");
   settle(b);
 }
@@ -75,6 +82,7 @@ void try_wait(Warp& w, const Ins& i, Mask m) {
     Mbarrier& b = barrier_of(w, i, l, at);
     if (b.phase != (w.reg(i.r[2])[l] & 1)) {
       ended |= Mask{1} << l;
+      if (checker()) checker()->wait(w, l, b.ended);
       return;
     }
     bool coming = false;
@@ -114,6 +122,7 @@ void start_load(Warp& w, const Ins& i, Mask m) {
     std::memset(w.block->shared.get() + to, 0xee, bytes);
     BulkLoad load{to, source, bytes, at, {}, &i, l, w.grid->chance(2) ? 0 : static_cast<int>(w.grid->random() % 4)};
     if (w.grid->chance(3)) load.early.assign(source, source + bytes);
+    if (checker()) load.at = checker()->load(w, i, l, source, w.block->shared.get() + to, bytes, at, load.engine);
     w.block->loads.push_back(std::move(load));
   });
 }
@@ -133,8 +142,11 @@ void start_store(Warp& w, const Ins& i, Mask m) {
     w.at(i, l, Space::global, to + bytes - 16, 16);
     const char* stage = w.at(i, l, Space::shared, from, 16);
     w.at(i, l, Space::shared, from + bytes - 16, 16);
+    if (emulated::damage >= 0 && emulated::damage-- == 0) const_cast<char*>(stage)[0] ^= 1;
     if (w.grid->chance(3)) std::memcpy(target, stage, bytes);
-    w.engine(l).open.push_back({target, from, bytes, {}, &i});
+    BulkStore s{target, from, bytes, {}, &i};
+    if (checker()) std::tie(s.read_at, s.write_at) = checker()->store(w, i, l, target, stage, bytes);
+    w.engine(l).open.push_back(std::move(s));
   });
 }
 void commit(Warp& w, const Ins&, Mask m) {
@@ -148,7 +160,10 @@ void wait_read(Warp& w, const Ins& i, Mask m) {
   each(m, [&](int l) {
     auto& groups = w.engine(l).groups;
     for (int64_t k = 0; k + i.integer < static_cast<int64_t>(groups.size()); ++k)
-      for (BulkStore& s : groups[k].stores) read(w, s);
+      for (BulkStore& s : groups[k].stores) {
+        read(w, s);
+        if (checker()) checker()->stores_read(w, l, s.read_at);
+      }
   });
 }
 void wait_all(Warp& w, const Ins& i, Mask m) {
@@ -156,7 +171,10 @@ void wait_all(Warp& w, const Ins& i, Mask m) {
   each(m, [&](int l) {
     Engine& e = w.engine(l);
     for (; static_cast<int64_t>(e.groups.size()) > i.integer; e.groups.pop_front())
-      for (BulkStore& s : e.groups.front().stores) e.unseen.push_back(std::move(s));
+      for (BulkStore& s : e.groups.front().stores) {
+        if (checker()) checker()->stores_done(w, l, s.write_at);
+        e.unseen.push_back(std::move(s));
+      }
   });
 }
 
@@ -166,9 +184,13 @@ void fence_proxy(Warp& w, const Ins&, Mask m) {
     for (const BulkStore& s : e.unseen) std::memcpy(s.to, s.data.data(), s.bytes);
     e.unseen.clear();
     e.stale = false;
+    if (checker()) checker()->fence_proxy(w, l);
   });
 }
 void nothing(Warp&, const Ins&, Mask) {}
+void fence(Warp& w, const Ins& i, Mask m) {
+  if (checker()) w.fault(i, std::countr_zero(m), "the checker does not know what this fence orders; the kernels had none");
+}
 
 }  // namespace
 
@@ -190,7 +212,7 @@ void add_async(std::map<std::string, Operation>& all) {
   const auto add = [&](const char* name, Handler run, Kind kind = Kind::plain) { all[name] = {run, kind}; };
   add("mbarrier.init", init), add("mbarrier.expect_tx", expect), add("mbarrier.try_wait", try_wait, Kind::poll);
   add("bulk.load", start_load), add("bulk.store", start_store), add("bulk.commit", commit), add("bulk.wait", wait_all), add("bulk.wait_read", wait_read);
-  add("fence.proxy", fence_proxy), add("fence.proxy.shared", nothing), add("fence.mbarrier_init", nothing), add("fence", nothing);
+  add("fence.proxy", fence_proxy), add("fence.proxy.shared", fence_proxy), add("fence.mbarrier_init", nothing), add("fence", fence);
 }
 
 }  // namespace simt

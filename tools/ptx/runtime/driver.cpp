@@ -18,6 +18,7 @@ struct Kernels {
   std::mutex mutex;
   std::map<const void*, std::string> by_stub;
   std::vector<std::unique_ptr<Program>> programs;
+  std::vector<std::vector<Ins>> originals;   // of their code
 };
 Kernels& kernels() {
   static Kernels all;
@@ -44,6 +45,7 @@ const Program& program_of(const std::string& kernel) {
 void load_kernels(const std::string& path) {
   auto p = std::make_unique<Program>(load_program(path));
   std::lock_guard lock(kernels().mutex);
+  kernels().originals.push_back(p->code);
   kernels().programs.push_back(std::move(p));
 }
 
@@ -125,5 +127,33 @@ __attribute__((visibility("default"))) const char* ptx_load(const char* path) {
     simt::last_error() = e.what();
     return simt::last_error().c_str();
   }
+}
+
+// One instruction of the program that has this function is changed; -1: there is no such function.
+__attribute__((visibility("default"))) int64_t ptx_mutate(const char* function, int row, int drop, int order, int scope, int64_t integer) {
+  std::lock_guard lock(simt::kernels().mutex);
+  for (const auto& p : simt::kernels().programs)
+    for (const simt::Function& f : p->functions)
+      if (f.name == function) {
+        simt::mutate(p->code.at(row), drop, order, scope, integer);
+        return 0;
+      }
+  return -1;
+}
+// Everything as it was.
+__attribute__((visibility("default"))) void ptx_restore() {
+  std::lock_guard lock(simt::kernels().mutex);
+  for (size_t k = 0; k < simt::kernels().programs.size(); ++k) simt::kernels().programs[k]->code = simt::kernels().originals[k];
+}
+// Marks in `rows` what a program's launches have run since they were last asked.
+__attribute__((visibility("default"))) int64_t ptx_reached(const char* function, char* rows, int64_t count) {
+  std::lock_guard lock(simt::kernels().mutex);
+  for (const auto& p : simt::kernels().programs)
+    for (const simt::Function& f : p->functions)
+      if (f.name == function) {
+        for (int64_t k = 0; k < count && k < static_cast<int64_t>(p->code.size()); ++k) rows[k] = p->code[k].reached;
+        return static_cast<int64_t>(p->code.size());
+      }
+  return -1;
 }
 }

@@ -2,7 +2,8 @@
 #include <cstring>
 #include <stdexcept>
 
-#include "machine.hpp"
+#include "checker.hpp"
+#include "extents.hpp"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -18,6 +19,15 @@ std::string& said() {
 EXPORT void ptx_settings(uint64_t seed, int room) {
   simt::settings().seed = seed;
   simt::settings().room = room;
+}
+
+// What the hosts have written or freed is not the kernels' any more.
+EXPORT void ptx_check(bool on) {
+  simt::check_order(on);
+  emulated::extents().changed = !on ? nullptr : +[](const void* p, uint64_t bytes) {
+    std::lock_guard lock(simt::checker()->mutex);
+    simt::checker()->forget(p, bytes);
+  };
 }
 
 EXPORT const char* ptx_operations() {

@@ -46,6 +46,18 @@ std::string Program::where(const Ins& i) const {
   return "PTX line " + std::to_string(i.line) + " (" + operation_names()[i.op] + ", " + (f == files.end() ? "?" : f->second) + ":" + std::to_string(i.source) + ")";
 }
 
+// Dropped: lanes go on. A wait for a phase has ended at once; a bulk load still tells its barrier.
+void mutate(Ins& i, bool drop, int order, int scope, int64_t integer) {
+  if (drop) {
+    i.run = i.kind == Kind::poll ? +[](Warp& w, const Ins& wait, Mask m) { w.predicates[wait.r[0]] |= m; } : nullptr;
+    i.kind = i.run ? Kind::poll : Kind::plain;
+    if (!i.run) i.run = +[](Warp&, const Ins&, Mask) {};
+  }
+  if (order >= 0) i.order = static_cast<Order>(order);
+  if (scope >= 0) i.scope = static_cast<Scope>(scope);
+  i.integer += integer;
+}
+
 Program load_program(const std::string& path) {
   Program p;
   p.path = path;

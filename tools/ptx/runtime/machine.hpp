@@ -10,19 +10,15 @@
 #include <string>
 #include <vector>
 
-namespace simt {
+#include "clocks.hpp"
 
-using Mask = uint32_t;   // of lanes
-constexpr int kLanes = 32;
-constexpr Mask kAll = ~Mask{0};
+namespace simt {
 
 struct Warp;
 struct Ins;
 using Handler = void (*)(Warp&, const Ins&, Mask);
 
 enum class Kind : uint8_t { plain, branch, call, leave, collective, barrier, poll };
-enum class Order : uint8_t { weak, relaxed, acquire, release, acq_rel, is_volatile };
-enum class Scope : uint8_t { none, cta, gpu, sys };
 enum class Space : uint8_t { global, shared, param, local };   // a generic address is global or shared
 
 struct Ins {
@@ -36,6 +32,7 @@ struct Ins {
   int32_t line = 0;       // of the PTX
   int32_t file = 0, source = 0;
   uint16_t op = 0;        // index of its name
+  mutable bool reached = false;   // has run
 };
 
 struct Function {
@@ -60,16 +57,22 @@ struct Program {
   std::string where(const Ins& i) const;
 };
 Program load_program(const std::string& path);
+void mutate(Ins& i, bool drop, int order, int scope, int64_t integer);   // -1: as it is; the integer is added
 const std::vector<std::string>& operation_names();
 
 // What an operation is run by.
 struct Operation { Handler run; Kind kind; };
 void add_operations(std::map<std::string, Operation>& all);   // every file's
 
-struct Mbarrier { uint32_t count = 0, pending = 0, phase = 0; int64_t bytes = 0; uint64_t polls = 0; };
+struct Mbarrier {
+  uint32_t count = 0, pending = 0, phase = 0;
+  int64_t bytes = 0;
+  uint64_t polls = 0;
+  Views arriving = {}, ended = {};   // in this phase; by the last one
+};
 
-struct BulkLoad { uint32_t to; const char* from; uint32_t bytes, barrier; std::vector<char> early; const Ins* ins; int lane; int wait; };
-struct BulkStore { char* to; uint32_t from; uint32_t bytes; std::vector<char> data; const Ins* ins; bool read = false; };
+struct BulkLoad { uint32_t to; const char* from; uint32_t bytes, barrier; std::vector<char> early; const Ins* ins; int lane; int wait; Agents* engine = nullptr; uint32_t at = 0; };
+struct BulkStore { char* to; uint32_t from; uint32_t bytes; std::vector<char> data; const Ins* ins; bool read = false; uint32_t read_at = 0, write_at = 0; };
 struct BulkGroup { std::vector<BulkStore> stores; };
 
 // The copy engine as one lane uses it.
@@ -95,6 +98,7 @@ struct Warp {
   std::vector<int> back[kLanes];   // return addresses
   Mask exited = 0, collecting = 0, waiting = 0;   // lanes; collecting: at a collective; waiting: at a barrier of the block
   std::unique_ptr<Engine> engines[kLanes];
+  WarpOrder order;
 
   uint64_t* reg(int slot) { return file.data() + int64_t{slot} * kLanes; }
   Mask pred(int p) const { return p >= 0 ? predicates[p] : p == -2 ? kAll : 0; }
@@ -103,6 +107,7 @@ struct Warp {
     return *engines[lane];
   }
   bool done() const { return exited == kAll; }
+  bool is_parameter(const char* p) const;   // of the launch: nothing writes them
   // Where an address lies on this machine, after checks of alignment and bounds.
   char* at(const Ins& i, int lane, Space space, uint64_t address, uint32_t bytes);
   // Runs until it has nothing to do or `budget` instructions have run; whether anything but polls has happened.
@@ -162,15 +167,22 @@ struct Grid {
   const Launch& launch;
   const Program& program;
   const Function& kernel;
+  const uint64_t seed;             // 0: see Settings
   std::mt19937_64 random;
   std::deque<Block> resident;
+  Shared before, after;            // of memory: what the rank's kernels had done, what this one has done
   uint64_t turns = 0;
 
-  bool chance(int of) { return settings().seed ? random() % of == 0 : ++turns % of == 0; }
+  bool chance(int of) { return seed ? random() % of == 0 : ++turns % of == 0; }
 
  private:
   Block& open_block(int index);
 };
+
+inline bool Warp::is_parameter(const char* p) const {
+  const auto& all = grid->launch.parameters;
+  return p >= all.data() && p < all.data() + all.size();
+}
 
 // A value of type T in a register, and back.
 template <class T>

@@ -3,7 +3,7 @@
 #include <cstring>
 
 #include "extents.hpp"
-#include "machine.hpp"
+#include "checker.hpp"
 
 namespace simt {
 
@@ -44,9 +44,12 @@ inline uint64_t extended(const char* p) {
 template <Space kSpace, int kCount, class T>
 void load(Warp& w, const Ins& i, Mask m) {
   const bool acquires = i.order == Order::acquire;
+  Checker* const order = checker();
   each(m, [&](int l) {
     const uint64_t base = i.r[kCount] >= 0 ? w.reg(i.r[kCount])[l] : 0;
     const char* p = w.at(i, l, kSpace, base + i.integer, kCount * sizeof(T));
+    if constexpr (kSpace == Space::global || kSpace == Space::shared)
+      if (order && !w.is_parameter(p)) order->read(w, i, l, p, kCount * sizeof(T));
     if constexpr (kCount == 1 && sizeof(T) == 8)
       if (i.order != Order::weak) {
         w.reg(i.r[0])[l] = __atomic_load_n(reinterpret_cast<const uint64_t*>(p), __ATOMIC_ACQUIRE);
@@ -60,9 +63,12 @@ void load(Warp& w, const Ins& i, Mask m) {
 
 template <Space kSpace, int kCount, class T>
 void store(Warp& w, const Ins& i, Mask m) {
+  Checker* const order = checker();
   each(m, [&](int l) {
     const uint64_t base = i.r[0] >= 0 ? w.reg(i.r[0])[l] : 0;
     char* p = w.at(i, l, kSpace, base + i.integer, kCount * sizeof(T));
+    if constexpr (kSpace == Space::global || kSpace == Space::shared)
+      if (order) order->write(w, i, l, p, kCount * sizeof(T));
     if constexpr (kCount == 1 && sizeof(T) == 8)
       if (i.order != Order::weak) {
         __atomic_store_n(reinterpret_cast<uint64_t*>(p), w.reg(i.r[1])[l], __ATOMIC_RELEASE);
@@ -85,6 +91,7 @@ void atomic_add(Warp& w, const Ins& i, Mask m) {
   each(m, [&](int l) {
     before_release(w, i, l);
     auto* p = reinterpret_cast<T*>(w.at(i, l, Space::global, w.reg(i.r[1])[l], sizeof(T)));
+    if (checker()) checker()->write(w, i, l, reinterpret_cast<const char*>(p), sizeof(T), true);
     w.reg(i.r[0])[l] = __atomic_fetch_add(p, get<T>(w.reg(i.r[2])[l]), __ATOMIC_ACQ_REL);
     if (i.order == Order::acq_rel || i.order == Order::acquire) w.engine(l).stale = true;
   });
@@ -94,6 +101,7 @@ void reduce_add(Warp& w, const Ins& i, Mask m) {
   each(m, [&](int l) {
     before_release(w, i, l);
     auto* p = reinterpret_cast<T*>(w.at(i, l, Space::global, w.reg(i.r[0])[l], sizeof(T)));
+    if (checker()) checker()->write(w, i, l, reinterpret_cast<const char*>(p), sizeof(T), true);
     __atomic_fetch_add(p, get<T>(w.reg(i.r[1])[l]), __ATOMIC_ACQ_REL);
   });
 }
@@ -101,6 +109,7 @@ template <class T>
 void compare_and_swap(Warp& w, const Ins& i, Mask m) {
   each(m, [&](int l) {
     auto* p = reinterpret_cast<T*>(w.at(i, l, Space::global, w.reg(i.r[1])[l], sizeof(T)));
+    if (checker()) checker()->write(w, i, l, reinterpret_cast<const char*>(p), sizeof(T), true);
     T expected = get<T>(w.reg(i.r[2])[l]);
     __atomic_compare_exchange_n(p, &expected, get<T>(w.reg(i.r[3])[l]), false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
     w.reg(i.r[0])[l] = expected;

@@ -9,11 +9,24 @@
 #include <mutex>
 #include <stdexcept>
 
-#include "machine.hpp"
+#include "checker.hpp"
+#include "trouble.hpp"
 
 namespace simt {
 
 void leave_engine(Warp& w, const Ins& i, int lane);   // async.cpp
+
+namespace {
+
+// A check has failed: the kernels of all ranks end, and no rank waits for what will not come.
+std::atomic<bool> broken{false};
+std::atomic<int> running{0};
+struct Running {
+  Running() { ++running; }
+  ~Running() { if (--running == 0) broken = false; }
+};
+
+}  // namespace
 
 Settings& settings() {
   static Settings all;
@@ -21,6 +34,7 @@ Settings& settings() {
 }
 
 void Warp::fault(const Ins& i, int lane, const std::string& what) const {
+  broken = true;
   throw std::runtime_error("the PTX world: " + what + "; rank " + std::to_string(grid->launch.rank) + ", block " + std::to_string(block->index) + ", warp " + std::to_string(index) +
                            ", lane " + std::to_string(lane) + ", " + grid->program.where(i) + ", in " + grid->kernel.name);
 }
@@ -34,7 +48,7 @@ Mask Warp::choose(int& at) {
   const Mask ready = ~(exited | collecting | waiting);
   if (!ready) return 0;
   int lane = std::countr_zero(ready);
-  if (settings().seed) {
+  if (grid->seed) {
     for (int skip = grid->random() % std::popcount(ready); skip > 0; --skip) lane = std::countr_zero(ready & ~((Mask{2} << lane) - 1));
   } else {
     each(ready, [&](int l) { if (pc[l] < pc[lane]) lane = l; });
@@ -42,7 +56,7 @@ Mask Warp::choose(int& at) {
   at = pc[lane];
   Mask together = 0;
   each(ready, [&](int l) { together |= Mask{pc[l] == at} << l; });
-  if (settings().seed && grid->random() % 8 == 0) together = (together & static_cast<Mask>(grid->random())) | Mask{1} << lane;   // or apart
+  if (grid->seed && grid->random() % 8 == 0) together = (together & static_cast<Mask>(grid->random())) | Mask{1} << lane;   // or apart
   return together;
 }
 
@@ -64,10 +78,11 @@ bool Warp::step(int budget) {
     if (!lanes) return ran > kPollingLoop;
     int next = INT32_MAX;   // where others stand
     each(~(exited | collecting | waiting | lanes | polled), [&](int l) { if (pc[l] >= at && pc[l] < next) next = pc[l]; });
-    const bool apart = settings().seed != 0;
+    const bool apart = grid->seed != 0;
     int turn = apart ? 1 + static_cast<int>(grid->random() % 64) : INT32_MAX;
     for (bool together = true; together && budget > 0 && turn > 0 && (apart || at < next); --budget, --turn, ++ran) {
       const Ins& i = code[at];
+      i.reached = true;
       Mask m = lanes;
       if (i.guard >= 0 || i.guard < -1) {
         const int g = i.guard >> 1;   // -1 and -2 as predicates: false and true
@@ -165,6 +180,7 @@ bool Warp::meet_block(const Ins& i, Mask lanes) {
   waiting |= lanes;
   if (b.arrived < b.expected) return true;
   if (b.arrived > b.expected) fault(i, first, "more threads come to a barrier than it is of");
+  if (checker()) checker()->meet(b.lanes);
   for (const auto& [warp, mask] : b.lanes) {
     each(mask, [&](int l) { ++warp->pc[l], warp->engine(l).stale = true; });
     warp->waiting &= ~mask;
@@ -176,6 +192,7 @@ bool Warp::meet_block(const Ins& i, Mask lanes) {
 namespace {
 
 void bar_warp(Warp& w, const Ins&, Mask m) {
+  if (checker()) checker()->meet({{&w, m}});
   each(m, [&](int l) { if (w.engines[l]) w.engines[l]->stale = true; });
   if (m & 1) w.engine(0).stale = true;
 }
@@ -239,10 +256,13 @@ class Room {
 Room room;
 std::atomic<uint64_t> launches{0};
 
+// One warp at a time, of all ranks: what the checker keeps has no other order.
+std::unique_lock<std::recursive_mutex> locked() { return checker() ? std::unique_lock(checker()->mutex) : std::unique_lock<std::recursive_mutex>(); }
+
 }  // namespace
 
 Grid::Grid(const Launch& launch)
-    : launch(launch), program(*launch.program), kernel(program.entry(launch.kernel)), random(settings().seed * 1000003 + launches++) {
+    : launch(launch), program(*launch.program), kernel(program.entry(launch.kernel)), seed(emulated::order_seed ? emulated::order_seed.load() : settings().seed), random(seed * 1000003 + launches++) {
   if (launch.parameters.size() != kernel.parameter_bytes)
     throw std::runtime_error("the PTX world: " + launch.kernel + " is given " + std::to_string(launch.parameters.size()) + " bytes of parameters; its PTX has " + std::to_string(kernel.parameter_bytes));
 }
@@ -262,6 +282,7 @@ Block& Grid::open_block(int index) {
     w.predicates.resize(program.predicates);
     w.locals.resize(program.local_bytes * kLanes);
     for (const auto& [slot, value] : program.constants) std::fill_n(w.reg(slot), kLanes, value);
+    if (checker()) checker()->open(w);
     for (int l = 0; l < kLanes; ++l) {
       w.reg(0)[l] = k * kLanes + l, w.reg(1)[l] = launch.threads, w.reg(2)[l] = index, w.reg(3)[l] = launch.blocks;
       w.pc[l] = kernel.begin;
@@ -272,12 +293,20 @@ Block& Grid::open_block(int index) {
 
 void Grid::run() {
   int begun = 0, held = 0;
+  const Running here;
   const auto finish = [&] { room.give(held); };
+  if (checker()) {
+    const auto lock = locked();
+    before = checker()->ended(launch.rank);
+    for (const Extent& e : launch.extents) checker()->forget(e.begin, e.bytes);   // its own, and the host is behind
+  }
   try {
     while (begun < launch.blocks || !resident.empty()) {
-      bool moved = false, running = false;
+      if (broken) throw std::runtime_error("the PTX world: a check of another kernel has failed");
+      bool moved = false, ready = false;
       while (begun < launch.blocks && static_cast<int>(resident.size()) < settings().room && room.take()) {
         ++held;
+        const auto lock = locked();
         open_block(begun++);
         moved = true;
       }
@@ -285,21 +314,27 @@ void Grid::run() {
       for (Block& b : resident)
         for (Warp& w : b.warps)
           if (!w.done()) warps.push_back(&w);
-      if (settings().seed) std::shuffle(warps.begin(), warps.end(), random);
+      if (seed) std::shuffle(warps.begin(), warps.end(), random);
       for (Warp* w : warps) {
-        if (~(w->exited | w->collecting | w->waiting)) running = true;
-        moved |= w->step(settings().seed ? 1 + static_cast<int>(random() % 400) : 20000);
+        if (~(w->exited | w->collecting | w->waiting)) ready = true;
+        const auto lock = locked();
+        moved |= w->step(seed ? 1 + static_cast<int>(random() % 400) : 20000);
       }
       for (size_t k = 0; k < resident.size();)
         if (resident[k].done()) {
           if (!resident[k].loads.empty()) throw std::runtime_error("the PTX world: a block ends while bulk loads are under way");
+          if (checker()) {
+            const auto lock = locked();
+            for (Warp& w : resident[k].warps) checker()->close(w, after);
+            checker()->forget(resident[k].shared.get(), resident[k].shared_bytes);
+          }
           resident.erase(resident.begin() + k);
           room.give(1);
           --held;
         } else {
           ++k;
         }
-      if (!moved && !running && !resident.empty()) {
+      if (!moved && !ready && !resident.empty()) {
         for (Block& b : resident)
           for (Warp& w : b.warps)
             if (const Mask stuck = w.collecting | w.waiting) {
@@ -308,6 +343,10 @@ void Grid::run() {
             }
       }
       if (!moved) sched_yield();
+    }
+    if (checker()) {
+      const auto lock = locked();
+      checker()->end(launch.rank, after);
     }
   } catch (...) {
     finish();
