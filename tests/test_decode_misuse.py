@@ -33,7 +33,7 @@ def test_misuse_is_refused_and_the_buffer_stays_good():
         bad[2, 1], twice[3, 2] = 8, twice[3, 0]
         refused("combine: there was no decode_dispatch", lambda: buf.decode_combine(xs, ids, weights, None))
         for inputs, match in [((xs[:, :32], ids), "x is"), ((xs.float(), ids), "x is"), ((xs, ids[:3]), "topk_ids is"), ((xs, ids.float()), "topk_ids is"),
-                              ((torch.zeros(9, 64).bfloat16(), torch.zeros(9, 3).long()), "9 tokens; expected at most max_tokens = 8"),
+                              ((torch.zeros(9, 64).bfloat16(), torch.zeros(9, 3).long()), "9 tokens; expected at most decode_max_tokens = 8"),
                               ((xs, bad), "expert id 8 is out of range in token 2"), ((xs, twice), "picked twice in token 3")]:
             refused(match, lambda inputs=inputs: buf.decode_dispatch(*inputs, quant=None))
         refused("topk_weights is", lambda: buf.decode_dispatch(xs, ids, topk_weights=weights[:2], quant=None))
