@@ -13,9 +13,10 @@ from .balance.replicas import Replicas
 from .calls import Calls
 from .decode import Decode, DecodeVerbs
 from .env import Environment
-from .errors import InvalidArgument, raise_failure
+from .errors import InvalidArgument
 from .record_cuda import DeviceRecorder
 from .recorder import Recorder
+from .refusals import made, take_part
 from .results import BlockTensors, Dispatched, Handle
 from .shapes import DTYPES, QUANTS, SCALE_DTYPES, WIRES, arena_size, as_int, check_shape, decode_tokens, default_channels, reserved_bytes
 from .shared import Shared
@@ -222,9 +223,9 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         Raises
         ------
         InvalidArgument
-            Nothing moved and the buffer stays usable.
+            Nothing moved and the buffer stays usable. On every rank: .peer names the one that refuses its part, if it is another.
         CapacityExceeded, ConfigMismatch
-            On every rank; the buffer stays usable.
+            On every rank; the buffer stays usable. Ranks that make different calls break the communicator.
         PeerLost, PeerTimeout
             A peer is gone or stalled; the communicator is broken.
 
@@ -237,7 +238,11 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             if out is not None:
                 return out
         self._require_open(op)
-        expert_alignment, capacity = as_int(expert_alignment), as_int(capacity)
+        call = self._dispatch, x, topk_ids, topk_weights, layout, expert_alignment, quant, scale_layout, handle, capacity, async_op, check, layer
+        return call[0](*call[1:]) if is_dynamo_compiling() else take_part(self, op, handle, capacity, *call)
+
+    def _dispatch(self, x, topk_ids, topk_weights, layout, expert_alignment, quant, scale_layout, handle, capacity, async_op, check, layer):
+        op, expert_alignment, capacity = "dispatch", as_int(expert_alignment), as_int(capacity)
         x, scales = self._as_rows(op, x)
         if handle is not None:
             if layout != "expert" or expert_alignment != 1 or capacity is not None:
@@ -278,6 +283,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             asking = self._replicas.ask(topk_ids, layer)
             topk_ids = asking.ids
         began = self._noter and self._noter.start()
+        made(self)
         result = self._native.dispatch(
             address(x), address(scales), address(topk_ids), topk_ids is not None and topk_ids.dtype == torch.int32, address(topk_weights),
             x.shape[0], layout == "rank", expert_alignment, -1 if capacity is None else capacity, row_bytes, scale_bytes,
@@ -353,6 +359,11 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             if y is not None:
                 return y
         self._require_open(op)
+        call = self._combine, rows, handle, topk_weights, bias, wire, async_op, check, out
+        return call[0](*call[1:]) if is_dynamo_compiling() else take_part(self, op, handle, None, *call)
+
+    def _combine(self, rows, handle, topk_weights, bias, wire, async_op, check, out):
+        op = "combine"
         self._check_handle(op, handle)
         rows = self._as_tensor(op, "rows", rows)
         topk_weights = self._as_tensor(op, "topk_weights", topk_weights, optional=True)
@@ -377,6 +388,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         # A rank without tokens asks for slots too: its peers' values pass through it.
         slots = None if back is None else torch.empty((max(tokens, 1), self.top_k), dtype=torch.float32, device=self.comm.device)
         began = self._noter and self._noter.start()
+        made(self)
         failure = self._native.combine(address(rows), address(topk_weights), address(y), address(bias), bias_stride, handle._plan, handle._output,
                                        address(back), address(slots), WIRES[wire])
         if failure is not None:
@@ -415,23 +427,3 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             self._closed, self._plain = True, False
             if not self.comm._native.after_call(self._release):
                 self._release()
-
-    def _fail(self, op, failure):
-        raise_failure(failure, op=op, rank=self.comm.rank, describe_capacity=self._describe_capacity)
-
-    def _require_open(self, op):
-        if self._closed:
-            self._refuse(op, "the buffer is closed")
-        self.comm._require_open(op)
-
-    def _handle_of(self, layout, capacity, plan, output):
-        return Handle(self, layout, capacity, plan.rows(self.comm.local_rank), plan.tokens, plan=plan, output=output)
-
-    def _describe_capacity(self, failure):
-        if failure.detail == 1:
-            return "A larger `capacity` of dispatch enlarges it."
-        held, blocks, total = self._native.arena()
-        graphs = self.captured_bytes
-        kept = f"; calls in CUDA graphs keep {graphs} of these until release_captured()" if graphs else ""
-        return (f"This rank's arena has {total} bytes, of which {blocks} pieces of earlier dispatches hold {held}: drop their tensors and "
-                f"handles, or give Buffer a larger `arena_bytes`{kept}.")

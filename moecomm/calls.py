@@ -8,8 +8,9 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from . import cuda
-from .errors import InvalidArgument
-from .results import Pending
+from .errors import InvalidArgument, raise_failure
+from .refusals import Part, made
+from .results import Handle, Pending
 
 _STAGES = ("pre_dispatch", "post_dispatch", "pre_combine", "post_combine")
 
@@ -56,13 +57,17 @@ class Calls:
             self._require_open(op)   # a hook may have closed it
         if not async_op:
             self.comm._settle()
+            if through_ops:   # the operator tells what it refuses; it does not run where its results were kept
+                made(self)
             result = run(first, *rest)
             if self._hooks:
                 self._run_hooks("post_" + op, result)
             return result
 
         def work():
-            with torch.set_grad_enabled(through_ops):   # the mode is a thread's own
+            with torch.set_grad_enabled(through_ops), Part(self, op, rest[0] if op == "combine" else None):   # the mode is a thread's own
+                if through_ops:
+                    made(self)
                 return run(first, *rest)
 
         then = lambda result: self._run_hooks("post_" + op, result)   # noqa: E731
@@ -114,3 +119,23 @@ class Calls:
             if self._beside is not None:
                 self._beside.close()
                 self._beside.comm.close()
+
+    def _fail(self, op, failure):
+        raise_failure(failure, op=op, rank=self.comm.rank, describe_capacity=self._describe_capacity)
+
+    def _describe_capacity(self, failure):
+        if failure.detail == 1:
+            return "A larger `capacity` of dispatch enlarges it."
+        held, blocks, total = self._native.arena()
+        graphs = self.captured_bytes
+        kept = f"; calls in CUDA graphs keep {graphs} of these until release_captured()" if graphs else ""
+        return (f"This rank's arena has {total} bytes, of which {blocks} pieces of earlier dispatches hold {held}: drop their tensors and "
+                f"handles, or give Buffer a larger `arena_bytes`{kept}.")
+
+    def _require_open(self, op):
+        if self._closed:
+            self._refuse(op, "the buffer is closed")
+        self.comm._require_open(op)
+
+    def _handle_of(self, layout, capacity, plan, output):
+        return Handle(self, layout, capacity, plan.rows(self.comm.local_rank), plan.tokens, plan=plan, output=output)

@@ -101,6 +101,18 @@ class NativeDecode:
         self._current[handle.epoch % 2] = handle   # a phase that a later dispatch catches up on finds its memory
         return out, handle.receive_combine
 
+    @property
+    def epoch(self):
+        """Number of the latest dispatch."""
+        return self._native.epoch
+
+    def refuse(self, verb, epoch, why):
+        """As NativeBuffer.refuse, of a combine."""
+        failure = self._buffer.enqueue(verb, self._native.refuse, verb, epoch, why)
+        if failure is None:
+            self._buffer.end_of_step()
+        return failure
+
     def stage(self, epoch):
         """0 its places are used by a later epoch, 1 sent, 2 received, 3 answered, 4 done."""
         return self._native.stage(epoch, self._buffer.stream())

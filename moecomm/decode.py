@@ -17,6 +17,7 @@ from ._native.core import DecodeHandle, DecodeReceived
 from ._native.quant import scale_words
 from .arguments import describe, known, shares_memory
 from .errors import ConfigMismatch, InvalidArgument, raise_failure
+from .refusals import Part, made
 from .shapes import DTYPES, QUANTS, SCALE_DTYPES, WIRES
 from .tensors import address
 
@@ -64,7 +65,7 @@ class DecodeVerbs:
         Raises
         ------
         InvalidArgument
-            Nothing moved and the buffer stays usable.
+            Nothing moved and the buffer stays usable. On every rank, from the hook: .peer names the one that refuses its part, if it is another.
         ConfigMismatch
             Ranks disagree about dtype, quantization or topk_weights; the buffer stays usable.
         PeerLost, PeerTimeout
@@ -81,6 +82,10 @@ class DecodeVerbs:
             self._require_open("decode_dispatch")
         if self._noter is None and self._replicas is None:
             return decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
+        with Part(self, "decode_dispatch"):
+            return self._decode_dispatch(decode, x, topk_ids, topk_weights, quant, scale_layout, return_hook, layer)
+
+    def _decode_dispatch(self, decode, x, topk_ids, topk_weights, quant, scale_layout, return_hook, layer):
         topk_ids = self._as_tensor("decode_dispatch", "topk_ids", topk_ids)
         topk_weights = self._as_tensor("decode_dispatch", "topk_weights", topk_weights, optional=True)
         if self._replicas is not None:
@@ -124,7 +129,7 @@ class DecodeVerbs:
         Raises
         ------
         InvalidArgument, ConfigMismatch, PeerLost, PeerTimeout
-            As decode_dispatch.
+            As decode_dispatch. A refusal uses the handle up; ranks that wait for nothing from the refusing one complete.
 
         Source: DeepSeek-V3 technical report, section 3.4.2.
         """
@@ -139,8 +144,9 @@ class DecodeVerbs:
         if self._replicas is not None:
             topk_ids = self._replicas.decoding[getattr(handle, "epoch", 0) % 2]
         if self._noter is not None:
-            topk_weights = self._as_tensor("decode_combine", "topk_weights", topk_weights, optional=True)
-            return self._noter.decode_combine(decode, rows, topk_ids, topk_weights, handle, wire, return_hook, out)
+            with Part(self, "decode_combine", handle):
+                topk_weights = self._as_tensor("decode_combine", "topk_weights", topk_weights, optional=True)
+                return self._noter.decode_combine(decode, rows, topk_ids, topk_weights, handle, wire, return_hook, out)
         return decode.combine(rows, topk_ids, topk_weights, handle, wire, return_hook, out)
 
 
@@ -162,7 +168,7 @@ class Decode:
         self._make_tensors(buffer.experts_per_rank, comm.size * buffer.decode_max_tokens)
 
     def _make_native(self):
-        buffer, fail = self.buffer, _Raiser(self.rank)
+        buffer, fail = self.buffer, _Raiser(self.buffer)
         if buffer.comm._gpu is not None:
             return cuda_decode.NativeDecode(buffer, DTYPES[self.dtype], fail)
         return core.Decode(buffer.comm._native, buffer._native, buffer._check, fail, buffer.decode_max_tokens)
@@ -196,6 +202,10 @@ class Decode:
             done = self.native.try_dispatch(x, topk_ids, topk_weights, QUANTS[quant], not return_hook)
             if done is not None:
                 return done
+        with Part(self.buffer, "decode_dispatch"):
+            return self._dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
+
+    def _dispatch(self, x, topk_ids, topk_weights, quant, scale_layout, return_hook):
         op, buffer = "decode_dispatch", self.buffer
         x, scales = buffer._as_rows(op, x)
         topk_ids, topk_weights = buffer._as_tensor(op, "topk_ids", topk_ids), buffer._as_tensor(op, "topk_weights", topk_weights, optional=True)
@@ -205,6 +215,7 @@ class Decode:
         if topk_weights is not None:
             buffer._check_picks(op, "topk_weights", topk_weights, tokens, (torch.float32,))
         kind = QUANTS[quant] if scales is None else SCALE_DTYPES.index(scales.dtype)
+        made(buffer)
         return self.native.dispatch(address(x), address(scales), address(topk_ids), topk_ids.dtype is torch.int32, address(topk_weights),
                                     topk_weights is not None, tokens, kind, scale_layout == "column", not return_hook)
 
@@ -219,6 +230,10 @@ class Decode:
             done = self.native.try_combine(rows, topk_ids, topk_weights, handle, out, not return_hook)
             if done is not None:
                 return done
+        with Part(self.buffer, "decode_combine", handle):
+            return self._combine(rows, topk_ids, topk_weights, handle, wire, return_hook, out)
+
+    def _combine(self, rows, topk_ids, topk_weights, handle, wire, return_hook, out):
         op, buffer = "decode_combine", self.buffer
         if not known(wire, WIRES) or (wire is not None and self.dtype is torch.float64):
             choices = "None (float64)" if self.dtype is torch.float64 else ", ".join(map(repr, WIRES))
@@ -249,6 +264,7 @@ class Decode:
                 if t is not None and shares_memory(t, want):
                     buffer._refuse(op, f"{name} lies in handle.rows, to which rows are copied first; expected memory of its own, or rows = handle.rows")
         buffer._check_start(op, rows=rows, out=out)
+        made(buffer)
         return self.native.combine(handle, rows, address(rows), address(topk_ids), topk_ids.dtype is torch.int32, address(topk_weights), WIRES[wire],
                                    out, address(out), not return_hook)
 
@@ -270,10 +286,11 @@ def _tensor(area, dtype, shape):
 class _Raiser:
     """Raises what a native failure stands for."""
 
-    def __init__(self, rank):
-        self._rank = rank
+    def __init__(self, buffer):
+        self._buffer, self._rank = buffer, buffer.comm.rank
 
     def __call__(self, failure, op):
+        made(self._buffer)
         if failure.code == "invalid" and failure.detail == 3:
             raise InvalidArgument(f"{op}: topk_ids of token {failure.expected} differ from those that decode_dispatch sent; expected the same",
                                   op=op, rank=self._rank, got=failure.got)

@@ -74,6 +74,10 @@ def raise_failure(failure, *, op, rank, describe_capacity=None):
         hint = describe_capacity(f) if describe_capacity else ""
         raise CapacityExceeded(f"{where}: rank {f.peer} would need {f.expected} {'rows' if f.detail == 1 else 'bytes'}, "
                                f"{f.got} are available. {hint}", **fields)
+    if f.code == "refused":
+        _raise_refused(f, where, fields)
+    if f.code == "out_of_step":
+        _raise_out_of_step(f, where, fields)
     if f.code == "mismatch" and op == "combine":
         raise ConfigMismatch(f"{where}: rank {f.peer} wants values back in its picks' slots and other ranks do not, or the reverse; expected "
                              "combine on all ranks, or combine_slots on all", **fields)
@@ -105,3 +109,30 @@ def _raise_corrupt(f, where, destination, reported, fields):
     error = CorruptRow(f"{where}: {row} {what}{reported}", **fields)
     error.source, error.destination, error.token = f.peer, destination, f.detail
     raise error
+
+
+# By the numbers of Why, as a peer reads them.
+_WHY = ("", "its arguments are wrong", "its topk_ids are wrong", "an error ended its call before it began")
+
+
+def _raise_refused(failure, where, fields):
+    fields["expected"] = fields["got"] = None
+    why = _WHY[failure.detail] if 0 < failure.detail < len(_WHY) else "it does not say why"
+    raise InvalidArgument(f"{where}: rank {failure.peer} refused its part in this call: {why}. Nothing was delivered to any rank; expected valid "
+                          f"arguments on all of them (rank {failure.peer}'s own error says which is not)", **fields)
+
+
+# By the numbers of Verb in csrc/base/wire.hpp.
+_VERBS = ("dispatch", "decode_dispatch's choice of replicas", "combine", "decode_dispatch", "decode_combine")
+_REFUSED_LATE = 14
+
+
+def _raise_out_of_step(failure, where, fields):
+    own, theirs = failure.detail & 15, failure.detail >> 4 & 15
+    if theirs == _REFUSED_LATE:
+        raise ConfigMismatch(f"{where}: rank {failure.peer} refused its part in an earlier call, for which no host waited: the ranks are not in step any more, "
+                             "and the communicator cannot be used", **fields)
+    who = "this rank" if failure.reporter < 0 else f"rank {failure.reporter}"
+    calls = f"calls {_VERBS[theirs]}" if theirs < len(_VERBS) else "makes another call"
+    raise ConfigMismatch(f"{where}: rank {failure.peer} {calls} where {who} calls {_VERBS[own] if own < len(_VERBS) else 'another verb'}; expected the same calls "
+                         "in the same order on all ranks. The communicator cannot be used any more", **fields)

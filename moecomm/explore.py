@@ -20,51 +20,8 @@ import torch
 
 from . import options, reference
 from .balance import Placement
+from .mutations import MUTATIONS
 from .sim import MODES, SCHEDULES, Choosing, Cluster, describe_waiting
-
-# What a program with such a bug would do; each must be found. (name, flaw, phase of the waits that are meant, the programs: of
-# dispatch, decode, or a choice of replicas; chosen: the bug shows only between a choice and the end of its call)
-MUTATIONS = [
-    ("signal before put", "signal_before_put", "none", "dispatch"),
-    ("missing acquire: enter, dispatch", "skip_wait", "announce", "dispatch"),
-    ("missing acquire: counts", "skip_wait", "counts", "dispatch"),
-    ("missing acquire: rows and verdicts", "skip_wait", "forward", "dispatch"),
-    ("missing acquire: arrival", "skip_wait", "arrive", "dispatch"),
-    ("missing acquire: rows board", "skip_wait", "publish", "dispatch"),
-    ("missing acquire: returned rows", "skip_wait", "sum", "dispatch"),
-    ("window reused too early: experts' rows", "skip_wait", "done", "dispatch"),
-    ("window reused too early: staging", "skip_wait", "reduce", "dispatch"),
-    ("epoch off by one: enter, dispatch", "early_wait", "announce", "dispatch"),
-    ("epoch off by one: counts", "early_wait", "counts", "dispatch"),
-    ("epoch off by one: arrival", "early_wait", "arrive", "dispatch"),
-    ("epoch off by one: rows board", "early_wait", "publish", "dispatch"),
-    ("epoch off by one: done", "early_wait", "done", "dispatch"),
-    ("epoch off by one: enter, combine", "early_wait", "reduce", "dispatch"),
-    ("count off by one: a row too early, forward", "early_wait", "forward", "dispatch"),
-    ("count off by one: a row too early, sum", "early_wait", "sum", "dispatch"),
-    ("count off by one: a row too many awaited", "late_wait", "forward", "dispatch"),
-    ("count off by one: a row less signalled", "less_signalled", "none", "dispatch"),
-    ("count off by one: a row more signalled", "more_signalled", "none", "dispatch"),
-    ("a put that is left out", "drop_put", "none", "dispatch"),
-    ("a forwarder that skips a rank", "skip_rank", "none", "dispatch"),
-    ("a rank that is not told", "skip_signal", "none", "dispatch"),
-    ("decode: signal before put", "signal_before_put", "none", "decode"),
-    ("decode: missing acquire: messages", "skip_wait", "arrive", "decode"),
-    ("decode: missing acquire: answers", "skip_wait", "sum", "decode"),
-    ("decode: a flag that counts a row less", "less_signalled", "none", "decode"),
-    ("decode: a flag that counts a row more", "more_signalled", "none", "decode"),
-    ("decode: a put that is left out", "drop_put", "none", "decode"),
-    ("decode: a rank that is not told", "skip_signal", "none", "decode"),
-    ("choice: missing acquire: everyone's picks", "skip_wait", "counts", "choice"),
-    ("choice: epoch off by one: everyone's picks", "early_wait", "counts", "choice"),
-    ("choice: missing acquire: a peer's rows", "skip_wait", "announce", "chosen"),
-    ("choice: epoch off by one: a peer's rows", "early_wait", "announce", "chosen"),
-    ("choice: missing acquire: tables told", "skip_wait", "counts", "chosen"),
-    ("choice: a peer's rows are not told", "drop_put", "none", "chosen"),
-    ("choice: one half for all count blocks", "one_half", "none", "choice"),
-    ("choice: a rank that skips a half", "other_half", "none", "choice"),
-]
-
 
 @dataclass(frozen=True)
 class World:
@@ -106,6 +63,7 @@ class Calls:
     cluster: Cluster
     program: object
     pairs: list = field(default_factory=list)   # what the oracle needs, per dispatch
+    refusals: random.Random = None
 
 
 def random_world(seed, kind=None):
@@ -139,7 +97,7 @@ def build(world):
     cluster = Cluster(world.size, ranks_per_node=world.ranks_per_node, hidden=hidden, num_experts=num_experts, top_k=world.top_k,
                       max_tokens=world.tokens, channels=world.channels, num_sms=2, payload=True, decode=world.decode, schedule=world.schedule,
                       placement=_placement(world, r) if world.choice else None, arena_bytes=-(-3 * (rows * (4 * hidden + 12 * world.top_k + 128) + 1024) // 4096) * 4096)
-    calls = Calls(world, cluster, cluster.program())
+    calls = Calls(world, cluster, cluster.program(), refusals=random.Random(world.seed + 2))
     for number in range(world.rounds):
         layout = r.choice(["expert", "expert", "rank"])
         alignment = r.choice([1, 1, 3]) if layout == "expert" else 1
@@ -159,18 +117,40 @@ def build(world):
         wire = r.choice([None, None, "fp8", "logfmt10"])
         shape = {"layout": layout, "expert_alignment": alignment, "capacity": capacity, "choosing": choosing}
         calls.program.dispatch(ids, weights, xs=xs, scales=scales, quant=quant, handle=handle, before_ns=r.choice([0, 0, 20_000]), **shape)
+        refused = _refuse(calls) or refused
         if quant is None and not refused:
             calls.pairs.append((xs, ids, weights, scales, shape))
         again = r.random() < 0.3
         echo_weights = layout == "expert" and r.random() < 0.7
         calls.program.combine(handle=handle, echo_weights=echo_weights, wire=wire, keep=again)
+        if not refused:
+            _refuse(calls)
         if again:   # the rows are still there: once more, from the same place
             calls.program.combine(handle=handle, echo_weights=echo_weights, wire=wire, flip=1)
         if r.random() < 0.3 and not refused:   # the plan is reused with other rows
             fresh = [torch.randn((t, hidden), generator=g, dtype=torch.float32, device="cpu").to(torch.bfloat16) for t in tokens]
             calls.program.dispatch(xs=fresh, handle=handle, **{**shape, "choosing": None})
             calls.program.combine(handle=handle, flip=2)
+    if world.ranks_per_node == 1 and not world.decode and not world.choice and world.schedule != "seats" and calls.refusals.random() < 0.3:
+        _stray(calls, xs, ids)
     return calls
+
+
+def _refuse(calls):
+    """Perhaps some ranks refuse their parts in the call that was appended last: whether they do."""
+    r, size = calls.refusals, calls.world.size
+    refused = r.random() < 0.12
+    if refused:
+        calls.program.refuse(r.sample(range(size), r.choice([1, 1, 1, r.randint(1, size), size])))
+    return refused
+
+
+def _stray(calls, xs, ids):
+    """The program's end: one rank makes another call than its peers, which no rank of another node can go on from."""
+    calls.program.dispatch(ids, xs=[x.new_zeros(x.shape, dtype=torch.bfloat16) for x in xs])
+    if calls.refusals.random() < 0.5:
+        calls.program.combine()
+    calls.program.refuse([calls.refusals.randrange(calls.world.size)], strays=True)
 
 
 def _placement(world, r):
@@ -192,6 +172,7 @@ def _choose(calls, r, ids):
 
     for _ in range(r.choice([0, 0, 1, 2])):
         calls.program.choose(ids, Choosing(**draw(), routings=_odd_one(w, r) if r.random() < 0.1 else None))
+        _refuse(calls)
     if r.random() < 0.2:
         return None
     return Choosing(**draw(), routings=_odd_one(w, r, plain=w.schedule != "seats") if r.random() < 0.15 else None)
@@ -211,11 +192,13 @@ def _decode_round(calls, r, xs, ids, weights, scales, number):
     p.decode_dispatch(ids, weights if travel else None, xs=xs, scales=scales, quant=quant, before_ns=r.choice([0, 0, 20_000]))
     if quant is None:
         calls.pairs.append((xs, ids, weights, scales, {"travel": travel}))
+    _refuse(calls)
     if r.random() < 0.2:
         return   # the next dispatch receives this one, its rows are not answered
     p.decode_hook()
     if r.random() < 0.8:
         p.decode_combine(None if travel else weights, flip=number % 3, wire=r.choice([None, None, "fp8", "logfmt10"]))
+        _refuse(calls)
         if r.random() < 0.8:
             p.decode_hook()
 

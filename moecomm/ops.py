@@ -24,6 +24,7 @@ import weakref
 import torch
 
 from .errors import InvalidArgument
+from .refusals import Part
 from .tensors import refuse
 
 _numbers = itertools.count(1)
@@ -100,9 +101,10 @@ def wanted(*tensors):
 
 def _dispatch(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignment, capacity, layer=0):
     b = _open_buffer("dispatch", buffer)
-    _require_plain(b, "dispatch", x=x, topk_ids=topk_ids, topk_weights=topk_weights, scales=scales)
-    b._check_dispatch(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity)
-    out = b._dispatch_natively(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, layer=layer)
+    with Part(b, "dispatch", capacity=capacity):
+        _require_plain(b, "dispatch", x=x, topk_ids=topk_ids, topk_weights=topk_weights, scales=scales)
+        b._check_dispatch(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity)
+        out = b._dispatch_natively(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, layer=layer)
     return (out.x, x.new_empty(0, dtype=torch.float32) if scales is None else out.scales, out.topk_weights, *_picks_of(out),
             out.tokens_per_expert, out.rows_per_expert, out.handle.tensor())
 
@@ -148,10 +150,12 @@ def _to_tokens(ctx, rows, weights):
 # -- redispatch: the plan of an earlier dispatch ---------------------------------------------------------
 
 def _redispatch(x, topk_weights, scales, handle, buffer, layout, num_rows):
-    b, h = _checked_handle("dispatch", buffer, handle)
-    _require_plain(b, "dispatch", x=x, topk_weights=topk_weights, scales=scales)
-    b._check_dispatch(x, scales, None, topk_weights, h.layout, 1, None, h)
-    out = b._dispatch_natively(x, scales, None, topk_weights, h.layout, 1, None, h)
+    b = _open_buffer("dispatch", buffer)
+    with Part(b, "dispatch", handle):
+        h = _handle_of(b, handle)
+        _require_plain(b, "dispatch", x=x, topk_weights=topk_weights, scales=scales)
+        b._check_dispatch(x, scales, None, topk_weights, h.layout, 1, None, h)
+        out = b._dispatch_natively(x, scales, None, topk_weights, h.layout, 1, None, h)
     return (out.x, x.new_empty(0, dtype=torch.float32) if scales is None else out.scales, out.topk_weights, *_picks_of(out))
 
 
@@ -176,10 +180,12 @@ def _redispatch_backward(ctx, rows, _scales, weights, *_):
 # -- combine: weighted sum at the tokens -----------------------------------------------------------------
 
 def _combine(rows, topk_weights, bias, handle, buffer, layout, num_tokens, wire=None):
-    b, h = _checked_handle("combine", buffer, handle)
-    _require_plain(b, "combine", rows=rows, topk_weights=topk_weights, bias=bias)
-    b._check_combine(rows, h, topk_weights, bias, wire=wire)
-    return b._combine_natively(rows, h, topk_weights, bias, wire=wire)
+    b = _open_buffer("combine", buffer)
+    with Part(b, "combine", handle):
+        h = _handle_of(b, handle)
+        _require_plain(b, "combine", rows=rows, topk_weights=topk_weights, bias=bias)
+        b._check_combine(rows, h, topk_weights, bias, wire=wire)
+        return b._combine_natively(rows, h, topk_weights, bias, wire=wire)
 
 
 def _combine_fake(rows, topk_weights, bias, handle, buffer, layout, num_tokens, wire=None):
@@ -212,12 +218,14 @@ def _combine_backward(ctx, y):
 # -- combine_slots: the plain sum, and one number per row back to the pick that it came from --------------
 
 def _combine_slots(rows, back, handle, buffer, layout, num_tokens):
-    b, h = _checked_handle("combine", buffer, handle)
-    _require_plain(b, "combine_slots", rows=rows, back=back)
-    b._check_combine(rows, h, None, None)
-    b._check_staging("combine_slots", rows, h, back=back)
-    b._check_back(back, h)
-    return b._combine_natively(rows, h, None, None, back=back)
+    b = _open_buffer("combine", buffer)
+    with Part(b, "combine", handle):
+        h = _handle_of(b, handle)
+        _require_plain(b, "combine_slots", rows=rows, back=back)
+        b._check_combine(rows, h, None, None)
+        b._check_staging("combine_slots", rows, h, back=back)
+        b._check_back(back, h)
+        return b._combine_natively(rows, h, None, None, back=back)
 
 
 def _combine_slots_fake(rows, back, handle, buffer, layout, num_tokens):
@@ -267,9 +275,9 @@ def _open_buffer(op, number):
     return b
 
 
-def _checked_handle(op, buffer, handle):
-    b, ticket = _open_buffer(op, buffer), ticket_of(handle)
-    return b, b._handle_of(ticket.layout, ticket.capacity, ticket.plan, ticket.output)
+def _handle_of(buffer, handle):
+    ticket = ticket_of(handle)
+    return buffer._handle_of(ticket.layout, ticket.capacity, ticket.plan, ticket.output)
 
 
 def _require_plain(b, op, **tensors):

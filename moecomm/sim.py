@@ -373,6 +373,11 @@ class Program:
         self._native.decode_hook(self._cluster.size, after_combine, earlier)
         self.calls.append("hook")
 
+    def refuse(self, ranks, *, strays=False):
+        """In the call that was appended last these ranks refuse their parts, and all ranks learn of it; strays: they make another call instead (a
+        combine for a dispatch, or the reverse), with which no rank can go on."""
+        self._native.refuse(list(ranks), strays)
+
     def _sources(self, topk_ids, topk_weights, xs, scales, quant):
         c = self._cluster
         if c.payload and xs is None:

@@ -40,22 +40,29 @@ def test_misuse_is_refused_and_the_buffer_stays_good():
         refused("quant is 'int4'", lambda: buf.decode_dispatch(xs, ids, quant="int4"))
         refused("scale_layout is 'diagonal'", lambda: buf.decode_dispatch(xs, ids, scale_layout="diagonal"))
 
+        def refused_combine(match, call):
+            recv, _ = buf.decode_dispatch(xs, ids, quant=None, return_hook=False)
+            refused(match, lambda: call(recv))
+            refused("combined already", lambda: buf.decode_combine(recv.handle.rows, ids, weights, recv.handle))   # a refusal is the step's end
+
         recv, hook = buf.decode_dispatch(xs, ids, quant=None)
         refused("has not been received", lambda: buf.decode_combine(recv.x, ids, weights, recv.handle))
         hook()
-        refused("handle is a", lambda: buf.decode_combine(recv.x, ids, weights, "handle"))
-        refused("this buffer", lambda: (other.decode_dispatch(xs, ids, quant=None, return_hook=False), other.decode_combine(recv.x, ids, weights, recv.handle)))
-        refused("rows is", lambda: buf.decode_combine(recv.x[:1], ids, weights, recv.handle))
-        refused("topk_weights is", lambda: buf.decode_combine(recv.x, ids, weights.double(), recv.handle))
-        refused("topk_ids is", lambda: buf.decode_combine(recv.x, ids[:1], weights, recv.handle))
-        refused("topk_ids of token 0 differ", lambda: buf.decode_combine(recv.handle.rows, ids.flip(1), weights, recv.handle, out=torch.empty_like(xs)))
-        refused("out is", lambda: buf.decode_combine(recv.x, ids, weights, recv.handle, out=xs[:1]))
-        refused("wire is 'int4'", lambda: buf.decode_combine(recv.x, ids, weights, recv.handle, wire="int4"))
+        refused_combine("handle is a", lambda recv: buf.decode_combine(recv.x, ids, weights, "handle"))
+        recv, _ = buf.decode_dispatch(xs, ids, quant=None, return_hook=False)
+        other.decode_dispatch(xs, ids, quant=None, return_hook=False)
+        refused("this buffer", lambda: other.decode_combine(recv.x, ids, weights, recv.handle))
         buf.decode_combine(recv.x, ids, weights, recv.handle, return_hook=False)
-        refused("combined already", lambda: buf.decode_combine(recv.x, ids, weights, recv.handle))
+        refused_combine("rows is", lambda recv: buf.decode_combine(recv.x[:1], ids, weights, recv.handle))
+        refused_combine("topk_weights is", lambda recv: buf.decode_combine(recv.x, ids, weights.double(), recv.handle))
+        refused_combine("topk_ids is", lambda recv: buf.decode_combine(recv.x, ids[:1], weights, recv.handle))
+        refused_combine("topk_ids of token 0 differ", lambda recv: buf.decode_combine(recv.handle.rows, ids.flip(1), weights, recv.handle, out=torch.empty_like(xs)))
+        refused_combine("out is", lambda recv: buf.decode_combine(recv.x, ids, weights, recv.handle, out=xs[:1]))
+        refused_combine("wire is 'int4'", lambda recv: buf.decode_combine(recv.x, ids, weights, recv.handle, wire="int4"))
 
         old, _ = buf.decode_dispatch(xs, ids, topk_weights=weights, quant=None, return_hook=False)
         refused("has sent the weights", lambda: buf.decode_combine(old.x, ids, weights, old.handle))
+        old, _ = buf.decode_dispatch(xs, ids, topk_weights=weights, quant=None, return_hook=False)
         for _ in range(2):
             buf.decode_dispatch(xs, ids, quant=None, return_hook=False)
         refused("two later dispatches", lambda: buf.decode_combine(old.x, ids, None, old.handle))

@@ -32,7 +32,8 @@ def test_no_section_too_many():
 @pytest.mark.parametrize("code,op,phase,detail", [
     ("invalid", "dispatch", "none", 1), ("invalid", "dispatch", "none", 2), ("capacity", "dispatch", "counts", 1), ("capacity", "dispatch", "counts", 0),
     ("mismatch", "dispatch", "counts", 0), ("mismatch", "combine", "counts", 0), ("timeout", "dispatch", "counts", 0), ("lost", "dispatch", "counts", 0),
-    ("corrupt", "dispatch", "arrive", 5)])
+    ("corrupt", "dispatch", "arrive", 5), ("refused", "dispatch", "counts", 1), ("out_of_step", "dispatch", "counts", 0 | 2 << 4),
+    ("out_of_step", "dispatch", "counts", 14 << 4)])
 def test_texts_are_the_real_ones(code, op, phase, detail):
     """What raise_failure says, with N for numbers, stands under the error's own heading."""
     failure = SimpleNamespace(code=code, phase=phase, peer=1, expected=7, got=3, detail=detail, reporter=-1)

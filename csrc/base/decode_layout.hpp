@@ -32,6 +32,7 @@ MOE_HD constexpr uint64_t decode_message_bytes(const Shape& s) { return decode_h
 
 // A flag says "complete", for which epoch, in which mode, and how many rows. It only grows, so it is never reset.
 constexpr int kFlagCountBits = 21, kFlagModeBits = 3;
+constexpr int kRefusedMode = 7;   // the rank refuses its part: the count is its Why
 constexpr int64_t kDecodeMaxTokens = int64_t{1} << (kFlagCountBits - 1);
 
 MOE_HD constexpr uint64_t make_flag(uint64_t epoch, int mode, int64_t count) {

@@ -66,8 +66,8 @@ struct RailLayout {
   uint64_t rows;       // counter per node and channel: rows landed in area A
   uint64_t verdict;    // counter per node: its verdict is here
   uint64_t back;       // counter per node and channel: rows landed in area B
-  uint64_t wires;      // per parity of the combines and node: the Wire in which it wants its rows back, and whether slots too (combine)
-  uint64_t wire_out;   // the own one, leaving
+  uint64_t wishes;     // per parity of the combines and node: its Wish (combine)
+  uint64_t wish_out;   // the own one, leaving
   uint64_t faults;     // FaultWord per node
   uint64_t blocks;     // per half and node: a count block
   uint64_t blocks_out; // the own ones, leaving, where puts leave from here only
@@ -94,8 +94,8 @@ MOE_HD constexpr RailLayout rail_layout(const Geometry& g, const Shape& s) {
   l.rows = c.take(8 * n * s.channels);
   l.verdict = c.take(8 * n);
   l.back = c.take(8 * n * s.channels);
-  l.wires = c.take(8 * 2 * n);
-  l.wire_out = c.take(8);
+  l.wishes = c.take(sizeof(Wish) * 2 * n);
+  l.wish_out = c.take(sizeof(Wish));
   l.faults = c.take(sizeof(FaultWord) * n);
   l.blocks = c.take(uint64_t{4} * count_layout(g, s).ints * n * s.count_halves());
   l.blocks_out = c.take(uint64_t{4} * count_layout(g, s).ints * n * s.count_halves());

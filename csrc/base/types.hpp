@@ -37,7 +37,12 @@ enum class Code : int32_t {
   mismatch = 5,       // ranks disagree on an argument of this call
   corrupt = 6,        // MOECOMM_CHECK=1 found a row that is not what its source sent
   interrupted = 7,    // this rank's user wanted an end while it waited
+  refused = 8,        // a rank refuses its part in this call: all ranks learn of it here, and are in step for the next one
+  out_of_step = 9,    // ranks make different calls: what one sends is not what the other waits for
 };
+
+// Why a rank refuses its part in a call, as far as it travels: the detail of a `refused` status.
+enum class Why : int32_t { none = 0, arguments = 1, picks = 2, error = 3 };
 
 enum class Phase : int32_t { none, announce, counts, send, forward, arrive, publish, reduce, sum, done, flush };
 
@@ -56,11 +61,23 @@ struct Status {
   MOE_HD constexpr bool ok() const { return code == Code::ok; }
 };
 
-// Whether a failure ends the communicator: half a collective cannot be undone. A mismatch that the call itself brings to
-// every rank (dispatch, decode) does not; one between combines, found here or told by its finder, does.
+// Whether a failure ends the communicator: half a collective cannot be undone. What the call itself brings to every rank
+// (a mismatch, a refusal, too little room) does not.
 MOE_HD constexpr bool is_final(const Status& s) {
-  return s.code == Code::timeout || s.code == Code::lost || s.code == Code::corrupt ||
-         (s.code == Code::mismatch && (s.phase == Phase::publish || s.phase == Phase::reduce || s.reporter >= 0));
+  return s.code == Code::timeout || s.code == Code::lost || s.code == Code::corrupt || s.code == Code::out_of_step;
+}
+
+// Details of an `invalid` status: what is wrong with ids (`expected` is the token, `got` the id), or with a decode call's turn.
+enum BadInput : int32_t {
+  kIdOutOfRange = 1,
+  kIdTwice = 2,
+  kOtherIds = 3,         // than those of the dispatch
+  kOutOfTurn = 4,        // `expected` is the stage that the call needs, `got` the one that is
+};
+
+// Whether the call has gone on to its end all the same, so that the ranks are in step for the next one.
+MOE_HD constexpr bool keeps_step(const Status& s) {
+  return s.code == Code::capacity || s.code == Code::mismatch || s.code == Code::refused || (s.code == Code::invalid && s.detail != kOutOfTurn);
 }
 
 #define MOE_TRY(expr)                              \

@@ -64,6 +64,7 @@ Status wait_counter(HostState& s, Rail& rail, char* memory, uint64_t offset, uin
         if (fault.code != Code::corrupt) { fault.expected = at_least; fault.got = c.load(); }
         return fault;
       }
+      if (const Status other = other_call(s, phase); !other.ok() && !arrived()) return other;
       if (const int lost = std::max(dead, unreachable); lost >= 0 && !arrived())
         return {Code::lost, phase, lost, 0, at_least, c.load()};
       if (now >= s.deadline) return settle_timeout(s, rail, {Code::timeout, phase, peer, 0, at_least, c.load()});

@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <chrono>
+#include <functional>
 #include <vector>
 
 #include "base/counters.hpp"
@@ -27,6 +28,14 @@ constexpr int kForgiven = 4;   // absences of one call that move its deadline: e
 // Whether the user wants the call to end (Ctrl-C): asked now and then while a rank waits. Set once by the language binding.
 inline bool (*interrupted)() = nullptr;
 
+// Which call this rank is in, of all those of its communicator: told to the others where it waits for long, so that ranks that
+// wait for each other in different calls learn it.
+struct CallState {
+  uint64_t word = 0;    // waiting_word; 0: there was none yet
+  bool told = false;
+  std::function<void(uint64_t word)> tell;
+};
+
 struct HostState {
   Geometry geometry;
   uint64_t window_faults = 0;     // FaultWord per local rank in every window
@@ -38,6 +47,7 @@ struct HostState {
   char* rail_region = nullptr;
   const RowKernels* kernels = &row_kernels();
   const Watch* watch = nullptr;
+  CallState* call = nullptr;
   Counters counters;
   std::vector<RoleSpan>* timeline = nullptr;   // where somebody traces
   TermStore terms[2];

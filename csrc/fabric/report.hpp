@@ -12,9 +12,8 @@ namespace moecomm {
 
 // To every rank of the node and every peer of the rail: one word each, in this rank's own place there.
 template <class Rail>
-void publish_fault(HostState& s, Rail& rail, const Status& status) {
+void publish_word(HostState& s, Rail& rail, FaultWord word) {
   const Geometry& g = s.geometry;
-  const FaultWord word = pack_fault(status, status.reporter < 0 ? g.rank : status.reporter);
   for (int d = 0; d < g.ranks_per_node; ++d)
     if (d != g.local()) counter_at(s.windows[d], s.window_faults + 8 * g.local()).store(word.packed, std::memory_order_release);
   auto* out = reinterpret_cast<FaultWord*>(s.rail_region + s.region_outbox);
@@ -23,15 +22,43 @@ void publish_fault(HostState& s, Rail& rail, const Status& status) {
     if (s.peer_ranks[i] >= 0) rail.put(i, s.region_faults + 8 * s.own_peer, reinterpret_cast<const char*>(out), 8);
 }
 
-// visit(rank that wrote it, what it wrote) for every report that is here.
+template <class Rail>
+void publish_fault(HostState& s, Rail& rail, const Status& status) {
+  publish_word(s, rail, pack_fault(status, status.reporter < 0 ? s.geometry.rank : status.reporter));
+}
+
+// visit(rank that wrote it, the word) for every word that is here.
 template <class Visit>
-void each_report(const HostState& s, Visit&& visit) {
+void each_word(const HostState& s, Visit&& visit) {
   const auto read = [](char* memory, uint64_t at) { return FaultWord{counter_at(memory, at).load(std::memory_order_acquire)}; };
   const Geometry& g = s.geometry;
   for (int i = 0; i < g.ranks_per_node; ++i)
-    if (const FaultWord w = read(s.windows[g.local()], s.window_faults + 8 * i); w.packed) visit(g.rank_at(g.node(), i), unpack_fault(w));
+    if (const FaultWord w = read(s.windows[g.local()], s.window_faults + 8 * i); w.packed) visit(g.rank_at(g.node(), i), w);
   for (int i = 0; s.rail_region && i < static_cast<int>(s.peer_ranks.size()); ++i)
-    if (const FaultWord w = read(s.rail_region, s.region_faults + 8 * i); w.packed) visit(s.peer_ranks[i], unpack_fault(w));
+    if (const FaultWord w = read(s.rail_region, s.region_faults + 8 * i); w.packed) visit(s.peer_ranks[i], w);
+}
+
+// The same for every report of a fault.
+template <class Visit>
+void each_report(const HostState& s, Visit&& visit) {
+  each_word(s, [&](int writer, FaultWord w) { if (!is_waiting(w.packed)) visit(writer, unpack_fault(w)); });
+}
+
+// This rank waits for long: whether another one does so in another call, where it should be in this one. All ranks make their calls in
+// the same order, so neither will come to the other's.
+inline Status other_call(const HostState& s, Phase phase) {
+  if (!s.call || !s.call->word) return {};
+  if (!s.call->told) {
+    s.call->told = true;
+    s.call->tell(s.call->word);
+  }
+  Status found;
+  const uint64_t own = s.call->word;
+  each_word(s, [&](int writer, FaultWord w) {
+    if (is_waiting(w.packed) && number_of_waiting(w.packed) == number_of_waiting(own) && w.packed != own && found.ok())
+      found = {Code::out_of_step, phase, writer, verbs_detail(verb_of_waiting(own), verb_of_waiting(w.packed)), own, w.packed};
+  });
+  return found;
 }
 
 // The first report that is here, else ok.

@@ -17,6 +17,9 @@ enum class Flaw : int32_t {
   skip_signal,         // one rank of the node is not told
   one_half,            // every announcement uses the same half of the memory for count blocks
   other_half,          // a rank leaves a half out when it has chosen
+  any_word,            // nobody looks at the number and verb of a call
+  hidden_refusal,      // a gateway does not pass on that its rail peer refuses its part
+  absent_refusal,      // a rank that refuses its part is not in the call at all
 };
 
 struct Mutation {
@@ -28,6 +31,10 @@ struct Mutation {
 struct MutantFabric : SimFabric {
   Mutation mutation;
   const bool* chosen;          // the rank has chosen replicas in this call
+  const RailLayout* layout;
+  const CountLayout* count;
+  int halves;                  // of the memory for count blocks
+  const uint64_t *blocks, *combines;   // announced so far, and made
 
   bool is(Flaw flaw) const { return mutation.flaw == flaw && (!mutation.chosen || *chosen); }
   bool hits(Flaw flaw, Phase phase) const { return mutation.phase == phase && is(flaw); }
@@ -47,7 +54,24 @@ struct MutantFabric : SimFabric {
     SimFabric::signal_node(local, counter, add);
   }
   Status wait_rail(uint64_t counter, uint64_t at_least, Phase phase, int peer) const {
-    return hits(Flaw::skip_wait, phase) ? Status{} : SimFabric::wait_rail(counter, wanted(at_least, phase), phase, peer);
+    const Status s = hits(Flaw::skip_wait, phase) ? Status{} : SimFabric::wait_rail(counter, wanted(at_least, phase), phase, peer);
+    if (s.ok() && (is(Flaw::any_word) || is(Flaw::hidden_refusal))) overlook(phase, peer / net->rank(me).geometry.ranks_per_node);
+    return s;
+  }
+  // What node n's rail peer has said of its call, after it came.
+  void overlook(Phase phase, int n) const {
+    const RailLayout& l = *layout;
+    const int nodes = net->rank(me).geometry.nodes();
+    if (phase == Phase::announce) {
+      const uint64_t at = uint64_t{4} * count->ints * (*blocks % halves * nodes + n);
+      auto *theirs = reinterpret_cast<int32_t*>(rail(l.blocks + at)), *own = reinterpret_cast<int32_t*>(rail(l.blocks_out + at));
+      if (is(Flaw::any_word)) theirs[count->word] = own[count->word];
+      else if (theirs[count->cached] < 0) theirs[count->cached] = 0;
+    } else if (phase == Phase::reduce || phase == Phase::sum) {
+      auto* theirs = reinterpret_cast<Wish*>(rail(l.wishes + sizeof(Wish) * ((*combines & 1) * nodes + n)));
+      if (is(Flaw::any_word)) theirs->word = reinterpret_cast<Wish*>(rail(l.wish_out))->word;
+      else theirs->code = 0;
+    }
   }
   Status wait_node(uint64_t counter, uint64_t at_least, Phase phase, int peer) const {
     return hits(Flaw::skip_wait, phase) ? Status{} : SimFabric::wait_node(counter, wanted(at_least, phase), phase, peer);

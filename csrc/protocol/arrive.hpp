@@ -18,7 +18,7 @@ MOE_HD Status arrive(G g, F f, const DispatchArgs& a, int part, int parts) {
       MOE_TRY(f.wait_node(b.node.arrive + 8 * i, a.book->dispatches, Phase::arrive, geo.rank_at(geo.node(), i)));
       const Verdict& v = reinterpret_cast<const Verdict*>(f.window(geo.local(), b.node.verdicts))[i];
       if (v.code != 0 && refused.ok())
-        refused = {static_cast<Code>(v.code), Phase::counts, v.rank, static_cast<int32_t>(v.unused), v.needed, v.available};
+        refused = status_of(v);
     }
     return refused;
   }));

@@ -1,6 +1,7 @@
 // Combine: the way back on the same plan.
 //
-//   publish  (expert)   "my rows may be read", to the node; "I am in the call" and the wanted wire, over the rail
+//   publish  (expert)   "my rows may be read", to the node; when all of it have said so, "I am in the call", the wanted wire and
+//                       the node's judgement over the rail: a refusal by one rank is every rank's in this same call
 //   reduce   (gateway)  the node's rows of a token summed in FP32, ascending rank (and expert) order, one
 //                       row per token back over the rail, coded as its source wants it     [per channel]
 //   sum      (source)   own node's rows directly, other nodes' rows from staging, ascending node order,
@@ -16,17 +17,69 @@ namespace moecomm {
 
 namespace detail {
 
-// Where a rail peer says how it calls: its Wire, and whether values go back to the picks' slots. A peer that waits for
-// nothing here may be one combine ahead, hence the parity.
+// Where a rail peer's Wish lies. A peer that waits for nothing here may be one combine ahead, hence the parity.
 MOE_HD inline uint64_t wish_at(const CombineArgs& a, int node) {
-  return a.b.rail.wires + 8 * ((a.book->combines & 1) * a.b.geometry.nodes() + node);
+  return a.b.rail.wishes + sizeof(Wish) * ((a.book->combines & 1) * a.b.geometry.nodes() + node);
 }
-constexpr uint64_t kSlotsWished = 256;
-MOE_HD inline Wire wished_wire(uint64_t wish) { return static_cast<Wire>(wish & (kSlotsWished - 1)); }
 
-// Without this a rank that wants slots would read what an earlier call left in them.
-MOE_HD inline Status same_slots(const CombineArgs& a, bool theirs, int rank, Phase phase) {
-  return theirs == (a.slots != nullptr) ? Status{} : Status{Code::mismatch, phase, rank, 0, a.slots != nullptr, theirs};
+MOE_HD inline int32_t combine_word(const CombineArgs& a) { return call_word(a.book->enter, Verb::combine); }
+
+MOE_HD inline Status out_of_step(Phase phase, int rank, int32_t own, int32_t theirs) {
+  return {Code::out_of_step, phase, rank, verbs_detail(Verb::combine, Verb::unknown), static_cast<uint32_t>(own), static_cast<uint32_t>(theirs)};
+}
+
+// What this rank wants, and its node's judgement: the first rank that refuses, else the first that wants slots where another does not.
+MOE_HD inline Status judge_boards(const CombineArgs& a, Wish& mine) {
+  const Geometry& geo = a.b.geometry;
+  mine = {combine_word(a), 0, 0, 0, static_cast<uint8_t>(a.wire), static_cast<uint8_t>(a.slots != nullptr)};
+  for (int d = 0; d < geo.ranks_per_node; ++d) {
+    const RowsBoard& board = a.boards[d];
+    const int rank = geo.rank_at(geo.node(), d);
+    if (static_cast<int32_t>(board.word) != mine.word) return out_of_step(Phase::publish, rank, mine.word, static_cast<int32_t>(board.word));
+    Code code = Code::ok;
+    if (board.refused != 0) code = Code::refused;
+    else if (board.slots != a.boards[0].slots) code = Code::mismatch;
+    if (code == Code::ok || mine.code == static_cast<uint8_t>(Code::refused) || mine.code == static_cast<uint8_t>(code)) continue;
+    mine.rank = static_cast<uint16_t>(rank);
+    mine.code = static_cast<uint8_t>(code);
+    mine.why = static_cast<uint8_t>(board.refused);
+  }
+  return {};
+}
+
+template <class F>
+MOE_HD const Wish& own_wish(F f, const CombineArgs& a) { return *reinterpret_cast<const Wish*>(f.rail(a.b.rail.wish_out)); }
+
+// One lane: node n's Wish, when its rail peer is in the call.
+template <class F>
+MOE_HD Status await_wish(F f, const CombineArgs& a, int n, Phase phase) {
+  const int rank = a.b.geometry.rail_rank(n);
+  MOE_TRY(f.wait_rail(a.b.rail.enter + 8 * n, a.book->enter, phase, rank));
+  const Wish& theirs = *reinterpret_cast<const Wish*>(f.rail(wish_at(a, n)));
+  return theirs.word == combine_word(a) ? Status{} : out_of_step(phase, rank, combine_word(a), theirs.word);
+}
+
+// Whether rows pass between this node and node n, whose Wish is here. Both sides see the same.
+template <class F>
+MOE_HD bool trades(F f, const CombineArgs& a, int n) {
+  const Wish &mine = own_wish(f, a), &theirs = *reinterpret_cast<const Wish*>(f.rail(wish_at(a, n)));
+  return mine.code == 0 && theirs.code == 0 && mine.slots == theirs.slots;
+}
+
+// The world's judgement, when all Wishes are here: every rank finds something, or none does.
+template <class F>
+MOE_HD Status judge_wishes(F f, const CombineArgs& a) {
+  const Geometry& geo = a.b.geometry;
+  const Wish& mine = own_wish(f, a);
+  Status found;
+  for (int n = 0; n < geo.nodes() && found.code != Code::refused; ++n) {
+    const Wish& w = n == geo.node() ? mine : *reinterpret_cast<const Wish*>(f.rail(wish_at(a, n)));
+    if (w.code != 0 && (found.ok() || w.code == static_cast<uint8_t>(Code::refused)))
+      found = {static_cast<Code>(w.code), Phase::publish, w.rank, w.why};
+    else if (w.code == 0 && mine.code == 0 && found.ok() && w.slots != mine.slots)
+      found = {Code::mismatch, Phase::publish, geo.rail_rank(n), 0, mine.slots, w.slots};
+  }
+  return found;
 }
 
 }  // namespace detail
@@ -41,7 +94,7 @@ MOE_HD Status publish(G g, F f, const CombineArgs& a) {
     ++a.book->combines;
   }
   g.sync();
-  if (b.check) {
+  if (b.check && a.refused == Why::none) {
     verify::sign_rows(g, f, a);
     g.sync();
   }
@@ -49,18 +102,19 @@ MOE_HD Status publish(G g, F f, const CombineArgs& a) {
     RowsBoard* board = reinterpret_cast<RowsBoard*>(f.window(geo.local(), b.node.board));
     *board = a.mine;
     board->slots = a.slots != nullptr;
+    board->word = static_cast<uint32_t>(detail::combine_word(a));
+    board->refused = static_cast<uint64_t>(a.refused);
     for (int d = 0; d < geo.ranks_per_node; ++d) f.signal_node(d, b.node.ready + 8 * geo.local(), 1);
-    uint64_t* wish = reinterpret_cast<uint64_t*>(f.rail(b.rail.wire_out));
-    *wish = static_cast<uint64_t>(a.wire) | (a.slots ? detail::kSlotsWished : 0);
-    for (int step = 1; step < nodes; ++step) {
-      const int n = (own + step) % nodes;
-      f.put(n, detail::wish_at(a, own), reinterpret_cast<const char*>(wish), 8);
-      f.signal_rail(n, b.rail.enter + 8 * own, 1);
-    }
     for (int d = 0; d < geo.ranks_per_node; ++d) {
       MOE_TRY(f.wait_node(b.node.ready + 8 * d, a.book->combines, Phase::publish, geo.rank_at(geo.node(), d)));
       a.boards[d] = *reinterpret_cast<const RowsBoard*>(f.window(d, b.node.board));
-      MOE_TRY(detail::same_slots(a, a.boards[d].slots, geo.rank_at(geo.node(), d), Phase::publish));
+    }
+    Wish* wish = reinterpret_cast<Wish*>(f.rail(b.rail.wish_out));
+    MOE_TRY(detail::judge_boards(a, *wish));
+    for (int step = 1; step < nodes; ++step) {
+      const int n = (own + step) % nodes;
+      f.put(n, detail::wish_at(a, own), reinterpret_cast<const char*>(wish), sizeof(Wish));
+      f.signal_rail(n, b.rail.enter + 8 * own, 1);
     }
     return Status{};
   });
@@ -117,6 +171,8 @@ MOE_HD Status reduce(G g, F f, const CombineArgs& a, int n, int channel) {
   const BufferView& b = a.b;
   const Geometry& geo = b.geometry;
   const int own = geo.node(), channels = b.shape.channels;
+  MOE_TRY(leader(g, [&] { return detail::await_wish(f, a, n, Phase::reduce); }));
+  if (!detail::trades(f, a, n)) return {};
   const int begin = a.plan.channel_first[n * (channels + 1) + channel];
   const int end = a.plan.channel_first[n * (channels + 1) + channel + 1];
   const uint64_t here = remote_index(n, own) * b.shape.max_tokens, there = remote_index(own, n) * b.shape.max_tokens;
@@ -127,10 +183,7 @@ MOE_HD Status reduce(G g, F f, const CombineArgs& a, int n, int channel) {
   const int k_max = b.shape.top_k;
   float* slots = reinterpret_cast<float*>(f.rail(b.rail.slots_out)) + here * k_max;
   Counters& count = f.counters();
-  MOE_TRY(leader(g, [&] { return f.wait_rail(b.rail.enter + 8 * n, a.book->enter, Phase::reduce, geo.rail_rank(n)); }));
-  const uint64_t wish = *reinterpret_cast<const uint64_t*>(f.rail(detail::wish_at(a, n)));
-  MOE_TRY(detail::same_slots(a, wish & detail::kSlotsWished, geo.rail_rank(n), Phase::reduce));
-  const Wire wire = detail::wished_wire(wish);
+  const Wire wire = static_cast<Wire>(reinterpret_cast<const Wish*>(f.rail(detail::wish_at(a, n)))->wire);
   const uint64_t row_bytes = b.shape.wire_bytes(wire);
 
   // While one row is summed the next one's terms are known, so that the fabric can fetch them ahead.
@@ -172,12 +225,39 @@ MOE_HD Status reduce(G g, F f, const CombineArgs& a, int n, int channel) {
   return {};
 }
 
+namespace detail {
+
+// A call that is refused: the rows of nodes that trade with this one are taken off the wire all the same.
+template <Group G, class F>
+MOE_HD Status drop_back(G g, F f, const CombineArgs& a, int channel) {
+  const BufferView& b = a.b;
+  const int own = b.geometry.node(), channels = b.shape.channels;
+  return leader(g, [&] {
+    for (int n = 0; n < b.geometry.nodes(); ++n) {
+      if (n == own || !trades(f, a, n)) continue;
+      uint64_t& back = a.book->back[n * channels + channel];
+      const uint64_t rows = a.plan.blocks[n * b.count.ints + b.count.channels + channel];
+      MOE_TRY(f.wait_rail(b.rail.back + 8 * (n * channels + channel), back + rows, Phase::sum, b.geometry.rail_rank(n)));
+      back += rows;
+    }
+    return Status{};
+  });
+}
+
+}  // namespace detail
+
 template <Group G, class F>
 MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
   const BufferView& b = a.b;
   const Geometry& geo = b.geometry;
   const int own = geo.node(), nodes = geo.nodes(), channels = b.shape.channels;
   const uint64_t row_bytes = b.shape.wire_bytes(a.wire);
+  MOE_TRY(leader(g, [&] {
+    for (int n = 0; n < nodes; ++n)
+      if (n != own) MOE_TRY(detail::await_wish(f, a, n, Phase::sum));
+    return Status{};
+  }));
+  if (!detail::judge_wishes(f, a).ok()) return detail::drop_back(g, f, a, channel);
   const int begin = channel_begin(a.plan.tokens, channel, channels);
   const int end = channel_begin(a.plan.tokens, channel + 1, channels);
   Counters& count = f.counters();
@@ -262,7 +342,7 @@ MOE_HD Status finish(G g, F f, const CombineArgs& a) {
     for (int d = 0; d < geo.ranks_per_node; ++d) f.signal_node(d, b.node.done + 8 * geo.local(), 1);
     for (int d = 0; d < geo.ranks_per_node; ++d)
       MOE_TRY(f.wait_node(b.node.done + 8 * d, a.book->combines, Phase::done, geo.rank_at(geo.node(), d)));
-    return Status{};
+    return detail::judge_wishes(f, a);
   });
 }
 

@@ -130,6 +130,7 @@ struct DecodeTurn {
   uint64_t* answered_flag = nullptr;  // [R]
 
   MOE_HD int parity() const { return static_cast<int>(epoch & 1); }
+  MOE_HD bool refused() const { return mode == kRefusedMode; }   // by this rank: what comes is awaited, and not looked at
 };
 
 // Bytes of a turn's tables; where there is memory for them, they are placed in it.
@@ -159,6 +160,7 @@ struct DecodeSendArgs {
   const char* x = nullptr;          // [T, row_bytes]; [T, H] of the buffer's dtype where this side quantizes
   const char* scales = nullptr;     // [T, scale_bytes] or null
   const float* weights = nullptr;   // [T, K] or null: then none travel
+  Why refused = Why::none;          // this rank sends nothing and tells the others so
 
   MOE_HD bool quantizes() const { return turn.call.scales != ScaleKind::none && scales == nullptr; }
 };
@@ -175,9 +177,21 @@ struct DecodeCombineArgs {
   Wire wire = Wire::plain;          // of those that cross between nodes
   const char* rows = nullptr;       // packed, [E/R, R * max_tokens, H]
   char* y = nullptr;                // [T, H]
+  Why refused = Why::none;          // this rank has no answers and tells the others so
 };
 
 namespace detail {
+
+// What a flag of `rank` says that is not what this rank's own says.
+MOE_HD inline Status other_mode(uint64_t flag, int mode, Phase phase, int rank) {
+  if (flag_mode(flag) == kRefusedMode) return {Code::refused, phase, rank, flag_count(flag)};
+  return {Code::mismatch, phase, rank, 0, static_cast<uint64_t>(mode), static_cast<uint64_t>(flag_mode(flag))};
+}
+
+// Found on the way, while the other ranks are still awaited: the first refusal, else the last mismatch.
+MOE_HD inline void keep_finding(Status& found, const Status& s) {
+  if (keeps_step(s) && found.code != Code::refused) found = s;
+}
 
 MOE_HD inline int32_t* arrived(const DecodeView& d, const DecodeTurn& turn, int source, int slot) {
   return turn.arrived + (int64_t{source} * d.note_per_source + int64_t{slot} * d.note_per_slot) * (1 + 2 * d.shape.top_k);

@@ -119,17 +119,19 @@ MOE_HD void decode_answer(G g, F f, const DecodeCombineArgs& a, int source, int 
   hop.physical_bytes += source != me ? answers * answer_bytes : 0;
 }
 
-// After all of a source's answers; nothing where it sent nothing.
+// After all of a source's answers, or instead of them where this rank refuses its part; nothing where the source sent nothing.
 template <Group G, class F>
 MOE_HD void decode_reply(G g, F f, const DecodeCombineArgs& a, int source) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;
   const int parity = turn.parity();
+  const bool refuses = a.refused != Why::none;
   if (d.check) f.settle(g);
   g.sync();
   if (g.lane() == 0 && turn.got[source] > 0) {
-    if (d.check) detail::sign_answers(f, a, source);
-    const uint64_t flag = make_flag(turn.epoch, a.mode, turn.got[source]), add = flag - turn.answered_flag[source];
+    if (d.check && !refuses) detail::sign_answers(f, a, source);
+    const uint64_t flag = refuses ? make_flag(turn.epoch, kRefusedMode, static_cast<int64_t>(a.refused)) : make_flag(turn.epoch, a.mode, turn.got[source]);
+    const uint64_t add = flag - turn.answered_flag[source];
     turn.answered_flag[source] = flag;
     if (d.near(source)) f.signal_node(d.local(source), d.answered_flag(parity, d.geometry.local()), add);
     else f.signal_rail(source, d.remote_answered_flag(parity, d.geometry.rank), add);

@@ -24,11 +24,9 @@ MOE_HD Status decode_accept(G g, F f, const DecodeReceiveArgs& a, int source, in
     MOE_TRY(d.near(source) ? f.wait_node(at, at_least, Phase::arrive, source) : f.wait_rail(at, at_least, Phase::arrive, source));
     // Its next value comes two epochs later, which this rank's receipt precedes: the word is at rest.
     const uint64_t flag = *reinterpret_cast<const uint64_t*>(d.near(source) ? f.window(own, at) : f.rail(at));
-    count = flag_count(flag);
+    count = turn.refused() || flag_mode(flag) == kRefusedMode ? 0 : flag_count(flag);
     if (part == 0) turn.got[source] = count;
-    if (flag_mode(flag) != turn.mode)
-      return Status{Code::mismatch, Phase::arrive, source, 0, static_cast<uint64_t>(turn.mode), static_cast<uint64_t>(flag_mode(flag))};
-    return Status{};
+    return flag_mode(flag) == turn.mode || turn.refused() ? Status{} : detail::other_mode(flag, turn.mode, Phase::arrive, source);
   });
   got = g.broadcast(count, 0);
   return s;

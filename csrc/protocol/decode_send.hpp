@@ -111,9 +111,9 @@ MOE_HD void decode_send(G g, F f, const DecodeSendArgs& a, int begin, int end) {
   g.sync();
 }
 
-// To every parts-th rank.
+// To every parts-th rank. A rank that refuses its part says so instead, and keeps its epochs in step.
 template <Group G, class F>
-MOE_HD void decode_announce(G g, F f, const DecodeSendArgs& a, int part = 0, int parts = 1) {
+MOE_HD void decode_announce(G g, F f, const DecodeSendArgs& a, Why refused, int part = 0, int parts = 1) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;
   const int me = d.geometry.rank, size = d.geometry.size, parity = turn.parity();
@@ -121,7 +121,9 @@ MOE_HD void decode_announce(G g, F f, const DecodeSendArgs& a, int part = 0, int
   if (g.lane() == 0)
     for (int step = part; step < size; step += parts) {
       const int r = (me + 1 + step) % size;   // the own rank last; no rank is everybody's first
-      const uint64_t flag = make_flag(turn.epoch, turn.mode, turn.sent[r]), add = flag - turn.sent_flag[r];
+      const uint64_t flag = refused == Why::none ? make_flag(turn.epoch, turn.mode, turn.sent[r])
+                                                 : make_flag(turn.epoch, kRefusedMode, static_cast<int64_t>(refused));
+      const uint64_t add = flag - turn.sent_flag[r];
       turn.sent_flag[r] = flag;
       if (d.near(r)) f.signal_node(d.local(r), d.sent_flag(parity, d.geometry.local()), add);
       else f.signal_rail(r, d.remote_sent_flag(parity, me), add);

@@ -11,16 +11,16 @@ namespace moecomm {
 
 namespace detail {
 
-// One lane. A mismatch is found on the way: the other flags are awaited all the same, so the ranks stay in step.
+// One lane. A mismatch or a refusal is found on the way: the other flags are awaited all the same, so the ranks stay in step.
 template <class F>
-MOE_HD Status wait_answer(F f, const DecodeCombineArgs& a, int rank, Status& mismatch) {
+MOE_HD Status wait_answer(F f, const DecodeCombineArgs& a, int rank, Status& found) {
   const DecodeView& d = a.d;
   const int parity = a.turn.parity();
   const uint64_t at_least = make_flag(a.turn.epoch, 0, 0);
   const uint64_t at = d.near(rank) ? d.answered_flag(parity, d.local(rank)) : d.remote_answered_flag(parity, rank);
   MOE_TRY(d.near(rank) ? f.wait_node(at, at_least, Phase::sum, rank) : f.wait_rail(at, at_least, Phase::sum, rank));
-  const int mode = flag_mode(*reinterpret_cast<const uint64_t*>(d.near(rank) ? f.window(d.geometry.local(), at) : f.rail(at)));
-  if (mode != a.mode) mismatch = {Code::mismatch, Phase::sum, rank, 0, static_cast<uint64_t>(a.mode), static_cast<uint64_t>(mode)};
+  const uint64_t flag = *reinterpret_cast<const uint64_t*>(d.near(rank) ? f.window(d.geometry.local(), at) : f.rail(at));
+  if (flag_mode(flag) != a.mode && a.refused == Why::none) keep_finding(found, other_mode(flag, a.mode, Phase::sum, rank));
   return {};
 }
 
@@ -29,20 +29,20 @@ MOE_HD Status wait_answer(F f, const DecodeCombineArgs& a, int rank, Status& mis
 template <Group G, class F>
 MOE_HD Status decode_wait_answers(G g, F f, const DecodeCombineArgs& a) {
   return leader(g, [&] {
-    Status mismatch;
+    Status found;
     for (int r = 0; r < a.d.geometry.size; ++r)
-      if (a.turn.sent[r] > 0) MOE_TRY(detail::wait_answer(f, a, r, mismatch));
-    return mismatch;
+      if (a.turn.sent[r] > 0) MOE_TRY(detail::wait_answer(f, a, r, found));
+    return found;
   });
 }
 
 template <Group G, class F>
 MOE_HD Status decode_wait_answers(G g, F f, const DecodeCombineArgs& a, int begin, int end) {
   return leader(g, [&] {
-    Status mismatch;
+    Status found;
     for (int64_t i = int64_t{begin} * a.d.shape.top_k; i < int64_t{end} * a.d.shape.top_k; ++i)
-      if (a.turn.slot[i] >= 0) MOE_TRY(detail::wait_answer(f, a, a.d.owner(a.turn.ids[i]), mismatch));
-    return mismatch;
+      if (a.turn.slot[i] >= 0) MOE_TRY(detail::wait_answer(f, a, a.d.owner(a.turn.ids[i]), found));
+    return found;
   });
 }
 

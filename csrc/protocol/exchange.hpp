@@ -16,23 +16,33 @@ MOE_HD inline int count_half(const DispatchArgs& a) { return a.b.shape.count_hal
 // What the announcement carries: [N, ints], as it is until the call is over.
 MOE_HD inline int32_t* blocks_of(const DispatchArgs& a) { return a.asked ? a.asked : a.plan.blocks; }
 
-// begins: it is the first, mostly the only one of its dispatch.
+namespace detail {
+
+MOE_HD inline int32_t exchange_word(const DispatchArgs& a) { return call_word(a.book->enter, a.alone ? Verb::choose : Verb::dispatch); }
+
+}  // namespace detail
+
+// begins: it is the first, mostly the only one of its dispatch. A rank that refuses its part announces that, and no rows: it
+// goes on with the roles of a rank without tokens, so that its peers come to the end of the call.
 template <Group G, class F>
-MOE_HD void announce(G g, F f, const DispatchArgs& a, bool begins = true) {
+MOE_HD void announce(G g, F f, const DispatchArgs& a, Why refused, bool begins = true) {
   const BufferView& b = a.b;
   const int own = b.geometry.node();
   const int nodes = b.geometry.nodes();
   const uint64_t bytes = uint64_t{4} * b.count.ints;
   const char* blocks = reinterpret_cast<const char*>(blocks_of(a));
-  for (int n = g.lane(); n < nodes; n += g.size()) {
-    int32_t* block = blocks_of(a) + n * b.count.ints;
-    block[b.count.signature] = a.plan.call.signature();
-    block[b.count.cached] = a.cached;
-  }
   if (g.lane() == 0) {
     ++a.book->enter;
     ++a.book->blocks;
     a.book->dispatches += begins;
+  }
+  for (int i = g.lane(); i < nodes * b.count.ints && refused != Why::none; i += g.size()) blocks_of(a)[i] = 0;
+  g.sync();
+  for (int n = g.lane(); n < nodes; n += g.size()) {
+    int32_t* block = blocks_of(a) + n * b.count.ints;
+    block[b.count.signature] = a.plan.call.signature();
+    block[b.count.cached] = refused == Why::none ? a.cached : -static_cast<int32_t>(refused);
+    block[b.count.word] = detail::exchange_word(a);
   }
   g.sync();
   const uint64_t half = count_half(a) * nodes * bytes;
@@ -110,14 +120,23 @@ MOE_HD Status await_counts(G g, F f, const DispatchArgs& a) {
 
 namespace detail {
 
-// The first rank that calls otherwise than this one does; all ranks find one, or none does.
+// The first rank that refuses its part; else the first that calls otherwise than this one does. All ranks find one, or none does.
+// A rank whose word is another one makes another call: nothing of this one can be expected from it.
 MOE_HD inline Verdict agreement(const DispatchArgs& a, char* window) {
+  const CountLayout& count = a.b.count;
+  const int32_t word = exchange_word(a), signature = a.plan.call.signature();
+  Verdict found{};
   for (int s = 0; s < a.b.geometry.size; ++s) {
     const int32_t* table = table_of(a, window, s);
-    if (table[a.b.count.signature] != a.plan.call.signature() || table[a.b.count.cached] != a.cached)
-      return {static_cast<int32_t>(Code::mismatch), s, 0, 0, 0};
+    if (table[count.word] != word)
+      return {static_cast<int32_t>(Code::out_of_step), s, static_cast<uint32_t>(word), static_cast<uint32_t>(table[count.word]),
+              static_cast<uint64_t>(verbs_detail(verb_of(word), Verb::unknown))};
+    if (table[count.cached] < 0 && found.code != static_cast<int32_t>(Code::refused))
+      found = {static_cast<int32_t>(Code::refused), s, 0, 0, static_cast<uint64_t>(-table[count.cached])};
+    if (found.code == 0 && (table[count.signature] != signature || table[count.cached] != a.cached))
+      found = {static_cast<int32_t>(Code::mismatch), s, 0, 0, 0};
   }
-  return {};
+  return found;
 }
 
 // Prefix sums over sources and experts: where the rows of every source of my rail begin, in every rank of
@@ -173,6 +192,7 @@ MOE_HD Status place(G g, F f, const DispatchArgs& a) {
   MOE_TRY(await_counts(g, f, a));
   char* window = f.window(geo.local(), 0);
   Verdict verdict = detail::agreement(a, window);
+  if (verdict.code == static_cast<int32_t>(Code::out_of_step)) return status_of(verdict);
   if (b.check && g.lane() == 0)
     for (int s = 0; s < geo.size; ++s) verify::keep_announced(a, detail::table_of(a, window, s), s);
   if (!a.cached && verdict.code == 0) detail::place_rows(g, a, window);

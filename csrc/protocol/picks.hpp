@@ -26,12 +26,15 @@ MOE_HD Status derive_tables(G g, F f, const DispatchArgs& a, Rows rows_to) {
     int32_t* table = detail::table_of(a, window, s);
     table[b.count.signature] = a.plan.call.signature();   // they agreed, or there was no choice
     table[b.count.cached] = 0;
+    table[b.count.word] = detail::exchange_word(a);
     rows_to(s, table + b.count.experts);
   }
+  g.sync();   // a rail peer's word is its own
   for (int n = 0; n < b.geometry.nodes(); ++n) {
     const int32_t* block = nullptr;
     MOE_TRY(detail::await_block(g, f, a, n, block));
     int32_t* table = detail::table_of(a, window, b.geometry.rail_rank(n));
+    if (g.lane() == 0) table[b.count.word] = block[b.count.word];
     for (int c = g.lane(); c < b.shape.channels; c += g.size()) table[b.count.channels + c] = block[b.count.channels + c];
   }
   g.sync();

@@ -16,10 +16,7 @@
 
 namespace moecomm {
 
-// Details of an `invalid` status: `expected` is the token, `got` the id.
-enum BadPick : int32_t { kIdOutOfRange = 1, kIdTwice = 2 };
-
-MOE_HD inline Status bad_pick(BadPick why, int token, int64_t id) {
+MOE_HD inline Status bad_pick(BadInput why, int token, int64_t id) {
   return {Code::invalid, Phase::none, -1, why, static_cast<uint64_t>(token), static_cast<uint64_t>(id)};
 }
 

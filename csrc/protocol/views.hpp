@@ -60,6 +60,8 @@ struct DispatchArgs {
   PlanView plan;
   Book* book = nullptr;
   bool cached = false;              // the plan is reused: no counts travel
+  bool alone = false;               // an exchange of counts and nothing else
+  Why refused = Why::none;          // this rank sends nothing and tells the others so
   const int64_t* ids64 = nullptr;   // [T, K], one of the two
   const int32_t* ids32 = nullptr;
   const char* x = nullptr;          // [T, row_bytes]
@@ -79,6 +81,7 @@ struct CombineArgs {
   PlanView plan;
   Book* book = nullptr;
   RowsBoard mine;                   // where my rows and weights lie in my window
+  Why refused = Why::none;          // this rank has no rows and wants none, and tells the others so: the plan is not looked at
   RowsBoard* boards = nullptr;      // scratch [P]: everyone's
   Wire wire = Wire::plain;          // how the rows of other nodes come to this rank; others choose for themselves
   char* y = nullptr;                // [T, H]

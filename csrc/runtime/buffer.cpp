@@ -57,7 +57,8 @@ Buffer::Buffer(std::shared_ptr<Communicator> comm, Shape shape, bool check)
   book_.back = book_counts_.data() + per_book;
 }
 
-void Buffer::begin_call(uint64_t bytes_moved) {
+void Buffer::begin_call(Verb verb, uint64_t bytes_moved) {
+  comm_->begin_call(verb, reach_.number());
   reach_.begin(bytes_moved >= stream_threshold_);
   ++reach_.host().counters.calls;
 }
@@ -66,7 +67,9 @@ bool Buffer::ask(const DispatchCall& call, DispatchArgs& a, Status& bad) {
   const balance::Choice& choice = *call.choice;
   const balance::Refusal refusal = balance::count_picks(call.ids64, call.tokens, view_.shape.top_k, choice.replicas().experts, call.counted);
   if (refusal.code != 0) {
-    bad = bad_pick(static_cast<BadPick>(refusal.code), refusal.token, refusal.id);
+    bad = bad_pick(static_cast<BadInput>(refusal.code), refusal.token, refusal.id);
+    a.refused = Why::picks;
+    a.ids64 = nullptr;
     return false;
   }
   a.ids64 = call.slots;
@@ -86,11 +89,18 @@ Status Buffer::choose(const DispatchCall& call) {
   a.b = view_;
   a.book = &book_;
   a.plan.call = call.shape;
+  a.refused = call.refused;
   Status bad;
-  begin_call(0);
-  if (!ask(call, a, bad)) return bad;
-  Chooser chooser(view_, call, book_.counts);
-  return reach_.run(true, [&](auto fabric) { return run_exchange(Lane{}, fabric, a, [&](auto picks_of) { chooser.choose(picks_of); }); });
+  if (call.refused == Why::none && !ask(call, a, bad) && !call.choice->needs_all()) return bad;   // each rank by itself
+  begin_call(Verb::choose, 0);
+  if (a.refused == Why::none) {
+    Chooser chooser(view_, call, book_.counts);
+    return reach_.run(true, [&](auto fabric) { return run_exchange(Lane{}, fabric, a, [&](auto picks_of) { chooser.choose(picks_of); }); });
+  }
+  asked_.assign(size_t(view_.geometry.nodes()) * view_.count.ints, 0);
+  a.asked = asked_.data();
+  const Status s = reach_.run(true, [&](auto fabric) { return run_exchange(Lane{}, fabric, a, [](auto) {}); });
+  return bad.ok() ? s : bad;
 }
 
 Status Buffer::dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Block>& out, std::shared_ptr<Block>& output) {
@@ -102,7 +112,11 @@ Status Buffer::dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Bl
   a.b = view_;
   a.book = &book_;
   a.cached = call.cached;
-  if (!call.cached) {
+  a.refused = call.refused;
+  if (call.refused != Why::none) {
+    plan.view.tokens = 0;
+    plan.view.call = {};
+  } else if (!call.cached) {
     plan.view.tokens = call.tokens;
     plan.view.call = call.shape;
     plan.owner = this;
@@ -125,15 +139,17 @@ Status Buffer::dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Bl
   a.needed = plan.needed.data();
   a.verdict = &verdict;
   const uint64_t copies = std::min<uint64_t>(view_.shape.top_k, view_.geometry.size);
-  begin_call(call.shape.row_bytes * call.tokens * copies);
+  begin_call(Verb::dispatch, call.shape.row_bytes * call.tokens * copies);
   const Offer offer = arena_->offer();
-  Status s;
-  if (call.choice && !call.cached && ask(call, a, s)) {
+  Status s, bad;
+  if (call.choice && !call.cached && call.refused == Why::none && ask(call, a, bad)) {
     Chooser chooser(view_, call, book_.dispatches);
     s = reach_.run(true, [&](auto fabric) { return run_dispatch(Lane{}, fabric, a, offer, chooser); });
-  } else if (s.ok()) {
+  } else {
+    if (!bad.ok()) a.plan.tokens = 0;
     s = reach_.run(true, [&](auto fabric) { return run_dispatch(Lane{}, fabric, a, offer); });
   }
+  if (!bad.ok()) return bad;
   if (!s.ok()) return s;
   const int me = view_.geometry.local();
   const CallShape& shape = plan.view.call;
@@ -157,6 +173,20 @@ Status Buffer::dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Bl
   return s;
 }
 
+Status Buffer::refuse_combine(Why why) {
+  const CallScope scope(comm_->calls(), "combine");
+  if (!scope.entered()) return {Code::interrupted};
+  CombineArgs a;
+  std::vector<RowsBoard> boards(view_.geometry.ranks_per_node);
+  a.b = view_;
+  a.book = &book_;
+  a.boards = boards.data();
+  a.mine = {};
+  a.refused = why;
+  begin_call(Verb::combine, 0);
+  return reach_.run(true, [&](auto fabric) { return run_combine(Lane{}, fabric, a); });
+}
+
 Status Buffer::combine(const CombineCall& call, Plan& plan, const Block& output) {
   const CallScope scope(comm_->calls(), "combine");
   if (!scope.entered()) return {Code::interrupted};
@@ -174,7 +204,7 @@ Status Buffer::combine(const CombineCall& call, Plan& plan, const Block& output)
   a.slots = call.slots;
   a.bias = call.bias;
   a.bias_stride = call.bias_stride;
-  begin_call(rows * view_.shape.combine_row_bytes());
+  begin_call(Verb::combine, rows * view_.shape.combine_row_bytes());
   const Memory& window = *reach_.window();
   HostState& host = reach_.host();
   const auto offset_of = [&](const void* p) -> int64_t {

@@ -27,6 +27,8 @@ class Buffer {
   // On ok, `out` holds the dispatched rows and `output` the place for the experts' rows.
   Status dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Block>& out, std::shared_ptr<Block>& output);
   Status combine(const CombineCall& call, Plan& plan, const Block& output);
+  // In the place of a combine: this rank takes no part but to tell the others. (A dispatch says it in its call.)
+  Status refuse_combine(Why why);
   // The slots of a batch that goes on another way: an exchange of counts by itself where the choice needs those of all ranks.
   Status choose(const DispatchCall& call);
   int64_t local_rows(const Plan& plan) const {   // of the dispatch's result here
@@ -48,7 +50,7 @@ class Buffer {
   void set_fault(Fault fault) { reach_.host().fault = std::move(fault); }   // tests only: see fabric/fault.hpp
 
  private:
-  void begin_call(uint64_t bytes_moved);
+  void begin_call(Verb verb, uint64_t bytes_moved);
   // Counts the picks of call.choice. True: all ranks' picks are needed, and `a` asks for them; false: the slots are chosen, or the picks are bad.
   bool ask(const DispatchCall& call, DispatchArgs& a, Status& bad);
 

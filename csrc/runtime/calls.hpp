@@ -1,7 +1,7 @@
 // What a caller gives to the verbs, in every world that moves memory. What it points to stays until the call is over.
 #pragma once
 #include "base/codes.hpp"
-#include "base/shape.hpp"
+#include "base/wire.hpp"
 
 namespace moecomm {
 
@@ -15,6 +15,7 @@ struct Tokens {
   const int32_t* ids32 = nullptr;
   const float* weights = nullptr;
   int32_t tokens = 0;
+  Why refused = Why::none;           // this rank takes no part but to tell the others: nothing else of the call counts
 };
 
 struct DispatchCall : Tokens {
@@ -52,7 +53,19 @@ struct DecodeCombineCall {
   Wire wire = Wire::plain;          // of the answers that cross between nodes
   char* y = nullptr;                // written by the receive phase
   bool receive = false;
+  Why refused = Why::none;          // as in Tokens; the epoch counts
 };
+
+// A refusal by which a call ended that no host has waited for: the ranks have gone on since, each as far as it did.
+constexpr Status refused_late(const Status& s) {
+  Status late = s;
+  late.code = Code::out_of_step;
+  late.detail = verbs_detail(Verb::unknown, Verb::refused_late);
+  return late;
+}
+
+// A combine that no host has waited for and that ranks have called in different ways.
+constexpr bool ends_late(const Status& s) { return s.code == Code::mismatch && s.phase == Phase::publish; }
 
 // The same call, enqueued on a stream of a GPU (a cudaStream_t).
 template <class Call>

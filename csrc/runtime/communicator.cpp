@@ -7,6 +7,8 @@
 #include <fstream>
 #include <functional>
 
+#include "runtime/reach.hpp"
+
 namespace moecomm {
 namespace {
 
@@ -35,6 +37,10 @@ Card read_card(const std::string& text) {
 
 Communicator::Communicator(Geometry geometry, bool threads, RailKind rail, double timeout_seconds)
     : geometry_(geometry), threads_(threads), rail_(rail), timeout_(timeout_seconds) {
+  call_.tell = [this](uint64_t word) {
+    std::lock_guard lock(reaches_mutex_);
+    for (Reach* reach : reaches_) reach->tell({word});
+  };
   if (rail == RailKind::ucx) ucx_ = std::make_unique<UcxContext>(calls_.mutex(), geometry.size);
 }
 
@@ -60,6 +66,17 @@ void Communicator::connect(const std::vector<std::string>& cards) {
 }
 
 void Communicator::reach(int rank) { ucx_->connect(rank, ucx_addresses_[rank]); }
+
+uint64_t Communicator::join(Reach* reach) {
+  std::lock_guard lock(reaches_mutex_);
+  reaches_.push_back(reach);
+  return ++reach_number_;
+}
+
+void Communicator::leave(Reach* reach) {
+  std::lock_guard lock(reaches_mutex_);
+  std::erase(reaches_, reach);
+}
 
 void Communicator::mark_broken(const Status& why) {
   std::lock_guard lock(broken_mutex_);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/types.hpp"
+#include "fabric/host_state.hpp"
 #include "fabric/ucx.hpp"
 #include "fabric/watch.hpp"
 #include "runtime/call_lock.hpp"
@@ -14,6 +15,8 @@
 namespace moecomm {
 
 enum class RailKind : int { none = 0, loopback = 1, ucx = 2 };
+
+class Reach;
 
 // Collective in two steps: every rank constructs, the caller exchanges card() strings, every rank connects.
 class Communicator {
@@ -32,6 +35,13 @@ class Communicator {
   UcxContext* ucx() { return ucx_.get(); }
   Watch& watch() { return watch_; }
   CallLock& calls() { return calls_; }                    // one call at a time moves data
+  CallState& call() { return call_; }
+  void begin_call(Verb verb, uint64_t memory) {           // the same ones in the same order on all ranks; memory: Reach::number
+    call_.word = waiting_word(verb, memory, ++call_number_);
+    call_.told = false;
+  }
+  uint64_t join(Reach* reach);                            // when all ranks have it: its number, equal on all of them
+  void leave(Reach* reach);
 
   // The first failure is final: later calls say what it was instead of waiting again.
   void mark_broken(const Status& why);
@@ -46,6 +56,10 @@ class Communicator {
   CallLock calls_;                    // outlives ucx_, whose thread takes it
   std::unique_ptr<UcxContext> ucx_;
   std::vector<std::string> ucx_addresses_;   // by rank
+  CallState call_;
+  uint64_t call_number_ = 0, reach_number_ = 0;
+  std::mutex reaches_mutex_;
+  std::vector<Reach*> reaches_;
   Watch watch_;
   mutable std::mutex broken_mutex_;
   Status broken_;

@@ -28,7 +28,10 @@ class Decode {
   Status dispatch_receive(uint64_t epoch);     // at once where it is received already
   Status combine(const DecodeCombineCall& call);
   Status combine_receive(uint64_t epoch);
+  // In the place of a combine: this rank takes no part but to tell the others. Nothing where the epoch is not open for one.
+  Status refuse_combine(uint64_t epoch, Why why);
 
+  uint64_t epoch() const { return epoch_; }    // of the latest dispatch
   Stage stage(uint64_t epoch) const;           // idle: the epoch's places are used by a later one
   bool weighted(uint64_t epoch) const { return turns_[epoch & 1].view.weighted; }
 
@@ -66,6 +69,8 @@ class Decode {
     int32_t combine_mode = 0;
     Wire wire = Wire::plain;
     char* y = nullptr;
+    Why refused = Why::none;   // its combine, by this rank
+    Status outcome;            // of its latest receive phase
     std::unique_ptr<char[]> memory;
   };
   Turn& turn(uint64_t epoch) { return turns_[epoch & 1]; }
@@ -73,6 +78,7 @@ class Decode {
   bool streams(const Turn& t, uint64_t row_bytes) const { return streams(uint64_t(t.view.tokens) * view_.shape.top_k * row_bytes); }
   Status receive(Turn& t);
   Status sum(Turn& t);
+  Status refuse_combine(Turn& t, Why why);
   Status recorded(RecordedOp op, uint64_t epoch, Status (Decode::*phase)(Turn&));
   void stage_rows(const Turn& t, const char* rows);
 

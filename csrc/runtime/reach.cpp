@@ -54,10 +54,12 @@ Reach::Reach(std::shared_ptr<Communicator> comm, ReachPlan plan) : comm_(std::mo
   host_.peer_ranks = plan_.peers;
   host_.own_peer = plan_.own;
   host_.watch = &comm_->watch();
+  host_.call = &comm_->call();
 }
 
 // Puts of a call that did not wait for them are on their way still: peers may be waiting for what they carry.
 Reach::~Reach() {
+  comm_->leave(this);
   if (!region_ || !comm_->ucx()->is_here()) return;
   std::unique_lock lock(comm_->calls(), std::defer_lock);
   if (!comm_->calls().running()) lock.lock();   // make_owned() holds it already
@@ -111,6 +113,16 @@ void Reach::connect(const std::vector<std::string>& cards) {
   }
 }
 
+void Reach::connected() {
+  window_->share_with_children();   // from here on tensors view it
+  number_ = comm_->join(this);
+}
+
+void Reach::tell(FaultWord word) {
+  if (region_) publish_word(host_, ucx_rail_, word);
+  else publish_word(host_, loopback_, word);
+}
+
 bool Reach::rail_is_mapped() const {
   for (int i = 0; region_ && i < static_cast<int>(plan_.peers.size()); ++i)
     if (plan_.peers[i] >= 0 && i != plan_.own) return region_->reach(i) != nullptr;
@@ -143,6 +155,7 @@ Status Reach::flush() {
 
 // Tells everyone within reach, so that they raise now instead of at their own deadline.
 void Reach::report_fault(const Status& s) {
+  if (s.code == Code::out_of_step) comm_->call().tell(pack_fault(s, s.reporter < 0 ? host_.geometry.rank : s.reporter).packed);   // others may wait elsewhere
   if (!region_) return publish_fault(host_, loopback_, s);
   publish_fault(host_, ucx_rail_, s);
   // A peer that is gone or stopped never takes its word: the others have had time enough then.

@@ -42,12 +42,15 @@ class Reach {
   // Collective in three steps: construct, connect with everyone's card, connected after a barrier.
   std::string card() const;
   void connect(const std::vector<std::string>& cards);
-  void connected() { window_->share_with_children(); }   // from here on tensors view it
+  void connected();
 
   const std::shared_ptr<Memory>& window() const { return window_; }
   bool rail_is_mapped() const;   // whether stores reach the rail peers' regions without the network
   Communicator& comm() const { return *comm_; }
   HostState& host() { return host_; }
+
+  uint64_t number() const { return number_; }   // among the communicator's; equal on all ranks
+  void tell(FaultWord word);                     // to everyone within reach
 
   void trace(bool on);   // keep a timeline of roles, or drop it
   std::vector<RoleSpan> take_timeline() { return std::exchange(timeline_, {}); }
@@ -84,6 +87,7 @@ class Reach {
   std::shared_ptr<Memory> own_rail_;                 // loopback; under UCX the region owns its memory
   std::unique_ptr<UcxRegion> region_;
   HostState host_;
+  uint64_t number_ = 0;
   std::vector<RoleSpan> timeline_;
   LoopbackRail loopback_;
   UcxRail ucx_rail_;

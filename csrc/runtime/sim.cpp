@@ -6,6 +6,7 @@
 #include "balance/route.hpp"
 #include "base/checksum.hpp"
 #include "runtime/chooser.hpp"
+#include "runtime/sim_calls.hpp"
 #include "world/sim/run.hpp"
 #include "world/sim/seats_run.hpp"
 
@@ -14,20 +15,6 @@ namespace {
 
 constexpr int kScribble = 0x3C;
 constexpr int kMain = 0;   // the space of dispatch and combine
-
-uint64_t digest_bytes(uint64_t h, const void* p, uint64_t bytes) {
-  h = row_checksum(p, bytes, h);
-  uint64_t tail = 0;
-  std::memcpy(&tail, static_cast<const char*>(p) + bytes / 8 * 8, bytes % 8);
-  return (h ^ tail) * 0x9E3779B97F4A7C15ull;
-}
-
-// The experts of exploration hand back what they got, with some bits turned so that calls differ.
-// Quantized rows are repeated to the length of the others.
-void echo(char* out, uint64_t out_bytes, const char* in, uint64_t in_bytes, uint64_t rows, uint8_t flip) {
-  for (uint64_t r = 0; r < rows; ++r)
-    for (uint64_t i = 0; i < out_bytes; ++i) out[r * out_bytes + i] = in[r * in_bytes + i % in_bytes] ^ flip;
-}
 
 // Most sources have few messages for a rank: equal slots of all sources lie together.
 DecodeView sim_decode_view(const Geometry& g, const Shape& s) {
@@ -94,6 +81,7 @@ void SimCluster::reset(const Chaos& chaos, double lead, int poison) {
     r.book.rows = r.book_counts.data();
     r.book.back = r.book_counts.data() + per_book;
     if (r.decode) r.decode->reset(config_.payload);
+    for (std::vector<char>& y : r.decode_y) y.clear();
     r.decode_digest = 0;
   }
 }
@@ -139,7 +127,7 @@ class SimCluster::WatchedChooser {
 DispatchCall SimCluster::asked_of(int rank, const SimCall& call, CallShape shape) {
   const SimPart& part = call.parts[rank];
   DispatchCall asked;
-  if (!part.slots) return asked;
+  if (!part.slots || part.refused != Why::none) return asked;
   asked.ids64 = part.ids;
   asked.tokens = part.tokens;
   asked.shape = shape;
@@ -154,7 +142,13 @@ DispatchCall SimCluster::asked_of(int rank, const SimCall& call, CallShape shape
 template <class F>
 Status SimCluster::choose(int rank, F fabric, DispatchArgs a, const DispatchCall& asked) {
   RankState& r = ranks_[rank];
+  if (a.refused != Why::none) r.asked.assign(size_t(r.view.geometry.nodes()) * r.view.count.ints, 0);
   a.asked = r.asked.data();
+  if (a.refused != Why::none) {
+    const Status s = run_exchange(Lane{}, fabric, a, [](auto) {});
+    if (!is_final(s)) net_->flush();
+    return s;
+  }
   Chooser chooser(r.view, asked, r.book.counts);
   WatchedChooser watched(chooser, r, mutation_);
   net_->spend(config_.hardware.plan_token * asked.tokens);
@@ -167,13 +161,13 @@ template <class F>
 Status SimCluster::dispatch(int rank, F fabric, const SimCall& call, Handle& handle) {
   RankState& r = ranks_[rank];
   const SimPart& part = call.parts[rank];
-  const bool cached = part.ids == nullptr && handle.plan;
+  const bool cached = part.ids == nullptr && handle.plan && part.refused == Why::none;
   if (!handle.plan) handle.plan = r.pool->get();
   release(r, handle);
   Plan& plan = *handle.plan;
   Verdict verdict{};
   if (!cached) {
-    plan.view.tokens = part.tokens;
+    plan.view.tokens = part.refused == Why::none ? part.tokens : 0;
     plan.view.call = call.shape;
     plan.view.call.routing = part.routing;
   } else {
@@ -186,6 +180,7 @@ Status SimCluster::dispatch(int rank, F fabric, const SimCall& call, Handle& han
   a.plan = plan.view;
   a.book = &r.book;
   a.cached = cached;
+  a.refused = part.refused;
   a.ids64 = part.ids;
   a.x = part.x ? part.x : net_->private_memory(rank);
   a.scales = !call.scales_given ? nullptr : part.scales ? part.scales : net_->private_memory(rank);
@@ -202,6 +197,8 @@ Status SimCluster::dispatch(int rank, F fabric, const SimCall& call, Handle& han
   if (asked.choice) {
     a.ids64 = part.slots;
     if (config_.schedule == SimSchedule::seats) s = choose(rank, fabric, a, asked);   // as a GPU's host does before it launches
+  } else if (part.slots && part.refused != Why::none && config_.schedule == SimSchedule::seats) {
+    return choose(rank, fabric, a, asked);
   }
   if (asked.choice && config_.schedule != SimSchedule::seats) {
     a.asked = r.asked.data();
@@ -264,9 +261,7 @@ Status SimCluster::combine(int rank, F fabric, const SimCall& call, Handle& hand
     std::memcpy(output + l.weights, in, handle.rows * 4);
     a.mine.weights = output + l.weights - window;
   }
-  const Status s = config_.schedule == SimSchedule::lane    ? lane_combine(*net_, fabric, a)
-                   : config_.schedule == SimSchedule::seats ? seats_combine(*net_, fabric, a, config_.workers)
-                                                            : sim_combine(*net_, fabric, a);
+  const Status s = run_on_schedule(fabric, a);
   if (!is_final(s)) net_->flush();
   if (config_.payload) {
     digest = digest_bytes(1, a.y, plan.view.tokens * row_bytes);
@@ -304,11 +299,21 @@ Status SimCluster::call_main(int rank, F fabric, const SimCall& call, SimResult&
     a.book = &r.book;
     a.plan.call = call.shape;
     a.plan.call.routing = part.routing;
+    a.refused = part.refused;
     MOE_TRY(choose(rank, fabric, a, asked_of(rank, call, a.plan.call)));
     add_choice();
     return {};
   }
   Handle& handle = r.handles[call.handle];
+  if (part.strays && call.verb == SimVerb::dispatch) return refuse_combine(rank, fabric);
+  if (part.strays) {
+    SimCall other = call;
+    other.parts[rank] = {};
+    other.parts[rank].refused = Why::error;
+    other.shape = {};
+    Handle none;
+    return dispatch(rank, fabric, other, none);
+  }
   if (call.verb == SimVerb::dispatch) {
     MOE_TRY(dispatch(rank, fabric, call, handle));
     if (config_.payload) result.digest = handle.digest = digest_block(rank, handle);
@@ -319,62 +324,15 @@ Status SimCluster::call_main(int rank, F fabric, const SimCall& call, SimResult&
     result.ran = false;
     return {};
   }
+  if (part.refused != Why::none) {
+    if (!call.keep) release(r, handle);
+    return refuse_combine(rank, fabric);
+  }
   // What dispatch delivered must still be there: nobody may have written into it since.
   const bool intact = !config_.payload || digest_block(rank, handle) == handle.digest;
   const Status s = combine(rank, fabric, call, handle, result.digest);
   if (!intact) result.digest = ~result.digest;
   return s;
-}
-
-template <class F>
-Status SimCluster::call_decode(int rank, F fabric, const SimCall& call, SimResult& result) {
-  RankState& r = ranks_[rank];
-  SimDecode& decode = *r.decode;
-  const SimPart& part = call.parts[rank];
-  const uint64_t epoch = decode.epoch() - call.handle, row_bytes = config_.shape.combine_row_bytes();
-  const int parity = epoch & 1;
-  switch (call.verb) {
-    case SimVerb::decode_dispatch: {
-      SimDecodeDispatch d;
-      d.tokens = part.tokens;
-      d.ids = part.ids;
-      d.weights = part.weights;
-      d.x = part.x ? part.x : net_->private_memory(rank);
-      d.scales = !call.scales_given ? nullptr : part.scales ? part.scales : net_->private_memory(rank);
-      d.shape = call.shape;
-      return decode.dispatch(fabric, d);
-    }
-    case SimVerb::decode_receive:
-      MOE_TRY(decode.receive(fabric, epoch));
-      if (config_.payload) result.digest = r.decode_digest = digest_packed(rank);
-      return {};
-    case SimVerb::decode_combine: {
-      bool intact = true;
-      char* y = part.y ? part.y : net_->private_memory(rank);
-      if (config_.payload) {
-        intact = digest_packed(rank) == r.decode_digest;
-        const DecodeView& v = decode.view();
-        const uint64_t in_bytes = decode.turn(epoch).call.row_bytes, per_expert = decode_rows_per_expert(v.geometry, v.shape);
-        const auto* counts = reinterpret_cast<const int64_t*>(decode.memory() + v.counts(parity));
-        for (int e = 0; e < v.experts_per_rank(); ++e) {
-          char* out = decode.memory() + v.rows(parity) + e * per_expert * row_bytes;
-          if (part.rows) std::memcpy(out, part.rows + e * per_expert * row_bytes, counts[e] * row_bytes);
-          else echo(out, row_bytes, decode.memory() + v.x(parity) + e * per_expert * in_bytes, in_bytes, counts[e], call.flip);
-        }
-        if (!part.y) {
-          r.decode_y[parity].assign(decode.turn(epoch).tokens * row_bytes, static_cast<char>(0x5A));
-          y = r.decode_y[parity].data();
-        }
-      }
-      MOE_TRY(decode.combine(fabric, epoch, part.weights, call.wire, y));
-      result.digest = !intact;
-      return {};
-    }
-    default:
-      MOE_TRY(decode.sum(fabric, epoch));
-      if (config_.payload && !r.decode_y[parity].empty()) result.digest = digest_bytes(1, r.decode_y[parity].data(), r.decode_y[parity].size());
-      return {};
-  }
 }
 
 uint64_t SimCluster::digest_packed(int rank) const {
@@ -392,6 +350,10 @@ uint64_t SimCluster::digest_packed(int rank) const {
   return h;
 }
 
+MutantFabric SimCluster::mutant(const SimFabric& fabric, const RankState& r) const {
+  return {fabric, mutation_, &r.chosen, &r.view.rail, &r.view.count, r.view.shape.count_halves(), &r.book.blocks, &r.book.combines};
+}
+
 template <class F>
 void SimCluster::run_rank(int rank, F fabric, const std::vector<SimCall>& program) {
   for (size_t i = 0; i < program.size(); ++i) {
@@ -400,12 +362,16 @@ void SimCluster::run_rank(int rank, F fabric, const std::vector<SimCall>& progra
     net_->spend(call.before);
     result.begin = net_->fibers().now();
     result.ran = true;
+    if (mutation_.flaw == Flaw::absent_refusal && call.parts[rank].refused != Why::none) {
+      result.status.code = Code::refused;
+      continue;
+    }
     const bool main = call.verb == SimVerb::dispatch || call.verb == SimVerb::combine || call.verb == SimVerb::choose;
     ranks_[rank].chosen = false;
     fabric.space = main ? kMain : SimDecode::kSpace;
     result.status = main ? call_main(rank, fabric, call, result) : call_decode(rank, fabric, call, result);
     result.end = net_->fibers().now();
-    if (result.status.code == Code::timeout) return;
+    if (is_final(result.status)) return;
   }
 }
 
@@ -424,7 +390,7 @@ const std::vector<SimResult>& SimCluster::run(const std::vector<SimCall>& progra
     net_->start(rank, "rank", -1, config_.schedule == SimSchedule::lane ? 0 : Role::kAllSms, [this, rank, &program] {
       const SimFabric fabric{net_.get(), rank, kMain};
       if (mutation_.flaw == Flaw::none) run_rank(rank, fabric, program);
-      else run_rank(rank, MutantFabric{fabric, mutation_, &ranks_[rank].chosen}, program);
+      else run_rank(rank, mutant(fabric, ranks_[rank]), program);
     });
   }
   net_->run();

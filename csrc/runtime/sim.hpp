@@ -49,6 +49,8 @@ struct SimPart {
   int64_t* slots = nullptr;           // [T, K] out: ids are logical, replicas are chosen by the picks of all
   int32_t* counted = nullptr;         // [logical experts] out: those picks
   uint32_t routing = 0;               // ranks that differ in it make different calls
+  Why refused = Why::none;            // the rank refuses its part in the call
+  bool strays = false;                // the rank makes another call: a combine for a dispatch, or the reverse, which it refuses, too
 };
 
 // Every rank runs the same calls; each as soon as it has finished the one before.
@@ -118,9 +120,12 @@ class SimCluster {
     bool chosen = false;              // in this call
   };
   class WatchedChooser;
+  MutantFabric mutant(const SimFabric& fabric, const RankState& r) const;
   template <class F> void run_rank(int rank, F fabric, const std::vector<SimCall>& program);
   template <class F> Status dispatch(int rank, F fabric, const SimCall& call, Handle& handle);
   template <class F> Status combine(int rank, F fabric, const SimCall& call, Handle& handle, uint64_t& digest);
+  template <class F> Status refuse_combine(int rank, F fabric);
+  template <class F> Status run_on_schedule(F fabric, const CombineArgs& a);
   template <class F> Status choose(int rank, F fabric, DispatchArgs a, const DispatchCall& asked);
   DispatchCall asked_of(int rank, const SimCall& call, CallShape shape);
   template <class F> Status call_main(int rank, F fabric, const SimCall& call, SimResult& result);

@@ -21,6 +21,7 @@ void SimDecode::reset(bool poison) {
     stages_[i] = Stage::idle;
     y_[i] = nullptr;
     wire_[i] = Wire::plain;
+    refused_[i] = Why::none;
   }
 }
 
@@ -30,7 +31,7 @@ DecodeTurn& SimDecode::begin(const SimDecodeDispatch& call) {
   t.bank = t.parity();
   t.tokens = call.tokens;
   t.weighted = call.weights != nullptr;
-  t.mode = mode_of(call.shape.scales, t.weighted);
+  t.mode = call.refused == Why::none ? mode_of(call.shape.scales, t.weighted) : kRefusedMode;
   t.call = call.shape;
   return t;
 }

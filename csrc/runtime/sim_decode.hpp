@@ -15,6 +15,7 @@ struct SimDecodeDispatch {
   const char* x = nullptr;
   const char* scales = nullptr;
   CallShape shape;
+  Why refused = Why::none;
 };
 
 class SimDecode {
@@ -29,8 +30,8 @@ class SimDecode {
 
   template <class F>
   Status dispatch(F f, const SimDecodeDispatch& call) {
-    MOE_TRY(receive(f, epoch_));                   // rule A
-    if (epoch_ > 0) MOE_TRY(sum(f, epoch_ - 1));   // rule B
+    MOE_TRY(in_step(receive(f, epoch_)));                   // rule A
+    if (epoch_ > 0) MOE_TRY(in_step(sum(f, epoch_ - 1)));   // rule B
     DecodeTurn& t = begin(call);
     DecodeSendArgs a;
     a.d = view_;
@@ -39,6 +40,7 @@ class SimDecode {
     a.x = call.x;
     a.scales = call.scales;
     a.weights = call.weights;
+    a.refused = call.refused;
     MOE_TRY(sim_decode_send(net_, f, a, workers_));
     stages_[t.parity()] = Stage::sent;
     return {};
@@ -49,19 +51,20 @@ class SimDecode {
   Status receive(F f, uint64_t epoch) {
     if (stage(epoch) != Stage::sent) return {};
     const Status s = sim_decode_receive(net_, f, DecodeReceiveArgs{view_, turn(epoch)}, workers_);
-    stages_[epoch & 1] = s.ok() ? Stage::received : Stage::idle;
+    stages_[epoch & 1] = !s.ok() ? Stage::idle : turn(epoch).refused() ? Stage::done : Stage::received;
     return s;
   }
 
   // The experts' rows are in place.
   template <class F>
-  Status combine(F f, uint64_t epoch, const float* weights, Wire wire, char* y) {
+  Status combine(F f, uint64_t epoch, const float* weights, Wire wire, char* y, Why refused) {
     DecodeTurn& t = turn(epoch);
+    refused_[epoch & 1] = refused;
     const int64_t picks = int64_t{t.tokens} * view_.shape.top_k;
     for (int64_t i = 0; i < picks; ++i) t.weights[i] = weights ? weights[i] : 1.0f;
     y_[epoch & 1] = y;
     wire_[epoch & 1] = wire;
-    MOE_TRY(sim_decode_combine_send(net_, f, DecodeCombineArgs{view_, t, mode_of(wire, t.weighted), wire, memory() + view_.rows(t.parity()), nullptr}, workers_));
+    MOE_TRY(sim_decode_combine_send(net_, f, DecodeCombineArgs{view_, t, mode_of(wire, t.weighted), wire, memory() + view_.rows(t.parity()), nullptr, refused}, workers_));
     stages_[epoch & 1] = Stage::answered;
     return {};
   }
@@ -71,7 +74,7 @@ class SimDecode {
     if (stage(epoch) != Stage::answered) return {};
     const DecodeTurn& t = turn(epoch);
     const Wire wire = wire_[epoch & 1];
-    const Status s = sim_decode_combine_receive(net_, f, DecodeCombineArgs{view_, t, mode_of(wire, t.weighted), wire, nullptr, y_[epoch & 1]}, workers_);
+    const Status s = sim_decode_combine_receive(net_, f, DecodeCombineArgs{view_, t, mode_of(wire, t.weighted), wire, nullptr, y_[epoch & 1], refused_[epoch & 1]}, workers_);
     net_.flush();
     stages_[epoch & 1] = Stage::done;
     return s;
@@ -87,6 +90,7 @@ class SimDecode {
   // As in the cpu world's Decode: how rows are coded, and whether weights travel.
   template <class Code>
   static int mode_of(Code code, bool weighted) { return static_cast<int>(code) | (weighted ? 4 : 0); }
+  static Status in_step(const Status& s) { return keeps_step(s) ? Status{} : s; }   // as there, too
   DecodeTurn& begin(const SimDecodeDispatch& call);
 
   SimNet& net_;
@@ -99,6 +103,7 @@ class SimDecode {
   uint64_t table_bytes_;
   char* y_[2] = {};
   Wire wire_[2] = {};
+  Why refused_[2] = {};   // combines, by this rank
 };
 
 }  // namespace moecomm

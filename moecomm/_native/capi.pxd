@@ -30,6 +30,14 @@ cdef extern from "base/shape.hpp" namespace "moecomm" nogil:
         mismatch
         corrupt
         interrupted
+        refused
+        out_of_step
+
+    cdef enum class Why(int32_t):
+        none
+        arguments
+        picks
+        error
 
     cdef enum class Phase(int32_t):
         none
@@ -54,6 +62,7 @@ cdef extern from "base/shape.hpp" namespace "moecomm" nogil:
         int32_t reporter
 
     bool is_final(const Status&)
+    bool keeps_step(const Status&)
 
     cdef cppclass Shape:
         int64_t hidden
@@ -221,6 +230,8 @@ cdef extern from "runtime/recording.hpp" namespace "moecomm" nogil:
         uint64_t bytes()
 
 cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
+    bool ends_late(const Status&)
+
     cdef cppclass DispatchCall:
         const char* x
         const char* scales
@@ -228,6 +239,7 @@ cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
         const int32_t* ids32
         const float* weights
         int32_t tokens
+        Why refused
         bool cached
         CallShape shape
         const Choice* choice
@@ -254,6 +266,7 @@ cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
         Status dispatch(const DispatchCall&, Plan&, shared_ptr[Block]&, shared_ptr[Block]&) except +
         Status combine(const CombineCall&, Plan&, const Block&) except +
         Status choose(const DispatchCall&) except +
+        Status refuse_combine(Why) except +
         const Arena& arena()
         const Memory& window()
         Counters counters()
@@ -279,6 +292,7 @@ cdef extern from "runtime/decode.hpp" namespace "moecomm" nogil:
         const float* weights
         bool weighted
         int32_t tokens
+        Why refused
         ScaleKind quant
         bool scales_by_column
         bool receive
@@ -302,6 +316,8 @@ cdef extern from "runtime/decode.hpp" namespace "moecomm" nogil:
         Status dispatch_receive(uint64_t epoch)
         Status combine(const DecodeCombineCall&)
         Status combine_receive(uint64_t epoch)
+        Status refuse_combine(uint64_t epoch, Why)
+        uint64_t epoch()
         int stage(uint64_t epoch)
         void trace(bool)
         vector[RoleSpan] take_timeline() except +

@@ -17,7 +17,7 @@ from libcpp.vector cimport vector
 from moecomm._native cimport capi
 
 # By the numbers of capi.Code and capi.Phase.
-_CODES = ("ok", "invalid", "timeout", "lost", "capacity", "mismatch", "corrupt", "interrupted")
+_CODES = ("ok", "invalid", "timeout", "lost", "capacity", "mismatch", "corrupt", "interrupted", "refused", "out_of_step")
 PHASES = ("none", "announce", "counts", "send", "forward", "arrive", "publish", "reduce", "sum", "done", "flush")
 # By the numbers of capi.RoleKind, in the order in which a token meets them.
 ROLES = ("plan", "announce", "counts", "send", "forward", "arrive", "publish", "reduce", "sum", "done",
@@ -86,7 +86,7 @@ cdef class Communicator:
         s.code = <capi.Code><int>_CODES.index(failure.code)
         s.phase = <capi.Phase><int>PHASES.index(failure.phase)
         s.peer, s.detail, s.expected, s.got, s.reporter = failure[2:]
-        if self.c and capi.is_final(s):
+        if self.c and (capi.is_final(s) or capi.ends_late(s)):
             self.c.get().mark_broken(s)
 
     def running(self):

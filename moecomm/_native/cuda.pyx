@@ -12,7 +12,7 @@ from moecomm._native cimport capi, cudaapi
 from moecomm.errors import InvalidArgument
 
 # By the numbers of capi.Code and capi.Phase.
-_CODES = ("ok", "invalid", "timeout", "lost", "capacity", "mismatch", "corrupt")
+_CODES = ("ok", "invalid", "timeout", "lost", "capacity", "mismatch", "corrupt", "interrupted", "refused", "out_of_step")
 _PHASES = ("none", "announce", "counts", "send", "forward", "arrive", "publish", "reduce", "sum", "done", "flush")
 
 Failure = namedtuple("Failure", "code phase peer detail expected got reporter")
@@ -241,6 +241,25 @@ cdef class Buffer:
         call.stream = <void*>stream
         with nogil:
             s = buffer.combine(call, plan.p, output.b)
+        return _failure(s)
+
+    def refuse(self, str verb, int why, uintptr_t stream):
+        """As the cpu world's core.refuse, for "dispatch" and "combine". Waits for `stream`."""
+        cdef cudaapi.DeviceDispatchCall call
+        cdef Block out = Block.__new__(Block), output = Block.__new__(Block)
+        cdef Plan plan = Plan.__new__(Plan)
+        cdef capi.Status s
+        cdef bint dispatches = verb == "dispatch"
+        cdef shared_ptr[cudaapi.DeviceBuffer] held = self.borrow(verb)
+        cdef cudaapi.DeviceBuffer* buffer = held.get()
+        call.refused = <capi.Why>why
+        call.stream = <void*>stream
+        plan.p = buffer.new_plan()
+        with nogil:
+            if dispatches:
+                s = buffer.dispatch(call, plan.p, out.b, output.b)
+            else:
+                s = buffer.refuse_combine(<capi.Why>why, plan.p.get()[0], <void*>stream)
         return _failure(s)
 
     def fault(self):

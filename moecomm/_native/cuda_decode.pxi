@@ -130,6 +130,19 @@ cdef class Decode:
             s = d.combine_receive(epoch, <void*>stream)
         return _failure(s)
 
+    def refuse(self, str verb, uint64_t epoch, int why, uintptr_t stream):
+        """As the cpu world's Decode.refuse. Waits for `stream`."""
+        cdef cudaapi.DeviceDecodeDispatch call
+        cdef capi.Status s
+        cdef bint dispatches = verb == "decode_dispatch"
+        cdef cudaapi.DeviceDecode* d = self.d.get()
+        call.refused = <capi.Why>why
+        call.receive = True
+        call.stream = <void*>stream
+        with nogil:
+            s = d.dispatch(call) if dispatches else d.refuse_combine(epoch, <capi.Why>why, <void*>stream)
+        return _failure(s)
+
     def fault(self):
         """What kernels have reported so far, or None."""
         return _failure(self.d.get().fault())

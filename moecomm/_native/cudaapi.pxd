@@ -75,6 +75,7 @@ cdef extern from "runtime/cuda/buffer.hpp" namespace "moecomm::cuda" nogil:
         capi.Status combine(const DeviceCombineCall&, const shared_ptr[DevicePlan]&, const shared_ptr[DeviceBlock]&) except +
         uint64_t captured_bytes()
         void release_captured()
+        capi.Status refuse_combine(capi.Why, DevicePlan&, void* stream) except +
         capi.Status fault() except +
         capi.Counters take_counters() except +
         const capi.Counters* counters()
@@ -108,6 +109,7 @@ cdef extern from "runtime/cuda/decode.hpp" namespace "moecomm::cuda" nogil:
         capi.Status dispatch_receive(uint64_t epoch, void* stream) except +
         capi.Status combine(const DeviceDecodeCombine&) except +
         capi.Status combine_receive(uint64_t epoch, void* stream) except +
+        capi.Status refuse_combine(uint64_t epoch, capi.Why, void* stream) except +
         capi.Status fault() except +
         uint64_t epoch()
         DecodeStage stage(uint64_t epoch, void* stream) except +

@@ -1,5 +1,7 @@
 # The decode path; part of core, whose Communicator it needs. moecomm/decode.py validates and documents; at a few
 # tokens per call that costs more than the call, so a call whose tensors are as they should be is recognised here.
+include "refusals.pxi"
+
 
 cdef class DecodeReceived:
     """What decode_dispatch returns; to be read after its hook.
@@ -254,6 +256,24 @@ cdef class Decode:
         handle.keep = (rows, out)
         self.current[handle.epoch & 1] = handle
         return out, handle.receive_combine
+
+    @property
+    def epoch(self):
+        """Number of the latest dispatch."""
+        return self.d.get().epoch() if self.d else 0
+
+    def refuse(self, str verb, uint64_t epoch, int why):
+        """As core.refuse: in the place of a "decode_dispatch", or of the "decode_combine" of an epoch (nothing where that is not open for one)."""
+        cdef capi.DecodeDispatchCall call
+        cdef capi.Status s
+        cdef bint dispatches = verb == "decode_dispatch"
+        cdef shared_ptr[capi.Decode] held = self.borrow(verb)
+        call.refused = <capi.Why>why
+        with nogil:
+            s = held.get().dispatch(call, epoch) if dispatches else held.get().refuse_combine(epoch, <capi.Why>why)
+            held.reset()
+        _left(self.comm)
+        return None if s.code == capi.Code.ok or capi.keeps_step(s) else _failure(s)
 
     def trace(self, bint on):
         """Start a timeline of roles, or end it."""

@@ -9,11 +9,11 @@ from moecomm._native cimport capi
 from moecomm._native cimport simapi as world
 
 # By the numbers of capi.Code, capi.Phase, world.Did and Flaw.
-_CODES = ("ok", "invalid", "timeout", "lost", "capacity", "mismatch", "corrupt")
+_CODES = ("ok", "invalid", "timeout", "lost", "capacity", "mismatch", "corrupt", "interrupted", "refused", "out_of_step")
 PHASES = ("none", "announce", "counts", "send", "forward", "arrive", "publish", "reduce", "sum", "done", "flush")
 _DID = ("role", "wait", "put", "signal_rail", "signal_node", "landed", "give_up")
 FLAWS = ("none", "signal_before_put", "skip_wait", "early_wait", "late_wait", "less_signalled", "more_signalled", "drop_put",
-         "skip_rank", "skip_signal", "one_half", "other_half")
+         "skip_rank", "skip_signal", "one_half", "other_half", "any_word", "hidden_refusal", "absent_refusal")
 
 
 cdef class Program:
@@ -99,6 +99,14 @@ cdef class Program:
         call.verb = world.SimVerb.decode_sum if after_combine else world.SimVerb.decode_receive
         call.parts.resize(size)
         self.calls.push_back(call)
+
+    def refuse(self, list ranks, bint strays):
+        """In the call appended last these ranks refuse their parts; strays: they make another call instead."""
+        for rank in ranks:
+            if strays:
+                self.calls.back().parts[<int>rank].strays = True
+            else:
+                self.calls.back().parts[<int>rank].refused = capi.Why.arguments
 
     def __len__(self):
         return self.calls.size()

@@ -4,7 +4,7 @@ from libcpp cimport bool
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
-from moecomm._native.capi cimport CallShape, Counters, Mode, Phase, PlanView, Shape, Status, Wire
+from moecomm._native.capi cimport CallShape, Counters, Mode, Phase, PlanView, Shape, Status, Why, Wire
 
 cdef extern from "fabric/sim_links.hpp" namespace "moecomm" nogil:
     cdef cppclass Hardware:
@@ -142,6 +142,8 @@ cdef extern from "runtime/sim.hpp" namespace "moecomm" nogil:
         int64_t* slots
         int32_t* counted
         uint32_t routing
+        Why refused
+        bool strays
 
     cdef cppclass SimCall:
         SimVerb verb

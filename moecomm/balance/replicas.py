@@ -11,6 +11,7 @@ from .. import cuda
 from .._native import balance as native
 from .._native import core
 from ..checks import require
+from ..refusals import chosen, made
 from .monitor import LoadMonitor
 from .placement import Placement
 
@@ -143,9 +144,12 @@ class Replicas:
         if self.comm._gpu is not None:
             cuda.refuse_capture(op, self.comm, "placement", "the host chooses the replicas of every batch")
         asking = self.ask(topk_ids, layer)
+        if self.logical_experts:   # else each rank chooses by itself
+            made(buffer)
         failure = buffer._chooser.choose(asking.ids.data_ptr(), len(asking.ids), asking.chosen)
         if failure is not None:
             buffer._fail(op, failure)
+        chosen(buffer)
         self.record(asking, layer)
         return asking.slots.to(topk_ids.device)
 

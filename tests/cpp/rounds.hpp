@@ -221,7 +221,7 @@ void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int 
   b.b = me.view;
   b.plan = plan.view;
   b.book = &me.book;
-  b.mine = {output + o.rows, weigh ? plan.target[g.local()].rows + l.weights : 0, 0, output + o.sums, 0};
+  b.mine = {output + o.rows, weigh ? plan.target[g.local()].rows + l.weights : 0, 0, output + o.sums, 0, 0, 0};
   b.boards = boards.data();
   b.y = y.data();
   b.bias = bias.data();

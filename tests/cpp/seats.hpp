@@ -33,6 +33,8 @@ struct HostGates {
       return Status{};
     });
   }
+  template <class G>
+  bool open(G, Gate gate) const { return (*counts)[static_cast<int>(gate)].load(std::memory_order_acquire) > 0; }
 };
 
 // role(group, fabric, gates, seat) on workers + 1 groups; the first Status by seat that is not ok.

@@ -135,7 +135,7 @@ struct DeviceFabric {
   __device__ char** targets() const { return scratch->targets; }
   __device__ bool replicates(int local) const { return links->same_device[local / 64] >> local % 64 & 1; }
 
-  // The first failure of a kind is a rank's record of it. A verdict is everybody's, and each rank goes on to the call's end;
+  // The first failure of a kind is a rank's record of it. With a verdict or a refusal each rank goes on to the call's end;
   // what is final ends all warps of this rank, and everyone within reach learns of it, whatever the call was refused for.
   __device__ void fail(const Status& s) const {
     if (s.code == Code::lost && s.peer == links->geometry.rank) return;   // ended by another warp's failure
@@ -146,7 +146,7 @@ struct DeviceFabric {
       record.status = s;
       ptx::store_release_sys(&record.code, static_cast<uint64_t>(s.code));
     }
-    if (s.code == Code::capacity || (s.code == Code::mismatch && !is_final(s))) return;
+    if (keeps_step(s)) return;
     ptx::add_release_gpu(links->failed, 1);
     if (s.code == Code::invalid) return;   // nothing has moved
     const Geometry& g = links->geometry;

@@ -154,6 +154,15 @@ Status DeviceBuffer::fault() {
   return s;
 }
 
+// Of calls for which no host has waited: a refusal that is found so late, or a mismatch of combines, leaves the ranks out of step.
+Status DeviceBuffer::late_fault() {
+  Status s = fault();
+  if (s.code == Code::refused) s = refused_late(s);
+  else if (!ends_late(s)) return s;
+  if (broken_.ok()) window_->leave();
+  return broken_ = s;
+}
+
 Status DeviceBuffer::wait_placed(uint64_t ticket, void* stream) {
   auto& ready = *reinterpret_cast<std::atomic<uint64_t>*>(&placed().ticket);
   // The kernel has its own deadline; this one is for a kernel that never starts.
@@ -174,8 +183,11 @@ Status DeviceBuffer::dispatch(const DeviceDispatchCall& call, const std::shared_
                               std::shared_ptr<DeviceBlock>& output) {
   DevicePlan& plan = *owned;
   const OnDevice on(device_);
-  if (const Status s = fault(); !s.ok()) return s;
-  if (!call.cached) {
+  if (const Status s = late_fault(); !s.ok()) return s;
+  if (call.refused != Why::none) {
+    plan.view.tokens = 0;
+    plan.view.call = {};
+  } else if (!call.cached) {
     plan.view.tokens = call.tokens;
     plan.view.call = call.shape;
   } else {
@@ -190,6 +202,7 @@ Status DeviceBuffer::dispatch(const DeviceDispatchCall& call, const std::shared_
   a.plan = plan.view;
   a.book = book_;
   a.cached = call.cached;
+  a.refused = call.refused;
   a.ids64 = call.ids64;
   a.ids32 = call.ids32;
   a.x = call.x;
@@ -204,7 +217,7 @@ Status DeviceBuffer::dispatch(const DeviceDispatchCall& call, const std::shared_
   launch.work.apart = plan.apart;
   launch.work.offer = arena_->offer();
   const CallShape& shape = plan.view.call;
-  const bool known = shape.capacity >= 0 || call.cached;
+  const bool known = shape.capacity >= 0 || call.cached || call.refused != Why::none;
   if (!known) {
     launch.placed = &placed();
     launch.ticket = ++ticket_;
@@ -214,6 +227,7 @@ Status DeviceBuffer::dispatch(const DeviceDispatchCall& call, const std::shared_
     require(kernels_.dispatch(launch, call.stream), "starting dispatch");
   }));
 
+  if (call.refused != Why::none) return settled(call.stream);
   int64_t rows = call.cached ? plan.num_rows : shape.capacity;
   if (!known) {
     if (const Status s = wait_placed(launch.ticket, call.stream); !s.ok()) return s;
@@ -236,11 +250,36 @@ Status DeviceBuffer::dispatch(const DeviceDispatchCall& call, const std::shared_
   return {};
 }
 
+// The end of a call that this rank refuses: what it says of itself is nothing new.
+Status DeviceBuffer::settled(void* stream) {
+  require(cudaStreamSynchronize(as_stream(stream)), "refusing a call");
+  const Status s = fault();
+  return is_final(s) ? s : Status{};
+}
+
+Status DeviceBuffer::refuse_combine(Why why, DevicePlan& plan, void* stream) {
+  const OnDevice on(device_);
+  if (const Status s = late_fault(); !s.ok()) return s;
+  CombineLaunch launch;
+  CombineArgs& a = launch.args;
+  a.b = view_;
+  a.plan = plan.view;
+  a.book = book_;
+  a.boards = plan.boards;
+  a.mine = {};
+  a.refused = why;
+  MOE_TRY(window_->start_together(stream, timeout_, [&] {
+    launch.call = begin(stream);
+    require(kernels_.combine(launch, stream), "refusing combine");
+  }));
+  return settled(stream);
+}
+
 Status DeviceBuffer::combine(const DeviceCombineCall& call, const std::shared_ptr<DevicePlan>& owned, const std::shared_ptr<DeviceBlock>& owned_output) {
   const DevicePlan& plan = *owned;
   const DeviceBlock& output = *owned_output;
   const OnDevice on(device_);
-  if (const Status s = fault(); !s.ok()) return s;
+  if (const Status s = late_fault(); !s.ok()) return s;
   const uint64_t rows = plan.num_rows;
   const OutputLayout l = output_layout(rows, view_.shape);
   // In the window already, or staged there once.

@@ -74,6 +74,8 @@ class DeviceBuffer {
   Status combine(const DeviceCombineCall& call, const std::shared_ptr<DevicePlan>& plan, const std::shared_ptr<DeviceBlock>& output);
   uint64_t captured_bytes() const { return captured_.bytes(); }
   void release_captured() { captured_.clear(); }
+  // In the place of a combine: this rank takes no part but to tell the others. (A dispatch says it in its call.) Waits for the stream.
+  Status refuse_combine(Why why, DevicePlan& plan, void* stream);
   // What kernels have reported so far. A final failure stays; others are forgotten once told.
   Status fault();
   Counters take_counters();             // waits for the device; and resets
@@ -87,6 +89,8 @@ class DeviceBuffer {
  private:
   Call begin(void* stream);
   Status wait_placed(uint64_t ticket, void* stream);
+  Status late_fault();
+  Status settled(void* stream);
   std::unique_ptr<DevicePlan> make_plan();
   Placed& placed() const { return *reinterpret_cast<Placed*>(pinned_->data()); }
   FaultRecord* records() const { return reinterpret_cast<FaultRecord*>(pinned_->data() + 64); }

@@ -77,6 +77,13 @@ Status DeviceDecode::fault() {
   return s;
 }
 
+Status DeviceDecode::late_fault() {
+  const Status s = fault();
+  if (s.code != Code::refused) return s;
+  if (broken_.ok()) window_->leave();
+  return broken_ = refused_late(s);
+}
+
 DecodeStage DeviceDecode::stage(uint64_t epoch, void* stream) const {
   const Turn& t = turns_[epoch & 1];
   return t.epoch == epoch && t.capture == capture_of(stream) ? t.stage : DecodeStage::idle;
@@ -129,7 +136,7 @@ Status DeviceDecode::launch(Turn& t, DecodeCombineWork work, void* stream) {
 
 Status DeviceDecode::dispatch(const DeviceDecodeDispatch& call) {
   const OnDevice on(device_);
-  MOE_TRY(fault());
+  MOE_TRY(late_fault());
   const uint64_t capture = capture_of(call.stream);
   for (Turn& t : turns_) {
     if (t.capture == capture) continue;
@@ -144,9 +151,9 @@ Status DeviceDecode::dispatch(const DeviceDecodeDispatch& call) {
   t.epoch = ++epoch_;
   t.capture = capture;
   t.view.bank = static_cast<int32_t>(epoch_ & 1);
-  t.view.tokens = call.tokens;
+  t.view.tokens = call.refused == Why::none ? call.tokens : 0;
   t.view.weighted = call.weighted;
-  t.view.mode = mode_of(static_cast<int>(call.quant), call.weighted);
+  t.view.mode = call.refused == Why::none ? mode_of(static_cast<int>(call.quant), call.weighted) : kRefusedMode;
   t.view.call.scales = call.quant;
   t.view.call.scales_by_column = call.scales_by_column;
   t.view.call.row_bytes = call.quant == ScaleKind::none ? view_.shape.combine_row_bytes() : view_.shape.hidden;
@@ -157,22 +164,45 @@ Status DeviceDecode::dispatch(const DeviceDecodeDispatch& call) {
   work.args.x = call.x;
   work.args.scales = call.scales;
   work.args.weights = call.weights;
+  work.args.refused = call.refused;
   work.receives = call.receive;
-  return launch(t, work, call.stream);
+  if (call.refused == Why::none) return launch(t, work, call.stream);
+  work.receives = true;
+  MOE_TRY(launch(t, work, call.stream));
+  t.stage = DecodeStage::done;
+  return settled(call.stream);
+}
+
+// The end of a call that this rank refuses.
+Status DeviceDecode::settled(void* stream) {
+  require(cudaStreamSynchronize(as_stream(stream)), "refusing a call");
+  const Status s = fault();
+  return is_final(s) ? s : Status{};
 }
 
 Status DeviceDecode::dispatch_receive(uint64_t epoch, void* stream) {
   const OnDevice on(device_);
-  MOE_TRY(fault());
+  MOE_TRY(late_fault());
   if (stage(epoch, stream) != DecodeStage::sent) return {};
   DecodeDispatchWork work;
   work.sends = false;
   return launch(turn(epoch), work, stream);
 }
 
+Status DeviceDecode::refuse_combine(uint64_t epoch, Why why, void* stream) {
+  const OnDevice on(device_);
+  MOE_TRY(late_fault());
+  if (stage(epoch, stream) == DecodeStage::sent) MOE_TRY(dispatch_receive(epoch, stream));
+  if (stage(epoch, stream) != DecodeStage::received) return {};
+  DecodeCombineWork work;
+  work.args.refused = why;
+  MOE_TRY(launch(turn(epoch), work, stream));
+  return settled(stream);
+}
+
 Status DeviceDecode::combine(const DeviceDecodeCombine& call) {
   const OnDevice on(device_);
-  MOE_TRY(fault());
+  MOE_TRY(late_fault());
   Turn& t = turn(call.epoch);
   t.combine_mode = mode_of(static_cast<int>(call.wire), t.view.weighted);
   t.wire = call.wire;
@@ -190,7 +220,7 @@ Status DeviceDecode::combine(const DeviceDecodeCombine& call) {
 
 Status DeviceDecode::combine_receive(uint64_t epoch, void* stream) {
   const OnDevice on(device_);
-  MOE_TRY(fault());
+  MOE_TRY(late_fault());
   if (stage(epoch, stream) != DecodeStage::answered) return {};
   DecodeCombineWork work;
   work.answers = false;

@@ -31,6 +31,8 @@ class DeviceDecode {
   Status dispatch_receive(uint64_t epoch, void* stream);      // nothing where it is received already
   Status combine(const DeviceDecodeCombine& call);            // the caller has looked at stage(): received
   Status combine_receive(uint64_t epoch, void* stream);
+  // In the place of a combine, as DeviceBuffer::refuse_combine; nothing where the epoch is not open for one.
+  Status refuse_combine(uint64_t epoch, Why why, void* stream);
   Status fault();                                             // a final failure stays; others are forgotten once told
 
   uint64_t epoch() const { return epoch_; }
@@ -59,6 +61,8 @@ class DeviceDecode {
   };
   Turn& turn(uint64_t epoch) { return turns_[epoch & 1]; }
   Call begin(void* stream);
+  Status late_fault();
+  Status settled(void* stream);
   Status launch(Turn& t, DecodeDispatchWork work, void* stream);
   Status launch(Turn& t, DecodeCombineWork work, void* stream);
   int squad(const Turn& t) const;

@@ -43,24 +43,29 @@ Status move_rows(G g, F f, const DispatchArgs& a, bool sends, Tables tables) {
 
 }  // namespace detail
 
+// A rank with bad picks refuses its part.
 template <Group G, class F>
 Status run_dispatch(G g, F f, const DispatchArgs& a, Offer offer) {
-  if (!a.cached) MOE_TRY(detail::plan_rows(g, f, a));
+  Status bad;
+  if (!a.cached && a.refused == Why::none) bad = detail::plan_rows(g, f, a);
+  const Why refused = bad.ok() ? a.refused : Why::picks;
   MOE_TRY(timed(g, f, RoleKind::announce, [&] {
-    announce(g, f, a);
+    announce(g, f, a, refused);
     return relay(g, f, a, offer);
   }));
-  return detail::move_rows(g, f, a, true, [] { return Status{}; });
+  const Status s = detail::move_rows(g, f, a, refused == Why::none, [] { return Status{}; });
+  return bad.ok() || is_final(s) ? s : bad;
 }
 
 // One exchange of a.asked and nothing else; picks(source) is good within use(picks), and until another exchange.
 template <Group G, class F, class Use>
-Status run_exchange(G g, F f, const DispatchArgs& a, Use use) {
-  announce(g, f, a, false);
+Status run_exchange(G g, F f, DispatchArgs a, Use use) {
+  a.alone = true;
+  announce(g, f, a, a.refused, false);
   MOE_TRY(relay(g, f, a, {}));
   MOE_TRY(await_counts(g, f, a));
   char* window = f.window(a.b.geometry.local(), 0);
-  if (const Verdict v = detail::agreement(a, window); v.code != 0) return {Code::mismatch, Phase::counts, v.rank};
+  if (const Verdict v = detail::agreement(a, window); v.code != 0) return status_of(v);
   use([&](int source) { return picks_of(a, window, source); });
   return {};
 }
@@ -71,7 +76,7 @@ Status run_exchange(G g, F f, const DispatchArgs& a, Use use) {
 template <Group G, class F, class Chooser, class Move>
 Status run_dispatch(G g, F f, DispatchArgs a, Offer offer, Chooser&& chooser, Move move) {
   MOE_TRY(timed(g, f, RoleKind::announce, [&] {
-    announce(g, f, a);
+    announce(g, f, a, Why::none);
     return relay(g, f, a, offer);
   }));
   MOE_TRY(timed(g, f, RoleKind::counts, [&] { return await_counts(g, f, a); }));
@@ -85,7 +90,7 @@ Status run_dispatch(G g, F f, DispatchArgs a, Offer offer, Chooser&& chooser, Mo
     MOE_TRY(detail::plan_rows(g, f, a));
     a.asked = nullptr;
     MOE_TRY(timed(g, f, RoleKind::announce, [&] {
-      announce(g, f, a, false);
+      announce(g, f, a, Why::none, false);
       return chooser.rows_follow ? Status{} : relay(g, f, a, offer);
     }));
   }

@@ -27,13 +27,9 @@ struct DecodeClock {
     int32_t bank;
   };
   uint64_t epoch;        // of the latest dispatch
+  uint64_t refused;      // the latest epoch whose dispatch a rank has refused, as far as this one knows
+  uint64_t unanswered;   // the latest epoch whose combine this rank has refused
   Turn turn[2];          // by parity
-};
-
-// Details of an `invalid` status beside those of plan.hpp.
-enum BadDecode : int32_t {
-  kOtherIds = 3,         // `expected` is the token, `got` the id
-  kOutOfTurn = 4,        // `expected` is the stage that the call needs, `got` the one that is
 };
 
 // All groups of the rank meet: what each did before is seen by all after. Status of a failed or late one.
@@ -109,18 +105,20 @@ MOE_HD inline int parts_of_source(const DecodeView& d, int groups) {
 }
 
 template <Group G, class F, class Meeting>
-MOE_HD Status send_seat(G g, F f, Meeting meeting, const DecodeDispatchWork& w, const DecodeSendArgs& a, int index, int groups) {
+MOE_HD Status send_seat(G g, F f, Meeting meeting, const DecodeDispatchWork& w, const DecodeSendArgs& a, int index, int groups, Status& bad, bool& refused) {
   const int size = a.d.geometry.size, tokens = a.turn.tokens, parts = tokens < 1 ? 1 : tokens < groups ? tokens : groups;
   const int begin = channel_begin(tokens, index, parts), end = channel_begin(tokens, index + 1, parts);
   if (index == 0) MOE_TRY(leader(g, [&] { return check_turns(*w.clock, a.turn.epoch, a.turn.bank); }));
-  if (index < parts) MOE_TRY(decode_list(g, a, begin, end, w.apart + int64_t{index} * size));
+  if (index < parts) bad = decode_list(g, a, begin, end, w.apart + int64_t{index} * size);
+  if (!bad.ok() && g.lane() == 0) w.clock->refused = a.turn.epoch;
   MOE_TRY(meeting.meet(g));   // nothing moves before every pick is found good
-  if (index < parts) {
+  refused = a.refused != Why::none || w.clock->refused == a.turn.epoch;
+  if (index < parts && !refused) {
     decode_shift_slots(g, a, begin, end, w.apart, index, parts);
     decode_send(g, f, a, begin, end);
   }
   MOE_TRY(meeting.meet(g));
-  decode_announce(g, f, a, index, groups);
+  decode_announce(g, f, a, !refused ? Why::none : a.refused != Why::none ? a.refused : Why::picks, index, groups);
   if (index == 0 && g.lane() == 0) {
     w.clock->epoch = a.turn.epoch;
     w.clock->turn[a.turn.parity()] = {w.ticket, DecodeStage::sent, a.turn.bank};
@@ -129,12 +127,12 @@ MOE_HD Status send_seat(G g, F f, Meeting meeting, const DecodeDispatchWork& w, 
   return {};
 }
 
-// A source that disagrees about the call is found by its parts; the others are still received (rule A).
+// A source that disagrees about the call, or refuses its part, is found by its parts; the others are still received (rule A).
 template <Group G, class F, class Meeting>
 MOE_HD Status receive_seat(G g, F f, Meeting meeting, const DecodeDispatchWork& w, const DecodeReceiveArgs& a, int index, int groups) {
   const DecodeView& d = a.d;
   const int per_rank = d.experts_per_rank(), parts = parts_of_source(d, groups), slices = d.geometry.size * parts;
-  Status mismatch;
+  Status found;
   for (int i = index; i < slices; i += groups) {
     int32_t* counts = w.apart + int64_t{i} * per_rank;
     for (int e = g.lane(); e < per_rank; e += g.size()) counts[e] = 0;
@@ -142,19 +140,21 @@ MOE_HD Status receive_seat(G g, F f, Meeting meeting, const DecodeDispatchWork& 
     int got = 0;
     const int source = i / parts, part = i % parts;
     const Status s = decode_accept(g, f, a, source, got, part);
-    if (s.code == Code::mismatch) mismatch = s;
+    if (keeps_step(s)) keep_finding(found, s);
     else MOE_TRY(s);
     if (s.ok()) decode_number(g, f, a, source, channel_begin(got, part, parts), channel_begin(got, part + 1, parts), counts);
   }
+  if (found.code == Code::refused && g.lane() == 0) w.clock->refused = a.turn.epoch;
   MOE_TRY(meeting.meet(g));
-  set_stage(g, index, w.clock, a.turn.epoch, DecodeStage::received);
-  for (int i = index; i < slices && mismatch.ok(); i += groups) {
+  const bool refused = a.turn.refused() || w.clock->refused == a.turn.epoch;   // nobody answers it then
+  set_stage(g, index, w.clock, a.turn.epoch, refused ? DecodeStage::done : DecodeStage::received);
+  for (int i = index; i < slices && found.ok() && !refused; i += groups) {
     const int source = i / parts, part = i % parts, got = a.turn.got[source];
     const int begin = channel_begin(got, part, parts), end = channel_begin(got, part + 1, parts);
     decode_shift_places(g, f, a, source, begin, end, w.apart, i, slices);
     MOE_TRY(decode_pack(g, f, a, source, begin, end));
   }
-  return mismatch;
+  return found;
 }
 
 // The ids are those of the dispatch; keeps the weights for the sums.
@@ -186,21 +186,23 @@ MOE_HD void stage_rows(G g, F f, const DecodeCombineWork& w, const DecodeTurn& t
 }
 
 template <Group G, class F, class Meeting>
-MOE_HD Status answer_seat(G g, F f, Meeting meeting, const DecodeCombineWork& w, const DecodeCombineArgs& a, int index, int groups) {
+MOE_HD Status answer_seat(G g, F f, Meeting meeting, const DecodeCombineWork& w, DecodeCombineArgs& a, int index, int groups, Status& bad) {
   const DecodeView& d = a.d;
   const int size = d.geometry.size, parts = parts_of_source(d, groups);
   MOE_TRY(expect_stage(g, index, w.clock, a.turn.epoch, DecodeStage::received));
-  MOE_TRY(take_weights(g, w, a.turn, d.shape.top_k, index, groups));
+  if (a.refused == Why::none) bad = take_weights(g, w, a.turn, d.shape.top_k, index, groups);
+  if (!bad.ok() && g.lane() == 0) w.clock->unanswered = a.turn.epoch;
   if (w.staged) {
     stage_rows(g, f, w, a.turn, index, groups);
     MOE_TRY(meeting.meet(g));
   }
-  if (a.turn.weighted || d.geometry.nodes() > 1)
+  if (a.refused == Why::none && (a.turn.weighted || d.geometry.nodes() > 1))
     for (int i = index; i < size * parts; i += groups) {
       const int source = (d.geometry.rank + 1 + i / parts) % size, got = a.turn.got[source];
       decode_answer(g, f, a, source, channel_begin(got, i % parts, parts), channel_begin(got, i % parts + 1, parts));
     }
   MOE_TRY(meeting.meet(g));   // answers count from their flag on: ids that are wrong are found before
+  if (w.clock->unanswered == a.turn.epoch && a.refused == Why::none) a.refused = Why::picks;
   for (int step = 1 + index; step <= size; step += groups) decode_reply(g, f, a, (d.geometry.rank + step) % size);
   set_stage(g, index, w.clock, a.turn.epoch, DecodeStage::answered);
   if (g.lane() == 0 && index == 0) ++f.counters().calls;
@@ -212,8 +214,8 @@ MOE_HD Status sum_seat(G g, F f, const DecodeCombineWork& w, const DecodeCombine
   const int tokens = a.turn.tokens, begin = channel_begin(tokens, index, groups), end = channel_begin(tokens, index + 1, groups);
   MOE_TRY(expect_stage(g, index, w.clock, a.turn.epoch, DecodeStage::answered));
   Status s = decode_wait_answers(g, f, a, begin, end);
-  if (s.ok()) s = decode_sum(g, f, a, begin, end);
-  if (s.ok() || s.code == Code::mismatch) set_stage(g, index, w.clock, a.turn.epoch, DecodeStage::done);
+  if (s.ok() && a.refused == Why::none) s = decode_sum(g, f, a, begin, end);
+  if (s.ok() || keeps_step(s)) set_stage(g, index, w.clock, a.turn.epoch, DecodeStage::done);
   return s;
 }
 
@@ -225,15 +227,19 @@ MOE_HD Status decode_dispatch_seat(G g, F f, Meeting meeting, const DecodeDispat
   DecodeTurn turn = w.args.turn;
   turn.epoch = w.clock->epoch + (w.sends ? 1 : 0);
   place_decode_turn(w.args.d, w.tables + turn.parity() * w.table_bytes, turn);
+  Status bad;
+  bool refused = false;
   if (w.sends) {
     DecodeSendArgs a = w.args;
     a.turn = turn;
-    MOE_TRY(detail::send_seat(g, f, meeting, w, a, index, groups));
+    MOE_TRY(detail::send_seat(g, f, meeting, w, a, index, groups, bad, refused));
+    if (refused) turn.mode = kRefusedMode;
   } else {
     MOE_TRY(detail::expect_stage(g, index, w.clock, turn.epoch, DecodeStage::sent));
   }
-  if (!w.receives) return {};
-  return detail::receive_seat(g, f, meeting, w, DecodeReceiveArgs{w.args.d, turn}, index, groups);
+  if (!w.receives && !refused) return {};   // a rank that refuses its part does so to the end: a hook would not come
+  const Status s = detail::receive_seat(g, f, meeting, w, DecodeReceiveArgs{w.args.d, turn}, index, groups);
+  return bad.ok() || is_final(s) ? s : bad;
 }
 
 template <Group G, class F, class Meeting>
@@ -244,9 +250,11 @@ MOE_HD Status decode_combine_seat(G g, F f, Meeting meeting, const DecodeCombine
   a.turn.epoch = w.clock->turn[latest & 1].ticket == w.ticket ? latest : latest - 1;
   if (w.clock->turn[a.turn.epoch & 1].ticket != w.ticket || a.turn.epoch == 0) return detail::out_of_turn(DecodeStage::received, DecodeStage::idle);
   place_decode_turn(a.d, w.tables + a.turn.parity() * w.table_bytes, a.turn);
-  if (w.answers) MOE_TRY(detail::answer_seat(g, f, meeting, w, a, index, groups));
-  if (!w.sums) return {};
-  return detail::sum_seat(g, f, w, a, index, groups);
+  Status bad;
+  if (w.answers) MOE_TRY(detail::answer_seat(g, f, meeting, w, a, index, groups, bad));
+  if (!w.sums && a.refused == Why::none) return {};
+  const Status s = detail::sum_seat(g, f, w, a, index, groups);
+  return bad.ok() || is_final(s) ? s : bad;
 }
 
 }  // namespace moecomm

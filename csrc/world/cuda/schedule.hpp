@@ -13,6 +13,9 @@
 //
 //   coordinator  publish -> [published];  workers: reduce, sum -> [reduced];  coordinator finish
 //
+// A worker that meets a bad pick arrives at [refused] before it arrives at [numbered]: the rank refuses its part then, and goes on
+// as one without tokens.
+//
 // Nobody waits for a gate that needs a seat which waits for another rank's same gate, except through the protocol's
 // own waits: the order above is the cpu world's order of roles, with independent ones side by side.
 #pragma once
@@ -22,15 +25,17 @@
 
 namespace moecomm {
 
-enum class Gate : int { numbered, totals, shifted, entered, placed, forwarded, published, reduced, count };
+enum class Gate : int { numbered, totals, shifted, entered, placed, forwarded, published, reduced, refused, count };
 
 // Arrivals of a whole call; the gates are 0 when it begins.
 //   arrive(g, gate)         all lanes; what the group did comes before
 //   wait(g, gate, groups)   all lanes; Status of a failed or late rank
+//   open(g, gate)           all lanes: whether a group has come there; of one that comes before what the caller has waited for
 template <class Gates, class G>
 concept CallGates = requires(Gates gates, G g, Gate gate) {
   gates.arrive(g, gate);
   { gates.wait(g, gate, 0) } -> std::same_as<Status>;
+  { gates.open(g, gate) } -> std::same_as<bool>;
 };
 
 struct Seat {
@@ -49,13 +54,16 @@ struct DispatchWork {
 
 namespace detail {
 
+MOE_HD inline bool makes_plan(const DispatchArgs& a) { return !a.cached && a.refused == Why::none; }
+
 template <Group G, class F, class Gates, class Placed>
 MOE_HD Status coordinate_dispatch(G g, F f, Gates gates, const DispatchWork& w, Seat seat, Placed placed) {
   const DispatchArgs& a = w.args;
-  if (!a.cached) MOE_TRY(gates.wait(g, Gate::totals, seat.workers));
-  announce(g, f, a);
+  const bool plans = makes_plan(a);
+  if (plans) MOE_TRY(gates.wait(g, Gate::totals, seat.workers));
+  announce(g, f, a, plans && gates.open(g, Gate::refused) ? Why::picks : a.refused);
   MOE_TRY(relay(g, f, a, w.offer));
-  if (!a.cached) MOE_TRY(gates.wait(g, Gate::shifted, seat.workers));
+  if (plans) MOE_TRY(gates.wait(g, Gate::shifted, seat.workers));
   gates.arrive(g, Gate::entered);
   MOE_TRY(place(g, f, a));
   placed();
@@ -65,21 +73,24 @@ MOE_HD Status coordinate_dispatch(G g, F f, Gates gates, const DispatchWork& w, 
   return announce_arrival(g, f, a);
 }
 
+// `bad`: this worker's own bad pick.
 template <Group G, class Gates>
-MOE_HD Status make_plan(G g, Gates gates, const DispatchWork& w, Seat seat) {
+MOE_HD Status make_plan(G g, Gates gates, const DispatchWork& w, Seat seat, Status& bad) {
   const DispatchArgs& a = w.args;
   const int channels = a.b.shape.channels;
-  for (int c = seat.index; c < channels; c += seat.workers) {
-    MOE_TRY(sort_picks(g, a, channel_begin(a.plan.tokens, c, channels), channel_begin(a.plan.tokens, c + 1, channels)));
+  for (int c = seat.index; c < channels && bad.ok(); c += seat.workers) {
+    bad = sort_picks(g, a, channel_begin(a.plan.tokens, c, channels), channel_begin(a.plan.tokens, c + 1, channels));
     g.sync();
-    number_apart(g, a, c, w.apart);
+    if (bad.ok()) number_apart(g, a, c, w.apart);
   }
+  if (!bad.ok()) gates.arrive(g, Gate::refused);
   gates.arrive(g, Gate::numbered);
   MOE_TRY(gates.wait(g, Gate::numbered, seat.workers));
-  sum_channels(g, a, w.apart, seat.index, seat.workers);
+  const bool refused = gates.open(g, Gate::refused);
+  if (!refused) sum_channels(g, a, w.apart, seat.index, seat.workers);
   gates.arrive(g, Gate::totals);
   MOE_TRY(gates.wait(g, Gate::totals, seat.workers));
-  for (int c = seat.index; c < channels; c += seat.workers) shift_channel(g, a, c, w.apart);
+  for (int c = seat.index; c < channels && !refused; c += seat.workers) shift_channel(g, a, c, w.apart);
   gates.arrive(g, Gate::shifted);
   return {};
 }
@@ -91,13 +102,16 @@ template <Group G, class F, class Gates, class Placed>
 MOE_HD Status dispatch_seat(G g, F f, Gates gates, const DispatchWork& w, Seat seat, Placed placed) {
   const DispatchArgs& a = w.args;
   const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
+  const bool plans = detail::makes_plan(a);
+  Status bad;
   if (seat.coordinates()) {
     MOE_TRY(detail::coordinate_dispatch(g, f, gates, w, seat, placed));
   } else {
-    if (!a.cached) MOE_TRY(detail::make_plan(g, gates, w, seat));
+    if (plans) MOE_TRY(detail::make_plan(g, gates, w, seat, bad));
     if (seat.index < seat.senders) {
       MOE_TRY(gates.wait(g, Gate::entered, 1));
-      for (int c = seat.index; c < channels; c += seat.senders) send(g, f, a, c);
+      const bool sends = a.refused == Why::none && !(plans && gates.open(g, Gate::refused));
+      for (int c = seat.index; c < channels && sends; c += seat.senders) send(g, f, a, c);
       MOE_TRY(gates.wait(g, Gate::placed, 1));
       for (int c = seat.index; c < channels; c += seat.senders) MOE_TRY(forward(g, f, a, own, c));
     }
@@ -110,7 +124,9 @@ MOE_HD Status dispatch_seat(G g, F f, Gates gates, const DispatchWork& w, Seat s
     }
     gates.arrive(g, Gate::forwarded);
   }
-  return arrive(g, f, a, seat.index, seat.workers + 1);
+  const Status s = arrive(g, f, a, seat.index, seat.workers + 1);
+  if (!plans || s.ok() || is_final(s) || !gates.open(g, Gate::refused)) return s;
+  return bad;   // of the worker that has found it: what the call says of this rank is less than that
 }
 
 template <Group G, class F, class Gates>

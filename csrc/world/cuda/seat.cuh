@@ -28,6 +28,11 @@ struct DeviceGates {
   __device__ Status wait(G g, Gate gate, int groups) const {
     return leader(g, [&] { return reach(counts + static_cast<int>(gate), groups, static_cast<int32_t>(gate)); });
   }
+  template <class G>
+  __device__ bool open(G g, Gate gate) const {
+    const uint64_t groups = g.lane() == 0 ? ptx::load_acquire_gpu(counts + static_cast<int>(gate)) : 0;
+    return g.broadcast(static_cast<int>(groups), 0) > 0;
+  }
 
  protected:
   // One lane: until `count` is that far.

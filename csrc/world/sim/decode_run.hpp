@@ -25,7 +25,7 @@ Status sim_decode_send(SimNet& net, F f, const DecodeSendArgs& a, int workers) {
       return Status{};
     });
   MOE_TRY(crew.join());
-  return sim_part(net, "decode announce", [&] { decode_announce(g, f, a); return Status{}; });
+  return sim_part(net, "decode announce", [&] { decode_announce(g, f, a, a.refused); return Status{}; });
 }
 
 // Headers lie with those who sent them, all over the caches: they are fetched while earlier ones are read.
@@ -48,12 +48,12 @@ Status sim_decode_receive(SimNet& net, F f, const DecodeReceiveArgs& a, int work
   if (workers == 0) return run_decode_receive(g, f, a);
   Crew crew(net, a.d.geometry.rank);
   Milestone accepted(net);
-  Status mismatch, failed;
+  Status found, failed;
   for (int w = 0; w < workers; ++w)
     crew.start("decode pack", w, [&, w] {
       for (int source = w; source < size; source += workers) {
         accepted.wait(source + 1);
-        if (mismatch.ok() && failed.ok()) MOE_TRY(decode_pack(g, f, a, source, 0, a.turn.got[source]));
+        if (found.ok() && failed.ok()) MOE_TRY(decode_pack(g, f, a, source, 0, a.turn.got[source]));
       }
       return Status{};
     });
@@ -65,7 +65,7 @@ Status sim_decode_receive(SimNet& net, F f, const DecodeReceiveArgs& a, int work
       int got = 0;
       const Status s = failed.ok() ? decode_accept(g, f, a, source, got) : failed;
       if (s.ok()) decode_number(g, f, a, source, 0, got, counts);
-      if (s.code == Code::mismatch) mismatch = s;
+      if (keeps_step(s)) detail::keep_finding(found, s);
       else if (!s.ok()) failed = s;
       accepted.open(source + 1);
     }
@@ -74,7 +74,7 @@ Status sim_decode_receive(SimNet& net, F f, const DecodeReceiveArgs& a, int work
   const Status packed = crew.join();
   MOE_TRY(failed);
   MOE_TRY(packed);
-  return mismatch;
+  return found;
 }
 
 template <class F>
@@ -88,7 +88,7 @@ Status sim_decode_combine_send(SimNet& net, F f, const DecodeCombineArgs& a, int
     crew.start("decode answer", w, [&, w] {
       for (int step = 1 + w; step <= size; step += workers) {
         const int source = (a.d.geometry.rank + step) % size;
-        decode_answer(g, f, a, source, 0, a.turn.got[source]);
+        if (a.refused == Why::none) decode_answer(g, f, a, source, 0, a.turn.got[source]);
         decode_reply(g, f, a, source);
       }
       return Status{};
@@ -101,6 +101,7 @@ Status sim_decode_combine_receive(SimNet& net, F f, const DecodeCombineArgs& a, 
   constexpr Lane g;
   if (workers == 0) return run_decode_combine_receive(g, f, a);
   MOE_TRY(sim_part(net, "decode wait", [&] { return decode_wait_answers(g, f, a); }));
+  if (a.refused != Why::none) return {};
   Crew crew(net, a.d.geometry.rank);
   for (int w = 0; w < workers; ++w)
     crew.start("decode sum", w, [&, w] {

@@ -86,19 +86,22 @@ template <class F>
 Status sim_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer) {
   constexpr Lane g;
   net.spend(net.hardware().launch);
-  if (!a.cached) {
-    MOE_TRY(sim_part(net, "plan", [&] {
+  Status bad;
+  if (!a.cached && a.refused == Why::none) {
+    bad = sim_part(net, "plan", [&] {
       net.spend(net.hardware().plan_token * a.plan.tokens);
       MOE_TRY(sort_picks(g, a, 0, a.plan.tokens));
       count_picks(g, a);
       return Status{};
-    }));
+    });
   }
+  const Why refused = bad.ok() ? a.refused : Why::picks;
   MOE_TRY(sim_part(net, "announce", [&] {
-    announce(g, f, a);
+    announce(g, f, a, refused);
     return relay(g, f, a, offer);
   }));
-  return detail::sim_move_rows(net, f, a, true, [] { return Status{}; });
+  const Status s = detail::sim_move_rows(net, f, a, refused == Why::none, [] { return Status{}; });
+  return bad.ok() || is_final(s) ? s : bad;
 }
 
 template <class F, class Chooser>

@@ -34,6 +34,8 @@ struct SimGates {
     net->role().comes_after(s.stores, s.puts);
     return {};
   }
+  template <class G>
+  bool open(G, Gate gate) const { return (*states)[static_cast<int>(gate)]->count > 0; }
 };
 
 // run(gates, seat) on workers + 1 seats.
