@@ -33,7 +33,7 @@ struct Heap {
 
 struct RankState {
   RankState(const Geometry& g, const Shape& s, bool check)
-      : view(make_view(g, s, check)), window(view.node.bytes), region(view.rail.bytes), arena(view.node.arena, view.node.arena + s.arena_bytes),
+      : view(make_view(g, s, check)), window(view.node.bytes), region(view.rail.bytes), arena(view.node.arena, view.node.arena + s.arena_bytes, dispatch_bound(g, s)),
         counts(2 * g.nodes() * s.channels) {
     host.geometry = g;
     host.window_faults = view.node.faults;
