@@ -25,7 +25,7 @@ class Migrating(Pending):
 
     def __init__(self, migration):
         self.version, self._migration = migration.placement.version, migration
-        super().__init__(migration.comm._submit, migration.run, migration)
+        super().__init__(migration.comm, migration.run, migration)
 
     @property
     def layers_done(self):
