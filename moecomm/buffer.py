@@ -239,7 +239,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
                 return out
         self._require_open(op)
         call = self._dispatch, x, topk_ids, topk_weights, layout, expert_alignment, quant, scale_layout, handle, capacity, async_op, check, layer
-        return call[0](*call[1:]) if is_dynamo_compiling() else take_part(self, op, handle, capacity, *call)
+        return call[0](*call[1:]) if is_dynamo_compiling() else take_part(self, op, handle, *call)
 
     def _dispatch(self, x, topk_ids, topk_weights, layout, expert_alignment, quant, scale_layout, handle, capacity, async_op, check, layer):
         op, expert_alignment, capacity = "dispatch", as_int(expert_alignment), as_int(capacity)
@@ -360,7 +360,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
                 return y
         self._require_open(op)
         call = self._combine, rows, handle, topk_weights, bias, wire, async_op, check, out
-        return call[0](*call[1:]) if is_dynamo_compiling() else take_part(self, op, handle, None, *call)
+        return call[0](*call[1:]) if is_dynamo_compiling() else take_part(self, op, handle, *call)
 
     def _combine(self, rows, handle, topk_weights, bias, wire, async_op, check, out):
         op = "combine"

@@ -290,17 +290,9 @@ class NativeBuffer:
         return self.enqueue("dispatch", self._buffer.dispatch, x, scales, ids, ids_are_int32, weights, tokens, by_rank, alignment, capacity, row_bytes,
                              scale_bytes, plan, scale_kind, scales_by_column)
 
-    def refuse(self, verb, unwaited, why):
-        """Take this rank's part in a call that it refuses: None, or the Failure with which not all ranks could be told. unwaited: no host
-        waits for the call, so ranks go on before they learn of it, and that is the communicator's end."""
-        failure = self.enqueue(verb, self._buffer.refuse, verb, why)
-        if failure is None and unwaited:
-            self.end_of_step()
-        return failure
-
-    def end_of_step(self):
-        """This rank has refused a call that other hosts do not wait for: no later one can be in step with theirs."""
-        self._comm._native.note(native().Failure("out_of_step", "none", self._bounds[1], 0xef, 0, 0, -1))
+    def refuse(self, verb, _, why):
+        """Take this rank's part in a call that it refuses: None, or the Failure with which not all ranks could be told."""
+        return self.enqueue(verb, self._buffer.refuse, verb, why)
 
     def combine(self, rows, weights, y, bias, bias_stride, plan, output, back=0, slots=0, wire=0):
         """As the cpu world's."""

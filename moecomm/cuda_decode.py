@@ -107,11 +107,8 @@ class NativeDecode:
         return self._native.epoch
 
     def refuse(self, verb, epoch, why):
-        """As NativeBuffer.refuse, of a combine."""
-        failure = self._buffer.enqueue(verb, self._native.refuse, verb, epoch, why)
-        if failure is None:
-            self._buffer.end_of_step()
-        return failure
+        """As NativeBuffer.refuse."""
+        return self._buffer.enqueue(verb, self._native.refuse, verb, epoch, why)
 
     def stage(self, epoch):
         """0 its places are used by a later epoch, 1 sent, 2 received, 3 answered, 4 done."""

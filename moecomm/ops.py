@@ -101,7 +101,7 @@ def wanted(*tensors):
 
 def _dispatch(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignment, capacity, layer=0):
     b = _open_buffer("dispatch", buffer)
-    with Part(b, "dispatch", capacity=capacity):
+    with Part(b, "dispatch"):
         _require_plain(b, "dispatch", x=x, topk_ids=topk_ids, topk_weights=topk_weights, scales=scales)
         b._check_dispatch(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity)
         out = b._dispatch_natively(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, layer=layer)

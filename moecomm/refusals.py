@@ -25,11 +25,10 @@ _here = threading.local()   # .part: the innermost call that this thread is in
 class Part:
     """This rank's part in one collective call, as a context: an exception before the native call is told to the peers."""
 
-    __slots__ = ("buffer", "verb", "handle", "sized", "made", "chosen", "outer")
+    __slots__ = ("buffer", "verb", "handle", "made", "chosen", "outer")
 
-    def __init__(self, buffer, verb, handle=None, capacity=None):
+    def __init__(self, buffer, verb, handle=None):
         self.buffer, self.verb, self.handle, self.made, self.chosen = buffer, verb, handle, False, False
-        self.sized = handle is not None or capacity is not None   # the result's size is known: no host of a GPU waits for the call
 
     def __enter__(self):
         self.outer = getattr(_here, "part", None)
@@ -43,21 +42,21 @@ class Part:
         return False
 
     def native(self):
-        """(the native object, verb, and the epoch of a decode step or whether no host waits) of the call that peers are in."""
+        """(the native object, verb, epoch of a decode step) of the call that peers are in."""
         b = self.buffer
         choosing = b._replicas is not None and b._replicas.logical_experts > 0 and not self.chosen
         if choosing and (self.verb == "decode_dispatch" or (self.verb == "dispatch" and b._beside is not None and self.handle is None)):
             return b._chooser, "choose", 0
         if not self.verb.startswith("decode"):
-            return b._native, self.verb, int(self.sized or self.verb == "combine")
+            return b._native, self.verb, 0
         decode = b._decode.native
         epoch = self.handle.epoch if getattr(self.handle, "decode", None) is decode else decode.epoch
         return decode, self.verb, epoch
 
 
-def take_part(buffer, verb, handle, capacity, call, *args):
+def take_part(buffer, verb, handle, call, *args):
     """call(*args) as this rank's Part in a collective call."""
-    with Part(buffer, verb, handle, capacity):
+    with Part(buffer, verb, handle):
         return call(*args)
 
 
@@ -86,9 +85,9 @@ def _tell(part, error):
     made(buffer)   # calls around this one do not tell it again
     try:
         comm._settle()   # in order with the asynchronous calls before it
-        native, verb, more = part.native()
+        native, verb, epoch = part.native()
         why = _ARGUMENTS if isinstance(error, InvalidArgument) else _ERROR
-        failure = core.refuse(native, verb, why) if isinstance(native, core.Buffer) else native.refuse(verb, more, why)
+        failure = core.refuse(native, verb, why) if isinstance(native, core.Buffer) else native.refuse(verb, epoch, why)
     except Exception as other:   # the first error says what is wrong
         error.add_note(f"The other ranks could not be told: {other}")
         return

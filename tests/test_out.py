@@ -62,19 +62,30 @@ def test_decode_combine(either_world):  # noqa: F811
     def body(comm):
         x, ids, weights = inputs(comm.rank)
         buf = moecomm.Buffer(comm, **SHAPE, decode=True)
-        out = buf.dispatch(x, ids, weights)
-        received, _ = buf.decode_dispatch(x, ids, quant=None, return_hook=False)
-        handle, rows = received.handle, received.x.clone()
-        handle.rows.copy_(rows)
-        for given in (rows, handle.rows):
+        out = buf.dispatch(x, ids)
+
+        def step():
+            """A step whose experts hand back what they got; a refused combine ends it."""
+            received, _ = buf.decode_dispatch(x, ids, quant=None, return_hook=False)
+            rows = received.x.clone()
+            received.handle.rows.copy_(rows)
+            return received, received.handle, rows
+
+        places = (lambda recv: recv.handle.rows[0, :T], lambda recv: recv.handle.rows[1, -T:], lambda recv: recv.x[0, :T], lambda _: out.x[:T],
+                  lambda _: out.handle.rows[:T])
+        for apart in (True, False):
             for more in ({}, {"wire": "fp8"}):
-                for where in (handle.rows[0, :T], handle.rows[1, -T:], received.x[0, :T], out.x[:T], out.handle.rows[:T]):
-                    refused("out lies in a window|out shares memory with rows",
-                            lambda: buf.decode_combine(given, ids, weights, handle, out=where, **more))   # noqa: B023
+                for place in places:
+                    received, handle, rows = step()
+                    refused("out lies in a window|out shares memory with rows", lambda: buf.decode_combine(
+                        rows if apart else handle.rows, ids, weights, handle, out=place(received), **more))   # noqa: B023
         aliased = torch.zeros(T, H)
         aliased.view(-1)[:T * K] = weights.view(-1)
+        _, handle, rows = step()
         refused("out shares memory with topk_weights", lambda: buf.decode_combine(handle.rows, ids, aliased.view(-1)[:T * K].view(T, K), handle, out=aliased))
+        _, handle, rows = step()
         refused("topk_ids|topk_weights", lambda: buf.decode_combine(rows, ids, handle.rows.view(-1)[:T * K].view(T, K), handle))
+        _, handle, _ = step()
         y, _ = buf.decode_combine(handle.rows, ids, weights, handle, out=torch.empty(T, H), return_hook=False)
         torch.testing.assert_close(y, x * weights.sum(1, keepdim=True))
         comm.barrier()

@@ -154,13 +154,21 @@ Status DeviceBuffer::fault() {
   return s;
 }
 
-// Of calls for which no host has waited: a refusal that is found so late, or a mismatch of combines, leaves the ranks out of step.
-Status DeviceBuffer::late_fault() {
-  Status s = fault();
-  if (s.code == Code::refused) s = refused_late(s);
-  else if (!ends_late(s)) return s;
-  if (broken_.ok()) window_->leave();
-  return broken_ = s;
+// Of calls for which no host has waited: a refusal that is found so late, or a mismatch of combines, leaves the ranks out of step. Those
+// that have gone on are told, since they may wait for this one.
+Status DeviceBuffer::late_fault(void* stream) {
+  const Status s = fault();
+  const bool refused = s.code == Code::refused;
+  if (!refused && !ends_late(s)) return s;
+  window_->leave();
+  broken_ = refused ? refused_late(s) : s;
+  const Geometry& g = view_.geometry;
+  for (int r = 0; r < g.size && refused; ++r) {
+    if (r == g.rank || (r / g.ranks_per_node != g.node() && r % g.ranks_per_node != g.local())) continue;
+    const bool near = r / g.ranks_per_node == g.node();
+    window_->tell(r, near ? view_.node.faults + 8 * g.local() : view_.node.bytes + view_.rail.faults + 8 * g.node(), pack_fault(broken_, g.rank), stream);
+  }
+  return broken_;
 }
 
 Status DeviceBuffer::wait_placed(uint64_t ticket, void* stream) {
@@ -183,7 +191,7 @@ Status DeviceBuffer::dispatch(const DeviceDispatchCall& call, const std::shared_
                               std::shared_ptr<DeviceBlock>& output) {
   DevicePlan& plan = *owned;
   const OnDevice on(device_);
-  if (const Status s = late_fault(); !s.ok()) return s;
+  if (const Status s = late_fault(call.stream); !s.ok()) return s;
   if (call.refused != Why::none) {
     plan.view.tokens = 0;
     plan.view.call = {};
@@ -259,7 +267,7 @@ Status DeviceBuffer::settled(void* stream) {
 
 Status DeviceBuffer::refuse_combine(Why why, DevicePlan& plan, void* stream) {
   const OnDevice on(device_);
-  if (const Status s = late_fault(); !s.ok()) return s;
+  if (const Status s = late_fault(stream); !s.ok()) return s;
   CombineLaunch launch;
   CombineArgs& a = launch.args;
   a.b = view_;
@@ -279,7 +287,7 @@ Status DeviceBuffer::combine(const DeviceCombineCall& call, const std::shared_pt
   const DevicePlan& plan = *owned;
   const DeviceBlock& output = *owned_output;
   const OnDevice on(device_);
-  if (const Status s = late_fault(); !s.ok()) return s;
+  if (const Status s = late_fault(call.stream); !s.ok()) return s;
   const uint64_t rows = plan.num_rows;
   const OutputLayout l = output_layout(rows, view_.shape);
   // In the window already, or staged there once.

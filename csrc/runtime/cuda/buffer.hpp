@@ -89,7 +89,7 @@ class DeviceBuffer {
  private:
   Call begin(void* stream);
   Status wait_placed(uint64_t ticket, void* stream);
-  Status late_fault();
+  Status late_fault(void* stream);
   Status settled(void* stream);
   std::unique_ptr<DevicePlan> make_plan();
   Placed& placed() const { return *reinterpret_cast<Placed*>(pinned_->data()); }

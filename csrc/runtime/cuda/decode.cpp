@@ -77,11 +77,17 @@ Status DeviceDecode::fault() {
   return s;
 }
 
-Status DeviceDecode::late_fault() {
-  const Status s = fault();
+// As DeviceBuffer::late_fault.
+Status DeviceDecode::late_fault(void* stream) {
+  Status s = fault();
   if (s.code != Code::refused) return s;
-  if (broken_.ok()) window_->leave();
-  return broken_ = refused_late(s);
+  s = refused_late(s);
+  const Geometry& g = view_.geometry;
+  for (int r = 0; r < g.size; ++r)
+    if (r != g.rank)
+      window_->tell(r, view_.near(r) ? view_.window.faults + 8 * g.local() : view_.window.bytes + view_.region.faults + 8 * g.rank, pack_fault(s, g.rank), stream);
+  window_->leave();
+  return broken_ = s;
 }
 
 DecodeStage DeviceDecode::stage(uint64_t epoch, void* stream) const {
@@ -136,7 +142,7 @@ Status DeviceDecode::launch(Turn& t, DecodeCombineWork work, void* stream) {
 
 Status DeviceDecode::dispatch(const DeviceDecodeDispatch& call) {
   const OnDevice on(device_);
-  MOE_TRY(late_fault());
+  MOE_TRY(late_fault(call.stream));
   const uint64_t capture = capture_of(call.stream);
   for (Turn& t : turns_) {
     if (t.capture == capture) continue;
@@ -182,7 +188,7 @@ Status DeviceDecode::settled(void* stream) {
 
 Status DeviceDecode::dispatch_receive(uint64_t epoch, void* stream) {
   const OnDevice on(device_);
-  MOE_TRY(late_fault());
+  MOE_TRY(late_fault(stream));
   if (stage(epoch, stream) != DecodeStage::sent) return {};
   DecodeDispatchWork work;
   work.sends = false;
@@ -191,7 +197,7 @@ Status DeviceDecode::dispatch_receive(uint64_t epoch, void* stream) {
 
 Status DeviceDecode::refuse_combine(uint64_t epoch, Why why, void* stream) {
   const OnDevice on(device_);
-  MOE_TRY(late_fault());
+  MOE_TRY(late_fault(stream));
   if (stage(epoch, stream) == DecodeStage::sent) MOE_TRY(dispatch_receive(epoch, stream));
   if (stage(epoch, stream) != DecodeStage::received) return {};
   DecodeCombineWork work;
@@ -202,7 +208,7 @@ Status DeviceDecode::refuse_combine(uint64_t epoch, Why why, void* stream) {
 
 Status DeviceDecode::combine(const DeviceDecodeCombine& call) {
   const OnDevice on(device_);
-  MOE_TRY(late_fault());
+  MOE_TRY(late_fault(call.stream));
   Turn& t = turn(call.epoch);
   t.combine_mode = mode_of(static_cast<int>(call.wire), t.view.weighted);
   t.wire = call.wire;
@@ -220,7 +226,7 @@ Status DeviceDecode::combine(const DeviceDecodeCombine& call) {
 
 Status DeviceDecode::combine_receive(uint64_t epoch, void* stream) {
   const OnDevice on(device_);
-  MOE_TRY(late_fault());
+  MOE_TRY(late_fault(stream));
   if (stage(epoch, stream) != DecodeStage::answered) return {};
   DecodeCombineWork work;
   work.answers = false;

@@ -61,7 +61,7 @@ class DeviceDecode {
   };
   Turn& turn(uint64_t epoch) { return turns_[epoch & 1]; }
   Call begin(void* stream);
-  Status late_fault();
+  Status late_fault(void* stream);
   Status settled(void* stream);
   Status launch(Turn& t, DecodeDispatchWork work, void* stream);
   Status launch(Turn& t, DecodeCombineWork work, void* stream);

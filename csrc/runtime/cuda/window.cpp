@@ -10,6 +10,12 @@
 
 namespace moecomm::cuda {
 
+void DeviceWindow::tell(int rank, uint64_t offset, FaultWord word, void* stream) {
+  char* there = at(rank);
+  if (there && !capture_of(stream))
+    require(cudaMemcpyAsync(there + offset, &word, sizeof(word), cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)), "telling a failure");
+}
+
 Status DeviceWindow::start_together(void* stream, double seconds, const std::function<void()>& start) {
   const bool runs = capture_of(stream) == 0;
   if (runs) MOE_TRY(meet(seconds));

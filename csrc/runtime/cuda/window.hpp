@@ -39,6 +39,7 @@ class DeviceWindow {
   // so they start together: none before all are ready, and none goes on before all have started. A rank that does not come
   // within so many seconds is left to the kernels, which name it. Nothing of this where a graph is captured.
   Status start_together(void* stream, double seconds, const std::function<void()>& start);
+  void tell(int rank, uint64_t offset, FaultWord word, void* stream);   // into its memory, where stores reach it; not while a graph is captured
   virtual void leave() {}   // this rank starts nothing here any more: nobody waits for it
 
  protected:

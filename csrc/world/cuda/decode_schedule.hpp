@@ -27,9 +27,9 @@ struct DecodeClock {
     int32_t bank;
   };
   uint64_t epoch;        // of the latest dispatch
-  uint64_t refused;      // the latest epoch whose dispatch a rank has refused, as far as this one knows
-  uint64_t unanswered;   // the latest epoch whose combine this rank has refused
   Turn turn[2];          // by parity
+  uint64_t refused = 0;      // the latest epoch whose dispatch a rank has refused, as far as this one knows
+  uint64_t unanswered = 0;   // the latest epoch whose combine this rank has refused
 };
 
 // All groups of the rank meet: what each did before is seen by all after. Status of a failed or late one.
