@@ -13,12 +13,13 @@ from worlds import random_world, round_trip
 import moecomm
 from moecomm import tuning
 
-HIDDEN = 256
+HIDDEN = 512
 
 
 def spread(hardware, traffic):
-    """Two blocks, so that the scope of a block is not that of a GPU; two warps, so that squads have barriers."""
-    return tuning.replace(tuning.choose_plan(hardware, traffic, 2), num_sms=2, warps=2, channels=2, senders=min(1, traffic.nodes - 1))
+    """Two blocks, so that the scope of a block is not that of a GPU; two warps, so that squads have barriers; short stages, so that a row fills them
+    several times."""
+    return tuning.replace(tuning.choose_plan(hardware, traffic, 2), num_sms=2, warps=2, channels=2, stage_bytes=128, senders=min(1, traffic.nodes - 1))
 
 
 def dispatch_and_combine(nodes, per_node, **how):

@@ -26,7 +26,7 @@ def check():
 
 
 def main():
-    """check, or mutants [KIND]."""
+    """check, or mutants [KIND] [--single]."""
     if sys.argv[1:2] != ["mutants"]:
         return check()
     if build.why_not():
@@ -36,7 +36,8 @@ def main():
     sys.path.insert(0, str(build.ROOT / "tests"))
     sys.path.insert(0, str(build.ROOT))
     from ptx import mutants
-    mutants.run(only=sys.argv[2] if len(sys.argv) > 2 else None)
+    words = [w for w in sys.argv[2:] if w != "--single"]
+    mutants.run(only=words[0] if words else None, single="--single" in sys.argv)
     return 0
 
 

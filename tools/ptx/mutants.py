@@ -67,7 +67,7 @@ def all_of(machine_text):
 
 # -- the run -----------------------------------------------------------------------------------------------------------------
 
-SMALL = ("ptx.cuh", "warp.cuh", "group.hpp", "squad.cuh")   # what is inlined everywhere tells nothing
+SMALL = ("ptx.cuh", "warp.cuh", "group.hpp", "squad.cuh", "intrinsics.hpp")   # what is inlined everywhere tells nothing
 
 
 def caller(lines, files, line):
@@ -86,8 +86,32 @@ def reached(calls, function, rows):
     return marks.raw
 
 
-def run(seeds=3, only=None, limit=0):
-    """Try every mutant in the small worlds; prints what was found and what was not. Returns the mutants that were not."""
+def apply(calls, mutants):
+    """The program as it was, but for these."""
+    calls.ptx_restore()
+    for m in mutants:
+        calls.ptx_mutate(m.kernel.encode(), m.row, m.drop, m.order, m.scope, m.integer)
+
+
+def tried(gpu, mutants, worlds, seeds):
+    """What is found with these mutants in place, or None."""
+    import ptx_worlds
+
+    for seed in range(seeds):
+        for world in worlds:
+            apply(gpu.calls, mutants)
+            found = ptx_worlds.run(world, seed, gpu, timeout=2.0)
+            if found:
+                return found
+    return None
+
+
+def run(seeds=3, only=None, single=False):
+    """Try mutants in the small worlds and print what was found; returns what was not.
+
+    A mutant is a line of the sources: all instructions that nvcc has made of it, wherever it was inlined, since another copy may do
+    what one leaves out. single: every instruction by itself.
+    """
     import ptx_worlds
     from ptx import build
 
@@ -109,27 +133,28 @@ def run(seeds=3, only=None, limit=0):
                 wrong = ptx_worlds.run(world, 1, gpu)
                 assert wrong is None, f"without a mutant: {wrong}"
                 worlds[world] = reached(calls, mutants[0].kernel, rows)
-            mutants = [m for m in mutants if only is None or only in m.what]
-            for m in mutants[::max(1, len(mutants) // limit)] if limit else mutants:
-                tried = [w for w, marks in worlds.items() if marks[m.row]]
-                kind = counts.setdefault(m.what, [0, 0, 0])
-                kind[0 if tried else 2] += 1
-                found = None
-                for seed in range(seeds):
-                    for world in tried:
-                        if found:
-                            break
-                        calls.ptx_restore()
-                        calls.ptx_mutate(m.kernel.encode(), m.row, m.drop, m.order, m.scope, m.integer)
-                        found = ptx_worlds.run(world, seed, gpu, timeout=2.0)
-                    if found:
-                        break
-                calls.ptx_restore()
-                kind[1] += bool(found)
-                if tried and not found:
-                    missed.append(m)
-                    print(f"not found: {m.what}, {name}.ptx line {m.line}, {caller(lines, files, m.line)}", flush=True)
-    print(f"\n{'mutant':60} found   of  not reached")
-    for what, (of, found, never) in sorted(counts.items()):
-        print(f"{what:60} {found:5} {of:5} {never:5}")
+            groups, everywhere = {}, {}
+            for m in mutants:
+                if only is None or only in m.what:
+                    groups.setdefault((m.what, m.row if single else caller(lines, files, m.line)), []).append(m)
+            for (what, place), group in groups.items():
+                useful = [w for w, marks in worlds.items() if any(marks[m.row] for m in group)]
+                if not useful:
+                    counts.setdefault(what, [0, 0, 0, 0])[3] += 1
+                    continue
+                kind = counts.setdefault(what, [0, 0, 0, 0])
+                kind[0] += 1
+                if tried(gpu, group, useful, seeds):
+                    kind[1] += 1
+                    continue
+                if what not in everywhere:   # another one may do what this one leaves out
+                    everywhere[what] = tried(gpu, [m for m in mutants if m.what == what], list(worlds), seeds)
+                kind[2] += bool(everywhere[what])
+                missed.append(group)
+                print(f"not found{' alone' if everywhere[what] else ''}: {what}, {caller(lines, files, group[0].line)}, {len(group)} instructions, "
+                      f"the first of them {name}.ptx line {group[0].line}", flush=True)
+            calls.ptx_restore()
+    print(f"\n{'mutant':50} {'sites':>6} {'found':>6} {'found if all of the kind are dropped':>37} {'not reached':>12}")
+    for what, (of, found, together, never) in sorted(counts.items()):
+        print(f"{what:50} {of:6} {found:6} {together:37} {never:12}")
     return missed
