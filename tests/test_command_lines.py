@@ -18,7 +18,7 @@ from moecomm import clusters, options, presets
 from moecomm.planner.question import ask
 from odd_values import EVERY, label
 
-COMMANDS = [("moecomm", name, module) for name, (module, _) in command.COMMANDS.items()] + [
+COMMANDS = [("moecomm", name, module) for name, (module, _) in command.COMMANDS.items() if module] + [
     ("bench", name, module) for name, (module, _) in bench.__main__.COMMANDS.items()]
 FREE = {"--cluster", "--model", "--device", "--tag", "path", "--ceiling"}   # names that are looked up later, paths of commands' own readers
 MAIN = {"moecomm": command.main, "bench": bench.__main__.main}
