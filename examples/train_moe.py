@@ -85,6 +85,7 @@ def sum_over_ranks(comm, tensors):
     else:
         from mpi4py import MPI
 
+        assert MPI.COMM_WORLD.size == comm.size, "the ranks are neither torch's nor MPI's"
         MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, flat.numpy())
     for t, s in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         t.copy_(s.view_as(t))
@@ -171,6 +172,8 @@ def main():
     """Train, print the tables, draw the picture; fails where --check finds another loss."""
     args = arguments()
     torch.set_num_threads(1)
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")   # sums the gradients of what all ranks hold; the Communicator joins by it too
     with moecomm.Communicator() as comm:
         def report(rows):
             if comm.rank == 0:
@@ -200,3 +203,5 @@ def main():
 
 if __name__ == "__main__":
     main()
+    if dist.is_initialized():
+        dist.destroy_process_group()
