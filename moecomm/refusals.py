@@ -89,11 +89,16 @@ def _tell(part, error):
         why = _ARGUMENTS if isinstance(error, InvalidArgument) else _ERROR
         failure = core.refuse(native, verb, why) if isinstance(native, core.Buffer) else native.refuse(verb, epoch, why)
     except Exception as other:   # the first error says what is wrong
-        error.add_note(f"The other ranks could not be told: {other}")
+        _note(error, f"The other ranks could not be told: {other}")
         return
     if failure is not None:
         who = f", rank {failure.peer}" if failure.peer >= 0 else ""
-        error.add_note(f"Not all other ranks could be told (phase {failure.phase}: {failure.code}{who}); the communicator cannot be used any more.")
+        _note(error, f"Not all other ranks could be told (phase {failure.phase}: {failure.code}{who}); the communicator cannot be used any more.")
+
+
+def _note(error, text):
+    if hasattr(error, "add_note"):   # from Python 3.11 on
+        error.add_note(text)
 
 
 def _is_pretended(comm):

@@ -98,7 +98,7 @@ def test_the_callers_stream_is_ordered_before_and_after(machine, seed):
 
     write("x", 1)
     first = buf._call("dispatch", lambda x: call("a", x), True, False, "x")
-    second = buf._call("combine", lambda x: call("b", x), True, False, "a")
+    second = buf._call("combine", lambda x, handle: call("b", x), True, False, "a", None)
     assert isinstance(first, cuda.Pending) and not first.done() and machine.current is machine.streams[0] and not hooked
     assert first.wait() == "a" and hooked == ["a"]          # the host has waited for nothing
     machine.current.queue.append((None, lambda: seen.append(memory["a"])))
