@@ -185,13 +185,21 @@ MOE_HD void stage_rows(G g, F f, const DecodeCombineWork& w, const DecodeTurn& t
     }
 }
 
+// An id that is not the dispatch's. A Status would take registers through all of combine.
+struct OtherId {
+  int64_t id = 0;
+  int32_t token = -1;   // -1: there is none
+};
+
 template <Group G, class F, class Meeting>
-MOE_HD Status answer_seat(G g, F f, Meeting meeting, const DecodeCombineWork& w, DecodeCombineArgs& a, int index, int groups, Status& bad) {
+MOE_HD Status answer_seat(G g, F f, Meeting meeting, const DecodeCombineWork& w, DecodeCombineArgs& a, int index, int groups, OtherId& other) {
   const DecodeView& d = a.d;
   const int size = d.geometry.size, parts = parts_of_source(d, groups);
   MOE_TRY(expect_stage(g, index, w.clock, a.turn.epoch, DecodeStage::received));
-  if (a.refused == Why::none) bad = take_weights(g, w, a.turn, d.shape.top_k, index, groups);
-  if (!bad.ok() && g.lane() == 0) w.clock->unanswered = a.turn.epoch;
+  if (a.refused == Why::none)
+    if (const Status bad = take_weights(g, w, a.turn, d.shape.top_k, index, groups); !bad.ok())
+      other = OtherId{static_cast<int64_t>(bad.got), static_cast<int32_t>(bad.expected)};
+  if (other.token >= 0 && g.lane() == 0) w.clock->unanswered = a.turn.epoch;
   if (w.staged) {
     stage_rows(g, f, w, a.turn, index, groups);
     MOE_TRY(meeting.meet(g));
@@ -250,11 +258,12 @@ MOE_HD Status decode_combine_seat(G g, F f, Meeting meeting, const DecodeCombine
   a.turn.epoch = w.clock->turn[latest & 1].ticket == w.ticket ? latest : latest - 1;
   if (w.clock->turn[a.turn.epoch & 1].ticket != w.ticket || a.turn.epoch == 0) return detail::out_of_turn(DecodeStage::received, DecodeStage::idle);
   place_decode_turn(a.d, w.tables + a.turn.parity() * w.table_bytes, a.turn);
-  Status bad;
-  if (w.answers) MOE_TRY(detail::answer_seat(g, f, meeting, w, a, index, groups, bad));
+  detail::OtherId other;
+  if (w.answers) MOE_TRY(detail::answer_seat(g, f, meeting, w, a, index, groups, other));
   if (!w.sums && a.refused == Why::none) return {};
   const Status s = detail::sum_seat(g, f, w, a, index, groups);
-  return bad.ok() || is_final(s) ? s : bad;
+  if (other.token < 0 || is_final(s)) return s;
+  return {Code::invalid, Phase::none, -1, kOtherIds, static_cast<uint64_t>(other.token), static_cast<uint64_t>(other.id)};
 }
 
 }  // namespace moecomm
