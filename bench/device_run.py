@@ -137,7 +137,7 @@ def check_all(device, most_ranks=8):
 
 def sanitizer(device):
     """(tool, what compute-sanitizer says) on the small worlds; nothing where it is not installed. Where it starts kernels one after another,
-    ranks wait for each other in vain: then worlds of one rank."""
+    ranks would wait for each other until the deadline: then worlds of one rank run."""
     tool = shutil.which("compute-sanitizer")
     for name in ("memcheck", "racecheck") if tool else ():
         for ranks in (2, 1):

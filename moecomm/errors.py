@@ -95,7 +95,7 @@ def raise_failure(failure, *, op, rank, describe_capacity=None):
     seen = f"{reported}; expected counter {f.expected}, got {f.got}"
     if f.code == "lost":
         raise PeerLost(f"{where}: {who} is gone{seen}", **fields)
-    raise PeerTimeout(f"{where}: waited in vain for {who}{seen}", **fields)
+    raise PeerTimeout(f"{where}: timed out waiting for {who}{seen}", **fields)
 
 
 def _raise_corrupt(f, where, destination, reported, fields):

@@ -67,7 +67,7 @@ struct RailLayout {
   uint64_t verdict;    // counter per node: its verdict is here
   uint64_t back;       // counter per node and channel: rows landed in area B
   uint64_t wishes;     // per parity of the combines and node: its Wish (combine)
-  uint64_t wish_out;   // the own one, leaving
+  uint64_t wish_out;   // what this rank sends to its peers
   uint64_t faults;     // FaultWord per node
   uint64_t blocks;     // per half and node: a count block
   uint64_t blocks_out; // the own ones, leaving, where puts leave from here only

@@ -36,7 +36,7 @@ EXPORT const char* ptx_operations() {
   return said().c_str();
 }
 
-// Runs a kernel of a translated module with pointers as parameters, each to so many bytes. Null, or what is wrong.
+// Runs a kernel of a translated module whose parameters are pointers, each with the size of its memory. Returns null, or what is wrong.
 EXPORT const char* ptx_run(const char* path, const char* kernel, int blocks, int threads, uint64_t shared, int count, const uint64_t* pointers, const uint64_t* bytes) {
   try {
     const simt::Program program = simt::load_program(path);
