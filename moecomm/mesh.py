@@ -64,6 +64,10 @@ class Mesh:
         The identity of the mesh that it is a part of.
     numbers : sequence of int, optional
         The ranks in the caller's numbering, by which errors name them until everyone has come.
+    exchanges : int
+        Exchanges of the parent that this rank has completed: a call of a rank that had begun fewer belongs to an attempt that has ended.
+    begun : int
+        Exchanges of the parent that this rank has begun.
 
     Raises
     ------
@@ -75,15 +79,16 @@ class Mesh:
 
     threads, complaint = False, None
 
-    def __init__(self, endpoint, cards, ranks, me, timeout, name="all", parent="", numbers=None):
+    def __init__(self, endpoint, cards, ranks, me, timeout, name="all", parent="", numbers=None, exchanges=0, begun=0):
         self._endpoint, self._cards, self._ranks, self._timeout = endpoint, cards, list(ranks), timeout
-        self._name, self._parent = name, parent
+        self._name, self._parent, self._exchanges, self._begun = name, parent, exchanges, begun
         self.rank, self.size = self._ranks.index(me), len(self._ranks)
         self._numbers = range(self.size) if numbers is None else list(numbers)
         self._neighbors = neighbors(self.rank, self.size)
         self._floods = len(self._neighbors) < self.size - 1
         self._lines = {}          # by neighbor
         self._number = 0          # of the exchange under way or done last
+        self._completed = 0       # number of the last exchange that this rank has everyone's bytes of
         self._values = {}         # number -> {rank: bytes} of what has come
         self._lost, self._left = set(), set()   # ranks that are gone; those of them that have said goodbye
         self._done = {}           # number of the last exchange that a neighbor has everything of
@@ -110,7 +115,7 @@ class Mesh:
     def _hello(self, to, refused=None):
         """What this rank says to another one of the mesh when it calls."""
         fields = {"name": self._name, "parent": self._parent, "from": self._ranks[self.rank], "to": self._ranks[to], "ranks": self._ranks,
-                  "nonce": secrets.token_hex(16), "refused": refused}
+                  "nonce": secrets.token_hex(16), "refused": refused, "begun": self._begun}
         return fields, json.dumps({**fields, "signature": sign(self._token_of(to), fields)}).encode()
 
     def _token_of(self, rank):
@@ -191,6 +196,7 @@ class Mesh:
         point = self._endpoint
         with point.lock:
             point.greet()
+            point.forget(self._parent, self._exchanges)
             for r in self._neighbors:
                 queue = point.waiting.get((self._name, self._ranks[r]), [])
                 while queue and r not in callers:
@@ -203,7 +209,7 @@ class Mesh:
             for name, caller in [key for key in point.refusals if key[0] == self._parent and key[1] in self._ranks]:
                 queue, r = point.refusals[name, caller], self._ranks.index(caller)
                 while queue and r not in callers:
-                    number, why = queue.pop(0)
+                    number, why, _ = queue.pop(0)
                     if number not in point.settled:
                         self._failure = number
                         raise InvalidArgument(f"{why} (rank {self._numbers[r]})", op=self._op, rank=self._numbers[self.rank], peer=self._numbers[r])
@@ -285,6 +291,7 @@ class Mesh:
                 living = {r: line.socket.fileno() for r, line in self._lines.items() if not line.gone}
                 clock.poll(living.values(), [living[r] for r in unread if r in living])
             del self._values[number]
+            self._completed = number
         return [got[r] for r in range(self.size)]
 
     def _tell(self, kind, number, origin, payload=b"", but=None):
@@ -402,7 +409,7 @@ class Mesh:
         """A mesh of these ranks; collective over them alone. Works where this one is broken."""
         numbers, ranks = list(ranks), [self._ranks[r] for r in ranks]
         name = hashlib.sha256(json.dumps([self._identity, ranks]).encode()).hexdigest()[:32]
-        return Mesh(self._endpoint, self._cards, ranks, self._ranks[self.rank], self._timeout, name, self._identity, numbers)
+        return Mesh(self._endpoint, self._cards, ranks, self._ranks[self.rank], self._timeout, name, self._identity, numbers, self._completed, self._number)
 
     def refuse(self, ranks, why):
         """Tell those ranks that this one makes no part with them."""
@@ -410,7 +417,8 @@ class Mesh:
         for r in ranks:
             with contextlib.suppress(PeerLost):
                 if r != self.rank and (line := self._dial(r)) is not None:
-                    fields = {"name": self._identity, "parent": self._parent, "from": self._ranks[self.rank], "refused": why, "number": number}
+                    fields = {"name": self._identity, "parent": self._parent, "from": self._ranks[self.rank], "refused": why, "number": number,
+                              "begun": self._number}
                     line.put(HELLO, 0, self.rank, json.dumps({**fields, "signature": sign(self._token_of(r), fields)}).encode())
                     lines.append(line)
         clock = Clock(min(1.0, self._timeout))

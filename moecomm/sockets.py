@@ -246,7 +246,7 @@ class Endpoint:
         self.lock = threading.Lock()
         self.users = 0
         self.waiting = {}     # (name of a mesh, caller) -> [(its hello, Line)]: for a mesh that is not being made here yet
-        self.refusals = {}    # (identity of a mesh, caller) -> [(identity of the failure, text)]: that rank has refused to make a part of it
+        self.refusals = {}    # (identity of a mesh, caller) -> [(identity of the failure, text, begun)]: that rank has refused to make a part of it
         self.settled = set()  # identities of the failures that a call here has raised: news of them that comes later is no news
         self._strangers = []  # lines that have not said hello
         unix, self._unix_address = listen()
@@ -294,17 +294,31 @@ class Endpoint:
         try:
             hello = json.loads(payload)
             name, caller, refused = str(hello["name"]), int(hello["from"]), hello["refused"]
+            begun = hello["begun"] = int(hello.get("begun", 0))   # exchanges of the parent
             genuine = same(hello.pop("signature"), sign(self.token, hello))
         except (ValueError, KeyError, TypeError, AttributeError):
             genuine = False
         if not genuine:
             line.close()
         elif refused is not None:
-            self.refusals.setdefault((name, caller), []).append((str(hello.get("number")), str(refused)))
+            self.refusals.setdefault((name, caller), []).append((str(hello.get("number")), str(refused), begun))
             line.close()
         else:
             line.known = True
             self.waiting.setdefault((name, caller), []).append((hello, line))
+
+    def forget(self, parent, exchanges):
+        """Drop the calls of ranks that had begun fewer exchanges of the parent than this rank has completed. The caller holds .lock.
+
+        Such a rank has taken part in an exchange since, so the attempt to which its call belongs has ended.
+        """
+        for queue in self.waiting.values():
+            for hello, line in list(queue):
+                if hello.get("parent") == parent and hello["begun"] < exchanges:
+                    queue.remove((hello, line))
+                    line.close()
+        for (name, _), queue in self.refusals.items():
+            queue[:] = [refusal for refusal in queue if name != parent or refusal[2] >= exchanges]
 
     def living(self, parent, but):
         """[(hello, Line)] of those who wait for other parts of a mesh than `but`; who has given up is forgotten. The caller holds .lock."""

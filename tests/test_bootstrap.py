@@ -134,6 +134,21 @@ def test_many_ranks(monkeypatch, most):
             assert isinstance(error, moecomm.PeerLost) and error.peer == 5, (r, error)
 
 
+def test_news_of_an_attempt_that_has_ended_is_no_news():
+    """A rank tried to make a part alone and failed. After an exchange of all ranks the next attempt starts clean."""
+    def main(m):
+        if m.rank == 1:
+            m._timeout, timeout = 0.2, m._timeout
+            with pytest.raises(moecomm.PeerTimeout):
+                m.subset([0, 1])
+            m.refuse([0], "not this one")
+            m._timeout = timeout
+        m.allgather(b"")
+        return m.subset([0, 1]).allgather(bytes([m.rank]))
+
+    assert Threads(2).run(main) == [[b"\0", b"\1"]] * 2
+
+
 def test_strangers_are_ignored():
     """Who does not know the token of a rank is no rank; half a hello holds nobody up."""
     group = Threads(2)
