@@ -47,7 +47,7 @@ explore: build ## 100,000 random schedules of all protocols, after every known b
 
 # Its own environment on top of .venv: no other test depends on it. Where it cannot be installed its tests are skipped.
 HF := .venv-transformers
-transformers: $(HF)/.ready ## the environment that tests/test_transformers.py runs in
+transformers: $(HF)/.ready ## the environment that tests/nn/test_transformers.py runs in
 $(HF)/.ready: $(VENV)/.ready
 	$(PYTHON) -m venv $(HF)
 	$(PY) -c 'import site; print(site.getsitepackages()[0])' > "$$($(HF)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
@@ -59,7 +59,7 @@ $(HF)/.ready: $(VENV)/.ready
 .PHONY: clients
 CLIENTS := .venv-clients
 clients: $(CLIENTS)/.ready build ## Megatron and torchtitan over the drop-in for deep_ep, in an environment of their own
-	$(PY) -m pytest -q tests/test_clients.py
+	$(PY) -m pytest -q tests/deep_ep/test_clients.py
 $(CLIENTS)/.ready: $(VENV)/.ready
 	$(PYTHON) -m venv $(CLIENTS)
 	$(PY) -c 'import site; print(site.getsitepackages()[0])' > "$$($(CLIENTS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"

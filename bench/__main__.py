@@ -6,15 +6,24 @@ import sys
 from pathlib import Path
 
 if {"device", "tune"} & set(sys.argv[1:2]):
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")   # cuda.prepare_threads(), before anything can have asked for a GPU
-    if "--build" in sys.argv:   # moecomm cannot be imported before
-        subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], check=True, cwd=Path(__file__).resolve().parent.parent)
+    os.environ.setdefault(
+        "CUDA_DEVICE_MAX_CONNECTIONS", "32"
+    )  # cuda.prepare_threads(), before anything can have asked for a GPU
+    if "--build" in sys.argv:  # moecomm cannot be imported before
+        subprocess.run(
+            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+            check=True,
+            cwd=Path(__file__).resolve().parent.parent,
+        )
 
 from moecomm.__main__ import run  # noqa: E402 - see above
 
 PROGRAM = "python -m bench" if __package__ == "bench" else "moecomm bench"
 COMMANDS = {
-    "published": (f"{__package__}.published", "the sim world's predictions against published measurements of clusters"),
+    "published": (
+        f"{__package__}.published",
+        "the sim world's predictions against published measurements of clusters",
+    ),
     "sim": (f"{__package__}.sim", "how long the simulator itself takes for a step of hundreds of ranks"),
     "dispatch": (f"{__package__}.run", "tokens to the ranks of their experts"),
     "combine": (f"{__package__}.run", "the experts' rows back, and summed"),
@@ -25,8 +34,14 @@ COMMANDS = {
     "overlap": (f"{__package__}.overlap", "two micro-batches, each computing while the other communicates"),
     "shaped-link": (f"{__package__}.shaped_link", "time against the speed of the link between nodes (root)"),
     "sweep": (f"{__package__}.sweep", "cost per row against tokens and ranks"),
-    "balance": (f"{__package__}.balance", "plans for redundant experts, and the split of a batch's tokens over them"),
-    "precision": (f"{__package__}.precision", "error of every wire format on normal, outlier-heavy and real rows"),
+    "balance": (
+        f"{__package__}.balance",
+        "plans for redundant experts, and the split of a batch's tokens over them",
+    ),
+    "precision": (
+        f"{__package__}.precision",
+        "error of every wire format on normal, outlier-heavy and real rows",
+    ),
     "device": (f"{__package__}.device_run", "the cuda world on one GPU: build, check, time"),
     "tune": (f"{__package__}.tune", "the best spread over a GPU, written to its table"),
     "quant": (f"{__package__}.quant", "quantization against torch's own operators"),

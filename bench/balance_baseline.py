@@ -86,7 +86,7 @@ def plain_greedy(load, slots, groups, nodes, ranks):
 def pairing_bound(load, nodes):
     """Balancedness that two groups per node allow: the heaviest node's ranks share its load evenly at best."""
     groups = np.sort(load.reshape(len(load), 2 * nodes, -1).sum(2), axis=1)
-    return float((load.sum(1) / nodes / (groups[:, :nodes] + groups[:, :nodes - 1:-1]).max(1)).mean())
+    return float((load.sum(1) / nodes / (groups[:, :nodes] + groups[:, : nodes - 1 : -1]).max(1)).mean())
 
 
 def best_split(load, replicas, active=None):
@@ -98,7 +98,7 @@ def best_split(load, replicas, active=None):
     ranks[replicas.rank, range(n)], ranks[:, n] = 1, -1
     experts = np.zeros((len(load), n + 1))
     for e in range(len(load)):
-        experts[e, first[e]:first[e + 1]] = 1 if active is None else active[first[e]:first[e + 1]]
+        experts[e, first[e] : first[e + 1]] = 1 if active is None else active[first[e] : first[e + 1]]
     return linprog(np.eye(n + 1)[n], ranks, np.zeros(replicas.ranks), experts, load).fun
 
 
@@ -120,16 +120,29 @@ def _pairs_meet(load, slots, limit):
     fewest = np.maximum(1, np.ceil(load / limit - 1e-12)).astype(int)
     if fewest.sum() > slots:
         return False
-    choices = [(e, c) for e in range(len(load)) for c in range(fewest[e], fewest[e] + min(slots - fewest.sum(), 4) + 1)]
+    choices = [
+        (e, c)
+        for e in range(len(load))
+        for c in range(fewest[e], fewest[e] + min(slots - fewest.sum(), 4) + 1)
+    ]
     expert, count = np.array(choices).T
     size = load[expert] / count
     steps = np.unique(limit - size[size > limit / 2])
     partners = [count * ((size <= t + 1e-12).astype(float) - (size >= limit - t - 1e-12)) for t in steps]
     once = csr_matrix((np.ones(len(choices)), (expert, np.arange(len(choices)))))
-    rules = [LinearConstraint(once, 1, 1), LinearConstraint(csr_matrix(count[None].astype(float)), slots, slots)]
+    rules = [
+        LinearConstraint(once, 1, 1),
+        LinearConstraint(csr_matrix(count[None].astype(float)), slots, slots),
+    ]
     if partners:
         rules.append(LinearConstraint(csr_matrix(np.array(partners)), 0, np.inf))
-    found = milp(np.zeros(len(choices)), constraints=rules, integrality=np.ones(len(choices)), bounds=Bounds(0, 1), options={"time_limit": 20})
+    found = milp(
+        np.zeros(len(choices)),
+        constraints=rules,
+        integrality=np.ones(len(choices)),
+        bounds=Bounds(0, 1),
+        options={"time_limit": 20},
+    )
     return found.status == 0
 
 
@@ -140,6 +153,8 @@ def fewest_moves(old, new, ranks):
     moves = []
     for before, after in zip(old, new):
         sets = [set(r) for r in before.reshape(ranks, -1).tolist()]
-        kept = np.array([[len(sets[i].intersection(r)) for r in after.reshape(ranks, -1).tolist()] for i in range(ranks)])
+        kept = np.array(
+            [[len(sets[i].intersection(r)) for r in after.reshape(ranks, -1).tolist()] for i in range(ranks)]
+        )
         moves.append(len(before) - kept[linear_sum_assignment(-kept)].sum())
     return np.array(moves)

@@ -23,7 +23,7 @@ from .balance_baseline import EXPERTS, TOP_K
 
 LAYERS, HIDDEN, WORDS = 4, 64, 1024
 STEPS, TOKENS, SPEED = 300, 512, 0.03
-WINDOW = 48          # batches whose loads one reading counts
+WINDOW = 48  # batches whose loads one reading counts
 READINGS = 6
 
 
@@ -35,7 +35,7 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(WORDS, HIDDEN)
         self.mix = nn.ParameterList(torch.randn(4, HIDDEN) / 2 for _ in range(LAYERS))
         self.gates = nn.ModuleList(Gate(HIDDEN, EXPERTS, TOP_K) for _ in range(LAYERS))
-        self.keys = nn.ParameterList(torch.randn(EXPERTS, HIDDEN) / HIDDEN ** 0.5 for _ in range(LAYERS))
+        self.keys = nn.ParameterList(torch.randn(EXPERTS, HIDDEN) / HIDDEN**0.5 for _ in range(LAYERS))
         self.values = nn.ParameterList(torch.randn(EXPERTS, HIDDEN) / 4 for _ in range(LAYERS))
 
     def forward(self, words):
@@ -43,13 +43,15 @@ class Model(nn.Module):
         x, counts = self.embedding(words), []
         for mix, gate, keys, values in zip(self.mix, self.gates, self.keys, self.values):
             x = functional.layer_norm(x, (HIDDEN,))
-            x = x + sum(functional.pad(x, (0, 0, back, 0))[:len(x)] * mix[back] for back in range(len(mix)))
+            x = x + sum(functional.pad(x, (0, 0, back, 0))[: len(x)] * mix[back] for back in range(len(mix)))
             normed = functional.layer_norm(x, (HIDDEN,))
             picked = gate(normed)
             strength = torch.relu(normed @ keys.T).gather(1, picked.topk_ids) * picked.topk_weights
             x = x + functional.embedding_bag(picked.topk_ids, values, per_sample_weights=strength, mode="sum")
             counts.append(count_picks(picked.topk_ids, EXPERTS))
-        return functional.layer_norm(x, (HIDDEN,)) @ self.embedding.weight.T / HIDDEN ** 0.5, torch.stack(counts)
+        return functional.layer_norm(x, (HIDDEN,)) @ self.embedding.weight.T / HIDDEN**0.5, torch.stack(
+            counts
+        )
 
 
 def stream(tokens):
@@ -68,7 +70,7 @@ def readings():
     """([loads float64 [LAYERS, EXPERTS] of stretches of text, one after the other], cross-entropy before, after training)."""
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     torch.manual_seed(0)
-    torch.set_num_threads(1)   # the matrices are small, and sums do not depend on the machine's cores
+    torch.set_num_threads(1)  # the matrices are small, and sums do not depend on the machine's cores
     batches = stream((STEPS + READINGS * WINDOW) * (TOKENS + 1)).view(-1, TOKENS + 1)
     model = Model()
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)

@@ -18,7 +18,9 @@ from moecomm.balance import rebalance
 from . import routing
 from .cases import Case
 
-CASE = Case(nodes=2, ranks_per_node=4, tokens=256, hidden=1024, experts=64, top_k=2, routing="text", dtype="f32")
+CASE = Case(
+    nodes=2, ranks_per_node=4, tokens=256, hidden=1024, experts=64, top_k=2, routing="text", dtype="f32"
+)
 SECONDS_PER_ROW = 50e-6
 STEPS = 40
 KINDS = ("as numbered", "even", "local", "optimal")
@@ -35,7 +37,15 @@ class Layer:
     def __init__(self, comm, placement, kind):
         self.scale, self.comm = scale_of(CASE.experts), comm
         options = {} if kind == "as numbered" else dict(placement=placement, replicas=kind)
-        self.buf = moecomm.Buffer(comm, hidden=CASE.hidden, num_experts=CASE.experts, top_k=CASE.top_k, max_tokens=CASE.tokens, dtype=torch.float32, **options)
+        self.buf = moecomm.Buffer(
+            comm,
+            hidden=CASE.hidden,
+            num_experts=CASE.experts,
+            top_k=CASE.top_k,
+            max_tokens=CASE.tokens,
+            dtype=torch.float32,
+            **options,
+        )
         slots = torch.arange(CASE.experts) if kind == "as numbered" else placement.physical_to_logical[0]
         self.local = slots.view(comm.size, -1)[comm.rank]
         self.clocks, self.rows, self.crossed = [], [], []
@@ -47,22 +57,30 @@ class Layer:
         clock = [time.perf_counter()]
         out = self.buf.dispatch(x, ids, weights)
         clock.append(time.perf_counter())
-        torch.mul(out.x, self.scale[torch.repeat_interleave(self.local, out.tokens_per_expert)][:, None], out=out.handle.rows)
-        time.sleep(max(0.0, clock[1] + SECONDS_PER_ROW * len(out.x) - time.perf_counter()))   # the product is within that time
+        torch.mul(
+            out.x,
+            self.scale[torch.repeat_interleave(self.local, out.tokens_per_expert)][:, None],
+            out=out.handle.rows,
+        )
+        time.sleep(
+            max(0.0, clock[1] + SECONDS_PER_ROW * len(out.x) - time.perf_counter())
+        )  # the product is within that time
         clock.append(time.perf_counter())
         y = self.buf.combine(out.handle.rows, out.handle, topk_weights=out.topk_weights)
         clock.append(time.perf_counter())
         self.clocks.append(clock)
         self.rows.append(len(out.x))
         self.crossed.append(self.buf.stats()["rail"]["physical_rows"])
-        torch.testing.assert_close(y, x * (weights * self.scale[ids]).sum(1, keepdim=True), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            y, x * (weights * self.scale[ids]).sum(1, keepdim=True), rtol=1e-4, atol=1e-4
+        )
 
 
 def steps_of(comm, inputs, placement):
     """This rank's layers by kind, after all steps."""
     layers = {kind: Layer(comm, placement, kind) for kind in KINDS}
     for step in range(STEPS):
-        batch = [t[step:step + CASE.tokens].contiguous() for t in (inputs.x, inputs.ids, inputs.weights)]
+        batch = [t[step : step + CASE.tokens].contiguous() for t in (inputs.x, inputs.ids, inputs.weights)]
         for turn in range(len(KINDS)):
             layers[KINDS[(step + turn) % len(KINDS)]].step(*batch)
     comm.barrier()
@@ -72,22 +90,46 @@ def steps_of(comm, inputs, placement):
 def run(args):
     """Rows for: experts as they are numbered, and redundant ones, by each way to choose replicas."""
     inputs = [routing.make_inputs(CASE, r, spare=STEPS + CASE.tokens) for r in range(CASE.ranks)]
-    earlier = torch.cat([i.ids[-CASE.tokens:] for i in inputs]).flatten()   # other text than the steps' own
+    earlier = torch.cat([i.ids[-CASE.tokens :] for i in inputs]).flatten()  # other text than the steps' own
     load = torch.bincount(earlier, minlength=CASE.experts)[None].double() + 1
-    placement = rebalance(load, num_replicas=CASE.experts + 2 * CASE.ranks, num_nodes=CASE.nodes, num_ranks=CASE.ranks, connected=True)
-    results = moecomm.run_local(lambda comm: steps_of(comm, inputs[comm.rank], placement), CASE.ranks, ranks_per_node=CASE.ranks_per_node)
+    placement = rebalance(
+        load,
+        num_replicas=CASE.experts + 2 * CASE.ranks,
+        num_nodes=CASE.nodes,
+        num_ranks=CASE.ranks,
+        connected=True,
+    )
+    results = moecomm.run_local(
+        lambda comm: steps_of(comm, inputs[comm.rank], placement),
+        CASE.ranks,
+        ranks_per_node=CASE.ranks_per_node,
+    )
     plain = None
     for kind in KINDS:
-        rows = np.array([r[kind].rows for r in results])                 # [ranks, steps]
-        clock = np.array([r[kind].clocks for r in results])              # [ranks, steps, seams]
+        rows = np.array([r[kind].rows for r in results])  # [ranks, steps]
+        clock = np.array([r[kind].clocks for r in results])  # [ranks, steps, seams]
         began, dispatched, computed, ended = np.moveaxis(clock, 2, 0)
         step = ended.max(0) - began.min(0)
         # Without what no balance can change: from the first rank's begin to the last one's dispatched rows, and from the last rank's output on.
         experts = computed.max(0) - dispatched.max(0)
-        ms, dispatch, slowest, between, combine = (1e3 * float(np.median(t)) for t in (
-            step, dispatched.max(0) - began.min(0), SECONDS_PER_ROW * rows.max(0), experts, ended.max(0) - computed.max(0)))
+        ms, dispatch, slowest, between, combine = (
+            1e3 * float(np.median(t))
+            for t in (
+                step,
+                dispatched.max(0) - began.min(0),
+                SECONDS_PER_ROW * rows.max(0),
+                experts,
+                ended.max(0) - computed.max(0),
+            )
+        )
         plain = plain or ms
         crossed = np.sum([r[kind].crossed for r in results], 0).mean()
-        yield dict(case="step", load=f"text, {kind}", got=float(np.mean(rows.mean(0) / rows.max(0))), bound=1.0, ms=ms,
-                   note=f"{plain / ms:.2f}x as fast as numbered; dispatch {dispatch:.1f}, then experts {between:.1f} (slowest rank's rows {slowest:.1f}), combine {combine:.1f} ms; "
-                        f"{crossed:.0f} rows cross the rail; verified; {CASE.nodes}x{CASE.ranks_per_node} rank threads, {CASE.tokens} tokens each")
+        yield dict(
+            case="step",
+            load=f"text, {kind}",
+            got=float(np.mean(rows.mean(0) / rows.max(0))),
+            bound=1.0,
+            ms=ms,
+            note=f"{plain / ms:.2f}x as fast as numbered; dispatch {dispatch:.1f}, then experts {between:.1f} (slowest rank's rows {slowest:.1f}), combine {combine:.1f} ms; "
+            f"{crossed:.0f} rows cross the rail; verified; {CASE.nodes}x{CASE.ranks_per_node} rank threads, {CASE.tokens} tokens each",
+        )

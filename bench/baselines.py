@@ -58,8 +58,12 @@ class Routes:
         first = count.cumsum(0) - count
         terms = int(count.max()) if len(count) else 1
         self.parts = torch.full((len(source), max(terms, 1)), -1)
-        self.parts[self.replica[by_received], torch.arange(len(by_received)) - first[self.replica[by_received]]] = by_received
-        self.part_weight = torch.where(self.parts >= 0, self.row_weight[self.parts.clamp_min(0)] if len(self.row_weight) else 0.0, 0.0).contiguous()
+        self.parts[
+            self.replica[by_received], torch.arange(len(by_received)) - first[self.replica[by_received]]
+        ] = by_received
+        self.part_weight = torch.where(
+            self.parts >= 0, self.row_weight[self.parts.clamp_min(0)] if len(self.row_weight) else 0.0, 0.0
+        ).contiguous()
 
 
 class MpiTransport:
@@ -77,8 +81,10 @@ class MpiTransport:
         """send [S, H] to recv [R, H]; counts are rows per rank."""
         from mpi4py import MPI
 
-        self._comm.Alltoallv([MPI.memory.fromaddress(send.data_ptr(), send.nbytes), send_counts, None, self._row],
-                             [MPI.memory.fromaddress(recv.data_ptr(), recv.nbytes), recv_counts, None, self._row])
+        self._comm.Alltoallv(
+            [MPI.memory.fromaddress(send.data_ptr(), send.nbytes), send_counts, None, self._row],
+            [MPI.memory.fromaddress(recv.data_ptr(), recv.nbytes), recv_counts, None, self._row],
+        )
 
 
 class GlooTransport:
@@ -104,10 +110,20 @@ class Tuned:
     def prepare(self, routes):
         """Make buffers large enough, untimed."""
         self.routes = routes
-        for name, rows in (("send", routes.sent), ("recv", routes.received), ("y", routes.tokens),
-                           *((("rows", len(routes.replica)), ("part", routes.received)) if self._case.layout == "expert" else ())):
+        for name, rows in (
+            ("send", routes.sent),
+            ("recv", routes.received),
+            ("y", routes.tokens),
+            *(
+                (("rows", len(routes.replica)), ("part", routes.received))
+                if self._case.layout == "expert"
+                else ()
+            ),
+        ):
             if name not in self._buffers or len(self._buffers[name]) < rows:
-                self._buffers[name] = torch.zeros((rows + rows // 16, self._case.hidden), dtype=TORCH_DTYPES[self._case.dtype])
+                self._buffers[name] = torch.zeros(
+                    (rows + rows // 16, self._case.hidden), dtype=TORCH_DTYPES[self._case.dtype]
+                )
 
     def _buffer(self, name, rows):
         return self._buffers[name][:rows]
@@ -126,7 +142,9 @@ class Tuned:
         if self._case.layout == "rank":
             return recv
         rows = self._buffer("rows", len(r.replica))
-        core.gather_rows(rows.data_ptr(), recv.data_ptr(), r.replica.data_ptr(), len(r.replica), row_bytes, True)
+        core.gather_rows(
+            rows.data_ptr(), recv.data_ptr(), r.replica.data_ptr(), len(r.replica), row_bytes, True
+        )
         return rows
 
     def combine(self, rows):
@@ -135,12 +153,22 @@ class Tuned:
         dtype = _NATIVE_DTYPE[case.dtype]
         if case.layout == "expert":
             part = self._buffer("part", r.received)
-            core.sum_rows(part.data_ptr(), rows.data_ptr(), r.parts.data_ptr(), r.part_weight.data_ptr(), r.received, r.parts.shape[1],
-                          case.hidden, dtype)
+            core.sum_rows(
+                part.data_ptr(),
+                rows.data_ptr(),
+                r.parts.data_ptr(),
+                r.part_weight.data_ptr(),
+                r.received,
+                r.parts.shape[1],
+                case.hidden,
+                dtype,
+            )
             rows = part
         back, y = self._buffer("send", r.sent), self._buffer("y", r.tokens)
         self._transport.exchange(rows, r.recv_counts, back, r.send_counts)
-        core.sum_rows(y.data_ptr(), back.data_ptr(), r.back.data_ptr(), 0, r.tokens, r.back.shape[1], case.hidden, dtype)
+        core.sum_rows(
+            y.data_ptr(), back.data_ptr(), r.back.data_ptr(), 0, r.tokens, r.back.shape[1], case.hidden, dtype
+        )
         return y
 
 

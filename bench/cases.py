@@ -54,9 +54,13 @@ class Case:
     def title(self):
         """One line that says everything."""
         groups = f" in {self.top_groups} of {self.groups} groups" if self.groups > 1 else ""
-        extra = (f", {self.masked:.0%} masked" if self.masked else "") + (", unbalanced" if self.unbalanced else "")
-        return (f"{self.ranks} ranks = {self.nodes} node{'s' * (self.nodes > 1)} x {self.ranks_per_node}, {self.tokens} tokens per rank, "
-                f"hidden {self.hidden} {self.dtype}, {self.experts} experts, top-{self.top_k}{groups}, {self.routing} routing{extra}, {self.layout} layout")
+        extra = (f", {self.masked:.0%} masked" if self.masked else "") + (
+            ", unbalanced" if self.unbalanced else ""
+        )
+        return (
+            f"{self.ranks} ranks = {self.nodes} node{'s' * (self.nodes > 1)} x {self.ranks_per_node}, {self.tokens} tokens per rank, "
+            f"hidden {self.hidden} {self.dtype}, {self.experts} experts, top-{self.top_k}{groups}, {self.routing} routing{extra}, {self.layout} layout"
+        )
 
 
 # What `make bench` runs: a layer of DeepSeek-V3's shape on two nodes with real text, and one node with even load.
@@ -70,14 +74,28 @@ def arguments(parser, case=Case()):
     """The options of a case and of its measurement."""
     add = parser.add_argument
     add("--nodes", type=options.ranks, help=f"default: {case.nodes}")
-    add("--ranks-per-node", type=options.ranks, help=f"default: as many as the launcher's ranks make, else {case.ranks_per_node}")
+    add(
+        "--ranks-per-node",
+        type=options.ranks,
+        help=f"default: as many as the launcher's ranks make, else {case.ranks_per_node}",
+    )
     add("--tokens", type=options.tokens, default=case.tokens, help="per rank")
     add("--hidden", type=options.tokens, default=case.hidden)
     add("--experts", type=options.ranks, default=case.experts, help="over all ranks")
     add("--top-k", type=options.ranks, default=case.top_k)
     add("--groups", type=options.ranks, default=case.groups, help="consecutive groups of experts")
-    add("--top-groups", type=options.ranks, default=case.top_groups, help="groups that a token's experts come from")
-    add("--routing", type=options.source("uniform", "zipf", "text"), default=case.routing, help="uniform | zipf | text | the folder of a recording | FILE (.npy or .npz of ids, or any text)")
+    add(
+        "--top-groups",
+        type=options.ranks,
+        default=case.top_groups,
+        help="groups that a token's experts come from",
+    )
+    add(
+        "--routing",
+        type=options.source("uniform", "zipf", "text"),
+        default=case.routing,
+        help="uniform | zipf | text | the folder of a recording | FILE (.npy or .npz of ids, or any text)",
+    )
     add("--masked", type=options.share, default=case.masked, help="share of picks that are -1")
     add("--unbalanced", action="store_true", help="rank r of R has (r + 1) / R of the tokens")
     add("--dtype", choices=DTYPES, default=case.dtype)
@@ -89,7 +107,12 @@ def arguments(parser, case=Case()):
 def measurement(parser):
     """The options of a measurement, whatever is measured."""
     add = parser.add_argument
-    add("--baseline", type=options.some_of(*BASELINES), default="gloo,mpi", help="comma-separated: mpi, gloo, none")
+    add(
+        "--baseline",
+        type=options.some_of(*BASELINES),
+        default="gloo,mpi",
+        help="comma-separated: mpi, gloo, none",
+    )
     add("--iters", type=options.positive, default=20)
     add("--warmup", type=options.count, default=3)
     add("--json", type=options.file_to_write, metavar="FILE", help="append one JSON object per case")
@@ -102,7 +125,9 @@ def from_args(args, op):
     fields = {name: getattr(args, name) for name in Case.__dataclass_fields__ if name != "op"}
     default, ranks = Case(), launch.launched()
     if fields["nodes"] is None:
-        fields["nodes"] = ranks // fields["ranks_per_node"] if ranks and fields["ranks_per_node"] else default.nodes
+        fields["nodes"] = (
+            ranks // fields["ranks_per_node"] if ranks and fields["ranks_per_node"] else default.nodes
+        )
     if fields["ranks_per_node"] is None:
         fields["ranks_per_node"] = ranks // fields["nodes"] if ranks else default.ranks_per_node
     return replace(default, op=op, **fields)

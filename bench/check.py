@@ -9,7 +9,7 @@ import torch
 
 from moecomm._native import core
 
-_CHUNK = 64   # tokens: what they need stays in the cache
+_CHUNK = 64  # tokens: what they need stays in the cache
 
 
 def received_order(ids, rank, *, num_experts, layout):
@@ -25,7 +25,7 @@ def received_order(ids, rank, *, num_experts, layout):
             token, slot = mine.nonzero().unbind(1)
             keys.append(torch.stack([picks[token, slot], torch.full_like(token, source), token]))
     expert, source, token = torch.cat(keys, 1)
-    order = expert.argsort(stable=True)   # within an expert they already are by source, then token
+    order = expert.argsort(stable=True)  # within an expert they already are by source, then token
     return source[order], token[order]
 
 
@@ -40,7 +40,7 @@ def terms_of(ids, weights, *, num_experts, size, layout):
     ordered, slots = big.sort(1)
     there = ordered < num_experts
     rank = ordered // (num_experts // size)
-    if layout == "rank":   # one row per token and rank; the experts have applied the weights
+    if layout == "rank":  # one row per token and rank; the experts have applied the weights
         there = there.clone()
         there[:, 1:] &= rank[:, 1:] != rank[:, :-1]
         return rank, torch.ones(ids.shape), there
@@ -68,7 +68,10 @@ def combined(x, ids, weights, *, num_experts, size, layout, group_of, rounded):
 def _sum_chunk(x, rank, weight, there, groups, is_rounded):
     tokens = len(x)
     total, part = torch.zeros(x.shape), torch.zeros(x.shape)
-    has_total, has_part = torch.zeros((tokens, 1), dtype=torch.bool), torch.zeros((tokens, 1), dtype=torch.bool)
+    has_total, has_part = (
+        torch.zeros((tokens, 1), dtype=torch.bool),
+        torch.zeros((tokens, 1), dtype=torch.bool),
+    )
     group = torch.full((tokens,), -1)
 
     def close(which):
@@ -100,9 +103,15 @@ def _sum_chunk(x, rank, weight, there, groups, is_rounded):
 def count_wrong(got, want, index=None):
     """Elements of got [N, H] whose bits differ from want[index] (want itself where index is None)."""
     rows = len(got)
-    if got.dtype != want.dtype or got.shape[1:] != want.shape[1:] or rows != (len(want) if index is None else len(index)):
+    if (
+        got.dtype != want.dtype
+        or got.shape[1:] != want.shape[1:]
+        or rows != (len(want) if index is None else len(index))
+    ):
         return max(got.numel(), 1)
     if rows == 0:
         return 0
     index = torch.arange(rows) if index is None else index
-    return core.count_different(got.data_ptr(), want.data_ptr(), index.data_ptr(), rows, got.shape[1], got.element_size())
+    return core.count_different(
+        got.data_ptr(), want.data_ptr(), index.data_ptr(), rows, got.shape[1], got.element_size()
+    )

@@ -38,14 +38,29 @@ _PARTS = ("dispatch send", "dispatch receive", "combine send", "combine receive"
 def arguments(parser):
     """Sizes, and how long to measure."""
     add = parser.add_argument
-    add("--geometries", type=options.geometries, default="1x8,2x4", help="nodes x ranks per node; all of one number of ranks")
+    add(
+        "--geometries",
+        type=options.geometries,
+        default="1x8,2x4",
+        help="nodes x ranks per node; all of one number of ranks",
+    )
     add("--tokens", type=options.positives, default="1,8,32,128", help="per rank")
     add("--hidden", type=options.tokens, default=7168)
     add("--experts", type=options.ranks, default=288, help="256 and 32 redundant ones")
     add("--top-k", type=options.ranks, default=8)
-    add("--baseline", type=options.some_of("mpi", "gloo", "none"), default="gloo,mpi", help="comma-separated: mpi, gloo, none")
+    add(
+        "--baseline",
+        type=options.some_of("mpi", "gloo", "none"),
+        default="gloo,mpi",
+        help="comma-separated: mpi, gloo, none",
+    )
     add("--blocks", type=options.positive, default=5, help="of every contender")
-    add("--steps", type=options.count, default=0, help="per block; 0: as many as fit about 2000 tokens, 10 to 200")
+    add(
+        "--steps",
+        type=options.count,
+        default=0,
+        help="per block; 0: as many as fit about 2000 tokens, 10 to 200",
+    )
     add("--json", type=options.file_to_write, metavar="FILE", help="append one JSON object per row")
 
 
@@ -54,15 +69,25 @@ def main(args):
     geometries = [tuple(map(int, g.split("x"))) for g in args.geometries.split(",")]
     ranks = geometries[0][0] * geometries[0][1]
     if any(n * p != ranks for n, p in geometries):
-        raise InvalidArgument(f"--geometries: got {args.geometries}; expected equal numbers of ranks", op="bench")
+        raise InvalidArgument(
+            f"--geometries: got {args.geometries}; expected equal numbers of ranks", op="bench"
+        )
     if not launch.launched():
         return launch.relaunch(ranks, sys.argv[1:])
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     world, wrong = world_of(ranks), 0
     for nodes, per_node in geometries:
         for tokens in map(int, args.tokens.split(",")):
-            case = replace(Case(), nodes=nodes, ranks_per_node=per_node, tokens=tokens, hidden=args.hidden, experts=args.experts, top_k=args.top_k,
-                           layout="expert")
+            case = replace(
+                Case(),
+                nodes=nodes,
+                ranks_per_node=per_node,
+                tokens=tokens,
+                hidden=args.hidden,
+                experts=args.experts,
+                top_k=args.top_k,
+                layout="expert",
+            )
             record = measure(world, case, args)
             wrong += sum(c["wrong"] for c in record["contenders"].values())
             if world.rank == 0:
@@ -78,11 +103,11 @@ class Routed:
     """One block's inputs, and what must come back."""
 
     x: torch.Tensor
-    ids: list                # by rank
+    ids: list  # by rank
     weights: list
-    source: torch.Tensor     # rank and token of every row here, in packed order
+    source: torch.Tensor  # rank and token of every row here, in packed order
     token: torch.Tensor
-    expert_rows: torch.Tensor = field(repr=False)   # what the experts make of these rows
+    expert_rows: torch.Tensor = field(repr=False)  # what the experts make of these rows
     y: torch.Tensor = field(repr=False)
 
 
@@ -91,7 +116,15 @@ def _route(world, case, seed):
     xs, ids, weights = zip(*world.allgather((own.x, own.ids, own.weights)), strict=True)
     source, token = check.received_order(ids, world.rank, num_experts=case.experts, layout="expert")
     table = torch.stack(xs)
-    return Routed(own.x, ids, weights, source, token, check.expert_output(table[source, token], world.rank, None), torch.empty_like(own.x)), table
+    return Routed(
+        own.x,
+        ids,
+        weights,
+        source,
+        token,
+        check.expert_output(table[source, token], world.rank, None),
+        torch.empty_like(own.x),
+    ), table
 
 
 def _sum(case, routed, rank, rounded_by_rank):
@@ -99,11 +132,19 @@ def _sum(case, routed, rank, rounded_by_rank):
     x, ids, weights = routed.x, routed.ids[rank], routed.weights[rank]
     owner = torch.where(ids < 0, -1, ids // (case.experts // case.ranks))
     total, done = torch.zeros(x.shape), torch.zeros(len(x), 1, dtype=torch.bool)
-    terms = [((x.float() * ((owner[:, k, None] + 1) / 4)).to(x.dtype).float() * weights[:, k, None], owner[:, k] >= 0) for k in range(case.top_k)]
+    terms = [
+        (
+            (x.float() * ((owner[:, k, None] + 1) / 4)).to(x.dtype).float() * weights[:, k, None],
+            owner[:, k] >= 0,
+        )
+        for k in range(case.top_k)
+    ]
     for k in range(case.top_k):
         part, there = terms[k]
         if rounded_by_rank:
-            there = there & ~(owner[:, :k] == owner[:, k, None]).any(1)   # the first pick of its rank sums for all
+            there = there & ~(owner[:, :k] == owner[:, k, None]).any(
+                1
+            )  # the first pick of its rank sums for all
             for j in range(k + 1, case.top_k):
                 part = torch.where((owner[:, j] == owner[:, k])[:, None], part + terms[j][0], part)
             part = part.to(x.dtype).float()
@@ -116,18 +157,35 @@ class DecodePath:
     """The decode path as a contender."""
 
     def __init__(self, buffer, case, rank, *, hooks=False, weighted=False):
-        self._buffer, self._case, self._rank, self._hooks, self._weighted = buffer, case, rank, hooks, weighted
+        self._buffer, self._case, self._rank, self._hooks, self._weighted = (
+            buffer,
+            case,
+            rank,
+            hooks,
+            weighted,
+        )
         self.parts = []
 
     def _dispatch(self):
         r = self._routed
-        return self._buffer.decode_dispatch(r.x, r.ids[self._rank], topk_weights=r.weights[self._rank] if self._weighted else None, quant=None,
-                                            return_hook=self._hooks)
+        return self._buffer.decode_dispatch(
+            r.x,
+            r.ids[self._rank],
+            topk_weights=r.weights[self._rank] if self._weighted else None,
+            quant=None,
+            return_hook=self._hooks,
+        )
 
     def _combine(self, recv):
         r = self._routed
-        return self._buffer.decode_combine(recv.handle.rows, r.ids[self._rank], None if self._weighted else r.weights[self._rank], recv.handle,
-                                           out=r.y, return_hook=self._hooks)
+        return self._buffer.decode_combine(
+            recv.handle.rows,
+            r.ids[self._rank],
+            None if self._weighted else r.weights[self._rank],
+            recv.handle,
+            out=r.y,
+            return_hook=self._hooks,
+        )
 
     def begin(self, routed):
         """Both parities' experts have done their work; x and y are poisoned."""
@@ -164,7 +222,9 @@ class DecodePath:
     def end(self, table):
         """Wrong elements of what the block left behind."""
         r = self._routed
-        wrong = sum(check.count_wrong(x[packed].contiguous(), table[r.source, r.token]) for x, packed in self._seen)
+        wrong = sum(
+            check.count_wrong(x[packed].contiguous(), table[r.source, r.token]) for x, packed in self._seen
+        )
         return wrong + check.count_wrong(r.y, _sum(self._case, r, self._rank, self._weighted))
 
 
@@ -209,8 +269,16 @@ class Alternative:
     """The throughput path, or a baseline: the steps run on whatever memory they got, one more step is checked."""
 
     def __init__(self, case, rank, dispatch, combine, prepare, group_of, rounded):
-        self._case, self._rank, self._dispatch, self._combine, self._prepare = case, rank, dispatch, combine, prepare
-        self._sums = dict(group_of=group_of, rounded=rounded, num_experts=case.experts, size=case.ranks, layout="expert")
+        self._case, self._rank, self._dispatch, self._combine, self._prepare = (
+            case,
+            rank,
+            dispatch,
+            combine,
+            prepare,
+        )
+        self._sums = dict(
+            group_of=group_of, rounded=rounded, num_experts=case.experts, size=case.ranks, layout="expert"
+        )
 
     def begin(self, routed):
         """Work out its routes, untimed."""
@@ -227,11 +295,15 @@ class Alternative:
         rows = self._dispatch(r.x)
         wrong = check.count_wrong(rows, table[r.source, r.token])
         y = self._combine(check.expert_output(rows, self._rank, rows))
-        return wrong + check.count_wrong(y, check.combined(r.x, r.ids[self._rank], r.weights[self._rank], **self._sums))
+        return wrong + check.count_wrong(
+            y, check.combined(r.x, r.ids[self._rank], r.weights[self._rank], **self._sums)
+        )
 
 
 def _throughput(comm, case, rank):
-    buffer = moecomm.Buffer(comm, hidden=case.hidden, num_experts=case.experts, top_k=case.top_k, max_tokens=case.tokens)
+    buffer = moecomm.Buffer(
+        comm, hidden=case.hidden, num_experts=case.experts, top_k=case.top_k, max_tokens=case.tokens
+    )
     y = torch.empty((case.tokens, case.hidden), dtype=torch.bfloat16)
     state = {}
 
@@ -246,14 +318,22 @@ def _throughput(comm, case, rank):
         return buffer.combine(rows, state["out"].handle, topk_weights=state["out"].topk_weights, out=y)
 
     node_of = [r // case.ranks_per_node for r in range(case.ranks)]
-    return Alternative(case, rank, dispatch, combine, prepare, node_of, [n != node_of[rank] for n in range(case.nodes)])
+    return Alternative(
+        case, rank, dispatch, combine, prepare, node_of, [n != node_of[rank] for n in range(case.nodes)]
+    )
 
 
 def _baseline(name, world, case):
     inner = baselines.make(name, world, case)
-    return Alternative(case, world.rank, inner.dispatch, inner.combine,
-                       lambda routed: inner.prepare(baselines.Routes(case, world.rank, routed.ids, routed.weights)),
-                       list(range(case.ranks)), [True] * case.ranks)
+    return Alternative(
+        case,
+        world.rank,
+        inner.dispatch,
+        inner.combine,
+        lambda routed: inner.prepare(baselines.Routes(case, world.rank, routed.ids, routed.weights)),
+        list(range(case.ranks)),
+        [True] * case.ranks,
+    )
 
 
 def measure(world, case, args):
@@ -261,13 +341,25 @@ def measure(world, case, args):
     steps = args.steps or min(200, max(10, 2000 // case.tokens))
     names = [n for key in ("mpi", "gloo") if key in args.baseline.split(",") for n in (f"tuned-{key}",)]
     with moecomm.Communicator(world.group, ranks_per_node=case.ranks_per_node) as comm:
-        buffer = moecomm.Buffer(comm, hidden=case.hidden, num_experts=case.experts, top_k=case.top_k, max_tokens=case.tokens, decode=True,
-                                arena_bytes=1 << 16)
-        contenders = {"decode": DecodePath(buffer, case, world.rank), "hooks": DecodePath(buffer, case, world.rank, hooks=True),
-                      "weighted": DecodePath(buffer, case, world.rank, weighted=True), "floor": Floor(DecodePath(buffer, case, world.rank)),
-                      "throughput": _throughput(comm, case, world.rank), **{name: _baseline(name, world, case) for name in names}}
+        buffer = moecomm.Buffer(
+            comm,
+            hidden=case.hidden,
+            num_experts=case.experts,
+            top_k=case.top_k,
+            max_tokens=case.tokens,
+            decode=True,
+            arena_bytes=1 << 16,
+        )
+        contenders = {
+            "decode": DecodePath(buffer, case, world.rank),
+            "hooks": DecodePath(buffer, case, world.rank, hooks=True),
+            "weighted": DecodePath(buffer, case, world.rank, weighted=True),
+            "floor": Floor(DecodePath(buffer, case, world.rank)),
+            "throughput": _throughput(comm, case, world.rank),
+            **{name: _baseline(name, world, case) for name in names},
+        }
         times, wrong, latencies, traffic = {n: [] for n in contenders}, dict.fromkeys(contenders, 0), [], {}
-        for block in range(args.blocks + 1):   # the first one warms up
+        for block in range(args.blocks + 1):  # the first one warms up
             routed, table = _route(world, case, seed=block)
             for turn in range(len(contenders)):
                 name = list(contenders)[(block + turn) % len(contenders)]
@@ -296,11 +388,27 @@ def measure(world, case, args):
         buffer.close()
         comm.barrier()
     parts = np.median(np.mean(world.allgather(np.array(contenders["hooks"].parts[steps:])), axis=0), axis=0)
-    found = {name: {"median_us": _us(np.median(t)), "p99_us": _us(np.percentile(t, 99)), "wrong": sum(world.allgather(wrong[name]))}
-             for name, t in times.items()}
-    return {"nodes": case.nodes, "ranks": case.ranks, "tokens": case.tokens, "hidden": case.hidden, "experts": case.experts, "top_k": case.top_k,
-            "steps": steps * args.blocks, "contenders": found, "parts_us": dict(zip(_PARTS, map(_us, parts), strict=True)),
-            "put_us": _us(np.median(world.allgather(latencies)[0])), "bytes": {name: _summed(world, t, steps) for name, t in traffic.items()}}
+    found = {
+        name: {
+            "median_us": _us(np.median(t)),
+            "p99_us": _us(np.percentile(t, 99)),
+            "wrong": sum(world.allgather(wrong[name])),
+        }
+        for name, t in times.items()
+    }
+    return {
+        "nodes": case.nodes,
+        "ranks": case.ranks,
+        "tokens": case.tokens,
+        "hidden": case.hidden,
+        "experts": case.experts,
+        "top_k": case.top_k,
+        "steps": steps * args.blocks,
+        "contenders": found,
+        "parts_us": dict(zip(_PARTS, map(_us, parts), strict=True)),
+        "put_us": _us(np.median(world.allgather(latencies)[0])),
+        "bytes": {name: _summed(world, t, steps) for name, t in traffic.items()},
+    }
 
 
 def _us(seconds):
@@ -309,19 +417,34 @@ def _us(seconds):
 
 def _summed(world, counters, steps):
     everyone = world.allgather(counters)
-    return {hop: {kind: round(sum(c[hop][f"{kind}_bytes"] for c in everyone) / steps) for kind in ("logical", "physical")} for hop in ("rail", "node")}
+    return {
+        hop: {
+            kind: round(sum(c[hop][f"{kind}_bytes"] for c in everyone) / steps)
+            for kind in ("logical", "physical")
+        }
+        for hop in ("rail", "node")
+    }
 
 
 def table(r):
     """The lines of one record."""
     own = r["contenders"]["decode"]["median_us"]
-    lines = [f"# {r['nodes']} x {r['ranks'] // r['nodes']} ranks, {r['tokens']} tokens per rank, hidden {r['hidden']}, {r['experts']} experts, "
-             f"top-{r['top_k']}; {r['steps']} steps; a put and its flag, one way: {r['put_us']:.1f} us",
-             f"# {'':12}{'median us':>11}{'p99 us':>11}{'/ decode':>10}{'#wrong':>8}"]
+    lines = [
+        f"# {r['nodes']} x {r['ranks'] // r['nodes']} ranks, {r['tokens']} tokens per rank, hidden {r['hidden']}, {r['experts']} experts, "
+        f"top-{r['top_k']}; {r['steps']} steps; a put and its flag, one way: {r['put_us']:.1f} us",
+        f"# {'':12}{'median us':>11}{'p99 us':>11}{'/ decode':>10}{'#wrong':>8}",
+    ]
     for name, c in r["contenders"].items():
-        lines.append(f"  {name:12}{c['median_us']:11.1f}{c['p99_us']:11.1f}{c['median_us'] / own:10.2f}{c['wrong']:8}")
+        lines.append(
+            f"  {name:12}{c['median_us']:11.1f}{c['p99_us']:11.1f}{c['median_us'] / own:10.2f}{c['wrong']:8}"
+        )
     lines.append("  phases: " + ", ".join(f"{name} {us:.1f} us" for name, us in r["parts_us"].items()))
     for name, hops in r["bytes"].items():
-        lines.append(f"  bytes of {name}: " + ", ".join(f"{hop} {b['logical'] / 1e6:.2f} MB logical, {b['physical'] / 1e6:.2f} MB physical"
-                                                        for hop, b in hops.items()))
+        lines.append(
+            f"  bytes of {name}: "
+            + ", ".join(
+                f"{hop} {b['logical'] / 1e6:.2f} MB logical, {b['physical'] / 1e6:.2f} MB physical"
+                for hop, b in hops.items()
+            )
+        )
     return lines

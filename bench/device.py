@@ -22,7 +22,7 @@ from moecomm import gate, quant, reference, tuning
 GEOMETRIES = ((1, 8), (2, 4), (4, 2))
 SMS = (16, 24, 40, 64, 128)
 CALLS = ("dispatch bf16", "dispatch fp8", "combine bf16")
-_capturing = threading.Lock()   # entering a capture synchronizes the device, which no other capture allows
+_capturing = threading.Lock()  # entering a capture synchronizes the device, which no other capture allows
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,22 @@ SMALL = ((1, 1), (1, 4), (2, 2), (4, 1))
 
 def check_small_worlds(device, worlds=SMALL):
     """Dispatch and combine of small worlds against the oracle; returns how many. Raises AssertionError."""
-    cases = [(nodes, per_node, layout, capacity, kind) for nodes, per_node in worlds for layout in ("expert", "rank")
-             for capacity in (None, 200) for kind in (None, "fp8")]
+    cases = [
+        (nodes, per_node, layout, capacity, kind)
+        for nodes, per_node in worlds
+        for layout in ("expert", "rank")
+        for capacity in (None, 200)
+        for kind in (None, "fp8")
+    ]
     for nodes, per_node, layout, capacity, kind in cases:
         size = nodes * per_node
         world = small_world(size, seed=size)
-        moecomm.run_local(lambda comm: check_rank(comm, world, layout, capacity, kind), size, ranks_per_node=per_node, device=device)   # noqa: B023
+        moecomm.run_local(
+            lambda comm: check_rank(comm, world, layout, capacity, kind),
+            size,
+            ranks_per_node=per_node,
+            device=device,
+        )  # noqa: B023
     return len(cases)
 
 
@@ -58,7 +68,10 @@ def small_world(size, seed, tokens=23, hidden=512, experts_per_rank=4, top_k=4):
     g = torch.Generator().manual_seed(seed)
     counts = [0 if r == 1 else tokens - 3 * r % tokens for r in range(size)]
     xs = [torch.randn((t, hidden), generator=g).bfloat16() for t in counts]
-    ids = [torch.rand((t, experts_per_rank * size), generator=g).argsort(1)[:, :top_k].contiguous() for t in counts]
+    ids = [
+        torch.rand((t, experts_per_rank * size), generator=g).argsort(1)[:, :top_k].contiguous()
+        for t in counts
+    ]
     ids = [i.masked_fill(torch.rand(i.shape, generator=g) < 0.2, -1) for i in ids]
     return xs, ids, [torch.rand((t, top_k), generator=g) for t in counts]
 
@@ -68,19 +81,44 @@ def check_rank(comm, world, layout, capacity, kind):
     xs, ids, weights = world
     experts, top_k, rank = 4 * comm.size, ids[0].shape[1], comm.rank
     coded = [quant.quantize(x) for x in xs] if kind else None
-    want = reference.dispatch([c[0] for c in coded] if kind else xs, ids, weights, num_experts=experts, layout=layout, capacity=capacity,
-                              scales=[c[1] for c in coded] if kind else None)
-    buf = moecomm.Buffer(comm, hidden=xs[0].shape[1], num_experts=experts, top_k=top_k, max_tokens=32, num_sms=2)
-    move = lambda t: t.to(comm.device)   # noqa: E731
-    out = buf.dispatch(move(xs[rank]), move(ids[rank]), move(weights[rank]), layout=layout, capacity=capacity, quant=kind)
+    want = reference.dispatch(
+        [c[0] for c in coded] if kind else xs,
+        ids,
+        weights,
+        num_experts=experts,
+        layout=layout,
+        capacity=capacity,
+        scales=[c[1] for c in coded] if kind else None,
+    )
+    buf = moecomm.Buffer(
+        comm, hidden=xs[0].shape[1], num_experts=experts, top_k=top_k, max_tokens=32, num_sms=2
+    )
+    move = lambda t: t.to(comm.device)  # noqa: E731
+    out = buf.dispatch(
+        move(xs[rank]), move(ids[rank]), move(weights[rank]), layout=layout, capacity=capacity, quant=kind
+    )
     torch.cuda.current_stream().synchronize()
-    for name in ("x", "scales", "topk_weights", "topk_ids", "tokens_per_expert", "rows_per_expert", "source_rank", "source_token"):
+    for name in (
+        "x",
+        "scales",
+        "topk_weights",
+        "topk_ids",
+        "tokens_per_expert",
+        "rows_per_expert",
+        "source_rank",
+        "source_token",
+    ):
         expect_equal(getattr(out, name), getattr(want[rank], name), f"{comm}: {name}")
     if not kind:
         rows = [(w.x.float() * (r + 1) / 4).to(w.x.dtype) for r, w in enumerate(want)]
         by_expert = layout == "expert"
-        expected = reference.combine(rows, want, [len(x) for x in xs], ranks_per_node=comm.ranks_per_node,
-                                     topk_weights=[w.topk_weights for w in want] if by_expert else None)
+        expected = reference.combine(
+            rows,
+            want,
+            [len(x) for x in xs],
+            ranks_per_node=comm.ranks_per_node,
+            topk_weights=[w.topk_weights for w in want] if by_expert else None,
+        )
         out.handle.rows.copy_(move(rows[rank]))
         y = torch.full(xs[rank].shape, float("nan"), dtype=xs[rank].dtype, device=comm.device)
         buf.combine(out.handle.rows, out.handle, topk_weights=out.topk_weights if by_expert else None, out=y)
@@ -96,17 +134,22 @@ def expect_equal(got, want, what):
         assert got is None, what
         return
     got = got.cpu()
-    assert got.shape == want.shape and got.dtype == want.dtype, f"{what}: {got.dtype} {list(got.shape)}, expected {want.dtype} {list(want.shape)}"
+    assert got.shape == want.shape and got.dtype == want.dtype, (
+        f"{what}: {got.dtype} {list(got.shape)}, expected {want.dtype} {list(want.shape)}"
+    )
     wrong = int((as_bits(got) != as_bits(want)).sum())
     assert wrong == 0, f"{what}: {wrong} elements differ"
 
 
 def as_bits(t):
     """A tensor as integers."""
-    return t.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+    return t.contiguous().view(
+        {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    )
 
 
 # -- what must come out, in torch on the GPU ----------------------------------------------------------------------------
+
 
 class World:
     """All ranks' inputs on one GPU, and what each rank must receive."""
@@ -116,11 +159,13 @@ class World:
         self.shape, self.size = shape, size
         self.x = torch.randn((size, shape.tokens, shape.hidden), generator=g, device=device).bfloat16()
         logits = torch.randn((size * shape.tokens, shape.experts), generator=g, device=device)
-        ids, weights = gate.sigmoid_gate(logits, shape.top_k, num_groups=shape.groups, top_groups=shape.top_groups)
+        ids, weights = gate.sigmoid_gate(
+            logits, shape.top_k, num_groups=shape.groups, top_groups=shape.top_groups
+        )
         self.ids = ids.view(size, shape.tokens, shape.top_k).contiguous()
         self.weights = weights.float().view(size, shape.tokens, shape.top_k).contiguous()
         flat = self.ids.flatten()
-        self.order = torch.sort(flat, stable=True).indices          # (expert, source rank, source token)
+        self.order = torch.sort(flat, stable=True).indices  # (expert, source rank, source token)
         self.owner = flat[self.order] // (shape.experts // size)
         self.counts = torch.bincount(self.owner, minlength=size).tolist()
 
@@ -145,12 +190,20 @@ class World:
         ids, at = self.ids[rank].sort(-1)
         weights = self.weights[rank].gather(1, at)
         home, x = rank // (self.size // nodes), self.x[rank]
-        total, started = torch.zeros_like(x, dtype=torch.float32), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        total, started = (
+            torch.zeros_like(x, dtype=torch.float32),
+            torch.zeros(len(x), dtype=torch.bool, device=x.device),
+        )
         for n in range(nodes):
-            part, found = torch.zeros_like(x, dtype=torch.float32), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+            part, found = (
+                torch.zeros_like(x, dtype=torch.float32),
+                torch.zeros(len(x), dtype=torch.bool, device=x.device),
+            )
             for k in range(shape.top_k):
                 here = ids[:, k] // (shape.experts // nodes) == n
-                row = (x.float() * scale((ids[:, k] // per_rank).float())[:, None]).bfloat16().float() * weights[:, k:k + 1]
+                row = (
+                    x.float() * scale((ids[:, k] // per_rank).float())[:, None]
+                ).bfloat16().float() * weights[:, k : k + 1]
                 part = torch.where(here[:, None], torch.where(found[:, None], part + row, row), part)
                 found = found | here
             if n != home:
@@ -172,9 +225,13 @@ def must_move(world, nodes, call):
 
 # -- times --------------------------------------------------------------------------------------------------------------
 
+
 def copy_ceiling(size=4 << 30, repeats=10):
     """GB/s of a large device-to-device copy, read plus written."""
-    a, b = torch.empty(size, dtype=torch.uint8, device="cuda").random_(), torch.empty(size, dtype=torch.uint8, device="cuda")
+    a, b = (
+        torch.empty(size, dtype=torch.uint8, device="cuda").random_(),
+        torch.empty(size, dtype=torch.uint8, device="cuda"),
+    )
     return 2 * size / timed(lambda: b.copy_(a), repeats) / 1e9
 
 
@@ -195,45 +252,78 @@ def timed(work, repeats):
 def measure(args, shape, nodes, per_node, sms, ceiling, choose=None):
     """Rows of the table for one geometry and one number of multiprocessors in all; `choose` replaces the chosen plan."""
     size = nodes * per_node
-    torch.cuda.empty_cache()   # windows are not torch's memory: what its cache keeps is lost to them
+    torch.cuda.empty_cache()  # windows are not torch's memory: what its cache keeps is lost to them
     world = World(shape, size, args.device)
-    torch.cuda.synchronize()   # the ranks' streams do not wait for this one
+    torch.cuda.synchronize()  # the ranks' streams do not wait for this one
     capacity = max(world.counts)
-    scale = lambda rank: (rank + 1) / 4   # of a number or a tensor; noqa: E731
+    scale = lambda rank: (rank + 1) / 4  # of a number or a tensor; noqa: E731
     reference_event = torch.cuda.Event(enable_timing=True)
     reference_event.record()
     reference_event.synchronize()
     # Also odd numbers per rank, which a Buffer does not take by name.
-    with tuning.overriding(choose or (lambda hardware, traffic: tuning.choose_plan(hardware, traffic, sms // size))):
-        spans = moecomm.run_local(lambda comm: rank_main(comm, args, world, capacity, scale, nodes, reference_event), size,
-                                  ranks_per_node=per_node, device=args.device)
+    with tuning.overriding(
+        choose or (lambda hardware, traffic: tuning.choose_plan(hardware, traffic, sms // size))
+    ):
+        spans = moecomm.run_local(
+            lambda comm: rank_main(comm, args, world, capacity, scale, nodes, reference_event),
+            size,
+            ranks_per_node=per_node,
+            device=args.device,
+        )
     rows = []
     for i, call in enumerate(CALLS):
         us = 1e3 * (max(s[i][1] for s in spans) - min(s[i][0] for s in spans)) / args.iterations
         gbs = must_move(world, nodes, call) / us / 1e3
-        rows.append(dict(call=call, nodes=nodes, ranks_per_node=per_node, sms=sms, us=us, gbs=gbs, fraction=gbs / ceiling, wrong=sum(s[i][2] for s in spans)))
+        rows.append(
+            dict(
+                call=call,
+                nodes=nodes,
+                ranks_per_node=per_node,
+                sms=sms,
+                us=us,
+                gbs=gbs,
+                fraction=gbs / ceiling,
+                wrong=sum(s[i][2] for s in spans),
+            )
+        )
     return rows
 
 
 def rank_main(comm, args, world, capacity, scale, nodes, origin):
     """One rank: for each call (start ms, end ms, wrong elements)."""
     s, rank = world.shape, comm.rank
-    buf = moecomm.Buffer(comm, hidden=s.hidden, num_experts=s.experts, top_k=s.top_k, max_tokens=s.tokens, num_sms=2, arena_bytes=arena_bytes(capacity, s))
+    buf = moecomm.Buffer(
+        comm,
+        hidden=s.hidden,
+        num_experts=s.experts,
+        top_k=s.top_k,
+        max_tokens=s.tokens,
+        num_sms=2,
+        arena_bytes=arena_bytes(capacity, s),
+    )
     x, ids, weights = world.x[rank], world.ids[rank], world.weights[rank]
     rows, sources = world.counts[rank], world.sources(rank)
     found = []
     for call in CALLS:
         if call.startswith("dispatch"):
             kind = "fp8" if call.endswith("fp8") else None
-            run = lambda kind=kind: buf.dispatch(x, ids, weights, capacity=capacity, quant=kind)   # noqa: E731
+            run = lambda kind=kind: buf.dispatch(x, ids, weights, capacity=capacity, quant=kind)  # noqa: E731
         else:
             out = buf.dispatch(x, ids, weights, capacity=capacity)
             torch.mul(out.x, scale(rank), out=out.handle.rows)
             y = torch.full_like(x, float("nan"))
-            run = lambda: buf.combine(out.handle.rows, out.handle, topk_weights=out.topk_weights, out=y)   # noqa: E731
-        result, span = replay(comm, run, args.iterations, origin, lambda out: (out,) if torch.is_tensor(out) else (out.x, out.scales))
+            run = lambda: buf.combine(out.handle.rows, out.handle, topk_weights=out.topk_weights, out=y)  # noqa: E731
+        result, span = replay(
+            comm,
+            run,
+            args.iterations,
+            origin,
+            lambda out: (out,) if torch.is_tensor(out) else (out.x, out.scales),
+        )
         if call == "dispatch bf16":
-            wrong = differing(result.x[:rows], world.x.flatten(0, 1)[sources]) + int((result.x[rows:] != 0).sum())
+            wrong = differing(result.x[:rows], world.x.flatten(0, 1)[sources]) + int(
+                (result.x[rows:] != 0).sum()
+            )
         elif call == "dispatch fp8":
             codes, scales = quant.quantize(world.x.flatten(0, 1)[sources].cpu())
             wrong = differing(result.x[:rows].cpu(), codes) + differing(result.scales[:rows].cpu(), scales)
@@ -254,7 +344,11 @@ def arena_bytes(capacity, shape):
 
 def differing(got, want):
     """Elements whose bits differ."""
-    return int((as_bits(got) != as_bits(want)).sum()) if got.shape == want.shape else max(got.numel(), want.numel())
+    return (
+        int((as_bits(got) != as_bits(want)).sum())
+        if got.shape == want.shape
+        else max(got.numel(), want.numel())
+    )
 
 
 def captured(comm, run):
@@ -262,7 +356,10 @@ def captured(comm, run):
     torch.cuda.current_stream().synchronize()
     comm.barrier()
     graph = torch.cuda.CUDAGraph()
-    with _capturing, torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+    with (
+        _capturing,
+        torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"),
+    ):
         result = run()
     comm.barrier()
     return graph, result
@@ -275,7 +372,7 @@ def replay(comm, run, iterations, origin, outputs):
     for _ in range(3):
         graph.replay()
     torch.cuda.current_stream().synchronize()
-    comm.barrier()   # nobody writes here any more
+    comm.barrier()  # nobody writes here any more
     for out in outputs(result):
         if out is not None:
             as_bits(out).fill_(-1 if out.element_size() > 1 else 255)
@@ -305,13 +402,25 @@ def gemm_overlap(args, shape, sms=(16, 40), rounds=6):
         torch.cuda.synchronize()
 
         def rank(comm, total=total, world=world):
-            buf = moecomm.Buffer(comm, hidden=shape.hidden, num_experts=shape.experts, top_k=shape.top_k, max_tokens=4096,
-                                 num_sms=max(2, total // comm.size // 2 * 2), arena_bytes=arena_bytes(max(world.counts), shape))
+            buf = moecomm.Buffer(
+                comm,
+                hidden=shape.hidden,
+                num_experts=shape.experts,
+                top_k=shape.top_k,
+                max_tokens=4096,
+                num_sms=max(2, total // comm.size // 2 * 2),
+                arena_bytes=arena_bytes(max(world.counts), shape),
+            )
             times, side = [], torch.cuda.Stream(args.device)
             for _ in range(5):
                 comm.barrier()
                 for n in range(rounds):
-                    out = buf.dispatch(world.x[comm.rank], world.ids[comm.rank], world.weights[comm.rank], capacity=max(world.counts))
+                    out = buf.dispatch(
+                        world.x[comm.rank],
+                        world.ids[comm.rank],
+                        world.weights[comm.rank],
+                        capacity=max(world.counts),
+                    )
                     if comm.rank == 0 and n == 0:
                         with torch.cuda.stream(side):
                             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -327,6 +436,7 @@ def gemm_overlap(args, shape, sms=(16, 40), rounds=6):
                     times.append(begin.elapsed_time(end) / 1e3)
             buf.close()
             return statistics.median(times) if times else None
+
         beside = moecomm.run_local(rank, 8, ranks_per_node=8, device=args.device)[0]
         if beside is not None:
             found[total] = beside / alone

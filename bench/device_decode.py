@@ -18,7 +18,7 @@ from . import device as bench
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 GEOMETRIES = ((1, 8), (2, 4), (4, 2))
-SMS = 128   # in all
+SMS = 128  # in all
 TARGET = "at 1 token <= 20 us; at 128 within 1.6x of the floor plus 12 us"
 
 
@@ -27,7 +27,12 @@ def check_small_worlds(device, worlds=bench.SMALL):
     cases = [(nodes, per_node, kind) for nodes, per_node in worlds for kind in (None, "fp8")]
     for nodes, per_node, kind in cases:
         world = bench.small_world(nodes * per_node, seed=7 * nodes + per_node)
-        moecomm.run_local(lambda comm: check_rank(comm, world, kind), nodes * per_node, ranks_per_node=per_node, device=device)   # noqa: B023
+        moecomm.run_local(
+            lambda comm: check_rank(comm, world, kind),
+            nodes * per_node,
+            ranks_per_node=per_node,
+            device=device,
+        )  # noqa: B023
     return len(cases)
 
 
@@ -36,10 +41,26 @@ def check_rank(comm, world, kind):
     xs, ids, weights = world
     experts, rank = 4 * comm.size, comm.rank
     coded = [quant.quantize(x) if kind else (x, None) for x in xs]
-    want = reference.decode_dispatch([c[0] for c in coded], ids, num_experts=experts, max_tokens=32, scales=[c[1] for c in coded] if kind else None)
+    want = reference.decode_dispatch(
+        [c[0] for c in coded],
+        ids,
+        num_experts=experts,
+        max_tokens=32,
+        scales=[c[1] for c in coded] if kind else None,
+    )
     rows = [(w.x.float() * (r + 1) / 4).bfloat16() for r, w in enumerate(want)]
-    sums = reference.decode_combine(rows, ids, weights, num_experts=experts, ranks_per_node=comm.ranks_per_node)
-    buf = moecomm.Buffer(comm, hidden=xs[0].shape[1], num_experts=experts, top_k=ids[0].shape[1], max_tokens=32, num_sms=2, decode=True)
+    sums = reference.decode_combine(
+        rows, ids, weights, num_experts=experts, ranks_per_node=comm.ranks_per_node
+    )
+    buf = moecomm.Buffer(
+        comm,
+        hidden=xs[0].shape[1],
+        num_experts=experts,
+        top_k=ids[0].shape[1],
+        max_tokens=32,
+        num_sms=2,
+        decode=True,
+    )
     x, i, w = (t[rank].to(comm.device) for t in world)
     for _ in range(3):
         recv, hook = buf.decode_dispatch(x, i, quant=kind)
@@ -72,7 +93,9 @@ def expected_sums(world, rank, scale):
     s, x = world.shape, world.x[rank]
     owner, total = world.ids[rank] // (s.experts // world.size), None
     for k in range(s.top_k):
-        term = (x.float() * scale(owner[:, k].float())[:, None]).bfloat16().float() * world.weights[rank][:, k:k + 1]
+        term = (x.float() * scale(owner[:, k].float())[:, None]).bfloat16().float() * world.weights[rank][
+            :, k : k + 1
+        ]
         total = term if total is None else total + term
     return total.bfloat16()
 
@@ -87,25 +110,48 @@ def measure(args, ceiling, tokens=TOKENS, geometries=GEOMETRIES):
     for nodes, per_node in geometries:
         size = nodes * per_node
         for count in tokens:
-            torch.cuda.empty_cache()   # windows are not torch's memory
+            torch.cuda.empty_cache()  # windows are not torch's memory
             world = bench.World(bench.Shape(tokens=count), size, args.device)
             torch.cuda.synchronize()
             origin = torch.cuda.Event(enable_timing=True)
             origin.record()
             origin.synchronize()
-            with tuning.overriding(lambda hardware, traffic: tuning.choose_plan(hardware, traffic, SMS // size)):   # noqa: B023
-                spans = moecomm.run_local(lambda comm: rank_main(comm, args, world, origin), size, ranks_per_node=per_node, device=args.device)   # noqa: B023
+            with tuning.overriding(
+                lambda hardware, traffic: tuning.choose_plan(hardware, traffic, SMS // size)
+            ):  # noqa: B023
+                spans = moecomm.run_local(
+                    lambda comm: rank_main(comm, args, world, origin),
+                    size,
+                    ranks_per_node=per_node,
+                    device=args.device,
+                )  # noqa: B023
             us = 1e3 * (max(s[1] for s in spans) - min(s[0] for s in spans)) / args.iterations / 2
             floor = must_move(world, nodes) / ceiling / 1e3
-            yield dict(nodes=nodes, ranks_per_node=per_node, tokens=count, us=us, floor_us=floor, wrong=sum(s[2] for s in spans))
+            yield dict(
+                nodes=nodes,
+                ranks_per_node=per_node,
+                tokens=count,
+                us=us,
+                floor_us=floor,
+                wrong=sum(s[2] for s in spans),
+            )
 
 
 def rank_main(comm, args, world, origin):
     """One rank: (start ms, end ms, wrong elements)."""
     s, rank = world.shape, comm.rank
-    buf = moecomm.Buffer(comm, hidden=s.hidden, num_experts=s.experts, top_k=s.top_k, max_tokens=s.tokens, num_sms=2, arena_bytes=1 << 20, decode=True)
+    buf = moecomm.Buffer(
+        comm,
+        hidden=s.hidden,
+        num_experts=s.experts,
+        top_k=s.top_k,
+        max_tokens=s.tokens,
+        num_sms=2,
+        arena_bytes=1 << 20,
+        decode=True,
+    )
     x, ids, weights = world.x[rank], world.ids[rank], world.weights[rank]
-    scale = lambda r: (r + 1) / 4   # of a number or a tensor; noqa: E731
+    scale = lambda r: (r + 1) / 4  # of a number or a tensor; noqa: E731
     y, flat = torch.full_like(x, float("nan")), world.x.flatten(0, 1)
     local = range(rank * buf.experts_per_rank, (rank + 1) * buf.experts_per_rank)
     sources = [rows_of_expert(world, e) for e in local]
@@ -115,16 +161,20 @@ def rank_main(comm, args, world, origin):
         buf.decode_combine(recv.handle.rows, ids, weights, recv.handle, return_hook=False, out=y)
         return recv
 
-    for _ in range(2):   # the experts' rows of both banks: they lie where the routing says, in every step
+    for _ in range(2):  # the experts' rows of both banks: they lie where the routing says, in every step
         recv, _ = buf.decode_dispatch(x, ids, return_hook=False)
         for e, tokens in enumerate(sources):
-            recv.handle.rows[e, :len(tokens)] = (flat[tokens].float() * scale(rank)).bfloat16()
+            recv.handle.rows[e, : len(tokens)] = (flat[tokens].float() * scale(rank)).bfloat16()
         buf.decode_combine(recv.handle.rows, ids, weights, recv.handle, return_hook=False)
-    recv, span = bench.replay(comm, lambda: [step(), step()][1], args.iterations, origin, lambda out: (y, out.counts, out.x))
+    recv, span = bench.replay(
+        comm, lambda: [step(), step()][1], args.iterations, origin, lambda out: (y, out.counts, out.x)
+    )
     wrong = bench.differing(y, expected_sums(world, rank, scale))
     for e, tokens in enumerate(sources):
         codes, scales = quant.quantize(flat[tokens].cpu())
-        wrong += bench.differing(recv.x[e, :len(tokens)].cpu(), codes) + bench.differing(recv.scales[e, :len(tokens)].cpu(), scales)
+        wrong += bench.differing(recv.x[e, : len(tokens)].cpu(), codes) + bench.differing(
+            recv.scales[e, : len(tokens)].cpu(), scales
+        )
     wrong += bench.differing(recv.counts.cpu(), torch.tensor([len(t) for t in sources]))
     comm.barrier()
     buf.close()
@@ -133,7 +183,13 @@ def rank_main(comm, args, world, origin):
 
 def markdown(rows):
     """The rows as lines of a table for docs/measurements.md."""
-    lines = [f"Decode, dispatch (FP8) and combine (BF16) together, {SMS} SMs in all, replayed from graphs; wanted: {TARGET}.", "",
-             "| nodes x ranks | tokens per rank | us | floor us | us / floor | wrong |", "|---|---|---|---|---|---|"]
-    return lines + [f"| {r['nodes']}x{r['ranks_per_node']} | {r['tokens']} | {r['us']:.1f} | {r['floor_us']:.1f} | {r['us'] / r['floor_us']:.2f} | {r['wrong']} |"
-                    for r in rows]
+    lines = [
+        f"Decode, dispatch (FP8) and combine (BF16) together, {SMS} SMs in all, replayed from graphs; wanted: {TARGET}.",
+        "",
+        "| nodes x ranks | tokens per rank | us | floor us | us / floor | wrong |",
+        "|---|---|---|---|---|---|",
+    ]
+    return lines + [
+        f"| {r['nodes']}x{r['ranks_per_node']} | {r['tokens']} | {r['us']:.1f} | {r['floor_us']:.1f} | {r['us'] / r['floor_us']:.2f} | {r['wrong']} |"
+        for r in rows
+    ]

@@ -22,27 +22,56 @@ from . import device_decode, device_torch, launch
 from .device import SMALL, SMS, Shape, check_small_worlds, copy_ceiling, gemm_overlap, measure
 
 OWN_CODE = Path(__file__).resolve().parent.parent
-SECTIONS = {"check": 90, "base": 45, "1x8": 90, "2x4": 90, "4x2": 90, "decode": 120, "torch": 60, "overlap": 60, "sanitizer": 180}   # seconds that each may take
+SECTIONS = {
+    "check": 90,
+    "base": 45,
+    "1x8": 90,
+    "2x4": 90,
+    "4x2": 90,
+    "decode": 120,
+    "torch": 60,
+    "overlap": 60,
+    "sanitizer": 180,
+}  # seconds that each may take
 
 
 def arguments(parser):
     """What to run."""
     parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--iterations", type=options.positive, default=20, help="graph replays that are timed")
+    parser.add_argument(
+        "--iterations", type=options.positive, default=20, help="graph replays that are timed"
+    )
     parser.add_argument("--tokens", type=options.tokens, default=Shape.tokens)
-    parser.add_argument("--small", action="store_true", help="only the checks on small worlds (as compute-sanitizer runs them)")
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="only the checks on small worlds (as compute-sanitizer runs them)",
+    )
     parser.add_argument("--most-ranks", type=options.ranks, default=8, help="of the small worlds")
     parser.add_argument("--no-sanitizer", action="store_true")
-    parser.add_argument("--build", action="store_true", help="build the extension in place first (before anything of it is imported)")
-    parser.add_argument("--minutes", type=options.above_zero, default=7.5, help="no section goes on for longer, all together")
+    parser.add_argument(
+        "--build",
+        action="store_true",
+        help="build the extension in place first (before anything of it is imported)",
+    )
+    parser.add_argument(
+        "--minutes", type=options.above_zero, default=7.5, help="no section goes on for longer, all together"
+    )
     parser.add_argument("--only", choices=SECTIONS, help="one section, in this process")
-    parser.add_argument("--ceiling", type=float, default=float("nan"), help="GB/s of a copy, where that was measured before")
-    parser.add_argument("--out", type=options.folder_to_write, default=os.environ.get("OUT", "bench/results"), help="folder for device.json and device.md")
+    parser.add_argument(
+        "--ceiling", type=float, default=float("nan"), help="GB/s of a copy, where that was measured before"
+    )
+    parser.add_argument(
+        "--out",
+        type=options.folder_to_write,
+        default=os.environ.get("OUT", "bench/results"),
+        help="folder for device.json and device.md",
+    )
 
 
 def ready(args):
     """Whether there is a GPU to measure; says why not."""
-    cuda.prepare_threads()   # before anything touches the GPU
+    cuda.prepare_threads()  # before anything touches the GPU
     reason = cuda.why_not()
     if reason is not None:
         print(f"{args.command}: nothing to measure: {reason}")
@@ -72,8 +101,22 @@ def run_all(args, folder):
             continue
         part, left = folder / f"device.{name}.json", end - time.monotonic()
         part.unlink(missing_ok=True)
-        command = [*launch.program(), "device", "--only", name, "--ceiling", str(report.get("ceiling_gbs", "nan")), "--device", args.device,
-                   "--iterations", str(args.iterations), "--tokens", str(args.tokens), "--out", str(folder)]
+        command = [
+            *launch.program(),
+            "device",
+            "--only",
+            name,
+            "--ceiling",
+            str(report.get("ceiling_gbs", "nan")),
+            "--device",
+            args.device,
+            "--iterations",
+            str(args.iterations),
+            "--tokens",
+            str(args.tokens),
+            "--out",
+            str(folder),
+        ]
         try:
             failed = left < 5 or subprocess.run(command, cwd=OWN_CODE, timeout=min(most, left)).returncode
             why = "no time was left" if left < 5 else f"exit status {failed}" if failed else None
@@ -98,7 +141,9 @@ def run_section(args, part):
 
     def keep(**fields):
         for key, value in fields.items():
-            found.setdefault(key, []).append(value) if key in ("rows", "decode") else found.update({key: value})
+            found.setdefault(key, []).append(value) if key in ("rows", "decode") else found.update(
+                {key: value}
+            )
         part.write_text(json.dumps(found))
 
     torch.cuda.set_device(args.device)
@@ -107,12 +152,22 @@ def run_section(args, part):
         keep(checked=check_all(args.device, args.most_ranks))
         print(f"small worlds: {found['checked']} cases equal the oracle, bit for bit")
     elif args.only == "base":
-        keep(gpu=torch.cuda.get_device_name(), torch=torch.__version__, cuda=torch.version.cuda, shape=asdict(shape), ceiling_gbs=copy_ceiling())
-        print(f"{found['gpu']}: a device-to-device copy moves {found['ceiling_gbs']:.0f} GB/s, read plus written")
+        keep(
+            gpu=torch.cuda.get_device_name(),
+            torch=torch.__version__,
+            cuda=torch.version.cuda,
+            shape=asdict(shape),
+            ceiling_gbs=copy_ceiling(),
+        )
+        print(
+            f"{found['gpu']}: a device-to-device copy moves {found['ceiling_gbs']:.0f} GB/s, read plus written"
+        )
     elif args.only == "decode":
         for row in device_decode.measure(args, args.ceiling):
             keep(decode=row)
-            print(f"decode step    {row['nodes']}x{row['ranks_per_node']:<4} {row['tokens']:4} tokens {row['us']:9.1f} us, floor {row['floor_us']:.1f} us, {row['wrong']} wrong")
+            print(
+                f"decode step    {row['nodes']}x{row['ranks_per_node']:<4} {row['tokens']:4} tokens {row['us']:9.1f} us, floor {row['floor_us']:.1f} us, {row['wrong']} wrong"
+            )
     elif args.only == "torch":
         keep(torch_in_turns=device_torch.in_turns(args, shape))
     elif args.only == "overlap":
@@ -125,7 +180,10 @@ def run_section(args, part):
         for sms in SMS:
             for row in measure(args, shape, nodes, per_node, sms, args.ceiling):
                 keep(rows=row)
-                print(f"{row['call']:14} {nodes}x{per_node:<4} {sms:4} SMs {row['us']:9.1f} us {row['gbs']:7.0f} GB/s {row['fraction']:7.1%} {row['wrong']:6} wrong", flush=True)
+                print(
+                    f"{row['call']:14} {nodes}x{per_node:<4} {sms:4} SMs {row['us']:9.1f} us {row['gbs']:7.0f} GB/s {row['fraction']:7.1%} {row['wrong']:6} wrong",
+                    flush=True,
+                )
     return 0
 
 
@@ -141,7 +199,20 @@ def sanitizer(device):
     tool = shutil.which("compute-sanitizer")
     for name in ("memcheck", "racecheck") if tool else ():
         for ranks in (2, 1):
-            command = [tool, "--tool", name, "--error-exitcode", "9", *launch.program(), "device", "--small", "--most-ranks", str(ranks), "--device", device]
+            command = [
+                tool,
+                "--tool",
+                name,
+                "--error-exitcode",
+                "9",
+                *launch.program(),
+                "device",
+                "--small",
+                "--most-ranks",
+                str(ranks),
+                "--device",
+                device,
+            ]
             try:
                 run = subprocess.run(command, capture_output=True, text=True, timeout=45, cwd=OWN_CODE)
                 said = "clean" if run.returncode == 0 else (run.stdout + run.stderr)[-800:]
@@ -157,16 +228,34 @@ def markdown(report):
     lines = []
     if "gpu" in report:
         s = report["shape"]
-        lines += [f"## {report['gpu']}, torch {report['torch']}", "", f"A device-to-device copy moves {report['ceiling_gbs']:.0f} GB/s (read plus written).",
-                  f"{s['tokens']} tokens per rank, hidden {s['hidden']}, {s['experts']} experts, top-{s['top_k']} in {s['top_groups']} of {s['groups']} groups.", ""]
-    lines += ["| call | nodes x ranks | SMs in all | us | GB/s | of the copy | wrong |", "|---|---|---|---|---|---|---|"]
-    lines += [f"| {r['call']} | {r['nodes']}x{r['ranks_per_node']} | {r['sms']} | {r['us']:.1f} | {r['gbs']:.0f} | {r['fraction']:.0%} | {r['wrong']} |"
-              for r in report["rows"]]
+        lines += [
+            f"## {report['gpu']}, torch {report['torch']}",
+            "",
+            f"A device-to-device copy moves {report['ceiling_gbs']:.0f} GB/s (read plus written).",
+            f"{s['tokens']} tokens per rank, hidden {s['hidden']}, {s['experts']} experts, top-{s['top_k']} in {s['top_groups']} of {s['groups']} groups.",
+            "",
+        ]
+    lines += [
+        "| call | nodes x ranks | SMs in all | us | GB/s | of the copy | wrong |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['call']} | {r['nodes']}x{r['ranks_per_node']} | {r['sms']} | {r['us']:.1f} | {r['gbs']:.0f} | {r['fraction']:.0%} | {r['wrong']} |"
+        for r in report["rows"]
+    ]
     lines += ["", *device_decode.markdown(report["decode"]), ""]
-    lines += [f"torch in turns with this library, 1x8, 128 SMs, {call}: {t['torch_us']:.0f} us against {t['us']:.0f}, {t['ratio']:.2f} times as long."
-              for call, t in report.get("torch_in_turns", {}).items()]
+    lines += [
+        f"torch in turns with this library, 1x8, 128 SMs, {call}: {t['torch_us']:.0f} us against {t['us']:.0f}, {t['ratio']:.2f} times as long."
+        for call, t in report.get("torch_in_turns", {}).items()
+    ]
     if report.get("overlap"):
-        lines += ["A GEMM beside dispatch and combine takes " + ", ".join(f"{v:.2f}x with {k} SMs" for k, v in report["overlap"].items()) + " of its time alone."]
-    lines += [f"Small worlds that equal the oracle: {report.get('checked', 'not checked')}. compute-sanitizer: {report.get('sanitizer') or 'not run'}."]
+        lines += [
+            "A GEMM beside dispatch and combine takes "
+            + ", ".join(f"{v:.2f}x with {k} SMs" for k, v in report["overlap"].items())
+            + " of its time alone."
+        ]
+    lines += [
+        f"Small worlds that equal the oracle: {report.get('checked', 'not checked')}. compute-sanitizer: {report.get('sanitizer') or 'not run'}."
+    ]
     lines += [f"Section {name}: {why}." for name, why in report["failures"].items()]
     return "\n".join([*lines, ""])

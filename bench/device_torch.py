@@ -44,35 +44,51 @@ def in_turns(args, shape, size=8, sms=128, rounds=5):
     """{call: {"us", "torch_us", "ratio"}}: medians over rounds; a round's ratio is torch's time over ours."""
     world = World(shape, size, args.device)
     permuter = Permuter(world)
-    torch.cuda.synchronize()   # the ranks' streams do not wait for this one
+    torch.cuda.synchronize()  # the ranks' streams do not wait for this one
     origin = torch.cuda.Event(enable_timing=True)
     origin.record()
     origin.synchronize()
-    ranks = moecomm.run_local(lambda comm: _rank(comm, args, world, sms // size, origin, permuter, rounds), size, device=args.device)
+    ranks = moecomm.run_local(
+        lambda comm: _rank(comm, args, world, sms // size, origin, permuter, rounds), size, device=args.device
+    )
     found = {}
     for call in CALLS:
-        ours = [1e3 * (max(r[call][i][1] for r in ranks) - min(r[call][i][0] for r in ranks)) / args.iterations for i in range(rounds)]
+        ours = [
+            1e3 * (max(r[call][i][1] for r in ranks) - min(r[call][i][0] for r in ranks)) / args.iterations
+            for i in range(rounds)
+        ]
         theirs = [1e6 * ranks[0][call][i][2] for i in range(rounds)]
-        found[call] = {"us": statistics.median(ours), "torch_us": statistics.median(theirs),
-                       "ratio": statistics.median(t / o for t, o in zip(theirs, ours, strict=True))}
+        found[call] = {
+            "us": statistics.median(ours),
+            "torch_us": statistics.median(theirs),
+            "ratio": statistics.median(t / o for t, o in zip(theirs, ours, strict=True)),
+        }
     return found
 
 
 def _rank(comm, args, world, sms, origin, permuter, rounds):
     """One rank: {call: [(start ms, end ms, torch's seconds on rank 0)]}."""
     s, rank, capacity = world.shape, comm.rank, max(world.counts)
-    buf = moecomm.Buffer(comm, hidden=s.hidden, num_experts=s.experts, top_k=s.top_k, max_tokens=s.tokens, num_sms=sms, arena_bytes=arena_bytes(capacity, s))
-    dispatch = lambda: buf.dispatch(world.x[rank], world.ids[rank], world.weights[rank], capacity=capacity)   # noqa: E731
+    buf = moecomm.Buffer(
+        comm,
+        hidden=s.hidden,
+        num_experts=s.experts,
+        top_k=s.top_k,
+        max_tokens=s.tokens,
+        num_sms=sms,
+        arena_bytes=arena_bytes(capacity, s),
+    )
+    dispatch = lambda: buf.dispatch(world.x[rank], world.ids[rank], world.weights[rank], capacity=capacity)  # noqa: E731
     out, y = dispatch(), torch.empty_like(world.x[rank])
-    combine = lambda: buf.combine(out.handle.rows, out.handle, topk_weights=out.topk_weights, out=y)   # noqa: E731
+    combine = lambda: buf.combine(out.handle.rows, out.handle, topk_weights=out.topk_weights, out=y)  # noqa: E731
     found = {call: [] for call in CALLS}
     for call, run in zip(CALLS, (dispatch, combine), strict=True):
         run()
-        graph, kept = captured(comm, run)   # kept: what the graph writes to
+        graph, kept = captured(comm, run)  # kept: what the graph writes to
         for _ in range(rounds):
             comm.barrier()
             span = replays(graph, args.iterations, origin)
-            comm.barrier()   # torch has the GPU for itself
+            comm.barrier()  # torch has the GPU for itself
             found[call].append((*span, timed(getattr(permuter, call), 3) if rank == 0 else None))
         del graph, kept
         comm.barrier()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from moecomm._native import core
 
-_PROBE_BYTES = 48 << 20   # in all, several times what the caches hold
+_PROBE_BYTES = 48 << 20  # in all, several times what the caches hold
 
 
 class Floor:
@@ -30,10 +30,16 @@ class Floor:
     def seconds(self, rates, *, dispatch_stats, combine_stats, tokens, world):
         """{op: floor in seconds}."""
         x = tokens * self._case.row_bytes
-        rail_out, rail_back = dispatch_stats["rail"]["physical_bytes"], combine_stats["rail"]["physical_bytes"]
+        rail_out, rail_back = (
+            dispatch_stats["rail"]["physical_bytes"],
+            combine_stats["rail"]["physical_bytes"],
+        )
         placed, read = dispatch_stats["node"]["logical_bytes"], combine_stats["node"]["logical_bytes"]
         again = dispatch_stats["replicated_rows"] * self._case.row_bytes
-        mine = {"dispatch": (rail_out + placed + again, x + rail_out + again), "combine": (rail_back + x, read + rail_back)}
+        mine = {
+            "dispatch": (rail_out + placed + again, x + rail_out + again),
+            "combine": (rail_back + x, read + rail_back),
+        }
         everyone = world.allgather(mine)
         floor = {op: sum(sum(each[op][i] for each in everyone) / rates[i] for i in range(2)) for op in mine}
         return {**floor, "roundtrip": sum(floor.values())}

@@ -10,14 +10,30 @@ from pathlib import Path
 
 def launched():
     """How many ranks a launcher has started, of which this process is one; 0 where none has."""
-    return next((int(os.environ[name]) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE") if name in os.environ), 0)
+    return next(
+        (
+            int(os.environ[name])
+            for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE")
+            if name in os.environ
+        ),
+        0,
+    )
 
 
 def mpirun(ranks):
     """The command that starts ranks processes here, with more ranks than cores allowed and the waits of MPI polite."""
     beside = Path(sys.executable).with_name("mpirun")
-    command = [str(beside) if beside.exists() else "mpirun", "-n", str(ranks), "--oversubscribe", "--bind-to", "none",
-               "--mca", "mpi_yield_when_idle", "1"]
+    command = [
+        str(beside) if beside.exists() else "mpirun",
+        "-n",
+        str(ranks),
+        "--oversubscribe",
+        "--bind-to",
+        "none",
+        "--mca",
+        "mpi_yield_when_idle",
+        "1",
+    ]
     if os.geteuid() == 0:
         command.insert(1, "--allow-run-as-root")
     return command

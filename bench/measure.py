@@ -27,13 +27,13 @@ OWN = "moecomm"
 class Measured:
     """Seconds per call of every contender and op, wrong elements, bytes per hop of one call over all ranks."""
 
-    times: dict = field(default_factory=dict)         # {contender: {op: [seconds]}}
-    wrong: dict = field(default_factory=dict)         # {contender: {op: elements}}
-    hops: dict = field(default_factory=dict)          # {op: stats summed over ranks, mean per iteration}
-    plan: list = field(default_factory=list)          # seconds of dispatches with rows of 16 bytes
-    floor: dict = field(default_factory=dict)         # {op: [seconds]}
+    times: dict = field(default_factory=dict)  # {contender: {op: [seconds]}}
+    wrong: dict = field(default_factory=dict)  # {contender: {op: elements}}
+    hops: dict = field(default_factory=dict)  # {op: stats summed over ranks, mean per iteration}
+    plan: list = field(default_factory=list)  # seconds of dispatches with rows of 16 bytes
+    floor: dict = field(default_factory=dict)  # {op: [seconds]}
     rail: str = "none"
-    straight_bytes: float = 0.0                       # over the links between nodes, of a round trip with a row per token and rank
+    straight_bytes: float = 0.0  # over the links between nodes, of a round trip with a row per token and rank
 
     def median(self, name, op):
         """Microseconds."""
@@ -51,10 +51,18 @@ class Own:
 
     def __init__(self, comm, case, world):
         self._case, self._world = case, world
-        options = dict(num_experts=case.experts, top_k=case.top_k, max_tokens=case.tokens, channels=case.channels or None)
-        self.buffer = moecomm.Buffer(comm, hidden=case.hidden, dtype=alternatives.TORCH_DTYPES[case.dtype], **options)
-        self.small = moecomm.Buffer(comm, hidden=8, dtype=torch.bfloat16, **options)   # the plan, and next to no payload
-        self.y = torch.empty((case.tokens_of(comm.rank), case.hidden), dtype=alternatives.TORCH_DTYPES[case.dtype])
+        options = dict(
+            num_experts=case.experts, top_k=case.top_k, max_tokens=case.tokens, channels=case.channels or None
+        )
+        self.buffer = moecomm.Buffer(
+            comm, hidden=case.hidden, dtype=alternatives.TORCH_DTYPES[case.dtype], **options
+        )
+        self.small = moecomm.Buffer(
+            comm, hidden=8, dtype=torch.bfloat16, **options
+        )  # the plan, and next to no payload
+        self.y = torch.empty(
+            (case.tokens_of(comm.rank), case.hidden), dtype=alternatives.TORCH_DTYPES[case.dtype]
+        )
         self._small_x = torch.zeros((len(self.y), 8), dtype=torch.bfloat16)
         self.out = None
 
@@ -100,7 +108,12 @@ class Baseline:
 
     def __init__(self, name, world, case):
         self.name, self._inner = name, alternatives.make(name, world, case)
-        self.poison, self.dispatch, self.combine, self.prepare = self._inner.poison, self._inner.dispatch, self._inner.combine, self._inner.prepare
+        self.poison, self.dispatch, self.combine, self.prepare = (
+            self._inner.poison,
+            self._inner.dispatch,
+            self._inner.combine,
+            self._inner.prepare,
+        )
 
     def expert(self, rows, rank):
         """In place where the baseline received them."""
@@ -120,10 +133,20 @@ def measure(world, case, *, baselines=(), iters=20, warmup=3, progress=lambda te
     sums = dict(num_experts=case.experts, size=world.size, layout=case.layout)
     node_of = [r // case.ranks_per_node for r in range(world.size)]
     progress("working out what must come back")
-    wanted = check.combined(own.x, own.ids, own.weights, group_of=node_of, rounded=[n != node_of[rank] for n in range(case.nodes)], **sums)
+    wanted = check.combined(
+        own.x,
+        own.ids,
+        own.weights,
+        group_of=node_of,
+        rounded=[n != node_of[rank] for n in range(case.nodes)],
+        **sums,
+    )
     if baselines:
-        straight = dict(group_of=list(range(world.size)), rounded=[True] * world.size) if case.layout == "expert" else \
-            dict(group_of=[0] * world.size, rounded=[False])
+        straight = (
+            dict(group_of=list(range(world.size)), rounded=[True] * world.size)
+            if case.layout == "expert"
+            else dict(group_of=[0] * world.size, rounded=[False])
+        )
         wanted_straight = check.combined(own.x, own.ids, own.weights, **straight, **sums)
 
     result = Measured()
@@ -140,8 +163,8 @@ def measure(world, case, *, baselines=(), iters=20, warmup=3, progress=lambda te
         for i in range(rounds):
             progress(f"iteration {i + 1} of {rounds}")
             keep = i >= warmup
-            x, ids = own.x[i:i + tokens], [a[i:i + case.tokens_of(r)] for r, a in enumerate(all_ids)]
-            weights = [a[i:i + case.tokens_of(r)] for r, a in enumerate(all_weights)]
+            x, ids = own.x[i : i + tokens], [a[i : i + case.tokens_of(r)] for r, a in enumerate(all_ids)]
+            weights = [a[i : i + case.tokens_of(r)] for r, a in enumerate(all_weights)]
             source, token = check.received_order(ids, rank, num_experts=case.experts, layout=case.layout)
             index = source * stride + token + i
             subject.prepare(ids[rank], weights[rank])
@@ -163,8 +186,12 @@ def measure(world, case, *, baselines=(), iters=20, warmup=3, progress=lambda te
                 y, combined = world.timed(contender.combine, rows)
                 combine_stats = subject.buffer.stats()
                 del rows
-                wrong_sums = check.count_wrong(y, (wanted if is_own else wanted_straight)[i:i + tokens])
-                for op, seconds, wrong in zip(OPS, (dispatched, combined, dispatched + combined), (wrong_rows, wrong_sums, wrong_rows + wrong_sums)):
+                wrong_sums = check.count_wrong(y, (wanted if is_own else wanted_straight)[i : i + tokens])
+                for op, seconds, wrong in zip(
+                    OPS,
+                    (dispatched, combined, dispatched + combined),
+                    (wrong_rows, wrong_sums, wrong_rows + wrong_sums),
+                ):
                     result.wrong[contender.name][op] += wrong
                     if keep:
                         result.times[contender.name][op].append(seconds)
@@ -175,12 +202,20 @@ def measure(world, case, *, baselines=(), iters=20, warmup=3, progress=lambda te
             rates = floor.rates(world)
             if keep:
                 result.plan.append(planned)
-                for op, seconds in floor.seconds(rates, dispatch_stats=result.hops["dispatch"][-1], combine_stats=result.hops["combine"][-1],
-                                                 tokens=tokens, world=world).items():
+                for op, seconds in floor.seconds(
+                    rates,
+                    dispatch_stats=result.hops["dispatch"][-1],
+                    combine_stats=result.hops["combine"][-1],
+                    tokens=tokens,
+                    world=world,
+                ).items():
                     result.floor[op].append(seconds)
         subject.close()
         comm.barrier()
-    result.wrong = {name: {op: sum(everyone[op] for everyone in world.allgather(ops)) for op in OPS} for name, ops in result.wrong.items()}
+    result.wrong = {
+        name: {op: sum(everyone[op] for everyone in world.allgather(ops)) for op in OPS}
+        for name, ops in result.wrong.items()
+    }
     result.hops = _summed(result.hops, world)
     return result
 
@@ -190,8 +225,14 @@ def _summed(hops, world):
     out = {}
     for op, calls in hops.items():
         everyone = [stats for each in world.allgather(calls) for stats in each]
-        out[op] = {hop: {name: sum(s[hop][name] for s in everyone) / len(calls) for name in everyone[0][hop]} for hop in ("rail", "node")}
-    out["roundtrip"] = {hop: {name: out["dispatch"][hop][name] + out["combine"][hop][name] for name in out["dispatch"][hop]} for hop in ("rail", "node")}
+        out[op] = {
+            hop: {name: sum(s[hop][name] for s in everyone) / len(calls) for name in everyone[0][hop]}
+            for hop in ("rail", "node")
+        }
+    out["roundtrip"] = {
+        hop: {name: out["dispatch"][hop][name] + out["combine"][hop][name] for name in out["dispatch"][hop]}
+        for hop in ("rail", "node")
+    }
     return out
 
 

@@ -28,18 +28,33 @@ def arguments(parser):
     parser.add_argument("--path", choices=("throughput", "decode"), default="throughput")
     parser.add_argument("--nodes", type=options.ranks, default=1)
     parser.add_argument("--ranks-per-node", type=options.ranks, default=2)
-    parser.add_argument("--tokens", type=options.count, default=0, help="per rank and micro-batch; 0: 512 (throughput), 32 (decode)")
+    parser.add_argument(
+        "--tokens",
+        type=options.count,
+        default=0,
+        help="per rank and micro-batch; 0: 512 (throughput), 32 (decode)",
+    )
     parser.add_argument("--hidden", type=options.tokens, default=1024)
     parser.add_argument("--intermediate", type=options.tokens, default=256)
     parser.add_argument("--experts", type=options.ranks, default=16)
     parser.add_argument("--top-k", type=options.ranks, default=4)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="float32", help="float32: what CPUs multiply at full speed")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="float32",
+        help="float32: what CPUs multiply at full speed",
+    )
     parser.add_argument("--layers", type=options.positive, default=3)
     parser.add_argument("--threads", type=options.positive, default=1, help="of torch, per rank")
     parser.add_argument("--iters", type=options.positive, default=20)
     parser.add_argument("--warmup", type=options.count, default=3)
     parser.add_argument("--json", type=options.file_to_write, default="", help="append a line to this file")
-    parser.add_argument("--trace", type=options.file_to_write, default="", help="write a Chrome/Perfetto trace of one overlapped run")
+    parser.add_argument(
+        "--trace",
+        type=options.file_to_write,
+        default="",
+        help="write a Chrome/Perfetto trace of one overlapped run",
+    )
 
 
 def main(args):
@@ -61,24 +76,43 @@ def main(args):
 
 
 def _measure(world, comm, args):
-    buffer = moecomm.Buffer(comm, hidden=args.hidden, num_experts=args.experts, top_k=args.top_k, max_tokens=args.tokens, dtype=getattr(torch, args.dtype))
+    buffer = moecomm.Buffer(
+        comm,
+        hidden=args.hidden,
+        num_experts=args.experts,
+        top_k=args.top_k,
+        max_tokens=args.tokens,
+        dtype=getattr(torch, args.dtype),
+    )
     torch.manual_seed(comm.rank)
-    layers = [MoE(args.hidden, args.intermediate, args.experts, args.top_k, 1, buffer) for _ in range(args.layers)]
-    attentions = [torch.nn.Linear(args.hidden, args.hidden, bias=False, dtype=buffer.dtype) for _ in range(args.layers)]
+    layers = [
+        MoE(args.hidden, args.intermediate, args.experts, args.top_k, 1, buffer) for _ in range(args.layers)
+    ]
+    attentions = [
+        torch.nn.Linear(args.hidden, args.hidden, bias=False, dtype=buffer.dtype) for _ in range(args.layers)
+    ]
     make = _decode_stages if args.path == "decode" else moe_stages
-    stages = [stage for layer, attention in zip(layers, attentions, strict=True) for stage in make(layer, attention)]
+    stages = [
+        stage for layer, attention in zip(layers, attentions, strict=True) for stage in make(layer, attention)
+    ]
     times, wrong = {"sequential": [], "overlapped": [], "communication": []}, 0
     for i in range(args.warmup + args.iters):
         batches = [torch.randn(args.tokens, args.hidden).to(buffer.dtype) for _ in range(2)]
         results, communication = {}, []
-        ways = {"sequential": lambda: _one_after_the_other(stages, batches, communication), "overlapped": lambda: two_batches(stages, *batches)}
+        ways = {
+            "sequential": lambda: _one_after_the_other(stages, batches, communication),
+            "overlapped": lambda: two_batches(stages, *batches),
+        }
         for way in sorted(ways, reverse=bool(i % 2)):
             results[way], seconds = world.timed(ways[way])
             if i >= args.warmup:
                 times[way].append(seconds)
         if i >= args.warmup:
             times["communication"].append(float(np.mean(world.allgather(sum(communication)))))
-        wrong += sum(int((a.view(torch.int16) != b.view(torch.int16)).any(-1).sum()) for a, b in zip(*results.values(), strict=True))
+        wrong += sum(
+            int((a.view(torch.int16) != b.view(torch.int16)).any(-1).sum())
+            for a, b in zip(*results.values(), strict=True)
+        )
     if args.trace:
         with Trace(buffer) as trace:
             two_batches(stages, *batches, trace=trace)
@@ -86,9 +120,27 @@ def _measure(world, comm, args):
     comm.barrier()
     medians = {f"{name}_us": round(1e6 * float(np.median(values)), 1) for name, values in times.items()}
     saved = np.array(times["sequential"]) - np.array(times["overlapped"])
-    keys = ("path", "nodes", "ranks_per_node", "tokens", "hidden", "intermediate", "experts", "top_k", "dtype", "layers", "threads", "iters")
-    return {**{k: getattr(args, k) for k in keys}, "cores": len(os.sched_getaffinity(0)), **medians,
-            "hidden_share": round(float(np.median(saved / np.array(times["communication"]))), 3), "wrong": sum(world.allgather(wrong))}
+    keys = (
+        "path",
+        "nodes",
+        "ranks_per_node",
+        "tokens",
+        "hidden",
+        "intermediate",
+        "experts",
+        "top_k",
+        "dtype",
+        "layers",
+        "threads",
+        "iters",
+    )
+    return {
+        **{k: getattr(args, k) for k in keys},
+        "cores": len(os.sched_getaffinity(0)),
+        **medians,
+        "hidden_share": round(float(np.median(saved / np.array(times["communication"]))), 3),
+        "wrong": sum(world.allgather(wrong)),
+    }
 
 
 def _one_after_the_other(stages, batches, communication):
@@ -128,7 +180,7 @@ def _decode_stages(moe, attention):
         rows = torch.cat([received.x[e, :n] for e, n in enumerate(counts)])
         computed = moe.experts(rows, received.counts)
         for e, part in enumerate(computed.split(counts)):
-            received.handle.rows[e, :len(part)] = part
+            received.handle.rows[e, : len(part)] = part
         return state
 
     def combine(state):
@@ -144,9 +196,11 @@ def _decode_stages(moe, attention):
 
 
 def _row(r):
-    return (f"# {r['path']}: {r['nodes']}x{r['ranks_per_node']} ranks on {r['cores']} cores, {r['tokens']} tokens of {r['hidden']} {r['dtype']} per rank and micro-batch, "
-            f"{r['experts']} experts, top-{r['top_k']}, {r['layers']} layers\n"
-            f"#{'sequential':>14}{'overlapped':>14}{'ratio':>8}{'communication':>16}{'hidden':>9}{'#wrong':>8}\n"
-            f"#{'us':>14}{'us':>14}{'x':>8}{'us':>16}{'%':>9}\n"
-            f" {r['sequential_us']:>14.1f}{r['overlapped_us']:>14.1f}{r['sequential_us'] / r['overlapped_us']:>8.2f}{r['communication_us']:>16.1f}"
-            f"{100 * r['hidden_share']:>9.1f}{r['wrong']:>8}")
+    return (
+        f"# {r['path']}: {r['nodes']}x{r['ranks_per_node']} ranks on {r['cores']} cores, {r['tokens']} tokens of {r['hidden']} {r['dtype']} per rank and micro-batch, "
+        f"{r['experts']} experts, top-{r['top_k']}, {r['layers']} layers\n"
+        f"#{'sequential':>14}{'overlapped':>14}{'ratio':>8}{'communication':>16}{'hidden':>9}{'#wrong':>8}\n"
+        f"#{'us':>14}{'us':>14}{'x':>8}{'us':>16}{'%':>9}\n"
+        f" {r['sequential_us']:>14.1f}{r['overlapped_us']:>14.1f}{r['sequential_us'] / r['overlapped_us']:>8.2f}{r['communication_us']:>16.1f}"
+        f"{100 * r['hidden_share']:>9.1f}{r['wrong']:>8}"
+    )

@@ -14,8 +14,14 @@ ROWS, NODES = 1024, 4
 
 def arguments(parser):
     """Arguments of `python -m bench precision`."""
-    parser.add_argument("--embeddings", type=options.file_to_read, help="a .npy or .safetensors file with an embedding table [tokens, hidden]")
-    parser.add_argument("--hidden", type=options.tokens, default=7168, help="width of the random rows (default 7168)")
+    parser.add_argument(
+        "--embeddings",
+        type=options.file_to_read,
+        help="a .npy or .safetensors file with an embedding table [tokens, hidden]",
+    )
+    parser.add_argument(
+        "--hidden", type=options.tokens, default=7168, help="width of the random rows (default 7168)"
+    )
 
 
 def main(args):
@@ -23,18 +29,24 @@ def main(args):
     generator = torch.Generator().manual_seed(0)
     kinds = {"normal": torch.randn((ROWS, args.hidden), generator=generator)}
     heavy = torch.randn((ROWS, args.hidden), generator=generator)
-    kinds["outlier-heavy"] = torch.where(torch.rand(heavy.shape, generator=generator) < 0.002, 100 * heavy, heavy)
+    kinds["outlier-heavy"] = torch.where(
+        torch.rand(heavy.shape, generator=generator) < 0.002, 100 * heavy, heavy
+    )
     if args.embeddings:
         table = load(args.embeddings)
         kinds["embeddings"] = table[:: max(1, len(table) // ROWS)][:ROWS].contiguous()
     else:
         print("embeddings: left out, no --embeddings FILE")
-    print(f"{'rows':<14} {'format':<22} {'bits':>6} {'SNR dB':>7} {'mean |rel|':>10} {'zeros':>8}   {f'sum of {NODES}':>9}")
+    print(
+        f"{'rows':<14} {'format':<22} {'bits':>6} {'SNR dB':>7} {'mean |rel|':>10} {'zeros':>8}   {f'sum of {NODES}':>9}"
+    )
     for kind, x in kinds.items():
         for name, (code, bits) in FORMATS.items():
             got = code(x)
-            print(f"{kind:<14} {name:<22} {bits(x.shape[1]):>6.2f} {snr(got, x):>7.1f} {relative(got, x):>10.2e} {lost(got, x):>8.2e}   "
-                  f"{snr(*summed(x, code)):>9.1f}")
+            print(
+                f"{kind:<14} {name:<22} {bits(x.shape[1]):>6.2f} {snr(got, x):>7.1f} {relative(got, x):>10.2e} {lost(got, x):>8.2e}   "
+                f"{snr(*summed(x, code)):>9.1f}"
+            )
     return 0
 
 
@@ -67,6 +79,7 @@ def _fp8(tile, scale):
     def code(x):
         codes, scales = quant.quantize(x, tile=tile, scale=scale)
         return quant.dequantize(codes, scales, tile=tile)
+
     return code
 
 
@@ -96,19 +109,35 @@ def load(path):
     if path.endswith(".npy"):
         table = archives.read_array("--embeddings", path)
         if table.ndim != 2 or table.dtype.kind != "f" or not table.size:
-            archives.refuse("--embeddings", path, "array", f"is {table.dtype} {list(table.shape)}", "floats [tokens, hidden]")
+            archives.refuse(
+                "--embeddings",
+                path,
+                "array",
+                f"is {table.dtype} {list(table.shape)}",
+                "floats [tokens, hidden]",
+            )
         return torch.from_numpy(table).float()
     types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     try:
         with open(path, "rb") as file:
             header = json.loads(file.read(min(struct.unpack("<Q", file.read(8))[0], 1 << 27)))
             start = file.tell()
-            tables = {n: e for n, e in header.items() if "embed" in n and len(e.get("shape", ())) == 2 and e["dtype"] in types}
+            tables = {
+                n: e
+                for n, e in header.items()
+                if "embed" in n and len(e.get("shape", ())) == 2 and e["dtype"] in types
+            }
             name, entry = max(tables.items(), key=lambda item: item[1]["shape"][0])
             file.seek(start + entry["data_offsets"][0])
             data = bytearray(file.read(entry["data_offsets"][1] - entry["data_offsets"][0]))
         table = torch.frombuffer(data, dtype=types[entry["dtype"]]).view(entry["shape"]).float()
-    except Exception as error:   # whatever a file of another kind makes of these lines
-        archives.refuse("--embeddings", path, "file", f"has no embedding table ({type(error).__name__}: {error})", "a .npy or .safetensors file with one")
+    except Exception as error:  # whatever a file of another kind makes of these lines
+        archives.refuse(
+            "--embeddings",
+            path,
+            "file",
+            f"has no embedding table ({type(error).__name__}: {error})",
+            "a .npy or .safetensors file with one",
+        )
     print(f"embeddings: {name} {entry['shape']} of {path}")
     return table

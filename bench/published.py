@@ -17,7 +17,7 @@ from moecomm import clusters, gate, options, sim
 
 HIDDEN, TOP_K = 7168, 8
 FITTED = ("launch", "rail_rate")
-FIT_ROWS = (8, 64)   # ranks of the decode rows that the constants are fitted on
+FIT_ROWS = (8, 64)  # ranks of the decode rows that the constants are fitted on
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,22 @@ class Throughput:
 
 
 # Source: DeepEP README, low-latency kernels, H800 + CX7.
-DECODE = [Decode(8, 77, 114), Decode(16, 118, 195), Decode(32, 155, 273), Decode(64, 173, 314), Decode(128, 192, 369), Decode(256, 194, 360)]
+DECODE = [
+    Decode(8, 77, 114),
+    Decode(16, 118, 195),
+    Decode(32, 155, 273),
+    Decode(64, 173, 314),
+    Decode(128, 192, 369),
+    Decode(256, 194, 360),
+]
 # Source: DeepEP README, normal kernels (V1: bandwidth of NVLink at EP8, of RDMA above) and its V2 announcement.
 THROUGHPUT = [
-    Throughput("V1", "h800", 8, 4096, 24, 24, 4, 153, 158), Throughput("V1", "h800", 16, 4096, 24, 24, 4, 43, 43),
-    Throughput("V1", "h800", 32, 4096, 24, 24, 4, 58, 57), Throughput("V1", "h800", 64, 4096, 24, 24, 4, 51, 50),
-    Throughput("V2", "h100", 16, 8192, 12, 48, 8, 90, 81), Throughput("V2", "h100", 32, 8192, 6, 24, 8, 61, 61),
+    Throughput("V1", "h800", 8, 4096, 24, 24, 4, 153, 158),
+    Throughput("V1", "h800", 16, 4096, 24, 24, 4, 43, 43),
+    Throughput("V1", "h800", 32, 4096, 24, 24, 4, 58, 57),
+    Throughput("V1", "h800", 64, 4096, 24, 24, 4, 51, 50),
+    Throughput("V2", "h100", 16, 8192, 12, 48, 8, 90, 81),
+    Throughput("V2", "h100", 32, 8192, 6, 24, 8, 61, 61),
 ]
 
 
@@ -64,7 +74,17 @@ def decode_routing(ranks, experts=256, tokens=128):
 
 def predict_decode(row, hardware, sms=24):
     """(dispatch us, combine us) of a Decode row: the mean over ranks, second step in a row."""
-    c = sim.Cluster(row.ranks, ranks_per_node=8, hidden=HIDDEN, num_experts=256, top_k=TOP_K, max_tokens=128, num_sms=sms, hardware=hardware, decode=True)
+    c = sim.Cluster(
+        row.ranks,
+        ranks_per_node=8,
+        hidden=HIDDEN,
+        num_experts=256,
+        top_k=TOP_K,
+        max_tokens=128,
+        num_sms=sms,
+        hardware=hardware,
+        decode=True,
+    )
     step = c.decode_step(decode_routing(row.ranks), steps=2)
     return float(step.dispatch_us.mean()), float(step.combine_us.mean())
 
@@ -72,10 +92,23 @@ def predict_decode(row, hardware, sms=24):
 def predict_throughput(row, hardware):
     """(dispatch GB/s, combine GB/s, dispatch us, combine us), logical, on a reused plan."""
     g = torch.Generator().manual_seed(row.ranks)
-    ids = [gate.group_limited_top_k(torch.rand((row.tokens, 256), generator=g), TOP_K, num_groups=8, top_groups=row.top_groups)
-           for _ in range(row.ranks)]
-    c = sim.Cluster(row.ranks, ranks_per_node=8, hidden=HIDDEN, num_experts=256, top_k=TOP_K, max_tokens=row.tokens, num_sms=row.sms,
-                    channels=row.channels, hardware=hardware)
+    ids = [
+        gate.group_limited_top_k(
+            torch.rand((row.tokens, 256), generator=g), TOP_K, num_groups=8, top_groups=row.top_groups
+        )
+        for _ in range(row.ranks)
+    ]
+    c = sim.Cluster(
+        row.ranks,
+        ranks_per_node=8,
+        hidden=HIDDEN,
+        num_experts=256,
+        top_k=TOP_K,
+        max_tokens=row.tokens,
+        num_sms=row.sms,
+        channels=row.channels,
+        hardware=hardware,
+    )
     c.reset(lead_ns=sim.LEAD_NS)
     p = c.program()
     p.dispatch(ids, layout="rank", quant="given")
@@ -87,7 +120,12 @@ def predict_throughput(row, hardware):
     p.combine()
     times = c.run(p)
     dispatch_us, combine_us = (times[:, :, 1] - times[:, :, 0]).mean(1)
-    return dispatched * HIDDEN / dispatch_us / 1e3, dispatched * 2 * HIDDEN / combine_us / 1e3, float(dispatch_us), float(combine_us)
+    return (
+        dispatched * HIDDEN / dispatch_us / 1e3,
+        dispatched * 2 * HIDDEN / combine_us / 1e3,
+        float(dispatch_us),
+        float(combine_us),
+    )
 
 
 def fit(rows=None):
@@ -100,7 +138,9 @@ def fit(rows=None):
 
     def errors(scale):
         hardware = replace(base, **dict(zip(FITTED, map(float, start * scale))))
-        return [e for r in rows for e in np.log(np.array(predict_decode(r, hardware)) / (r.dispatch, r.combine))]
+        return [
+            e for r in rows for e in np.log(np.array(predict_decode(r, hardware)) / (r.dispatch, r.combine))
+        ]
 
     found = least_squares(errors, np.ones(len(FITTED)), diff_step=0.05, bounds=(0.2, 20), xtol=1e-3)
     return replace(base, **dict(zip(FITTED, map(float, start * found.x))))
@@ -116,8 +156,14 @@ def main(args):
     """Fit, predict, compare."""
     hardware = fit()
     base = clusters.load("h800").hardware
-    print("fitted on the decode rows of " + " and ".join(f"EP{r}" for r in FIT_ROWS) + ": "
-          + ", ".join(f"{name} {getattr(hardware, name):.4g} (table: {getattr(base, name):.4g})" for name in FITTED))
+    print(
+        "fitted on the decode rows of "
+        + " and ".join(f"EP{r}" for r in FIT_ROWS)
+        + ": "
+        + ", ".join(
+            f"{name} {getattr(hardware, name):.4g} (table: {getattr(base, name):.4g})" for name in FITTED
+        )
+    )
     table, judged = [], []
     print(f"{'decode, H800':24} {'published us':>14} {'predicted us':>16} {'error %':>14}")
     for row in DECODE:
@@ -125,21 +171,57 @@ def main(args):
         errors = [100 * (p / m - 1) for p, m in zip(got, (row.dispatch, row.combine))]
         fitted = row.ranks in FIT_ROWS
         judged += [] if fitted else errors
-        table.append({"row": f"decode EP{row.ranks}", "published": [row.dispatch, row.combine], "predicted": got, "error_percent": errors, "fitted": fitted})
-        print(f"EP{row.ranks:<5}{'(fitted)' if fitted else '':16} {row.dispatch:7.0f}{row.combine:7.0f} {got[0]:9.1f}{got[1]:8.1f} {errors[0]:8.1f}{errors[1]:7.1f}", flush=True)
-    print(f"predicted decode rows: median error {np.median(np.abs(judged)):.1f}%, worst {np.max(np.abs(judged)):.1f}%")
+        table.append(
+            {
+                "row": f"decode EP{row.ranks}",
+                "published": [row.dispatch, row.combine],
+                "predicted": got,
+                "error_percent": errors,
+                "fitted": fitted,
+            }
+        )
+        print(
+            f"EP{row.ranks:<5}{'(fitted)' if fitted else '':16} {row.dispatch:7.0f}{row.combine:7.0f} {got[0]:9.1f}{got[1]:8.1f} {errors[0]:8.1f}{errors[1]:7.1f}",
+            flush=True,
+        )
+    print(
+        f"predicted decode rows: median error {np.median(np.abs(judged)):.1f}%, worst {np.max(np.abs(judged)):.1f}%"
+    )
     if not args.decode_only:
         print(f"{'throughput':24} {'published GB/s':>14} {'predicted GB/s':>16} {'error %':>14}")
         errors_all = []
         for row in THROUGHPUT:
-            own = hardware if row.cluster == "h800" else replace(clusters.load(row.cluster).hardware, launch=hardware.launch, rail_rate=hardware.rail_rate)
+            own = (
+                hardware
+                if row.cluster == "h800"
+                else replace(
+                    clusters.load(row.cluster).hardware, launch=hardware.launch, rail_rate=hardware.rail_rate
+                )
+            )
             got = predict_throughput(row, own)
             errors = [100 * (p / m - 1) for p, m in zip(got, (row.dispatch, row.combine))]
             errors_all += errors
             name = f"{row.system} {row.cluster} EP{row.ranks}, {row.sms} SMs"
-            table.append({"row": name, "published": [row.dispatch, row.combine], "predicted": got[:2], "error_percent": errors, "fitted": False})
-            print(f"{name:24} {row.dispatch:7.0f}{row.combine:7.0f} {got[0]:9.1f}{got[1]:8.1f} {errors[0]:8.1f}{errors[1]:7.1f}", flush=True)
-        print(f"throughput rows: median error {np.median(np.abs(errors_all)):.1f}%, worst {np.max(np.abs(errors_all)):.1f}%")
+            table.append(
+                {
+                    "row": name,
+                    "published": [row.dispatch, row.combine],
+                    "predicted": got[:2],
+                    "error_percent": errors,
+                    "fitted": False,
+                }
+            )
+            print(
+                f"{name:24} {row.dispatch:7.0f}{row.combine:7.0f} {got[0]:9.1f}{got[1]:8.1f} {errors[0]:8.1f}{errors[1]:7.1f}",
+                flush=True,
+            )
+        print(
+            f"throughput rows: median error {np.median(np.abs(errors_all)):.1f}%, worst {np.max(np.abs(errors_all)):.1f}%"
+        )
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({"constants": {name: getattr(hardware, name) for name in FITTED}, "rows": table}, file, indent=1)
+            json.dump(
+                {"constants": {name: getattr(hardware, name) for name in FITTED}, "rows": table},
+                file,
+                indent=1,
+            )

@@ -12,20 +12,33 @@ from moecomm import options, quant, reference_quant
 
 def arguments(parser):
     """Arguments of `python -m bench quant`."""
-    parser.add_argument("--rows", type=options.tokens, default=1024, help="rows a multiple of 128 (default 1024)")
-    parser.add_argument("--hidden", type=options.tokens, default=7168, help="columns, a multiple of 128 (default 7168)")
-    parser.add_argument("--repeats", type=options.positive, default=15, help="turns of every contender (default 15)")
-    parser.add_argument("--threads", type=options.positive, default=1, help="torch's threads; the kernels use one (default 1)")
+    parser.add_argument(
+        "--rows", type=options.tokens, default=1024, help="rows a multiple of 128 (default 1024)"
+    )
+    parser.add_argument(
+        "--hidden", type=options.tokens, default=7168, help="columns, a multiple of 128 (default 7168)"
+    )
+    parser.add_argument(
+        "--repeats", type=options.positive, default=15, help="turns of every contender (default 15)"
+    )
+    parser.add_argument(
+        "--threads", type=options.positive, default=1, help="torch's threads; the kernels use one (default 1)"
+    )
 
 
 def main(args):
     """Prints one line per operation: median microseconds, GB/s of the BF16 side, ratio; 1 where a result differs."""
     torch.set_num_threads(args.threads)
     x = torch.randn((args.rows, args.hidden), generator=torch.Generator().manual_seed(0)).bfloat16()
-    print(f"{'operation':<22} {'moecomm us':>10} {'torch us':>10} {'GB/s':>6} {'ratio':>6} {'#wrong':>6}   [{args.rows}, {args.hidden}] bf16")
+    print(
+        f"{'operation':<22} {'moecomm us':>10} {'torch us':>10} {'GB/s':>6} {'ratio':>6} {'#wrong':>6}   [{args.rows}, {args.hidden}] bf16"
+    )
     wrong_in_all = 0
     for name, own, theirs in contenders(x):
-        wrong = sum(int((a.contiguous().view(torch.uint8) != b.contiguous().view(torch.uint8)).sum()) for a, b in zip(own(), theirs(), strict=True))
+        wrong = sum(
+            int((a.contiguous().view(torch.uint8) != b.contiguous().view(torch.uint8)).sum())
+            for a, b in zip(own(), theirs(), strict=True)
+        )
         times = {own: [], theirs: []}
         for _ in range(args.repeats):
             for run, taken in times.items():
@@ -33,7 +46,9 @@ def main(args):
                 run()
                 taken.append(time.perf_counter() - start)
         mine, other = (statistics.median(times[run]) for run in (own, theirs))
-        print(f"{name:<22} {1e6 * mine:>10.0f} {1e6 * other:>10.0f} {2e-9 * x.numel() / mine:>6.1f} {other / mine:>6.1f} {wrong:>6}")
+        print(
+            f"{name:<22} {1e6 * mine:>10.0f} {1e6 * other:>10.0f} {2e-9 * x.numel() / mine:>6.1f} {other / mine:>6.1f} {wrong:>6}"
+        )
         wrong_in_all += wrong
     return int(wrong_in_all > 0)
 
@@ -45,13 +60,31 @@ def contenders(x):
     parts = reference_quant.encode_logfmt10(x)
     width = x.shape[1]
     yield "quantize 1x128", lambda: quant.quantize(x), lambda: rows_in_torch(x)
-    yield "quantize 128x1", lambda: quant.quantize(x, tile=(128, 1)), lambda: reference_quant.quantize(x, (128, 1))
-    yield "dequantize 1x128", lambda: (quant.dequantize(codes, scales, dtype=x.dtype),), lambda: (values_in_torch(codes, scales, x.dtype),)
-    yield ("transpose_requantize", lambda: quant.transpose_requantize(codes, scales),
-           lambda: rows_in_torch(values_in_torch(codes, scales, torch.float32).t().contiguous()))
-    yield "encode logfmt10", lambda: (quant.encode_wire(x, "logfmt10"),), lambda: (reference_quant.pack_logfmt10(*reference_quant.encode_logfmt10(x)),)
-    yield ("decode logfmt10", lambda: (quant.decode_wire(coded, width, "logfmt10", dtype=x.dtype),),
-           lambda: (reference_quant.decode_logfmt10(*parts, width).to(x.dtype),))
+    yield (
+        "quantize 128x1",
+        lambda: quant.quantize(x, tile=(128, 1)),
+        lambda: reference_quant.quantize(x, (128, 1)),
+    )
+    yield (
+        "dequantize 1x128",
+        lambda: (quant.dequantize(codes, scales, dtype=x.dtype),),
+        lambda: (values_in_torch(codes, scales, x.dtype),),
+    )
+    yield (
+        "transpose_requantize",
+        lambda: quant.transpose_requantize(codes, scales),
+        lambda: rows_in_torch(values_in_torch(codes, scales, torch.float32).t().contiguous()),
+    )
+    yield (
+        "encode logfmt10",
+        lambda: (quant.encode_wire(x, "logfmt10"),),
+        lambda: (reference_quant.pack_logfmt10(*reference_quant.encode_logfmt10(x)),),
+    )
+    yield (
+        "decode logfmt10",
+        lambda: (quant.decode_wire(coded, width, "logfmt10", dtype=x.dtype),),
+        lambda: (reference_quant.decode_logfmt10(*parts, width).to(x.dtype),),
+    )
 
 
 def rows_in_torch(x):

@@ -18,8 +18,24 @@ from moecomm._native import core
 from .measure import OWN
 
 # The keys of a case in bench/results/latest.json; records for --json and --csv have more.
-KEYS = ("op", "routing", "nodes", "ranks", "tokens", "hidden", "experts", "top_k", "time_us", "p99_us", "logical_bytes", "rail_bytes",
-        "node_bytes", "wrong", "baselines", "floor_fraction")
+KEYS = (
+    "op",
+    "routing",
+    "nodes",
+    "ranks",
+    "tokens",
+    "hidden",
+    "experts",
+    "top_k",
+    "time_us",
+    "p99_us",
+    "logical_bytes",
+    "rail_bytes",
+    "node_bytes",
+    "wrong",
+    "baselines",
+    "floor_fraction",
+)
 
 
 def record(case, measured):
@@ -51,18 +67,46 @@ def record(case, measured):
 
 def header(names):
     """The table's head: columns and units."""
-    columns = ["op", "time", "p99", "logical", "alg", "rail log.", "rail phys.", "rail", "node phys.", "node", "of floor", "#wrong"]
+    columns = [
+        "op",
+        "time",
+        "p99",
+        "logical",
+        "alg",
+        "rail log.",
+        "rail phys.",
+        "rail",
+        "node phys.",
+        "node",
+        "of floor",
+        "#wrong",
+    ]
     units = ["", "us", "us", "MB", "GB/s", "MB", "MB", "GB/s", "MB", "GB/s", "%", ""]
     ratios = [f"/{n}" for n in names]
-    return "\n".join("# " + "".join(_cells([*row, *extra])) for row, extra in ((columns, ratios), (units, ["x (us)"] * len(names))))
+    return "\n".join(
+        "# " + "".join(_cells([*row, *extra]))
+        for row, extra in ((columns, ratios), (units, ["x (us)"] * len(names)))
+    )
 
 
 def row(r):
     """One case's record as a line of the table; a baseline's column says how many times longer it took, and its time."""
     seconds = r["time_us"] / 1e6
     mb, gbs = (lambda b: f"{b / 1e6:.2f}"), (lambda b: f"{b / 1e9 / seconds:.2f}")
-    cells = [r["op"], f"{r['time_us']:.1f}", f"{r['p99_us']:.1f}", mb(r["logical_bytes"]), gbs(r["logical_bytes"]), mb(r["rail_logical_bytes"]),
-             mb(r["rail_bytes"]), gbs(r["rail_bytes"]), mb(r["node_bytes"]), gbs(r["node_bytes"]), f"{100 * r['floor_fraction']:.1f}", str(r["wrong"])]
+    cells = [
+        r["op"],
+        f"{r['time_us']:.1f}",
+        f"{r['p99_us']:.1f}",
+        mb(r["logical_bytes"]),
+        gbs(r["logical_bytes"]),
+        mb(r["rail_logical_bytes"]),
+        mb(r["rail_bytes"]),
+        gbs(r["rail_bytes"]),
+        mb(r["node_bytes"]),
+        gbs(r["node_bytes"]),
+        f"{100 * r['floor_fraction']:.1f}",
+        str(r["wrong"]),
+    ]
     for name, us in r["baselines"].items():
         wrong = r["baselines_wrong"][name]
         cells.append(f"{us / r['time_us']:.2f} ({us:.0f})" + (f" {wrong} WRONG" if wrong else ""))
@@ -76,21 +120,36 @@ def _cells(texts):
 
 def about(case, r):
     """The lines above a case's rows."""
-    return (f"# {case.title()}\n# rail {r['rail']}; {r['iterations']} iterations, outputs poisoned, every result checked; a dispatch whose rows have "
-            f"16 bytes (the plan and all but the payload) {r['plan_us']:.0f} us")
+    return (
+        f"# {case.title()}\n# rail {r['rail']}; {r['iterations']} iterations, outputs poisoned, every result checked; a dispatch whose rows have "
+        f"16 bytes (the plan and all but the payload) {r['plan_us']:.0f} us"
+    )
 
 
 def machine():
     """Where this ran."""
     cpu = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":", 1)[1].strip() for line in cpu if line.startswith("model name")), platform.processor())
-    return {"system": f"{platform.system()} {platform.release()}", "arch": platform.machine(), "cpu": model,
-            "cores": len(os.sched_getaffinity(0)), "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "row_kernels": core.isa()}
+    model = next(
+        (line.split(":", 1)[1].strip() for line in cpu if line.startswith("model name")), platform.processor()
+    )
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "arch": platform.machine(),
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "row_kernels": core.isa(),
+    }
 
 
 def versions():
     """What took part."""
-    found = {"moecomm": moecomm.__version__, "python": platform.python_version(), "torch": torch.__version__, "ucx": core.ucx_version()}
+    found = {
+        "moecomm": moecomm.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ucx": core.ucx_version(),
+    }
     try:
         from mpi4py import MPI
 
@@ -105,7 +164,9 @@ def write_latest(path, records):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     cases = [{k: r[k] for k in KEYS} for r in records]
-    path.write_text(json.dumps({"machine": machine(), "versions": versions(), "cases": cases}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"machine": machine(), "versions": versions(), "cases": cases}, indent=1) + "\n"
+    )
 
 
 def append(records, *, json_path=None, csv_path=None):
@@ -114,8 +175,14 @@ def append(records, *, json_path=None, csv_path=None):
         with open(json_path, "a") as file:
             file.writelines(json.dumps(r) + "\n" for r in records)
     if csv_path:
-        flat = [{(f"{k}.{n}" if isinstance(v, dict) else k): x for k, v in r.items() for n, x in (v.items() if isinstance(v, dict) else [(k, v)])}
-                for r in records]
+        flat = [
+            {
+                (f"{k}.{n}" if isinstance(v, dict) else k): x
+                for k, v in r.items()
+                for n, x in (v.items() if isinstance(v, dict) else [(k, v)])
+            }
+            for r in records
+        ]
         fresh = not os.path.exists(csv_path) or os.path.getsize(csv_path) == 0
         with open(csv_path, "a", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(k for r in flat for k in r)))
@@ -132,22 +199,35 @@ def plot(path, records):
     from matplotlib import pyplot as plt
 
     panels = list(dict.fromkeys((r["nodes"], r["ranks"], r["routing"], r["tokens"]) for r in records))
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 4.2), squeeze=False, layout="constrained"
+    )
     for axis, panel in zip(axes[0], panels):
         mine = [r for r in records if (r["nodes"], r["ranks"], r["routing"], r["tokens"]) == panel]
         names = [OWN, *mine[0]["baselines"]]
         for i, name in enumerate(names):
             times = [(r["time_us"] if name == OWN else r["baselines"][name]) / 1e3 for r in mine]
-            bars = axis.bar([x + 0.8 * i / len(names) for x in range(len(mine))], times, 0.8 / len(names), label=name)
+            bars = axis.bar(
+                [x + 0.8 * i / len(names) for x in range(len(mine))], times, 0.8 / len(names), label=name
+            )
             axis.bar_label(bars, [f"{t:.3g}" for t in times], fontsize=7)
         floors = [r["time_us"] * r["floor_fraction"] / 1e3 for r in mine]
         for x, floor in enumerate(floors):
-            axis.plot([x - 0.4 / len(names), x + 0.8 - 0.4 / len(names)], [floor, floor], "k--", lw=1, label="traffic floor" if x == 0 else None)
+            axis.plot(
+                [x - 0.4 / len(names), x + 0.8 - 0.4 / len(names)],
+                [floor, floor],
+                "k--",
+                lw=1,
+                label="traffic floor" if x == 0 else None,
+            )
         axis.set_xticks([x + 0.4 - 0.4 / len(names) for x in range(len(mine))], [r["op"] for r in mine])
         axis.set_yscale("log")
         axis.set_ylabel("ms (median)")
         nodes, ranks, routing, tokens = panel
-        axis.set_title(f"{nodes} node{'s' * (nodes > 1)} x {ranks // nodes} ranks, {tokens} tokens, {routing}", fontsize=10)
+        axis.set_title(
+            f"{nodes} node{'s' * (nodes > 1)} x {ranks // nodes} ranks, {tokens} tokens, {routing}",
+            fontsize=10,
+        )
         axis.legend(fontsize=8)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -34,7 +34,7 @@ def make_inputs(case, rank, spare=0, seed=0):
     """Inputs of one rank for a case: its tokens and `spare` more to shift through."""
     tokens = case.tokens_of(rank) + spare
     generator = torch.Generator().manual_seed(1000003 * seed + rank)
-    router = torch.Generator().manual_seed(7919 + seed)   # the same weights on every rank
+    router = torch.Generator().manual_seed(7919 + seed)  # the same weights on every rank
     is_ids = case.routing.endswith((".npy", ".npz")) or Path(case.routing).is_dir()
     if case.routing in ("uniform", "zipf") or is_ids:
         x = torch.randn((tokens, case.hidden), generator=generator)
@@ -44,13 +44,19 @@ def make_inputs(case, rank, spare=0, seed=0):
         ids, weights = read_ids(case, rank, tokens)
     elif case.routing in ("uniform", "zipf"):
         logits = torch.randn((tokens, case.experts), generator=generator)
-        if case.routing == "zipf":   # experts by popularity 1/1, 1/2, 1/3 ..., in an order of their own
+        if case.routing == "zipf":  # experts by popularity 1/1, 1/2, 1/3 ..., in an order of their own
             order = torch.randperm(case.experts, generator=router) + 1
-            logits = -torch.log(-torch.log(torch.rand((tokens, case.experts), generator=generator).clamp_min(1e-9))) - torch.log(order)
-        ids, weights = gate.sigmoid_gate(logits, case.top_k, num_groups=case.groups, top_groups=case.top_groups)
+            logits = -torch.log(
+                -torch.log(torch.rand((tokens, case.experts), generator=generator).clamp_min(1e-9))
+            ) - torch.log(order)
+        ids, weights = gate.sigmoid_gate(
+            logits, case.top_k, num_groups=case.groups, top_groups=case.top_groups
+        )
     else:
-        router_weight = torch.randn((case.hidden, case.experts), generator=router) / case.hidden ** 0.5
-        ids, weights = gate.sigmoid_gate(x @ router_weight, case.top_k, num_groups=case.groups, top_groups=case.top_groups)
+        router_weight = torch.randn((case.hidden, case.experts), generator=router) / case.hidden**0.5
+        ids, weights = gate.sigmoid_gate(
+            x @ router_weight, case.top_k, num_groups=case.groups, top_groups=case.top_groups
+        )
     if case.masked:
         ids = ids.masked_fill(torch.rand(ids.shape, generator=generator) < case.masked, -1)
     return Inputs(x.to(TORCH_DTYPES[case.dtype]), ids.contiguous(), weights.float().contiguous())
@@ -71,15 +77,33 @@ def read_ids(case, rank, tokens):
         ids, weights = loaded["ids"], loaded.get("weights")
     else:
         ids, weights = archives.read_array("--routing", case.routing), None
-    if ids.dtype.kind not in "iu" or ids.size == 0 or ids.ndim not in (2, 3) or ids.shape[-1] != case.top_k or (ids.ndim == 3 and ids.shape[0] != case.ranks):
-        archives.refuse("--routing", case.routing, "ids", f"is {ids.dtype} {list(ids.shape)}", f"integers [T, {case.top_k}] or [{case.ranks}, T, {case.top_k}]")
+    if (
+        ids.dtype.kind not in "iu"
+        or ids.size == 0
+        or ids.ndim not in (2, 3)
+        or ids.shape[-1] != case.top_k
+        or (ids.ndim == 3 and ids.shape[0] != case.ranks)
+    ):
+        archives.refuse(
+            "--routing",
+            case.routing,
+            "ids",
+            f"is {ids.dtype} {list(ids.shape)}",
+            f"integers [T, {case.top_k}] or [{case.ranks}, T, {case.top_k}]",
+        )
     if error := picks_error(ids.astype(np.int64).reshape(-1, case.top_k), case.experts):
         archives.refuse("--routing", case.routing, *error)
     if weights is not None and (weights.dtype.kind != "f" or weights.shape != ids.shape):
-        archives.refuse("--routing", case.routing, "weights", f"is {weights.dtype} {list(weights.shape)}", f"floats {list(ids.shape)}, as ids")
+        archives.refuse(
+            "--routing",
+            case.routing,
+            "weights",
+            f"is {weights.dtype} {list(weights.shape)}",
+            f"floats {list(ids.shape)}, as ids",
+        )
 
     def mine(array):
-        own = array[rank] if array.ndim == 3 else array[rank::case.ranks]
+        own = array[rank] if array.ndim == 3 else array[rank :: case.ranks]
         return torch.from_numpy(np.resize(own, (tokens, case.top_k)))
 
     ids = mine(ids.astype(np.int64))
@@ -90,17 +114,30 @@ def recorded_ids(case, rank, tokens):
     """Ids and weights of a recording (moecomm.record): all plans in order; dealt out where it has another number of ranks."""
     recording = record.load(case.routing)
     if recording[0].header["top_k"] != case.top_k or recording[0].header["num_experts"] != case.experts:
-        raise InvalidArgument(f"--routing: {case.routing} has top-{recording[0].header['top_k']} of {recording[0].header['num_experts']} experts; "
-                              f"expected top-{case.top_k} of {case.experts}", op="bench")
+        raise InvalidArgument(
+            f"--routing: {case.routing} has top-{recording[0].header['top_k']} of {recording[0].header['num_experts']} experts; "
+            f"expected top-{case.top_k} of {case.experts}",
+            op="bench",
+        )
     sources = [recording[rank]] if len(recording) == case.ranks else recording
     if not sum(len(i) for r in sources for i in r.ids):
-        raise InvalidArgument(f"--routing: {case.routing} has no tokens; expected a recording with some", op="bench")
+        raise InvalidArgument(
+            f"--routing: {case.routing} has no tokens; expected a recording with some", op="bench"
+        )
     ids = np.concatenate([i for r in sources for i in r.ids]).astype(np.int64)
-    weights = np.concatenate([np.full(i.shape, 1 / case.top_k) if w is None else w for r in sources for i, w in zip(r.ids, r.weights)])
+    weights = np.concatenate(
+        [
+            np.full(i.shape, 1 / case.top_k) if w is None else w
+            for r in sources
+            for i, w in zip(r.ids, r.weights)
+        ]
+    )
     if len(recording) != case.ranks:
-        ids, weights = ids[rank::case.ranks], weights[rank::case.ranks]
+        ids, weights = ids[rank :: case.ranks], weights[rank :: case.ranks]
     shape = (tokens, case.top_k)
-    return torch.from_numpy(np.resize(ids, shape)), torch.from_numpy(np.resize(weights, shape).astype(np.float32))
+    return torch.from_numpy(np.resize(ids, shape)), torch.from_numpy(
+        np.resize(weights, shape).astype(np.float32)
+    )
 
 
 # -- routing from text ---------------------------------------------------------------------------------
@@ -109,23 +146,31 @@ def recorded_ids(case, rank, tokens):
 def text_files():
     """Source files and docs of this machine, in an order that depends on their names alone."""
     found = []
-    for folder, patterns in ((Path(re.__file__).parents[1], ("*.py", "email/*.py", "json/*.py", "http/*.py", "asyncio/*.py")),
-                             (Path(torch.__file__).parent, ("*.py", "nn/*.py", "optim/*.py", "distributed/*.py")),
-                             (Path("/usr/share/doc"), ("*/copyright", "*/README*", "*/*.txt", "*/NEWS*")),
-                             (Path(sys.prefix), ("lib/python*/site-packages/*/*.py",))):
+    for folder, patterns in (
+        (Path(re.__file__).parents[1], ("*.py", "email/*.py", "json/*.py", "http/*.py", "asyncio/*.py")),
+        (Path(torch.__file__).parent, ("*.py", "nn/*.py", "optim/*.py", "distributed/*.py")),
+        (Path("/usr/share/doc"), ("*/copyright", "*/README*", "*/*.txt", "*/NEWS*")),
+        (Path(sys.prefix), ("lib/python*/site-packages/*/*.py",)),
+    ):
         for pattern in patterns:
-            found += [p for p in folder.glob(pattern) if p.is_file() and 4096 <= p.stat().st_size <= 262144 and p.suffix != ".gz"]
+            found += [
+                p
+                for p in folder.glob(pattern)
+                if p.is_file() and 4096 <= p.stat().st_size <= 262144 and p.suffix != ".gz"
+            ]
     return sorted(set(found), key=lambda p: (zlib.crc32(p.name.encode()), str(p)))
 
 
 def words_of(case, rank, tokens):
     """A rank's words: those of text files (every rank reads others), or of the one that --routing names."""
     if case.routing == "text":
-        files = text_files()[rank::case.ranks]
+        files = text_files()[rank :: case.ranks]
     else:
         files = [Path(case.routing)]
         if not files[0].is_file():
-            raise InvalidArgument(f"--routing: {case.routing} is no file; expected uniform, zipf, text or a file", op="bench")
+            raise InvalidArgument(
+                f"--routing: {case.routing} is no file; expected uniform, zipf, text or a file", op="bench"
+            )
     words = []
     for path in files:
         words += tokenize(archives.read_text("--routing", path))
@@ -133,7 +178,7 @@ def words_of(case, rank, tokens):
             break
     if not words:
         raise InvalidArgument(f"--routing: {case.routing} has no words; expected a text", op="bench")
-    first = 0 if case.routing == "text" else rank * tokens   # one file is shared out
+    first = 0 if case.routing == "text" else rank * tokens  # one file is shared out
     return [words[(first + i) % len(words)] for i in range(tokens)]
 
 
@@ -144,7 +189,10 @@ def tokenize(text):
 
 def embed(words, hidden, seed=0):
     """Hidden states [T, hidden] float32: every word has a random vector of its own; a token also feels the words before it."""
-    vectors = {w: torch.randn(hidden, generator=torch.Generator().manual_seed(zlib.crc32(w.encode()) + seed)) for w in set(words)}
+    vectors = {
+        w: torch.randn(hidden, generator=torch.Generator().manual_seed(zlib.crc32(w.encode()) + seed))
+        for w in set(words)
+    }
     own = torch.stack([vectors[w] for w in words])
     state = own.clone()
     for back, share in ((1, 0.5), (2, 0.25), (3, 0.125)):

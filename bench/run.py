@@ -21,7 +21,7 @@ def progress_line(world):
     if world.rank or not where:
         return lambda text: None
     try:
-        terminal = open(where, "w")   # noqa: SIM115 (open as long as the process)
+        terminal = open(where, "w")  # noqa: SIM115 (open as long as the process)
     except OSError:
         return lambda text: None
     return lambda text: print(f"\r\033[K{text}", end="", file=terminal, flush=True)
@@ -32,15 +32,21 @@ def run_cases(world, families, ops, args):
     names, say = cases.baselines_of(args.baseline), progress_line(world)
     records = []
     for i, family in enumerate(families):
+
         def progress(text, i=i):
             say(f"[{i + 1}/{len(families)}] {text}")
 
-        measured = measure(world, family, baselines=names, iters=args.iters, warmup=args.warmup, progress=progress)
+        measured = measure(
+            world, family, baselines=names, iters=args.iters, warmup=args.warmup, progress=progress
+        )
         mine = report.of_all_ops(family, measured, ops)
         records += mine
         say("")
         if world.rank == 0:
-            print("\n".join([report.about(family, mine[0]), report.header(names), *map(report.row, mine)]), flush=True)
+            print(
+                "\n".join([report.about(family, mine[0]), report.header(names), *map(report.row, mine)]),
+                flush=True,
+            )
     wrong = sum(r["wrong"] + sum(r["baselines_wrong"].values()) for r in records)
     if world.rank == 0:
         report.append(records, json_path=args.json, csv_path=args.csv)
@@ -62,7 +68,10 @@ def world_of(ranks):
             join_gloo()
         world = World.from_torch()
     if world.size != ranks:
-        raise InvalidArgument(f"--nodes x --ranks-per-node: got {ranks}; the launcher has started {world.size} ranks", op="bench")
+        raise InvalidArgument(
+            f"--nodes x --ranks-per-node: got {ranks}; the launcher has started {world.size} ranks",
+            op="bench",
+        )
     return world
 
 

@@ -52,7 +52,7 @@ def main(args):
         print(f"skipped: {reason}")
         return 0
     args.tag = f"moe{os.getpid()}"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))   # the namespaces go also when this is told to stop
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the namespaces go also when this is told to stop
     try:
         build(args.tag, args.nodes)
         return start(args)
@@ -93,8 +93,28 @@ def ip(*words):
 
 def tc(name, device, rate):
     """Limit what leaves a device of a namespace."""
-    subprocess.run(["tc", "-n", name, "qdisc", "replace", "dev", device, "root", "tbf", "rate", rate, "burst", _BURST, "latency", _QUEUE],
-                   check=True, capture_output=True, text=True)
+    subprocess.run(
+        [
+            "tc",
+            "-n",
+            name,
+            "qdisc",
+            "replace",
+            "dev",
+            device,
+            "root",
+            "tbf",
+            "rate",
+            rate,
+            "burst",
+            _BURST,
+            "latency",
+            _QUEUE,
+        ],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
 
 
 def build(tag, nodes):
@@ -132,10 +152,32 @@ def start(args):
         port = free.getsockname()[1]
     ranks = []
     for rank in range(size):
-        env = launch.environment(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="10.97.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
-                   UCX_TLS="tcp", UCX_NET_DEVICES="uplink", GLOO_SOCKET_IFNAME="uplink", BENCH_PROGRESS=launch.terminal())
-        ranks.append(subprocess.Popen(["ip", "netns", "exec", namespace(args.tag, rank // args.ranks_per_node), *launch.program(),
-                                       *sys.argv[1:], "--tag", args.tag], env=env))
+        env = launch.environment(
+            RANK=str(rank),
+            WORLD_SIZE=str(size),
+            MASTER_ADDR="10.97.0.1",
+            MASTER_PORT=str(port),
+            OMP_NUM_THREADS="1",
+            UCX_TLS="tcp",
+            UCX_NET_DEVICES="uplink",
+            GLOO_SOCKET_IFNAME="uplink",
+            BENCH_PROGRESS=launch.terminal(),
+        )
+        ranks.append(
+            subprocess.Popen(
+                [
+                    "ip",
+                    "netns",
+                    "exec",
+                    namespace(args.tag, rank // args.ranks_per_node),
+                    *launch.program(),
+                    *sys.argv[1:],
+                    "--tag",
+                    args.tag,
+                ],
+                env=env,
+            )
+        )
     try:
         return next((status for status in [rank.wait() for rank in ranks] if status), 0)
     finally:
@@ -147,19 +189,39 @@ def run_rank(args):
     """One rank: walk through the link speeds. 1 where a result was wrong."""
     join_gloo()
     world = World.from_torch()
-    case = cases.Case(nodes=args.nodes, ranks_per_node=args.ranks_per_node, tokens=args.tokens, hidden=args.hidden, top_k=args.top_k,
-                      experts=args.experts or 8 * world.size)
+    case = cases.Case(
+        nodes=args.nodes,
+        ranks_per_node=args.ranks_per_node,
+        tokens=args.tokens,
+        hidden=args.hidden,
+        top_k=args.top_k,
+        experts=args.experts or 8 * world.size,
+    )
     say, rows = progress_line(world), []
     for gbits in args.gbits.split(","):
         if world.rank == 0:
             shape(args.tag, args.nodes, gbits)
         world.barrier()
-        measured = measure(world, case, baselines=[STRAIGHT], iters=args.iters, warmup=args.warmup,
-                           progress=lambda text, gbits=gbits: say(f"{gbits} Gbit/s: {text}"))
+        measured = measure(
+            world,
+            case,
+            baselines=[STRAIGHT],
+            iters=args.iters,
+            warmup=args.warmup,
+            progress=lambda text, gbits=gbits: say(f"{gbits} Gbit/s: {text}"),
+        )
         rows.append(summary(float(gbits), measured))
     if world.rank == 0:
         say("")
-        print("\n".join([f"# {case.title()}", f"# rail {measured.rail} over shaped veth links; bytes of all ranks over the links, dispatch and combine", *table(rows)]))
+        print(
+            "\n".join(
+                [
+                    f"# {case.title()}",
+                    f"# rail {measured.rail} over shaped veth links; bytes of all ranks over the links, dispatch and combine",
+                    *table(rows),
+                ]
+            )
+        )
         plot(args.plot, rows, case)
         print(f"# written: {args.plot}")
     return 1 if sum(r["wrong"] for r in rows) else 0
@@ -168,9 +230,14 @@ def run_rank(args):
 def summary(gbits, measured):
     """One link speed's numbers."""
     hops = measured.hops["roundtrip"]["rail"]
-    return {"gbits": gbits, "forwarded_ms": measured.median(OWN, "roundtrip") / 1e3, "straight_ms": measured.median(STRAIGHT, "roundtrip") / 1e3,
-            "forwarded_bytes": hops["physical_bytes"], "straight_bytes": measured.straight_bytes,
-            "wrong": sum(sum(ops.values()) for ops in measured.wrong.values())}
+    return {
+        "gbits": gbits,
+        "forwarded_ms": measured.median(OWN, "roundtrip") / 1e3,
+        "straight_ms": measured.median(STRAIGHT, "roundtrip") / 1e3,
+        "forwarded_bytes": hops["physical_bytes"],
+        "straight_bytes": measured.straight_bytes,
+        "wrong": sum(sum(ops.values()) for ops in measured.wrong.values()),
+    }
 
 
 def table(rows):
@@ -179,8 +246,10 @@ def table(rows):
     lines = [head, f"# {'':>8} {'ms':>12} {'ms':>12}"]
     for r in rows:
         time, size = r["straight_ms"] / r["forwarded_ms"], r["straight_bytes"] / r["forwarded_bytes"]
-        lines.append(f"  {r['gbits']:8g} {r['forwarded_ms']:12.2f} {r['straight_ms']:12.2f} {time:7.2f} {r['forwarded_bytes'] / 1e6:13.2f} "
-                     f"{r['straight_bytes'] / 1e6:12.2f} {size:7.2f} {time / size:11.2f} {r['wrong']:7d}")
+        lines.append(
+            f"  {r['gbits']:8g} {r['forwarded_ms']:12.2f} {r['straight_ms']:12.2f} {time:7.2f} {r['forwarded_bytes'] / 1e6:13.2f} "
+            f"{r['straight_bytes'] / 1e6:12.2f} {size:7.2f} {time / size:11.2f} {r['wrong']:7d}"
+        )
     return lines
 
 
@@ -195,9 +264,20 @@ def plot(path, rows, case):
     speeds = [r["gbits"] for r in rows]
     for name, color in (("forwarded", "C0"), ("straight", "C1")):
         axis.plot(speeds, [r[f"{name}_ms"] for r in rows], "o-", color=color, label=f"{name}, measured")
-        axis.plot(speeds, [r[f"{name}_bytes"] / case.nodes * 8e-6 / r["gbits"] for r in rows], "--", color=color, label=f"{name}, bytes alone")
-    axis.set(xscale="log", yscale="log", xlabel="link between nodes, Gbit/s each way", ylabel="dispatch + combine, ms (median)",
-             title=f"{case.nodes} nodes x {case.ranks_per_node} ranks, {case.tokens} tokens of {case.row_bytes} bytes, top-{case.top_k}")
+        axis.plot(
+            speeds,
+            [r[f"{name}_bytes"] / case.nodes * 8e-6 / r["gbits"] for r in rows],
+            "--",
+            color=color,
+            label=f"{name}, bytes alone",
+        )
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="link between nodes, Gbit/s each way",
+        ylabel="dispatch + combine, ms (median)",
+        title=f"{case.nodes} nodes x {case.ranks_per_node} ranks, {case.tokens} tokens of {case.row_bytes} bytes, top-{case.top_k}",
+    )
     axis.legend(fontsize=8)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

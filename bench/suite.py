@@ -18,10 +18,15 @@ RESULTS = Path(__file__).parent / "results" if __package__ == "bench" else Path(
 def arguments(parser):
     """The measurement's options, and sizes for a quick look."""
     cases.measurement(parser)
-    parser.set_defaults(iters=12)   # three minutes are also enough on a machine that has other things to do
+    parser.set_defaults(iters=12)  # three minutes are also enough on a machine that has other things to do
     parser.add_argument("--tokens", type=options.count, default=0, help="per rank; 0: as the families say")
     parser.add_argument("--hidden", type=options.count, default=0, help="0: as the families say")
-    parser.add_argument("--output", type=options.folder_to_write, default=str(RESULTS), help="folder of latest.json and latest.png")
+    parser.add_argument(
+        "--output",
+        type=options.folder_to_write,
+        default=str(RESULTS),
+        help="folder of latest.json and latest.png",
+    )
 
 
 def main(args):
@@ -29,7 +34,10 @@ def main(args):
     ranks = cases.FAMILIES[0].ranks
     if not launch.launched():
         return launch.relaunch(ranks, sys.argv[1:])
-    families = [cases.replace(f, tokens=args.tokens or f.tokens, hidden=args.hidden or f.hidden) for f in cases.FAMILIES]
+    families = [
+        cases.replace(f, tokens=args.tokens or f.tokens, hidden=args.hidden or f.hidden)
+        for f in cases.FAMILIES
+    ]
     world = world_of(ranks)
     records, wrong = run_cases(world, families, OPS, args)
     if world.rank == 0:

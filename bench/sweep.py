@@ -22,7 +22,12 @@ def arguments(parser):
     """A case, and the tokens and ranks to walk through."""
     cases.arguments(parser, cases.Case())
     parser.add_argument("--sweep-tokens", type=options.positives, default="256,512,1024,2048,4096")
-    parser.add_argument("--sweep-ranks", type=options.positives, default="2,4,8", help="of one node; more nodes keep --ranks-per-node")
+    parser.add_argument(
+        "--sweep-ranks",
+        type=options.positives,
+        default="2,4,8",
+        help="of one node; more nodes keep --ranks-per-node",
+    )
 
 
 def main(args):
@@ -35,17 +40,33 @@ def main(args):
     tokens = [int(t) for t in args.sweep_tokens.split(",")]
     sizes = [(case.ranks, t) for t in tokens]
     if case.nodes == 1:
-        sizes += [(r, t) for r in map(int, args.sweep_ranks.split(",")) if r < case.ranks for t in (tokens[0], tokens[-1])]
+        sizes += [
+            (r, t)
+            for r in map(int, args.sweep_ranks.split(","))
+            if r < case.ranks
+            for t in (tokens[0], tokens[-1])
+        ]
     records = []
     if everyone.rank == 0:
-        print(f"# {case.title()}\n# {'ranks':>6} {'tokens':>7} {'dispatch us':>12} {'combine us':>12} {'roundtrip us':>13} {'rows':>8} {'ns/row':>8} "
-              f"{'floor/row':>10} {'plan us':>9} {'plan %':>7} {'#wrong':>7}", flush=True)
+        print(
+            f"# {case.title()}\n# {'ranks':>6} {'tokens':>7} {'dispatch us':>12} {'combine us':>12} {'roundtrip us':>13} {'rows':>8} {'ns/row':>8} "
+            f"{'floor/row':>10} {'plan us':>9} {'plan %':>7} {'#wrong':>7}",
+            flush=True,
+        )
     for ranks, count in sizes:
-        now = cases.replace(case, tokens=count, ranks_per_node=ranks // case.nodes, experts=case.experts // case.ranks * ranks)
+        now = cases.replace(
+            case, tokens=count, ranks_per_node=ranks // case.nodes, experts=case.experts // case.ranks * ranks
+        )
         world = part_of(everyone, ranks)
         if world is not None:
-            measured = measure(world, now, baselines=(), iters=args.iters, warmup=args.warmup,
-                               progress=lambda text, ranks=ranks, count=count: say(f"{ranks} ranks, {count} tokens: {text}"))
+            measured = measure(
+                world,
+                now,
+                baselines=(),
+                iters=args.iters,
+                warmup=args.warmup,
+                progress=lambda text, ranks=ranks, count=count: say(f"{ranks} ranks, {count} tokens: {text}"),
+            )
             records += report.of_all_ops(now, measured, OPS)
             if world.rank == 0:
                 say("")
@@ -65,8 +86,10 @@ def line(case, measured):
     plan = report.record(case, measured)["plan_us"]
     floor = report.record(case, measured)["floor_fraction"] * both
     wrong = measured.wrong[OWN]["roundtrip"]
-    return (f"  {case.ranks:6d} {case.tokens:7d} {dispatch:12.0f} {combine:12.0f} {both:13.0f} {rows:8.0f} {1e3 * both / rows:8.1f} "
-            f"{1e3 * floor / rows:10.1f} {plan:9.0f} {100 * plan / both:7.2f} {wrong:7d}")
+    return (
+        f"  {case.ranks:6d} {case.tokens:7d} {dispatch:12.0f} {combine:12.0f} {both:13.0f} {rows:8.0f} {1e3 * both / rows:8.1f} "
+        f"{1e3 * floor / rows:10.1f} {plan:9.0f} {100 * plan / both:7.2f} {wrong:7d}"
+    )
 
 
 def part_of(everyone, ranks):

@@ -12,14 +12,18 @@ from moecomm import cuda, options, tuning
 from . import device, device_run
 
 WARPS = (4, 6, 8, 12)
-PIECES = (1, 2, 3, 4)   # of a row, each a stage
+PIECES = (1, 2, 3, 4)  # of a row, each a stage
 
 
 def arguments(parser):
     """As `bench device`, and where the table goes."""
     device_run.arguments(parser)
-    parser.add_argument("--sms", type=options.positive, nargs="+", default=[20], help="multiprocessors per rank")
-    parser.add_argument("--table", type=options.folder_to_write, default=str(tuning.TABLES), help="folder of the table file")
+    parser.add_argument(
+        "--sms", type=options.positive, nargs="+", default=[20], help="multiprocessors per rank"
+    )
+    parser.add_argument(
+        "--table", type=options.folder_to_write, default=str(tuning.TABLES), help="folder of the table file"
+    )
 
 
 def main(args):
@@ -35,7 +39,9 @@ def main(args):
             traffic = traffic_of(shape, nodes, per_node)
             times = {}
             for plan in candidates(tuning.hardware_of(name, all_sms, shared_bytes), traffic, sms):
-                rows = device.measure(args, shape, nodes, per_node, sms * nodes * per_node, 1.0, lambda *_: plan)   # noqa: B023
+                rows = device.measure(
+                    args, shape, nodes, per_node, sms * nodes * per_node, 1.0, lambda *_: plan
+                )  # noqa: B023
                 if not any(r["wrong"] for r in rows):
                     times[plan] = sum(r["us"] for r in rows)
                 print(f"{nodes}x{per_node} {plan}: {times.get(plan, float('nan')):.1f} us")
@@ -46,8 +52,16 @@ def main(args):
 
 def traffic_of(shape, nodes, per_node):
     """The tuning.Traffic of a benchmark's shape, as a Buffer describes it."""
-    return tuning.Traffic(hidden=shape.hidden, num_experts=shape.experts, top_k=shape.top_k, max_tokens=shape.tokens, ranks=nodes * per_node,
-                          ranks_per_node=per_node, row_bytes=2 * shape.hidden, shared_gpu=nodes * per_node)
+    return tuning.Traffic(
+        hidden=shape.hidden,
+        num_experts=shape.experts,
+        top_k=shape.top_k,
+        max_tokens=shape.tokens,
+        ranks=nodes * per_node,
+        ranks_per_node=per_node,
+        row_bytes=2 * shape.hidden,
+        shared_gpu=nodes * per_node,
+    )
 
 
 def candidates(hardware, traffic, num_sms):
@@ -55,15 +69,26 @@ def candidates(hardware, traffic, num_sms):
     chosen = tuning.choose_plan(hardware, traffic, num_sms)
     found = [chosen]
     if traffic.nodes > 1:
-        found += [replace(chosen, chunk_bytes=max(traffic.row_bytes, n)) for n in (chosen.chunk_bytes // 4, chosen.chunk_bytes * 4)]
+        found += [
+            replace(chosen, chunk_bytes=max(traffic.row_bytes, n))
+            for n in (chosen.chunk_bytes // 4, chosen.chunk_bytes * 4)
+        ]
     for warps in WARPS:
         for pieces in PIECES:
             stage = -(-traffic.row_bytes // pieces // 128) * 128
             if not tuning.fits(hardware, warps, stage):
                 continue
             workers = num_sms * warps - 1
-            senders = 0 if traffic.nodes == 1 else max(1, workers * chosen.senders // (chosen.num_sms * chosen.warps - 1))
+            senders = (
+                0
+                if traffic.nodes == 1
+                else max(1, workers * chosen.senders // (chosen.num_sms * chosen.warps - 1))
+            )
             channels = max(1, min(1024, senders or workers, -(-traffic.max_tokens // 4)))
             stages = 4 if tuning.fits(hardware, warps, stage, 4) else 3
-            found.append(replace(chosen, warps=warps, stage_bytes=stage, stages=stages, senders=senders, channels=channels))
+            found.append(
+                replace(
+                    chosen, warps=warps, stage_bytes=stage, stages=stages, senders=senders, channels=channels
+                )
+            )
     return list(dict.fromkeys(found))

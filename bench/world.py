@@ -35,6 +35,7 @@ class World:
     @staticmethod
     def from_torch():
         """Of torch.distributed's default group."""
+
         def allgather(value):
             out = [None] * dist.get_world_size()
             dist.all_gather_object(out, value)
@@ -50,7 +51,11 @@ class World:
         if not os.environ["GLOO_SOCKET_IFNAME"]:
             del os.environ["GLOO_SOCKET_IFNAME"]
         host = "127.0.0.1" if self.one_host else socket.gethostbyname(socket.gethostname())
-        store = dist.TCPStore(host, 0, self.size, is_master=True, wait_for_workers=False) if self.rank == 0 else None
+        store = (
+            dist.TCPStore(host, 0, self.size, is_master=True, wait_for_workers=False)
+            if self.rank == 0
+            else None
+        )
         host, port = self.allgather((host, store.port if store else 0))[0]
         if store is None:
             store = dist.TCPStore(host, port, self.size, is_master=False)
@@ -77,7 +82,7 @@ class World:
         if not self.one_host:
             table = torch.zeros(shape, dtype=tensor.dtype)
             for rank, rows in enumerate(self.allgather(tensor)):
-                table[rank * stride:rank * stride + len(rows)] = rows
+                table[rank * stride : rank * stride + len(rows)] = rows
             return table
         size = max(torch.Size(shape).numel() * tensor.element_size(), 1)
         fd = os.memfd_create("bench") if self.rank == 0 else -1
@@ -86,7 +91,7 @@ class World:
         pid, its_fd = self.allgather((os.getpid(), fd))[0]
         with open(f"/proc/{pid}/fd/{its_fd}", "r+b", buffering=0) as file:
             table = torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=tensor.dtype).view(shape)
-        table[self.rank * stride:self.rank * stride + len(tensor)] = tensor
+        table[self.rank * stride : self.rank * stride + len(tensor)] = tensor
         self.barrier()
         if fd >= 0:
             os.close(fd)

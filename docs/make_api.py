@@ -14,9 +14,24 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "moecomm"
 TARGET = Path(__file__).parent / "api.md"
 # Modules without names for users, and (by what they define) commands of `python -m moecomm`.
-INTERNAL = {"archives", "arguments", "bootstrap", "calls", "checks", "cuda", "cuda_decode", "grouped", "options", "record_check", "record_files", "record_format",
-            "recorder", "shapes", "shared"}
-MIXINS = {"Calls": "calls", "DecodeVerbs": "decode"}   # documented as members of the class that inherits them
+INTERNAL = {
+    "archives",
+    "arguments",
+    "bootstrap",
+    "calls",
+    "checks",
+    "cuda",
+    "cuda_decode",
+    "grouped",
+    "options",
+    "record_check",
+    "record_files",
+    "record_format",
+    "recorder",
+    "shapes",
+    "shared",
+}
+MIXINS = {"Calls": "calls", "DecodeVerbs": "decode"}  # documented as members of the class that inherits them
 COMMAND = {"arguments", "main"}
 
 
@@ -41,19 +56,33 @@ def modules():
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if name and not any(part.startswith("_") for part in parts if part != "__init__") and name.split(".")[0] not in INTERNAL:
+        if (
+            name
+            and not any(part.startswith("_") for part in parts if part != "__init__")
+            and name.split(".")[0] not in INTERNAL
+        ):
             yield name, ast.parse(path.read_text())
 
 
 def public(tree):
     """Top-level classes and functions whose names have no underscore."""
-    return [node for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and not node.name.startswith("_") and node.name not in MIXINS]
+    return [
+        node
+        for node in tree.body
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef))
+        and not node.name.startswith("_")
+        and node.name not in MIXINS
+    ]
 
 
 def constants(tree):
     """`- name: what it is` for module-level objects made by a call of a class, and for operators with their schema."""
     for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and isinstance(node.targets[0], ast.Name):
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Call)
+            and isinstance(node.targets[0], ast.Name)
+        ):
             name, call = node.targets[0].id, node.value
             if name.startswith("_"):
                 continue
@@ -86,7 +115,11 @@ def signature(node):
         init = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
         if init is not None:
             return f"{node.name}({arguments(init)})"
-        fields = [f"{ast.unparse(f.target)}" + (f"={ast.unparse(f.value)}" if f.value else "") for f in node.body if isinstance(f, ast.AnnAssign)]
+        fields = [
+            f"{ast.unparse(f.target)}" + (f"={ast.unparse(f.value)}" if f.value else "")
+            for f in node.body
+            if isinstance(f, ast.AnnAssign)
+        ]
         return f"{node.name}({', '.join(fields)})" if fields else node.name
     return f"{node.name}({arguments(node)})"
 
@@ -147,24 +180,38 @@ def render():
     """
     names, missing = exported(), []
     trees = dict(modules())
-    parts = ["# API", "Made from the docstrings by `python docs/make_api.py`. Shapes are in brackets: T tokens of a rank, N received rows, E experts."]
+    parts = [
+        "# API",
+        "Made from the docstrings by `python docs/make_api.py`. Shapes are in brackets: T tokens of a rank, N received rows, E experts.",
+    ]
     parts += ["## moecomm"]
     homes = set()
     for name, home in names.items():
         node = next((n for n in public(trees.get(home, ast.Module([], []))) if n.name == name), None)
         if node is not None:
             homes.add(home)
-            parts += class_text(node, f"moecomm.{name}", 3, missing) if isinstance(node, ast.ClassDef) else \
-                [f"### `{signature(node)}`", text_of(node, f"moecomm.{name}", missing)]
+            parts += (
+                class_text(node, f"moecomm.{name}", 3, missing)
+                if isinstance(node, ast.ClassDef)
+                else [f"### `{signature(node)}`", text_of(node, f"moecomm.{name}", missing)]
+            )
     for name, tree in trees.items():
-        shown = [node for node in public(tree) if node.name not in names and not (name in homes and isinstance(node, ast.FunctionDef))]
+        shown = [
+            node
+            for node in public(tree)
+            if node.name not in names and not (name in homes and isinstance(node, ast.FunctionDef))
+        ]
         objects = "\n".join(constants(tree))
         if not shown and not objects or COMMAND <= {node.name for node in shown}:
             continue
         parts += [f"## moecomm.{name}", text_of(tree, f"moecomm.{name}", missing), objects]
         for node in shown:
             where = f"moecomm.{name}.{node.name}"
-            parts += class_text(node, where, 3, missing) if isinstance(node, ast.ClassDef) else [f"### `{signature(node)}`", text_of(node, where, missing)]
+            parts += (
+                class_text(node, where, 3, missing)
+                if isinstance(node, ast.ClassDef)
+                else [f"### `{signature(node)}`", text_of(node, where, missing)]
+            )
     if missing:
         raise Missing("no docstring: " + ", ".join(missing))
     return re.sub(r"\n{3,}", "\n\n", "\n\n".join(part for part in parts if part)) + "\n"
@@ -191,7 +238,10 @@ def main():
     if "--check" not in sys.argv[1:]:
         TARGET.write_text(text)
     elif absent := headings(text) ^ headings(TARGET.read_text() if TARGET.exists() else ""):
-        print(f"docs/api.md is out of date: run python docs/make_api.py; it lacks, or has needlessly: {', '.join(sorted(absent))}", file=sys.stderr)
+        print(
+            f"docs/api.md is out of date: run python docs/make_api.py; it lacks, or has needlessly: {', '.join(sorted(absent))}",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

@@ -35,7 +35,9 @@ def unit_of(largest):
 def short_add(total, products, largest):
     """One instruction: total [M, N] plus products [M, N, 32] of which `largest` is the largest magnitude, in BITS bits."""
     unit, inverse = unit_of(torch.maximum(largest, total.abs()))
-    aligned = (torch.trunc(products * inverse[..., None]).sum(-1) + torch.trunc(total * inverse)) * unit   # exact: below 2**20 units
+    aligned = (
+        torch.trunc(products * inverse[..., None]).sum(-1) + torch.trunc(total * inverse)
+    ) * unit  # exact: below 2**20 units
     unit, inverse = unit_of(aligned)
     return torch.trunc(aligned * inverse) * unit
 
@@ -51,7 +53,7 @@ def short_add_exactly(total, products, largest):
     added = short_add(torch.zeros_like(total), products, largest)
     result = total.double() + added.double()
     mantissa, exponent = torch.frexp(result)
-    return torch.ldexp(torch.trunc(mantissa * 2 ** BITS), exponent - BITS).float()
+    return torch.ldexp(torch.trunc(mantissa * 2**BITS), exponent - BITS).float()
 
 
 ALIGN = {"all": short_add, "products": short_add_apart, "register": short_add_exactly}
@@ -63,7 +65,7 @@ def accumulate(a, b, sizes, add=short_add):
     exact = torch.zeros((len(a), len(b)), dtype=torch.float64)
     out = {}
     for k in range(0, sizes[-1], INSTRUCTION):
-        products = a[:, None, k:k + INSTRUCTION] * b[None, :, k:k + INSTRUCTION]   # exact: 4 + 4 bits
+        products = a[:, None, k : k + INSTRUCTION] * b[None, :, k : k + INSTRUCTION]  # exact: 4 + 4 bits
         largest = products.abs().amax(-1)
         short, partial = add(short, products, largest), add(partial, products, largest)
         for i in range(INSTRUCTION):
@@ -87,7 +89,11 @@ def errors(got, exact):
 
 def matrices(kind, rows, k, generator):
     """Random FP32 [rows, k] whose values are e4m3 codes: what a tensor core is fed."""
-    x = torch.randn((rows, k), generator=generator) if kind == "normal" else torch.rand((rows, k), generator=generator)
+    x = (
+        torch.randn((rows, k), generator=generator)
+        if kind == "normal"
+        else torch.rand((rows, k), generator=generator)
+    )
     codes, _ = quant.quantize(x)
     return quant.dequantize(codes, torch.ones((rows, k // 128)))
 
@@ -102,7 +108,9 @@ def plot(results, path):
     figure, panels = plt.subplots(1, len(results), figsize=(5 * len(results), 3.6), sharey=True)
     for panel, (kind, table) in zip(panels, results.items(), strict=True):
         for i, name in enumerate(("14 bits", "promoted every 128", "FP32")):
-            panel.loglog(list(table), [errors(row[i], row[3])[1] for row in table.values()], marker="o", label=name)
+            panel.loglog(
+                list(table), [errors(row[i], row[3])[1] for row in table.values()], marker="o", label=name
+            )
         panel.set(title=f"{kind} matrices", xlabel="K", xscale="log")
         panel.set_xticks(list(table), [str(k) for k in table], rotation=45)
         panel.minorticks_off()
@@ -116,8 +124,17 @@ def plot(results, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=64, help="rows of both matrices (default 64)")
-    parser.add_argument("--align", choices=ALIGN, default="all", help="how the sum of an instruction's products joins the register (see above)")
-    parser.add_argument("--plot", default="fp8_accumulation.png", help="where the figure goes (default fp8_accumulation.png; '' for none)")
+    parser.add_argument(
+        "--align",
+        choices=ALIGN,
+        default="all",
+        help="how the sum of an instruction's products joins the register (see above)",
+    )
+    parser.add_argument(
+        "--plot",
+        default="fp8_accumulation.png",
+        help="where the figure goes (default fp8_accumulation.png; '' for none)",
+    )
     args = parser.parse_args()
     sizes = [256 << i for i in range(7)]
     results = {}
@@ -125,11 +142,17 @@ def main():
         generator = torch.Generator().manual_seed(0)
         a, b = (matrices(kind, args.rows, sizes[-1], generator) for _ in range(2))
         results[kind] = accumulate(a, b, sizes, ALIGN[args.align])
-        print(f"\n{kind} matrices: error in % of RMS(C), root mean square / largest\n{'K':>6}  {'14 bits':>18}  {'promoted':>18}  {'FP32':>18}")
+        print(
+            f"\n{kind} matrices: error in % of RMS(C), root mean square / largest\n{'K':>6}  {'14 bits':>18}  {'promoted':>18}  {'FP32':>18}"
+        )
         for k, row in results[kind].items():
-            print(f"{k:>6}  " + "  ".join("{:8.2g} / {:7.2g}".format(*errors(got, row[3])) for got in row[:3]))
+            print(
+                f"{k:>6}  " + "  ".join("{:8.2g} / {:7.2g}".format(*errors(got, row[3])) for got in row[:3])
+            )
         got, *_, exact = results[kind][4096]
-        print(f"  4096: with 14 bits the largest error is {100 * float((got - exact).abs().max() / exact.abs().mean()):.2f} % of the mean of |C|")
+        print(
+            f"  4096: with 14 bits the largest error is {100 * float((got - exact).abs().max() / exact.abs().mean()):.2f} % of the mean of |C|"
+        )
     if args.plot:
         plot(results, args.plot)
         print(f"\nfigure: {args.plot}")

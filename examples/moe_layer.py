@@ -7,7 +7,9 @@ import moecomm
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, TOKENS = 256, 128, 16, 2, 32
 
 with moecomm.Communicator() as comm:
-    buf = moecomm.Buffer(comm, hidden=HIDDEN, num_experts=EXPERTS, top_k=TOP_K, max_tokens=TOKENS, dtype=torch.float32)
+    buf = moecomm.Buffer(
+        comm, hidden=HIDDEN, num_experts=EXPERTS, top_k=TOP_K, max_tokens=TOKENS, dtype=torch.float32
+    )
 
     # DeepSeek-V3's gate, two of four groups of experts per token; every rank holds EXPERTS / size experts and one shared one.
     torch.manual_seed(0)
@@ -22,8 +24,8 @@ with moecomm.Communicator() as comm:
         y, routing = layer(x, with_routing=True)
         loss = (y - target).square().mean()
         optimizer.zero_grad()
-        (loss / comm.size).backward()        # backward of combine is a dispatch, backward of dispatch a combine
-        optimizer.step()                     # replicated parameters would be summed over ranks here
+        (loss / comm.size).backward()  # backward of combine is a dispatch, backward of dispatch a combine
+        optimizer.step()  # replicated parameters would be summed over ranks here
         gate.update_bias(moecomm.gate.count_picks(routing.topk_ids, EXPERTS), 0.001)
         print(f"rank {comm.rank}, step {step}: loss {float(loss.detach()):.4f}, {layer.experts}")
     comm.barrier()

@@ -17,11 +17,11 @@ RANKS, NODES, EXPERTS, TOP_K, TOKENS, HIDDEN, STEPS = 8, 2, 32, 4, 256, 64, 60
 
 def traffic(rank, step):
     """A step's tokens of one rank and the experts they go to: some far more popular than others, and slowly changing."""
-    same = torch.Generator().manual_seed(7)   # popularity is equal on all ranks ...
+    same = torch.Generator().manual_seed(7)  # popularity is equal on all ranks ...
     popularity = torch.randn(EXPERTS, generator=same)
     for _ in range(step // 10):
         popularity += 0.2 * torch.randn(EXPERTS, generator=same)
-    own = torch.Generator().manual_seed(step * RANKS + rank)   # ... and every rank's tokens are its own
+    own = torch.Generator().manual_seed(step * RANKS + rank)  # ... and every rank's tokens are its own
     noise = -torch.log(-torch.log(torch.rand((TOKENS, EXPERTS), generator=own).clamp_min(1e-9)))
     weights, ids = (popularity + noise).topk(TOP_K)
     return torch.randn((TOKENS, HIDDEN), generator=own), ids, weights.softmax(-1)
@@ -31,10 +31,21 @@ def serve(comm):
     """All steps of one rank; its rows per step, and the step of the change."""
     expert_weights = torch.rand((EXPERTS, HIDDEN), generator=torch.Generator().manual_seed(1)) + 0.5
 
-    placement = rebalance(torch.ones(1, EXPERTS), num_replicas=EXPERTS + RANKS, num_nodes=NODES, num_ranks=RANKS)
+    placement = rebalance(
+        torch.ones(1, EXPERTS), num_replicas=EXPERTS + RANKS, num_nodes=NODES, num_ranks=RANKS
+    )
     monitor = LoadMonitor(1, EXPERTS, half_life=8)
-    buf = moecomm.Buffer(comm, hidden=HIDDEN, num_experts=EXPERTS, top_k=TOP_K, max_tokens=TOKENS, dtype=torch.float32,
-                         placement=placement, replicas="optimal", monitor=monitor)
+    buf = moecomm.Buffer(
+        comm,
+        hidden=HIDDEN,
+        num_experts=EXPERTS,
+        top_k=TOP_K,
+        max_tokens=TOKENS,
+        dtype=torch.float32,
+        placement=placement,
+        replicas="optimal",
+        monitor=monitor,
+    )
     mine = slice(comm.rank * placement.slots_per_rank, (comm.rank + 1) * placement.slots_per_rank)
     weights = [expert_weights[placement.physical_to_logical[0, mine]].contiguous()]
 
@@ -42,19 +53,34 @@ def serve(comm):
     for step in range(STEPS):
         x, ids, shares = traffic(comm.rank, step)
         out = buf.dispatch(x, ids, shares)
-        y = buf.combine(out.x * weights[0].repeat_interleave(out.tokens_per_expert, 0), out.handle, topk_weights=out.topk_weights)
-        torch.testing.assert_close(y, x * (shares[..., None] * expert_weights[ids]).sum(1), rtol=1e-4, atol=1e-4)
+        y = buf.combine(
+            out.x * weights[0].repeat_interleave(out.tokens_per_expert, 0),
+            out.handle,
+            topk_weights=out.topk_weights,
+        )
+        torch.testing.assert_close(
+            y, x * (shares[..., None] * expert_weights[ids]).sum(1), rtol=1e-4, atol=1e-4
+        )
         rows.append(len(out.x))
 
-        if step == 20:   # every few minutes, in real life
-            advice = monitor.advise(placement, seconds_per_row=2e-6, bytes_per_expert=44e6, bytes_per_second=50e9,   # as in the real model
-                                    batches=1000, comm=comm, connected=True)
+        if step == 20:  # every few minutes, in real life
+            advice = monitor.advise(
+                placement,
+                seconds_per_row=2e-6,
+                bytes_per_expert=44e6,
+                bytes_per_second=50e9,  # as in the real model
+                batches=1000,
+                comm=comm,
+                connected=True,
+            )
             if comm.rank == 0:
-                print(f"step {step}: {len(advice.placement.moves)} slots would change; gain {1e3 * advice.gain:.1f} ms against {1e3 * advice.cost:.1f} ms of "
-                      f"moving: {'worth it' if advice.pays else 'not worth it'}; balancedness {advice.before:.2f} -> {advice.after:.2f}")
+                print(
+                    f"step {step}: {len(advice.placement.moves)} slots would change; gain {1e3 * advice.gain:.1f} ms against {1e3 * advice.cost:.1f} ms of "
+                    f"moving: {'worth it' if advice.pays else 'not worth it'}; balancedness {advice.before:.2f} -> {advice.after:.2f}"
+                )
             if advice.pays:
                 placement = advice.placement
-                pending = placement.migrate(weights, comm)   # the steps go on by the old placement
+                pending = placement.migrate(weights, comm)  # the steps go on by the old placement
         if pending and step == 24:
             weights = pending.wait()
             buf.use(placement)
@@ -74,7 +100,12 @@ def draw(path, rows, changed):
     for rank, line in enumerate(rows.T):
         left.plot(line, linewidth=1, label=f"rank {rank}")
     left.axvline(changed - 0.5, color="black", linestyle="--", linewidth=1)
-    left.set(xlabel="step", ylabel="rows", title="Rows of every rank; dashed: the new placement is in force", ylim=(0, None))
+    left.set(
+        xlabel="step",
+        ylabel="rows",
+        title="Rows of every rank; dashed: the new placement is in force",
+        ylim=(0, None),
+    )
     bars = torch.arange(RANKS)
     right.bar(bars - 0.2, rows[:changed].mean(0), 0.4, label="before")
     right.bar(bars + 0.2, rows[changed:].mean(0), 0.4, label="after")
@@ -89,7 +120,9 @@ if __name__ == "__main__":
     results = moecomm.run_local(serve, RANKS, ranks_per_node=RANKS // NODES)
     rows, changed = torch.tensor([r for r, _ in results]).T.float(), results[0][1]
     heaviest = rows.max(1).values / rows.mean(1)
-    print(f"heaviest rank over the mean: {heaviest[:changed].mean():.2f} before, {heaviest[changed:].mean():.2f} after step {changed}")
+    print(
+        f"heaviest rank over the mean: {heaviest[:changed].mean():.2f} before, {heaviest[changed:].mean():.2f} after step {changed}"
+    )
     assert heaviest[changed:].mean() < heaviest[:changed].mean()
     path = sys.argv[1] if len(sys.argv) > 1 else "redundant_experts.png"
     draw(path, rows, changed)

@@ -30,7 +30,10 @@ class Block(nn.Module):
         super().__init__()
         self.heads = args.heads
         self.norms = nn.ModuleList(nn.RMSNorm(args.hidden) for _ in range(2))
-        self.qkv, self.out = nn.Linear(args.hidden, 3 * args.hidden, bias=False), nn.Linear(args.hidden, args.hidden, bias=False)
+        self.qkv, self.out = (
+            nn.Linear(args.hidden, 3 * args.hidden, bias=False),
+            nn.Linear(args.hidden, args.hidden, bias=False),
+        )
         gate = Gate(args.hidden, args.experts, args.top_k, num_groups=4, top_groups=2)
         self.moe = MoE(args.hidden, args.intermediate, args.experts, args.top_k, 1, buffer, gate=gate)
 
@@ -63,16 +66,26 @@ class Model(nn.Module):
 
 def initial_state(args):
     """A whole model's parameters, the same for any number of ranks: experts have global numbers."""
+
     def make(comm):
         torch.manual_seed(0)
         return Model(args, make_buffer(comm, args, 1)).state_dict()
+
     return moecomm.run_local(make, 1)[0]
 
 
 def make_buffer(comm, args, max_tokens):
     """The one Buffer that all layers share; every layer's rows stay in it until its backward has run."""
-    shape = dict(hidden=args.hidden, num_experts=args.experts, top_k=args.top_k, max_tokens=max_tokens, dtype=torch.float32)
-    return moecomm.Buffer(comm, **shape, arena_bytes=moecomm.Buffer.arena_hint(comm, **shape, dispatches=args.layers + 2))
+    shape = dict(
+        hidden=args.hidden,
+        num_experts=args.experts,
+        top_k=args.top_k,
+        max_tokens=max_tokens,
+        dtype=torch.float32,
+    )
+    return moecomm.Buffer(
+        comm, **shape, arena_bytes=moecomm.Buffer.arena_hint(comm, **shape, dispatches=args.layers + 2)
+    )
 
 
 def sum_over_ranks(comm, tensors):
@@ -93,7 +106,9 @@ def sum_over_ranks(comm, tensors):
 
 def train(comm, args, report=lambda rows: None):
     """Returns [(step, loss, max load / mean load, share of communication)] and the picks per step, layer and expert."""
-    text = torch.frombuffer(bytearray("\n".join(topics[name] for name in sorted(topics)).encode()), dtype=torch.uint8)
+    text = torch.frombuffer(
+        bytearray("\n".join(topics[name] for name in sorted(topics)).encode()), dtype=torch.uint8
+    )
     buffer = make_buffer(comm, args, -(-args.batch // comm.size) * args.length)
     model = Model(args, buffer)
     model.load_state_dict(initial_state(args))
@@ -103,15 +118,26 @@ def train(comm, args, report=lambda rows: None):
     rows, loads = [], []
     for step in range(args.steps):
         begin = time.perf_counter()
-        starts = torch.randint(len(text) - args.length - 1, (args.batch,), generator=torch.Generator().manual_seed(step))
+        starts = torch.randint(
+            len(text) - args.length - 1, (args.batch,), generator=torch.Generator().manual_seed(step)
+        )
         starts = starts.tensor_split(comm.size)[comm.rank]
-        batch = torch.stack([text[s:s + args.length + 1] for s in starts.tolist()]).long()
+        batch = torch.stack([text[s : s + args.length + 1] for s in starts.tolist()]).long()
         with Trace(buffer) as trace:
             logits, routings = model(batch[:, :-1])
             # Sums over this rank's part, divided by the whole batch: the ranks' losses and gradients add up.
-            loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum") / (args.batch * args.length)
+            loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum") / (
+                args.batch * args.length
+            )
             shape = batch.shape[0], args.length, -1
-            balance = sum(balance_loss(r.affinities.view(shape), r.topk_ids.view(shape), args.alpha) for r in routings) * len(batch) / args.batch
+            balance = (
+                sum(
+                    balance_loss(r.affinities.view(shape), r.topk_ids.view(shape), args.alpha)
+                    for r in routings
+                )
+                * len(batch)
+                / args.batch
+            )
             optimizer.zero_grad()
             (loss + balance).backward()
         counts = torch.stack([count_picks(r.topk_ids, args.experts) for r in routings]).float()
@@ -125,7 +151,7 @@ def train(comm, args, report=lambda rows: None):
         loads.append(counts)
         rows.append((step, float(total), float((counts.max(1).values / counts.mean(1)).max()), share))
         if step % args.every == 0 or step == args.steps - 1:
-            report(rows[-args.every:])
+            report(rows[-args.every :])
     comm.barrier()
     return rows, torch.stack(loads)
 
@@ -147,8 +173,16 @@ def plot(path, rows, loads, alone):
     axes[0, 1].plot(steps, balances)
     axes[0, 1].set(title="balance", xlabel="step", ylabel="busiest expert / mean", ylim=(0.9, None))
     axes[1, 0].plot(steps, [100 * s for s in shares])
-    axes[1, 0].set(title="communication (waiting included)", xlabel="step", ylabel="% of step time", ylim=(0, 100))
-    shown = axes[1, 1].imshow((loads / loads.mean(-1, keepdim=True)).flatten(1).T, aspect="auto", vmin=0, vmax=3, interpolation="nearest")
+    axes[1, 0].set(
+        title="communication (waiting included)", xlabel="step", ylabel="% of step time", ylim=(0, 100)
+    )
+    shown = axes[1, 1].imshow(
+        (loads / loads.mean(-1, keepdim=True)).flatten(1).T,
+        aspect="auto",
+        vmin=0,
+        vmax=3,
+        interpolation="nearest",
+    )
     axes[1, 1].set(title="load of every layer's experts / mean", xlabel="step", ylabel="layer x expert")
     figure.colorbar(shown)
     figure.tight_layout()
@@ -158,7 +192,18 @@ def plot(path, rows, loads, alone):
 def arguments():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, default in dict(steps=120, every=10, batch=16, length=64, hidden=64, heads=4, layers=2, experts=16, top_k=4, intermediate=64).items():
+    for name, default in dict(
+        steps=120,
+        every=10,
+        batch=16,
+        length=64,
+        hidden=64,
+        heads=4,
+        layers=2,
+        experts=16,
+        top_k=4,
+        intermediate=64,
+    ).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--gamma", type=float, default=0.01, help="speed of the bias update")
@@ -173,27 +218,34 @@ def main():
     args = arguments()
     torch.set_num_threads(1)
     if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo")   # sums the gradients of what all ranks hold; the Communicator joins by it too
+        dist.init_process_group(
+            "gloo"
+        )  # sums the gradients of what all ranks hold; the Communicator joins by it too
     with moecomm.Communicator() as comm:
+
         def report(rows):
             if comm.rank == 0:
                 _, loss, balance, share = (sum(column) / len(rows) for column in zip(*rows))
                 print(f"{rows[-1][0]:>6}{loss:>10.4f}{balance:>16.2f}{100 * share:>16.1f}", flush=True)
 
-        if comm.rank == 0:   # each line is the mean of the steps since the line before
-            print(f"{comm.size} ranks, {args.experts} experts in each of {args.layers} layers, {args.batch * args.length} bytes per step")
+        if comm.rank == 0:  # each line is the mean of the steps since the line before
+            print(
+                f"{comm.size} ranks, {args.experts} experts in each of {args.layers} layers, {args.batch * args.length} bytes per step"
+            )
             print(f"{'step':>6}{'loss':>10}{'busiest/mean':>16}{'communication %':>16}")
         rows, loads = train(comm, args, report)
         if comm.rank:
             return
         print("\nload of the experts in the last quarter, 1 = mean")
-        for layer, load in enumerate(loads[-max(1, args.steps // 4):].mean(0)):
+        for layer, load in enumerate(loads[-max(1, args.steps // 4) :].mean(0)):
             print(f"  layer {layer}: " + " ".join(f"{v:.2f}" for v in (load / load.mean()).tolist()))
         alone = None
         if args.check:
             alone, _ = moecomm.run_local(lambda one: train(one, args), 1)[0]
             worst = max(abs(a[1] - b[1]) / b[1] for a, b in zip(rows, alone, strict=True))
-            print(f"\nlosses of one rank: {alone[0][1]:.4f} -> {alone[-1][1]:.4f}; largest relative difference at any step {worst:.1e}")
+            print(
+                f"\nlosses of one rank: {alone[0][1]:.4f} -> {alone[-1][1]:.4f}; largest relative difference at any step {worst:.1e}"
+            )
             if worst > 2e-3:
                 raise SystemExit("the losses differ by more than rounding")
         if args.plot:

@@ -16,7 +16,9 @@ from ._native import core as _core  # noqa: E402
 
 # The wheels libucx-cu12 and libucx-cu13 are both the package `libucx`. It is not imported: UCX is loaded when nodes are joined.
 _ucx = _importlib_util.find_spec("libucx")
-_core.set_ucx_folders([_os.path.join(folder, "lib") for folder in _ucx.submodule_search_locations] if _ucx else [])
+_core.set_ucx_folders(
+    [_os.path.join(folder, "lib") for folder in _ucx.submodule_search_locations] if _ucx else []
+)
 
 from . import balance, gate, nn, ops, overlap, presets, quant, reference  # noqa: E402
 from ._version import __version__  # noqa: E402
@@ -35,7 +37,26 @@ from .local import run_local  # noqa: E402
 from .results import Dispatched, Handle, Pending  # noqa: E402
 
 __all__ = [
-    "Buffer", "CapacityExceeded", "Communicator", "ConfigMismatch", "CorruptRow", "Dispatched", "Handle", "InvalidArgument",
-    "MoecommError", "PeerLost", "PeerTimeout", "Pending", "__version__", "balance", "gate", "nn", "ops", "overlap", "presets", "quant",
-    "reference", "run_local",
+    "Buffer",
+    "CapacityExceeded",
+    "Communicator",
+    "ConfigMismatch",
+    "CorruptRow",
+    "Dispatched",
+    "Handle",
+    "InvalidArgument",
+    "MoecommError",
+    "PeerLost",
+    "PeerTimeout",
+    "Pending",
+    "__version__",
+    "balance",
+    "gate",
+    "nn",
+    "ops",
+    "overlap",
+    "presets",
+    "quant",
+    "reference",
+    "run_local",
 ]

@@ -11,8 +11,14 @@ from .errors import InvalidArgument, MoecommError
 COMMANDS = {
     "bench": (None, "the benchmarks, each a command of its own"),
     "calibrate": ("moecomm.calibrate", "measures this machine for the sim world, and checks its predictions"),
-    "deep-ep-path": ("moecomm.integrations.deep_ep.install", "the folder that makes `import deep_ep` import moecomm, for PYTHONPATH"),
-    "explore": ("moecomm.explore", "random schedules of small simulated worlds: hunts deadlocks and reordering bugs"),
+    "deep-ep-path": (
+        "moecomm.integrations.deep_ep.install",
+        "the folder that makes `import deep_ep` import moecomm, for PYTHONPATH",
+    ),
+    "explore": (
+        "moecomm.explore",
+        "random schedules of small simulated worlds: hunts deadlocks and reordering bugs",
+    ),
     "info": ("moecomm.info", "version, worlds and engines that are available here, topology as seen"),
     "plan": ("moecomm.planner.cli", "predict what a cluster would do with a model's tokens"),
     "replay": ("moecomm.replay", "run a recording again and compare what moved"),
@@ -35,13 +41,13 @@ def run(prog, description, commands, argv=None):
     args = own.parse_args(argv[1:])
     try:
         return module.main(args) or 0
-    except InvalidArgument as refused:   # what argparse could not know, told as argparse tells
+    except InvalidArgument as refused:  # what argparse could not know, told as argparse tells
         own.error(str(refused))
     except MoecommError as failed:
         print(f"{own.prog}: {failed}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.filename is None:   # none of a file that an option named
+        if error.filename is None:  # none of a file that an option named
             raise
         own.error(str(error))
 
@@ -52,9 +58,11 @@ def _bench(argv):
     if importlib.util.find_spec(name) is None:
         name, root = "bench", str(Path(__file__).resolve().parent.parent)
         if not (Path(root) / name / "__main__.py").exists():
-            sys.exit("moecomm bench: this installation has no benchmarks; expected the folder bench/ of a checkout, or a wheel of moecomm")
+            sys.exit(
+                "moecomm bench: this installation has no benchmarks; expected the folder bench/ of a checkout, or a wheel of moecomm"
+            )
         sys.path.insert(0, root)
-    sys.argv = [f"{sys.argv[0]} bench", *argv]   # a benchmark starts its ranks with the arguments it was given
+    sys.argv = [f"{sys.argv[0]} bench", *argv]  # a benchmark starts its ranks with the arguments it was given
     return importlib.import_module(f"{name}.__main__").main(argv)
 
 

@@ -42,18 +42,28 @@ def read_archive(op, file, names, optional=()):
         try:
             archive = zipfile.ZipFile(opened)
             found = {m.filename.removesuffix(".npy"): m for m in archive.infolist()}
-        except Exception as error:   # zipfile promises BadZipFile, and raises more than that
-            refuse(op, file, "archive", f"cannot be read ({type(error).__name__}: {error})", "an .npz archive")
+        except Exception as error:  # zipfile promises BadZipFile, and raises more than that
+            refuse(
+                op, file, "archive", f"cannot be read ({type(error).__name__}: {error})", "an .npz archive"
+            )
         if not set(names) <= set(found) <= {*names, *optional} or len(found) != len(archive.infolist()):
             refuse(op, file, "archive", f"holds {spelled(sorted(found))}", f"the arrays {', '.join(names)}")
         arrays = {}
         for name, member in found.items():
             if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
-                refuse(op, file, name, f"says it has {member.file_size} bytes in a file of {size}", "an uncompressed archive, as np.savez writes it")
+                refuse(
+                    op,
+                    file,
+                    name,
+                    f"says it has {member.file_size} bytes in a file of {size}",
+                    "an uncompressed archive, as np.savez writes it",
+                )
             try:
-                raw = archive.read(member)   # its checksum is verified
-            except Exception as error:   # as above
-                refuse(op, file, name, f"cannot be read ({type(error).__name__}: {error})", "an undamaged array")
+                raw = archive.read(member)  # its checksum is verified
+            except Exception as error:  # as above
+                refuse(
+                    op, file, name, f"cannot be read ({type(error).__name__}: {error})", "an undamaged array"
+                )
             arrays[name] = _array(op, file, name, raw)
         return arrays
 
@@ -99,14 +109,28 @@ def _array(op, file, name, raw):
     data = io.BytesIO(raw)
     try:
         version = np.lib.format.read_magic(data)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[
+            version
+        ]
         shape, fortran, dtype = read(data)
-    except Exception as error:   # whatever a damaged header makes of NumPy's parser
-        refuse(op, file, name, f"has no header of an array ({type(error).__name__}: {error})", "an array in NumPy's format")
+    except Exception as error:  # whatever a damaged header makes of NumPy's parser
+        refuse(
+            op,
+            file,
+            name,
+            f"has no header of an array ({type(error).__name__}: {error})",
+            "an array in NumPy's format",
+        )
     start = data.tell()
     count = 1
-    for n in shape:   # Python's integers: nothing overflows
+    for n in shape:  # Python's integers: nothing overflows
         count *= n
     if dtype.hasobject or min(shape, default=0) < 0 or count * dtype.itemsize != len(raw) - start:
-        refuse(op, file, name, f"says it is {dtype} {list(shape)}, with {len(raw) - start} bytes", "as many bytes as its shape takes, and no objects")
+        refuse(
+            op,
+            file,
+            name,
+            f"says it is {dtype} {list(shape)}, with {len(raw) - start} bytes",
+            "as many bytes as its shape takes, and no objects",
+        )
     return np.frombuffer(raw, dtype, count, start).reshape(shape, order="F" if fortran else "C").copy()

@@ -29,7 +29,9 @@ def require_comm(comm):
     InvalidArgument
     """
     if not hasattr(comm, "ranks_per_node"):
-        raise InvalidArgument(f"Buffer: comm is a {type(comm).__qualname__}; expected a Communicator", op="Buffer")
+        raise InvalidArgument(
+            f"Buffer: comm is a {type(comm).__qualname__}; expected a Communicator", op="Buffer"
+        )
 
 
 def shares_memory(a, b):
@@ -41,7 +43,12 @@ def shares_memory(a, b):
 
 def overlaps(t, at, size):
     """Whether a contiguous tensor has bytes in [at, at + size)."""
-    return not torch.compiler.is_compiling() and t.numel() > 0 and t.data_ptr() < at + size and at < t.data_ptr() + t.nbytes
+    return (
+        not torch.compiler.is_compiling()
+        and t.numel() > 0
+        and t.data_ptr() < at + size
+        and at < t.data_ptr() + t.nbytes
+    )
 
 
 def extent(block):
@@ -68,20 +75,42 @@ class Arguments:
         def mine():
             env = Environment()
             if not isinstance(decode, bool):
-                raise InvalidArgument(f"Buffer: decode is a {type(decode).__qualname__}; expected True or False", op="Buffer", rank=comm.rank)
+                raise InvalidArgument(
+                    f"Buffer: decode is a {type(decode).__qualname__}; expected True or False",
+                    op="Buffer",
+                    rank=comm.rank,
+                )
             hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, rank, arena_bytes = shape
-            if placement is not None:   # from here on, experts are slots
+            if placement is not None:  # from here on, experts are slots
                 Replicas.check(comm, placement, num_experts, replicas, activate, monitor)
                 num_experts = placement.num_slots
             hidden, num_experts, top_k, max_tokens, _, channels, arena_bytes = check_shape(
-                comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, rank, arena_bytes)
+                comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, rank, arena_bytes
+            )
             if record is not None:
                 check_folder(record, rank, comm.size)
-            channels = channels or env.channels or (None if comm.device.type == "cuda" else default_channels(comm.num_nodes))
+            channels = (
+                channels
+                or env.channels
+                or (None if comm.device.type == "cuda" else default_channels(comm.num_nodes))
+            )
             arena_bytes = arena_bytes or arena_size(comm.size, hidden, num_experts, top_k, max_tokens, dtype)
             how = (None, None, None) if placement is None else (placement.digest, replicas, activate)
-            return dict(hidden=hidden, num_experts=num_experts, top_k=top_k, max_tokens=max_tokens, channels=channels, arena_bytes=arena_bytes,
-                        decode_max_tokens=decode_tokens(decode_max_tokens, max_tokens, rank), dtype=str(dtype), decode=decode, MOECOMM_CHECK=env.check, placement=how[0], replicas=how[1], activate=how[2])
+            return dict(
+                hidden=hidden,
+                num_experts=num_experts,
+                top_k=top_k,
+                max_tokens=max_tokens,
+                channels=channels,
+                arena_bytes=arena_bytes,
+                decode_max_tokens=decode_tokens(decode_max_tokens, max_tokens, rank),
+                dtype=str(dtype),
+                decode=decode,
+                MOECOMM_CHECK=env.check,
+                placement=how[0],
+                replicas=how[1],
+                activate=how[2],
+            )
 
         everyone = comm._everywhere("Buffer", mine)
         comm._require_equal("Buffer", everyone)
@@ -92,7 +121,15 @@ class Arguments:
 
     def _as_tensor(self, op, name, value, optional=False, written=False):
         """An argument as a plain tensor (moecomm.tensors)."""
-        return plain(op, name, value, rank=self.comm.rank, optional=optional, written=written, traceable=op in ("dispatch", "combine"))
+        return plain(
+            op,
+            name,
+            value,
+            rank=self.comm.rank,
+            optional=optional,
+            written=written,
+            traceable=op in ("dispatch", "combine"),
+        )
 
     def _as_rows(self, op, x):
         """(rows, scales or None) of x, which is a tensor, or both in a tuple."""
@@ -102,7 +139,9 @@ class Arguments:
             self._refuse(op, f"x is a tuple of {len(x)}; expected a tensor, or (fp8 rows, scales)")
         return self._as_tensor(op, "x", x[0]), self._as_tensor(op, "scales", x[1])
 
-    def _check_dispatch(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle=None):
+    def _check_dispatch(
+        self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle=None
+    ):
         op = "dispatch"
         tokens = self._check_x(op, x, scales, packed=True)
         if handle is not None:
@@ -119,7 +158,9 @@ class Arguments:
             if not isinstance(expert_alignment, int) or not 1 <= expert_alignment <= 65536:
                 self._refuse(op, f"expert_alignment is {expert_alignment!r}; expected an int in 1..65536")
             if layout == "rank" and expert_alignment != 1:
-                self._refuse(op, f"expert_alignment is {expert_alignment}; the rank layout has no padding, expected 1")
+                self._refuse(
+                    op, f"expert_alignment is {expert_alignment}; the rank layout has no padding, expected 1"
+                )
             if capacity is not None and (not isinstance(capacity, int) or not 0 <= capacity <= _MOST_ROWS):
                 self._refuse(op, f"capacity is {capacity!r}; expected an int >= 0, at most 2**31 - 1")
         if topk_weights is not None:
@@ -128,21 +169,47 @@ class Arguments:
     def _check_combine(self, rows, handle, topk_weights, bias, out=None, wire=None):
         op = "combine"
         if not known(wire, WIRES) or (wire is not None and self.dtype == torch.float64):
-            choices = "None for float64" if self.dtype == torch.float64 else "one of " + ", ".join(map(repr, WIRES))
+            choices = (
+                "None for float64" if self.dtype == torch.float64 else "one of " + ", ".join(map(repr, WIRES))
+            )
             self._refuse(op, f"wire is {wire!r}; expected {choices}")
         n, tokens = handle.num_rows, handle.num_tokens
-        if rows.dtype != self.dtype or rows.device != self.comm.device or rows.shape != (n, self.hidden) or not rows.is_contiguous():
-            self._refuse(op, f"rows is {describe(rows)}; expected contiguous {self.dtype} [{n}, {self.hidden}] on {self.comm.device}")
+        if (
+            rows.dtype != self.dtype
+            or rows.device != self.comm.device
+            or rows.shape != (n, self.hidden)
+            or not rows.is_contiguous()
+        ):
+            self._refuse(
+                op,
+                f"rows is {describe(rows)}; expected contiguous {self.dtype} [{n}, {self.hidden}] on {self.comm.device}",
+            )
         if topk_weights is not None:
             if handle.layout == "rank":
-                self._refuse(op, "topk_weights is given; in the rank layout the experts have applied them, expected None")
+                self._refuse(
+                    op,
+                    "topk_weights is given; in the rank layout the experts have applied them, expected None",
+                )
             self._check_floats(op, "topk_weights", topk_weights, (n,))
-        if bias is not None and (bias.device != self.comm.device or not bias.is_floating_point()
-                                 or tuple(bias.shape) not in ((self.hidden,), (tokens, self.hidden))):
-            self._refuse(op, f"bias is {describe(bias)}; expected [{self.hidden}] or [{tokens}, {self.hidden}] on {self.comm.device}")
-        if out is not None and (out.dtype != self.dtype or out.device != self.comm.device or out.shape != (tokens, self.hidden)
-                                or not out.is_contiguous()):
-            self._refuse(op, f"out is {describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on {self.comm.device}")
+        if bias is not None and (
+            bias.device != self.comm.device
+            or not bias.is_floating_point()
+            or tuple(bias.shape) not in ((self.hidden,), (tokens, self.hidden))
+        ):
+            self._refuse(
+                op,
+                f"bias is {describe(bias)}; expected [{self.hidden}] or [{tokens}, {self.hidden}] on {self.comm.device}",
+            )
+        if out is not None and (
+            out.dtype != self.dtype
+            or out.device != self.comm.device
+            or out.shape != (tokens, self.hidden)
+            or not out.is_contiguous()
+        ):
+            self._refuse(
+                op,
+                f"out is {describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on {self.comm.device}",
+            )
         self._check_apart(op, out, rows=rows, topk_weights=topk_weights, bias=bias)
         self._check_staging(op, rows, handle, topk_weights=topk_weights, bias=bias)
         self._check_start(op, out=out)
@@ -155,22 +222,37 @@ class Arguments:
             if t is not None and shares_memory(out, t):
                 self._refuse(op, f"out shares memory with {name}; expected memory of its own")
         if self._in_windows(out):
-            self._refuse(op, "out lies in a window of this buffer (handle.rows, or the result of a dispatch), which peers read during the call; expected "
-                             "memory outside of it")
+            self._refuse(
+                op,
+                "out lies in a window of this buffer (handle.rows, or the result of a dispatch), which peers read during the call; expected "
+                "memory outside of it",
+            )
 
     def _in_windows(self, t):
         """Whether some bytes of a tensor are in memory that this buffer shares with its peers."""
-        windows = [self._native.window()] if self._decode is None else [self._native.window(), self._decode.native.window()]
+        windows = (
+            [self._native.window()]
+            if self._decode is None
+            else [self._native.window(), self._decode.native.window()]
+        )
         return any(overlaps(t, at, size) for at, size in windows)
 
     def _check_staging(self, op, rows, handle, **inputs):
         """Rows from elsewhere are copied to handle.rows first: what else the call reads must not lie there."""
         given = {name: t for name, t in inputs.items() if t is not None}
-        if not given or torch.compiler.is_compiling() or handle._output is None or overlaps(rows, *self._native.window()):
+        if (
+            not given
+            or torch.compiler.is_compiling()
+            or handle._output is None
+            or overlaps(rows, *self._native.window())
+        ):
             return
         for name, t in given.items():
             if overlaps(t, *extent(handle._output)):
-                self._refuse(op, f"{name} lies in handle.rows, to which rows are copied first; expected memory of its own, or rows = handle.rows")
+                self._refuse(
+                    op,
+                    f"{name} lies in handle.rows, to which rows are copied first; expected memory of its own, or rows = handle.rows",
+                )
 
     def _check_start(self, op, **tensors):
         """Kernels move rows by 16 bytes: where a row begins between two of these the GPU would stop with an error of its own."""
@@ -178,28 +260,54 @@ class Arguments:
             return
         for name, t in tensors.items():
             if t is not None and t.numel() and t.data_ptr() % 16:
-                self._refuse(op, f"{name} starts {t.data_ptr() % 16} bytes behind a multiple of 16 in memory; expected none (a view that starts in the "
-                                 f"middle of another tensor: {name}.clone())")
+                self._refuse(
+                    op,
+                    f"{name} starts {t.data_ptr() % 16} bytes behind a multiple of 16 in memory; expected none (a view that starts in the "
+                    f"middle of another tensor: {name}.clone())",
+                )
 
     def _check_back(self, back, handle):
-        self._check_floats("combine_slots", "back", back, (handle.num_rows,) if handle.layout == "expert" else (handle.num_rows, self.top_k))
+        self._check_floats(
+            "combine_slots",
+            "back",
+            back,
+            (handle.num_rows,) if handle.layout == "expert" else (handle.num_rows, self.top_k),
+        )
 
     def _check_x(self, op, x, scales, packed=False):
         want = self.dtype if scales is None else torch.float8_e4m3fn
-        if x.dtype != want or x.device != self.comm.device or x.dim() != 2 or x.shape[1] != self.hidden or not x.is_contiguous():
-            self._refuse(op, f"x is {describe(x)}; expected contiguous {want} [T, {self.hidden}] on {self.comm.device}")
+        if (
+            x.dtype != want
+            or x.device != self.comm.device
+            or x.dim() != 2
+            or x.shape[1] != self.hidden
+            or not x.is_contiguous()
+        ):
+            self._refuse(
+                op, f"x is {describe(x)}; expected contiguous {want} [T, {self.hidden}] on {self.comm.device}"
+            )
         self._check_start(op, x=x)
         tokens = x.shape[0]
-        most, name = (self.decode_max_tokens, "decode_max_tokens") if op.startswith("decode") else (self.max_tokens, "max_tokens")
+        most, name = (
+            (self.decode_max_tokens, "decode_max_tokens")
+            if op.startswith("decode")
+            else (self.max_tokens, "max_tokens")
+        )
         if tokens > most:
             self._refuse(op, f"x has {tokens} tokens; expected at most {name} = {most}")
         if scales is not None:
             self._check_fp8_rows(op)
             kinds = (1, 2) if packed else (1,)
             want = {SCALE_DTYPES[kind]: (tokens, scale_words(self.hidden, kind)) for kind in kinds}
-            if want.get(scales.dtype) != tuple(scales.shape) or scales.device != self.comm.device or not scales.is_contiguous():
+            if (
+                want.get(scales.dtype) != tuple(scales.shape)
+                or scales.device != self.comm.device
+                or not scales.is_contiguous()
+            ):
                 expected = " or ".join(f"{dtype} {list(shape)}" for dtype, shape in want.items())
-                self._refuse(op, f"scales is {describe(scales)}; expected contiguous {expected} on {self.comm.device}")
+                self._refuse(
+                    op, f"scales is {describe(scales)}; expected contiguous {expected} on {self.comm.device}"
+                )
         return tokens
 
     def _check_fp8_rows(self, op):
@@ -221,12 +329,28 @@ class Arguments:
             self._refuse(op, "scale_layout is 'column' and rows are not quantized; expected 'row'")
 
     def _check_picks(self, op, name, t, tokens, dtypes):
-        if t.dtype not in dtypes or t.device != self.comm.device or t.shape != (tokens, self.top_k) or not t.is_contiguous():
-            self._refuse(op, f"{name} is {describe(t)}; expected contiguous {' or '.join(map(str, dtypes))} [{tokens}, {self.top_k}] on {self.comm.device}")
+        if (
+            t.dtype not in dtypes
+            or t.device != self.comm.device
+            or t.shape != (tokens, self.top_k)
+            or not t.is_contiguous()
+        ):
+            self._refuse(
+                op,
+                f"{name} is {describe(t)}; expected contiguous {' or '.join(map(str, dtypes))} [{tokens}, {self.top_k}] on {self.comm.device}",
+            )
 
     def _check_floats(self, op, name, t, shape):
-        if t.dtype != torch.float32 or t.device != self.comm.device or t.shape != shape or not t.is_contiguous():
-            self._refuse(op, f"{name} is {describe(t)}; expected contiguous torch.float32 {list(shape)} on {self.comm.device}")
+        if (
+            t.dtype != torch.float32
+            or t.device != self.comm.device
+            or t.shape != shape
+            or not t.is_contiguous()
+        ):
+            self._refuse(
+                op,
+                f"{name} is {describe(t)}; expected contiguous torch.float32 {list(shape)} on {self.comm.device}",
+            )
 
     def _check_handle(self, op, handle):
         if not isinstance(handle, Handle):

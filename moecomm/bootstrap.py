@@ -29,11 +29,11 @@ class Alone:
 
     rank, size, threads, complaint = 0, 1, False, None
 
-    def allgather(self, data, op="bootstrap"):   # noqa: ARG002 - nobody can be late
+    def allgather(self, data, op="bootstrap"):  # noqa: ARG002 - nobody can be late
         """Everyone's bytes by rank."""
         return [data]
 
-    def subset(self, ranks):   # noqa: ARG002 - there is one
+    def subset(self, ranks):  # noqa: ARG002 - there is one
         """A bootstrap of these ranks; collective over them alone."""
         return Alone()
 
@@ -54,12 +54,12 @@ class ThreadWorld:
         self.size, self.timeout = size, timeout
         self.barrier = threading.Barrier(size)
         self.cards = [None] * size
-        self.failed = None            # rank whose function raised first
-        self.kept = []                # windows stay mapped until every rank thread has ended
+        self.failed = None  # rank whose function raised first
+        self.kept = []  # windows stay mapped until every rank thread has ended
         self.changed = threading.Condition()
-        self.parts = {}               # worlds of some of the ranks, by their names
-        self.arrived = {}             # name of a part -> ranks that have come to make it
-        self.refusals = {}            # rank -> [(ranks that it told, text)]: parts that it has refused to make
+        self.parts = {}  # worlds of some of the ranks, by their names
+        self.arrived = {}  # name of a part -> ranks that have come to make it
+        self.refusals = {}  # rank -> [(ranks that it told, text)]: parts that it has refused to make
 
 
 class Thread:
@@ -69,8 +69,8 @@ class Thread:
 
     def __init__(self, world, rank):
         self._world, self.rank, self.size = world, rank, world.size
-        self._subsets = {}            # how often this rank has made each
-        self._heard = {}              # how many refusals of a rank it knows
+        self._subsets = {}  # how often this rank has made each
+        self._heard = {}  # how many refusals of a rank it knows
 
     def keep(self, owner):
         """Keep memory that other rank threads reach by pointer until all of them have ended."""
@@ -100,18 +100,29 @@ class Thread:
                     told, known = world.refusals.get(r, []), self._heard.get(r, 0)
                     if r not in come and len(told) > known:
                         self._heard[r] = len(told)
-                        raise InvalidArgument(f"{told[known]} (rank {r})", op="Communicator", rank=self.rank, peer=r)
+                        raise InvalidArgument(
+                            f"{told[known]} (rank {r})", op="Communicator", rank=self.rank, peer=r
+                        )
                 if world.failed is not None:
-                    raise PeerLost(f"bootstrap on rank {self.rank}: rank {world.failed} has left with an exception", op="bootstrap", rank=self.rank, peer=world.failed)
+                    raise PeerLost(
+                        f"bootstrap on rank {self.rank}: rank {world.failed} has left with an exception",
+                        op="bootstrap",
+                        rank=self.rank,
+                        peer=world.failed,
+                    )
                 left = deadline - time.monotonic()
                 if left <= 0:
                     absent = [r for r in ranks if r not in come]
-                    raise PeerTimeout(f"bootstrap on rank {self.rank}: ranks {absent} have not come within {world.timeout} s", op="bootstrap", rank=self.rank,
-                                      peer=absent[0])
+                    raise PeerTimeout(
+                        f"bootstrap on rank {self.rank}: ranks {absent} have not come within {world.timeout} s",
+                        op="bootstrap",
+                        rank=self.rank,
+                        peer=absent[0],
+                    )
                 world.changed.wait(min(left, 0.1))
         return Thread(part, ranks.index(self.rank))
 
-    def refuse(self, ranks, why):   # noqa: ARG002 - whoever waits for this rank looks
+    def refuse(self, ranks, why):  # noqa: ARG002 - whoever waits for this rank looks
         """Tell those ranks that this one makes no part with them."""
         with self._world.changed:
             self._world.refusals.setdefault(self.rank, []).append(why)
@@ -126,8 +137,17 @@ class Thread:
         except threading.BrokenBarrierError:
             failed = self._world.failed
             if failed is not None:
-                raise PeerLost(f"{op} on rank {self.rank}: rank {failed} has left with an exception", op=op, rank=self.rank, peer=failed) from None
-            raise PeerTimeout(f"{op} on rank {self.rank}: not every rank came within {self._world.timeout} s", op=op, rank=self.rank) from None
+                raise PeerLost(
+                    f"{op} on rank {self.rank}: rank {failed} has left with an exception",
+                    op=op,
+                    rank=self.rank,
+                    peer=failed,
+                ) from None
+            raise PeerTimeout(
+                f"{op} on rank {self.rank}: not every rank came within {self._world.timeout} s",
+                op=op,
+                rank=self.rank,
+            ) from None
 
     def close(self):
         """Nothing to close."""
@@ -159,16 +179,24 @@ def find(group, timeout):
 
         if hasattr(group, "get_group") and hasattr(group, "mesh_dim_names"):
             if group.ndim != 1:
-                raise InvalidArgument(f"group: got a DeviceMesh of {group.ndim} dimensions {group.mesh_dim_names or tuple(group.shape)}; expected one of one "
-                                      "dimension, the ranks among which experts are spread (mesh[\"ep\"], say)", op="Communicator")
+                raise InvalidArgument(
+                    f"group: got a DeviceMesh of {group.ndim} dimensions {group.mesh_dim_names or tuple(group.shape)}; expected one of one "
+                    'dimension, the ranks among which experts are spread (mesh["ep"], say)',
+                    op="Communicator",
+                )
             group = group.get_group()
         if isinstance(group, dist.ProcessGroup):
             return _joined(groups.of_torch(group, timeout), timeout)
     if isinstance(group, int) and _is_no_member(group):
-        raise InvalidArgument("group: got torch's GroupMember.NON_GROUP_MEMBER: this process is no member; expected only members to make a Communicator of a "
-                              "group", op="Communicator")
-    raise InvalidArgument(f"group: got {type(group).__qualname__}; expected a torch ProcessGroup, a one-dimensional DeviceMesh, an mpi4py Comm, \"alone\" or None",
-                          op="Communicator")
+        raise InvalidArgument(
+            "group: got torch's GroupMember.NON_GROUP_MEMBER: this process is no member; expected only members to make a Communicator of a "
+            "group",
+            op="Communicator",
+        )
+    raise InvalidArgument(
+        f'group: got {type(group).__qualname__}; expected a torch ProcessGroup, a one-dimensional DeviceMesh, an mpi4py Comm, "alone" or None',
+        op="Communicator",
+    )
 
 
 def _is_no_member(group):
@@ -184,37 +212,53 @@ def _joined(group, timeout):
 def _from_environment(timeout):
     import torch.distributed as dist
 
-    choice = os.environ.get("MOECOMM_GROUP", "auto")   # a wrong one is refused with the other variables, on every rank
+    choice = os.environ.get(
+        "MOECOMM_GROUP", "auto"
+    )  # a wrong one is refused with the other variables, on every rank
     if choice == "alone":
         return Alone()
     if choice in ("auto", "torch") and dist.is_available() and dist.is_initialized():
         boot = _joined(groups.of_torch(dist.group.WORLD, timeout), timeout)
         if choice == "auto":
             try:
-                torch = launch.Claim("torch", "torch.distributed's default group, which is initialized,", boot.rank, boot.size)
+                torch = launch.Claim(
+                    "torch", "torch.distributed's default group, which is initialized,", boot.rank, boot.size
+                )
                 launch.require_agreement([torch, *launch.claims()])
             except InvalidArgument as error:
                 boot.complaint = error
         return boot
     if choice == "torch":
-        raise InvalidArgument("MOECOMM_GROUP: got 'torch', and torch.distributed's default group is not initialized; expected init_process_group() before "
-                              "Communicator()", op="Communicator")
+        raise InvalidArgument(
+            "MOECOMM_GROUP: got 'torch', and torch.distributed's default group is not initialized; expected init_process_group() before "
+            "Communicator()",
+            op="Communicator",
+        )
     said = launch.claims() if choice in ("auto", "env", "mpi") else [c for c in [launch.slurm()] if c]
     if choice != "auto":
         said = [c for c in said if c.kind == choice]
         if not said:
-            raise InvalidArgument(f"MOECOMM_GROUP: got {choice!r}, and no variable of such a launcher is set; expected a launcher, or {launch.HOW}",
-                                  op="Communicator")
+            raise InvalidArgument(
+                f"MOECOMM_GROUP: got {choice!r}, and no variable of such a launcher is set; expected a launcher, or {launch.HOW}",
+                op="Communicator",
+            )
     launch.require_agreement(said)
     return _launched(said, timeout) if said else Alone()
 
 
 def _launched(said, timeout):
     """The bootstrap for what launchers say, who agree."""
-    rank, size = (next((getattr(c, name) for c in said if getattr(c, name) is not None), None) for name in ("rank", "size"))
+    rank, size = (
+        next((getattr(c, name) for c in said if getattr(c, name) is not None), None)
+        for name in ("rank", "size")
+    )
     if size == 1:
         return Alone()
-    where = None if rank is None or size is None else next(filter(None, (launch.meeting_point(os.environ, c) for c in said)), None)
+    where = (
+        None
+        if rank is None or size is None
+        else next(filter(None, (launch.meeting_point(os.environ, c) for c in said)), None)
+    )
     if any(c.kind == "mpi" for c in said):
         comm = _mpi_world()
         if comm is not None:
@@ -223,19 +267,25 @@ def _launched(said, timeout):
             if world.size > 1:
                 return groups.connect(groups.Mpi(comm, timeout), timeout)
         elif where is None:
-            raise InvalidArgument(f"group: {said[0]} says that this process is one of several, and there is no mpi4py to join them; expected pip install mpi4py, "
-                                  f"or MASTER_ADDR and MASTER_PORT in the environment of all. Otherwise {launch.HOW}", op="Communicator")
+            raise InvalidArgument(
+                f"group: {said[0]} says that this process is one of several, and there is no mpi4py to join them; expected pip install mpi4py, "
+                f"or MASTER_ADDR and MASTER_PORT in the environment of all. Otherwise {launch.HOW}",
+                op="Communicator",
+            )
     if where is not None:
         return groups.connect(groups.of_store(*where, rank, size, timeout), timeout)
     missing = "rank and size" if rank is None or size is None else "MASTER_ADDR and MASTER_PORT"
-    raise InvalidArgument(f"group: this process would be alone in what looks like a launched job: {', '.join(map(str, said))} is set, and {missing} cannot be "
-                          f"known; {launch.HOW}", op="Communicator")
+    raise InvalidArgument(
+        f"group: this process would be alone in what looks like a launched job: {', '.join(map(str, said))} is set, and {missing} cannot be "
+        f"known; {launch.HOW}",
+        op="Communicator",
+    )
 
 
 def _mpi_world():
     try:
         from mpi4py import MPI
-    except (ImportError, RuntimeError):   # none, or one without a libmpi
+    except (ImportError, RuntimeError):  # none, or one without a libmpi
         return None
     return MPI.COMM_WORLD
 

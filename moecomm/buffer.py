@@ -18,7 +18,18 @@ from .record_cuda import DeviceRecorder
 from .recorder import Recorder
 from .refusals import made, take_part
 from .results import BlockTensors, Dispatched, Handle
-from .shapes import DTYPES, QUANTS, SCALE_DTYPES, WIRES, arena_size, as_int, check_shape, decode_tokens, default_channels, reserved_bytes
+from .shapes import (
+    DTYPES,
+    QUANTS,
+    SCALE_DTYPES,
+    WIRES,
+    arena_size,
+    as_int,
+    check_shape,
+    decode_tokens,
+    default_channels,
+    reserved_bytes,
+)
 from .shared import Shared
 from .tensors import address
 
@@ -76,23 +87,58 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
     Source: DeepSeek-V3 technical report, section 3.2.2 (dispatch and combine over two networks).
     """
 
-    def __init__(self, comm, *, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, num_sms=20, channels=None,
-                 arena_bytes=None, decode=False, record=None, placement=None, replicas="optimal", activate=None, renormalize=False,
-                 monitor=None, decode_max_tokens=None):
+    def __init__(
+        self,
+        comm,
+        *,
+        hidden,
+        num_experts,
+        top_k,
+        max_tokens,
+        dtype=torch.bfloat16,
+        num_sms=20,
+        channels=None,
+        arena_bytes=None,
+        decode=False,
+        record=None,
+        placement=None,
+        replicas="optimal",
+        activate=None,
+        renormalize=False,
+        monitor=None,
+        decode_max_tokens=None,
+    ):
         require_comm(comm)
         self.comm = comm
         comm._require_open("Buffer")
         on_gpu = comm._gpu is not None
 
-        check, (hidden, num_experts, top_k, max_tokens, channels, arena_bytes, self.decode_max_tokens) = self._agree(
-            (hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank, arena_bytes), decode, record, placement, replicas, activate, monitor,
-            decode_max_tokens)
+        check, (hidden, num_experts, top_k, max_tokens, channels, arena_bytes, self.decode_max_tokens) = (
+            self._agree(
+                (hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank, arena_bytes),
+                decode,
+                record,
+                placement,
+                replicas,
+                activate,
+                monitor,
+                decode_max_tokens,
+            )
+        )
         self._replicas = None
-        if placement is not None:   # from here on, experts are slots
+        if placement is not None:  # from here on, experts are slots
             self._replicas = Replicas(comm, placement, replicas, activate, renormalize, monitor)
         self.num_sms = as_int(num_sms)
         if on_gpu:
-            plan = cuda.plan_of(self, hidden=hidden, num_experts=num_experts, top_k=top_k, max_tokens=max_tokens, dtype=dtype, channels=channels)
+            plan = cuda.plan_of(
+                self,
+                hidden=hidden,
+                num_experts=num_experts,
+                top_k=top_k,
+                max_tokens=max_tokens,
+                dtype=dtype,
+                channels=channels,
+            )
             channels, self._plan = plan.channels, plan
             comm._require_equal("Buffer", comm._exchange({"channels": channels}, "Buffer"))
         self.hidden, self.num_experts, self.top_k, self.max_tokens = hidden, num_experts, top_k, max_tokens
@@ -101,25 +147,48 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
 
         def native():
             if on_gpu:
-                return cuda.NativeBuffer(comm, plan, hidden, DTYPES[dtype], num_experts, top_k, max_tokens, arena_bytes, check)
-            return core.Buffer(comm._native, hidden, DTYPES[dtype], num_experts, top_k, max_tokens, channels, arena_bytes, check,
-                               self._replicas.logical_experts if self._replicas else 0)
+                return cuda.NativeBuffer(
+                    comm, plan, hidden, DTYPES[dtype], num_experts, top_k, max_tokens, arena_bytes, check
+                )
+            return core.Buffer(
+                comm._native,
+                hidden,
+                DTYPES[dtype],
+                num_experts,
+                top_k,
+                max_tokens,
+                channels,
+                arena_bytes,
+                check,
+                self._replicas.logical_experts if self._replicas else 0,
+            )
 
         self._native = comm._join("Buffer", native)
         self._native.connected()
         if comm._bootstrap.threads:
             comm._bootstrap.keep(self._native)
-        self.number = ops.number_buffer(self)   # how torch.ops.moecomm.* name this buffer
+        self.number = ops.number_buffer(self)  # how torch.ops.moecomm.* name this buffer
         self._row_bytes, self._check, self._hooks = hidden * dtype.itemsize, check, {}
-        self._plain = not on_gpu and placement is None   # a call is the native call and nothing else
-        recorder = DeviceRecorder if on_gpu else Recorder   # the last step that may fail on one rank alone
-        self._recorder = comm._make_everywhere("Buffer", lambda: None if record is None else recorder(record, self))
-        self._noter = self._recorder if on_gpu else None   # the native calls of the host note themselves
+        self._plain = not on_gpu and placement is None  # a call is the native call and nothing else
+        recorder = DeviceRecorder if on_gpu else Recorder  # the last step that may fail on one rank alone
+        self._recorder = comm._make_everywhere(
+            "Buffer", lambda: None if record is None else recorder(record, self)
+        )
+        self._noter = self._recorder if on_gpu else None  # the native calls of the host note themselves
         # Who chooses replicas: where tensors are on a GPU, a buffer on the host beside this one, which exchanges picks and moves no row.
         self._beside = None
         if on_gpu and placement is not None:
-            self._beside = Buffer(comm._on_host(), hidden=8, num_experts=placement.num_experts, top_k=top_k, max_tokens=max_tokens, arena_bytes=1 << 16,
-                                  placement=placement, replicas=replicas, activate=activate)
+            self._beside = Buffer(
+                comm._on_host(),
+                hidden=8,
+                num_experts=placement.num_experts,
+                top_k=top_k,
+                max_tokens=max_tokens,
+                arena_bytes=1 << 16,
+                placement=placement,
+                replicas=replicas,
+                activate=activate,
+            )
         self._chooser = self._beside._native if self._beside else self._native
         self._closed = self._traced = False
         self._decode = None
@@ -132,12 +201,33 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
     def num_bytes(self):
         """Bytes of this rank's windows (reserved; committed when touched)."""
         c = self.comm
-        return reserved_bytes(c, self.hidden, self.num_experts, self.top_k, self.max_tokens, self.dtype, self.channels, self.arena_bytes,
-                              self._decode is not None and self.decode_max_tokens)
+        return reserved_bytes(
+            c,
+            self.hidden,
+            self.num_experts,
+            self.top_k,
+            self.max_tokens,
+            self.dtype,
+            self.channels,
+            self.arena_bytes,
+            self._decode is not None and self.decode_max_tokens,
+        )
 
     @staticmethod
-    def size_hint(comm, *, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, num_sms=20, channels=None, arena_bytes=None,
-                  decode=False, decode_max_tokens=None):
+    def size_hint(
+        comm,
+        *,
+        hidden,
+        num_experts,
+        top_k,
+        max_tokens,
+        dtype=torch.bfloat16,
+        num_sms=20,
+        channels=None,
+        arena_bytes=None,
+        decode=False,
+        decode_max_tokens=None,
+    ):
         """Bytes that a Buffer with these arguments would reserve on each rank; allocates nothing.
 
         With decode=True also what the decode path reserves: proportional to size * decode_max_tokens * row bytes (for
@@ -151,11 +241,23 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         """
         require_comm(comm)
         hidden, num_experts, top_k, max_tokens, num_sms, channels, arena_bytes = check_shape(
-            comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, comm.rank, arena_bytes)
+            comm.size,
+            hidden,
+            num_experts,
+            top_k,
+            max_tokens,
+            dtype,
+            num_sms,
+            channels,
+            comm.rank,
+            arena_bytes,
+        )
         channels = channels or Environment().channels or default_channels(comm.num_nodes)
         arena_bytes = arena_bytes or arena_size(comm.size, hidden, num_experts, top_k, max_tokens, dtype)
         tokens = decode_tokens(decode_max_tokens, max_tokens, comm.rank)
-        return reserved_bytes(comm, hidden, num_experts, top_k, max_tokens, dtype, channels, arena_bytes, decode and tokens)
+        return reserved_bytes(
+            comm, hidden, num_experts, top_k, max_tokens, dtype, channels, arena_bytes, decode and tokens
+        )
 
     @staticmethod
     def arena_hint(comm, *, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, dispatches=2):
@@ -175,13 +277,31 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         """
         check_shape(comm.size, hidden, num_experts, top_k, max_tokens, dtype, 20, None, comm.rank)
         if not isinstance(dispatches, int) or dispatches < 1:
-            raise InvalidArgument(f"arena_hint: dispatches is {dispatches!r}; expected an int >= 1", op="arena_hint", rank=comm.rank)
+            raise InvalidArgument(
+                f"arena_hint: dispatches is {dispatches!r}; expected an int >= 1",
+                op="arena_hint",
+                rank=comm.rank,
+            )
         return arena_size(comm.size, hidden, num_experts, top_k, max_tokens, dtype, dispatches)
 
     # -- dispatch ---------------------------------------------------------------------------------
 
-    def dispatch(self, x, topk_ids=None, topk_weights=None, *, layout="expert", expert_alignment=1, quant=None, scale_layout="row",
-                 handle=None, capacity=None, async_op=False, check=False, layer=0):
+    def dispatch(
+        self,
+        x,
+        topk_ids=None,
+        topk_weights=None,
+        *,
+        layout="expert",
+        expert_alignment=1,
+        quant=None,
+        scale_layout="row",
+        handle=None,
+        capacity=None,
+        async_op=False,
+        check=False,
+        layer=0,
+    ):
         """Carry every token to the ranks that own its experts. Collective.
 
         Parameters
@@ -232,21 +352,60 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         Source: DeepSeek-V3 technical report, section 3.2.2.
         """
         op = "dispatch"
-        if (self._plain and self.comm._ready and handle is None and quant is None and capacity is None and not async_op and not check
-                and scale_layout == "row" and not is_dynamo_compiling()):
+        if (
+            self._plain
+            and self.comm._ready
+            and handle is None
+            and quant is None
+            and capacity is None
+            and not async_op
+            and not check
+            and scale_layout == "row"
+            and not is_dynamo_compiling()
+        ):
             out = self._native.try_dispatch(self, x, topk_ids, topk_weights, layout, expert_alignment)
             if out is not None:
                 return out
         self._require_open(op)
-        call = self._dispatch, x, topk_ids, topk_weights, layout, expert_alignment, quant, scale_layout, handle, capacity, async_op, check, layer
+        call = (
+            self._dispatch,
+            x,
+            topk_ids,
+            topk_weights,
+            layout,
+            expert_alignment,
+            quant,
+            scale_layout,
+            handle,
+            capacity,
+            async_op,
+            check,
+            layer,
+        )
         return call[0](*call[1:]) if is_dynamo_compiling() else take_part(self, op, handle, *call)
 
-    def _dispatch(self, x, topk_ids, topk_weights, layout, expert_alignment, quant, scale_layout, handle, capacity, async_op, check, layer):
+    def _dispatch(
+        self,
+        x,
+        topk_ids,
+        topk_weights,
+        layout,
+        expert_alignment,
+        quant,
+        scale_layout,
+        handle,
+        capacity,
+        async_op,
+        check,
+        layer,
+    ):
         op, expert_alignment, capacity = "dispatch", as_int(expert_alignment), as_int(capacity)
         x, scales = self._as_rows(op, x)
         if handle is not None:
             if layout != "expert" or expert_alignment != 1 or capacity is not None:
-                self._refuse(op, "layout, expert_alignment and capacity come from the handle; expected them left out")
+                self._refuse(
+                    op, "layout, expert_alignment and capacity come from the handle; expected them left out"
+                )
             self._check_handle(op, handle)
             layout, capacity = handle.layout, handle._capacity
         topk_ids = self._as_tensor(op, "topk_ids", topk_ids, optional=True)
@@ -261,18 +420,66 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             topk_weights, lost = self._replicas.account(topk_ids, topk_weights, layer)
         through_ops = ops.wanted(x, topk_weights)
         if through_ops and scales is not None and x.requires_grad:
-            self._refuse(op, "x is quantized and requires a gradient, which FP8 rows cannot carry; expected x.detach()")
+            self._refuse(
+                op, "x is quantized and requires a gradient, which FP8 rows cannot carry; expected x.detach()"
+            )
         if through_ops and (quant is not None or scale_layout != "row"):
-            self._refuse(op, f"quant is {quant!r} and scale_layout {scale_layout!r} where a gradient is wanted or a graph is traced; expected None and "
-                             "'row': FP8 rows carry no gradient (docs/training.md shows a dispatch with a backward of your own)")
+            self._refuse(
+                op,
+                f"quant is {quant!r} and scale_layout {scale_layout!r} where a gradient is wanted or a graph is traced; expected None and "
+                "'row': FP8 rows carry no gradient (docs/training.md shows a dispatch with a backward of your own)",
+            )
         if through_ops:
-            return self._call(op, self._dispatch_by_ops, async_op, True, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity,
-                              handle, lost, layer)
-        return self._call(op, self._dispatch_natively, async_op, False, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity,
-                          handle, quant, scale_layout == "column", lost, layer)
+            return self._call(
+                op,
+                self._dispatch_by_ops,
+                async_op,
+                True,
+                x,
+                scales,
+                topk_ids,
+                topk_weights,
+                layout,
+                expert_alignment,
+                capacity,
+                handle,
+                lost,
+                layer,
+            )
+        return self._call(
+            op,
+            self._dispatch_natively,
+            async_op,
+            False,
+            x,
+            scales,
+            topk_ids,
+            topk_weights,
+            layout,
+            expert_alignment,
+            capacity,
+            handle,
+            quant,
+            scale_layout == "column",
+            lost,
+            layer,
+        )
 
-    def _dispatch_natively(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle=None, quant=None, by_column=False, lost=None,
-                           layer=0):
+    def _dispatch_natively(
+        self,
+        x,
+        scales,
+        topk_ids,
+        topk_weights,
+        layout,
+        expert_alignment,
+        capacity,
+        handle=None,
+        quant=None,
+        by_column=False,
+        lost=None,
+        layer=0,
+    ):
         kind = QUANTS[quant] if scales is None else SCALE_DTYPES.index(scales.dtype)
         row_bytes = self.hidden if kind else self._row_bytes
         scale_bytes = 4 * scale_words(self.hidden, kind)
@@ -285,9 +492,22 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         began = self._noter and self._noter.start()
         made(self)
         result = self._native.dispatch(
-            address(x), address(scales), address(topk_ids), topk_ids is not None and topk_ids.dtype == torch.int32, address(topk_weights),
-            x.shape[0], layout == "rank", expert_alignment, -1 if capacity is None else capacity, row_bytes, scale_bytes,
-            None if handle is None else handle._plan, kind, by_column, asking and asking.chosen)
+            address(x),
+            address(scales),
+            address(topk_ids),
+            topk_ids is not None and topk_ids.dtype == torch.int32,
+            address(topk_weights),
+            x.shape[0],
+            layout == "rank",
+            expert_alignment,
+            -1 if capacity is None else capacity,
+            row_bytes,
+            scale_bytes,
+            None if handle is None else handle._plan,
+            kind,
+            by_column,
+            asking and asking.chosen,
+        )
         if type(result) is not tuple:
             self._fail("dispatch", result)
         plan, block, output = result
@@ -295,20 +515,59 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             self._replicas.record(asking, layer)
             topk_ids = asking.slots
         if self._noter:
-            self._noter.dispatch(began, plan, topk_ids, topk_weights, x.shape[0], layout, expert_alignment, capacity, list(QUANTS)[kind])
+            self._noter.dispatch(
+                began,
+                plan,
+                topk_ids,
+                topk_weights,
+                x.shape[0],
+                layout,
+                expert_alignment,
+                capacity,
+                list(QUANTS)[kind],
+            )
         handle = self._handle_of(layout, capacity, plan, output)
         out = Dispatched(handle, lost)
-        out._tensors = BlockTensors(handle, block, torch.float8_e4m3fn if kind else x.dtype, row_bytes, scale_bytes, SCALE_DTYPES[kind], by_column)
+        out._tensors = BlockTensors(
+            handle,
+            block,
+            torch.float8_e4m3fn if kind else x.dtype,
+            row_bytes,
+            scale_bytes,
+            SCALE_DTYPES[kind],
+            by_column,
+        )
         return out
 
-    def _dispatch_by_ops(self, x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, handle, lost=None, layer=0):
+    def _dispatch_by_ops(
+        self,
+        x,
+        scales,
+        topk_ids,
+        topk_weights,
+        layout,
+        expert_alignment,
+        capacity,
+        handle,
+        lost=None,
+        layer=0,
+    ):
         if handle is not None:
-            rows, row_scales, weights, ids, source = ops.redispatch(x, topk_weights, scales, handle.tensor(), self.number, layout, handle.num_rows)
-            return self._dispatched_by_ops(handle, lost, rows, None if scales is None else row_scales, weights, ids, source)
+            rows, row_scales, weights, ids, source = ops.redispatch(
+                x, topk_weights, scales, handle.tensor(), self.number, layout, handle.num_rows
+            )
+            return self._dispatched_by_ops(
+                handle, lost, rows, None if scales is None else row_scales, weights, ids, source
+            )
         rows, row_scales, weights, ids, source, tokens, padded, ticket = ops.dispatch(
-            x, topk_ids, topk_weights, scales, self.number, layout, expert_alignment, capacity, layer)
-        handle = Handle(self, layout, capacity, rows.shape[0], x.shape[0], tensor=ticket, counts=(tokens, padded))
-        return self._dispatched_by_ops(handle, lost, rows, None if scales is None else row_scales, weights, ids, source)
+            x, topk_ids, topk_weights, scales, self.number, layout, expert_alignment, capacity, layer
+        )
+        handle = Handle(
+            self, layout, capacity, rows.shape[0], x.shape[0], tensor=ticket, counts=(tokens, padded)
+        )
+        return self._dispatched_by_ops(
+            handle, lost, rows, None if scales is None else row_scales, weights, ids, source
+        )
 
     def _dispatched_by_ops(self, handle, lost, rows, scales, weights, ids, source):
         out = Dispatched(handle, lost)
@@ -318,7 +577,9 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
 
     # -- combine ----------------------------------------------------------------------------------
 
-    def combine(self, rows, handle, *, topk_weights=None, bias=None, wire=None, async_op=False, check=False, out=None):
+    def combine(
+        self, rows, handle, *, topk_weights=None, bias=None, wire=None, async_op=False, check=False, out=None
+    ):
         """Carry the experts' rows back to the tokens' ranks and sum them. Collective.
 
         Parameters
@@ -353,8 +614,15 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         Source: DeepSeek-V3 technical report, section 3.2.2.
         """
         op = "combine"
-        if (self._plain and self.comm._ready and bias is None and wire is None and not async_op and not check
-                and not is_dynamo_compiling()):
+        if (
+            self._plain
+            and self.comm._ready
+            and bias is None
+            and wire is None
+            and not async_op
+            and not check
+            and not is_dynamo_compiling()
+        ):
             y = self._native.try_combine(self, rows, handle, topk_weights, out)
             if y is not None:
                 return y
@@ -380,17 +648,35 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
 
     def _combine_natively(self, rows, handle, topk_weights, bias, out=None, wire=None, back=None):
         tokens = handle.num_tokens
-        y = torch.empty((tokens, self.hidden), dtype=self.dtype, device=self.comm.device) if out is None else out
+        y = (
+            torch.empty((tokens, self.hidden), dtype=self.dtype, device=self.comm.device)
+            if out is None
+            else out
+        )
         bias_stride = 0
         if bias is not None:
             bias = bias.to(torch.float32).contiguous()
             bias_stride = self.hidden if bias.dim() == 2 else 0
         # A rank without tokens asks for slots too: its peers' values pass through it.
-        slots = None if back is None else torch.empty((max(tokens, 1), self.top_k), dtype=torch.float32, device=self.comm.device)
+        slots = (
+            None
+            if back is None
+            else torch.empty((max(tokens, 1), self.top_k), dtype=torch.float32, device=self.comm.device)
+        )
         began = self._noter and self._noter.start()
         made(self)
-        failure = self._native.combine(address(rows), address(topk_weights), address(y), address(bias), bias_stride, handle._plan, handle._output,
-                                       address(back), address(slots), WIRES[wire])
+        failure = self._native.combine(
+            address(rows),
+            address(topk_weights),
+            address(y),
+            address(bias),
+            bias_stride,
+            handle._plan,
+            handle._output,
+            address(back),
+            address(slots),
+            WIRES[wire],
+        )
         if failure is not None:
             self._fail("combine", failure)
         if self._noter:
@@ -398,7 +684,9 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         return y if back is None else (y, slots[:tokens])
 
     def _combine_by_ops(self, rows, handle, topk_weights, bias, out=None, wire=None):
-        return ops.combine(rows, topk_weights, bias, handle.tensor(), self.number, handle.layout, handle.num_tokens, wire)
+        return ops.combine(
+            rows, topk_weights, bias, handle.tensor(), self.number, handle.layout, handle.num_tokens, wire
+        )
 
     # -- the rest ---------------------------------------------------------------------------------
 
@@ -414,7 +702,11 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         """
         self._require_open("use")
         if self._replicas is None:
-            raise InvalidArgument("use: the buffer was made without a placement; expected Buffer(..., placement=...)", op="use", rank=self.comm.rank)
+            raise InvalidArgument(
+                "use: the buffer was made without a placement; expected Buffer(..., placement=...)",
+                op="use",
+                rank=self.comm.rank,
+            )
         self._replicas.use(placement)
 
     def close(self):

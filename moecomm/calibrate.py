@@ -27,14 +27,27 @@ FIT_TOKENS, TEST_TOKENS = (128, 1024), (192, 384, 768)
 def routing(ranks, tokens):
     """Uniform picks by rank."""
     g = torch.Generator().manual_seed(tokens)
-    return [torch.rand((tokens, EXPERTS_PER_RANK * ranks), generator=g, dtype=torch.float32, device="cpu").argsort(1)[:, :TOP_K].contiguous() for _ in range(ranks)]
+    return [
+        torch.rand((tokens, EXPERTS_PER_RANK * ranks), generator=g, dtype=torch.float32, device="cpu")
+        .argsort(1)[:, :TOP_K]
+        .contiguous()
+        for _ in range(ranks)
+    ]
 
 
 def measure(ranks, sizes, repeats):
     """{tokens: us of OPS}: medians over repeats (sizes interleaved) of the mean over ranks."""
+
     def run(comm):
-        world = {t: (Buffer(comm, hidden=HIDDEN, num_experts=EXPERTS_PER_RANK * ranks, top_k=TOP_K, max_tokens=t), routing(ranks, t)[comm.rank],
-                     torch.randn((t, HIDDEN), dtype=torch.float32, device="cpu").to(torch.bfloat16), torch.rand((t, TOP_K), dtype=torch.float32, device="cpu")) for t in sizes}
+        world = {
+            t: (
+                Buffer(comm, hidden=HIDDEN, num_experts=EXPERTS_PER_RANK * ranks, top_k=TOP_K, max_tokens=t),
+                routing(ranks, t)[comm.rank],
+                torch.randn((t, HIDDEN), dtype=torch.float32, device="cpu").to(torch.bfloat16),
+                torch.rand((t, TOP_K), dtype=torch.float32, device="cpu"),
+            )
+            for t in sizes
+        }
         times = {t: [] for t in sizes}
         for _ in range(repeats + 3):
             for t, (buf, ids, x, weights) in world.items():
@@ -54,7 +67,14 @@ def measure(ranks, sizes, repeats):
                 comm.barrier()
                 answering = time.perf_counter()
                 buf.decode_combine(recv.handle.rows, ids, weights, recv.handle, return_hook=False)
-                times[t].append((dispatched - began, combined - combining, decoded - decoding, time.perf_counter() - answering))
+                times[t].append(
+                    (
+                        dispatched - began,
+                        combined - combining,
+                        decoded - decoding,
+                        time.perf_counter() - answering,
+                    )
+                )
         return {t: np.array(values[3:]) for t, values in times.items()}
 
     by_rank = local.run_local(run, ranks)
@@ -63,8 +83,18 @@ def measure(ranks, sizes, repeats):
 
 def predict(ranks, tokens, hardware):
     """us of OPS."""
-    c = Cluster(ranks, hidden=HIDDEN, num_experts=EXPERTS_PER_RANK * ranks, top_k=TOP_K, max_tokens=tokens, channels=1, num_sms=2,
-                hardware=hardware, decode=True, schedule="lane")
+    c = Cluster(
+        ranks,
+        hidden=HIDDEN,
+        num_experts=EXPERTS_PER_RANK * ranks,
+        top_k=TOP_K,
+        max_tokens=tokens,
+        channels=1,
+        num_sms=2,
+        hardware=hardware,
+        decode=True,
+        schedule="lane",
+    )
     ids = routing(ranks, tokens)
     step = c.step(ids)
     dispatch, combine = step.dispatch_us.mean(), step.combine_us.mean()
@@ -73,8 +103,18 @@ def predict(ranks, tokens, hardware):
 
 
 # Memory is the link between ranks of one machine: as fast as a core copies.
-START = Hardware(node_rate=1000.0, node_latency=200.0, rail_rate=1000.0, rail_latency=1000.0, sm_read=10.0, sm_write=10.0, put=20.0, poll=500.0,
-                 launch=60_000.0, plan_token=1_500.0)
+START = Hardware(
+    node_rate=1000.0,
+    node_latency=200.0,
+    rail_rate=1000.0,
+    rail_latency=1000.0,
+    sm_read=10.0,
+    sm_write=10.0,
+    put=20.0,
+    poll=500.0,
+    launch=60_000.0,
+    plan_token=1_500.0,
+)
 FITTED = ("launch", "plan_token", "sm_read", "sm_write")
 
 
@@ -83,7 +123,9 @@ def fit(ranks, measured):
     from scipy.optimize import least_squares
 
     def hardware(log):
-        return replace(START, **{name: float(getattr(START, name) * np.exp(v - 1)) for name, v in zip(FITTED, log)})
+        return replace(
+            START, **{name: float(getattr(START, name) * np.exp(v - 1)) for name, v in zip(FITTED, log)}
+        )
 
     def errors(log):
         h = hardware(log)
@@ -94,7 +136,12 @@ def fit(ranks, measured):
 
 def arguments(parser):
     """Arguments of the command."""
-    parser.add_argument("--ranks", type=options.ranks, default=len(os.sched_getaffinity(0)), help="rank threads; default: one per core")
+    parser.add_argument(
+        "--ranks",
+        type=options.ranks,
+        default=len(os.sched_getaffinity(0)),
+        help="rank threads; default: one per core",
+    )
     parser.add_argument("--repeats", type=options.positive, default=40)
     parser.add_argument("--out", type=options.file_to_write, help="table to write, .toml")
 
@@ -104,8 +151,10 @@ def main(args):
     require(args.ranks <= local.MOST_RANKS, "calibrate", "--ranks", args.ranks, f"at most {local.MOST_RANKS}")
     measured = measure(args.ranks, sorted({*FIT_TOKENS, *TEST_TOKENS}), args.repeats)
     hardware = fit(args.ranks, {t: measured[t] for t in FIT_TOKENS})
-    print(f"{args.ranks} rank threads, hidden {HIDDEN}, {EXPERTS_PER_RANK} experts per rank, top {TOP_K}, bf16; fitted at {FIT_TOKENS} tokens: "
-          + ", ".join(f"{name} {getattr(hardware, name):.4g}" for name in FITTED))
+    print(
+        f"{args.ranks} rank threads, hidden {HIDDEN}, {EXPERTS_PER_RANK} experts per rank, top {TOP_K}, bf16; fitted at {FIT_TOKENS} tokens: "
+        + ", ".join(f"{name} {getattr(hardware, name):.4g}" for name in FITTED)
+    )
     print(f"{'tokens':>8} {'':16} {'measured us':>12} {'predicted us':>12} {'error %':>8}")
     worst = 0.0
     for tokens in TEST_TOKENS:
@@ -116,5 +165,7 @@ def main(args):
     print(f"worst error at sizes that were not fitted: {worst:.1f}%")
     if args.out:
         with open(args.out, "w") as file:
-            file.write(f'description = "this machine, {args.ranks} rank threads; python -m moecomm calibrate"\nranks_per_node = {args.ranks}\n\n[hardware]\n')
+            file.write(
+                f'description = "this machine, {args.ranks} rank threads; python -m moecomm calibrate"\nranks_per_node = {args.ranks}\n\n[hardware]\n'
+            )
             file.writelines(f"{name} = {value}\n" for name, value in asdict(hardware).items())

@@ -39,7 +39,9 @@ class Calls:
             There is no such stage.
         """
         if stage not in _STAGES:
-            raise InvalidArgument(f"register_hook: stage is {stage!r}; expected one of {', '.join(_STAGES)}", op="register_hook")
+            raise InvalidArgument(
+                f"register_hook: stage is {stage!r}; expected one of {', '.join(_STAGES)}", op="register_hook"
+            )
         self._plain = False
         hooks = self._hooks.setdefault(stage, OrderedDict())
         handle = RemovableHandle(hooks)
@@ -54,10 +56,10 @@ class Calls:
         """One call between its hooks, here or on the progress thread."""
         if self._hooks:
             self._run_hooks("pre_" + op, first)
-            self._require_open(op)   # a hook may have closed it
+            self._require_open(op)  # a hook may have closed it
         if not async_op:
             self.comm._settle()
-            if through_ops:   # the operator tells what it refuses; it does not run where its results were kept
+            if through_ops:  # the operator tells what it refuses; it does not run where its results were kept
                 made(self)
             result = run(first, *rest)
             if self._hooks:
@@ -65,12 +67,15 @@ class Calls:
             return result
 
         def work():
-            with torch.set_grad_enabled(through_ops), Part(self, op, rest[0] if op == "combine" else None):   # the mode is a thread's own
+            with (
+                torch.set_grad_enabled(through_ops),
+                Part(self, op, rest[0] if op == "combine" else None),
+            ):  # the mode is a thread's own
                 if through_ops:
                     made(self)
                 return run(first, *rest)
 
-        then = lambda result: self._run_hooks("post_" + op, result)   # noqa: E731
+        then = lambda result: self._run_hooks("post_" + op, result)  # noqa: E731
         if self.comm._gpu is not None:
             return cuda.Pending(self.comm, work, (first, rest), then)
         return Pending(self.comm, work, (first, rest), then)
@@ -111,9 +116,9 @@ class Calls:
         self.comm._settle()
         try:
             if self._recorder:
-                self._recorder.close()   # an incomplete recording is a warning, which may be an error here
+                self._recorder.close()  # an incomplete recording is a warning, which may be an error here
         finally:
-            if not self.comm._bootstrap.threads:   # rank threads reach it by pointer until all have ended
+            if not self.comm._bootstrap.threads:  # rank threads reach it by pointer until all have ended
                 self._native.release()
                 self._decode = None
             if self._beside is not None:
@@ -129,8 +134,10 @@ class Calls:
         held, blocks, total = self._native.arena()
         graphs = self.captured_bytes
         kept = f"; calls in CUDA graphs keep {graphs} of these until release_captured()" if graphs else ""
-        return (f"This rank's arena has {total} bytes, of which {blocks} pieces of earlier dispatches hold {held}: drop their tensors and "
-                f"handles, or give Buffer a larger `arena_bytes`{kept}.")
+        return (
+            f"This rank's arena has {total} bytes, of which {blocks} pieces of earlier dispatches hold {held}: drop their tensors and "
+            f"handles, or give Buffer a larger `arena_bytes`{kept}."
+        )
 
     def _require_open(self, op):
         if self._closed:
@@ -138,4 +145,6 @@ class Calls:
         self.comm._require_open(op)
 
     def _handle_of(self, layout, capacity, plan, output):
-        return Handle(self, layout, capacity, plan.rows(self.comm.local_rank), plan.tokens, plan=plan, output=output)
+        return Handle(
+            self, layout, capacity, plan.rows(self.comm.local_rank), plan.tokens, plan=plan, output=output
+        )

@@ -16,8 +16,8 @@ import torch
 from .errors import InvalidArgument
 from .tensors import plain
 
-_LONGEST = 120   # characters of a value in a message
-MOST_EXPERTS = 65535   # of a model, and slots of a layer: what a Buffer can hold
+_LONGEST = 120  # characters of a value in a message
+MOST_EXPERTS = 65535  # of a model, and slots of a layer: what a Buffer can hold
 
 
 def spelled(value):
@@ -28,7 +28,9 @@ def spelled(value):
         if isinstance(value, np.ndarray) and value.ndim:
             return f"a {value.dtype} array {list(value.shape)}"
         text = " ".join(repr(value).split())
-    except Exception as error:   # a foreign __repr__, or a tensor without a shape: the check itself is what the user must see
+    except (
+        Exception
+    ) as error:  # a foreign __repr__, or a tensor without a shape: the check itself is what the user must see
         return f"a {type(value).__qualname__} (its repr raises {type(error).__name__})"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
@@ -53,7 +55,7 @@ def integer(op, name, value, low=1, high=(1 << 31) - 1):
     """
     try:
         found = operator.index(value)
-    except Exception:   # a TypeError, or whatever a tensor without memory raises
+    except Exception:  # a TypeError, or whatever a tensor without memory raises
         found = None
     require(found is not None and low <= found <= high, op, name, value, f"an int in {low}..{high}")
     return found
@@ -68,10 +70,15 @@ def number(op, name, value, low=0.0, positive=False):
     """
     try:
         found = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except Exception:   # a TypeError or OverflowError, or whatever a tensor without memory raises
+    except Exception:  # a TypeError or OverflowError, or whatever a tensor without memory raises
         found = math.nan
-    require(math.isfinite(found) and (found > 0 if positive else found >= low), op, name, value,
-            "a finite number > 0" if positive else f"a finite number >= {low:g}")
+    require(
+        math.isfinite(found) and (found > 0 if positive else found >= low),
+        op,
+        name,
+        value,
+        "a finite number > 0" if positive else f"a finite number >= {low:g}",
+    )
     return found
 
 
@@ -95,7 +102,7 @@ def path(op, name, value):
     """
     try:
         found = os.fspath(value)
-    except Exception:   # a TypeError, or what a foreign __fspath__ raises
+    except Exception:  # a TypeError, or what a foreign __fspath__ raises
         found = None
     require(isinstance(found, str) and found and "\0" not in found, op, name, value, "a path")
     return found
@@ -128,14 +135,14 @@ def _array(op, name, value, dtype, kinds, expected):
         if isinstance(value, torch.Tensor):
             value = value.detach()
             if dtype is np.float64 and value.is_floating_point():
-                value = value.to(torch.float64)   # NumPy knows neither bfloat16 nor float8
+                value = value.to(torch.float64)  # NumPy knows neither bfloat16 nor float8
             found = np.asarray(value.cpu())
         else:
             found = np.asarray(value)
-    except Exception:   # a ragged list, a tensor without memory, an __array__ that raises: all are no array
+    except Exception:  # a ragged list, a tensor without memory, an __array__ that raises: all are no array
         found = None
     require(found is not None and (found.dtype.kind in kinds or found.size == 0), op, name, value, expected)
     try:
         return np.ascontiguousarray(found, dtype=dtype)
-    except (TypeError, ValueError):   # an empty array of objects
+    except (TypeError, ValueError):  # an empty array of objects
         require(False, op, name, value, expected)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import select
 import time
 
-_POLL = 0.1         # seconds between two looks at the clock
-_STOPPED = 1.0      # a poll that took this much longer: this process was stopped, and nobody else is late
+_POLL = 0.1  # seconds between two looks at the clock
+_STOPPED = 1.0  # a poll that took this much longer: this process was stopped, and nobody else is late
 
 
 class Clock:
@@ -23,7 +23,9 @@ class Clock:
         """Wait until a descriptor is ready, for a moment at most."""
         poller = select.poll()
         for fd in {*reading, *writing} - {-1}:
-            poller.register(fd, (select.POLLIN if fd in reading else 0) | (select.POLLOUT if fd in writing else 0))
+            poller.register(
+                fd, (select.POLLIN if fd in reading else 0) | (select.POLLOUT if fd in writing else 0)
+            )
         began = time.monotonic()
         poller.poll(max(0.0, min(_POLL, self._end - began)) * 1000 + 1)
         late = time.monotonic() - began - _POLL

@@ -46,20 +46,37 @@ def load(name):
     path = Path(_path("cluster", "name", name))
     path = path if path.name.endswith(".toml") else FOLDER / f"{name}.toml"
     if path.parent == FOLDER and path.stem not in names():
-        raise InvalidArgument(f"cluster: got {spelled(name)}; expected one of {', '.join(names())}, or a .toml file", op="clusters")
+        raise InvalidArgument(
+            f"cluster: got {spelled(name)}; expected one of {', '.join(names())}, or a .toml file",
+            op="clusters",
+        )
     text = read_text("cluster", path)
     try:
         table = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:   # a TOMLDecodeError is a ValueError; so is a number that Python does not read
-        refuse("cluster", path, "file", f"is no TOML ({type(error).__name__}: {error})", "a table as in moecomm/tables/clusters")
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a TOMLDecodeError is a ValueError; so is a number that Python does not read
+        refuse(
+            "cluster",
+            path,
+            "file",
+            f"is no TOML ({type(error).__name__}: {error})",
+            "a table as in moecomm/tables/clusters",
+        )
     hardware = table.get("hardware", {})
     known = {f.name for f in fields(Hardware)}
     if not isinstance(hardware, dict):
         refuse("cluster", path, "hardware", f"is {spelled(hardware)}", "a table [hardware]")
     wrong = sorted((set(table) - {"description", "ranks_per_node", "hardware"}) | (set(hardware) - known))
     if wrong or "ranks_per_node" not in table:
-        refuse("cluster", path, "file", f"has {spelled(wrong) if wrong else 'no ranks_per_node'}",
-               f"description, ranks_per_node and a table [hardware] with some of {', '.join(sorted(known))}")
+        refuse(
+            "cluster",
+            path,
+            "file",
+            f"has {spelled(wrong) if wrong else 'no ranks_per_node'}",
+            f"description, ranks_per_node and a table [hardware] with some of {', '.join(sorted(known))}",
+        )
     per_node, description = table["ranks_per_node"], table.get("description", "")
     if not isinstance(per_node, int) or isinstance(per_node, bool) or not 1 <= per_node <= 65535:
         refuse("cluster", path, "ranks_per_node", f"is {spelled(per_node)}", "an int in 1..65535")

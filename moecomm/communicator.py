@@ -25,18 +25,20 @@ def _host_identity():
     """Ranks with equal identity can share memory: one kernel, one view of its network, and process numbers that mean the same process."""
     with open("/proc/sys/kernel/random/boot_id") as f:
         boot = f.read().strip()
-    return "/".join([boot, socket.gethostname(), *(os.readlink(f"/proc/self/ns/{space}") for space in ("net", "pid"))])
+    return "/".join(
+        [boot, socket.gethostname(), *(os.readlink(f"/proc/self/ns/{space}") for space in ("net", "pid"))]
+    )
 
 
 def _in_words(error):
     """What an error says, where it can say anything: its arguments may be objects that cannot be printed."""
     try:
         return str(error)
-    except Exception:   # noqa: BLE001 - whatever a foreign __str__ raises
+    except Exception:  # noqa: BLE001 - whatever a foreign __str__ raises
         return "an error that cannot be printed"
 
 
-_LONGEST, _USUAL = 10_000_000, 30.0   # seconds
+_LONGEST, _USUAL = 10_000_000, 30.0  # seconds
 _living = weakref.WeakSet()
 
 
@@ -62,7 +64,9 @@ def require_timeout(timeout, op):
     InvalidArgument
     """
     if not _is_timeout(timeout):
-        raise InvalidArgument(f"timeout: got {timeout!r}; expected seconds > 0, at most {_LONGEST} (every wait ends)", op=op)
+        raise InvalidArgument(
+            f"timeout: got {timeout!r}; expected seconds > 0, at most {_LONGEST} (every wait ends)", op=op
+        )
 
 
 def as_device(device, op):
@@ -129,23 +133,38 @@ class Communicator(Shared):
         self.rank, self.size = boot.rank, boot.size
         self._native = None
         self._closed, self._pid = False, os.getpid()
-        self._executor = self._progress = self._last = None   # of asynchronous calls: the thread, its number, the last call
-        self._ready = True   # open, and no asynchronous call is under way
+        self._executor = self._progress = self._last = (
+            None  # of asynchronous calls: the thread, its number, the last call
+        )
+        self._ready = True  # open, and no asynchronous call is under way
 
         def arguments():
             if boot.complaint is not None:
                 raise boot.complaint
             require_timeout(timeout, "Communicator")
             if not isinstance(ranks_per_node, (int, type(None))):
-                raise InvalidArgument(f"ranks_per_node: got {ranks_per_node!r}; expected a divisor of the {self.size} ranks", op="Communicator", rank=self.rank)
+                raise InvalidArgument(
+                    f"ranks_per_node: got {ranks_per_node!r}; expected a divisor of the {self.size} ranks",
+                    op="Communicator",
+                    rank=self.rank,
+                )
             self.device, self.timeout = _device_of(device), float(timeout)
-            same = {"version": __version__, "ranks_per_node": ranks_per_node, "device": self.device.type, "timeout": self.timeout}
-            return same, {"MOECOMM_RAIL": self._rail_between_nodes(Environment().rail)}, None if boot.threads else _host_identity()
+            same = {
+                "version": __version__,
+                "ranks_per_node": ranks_per_node,
+                "device": self.device.type,
+                "timeout": self.timeout,
+            }
+            return (
+                same,
+                {"MOECOMM_RAIL": self._rail_between_nodes(Environment().rail)},
+                None if boot.threads else _host_identity(),
+            )
 
         try:
             self._join_world(arguments, ranks_per_node)
         except BaseException:
-            boot.close()   # where this fails nobody has it
+            boot.close()  # where this fails nobody has it
             raise
 
     def _join_world(self, arguments, ranks_per_node):
@@ -155,20 +174,39 @@ class Communicator(Shared):
         self.ranks_per_node = self._node_size(ranks_per_node, hosts)
         self.num_nodes = self.size // self.ranks_per_node
         self.node, self.local_rank = divmod(self.rank, self.ranks_per_node)
-        self._stream, self._latest, self._buffers = None, (None, None), weakref.WeakSet()   # in the cuda world: see moecomm/cuda.py
-        self._gpu = self.device.index if self.device.type == "cuda" else None   # its number; None: the cpu world
+        self._stream, self._latest, self._buffers = (
+            None,
+            (None, None),
+            weakref.WeakSet(),
+        )  # in the cuda world: see moecomm/cuda.py
+        self._gpu = (
+            self.device.index if self.device.type == "cuda" else None
+        )  # its number; None: the cpu world
         if self.num_nodes == 1:
             self.rail = "none"
         elif self._gpu is not None:
-            self.rail = "loopback"   # unless the reach, below, knows better
+            self.rail = "loopback"  # unless the reach, below, knows better
         else:
             self._require_equal("Communicator", rails)
             self.rail = rails[0]["MOECOMM_RAIL"]
             if self.rail == "loopback" and not boot.threads:
-                raise InvalidArgument("MOECOMM_RAIL: got 'loopback'; processes need ucx between nodes", op="Communicator", rank=self.rank)
-        self._native = self._join("Communicator", lambda: core.Communicator(self.rank, self.size, self.ranks_per_node, boot.threads,
-                                                                            self.rail if self._gpu is None else "none", self.timeout))
-        self._reach = None if self._gpu is None else cuda.reach_of(self, hosts)   # of its windows on GPUs
+                raise InvalidArgument(
+                    "MOECOMM_RAIL: got 'loopback'; processes need ucx between nodes",
+                    op="Communicator",
+                    rank=self.rank,
+                )
+        self._native = self._join(
+            "Communicator",
+            lambda: core.Communicator(
+                self.rank,
+                self.size,
+                self.ranks_per_node,
+                boot.threads,
+                self.rail if self._gpu is None else "none",
+                self.timeout,
+            ),
+        )
+        self._reach = None if self._gpu is None else cuda.reach_of(self, hosts)  # of its windows on GPUs
         if self._reach is not None and self.num_nodes > 1 and self._reach.rail != "memory":
             self.rail = self._reach.rail
         _living.add(self)
@@ -189,10 +227,13 @@ class Communicator(Shared):
         try:
             mine = step(), None, None
             encode(mine)
-        except Exception as error:   # noqa: BLE001 - told to everyone, and raised below
+        except Exception as error:  # noqa: BLE001 - told to everyone, and raised below
             kind = type(error).__name__ if isinstance(error, MoecommError) else None
-            named = kind or isinstance(error, (RuntimeError, OSError, MemoryError))   # whose texts say enough
-            mine, cause = (None, _in_words(error) if named else f"{type(error).__name__}: {_in_words(error)}", kind), error
+            named = kind or isinstance(error, (RuntimeError, OSError, MemoryError))  # whose texts say enough
+            mine, cause = (
+                (None, _in_words(error) if named else f"{type(error).__name__}: {_in_words(error)}", kind),
+                error,
+            )
         except BaseException as error:
             self._bootstrap.interrupt(f"{op}: rank {self.rank} was interrupted by {type(error).__name__}")
             raise
@@ -200,8 +241,14 @@ class Communicator(Shared):
         for rank, (_, why, kind) in enumerate(everyone):
             if why is not None:
                 known = getattr(errors, kind or "", MoecommError)
-                text = f"{why}{f' (rank {rank})' if self.size > 1 else ''}" if kind else f"{op}: rank {rank} failed: {why}"
-                raise known(text, op=op, phase=None if kind else "connect", rank=self.rank, peer=rank) from (cause if rank == self.rank else None)
+                text = (
+                    f"{why}{f' (rank {rank})' if self.size > 1 else ''}"
+                    if kind
+                    else f"{op}: rank {rank} failed: {why}"
+                )
+                raise known(text, op=op, phase=None if kind else "connect", rank=self.rank, peer=rank) from (
+                    cause if rank == self.rank else None
+                )
         return [result for result, _, _ in everyone]
 
     def _make_everywhere(self, op, make):
@@ -228,25 +275,44 @@ class Communicator(Shared):
             other = [r for r, values in enumerate(everyone) if values.get(name) != first]
             if other:
                 said = {r: everyone[r].get(name) for r in [0, *other]}
-                raise ConfigMismatch(f"{op}: {name} differs between ranks: " + ", ".join(f"rank {r} has {v!r}" for r, v in said.items()),
-                                     op=op, rank=self.rank, peer=other[0], expected=first, got=said[other[0]])
+                raise ConfigMismatch(
+                    f"{op}: {name} differs between ranks: "
+                    + ", ".join(f"rank {r} has {v!r}" for r, v in said.items()),
+                    op=op,
+                    rank=self.rank,
+                    peer=other[0],
+                    expected=first,
+                    got=said[other[0]],
+                )
 
     def _node_size(self, wanted, hosts):
         if wanted is None:
             if hosts[0] is None:
                 return self.size
             runs = [hosts.count(h) for h in dict.fromkeys(hosts)]
-            consecutive = all(hosts[i] == hosts[i - 1] or hosts[i] not in hosts[:i] for i in range(1, self.size))
+            consecutive = all(
+                hosts[i] == hosts[i - 1] or hosts[i] not in hosts[:i] for i in range(1, self.size)
+            )
             if len(set(runs)) > 1 or not consecutive:
-                raise InvalidArgument(f"ranks_per_node: hosts hold {runs} ranks; expected equally many consecutive ranks on every host",
-                                      op="Communicator", rank=self.rank)
+                raise InvalidArgument(
+                    f"ranks_per_node: hosts hold {runs} ranks; expected equally many consecutive ranks on every host",
+                    op="Communicator",
+                    rank=self.rank,
+                )
             return runs[0]
         if not isinstance(wanted, int) or wanted < 1 or self.size % wanted:
-            raise InvalidArgument(f"ranks_per_node: got {wanted!r}; expected a divisor of the {self.size} ranks", op="Communicator", rank=self.rank)
+            raise InvalidArgument(
+                f"ranks_per_node: got {wanted!r}; expected a divisor of the {self.size} ranks",
+                op="Communicator",
+                rank=self.rank,
+            )
         for first in range(0, self.size, wanted):
-            if len(set(hosts[first:first + wanted])) > 1:
-                raise InvalidArgument(f"ranks_per_node: got {wanted}, but ranks {first}..{first + wanted - 1} are on different hosts",
-                                      op="Communicator", rank=self.rank)
+            if len(set(hosts[first : first + wanted])) > 1:
+                raise InvalidArgument(
+                    f"ranks_per_node: got {wanted}, but ranks {first}..{first + wanted - 1} are on different hosts",
+                    op="Communicator",
+                    rank=self.rank,
+                )
         return wanted
 
     def _require_open(self, op):
@@ -255,30 +321,43 @@ class Communicator(Shared):
 
     def _submit(self, work):
         """Run work on this communicator's progress thread, after what was submitted before."""
+
         def note():
             self._progress = threading.get_ident()
 
         if self._executor is None:
-            self._executor = futures.ThreadPoolExecutor(1, thread_name_prefix="moecomm-progress", initializer=note)
+            self._executor = futures.ThreadPoolExecutor(
+                1, thread_name_prefix="moecomm-progress", initializer=note
+            )
         self._ready = False
         try:
             self._last = self._executor.submit(work)
-        except RuntimeError:   # another thread has closed the communicator meanwhile
+        except RuntimeError:  # another thread has closed the communicator meanwhile
             self._require_open("async_op")
             raise
         return self._last
 
     def _require_here(self, op):
         if self._pid != os.getpid():
-            raise InvalidArgument(f"{op}: the call is the parent process's; a forked child cannot wait for it", op=op, rank=self.rank)
+            raise InvalidArgument(
+                f"{op}: the call is the parent process's; a forked child cannot wait for it",
+                op=op,
+                rank=self.rank,
+            )
 
     def _require_outside(self, op):
         """Refuse to wait for a call where it cannot come to its end meanwhile."""
         self._require_here(op)
-        running = "an asynchronous call" if threading.get_ident() == self._progress else self._native.running()
+        running = (
+            "an asynchronous call" if threading.get_ident() == self._progress else self._native.running()
+        )
         if running is not None:
-            raise InvalidArgument(f"{op}: this thread is inside {running} of the same communicator, in whose middle this code runs (a signal handler, a "
-                                  f"finalizer); expected {op} after that call has returned", op=op, rank=self.rank)
+            raise InvalidArgument(
+                f"{op}: this thread is inside {running} of the same communicator, in whose middle this code runs (a signal handler, a "
+                f"finalizer); expected {op} after that call has returned",
+                op=op,
+                rank=self.rank,
+            )
 
     def _settle(self):
         """Let what was submitted come to its end. Calls happen in the order in which they were made, or ranks would pair
@@ -346,23 +425,32 @@ class Communicator(Shared):
             fits = all(isinstance(r, int) and 0 <= r < self.size for r in left) and self.rank in left
         except TypeError:
             left, fits = [], False
-        if not fits:   # the others come with a list of their own, and wait for this rank
+        if not fits:  # the others come with a list of their own, and wait for this rank
             why = f"shrink: alive is {_in_words(left or alive)}; expected ranks in 0..{self.size - 1} with {self.rank} among them"
             self._bootstrap.refuse(range(self.size), why)
             raise InvalidArgument(why, op="shrink", rank=self.rank)
         alive = sorted(set(left))
         nodes = [r // self.ranks_per_node for r in alive]
-        per_node = max(n for n in range(1, len(alive) + 1)
-                       if len(alive) % n == 0 and all(len(set(nodes[i:i + n])) == 1 for i in range(0, len(alive), n)))
+        per_node = max(
+            n
+            for n in range(1, len(alive) + 1)
+            if len(alive) % n == 0 and all(len(set(nodes[i : i + n])) == 1 for i in range(0, len(alive), n))
+        )
         return self._of(alive, per_node)
 
     def _of(self, ranks, per_node):
-        return Communicator(self._bootstrap.subset(ranks), ranks_per_node=per_node, device=self.device if self._gpu is None else torch.device("cuda", self._gpu),
-                            timeout=self.timeout)
+        return Communicator(
+            self._bootstrap.subset(ranks),
+            ranks_per_node=per_node,
+            device=self.device if self._gpu is None else torch.device("cuda", self._gpu),
+            timeout=self.timeout,
+        )
 
     def _on_host(self):
         """The same ranks in the cpu world. Collective."""
-        return Communicator(self._bootstrap.subset(range(self.size)), ranks_per_node=self.ranks_per_node, timeout=self.timeout)
+        return Communicator(
+            self._bootstrap.subset(range(self.size)), ranks_per_node=self.ranks_per_node, timeout=self.timeout
+        )
 
     def close(self):
         """Release what this communicator holds. Local, may be called twice.

@@ -85,8 +85,11 @@ def refuse_capture(op, comm, name, why):
     InvalidArgument
     """
     if torch.cuda.is_current_stream_capturing():
-        raise InvalidArgument(f"{op}: a CUDA graph is captured, and the buffer has {name}: {why}, which no replay would do; expected a buffer without it",
-                              op=op, rank=comm.rank)
+        raise InvalidArgument(
+            f"{op}: a CUDA graph is captured, and the buffer has {name}: {why}, which no replay would do; expected a buffer without it",
+            op=op,
+            rank=comm.rank,
+        )
 
 
 @contextlib.contextmanager
@@ -118,17 +121,27 @@ def fabric_of(threads, hosts, ipc, wanted="auto"):
         What is wanted does not go.
     """
     if wanted not in ("auto", "ipc", "nccl"):
-        raise InvalidArgument(f"MOECOMM_CUDA_FABRIC: got {wanted!r}; expected auto, ipc or nccl", op="Communicator")
+        raise InvalidArgument(
+            f"MOECOMM_CUDA_FABRIC: got {wanted!r}; expected auto, ipc or nccl", op="Communicator"
+        )
     if threads:
         if wanted != "auto":
-            raise InvalidArgument(f"MOECOMM_CUDA_FABRIC: got {wanted!r}; rank threads reach each other by pointer, expected auto", op="Communicator")
+            raise InvalidArgument(
+                f"MOECOMM_CUDA_FABRIC: got {wanted!r}; rank threads reach each other by pointer, expected auto",
+                op="Communicator",
+            )
         return "threads"
     if wanted == "ipc" and len(set(hosts)) > 1:
-        raise InvalidArgument("MOECOMM_CUDA_FABRIC: got 'ipc' with ranks on several hosts; expected auto or nccl", op="Communicator")
+        raise InvalidArgument(
+            "MOECOMM_CUDA_FABRIC: got 'ipc' with ranks on several hosts; expected auto or nccl",
+            op="Communicator",
+        )
     if wanted == "ipc" and not all(ipc):
-        raise InvalidArgument(f"MOECOMM_CUDA_FABRIC: got 'ipc', which rank {list(ipc).index(False)} cannot use with its host's other ranks (does each process see all GPUs?); "
-                              "expected auto or nccl",
-                              op="Communicator")
+        raise InvalidArgument(
+            f"MOECOMM_CUDA_FABRIC: got 'ipc', which rank {list(ipc).index(False)} cannot use with its host's other ranks (does each process see all GPUs?); "
+            "expected auto or nccl",
+            op="Communicator",
+        )
     return "nccl" if wanted == "nccl" or len(set(hosts)) > 1 or not all(ipc) else "ipc"
 
 
@@ -148,7 +161,16 @@ def reach_of(comm, hosts):
     fabric = fabric_of(threads, hosts, ipc, Environment().cuda_fabric)
     if fabric == "nccl":
         gpu = str(torch.cuda.get_device_properties(comm.device).uuid)
-        return nccl.join(native(), comm.rank, (comm.rank, comm.size, comm.ranks_per_node), device, gpu, len(set(hosts)) > 1, comm._exchange, comm.timeout)
+        return nccl.join(
+            native(),
+            comm.rank,
+            (comm.rank, comm.size, comm.ranks_per_node),
+            device,
+            gpu,
+            len(set(hosts)) > 1,
+            comm._exchange,
+            comm.timeout,
+        )
     return make.threads(device) if fabric == "threads" else make.processes(device)
 
 
@@ -162,12 +184,15 @@ def _ipc_opens(comm, device, hosts):
 
     handles = comm._everywhere("Communicator", handle)
     here = [r for r, host in enumerate(hosts) if host == hosts[comm.rank] and r != comm.rank]
-    opens = comm._everywhere("Communicator", lambda: bool(handles[comm.rank]) and all(handles[r] and samples[0].opens(handles[r]) for r in here))
-    comm._exchange(None)   # the sample is mapped nowhere any more
+    opens = comm._everywhere(
+        "Communicator",
+        lambda: bool(handles[comm.rank]) and all(handles[r] and samples[0].opens(handles[r]) for r in here),
+    )
+    comm._exchange(None)  # the sample is mapped nowhere any more
     return opens
 
 
-_communicators = weakref.WeakSet()   # of this process, with buffers on GPUs
+_communicators = weakref.WeakSet()  # of this process, with buffers on GPUs
 
 
 def _wanted_here(gpu):
@@ -206,18 +231,33 @@ def plan_of(buffer, *, hidden, num_experts, top_k, max_tokens, dtype, channels):
     sharing = comm._everywhere("Buffer", held)
     gpu, shared_bytes, sms, name, *_ = sharing[comm.rank]
     comm._reach.release(sorted(set.intersection(*(set(gone) for *_, gone in sharing))))
-    for rank, (other, _, its_sms, its_name, *_) in enumerate(sharing):   # on every rank alike: all refuse, or none
+    for rank, (other, _, its_sms, its_name, *_) in enumerate(
+        sharing
+    ):  # on every rank alike: all refuse, or none
         wanted = {}
         for there, _, _, _, theirs, _ in sharing:
             if there == other:
                 wanted.update(theirs)
         if sum(wanted.values()) > its_sms:
             comm._buffers.discard(buffer)
-            raise InvalidArgument(f"Buffer: num_sms is {num_sms} on each of the ranks that share {its_name}, {sum(wanted.values())} in all; expected at most its "
-                                  f"{its_sms}, since their kernels wait for each other. The largest open buffer of every communicator of these ranks' "
-                                  "processes counts: give fewer num_sms, or close() buffers that are not used any more", op="Buffer", rank=comm.rank, peer=rank)
-    traffic = tuning.Traffic(hidden=hidden, num_experts=num_experts, top_k=top_k, max_tokens=max_tokens, ranks=comm.size,
-                             ranks_per_node=comm.ranks_per_node, row_bytes=hidden * dtype.itemsize, shared_gpu=sum(other == gpu for other, *_ in sharing))
+            raise InvalidArgument(
+                f"Buffer: num_sms is {num_sms} on each of the ranks that share {its_name}, {sum(wanted.values())} in all; expected at most its "
+                f"{its_sms}, since their kernels wait for each other. The largest open buffer of every communicator of these ranks' "
+                "processes counts: give fewer num_sms, or close() buffers that are not used any more",
+                op="Buffer",
+                rank=comm.rank,
+                peer=rank,
+            )
+    traffic = tuning.Traffic(
+        hidden=hidden,
+        num_experts=num_experts,
+        top_k=top_k,
+        max_tokens=max_tokens,
+        ranks=comm.size,
+        ranks_per_node=comm.ranks_per_node,
+        row_bytes=hidden * dtype.itemsize,
+        shared_gpu=sum(other == gpu for other, *_ in sharing),
+    )
     plan = tuning.plan_for(tuning.hardware_of(name, sms, shared_bytes), traffic, num_sms)
     return plan if channels is None else tuning.replace(plan, channels=channels)
 
@@ -227,11 +267,37 @@ class NativeBuffer:
 
     def __init__(self, comm, plan, hidden, dtype, num_experts, top_k, max_tokens, arena_bytes, check):
         self._device = comm.device
-        self._buffer = native().Buffer((comm.rank, comm.size, comm.ranks_per_node), comm._reach, comm._gpu, hidden, dtype,
-                                       num_experts, top_k, max_tokens, plan.channels, plan.chunk_bytes, arena_bytes, check, plan.spread(), plan.stages, comm.timeout)
+        self._buffer = native().Buffer(
+            (comm.rank, comm.size, comm.ranks_per_node),
+            comm._reach,
+            comm._gpu,
+            hidden,
+            dtype,
+            num_experts,
+            top_k,
+            max_tokens,
+            plan.channels,
+            plan.chunk_bytes,
+            arena_bytes,
+            check,
+            plan.spread(),
+            plan.stages,
+            comm.timeout,
+        )
         self._comm, self._bounds = comm, (comm.timeout, comm.rank)
         self._calls = Exclusive(comm.rank)
-        for name in ("card", "connected", "owns", "block_layout", "window", "arena", "counters", "fault", "captured_bytes", "release_captured"):
+        for name in (
+            "card",
+            "connected",
+            "owns",
+            "block_layout",
+            "window",
+            "arena",
+            "counters",
+            "fault",
+            "captured_bytes",
+            "release_captured",
+        ):
             setattr(self, name, getattr(self._buffer, name))
 
     def connect(self, cards):
@@ -273,7 +339,9 @@ class NativeBuffer:
         capturing = torch.cuda.is_current_stream_capturing()
         before, done = comm._latest
         if before is not None and stream != before and not capturing:
-            stream.wait_event(done)   # two kernels of a rank could each keep the other's blocks, or another rank's, from running
+            stream.wait_event(
+                done
+            )  # two kernels of a rank could each keep the other's blocks, or another rank's, from running
         result = call(*args, stream.cuda_stream)
         if isinstance(result, native().Failure):
             comm._native.note(result)
@@ -281,14 +349,49 @@ class NativeBuffer:
             comm._latest = stream, stream.record_event()
         return result
 
-    def dispatch(self, x, scales, ids, ids_are_int32, weights, tokens, by_rank, alignment, capacity, row_bytes, scale_bytes, plan=None,
-                 scale_kind=0, scales_by_column=False, chosen=None):
+    def dispatch(
+        self,
+        x,
+        scales,
+        ids,
+        ids_are_int32,
+        weights,
+        tokens,
+        by_rank,
+        alignment,
+        capacity,
+        row_bytes,
+        scale_bytes,
+        plan=None,
+        scale_kind=0,
+        scales_by_column=False,
+        chosen=None,
+    ):
         """As the cpu world's, but that replicas are chosen before: `chosen` is None."""
         if capacity < 0 and plan is None and torch.cuda.is_current_stream_capturing():
-            raise InvalidArgument("dispatch: capacity is None while a graph is captured; expected a number of rows, since nothing can wait for the "
-                                  "host there", op="dispatch")
-        return self.enqueue("dispatch", self._buffer.dispatch, x, scales, ids, ids_are_int32, weights, tokens, by_rank, alignment, capacity, row_bytes,
-                             scale_bytes, plan, scale_kind, scales_by_column)
+            raise InvalidArgument(
+                "dispatch: capacity is None while a graph is captured; expected a number of rows, since nothing can wait for the "
+                "host there",
+                op="dispatch",
+            )
+        return self.enqueue(
+            "dispatch",
+            self._buffer.dispatch,
+            x,
+            scales,
+            ids,
+            ids_are_int32,
+            weights,
+            tokens,
+            by_rank,
+            alignment,
+            capacity,
+            row_bytes,
+            scale_bytes,
+            plan,
+            scale_kind,
+            scales_by_column,
+        )
 
     def refuse(self, verb, _, why):
         """Take this rank's part in a call that it refuses: None, or the Failure with which not all ranks could be told."""
@@ -296,7 +399,20 @@ class NativeBuffer:
 
     def combine(self, rows, weights, y, bias, bias_stride, plan, output, back=0, slots=0, wire=0):
         """As the cpu world's."""
-        return self.enqueue("combine", self._buffer.combine, rows, weights, y, bias, bias_stride, plan, output, back, slots, wire)
+        return self.enqueue(
+            "combine",
+            self._buffer.combine,
+            rows,
+            weights,
+            y,
+            bias,
+            bias_stride,
+            plan,
+            output,
+            back,
+            slots,
+            wire,
+        )
 
 
 class Pending:
@@ -310,7 +426,9 @@ class Pending:
     def __init__(self, comm, work, keep, then=None):
         caller = torch.cuda.current_stream(comm.device)
         if comm._stream is None:
-            comm._stream = torch.cuda.Stream(comm.device, priority=-1)   # before the blocks of a long kernel that has not started them all
+            comm._stream = torch.cuda.Stream(
+                comm.device, priority=-1
+            )  # before the blocks of a long kernel that has not started them all
         comm._stream.wait_stream(caller)
         with torch.cuda.stream(comm._stream):
             self._result = work()
@@ -340,7 +458,7 @@ class Pending:
 def memory_of(area):
     """A piece of device memory that the extension describes, as a tensor that keeps it."""
     dtype = {"|u1": torch.uint8, "<i8": torch.int64}[area.__cuda_array_interface__["typestr"]]
-    with torch._C.DisableTorchFunction():   # torch.set_default_device would have a copy made there
+    with torch._C.DisableTorchFunction():  # torch.set_default_device would have a copy made there
         return torch.as_tensor(area, dtype=dtype, device=None)
 
 
@@ -349,7 +467,11 @@ class _Piece:
 
     def __init__(self, block, offset, count):
         self._block, whole = block, block.__cuda_array_interface__
-        self.__cuda_array_interface__ = {**whole, "shape": (count,), "data": (whole["data"][0] + offset, False)}
+        self.__cuda_array_interface__ = {
+            **whole,
+            "shape": (count,),
+            "data": (whole["data"][0] + offset, False),
+        }
 
 
 def tensor_of(block, offset, dtype, shape):

@@ -21,7 +21,13 @@ class DecodeHandle:
     """What decode_combine needs; see moecomm.decode.DecodeHandle."""
 
     def __init__(self, decode, epoch, tokens, weights_travel, rows):
-        self.decode, self.epoch, self.tokens, self.weights_travel, self.rows = decode, epoch, tokens, weights_travel, rows
+        self.decode, self.epoch, self.tokens, self.weights_travel, self.rows = (
+            decode,
+            epoch,
+            tokens,
+            weights_travel,
+            rows,
+        )
         self._keep = None
 
     def receive_dispatch(self):
@@ -40,9 +46,20 @@ class NativeDecode:
     def __init__(self, buffer, dtype, fail):
         comm = buffer.comm
         self._buffer, self._fail = buffer._native, fail
-        self._native = cuda.native().Decode((comm.rank, comm.size, comm.ranks_per_node), comm._reach, comm._gpu, buffer.hidden, dtype,
-                                            buffer.num_experts, buffer.top_k, buffer.decode_max_tokens, buffer._check, buffer._plan.spread(), buffer._plan.stages,
-                                            comm.timeout)
+        self._native = cuda.native().Decode(
+            (comm.rank, comm.size, comm.ranks_per_node),
+            comm._reach,
+            comm._gpu,
+            buffer.hidden,
+            dtype,
+            buffer.num_experts,
+            buffer.top_k,
+            buffer.decode_max_tokens,
+            buffer._check,
+            buffer._plan.spread(),
+            buffer._plan.stages,
+            comm.timeout,
+        )
         self._current = [None, None]
         self._bounds = comm.timeout, comm.rank
         for name in ("card", "window", "area", "counters", "take_counters"):
@@ -51,7 +68,12 @@ class NativeDecode:
     def connect(self, cards):
         """As the cpu world's; NCCL's windows wait for every rank."""
         timeout, rank = self._bounds
-        nccl.bounded(lambda: self._native.connect(cards), timeout, what="connecting the decode path's windows", rank=rank)
+        nccl.bounded(
+            lambda: self._native.connect(cards),
+            timeout,
+            what="connecting the decode path's windows",
+            rank=rank,
+        )
 
     def connected(self):
         """Nothing is left to do."""
@@ -85,20 +107,51 @@ class NativeDecode:
 
     def dispatch(self, x, scales, ids, ids_are_int32, weights, weighted, tokens, quant, by_column, receive):
         """(DecodeReceived, hook or None)"""
-        self._run("decode_dispatch", self._native.dispatch, x, scales, ids, ids_are_int32, weights, weighted, tokens, quant, by_column, receive)
+        self._run(
+            "decode_dispatch",
+            self._native.dispatch,
+            x,
+            scales,
+            ids,
+            ids_are_int32,
+            weights,
+            weighted,
+            tokens,
+            quant,
+            by_column,
+            receive,
+        )
         epoch = self._native.epoch
         bank = epoch % 2
         handle = DecodeHandle(self, epoch, tokens, weighted, self._rows[bank])
-        received = DecodeReceived(handle, self._x[2 * (quant > 0) + bank], self._scales[2 * (quant + 2 * by_column) + bank], self._counts[bank])
+        received = DecodeReceived(
+            handle,
+            self._x[2 * (quant > 0) + bank],
+            self._scales[2 * (quant + 2 * by_column) + bank],
+            self._counts[bank],
+        )
         return received, None if receive else handle.receive_dispatch
 
     def combine(self, handle, rows, rows_at, ids, ids_are_int32, weights, wire, out, y, receive):
         """(out, hook or None)"""
-        self._run("decode_combine", self._native.combine, handle.epoch, rows_at, ids, ids_are_int32, weights, wire, y, receive)
+        self._run(
+            "decode_combine",
+            self._native.combine,
+            handle.epoch,
+            rows_at,
+            ids,
+            ids_are_int32,
+            weights,
+            wire,
+            y,
+            receive,
+        )
         if receive:
             return out, None
         handle._keep = rows, out
-        self._current[handle.epoch % 2] = handle   # a phase that a later dispatch catches up on finds its memory
+        self._current[handle.epoch % 2] = (
+            handle  # a phase that a later dispatch catches up on finds its memory
+        )
         return out, handle.receive_combine
 
     @property

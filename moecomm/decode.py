@@ -34,7 +34,9 @@ core.read_tensors_of(torch.Tensor, torch.is_grad_enabled, torch._C._len_torch_di
 class DecodeVerbs:
     """The decode verbs of Buffer, which makes their memory when it is first asked for."""
 
-    def decode_dispatch(self, x, topk_ids, *, topk_weights=None, quant="fp8", scale_layout="row", return_hook=True, layer=0):
+    def decode_dispatch(
+        self, x, topk_ids, *, topk_weights=None, quant="fp8", scale_layout="row", return_hook=True, layer=0
+    ):
         """Carry every token to the ranks that own its experts, with the least delay. Collective.
 
         Parameters
@@ -78,19 +80,27 @@ class DecodeVerbs:
             self.comm._settle()
             self._decode = self._decode or Decode(self)
         decode = self._decode
-        if decode is None:   # another thread has closed the buffer meanwhile
+        if decode is None:  # another thread has closed the buffer meanwhile
             self._require_open("decode_dispatch")
         if self._noter is None and self._replicas is None:
             return decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
         with Part(self, "decode_dispatch"):
-            return self._decode_dispatch(decode, x, topk_ids, topk_weights, quant, scale_layout, return_hook, layer)
+            return self._decode_dispatch(
+                decode, x, topk_ids, topk_weights, quant, scale_layout, return_hook, layer
+            )
 
     def _decode_dispatch(self, decode, x, topk_ids, topk_weights, quant, scale_layout, return_hook, layer):
         topk_ids = self._as_tensor("decode_dispatch", "topk_ids", topk_ids)
         topk_weights = self._as_tensor("decode_dispatch", "topk_weights", topk_weights, optional=True)
         if self._replicas is not None:
             rows, scales = self._as_rows("decode_dispatch", x)
-            self._check_picks("decode_dispatch", "topk_ids", topk_ids, self._check_x("decode_dispatch", rows, scales, packed=True), _IDS)
+            self._check_picks(
+                "decode_dispatch",
+                "topk_ids",
+                topk_ids,
+                self._check_x("decode_dispatch", rows, scales, packed=True),
+                _IDS,
+            )
             topk_ids = self._replicas.choose_for_decode(self, topk_ids, layer)
         dispatch = decode.dispatch if self._noter is None else partial(self._noter.decode_dispatch, decode)
         received, hook = dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
@@ -137,16 +147,20 @@ class DecodeVerbs:
             self._require_open("decode_combine")
             self.comm._settle()
             if self._decode is None:
-                raise InvalidArgument("decode_combine: there was no decode_dispatch", op="decode_combine", rank=self.comm.rank)
+                raise InvalidArgument(
+                    "decode_combine: there was no decode_dispatch", op="decode_combine", rank=self.comm.rank
+                )
         decode = self._decode
-        if decode is None:   # another thread has closed the buffer meanwhile
+        if decode is None:  # another thread has closed the buffer meanwhile
             self._require_open("decode_combine")
         if self._replicas is not None:
             topk_ids = self._replicas.decoding[getattr(handle, "epoch", 0) % 2]
         if self._noter is not None:
             with Part(self, "decode_combine", handle):
                 topk_weights = self._as_tensor("decode_combine", "topk_weights", topk_weights, optional=True)
-                return self._noter.decode_combine(decode, rows, topk_ids, topk_weights, handle, wire, return_hook, out)
+                return self._noter.decode_combine(
+                    decode, rows, topk_ids, topk_weights, handle, wire, return_hook, out
+                )
         return decode.combine(rows, topk_ids, topk_weights, handle, wire, return_hook, out)
 
 
@@ -155,7 +169,9 @@ class Decode:
 
     def __init__(self, buffer):
         comm = buffer.comm
-        comm._everywhere("decode", lambda: check_shape(comm.size, buffer.num_experts, buffer.decode_max_tokens, comm.rank))
+        comm._everywhere(
+            "decode", lambda: check_shape(comm.size, buffer.num_experts, buffer.decode_max_tokens, comm.rank)
+        )
         self.buffer, self.rank = buffer, comm.rank
         self.hidden, self.dtype = buffer.hidden, buffer.dtype
         self.native = comm._join("decode", self._make_native)
@@ -173,7 +189,7 @@ class Decode:
             return cuda_decode.NativeDecode(buffer, DTYPES[self.dtype], fail)
         return core.Decode(buffer.comm._native, buffer._native, buffer._check, fail, buffer.decode_max_tokens)
 
-    @torch.inference_mode(False)   # whoever calls first: they are used outside, too
+    @torch.inference_mode(False)  # whoever calls first: they are used outside, too
     def _make_tensors(self, experts, rows):
         def matrices(name, dtype):
             return [_tensor(self.native.area(name, p), dtype, (experts, rows, self.hidden)) for p in (0, 1)]
@@ -184,12 +200,25 @@ class Decode:
             words, column = scale_words(self.hidden, kind), -(-rows // 4) * 4
             area = self.native.scale_area // 4
             strides = (area, *((1, column) if by_column else (words, 1)))
-            return [_tensor(self.native.area("scales", p), SCALE_DTYPES[kind], (experts * area,)).as_strided((experts, rows, words), strides) for p in (0, 1)]
+            return [
+                _tensor(self.native.area("scales", p), SCALE_DTYPES[kind], (experts * area,)).as_strided(
+                    (experts, rows, words), strides
+                )
+                for p in (0, 1)
+            ]
 
         x = matrices("x", self.dtype) + (matrices("x", torch.float8_e4m3fn) if self.hidden % 16 == 0 else [])
         counts = [_tensor(self.native.area("counts", p), torch.int64, (experts,)) for p in (0, 1)]
-        self.native.hold(x, [t for kind, by_column in ((0, 0), (1, 0), (2, 0), (1, 1), (2, 1)) for t in scales(kind, by_column)], counts,
-                         matrices("rows", self.dtype))
+        self.native.hold(
+            x,
+            [
+                t
+                for kind, by_column in ((0, 0), (1, 0), (2, 0), (1, 1), (2, 1))
+                for t in scales(kind, by_column)
+            ],
+            counts,
+            matrices("rows", self.dtype),
+        )
 
     def dispatch(self, x, topk_ids, topk_weights, quant, scale_layout, return_hook):
         """As Buffer.decode_dispatch.
@@ -198,7 +227,11 @@ class Decode:
         ------
         MoecommError
         """
-        if known(quant, QUANTS) and scale_layout == "row" and (quant is None or self.hidden % 16 == 0 and self.dtype != torch.float64):
+        if (
+            known(quant, QUANTS)
+            and scale_layout == "row"
+            and (quant is None or self.hidden % 16 == 0 and self.dtype != torch.float64)
+        ):
             done = self.native.try_dispatch(x, topk_ids, topk_weights, QUANTS[quant], not return_hook)
             if done is not None:
                 return done
@@ -208,7 +241,10 @@ class Decode:
     def _dispatch(self, x, topk_ids, topk_weights, quant, scale_layout, return_hook):
         op, buffer = "decode_dispatch", self.buffer
         x, scales = buffer._as_rows(op, x)
-        topk_ids, topk_weights = buffer._as_tensor(op, "topk_ids", topk_ids), buffer._as_tensor(op, "topk_weights", topk_weights, optional=True)
+        topk_ids, topk_weights = (
+            buffer._as_tensor(op, "topk_ids", topk_ids),
+            buffer._as_tensor(op, "topk_weights", topk_weights, optional=True),
+        )
         tokens = buffer._check_x(op, x, scales, packed=True)
         buffer._check_quant(op, quant if scales is None else None, scale_layout, scales)
         buffer._check_picks(op, "topk_ids", topk_ids, tokens, _IDS)
@@ -216,8 +252,18 @@ class Decode:
             buffer._check_picks(op, "topk_weights", topk_weights, tokens, (torch.float32,))
         kind = QUANTS[quant] if scales is None else SCALE_DTYPES.index(scales.dtype)
         made(buffer)
-        return self.native.dispatch(address(x), address(scales), address(topk_ids), topk_ids.dtype is torch.int32, address(topk_weights),
-                                    topk_weights is not None, tokens, kind, scale_layout == "column", not return_hook)
+        return self.native.dispatch(
+            address(x),
+            address(scales),
+            address(topk_ids),
+            topk_ids.dtype is torch.int32,
+            address(topk_weights),
+            topk_weights is not None,
+            tokens,
+            kind,
+            scale_layout == "column",
+            not return_hook,
+        )
 
     def combine(self, rows, topk_ids, topk_weights, handle, wire, return_hook, out):
         """As Buffer.decode_combine.
@@ -239,40 +285,82 @@ class Decode:
             choices = "None (float64)" if self.dtype is torch.float64 else ", ".join(map(repr, WIRES))
             raise InvalidArgument(f"{op}: wire is {wire!r}; expected {choices}", op=op, rank=self.rank)
         if getattr(handle, "decode", None) is not self.native:
-            raise InvalidArgument(f"{op}: handle is a {type(handle).__qualname__}; expected the handle of a decode_dispatch of this buffer",
-                                  op=op, rank=self.rank)
+            raise InvalidArgument(
+                f"{op}: handle is a {type(handle).__qualname__}; expected the handle of a decode_dispatch of this buffer",
+                op=op,
+                rank=self.rank,
+            )
         self._check_stage(self.native.stage(handle.epoch))
         rows, topk_ids = buffer._as_tensor(op, "rows", rows), buffer._as_tensor(op, "topk_ids", topk_ids)
-        topk_weights, out = buffer._as_tensor(op, "topk_weights", topk_weights, optional=True), buffer._as_tensor(op, "out", out, optional=True, written=True)
+        topk_weights, out = (
+            buffer._as_tensor(op, "topk_weights", topk_weights, optional=True),
+            buffer._as_tensor(op, "out", out, optional=True, written=True),
+        )
         want, device = handle.rows, buffer.comm.device
-        if rows.dtype != want.dtype or rows.device != device or rows.shape != want.shape or not rows.is_contiguous():
-            raise InvalidArgument(f"{op}: rows is {describe(rows)}; expected contiguous {want.dtype} {list(want.shape)} on {device}", op=op, rank=self.rank)
+        if (
+            rows.dtype != want.dtype
+            or rows.device != device
+            or rows.shape != want.shape
+            or not rows.is_contiguous()
+        ):
+            raise InvalidArgument(
+                f"{op}: rows is {describe(rows)}; expected contiguous {want.dtype} {list(want.shape)} on {device}",
+                op=op,
+                rank=self.rank,
+            )
         tokens = handle.tokens
         buffer._check_picks(op, "topk_ids", topk_ids, tokens, _IDS)
         if topk_weights is not None:
             if handle.weights_travel:
-                raise InvalidArgument(f"{op}: topk_weights is given; decode_dispatch has sent the weights, expected None", op=op, rank=self.rank)
+                raise InvalidArgument(
+                    f"{op}: topk_weights is given; decode_dispatch has sent the weights, expected None",
+                    op=op,
+                    rank=self.rank,
+                )
             buffer._check_picks(op, "topk_weights", topk_weights, tokens, (torch.float32,))
         if out is None:
             out = torch.empty((tokens, self.hidden), dtype=self.dtype, device=device)
-        elif out.dtype != self.dtype or out.device != device or tuple(out.shape) != (tokens, self.hidden) or not out.is_contiguous():
-            raise InvalidArgument(f"{op}: out is {describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on {device}",
-                                  op=op, rank=self.rank)
+        elif (
+            out.dtype != self.dtype
+            or out.device != device
+            or tuple(out.shape) != (tokens, self.hidden)
+            or not out.is_contiguous()
+        ):
+            raise InvalidArgument(
+                f"{op}: out is {describe(out)}; expected contiguous {self.dtype} [{tokens}, {self.hidden}] on {device}",
+                op=op,
+                rank=self.rank,
+            )
         buffer._check_apart(op, out, rows=rows, topk_ids=topk_ids, topk_weights=topk_weights)
         if not shares_memory(rows, want):
             for name, t in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
                 if t is not None and shares_memory(t, want):
-                    buffer._refuse(op, f"{name} lies in handle.rows, to which rows are copied first; expected memory of its own, or rows = handle.rows")
+                    buffer._refuse(
+                        op,
+                        f"{name} lies in handle.rows, to which rows are copied first; expected memory of its own, or rows = handle.rows",
+                    )
         buffer._check_start(op, rows=rows, out=out)
         made(buffer)
-        return self.native.combine(handle, rows, address(rows), address(topk_ids), topk_ids.dtype is torch.int32, address(topk_weights), WIRES[wire],
-                                   out, address(out), not return_hook)
+        return self.native.combine(
+            handle,
+            rows,
+            address(rows),
+            address(topk_ids),
+            topk_ids.dtype is torch.int32,
+            address(topk_weights),
+            WIRES[wire],
+            out,
+            address(out),
+            not return_hook,
+        )
 
     def _check_stage(self, stage):
         if stage == _RECEIVED:
             return
-        why = {0: "is too old (two later dispatches use its memory), or its dispatch failed",
-               _SENT: "has not been received; expected its dispatch's hook to be called first"}.get(stage, "has been combined already")
+        why = {
+            0: "is too old (two later dispatches use its memory), or its dispatch failed",
+            _SENT: "has not been received; expected its dispatch's hook to be called first",
+        }.get(stage, "has been combined already")
         raise InvalidArgument(f"decode_combine: handle {why}", op="decode_combine", rank=self.rank)
 
 
@@ -292,15 +380,30 @@ class _Raiser:
     def __call__(self, failure, op):
         made(self._buffer)
         if failure.code == "invalid" and failure.detail == 3:
-            raise InvalidArgument(f"{op}: topk_ids of token {failure.expected} differ from those that decode_dispatch sent; expected the same",
-                                  op=op, rank=self._rank, got=failure.got)
+            raise InvalidArgument(
+                f"{op}: topk_ids of token {failure.expected} differ from those that decode_dispatch sent; expected the same",
+                op=op,
+                rank=self._rank,
+                got=failure.got,
+            )
         if failure.code == "invalid" and failure.detail == 4:
             what = f"{_STAGES[failure.got]}, where it must be {_STAGES[failure.expected]}"
-            raise InvalidArgument(f"{op}: an earlier step of this buffer is {what}; expected its hooks to be called first, and handles to stay in the graph "
-                                  "that they were captured in", op=op, rank=self._rank)
+            raise InvalidArgument(
+                f"{op}: an earlier step of this buffer is {what}; expected its hooks to be called first, and handles to stay in the graph "
+                "that they were captured in",
+                op=op,
+                rank=self._rank,
+            )
         if failure.code == "mismatch":
-            raise ConfigMismatch(f"{op} on rank {self._rank}: rank {failure.peer} called with another dtype, quant, wire or use of topk_weights",
-                                 op=op, phase=failure.phase, rank=self._rank, peer=failure.peer, expected=failure.expected, got=failure.got)
+            raise ConfigMismatch(
+                f"{op} on rank {self._rank}: rank {failure.peer} called with another dtype, quant, wire or use of topk_weights",
+                op=op,
+                phase=failure.phase,
+                rank=self._rank,
+                peer=failure.peer,
+                expected=failure.expected,
+                got=failure.got,
+            )
         raise_failure(failure, op=op, rank=self._rank)
 
 
@@ -312,6 +415,14 @@ def check_shape(size, num_experts, max_tokens, rank):
     InvalidArgument
     """
     if max_tokens > _MAX_TOKENS:
-        raise InvalidArgument(f"decode: decode_max_tokens is {max_tokens}; expected at most {_MAX_TOKENS}", op="decode", rank=rank)
+        raise InvalidArgument(
+            f"decode: decode_max_tokens is {max_tokens}; expected at most {_MAX_TOKENS}",
+            op="decode",
+            rank=rank,
+        )
     if num_experts * max_tokens >= 1 << 30:
-        raise InvalidArgument(f"decode: num_experts * decode_max_tokens is {num_experts * max_tokens}; expected less than 2**30", op="decode", rank=rank)
+        raise InvalidArgument(
+            f"decode: num_experts * decode_max_tokens is {num_experts * max_tokens}; expected less than 2**30",
+            op="decode",
+            rank=rank,
+        )

@@ -8,7 +8,9 @@ import json
 
 from .errors import InvalidArgument, MoecommError
 
-_BYTES = "base64"   # the one key of a dictionary that stands for bytes; dictionaries of values are written as pairs
+_BYTES = (
+    "base64"  # the one key of a dictionary that stands for bytes; dictionaries of values are written as pairs
+)
 _DICT = "pairs"
 _DEEPEST = 32
 
@@ -28,7 +30,9 @@ def _to_json(value, depth=0):
         return [_to_json(v, depth + 1) for v in value]
     if isinstance(value, dict):
         return {_DICT: [[_to_json(k, depth + 1), _to_json(v, depth + 1)] for k, v in value.items()]}
-    raise TypeError(f"a {type(value).__qualname__} is none of None, bool, int, float, str, bytes, list, tuple and dict")
+    raise TypeError(
+        f"a {type(value).__qualname__} is none of None, bool, int, float, str, bytes, list, tuple and dict"
+    )
 
 
 def _from_json(value):
@@ -55,7 +59,9 @@ def encode(value):
     try:
         return json.dumps(_to_json(value), separators=(",", ":")).encode("utf-8", "surrogatepass")
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidArgument(f"a {type(value).__qualname__} cannot be sent to the other ranks: {error}", op="exchange") from error
+        raise InvalidArgument(
+            f"a {type(value).__qualname__} cannot be sent to the other ranks: {error}", op="exchange"
+        ) from error
 
 
 def decode(data):
@@ -69,5 +75,8 @@ def decode(data):
     try:
         return _from_json(json.loads(bytes(data).decode("utf-8", "surrogatepass")))
     except (TypeError, ValueError, KeyError, AttributeError, RecursionError, binascii.Error) as error:
-        raise MoecommError(f"a peer sent {len(data)} bytes that are no value of moecomm's ({error}); do all ranks run the same version?",
-                           op="exchange", phase="connect") from error
+        raise MoecommError(
+            f"a peer sent {len(data)} bytes that are no value of moecomm's ({error}); do all ranks run the same version?",
+            op="exchange",
+            phase="connect",
+        ) from error

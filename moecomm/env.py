@@ -35,7 +35,10 @@ def _count(text):
 
 
 def _rows(text):
-    if text not in ("best", core.isa()):   # chosen when the first row was moved, among those that the machine has
+    if text not in (
+        "best",
+        core.isa(),
+    ):  # chosen when the first row was moved, among those that the machine has
         raise ValueError
     return text
 
@@ -44,17 +47,56 @@ def _rows(text):
 class Environment:
     """The MOECOMM_* variables, read when the object is made."""
 
-    check: bool = _variable("MOECOMM_CHECK", "0", "1: a checksum travels with every row and is verified on arrival; 0: none", _flag)
-    rail: str = _variable("MOECOMM_RAIL", "auto", "between nodes: auto | ucx | loopback (rank threads only)", _one_of("auto", "ucx", "loopback"))
-    cuda_fabric: str = _variable("MOECOMM_CUDA_FABRIC", "auto", "between processes with GPUs: auto | ipc | nccl", _one_of("auto", "ipc", "nccl"))
-    channels: int = _variable("MOECOMM_CHANNELS", "0", "channels of a Buffer that names none; 0: chosen by the shape", _count)
-    populate: int = _variable("MOECOMM_POPULATE_BYTES", "268435456", "bytes of every window mapping whose pages are made ready at start", _count)
-    ucx_direct: bool = _variable("MOECOMM_UCX_DIRECT", "1", "0: UCX puts even where the peer's memory can be mapped (same host); 1: stores there", _flag)
-    group: str = _variable("MOECOMM_GROUP", "auto", "whom Communicator() asks for its ranks: auto (refuses contradictions) | torch | env (RANK, WORLD_SIZE) | mpi | slurm | "
-                           "alone", _one_of("auto", "torch", "env", "mpi", "slurm", "alone"))
-    socket_ifname: str = _variable("MOECOMM_SOCKET_IFNAME", "", "interface whose address ranks of other hosts connect to while objects are made; empty: GLOO_SOCKET_IFNAME, "
-                                   "NCCL_SOCKET_IFNAME, or the one on the way to MASTER_ADDR", str)
-    isa: str = _variable("MOECOMM_ISA", "best", "row kernels: avx512 | avx2 | base, as far as the machine has them", _rows)
+    check: bool = _variable(
+        "MOECOMM_CHECK",
+        "0",
+        "1: a checksum travels with every row and is verified on arrival; 0: none",
+        _flag,
+    )
+    rail: str = _variable(
+        "MOECOMM_RAIL",
+        "auto",
+        "between nodes: auto | ucx | loopback (rank threads only)",
+        _one_of("auto", "ucx", "loopback"),
+    )
+    cuda_fabric: str = _variable(
+        "MOECOMM_CUDA_FABRIC",
+        "auto",
+        "between processes with GPUs: auto | ipc | nccl",
+        _one_of("auto", "ipc", "nccl"),
+    )
+    channels: int = _variable(
+        "MOECOMM_CHANNELS", "0", "channels of a Buffer that names none; 0: chosen by the shape", _count
+    )
+    populate: int = _variable(
+        "MOECOMM_POPULATE_BYTES",
+        "268435456",
+        "bytes of every window mapping whose pages are made ready at start",
+        _count,
+    )
+    ucx_direct: bool = _variable(
+        "MOECOMM_UCX_DIRECT",
+        "1",
+        "0: UCX puts even where the peer's memory can be mapped (same host); 1: stores there",
+        _flag,
+    )
+    group: str = _variable(
+        "MOECOMM_GROUP",
+        "auto",
+        "whom Communicator() asks for its ranks: auto (refuses contradictions) | torch | env (RANK, WORLD_SIZE) | mpi | slurm | "
+        "alone",
+        _one_of("auto", "torch", "env", "mpi", "slurm", "alone"),
+    )
+    socket_ifname: str = _variable(
+        "MOECOMM_SOCKET_IFNAME",
+        "",
+        "interface whose address ranks of other hosts connect to while objects are made; empty: GLOO_SOCKET_IFNAME, "
+        "NCCL_SOCKET_IFNAME, or the one on the way to MASTER_ADDR",
+        str,
+    )
+    isa: str = _variable(
+        "MOECOMM_ISA", "best", "row kernels: avx512 | avx2 | base, as far as the machine has them", _rows
+    )
 
 
 def describe():

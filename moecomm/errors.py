@@ -10,7 +10,9 @@ class MoecommError(RuntimeError):
     out, where it was another one); None where they do not apply.
     """
 
-    def __init__(self, message, *, op=None, phase=None, rank=None, peer=None, expected=None, got=None, reporter=None):
+    def __init__(
+        self, message, *, op=None, phase=None, rank=None, peer=None, expected=None, got=None, reporter=None
+    ):
         super().__init__(message)
         self.op, self.phase, self.rank = op, phase, rank
         self.peer, self.expected, self.got, self.reporter = peer, expected, got, reporter
@@ -63,34 +65,60 @@ def raise_failure(failure, *, op, rank, describe_capacity=None):
     """
     f = failure
     reporter = f.reporter if f.reporter >= 0 else None
-    fields = dict(op=op, phase=f.phase, rank=rank, peer=f.peer if f.peer >= 0 else None, expected=f.expected, got=f.got, reporter=reporter)
+    fields = dict(
+        op=op,
+        phase=f.phase,
+        rank=rank,
+        peer=f.peer if f.peer >= 0 else None,
+        expected=f.expected,
+        got=f.got,
+        reporter=reporter,
+    )
     where = f"{op} on rank {rank}, phase {f.phase}"
     if f.code == "invalid":
         fields["expected"] = fields["peer"] = None
-        what = (f"expert id {f.got if f.got < 2**63 else f.got - 2**64} is out of range" if f.detail == 1
-                else f"expert id {f.got} is picked twice")
-        raise InvalidArgument(f"topk_ids: {what} in token {f.expected}; expected distinct ids in [0, num_experts), or -1", **fields)
+        what = (
+            f"expert id {f.got if f.got < 2**63 else f.got - 2**64} is out of range"
+            if f.detail == 1
+            else f"expert id {f.got} is picked twice"
+        )
+        raise InvalidArgument(
+            f"topk_ids: {what} in token {f.expected}; expected distinct ids in [0, num_experts), or -1",
+            **fields,
+        )
     if f.code == "capacity":
         hint = describe_capacity(f) if describe_capacity else ""
-        raise CapacityExceeded(f"{where}: rank {f.peer} would need {f.expected} {'rows' if f.detail == 1 else 'bytes'}, "
-                               f"{f.got} are available. {hint}", **fields)
+        raise CapacityExceeded(
+            f"{where}: rank {f.peer} would need {f.expected} {'rows' if f.detail == 1 else 'bytes'}, "
+            f"{f.got} are available. {hint}",
+            **fields,
+        )
     if f.code == "refused":
         _raise_refused(f, where, fields)
     if f.code == "out_of_step":
         _raise_out_of_step(f, where, fields)
     if f.code == "mismatch" and op == "combine":
-        raise ConfigMismatch(f"{where}: rank {f.peer} wants values back in its picks' slots and other ranks do not, or the reverse; expected "
-                             "combine on all ranks, or combine_slots on all", **fields)
+        raise ConfigMismatch(
+            f"{where}: rank {f.peer} wants values back in its picks' slots and other ranks do not, or the reverse; expected "
+            "combine on all ranks, or combine_slots on all",
+            **fields,
+        )
     if f.code == "mismatch":
-        raise ConfigMismatch(f"{where}: rank {f.peer} called with another layout, expert_alignment, capacity, dtype, quantization, "
-                             f"handle reuse, placement or layer than its peers", **fields)
+        raise ConfigMismatch(
+            f"{where}: rank {f.peer} called with another layout, expert_alignment, capacity, dtype, quantization, "
+            f"handle reuse, placement or layer than its peers",
+            **fields,
+        )
     reported = "" if reporter is None else f" (reported by rank {reporter})"
     if f.code == "corrupt":
         _raise_corrupt(f, where, rank if reporter is None else reporter, reported, fields)
     if f.peer == rank and f.code == "timeout" and f.detail:
         ended = "another rank has" if reporter is None else f"rank {reporter} has"
-        raise PeerTimeout(f"{where}: this rank did not look at its peers for {f.detail / 1000:.1f} s (it was stopped, or busy elsewhere), and {ended} ended "
-                          "the call without it; expected a longer timeout, or a rank that is not stopped", **fields)
+        raise PeerTimeout(
+            f"{where}: this rank did not look at its peers for {f.detail / 1000:.1f} s (it was stopped, or busy elsewhere), and {ended} ended "
+            "the call without it; expected a longer timeout, or a rank that is not stopped",
+            **fields,
+        )
     who = f"rank {f.peer}" if f.peer >= 0 else "a rank"
     seen = f"{reported}; expected counter {f.expected}, got {f.got}"
     if f.code == "lost":
@@ -118,8 +146,11 @@ _WHY = ("", "its arguments are wrong", "its topk_ids are wrong", "an error ended
 def _raise_refused(failure, where, fields):
     fields["expected"] = fields["got"] = None
     why = _WHY[failure.detail] if 0 < failure.detail < len(_WHY) else "it does not say why"
-    raise InvalidArgument(f"{where}: rank {failure.peer} refused its part in this call: {why}. Nothing was delivered to any rank; expected valid "
-                          f"arguments on all of them (rank {failure.peer}'s own error says which is not)", **fields)
+    raise InvalidArgument(
+        f"{where}: rank {failure.peer} refused its part in this call: {why}. Nothing was delivered to any rank; expected valid "
+        f"arguments on all of them (rank {failure.peer}'s own error says which is not)",
+        **fields,
+    )
 
 
 # By the numbers of Verb in csrc/base/wire.hpp.
@@ -130,9 +161,15 @@ _REFUSED_LATE = 14
 def _raise_out_of_step(failure, where, fields):
     own, theirs = failure.detail & 15, failure.detail >> 4 & 15
     if theirs == _REFUSED_LATE:
-        raise ConfigMismatch(f"{where}: rank {failure.peer} refused its part in an earlier call, for which no host waited: the ranks are not in step any more, "
-                             "and the communicator cannot be used", **fields)
+        raise ConfigMismatch(
+            f"{where}: rank {failure.peer} refused its part in an earlier call, for which no host waited: the ranks are not in step any more, "
+            "and the communicator cannot be used",
+            **fields,
+        )
     who = "this rank" if failure.reporter < 0 else f"rank {failure.reporter}"
     calls = f"calls {_VERBS[theirs]}" if theirs < len(_VERBS) else "makes another call"
-    raise ConfigMismatch(f"{where}: rank {failure.peer} {calls} where {who} calls {_VERBS[own] if own < len(_VERBS) else 'another verb'}; expected the same calls "
-                         "in the same order on all ranks. The communicator cannot be used any more", **fields)
+    raise ConfigMismatch(
+        f"{where}: rank {failure.peer} {calls} where {who} calls {_VERBS[own] if own < len(_VERBS) else 'another verb'}; expected the same calls "
+        "in the same order on all ranks. The communicator cannot be used any more",
+        **fields,
+    )

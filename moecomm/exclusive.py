@@ -25,8 +25,12 @@ class Exclusive:
         """
         with self._lock:
             if self._running is not None:
-                raise InvalidArgument(f"{op}: this thread is inside {self._running} of the same buffer, in whose middle this code runs (a signal handler, "
-                                      f"a finalizer); expected {op} after that call has returned", op=op, rank=self._rank)
+                raise InvalidArgument(
+                    f"{op}: this thread is inside {self._running} of the same buffer, in whose middle this code runs (a signal handler, "
+                    f"a finalizer); expected {op} after that call has returned",
+                    op=op,
+                    rank=self._rank,
+                )
             self._running = op
             try:
                 yield

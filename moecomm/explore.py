@@ -23,6 +23,7 @@ from .balance import Placement
 from .mutations import MUTATIONS
 from .sim import MODES, SCHEDULES, Choosing, Cluster, describe_waiting
 
+
 @dataclass(frozen=True)
 class World:
     """A small world and the calls that it makes. `rounds` are drawn from `seed`, whatever the other fields are."""
@@ -33,12 +34,12 @@ class World:
     channels: int
     experts_per_rank: int
     top_k: int
-    tokens: int      # most of a rank
+    tokens: int  # most of a rank
     rounds: int
     decode: bool = False
     schedule: str = "roles"
     hidden: int = 16
-    choice: bool = False   # of replicas, by everyone's picks
+    choice: bool = False  # of replicas, by everyone's picks
 
     @property
     def size(self):
@@ -51,8 +52,10 @@ class World:
         return "decode" if self.decode else "choice" if self.choice else "dispatch"
 
     def __str__(self):
-        return (f"{self.kind} on {self.schedule} in {self.nodes} node(s) x {self.ranks_per_node} rank(s), {self.channels} channel(s), {self.experts_per_rank} expert(s) per rank, "
-                f"top {self.top_k}, up to {self.tokens} tokens, {self.rounds} round(s), program seed {self.seed}")
+        return (
+            f"{self.kind} on {self.schedule} in {self.nodes} node(s) x {self.ranks_per_node} rank(s), {self.channels} channel(s), {self.experts_per_rank} expert(s) per rank, "
+            f"top {self.top_k}, up to {self.tokens} tokens, {self.rounds} round(s), program seed {self.seed}"
+        )
 
 
 @dataclass
@@ -62,7 +65,7 @@ class Calls:
     world: World
     cluster: Cluster
     program: object
-    pairs: list = field(default_factory=list)   # what the oracle needs, per dispatch
+    pairs: list = field(default_factory=list)  # what the oracle needs, per dispatch
     refusals: random.Random = None
 
 
@@ -71,22 +74,44 @@ def random_world(seed, kind=None):
     r = random.Random(seed)
     nodes, per_node = r.choice([(1, 2), (1, 4), (2, 1), (2, 2), (2, 2), (3, 1), (2, 3), (3, 2), (4, 2)])
     experts = r.randint(1, 3)
-    drawn = r.random()   # whatever is told, so that the rest stays
+    drawn = r.random()  # whatever is told, so that the rest stays
     decode = kind == "decode" if kind else drawn < 0.4
-    world = World(seed, nodes, per_node, r.randint(1, 3), experts, min(r.randint(1, 4), experts * nodes * per_node),
-                 r.choice([r.randint(1, 7), r.randint(1, 7), r.randint(17, 40)]),
-                 r.randint(2, 3) if not decode else r.randint(3, 6), decode,
-                 r.choice(("roles", "lane") if decode else ("roles", "lane", "seats", "seats")))
+    world = World(
+        seed,
+        nodes,
+        per_node,
+        r.randint(1, 3),
+        experts,
+        min(r.randint(1, 4), experts * nodes * per_node),
+        r.choice([r.randint(1, 7), r.randint(1, 7), r.randint(17, 40)]),
+        r.randint(2, 3) if not decode else r.randint(3, 6),
+        decode,
+        r.choice(("roles", "lane") if decode else ("roles", "lane", "seats", "seats")),
+    )
     choice = kind == "choice" if kind else not decode and r.random() < 0.3
-    return replace(world, choice=choice, rounds=world.rounds + 1, schedule=r.choice(SCHEDULES)) if choice else world
+    return (
+        replace(world, choice=choice, rounds=world.rounds + 1, schedule=r.choice(SCHEDULES))
+        if choice
+        else world
+    )
 
 
 def _rows(tokens, hidden, scaled, g):
     """(xs, scales): random rows of every rank, quantized or not."""
     if not scaled:
-        return [torch.randn((t, hidden), generator=g, dtype=torch.float32, device="cpu").to(torch.bfloat16) for t in tokens], None
-    return ([torch.randint(1, 100, (t, hidden), generator=g, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn) for t in tokens],
-            [torch.rand((t, -(-hidden // 128)), generator=g, dtype=torch.float32, device="cpu") for t in tokens])
+        return [
+            torch.randn((t, hidden), generator=g, dtype=torch.float32, device="cpu").to(torch.bfloat16)
+            for t in tokens
+        ], None
+    return (
+        [
+            torch.randint(1, 100, (t, hidden), generator=g, dtype=torch.uint8, device="cpu").view(
+                torch.float8_e4m3fn
+            )
+            for t in tokens
+        ],
+        [torch.rand((t, -(-hidden // 128)), generator=g, dtype=torch.float32, device="cpu") for t in tokens],
+    )
 
 
 def build(world):
@@ -94,17 +119,39 @@ def build(world):
     r, g = random.Random(world.seed + 1), torch.Generator().manual_seed(world.seed)
     num_experts, hidden = world.size * world.experts_per_rank, world.hidden
     rows = world.size * world.tokens * min(world.top_k, world.experts_per_rank)
-    cluster = Cluster(world.size, ranks_per_node=world.ranks_per_node, hidden=hidden, num_experts=num_experts, top_k=world.top_k,
-                      max_tokens=world.tokens, channels=world.channels, num_sms=2, payload=True, decode=world.decode, schedule=world.schedule,
-                      placement=_placement(world, r) if world.choice else None, arena_bytes=-(-3 * (rows * (4 * hidden + 12 * world.top_k + 128) + 1024) // 4096) * 4096)
+    cluster = Cluster(
+        world.size,
+        ranks_per_node=world.ranks_per_node,
+        hidden=hidden,
+        num_experts=num_experts,
+        top_k=world.top_k,
+        max_tokens=world.tokens,
+        channels=world.channels,
+        num_sms=2,
+        payload=True,
+        decode=world.decode,
+        schedule=world.schedule,
+        placement=_placement(world, r) if world.choice else None,
+        arena_bytes=-(-3 * (rows * (4 * hidden + 12 * world.top_k + 128) + 1024) // 4096) * 4096,
+    )
     calls = Calls(world, cluster, cluster.program(), refusals=random.Random(world.seed + 2))
     for number in range(world.rounds):
         layout = r.choice(["expert", "expert", "rank"])
         alignment = r.choice([1, 1, 3]) if layout == "expert" else 1
         tokens = [r.choice([0, world.tokens, r.randint(0, world.tokens)]) for _ in range(world.size)]
-        ids = [torch.rand((t, cluster.logical_experts or num_experts), generator=g, dtype=torch.float32, device="cpu").argsort(1)[:, :world.top_k] for t in tokens]
-        ids = [i.masked_fill(torch.rand(i.shape, generator=g, dtype=torch.float32, device="cpu") < 0.2, -1) for i in ids]
-        weights = [torch.rand((t, world.top_k), generator=g, dtype=torch.float32, device="cpu") for t in tokens]
+        ids = [
+            torch.rand(
+                (t, cluster.logical_experts or num_experts), generator=g, dtype=torch.float32, device="cpu"
+            ).argsort(1)[:, : world.top_k]
+            for t in tokens
+        ]
+        ids = [
+            i.masked_fill(torch.rand(i.shape, generator=g, dtype=torch.float32, device="cpu") < 0.2, -1)
+            for i in ids
+        ]
+        weights = [
+            torch.rand((t, world.top_k), generator=g, dtype=torch.float32, device="cpu") for t in tokens
+        ]
         capacity = r.choice([None, None, rows + world.experts_per_rank * (alignment - 1) + 3, 1])
         xs, scales = _rows(tokens, hidden, r.random() < 0.3, g)
         if world.decode:
@@ -116,7 +163,16 @@ def build(world):
         quant = None if scales is not None else r.choice([None, None, "fp8", "fp8_ue8m0"])
         wire = r.choice([None, None, "fp8", "logfmt10"])
         shape = {"layout": layout, "expert_alignment": alignment, "capacity": capacity, "choosing": choosing}
-        calls.program.dispatch(ids, weights, xs=xs, scales=scales, quant=quant, handle=handle, before_ns=r.choice([0, 0, 20_000]), **shape)
+        calls.program.dispatch(
+            ids,
+            weights,
+            xs=xs,
+            scales=scales,
+            quant=quant,
+            handle=handle,
+            before_ns=r.choice([0, 0, 20_000]),
+            **shape,
+        )
         refused = _refuse(calls) or refused
         if quant is None and not refused:
             calls.pairs.append((xs, ids, weights, scales, shape))
@@ -125,13 +181,22 @@ def build(world):
         calls.program.combine(handle=handle, echo_weights=echo_weights, wire=wire, keep=again)
         if not refused:
             _refuse(calls)
-        if again:   # the rows are still there: once more, from the same place
+        if again:  # the rows are still there: once more, from the same place
             calls.program.combine(handle=handle, echo_weights=echo_weights, wire=wire, flip=1)
-        if r.random() < 0.3 and not refused:   # the plan is reused with other rows
-            fresh = [torch.randn((t, hidden), generator=g, dtype=torch.float32, device="cpu").to(torch.bfloat16) for t in tokens]
+        if r.random() < 0.3 and not refused:  # the plan is reused with other rows
+            fresh = [
+                torch.randn((t, hidden), generator=g, dtype=torch.float32, device="cpu").to(torch.bfloat16)
+                for t in tokens
+            ]
             calls.program.dispatch(xs=fresh, handle=handle, **{**shape, "choosing": None})
             calls.program.combine(handle=handle, flip=2)
-    if world.ranks_per_node == 1 and not world.decode and not world.choice and world.schedule != "seats" and calls.refusals.random() < 0.3:
+    if (
+        world.ranks_per_node == 1
+        and not world.decode
+        and not world.choice
+        and world.schedule != "seats"
+        and calls.refusals.random() < 0.3
+    ):
         _stray(calls, xs, ids)
     return calls
 
@@ -168,14 +233,19 @@ def _choose(calls, r, ids):
 
     def draw():
         mode = r.choice(MODES)
-        return {"mode": mode, "activate": r.choice([None, w.experts_per_rank] if mode == "optimal" else [w.experts_per_rank])}
+        return {
+            "mode": mode,
+            "activate": r.choice([None, w.experts_per_rank] if mode == "optimal" else [w.experts_per_rank]),
+        }
 
     for _ in range(r.choice([0, 0, 1, 2])):
         calls.program.choose(ids, Choosing(**draw(), routings=_odd_one(w, r) if r.random() < 0.1 else None))
         _refuse(calls)
     if r.random() < 0.2:
         return None
-    return Choosing(**draw(), routings=_odd_one(w, r, plain=w.schedule != "seats") if r.random() < 0.15 else None)
+    return Choosing(
+        **draw(), routings=_odd_one(w, r, plain=w.schedule != "seats") if r.random() < 0.15 else None
+    )
 
 
 def _odd_one(world, r, plain=False):
@@ -189,15 +259,24 @@ def _decode_round(calls, r, xs, ids, weights, scales, number):
     """A decode dispatch, perhaps without its receive phase, and perhaps a combine."""
     p, travel = calls.program, r.random() < 0.4
     quant = None if scales is not None else r.choice([None, None, "fp8"])
-    p.decode_dispatch(ids, weights if travel else None, xs=xs, scales=scales, quant=quant, before_ns=r.choice([0, 0, 20_000]))
+    p.decode_dispatch(
+        ids,
+        weights if travel else None,
+        xs=xs,
+        scales=scales,
+        quant=quant,
+        before_ns=r.choice([0, 0, 20_000]),
+    )
     if quant is None:
         calls.pairs.append((xs, ids, weights, scales, {"travel": travel}))
     _refuse(calls)
     if r.random() < 0.2:
-        return   # the next dispatch receives this one, its rows are not answered
+        return  # the next dispatch receives this one, its rows are not answered
     p.decode_hook()
     if r.random() < 0.8:
-        p.decode_combine(None if travel else weights, flip=number % 3, wire=r.choice([None, None, "fp8", "logfmt10"]))
+        p.decode_combine(
+            None if travel else weights, flip=number % 3, wire=r.choice([None, None, "fp8", "logfmt10"])
+        )
         _refuse(calls)
         if r.random() < 0.8:
             p.decode_hook()
@@ -212,19 +291,27 @@ def check_calm_decode(calls):
     c = calls.cluster
     for xs, ids, weights, scales, how in calls.pairs:
         c.reset()
-        want = reference.decode_dispatch(xs, ids, num_experts=c.num_experts, max_tokens=c.max_tokens, scales=scales)
+        want = reference.decode_dispatch(
+            xs, ids, num_experts=c.num_experts, max_tokens=c.max_tokens, scales=scales
+        )
         got = c.decode_dispatch(xs, ids, weights if how["travel"] else None, scales=scales)
         for rank, (g, w) in enumerate(zip(got, want)):
             same = _same(g.counts, w.counts)
             for e, n in enumerate(w.counts.tolist()):
                 same = same and _same(g.x[e, :n].contiguous(), w.x[e, :n].contiguous())
-                same = same and (scales is None or _same(g.scales[e, :n].contiguous(), w.scales[e, :n].contiguous()))
+                same = same and (
+                    scales is None or _same(g.scales[e, :n].contiguous(), w.scales[e, :n].contiguous())
+                )
             assert same, f"{calls.world}: calm decode dispatch differs from the oracle on rank {rank}"
         if scales is None:
             rows = [w.x for w in want]
             ys = c.decode_combine(rows, None if how["travel"] else weights, num_tokens=[len(x) for x in xs])
-            expected = reference.decode_combine(rows, ids, weights, num_experts=c.num_experts, weights_travel=how["travel"])
-            assert all(_same(y, e) for y, e in zip(ys, expected)), f"{calls.world}: calm decode combine differs from the oracle"
+            expected = reference.decode_combine(
+                rows, ids, weights, num_experts=c.num_experts, weights_travel=how["travel"]
+            )
+            assert all(_same(y, e) for y, e in zip(ys, expected)), (
+                f"{calls.world}: calm decode combine differs from the oracle"
+            )
 
 
 def check_calm(calls):
@@ -240,15 +327,27 @@ def check_calm(calls):
             check_choice(calls, ids, choosing)
         want = reference.dispatch(xs, slots, weights, num_experts=c.num_experts, scales=scales, **shape)
         for rank, (g, w) in enumerate(zip(got, want)):
-            for name in ("x", "scales", "topk_weights", "topk_ids", "tokens_per_expert", "source_rank", "source_token"):
-                assert _same(getattr(g, name), getattr(w, name)), \
+            for name in (
+                "x",
+                "scales",
+                "topk_weights",
+                "topk_ids",
+                "tokens_per_expert",
+                "source_rank",
+                "source_token",
+            ):
+                assert _same(getattr(g, name), getattr(w, name)), (
                     f"{calls.world}: calm dispatch differs from the oracle on rank {rank}: {name}"
+                )
         if scales is None:
             ys = c.combine([w.x for w in want], num_tokens=[len(x) for x in xs])
-            expected = reference.combine([w.x for w in want], want, [len(x) for x in xs], ranks_per_node=c.ranks_per_node)
+            expected = reference.combine(
+                [w.x for w in want], want, [len(x) for x in xs], ranks_per_node=c.ranks_per_node
+            )
             for rank in range(c.size):
-                assert _same(ys[rank], expected[rank]), \
+                assert _same(ys[rank], expected[rank]), (
                     f"{calls.world}: calm combine differs from the oracle on rank {rank}"
+                )
 
 
 def check_choice(calls, ids, choosing):
@@ -259,7 +358,9 @@ def check_choice(calls, ids, choosing):
     for rank, (wanted, slots) in enumerate(zip(ids, choosing.slots)):
         served = torch.where(slots < 0, -1, c.placement.physical_to_logical[0][slots.clamp(min=0)])
         assert torch.equal(served, wanted), f"{calls.world}: rank {rank} chose slots of other experts"
-        assert torch.equal(choosing.counted[rank].long(), counted), f"{calls.world}: rank {rank} counted other picks"
+        assert torch.equal(choosing.counted[rank].long(), counted), (
+            f"{calls.world}: rank {rank} counted other picks"
+        )
 
 
 def explore_world(world, schedules, *, first_seed=0, flaw="none", phase="none", chosen=False, oracle=True):
@@ -267,13 +368,26 @@ def explore_world(world, schedules, *, first_seed=0, flaw="none", phase="none", 
     calls = build(world)
     if oracle:
         (check_calm_decode if world.decode else check_calm)(calls)
+
     def explore():
-        return calls.cluster._native.explore(calls.program._native, flaw, phase, chosen, first_seed, schedules)
+        return calls.cluster._native.explore(
+            calls.program._native, flaw, phase, chosen, first_seed, schedules
+        )
 
     # A flawed protocol may also read what it should not: that ends a process, and is as good as found.
     found = explore() if flaw == "none" else _in_child(explore)
     if found is None:
-        found = {"found": True, "schedules": schedules, "seed": first_seed, "perturbations": 0, "call": -1, "rank": -1, "what": "crash", "log": [], "stuck": []}
+        found = {
+            "found": True,
+            "schedules": schedules,
+            "seed": first_seed,
+            "perturbations": 0,
+            "call": -1,
+            "rank": -1,
+            "what": "crash",
+            "log": [],
+            "stuck": [],
+        }
     found["world"] = world
     return found
 
@@ -284,7 +398,7 @@ def _in_child(fn):
     pid = os.fork()
     if pid == 0:
         os.close(read)
-        faulthandler.disable()   # a crash is an answer here
+        faulthandler.disable()  # a crash is an answer here
         with os.fdopen(write, "wb") as out:
             pickle.dump(fn(), out)
         os._exit(0)
@@ -304,11 +418,21 @@ def shrink(found, *, flaw="none", phase="none", schedules=300):
         smaller = [replace(w, rounds=w.rounds - 1)] if w.rounds > 1 else []
         smaller += [replace(w, channels=1)] if w.channels > 1 else []
         smaller += [replace(w, tokens=t) for t in {1, w.tokens // 2, w.tokens - 1} if 0 < t < w.tokens]
-        smaller += [replace(w, ranks_per_node=w.ranks_per_node - 1)] if w.ranks_per_node > 1 and w.top_k <= (w.size - w.nodes) * w.experts_per_rank else []
-        smaller += [replace(w, nodes=w.nodes - 1)] if w.nodes > 1 and w.top_k <= (w.size - w.ranks_per_node) * w.experts_per_rank else []
+        smaller += (
+            [replace(w, ranks_per_node=w.ranks_per_node - 1)]
+            if w.ranks_per_node > 1 and w.top_k <= (w.size - w.nodes) * w.experts_per_rank
+            else []
+        )
+        smaller += (
+            [replace(w, nodes=w.nodes - 1)]
+            if w.nodes > 1 and w.top_k <= (w.size - w.ranks_per_node) * w.experts_per_rank
+            else []
+        )
         for candidate in smaller:
             again = explore_world(candidate, schedules, flaw=flaw, phase=phase, oracle=False)
-            if again["found"] and 0 < len(again["log"]) < len(best["log"]):   # 0: it crashed, which shows nothing
+            if again["found"] and 0 < len(again["log"]) < len(
+                best["log"]
+            ):  # 0: it crashed, which shows nothing
                 best, progress = again, True
                 break
     return best
@@ -316,15 +440,22 @@ def shrink(found, *, flaw="none", phase="none", schedules=300):
 
 def report(found):
     """A finding in words."""
-    lines = [f"{found['what']}: call {found['call']}, rank {found['rank']}; schedule seed {found['seed']}, {found['perturbations']} perturbation(s)",
-             f"  world: {found['world']}"]
+    lines = [
+        f"{found['what']}: call {found['call']}, rank {found['rank']}; schedule seed {found['seed']}, {found['perturbations']} perturbation(s)",
+        f"  world: {found['world']}",
+    ]
     lines += [f"  {describe_waiting(w)}" for w in found["stuck"]]
     trace = [line for line in found["log"] if line["did"] != "landed"]
     lines.append(f"  the last of {len(trace)} steps (us):")
     for line in trace[-40:]:
         who = f"rank {line['rank']} {line['role']}" + (f"[{line['channel']}]" if line["channel"] >= 0 else "")
         what = {"role": "ends", "give_up": "gives up waiting"}.get(line["did"], line["did"])
-        of = "" if line["did"] == "role" else f" peer {line['peer']} at {line['offset']} value {line['value']}" + (f" ({line['phase']})" if line["phase"] != "none" else "")
+        of = (
+            ""
+            if line["did"] == "role"
+            else f" peer {line['peer']} at {line['offset']} value {line['value']}"
+            + (f" ({line['phase']})" if line["phase"] != "none" else "")
+        )
         lines.append(f"    {line['begin'] / 1e6:10.3f} .. {line['end'] / 1e6:10.3f}  {who:22} {what}{of}")
     return "\n".join(lines)
 
@@ -366,7 +497,9 @@ def run(schedules, *, first_seed=0, kind=None, per_world=250, workers=None):
     for process, job in zip(processes, jobs):
         process.join()
         if process.exitcode:
-            raise RuntimeError(f"explore: a worker died with status {process.exitcode} at program seed {job[4].value}")
+            raise RuntimeError(
+                f"explore: a worker died with status {process.exitcode} at program seed {job[4].value}"
+            )
     results = [findings.get() for _ in processes]
     return total.value, next((f for f in results if f), None)
 
@@ -378,14 +511,22 @@ def arguments(parser):
     parser.add_argument("--kind", choices=("dispatch", "decode", "choice"), help="of programs; default: all")
     parser.add_argument("--per-world", type=options.positive, default=250, help="schedules of each program")
     parser.add_argument("--workers", type=options.ranks, default=None, help="processes; default: all cores")
-    parser.add_argument("--mutations", action="store_true", help="first break the protocol in every known way: each must be found")
+    parser.add_argument(
+        "--mutations",
+        action="store_true",
+        help="first break the protocol in every known way: each must be found",
+    )
 
 
 def find_mutation(flaw, phase, kind, *, schedules_per_world=100, worlds=200, first_seed=0):
     """(schedules until it was found, finding), or (schedules, None)."""
     run_so_far = 0
     chosen = kind == "chosen"
-    for world in (w for seed in range(first_seed, first_seed + worlds) if (w := random_world(seed)).kind == ("choice" if chosen else kind)):
+    for world in (
+        w
+        for seed in range(first_seed, first_seed + worlds)
+        if (w := random_world(seed)).kind == ("choice" if chosen else kind)
+    ):
         found = explore_world(world, schedules_per_world, flaw=flaw, phase=phase, chosen=chosen, oracle=False)
         run_so_far += found["schedules"]
         if found["found"]:
@@ -400,10 +541,19 @@ def main(args):
         for name, flaw, phase, kind in MUTATIONS:
             n, found = find_mutation(flaw, phase, kind)
             missed += found is None
-            print(f"  {name:48} " + (f"found in schedule {n}: {found['what']}" if found else f"NOT FOUND in {n} schedules"), flush=True)
+            print(
+                f"  {name:48} "
+                + (f"found in schedule {n}: {found['what']}" if found else f"NOT FOUND in {n} schedules"),
+                flush=True,
+            )
     begin = time.perf_counter()
-    n, found = run(args.schedules, first_seed=args.seed, kind=args.kind, per_world=args.per_world, workers=args.workers)
-    print(f"{n} schedules in {time.perf_counter() - begin:.0f} s: " + ("nothing found" if found is None else "FOUND"))
+    n, found = run(
+        args.schedules, first_seed=args.seed, kind=args.kind, per_world=args.per_world, workers=args.workers
+    )
+    print(
+        f"{n} schedules in {time.perf_counter() - begin:.0f} s: "
+        + ("nothing found" if found is None else "FOUND")
+    )
     if found is not None:
         print(report(found))
         small = shrink(found)

@@ -50,15 +50,22 @@ def group_limited_top_k(affinities, top_k, *, num_groups=1, top_groups=1, bias=N
     if not 1 <= top_k <= experts:
         raise InvalidArgument(f"top_k: got {top_k}; expected 1..{experts}", op="gate")
     if num_groups < 1 or experts % num_groups:
-        raise InvalidArgument(f"num_groups: got {num_groups}; expected a divisor of the {experts} experts", op="gate")
+        raise InvalidArgument(
+            f"num_groups: got {num_groups}; expected a divisor of the {experts} experts", op="gate"
+        )
     per_group = experts // num_groups
     if not 1 <= top_groups <= num_groups or top_groups * per_group < top_k:
-        raise InvalidArgument(f"top_groups: got {top_groups}; expected 1..{num_groups}, holding at least top_k = {top_k} experts", op="gate")
+        raise InvalidArgument(
+            f"top_groups: got {top_groups}; expected 1..{num_groups}, holding at least top_k = {top_k} experts",
+            op="gate",
+        )
     scores = affinities if bias is None else affinities + bias
     if top_groups < num_groups:
         grouped = scores.view(tokens, num_groups, per_group)
         group_scores = grouped.topk(min(group_terms, per_group), dim=-1).values.sum(-1)
-        kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, group_scores.topk(top_groups, dim=-1).indices, True)
+        kept = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(
+            1, group_scores.topk(top_groups, dim=-1).indices, True
+        )
         scores = grouped.masked_fill(~kept[:, :, None], -math.inf).view(tokens, experts)
     return scores.topk(top_k, dim=-1).indices
 
@@ -116,7 +123,14 @@ def softmax_gate(logits, top_k, *, num_groups=1, top_groups=1, normalize=True, s
 
 
 def _choose(affinities, top_k, num_groups, top_groups, bias, normalize, scale, group_terms):
-    ids = group_limited_top_k(affinities.detach(), top_k, num_groups=num_groups, top_groups=top_groups, bias=bias, group_terms=group_terms)
+    ids = group_limited_top_k(
+        affinities.detach(),
+        top_k,
+        num_groups=num_groups,
+        top_groups=top_groups,
+        bias=bias,
+        group_terms=group_terms,
+    )
     weights = affinities.gather(1, ids)
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -132,7 +146,9 @@ def count_picks(topk_ids, num_experts):
     num_experts : int
     """
     ids = topk_ids.flatten() + 1
-    return torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))[1:]
+    return torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(
+        0, ids, torch.ones_like(ids)
+    )[1:]
 
 
 @torch.no_grad()
@@ -160,8 +176,11 @@ def update_bias(bias, counts, speed):
     Source: DeepSeek-V3 technical report, section 2.1.2, "auxiliary-loss-free load balancing".
     """
     if bias.dtype not in (torch.float32, torch.float64):
-        raise InvalidArgument(f"update_bias: bias is {bias.dtype}, which loses steps of {speed}; expected float32 or float64 "
-                              "(keep_float32 keeps a module's bias so)", op="update_bias")
+        raise InvalidArgument(
+            f"update_bias: bias is {bias.dtype}, which loses steps of {speed}; expected float32 or float64 "
+            "(keep_float32 keeps a module's bias so)",
+            op="update_bias",
+        )
     counts = counts.to(torch.float64)
     return bias.add_(torch.sign(counts.mean() - counts).to(bias.dtype), alpha=speed)
 
@@ -188,8 +207,13 @@ def balance_loss(affinities, topk_ids, alpha):
     """
     *batch, length, experts = affinities.shape
     sequences, top_k = math.prod(batch), topk_ids.shape[-1]
-    affinities, ids = affinities.reshape(sequences, length, experts), topk_ids.reshape(sequences, length, top_k)
-    affinities = affinities.to(torch.promote_types(affinities.dtype, torch.float32))   # bfloat16 counts to 256 only
+    affinities, ids = (
+        affinities.reshape(sequences, length, experts),
+        topk_ids.reshape(sequences, length, top_k),
+    )
+    affinities = affinities.to(
+        torch.promote_types(affinities.dtype, torch.float32)
+    )  # bfloat16 counts to 256 only
     picked = torch.zeros(len(ids), experts + 1, dtype=affinities.dtype, device=ids.device)
     picked.scatter_add_(1, ids.flatten(1) + 1, torch.ones_like(ids, dtype=affinities.dtype).flatten(1))
     # Sums over at least one token and one sequence: the mean of nothing would be NaN.
@@ -204,8 +228,14 @@ def _apply_keeping(names, apply, module, fn, recurse):
     apply(module, fn, recurse)
     for name, value in before.items():
         now = getattr(module, name)
-        if now.dtype != torch.float32:   # a move and a cast are one function: what the cast rounded away comes from before it
-            now.data = torch.empty_like(now, dtype=torch.float32) if value.is_meta else value.to(now.device, torch.float32)
+        if (
+            now.dtype != torch.float32
+        ):  # a move and a cast are one function: what the cast rounded away comes from before it
+            now.data = (
+                torch.empty_like(now, dtype=torch.float32)
+                if value.is_meta
+                else value.to(now.device, torch.float32)
+            )
     return module
 
 
@@ -273,23 +303,44 @@ class Gate(nn.Module):
     Source: DeepSeek-V3 technical report, section 2.1.2.
     """
 
-    def __init__(self, hidden, num_experts, top_k, *, score="sigmoid", num_groups=1, top_groups=1, normalize=True, scale=1.0):
+    def __init__(
+        self,
+        hidden,
+        num_experts,
+        top_k,
+        *,
+        score="sigmoid",
+        num_groups=1,
+        top_groups=1,
+        normalize=True,
+        scale=1.0,
+    ):
         super().__init__()
         if score not in ("sigmoid", "softmax"):
             raise InvalidArgument(f"score: got {score!r}; expected 'sigmoid' or 'softmax'", op="Gate")
         self.num_experts, self.top_k, self.score = num_experts, top_k, score
-        self.num_groups, self.top_groups, self.normalize, self.scale = num_groups, top_groups, normalize, scale
+        self.num_groups, self.top_groups, self.normalize, self.scale = (
+            num_groups,
+            top_groups,
+            normalize,
+            scale,
+        )
         device = torch.get_default_device()
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden, dtype=torch.get_default_dtype(), device=device))
-        nn.init.normal_(self.weight, std=hidden ** -0.5)
-        self.register_buffer("bias", torch.zeros(num_experts, dtype=torch.float32, device=device) if score == "sigmoid" else None)
+        self.weight = nn.Parameter(
+            torch.empty(num_experts, hidden, dtype=torch.get_default_dtype(), device=device)
+        )
+        nn.init.normal_(self.weight, std=hidden**-0.5)
+        self.register_buffer(
+            "bias",
+            torch.zeros(num_experts, dtype=torch.float32, device=device) if score == "sigmoid" else None,
+        )
 
     def _apply(self, fn, recurse=True):
         return _apply_keeping(() if self.bias is None else ("bias",), nn.Module._apply, self, fn, recurse)
 
     def _load_from_state_dict(self, *how):
         super()._load_from_state_dict(*how)
-        if self.bias is not None:   # load_state_dict(assign=True) takes the tensor as it is
+        if self.bias is not None:  # load_state_dict(assign=True) takes the tensor as it is
             _widen("bias", self)
 
     def forward(self, x):
@@ -298,7 +349,16 @@ class Gate(nn.Module):
             logits = nn.functional.linear(x.float(), self.weight.float())
         sigmoid = self.score == "sigmoid"
         affinities = logits.sigmoid() if sigmoid else logits.softmax(-1)
-        ids, weights = _choose(affinities, self.top_k, self.num_groups, self.top_groups, self.bias, self.normalize, self.scale, 2 if sigmoid else 1)
+        ids, weights = _choose(
+            affinities,
+            self.top_k,
+            self.num_groups,
+            self.top_groups,
+            self.bias,
+            self.normalize,
+            self.scale,
+            2 if sigmoid else 1,
+        )
         return Routing(ids, weights, affinities)
 
     def update_bias(self, counts, speed):
@@ -307,5 +367,7 @@ class Gate(nn.Module):
 
     def extra_repr(self):
         """What print(gate) says."""
-        return (f"{self.weight.shape[1]}, num_experts={self.num_experts}, top_k={self.top_k}, score={self.score!r}, "
-                f"groups={self.top_groups}/{self.num_groups}, normalize={self.normalize}, scale={self.scale}")
+        return (
+            f"{self.weight.shape[1]}, num_experts={self.num_experts}, top_k={self.top_k}, score={self.score!r}, "
+            f"groups={self.top_groups}/{self.num_groups}, normalize={self.normalize}, scale={self.scale}"
+        )

@@ -25,10 +25,14 @@ def grouped_mm(x, w, ends):
     -------
     Tensor [N, M]
     """
-    x, w, ends = (plain("grouped_mm", name, t, traceable=True) for name, t in (("x", x), ("w", w), ("ends", ends)))
+    x, w, ends = (
+        plain("grouped_mm", name, t, traceable=True) for name, t in (("x", x), ("w", w), ("ends", ends))
+    )
     if _torch_has_it(x, w):
         # To the last row, so that all rows are defined.
-        offsets = torch.cat([ends[:-1], ends.new_full((1,), x.shape[0])]).to(device=x.device, dtype=torch.int32)
+        offsets = torch.cat([ends[:-1], ends.new_full((1,), x.shape[0])]).to(
+            device=x.device, dtype=torch.int32
+        )
         return torch.nn.functional.grouped_mm(x, w, offs=offsets)
     return torch.ops.moecomm.grouped_mm(x, w, ends)
 
@@ -43,9 +47,13 @@ def grouped_mm_into(out, x, w, ends):
 
 
 def _torch_has_it(x, w):
-    if not hasattr(torch.nn.functional, "grouped_mm") or not all(n * x.element_size() % 16 == 0 for n in w.shape[1:]):
+    if not hasattr(torch.nn.functional, "grouped_mm") or not all(
+        n * x.element_size() % 16 == 0 for n in w.shape[1:]
+    ):
         return False
-    kinds = (torch.bfloat16,) if torch.compiler.is_compiling() else (torch.bfloat16, torch.float16, torch.float32)   # what torch can trace
+    kinds = (
+        (torch.bfloat16,) if torch.compiler.is_compiling() else (torch.bfloat16, torch.float16, torch.float32)
+    )  # what torch can trace
     return x.dtype in kinds
 
 
@@ -66,20 +74,35 @@ def _outer(x, y, ends):
 
 def _mm_backward(ctx, y):
     x, w, ends = ctx.saved_tensors
-    return torch.ops.moecomm.grouped_mm(y, w.transpose(1, 2), ends), torch.ops.moecomm.grouped_outer(x, y, ends), None
+    return (
+        torch.ops.moecomm.grouped_mm(y, w.transpose(1, 2), ends),
+        torch.ops.moecomm.grouped_outer(x, y, ends),
+        None,
+    )
 
 
 def _outer_backward(ctx, w):
     x, y, ends = ctx.saved_tensors
-    return torch.ops.moecomm.grouped_mm(y, w.transpose(1, 2), ends), torch.ops.moecomm.grouped_mm(x, w, ends), None
+    return (
+        torch.ops.moecomm.grouped_mm(y, w.transpose(1, 2), ends),
+        torch.ops.moecomm.grouped_mm(x, w, ends),
+        None,
+    )
 
 
 def _define(name, run, fake, backward):
-    op = torch.library.custom_op(f"moecomm::{name}", run, mutates_args=(), schema="(Tensor x, Tensor w, Tensor ends) -> Tensor")
+    op = torch.library.custom_op(
+        f"moecomm::{name}", run, mutates_args=(), schema="(Tensor x, Tensor w, Tensor ends) -> Tensor"
+    )
     op.register_fake(fake)
     op.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 _define("grouped_mm", _mm, lambda x, w, ends: x.new_empty(x.shape[0], w.shape[2]), _mm_backward)
 # The adjoint in w: the product of x's and y's rows of each group.
-_define("grouped_outer", _outer, lambda x, w, ends: x.new_empty(ends.shape[0], x.shape[1], w.shape[1]), _outer_backward)
+_define(
+    "grouped_outer",
+    _outer,
+    lambda x, w, ends: x.new_empty(ends.shape[0], x.shape[1], w.shape[1]),
+    _outer_backward,
+)

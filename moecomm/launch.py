@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 from .errors import InvalidArgument
 
-HOW = ('pass the group: Communicator(torch.distributed.group.WORLD), Communicator(mpi4py.MPI.COMM_WORLD) or Communicator("alone"); or set '
-       "MOECOMM_GROUP to torch, env, mpi, slurm or alone")
+HOW = (
+    'pass the group: Communicator(torch.distributed.group.WORLD), Communicator(mpi4py.MPI.COMM_WORLD) or Communicator("alone"); or set '
+    "MOECOMM_GROUP to torch, env, mpi, slurm or alone"
+)
 
 
 @dataclass(frozen=True)
 class Claim:
     """What one launcher says: by which variables, rank and size (None: it does not say)."""
 
-    kind: str        # env: RANK and WORLD_SIZE, as torchrun sets them; mpi; slurm
+    kind: str  # env: RANK and WORLD_SIZE, as torchrun sets them; mpi; slurm
     source: str
     rank: int | None
     size: int | None
@@ -25,12 +27,18 @@ class Claim:
 
 
 # (kind, rank, size) by the variables of each launcher, innermost first. Slurm comes apart: other launchers run inside its steps.
-_LAUNCHERS = (("env", "RANK", "WORLD_SIZE"), ("mpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("mpi", "PMI_RANK", "PMI_SIZE"),
-              ("mpi", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"), ("mpi", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
-              ("mpi", "FLUX_TASK_RANK", "FLUX_JOB_SIZE"), ("mpi", "PALS_RANKID", "PALS_SIZE"))
+_LAUNCHERS = (
+    ("env", "RANK", "WORLD_SIZE"),
+    ("mpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("mpi", "PMI_RANK", "PMI_SIZE"),
+    ("mpi", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+    ("mpi", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
+    ("mpi", "FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
+    ("mpi", "PALS_RANKID", "PALS_SIZE"),
+)
 # Set by launchers that say no size: they are asked through MPI.
 _SIGNS = (("mpi", "PMIX_RANK"), ("mpi", "MPI_LOCALNRANKS"))
-_RAY = "RAY_RAYLET_PID"   # set in every worker process of Ray
+_RAY = "RAY_RAYLET_PID"  # set in every worker process of Ray
 # Steps of Slurm that are no parallel job: an interactive shell, the batch script and its like.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
@@ -43,7 +51,10 @@ def _number(e, name):
     except ValueError:
         value = -1
     if value < 0:
-        raise InvalidArgument(f"{name}: got {e[name]!r} in the environment; expected an integer >= 0, or none of it. Otherwise {HOW}", op="Communicator")
+        raise InvalidArgument(
+            f"{name}: got {e[name]!r} in the environment; expected an integer >= 0, or none of it. Otherwise {HOW}",
+            op="Communicator",
+        )
     return value
 
 
@@ -52,7 +63,12 @@ def slurm(e=os.environ):
     step = e.get("SLURM_STEP_ID", e.get("SLURM_STEPID", ""))
     if not step.isdigit() or int(step) >= _FIRST_SPECIAL_STEP or "SLURM_PROCID" not in e:
         return None
-    return Claim("slurm", "SLURM_PROCID and SLURM_STEP_NUM_TASKS", _number(e, "SLURM_PROCID"), _number(e, "SLURM_STEP_NUM_TASKS"))
+    return Claim(
+        "slurm",
+        "SLURM_PROCID and SLURM_STEP_NUM_TASKS",
+        _number(e, "SLURM_PROCID"),
+        _number(e, "SLURM_STEP_NUM_TASKS"),
+    )
 
 
 def claims(e=os.environ):
@@ -63,7 +79,11 @@ def claims(e=os.environ):
         if present:
             found.append(Claim(kind, " and ".join(present), _number(e, rank), _number(e, size)))
     if not any(c.size is not None for c in found):
-        found += [Claim(kind, name, _number(e, name) if name == "PMIX_RANK" else None, None) for kind, name in _SIGNS if name in e]
+        found += [
+            Claim(kind, name, _number(e, name) if name == "PMIX_RANK" else None, None)
+            for kind, name in _SIGNS
+            if name in e
+        ]
     if _RAY in e and not found:
         found.append(Claim("ray", _RAY, None, None))
     step = None if any(c.size is not None for c in found) else slurm(e)
@@ -86,10 +106,16 @@ def require_agreement(said):
         known = [c for c in said if getattr(c, name) is not None]
         for other in known[1:]:
             if getattr(other, name) != getattr(known[0], name):
-                raise InvalidArgument(f"group: {known[0]} and {other} contradict each other; expected one world. To choose, {HOW}", op="Communicator")
+                raise InvalidArgument(
+                    f"group: {known[0]} and {other} contradict each other; expected one world. To choose, {HOW}",
+                    op="Communicator",
+                )
     for c in said:
         if c.rank is not None and c.size is not None and c.rank >= c.size:
-            raise InvalidArgument(f"group: {c} is no rank of its world; expected a rank below the size. To choose, {HOW}", op="Communicator")
+            raise InvalidArgument(
+                f"group: {c} is no rank of its world; expected a rank below the size. To choose, {HOW}",
+                op="Communicator",
+            )
 
 
 def meeting_point(e, claim):
@@ -101,7 +127,9 @@ def meeting_point(e, claim):
     if e.get("SLURM_STEP_NUM_NODES", e.get("SLURM_NNODES")) == "1":
         host = "127.0.0.1"
     else:
-        host = e.get("MASTER_ADDR") or first_host(e.get("SLURM_STEP_NODELIST", e.get("SLURM_JOB_NODELIST", "")))
+        host = e.get("MASTER_ADDR") or first_host(
+            e.get("SLURM_STEP_NODELIST", e.get("SLURM_JOB_NODELIST", ""))
+        )
     if not host:
         return None
     # A port of this step's own, below those that the kernel gives away.

@@ -10,7 +10,7 @@ from .communicator import Communicator, as_device, require_timeout
 from .errors import InvalidArgument, MoecommError
 from .shapes import as_int
 
-MOST_RANKS = 512   # rank threads that a command starts
+MOST_RANKS = 512  # rank threads that a command starts
 
 
 def run_local(fn, size, *, ranks_per_node=None, device="cpu", timeout=30.0):
@@ -49,7 +49,9 @@ def run_local(fn, size, *, ranks_per_node=None, device="cpu", timeout=30.0):
         comm = None
         try:
             where = cuda.spread_over_gpus(device, rank) if on_gpu else device
-            comm = Communicator(bootstrap.Thread(world, rank), ranks_per_node=ranks_per_node, device=where, timeout=timeout)
+            comm = Communicator(
+                bootstrap.Thread(world, rank), ranks_per_node=ranks_per_node, device=where, timeout=timeout
+            )
             comms[rank] = comm
             with cuda.own_stream(comm.device) if on_gpu else contextlib.nullcontext():
                 results[rank] = fn(comm)
@@ -65,17 +67,19 @@ def run_local(fn, size, *, ranks_per_node=None, device="cpu", timeout=30.0):
         finally:
             if not errors:
                 try:
-                    world.barrier.wait(timeout)   # nobody frees a window that another still reads
+                    world.barrier.wait(timeout)  # nobody frees a window that another still reads
                 except threading.BrokenBarrierError:
                     pass
 
-    threads = [threading.Thread(target=rank_main, args=(rank,), name=f"moecomm-rank-{rank}") for rank in range(size)]
+    threads = [
+        threading.Thread(target=rank_main, args=(rank,), name=f"moecomm-rank-{rank}") for rank in range(size)
+    ]
     try:
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    except BaseException:   # Ctrl-C: the ranks wait for nobody any more
+    except BaseException:  # Ctrl-C: the ranks wait for nobody any more
         world.barrier.abort()
         for rank, comm in enumerate(comms):
             if comm is not None and not comm._closed:
@@ -89,7 +93,16 @@ def run_local(fn, size, *, ranks_per_node=None, device="cpu", timeout=30.0):
             comm.close()
     if errors:
         # A rank that was released from its wait is not the cause: the first other error is.
-        rank, error = next(((r, e) for r, e in errors if not (isinstance(e, MoecommError) and e.op != None and type(e).__name__ == "PeerLost")), errors[0])
-        error.add_note(f"raised on rank {rank} of run_local({size} ranks)") if hasattr(error, "add_note") else None
+        rank, error = next(
+            (
+                (r, e)
+                for r, e in errors
+                if not (isinstance(e, MoecommError) and e.op != None and type(e).__name__ == "PeerLost")
+            ),
+            errors[0],
+        )
+        error.add_note(f"raised on rank {rank} of run_local({size} ranks)") if hasattr(
+            error, "add_note"
+        ) else None
         raise error
     return results

@@ -79,31 +79,35 @@ class Mesh:
 
     threads, complaint = False, None
 
-    def __init__(self, endpoint, cards, ranks, me, timeout, name="all", parent="", numbers=None, exchanges=0, begun=0):
+    def __init__(
+        self, endpoint, cards, ranks, me, timeout, name="all", parent="", numbers=None, exchanges=0, begun=0
+    ):
         self._endpoint, self._cards, self._ranks, self._timeout = endpoint, cards, list(ranks), timeout
         self._name, self._parent, self._exchanges, self._begun = name, parent, exchanges, begun
         self.rank, self.size = self._ranks.index(me), len(self._ranks)
         self._numbers = range(self.size) if numbers is None else list(numbers)
         self._neighbors = neighbors(self.rank, self.size)
         self._floods = len(self._neighbors) < self.size - 1
-        self._lines = {}          # by neighbor
-        self._number = 0          # of the exchange under way or done last
-        self._completed = 0       # number of the last exchange that this rank has everyone's bytes of
-        self._values = {}         # number -> {rank: bytes} of what has come
-        self._lost, self._left = set(), set()   # ranks that are gone; those of them that have said goodbye
-        self._done = {}           # number of the last exchange that a neighbor has everything of
-        self._told = None         # (number, origin, payload): another rank has failed
-        self._failure = None      # the identity of what this mesh has failed by, the same on all ranks
+        self._lines = {}  # by neighbor
+        self._number = 0  # of the exchange under way or done last
+        self._completed = 0  # number of the last exchange that this rank has everyone's bytes of
+        self._values = {}  # number -> {rank: bytes} of what has come
+        self._lost, self._left = set(), set()  # ranks that are gone; those of them that have said goodbye
+        self._done = {}  # number of the last exchange that a neighbor has everything of
+        self._told = None  # (number, origin, payload): another rank has failed
+        self._failure = None  # the identity of what this mesh has failed by, the same on all ranks
         self._op = "Communicator"
-        self._broken = None       # (class, text, peer): what every further exchange says
-        self._witness = None      # a line on which a rank waits for this one in another part
+        self._broken = None  # (class, text, peer): what every further exchange says
+        self._witness = None  # a line on which a rank waits for this one in another part
         self._busy, self._owner = threading.Lock(), None
         endpoint.enter()
         self._finalizer = weakref.finalize(self, _let_go, self._lines, endpoint)
         try:
             with self._failing(1):
                 self._connect()
-            nonces = self._allgather(secrets.token_bytes(16))   # here everyone has come; and no other mesh has this identity
+            nonces = self._allgather(
+                secrets.token_bytes(16)
+            )  # here everyone has come; and no other mesh has this identity
             self._numbers = range(self.size)
             self._identity = hashlib.sha256(b"".join(nonces)).hexdigest()[:32]
         except BaseException:
@@ -114,8 +118,16 @@ class Mesh:
 
     def _hello(self, to, refused=None):
         """What this rank says to another one of the mesh when it calls."""
-        fields = {"name": self._name, "parent": self._parent, "from": self._ranks[self.rank], "to": self._ranks[to], "ranks": self._ranks,
-                  "nonce": secrets.token_hex(16), "refused": refused, "begun": self._begun}
+        fields = {
+            "name": self._name,
+            "parent": self._parent,
+            "from": self._ranks[self.rank],
+            "to": self._ranks[to],
+            "ranks": self._ranks,
+            "nonce": secrets.token_hex(16),
+            "refused": refused,
+            "begun": self._begun,
+        }
         return fields, json.dumps({**fields, "signature": sign(self._token_of(to), fields)}).encode()
 
     def _token_of(self, rank):
@@ -142,15 +154,22 @@ class Mesh:
                 self._answer(callers)
                 for r, line in calls.items():
                     if r in welcomed and r < self.rank:
-                        self._read(r, line)   # it may have begun to exchange
+                        self._read(r, line)  # it may have begun to exchange
                     elif r not in welcomed:
                         line.flush()
                         self._hear(r, line, self._expected_welcome(r, nonces[r]), welcomed)
                 for r, (_, line) in callers.items():
                     if r > self.rank:
                         self._read(r, line)
-                    elif r not in welcomed:   # a line that ends says nothing: it is the one that is not kept
-                        self._told = self._told or next(((number, r, payload) for kind, number, _, payload in line.frames() if kind == FAILED), None)
+                    elif r not in welcomed:  # a line that ends says nothing: it is the one that is not kept
+                        self._told = self._told or next(
+                            (
+                                (number, r, payload)
+                                for kind, number, _, payload in line.frames()
+                                if kind == FAILED
+                            ),
+                            None,
+                        )
                 self._raise_told(1)
                 absent = [r for r in self._neighbors if r not in welcomed or r not in callers]
                 if not absent:
@@ -163,22 +182,26 @@ class Mesh:
                     raise self._late_error(absent)
                 with point.lock:
                     fds = point.fileno_list()
-                heard = [line for r, line in calls.items() if r < self.rank or r not in welcomed] + [line for r, (_, line) in callers.items() if r > self.rank or r not in welcomed]
+                heard = [line for r, line in calls.items() if r < self.rank or r not in welcomed] + [
+                    line for r, (_, line) in callers.items() if r > self.rank or r not in welcomed
+                ]
                 reading = fds + [line.socket.fileno() for line in heard if not line.gone]
                 writing = [line.socket.fileno() for line in calls.values() if line.pending]
                 if all(r in calls for r in self._neighbors):
                     clock.poll(reading, writing)
                 else:
-                    time.sleep(0.001)   # a queue of calls is full
+                    time.sleep(0.001)  # a queue of calls is full
             for r in self._neighbors:
                 self._lines[r] = calls.pop(r) if r < self.rank else callers.pop(r)[1]
         except BaseException:
             for r, line in [*calls.items(), *((r, line) for r, (_, line) in callers.items())]:
-                self._lines[r, line] = line   # the failure is told to all of them
+                self._lines[r, line] = line  # the failure is told to all of them
             raise
         for line in [*calls.values(), *(line for _, line in callers.values())]:
             line.close()
-        for number, values in self._values.items() if self._floods else ():   # they came when there was nobody to pass them on to
+        for number, values in (
+            self._values.items() if self._floods else ()
+        ):  # they came when there was nobody to pass them on to
             for origin, data in values.items():
                 self._tell(VALUE, number, origin, data)
         for r in self._lost if self._floods else ():
@@ -206,13 +229,20 @@ class Mesh:
                         continue
                     callers[r] = hello, line
                     line.put(WELCOME, 0, self.rank, self._welcome(hello["nonce"], r).encode())
-            for name, caller in [key for key in point.refusals if key[0] == self._parent and key[1] in self._ranks]:
+            for name, caller in [
+                key for key in point.refusals if key[0] == self._parent and key[1] in self._ranks
+            ]:
                 queue, r = point.refusals[name, caller], self._ranks.index(caller)
                 while queue and r not in callers:
                     number, why, _ = queue.pop(0)
                     if number not in point.settled:
                         self._failure = number
-                        raise InvalidArgument(f"{why} (rank {self._numbers[r]})", op=self._op, rank=self._numbers[self.rank], peer=self._numbers[r])
+                        raise InvalidArgument(
+                            f"{why} (rank {self._numbers[r]})",
+                            op=self._op,
+                            rank=self._numbers[self.rank],
+                            peer=self._numbers[r],
+                        )
 
     def _expected_welcome(self, r, nonce):
         return sign(self._endpoint.token, ["welcome", self._name, nonce])
@@ -234,10 +264,16 @@ class Mesh:
             for hello, line in self._endpoint.living(self._parent, self._name):
                 r = self._ranks.index(hello["from"]) if hello["from"] in self._ranks else None
                 if self._parent and r in absent and r not in callers:
-                    self._witness = line   # it is told, too
-                    raise ConfigMismatch(f"Communicator on rank {self._numbers[self.rank]}: rank {self._numbers[r]} makes a communicator of ranks {hello.get('ranks')} of "
-                                         f"the first one, this one of {self._ranks}; expected the same on all of them, in the same order of calls",
-                                         op=self._op, rank=self._numbers[self.rank], peer=self._numbers[r], expected=self._ranks, got=hello.get("ranks"))
+                    self._witness = line  # it is told, too
+                    raise ConfigMismatch(
+                        f"Communicator on rank {self._numbers[self.rank]}: rank {self._numbers[r]} makes a communicator of ranks {hello.get('ranks')} of "
+                        f"the first one, this one of {self._ranks}; expected the same on all of them, in the same order of calls",
+                        op=self._op,
+                        rank=self._numbers[self.rank],
+                        peer=self._numbers[r],
+                        expected=self._ranks,
+                        got=hello.get("ranks"),
+                    )
 
     # -- exchanging -------------------------------------------------------------------------------
 
@@ -251,7 +287,11 @@ class Mesh:
         """
         me = threading.get_ident()
         if self._owner == me:
-            raise InvalidArgument("a collective call was made from a signal handler that ran inside another one; expected it after that", op=op, rank=self.rank)
+            raise InvalidArgument(
+                "a collective call was made from a signal handler that ran inside another one; expected it after that",
+                op=op,
+                rank=self.rank,
+            )
         with self._busy:
             self._owner, self._op = me, op
             try:
@@ -280,7 +320,9 @@ class Mesh:
                     said = True
                     self._tell(DONE, number, self.rank)
                 # A neighbor that has everything does not read any more: what is on its way to it is a copy.
-                unread = [r for r, line in self._lines.items() if line.pending and self._done.get(r, 0) < number]
+                unread = [
+                    r for r, line in self._lines.items() if line.pending and self._done.get(r, 0) < number
+                ]
                 if not absent and not unread:
                     break
                 gone = [r for r in absent if r in self._lost]
@@ -342,14 +384,24 @@ class Mesh:
             yield
         except OSError as error:
             me = self._numbers[self.rank]
-            why = MoecommError(f"{self._op} on rank {me}: {error} (a connection to every rank takes a file descriptor: ulimit -n)", op=self._op, phase="connect", rank=me)
+            why = MoecommError(
+                f"{self._op} on rank {me}: {error} (a connection to every rank takes a file descriptor: ulimit -n)",
+                op=self._op,
+                phase="connect",
+                rank=me,
+            )
             self._fail(number, MoecommError, str(why), me)
             raise why from error
         except MoecommError as error:
             self._fail(number, type(error), str(error), error.peer)
             raise
         except BaseException as error:
-            self._fail(number, PeerLost, f"{self._op}: rank {self._numbers[self.rank]} was interrupted by {type(error).__name__}", self._numbers[self.rank])
+            self._fail(
+                number,
+                PeerLost,
+                f"{self._op}: rank {self._numbers[self.rank]} was interrupted by {type(error).__name__}",
+                self._numbers[self.rank],
+            )
             raise
 
     def _fail(self, number, kind, text, peer):
@@ -390,18 +442,41 @@ class Mesh:
             peer = peer if isinstance(peer, int) else origin
         if peer == me and kind in (PeerLost, PeerTimeout):
             text = f"{self._op}: the others have given up waiting for this rank: {text}"
-        raise kind(f"{text} (reported by rank {origin})", op=self._op, phase="connect", rank=me, peer=peer, reporter=origin)
+        raise kind(
+            f"{text} (reported by rank {origin})",
+            op=self._op,
+            phase="connect",
+            rank=me,
+            peer=peer,
+            reporter=origin,
+        )
 
     def _lost_error(self, r):
-        why = "has closed its communicator" if r in self._left else "is gone: its process has ended, it has given up, or the connection is cut"
+        why = (
+            "has closed its communicator"
+            if r in self._left
+            else "is gone: its process has ended, it has given up, or the connection is cut"
+        )
         me, r = self._numbers[self.rank], self._numbers[r]
-        return PeerLost(f"{self._op} on rank {me}: rank {r} {why}", op=self._op, phase="connect", rank=me, peer=r)
+        return PeerLost(
+            f"{self._op} on rank {me}: rank {r} {why}", op=self._op, phase="connect", rank=me, peer=r
+        )
 
     def _late_error(self, absent):
         me, absent = self._numbers[self.rank], [self._numbers[r] for r in absent]
-        who = f"rank {absent[0]} has" if len(absent) == 1 else f"ranks {', '.join(map(str, absent[:16]))}{' and more' if len(absent) > 16 else ''} have"
-        return PeerTimeout(f"{self._op} on rank {me}: {who} not come within {self._timeout} s; expected every rank to make the same calls in the same "
-                           "order (a larger timeout, if it is only slow)", op=self._op, phase="connect", rank=me, peer=absent[0])
+        who = (
+            f"rank {absent[0]} has"
+            if len(absent) == 1
+            else f"ranks {', '.join(map(str, absent[:16]))}{' and more' if len(absent) > 16 else ''} have"
+        )
+        return PeerTimeout(
+            f"{self._op} on rank {me}: {who} not come within {self._timeout} s; expected every rank to make the same calls in the same "
+            "order (a larger timeout, if it is only slow)",
+            op=self._op,
+            phase="connect",
+            rank=me,
+            peer=absent[0],
+        )
 
     # -- parts ------------------------------------------------------------------------------------
 
@@ -409,7 +484,18 @@ class Mesh:
         """A mesh of these ranks; collective over them alone. Works where this one is broken."""
         numbers, ranks = list(ranks), [self._ranks[r] for r in ranks]
         name = hashlib.sha256(json.dumps([self._identity, ranks]).encode()).hexdigest()[:32]
-        return Mesh(self._endpoint, self._cards, ranks, self._ranks[self.rank], self._timeout, name, self._identity, numbers, self._completed, self._number)
+        return Mesh(
+            self._endpoint,
+            self._cards,
+            ranks,
+            self._ranks[self.rank],
+            self._timeout,
+            name,
+            self._identity,
+            numbers,
+            self._completed,
+            self._number,
+        )
 
     def refuse(self, ranks, why):
         """Tell those ranks that this one makes no part with them."""
@@ -417,9 +503,20 @@ class Mesh:
         for r in ranks:
             with contextlib.suppress(PeerLost):
                 if r != self.rank and (line := self._dial(r)) is not None:
-                    fields = {"name": self._identity, "parent": self._parent, "from": self._ranks[self.rank], "refused": why, "number": number,
-                              "begun": self._number}
-                    line.put(HELLO, 0, self.rank, json.dumps({**fields, "signature": sign(self._token_of(r), fields)}).encode())
+                    fields = {
+                        "name": self._identity,
+                        "parent": self._parent,
+                        "from": self._ranks[self.rank],
+                        "refused": why,
+                        "number": number,
+                        "begun": self._number,
+                    }
+                    line.put(
+                        HELLO,
+                        0,
+                        self.rank,
+                        json.dumps({**fields, "signature": sign(self._token_of(r), fields)}).encode(),
+                    )
                     lines.append(line)
         clock = Clock(min(1.0, self._timeout))
         while any(line.pending for line in lines) and not clock.passed():

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from .errors import InvalidArgument, MoecommError, PeerTimeout
 
-WINDOWS = 22900      # version codes, as NCCL counts
+WINDOWS = 22900  # version codes, as NCCL counts
 SHARED_GPU = 23000
 
 
@@ -94,14 +94,20 @@ def refusal(library, headers, gpus, several_hosts, environment=os.environ):
         return f"{have} has no windows that kernels reach; expected {spelled(WINDOWS)} or newer"
     ranks = sharing(gpus)
     if ranks and library.version < SHARED_GPU:
-        return (f"ranks {ranks} share a GPU, and {have} takes one rank per GPU; expected a GPU for each, or NCCL {spelled(SHARED_GPU)} or newer "
-                "with NCCL_MULTI_RANK_GPU_ENABLE=1")
+        return (
+            f"ranks {ranks} share a GPU, and {have} takes one rank per GPU; expected a GPU for each, or NCCL {spelled(SHARED_GPU)} or newer "
+            "with NCCL_MULTI_RANK_GPU_ENABLE=1"
+        )
     if ranks and environment.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
-        return (f"ranks {ranks} share a GPU; expected NCCL_MULTI_RANK_GPU_ENABLE=1 in the environment of all ranks (and NCCL_NVLS_ENABLE=0), "
-                f"with which {have} allows it")
+        return (
+            f"ranks {ranks} share a GPU; expected NCCL_MULTI_RANK_GPU_ENABLE=1 in the environment of all ranks (and NCCL_NVLS_ENABLE=0), "
+            f"with which {have} allows it"
+        )
     if several_hosts and library.version < headers:
-        return (f"{have} is older than the headers that this build's network kernels were compiled with; expected {spelled(headers)} or newer, "
-                "or a build with the older headers")
+        return (
+            f"{have} is older than the headers that this build's network kernels were compiled with; expected {spelled(headers)} or newer, "
+            "or a build with the older headers"
+        )
     return None
 
 
@@ -120,19 +126,26 @@ def bounded(call, timeout, *, what, rank):
     def run():
         try:
             outcome.append((call(), None))
-        except BaseException as error:   # noqa: BLE001 - raised below
+        except BaseException as error:  # noqa: BLE001 - raised below
             outcome.append((None, error))
 
     thread = threading.Thread(target=run, name=f"moecomm-nccl-{what}", daemon=True)
     thread.start()
     thread.join(timeout)
     if not outcome:
-        raise PeerTimeout(f"NCCL on rank {rank}: {what} took more than {timeout} s: not every rank has come", op="Communicator", phase="connect", rank=rank)
+        raise PeerTimeout(
+            f"NCCL on rank {rank}: {what} took more than {timeout} s: not every rank has come",
+            op="Communicator",
+            phase="connect",
+            rank=rank,
+        )
     result, error = outcome[0]
     if isinstance(error, ValueError):
         raise InvalidArgument(f"{what}: {error}", op="Communicator", rank=rank) from error
     if isinstance(error, RuntimeError):
-        raise MoecommError(f"{what} on rank {rank}: {error}", op="Communicator", phase="connect", rank=rank) from error
+        raise MoecommError(
+            f"{what} on rank {rank}: {error}", op="Communicator", phase="connect", rank=rank
+        ) from error
     if error is not None:
         raise error
     return result
@@ -168,7 +181,12 @@ def join(native, rank, geometry, device, gpu, several_hosts, exchange, timeout):
     reasons = exchange(reason)
     for other, why in enumerate(reasons):
         if why is not None:
-            raise InvalidArgument(f"Communicator: device is 'cuda' over NCCL; on rank {other} {why}", op="Communicator", rank=rank, peer=other)
+            raise InvalidArgument(
+                f"Communicator: device is 'cuda' over NCCL; on rank {other} {why}",
+                op="Communicator",
+                rank=rank,
+                peer=other,
+            )
     path = library.path.encode()
     name = why = None
     if rank == 0:
@@ -178,5 +196,13 @@ def join(native, rank, geometry, device, gpu, several_hosts, exchange, timeout):
             why = str(error)
     [name, why] = exchange((name, why))[0]
     if why is not None:
-        raise MoecommError(f"Communicator: NCCL on rank 0 makes no world: {why}", op="Communicator", phase="connect", rank=rank, peer=0)
-    return bounded(lambda: native.Reach.nccl(path, geometry, device, name), timeout, what="joining the world", rank=rank)
+        raise MoecommError(
+            f"Communicator: NCCL on rank 0 makes no world: {why}",
+            op="Communicator",
+            phase="connect",
+            rank=rank,
+            peer=0,
+        )
+    return bounded(
+        lambda: native.Reach.nccl(path, geometry, device, name), timeout, what="joining the world", rank=rank
+    )

@@ -50,8 +50,8 @@ class Experts(nn.Module):
         made = dict(dtype=dtype or torch.get_default_dtype(), device=torch.get_default_device())
         self.gate_up = nn.Parameter(torch.empty(count, 2 * intermediate, hidden, **made))
         self.down = nn.Parameter(torch.empty(count, hidden, intermediate, **made))
-        nn.init.normal_(self.gate_up, std=hidden ** -0.5)
-        nn.init.normal_(self.down, std=intermediate ** -0.5)
+        nn.init.normal_(self.gate_up, std=hidden**-0.5)
+        nn.init.normal_(self.down, std=intermediate**-0.5)
 
     def forward(self, x, rows_per_expert, out=None):
         """Rows [N, hidden] in expert order -> [N, hidden].
@@ -80,12 +80,16 @@ class Experts(nn.Module):
         for key, parameter, at in self._own(prefix):
             destination[key] = (parameter if keep_vars else parameter.detach())[at]
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
         for key, parameter, at in self._own(prefix):
             if key not in state_dict:
                 missing_keys.append(key)
             elif state_dict[key].shape != parameter[at].shape:
-                error_msgs.append(f"size mismatch for {key}: {list(state_dict[key].shape)}, expected {list(parameter[at].shape)}")
+                error_msgs.append(
+                    f"size mismatch for {key}: {list(state_dict[key].shape)}, expected {list(parameter[at].shape)}"
+                )
             else:
                 with torch.no_grad():
                     parameter[at].copy_(state_dict[key])
@@ -124,16 +128,39 @@ class MoE(nn.Module):
     Source: DeepSeek-V3 technical report, section 2.1.2.
     """
 
-    def __init__(self, hidden, intermediate, num_experts, top_k, shared_experts=0, buffer=None, *, gate=None, capacity=None, expert_alignment=1):
+    def __init__(
+        self,
+        hidden,
+        intermediate,
+        num_experts,
+        top_k,
+        shared_experts=0,
+        buffer=None,
+        *,
+        gate=None,
+        capacity=None,
+        expert_alignment=1,
+    ):
         super().__init__()
         for name, value in {"hidden": hidden, "num_experts": num_experts, "top_k": top_k}.items():
             if buffer is None or getattr(buffer, name) != value:
-                raise InvalidArgument(f"MoE: buffer is {'None' if buffer is None else f'for {name} = {getattr(buffer, name)}'}; "
-                                      f"expected a Buffer for {name} = {value}", op="MoE")
+                raise InvalidArgument(
+                    f"MoE: buffer is {'None' if buffer is None else f'for {name} = {getattr(buffer, name)}'}; "
+                    f"expected a Buffer for {name} = {value}",
+                    op="MoE",
+                )
         self.buffer, self.capacity, self.expert_alignment = buffer, capacity, expert_alignment
         self.gate = Gate(hidden, num_experts, top_k) if gate is None else gate
-        self.experts = Experts(hidden, intermediate, buffer.experts_per_rank, buffer.comm.rank * buffer.experts_per_rank, dtype=buffer.dtype)
-        self.shared_experts = SwiGLU(hidden, shared_experts * intermediate, dtype=buffer.dtype) if shared_experts else None
+        self.experts = Experts(
+            hidden,
+            intermediate,
+            buffer.experts_per_rank,
+            buffer.comm.rank * buffer.experts_per_rank,
+            dtype=buffer.dtype,
+        )
+        self.shared_experts = (
+            SwiGLU(hidden, shared_experts * intermediate, dtype=buffer.dtype) if shared_experts else None
+        )
 
     def forward(self, x, with_routing=False):
         """[..., hidden] -> [..., hidden]. Collective; ranks may hold different numbers of tokens, also none.
@@ -162,7 +189,14 @@ class MoE(nn.Module):
         return self._dispatch(tokens, topk_ids, topk_weights, async_op=True)
 
     def _dispatch(self, tokens, topk_ids, topk_weights, **how):
-        return self.buffer.dispatch(tokens, topk_ids, topk_weights, expert_alignment=self.expert_alignment, capacity=self.capacity, **how)
+        return self.buffer.dispatch(
+            tokens,
+            topk_ids,
+            topk_weights,
+            expert_alignment=self.expert_alignment,
+            capacity=self.capacity,
+            **how,
+        )
 
     def _routed(self, tokens, topk_ids, topk_weights):
         out = self._dispatch(tokens, topk_ids, topk_weights)

@@ -43,7 +43,13 @@ class Ticket(ctypes.Structure):
 
     def __init__(self, buffer, layout, capacity, plan, output):
         super().__init__(next(_numbers))
-        self.buffer, self.layout, self.capacity, self.plan, self.output = buffer, layout, capacity, plan, output
+        self.buffer, self.layout, self.capacity, self.plan, self.output = (
+            buffer,
+            layout,
+            capacity,
+            plan,
+            output,
+        )
 
     def tensor(self):
         """int64 [1] on the host. Only from here on is the number known: most handles never become a tensor."""
@@ -62,8 +68,11 @@ def ticket_of(handle):
     """
     found = _tickets.get(int(handle))
     if found is None:
-        raise InvalidArgument(f"handle: number {int(handle)} is not (or no longer) the handle of a dispatch; keep the tensor that dispatch "
-                              "returned, not a copy of it", op="ops")
+        raise InvalidArgument(
+            f"handle: number {int(handle)} is not (or no longer) the handle of a dispatch; keep the tensor that dispatch "
+            "returned, not a copy of it",
+            op="ops",
+        )
     return found
 
 
@@ -99,14 +108,24 @@ def wanted(*tensors):
 
 # -- dispatch: a new plan -------------------------------------------------------------------------------
 
+
 def _dispatch(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignment, capacity, layer=0):
     b = _open_buffer("dispatch", buffer)
     with Part(b, "dispatch"):
         _require_plain(b, "dispatch", x=x, topk_ids=topk_ids, topk_weights=topk_weights, scales=scales)
         b._check_dispatch(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity)
-        out = b._dispatch_natively(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, layer=layer)
-    return (out.x, x.new_empty(0, dtype=torch.float32) if scales is None else out.scales, out.topk_weights, *_picks_of(out),
-            out.tokens_per_expert, out.rows_per_expert, out.handle.tensor())
+        out = b._dispatch_natively(
+            x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, layer=layer
+        )
+    return (
+        out.x,
+        x.new_empty(0, dtype=torch.float32) if scales is None else out.scales,
+        out.topk_weights,
+        *_picks_of(out),
+        out.tokens_per_expert,
+        out.rows_per_expert,
+        out.handle.tensor(),
+    )
 
 
 def _dispatch_fake(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignment, capacity, layer=0):
@@ -114,9 +133,16 @@ def _dispatch_fake(x, topk_ids, topk_weights, scales, buffer, layout, expert_ali
     n = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
     by_rank = layout == "rank"
     counts = topk_ids.new_empty(b.experts_per_rank, dtype=torch.int64, device=b.comm.device)
-    return (x.new_empty(n, x.shape[1]), x.new_empty(0, dtype=torch.float32) if scales is None else scales.new_empty(n, scales.shape[1]),
-            x.new_empty((n, b.top_k) if by_rank else (n,), dtype=torch.float32), x.new_empty((n, b.top_k) if by_rank else (0,), dtype=torch.int64),
-            x.new_empty(n, dtype=torch.int64), counts, torch.empty_like(counts), counts.new_empty(1, device="cpu"))
+    return (
+        x.new_empty(n, x.shape[1]),
+        x.new_empty(0, dtype=torch.float32) if scales is None else scales.new_empty(n, scales.shape[1]),
+        x.new_empty((n, b.top_k) if by_rank else (n,), dtype=torch.float32),
+        x.new_empty((n, b.top_k) if by_rank else (0,), dtype=torch.int64),
+        x.new_empty(n, dtype=torch.int64),
+        counts,
+        torch.empty_like(counts),
+        counts.new_empty(1, device="cpu"),
+    )
 
 
 def _dispatch_context(ctx, inputs, output):
@@ -141,13 +167,16 @@ def _to_tokens(ctx, rows, weights):
     The weights' gradients travel even where this rank gave none: another rank's tokens may have theirs from rows here.
     """
     (handle,) = ctx.saved_tensors
-    if ctx.quantized:   # the rows carry no gradient, the weights' gradients still travel with rows
+    if ctx.quantized:  # the rows carry no gradient, the weights' gradients still travel with rows
         rows = rows.new_zeros(rows.shape, dtype=buffer_of(ctx.buffer).dtype)
-    x, weights = combine_slots(rows.contiguous(), weights.contiguous(), handle, ctx.buffer, ctx.layout, ctx.tokens)
+    x, weights = combine_slots(
+        rows.contiguous(), weights.contiguous(), handle, ctx.buffer, ctx.layout, ctx.tokens
+    )
     return None if ctx.quantized else x, weights if ctx.weighted else None
 
 
 # -- redispatch: the plan of an earlier dispatch ---------------------------------------------------------
+
 
 def _redispatch(x, topk_weights, scales, handle, buffer, layout, num_rows):
     b = _open_buffer("dispatch", buffer)
@@ -156,14 +185,25 @@ def _redispatch(x, topk_weights, scales, handle, buffer, layout, num_rows):
         _require_plain(b, "dispatch", x=x, topk_weights=topk_weights, scales=scales)
         b._check_dispatch(x, scales, None, topk_weights, h.layout, 1, None, h)
         out = b._dispatch_natively(x, scales, None, topk_weights, h.layout, 1, None, h)
-    return (out.x, x.new_empty(0, dtype=torch.float32) if scales is None else out.scales, out.topk_weights, *_picks_of(out))
+    return (
+        out.x,
+        x.new_empty(0, dtype=torch.float32) if scales is None else out.scales,
+        out.topk_weights,
+        *_picks_of(out),
+    )
 
 
 def _redispatch_fake(x, topk_weights, scales, handle, buffer, layout, num_rows):
     shape = (num_rows, buffer_of(buffer).top_k) if layout == "rank" else (num_rows,)
-    return (x.new_empty(num_rows, x.shape[1]), x.new_empty(0, dtype=torch.float32) if scales is None else scales.new_empty(num_rows, scales.shape[1]),
-            x.new_empty(shape, dtype=torch.float32), x.new_empty(shape if layout == "rank" else (0,), dtype=torch.int64),
-            x.new_empty(num_rows, dtype=torch.int64))
+    return (
+        x.new_empty(num_rows, x.shape[1]),
+        x.new_empty(0, dtype=torch.float32)
+        if scales is None
+        else scales.new_empty(num_rows, scales.shape[1]),
+        x.new_empty(shape, dtype=torch.float32),
+        x.new_empty(shape if layout == "rank" else (0,), dtype=torch.int64),
+        x.new_empty(num_rows, dtype=torch.int64),
+    )
 
 
 def _redispatch_context(ctx, inputs, output):
@@ -178,6 +218,7 @@ def _redispatch_backward(ctx, rows, _scales, weights, *_):
 
 
 # -- combine: weighted sum at the tokens -----------------------------------------------------------------
+
 
 def _combine(rows, topk_weights, bias, handle, buffer, layout, num_tokens, wire=None):
     b = _open_buffer("combine", buffer)
@@ -212,10 +253,20 @@ def _combine_backward(ctx, y):
         if ctx.needs_input_grad[1]:
             grad_weights = (rows.to(_wide(rows.dtype)) * grad).sum(-1).to(weights.dtype)
         grad = (weights[:, None] * grad).to(rows.dtype)
-    return grad, grad_weights, grad_bias, None, None, None, None, None   # the wire rounds: its derivative counts as 1
+    return (
+        grad,
+        grad_weights,
+        grad_bias,
+        None,
+        None,
+        None,
+        None,
+        None,
+    )  # the wire rounds: its derivative counts as 1
 
 
 # -- combine_slots: the plain sum, and one number per row back to the pick that it came from --------------
+
 
 def _combine_slots(rows, back, handle, buffer, layout, num_tokens):
     b = _open_buffer("combine", buffer)
@@ -240,7 +291,9 @@ def _combine_slots_context(ctx, inputs, output):
 
 def _combine_slots_backward(ctx, y, slots):
     (handle,) = ctx.saved_tensors
-    rows, _, back, *_ = redispatch(y.contiguous(), slots.contiguous(), None, handle, ctx.buffer, ctx.layout, ctx.num_rows)
+    rows, _, back, *_ = redispatch(
+        y.contiguous(), slots.contiguous(), None, handle, ctx.buffer, ctx.layout, ctx.num_rows
+    )
     return rows, back, None, None, None, None
 
 
@@ -249,18 +302,24 @@ def _save(ctx, handle, *tensors):
     is then kept beside them, which a copy names as well. Not for checkpoint's hooks, which keep nothing and compute again."""
     ctx.save_for_backward(handle, *tensors)
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    copied = hooks is not None and getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint" and type(handle) is torch.Tensor   # no tracer's
+    copied = (
+        hooks is not None
+        and getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint"
+        and type(handle) is torch.Tensor
+    )  # no tracer's
     ctx.ticket = _tickets.get(int(handle)) if copied else None
 
 
 def _through(backward):
     """A backward, after which the ticket beside copies goes, unless the graph is kept. Saved tensors go in the same moment."""
+
     @functools.wraps(backward)
     def run(ctx, *grads):
         result = backward(ctx, *grads)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.ticket = None
         return result
+
     return run
 
 
@@ -286,7 +345,10 @@ def _require_plain(b, op, **tensors):
 
 
 def _refuse_vmap(name, *_):
-    refuse(name, "an argument is a tensor inside torch.func.vmap; moecomm calls have no rule for it, expected one call of all tokens")
+    refuse(
+        name,
+        "an argument is a tensor inside torch.func.vmap; moecomm calls have no rule for it, expected one call of all tokens",
+    )
 
 
 def _define(name, run, fake, context, backward, schema):
@@ -299,15 +361,39 @@ def _define(name, run, fake, context, backward, schema):
 
 # The operators. `buffer` is Buffer.number; layout, num_rows and num_tokens repeat what the handle says, so that shapes
 # are known without it. Outputs that do not apply are empty.
-dispatch = _define("dispatch", _dispatch, _dispatch_fake, _dispatch_context, _dispatch_backward,
-                   "(Tensor x, Tensor topk_ids, Tensor? topk_weights, Tensor? scales, int buffer, str layout, int expert_alignment, int? capacity, int layer=0)"
-                   " -> (Tensor x, Tensor scales, Tensor topk_weights, Tensor topk_ids, Tensor source, Tensor tokens_per_expert,"
-                   " Tensor rows_per_expert, Tensor handle)")
-redispatch = _define("redispatch", _redispatch, _redispatch_fake, _redispatch_context, _redispatch_backward,
-                     "(Tensor x, Tensor? topk_weights, Tensor? scales, Tensor handle, int buffer, str layout, SymInt num_rows)"
-                     " -> (Tensor x, Tensor scales, Tensor topk_weights, Tensor topk_ids, Tensor source)")
-combine = _define("combine", _combine, _combine_fake, _combine_context, _combine_backward,
-                  "(Tensor rows, Tensor? topk_weights, Tensor? bias, Tensor handle, int buffer, str layout, SymInt num_tokens,"
-                  " str? wire=None) -> Tensor")
-combine_slots = _define("combine_slots", _combine_slots, _combine_slots_fake, _combine_slots_context, _combine_slots_backward,
-                        "(Tensor rows, Tensor back, Tensor handle, int buffer, str layout, SymInt num_tokens) -> (Tensor y, Tensor slots)")
+dispatch = _define(
+    "dispatch",
+    _dispatch,
+    _dispatch_fake,
+    _dispatch_context,
+    _dispatch_backward,
+    "(Tensor x, Tensor topk_ids, Tensor? topk_weights, Tensor? scales, int buffer, str layout, int expert_alignment, int? capacity, int layer=0)"
+    " -> (Tensor x, Tensor scales, Tensor topk_weights, Tensor topk_ids, Tensor source, Tensor tokens_per_expert,"
+    " Tensor rows_per_expert, Tensor handle)",
+)
+redispatch = _define(
+    "redispatch",
+    _redispatch,
+    _redispatch_fake,
+    _redispatch_context,
+    _redispatch_backward,
+    "(Tensor x, Tensor? topk_weights, Tensor? scales, Tensor handle, int buffer, str layout, SymInt num_rows)"
+    " -> (Tensor x, Tensor scales, Tensor topk_weights, Tensor topk_ids, Tensor source)",
+)
+combine = _define(
+    "combine",
+    _combine,
+    _combine_fake,
+    _combine_context,
+    _combine_backward,
+    "(Tensor rows, Tensor? topk_weights, Tensor? bias, Tensor handle, int buffer, str layout, SymInt num_tokens,"
+    " str? wire=None) -> Tensor",
+)
+combine_slots = _define(
+    "combine_slots",
+    _combine_slots,
+    _combine_slots_fake,
+    _combine_slots_context,
+    _combine_slots_backward,
+    "(Tensor rows, Tensor back, Tensor handle, int buffer, str layout, SymInt num_tokens) -> (Tensor y, Tensor slots)",
+)

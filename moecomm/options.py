@@ -20,7 +20,7 @@ def _refuse(text, expected):
 def _integer(text, low, high):
     try:
         value = int(text)
-    except ValueError:   # also more digits than Python reads
+    except ValueError:  # also more digits than Python reads
         value = None
     if value is None or not low <= value <= high:
         _refuse(text, f"an int in {low}..{high}")
@@ -96,6 +96,7 @@ def geometries(text):
 
 def some_of(*names):
     """A type: some of these names with commas between them; the text itself."""
+
     def check(text):
         for part in text.split(","):
             if part not in names:
@@ -108,7 +109,7 @@ def some_of(*names):
 def file_to_write(text):
     """A file that is there and can be written, or can be made. It is not touched."""
     if text == "":
-        return text   # none
+        return text  # none
     folder = os.path.dirname(text) or "."
     try:
         mode = os.stat(text).st_mode
@@ -150,6 +151,7 @@ def file_to_read(text):
 
 def source(*names):
     """A type: one of these names, or a file or folder that can be read."""
+
     def check(text):
         if text not in names:
             try:

@@ -68,10 +68,15 @@ def two_batches(layer_stages, batch_a, batch_b, *, trace=None):
 
     Source: DeepSeek-V3 technical report, section 3.4.1 (two micro-batches in prefill) and 3.4.2 (decode).
     """
-    stages = [stage if isinstance(stage, tuple) else (getattr(stage, "__name__", f"stage {i}"), stage) for i, stage in enumerate(layer_stages)]
+    stages = [
+        stage if isinstance(stage, tuple) else (getattr(stage, "__name__", f"stage {i}"), stage)
+        for i, stage in enumerate(layer_stages)
+    ]
     for name, stage in stages:
         if not callable(stage):
-            raise InvalidArgument(f"layer_stages: {name} is a {type(stage).__qualname__}; expected a callable", op="two_batches")
+            raise InvalidArgument(
+                f"layer_stages: {name} is a {type(stage).__qualname__}; expected a callable", op="two_batches"
+            )
     lanes = [_Lane("a", batch_a, stages, trace), _Lane("b", batch_b, stages, trace)]
     turn = 0
     while not (lanes[0].finished and lanes[1].finished):
@@ -172,7 +177,10 @@ class Trace:
     def __enter__(self):
         for buffer in self._buffers:
             if buffer._recorder is not None:
-                raise InvalidArgument("Trace: a buffer records its calls and their roles already; expected one without record=", op="Trace")
+                raise InvalidArgument(
+                    "Trace: a buffer records its calls and their roles already; expected one without record=",
+                    op="Trace",
+                )
             _trace(buffer, True)
         return self
 
@@ -210,17 +218,32 @@ class Trace:
         comm : Communicator, optional
             Collective then: rank 0 writes the spans of all ranks. They share a time axis where they share a host.
         """
-        everyone = {0: self.spans()} if comm is None else dict(enumerate(comm._exchange(self.spans(), "save")))
+        everyone = (
+            {0: self.spans()} if comm is None else dict(enumerate(comm._exchange(self.spans(), "save")))
+        )
         if comm is not None and comm.rank:
             return
         tracks = ("compute", "wait", "progress thread", "roles")
         events = []
         for rank, spans in everyone.items():
             events.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}})
-            events += [{"ph": "M", "pid": rank, "tid": i, "name": "thread_name", "args": {"name": track}} for i, track in enumerate(tracks)]
+            events += [
+                {"ph": "M", "pid": rank, "tid": i, "name": "thread_name", "args": {"name": track}}
+                for i, track in enumerate(tracks)
+            ]
             for track, name, begin, end in spans:
                 tid = tracks.index(track) if track in tracks else len(tracks)
-                events.append({"ph": "X", "pid": rank, "tid": tid, "name": name, "cat": track, "ts": begin * 1e6, "dur": (end - begin) * 1e6})
+                events.append(
+                    {
+                        "ph": "X",
+                        "pid": rank,
+                        "tid": tid,
+                        "name": name,
+                        "cat": track,
+                        "ts": begin * 1e6,
+                        "dur": (end - begin) * 1e6,
+                    }
+                )
         with open(path, "w") as file:
             json.dump({"traceEvents": events, "displayTimeUnit": "ms"}, file)
 
@@ -230,7 +253,7 @@ def _natives(buffer):
 
 
 def _trace(buffer, on):
-    buffer._traced = on   # a decode path that is made later asks
+    buffer._traced = on  # a decode path that is made later asks
     for native in _natives(buffer):
         native.trace(on)
 

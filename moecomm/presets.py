@@ -69,10 +69,22 @@ def shape_of(name):
 
 
 # Source: DeepSeek-V3 technical report, section 4.2.
-deepseek_v3 = ModelShape(hidden=7168, num_experts=256, top_k=8, num_groups=8, top_groups=4, intermediate=2048, shared_experts=1,
-                         score="sigmoid", scale=2.5, moe_layers=58)
+deepseek_v3 = ModelShape(
+    hidden=7168,
+    num_experts=256,
+    top_k=8,
+    num_groups=8,
+    top_groups=4,
+    intermediate=2048,
+    shared_experts=1,
+    score="sigmoid",
+    scale=2.5,
+    moe_layers=58,
+)
 # Source: DeepSeek-V2 technical report, appendix B.
-deepseek_v2_lite = ModelShape(hidden=2048, num_experts=64, top_k=6, intermediate=1408, shared_experts=2, normalize=False, moe_layers=26)
+deepseek_v2_lite = ModelShape(
+    hidden=2048, num_experts=64, top_k=6, intermediate=1408, shared_experts=2, normalize=False, moe_layers=26
+)
 # Source: Mixtral of Experts, table 1.
 mixtral_8x7b = ModelShape(hidden=4096, num_experts=8, top_k=2, intermediate=14336, moe_layers=32)
 # Source: Mixtral 8x22B, model card.

@@ -22,7 +22,7 @@ _FP8 = torch.float8_e4m3fn
 _KINDS = {"f32": 1, "ue8m0": 2}
 _TILES = {(1, TILE): 0, (TILE, 1): 1, (TILE, TILE): 2}
 _WIRES = {"fp8": 1, "logfmt10": 2}
-_isa = ""   # tests name a build of the row kernels here; empty: the best one
+_isa = ""  # tests name a build of the row kernels here; empty: the best one
 
 
 def quantize(x, *, tile=(1, TILE), scale="f32", scale_layout="row"):
@@ -58,10 +58,25 @@ def quantize(x, *, tile=(1, TILE), scale="f32", scale_layout="row"):
     _choose("scale_layout", scale_layout, {"row": 0, "column": 1}, op)
     rows, columns = x.shape
     codes = torch.empty((rows, columns), dtype=_FP8, device=x.device)
-    packed = kind == 2 and tile == (1, TILE)   # the kernel packs rows itself
+    packed = kind == 2 and tile == (1, TILE)  # the kernel packs rows itself
     shape = (-(-rows // tile[0]), -(-columns // tile[1]))
-    scales = torch.empty((rows, _native.scale_words(columns, 2)) if packed else shape, dtype=torch.int32 if packed else torch.float32, device=x.device)
-    _run("quantize", x.device, address(codes), address(scales), address(x), rows, columns, _DTYPES[x.dtype], index, kind)
+    scales = torch.empty(
+        (rows, _native.scale_words(columns, 2)) if packed else shape,
+        dtype=torch.int32 if packed else torch.float32,
+        device=x.device,
+    )
+    _run(
+        "quantize",
+        x.device,
+        address(codes),
+        address(scales),
+        address(x),
+        rows,
+        columns,
+        _DTYPES[x.dtype],
+        index,
+        kind,
+    )
     if kind == 2 and not packed:
         scales = pack_ue8m0(scales, dim=0 if tile == (TILE, 1) else 1)
     return codes, _by_column(scales) if scale_layout == "column" else scales
@@ -93,7 +108,16 @@ def dequantize(codes, scales, *, tile=(1, TILE), dtype=torch.float32):
     _choose("dtype", dtype, _DTYPES, op)
     scales = _as_floats(op, scales, codes, tile)
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    _run("dequantize", codes.device, address(out), address(codes), address(scales), *codes.shape, _DTYPES[dtype], index)
+    _run(
+        "dequantize",
+        codes.device,
+        address(out),
+        address(codes),
+        address(scales),
+        *codes.shape,
+        _DTYPES[dtype],
+        index,
+    )
     return out
 
 
@@ -127,7 +151,17 @@ def transpose_requantize(codes, scales, *, scale="f32"):
     scales = _as_floats(op, scales, codes, (1, TILE))
     out = torch.empty((columns, rows), dtype=_FP8, device=codes.device)
     out_scales = torch.empty((columns, -(-rows // TILE)), device=codes.device, dtype=torch.float32)
-    _run("transpose_requantize", codes.device, address(out), address(out_scales), address(codes), address(scales), rows, columns, kind)
+    _run(
+        "transpose_requantize",
+        codes.device,
+        address(out),
+        address(out_scales),
+        address(codes),
+        address(scales),
+        rows,
+        columns,
+        kind,
+    )
     return out, pack_ue8m0(out_scales) if kind == 2 else out_scales
 
 
@@ -147,7 +181,9 @@ def pack_ue8m0(scales, *, dim=1):
     """
     if dim == 0:
         return pack_ue8m0(scales.t()).t().contiguous()
-    exponents = torch.nn.functional.pad(scales.contiguous().view(torch.int32) >> 23, (0, -scales.shape[1] % 4)).to(torch.uint8)
+    exponents = torch.nn.functional.pad(
+        scales.contiguous().view(torch.int32) >> 23, (0, -scales.shape[1] % 4)
+    ).to(torch.uint8)
     return exponents.view(-1).view(torch.int32).view(scales.shape[0], -(-scales.shape[1] // 4))
 
 
@@ -166,7 +202,9 @@ def unpack_ue8m0(packed, count, *, dim=1):
     """
     if dim == 0:
         return unpack_ue8m0(packed.t(), count).t().contiguous()
-    exponents = packed[:, :, None] >> torch.tensor([0, 8, 16, 24], dtype=torch.int32, device=packed.device) & 0xFF
+    exponents = (
+        packed[:, :, None] >> torch.tensor([0, 8, 16, 24], dtype=torch.int32, device=packed.device) & 0xFF
+    )
     return (exponents.flatten(1)[:, :count] << 23).view(torch.float32)
 
 
@@ -227,10 +265,21 @@ def decode_wire(coded, hidden, wire, *, dtype=torch.float32):
     code = _choose("wire", wire, _WIRES, op)
     _choose("dtype", dtype, _DTYPES, op)
     if coded.shape[1] != wire_bytes(hidden, wire):
-        raise InvalidArgument(f"{op}: coded has rows of {coded.shape[1]} bytes; expected {wire_bytes(hidden, wire)}", op=op)
+        raise InvalidArgument(
+            f"{op}: coded has rows of {coded.shape[1]} bytes; expected {wire_bytes(hidden, wire)}", op=op
+        )
     _check_wire_row("the result", coded.device, hidden * dtype.itemsize, op)
     out = torch.empty((coded.shape[0], hidden), dtype=dtype, device=coded.device)
-    _run("decode_rows", coded.device, address(out), address(coded), coded.shape[0], hidden, _DTYPES[dtype], code)
+    _run(
+        "decode_rows",
+        coded.device,
+        address(out),
+        address(coded),
+        coded.shape[0],
+        hidden,
+        _DTYPES[dtype],
+        code,
+    )
     return out
 
 
@@ -255,21 +304,28 @@ def _run(name, device, *args):
 
 def _choose(name, value, choices, op):
     if value not in choices:
-        raise InvalidArgument(f"{op}: {name} is {value!r}; expected one of {', '.join(map(str, choices))}", op=op)
+        raise InvalidArgument(
+            f"{op}: {name} is {value!r}; expected one of {', '.join(map(str, choices))}", op=op
+        )
     return choices[value]
 
 
 def _check(name, t, op, *dtypes):
     t = plain(op, name, t)
     if t.dtype not in dtypes or t.dim() != 2 or t.device.type not in ("cpu", "cuda") or not t.is_contiguous():
-        raise InvalidArgument(f"{op}: {name} is {'' if t.is_contiguous() else 'non-contiguous '}{t.dtype} {list(t.shape)} on {t.device}; expected "
-                              f"contiguous {' or '.join(map(str, dtypes))} with two dimensions on cpu or cuda", op=op)
+        raise InvalidArgument(
+            f"{op}: {name} is {'' if t.is_contiguous() else 'non-contiguous '}{t.dtype} {list(t.shape)} on {t.device}; expected "
+            f"contiguous {' or '.join(map(str, dtypes))} with two dimensions on cpu or cuda",
+            op=op,
+        )
     return t
 
 
 def _check_wire_row(name, device, row_bytes, op):
     if device.type == "cuda" and row_bytes % 16:
-        raise InvalidArgument(f"{op}: {name} has rows of {row_bytes} bytes; on a GPU expected a multiple of 16", op=op)
+        raise InvalidArgument(
+            f"{op}: {name} has rows of {row_bytes} bytes; on a GPU expected a multiple of 16", op=op
+        )
 
 
 def _as_floats(op, scales, codes, tile):
@@ -279,9 +335,15 @@ def _as_floats(op, scales, codes, tile):
     want = (-(-shape[0] // tile[0]), -(-shape[1] // tile[1]))
     dim = 0 if tile == (TILE, 1) else 1
     packed = tuple(-(-n // 4) if i == dim else n for i, n in enumerate(want))
-    if scales.device != device or (scales.dtype, tuple(scales.shape)) not in ((torch.float32, want), (torch.int32, packed)):
-        raise InvalidArgument(f"{op}: scales is {scales.dtype} {list(scales.shape)} on {scales.device}; expected float32 {list(want)} or int32 "
-                              f"{list(packed)} on {device}", op=op)
+    if scales.device != device or (scales.dtype, tuple(scales.shape)) not in (
+        (torch.float32, want),
+        (torch.int32, packed),
+    ):
+        raise InvalidArgument(
+            f"{op}: scales is {scales.dtype} {list(scales.shape)} on {scales.device}; expected float32 {list(want)} or int32 "
+            f"{list(packed)} on {device}",
+            op=op,
+        )
     return scales.contiguous() if scales.dtype == torch.float32 else unpack_ue8m0(scales, want[dim], dim=dim)
 
 

@@ -29,7 +29,20 @@ from .record_files import SEGMENT
 from .record_format import CALL, DECODE_OPS, FORMAT, HOPS, OPS, PHASE, ids_dtype
 from .recorder import NativeCalls, Recorder, Segments
 
-__all__ = ["CALL", "DECODE_OPS", "FORMAT", "HOPS", "NativeCalls", "OPS", "PHASE", "RankRecording", "Recorder", "Segments", "ids_dtype", "load"]
+__all__ = [
+    "CALL",
+    "DECODE_OPS",
+    "FORMAT",
+    "HOPS",
+    "NativeCalls",
+    "OPS",
+    "PHASE",
+    "RankRecording",
+    "Recorder",
+    "Segments",
+    "ids_dtype",
+    "load",
+]
 
 OP = "replay"
 
@@ -68,14 +81,19 @@ def load(path):
         if match := SEGMENT.fullmatch(file):
             segments.setdefault(int(match[1]), {})[int(match[2])] = path / file
     if not segments:
-        raise InvalidArgument(f"recording: {str(path)!r} holds no rank-*.npz; expected a folder that Buffer(..., record=PATH) wrote", op=OP)
+        raise InvalidArgument(
+            f"recording: {str(path)!r} holds no rank-*.npz; expected a folder that Buffer(..., record=PATH) wrote",
+            op=OP,
+        )
     size = header_of(min(segments[min(segments)].items())[1])["size"]
     if len(segments) != size or max(segments) != size - 1:
-        raise InvalidArgument(f"recording: {str(path)!r} holds {len(segments)} ranks; expected ranks 0..{size - 1}", op=OP)
+        raise InvalidArgument(
+            f"recording: {str(path)!r} holds {len(segments)} ranks; expected ranks 0..{size - 1}", op=OP
+        )
     ranks = [_load_rank(rank, segments[rank]) for rank in range(size)]
     together([file for files in segments.values() for _, file in sorted(files.items())[:1]], ranks)
     for r in ranks:
-        r.phases = r.phases[:r.calls["phases"].sum(dtype=np.int64)]
+        r.phases = r.phases[: r.calls["phases"].sum(dtype=np.int64)]
         _deal_out(r)
     return ranks
 
@@ -84,20 +102,34 @@ def _files(path):
     try:
         return os.listdir(path)
     except OSError as error:
-        raise InvalidArgument(f"recording: {str(path)!r} cannot be read ({error}); expected a folder that Buffer(..., record=PATH) wrote", op=OP) from None
+        raise InvalidArgument(
+            f"recording: {str(path)!r} cannot be read ({error}); expected a folder that Buffer(..., record=PATH) wrote",
+            op=OP,
+        ) from None
 
 
 def _load_rank(rank, files):
     """The RankRecording of one rank's segments, each checked by itself and all of them together; ids and weights still in one piece."""
     if sorted(files) != list(range(len(files))):
         missing = min(set(range(len(files))) - set(files))
-        raise InvalidArgument(f"recording: segment {missing:03d} of rank {rank} is missing beside {files[max(files)].name!r}; expected all from 000 on", op=OP)
+        raise InvalidArgument(
+            f"recording: segment {missing:03d} of rank {rank} is missing beside {files[max(files)].name!r}; expected all from 000 on",
+            op=OP,
+        )
     parts = [segment_of(files[n]) for n in range(len(files))]
     first = parts[0]["header"]
     for n, part in enumerate(parts):
         if part["header"] != first or first["rank"] != rank:
-            refuse("recording", files[n], "header", f"is {part['header']}", f"rank {rank}, and what {files[0].name} says")
-    whole = RankRecording(first, *(np.concatenate([p[name] for p in parts]) for name in ("calls", "phases", "ids", "weights")))
+            refuse(
+                "recording",
+                files[n],
+                "header",
+                f"is {part['header']}",
+                f"rank {rank}, and what {files[0].name} says",
+            )
+    whole = RankRecording(
+        first, *(np.concatenate([p[name] for p in parts]) for name in ("calls", "phases", "ids", "weights"))
+    )
     sequence(files[0], whole)
     return whole
 
@@ -105,16 +137,18 @@ def _load_rank(rank, files):
 def _deal_out(rank):
     """Cut ids and weights into those of each plan."""
     of_plan_ids, of_plan_weights, at, weights_at = [], [], 0, 0
-    for call in rank.calls[np.isin(rank.calls["op"], ("dispatch", "decode_dispatch", "decode_combine")) & ~rank.calls["cached"]]:
+    for call in rank.calls[
+        np.isin(rank.calls["op"], ("dispatch", "decode_dispatch", "decode_combine")) & ~rank.calls["cached"]
+    ]:
         n, own = int(call["tokens"]), None
         if call["weighted"]:
-            own = rank.weights[weights_at:weights_at + n]
+            own = rank.weights[weights_at : weights_at + n]
             weights_at += n
         if call["op"] == "decode_combine":
             if own is not None:
                 of_plan_weights[call["plan"]] = own
             continue
-        of_plan_ids.append(rank.ids[at:at + n])
+        of_plan_ids.append(rank.ids[at : at + n])
         of_plan_weights.append(own)
         at += n
     rank.ids, rank.weights = of_plan_ids, of_plan_weights

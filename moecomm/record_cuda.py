@@ -21,9 +21,9 @@ from .recorder import Segments
 from .shapes import QUANTS, SCALE_DTYPES
 
 NOTHING = (0,) * len(HOPS)
-QUANT_OF = dict(zip(SCALE_DTYPES, QUANTS))   # what rows with such scales are
+QUANT_OF = dict(zip(SCALE_DTYPES, QUANTS))  # what rows with such scales are
 
-_MOST_WAITING = 64   # notes; then the host waits for the oldest
+_MOST_WAITING = 64  # notes; then the host waits for the oldest
 
 
 class DeviceRecorder:
@@ -57,7 +57,19 @@ class DeviceRecorder:
         ended = self.start()
         if ids is not None:
             self._plans[id(plan)] = self._add_picks(ids, weights)
-        self._add("dispatch", plan, ids is None, tokens, weights is not None, layout, alignment, capacity, coding, began, ended)
+        self._add(
+            "dispatch",
+            plan,
+            ids is None,
+            tokens,
+            weights is not None,
+            layout,
+            alignment,
+            capacity,
+            coding,
+            began,
+            ended,
+        )
 
     def combine(self, began, plan, tokens, weighted, layout, coding):
         """A combine has ended."""
@@ -71,7 +83,9 @@ class DeviceRecorder:
         handle = received.handle
         plan = self._decoding[handle.epoch & 1] = self._add_picks(ids, weights)
         coding = QUANT_OF[x[1].dtype] if isinstance(x, tuple) else quant
-        self._add_decode("decode_dispatch", decode, plan, handle.tokens, weights is not None, coding, began, ended)
+        self._add_decode(
+            "decode_dispatch", decode, plan, handle.tokens, weights is not None, coding, began, ended
+        )
         return received, self._second("decode_receive", decode, hook, plan, handle.tokens, return_hook)
 
     def decode_combine(self, decode, rows, ids, weights, handle, wire, return_hook, out):
@@ -81,7 +95,9 @@ class DeviceRecorder:
         ended = self.start()
         plan = self._decoding[handle.epoch & 1]
         self._add_rows(None, weights)
-        self._add_decode("decode_combine", decode, plan, handle.tokens, weights is not None, wire, began, ended)
+        self._add_decode(
+            "decode_combine", decode, plan, handle.tokens, weights is not None, wire, began, ended
+        )
         return y, self._second("decode_sum", decode, hook, plan, handle.tokens, return_hook)
 
     def close(self):
@@ -105,16 +121,40 @@ class DeviceRecorder:
 
     def _add_rows(self, ids, weights):
         copies = [None if t is None else t.detach().clone() for t in (ids, weights)]
-        self._notes.add(_event(), lambda _: self._calls.add_rows(*(None if t is None else t.cpu().numpy() for t in copies)))
+        self._notes.add(
+            _event(),
+            lambda _: self._calls.add_rows(*(None if t is None else t.cpu().numpy() for t in copies)),
+        )
 
     def _add(self, op, plan, cached, tokens, weighted, layout, alignment, capacity, coding, began, ended):
         before, self._counted = self._counted, _counts(self._native)
-        self._add_call((op, self._plans[id(plan)], cached, tokens, weighted, layout, alignment, -1 if capacity is None else capacity, coding or ""),
-                       began, ended, before, self._counted)
+        self._add_call(
+            (
+                op,
+                self._plans[id(plan)],
+                cached,
+                tokens,
+                weighted,
+                layout,
+                alignment,
+                -1 if capacity is None else capacity,
+                coding or "",
+            ),
+            began,
+            ended,
+            before,
+            self._counted,
+        )
 
     def _add_decode(self, op, decode, plan, tokens, weighted, coding, began, ended):
         before, self._decode_counted = self._decode_counted, _counts(decode.native)
-        self._add_call((op, plan, False, tokens, weighted, "expert", 1, -1, coding or ""), began, ended, before, self._decode_counted)
+        self._add_call(
+            (op, plan, False, tokens, weighted, "expert", 1, -1, coding or ""),
+            began,
+            ended,
+            before,
+            self._decode_counted,
+        )
 
     def _add_call(self, call, began, ended, before, after):
         def note(when):
@@ -151,8 +191,12 @@ class _Calls:
             taken = getattr(self, "_rows", []), getattr(self, "_parts", ([], []))
             self._rows, self._parts, self.nbytes = [], ([], []), 0
         rows, (ids, weights) = taken
-        return (np.array(rows, CALL), np.zeros(0, PHASE), np.concatenate([np.zeros((0, self._top_k), self._ids), *ids]),
-                np.concatenate([np.zeros((0, self._top_k), np.float32), *weights]))
+        return (
+            np.array(rows, CALL),
+            np.zeros(0, PHASE),
+            np.concatenate([np.zeros((0, self._top_k), self._ids), *ids]),
+            np.concatenate([np.zeros((0, self._top_k), np.float32), *weights]),
+        )
 
 
 class _Notes:
@@ -192,12 +236,14 @@ def _event():
 
 
 def _counts(native):
-    return cuda.memory_of(native.counters())[:len(HOPS)].clone()
+    return cuda.memory_of(native.counters())[: len(HOPS)].clone()
 
 
 def _close(notes, segments):
     try:
         notes.finish()
-    except Exception as error:   # the GPU has failed: what it had not come to is not recorded, and everything is released
+    except (
+        Exception
+    ) as error:  # the GPU has failed: what it had not come to is not recorded, and everything is released
         segments.fail(error)
     segments.close()

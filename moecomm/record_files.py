@@ -19,9 +19,9 @@ from .errors import InvalidArgument
 
 SEGMENT = re.compile(r"rank-(\d{5})\.(\d{3,9})\.npz")
 _PARTIAL = re.compile(r"rank-(\d{5})\.(\d{3,9})\.([0-9a-f]{16}\.)?partial")
-_HEAD = 1024                                   # bytes of a segment that show whose it is
-_MEMBER = b"header.npy"                        # the first one of the archive ...
-_TEXT = '{"format"'.encode("utf-32-le")        # ... and how its text begins
+_HEAD = 1024  # bytes of a segment that show whose it is
+_MEMBER = b"header.npy"  # the first one of the archive ...
+_TEXT = '{"format"'.encode("utf-32-le")  # ... and how its text begins
 
 
 class Folder:
@@ -51,8 +51,12 @@ class Folder:
             if match is None or int(match[1]) % self._size != self._rank:
                 continue
             if not self._is_ours(name):
-                raise InvalidArgument(f"Buffer: record is {str(self.path)!r}, which holds {name!r}, and no recording of yours has written that; expected an "
-                                      "empty folder, or one with an earlier recording, which is replaced", op="Buffer", rank=self._rank)
+                raise InvalidArgument(
+                    f"Buffer: record is {str(self.path)!r}, which holds {name!r}, and no recording of yours has written that; expected an "
+                    "empty folder, or one with an earlier recording, which is replaced",
+                    op="Buffer",
+                    rank=self._rank,
+                )
             found.append(name)
         return found
 
@@ -91,15 +95,19 @@ class Folder:
 
     def _make(self, number):
         name = f"rank-{self._rank:05d}.{number:03d}.{secrets.token_hex(8)}.partial"
-        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
+        fd = os.open(
+            name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._fd
+        )
         return name, os.fdopen(fd, "wb")
 
     def _publish(self, partial, name):
         try:
-            os.link(partial, name, src_dir_fd=self._fd, dst_dir_fd=self._fd, follow_symlinks=False)   # never over another file
+            os.link(
+                partial, name, src_dir_fd=self._fd, dst_dir_fd=self._fd, follow_symlinks=False
+            )  # never over another file
         except FileExistsError:
             raise
-        except OSError:   # a file system without hard links
+        except OSError:  # a file system without hard links
             if name in os.listdir(self._fd):
                 raise FileExistsError(name) from None
             os.rename(partial, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
@@ -107,7 +115,7 @@ class Folder:
     def _is_ours(self, name):
         try:
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._fd)
-        except OSError:   # a link, a socket, or nothing that this user may read
+        except OSError:  # a link, a socket, or nothing that this user may read
             return False
         try:
             about = os.fstat(fd)
@@ -116,7 +124,7 @@ class Folder:
             head = os.read(fd, _HEAD)
         finally:
             os.close(fd)
-        empty = not head and name.endswith(".partial")   # killed before the first byte
+        empty = not head and name.endswith(".partial")  # killed before the first byte
         return empty or (head[:2] == b"PK" and _MEMBER in head[:64] and _TEXT in head)
 
 
@@ -137,7 +145,11 @@ def open_folder(path, rank, size):
         folder.try_to_write()
         return folder
     except OSError as error:
-        why = InvalidArgument(f"Buffer: record is {path!r}; expected a folder that can be written ({error})", op="Buffer", rank=rank)
+        why = InvalidArgument(
+            f"Buffer: record is {path!r}; expected a folder that can be written ({error})",
+            op="Buffer",
+            rank=rank,
+        )
     except InvalidArgument as error:
         why = error
     if folder is not None:

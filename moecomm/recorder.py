@@ -92,11 +92,20 @@ class NativeCalls:
         rows["op"] = np.array(OPS)[native["op"]]
         rows["layout"] = np.array(("expert", "rank"))[native["by_rank"]]
         wired = np.isin(rows["op"], ("combine", "decode_combine"))
-        rows["coding"] = np.where(wired, np.array([w or "" for w in WIRES])[native["coding"]], np.array([q or "" for q in QUANTS])[native["coding"]])
+        rows["coding"] = np.where(
+            wired,
+            np.array([w or "" for w in WIRES])[native["coding"]],
+            np.array([q or "" for q in QUANTS])[native["coding"]],
+        )
         rows["phases"] = np.diff(native["spans"].astype(np.int64), prepend=0)
         phases["role"] = np.array(core.ROLES)[timeline["role"]]
         phases["begin"], phases["end"] = timeline["begin"] * 1e-9, timeline["end"] * 1e-9
-        return rows, phases, np.frombuffer(ids, self._ids).reshape(-1, self._top_k), np.frombuffer(weights, np.float32).reshape(-1, self._top_k)
+        return (
+            rows,
+            phases,
+            np.frombuffer(ids, self._ids).reshape(-1, self._top_k),
+            np.frombuffer(weights, np.float32).reshape(-1, self._top_k),
+        )
 
 
 class Segments:
@@ -106,10 +115,24 @@ class Segments:
         comm = buffer.comm
         self._path, self._rank, self.source = str(path), comm.rank, source
         self._header = dict(
-            format=FORMAT, version=__version__, rank=comm.rank, size=comm.size, ranks_per_node=comm.ranks_per_node, hidden=buffer.hidden,
-            num_experts=buffer.num_experts, top_k=buffer.top_k, max_tokens=buffer.max_tokens, dtype=str(buffer.dtype).removeprefix("torch."),
-            channels=buffer.channels)
-        self._lock, self._closed, self._number, self._process = threading.Lock(), threading.Event(), 0, os.getpid()
+            format=FORMAT,
+            version=__version__,
+            rank=comm.rank,
+            size=comm.size,
+            ranks_per_node=comm.ranks_per_node,
+            hidden=buffer.hidden,
+            num_experts=buffer.num_experts,
+            top_k=buffer.top_k,
+            max_tokens=buffer.max_tokens,
+            dtype=str(buffer.dtype).removeprefix("torch."),
+            channels=buffer.channels,
+        )
+        self._lock, self._closed, self._number, self._process = (
+            threading.Lock(),
+            threading.Event(),
+            0,
+            os.getpid(),
+        )
         self._folder, self._failure, self._reported = None, None, False
         with self._fails_once():
             self._folder = Folder(path, comm.rank, comm.size)
@@ -120,15 +143,19 @@ class Segments:
         written = time.monotonic()
         while not self._closed.wait(LOOK_SECONDS):
             if self._failure is not None:
-                self._take()   # nobody will want it, and memory must not grow
-            elif self.source.nbytes >= SEGMENT_BYTES or self.source.nbytes and time.monotonic() - written >= FLUSH_SECONDS:
+                self._take()  # nobody will want it, and memory must not grow
+            elif (
+                self.source.nbytes >= SEGMENT_BYTES
+                or self.source.nbytes
+                and time.monotonic() - written >= FLUSH_SECONDS
+            ):
                 self.write()
                 written = time.monotonic()
                 self._report(raising=False)
 
     def close(self):
         """Write what is left, and release everything. Warns where the recording is incomplete, unless that was said."""
-        if os.getpid() != self._process:   # a forked child ends: the recording is its parent's
+        if os.getpid() != self._process:  # a forked child ends: the recording is its parent's
             return
         self._closed.set()
         self.write()
@@ -139,13 +166,17 @@ class Segments:
 
     def write(self):
         """Take what there is and write it; the first segment also where there is nothing. Never raises: see close."""
-        with self._lock, self._fails_once():   # one segment after the other
+        with self._lock, self._fails_once():  # one segment after the other
             if self._failure is not None or not self.source.nbytes and self._number:
                 return
             calls, phases, ids, weights = self.source.take()
             header = np.array(json.dumps(self._header))
             self._number = 1 + self._folder.write(
-                self._number, lambda file: np.savez(file, header=header, calls=calls, phases=phases, ids=ids, weights=weights))
+                self._number,
+                lambda file: np.savez(
+                    file, header=header, calls=calls, phases=phases, ids=ids, weights=weights
+                ),
+            )
 
     def fail(self, error):
         """The recording ends here, and this is why."""
@@ -156,7 +187,7 @@ class Segments:
     def _fails_once(self):
         try:
             yield
-        except Exception as error:   # a full disk, a folder that is gone: whatever it is, the Buffer must go on and be released
+        except Exception as error:  # a full disk, a folder that is gone: whatever it is, the Buffer must go on and be released
             self.fail(error)
 
     def _take(self):
@@ -166,12 +197,14 @@ class Segments:
     def _report(self, raising=True):
         if self._failure is None or self._reported:
             return
-        text = (f"Buffer: the recording in {self._path!r} ends early on rank {self._rank}, after {self._number} segments "
-                f"({type(self._failure).__name__}: {self._failure}); replay reads what was written, the Buffer itself is not affected")
+        text = (
+            f"Buffer: the recording in {self._path!r} ends early on rank {self._rank}, after {self._number} segments "
+            f"({type(self._failure).__name__}: {self._failure}); replay reads what was written, the Buffer itself is not affected"
+        )
         try:
             warnings.warn(RecordingIncomplete(text), stacklevel=2)
             self._reported = True
-        except RecordingIncomplete:   # warnings are errors here
+        except RecordingIncomplete:  # warnings are errors here
             if raising:
                 self._reported = True
                 raise

@@ -30,7 +30,17 @@ class Received:
     source_token: torch.Tensor
 
 
-def dispatch(xs, topk_ids, topk_weights=None, *, num_experts, layout="expert", expert_alignment=1, capacity=None, scales=None):
+def dispatch(
+    xs,
+    topk_ids,
+    topk_weights=None,
+    *,
+    num_experts,
+    layout="expert",
+    expert_alignment=1,
+    capacity=None,
+    scales=None,
+):
     """What every rank receives.
 
     Parameters
@@ -52,7 +62,7 @@ def dispatch(xs, topk_ids, topk_weights=None, *, num_experts, layout="expert", e
     out = []
     for rank in range(size):
         mine = range(rank * per_rank, (rank + 1) * per_rank)
-        rows = []   # (source rank, token, list of k) or None for a padding row
+        rows = []  # (source rank, token, list of k) or None for a padding row
         tokens, padded = [], []
         if layout == "rank":
             for source in range(size):
@@ -61,8 +71,12 @@ def dispatch(xs, topk_ids, topk_weights=None, *, num_experts, layout="expert", e
                     if slots:
                         rows.append((source, t, slots))
         for expert in mine:
-            picks = [(source, t, [ids.index(expert)]) for source in range(size)
-                     for t, ids in enumerate(topk_ids[source].tolist()) if expert in ids]
+            picks = [
+                (source, t, [ids.index(expert)])
+                for source in range(size)
+                for t, ids in enumerate(topk_ids[source].tolist())
+                if expert in ids
+            ]
             tokens.append(len(picks))
             padded.append(-(-len(picks) // expert_alignment) * expert_alignment)
             if layout == "expert":
@@ -94,7 +108,16 @@ def _gather(rows, mine, xs, scales, topk_ids, topk_weights, layout, top_k, token
             else:
                 weights[i, k] = topk_weights[source][t, k]
                 ids[i, k] = int(topk_ids[source][t, k]) - mine.start
-    return Received(x, s, weights, ids, torch.tensor(tokens, dtype=torch.int64, device="cpu"), torch.tensor(padded, dtype=torch.int64, device="cpu"), source_rank, source_token)
+    return Received(
+        x,
+        s,
+        weights,
+        ids,
+        torch.tensor(tokens, dtype=torch.int64, device="cpu"),
+        torch.tensor(padded, dtype=torch.int64, device="cpu"),
+        source_rank,
+        source_token,
+    )
 
 
 def combine(rows, received, num_tokens, *, ranks_per_node, topk_weights=None, bias=None, wire=None):
@@ -134,7 +157,9 @@ def combine(rows, received, num_tokens, *, ranks_per_node, topk_weights=None, bi
                 for rank in range(node * ranks_per_node, (node + 1) * ranks_per_node):
                     here = (received[rank].source_rank == source) & (received[rank].source_token == t)
                     for i in torch.nonzero(here).flatten().tolist():
-                        term = rows[rank][i].to(wide) * (1.0 if topk_weights is None else topk_weights[rank][i].to(wide))
+                        term = rows[rank][i].to(wide) * (
+                            1.0 if topk_weights is None else topk_weights[rank][i].to(wide)
+                        )
                         part = term if part is None else part + term
                 if part is None:
                     continue
@@ -194,9 +219,16 @@ def decode_dispatch(xs, topk_ids, *, num_experts, max_tokens, scales=None):
     size = len(xs)
     places, filled = _decode_places(topk_ids, num_experts)
     shape = (num_experts // size, size * max_tokens)
-    out = [DecodeReceived(torch.zeros(*shape, xs[0].shape[1], dtype=torch.float32, device="cpu").to(xs[0].dtype),
-                          None if scales is None else torch.zeros(*shape, scales[0].shape[1], dtype=scales[0].dtype, device="cpu"),
-                          torch.tensor(filled[rank * shape[0]:(rank + 1) * shape[0]], dtype=torch.int64, device="cpu")) for rank in range(size)]
+    out = [
+        DecodeReceived(
+            torch.zeros(*shape, xs[0].shape[1], dtype=torch.float32, device="cpu").to(xs[0].dtype),
+            None
+            if scales is None
+            else torch.zeros(*shape, scales[0].shape[1], dtype=scales[0].dtype, device="cpu"),
+            torch.tensor(filled[rank * shape[0] : (rank + 1) * shape[0]], dtype=torch.int64, device="cpu"),
+        )
+        for rank in range(size)
+    ]
     for (source, t, _), (rank, expert, at) in places.items():
         out[rank].x[expert, at] = xs[source][t]
         if scales is not None:
@@ -204,7 +236,9 @@ def decode_dispatch(xs, topk_ids, *, num_experts, max_tokens, scales=None):
     return out
 
 
-def decode_combine(rows, topk_ids, topk_weights, *, num_experts, weights_travel=False, ranks_per_node=None, wire=None):
+def decode_combine(
+    rows, topk_ids, topk_weights, *, num_experts, weights_travel=False, ranks_per_node=None, wire=None
+):
     """What every rank gets back from Buffer.decode_combine.
 
     Parameters
@@ -237,7 +271,7 @@ def decode_combine(rows, topk_ids, topk_weights, *, num_experts, weights_travel=
     for source, ids in enumerate(topk_ids):
         y = torch.zeros((len(ids), hidden), dtype=dtype, device="cpu")
         for t in range(len(ids)):
-            terms = {}   # by rank, in the order of first picks
+            terms = {}  # by rank, in the order of first picks
             total = None
             for k in range(ids.shape[1]):
                 if (source, t, k) not in places:

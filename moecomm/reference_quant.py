@@ -10,9 +10,18 @@ import torch
 TILE = 128
 _FP8 = torch.float8_e4m3fn
 # Wire of combine: logarithm and power as polynomials, highest power first.
-_LOG2 = (-0.145757511, 0.236882478, -0.250061184, 0.286708534, -0.36008811, 0.480939388, -0.721357107, 1.44269478)
+_LOG2 = (
+    -0.145757511,
+    0.236882478,
+    -0.250061184,
+    0.286708534,
+    -0.36008811,
+    0.480939388,
+    -0.721357107,
+    1.44269478,
+)
 _EXP2 = (0.000154762791, 0.00134002347, 0.00961800385, 0.055503279, 0.240226507, 0.693147182, 1.0)
-_ROUND = 12582912.0   # 1.5 * 2**23: adding and subtracting it rounds to the nearest even integer
+_ROUND = 12582912.0  # 1.5 * 2**23: adding and subtracting it rounds to the nearest even integer
 
 
 def _f32(x):
@@ -153,6 +162,7 @@ def pack_fp8(codes, scales):
 
 def wire(name):
     """For reference.combine(wire=...): what an FP32 row [hidden] is worth after it crossed the rail as `name`."""
+
     def fp8(row):
         return dequantize(*quantize(row[None]))[0]
 

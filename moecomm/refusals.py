@@ -18,8 +18,8 @@ from torch._guards import detect_fake_mode
 from ._native import core
 from .errors import InvalidArgument
 
-_ARGUMENTS, _ERROR = 1, 3   # of Why in csrc/base/types.hpp
-_here = threading.local()   # .part: the innermost call that this thread is in
+_ARGUMENTS, _ERROR = 1, 3  # of Why in csrc/base/types.hpp
+_here = threading.local()  # .part: the innermost call that this thread is in
 
 
 class Part:
@@ -45,7 +45,10 @@ class Part:
         """(the native object, verb, epoch of a decode step) of the call that peers are in."""
         b = self.buffer
         choosing = b._replicas is not None and b._replicas.logical_experts > 0 and not self.chosen
-        if choosing and (self.verb == "decode_dispatch" or (self.verb == "dispatch" and b._beside is not None and self.handle is None)):
+        if choosing and (
+            self.verb == "decode_dispatch"
+            or (self.verb == "dispatch" and b._beside is not None and self.handle is None)
+        ):
             return b._chooser, "choose", 0
         if not self.verb.startswith("decode"):
             return b._native, self.verb, 0
@@ -80,24 +83,37 @@ def chosen(buffer):
 
 def _tell(part, error):
     buffer, comm = part.buffer, part.buffer.comm
-    if comm.size == 1 or buffer._closed or comm._closed or _is_pretended(comm) or comm._native.running() is not None:
+    if (
+        comm.size == 1
+        or buffer._closed
+        or comm._closed
+        or _is_pretended(comm)
+        or comm._native.running() is not None
+    ):
         return
-    made(buffer)   # calls around this one do not tell it again
+    made(buffer)  # calls around this one do not tell it again
     try:
-        comm._settle()   # in order with the asynchronous calls before it
+        comm._settle()  # in order with the asynchronous calls before it
         native, verb, epoch = part.native()
         why = _ARGUMENTS if isinstance(error, InvalidArgument) else _ERROR
-        failure = core.refuse(native, verb, why) if isinstance(native, core.Buffer) else native.refuse(verb, epoch, why)
-    except Exception as other:   # the first error says what is wrong
+        failure = (
+            core.refuse(native, verb, why)
+            if isinstance(native, core.Buffer)
+            else native.refuse(verb, epoch, why)
+        )
+    except Exception as other:  # the first error says what is wrong
         _note(error, f"The other ranks could not be told: {other}")
         return
     if failure is not None:
         who = f", rank {failure.peer}" if failure.peer >= 0 else ""
-        _note(error, f"Not all other ranks could be told (phase {failure.phase}: {failure.code}{who}); the communicator cannot be used any more.")
+        _note(
+            error,
+            f"Not all other ranks could be told (phase {failure.phase}: {failure.code}{who}); the communicator cannot be used any more.",
+        )
 
 
 def _note(error, text):
-    if hasattr(error, "add_note"):   # from Python 3.11 on
+    if hasattr(error, "add_note"):  # from Python 3.11 on
         error.add_note(text)
 
 

@@ -30,7 +30,9 @@ class Dispatched:
     @cached_property
     def _tensors(self):
         b = self.handle._buffer
-        return BlockTensors(self.handle, self._block, b.dtype, b._row_bytes, 0)   # rows of the buffer's dtype, as they left
+        return BlockTensors(
+            self.handle, self._block, b.dtype, b._row_bytes, 0
+        )  # rows of the buffer's dtype, as they left
 
     @cached_property
     def x(self):
@@ -87,14 +89,31 @@ class Handle:
     # What is None is made when it is first asked for.
     _capacity = _made_plan = _made_output = _made_tensor = _made_counts = None
 
-    def __init__(self, buffer, layout, capacity, num_rows, num_tokens, *, plan=None, output=None, tensor=None, counts=None):
+    def __init__(
+        self,
+        buffer,
+        layout,
+        capacity,
+        num_rows,
+        num_tokens,
+        *,
+        plan=None,
+        output=None,
+        tensor=None,
+        counts=None,
+    ):
         self._buffer, self._capacity = buffer, capacity
         self.layout, self.num_rows, self.num_tokens = layout, num_rows, num_tokens
-        self._made_plan, self._made_output, self._made_tensor, self._made_counts = plan, output, tensor, counts
+        self._made_plan, self._made_output, self._made_tensor, self._made_counts = (
+            plan,
+            output,
+            tensor,
+            counts,
+        )
 
     @property
     def _plan(self):
-        if self._made_plan is None:   # an operator's handle: its tensor stands for a ticket
+        if self._made_plan is None:  # an operator's handle: its tensor stands for a ticket
             ticket = ops.ticket_of(self._made_tensor)
             self._made_plan, self._made_output = ticket.plan, ticket.output
         return self._made_plan
@@ -106,7 +125,9 @@ class Handle:
     def tensor(self):
         """The handle as torch.ops.moecomm.* take it: int64 [1] on the host. Keep this tensor, not a copy of it."""
         if self._made_tensor is None:
-            self._made_tensor = ops.Ticket(self._buffer, self.layout, self._capacity, self._plan, self._output).tensor()
+            self._made_tensor = ops.Ticket(
+                self._buffer, self.layout, self._capacity, self._plan, self._output
+            ).tensor()
         return self._made_tensor
 
     def _counts(self):
@@ -122,7 +143,13 @@ class Handle:
     @cached_property
     def rows(self):
         """The experts' output, to be written: [N, hidden] in the window."""
-        return view(self._output, 0, self._buffer.dtype, (self.num_rows, self._buffer.hidden), self._buffer.comm.device)
+        return view(
+            self._output,
+            0,
+            self._buffer.dtype,
+            (self.num_rows, self._buffer.hidden),
+            self._buffer.comm.device,
+        )
 
 
 core.return_as(Dispatched, Handle)
@@ -134,7 +161,7 @@ class Pending:
     .span: (begin, end) of the call there, in seconds of time.perf_counter(), once it is done.
     """
 
-    event = None   # set in the CUDA world
+    event = None  # set in the CUDA world
 
     def __init__(self, comm, work, keep, then=None):
         self._comm, self.span, self._keep, self._then = comm, None, keep, then
@@ -173,7 +200,9 @@ class Pending:
 class BlockTensors:
     """Makes the fields of a dispatch as views of its block."""
 
-    def __init__(self, handle, block, dtype, row_bytes, scale_bytes, scale_dtype=torch.float32, scales_by_column=False):
+    def __init__(
+        self, handle, block, dtype, row_bytes, scale_bytes, scale_dtype=torch.float32, scales_by_column=False
+    ):
         self._handle, self._block, self._dtype = handle, block, dtype
         self._row_bytes, self._scale_bytes = row_bytes, scale_bytes
         self._scale_dtype, self._by_column = scale_dtype, scales_by_column
@@ -193,14 +222,24 @@ class BlockTensors:
             "source": (4, torch.int64, ()),
         }[name]
         if self._offsets is None:
-            self._offsets = buffer._native.block_layout(h._plan, h.num_rows, self._row_bytes, self._scale_bytes, self._by_column)
+            self._offsets = buffer._native.block_layout(
+                h._plan, h.num_rows, self._row_bytes, self._scale_bytes, self._by_column
+            )
         if name == "scales" and self._by_column:
-            column = -(-h.num_rows // 4) * 4   # columns start on 16 bytes
-            return view(self._block, self._offsets[index], dtype, (*columns, column), buffer.comm.device).t()[:h.num_rows]
+            column = -(-h.num_rows // 4) * 4  # columns start on 16 bytes
+            return view(self._block, self._offsets[index], dtype, (*columns, column), buffer.comm.device).t()[
+                : h.num_rows
+            ]
         return view(self._block, self._offsets[index], dtype, (h.num_rows, *columns), buffer.comm.device)
 
 
-_DLPACK = {torch.bfloat16: (4, 16), torch.float16: (2, 16), torch.float32: (2, 32), torch.float64: (2, 64), torch.int64: (0, 64)}   # code, bits
+_DLPACK = {
+    torch.bfloat16: (4, 16),
+    torch.float16: (2, 16),
+    torch.float32: (2, 32),
+    torch.float64: (2, 64),
+    torch.int64: (0, 64),
+}  # code, bits
 
 
 def view(block, offset, dtype, shape, device):
@@ -218,4 +257,8 @@ def view(block, offset, dtype, shape, device):
 
 def _counts(counts):
     """A tensor of a plan's counts, where the buffer's tensors are."""
-    return cuda.counts_of(counts) if hasattr(counts, "__cuda_array_interface__") else torch.tensor(counts, dtype=torch.int64, device="cpu")
+    return (
+        cuda.counts_of(counts)
+        if hasattr(counts, "__cuda_array_interface__")
+        else torch.tensor(counts, dtype=torch.int64, device="cpu")
+    )

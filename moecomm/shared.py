@@ -13,4 +13,6 @@ class Shared:
         return self
 
     def __reduce_ex__(self, protocol):
-        raise TypeError(f"a {type(self).__name__} belongs to its process and cannot be pickled; save a layer's state_dict instead")
+        raise TypeError(
+            f"a {type(self).__name__} belongs to its process and cannot be pickled; save a layer's state_dict instead"
+        )

@@ -18,7 +18,7 @@ import weakref
 from .env import Environment
 from .errors import InvalidArgument
 
-_open = weakref.WeakSet()   # every living Line and Endpoint, for a forked child to close
+_open = weakref.WeakSet()  # every living Line and Endpoint, for a forked child to close
 _MOST_STRANGERS = 4096
 
 
@@ -31,12 +31,12 @@ def network_identity():
 def _address_of(interface):
     """The IP address of a network interface, IPv4 before IPv6; None where it has none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s, contextlib.suppress(OSError):
-        packed = fcntl.ioctl(s.fileno(), 0x8915, struct.pack("256s", interface.encode()[:15]))   # SIOCGIFADDR
+        packed = fcntl.ioctl(s.fileno(), 0x8915, struct.pack("256s", interface.encode()[:15]))  # SIOCGIFADDR
         return socket.inet_ntoa(packed[20:24])
     with contextlib.suppress(OSError), open("/proc/net/if_inet6") as lines:
         for line in lines:
             digits, _, _, scope, _, name = line.split()
-            if name == interface and scope == "00":   # global
+            if name == interface and scope == "00":  # global
                 return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits))
     return None
 
@@ -46,7 +46,7 @@ def _route_to(host):
     with contextlib.suppress(OSError):
         for family, kind, _, _, address in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
             with socket.socket(family, kind) as s, contextlib.suppress(OSError):
-                s.connect(address)   # of a datagram socket: nothing is sent
+                s.connect(address)  # of a datagram socket: nothing is sent
                 return s.getsockname()[0]
     return None
 
@@ -66,20 +66,31 @@ def own_address():
     if named:
         address = _address_of(named)
         if address is None:
-            raise InvalidArgument(f"MOECOMM_SOCKET_IFNAME: got {named!r}; expected an interface of this host with an IP address (it has "
-                                  f"{', '.join(n for _, n in socket.if_nameindex())})", op="Communicator")
+            raise InvalidArgument(
+                f"MOECOMM_SOCKET_IFNAME: got {named!r}; expected an interface of this host with an IP address (it has "
+                f"{', '.join(n for _, n in socket.if_nameindex())})",
+                op="Communicator",
+            )
         return address
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         name = os.environ.get(variable, "").split(",")[0].lstrip("=")
         address = _address_of(name) if name and not name.startswith("^") else None
         if address is not None:
             return address
-    for host in (os.environ.get("MASTER_ADDR"), socket.gethostname(), "192.0.2.1", "2001:db8::1"):   # the last two: the default route
+    for host in (
+        os.environ.get("MASTER_ADDR"),
+        socket.gethostname(),
+        "192.0.2.1",
+        "2001:db8::1",
+    ):  # the last two: the default route
         address = _route_to(host) if host else None
         if address is not None and not address.startswith("127.") and address != "::1":
             return address
-    raise InvalidArgument("this host has no IP address besides the loopback's, and there are ranks on other hosts; expected MOECOMM_SOCKET_IFNAME=<the "
-                          "interface that joins the hosts>", op="Communicator")
+    raise InvalidArgument(
+        "this host has no IP address besides the loopback's, and there are ranks on other hosts; expected MOECOMM_SOCKET_IFNAME=<the "
+        "interface that joins the hosts>",
+        op="Communicator",
+    )
 
 
 def listen(ip=None):
@@ -93,7 +104,7 @@ def listen(ip=None):
         where = (ip, 0)
     try:
         s.bind(where)
-        s.listen(4096)   # the kernel takes less where it allows less
+        s.listen(4096)  # the kernel takes less where it allows less
         s.setblocking(False)
     except OSError:
         s.close()
@@ -101,7 +112,7 @@ def listen(ip=None):
     return s, address if ip is None else list(s.getsockname()[:2])
 
 
-class Refused(Exception):   # noqa: N818 - not an error: what a connection attempt may find
+class Refused(Exception):  # noqa: N818 - not an error: what a connection attempt may find
     """Nobody listens there any more."""
 
 
@@ -114,7 +125,10 @@ def dial(address):
         Nobody listens there.
     """
     unix = isinstance(address, str)
-    s = socket.socket(socket.AF_UNIX if unix else socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_STREAM)
+    s = socket.socket(
+        socket.AF_UNIX if unix else socket.AF_INET6 if ":" in address[0] else socket.AF_INET,
+        socket.SOCK_STREAM,
+    )
     s.setblocking(False)
     code = s.connect_ex("\0" + address if unix else tuple(address))
     if not unix:
@@ -135,9 +149,11 @@ def _keep_alive(s):
         s.setsockopt(socket.IPPROTO_TCP, option, seconds)
 
 
-_HEAD = struct.Struct("<IBQI")   # bytes of the frame behind these four, kind, number of the exchange, rank that it comes from
+_HEAD = struct.Struct(
+    "<IBQI"
+)  # bytes of the frame behind these four, kind, number of the exchange, rank that it comes from
 HELLO, WELCOME, VALUE, DONE, LOST, FAILED, BYE = range(7)
-LARGEST = 1 << 30   # bytes of a frame
+LARGEST = 1 << 30  # bytes of a frame
 
 
 class Line:
@@ -164,11 +180,11 @@ class Line:
         """Send what the kernel takes."""
         while self._out and not self.gone:
             try:
-                del self._out[:self.socket.send(self._out[:1 << 20], socket.MSG_NOSIGNAL)]
+                del self._out[: self.socket.send(self._out[: 1 << 20], socket.MSG_NOSIGNAL)]
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
-                if error.errno in (errno.ENOTCONN, errno.EAGAIN):   # the connection is still being made
+                if error.errno in (errno.ENOTCONN, errno.EAGAIN):  # the connection is still being made
                     return
                 self._read_all()
                 self.gone = True
@@ -185,11 +201,11 @@ class Line:
         while len(found) != most and len(self._in) - at >= _HEAD.size:
             length, kind, number, origin = _HEAD.unpack_from(self._in, at)
             if not _HEAD.size - 4 <= length <= LARGEST:
-                self.gone = True   # no peer of ours
+                self.gone = True  # no peer of ours
                 break
             if len(self._in) - at < 4 + length:
                 break
-            found.append((kind, number, origin, bytes(self._in[at + _HEAD.size:at + 4 + length])))
+            found.append((kind, number, origin, bytes(self._in[at + _HEAD.size : at + 4 + length])))
             at += 4 + length
         del self._in[:at]
         return found
@@ -224,7 +240,7 @@ class Line:
         while len(self._in) - at >= _HEAD.size:
             length, kind, _, _ = _HEAD.unpack_from(self._in, at)
             if kind == FAILED:
-                return bytes(self._in[at + _HEAD.size:at + 4 + length])
+                return bytes(self._in[at + _HEAD.size : at + 4 + length])
             at += 4 + length
         return None
 
@@ -245,9 +261,11 @@ class Endpoint:
         self.network, self.token = network_identity(), secrets.token_bytes(32)
         self.lock = threading.Lock()
         self.users = 0
-        self.waiting = {}     # (name of a mesh, caller) -> [(its hello, Line)]: for a mesh that is not being made here yet
-        self.refusals = {}    # (identity of a mesh, caller) -> [(identity of the failure, text, begun)]: that rank has refused to make a part of it
-        self.settled = set()  # identities of the failures that a call here has raised: news of them that comes later is no news
+        self.waiting = {}  # (name of a mesh, caller) -> [(its hello, Line)]: for a mesh that is not being made here yet
+        self.refusals = {}  # (identity of a mesh, caller) -> [(identity of the failure, text, begun)]: that rank has refused to make a part of it
+        self.settled = (
+            set()
+        )  # identities of the failures that a call here has raised: news of them that comes later is no news
         self._strangers = []  # lines that have not said hello
         unix, self._unix_address = listen()
         self.listening, self._tcp_address = [unix], None
@@ -288,20 +306,24 @@ class Endpoint:
                     line.close()
             if line.gone:
                 line.close()
-        self._strangers = [line for line in self._strangers if not line.gone and not line.known][-_MOST_STRANGERS:]
+        self._strangers = [line for line in self._strangers if not line.gone and not line.known][
+            -_MOST_STRANGERS:
+        ]
 
     def _hello(self, line, payload):
         try:
             hello = json.loads(payload)
             name, caller, refused = str(hello["name"]), int(hello["from"]), hello["refused"]
-            begun = hello["begun"] = int(hello.get("begun", 0))   # exchanges of the parent
+            begun = hello["begun"] = int(hello.get("begun", 0))  # exchanges of the parent
             genuine = same(hello.pop("signature"), sign(self.token, hello))
         except (ValueError, KeyError, TypeError, AttributeError):
             genuine = False
         if not genuine:
             line.close()
         elif refused is not None:
-            self.refusals.setdefault((name, caller), []).append((str(hello.get("number")), str(refused), begun))
+            self.refusals.setdefault((name, caller), []).append(
+                (str(hello.get("number")), str(refused), begun)
+            )
             line.close()
         else:
             line.known = True
@@ -338,7 +360,11 @@ class Endpoint:
         """The lines of all who have called for a mesh so far; drops those that failed to make another part of its parent. The caller holds .lock."""
         self.greet()
         self.living(parent, name)
-        return [line for key in [key for key in self.waiting if key[0] == name] for _, line in self.waiting.pop(key)]
+        return [
+            line
+            for key in [key for key in self.waiting if key[0] == name]
+            for _, line in self.waiting.pop(key)
+        ]
 
     def fileno_list(self):
         """Descriptors on which something may come."""

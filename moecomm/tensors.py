@@ -21,7 +21,9 @@ def refuse(op, what, rank=None):
     ------
     InvalidArgument
     """
-    raise InvalidArgument(f"{op}: {what}" if rank is None else f"{op} on rank {rank}: {what}", op=op, rank=rank)
+    raise InvalidArgument(
+        f"{op}: {what}" if rank is None else f"{op} on rank {rank}: {what}", op=op, rank=rank
+    )
 
 
 def plain(op, name, value, *, rank=None, optional=False, written=False, traceable=False):
@@ -59,18 +61,22 @@ def plain(op, name, value, *, rank=None, optional=False, written=False, traceabl
         if traceable and _is_traced(value):
             return value
         value = _unwrap(op, name, value, rank)
-    if torch.compiler.is_dynamo_compiling():   # what stands for values here is looked at by torch
+    if torch.compiler.is_dynamo_compiling():  # what stands for values here is looked at by torch
         return value
     _check_transforms(op, name, value, rank)
     if value.is_nested:
         refuse(op, f"{name} is a nested tensor; expected a dense one, such as its values()", rank)
     if value.layout != torch.strided:
         refuse(op, f"{name} is {value.layout}; expected a dense tensor", rank)
-    if value.is_neg():   # its memory holds the numbers without their sign
+    if value.is_neg():  # its memory holds the numbers without their sign
         refuse(op, f"{name} is a negated view (of a conjugate); expected its resolve_neg()", rank)
     if value.device.type in ("cpu", "cuda") and not _has_memory(value):
-        refuse(op, f"{name} is a tensor {list(value.shape)} whose storage holds {value.untyped_storage().nbytes()} bytes, so its values are not there; "
-                   "expected one whose storage has not been freed or resized (FSDP frees parameters between their uses)", rank)
+        refuse(
+            op,
+            f"{name} is a tensor {list(value.shape)} whose storage holds {value.untyped_storage().nbytes()} bytes, so its values are not there; "
+            "expected one whose storage has not been freed or resized (FSDP frees parameters between their uses)",
+            rank,
+        )
     return value
 
 
@@ -86,12 +92,18 @@ def address(t):
         return 0
     at = t.data_ptr()
     if at == 0 and t.numel():
-        refuse("moecomm", f"a tensor {t.dtype} {list(t.shape)} on {t.device} has no memory; expected one that has")
+        refuse(
+            "moecomm",
+            f"a tensor {t.dtype} {list(t.shape)} on {t.device} has no memory; expected one that has",
+        )
     return at
 
 
 def _from_dlpack(op, name, value, rank, written):
-    why, readonly = "", getattr(getattr(value, "flags", None), "writeable", True) is False   # NumPy's word; torch drops it
+    why, readonly = (
+        "",
+        getattr(getattr(value, "flags", None), "writeable", True) is False,
+    )  # NumPy's word; torch drops it
     if hasattr(value, "__dlpack__"):
         try:
             value = torch.from_dlpack(value)
@@ -108,7 +120,9 @@ def _is_traced(value):
     """Whether it stands for a value while torch.export, make_fx or a FakeTensorMode looks on."""
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0:
         return False
-    return isinstance(value, (torch._subclasses.FakeTensor, torch._subclasses.functional_tensor.FunctionalTensor))
+    return isinstance(
+        value, (torch._subclasses.FakeTensor, torch._subclasses.functional_tensor.FunctionalTensor)
+    )
 
 
 def _class_of(module, name):
@@ -124,13 +138,23 @@ def _unwrap(op, name, value, rank):
     if isinstance(value, _class_of("torch.distributed.tensor", "DTensor")):
         refuse(op, f"{name} is a DTensor; expected a plain tensor, such as {name}.to_local()", rank)
     if isinstance(value, torch._subclasses.FakeTensor):
-        refuse(op, f"{name} is a FakeTensor, which has no memory; expected a tensor with values, or torch.compile and torch.export around dispatch and "
-                   "combine", rank)
+        refuse(
+            op,
+            f"{name} is a FakeTensor, which has no memory; expected a tensor with values, or torch.compile and torch.export around dispatch and "
+            "combine",
+            rank,
+        )
     if value.is_nested:
         refuse(op, f"{name} is a nested tensor; expected a dense one, such as its values()", rank)
-    if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ or torch.nn.parameter.is_lazy(value):
-        refuse(op, f"{name} is a {type(value).__qualname__}, a tensor subclass that need not have memory of its own; expected a plain tensor", rank)
-    with torch._C.DisableTorchFunctionSubclass():   # only methods differ: the memory is a tensor's
+    if type(value).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ or torch.nn.parameter.is_lazy(
+        value
+    ):
+        refuse(
+            op,
+            f"{name} is a {type(value).__qualname__}, a tensor subclass that need not have memory of its own; expected a plain tensor",
+            rank,
+        )
+    with torch._C.DisableTorchFunctionSubclass():  # only methods differ: the memory is a tensor's
         return value.as_subclass(torch.Tensor)
 
 
@@ -155,13 +179,26 @@ def _check_transforms(op, name, value, rank):
     """Refuse what function transforms made: a call moves rows of all ranks, so it cannot be batched, and its forward derivative is not defined."""
     functorch = torch._C._functorch
     if functorch.is_functorch_wrapped_tensor(value):
-        where = "torch.func.vmap" if functorch.is_batchedtensor(value) else "torch.func.functionalize" if functorch.is_functionaltensor(value) else \
-            "torch.func.grad, vjp, jvp, jacrev or jacfwd"
-        refuse(op, f"{name} is a tensor inside {where}; moecomm calls have no rule for it, expected a plain tensor (gradients: backward() or "
-                   "torch.autograd.grad; batches: one call of all tokens)", rank)
+        where = (
+            "torch.func.vmap"
+            if functorch.is_batchedtensor(value)
+            else "torch.func.functionalize"
+            if functorch.is_functionaltensor(value)
+            else "torch.func.grad, vjp, jvp, jacrev or jacfwd"
+        )
+        refuse(
+            op,
+            f"{name} is a tensor inside {where}; moecomm calls have no rule for it, expected a plain tensor (gradients: backward() or "
+            "torch.autograd.grad; batches: one call of all tokens)",
+            rank,
+        )
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
-        refuse(op, f"{name} is a dual tensor of forward-mode AD, whose tangent would be lost; expected a plain tensor "
-                   "(torch.autograd.forward_ad.unpack_dual), or reverse mode", rank)
+        refuse(
+            op,
+            f"{name} is a dual tensor of forward-mode AD, whose tangent would be lost; expected a plain tensor "
+            "(torch.autograd.forward_ad.unpack_dual), or reverse mode",
+            rank,
+        )
 
 
 def _has_memory(t):

@@ -14,8 +14,8 @@ from . import options
 from ._native import core
 from .checks import require
 
-MOST_TOKENS = 1 << 20   # of all ranks
-ROLES = core.ROLES   # tracks from top to bottom
+MOST_TOKENS = 1 << 20  # of all ranks
+ROLES = core.ROLES  # tracks from top to bottom
 
 
 @dataclass(frozen=True)
@@ -50,28 +50,49 @@ def spans_of_cluster(cluster):
             name = f"wait for rank {line['peer']} ({line['phase']})"
         else:
             continue
-        spans.append(Span(line["rank"], line["role"], line["channel"], name, line["begin"] / 1e6, line["end"] / 1e6))
+        spans.append(
+            Span(line["rank"], line["role"], line["channel"], name, line["begin"] / 1e6, line["end"] / 1e6)
+        )
     return spans
 
 
 def spans_of_buffers(trace, rank=0):
     """Spans of this rank's buffers, from an overlap.Trace: the cpu world runs the channels of a role one after another."""
-    return [Span(rank, role, -1, role, begin * 1e6, end * 1e6) for _, role, begin, end in trace.spans("roles")]
+    return [
+        Span(rank, role, -1, role, begin * 1e6, end * 1e6) for _, role, begin, end in trace.spans("roles")
+    ]
 
 
 def save(path, spans):
     """Write spans of any ranks as Chrome/Perfetto JSON. Time starts with the first span."""
     start = min((s.begin for s in spans), default=0.0)
-    tracks = sorted({(s.rank, s.role, s.channel) for s in spans}, key=lambda t: (t[0], ROLES.index(t[1]) if t[1] in ROLES else len(ROLES), t[2]))
+    tracks = sorted(
+        {(s.rank, s.role, s.channel) for s in spans},
+        key=lambda t: (t[0], ROLES.index(t[1]) if t[1] in ROLES else len(ROLES), t[2]),
+    )
     number = {track: i for i, track in enumerate(tracks)}
-    events = [{"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}} for rank in sorted({s.rank for s in spans})]
+    events = [
+        {"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}}
+        for rank in sorted({s.rank for s in spans})
+    ]
     for (rank, role, channel), i in number.items():
         track = role if channel < 0 else f"{role} {channel}"
-        events += [{"ph": "M", "pid": rank, "tid": i, "name": "thread_name", "args": {"name": track}},
-                   {"ph": "M", "pid": rank, "tid": i, "name": "thread_sort_index", "args": {"sort_index": i}}]
+        events += [
+            {"ph": "M", "pid": rank, "tid": i, "name": "thread_name", "args": {"name": track}},
+            {"ph": "M", "pid": rank, "tid": i, "name": "thread_sort_index", "args": {"sort_index": i}},
+        ]
     for s in spans:
-        events.append({"ph": "X", "pid": s.rank, "tid": number[s.rank, s.role, s.channel], "name": s.name, "cat": s.role,
-                       "ts": s.begin - start, "dur": s.end - s.begin})
+        events.append(
+            {
+                "ph": "X",
+                "pid": s.rank,
+                "tid": number[s.rank, s.role, s.channel],
+                "name": s.name,
+                "cat": s.role,
+                "ts": s.begin - start,
+                "dur": s.end - s.begin,
+            }
+        )
     with open(path, "w") as file:
         json.dump({"traceEvents": events, "displayTimeUnit": "ns"}, file)
 
@@ -80,7 +101,9 @@ def arguments(parser):
     """Arguments of the command."""
     parser.add_argument("out", type=options.file_to_write, help="file to write, .json")
     parser.add_argument("--world", choices=("sim", "cpu"), default="sim")
-    parser.add_argument("--cluster", default="h800", help="sim world: a name of `moecomm.clusters`, or a .toml file")
+    parser.add_argument(
+        "--cluster", default="h800", help="sim world: a name of `moecomm.clusters`, or a .toml file"
+    )
     parser.add_argument("--ranks", type=options.ranks, default=16)
     parser.add_argument("--ranks-per-node", type=options.ranks, default=8)
     parser.add_argument("--model", default="deepseek_v3", help="a shape of moecomm.presets")
@@ -96,30 +119,71 @@ def main(args):
     from .buffer import Buffer
 
     model = presets.shape_of(args.model)
-    require(args.ranks * args.tokens <= MOST_TOKENS, "trace", "--ranks times --tokens", args.ranks * args.tokens, f"at most {MOST_TOKENS}")
-    require(args.world == "sim" or args.ranks <= local.MOST_RANKS, "trace", "--ranks", args.ranks, f"at most {local.MOST_RANKS} in the cpu world")
-    require(args.ranks % args.ranks_per_node == 0, "trace", "--ranks-per-node", args.ranks_per_node, f"a divisor of the {args.ranks} ranks")
-    shape = {"hidden": model.hidden, "num_experts": model.num_experts, "top_k": model.top_k, "max_tokens": args.tokens}
+    require(
+        args.ranks * args.tokens <= MOST_TOKENS,
+        "trace",
+        "--ranks times --tokens",
+        args.ranks * args.tokens,
+        f"at most {MOST_TOKENS}",
+    )
+    require(
+        args.world == "sim" or args.ranks <= local.MOST_RANKS,
+        "trace",
+        "--ranks",
+        args.ranks,
+        f"at most {local.MOST_RANKS} in the cpu world",
+    )
+    require(
+        args.ranks % args.ranks_per_node == 0,
+        "trace",
+        "--ranks-per-node",
+        args.ranks_per_node,
+        f"a divisor of the {args.ranks} ranks",
+    )
+    shape = {
+        "hidden": model.hidden,
+        "num_experts": model.num_experts,
+        "top_k": model.top_k,
+        "max_tokens": args.tokens,
+    }
     g = torch.Generator().manual_seed(0)
-    ids = [torch.rand((args.tokens, model.num_experts), generator=g, dtype=torch.float32, device="cpu").argsort(1)[:, :model.top_k].contiguous() for _ in range(args.ranks)]
+    ids = [
+        torch.rand((args.tokens, model.num_experts), generator=g, dtype=torch.float32, device="cpu")
+        .argsort(1)[:, : model.top_k]
+        .contiguous()
+        for _ in range(args.ranks)
+    ]
     if args.world == "sim":
-        cluster = sim.Cluster(args.ranks, ranks_per_node=args.ranks_per_node, hardware=clusters.load(args.cluster).hardware, decode=args.decode, **shape)
+        cluster = sim.Cluster(
+            args.ranks,
+            ranks_per_node=args.ranks_per_node,
+            hardware=clusters.load(args.cluster).hardware,
+            decode=args.decode,
+            **shape,
+        )
         with recording(cluster):
             (cluster.decode_step if args.decode else cluster.step)(ids)
             spans = spans_of_cluster(cluster)
     else:
+
         def run(comm):
             buf = Buffer(comm, **shape)
             with overlap.Trace(buf) as trace:
-                x = torch.randn((args.tokens, model.hidden), dtype=torch.float32, device="cpu").to(torch.bfloat16)
+                x = torch.randn((args.tokens, model.hidden), dtype=torch.float32, device="cpu").to(
+                    torch.bfloat16
+                )
                 if args.decode:
                     received, _ = buf.decode_dispatch(x, ids[comm.rank], return_hook=False)
-                    buf.decode_combine(received.handle.rows, ids[comm.rank], None, received.handle, return_hook=False)
+                    buf.decode_combine(
+                        received.handle.rows, ids[comm.rank], None, received.handle, return_hook=False
+                    )
                 else:
                     out = buf.dispatch(x, ids[comm.rank])
                     buf.combine(out.handle.rows, out.handle)
                 return spans_of_buffers(trace, comm.rank)
 
-        spans = [s for one in local.run_local(run, args.ranks, ranks_per_node=args.ranks_per_node) for s in one]
+        spans = [
+            s for one in local.run_local(run, args.ranks, ranks_per_node=args.ranks_per_node) for s in one
+        ]
     save(args.out, spans)
     print(f"{args.out}: {len(spans)} spans of {args.ranks} ranks; open it in https://ui.perfetto.dev")

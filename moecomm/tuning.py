@@ -9,10 +9,10 @@ from math import comb
 from pathlib import Path
 
 TABLES = Path(__file__).parent / "tables"
-_WARP_BYTES = 2304      # of shared memory beside its stages; an upper bound of the kernels' own count
+_WARP_BYTES = 2304  # of shared memory beside its stages; an upper bound of the kernels' own count
 _MAX_STAGES = 4
 _MAX_WARPS = 12
-_CHUNKS = 4             # of a channel's rows to a node, at least: while one crosses, the one before is forwarded
+_CHUNKS = 4  # of a channel's rows to a node, at least: while one crosses, the one before is forwarded
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Hardware:
     name: str
     sms: int
     shared_bytes: int
-    memory: float          # device memory, read plus written
-    node_link: float       # to other GPUs of the node
-    rail_link: float       # to other nodes
-    sm_read: float = 100.0   # what one multiprocessor moves
+    memory: float  # device memory, read plus written
+    node_link: float  # to other GPUs of the node
+    rail_link: float  # to other nodes
+    sm_read: float = 100.0  # what one multiprocessor moves
     sm_write: float = 50.0
 
 
@@ -40,9 +40,9 @@ class Traffic:
     ranks: int
     ranks_per_node: int
     row_bytes: int
-    groups: int = 1        # the gate picks its experts within `top_groups` of so many groups
+    groups: int = 1  # the gate picks its experts within `top_groups` of so many groups
     top_groups: int = 1
-    shared_gpu: int = 1    # ranks that share a GPU
+    shared_gpu: int = 1  # ranks that share a GPU
 
     @property
     def nodes(self):
@@ -90,20 +90,31 @@ def expected_parts(parts, num_experts, top_k, groups=1, top_groups=1):
     ValueError
         A size is not positive, or the picks do not fit.
     """
-    if min(parts, num_experts, top_k, groups, top_groups) < 1 or top_groups > groups or top_k * groups > num_experts * top_groups:
-        raise ValueError(f"expected 1 <= top_k <= experts in {top_groups} of {groups} groups; got top_k {top_k}, {num_experts} experts, {parts} parts")
+    if (
+        min(parts, num_experts, top_k, groups, top_groups) < 1
+        or top_groups > groups
+        or top_k * groups > num_experts * top_groups
+    ):
+        raise ValueError(
+            f"expected 1 <= top_k <= experts in {top_groups} of {groups} groups; got top_k {top_k}, {num_experts} experts, {parts} parts"
+        )
 
-    def missed(total, own, picks):   # no pick among `own` of `total`
+    def missed(total, own, picks):  # no pick among `own` of `total`
         return comb(total - own, picks) / comb(total, picks)
 
     if groups == 1:
         return parts * (1 - missed(num_experts, num_experts // parts, top_k))
     per_group, open_experts = num_experts // groups, num_experts * top_groups // groups
-    if parts >= groups:              # a part lies within one group
+    if parts >= groups:  # a part lies within one group
         return parts * top_groups / groups * (1 - missed(open_experts, num_experts // parts, top_k))
-    per_part = groups // parts       # a part holds whole groups: how many of its groups are open
-    hit = sum(comb(per_part, n) * comb(groups - per_part, top_groups - n) / comb(groups, top_groups)
-              * (1 - missed(open_experts, n * per_group, top_k)) for n in range(1, min(per_part, top_groups) + 1))
+    per_part = groups // parts  # a part holds whole groups: how many of its groups are open
+    hit = sum(
+        comb(per_part, n)
+        * comb(groups - per_part, top_groups - n)
+        / comb(groups, top_groups)
+        * (1 - missed(open_experts, n * per_group, top_k))
+        for n in range(1, min(per_part, top_groups) + 1)
+    )
     return parts * hit
 
 
@@ -151,7 +162,9 @@ def choose_plan(hardware, traffic, num_sms=None):
         if traffic.ranks_per_node > traffic.shared_gpu:
             limits.append(hardware.node_link / rows["node"])
         rate = min(limits)
-        wanted = 1.25 * max(rate * rows["read"] / hardware.sm_read, rate * rows["written"] / hardware.sm_write)
+        wanted = 1.25 * max(
+            rate * rows["read"] / hardware.sm_read, rate * rows["written"] / hardware.sm_write
+        )
         num_sms = min(share, max(2, 2 * -(-int(wanted + 0.999) // 2)))
     warps = min(_MAX_WARPS, max(4, hardware.shared_bytes // (_WARP_BYTES + 3 * 2048)))
     room = hardware.shared_bytes // warps - _WARP_BYTES
@@ -164,18 +177,29 @@ def choose_plan(hardware, traffic, num_sms=None):
     workers = num_sms * warps - 1
     if traffic.nodes == 1:
         senders = 0
-    else:   # sending and forwarding the own node's rows, against forwarding those of other nodes
-        own, other = rows["rail"] + rows["node"] / traffic.nodes, rows["node"] * (traffic.nodes - 1) / traffic.nodes
+    else:  # sending and forwarding the own node's rows, against forwarding those of other nodes
+        own, other = (
+            rows["rail"] + rows["node"] / traffic.nodes,
+            rows["node"] * (traffic.nodes - 1) / traffic.nodes,
+        )
         senders = min(workers - 1, max(1, round(workers * own / (own + other))))
     channels = max(1, min(1024, senders or workers, -(-traffic.max_tokens // 4)))
-    return Plan(num_sms, warps, channels, senders, stage_bytes, stages, _chunk_bytes(hardware, traffic, rows["rail"], channels))
+    return Plan(
+        num_sms,
+        warps,
+        channels,
+        senders,
+        stage_bytes,
+        stages,
+        _chunk_bytes(hardware, traffic, rows["rail"], channels),
+    )
 
 
 def _chunk_bytes(hardware, traffic, rail_rows, channels):
     """What the rail carries in a microsecond, about what a signal costs, in whole rows; fewer where a channel has few rows."""
     if traffic.nodes == 1:
         return Plan.chunk_bytes
-    to_a_node = traffic.max_tokens * rail_rows / (traffic.nodes - 1) / channels   # rows of a channel
+    to_a_node = traffic.max_tokens * rail_rows / (traffic.nodes - 1) / channels  # rows of a channel
     rows = max(1, min(round(1e3 * hardware.rail_link / traffic.row_bytes), int(to_a_node / _CHUNKS)))
     return rows * traffic.row_bytes
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")   # as cuda.prepare_threads(): tests ask for a GPU before they run ranks on it
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+os.environ.setdefault(
+    "CUDA_DEVICE_MAX_CONNECTIONS", "32"
+)  # as cuda.prepare_threads(): tests ask for a GPU before they run ranks on it
 
 
 @pytest.fixture(scope="session")
@@ -18,7 +20,7 @@ def processes():
     """A multiprocessing context whose server has imported everything and forks a rank in no time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["survivors", "hosts", "replicated", "joining"])
-    with pytest.MonkeyPatch.context() as patch:   # the server looks for modules nowhere else
+    with pytest.MonkeyPatch.context() as patch:  # the server looks for modules nowhere else
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         multiprocessing.forkserver.ensure_running()
     return context

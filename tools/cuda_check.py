@@ -17,10 +17,19 @@ from pathlib import Path
 import nccl_headers
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted((ROOT / "csrc/world/cuda").glob("*.cu"))
+SOURCES = sorted((ROOT / "csrc/runtime/cuda/kernels").glob("*.cu"))
 NCCL = nccl_headers.find()
-FLAGS = ["-std=c++20", "-O3", "-fmad=false", f"-I{ROOT / 'csrc'}", *([f"-I{NCCL}"] if NCCL else []), "-diag-suppress=20011,20012,20013,20014,20015"]
-MAX_WARPS = int(re.search(r"kMaxWarps = (\d+)", (ROOT / "csrc/world/cuda/launch.hpp").read_text())[1])
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fmad=false",
+    f"-I{ROOT / 'csrc'}",
+    *([f"-I{NCCL}"] if NCCL else []),
+    "-diag-suppress=20011,20012,20013,20014,20015",
+]
+MAX_WARPS = int(
+    re.search(r"kMaxWarps = (\d+)", (ROOT / "csrc/runtime/cuda/kernels/launch.hpp").read_text())[1]
+)
 results = []
 
 
@@ -46,8 +55,10 @@ def disassembly(cubin):
     dump = disassembler()
     if dump is None:
         return None
-    path = f"{Path(dump).parent}{os.pathsep}{os.environ['PATH']}"   # it calls nvdisasm, which lies beside it
-    run = subprocess.run([dump, "--dump-sass", str(cubin)], capture_output=True, text=True, env={**os.environ, "PATH": path})
+    path = f"{Path(dump).parent}{os.pathsep}{os.environ['PATH']}"  # it calls nvdisasm, which lies beside it
+    run = subprocess.run(
+        [dump, "--dump-sass", str(cubin)], capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
     return run.stdout if run.returncode == 0 else None
 
 
@@ -55,8 +66,20 @@ def compiled(source, arch, folder):
     """(cubin, resource report, seconds) of one source for one architecture; None where it does not compile."""
     out = Path(folder) / f"{source.stem}.{arch}.cubin"
     start = time.monotonic()
-    run = subprocess.run(["nvcc", *FLAGS, "-cubin", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas=-v", str(source), "-o", str(out)],
-                         capture_output=True, text=True)
+    run = subprocess.run(
+        [
+            "nvcc",
+            *FLAGS,
+            "-cubin",
+            f"-gencode=arch=compute_{arch},code=sm_{arch}",
+            "-Xptxas=-v",
+            str(source),
+            "-o",
+            str(out),
+        ],
+        capture_output=True,
+        text=True,
+    )
     if run.returncode:
         print(run.stderr)
         return None
@@ -68,7 +91,12 @@ def kernels(report):
     found = {}
     for block in report.split("Compiling entry function '")[1:]:
         name = re.search(r"\d\d?([a-z][a-z_]*_kernel)", block)[1]
-        stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block).groups())
+        stack, stores, loads = map(
+            int,
+            re.search(
+                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block
+            ).groups(),
+        )
         found[name] = stack, stores + loads, int(re.search(r"Used (\d+) registers", block)[1])
     return found
 
@@ -85,27 +113,49 @@ def functions(sass):
 
 def look_inside(name, sass):
     """The promises about one kernel's machine code for sm_90."""
-    count = lambda pattern: len(re.findall(pattern, sass))   # noqa: E731
-    kernel = name.split()[-1]   # without its source
-    between_ranks, decodes = "dispatch" in kernel or "combine" in kernel, kernel.startswith(("dequantize", "decode_rows"))
-    in_words = kernel.startswith("transpose")   # neither codes nor their tiles are 16 bytes wide there
+    count = lambda pattern: len(re.findall(pattern, sass))  # noqa: E731
+    kernel = name.split()[-1]  # without its source
+    between_ranks, decodes = (
+        "dispatch" in kernel or "combine" in kernel,
+        kernel.startswith(("dequantize", "decode_rows")),
+    )
+    in_words = kernel.startswith("transpose")  # neither codes nor their tiles are 16 bytes wide there
     if "dispatch" in kernel:
-        check(f"{name}: bulk copies through the engine", count(r"\bUBLKCP\b") >= 2, f"{count(r'UBLKCP')} of them")
+        check(
+            f"{name}: bulk copies through the engine",
+            count(r"\bUBLKCP\b") >= 2,
+            f"{count(r'UBLKCP')} of them",
+        )
     if not decodes and not in_words:
         check(f"{name}: 16-byte loads", count(r"\bLDG?\.E\S*\.128") >= 1, f"{count(r'LDG?.E[^ ]*.128')}")
     if between_ranks or decodes:
         check(f"{name}: 16-byte stores", count(r"\bSTG?\.E\S*\.128") >= 1, f"{count(r'STG?.E[^ ]*.128')}")
     if between_ranks:
-        check(f"{name}: acquire at system scope", count(r"\bLD\S*\.STRONG\.SYS") >= 1, f"{count(r'LD[^ ]*.STRONG.SYS')} loads")
-        check(f"{name}: release at system scope", count(r"\bMEMBAR\S*\.SYS") >= 1 and count(r"\b(?:RED|ATOM)\S*\.STRONG\.SYS") >= 1,
-              f"{count(r'MEMBAR[^ ]*.SYS')} barriers, {count(r'(?:RED|ATOM)[^ ]*.STRONG.SYS')} adds")
-    check(f"{name}: no read-only loads", count(r"\bLDG?\S*\.(?:CONSTANT|NC)\b") == 0, f"{count(r'LDG?[^ ]*.(?:CONSTANT|NC)')}")
+        check(
+            f"{name}: acquire at system scope",
+            count(r"\bLD\S*\.STRONG\.SYS") >= 1,
+            f"{count(r'LD[^ ]*.STRONG.SYS')} loads",
+        )
+        check(
+            f"{name}: release at system scope",
+            count(r"\bMEMBAR\S*\.SYS") >= 1 and count(r"\b(?:RED|ATOM)\S*\.STRONG\.SYS") >= 1,
+            f"{count(r'MEMBAR[^ ]*.SYS')} barriers, {count(r'(?:RED|ATOM)[^ ]*.STRONG.SYS')} adds",
+        )
+    check(
+        f"{name}: no read-only loads",
+        count(r"\bLDG?\S*\.(?:CONSTANT|NC)\b") == 0,
+        f"{count(r'LDG?[^ ]*.(?:CONSTANT|NC)')}",
+    )
     check(f"{name}: no local memory", count(r"\b(?:LDL|STL)\b") == 0, f"{count(r'(?:LDL|STL)')} accesses")
 
 
 def instructions(ptx):
     """PTX without comments, labels and empty lines."""
-    return [line.strip() for line in ptx.splitlines() if line.strip() and not line.strip().startswith(("//", "$L"))]
+    return [
+        line.strip()
+        for line in ptx.splitlines()
+        if line.strip() and not line.strip().startswith(("//", "$L"))
+    ]
 
 
 def unfenced(lines, release):
@@ -114,9 +164,16 @@ def unfenced(lines, release):
     for i, line in enumerate(lines):
         if not re.match(release, line):
             continue
-        before = lines[max(0, i - 16):i]
-        fence = max((n for n, earlier in enumerate(before) if earlier.startswith("fence.proxy.async.global")), default=-1)
-        if fence < 1 or not any(earlier.startswith("cp.async.bulk.wait_group 0") for earlier in before[:fence]) or any("bulk.global" in b for b in before[fence:]):
+        before = lines[max(0, i - 16) : i]
+        fence = max(
+            (n for n, earlier in enumerate(before) if earlier.startswith("fence.proxy.async.global")),
+            default=-1,
+        )
+        if (
+            fence < 1
+            or not any(earlier.startswith("cp.async.bulk.wait_group 0") for earlier in before[:fence])
+            or any("bulk.global" in b for b in before[fence:])
+        ):
             found.append(line)
     return found
 
@@ -124,24 +181,61 @@ def unfenced(lines, release):
 def look_at_launch(source, folder):
     """What a launch, and the order between the copy engine and the threads, rest on; read off the PTX."""
     out = Path(folder) / f"{source.stem}.ptx"
-    run = subprocess.run(["nvcc", *FLAGS, "-ptx", "-gencode=arch=compute_90,code=compute_90", str(source), "-o", str(out)], capture_output=True, text=True)
+    run = subprocess.run(
+        ["nvcc", *FLAGS, "-ptx", "-gencode=arch=compute_90,code=compute_90", str(source), "-o", str(out)],
+        capture_output=True,
+        text=True,
+    )
     name, ptx = source.name, out.read_text() if run.returncode == 0 else ""
-    newer = subprocess.run(["ptxas", "-arch=sm_100", str(out), "-o", os.devnull], capture_output=True, text=True)
-    check(f"{name}: its PTX is good for a newer GPU", run.returncode == newer.returncode == 0, newer.stderr.strip()[:200] or "sm_100")
+    newer = subprocess.run(
+        ["ptxas", "-arch=sm_100", str(out), "-o", os.devnull], capture_output=True, text=True
+    )
+    check(
+        f"{name}: its PTX is good for a newer GPU",
+        run.returncode == newer.returncode == 0,
+        newer.stderr.strip()[:200] or "sm_100",
+    )
     sizes = [int(n) for n in re.findall(r"_kernel\S*_param_0\[(\d+)\]", ptx)]
-    check(f"{name}: arguments of a launch fit every driver's 4 KiB", bool(sizes) and max(sizes) <= 4096, f"{max(sizes, default=0)} bytes")
+    check(
+        f"{name}: arguments of a launch fit every driver's 4 KiB",
+        bool(sizes) and max(sizes) <= 4096,
+        f"{max(sizes, default=0)} bytes",
+    )
     dynamic = re.findall(r"\.extern \.shared \.align (\d+)", ptx)
-    check(f"{name}: shared memory starts on 128 bytes", bool(dynamic) and all(int(n) >= 128 for n in dynamic), ", ".join(dynamic))
+    check(
+        f"{name}: shared memory starts on 128 bytes",
+        bool(dynamic) and all(int(n) >= 128 for n in dynamic),
+        ", ".join(dynamic),
+    )
     static = re.findall(r"^\s*\.shared .*", ptx, re.M)
-    check(f"{name}: all of it is the launch's own, so a block may have all that the GPU has", not static, f"{len(static)} fixed pieces")
+    check(
+        f"{name}: all of it is the launch's own, so a block may have all that the GPU has",
+        not static,
+        f"{len(static)} fixed pieces",
+    )
     lines = instructions(ptx)
     inits = [i for i, line in enumerate(lines) if line.startswith("mbarrier.init")]
-    fenced = sum(lines[i + 1].startswith("fence.mbarrier_init") and lines[i + 2].startswith("fence.proxy.async.shared::cta") for i in inits)
-    check(f"{name}: barriers are known to the copy engine before it uses them", len(inits) == fenced > 0, f"{fenced} of {len(inits)}")
-    for what, release in (("signals to other ranks", r"red\.release\.sys"), ("meetings of a rank's groups", r"atom\.acq_rel\.gpu")):
+    fenced = sum(
+        lines[i + 1].startswith("fence.mbarrier_init")
+        and lines[i + 2].startswith("fence.proxy.async.shared::cta")
+        for i in inits
+    )
+    check(
+        f"{name}: barriers are known to the copy engine before it uses them",
+        len(inits) == fenced > 0,
+        f"{fenced} of {len(inits)}",
+    )
+    for what, release in (
+        ("signals to other ranks", r"red\.release\.sys"),
+        ("meetings of a rank's groups", r"atom\.acq_rel\.gpu"),
+    ):
         count, bad = sum(bool(re.match(release, line)) for line in lines), unfenced(lines, release)
         if count:
-            check(f"{name}: {what} come behind complete and fenced bulk stores", not bad, f"{count - len(bad)} of {count}")
+            check(
+                f"{name}: {what} come behind complete and fenced bulk stores",
+                not bad,
+                f"{count - len(bad)} of {count}",
+            )
 
 
 def main():
@@ -152,23 +246,38 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for source in SOURCES:
             if source.stem == "gin" and NCCL is None:
-                print(f"skip {source.name}: no NCCL headers of version {nccl_headers.OLDEST} or newer (pip install nvidia-nccl-cu13, or NCCL_HOME)")
+                print(
+                    f"skip {source.name}: no NCCL headers of version {nccl_headers.OLDEST} or newer (pip install nvidia-nccl-cu13, or NCCL_HOME)"
+                )
                 continue
             older = compiled(source, "80", folder)
             check(f"{source.name}: compiles for sm_80 (no copy engine)", older is not None)
             made = compiled(source, "90", folder)
-            check(f"{source.name}: compiles for sm_90", made is not None, f"{made[2]:.0f} s of nvcc, {made[0].stat().st_size} bytes" if made else "")
+            check(
+                f"{source.name}: compiles for sm_90",
+                made is not None,
+                f"{made[2]:.0f} s of nvcc, {made[0].stat().st_size} bytes" if made else "",
+            )
             if made is None:
                 continue
             if source.stem in ("kernels", "decode"):
                 look_at_launch(source, folder)
             for name, (stack, spilled, registers) in kernels(made[1]).items():
-                check(f"{source.stem}, {name}: nothing spills, no stack", stack == 0 and spilled == 0, f"{registers} registers, {stack} bytes of stack, {spilled} spilled")
+                check(
+                    f"{source.stem}, {name}: nothing spills, no stack",
+                    stack == 0 and spilled == 0,
+                    f"{registers} registers, {stack} bytes of stack, {spilled} spilled",
+                )
                 if "dispatch" in name or "combine" in name:
-                    check(f"{source.stem}, {name}: a block of {MAX_WARPS} warps has registers enough", -(-registers // 8) * 8 * 32 * MAX_WARPS <= 65536)
+                    check(
+                        f"{source.stem}, {name}: a block of {MAX_WARPS} warps has registers enough",
+                        -(-registers // 8) * 8 * 32 * MAX_WARPS <= 65536,
+                    )
             sass = disassembly(made[0])
             if sass is None:
-                print("skip machine code: no disassembler (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)")
+                print(
+                    "skip machine code: no disassembler (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm)"
+                )
                 continue
             for name, text in functions(sass).items():
                 look_inside(f"{source.stem}, {name}", text)

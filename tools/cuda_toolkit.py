@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 OLDEST = 12, 4
-_NAMES = {"Ampere": "8.0 8.6", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0 12.0"}   # as torch knows them
+_NAMES = {"Ampere": "8.0 8.6", "Ada": "8.9", "Hopper": "9.0", "Blackwell": "10.0 12.0"}  # as torch knows them
 
 
 def nvcc():
@@ -18,13 +18,20 @@ def nvcc():
 
 def version(compiler):
     """(major, minor) of a compiler, (0, 0) where it does not say."""
-    said = re.search(r"release (\d+)\.(\d+)", subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout)
+    said = re.search(
+        r"release (\d+)\.(\d+)",
+        subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout,
+    )
     return (int(said[1]), int(said[2])) if said else (0, 0)
 
 
 def home():
     """The folder of the toolkit: it has include/cuda_runtime_api.h. None where there is no such folder."""
-    places = [Path(os.environ.get("CUDA_HOME", "/nowhere")), Path(nvcc() or "/nowhere").resolve().parent.parent, Path("/usr/local/cuda")]
+    places = [
+        Path(os.environ.get("CUDA_HOME", "/nowhere")),
+        Path(nvcc() or "/nowhere").resolve().parent.parent,
+        Path("/usr/local/cuda"),
+    ]
     return next((p for p in places if (p / "include/cuda_runtime_api.h").exists()), None)
 
 
@@ -36,7 +43,9 @@ def why_not():
         return "nvcc was found neither on PATH nor in CUDA_HOME"
     found = version(nvcc())
     if found < OLDEST:
-        return f"{nvcc()} is CUDA {found[0]}.{found[1]}, and {OLDEST[0]}.{OLDEST[1]} is the oldest that serves"
+        return (
+            f"{nvcc()} is CUDA {found[0]}.{found[1]}, and {OLDEST[0]}.{OLDEST[1]} is the oldest that serves"
+        )
     if home() is None:
         return f"{nvcc()} was found, but no include/cuda_runtime_api.h beside it or in CUDA_HOME"
     return None
@@ -56,7 +65,11 @@ def architectures(words=None):
         name, ptx = word.removesuffix("+PTX"), word.endswith("+PTX")
         for number in _NAMES.get(name, name).split():
             if not re.fullmatch(r"\d+\.\d[af]?", number) or float(number.rstrip("af")) < 8:
-                raise ValueError(f"TORCH_CUDA_ARCH_LIST: got {word!r}; expected words like 8.0, 9.0a or 9.0a+PTX, from 8.0 on")
+                raise ValueError(
+                    f"TORCH_CUDA_ARCH_LIST: got {word!r}; expected words like 8.0, 9.0a or 9.0a+PTX, from 8.0 on"
+                )
             number = number.replace(".", "")
-            flags.append(f"-gencode=arch=compute_{number},code=[sm_{number}{f',compute_{number}' if ptx else ''}]")
+            flags.append(
+                f"-gencode=arch=compute_{number},code=[sm_{number}{f',compute_{number}' if ptx else ''}]"
+            )
     return flags

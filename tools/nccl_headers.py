@@ -10,7 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-OLDEST = 23200   # requests with a deadline, a choice of network
+OLDEST = 23200  # requests with a deadline, a choice of network
 
 
 def version(include):
@@ -25,9 +25,15 @@ def places():
     """Where headers are looked for: NCCL_HOME, CUDA_HOME, and NCCL's wheel (nvidia-nccl-cu13, -cu12) in this environment. A build that pip
     isolates has an environment of its own, so also in that of this interpreter and in the one that is active."""
     named = [Path(os.environ[name]) / "include" for name in ("NCCL_HOME", "CUDA_HOME") if name in os.environ]
-    folders = [*sys.path, *(sysconfig.get_path(kind) for kind in ("purelib", "platlib")), site.getusersitepackages()]
+    folders = [
+        *sys.path,
+        *(sysconfig.get_path(kind) for kind in ("purelib", "platlib")),
+        site.getusersitepackages(),
+    ]
     if "VIRTUAL_ENV" in os.environ:
-        folders.append(f"{os.environ['VIRTUAL_ENV']}/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages")
+        folders.append(
+            f"{os.environ['VIRTUAL_ENV']}/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+        )
     return list(dict.fromkeys([*named, *(Path(folder) / "nvidia/nccl/include" for folder in folders)]))
 
 

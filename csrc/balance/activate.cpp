@@ -11,18 +11,26 @@
 namespace moecomm::balance {
 namespace {
 
-constexpr double kPiece = 0.95;    // of the mean rank load: an expert starts with replicas no larger than that
+constexpr double kPiece = 0.95;  // of the mean rank load: an expert starts with replicas no larger than that
 constexpr double kEnough = 1.004;  // heaviest over mean that is worth no further step
 constexpr double kTied = 2e-3;     // ranks so near to the heaviest count as heaviest
 constexpr int kSteps = 40;
-constexpr int kExchanges = 20;     // of replicas in the forest
-constexpr int kRounds = 4;         // of the split between steps
+constexpr int kExchanges = 20;  // of replicas in the forest
+constexpr int kRounds = 4;      // of the split between steps
 
 class Activation {
  public:
   Activation(const Replicas& r, const double* load, int limit, uint8_t* active)
-      : r_(r), load_(load), limit_(limit), active_(active), used_(r.ranks, 0), running_(r.experts, 0), level_(r.ranks, 0.0),
-        share_(r.slot.size()), barred_(r.slot.size(), 0), spare_(r.ranks) {
+      : r_(r),
+        load_(load),
+        limit_(limit),
+        active_(active),
+        used_(r.ranks, 0),
+        running_(r.experts, 0),
+        level_(r.ranks, 0.0),
+        share_(r.slot.size()),
+        barred_(r.slot.size(), 0),
+        spare_(r.ranks) {
     std::fill(active_, active_ + r.slot.size(), uint8_t{0});
     mean_ = std::accumulate(load, load + r.experts, 0.0) / r.ranks;
   }
@@ -32,7 +40,8 @@ class Activation {
     std::vector<int> order;
     for (int e = 0; e < r_.experts; ++e)
       if (load_[e] > 0 && r_.count(e) > 0) order.push_back(e);
-    std::sort(order.begin(), order.end(), [&](int a, int b) { return load_[a] != load_[b] ? load_[a] > load_[b] : a < b; });
+    std::sort(order.begin(), order.end(),
+              [&](int a, int b) { return load_[a] != load_[b] ? load_[a] > load_[b] : a < b; });
     for (const int e : order)
       if (!run(best_idle(e), load_[e]) && !make_room(e)) return e;
     // Every expert runs; the hot ones get more as long as there is room.
@@ -43,9 +52,9 @@ class Activation {
     return -1;
   }
 
-  // The other way round: all replicas balance the ranks, and of these as few are kept as still do (forest.hpp). Where
-  // a rank then runs too many, those with the smallest shares stop. Nothing changes where a rank gets stuck with experts
-  // that run nowhere else.
+  // The other way round: all replicas balance the ranks, and of these as few are kept as still do
+  // (forest.hpp). Where a rank then runs too many, those with the smallest shares stop. Nothing changes where
+  // a rank gets stuck with experts that run nowhere else.
   void prune() {
     split(r_, load_, nullptr, kRounds, share_.data());
     Forest forest(r_, share_.data());
@@ -70,7 +79,7 @@ class Activation {
         --running[r_.expert[least]];
       }
     for (int e = 0; e < r_.experts; ++e)
-      if (running_[e] > 0 && running[e] == 0) return;   // a load so small that rounding left nothing of it
+      if (running_[e] > 0 && running[e] == 0) return;  // a load so small that rounding left nothing of it
     std::copy(active.begin(), active.end(), active_);
     used_.swap(used);
     running_.swap(running);
@@ -91,7 +100,7 @@ class Activation {
       if (most <= kEnough * mean_ || step == kSteps) break;
       level_ = pouring.rank_load();
       const double squares = std::inner_product(level_.begin(), level_.end(), level_.begin(), 0.0);
-      if (squares >= before) {         // the estimate was wrong: back, and not again
+      if (squares >= before) {  // the estimate was wrong: back, and not again
         barred_[last.starts] = 1;
         take({0.0, last.stops, last.starts, last.stops_too, last.starts_too}, pouring);
         before = 1e300;
@@ -109,14 +118,16 @@ class Activation {
 
  private:
   struct Step {
-    double gain;           // estimated decrease of the sum of squared rank loads
+    double gain;  // estimated decrease of the sum of squared rank loads
     int starts = -1, stops = -1, starts_too = -1, stops_too = -1;
   };
 
   int best_idle(int e) const {
     int best = -1;
     for (int i = r_.first[e]; i < r_.first[e + 1]; ++i)
-      if (!active_[i] && used_[r_.rank[i]] < limit_ && (best < 0 || level_[r_.rank[i]] < level_[r_.rank[best]])) best = i;
+      if (!active_[i] && used_[r_.rank[i]] < limit_ &&
+          (best < 0 || level_[r_.rank[i]] < level_[r_.rank[best]]))
+        best = i;
     return best;
   }
   bool run(int i, double amount) {
@@ -134,10 +145,11 @@ class Activation {
   }
   int running(int e) const { return running_[e]; }
 
-  // All ranks of e are full: along a shortest chain every rank passes one expert on to another of its hosts, until
-  // one has room. No chain: no choice of replicas exists.
+  // All ranks of e are full: along a shortest chain every rank passes one expert on to another of its hosts,
+  // until one has room. No chain: no choice of replicas exists.
   bool make_room(int e) {
-    std::vector<int> passes(r_.ranks, -1), gets(r_.ranks, -1), queue;   // per rank on the way: replica that stops here, that starts here
+    std::vector<int> passes(r_.ranks, -1), gets(r_.ranks, -1),
+        queue;  // per rank on the way: replica that stops here, that starts here
     std::vector<char> seen(r_.ranks, 0);
     for (int i = r_.first[e]; i < r_.first[e + 1]; ++i) {
       seen[r_.rank[i]] = 1;
@@ -196,8 +208,10 @@ class Activation {
         for (int j = r_.first[e]; j < r_.first[e + 1]; ++j) {
           const int to = r_.rank[j];
           if (active_[j] || barred_[j] || level_[to] >= level_[h]) continue;
-          if (used_[to] < limit_) consider(best, {gain(h, to, std::min(share_[i], (level_[h] - level_[to]) / 2)), j});
-          else consider_trades(best, h, i, j);
+          if (used_[to] < limit_)
+            consider(best, {gain(h, to, std::min(share_[i], (level_[h] - level_[to]) / 2)), j});
+          else
+            consider_trades(best, h, i, j);
         }
       }
     }
@@ -205,17 +219,20 @@ class Activation {
   }
 
   // Of moving so much load from one rank to another.
-  double gain(int from, int to, double moved) const { return 2 * moved * (level_[from] - level_[to] - moved); }
+  double gain(int from, int to, double moved) const {
+    return 2 * moved * (level_[from] - level_[to] - moved);
+  }
 
-  // Rank `to` of replica j is full: one of its experts, in k, makes place. It runs elsewhere already, or on h in
-  // exchange for i, or on a third rank, that has room or stops what it can spare.
+  // Rank `to` of replica j is full: one of its experts, in k, makes place. It runs elsewhere already, or on h
+  // in exchange for i, or on a third rank, that has room or stops what it can spare.
   void consider_trades(Step& best, int h, int i, int j) const {
     const int to = r_.rank[j];
     for (int s = to * r_.slots_per_rank(); s < (to + 1) * r_.slots_per_rank(); ++s) {
       const int k = r_.at_slot[s], f = r_.expert[k];
       if (!active_[k]) continue;
-      const double freed = level_[to] - share_[k], moved = std::clamp((level_[h] - freed) / 2, 0.0, share_[i]);
-      const double relief = 2 * moved * (level_[h] - freed - moved);   // after k's share has left
+      const double freed = level_[to] - share_[k],
+                   moved = std::clamp((level_[h] - freed) / 2, 0.0, share_[i]);
+      const double relief = 2 * moved * (level_[h] - freed - moved);  // after k's share has left
       if (running(f) > 1) {
         consider(best, {relief - cost_of_stopping(k), j, k});
         continue;
@@ -223,10 +240,13 @@ class Activation {
       for (int x = r_.first[f]; x < r_.first[f + 1]; ++x) {
         const int third = r_.rank[x];
         if (active_[x] || barred_[x] || third == to) continue;
-        if (third == h && running(r_.expert[i]) == 1) consider(best, {gain(h, to, share_[i] - share_[k]), j, k, x, i});
+        if (third == h && running(r_.expert[i]) == 1)
+          consider(best, {gain(h, to, share_[i] - share_[k]), j, k, x, i});
         if (third == h) continue;
-        if (used_[third] < limit_) consider(best, {relief + gain(to, third, share_[k]), j, k, x});
-        else if (const int y = spare_[third]; y >= 0) consider(best, {relief + gain(to, third, share_[k]) - cost_of_stopping(y), j, k, x, y});
+        if (used_[third] < limit_)
+          consider(best, {relief + gain(to, third, share_[k]), j, k, x});
+        else if (const int y = spare_[third]; y >= 0)
+          consider(best, {relief + gain(to, third, share_[k]) - cost_of_stopping(y), j, k, x, y});
       }
     }
   }
@@ -243,7 +263,8 @@ class Activation {
     std::fill(spare_.begin(), spare_.end(), -1);
     for (size_t i = 0; i < share_.size(); ++i) {
       int& spare = spare_[r_.rank[i]];
-      if (active_[i] && (spare < 0 || share_[i] < share_[spare]) && running(r_.expert[i]) > 1) spare = static_cast<int>(i);
+      if (active_[i] && (spare < 0 || share_[i] < share_[spare]) && running(r_.expert[i]) > 1)
+        spare = static_cast<int>(i);
     }
   }
   static void consider(Step& best, const Step& step) {

@@ -10,10 +10,10 @@ namespace moecomm::balance {
 
 struct Bins {
   int ranks = 0;
-  int slots = 0;                  // per rank
-  std::vector<int32_t> expert;    // [ranks, slots]; -1: empty
-  std::vector<double> size;       // [ranks, slots] load of that replica
-  std::vector<double> load;       // [ranks]
+  int slots = 0;                // per rank
+  std::vector<int32_t> expert;  // [ranks, slots]; -1: empty
+  std::vector<double> size;     // [ranks, slots] load of that replica
+  std::vector<double> load;     // [ranks]
 
   void reset(int r, int s) {
     ranks = r;

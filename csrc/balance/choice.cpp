@@ -9,11 +9,12 @@
 namespace moecomm::balance {
 namespace {
 
-constexpr int kRounds = 24;   // of the split
+constexpr int kRounds = 24;  // of the split
 
 }  // namespace
 
-Choice::Choice(const int32_t* physical_to_logical, int slots, int experts, int ranks, int nodes, Mode mode, int activate)
+Choice::Choice(const int32_t* physical_to_logical, int slots, int experts, int ranks, int nodes, Mode mode,
+               int activate)
     : r_(physical_to_logical, slots, experts, ranks, nodes), mode_(mode), activate_(activate) {}
 
 Choice::Solved Choice::solve(const int32_t* total, int32_t turn) const {
@@ -35,16 +36,20 @@ Choice::Solved Choice::solve(const int32_t* total, int32_t turn) const {
   return s;
 }
 
-int32_t Choice::rows(const Solved& s, int source, const int32_t* before, const int32_t* counts, int slot) const {
+int32_t Choice::rows(const Solved& s, int source, const int32_t* before, const int32_t* counts,
+                     int slot) const {
   const int i = r_.at_slot[slot], e = r_.expert[i];
-  if (mode_ == Mode::even) return even_quota(r_, i, counts[e], s.active.empty() ? nullptr : s.active.data(), s.turn + source);
+  if (mode_ == Mode::even)
+    return even_quota(r_, i, counts[e], s.active.empty() ? nullptr : s.active.data(), s.turn + source);
   return std::max(0, std::min(before[e] + counts[e], s.to[i]) - std::max(before[e], s.from[i]));
 }
 
-void Choice::route(const Solved& s, const Batch& b, int rank, const int32_t* before, int64_t* physical) const {
+void Choice::route(const Solved& s, const Batch& b, int rank, const int32_t* before,
+                   int64_t* physical) const {
   const int own_node = rank / (r_.ranks / r_.nodes);
   if (mode_ == Mode::local)
-    return route_locally(r_, b.ids, b.tokens, b.top_k, own_node, s.active.empty() ? nullptr : s.active.data(), s.turn + rank, physical);
+    return route_locally(r_, b.ids, b.tokens, b.top_k, own_node, s.active.empty() ? nullptr : s.active.data(),
+                         s.turn + rank, physical);
   std::vector<int32_t> quota(r_.slots);
   for (int i = 0; i < r_.slots; ++i) quota[i] = rows(s, rank, before, b.counts, r_.slot[i]);
   route_by_quota(r_, b.ids, b.tokens, b.top_k, own_node, quota.data(), physical);

@@ -30,8 +30,10 @@ void split_hottest(const double* load, int experts, int slots, int ranks, int32_
     Piece& p = heap.back();
     count[p.expert] = ++p.count;
     p.size = load[p.expert] / p.count;
-    if (p.count < ranks) std::push_heap(heap.begin(), heap.end());
-    else heap.pop_back();
+    if (p.count < ranks)
+      std::push_heap(heap.begin(), heap.end());
+    else
+      heap.pop_back();
   }
 }
 

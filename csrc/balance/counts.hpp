@@ -4,8 +4,9 @@
 
 namespace moecomm::balance {
 
-// The hottest replica is split again and again, which makes the largest one as small as it can be, and (but for
-// ties) by the only counts that do. Ties: fewer replicas, then lower id, so that loads of zero spread too.
+// The hottest replica is split again and again, which makes the largest one as small as it can be, and (but
+// for ties) by the only counts that do. Ties: fewer replicas, then lower id, so that loads of zero spread
+// too.
 void split_hottest(const double* load, int experts, int slots, int ranks, int32_t* count);
 
 }  // namespace moecomm::balance

@@ -17,7 +17,8 @@ struct Held {
 // One round: what every rank passes on, and what it gets.
 class Round {
  public:
-  Round(Bins& bins, double mean) : b_(bins), mean_(mean), given_(bins.ranks), locked_(bins.ranks, 0), pool_(bins.ranks) {}
+  Round(Bins& bins, double mean)
+      : b_(bins), mean_(mean), given_(bins.ranks), locked_(bins.ranks, 0), pool_(bins.ranks) {}
 
   // Rank r passes on this slot, and `replaced` goes into the pool in its place.
   void lock(int r, int slot, Held replaced) {
@@ -28,12 +29,15 @@ class Round {
   bool locked(int r) const { return locked_[r]; }
 
   void choose(double enough) {
-    const double usual = std::accumulate(b_.size.begin(), b_.size.end(), 0.0) / static_cast<double>(b_.size.size());
+    const double usual =
+        std::accumulate(b_.size.begin(), b_.size.end(), 0.0) / static_cast<double>(b_.size.size());
     for (int r = 0; r < b_.ranks; ++r) {
       if (locked_[r]) continue;
       int best = 0;
       for (int i = 1; i < b_.slots; ++i)
-        if (std::abs(size(r, i) - usual - (b_.load[r] - mean_)) < std::abs(size(r, best) - usual - (b_.load[r] - mean_))) best = i;
+        if (std::abs(size(r, i) - usual - (b_.load[r] - mean_)) <
+            std::abs(size(r, best) - usual - (b_.load[r] - mean_)))
+          best = i;
       give(r, best);
     }
     sort_all();
@@ -68,7 +72,8 @@ class Round {
     const auto clash = [&](int at, int item) {
       const int r = ranks[at];
       for (int i = 0; i < b_.slots; ++i)
-        if (i != given_[r] && b_.expert[static_cast<size_t>(r) * b_.slots + i] == pool_[item].expert) return true;
+        if (i != given_[r] && b_.expert[static_cast<size_t>(r) * b_.slots + i] == pool_[item].expert)
+          return true;
       return false;
     };
     // Not twice the same expert: trade with the nearest in size that suits both.
@@ -82,7 +87,10 @@ class Round {
           traded = true;
           break;
         }
-      if (!traded) { failed_ = true; return; }
+      if (!traded) {
+        failed_ = true;
+        return;
+      }
     }
     for (int i = 0; i < n; ++i) {
       const Held& h = pool_[items[i]];
@@ -101,7 +109,8 @@ class Round {
     given_[r] = i;
     pool_[r] = {size(r, i), b_.expert[static_cast<size_t>(r) * b_.slots + i]};
   }
-  // The same while rests_ and sizes_ stay in order, in which the handing out is their sum, element by element.
+  // The same while rests_ and sizes_ stay in order, in which the handing out is their sum, element by
+  // element.
   void give_sorted(int r, int i) {
     const double rest_before = rest(r), size_before = pool_[r].size;
     give(r, i);
@@ -113,7 +122,7 @@ class Round {
     sizes_.resize(b_.ranks);
     for (int r = 0; r < b_.ranks; ++r) {
       rests_[r] = rest(r);
-      sizes_[r] = -pool_[r].size;   // ascending too: largest first
+      sizes_[r] = -pool_[r].size;  // ascending too: largest first
     }
     std::sort(rests_.begin(), rests_.end());
     std::sort(sizes_.begin(), sizes_.end());
@@ -126,7 +135,7 @@ class Round {
   }
   // The handing out, judged: the heaviest rank, and a sum that stresses heavy ranks.
   Score score() const {
-    constexpr int kLanes = 4;   // independent sums: one add need not wait for the one before
+    constexpr int kLanes = 4;  // independent sums: one add need not wait for the one before
     double most[kLanes] = {}, sum[kLanes] = {};
     const double per_mean = 1 / mean_;
     const auto look = [&](int i, int lane) {
@@ -139,7 +148,8 @@ class Round {
     for (; i + kLanes <= b_.ranks; i += kLanes)
       for (int lane = 0; lane < kLanes; ++lane) look(i + lane, lane);
     for (; i < b_.ranks; ++i) look(i, 0);
-    const Score s{std::max(std::max(most[0], most[1]), std::max(most[2], most[3])), (sum[0] + sum[1]) + (sum[2] + sum[3])};
+    const Score s{std::max(std::max(most[0], most[1]), std::max(most[2], most[3])),
+                  (sum[0] + sum[1]) + (sum[2] + sum[3])};
     return s;
   }
 
@@ -169,7 +179,10 @@ void exchange(const double* load, int experts, int rounds, double enough, Bins& 
   for (int k = 0; k < rounds && b.max_load() > enough; ++k) {
     const Bins before = b;
     Round round(b, mean);
-    struct Swap { int rank, slot; int32_t to; };
+    struct Swap {
+      int rank, slot;
+      int32_t to;
+    };
     std::vector<Swap> swaps;
     for (int tries = 0; tries < b.ranks; ++tries) {
       int hot = 0, spare = -1;
@@ -177,13 +190,17 @@ void exchange(const double* load, int experts, int rounds, double enough, Bins& 
         if (load[e] / count[e] > load[hot] / count[hot]) hot = e;
       if (load[hot] / count[hot] <= kHot * mean || count[hot] >= b.ranks) break;
       for (int e = 0; e < experts; ++e)
-        if (e != hot && count[e] > 1 && (spare < 0 || load[e] / (count[e] - 1) < load[spare] / (count[spare] - 1))) spare = e;
+        if (e != hot && count[e] > 1 &&
+            (spare < 0 || load[e] / (count[e] - 1) < load[spare] / (count[spare] - 1)))
+          spare = e;
       if (spare < 0 || load[spare] / (count[spare] - 1) >= load[hot] / count[hot]) break;
       int from = -1, slot = 0;
       for (int r = 0; r < b.ranks; ++r) {
         if (std::any_of(swaps.begin(), swaps.end(), [&](const Swap& s) { return s.rank == r; })) continue;
         for (int i = 0; i < b.slots; ++i)
-          if (b.expert[static_cast<size_t>(r) * b.slots + i] == spare && (from < 0 || b.load[r] > b.load[from])) from = r, slot = i;
+          if (b.expert[static_cast<size_t>(r) * b.slots + i] == spare &&
+              (from < 0 || b.load[r] > b.load[from]))
+            from = r, slot = i;
       }
       if (from < 0) break;
       --count[spare];

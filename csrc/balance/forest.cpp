@@ -5,7 +5,12 @@
 namespace moecomm::balance {
 
 Forest::Forest(const Replicas& r, double* share)
-    : r_(r), share_(share), runs_(r.slot.size()), used_(r.ranks, 0), up_(r.experts + r.ranks), least_(r.experts) {
+    : r_(r),
+      share_(share),
+      runs_(r.slot.size()),
+      used_(r.ranks, 0),
+      up_(r.experts + r.ranks),
+      least_(r.experts) {
   for (size_t i = 0; i < runs_.size(); ++i) {
     runs_[i] = share[i] > 0.0;
     used_[r.rank[i]] += runs_[i];
@@ -18,9 +23,12 @@ void Forest::prune() {
   std::vector<int32_t> order;
   for (int i = 0; i < n; ++i)
     if (runs_[i]) order.push_back(i);
-  std::sort(order.begin(), order.end(), [&](int a, int b) { return share_[a] != share_[b] ? share_[a] > share_[b] : a < b; });
+  std::sort(order.begin(), order.end(),
+            [&](int a, int b) { return share_[a] != share_[b] ? share_[a] > share_[b] : a < b; });
   std::fill(up_.begin(), up_.end(), -1);
-  const auto other = [&](int node, int i) { return node < r_.experts ? r_.experts + r_.rank[i] : r_.expert[i]; };
+  const auto other = [&](int node, int i) {
+    return node < r_.experts ? r_.experts + r_.rank[i] : r_.expert[i];
+  };
   // Turns the tree of this node so that it becomes the root.
   const auto reroot = [&](int node) {
     for (int via = -1; node >= 0;) {
@@ -35,23 +43,27 @@ void Forest::prune() {
     reroot(rank);
     int top = e;
     while (top != rank && up_[top] >= 0) top = other(top, up_[top]);
-    if (top != rank) {               // two trees: joined
+    if (top != rank) {  // two trees: joined
       up_[rank] = i;
       continue;
     }
     // A cycle: i, and the way from e to its rank. Its replicas gain and lose in turns; i gains or loses.
-    int lost[2] = {i, -1};           // the smallest of those that lose with i, and of the others
+    int lost[2] = {i, -1};  // the smallest of those that lose with i, and of the others
     int turn = 1;
     for (int node = e; node != rank; node = other(node, up_[node]), turn = 1 - turn) {
       const int k = up_[node];
       if (lost[turn] < 0 || share_[k] < share_[lost[turn]]) lost[turn] = k;
     }
-    const auto fuller = [&](int a, int b) { return used_[r_.rank[a]] != used_[r_.rank[b]] ? used_[r_.rank[a]] > used_[r_.rank[b]] : share_[a] < share_[b]; };
+    const auto fuller = [&](int a, int b) {
+      return used_[r_.rank[a]] != used_[r_.rank[b]] ? used_[r_.rank[a]] > used_[r_.rank[b]]
+                                                    : share_[a] < share_[b];
+    };
     const int side = fuller(lost[1], lost[0]) ? 1 : 0, leaving = lost[side];
     const double amount = share_[leaving];
-    share_[i] += side == 0 ? -amount : amount;   // exactly nothing is left of what leaves
+    share_[i] += side == 0 ? -amount : amount;  // exactly nothing is left of what leaves
     turn = 1;
-    for (int node = e; node != rank; node = other(node, up_[node]), turn = 1 - turn) share_[up_[node]] += turn == side ? -amount : amount;
+    for (int node = e; node != rank; node = other(node, up_[node]), turn = 1 - turn)
+      share_[up_[node]] += turn == side ? -amount : amount;
     runs_[leaving] = 0;
     --used_[r_.rank[leaving]];
     if (leaving == i) continue;
@@ -109,7 +121,7 @@ void Forest::shift(int entering, int leaving, int root) {
 
 void Forest::fit(int limit, int exchanges) {
   const int per_rank = r_.slots_per_rank();
-  std::vector<int32_t> visited(r_.ranks, -1);   // when a rank last had room and something started there
+  std::vector<int32_t> visited(r_.ranks, -1);  // when a rank last had room and something started there
   std::vector<int32_t> rooms;
   for (int k = 0; k < exchanges; ++k) {
     rooms.clear();
@@ -117,7 +129,8 @@ void Forest::fit(int limit, int exchanges) {
       if (used_[r] < limit) rooms.push_back(r);
     if (*std::max_element(used_.begin(), used_.end()) <= limit) return;
     std::stable_sort(rooms.begin(), rooms.end(), [&](int a, int b) { return visited[a] < visited[b]; });
-    // What starts where, such that a rank above the limit stops one; else the room moves on, to where it was not lately.
+    // What starts where, such that a rank above the limit stops one; else the room moves on, to where it was
+    // not lately.
     constexpr int kRelief = -2;
     int entering = -1, leaving = -1, root = -1, oldest = k;
     for (const int room : rooms) {
@@ -127,7 +140,8 @@ void Forest::fit(int limit, int exchanges) {
         if (runs_[i] || l < 0) continue;
         const int at = r_.rank[l];
         const bool relief = used_[at] > limit;
-        if (relief ? oldest != kRelief || share_[l] < share_[leaving] : used_[at] == limit && visited[at] < oldest) {
+        if (relief ? oldest != kRelief || share_[l] < share_[leaving]
+                   : used_[at] == limit && visited[at] < oldest) {
           entering = i, leaving = l, root = room;
           oldest = relief ? kRelief : visited[at];
         }

@@ -5,10 +5,11 @@
 namespace moecomm::balance {
 namespace {
 
-constexpr int kSwapsPerSlot = 8;   // each lightens the heaviest rank by a little; rounding must not make that endless
+constexpr int kSwapsPerSlot =
+    8;  // each lightens the heaviest rank by a little; rounding must not make that endless
 
 std::vector<std::pair<double, int32_t>> by_size(const double* load, const int32_t* count, int experts) {
-  std::vector<std::pair<double, int32_t>> order(experts);   // minus the size, so that equal sizes go by expert
+  std::vector<std::pair<double, int32_t>> order(experts);  // minus the size, so that equal sizes go by expert
   for (int e = 0; e < experts; ++e) order[e] = {-load[e] / count[e], e};
   std::sort(order.begin(), order.end());
   return order;
@@ -36,7 +37,7 @@ class Packing {
         if (best >= 0) r = best;
       }
       b_.put(r, used_[r]++, e, piece);
-      open_[r] = kFull;   // not twice the same expert
+      open_[r] = kFull;  // not twice the same expert
       taken_.push_back(r);
       taken(r);
     }
@@ -49,11 +50,11 @@ class Packing {
   }
 
  private:
-  static constexpr double kFull = 1e300;   // a full rank looks infinitely heavy
+  static constexpr double kFull = 1e300;  // a full rank looks infinitely heavy
   void reopen(int r) { open_[r] = used_[r] == b_.slots ? kFull : b_.load[r]; }
 
-  // The only free slots are in ranks that hold e already: move a neighbour's replica there and take its place.
-  // There is one: a full rank without e holds more experts than the other has beside e.
+  // The only free slots are in ranks that hold e already: move a neighbour's replica there and take its
+  // place. There is one: a full rank without e holds more experts than the other has beside e.
   void put_by_moving(int32_t e, double piece) {
     for (int to = 0; to < b_.ranks; ++to) {
       if (used_[to] == b_.slots) continue;
@@ -82,15 +83,17 @@ struct Exchange {
 
 // The best swap between ranks h and r: the heavier of the two afterwards.
 void best_swap(const Bins& b, int h, int r, const int32_t* count, Exchange& best) {
-  const double *x = b.size.data() + static_cast<size_t>(h) * b.slots, *y = b.size.data() + static_cast<size_t>(r) * b.slots;
+  const double *x = b.size.data() + static_cast<size_t>(h) * b.slots,
+               *y = b.size.data() + static_cast<size_t>(r) * b.slots;
   const double high = b.load[h], low = b.load[r];
-  if ((high + low) / 2 >= best.worst) return;   // not even an ideal swap would do
+  if ((high + low) / 2 >= best.worst) return;  // not even an ideal swap would do
   for (int i = 0; i < b.slots; ++i) {
     for (int j = 0; j < b.slots; ++j) {
       const double moved = x[i] - y[j];
       const double worst = std::max(high - moved, low + moved);
       if (worst >= best.worst) continue;
-      const int32_t mine = b.expert[static_cast<size_t>(h) * b.slots + i], theirs = b.expert[static_cast<size_t>(r) * b.slots + j];
+      const int32_t mine = b.expert[static_cast<size_t>(h) * b.slots + i],
+                    theirs = b.expert[static_cast<size_t>(r) * b.slots + j];
       if (count && (count[mine] > 1 || count[theirs] > 1)) continue;
       if (mine == theirs || b.holds(r, mine) || b.holds(h, theirs)) continue;
       best = {worst, r, i, j};
@@ -102,19 +105,22 @@ void best_swap(const Bins& b, int h, int r, const int32_t* count, Exchange& best
 
 void pack_largest_first(const double* load, const int32_t* count, int experts, Bins& b) {
   Packing packing(b);
-  for (const auto& [negative, e] : by_size(load, count, experts)) packing.put(e, -negative, count[e], [](int) { return true; });
+  for (const auto& [negative, e] : by_size(load, count, experts))
+    packing.put(e, -negative, count[e], [](int) { return true; });
 }
 
 void pack_connected(const double* load, const int32_t* count, int experts, Bins& b) {
   Packing packing(b);
-  std::vector<int> part(b.ranks);   // ranks joined by shared experts have the same
+  std::vector<int> part(b.ranks);  // ranks joined by shared experts have the same
   std::iota(part.begin(), part.end(), 0);
   const auto order = by_size(load, count, experts);
   for (const auto& [negative, e] : order) {
     if (count[e] == 1) continue;
     std::vector<int> joined;
-    packing.put(e, -negative, count[e], [&](int r) { return std::find(joined.begin(), joined.end(), part[r]) == joined.end(); },
-                [&](int r) { joined.push_back(part[r]); });
+    packing.put(
+        e, -negative, count[e],
+        [&](int r) { return std::find(joined.begin(), joined.end(), part[r]) == joined.end(); },
+        [&](int r) { joined.push_back(part[r]); });
     for (int& p : part)
       if (std::find(joined.begin(), joined.end(), p) != joined.end()) p = joined[0];
   }
@@ -123,7 +129,7 @@ void pack_connected(const double* load, const int32_t* count, int experts, Bins&
 }
 
 void swap_down(Bins& b, double enough, const int32_t* count) {
-  const int most = kSwapsPerSlot * b.ranks * b.slots;   // less than one per slot is usual
+  const int most = kSwapsPerSlot * b.ranks * b.slots;  // less than one per slot is usual
   for (int swaps = 0; swaps < most; ++swaps) {
     const int h = b.heaviest();
     if (b.load[h] <= enough) return;

@@ -10,8 +10,8 @@ namespace {
 
 constexpr int kSteps = 512;          // resolution of the ledger: T / 1024
 constexpr double kPrecision = 5e-4;  // of the bisection
-constexpr int kLargeWorld = 32;        // ranks
-constexpr int kWork = 1500;           // replicas looked at while single ones are moved
+constexpr int kLargeWorld = 32;      // ranks
+constexpr int kWork = 1500;          // replicas looked at while single ones are moved
 
 // For every step t the surplus of small replicas over the large ones that need them; below zero: a deficit.
 class Ledger {
@@ -21,8 +21,8 @@ class Ledger {
     scale_ = 2 * kSteps / limit;
     std::fill(surplus_, surplus_ + kSteps, int16_t{0});
   }
-  // Replicas of one size join (n > 0) or leave (n < 0). Rounding may hide a small deficit: the caller looks at
-  // the pairs themselves.
+  // Replicas of one size join (n > 0) or leave (n < 0). Rounding may hide a small deficit: the caller looks
+  // at the pairs themselves.
   struct Effect {
     int from;
     int n;
@@ -63,8 +63,8 @@ class PairSearch {
   PairSearch(const double* load, const std::vector<int32_t>& by_load, int ranks)
       : load_(load), experts_(static_cast<int>(by_load.size())), ranks_(ranks), order_(by_load) {}
 
-  // Counts that meet the limit, if one of the ways to choose splits finds any. In a large world one split is little,
-  // and the first way does nearly as well as all of them.
+  // Counts that meet the limit, if one of the ways to choose splits finds any. In a large world one split is
+  // little, and the first way does nearly as well as all of them.
   Found meet(double limit, std::vector<int32_t>& count) {
     Found found = meet(limit, Choice::either, count);
     for (const Choice c : {Choice::small_first, Choice::small_unless_worse})
@@ -73,8 +73,8 @@ class PairSearch {
   }
 
  private:
-  // Which splits compete: those of large replicas and of small ones; the small ones where there are any; or all, but
-  // a large one must leave clearly less.
+  // Which splits compete: those of large replicas and of small ones; the small ones where there are any; or
+  // all, but a large one must leave clearly less.
   enum class Choice { either, small_first, small_unless_worse };
 
   Found meet(double limit, Choice choice, std::vector<int32_t>& count) {
@@ -111,13 +111,15 @@ class PairSearch {
     double least = 1e300;
     const auto consider = [&](int e, double handicap) {
       if (count[e] >= ranks_) return;
-      const double d = handicap * ledger_.deficit_with(ledger_.effect(load_[e] / count[e], -count[e]),
-                                                       ledger_.effect(load_[e] / (count[e] + 1), count[e] + 1));
+      const double d =
+          handicap * ledger_.deficit_with(ledger_.effect(load_[e] / count[e], -count[e]),
+                                          ledger_.effect(load_[e] / (count[e] + 1), count[e] + 1));
       if (d < least) least = d, best = e;
     };
     // The largest of those whose halves become partners ...
     const double t = ledger_.at(step), large = limit - ledger_.at(step + 1);
-    const auto above = std::partition_point(order_.begin(), order_.end(), [&](int e) { return load_[e] <= 2 * t; });
+    const auto above =
+        std::partition_point(order_.begin(), order_.end(), [&](int e) { return load_[e] <= 2 * t; });
     int seen = 0;
     for (auto it = above; it != order_.begin() && seen < kSmall;) {
       const int e = *--it;
@@ -138,7 +140,7 @@ class PairSearch {
   static constexpr double kClearly = 1.15;
   const double* load_;
   int experts_, ranks_;
-  const std::vector<int32_t>& order_;   // experts by load
+  const std::vector<int32_t>& order_;  // experts by load
   Ledger ledger_;
 };
 
@@ -148,9 +150,10 @@ struct Replica {
   bool operator<(const Replica& o) const { return size != o.size ? size < o.size : expert < o.expert; }
 };
 
-// All replicas; rank r takes those at r and at size - 1 - r: smallest with largest, and no expert with itself.
-// Only the split experts need sorting: the others are in order by load.
-std::vector<Replica> arrange(const double* load, const std::vector<int32_t>& by_load, const std::vector<int32_t>& count) {
+// All replicas; rank r takes those at r and at size - 1 - r: smallest with largest, and no expert with
+// itself. Only the split experts need sorting: the others are in order by load.
+std::vector<Replica> arrange(const double* load, const std::vector<int32_t>& by_load,
+                             const std::vector<int32_t>& count) {
   std::vector<Replica> split, all;
   for (const int32_t e : by_load)
     if (count[e] > 1) split.push_back({load[e] / count[e], e});
@@ -179,7 +182,7 @@ std::vector<Replica> arrange(const double* load, const std::vector<int32_t>& by_
       const double worst = std::max(all[s].size + all[last - r].size, all[r].size + all[last - s].size);
       if (worst < least) least = worst, with = s;
     }
-    std::swap(all[r], all[with]);   // there is one: an expert twice in a rank is missing in another
+    std::swap(all[r], all[with]);  // there is one: an expert twice in a rank is missing in another
   }
   return all;
 }
@@ -200,23 +203,26 @@ double heaviest(const std::vector<Replica>& all) {
 
 // One replica moves from an expert that can spare it to one that lightens the heaviest pair, for as long as
 // that helps. Finds what the ledger's greedy choice of splits has missed.
-void move_replicas(const double* load, const std::vector<int32_t>& by_load, int ranks, double enough, std::vector<int32_t>& count) {
+void move_replicas(const double* load, const std::vector<int32_t>& by_load, int ranks, double enough,
+                   std::vector<int32_t>& count) {
   std::vector<Replica> all = arrange(load, by_load, count);
   double now = heaviest(all);
   const int most = kWork / (2 * ranks);
   for (int tries = 0; now > enough && tries < most;) {
     const int i = heaviest_pair(all);
     const Replica small = all[i], large = all[all.size() - 1 - i];
-    std::vector<Replica> takers, givers;   // by size after the move: smallest first
+    std::vector<Replica> takers, givers;  // by size after the move: smallest first
     for (int e = 0; e < static_cast<int>(count.size()); ++e) {
-      if (count[e] < ranks && (e == large.expert || load[e] / (count[e] + 1) <= small.size)) takers.push_back({-load[e] / (count[e] + 1), e});
+      if (count[e] < ranks && (e == large.expert || load[e] / (count[e] + 1) <= small.size))
+        takers.push_back({-load[e] / (count[e] + 1), e});
       if (count[e] > 1 && load[e] / (count[e] - 1) < now) givers.push_back({load[e] / (count[e] - 1), e});
     }
     std::sort(takers.begin(), takers.end());
     std::sort(givers.begin(), givers.end());
     bool better = false;
     for (size_t sum = 0; sum < takers.size() + givers.size() && !better && tries < most; ++sum)
-      for (size_t i = sum < givers.size() ? 0 : sum - givers.size() + 1; i <= sum && i < takers.size() && !better && tries < most; ++i) {
+      for (size_t i = sum < givers.size() ? 0 : sum - givers.size() + 1;
+           i <= sum && i < takers.size() && !better && tries < most; ++i) {
         const int to = takers[i].expert, from = givers[sum - i].expert;
         if (to == from) continue;
         ++count[to];
@@ -243,7 +249,8 @@ void place_pairs(const double* load, int experts, double enough, Bins& bins) {
   const int ranks = bins.ranks;
   std::vector<int32_t> count(experts), trial(experts), by_load(experts);
   std::iota(by_load.begin(), by_load.end(), 0);
-  std::sort(by_load.begin(), by_load.end(), [&](int a, int b) { return load[a] != load[b] ? load[a] < load[b] : a < b; });
+  std::sort(by_load.begin(), by_load.end(),
+            [&](int a, int b) { return load[a] != load[b] ? load[a] < load[b] : a < b; });
   split_hottest(load, experts, 2 * ranks, ranks, count.data());
   double high = heaviest(arrange(load, by_load, count)), low = enough;
   // Below the limit at which splitting alone takes all slots, no counts exist: low is proven up to there.

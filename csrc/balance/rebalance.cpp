@@ -18,13 +18,14 @@ namespace {
 constexpr double kClose = 4e-4;
 // One that exceeds it by more than this is worth other replica counts.
 constexpr double kFar = 1e-3;
-constexpr int kTries = 24;   // packings with other replica counts
+constexpr int kTries = 24;  // packings with other replica counts
 
 // The node of every group: as many groups in each, the heaviest node as light as swaps make it.
 void groups_to_nodes(const Grid& g, const double* load, std::vector<std::vector<int32_t>>& groups_of) {
   const int per_group = g.experts / g.groups;
   std::vector<double> weight(g.groups);
-  for (int i = 0; i < g.groups; ++i) weight[i] = std::accumulate(load + i * per_group, load + (i + 1) * per_group, 0.0);
+  for (int i = 0; i < g.groups; ++i)
+    weight[i] = std::accumulate(load + i * per_group, load + (i + 1) * per_group, 0.0);
   std::vector<int32_t> once(g.groups, 1);
   Bins nodes;
   nodes.reset(g.nodes, g.groups / g.nodes);
@@ -36,21 +37,24 @@ void groups_to_nodes(const Grid& g, const double* load, std::vector<std::vector<
   }
 }
 
-void pack(const std::vector<double>& load, const std::vector<int32_t>& count, double target, bool connected, Bins& bins, int ranks, int slots) {
+void pack(const std::vector<double>& load, const std::vector<int32_t>& count, double target, bool connected,
+          Bins& bins, int ranks, int slots) {
   bins.reset(ranks, slots);
   const int experts = static_cast<int>(load.size());
   (connected ? pack_connected : pack_largest_first)(load.data(), count.data(), experts, bins);
   swap_down(bins, target, connected ? count.data() : nullptr);
 }
 
-// Where swaps alone leave the heaviest rank too heavy, other counts may do better: an expert of that rank gets
-// a replica more, the one that suffers least a replica less, and everything is packed anew.
-void move_replicas(const std::vector<double>& load, double target, bool connected, std::vector<int32_t>& count, Bins& bins) {
+// Where swaps alone leave the heaviest rank too heavy, other counts may do better: an expert of that rank
+// gets a replica more, the one that suffers least a replica less, and everything is packed anew.
+void move_replicas(const std::vector<double>& load, double target, bool connected,
+                   std::vector<int32_t>& count, Bins& bins) {
   const int experts = static_cast<int>(load.size());
   Bins trial;
   for (int tries = 0; tries < kTries && bins.max_load() > target;) {
     const int h = bins.heaviest();
-    std::vector<std::pair<double, int32_t>> takers, givers;   // by the load of a replica, by its load with one less
+    std::vector<std::pair<double, int32_t>> takers,
+        givers;  // by the load of a replica, by its load with one less
     for (int i = 0; i < bins.slots; ++i) {
       const int32_t e = bins.expert[h * bins.slots + i];
       if (count[e] < bins.ranks) takers.push_back({-bins.size[h * bins.slots + i], e});
@@ -81,7 +85,8 @@ void move_replicas(const std::vector<double>& load, double target, bool connecte
   }
 }
 
-void groups_where_they_are(const Grid& g, const int32_t* previous, std::vector<std::vector<int32_t>>& groups_of) {
+void groups_where_they_are(const Grid& g, const int32_t* previous,
+                           std::vector<std::vector<int32_t>>& groups_of) {
   const int per_node = g.slots / g.nodes, per_group = g.experts / g.groups;
   for (int n = 0; n < g.nodes; ++n) {
     std::vector<char> here(g.groups, 0);
@@ -106,8 +111,10 @@ void relabel_nodes(const Grid& g, const int32_t* previous, std::vector<std::vect
   groups_of = std::move(moved);
 }
 
-// Places one node's experts (or the world's) on its ranks. `enough`: a heaviest rank that need not get lighter.
-void place_flat(const std::vector<double>& load, int ranks, int slots, double enough, bool connected, Bins& bins) {
+// Places one node's experts (or the world's) on its ranks. `enough`: a heaviest rank that need not get
+// lighter.
+void place_flat(const std::vector<double>& load, int ranks, int slots, double enough, bool connected,
+                Bins& bins) {
   const int experts = static_cast<int>(load.size());
   const double mean = std::accumulate(load.begin(), load.end(), 0.0) / ranks;
   std::vector<int32_t> count(experts);
@@ -144,7 +151,8 @@ void rebalance_layer(const Grid& g, const double* given, const Options& options,
   std::vector<std::vector<double>> part_load(parts);
   std::vector<std::pair<double, int>> order(parts);
   for (int n = 0; n < parts; ++n) {
-    for (const int i : groups_of[n]) part_load[n].insert(part_load[n].end(), load + i * per_group, load + (i + 1) * per_group);
+    for (const int i : groups_of[n])
+      part_load[n].insert(part_load[n].end(), load + i * per_group, load + (i + 1) * per_group);
     order[n] = {-std::accumulate(part_load[n].begin(), part_load[n].end(), 0.0), n};
   }
   std::sort(order.begin(), order.end());
@@ -158,12 +166,14 @@ void rebalance_layer(const Grid& g, const double* given, const Options& options,
     if (options.previous) {
       std::fill(local.begin(), local.end(), -1);
       for (int e = 0; e < experts; ++e) local[global(e)] = e;
-      for (int i = 0; i < per_part; ++i) before[i] = local[options.previous[static_cast<int64_t>(n) * per_part + i]];
+      for (int i = 0; i < per_part; ++i)
+        before[i] = local[options.previous[static_cast<int64_t>(n) * per_part + i]];
     }
     if (bounded) {
       bins.reset(ranks, slots);
       bins.expert = before;
-      exchange(part_load[n].data(), experts, options.max_moves, std::max(enough, -weight / ranks * (1 + kClose)), bins);
+      exchange(part_load[n].data(), experts, options.max_moves,
+               std::max(enough, -weight / ranks * (1 + kClose)), bins);
     } else {
       place_flat(part_load[n], ranks, slots, enough, options.connected, bins);
       if (options.previous) relabel_ranks(ranks, slots, experts, before.data(), bins.expert.data());

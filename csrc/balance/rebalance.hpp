@@ -6,16 +6,17 @@ namespace moecomm::balance {
 
 struct Grid {
   int32_t experts = 0;
-  int32_t slots = 0;    // over all ranks; rank r has slots [r * slots / ranks, (r + 1) * slots / ranks)
-  int32_t groups = 1;   // consecutive experts; a group's replicas stay in one node where groups > 1
+  int32_t slots = 0;   // over all ranks; rank r has slots [r * slots / ranks, (r + 1) * slots / ranks)
+  int32_t groups = 1;  // consecutive experts; a group's replicas stay in one node where groups > 1
   int32_t nodes = 1;
   int32_t ranks = 1;
 };
 
 struct Options {
-  const int32_t* previous = nullptr;   // [slots]: the placement that is in force, or null
-  int32_t max_moves = -1;              // most slots of a rank that may change their expert; -1: any
-  bool connected = false;              // replicated experts join all ranks (see pack_connected); three slots per rank or more
+  const int32_t* previous = nullptr;  // [slots]: the placement that is in force, or null
+  int32_t max_moves = -1;             // most slots of a rank that may change their expert; -1: any
+  bool connected =
+      false;  // replicated experts join all ranks (see pack_connected); three slots per rank or more
 };
 
 // load[experts] finite and >= 0, of any magnitude: only their ratios matter. slots a multiple of ranks,

@@ -10,7 +10,7 @@ std::vector<int> match_places(const std::vector<int32_t>& kept, int n) {
   std::vector<int32_t> set_price(n), place_price(n, 0);
   std::vector<int> place_of(n, -1), set_at(n, -1);
   std::vector<int> unplaced;
-  for (int i = 0; i < n; ++i) {   // most sets find their favourite place free
+  for (int i = 0; i < n; ++i) {  // most sets find their favourite place free
     const int32_t* row = kept.data() + static_cast<size_t>(i) * n;
     set_price[i] = -*std::max_element(row, row + n);
     for (int j = 0; j < n && place_of[i] < 0; ++j)
@@ -22,7 +22,7 @@ std::vector<int> match_places(const std::vector<int32_t>& kept, int n) {
   for (const int start : unplaced) {
     std::fill(distance.begin(), distance.end(), kFar);
     int count = n, end = -1, set = start;
-    for (int j = 0; j < n; ++j) open[j] = j;   // the first `count`: places not reached yet
+    for (int j = 0; j < n; ++j) open[j] = j;  // the first `count`: places not reached yet
     int32_t reached = 0;
     std::vector<int> closed;
     while (end < 0) {
@@ -51,7 +51,7 @@ std::vector<int> match_places(const std::vector<int32_t>& kept, int n) {
       set_price[set_at[j]] += reached - distance[j];
       place_price[j] -= reached - distance[j];
     }
-    for (int j = end; j >= 0;) {   // take over along the path
+    for (int j = end; j >= 0;) {  // take over along the path
       const int i = from[j], freed = place_of[i];
       place_of[i] = j;
       set_at[j] = i;
@@ -88,7 +88,8 @@ void relabel_ranks(int ranks, int slots, int experts, const int32_t* previous, i
   const std::vector<int> place_of = match_places(kept, ranks);
   const std::vector<int32_t> sets(placement, placement + total);
   for (int r = 0; r < ranks; ++r)
-    std::copy(sets.begin() + static_cast<int64_t>(r) * slots, sets.begin() + static_cast<int64_t>(r + 1) * slots,
+    std::copy(sets.begin() + static_cast<int64_t>(r) * slots,
+              sets.begin() + static_cast<int64_t>(r + 1) * slots,
               placement + static_cast<int64_t>(place_of[r]) * slots);
   align_slots(ranks, slots, previous, placement);
 }

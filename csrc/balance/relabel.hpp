@@ -10,8 +10,8 @@ namespace moecomm::balance {
 // the most is kept in all (an assignment problem).
 std::vector<int> match_places(const std::vector<int32_t>& kept, int n);
 
-// Reorders the rank sets of placement[ranks, slots] towards previous[ranks, slots]; a replica that stays on its
-// rank keeps its slot.
+// Reorders the rank sets of placement[ranks, slots] towards previous[ranks, slots]; a replica that stays on
+// its rank keeps its slot.
 void relabel_ranks(int ranks, int slots, int experts, const int32_t* previous, int32_t* placement);
 
 // Slots only: every rank keeps its set.

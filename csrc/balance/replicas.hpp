@@ -7,14 +7,15 @@ namespace moecomm::balance {
 
 struct Replicas {
   int experts = 0, ranks = 0, nodes = 1, slots = 0;
-  std::vector<int32_t> first;   // [experts + 1] into slot and rank
-  std::vector<int32_t> slot;    // ascending within an expert
-  std::vector<int32_t> rank;    // of that slot
-  std::vector<int32_t> expert;  // of that slot
-  std::vector<int32_t> at_slot; // [slots] the replica there
-  std::vector<int32_t> shared;  // experts with several replicas
+  std::vector<int32_t> first;    // [experts + 1] into slot and rank
+  std::vector<int32_t> slot;     // ascending within an expert
+  std::vector<int32_t> rank;     // of that slot
+  std::vector<int32_t> expert;   // of that slot
+  std::vector<int32_t> at_slot;  // [slots] the replica there
+  std::vector<int32_t> shared;   // experts with several replicas
 
-  // physical_to_logical[slots], every entry in [0, experts); an expert may have no slot, and has one at most on a rank.
+  // physical_to_logical[slots], every entry in [0, experts); an expert may have no slot, and has one at most
+  // on a rank.
   Replicas(const int32_t* physical_to_logical, int slots, int experts, int ranks, int nodes);
   int count(int e) const { return first[e + 1] - first[e]; }
   int slots_per_rank() const { return slots / ranks; }

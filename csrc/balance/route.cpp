@@ -6,7 +6,7 @@ namespace moecomm::balance {
 
 Refusal count_picks(const int64_t* ids, int tokens, int top_k, int experts, int32_t* counts) {
   std::fill(counts, counts + experts, 0);
-  std::vector<int32_t> seen(experts, -1);   // the last token that picked it
+  std::vector<int32_t> seen(experts, -1);  // the last token that picked it
   for (int t = 0; t < tokens; ++t)
     for (int k = 0; k < top_k; ++k) {
       const int64_t id = ids[static_cast<int64_t>(t) * top_k + k];
@@ -36,7 +36,8 @@ class Visits {
 
 }  // namespace
 
-void route_by_quota(const Replicas& r, const int64_t* ids, int tokens, int top_k, int own_node, int32_t* quota, int64_t* physical) {
+void route_by_quota(const Replicas& r, const int64_t* ids, int tokens, int top_k, int own_node,
+                    int32_t* quota, int64_t* physical) {
   Visits visits(r.nodes);
   std::vector<int> open;
   for (int t = 0; t < tokens; ++t) {
@@ -55,8 +56,10 @@ void route_by_quota(const Replicas& r, const int64_t* ids, int tokens, int top_k
       int left = 0, only = -1;
       for (int i = r.first[e]; i < r.first[e + 1]; ++i)
         if (quota[i] > 0) ++left, only = i;
-      if (left == 1) take(k, only);
-      else if (left > 1) open.push_back(k);
+      if (left == 1)
+        take(k, only);
+      else if (left > 1)
+        open.push_back(k);
     }
     for (const int k : open) {
       const int64_t e = ids[row + k];
@@ -64,14 +67,17 @@ void route_by_quota(const Replicas& r, const int64_t* ids, int tokens, int top_k
       for (int i = r.first[e]; i < r.first[e + 1]; ++i) {
         if (quota[i] <= 0) continue;
         const bool here = visits.has(r.node(i));
-        if (best < 0 || here > visits.has(r.node(best)) || (here == visits.has(r.node(best)) && quota[i] > quota[best])) best = i;
+        if (best < 0 || here > visits.has(r.node(best)) ||
+            (here == visits.has(r.node(best)) && quota[i] > quota[best]))
+          best = i;
       }
       take(k, best);
     }
   }
 }
 
-void route_locally(const Replicas& r, const int64_t* ids, int tokens, int top_k, int own_node, const uint8_t* active, int turn, int64_t* physical) {
+void route_locally(const Replicas& r, const int64_t* ids, int tokens, int top_k, int own_node,
+                   const uint8_t* active, int turn, int64_t* physical) {
   Visits visits(r.nodes);
   std::vector<int32_t> rows(r.ranks, 0), covers(r.nodes);
   std::vector<int> open;
@@ -119,7 +125,8 @@ void route_locally(const Replicas& r, const int64_t* ids, int tokens, int top_k,
       int best = -1;
       for (int n = 0; n < r.count(static_cast<int>(e)); ++n) {
         const int i = r.first[e] + static_cast<int>((e + turn + n) % r.count(static_cast<int>(e)));
-        if (usable(i) && visits.has(r.node(i)) && (best < 0 || rows[r.rank[i]] < rows[r.rank[best]])) best = i;
+        if (usable(i) && visits.has(r.node(i)) && (best < 0 || rows[r.rank[i]] < rows[r.rank[best]]))
+          best = i;
       }
       ++rows[r.rank[best]];
       physical[row + k] = r.slot[best];

@@ -8,14 +8,21 @@
 namespace moecomm::balance {
 namespace {
 
-constexpr double kEnough = 1e-4;   // of the mean rank load: four rounds that gain less are the last
-constexpr double kBeyond = 1.6;    // how far beyond its own optimum an expert's pour goes in a round
+constexpr double kEnough = 1e-4;  // of the mean rank load: four rounds that gain less are the last
+constexpr double kBeyond = 1.6;   // how far beyond its own optimum an expert's pour goes in a round
 
 }  // namespace
 
 Pouring::Pouring(const Replicas& r, const double* load, const uint8_t* active)
-    : r_(r), load_(load), rank_(r.rank), replica_(r.slot.size()), place_(r.slot.size()), share_(r.slot.size(), 0.0), running_(r.experts),
-      rank_load_(r.ranks, 0.0), level_(r.ranks) {
+    : r_(r),
+      load_(load),
+      rank_(r.rank),
+      replica_(r.slot.size()),
+      place_(r.slot.size()),
+      share_(r.slot.size(), 0.0),
+      running_(r.experts),
+      rank_load_(r.ranks, 0.0),
+      level_(r.ranks) {
   std::iota(replica_.begin(), replica_.end(), 0);
   std::iota(place_.begin(), place_.end(), 0);
   double total = 0.0;
@@ -91,7 +98,8 @@ void Pouring::pour(int e, double beyond) {
   }
 }
 
-// The same for two replicas that share all tokens already, in closed form: most experts with a choice have two.
+// The same for two replicas that share all tokens already, in closed form: most experts with a choice have
+// two.
 void Pouring::trade(int e, double beyond) {
   double* share = share_.data() + r_.first[e];
   double &a = rank_load_[rank_[r_.first[e]]], &b = rank_load_[rank_[r_.first[e] + 1]];
@@ -105,7 +113,7 @@ void Pouring::trade(int e, double beyond) {
 double Pouring::settle(int rounds) {
   double before = std::numeric_limits<double>::infinity();
   for (int round = 0; round < rounds; ++round) {
-    const double beyond = round + 1 < rounds ? kBeyond : 1.0;   // the last one as exact as it can be
+    const double beyond = round + 1 < rounds ? kBeyond : 1.0;  // the last one as exact as it can be
     for (const int e : choosing_) running_[e] == 2 ? trade(e, beyond) : pour(e, beyond);
     if (round % 4 != 3) continue;
     const double most = *std::max_element(rank_load_.begin(), rank_load_.end());
@@ -116,25 +124,28 @@ double Pouring::settle(int rounds) {
 }
 
 double split(const Replicas& r, const double* load, const uint8_t* active, int rounds, double* share) {
-  Pouring pouring(r, load, active);   // to begin with, everything is poured once
+  Pouring pouring(r, load, active);  // to begin with, everything is poured once
   const double most = pouring.settle(rounds - 1);
   for (size_t i = 0; i < r.slot.size(); ++i) share[i] = pouring.share(static_cast<int>(i));
   return most;
 }
 
-void runs(const Replicas& r, const int32_t* total, const double* share, int turn, int32_t* from, int32_t* to) {
+void runs(const Replicas& r, const int32_t* total, const double* share, int turn, int32_t* from,
+          int32_t* to) {
   for (int e = 0; e < r.experts; ++e) {
     const int begin = r.first[e], n = r.count(e);
     double poured = 0.0;
     int32_t taken = 0;
-    int last = -1;                 // the last replica with a share takes what rounding leaves
+    int last = -1;  // the last replica with a share takes what rounding leaves
     for (int k = 0; k < n; ++k)
       if (share[begin + (e + turn + k) % n] > 0) last = k;
     for (int k = 0; k < n; ++k) {
       const int i = begin + (e + turn + k) % n;
       poured += share[i];
       from[i] = taken;
-      taken = last < 0 ? 0 : k >= last ? total[e] : static_cast<int32_t>(std::clamp<int64_t>(std::llround(poured), taken, total[e]));
+      taken = last < 0    ? 0
+              : k >= last ? total[e]
+                          : static_cast<int32_t>(std::clamp<int64_t>(std::llround(poured), taken, total[e]));
       to[i] = taken;
     }
   }
@@ -143,7 +154,7 @@ void runs(const Replicas& r, const int32_t* total, const double* share, int turn
 int32_t even_quota(const Replicas& r, int replica, int32_t count, const uint8_t* active, int turn) {
   const int e = r.expert[replica], begin = r.first[e], n = r.count(e);
   if (active && !active[replica]) return 0;
-  int usable = 0, before = 0;   // in turn: what does not divide goes to the first ones
+  int usable = 0, before = 0;  // in turn: what does not divide goes to the first ones
   for (int k = 0; k < n; ++k) {
     const int i = begin + (e + turn + k) % n;
     if (i == replica) before = usable;

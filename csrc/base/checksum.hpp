@@ -1,4 +1,5 @@
-// Row checksum of MOECOMM_CHECK=1: order-sensitive, 8 bytes at a time (rows start on 8); for finding errors, not forgers.
+// Row checksum of MOECOMM_CHECK=1: order-sensitive, 8 bytes at a time (rows start on 8); for finding errors,
+// not forgers.
 #pragma once
 #include <cstring>
 
@@ -20,7 +21,7 @@ MOE_OUTLINE uint64_t row_checksum(const void* row, uint64_t bytes, uint64_t seed
     mix(w);
   }
   if (i == bytes) return h;
-  uint64_t rest = 0;   // byte by byte: a GPU has no memory to copy an odd number of them to
+  uint64_t rest = 0;  // byte by byte: a GPU has no memory to copy an odd number of them to
   for (int shift = 0; i < bytes; ++i, shift += 8) rest |= static_cast<uint64_t>(p[i]) << shift;
   mix(rest);
   return h;

@@ -23,7 +23,8 @@ enum class TileShape : int32_t { row = 0, column = 1, square = 2 };
 // How a node's sum crosses the rail in combine. Parts of a row, each starting on 16 bytes:
 //   plain     hidden elements of the buffer's dtype
 //   fp8       hidden codes; one f32 scale per tile
-//   logfmt10  per tile 128 bytes: the low 8 bits of the codes; per tile 32 bytes: their two high bits, those of elements
+//   logfmt10  per tile 128 bytes: the low 8 bits of the codes; per tile 32 bytes: their two high bits, those
+//   of elements
 //             j, j + 32, j + 64, j + 96 in byte j from the low bits up; per tile two f32: low and step
 enum class Wire : int32_t { plain = 0, fp8 = 1, logfmt10 = 2 };
 

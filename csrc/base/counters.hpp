@@ -15,11 +15,11 @@ struct HopCounters {
 struct Counters {
   HopCounters rail;
   HopCounters node;
-  uint64_t replicated_rows = 0;   // expert layout: further picks of a token on one rank, copied locally
-  uint64_t quantized_rows = 0;    // rows that dispatch made FP8: one per token that has picks
-  uint64_t staged_rows = 0;       // rows copied into the window because they were not there already
+  uint64_t replicated_rows = 0;  // expert layout: further picks of a token on one rank, copied locally
+  uint64_t quantized_rows = 0;   // rows that dispatch made FP8: one per token that has picks
+  uint64_t staged_rows = 0;      // rows copied into the window because they were not there already
   uint64_t calls = 0;
-  uint64_t exchanges = 0;         // rounds of counts in which this rank waited for all others
+  uint64_t exchanges = 0;  // rounds of counts in which this rank waited for all others
 };
 
 }  // namespace moecomm

@@ -14,8 +14,8 @@ namespace moecomm {
 // A pick as it travels: all of a token's picks go to every rank that wants one of them, so one staged message
 // serves them all.
 struct DecodePick {
-  int32_t expert;   // global, -1: none
-  float weight;     // 1 where no weights travel
+  int32_t expert;  // global, -1: none
+  float weight;    // 1 where no weights travel
 };
 
 // Precedes the row in a message.
@@ -27,40 +27,55 @@ struct DecodeHeader {
   MOE_HD DecodePick* pick() { return reinterpret_cast<DecodePick*>(this + 1); }
   MOE_HD const DecodePick* pick() const { return reinterpret_cast<const DecodePick*>(this + 1); }
 };
-MOE_HD constexpr uint64_t decode_header_bytes(int top_k) { return align_up(sizeof(DecodeHeader) + sizeof(DecodePick) * top_k, 64); }
-MOE_HD constexpr uint64_t decode_message_bytes(const Shape& s) { return decode_header_bytes(s.top_k) + align_up(s.slot_bytes(), 64); }
+MOE_HD constexpr uint64_t decode_header_bytes(int top_k) {
+  return align_up(sizeof(DecodeHeader) + sizeof(DecodePick) * top_k, 64);
+}
+MOE_HD constexpr uint64_t decode_message_bytes(const Shape& s) {
+  return decode_header_bytes(s.top_k) + align_up(s.slot_bytes(), 64);
+}
 
-// A flag says "complete", for which epoch, in which mode, and how many rows. It only grows, so it is never reset.
+// A flag says "complete", for which epoch, in which mode, and how many rows. It only grows, so it is never
+// reset.
 constexpr int kFlagCountBits = 21, kFlagModeBits = 3;
-constexpr int kRefusedMode = 7;   // the rank refuses its part: the count is its Why
+constexpr int kRefusedMode = 7;  // the rank refuses its part: the count is its Why
 constexpr int64_t kDecodeMaxTokens = int64_t{1} << (kFlagCountBits - 1);
 
 MOE_HD constexpr uint64_t make_flag(uint64_t epoch, int mode, int64_t count) {
-  return (epoch << kFlagModeBits | static_cast<uint64_t>(mode)) << kFlagCountBits | static_cast<uint64_t>(count);
+  return (epoch << kFlagModeBits | static_cast<uint64_t>(mode)) << kFlagCountBits |
+         static_cast<uint64_t>(count);
 }
-MOE_HD constexpr int32_t flag_count(uint64_t flag) { return static_cast<int32_t>(flag & ((uint64_t{1} << kFlagCountBits) - 1)); }
-MOE_HD constexpr int flag_mode(uint64_t flag) { return static_cast<int>(flag >> kFlagCountBits & ((1 << kFlagModeBits) - 1)); }
+MOE_HD constexpr int32_t flag_count(uint64_t flag) {
+  return static_cast<int32_t>(flag & ((uint64_t{1} << kFlagCountBits) - 1));
+}
+MOE_HD constexpr int flag_mode(uint64_t flag) {
+  return static_cast<int>(flag >> kFlagCountBits & ((1 << kFlagModeBits) - 1));
+}
 
 struct DecodeWindowLayout {
-  uint64_t sent;       // flag per parity and local rank: it has staged messages for me
-  uint64_t answered;   // flag per parity and local rank: its experts' rows may be read, or its sums are here
-  uint64_t faults;     // FaultWord per local rank
-  uint64_t wanted;     // int32 per parity, local rank and slot: the token that the rank finds in this slot
-  uint64_t places;     // int32 per parity, local rank, token and k: where the row of that pick lies in `rows`
-  uint64_t counts;     // int64 per parity and own expert
-  uint64_t messages;   // per parity and token
-  uint64_t warm;       // end of what is made ready at start
-  uint64_t sums;       // row per parity, token and k
-  uint64_t x;          // row per parity, own expert, size * max_tokens
-  uint64_t scales;     // per parity and own expert: scale_bytes for each row of x, columns padded to 16 bytes
-  uint64_t rows;       // as x
-  uint64_t coded;      // slot per parity, rank of another node, slot and pick: answers in another format, leaving
-  uint64_t signs;      // checksum per parity, source rank, token and k: of the answer to that pick (written only when checks are on)
+  uint64_t sent;      // flag per parity and local rank: it has staged messages for me
+  uint64_t answered;  // flag per parity and local rank: its experts' rows may be read, or its sums are here
+  uint64_t faults;    // FaultWord per local rank
+  uint64_t wanted;    // int32 per parity, local rank and slot: the token that the rank finds in this slot
+  uint64_t places;    // int32 per parity, local rank, token and k: where the row of that pick lies in `rows`
+  uint64_t counts;    // int64 per parity and own expert
+  uint64_t messages;  // per parity and token
+  uint64_t warm;      // end of what is made ready at start
+  uint64_t sums;      // row per parity, token and k
+  uint64_t x;         // row per parity, own expert, size * max_tokens
+  uint64_t scales;    // per parity and own expert: scale_bytes for each row of x, columns padded to 16 bytes
+  uint64_t rows;      // as x
+  uint64_t coded;  // slot per parity, rank of another node, slot and pick: answers in another format, leaving
+  uint64_t signs;  // checksum per parity, source rank, token and k: of the answer to that pick (written only
+                   // when checks are on)
   uint64_t bytes;
 };
 
-MOE_HD constexpr uint64_t decode_rows_per_expert(const Geometry& g, const Shape& s) { return uint64_t(g.size) * s.max_tokens; }
-MOE_HD constexpr uint64_t decode_scale_area(const Geometry& g, const Shape& s) { return scale_column(decode_rows_per_expert(g, s)) * s.scale_bytes(); }
+MOE_HD constexpr uint64_t decode_rows_per_expert(const Geometry& g, const Shape& s) {
+  return uint64_t(g.size) * s.max_tokens;
+}
+MOE_HD constexpr uint64_t decode_scale_area(const Geometry& g, const Shape& s) {
+  return scale_column(decode_rows_per_expert(g, s)) * s.scale_bytes();
+}
 MOE_HD constexpr int decode_picks_per_rank(const Geometry& g, const Shape& s) {
   return s.num_experts / g.size < s.top_k ? s.num_experts / g.size : s.top_k;
 }
@@ -90,13 +105,14 @@ MOE_HD constexpr DecodeWindowLayout decode_window_layout(const Geometry& g, cons
 }
 
 struct DecodeRegionLayout {
-  uint64_t sent;       // flag per parity and rank: its messages are here
-  uint64_t answered;   // flag per parity and rank: its answers are here
-  uint64_t faults;     // FaultWord per rank
-  uint64_t outbox;     // FaultWord on its way out
-  uint64_t messages;   // per parity, rank of another node and slot
-  uint64_t answers;    // slot per parity, token and k
-  uint64_t signs;      // checksum per parity, rank, token and k: of its answer to that pick (written only when checks are on)
+  uint64_t sent;      // flag per parity and rank: its messages are here
+  uint64_t answered;  // flag per parity and rank: its answers are here
+  uint64_t faults;    // FaultWord per rank
+  uint64_t outbox;    // FaultWord on its way out
+  uint64_t messages;  // per parity, rank of another node and slot
+  uint64_t answers;   // slot per parity, token and k
+  uint64_t signs;     // checksum per parity, rank, token and k: of its answer to that pick (written only when
+                      // checks are on)
   uint64_t bytes;
 };
 

@@ -10,7 +10,7 @@ namespace moecomm {
 
 // Both memories start with this line; a waiter says there which counter it sleeps on.
 struct MemoryHeader {
-  uint64_t sleeping_on;   // offset of a counter, 0: nobody sleeps
+  uint64_t sleeping_on;  // offset of a counter, 0: nobody sleeps
   uint64_t pad[7];
 };
 
@@ -27,15 +27,15 @@ struct Cursor {
 }  // namespace detail
 
 struct NodeLayout {
-  uint64_t counts;     // counter per local rank: its count tables are here (dispatch)
-  uint64_t arrive;     // counter per local rank: it forwarded everything it had for me (dispatch)
-  uint64_t ready;      // counter per local rank: its rows may be read (combine)
-  uint64_t done;       // counter per local rank: it has read my rows (combine)
-  uint64_t faults;     // FaultWord per local rank
-  uint64_t offers;     // Offer per local rank
-  uint64_t verdicts;   // Verdict per local rank, as its gateway knows it (dispatch)
-  uint64_t board;      // RowsBoard of this rank
-  uint64_t tables;     // per half and source rank: its count block for this node
+  uint64_t counts;    // counter per local rank: its count tables are here (dispatch)
+  uint64_t arrive;    // counter per local rank: it forwarded everything it had for me (dispatch)
+  uint64_t ready;     // counter per local rank: its rows may be read (combine)
+  uint64_t done;      // counter per local rank: it has read my rows (combine)
+  uint64_t faults;    // FaultWord per local rank
+  uint64_t offers;    // Offer per local rank
+  uint64_t verdicts;  // Verdict per local rank, as its gateway knows it (dispatch)
+  uint64_t board;     // RowsBoard of this rank
+  uint64_t tables;    // per half and source rank: its count block for this node
   uint64_t arena;
   uint64_t bytes;
 };
@@ -62,25 +62,25 @@ MOE_HD constexpr NodeLayout node_layout(const Geometry& g, const Shape& s) {
 // Staging area A holds rows arriving in dispatch and rows leaving in combine; area B the other two.
 // The two never overlap in time: a peer writes an area only after its owner entered the call.
 struct RailLayout {
-  uint64_t enter;      // counter per node: the rail peer is in the call, its count block is here
-  uint64_t rows;       // counter per node and channel: rows landed in area A
-  uint64_t verdict;    // counter per node: its verdict is here
-  uint64_t back;       // counter per node and channel: rows landed in area B
-  uint64_t wishes;     // per parity of the combines and node: its Wish (combine)
-  uint64_t wish_out;   // what this rank sends to its peers
-  uint64_t faults;     // FaultWord per node
-  uint64_t blocks;     // per half and node: a count block
-  uint64_t blocks_out; // the own ones, leaving, where puts leave from here only
-  uint64_t verdicts;   // Verdict per node
-  uint64_t outbox;     // Verdict and FaultWord on their way out (sources of puts must stay put)
-  uint64_t metas;      // RowMeta per node and slot, also the own node's
-  uint64_t metas_out;  // RowMeta per remote node and slot, leaving
-  uint64_t sums;       // checksum per remote node and slot of area B
+  uint64_t enter;       // counter per node: the rail peer is in the call, its count block is here
+  uint64_t rows;        // counter per node and channel: rows landed in area A
+  uint64_t verdict;     // counter per node: its verdict is here
+  uint64_t back;        // counter per node and channel: rows landed in area B
+  uint64_t wishes;      // per parity of the combines and node: its Wish (combine)
+  uint64_t wish_out;    // what this rank sends to its peers
+  uint64_t faults;      // FaultWord per node
+  uint64_t blocks;      // per half and node: a count block
+  uint64_t blocks_out;  // the own ones, leaving, where puts leave from here only
+  uint64_t verdicts;    // Verdict per node
+  uint64_t outbox;      // Verdict and FaultWord on their way out (sources of puts must stay put)
+  uint64_t metas;       // RowMeta per node and slot, also the own node's
+  uint64_t metas_out;   // RowMeta per remote node and slot, leaving
+  uint64_t sums;        // checksum per remote node and slot of area B
   uint64_t sums_out;
-  uint64_t slots;      // f32 [top_k] per remote node and slot of area B: what goes back to the picks' slots
+  uint64_t slots;  // f32 [top_k] per remote node and slot of area B: what goes back to the picks' slots
   uint64_t slots_out;
-  uint64_t own_rows;   // per channel: an FP8 row on its way to ranks of the own node
-  uint64_t area_a;     // row slots per remote node
+  uint64_t own_rows;  // per channel: an FP8 row on its way to ranks of the own node
+  uint64_t area_a;    // row slots per remote node
   uint64_t area_b;
   uint64_t bytes;
 };
@@ -123,12 +123,13 @@ MOE_HD constexpr int64_t scale_column(int64_t rows) { return (rows + 3) / 4 * 4;
 // The output of one dispatch. Offsets are relative to the block.
 struct BlockLayout {
   uint64_t rows;
-  uint64_t scales;    // [rows, scales], or by column: [scales, scale_column(rows)]
-  uint64_t weights;   // f32: [rows] in the expert layout, [rows, top_k] in the rank layout
-  uint64_t ids;       // int64 [rows, top_k], rank layout only
-  uint64_t origin;    // int32 [rows]: the row that holds the payload until `arrive` copies it; -1 - that row: it is here already
-  uint64_t source;    // int64 [rows]: source rank << 32 | source token, -1 on padding
-  uint64_t sums;      // checksum [rows] (written only when checks are on)
+  uint64_t scales;   // [rows, scales], or by column: [scales, scale_column(rows)]
+  uint64_t weights;  // f32: [rows] in the expert layout, [rows, top_k] in the rank layout
+  uint64_t ids;      // int64 [rows, top_k], rank layout only
+  uint64_t origin;   // int32 [rows]: the row that holds the payload until `arrive` copies it; -1 - that row:
+                     // it is here already
+  uint64_t source;   // int64 [rows]: source rank << 32 | source token, -1 on padding
+  uint64_t sums;     // checksum [rows] (written only when checks are on)
   uint64_t bytes;
 };
 
@@ -149,15 +150,17 @@ MOE_HD constexpr BlockLayout block_layout(uint64_t rows, const CallShape& call, 
 
 // The same, relative to the window in which the block lies at `offset`.
 MOE_HD constexpr BlockLayout at_offset(BlockLayout l, uint64_t offset) {
-  return {l.rows + offset, l.scales + offset, l.weights + offset, l.ids + offset, l.origin + offset, l.source + offset, l.sums + offset, l.bytes};
+  return {l.rows + offset,   l.scales + offset, l.weights + offset, l.ids + offset,
+          l.origin + offset, l.source + offset, l.sums + offset,    l.bytes};
 }
 
-// The experts' output of that dispatch, right behind its block: `handle.rows`, and staging for what combine takes beside it.
+// The experts' output of that dispatch, right behind its block: `handle.rows`, and staging for what combine
+// takes beside it.
 struct OutputLayout {
   uint64_t rows;
-  uint64_t weights;   // f32 [rows]
-  uint64_t back;      // f32 [rows, top_k]
-  uint64_t sums;      // checksum [rows] (written only when checks are on)
+  uint64_t weights;  // f32 [rows]
+  uint64_t back;     // f32 [rows, top_k]
+  uint64_t sums;     // checksum [rows] (written only when checks are on)
   uint64_t bytes;
 };
 

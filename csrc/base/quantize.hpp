@@ -13,10 +13,13 @@
 namespace moecomm {
 
 template <class To, class From>
-MOE_INLINE To bits_as(From v) { return __builtin_bit_cast(To, v); }
+MOE_INLINE To bits_as(From v) {
+  return __builtin_bit_cast(To, v);
+}
 
 namespace detail {
-constexpr uint32_t kMagnitude = 0x7fffffffu, kInfinity = 0x7f800000u, kNaN = 0x7fc00000u, kSmallestNormal = 0x00800000u;
+constexpr uint32_t kMagnitude = 0x7fffffffu, kInfinity = 0x7f800000u, kNaN = 0x7fc00000u,
+                   kSmallestNormal = 0x00800000u;
 // 1.5 * 2^23. Adding it rounds a float to the nearest even integer, which then is in the low bits.
 constexpr float kRound = 12582912.0f;
 constexpr uint32_t kRoundBits = 0x4b400000u;
@@ -35,8 +38,10 @@ MOE_INLINE U finite_magnitude(F v) {
 template <class U, class F>
 MOE_INLINE U e4m3_encode(F v) {
   const U u = bits_as<U>(v), a = u & detail::kMagnitude;
-  const U normal = (a - 0x3c000000u + 0x7ffffu + ((a >> 20) & 1u)) >> 20;          // 3 of 23 bits stay; the bias goes from 127 to 7
-  const U small = bits_as<U>(bits_as<F>(a) + 16384.0f) - 0x46800000u;              // below 2^-6: units of 2^-9, rounded by the sum
+  const U normal = (a - 0x3c000000u + 0x7ffffu + ((a >> 20) & 1u)) >>
+                   20;  // 3 of 23 bits stay; the bias goes from 127 to 7
+  const U small =
+      bits_as<U>(bits_as<F>(a) + 16384.0f) - 0x46800000u;  // below 2^-6: units of 2^-9, rounded by the sum
   const U code = a < 0x3c800000u ? small : normal;
   const U signed_code = (code < 0x7eu ? code : U{} + 0x7eu) | (u >> 24 & 0x80u);
   return a < detail::kInfinity ? signed_code : U{} + 0x7fu;
@@ -55,8 +60,8 @@ MOE_INLINE F e4m3_decode(U code) {
 
 template <class F>
 struct TileScale {
-  F scale;     // value = code * scale
-  F inverse;   // code = e4m3(value * inverse)
+  F scale;    // value = code * scale
+  F inverse;  // code = e4m3(value * inverse)
 };
 
 // f32: scale = amax / 448, inverse = 448 / amax. ue8m0: the least power of two that is not below amax / 448.
@@ -78,9 +83,9 @@ MOE_INLINE float ue8m0_decode(uint8_t code) { return bits_as<float>(uint32_t{cod
 
 // -- LogFMT-10: a sign and a 9-bit code for the logarithm's place between a tile's least and largest --------
 //
-// low = max(log2 of the least nonzero magnitude, log2 of the largest - 32); step = (log2 of the largest - low) / 510.
-// Code k in 1..511 stands for 2^(low + (k - 1) * step); 0 is zero; 0x200 (a negative zero) is NaN.
-// A value takes the nearest code in *linear* space: rounding between neighbours is unbiased where the
+// low = max(log2 of the least nonzero magnitude, log2 of the largest - 32); step = (log2 of the largest -
+// low) / 510. Code k in 1..511 stands for 2^(low + (k - 1) * step); 0 is zero; 0x200 (a negative zero) is
+// NaN. A value takes the nearest code in *linear* space: rounding between neighbours is unbiased where the
 // logarithm's own rounding is not. The midpoint of 2^y and 2^(y + step) lies step * ln2 / 8 code units above
 // half way (next term: < 5e-7 units), so that one subtraction does it. Below half the smallest level: zero.
 // Subnormal numbers count as zero.
@@ -88,7 +93,7 @@ MOE_INLINE float ue8m0_decode(uint8_t code) { return bits_as<float>(uint32_t{cod
 // For positive normal numbers; |error| < 1e-7, or half a unit in the last place of the result.
 template <class U, class F>
 MOE_INLINE F log2_of(F v) {
-  const U b = bits_as<U>(v) + 0x004afb0du;      // mantissa in [sqrt(1/2), sqrt(2)): 0x3f800000 - 0x3f3504f3
+  const U b = bits_as<U>(v) + 0x004afb0du;  // mantissa in [sqrt(1/2), sqrt(2)): 0x3f800000 - 0x3f3504f3
   const F f = bits_as<F>((b & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
   const F exponent = bits_as<F>((b >> 23) + detail::kRoundBits) - (detail::kRound + 127.0f);
   F p = f * -0.145757511f + 0.236882478f;

@@ -15,17 +15,24 @@ struct Shape {
   int32_t top_k = 0;
   int32_t max_tokens = 0;   // per rank
   int32_t channels = 1;     // independent slices of the tokens
-  int32_t chunk_rows = 16;  // rows per rail signal: enough to amortise it, few enough to pipeline the hops. A rank's own choice
+  int32_t chunk_rows = 16;  // rows per rail signal: enough to amortise it, few enough to pipeline the hops. A
+                            // rank's own choice
   uint64_t arena_bytes = 0;
-  int32_t logical_experts = 0;   // picks name these where replicas are chosen by the counts of all ranks; 0: num_experts are all there is
+  int32_t logical_experts = 0;  // picks name these where replicas are chosen by the counts of all ranks; 0:
+                                // num_experts are all there is
 
-  MOE_HD constexpr int count_halves() const { return logical_experts ? 2 : 1; }   // of the memory for count blocks: a call may exchange twice
+  MOE_HD constexpr int count_halves() const {
+    return logical_experts ? 2 : 1;
+  }  // of the memory for count blocks: a call may exchange twice
   MOE_HD constexpr uint64_t combine_row_bytes() const { return hidden * element_bytes(dtype); }
-  MOE_HD constexpr uint64_t scale_bytes() const { return 4 * scale_words(hidden, ScaleKind::f32); }   // those of FP8 rows, at most
+  MOE_HD constexpr uint64_t scale_bytes() const {
+    return 4 * scale_words(hidden, ScaleKind::f32);
+  }  // those of FP8 rows, at most
   MOE_HD constexpr uint64_t wire_bytes(Wire wire) const { return wire_row_bytes(wire, hidden, dtype); }
   // A rail slot holds any kind of row; FP8 rows of dispatch are as long as those of combine at most.
   MOE_HD constexpr uint64_t slot_bytes() const {
-    const uint64_t a = align16(combine_row_bytes()), b = wire_bytes(Wire::fp8), c = wire_bytes(Wire::logfmt10);
+    const uint64_t a = align16(combine_row_bytes()), b = wire_bytes(Wire::fp8),
+                   c = wire_bytes(Wire::logfmt10);
     return a > b ? (a > c ? a : c) : (b > c ? b : c);
   }
 };
@@ -33,18 +40,19 @@ struct Shape {
 // One dispatch call's own arguments that every rank must give alike.
 struct CallShape {
   RowLayout layout = RowLayout::expert;
-  int32_t alignment = 1;    // each expert's rows are padded to a multiple of this
-  int64_t capacity = -1;    // static number of rows, -1: as many as arrive
-  uint64_t row_bytes = 0;   // payload of one row
-  uint64_t scale_bytes = 0; // 0: not quantized
+  int32_t alignment = 1;     // each expert's rows are padded to a multiple of this
+  int64_t capacity = -1;     // static number of rows, -1: as many as arrive
+  uint64_t row_bytes = 0;    // payload of one row
+  uint64_t scale_bytes = 0;  // 0: not quantized
   ScaleKind scales = ScaleKind::none;
-  bool scales_by_column = false;   // in the block: [scale][row], columns on 16 bytes; else [row][scale]
-  uint32_t routing = 0;     // stands for the placement and its layer, where there is one
+  bool scales_by_column = false;  // in the block: [scale][row], columns on 16 bytes; else [row][scale]
+  uint32_t routing = 0;           // stands for the placement and its layer, where there is one
 
   MOE_HD constexpr int32_t signature() const {
     return static_cast<int32_t>((layout == RowLayout::rank ? 1 : 0) + 2 * alignment + 257 * (capacity + 1) +
-                                65537 * static_cast<int64_t>(row_bytes) + 31 * static_cast<int64_t>(scale_bytes) +
-                                8191 * static_cast<int64_t>(scales) + (scales_by_column ? 32771 : 0) + 131101 * static_cast<int64_t>(routing));
+                                65537 * static_cast<int64_t>(row_bytes) +
+                                31 * static_cast<int64_t>(scale_bytes) + 8191 * static_cast<int64_t>(scales) +
+                                (scales_by_column ? 32771 : 0) + 131101 * static_cast<int64_t>(routing));
   }
 };
 

@@ -18,8 +18,8 @@ struct TermStore {
 struct Terms {
   TermStore* store = nullptr;
   int count = 0;
-  uint64_t group_end = 0;   // bit i: term i closes its group
-  uint64_t coded = 0;       // bit i: row i is coded as `wire` says (one format in a list), `hidden` elements long
+  uint64_t group_end = 0;  // bit i: term i closes its group
+  uint64_t coded = 0;  // bit i: row i is coded as `wire` says (one format in a list), `hidden` elements long
   Wire wire = Wire::plain;
   int64_t hidden = 0;
 
@@ -34,7 +34,9 @@ struct Terms {
   }
   // A row as it crossed the rail.
   template <class G>
-  MOE_HD void add_wire(G g, const void* row, Wire format, int64_t elements) { add_wire(g, row, format, elements, [] { return 1.0f; }); }
+  MOE_HD void add_wire(G g, const void* row, Wire format, int64_t elements) {
+    add_wire(g, row, format, elements, [] { return 1.0f; });
+  }
   template <class G, class Weight>
   MOE_HD void add_wire(G g, const void* row, Wire format, int64_t elements, Weight&& weight) {
     if (format != Wire::plain) coded |= uint64_t{1} << count;
@@ -42,7 +44,9 @@ struct Terms {
     hidden = elements;
     add(g, row, weight);
   }
-  MOE_HD void close_group() { if (count > 0) group_end |= uint64_t{1} << (count - 1); }
+  MOE_HD void close_group() {
+    if (count > 0) group_end |= uint64_t{1} << (count - 1);
+  }
 };
 
 }  // namespace moecomm

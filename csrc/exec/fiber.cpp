@@ -14,10 +14,11 @@ namespace moecomm {
 namespace {
 
 constexpr size_t kGuard = 4096;
-constexpr size_t kStack = (128u << 10) - kGuard;   // touched pages alone cost memory
+constexpr size_t kStack = (128u << 10) - kGuard;  // touched pages alone cost memory
 constexpr int kStacksPerChunk = 64;
-constexpr size_t kGuardedChunks = 64;              // every guard costs two mappings, of which a process has some ten thousand
-thread_local Fibers* running = nullptr;            // handed to a fiber's first instruction
+constexpr size_t kGuardedChunks =
+    64;  // every guard costs two mappings, of which a process has some ten thousand
+thread_local Fibers* running = nullptr;  // handed to a fiber's first instruction
 
 }  // namespace
 
@@ -52,7 +53,7 @@ moecomm_switch_stack:
 namespace {
 void* first_context(void* stack, void (*entry)()) {
   void** top = reinterpret_cast<void**>(static_cast<char*>(stack) + kStack);
-  *--top = nullptr;                                // a return address for the entry, and its alignment
+  *--top = nullptr;  // a return address for the entry, and its alignment
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   return top;
@@ -137,12 +138,13 @@ int Fibers::spawn(Time at, std::function<void()> body) {
 
 void* Fibers::take_stack() {
   if (idle_stacks_.empty()) {
-    void* chunk = mmap(nullptr, kStacksPerChunk * (kStack + kGuard), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* chunk = mmap(nullptr, kStacksPerChunk * (kStack + kGuard), PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (chunk == MAP_FAILED) throw std::bad_alloc();
     chunks_.push_back(chunk);
     for (int i = 0; i < kStacksPerChunk; ++i) {
       char* guard = static_cast<char*>(chunk) + i * (kStack + kGuard);
-      if (chunks_.size() <= kGuardedChunks) mprotect(guard, kGuard, PROT_NONE);   // an overflow stops here
+      if (chunks_.size() <= kGuardedChunks) mprotect(guard, kGuard, PROT_NONE);  // an overflow stops here
       idle_stacks_.push_back(guard + kGuard);
     }
   }
@@ -193,7 +195,8 @@ void Fibers::switch_to(int fiber) {
   swap(&from.context, to.context);
 }
 
-// Where a fiber ends and the next one has not begun yet, that one goes on here: most never need a stack of their own.
+// Where a fiber ends and the next one has not begun yet, that one goes on here: most never need a stack of
+// their own.
 void Fibers::entry() {
   Fibers& self = *running;
   for (;;) {
@@ -205,7 +208,7 @@ void Fibers::entry() {
     --self.alive_;
     const int next = self.next();
     if (next < 0 || self.fibers_[next]->stack) {
-      self.idle_stacks_.push_back(stack);          // free once this has switched away
+      self.idle_stacks_.push_back(stack);  // free once this has switched away
       self.switch_to(next);
       __builtin_unreachable();
     }

@@ -11,7 +11,7 @@ template <class G>
 concept Group = requires(G g, int v) {
   { g.lane() } -> std::convertible_to<int>;
   { g.size() } -> std::convertible_to<int>;
-  g.sync();                                  // all lanes meet; earlier writes of each are seen by all
+  g.sync();                                    // all lanes meet; earlier writes of each are seen by all
   { g.broadcast(v, 0) } -> std::same_as<int>;  // lane 0's value, after a sync
 };
 
@@ -20,14 +20,14 @@ template <Group G, class F>
 MOE_HD Status leader(G g, F&& f) {
   Status s;
   if (g.lane() == 0) s = f();
-  if (g.broadcast(s.ok(), 0)) return {};   // the usual case costs one word
+  if (g.broadcast(s.ok(), 0)) return {};  // the usual case costs one word
   return g.broadcast(s, 0);
 }
 
 // Each lane found something or not; everyone gets the finding of the first lane that has one.
 template <Group G>
 MOE_HD Status first_failure(G g, const Status& mine) {
-  if constexpr (requires { g.any(true); })   // a large group asks first whether there is one at all
+  if constexpr (requires { g.any(true); })  // a large group asks first whether there is one at all
     if (!g.any(!mine.ok())) return {};
   for (int lane = 0; lane < g.size(); ++lane)
     if (!g.broadcast(mine.ok(), lane)) return g.broadcast(mine, lane);

@@ -9,7 +9,9 @@ struct Lane {
   static constexpr int size() { return 1; }
   static constexpr void sync() {}
   template <class T>
-  static constexpr T broadcast(T v, int) { return v; }
+  static constexpr T broadcast(T v, int) {
+    return v;
+  }
 };
 static_assert(Group<Lane>);
 

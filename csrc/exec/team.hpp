@@ -37,7 +37,7 @@ struct Team {
     sync();
     T out;
     std::memcpy(&out, state->slot(), sizeof(T));
-    sync();   // nobody overwrites the slot while another still reads it
+    sync();  // nobody overwrites the slot while another still reads it
     return out;
   }
 };
@@ -49,8 +49,7 @@ Status run_team(int size, Role&& role) {
   TeamState state(size);
   Status result;
   std::vector<std::jthread> lanes;
-  for (int i = 1; i < size; ++i)
-    lanes.emplace_back([&state, &role, i] { role(Team{&state, i}); });
+  for (int i = 1; i < size; ++i) lanes.emplace_back([&state, &role, i] { role(Team{&state, i}); });
   result = role(Team{&state, 0});
   return result;
 }

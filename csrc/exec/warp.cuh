@@ -8,7 +8,8 @@ struct Warp {
   static __device__ int lane() { return threadIdx.x & 31; }
   static constexpr MOE_HD int size() { return 32; }
   static __device__ void sync() { __syncwarp(); }
-  // A vote orders no memory, and whoever asks reads what other lanes have stored: the sync before it orders that.
+  // A vote orders no memory, and whoever asks reads what other lanes have stored: the sync before it orders
+  // that.
   static __device__ bool any(bool v) {
     __syncwarp();
     return __any_sync(~0u, v);

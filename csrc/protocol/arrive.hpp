@@ -13,12 +13,13 @@ MOE_HD Status arrive(G g, F f, const DispatchArgs& a, int part, int parts) {
   const Geometry& geo = b.geometry;
   const CallShape& call = a.plan.call;
   MOE_TRY(leader(g, [&] {
-    Status refused;   // gateways of a node that would have had room store rows here all the same: they are awaited
+    Status refused;  // gateways of a node that would have had room store rows here all the same: they are
+                     // awaited
     for (int i = 0; i < geo.ranks_per_node; ++i) {
-      MOE_TRY(f.wait_node(b.node.arrive + 8 * i, a.book->dispatches, Phase::arrive, geo.rank_at(geo.node(), i)));
+      MOE_TRY(
+          f.wait_node(b.node.arrive + 8 * i, a.book->dispatches, Phase::arrive, geo.rank_at(geo.node(), i)));
       const Verdict& v = reinterpret_cast<const Verdict*>(f.window(geo.local(), b.node.verdicts))[i];
-      if (v.code != 0 && refused.ok())
-        refused = status_of(v);
+      if (v.code != 0 && refused.ok()) refused = status_of(v);
     }
     return refused;
   }));
@@ -32,10 +33,12 @@ MOE_HD Status arrive(G g, F f, const DispatchArgs& a, int part, int parts) {
   int64_t* source = reinterpret_cast<int64_t*>(window + l.source);
   uint64_t replicated = 0;
   const auto copy = [&](int64_t to, int64_t from) {
-    f.copy_row(g, window + l.rows + to * call.row_bytes, window + l.rows + from * call.row_bytes, call.row_bytes);
+    f.copy_row(g, window + l.rows + to * call.row_bytes, window + l.rows + from * call.row_bytes,
+               call.row_bytes);
     detail::copy_scales(g, f, call, window + l.scales, rows, to, from);
   };
-  // Stretches of rows are dealt out in turn, one stretch after another, so that many short ones are shared too.
+  // Stretches of rows are dealt out in turn, one stretch after another, so that many short ones are shared
+  // too.
   int dealt = 0;
   const auto deal = [&](int64_t begin, int64_t end, int64_t length) {
     const int64_t first = begin + (part + parts - dealt) % parts * length;

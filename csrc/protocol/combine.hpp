@@ -1,7 +1,9 @@
 // Combine: the way back on the same plan.
 //
-//   publish  (expert)   "my rows may be read", to the node; when all of it have said so, "I am in the call", the wanted wire and
-//                       the node's judgement over the rail: a refusal by one rank is every rank's in this same call
+//   publish  (expert)   "my rows may be read", to the node; when all of it have said so, "I am in the call",
+//   the wanted wire and
+//                       the node's judgement over the rail: a refusal by one rank is every rank's in this
+//                       same call
 //   reduce   (gateway)  the node's rows of a token summed in FP32, ascending rank (and expert) order, one
 //                       row per token back over the rail, coded as its source wants it     [per channel]
 //   sum      (source)   own node's rows directly, other nodes' rows from staging, ascending node order,
@@ -17,7 +19,8 @@ namespace moecomm {
 
 namespace detail {
 
-// Where a rail peer's Wish lies. A peer that waits for nothing here may be one combine ahead, hence the parity.
+// Where a rail peer's Wish lies. A peer that waits for nothing here may be one combine ahead, hence the
+// parity.
 MOE_HD inline uint64_t wish_at(const CombineArgs& a, int node) {
   return a.b.rail.wishes + sizeof(Wish) * ((a.book->combines & 1) * a.b.geometry.nodes() + node);
 }
@@ -25,21 +28,32 @@ MOE_HD inline uint64_t wish_at(const CombineArgs& a, int node) {
 MOE_HD inline int32_t combine_word(const CombineArgs& a) { return call_word(a.book->enter, Verb::combine); }
 
 MOE_HD inline Status out_of_step(Phase phase, int rank, int32_t own, int32_t theirs) {
-  return {Code::out_of_step, phase, rank, verbs_detail(Verb::combine, Verb::unknown), static_cast<uint32_t>(own), static_cast<uint32_t>(theirs)};
+  return {Code::out_of_step,
+          phase,
+          rank,
+          verbs_detail(Verb::combine, Verb::unknown),
+          static_cast<uint32_t>(own),
+          static_cast<uint32_t>(theirs)};
 }
 
-// What this rank wants, and its node's judgement: the first rank that refuses, else the first that wants slots where another does not.
+// What this rank wants, and its node's judgement: the first rank that refuses, else the first that wants
+// slots where another does not.
 MOE_HD inline Status judge_boards(const CombineArgs& a, Wish& mine) {
   const Geometry& geo = a.b.geometry;
   mine = {combine_word(a), 0, 0, 0, static_cast<uint8_t>(a.wire), static_cast<uint8_t>(a.slots != nullptr)};
   for (int d = 0; d < geo.ranks_per_node; ++d) {
     const RowsBoard& board = a.boards[d];
     const int rank = geo.rank_at(geo.node(), d);
-    if (static_cast<int32_t>(board.word) != mine.word) return out_of_step(Phase::publish, rank, mine.word, static_cast<int32_t>(board.word));
+    if (static_cast<int32_t>(board.word) != mine.word)
+      return out_of_step(Phase::publish, rank, mine.word, static_cast<int32_t>(board.word));
     Code code = Code::ok;
-    if (board.refused != 0) code = Code::refused;
-    else if (board.slots != a.boards[0].slots) code = Code::mismatch;
-    if (code == Code::ok || mine.code == static_cast<uint8_t>(Code::refused) || mine.code == static_cast<uint8_t>(code)) continue;
+    if (board.refused != 0)
+      code = Code::refused;
+    else if (board.slots != a.boards[0].slots)
+      code = Code::mismatch;
+    if (code == Code::ok || mine.code == static_cast<uint8_t>(Code::refused) ||
+        mine.code == static_cast<uint8_t>(code))
+      continue;
     mine.rank = static_cast<uint16_t>(rank);
     mine.code = static_cast<uint8_t>(code);
     mine.why = static_cast<uint8_t>(board.refused);
@@ -48,7 +62,9 @@ MOE_HD inline Status judge_boards(const CombineArgs& a, Wish& mine) {
 }
 
 template <class F>
-MOE_HD const Wish& own_wish(F f, const CombineArgs& a) { return *reinterpret_cast<const Wish*>(f.rail(a.b.rail.wish_out)); }
+MOE_HD const Wish& own_wish(F f, const CombineArgs& a) {
+  return *reinterpret_cast<const Wish*>(f.rail(a.b.rail.wish_out));
+}
 
 // One lane: node n's Wish, when its rail peer is in the call.
 template <class F>
@@ -106,7 +122,8 @@ MOE_HD Status publish(G g, F f, const CombineArgs& a) {
     board->refused = static_cast<uint64_t>(a.refused);
     for (int d = 0; d < geo.ranks_per_node; ++d) f.signal_node(d, b.node.ready + 8 * geo.local(), 1);
     for (int d = 0; d < geo.ranks_per_node; ++d) {
-      MOE_TRY(f.wait_node(b.node.ready + 8 * d, a.book->combines, Phase::publish, geo.rank_at(geo.node(), d)));
+      MOE_TRY(
+          f.wait_node(b.node.ready + 8 * d, a.book->combines, Phase::publish, geo.rank_at(geo.node(), d)));
       a.boards[d] = *reinterpret_cast<const RowsBoard*>(f.window(d, b.node.board));
     }
     Wish* wish = reinterpret_cast<Wish*>(f.rail(b.rail.wish_out));
@@ -132,11 +149,12 @@ MOE_HD void add_node_terms(G g, F f, const CombineArgs& a, int n, int i, Terms& 
   uint64_t all = 0, remote = 0;
   for (int j = 0; j < a.plan.row_picks[at]; ++j) {
     const Place p = place[j];
-    if (by_rank && j > 0 && place[j - 1].local == p.local) continue;   // one row per rank
+    if (by_rank && j > 0 && place[j - 1].local == p.local) continue;  // one row per rank
     const RowsBoard board = a.boards[p.local];
     const char* window = f.window(p.local, 0);
-    terms.add(g, window + board.rows + p.row * row_bytes,
-              [&] { return board.weights ? reinterpret_cast<const float*>(window + board.weights)[p.row] : 1.0f; });
+    terms.add(g, window + board.rows + p.row * row_bytes, [&] {
+      return board.weights ? reinterpret_cast<const float*>(window + board.weights)[p.row] : 1.0f;
+    });
     ++all;
     remote += p.local != a.b.geometry.local();
   }
@@ -175,9 +193,11 @@ MOE_HD Status reduce(G g, F f, const CombineArgs& a, int n, int channel) {
   if (!detail::trades(f, a, n)) return {};
   const int begin = a.plan.channel_first[n * (channels + 1) + channel];
   const int end = a.plan.channel_first[n * (channels + 1) + channel + 1];
-  const uint64_t here = remote_index(n, own) * b.shape.max_tokens, there = remote_index(own, n) * b.shape.max_tokens;
+  const uint64_t here = remote_index(n, own) * b.shape.max_tokens,
+                 there = remote_index(own, n) * b.shape.max_tokens;
   const uint64_t target = b.rail.area_b + there * b.shape.slot_bytes();
-  char* straight = reach(f, n, target);   // where stores reach the peer, rows are summed right into its staging
+  char* straight =
+      reach(f, n, target);  // where stores reach the peer, rows are summed right into its staging
   char* staged = straight ? straight : f.rail(b.rail.area_a) + here * b.shape.slot_bytes();
   uint64_t* sums = reinterpret_cast<uint64_t*>(f.rail(b.rail.sums_out)) + here;
   const int k_max = b.shape.top_k;
@@ -201,19 +221,24 @@ MOE_HD Status reduce(G g, F f, const CombineArgs& a, int n, int channel) {
       next = terms_of(i + 1);
       if (b.check) MOE_TRY(verify::published_rows(g, f, a, n, i, Phase::reduce));
       char* row = staged + i * row_bytes;
-      if (wire == Wire::plain) f.reduce_rows(g, row, now, &next, static_cast<const float*>(nullptr), b.shape.hidden, b.shape.dtype);
-      else f.reduce_encode(g, row, wire, now, &next, b.shape.hidden, b.shape.dtype);
-      g.sync();   // the list of `now` may be overwritten, that of `next` may be read
+      if (wire == Wire::plain)
+        f.reduce_rows(g, row, now, &next, static_cast<const float*>(nullptr), b.shape.hidden, b.shape.dtype);
+      else
+        f.reduce_encode(g, row, wire, now, &next, b.shape.hidden, b.shape.dtype);
+      g.sync();  // the list of `now` may be overwritten, that of `next` may be read
       if (a.slots && g.lane() == 0) detail::gather_slots(f, a, n, i, slots + int64_t{i} * k_max);
-      if (b.check && g.lane() == 0) sums[i] = row_checksum(row, row_bytes, checksum_seed(a.book->combines, geo.rank, i));
+      if (b.check && g.lane() == 0)
+        sums[i] = row_checksum(row, row_bytes, checksum_seed(a.book->combines, geo.rank, i));
     }
     g.sync();
     if (g.lane() == 0) {
       const int rows = chunk_end - chunk;
       if (!straight) f.put(n, target + chunk * row_bytes, staged + chunk * row_bytes, rows * row_bytes);
-      if (b.check) f.put(n, b.rail.sums + 8 * (there + chunk), reinterpret_cast<const char*>(sums + chunk), 8 * rows);
+      if (b.check)
+        f.put(n, b.rail.sums + 8 * (there + chunk), reinterpret_cast<const char*>(sums + chunk), 8 * rows);
       if (a.slots)
-        f.put(n, b.rail.slots + 4 * k_max * (there + chunk), reinterpret_cast<const char*>(slots + int64_t{chunk} * k_max), 4 * k_max * rows);
+        f.put(n, b.rail.slots + 4 * k_max * (there + chunk),
+              reinterpret_cast<const char*>(slots + int64_t{chunk} * k_max), 4 * k_max * rows);
       f.signal_rail(n, b.rail.back + 8 * (own * channels + channel), rows);
       count.rail.logical_rows += rows;
       count.rail.physical_rows += rows;
@@ -237,7 +262,8 @@ MOE_HD Status drop_back(G g, F f, const CombineArgs& a, int channel) {
       if (n == own || !trades(f, a, n)) continue;
       uint64_t& back = a.book->back[n * channels + channel];
       const uint64_t rows = a.plan.blocks[n * b.count.ints + b.count.channels + channel];
-      MOE_TRY(f.wait_rail(b.rail.back + 8 * (n * channels + channel), back + rows, Phase::sum, b.geometry.rail_rank(n)));
+      MOE_TRY(f.wait_rail(b.rail.back + 8 * (n * channels + channel), back + rows, Phase::sum,
+                          b.geometry.rail_rank(n)));
       back += rows;
     }
     return Status{};
@@ -267,9 +293,11 @@ MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
     for (int n = 0; t < end && n < nodes; ++n) {
       const int slot = a.plan.slot[int64_t{t} * nodes + n];
       if (slot < 0) continue;
-      if (n == own) detail::add_node_terms(g, f, a, n, slot, terms);
+      if (n == own)
+        detail::add_node_terms(g, f, a, n, slot, terms);
       else {
-        const char* row = f.rail(b.rail.area_b) + remote_index(n, own) * b.shape.max_tokens * b.shape.slot_bytes() + slot * row_bytes;
+        const char* row = f.rail(b.rail.area_b) +
+                          remote_index(n, own) * b.shape.max_tokens * b.shape.slot_bytes() + slot * row_bytes;
         terms.add_wire(g, row, a.wire, b.shape.hidden);
         terms.close_group();
       }
@@ -295,12 +323,14 @@ MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
       const int slot = a.plan.slot[int64_t{t} * nodes + n];
       if (n == own || slot < 0) continue;
       MOE_TRY(f.wait_rail(b.rail.back + 8 * (n * channels + channel),
-                          a.book->back[n * channels + channel] + (slot - first_slot(n)) + 1, Phase::sum, geo.rail_rank(n)));
+                          a.book->back[n * channels + channel] + (slot - first_slot(n)) + 1, Phase::sum,
+                          geo.rail_rank(n)));
       if (b.check) {
         const uint64_t at = remote_index(n, own) * b.shape.max_tokens;
         const char* row = f.rail(b.rail.area_b) + at * b.shape.slot_bytes() + slot * row_bytes;
         const uint64_t want = reinterpret_cast<const uint64_t*>(f.rail(b.rail.sums))[at + slot];
-        const uint64_t got = row_checksum(row, row_bytes, checksum_seed(a.book->combines, geo.rail_rank(n), slot));
+        const uint64_t got =
+            row_checksum(row, row_bytes, checksum_seed(a.book->combines, geo.rail_rank(n), slot));
         if (want != got) return verify::wrong_row(Phase::sum, geo.rail_rank(n), t, want, got);
       }
     }
@@ -328,7 +358,8 @@ MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
   g.sync();
   if (g.lane() == 0)
     for (int n = 0; n < nodes; ++n)
-      if (n != own) a.book->back[n * channels + channel] += a.plan.blocks[n * b.count.ints + b.count.channels + channel];
+      if (n != own)
+        a.book->back[n * channels + channel] += a.plan.blocks[n * b.count.ints + b.count.channels + channel];
   return {};
 }
 

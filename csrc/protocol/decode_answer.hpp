@@ -1,8 +1,10 @@
-// Decode combine, the owner's side, for one source: decode_answer for slices of its messages, then decode_reply, the flag.
+// Decode combine, the owner's side, for one source: decode_answer for slices of its messages, then
+// decode_reply, the flag.
 //
-// Plain answers: a row per pick. Inside a node they stay where the experts wrote them and the source reads them
-// there; to other nodes each is put into its place, straight from where it lies, or coded first.
-// Weighted answers: one row per token, the weighted sum of its picks here in their order, rounded (or coded) once.
+// Plain answers: a row per pick. Inside a node they stay where the experts wrote them and the source reads
+// them there; to other nodes each is put into its place, straight from where it lies, or coded first.
+// Weighted answers: one row per token, the weighted sum of its picks here in their order, rounded (or coded)
+// once.
 #pragma once
 #include "protocol/decode.hpp"
 #include "protocol/decode_verify.hpp"
@@ -21,25 +23,31 @@ MOE_HD Terms one_row(G g, F f, const char* row) {
 
 // The picks of a message whose experts are here, weighted.
 template <Group G, class F>
-MOE_HD Terms picked_rows(G g, F f, const DecodeCombineArgs& a, const DecodeHeader* header, const int32_t* experts, const int32_t* places) {
+MOE_HD Terms picked_rows(G g, F f, const DecodeCombineArgs& a, const DecodeHeader* header,
+                         const int32_t* experts, const int32_t* places) {
   const DecodeView& d = a.d;
   const int64_t bank = static_cast<int64_t>(a.turn.bank * d.packed_rows());
   Terms terms{&f.terms(0)};
   for (int k = 0; k < d.shape.top_k; ++k)
-    if (experts[k] >= 0) terms.add(g, a.rows + (places[k] - bank) * d.shape.combine_row_bytes(), [&] { return header->pick()[k].weight; });
+    if (experts[k] >= 0)
+      terms.add(g, a.rows + (places[k] - bank) * d.shape.combine_row_bytes(),
+                [&] { return header->pick()[k].weight; });
   terms.close_group();
   return terms;
 }
 
-// dst = the sum of the terms, rounded to the buffer's dtype or coded. The caller syncs before the list is built again.
+// dst = the sum of the terms, rounded to the buffer's dtype or coded. The caller syncs before the list is
+// built again.
 template <Group G, class F>
 MOE_HD void store_answer(G g, F f, const DecodeCombineArgs& a, char* dst, const Terms& terms, Wire wire) {
   const Shape& s = a.d.shape;
   const Terms* none = nullptr;
   const float* no_bias = nullptr;
   g.sync();
-  if (wire == Wire::plain) f.reduce_rows(g, dst, terms, none, no_bias, s.hidden, s.dtype);
-  else f.reduce_encode(g, dst, wire, terms, none, s.hidden, s.dtype);
+  if (wire == Wire::plain)
+    f.reduce_rows(g, dst, terms, none, no_bias, s.hidden, s.dtype);
+  else
+    f.reduce_encode(g, dst, wire, terms, none, s.hidden, s.dtype);
   g.sync();
 }
 
@@ -58,16 +66,23 @@ MOE_HD void sign_answers(F f, const DecodeCombineArgs& a, int source) {
     for (int k = 0, picks = 0; k < d.shape.top_k; ++k) {
       if (note[1 + k] < 0) continue;
       const char* answer;
-      if (turn.weighted && near) answer = f.window(d.local(source), d.sum(parity, note[0], k));
-      else if (turn.weighted) answer = decode_message(f, d, turn, source, i, note[0]) + decode_header_bytes(d.shape.top_k);
-      else if (wire != Wire::plain) answer = f.window(own, d.coded(parity, source, i, picks++));
-      else answer = a.rows + (places[k] - static_cast<int64_t>(turn.bank * d.packed_rows())) * d.shape.combine_row_bytes();
+      if (turn.weighted && near)
+        answer = f.window(d.local(source), d.sum(parity, note[0], k));
+      else if (turn.weighted)
+        answer = decode_message(f, d, turn, source, i, note[0]) + decode_header_bytes(d.shape.top_k);
+      else if (wire != Wire::plain)
+        answer = f.window(own, d.coded(parity, source, i, picks++));
+      else
+        answer = a.rows + (places[k] - static_cast<int64_t>(turn.bank * d.packed_rows())) *
+                              d.shape.combine_row_bytes();
       const int64_t pick = int64_t{note[0]} * d.shape.top_k + k;
       signs[pick] = verify::answer_checksum(turn, answer, d.shape.wire_bytes(wire), d.geometry.rank, pick);
       if (turn.weighted) break;
     }
   }
-  if (!near) f.put(source, d.landed_signs(parity, d.geometry.rank), reinterpret_cast<const char*>(signs), uint64_t{8} * d.shape.max_tokens * d.shape.top_k);
+  if (!near)
+    f.put(source, d.landed_signs(parity, d.geometry.rank), reinterpret_cast<const char*>(signs),
+          uint64_t{8} * d.shape.max_tokens * d.shape.top_k);
 }
 
 }  // namespace detail
@@ -106,8 +121,11 @@ MOE_HD void decode_answer(G g, F f, const DecodeCombineArgs& a, int source, int 
     }
     if (!turn.weighted || first < 0) continue;
     char* message = detail::decode_message(f, d, turn, source, i, token);
-    char* sum = near ? f.window(d.local(source), d.sum(parity, token, first)) : message + decode_header_bytes(k_max);
-    detail::store_answer(g, f, a, sum, detail::picked_rows(g, f, a, reinterpret_cast<const DecodeHeader*>(message), note + 1, places), wire);
+    char* sum =
+        near ? f.window(d.local(source), d.sum(parity, token, first)) : message + decode_header_bytes(k_max);
+    detail::store_answer(
+        g, f, a, sum,
+        detail::picked_rows(g, f, a, reinterpret_cast<const DecodeHeader*>(message), note + 1, places), wire);
     put(first, sum);
   }
   g.sync();
@@ -119,7 +137,8 @@ MOE_HD void decode_answer(G g, F f, const DecodeCombineArgs& a, int source, int 
   hop.physical_bytes += source != me ? answers * answer_bytes : 0;
 }
 
-// After all of a source's answers, or instead of them where this rank refuses its part; nothing where the source sent nothing.
+// After all of a source's answers, or instead of them where this rank refuses its part; nothing where the
+// source sent nothing.
 template <Group G, class F>
 MOE_HD void decode_reply(G g, F f, const DecodeCombineArgs& a, int source) {
   const DecodeView& d = a.d;
@@ -130,11 +149,14 @@ MOE_HD void decode_reply(G g, F f, const DecodeCombineArgs& a, int source) {
   g.sync();
   if (g.lane() == 0 && turn.got[source] > 0) {
     if (d.check && !refuses) detail::sign_answers(f, a, source);
-    const uint64_t flag = refuses ? make_flag(turn.epoch, kRefusedMode, static_cast<int64_t>(a.refused)) : make_flag(turn.epoch, a.mode, turn.got[source]);
+    const uint64_t flag = refuses ? make_flag(turn.epoch, kRefusedMode, static_cast<int64_t>(a.refused))
+                                  : make_flag(turn.epoch, a.mode, turn.got[source]);
     const uint64_t add = flag - turn.answered_flag[source];
     turn.answered_flag[source] = flag;
-    if (d.near(source)) f.signal_node(d.local(source), d.answered_flag(parity, d.geometry.local()), add);
-    else f.signal_rail(source, d.remote_answered_flag(parity, d.geometry.rank), add);
+    if (d.near(source))
+      f.signal_node(d.local(source), d.answered_flag(parity, d.geometry.local()), add);
+    else
+      f.signal_rail(source, d.remote_answered_flag(parity, d.geometry.rank), add);
   }
   g.sync();
 }

@@ -1,9 +1,10 @@
-// Decode dispatch, the owner's side. Sources come in ascending order, a source's messages in that of their slots.
+// Decode dispatch, the owner's side. Sources come in ascending order, a source's messages in that of their
+// slots.
 //
 //   decode_accept         waits for the source's flag
-//   decode_number         messages [begin, end): notes what they are about; gives each row the next place of its expert
-//   decode_shift_places   what was numbered from 0 in slices: behind the slices before
-//   decode_pack           copies the rows there; checked, it ends at the first that is wrong
+//   decode_number         messages [begin, end): notes what they are about; gives each row the next place of
+//   its expert decode_shift_places   what was numbered from 0 in slices: behind the slices before decode_pack
+//   copies the rows there; checked, it ends at the first that is wrong
 #pragma once
 #include "protocol/decode.hpp"
 #include "protocol/decode_verify.hpp"
@@ -20,13 +21,17 @@ MOE_HD Status decode_accept(G g, F f, const DecodeReceiveArgs& a, int source, in
   const uint64_t at_least = make_flag(turn.epoch, 0, 0);
   int count = 0;
   const Status s = leader(g, [&] {
-    const uint64_t at = d.near(source) ? d.sent_flag(parity, d.local(source)) : d.remote_sent_flag(parity, source);
-    MOE_TRY(d.near(source) ? f.wait_node(at, at_least, Phase::arrive, source) : f.wait_rail(at, at_least, Phase::arrive, source));
+    const uint64_t at =
+        d.near(source) ? d.sent_flag(parity, d.local(source)) : d.remote_sent_flag(parity, source);
+    MOE_TRY(d.near(source) ? f.wait_node(at, at_least, Phase::arrive, source)
+                           : f.wait_rail(at, at_least, Phase::arrive, source));
     // Its next value comes two epochs later, which this rank's receipt precedes: the word is at rest.
     const uint64_t flag = *reinterpret_cast<const uint64_t*>(d.near(source) ? f.window(own, at) : f.rail(at));
     count = turn.refused() || flag_mode(flag) == kRefusedMode ? 0 : flag_count(flag);
     if (part == 0) turn.got[source] = count;
-    return flag_mode(flag) == turn.mode || turn.refused() ? Status{} : detail::other_mode(flag, turn.mode, Phase::arrive, source);
+    return flag_mode(flag) == turn.mode || turn.refused()
+               ? Status{}
+               : detail::other_mode(flag, turn.mode, Phase::arrive, source);
   });
   got = g.broadcast(count, 0);
   return s;
@@ -34,17 +39,21 @@ MOE_HD Status decode_accept(G g, F f, const DecodeReceiveArgs& a, int source, in
 
 // `counts` [own experts]: rows before these messages; afterwards with theirs too.
 template <Group G, class F, class Count>
-MOE_HD void decode_number(G g, F f, const DecodeReceiveArgs& a, int source, int begin, int end, Count* counts) {
+MOE_HD void decode_number(G g, F f, const DecodeReceiveArgs& a, int source, int begin, int end,
+                          Count* counts) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;
   const int k_max = d.shape.top_k, per_rank = d.experts_per_rank();
   const int32_t per_expert = static_cast<int32_t>(decode_rows_per_expert(d.geometry, d.shape));
   const int32_t bank = static_cast<int32_t>(turn.bank * d.packed_rows());
-  const int32_t* wanted = d.near(source) ? reinterpret_cast<const int32_t*>(f.window(d.local(source), d.wanted(turn.parity(), d.geometry.local()))) : nullptr;
+  const int32_t* wanted = d.near(source) ? reinterpret_cast<const int32_t*>(f.window(
+                                               d.local(source), d.wanted(turn.parity(), d.geometry.local())))
+                                         : nullptr;
   // Headers may be far away: each lane fetches some.
   for (int i = begin + g.lane(); i < end; i += g.size()) {
     int32_t* note = detail::arrived(d, turn, source, i);
-    const auto* header = reinterpret_cast<const DecodeHeader*>(detail::decode_message(f, d, turn, source, i, wanted ? wanted[i] : 0));
+    const auto* header = reinterpret_cast<const DecodeHeader*>(
+        detail::decode_message(f, d, turn, source, i, wanted ? wanted[i] : 0));
     note[0] = d.check ? verify::token_in_range(d, header->token) : header->token;
     for (int k = 0; k < k_max; ++k) {
       const int e = header->pick()[k].expert - d.first_expert();
@@ -58,15 +67,18 @@ MOE_HD void decode_number(G g, F f, const DecodeReceiveArgs& a, int source, int 
     int32_t* places = detail::decode_places(f, d, turn, source, note);
     for (int k = 0; k < k_max; ++k) {
       const int e = note[1 + k];
-      if (e >= 0 && e % g.size() == g.lane()) places[k] = bank + e * per_expert + static_cast<int32_t>(counts[e]++);
+      if (e >= 0 && e % g.size() == g.lane())
+        places[k] = bank + e * per_expert + static_cast<int32_t>(counts[e]++);
     }
   }
   g.sync();
 }
 
-// Slice `part` of `parts`, messages [begin, end) of `source`; `counts` [parts, own experts] is what each slice has.
+// Slice `part` of `parts`, messages [begin, end) of `source`; `counts` [parts, own experts] is what each
+// slice has.
 template <Group G, class F>
-MOE_HD void decode_shift_places(G g, F f, const DecodeReceiveArgs& a, int source, int begin, int end, const int32_t* counts, int part, int parts) {
+MOE_HD void decode_shift_places(G g, F f, const DecodeReceiveArgs& a, int source, int begin, int end,
+                                const int32_t* counts, int part, int parts) {
   const DecodeView& d = a.d;
   const int k_max = d.shape.top_k, per_rank = d.experts_per_rank();
   int64_t* totals = reinterpret_cast<int64_t*>(f.window(d.geometry.local(), d.counts(a.turn.bank)));
@@ -90,7 +102,8 @@ MOE_HD Status decode_pack(G g, F f, const DecodeReceiveArgs& a, int source, int 
   const int own = d.geometry.local(), k_max = d.shape.top_k;
   const uint64_t header_bytes = decode_header_bytes(k_max);
   char* x = f.window(own, d.x(turn.bank));
-  const int64_t per_expert = static_cast<int64_t>(decode_rows_per_expert(d.geometry, d.shape)), bank = static_cast<int64_t>(turn.bank * d.packed_rows());
+  const int64_t per_expert = static_cast<int64_t>(decode_rows_per_expert(d.geometry, d.shape)),
+                bank = static_cast<int64_t>(turn.bank * d.packed_rows());
   uint64_t replicated = 0;
   for (int i = begin; i < end; ++i) {
     int32_t* note = detail::arrived(d, turn, source, i);
@@ -103,7 +116,8 @@ MOE_HD Status decode_pack(G g, F f, const DecodeReceiveArgs& a, int source, int 
       if (e < 0) continue;
       const int64_t place = places[k] - bank;
       f.copy_row(g, x + place * call.row_bytes, row, call.row_bytes);
-      detail::put_scales(g, f, call, f.window(own, d.scales(turn.bank, e)), per_expert, place % per_expert, row + align16(call.row_bytes));
+      detail::put_scales(g, f, call, f.window(own, d.scales(turn.bank, e)), per_expert, place % per_expert,
+                         row + align16(call.row_bytes));
       ++copies;
     }
     replicated += copies - 1;

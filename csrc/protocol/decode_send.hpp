@@ -12,7 +12,8 @@
 
 namespace moecomm {
 
-// Touches nothing that a peer reads: a bad pick ends the call before anything moves. `sent` [R]: messages per destination.
+// Touches nothing that a peer reads: a bad pick ends the call before anything moves. `sent` [R]: messages per
+// destination.
 template <Group G>
 MOE_HD Status decode_list(G g, const DecodeSendArgs& a, int begin, int end, int32_t* sent) {
   const DecodeView& d = a.d;
@@ -51,7 +52,8 @@ MOE_HD Status decode_list(G g, const DecodeSendArgs& a, int begin, int end, int3
 
 // Slice `part` of `parts`, tokens [begin, end); `sent` [parts, R] is what decode_list has counted of each.
 template <Group G>
-MOE_HD void decode_shift_slots(G g, const DecodeSendArgs& a, int begin, int end, const int32_t* sent, int part, int parts) {
+MOE_HD void decode_shift_slots(G g, const DecodeSendArgs& a, int begin, int end, const int32_t* sent,
+                               int part, int parts) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;
   const int size = d.geometry.size, k_max = d.shape.top_k;
@@ -59,7 +61,8 @@ MOE_HD void decode_shift_slots(G g, const DecodeSendArgs& a, int begin, int end,
     const int32_t before = detail::sum_before(sent + r, size, part);
     if (part == parts - 1) turn.sent[r] = before + sent[int64_t{part} * size + r];
     for (int64_t i = int64_t{begin} * k_max; i < int64_t{end} * k_max && before > 0; ++i)
-      if (turn.ids[i] >= 0 && d.owner(turn.ids[i]) == r && turn.slot[i] >= 0) turn.slot[i] += before;   // another lane's are not looked at
+      if (turn.ids[i] >= 0 && d.owner(turn.ids[i]) == r && turn.slot[i] >= 0)
+        turn.slot[i] += before;  // another lane's are not looked at
   }
   g.sync();
 }
@@ -84,17 +87,21 @@ MOE_HD void decode_send(G g, F f, const DecodeSendArgs& a, int begin, int end) {
     for (int k = g.lane(); k < k_max; k += g.size())
       header->pick()[k] = {ids[k], a.weights ? a.weights[int64_t{t} * k_max + k] : 1.0f};
     if (a.quantizes()) {
-      f.quantize_row(g, row, row + align16(turn.call.row_bytes), x, d.shape.hidden, d.shape.dtype, turn.call.scales);
+      f.quantize_row(g, row, row + align16(turn.call.row_bytes), x, d.shape.hidden, d.shape.dtype,
+                     turn.call.scales);
     } else {
       f.copy_row(g, row, x, turn.call.row_bytes);
-      if (a.scales) f.copy_row(g, row + align16(turn.call.row_bytes), a.scales + t * turn.call.scale_bytes, turn.call.scale_bytes);
+      if (a.scales)
+        f.copy_row(g, row + align16(turn.call.row_bytes), a.scales + t * turn.call.scale_bytes,
+                   turn.call.scale_bytes);
     }
     g.sync();
     if (g.lane() != 0) continue;
     header->token = t;
-    if (d.check)   // of what the caller gave, where it goes as it is
-      header->checksum = verify::message_checksum(d, turn, header, me, t, a.quantizes() ? row : x,
-                                                  a.quantizes() ? row + align16(turn.call.row_bytes) : a.scales + t * turn.call.scale_bytes, 1);
+    if (d.check)  // of what the caller gave, where it goes as it is
+      header->checksum = verify::message_checksum(
+          d, turn, header, me, t, a.quantizes() ? row : x,
+          a.quantizes() ? row + align16(turn.call.row_bytes) : a.scales + t * turn.call.scale_bytes, 1);
     count.quantized_rows += a.quantizes();
     for (int k = 0; k < k_max; ++k) {
       if (slots[k] < 0) continue;
@@ -104,8 +111,10 @@ MOE_HD void decode_send(G g, F f, const DecodeSendArgs& a, int begin, int end) {
       hop.logical_bytes += stride;
       hop.physical_rows += r != me;
       hop.physical_bytes += r != me ? header_bytes + stride : 0;
-      if (d.near(r)) reinterpret_cast<int32_t*>(f.window(own, d.wanted(turn.parity(), d.local(r))))[slots[k]] = t;
-      else f.put(r, d.landed(turn.parity(), me, r, slots[k]), message, header_bytes + stride);
+      if (d.near(r))
+        reinterpret_cast<int32_t*>(f.window(own, d.wanted(turn.parity(), d.local(r))))[slots[k]] = t;
+      else
+        f.put(r, d.landed(turn.parity(), me, r, slots[k]), message, header_bytes + stride);
     }
   }
   g.sync();
@@ -120,13 +129,16 @@ MOE_HD void decode_announce(G g, F f, const DecodeSendArgs& a, Why refused, int 
   g.sync();
   if (g.lane() == 0)
     for (int step = part; step < size; step += parts) {
-      const int r = (me + 1 + step) % size;   // the own rank last; no rank is everybody's first
-      const uint64_t flag = refused == Why::none ? make_flag(turn.epoch, turn.mode, turn.sent[r])
-                                                 : make_flag(turn.epoch, kRefusedMode, static_cast<int64_t>(refused));
+      const int r = (me + 1 + step) % size;  // the own rank last; no rank is everybody's first
+      const uint64_t flag = refused == Why::none
+                                ? make_flag(turn.epoch, turn.mode, turn.sent[r])
+                                : make_flag(turn.epoch, kRefusedMode, static_cast<int64_t>(refused));
       const uint64_t add = flag - turn.sent_flag[r];
       turn.sent_flag[r] = flag;
-      if (d.near(r)) f.signal_node(d.local(r), d.sent_flag(parity, d.geometry.local()), add);
-      else f.signal_rail(r, d.remote_sent_flag(parity, me), add);
+      if (d.near(r))
+        f.signal_node(d.local(r), d.sent_flag(parity, d.geometry.local()), add);
+      else
+        f.signal_rail(r, d.remote_sent_flag(parity, me), add);
     }
   g.sync();
 }

@@ -11,16 +11,21 @@ namespace moecomm {
 
 namespace detail {
 
-// One lane. A mismatch or a refusal is found on the way: the other flags are awaited all the same, so the ranks stay in step.
+// One lane. A mismatch or a refusal is found on the way: the other flags are awaited all the same, so the
+// ranks stay in step.
 template <class F>
 MOE_HD Status wait_answer(F f, const DecodeCombineArgs& a, int rank, Status& found) {
   const DecodeView& d = a.d;
   const int parity = a.turn.parity();
   const uint64_t at_least = make_flag(a.turn.epoch, 0, 0);
-  const uint64_t at = d.near(rank) ? d.answered_flag(parity, d.local(rank)) : d.remote_answered_flag(parity, rank);
-  MOE_TRY(d.near(rank) ? f.wait_node(at, at_least, Phase::sum, rank) : f.wait_rail(at, at_least, Phase::sum, rank));
-  const uint64_t flag = *reinterpret_cast<const uint64_t*>(d.near(rank) ? f.window(d.geometry.local(), at) : f.rail(at));
-  if (flag_mode(flag) != a.mode && a.refused == Why::none) keep_finding(found, other_mode(flag, a.mode, Phase::sum, rank));
+  const uint64_t at =
+      d.near(rank) ? d.answered_flag(parity, d.local(rank)) : d.remote_answered_flag(parity, rank);
+  MOE_TRY(d.near(rank) ? f.wait_node(at, at_least, Phase::sum, rank)
+                       : f.wait_rail(at, at_least, Phase::sum, rank));
+  const uint64_t flag =
+      *reinterpret_cast<const uint64_t*>(d.near(rank) ? f.window(d.geometry.local(), at) : f.rail(at));
+  if (flag_mode(flag) != a.mode && a.refused == Why::none)
+    keep_finding(found, other_mode(flag, a.mode, Phase::sum, rank));
   return {};
 }
 
@@ -64,7 +69,8 @@ MOE_HD Terms decode_terms(G g, F f, const DecodeCombineArgs& a, int t) {
     if (!turn.weighted && k % g.size() == 0 && k + g.lane() < k_max) {
       const int expert = turn.ids[at + g.lane()], owner = expert < 0 ? me : d.owner(expert);
       if (expert >= 0 && d.near(owner))
-        fetched_place = reinterpret_cast<const int32_t*>(f.window(d.local(owner), d.places(parity, d.geometry.local())))[at + g.lane()];
+        fetched_place = reinterpret_cast<const int32_t*>(
+            f.window(d.local(owner), d.places(parity, d.geometry.local())))[at + g.lane()];
     }
     const int64_t place = g.broadcast(fetched_place, k % g.size());
     if (turn.ids[at] < 0 || (turn.weighted && turn.slot[at] < 0)) continue;
@@ -105,10 +111,13 @@ MOE_HD Status verify_answers(F f, const DecodeCombineArgs& a, int t) {
     if (turn.ids[at] < 0 || (turn.weighted && turn.slot[at] < 0)) continue;
     const int r = d.owner(turn.ids[at]);
     const char* answer;
-    if (!d.near(r)) answer = f.rail(d.answer(parity, t, k));
-    else if (turn.weighted) answer = f.window(d.geometry.local(), d.sum(parity, t, k));
+    if (!d.near(r))
+      answer = f.rail(d.answer(parity, t, k));
+    else if (turn.weighted)
+      answer = f.window(d.geometry.local(), d.sum(parity, t, k));
     else {
-      const int32_t place = reinterpret_cast<const int32_t*>(f.window(d.local(r), d.places(parity, d.geometry.local())))[at];
+      const int32_t place =
+          reinterpret_cast<const int32_t*>(f.window(d.local(r), d.places(parity, d.geometry.local())))[at];
       answer = f.window(d.local(r), d.rows(0)) + place * d.shape.combine_row_bytes();
     }
     MOE_TRY(verify::answered_row(f, a, t, k, r, answer));
@@ -122,9 +131,12 @@ template <Group G, class F>
 MOE_HD Status decode_sum(G g, F f, const DecodeCombineArgs& a, int begin, int end) {
   const uint64_t row_bytes = a.d.shape.combine_row_bytes();
   const float* no_bias = nullptr;
-  for (int t = begin; t < end && a.d.check; ++t) MOE_TRY(leader(g, [&] { return detail::verify_answers(f, a, t); }));
+  for (int t = begin; t < end && a.d.check; ++t)
+    MOE_TRY(leader(g, [&] { return detail::verify_answers(f, a, t); }));
   // While one row is summed the next one's terms are known, so that the fabric can fetch them ahead.
-  const auto terms_of = [&](int t) { return t < end ? detail::decode_terms(g, f, a, t) : Terms{&f.terms(t & 1)}; };
+  const auto terms_of = [&](int t) {
+    return t < end ? detail::decode_terms(g, f, a, t) : Terms{&f.terms(t & 1)};
+  };
   Terms next = terms_of(begin);
   g.sync();
   for (int t = begin; t < end; ++t) {

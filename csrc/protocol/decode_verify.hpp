@@ -1,51 +1,63 @@
 // MOECOMM_CHECK=1 in decode: what its roles verify beyond their flags.
 //
-//   dispatch  the message's header carries a checksum of its picks and of the row with its scales; the owner verifies each
+//   dispatch  the message's header carries a checksum of its picks and of the row with its scales; the owner
+//   verifies each
 //             packed copy of the row against it
-//   combine   the owner signs every answer, whichever way it goes: a row that stays in place, a sum, a row that crosses the
+//   combine   the owner signs every answer, whichever way it goes: a row that stays in place, a sum, a row
+//   that crosses the
 //             rail; the source verifies before it adds
 //
-// As in verify.hpp a seed ties each checksum to one epoch, rank and token, so what was left over in a place from an earlier
-// epoch is as wrong as what is damaged.
+// As in verify.hpp a seed ties each checksum to one epoch, rank and token, so what was left over in a place
+// from an earlier epoch is as wrong as what is damaged.
 #pragma once
 #include "protocol/decode.hpp"
 #include "protocol/verify.hpp"
 
 namespace moecomm::verify {
 
-// Of a message of `source`: its picks, and a row with its scales wherever those two are; `step`: words from one scale to the next.
-MOE_HD inline uint64_t message_checksum(const DecodeView& d, const DecodeTurn& turn, const DecodeHeader* header, int source, int token, const char* row,
+// Of a message of `source`: its picks, and a row with its scales wherever those two are; `step`: words from
+// one scale to the next.
+MOE_HD inline uint64_t message_checksum(const DecodeView& d, const DecodeTurn& turn,
+                                        const DecodeHeader* header, int source, int token, const char* row,
                                         const char* scales, int64_t step) {
-  const uint64_t seed = row_checksum(header->pick(), sizeof(DecodePick) * d.shape.top_k, checksum_seed(turn.epoch, source, token));
+  const uint64_t seed = row_checksum(header->pick(), sizeof(DecodePick) * d.shape.top_k,
+                                     checksum_seed(turn.epoch, source, token));
   return wire_checksum(turn.call, row, scales, step, seed);
 }
 
 // A damaged header must not lead a role astray before the checksum is compared.
-MOE_HD inline int32_t token_in_range(const DecodeView& d, int32_t token) { return token >= 0 && token < d.shape.max_tokens ? token : 0; }
+MOE_HD inline int32_t token_in_range(const DecodeView& d, int32_t token) {
+  return token >= 0 && token < d.shape.max_tokens ? token : 0;
+}
 
 // The packed copies of a message's row; a message without a pick of this rank is none that was sent to it.
 template <class F>
-MOE_HD Status packed_rows(F f, const DecodeReceiveArgs& a, int source, const char* message, const int32_t* note, const int32_t* places) {
+MOE_HD Status packed_rows(F f, const DecodeReceiveArgs& a, int source, const char* message,
+                          const int32_t* note, const int32_t* places) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;
   const CallShape& call = turn.call;
   const int own = d.geometry.local();
   const auto* header = reinterpret_cast<const DecodeHeader*>(message);
-  const int64_t per_expert = static_cast<int64_t>(decode_rows_per_expert(d.geometry, d.shape)), bank = static_cast<int64_t>(turn.bank * d.packed_rows());
+  const int64_t per_expert = static_cast<int64_t>(decode_rows_per_expert(d.geometry, d.shape)),
+                bank = static_cast<int64_t>(turn.bank * d.packed_rows());
   bool found = false;
   for (int k = 0; k < d.shape.top_k; ++k) {
     if (note[1 + k] < 0) continue;
     found = true;
     const int64_t place = places[k] - bank, row = place % per_expert;
-    const char* scales = f.window(own, d.scales(turn.bank, note[1 + k])) + row * (call.scales_by_column ? 4 : call.scale_bytes);
-    const uint64_t got = message_checksum(d, turn, header, source, note[0], f.window(own, d.x(turn.bank)) + place * call.row_bytes, scales,
+    const char* scales = f.window(own, d.scales(turn.bank, note[1 + k])) +
+                         row * (call.scales_by_column ? 4 : call.scale_bytes);
+    const uint64_t got = message_checksum(d, turn, header, source, note[0],
+                                          f.window(own, d.x(turn.bank)) + place * call.row_bytes, scales,
                                           call.scales_by_column ? scale_column(per_expert) : 1);
     if (got != header->checksum) return wrong_row(Phase::arrive, source, note[0], header->checksum, got);
   }
   return found ? Status{} : wrong_row(Phase::arrive, source, note[0], header->checksum, 0);
 }
 
-MOE_HD inline uint64_t answer_checksum(const DecodeTurn& turn, const char* answer, uint64_t bytes, int owner, int64_t pick) {
+MOE_HD inline uint64_t answer_checksum(const DecodeTurn& turn, const char* answer, uint64_t bytes, int owner,
+                                       int64_t pick) {
   return row_checksum(answer, bytes, checksum_seed(turn.epoch, owner, pick));
 }
 
@@ -56,9 +68,11 @@ MOE_HD Status answered_row(F f, const DecodeCombineArgs& a, int t, int k, int ow
   const int parity = a.turn.parity();
   const int64_t pick = int64_t{t} * d.shape.top_k + k;
   const bool near = d.near(owner);
-  const char* signs = near ? f.window(d.local(owner), d.signs(parity, d.geometry.rank)) : f.rail(d.landed_signs(parity, owner));
+  const char* signs = near ? f.window(d.local(owner), d.signs(parity, d.geometry.rank))
+                           : f.rail(d.landed_signs(parity, owner));
   const uint64_t want = reinterpret_cast<const uint64_t*>(signs)[pick];
-  const uint64_t got = answer_checksum(a.turn, answer, d.shape.wire_bytes(near ? Wire::plain : a.wire), owner, pick);
+  const uint64_t got =
+      answer_checksum(a.turn, answer, d.shape.wire_bytes(near ? Wire::plain : a.wire), owner, pick);
   return got == want ? Status{} : wrong_row(Phase::sum, owner, t, want, got);
 }
 

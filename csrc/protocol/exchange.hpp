@@ -9,21 +9,26 @@
 
 namespace moecomm {
 
-// Which half of the memory for count blocks the latest announcement uses: with two halves nobody writes to one that
-// somebody may still read, however soon the next exchange follows.
-MOE_HD inline int count_half(const DispatchArgs& a) { return a.b.shape.count_halves() == 1 ? 0 : static_cast<int>(a.book->blocks % 2); }
+// Which half of the memory for count blocks the latest announcement uses: with two halves nobody writes to
+// one that somebody may still read, however soon the next exchange follows.
+MOE_HD inline int count_half(const DispatchArgs& a) {
+  return a.b.shape.count_halves() == 1 ? 0 : static_cast<int>(a.book->blocks % 2);
+}
 
 // What the announcement carries: [N, ints], as it is until the call is over.
 MOE_HD inline int32_t* blocks_of(const DispatchArgs& a) { return a.asked ? a.asked : a.plan.blocks; }
 
 namespace detail {
 
-MOE_HD inline int32_t exchange_word(const DispatchArgs& a) { return call_word(a.book->enter, a.alone ? Verb::choose : Verb::dispatch); }
+MOE_HD inline int32_t exchange_word(const DispatchArgs& a) {
+  return call_word(a.book->enter, a.alone ? Verb::choose : Verb::dispatch);
+}
 
 }  // namespace detail
 
-// begins: it is the first, mostly the only one of its dispatch. A rank that refuses its part announces that, and no rows: it
-// goes on with the roles of a rank without tokens, so that its peers come to the end of the call.
+// begins: it is the first, mostly the only one of its dispatch. A rank that refuses its part announces that,
+// and no rows: it goes on with the roles of a rank without tokens, so that its peers come to the end of the
+// call.
 template <Group G, class F>
 MOE_HD void announce(G g, F f, const DispatchArgs& a, Why refused, bool begins = true) {
   const BufferView& b = a.b;
@@ -70,14 +75,18 @@ MOE_HD Status await_block(G g, F f, const DispatchArgs& a, int n, const int32_t*
   const BufferView& b = a.b;
   const int own = b.geometry.node(), nodes = b.geometry.nodes();
   if (n != own)
-    MOE_TRY(leader(g, [&] { return f.wait_rail(b.rail.enter + 8 * n, a.book->enter, Phase::announce, b.geometry.rail_rank(n)); }));
+    MOE_TRY(leader(g, [&] {
+      return f.wait_rail(b.rail.enter + 8 * n, a.book->enter, Phase::announce, b.geometry.rail_rank(n));
+    }));
   block = n == own ? blocks_of(a) + n * b.count.ints
-                   : reinterpret_cast<const int32_t*>(f.rail(b.rail.blocks)) + (int64_t{count_half(a)} * nodes + n) * b.count.ints;
+                   : reinterpret_cast<const int32_t*>(f.rail(b.rail.blocks)) +
+                         (int64_t{count_half(a)} * nodes + n) * b.count.ints;
   return {};
 }
 
 MOE_HD inline int32_t* table_of(const DispatchArgs& a, char* window, int source) {
-  return reinterpret_cast<int32_t*>(window + a.b.node.tables) + (int64_t{count_half(a)} * a.b.geometry.size + source) * a.b.count.ints;
+  return reinterpret_cast<int32_t*>(window + a.b.node.tables) +
+         (int64_t{count_half(a)} * a.b.geometry.size + source) * a.b.count.ints;
 }
 
 }  // namespace detail
@@ -91,8 +100,10 @@ MOE_HD Status relay(G g, F f, const DispatchArgs& a, Offer offer) {
     const int32_t* block = nullptr;
     MOE_TRY(detail::await_block(g, f, a, n, block));
     for (int local = 0; local < p; ++local) {
-      FourInts* table = reinterpret_cast<FourInts*>(detail::table_of(a, f.window(local, 0), b.geometry.rail_rank(n)));
-      for (int i = g.lane(); i < b.count.ints / 4; i += g.size()) table[i] = reinterpret_cast<const FourInts*>(block)[i];
+      FourInts* table =
+          reinterpret_cast<FourInts*>(detail::table_of(a, f.window(local, 0), b.geometry.rail_rank(n)));
+      for (int i = g.lane(); i < b.count.ints / 4; i += g.size())
+        table[i] = reinterpret_cast<const FourInts*>(block)[i];
     }
   }
   if (g.lane() == 0)
@@ -113,15 +124,17 @@ MOE_HD Status await_counts(G g, F f, const DispatchArgs& a) {
   const Geometry& geo = a.b.geometry;
   return leader(g, [&] {
     for (int i = 0; i < geo.ranks_per_node; ++i)
-      MOE_TRY(f.wait_node(a.b.node.counts + 8 * i, a.book->counts, Phase::counts, geo.rank_at(geo.node(), i)));
+      MOE_TRY(
+          f.wait_node(a.b.node.counts + 8 * i, a.book->counts, Phase::counts, geo.rank_at(geo.node(), i)));
     return Status{};
   });
 }
 
 namespace detail {
 
-// The first rank that refuses its part; else the first that calls otherwise than this one does. All ranks find one, or none does.
-// A rank whose word is another one makes another call: nothing of this one can be expected from it.
+// The first rank that refuses its part; else the first that calls otherwise than this one does. All ranks
+// find one, or none does. A rank whose word is another one makes another call: nothing of this one can be
+// expected from it.
 MOE_HD inline Verdict agreement(const DispatchArgs& a, char* window) {
   const CountLayout& count = a.b.count;
   const int32_t word = exchange_word(a), signature = a.plan.call.signature();
@@ -129,7 +142,8 @@ MOE_HD inline Verdict agreement(const DispatchArgs& a, char* window) {
   for (int s = 0; s < a.b.geometry.size; ++s) {
     const int32_t* table = table_of(a, window, s);
     if (table[count.word] != word)
-      return {static_cast<int32_t>(Code::out_of_step), s, static_cast<uint32_t>(word), static_cast<uint32_t>(table[count.word]),
+      return {static_cast<int32_t>(Code::out_of_step), s, static_cast<uint32_t>(word),
+              static_cast<uint32_t>(table[count.word]),
               static_cast<uint64_t>(verbs_detail(verb_of(word), Verb::unknown))};
     if (table[count.cached] < 0 && found.code != static_cast<int32_t>(Code::refused))
       found = {static_cast<int32_t>(Code::refused), s, 0, 0, static_cast<uint64_t>(-table[count.cached])};

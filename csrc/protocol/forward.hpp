@@ -1,7 +1,7 @@
 // The node hop of dispatch.
 //
-//   forward           (gateway)  each row to its final place in the windows of the ranks that want it  [per channel]
-//   announce_arrival  (gateway)  "I have forwarded everything", with the world's verdict
+//   forward           (gateway)  each row to its final place in the windows of the ranks that want it  [per
+//   channel] announce_arrival  (gateway)  "I have forwarded everything", with the world's verdict
 #pragma once
 #include "fabric/fabric.hpp"
 #include "protocol/quantize.hpp"
@@ -36,9 +36,12 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
   const int begin = a.plan.channel_first[n * (channels + 1) + channel];
   const int end = a.plan.channel_first[n * (channels + 1) + channel + 1];
   const char* metas = f.rail(b.rail.metas) + uint64_t(n) * b.shape.max_tokens * meta_size;
-  const char* area = n == own ? nullptr : f.rail(b.rail.area_a) + remote_index(n, own) * b.shape.max_tokens * b.shape.slot_bytes();
-  uint64_t& seen = a.book->rows[n * channels + channel];   // lane 0's alone
-  const bool by_rank = call.layout == RowLayout::rank, judged_ok = a.verdict->code == 0, coding = n == own && quantizes(a);
+  const char* area =
+      n == own ? nullptr
+               : f.rail(b.rail.area_a) + remote_index(n, own) * b.shape.max_tokens * b.shape.slot_bytes();
+  uint64_t& seen = a.book->rows[n * channels + channel];  // lane 0's alone
+  const bool by_rank = call.layout == RowLayout::rank, judged_ok = a.verdict->code == 0,
+             coding = n == own && quantizes(a);
   Counters& count = f.counters();
   uint64_t node_rows = 0, left_rows = 0;
   char** targets = f.targets();
@@ -48,16 +51,19 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
     const int chunk_end = chunk + b.shape.chunk_rows < end ? chunk + b.shape.chunk_rows : end;
     if (n != own)
       MOE_TRY(leader(g, [&] {
-        return f.wait_rail(b.rail.rows + 8 * (n * channels + channel), seen + (chunk_end - begin), Phase::forward, source);
+        return f.wait_rail(b.rail.rows + 8 * (n * channels + channel), seen + (chunk_end - begin),
+                           Phase::forward, source);
       }));
-    if (!judged_ok) continue;   // the rows are taken off the wire, and dropped: no place was given to them
+    if (!judged_ok) continue;  // the rows are taken off the wire, and dropped: no place was given to them
     if (b.check && n != own) MOE_TRY(verify::rail_rows(g, a, metas, area, stride, chunk, chunk_end, source));
     for (int i = chunk; i < chunk_end; ++i) {
       const RowMeta* meta = reinterpret_cast<const RowMeta*>(metas + i * meta_size);
       const char* row = coding     ? detail::own_quantized(g, f, a, meta->token, channel)
                         : n == own ? a.x + meta->token * call.row_bytes
                                    : area + i * stride;
-      const char* scales = n != own || coding ? row + align16(call.row_bytes) : a.scales ? a.scales + meta->token * call.scale_bytes : nullptr;
+      const char* scales = n != own || coding ? row + align16(call.row_bytes)
+                           : a.scales         ? a.scales + meta->token * call.scale_bytes
+                                              : nullptr;
       const int picks = meta->picks;
       Place* place = a.plan.place + (int64_t{n} * b.shape.max_tokens + i) * k_max;
       if (g.lane() == 0) {
@@ -68,7 +74,8 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
         for (int j = g.lane(); j < picks; j += g.size()) {
           const Pick pick = meta->pick()[j];
           const int d = pick.expert / per_rank;
-          place[j] = {static_cast<int16_t>(d), pick.k, pick.ordinal + (by_rank ? a.base[n * p + d] : a.base[n * per_node + pick.expert])};
+          place[j] = {static_cast<int16_t>(d), pick.k,
+                      pick.ordinal + (by_rank ? a.base[n * p + d] : a.base[n * per_node + pick.expert])};
         }
       g.sync();
       int copies = 0;
@@ -79,10 +86,11 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
           left_rows += to.local != geo.local();
           if (by_rank) detail::clear_picks(g, f.window(to.local, 0), a.target[to.local], to.row, k_max);
         } else {
-          if (by_rank || !f.replicates(to.local)) continue;   // arrive copies it there
+          if (by_rank || !f.replicates(to.local)) continue;  // arrive copies it there
         }
         char* window = f.window(to.local, 0);
-        if (copies % g.size() == g.lane()) targets[copies] = window + a.target[to.local].rows + to.row * call.row_bytes;
+        if (copies % g.size() == g.lane())
+          targets[copies] = window + a.target[to.local].rows + to.row * call.row_bytes;
         detail::put_scales(g, f, call, window + a.target[to.local].scales, rows_of(to.local), to.row, scales);
         ++copies;
       }
@@ -98,17 +106,19 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
         char* window = f.window(d, 0);
         float* weights = reinterpret_cast<float*>(window + target.weights);
         if (by_rank) {
-          reinterpret_cast<int64_t*>(window + target.ids)[int64_t{r} * k_max + pick.k] = pick.expert - d * per_rank;
+          reinterpret_cast<int64_t*>(window + target.ids)[int64_t{r} * k_max + pick.k] =
+              pick.expert - d * per_rank;
           weights[int64_t{r} * k_max + pick.k] = pick.weight;
-          if (first != j) continue;   // one lane writes what the picks share
+          if (first != j) continue;  // one lane writes what the picks share
         } else {
           weights[r] = pick.weight;
-          reinterpret_cast<int32_t*>(window + target.origin)[r] = f.replicates(d) ? -1 - place[first].row : place[first].row;
+          reinterpret_cast<int32_t*>(window + target.origin)[r] =
+              f.replicates(d) ? -1 - place[first].row : place[first].row;
         }
         reinterpret_cast<int64_t*>(window + target.source)[r] = int64_t{source} << 32 | meta->token;
         if (b.check) reinterpret_cast<uint64_t*>(window + target.sums)[r] = checksum;
       }
-      g.sync();   // `targets` may be overwritten
+      g.sync();  // `targets` may be overwritten
     }
   }
   if (g.lane() == 0) {

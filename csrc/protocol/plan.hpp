@@ -39,8 +39,7 @@ MOE_HD Status sort_picks(G g, const DispatchArgs& a, int begin, int end) {
       for (; i > 0 && pick[i - 1].expert > id; --i) pick[i] = pick[i - 1];
       pick[i].expert = static_cast<uint16_t>(id);
       pick[i].k = static_cast<uint16_t>(k);
-      if (i > 0 && pick[i - 1].expert == id)
-        bad = bad_pick(kIdTwice, t, id);
+      if (i > 0 && pick[i - 1].expert == id) bad = bad_pick(kIdTwice, t, id);
     }
     a.plan.picks[t] = static_cast<uint8_t>(n);
     if (!bad.ok()) break;
@@ -56,7 +55,8 @@ MOE_HD void number_channel(G g, const DispatchArgs& a, int channel, int32_t* cou
   const int nodes = b.geometry.nodes(), k_max = b.shape.top_k;
   const int per_rank = b.experts_per_rank(), per_node = b.experts_per_node(), p = b.geometry.ranks_per_node;
   const PlanView& plan = a.plan;
-  const int begin = channel_begin(plan.tokens, channel, b.shape.channels), end = channel_begin(plan.tokens, channel + 1, b.shape.channels);
+  const int begin = channel_begin(plan.tokens, channel, b.shape.channels),
+            end = channel_begin(plan.tokens, channel + 1, b.shape.channels);
   const bool by_rank = plan.call.layout == RowLayout::rank;
 
   // Lane owns experts e with e % size == lane (one lane owns all of them).
@@ -117,9 +117,10 @@ MOE_HD void count_picks(G g, const DispatchArgs& a) {
   g.sync();
   for (int c = 0; c < b.shape.channels; ++c) {
     number_channel(g, a, c, a.plan.blocks);
-    for (int node = g.lane(); node < nodes; node += g.size()) {   // the lane that counted it
+    for (int node = g.lane(); node < nodes; node += g.size()) {  // the lane that counted it
       const int32_t* first = a.plan.send_first + node * (b.shape.channels + 1);
-      detail::set_channel(a, node, c, c == 0 ? 0 : first[c], a.plan.blocks[node * b.count.ints + b.count.rows]);
+      detail::set_channel(a, node, c, c == 0 ? 0 : first[c],
+                          a.plan.blocks[node * b.count.ints + b.count.rows]);
     }
   }
   g.sync();
@@ -143,7 +144,8 @@ template <Group G>
 MOE_HD void sum_channels(G g, const DispatchArgs& a, int32_t* apart, int part, int parts) {
   const BufferView& b = a.b;
   const int entries = b.geometry.nodes() * b.count.ints, channels = b.shape.channels;
-  const int begin = channel_begin(channels, g.lane(), g.size()), end = channel_begin(channels, g.lane() + 1, g.size());
+  const int begin = channel_begin(channels, g.lane(), g.size()),
+            end = channel_begin(channels, g.lane() + 1, g.size());
   for (int entry = part; entry < entries; entry += parts) {
     const int node = entry / b.count.ints, field = entry % b.count.ints;
     if (field != b.count.rows && (field < b.count.experts || field >= b.count.channels)) continue;
@@ -173,7 +175,8 @@ MOE_HD void shift_channel(G g, const DispatchArgs& a, int channel, const int32_t
   const int nodes = b.geometry.nodes(), k_max = b.shape.top_k;
   const int per_rank = b.experts_per_rank(), per_node = b.experts_per_node(), p = b.geometry.ranks_per_node;
   const int32_t* before = apart + int64_t{channel} * nodes * b.count.ints;
-  const int begin = channel_begin(a.plan.tokens, channel, b.shape.channels), end = channel_begin(a.plan.tokens, channel + 1, b.shape.channels);
+  const int begin = channel_begin(a.plan.tokens, channel, b.shape.channels),
+            end = channel_begin(a.plan.tokens, channel + 1, b.shape.channels);
   const bool by_rank = a.plan.call.layout == RowLayout::rank;
   for (int i = begin * k_max + g.lane(); i < end * k_max; i += g.size()) {
     if (i % k_max >= a.plan.picks[i / k_max]) continue;

@@ -1,4 +1,5 @@
-// FP8 rows in dispatch: made by `send` out of the rows that the caller gave, read once, without a tensor between.
+// FP8 rows in dispatch: made by `send` out of the rows that the caller gave, read once, without a tensor
+// between.
 //
 // A token's row is quantized on its way to the first of the other nodes that want it; what goes to further
 // nodes, and to the own one, is copied from there. Only where no other node wants it does `forward` quantize
@@ -10,9 +11,13 @@
 namespace moecomm {
 
 // A row's size on the rail in this call; slots are dense so that neighbouring rows go in one put.
-MOE_HD inline uint64_t wire_stride(const CallShape& c) { return align16(c.row_bytes) + align16(c.scale_bytes); }
+MOE_HD inline uint64_t wire_stride(const CallShape& c) {
+  return align16(c.row_bytes) + align16(c.scale_bytes);
+}
 
-MOE_HD inline bool quantizes(const DispatchArgs& a) { return a.plan.call.scales != ScaleKind::none && a.scales == nullptr; }
+MOE_HD inline bool quantizes(const DispatchArgs& a) {
+  return a.plan.call.scales != ScaleKind::none && a.scales == nullptr;
+}
 
 namespace detail {
 
@@ -24,7 +29,8 @@ MOE_HD const char* staged_row(F f, const DispatchArgs& a, int t, int steps) {
   for (int step = 1; step < steps; ++step) {
     const int n = (own + step) % nodes, slot = a.plan.slot[int64_t{t} * nodes + n];
     if (slot < 0) continue;
-    return f.rail(b.rail.area_b) + remote_index(n, own) * b.shape.max_tokens * b.shape.slot_bytes() + slot * wire_stride(a.plan.call);
+    return f.rail(b.rail.area_b) + remote_index(n, own) * b.shape.max_tokens * b.shape.slot_bytes() +
+           slot * wire_stride(a.plan.call);
   }
   return nullptr;
 }
@@ -32,16 +38,19 @@ MOE_HD const char* staged_row(F f, const DispatchArgs& a, int t, int steps) {
 template <Group G, class F>
 MOE_HD void quantize_token(G g, F f, const DispatchArgs& a, int t, char* row) {
   const Shape& s = a.b.shape;
-  f.quantize_row(g, row, row + align16(a.plan.call.row_bytes), a.x + t * s.combine_row_bytes(), s.hidden, s.dtype, a.plan.call.scales);
+  f.quantize_row(g, row, row + align16(a.plan.call.row_bytes), a.x + t * s.combine_row_bytes(), s.hidden,
+                 s.dtype, a.plan.call.scales);
   if (g.lane() == 0) ++f.counters().quantized_rows;
 }
 
 // Fills the token's slot for the node that is `step` behind the own one.
 template <Group G, class F>
 MOE_HD void stage_quantized(G g, F f, const DispatchArgs& a, int t, int step, char* row) {
-  if (const char* earlier = staged_row(f, a, t, step)) f.copy_row(g, row, earlier, wire_stride(a.plan.call));
-  else quantize_token(g, f, a, t, row);
-  if (a.b.check) g.sync();   // its checksum is next
+  if (const char* earlier = staged_row(f, a, t, step))
+    f.copy_row(g, row, earlier, wire_stride(a.plan.call));
+  else
+    quantize_token(g, f, a, t, row);
+  if (a.b.check) g.sync();  // its checksum is next
 }
 
 // The token's FP8 row for the own node; valid after a sync until the next call for this channel.
@@ -49,7 +58,7 @@ template <Group G, class F>
 MOE_HD const char* own_quantized(G g, F f, const DispatchArgs& a, int t, int channel) {
   if (const char* staged = staged_row(f, a, t, a.b.geometry.nodes())) return staged;
   char* row = f.rail(a.b.rail.own_rows) + channel * align_up(a.b.shape.wire_bytes(Wire::fp8), 64);
-  g.sync();   // all lanes have copied the row before
+  g.sync();  // all lanes have copied the row before
   quantize_token(g, f, a, t, row);
   return row;
 }
@@ -57,17 +66,20 @@ MOE_HD const char* own_quantized(G g, F f, const DispatchArgs& a, int t, int cha
 // Scales of one row into a block of `rows` rows: side by side, or each into its column. `step`: words from
 // one scale in `from` to the next.
 template <Group G, class F>
-MOE_HD void put_scales(G g, F f, const CallShape& call, char* scales, int64_t rows, int64_t row, const char* from, int64_t step = 1) {
+MOE_HD void put_scales(G g, F f, const CallShape& call, char* scales, int64_t rows, int64_t row,
+                       const char* from, int64_t step = 1) {
   if (call.scale_bytes == 0) return;
   if (!call.scales_by_column) return f.copy_row(g, scales + row * call.scale_bytes, from, call.scale_bytes);
   const uint32_t* source = reinterpret_cast<const uint32_t*>(from);
   uint32_t* column = reinterpret_cast<uint32_t*>(scales) + row;
-  for (int64_t i = g.lane(); i < static_cast<int64_t>(call.scale_bytes / 4); i += g.size()) column[i * scale_column(rows)] = source[i * step];
+  for (int64_t i = g.lane(); i < static_cast<int64_t>(call.scale_bytes / 4); i += g.size())
+    column[i * scale_column(rows)] = source[i * step];
 }
 
 // The same from another row of the block.
 template <Group G, class F>
-MOE_HD void copy_scales(G g, F f, const CallShape& call, char* scales, int64_t rows, int64_t row, int64_t from) {
+MOE_HD void copy_scales(G g, F f, const CallShape& call, char* scales, int64_t rows, int64_t row,
+                        int64_t from) {
   const uint64_t bytes = call.scales_by_column ? 4 : call.scale_bytes;
   put_scales(g, f, call, scales, rows, row, scales + from * bytes, scale_column(rows));
 }
@@ -77,7 +89,8 @@ MOE_HD void zero_scales(G g, F f, const CallShape& call, char* scales, int64_t r
   if (call.scale_bytes == 0) return;
   if (!call.scales_by_column) return f.zero_row(g, scales + row * call.scale_bytes, call.scale_bytes);
   uint32_t* column = reinterpret_cast<uint32_t*>(scales) + row;
-  for (int64_t i = g.lane(); i < static_cast<int64_t>(call.scale_bytes / 4); i += g.size()) column[i * scale_column(rows)] = 0;
+  for (int64_t i = g.lane(); i < static_cast<int64_t>(call.scale_bytes / 4); i += g.size())
+    column[i * scale_column(rows)] = 0;
 }
 
 }  // namespace detail

@@ -45,16 +45,18 @@ MOE_HD void send(G g, F f, const DispatchArgs& a, int channel) {
   const int begin = channel_begin(a.plan.tokens, channel, b.shape.channels);
   const int end = channel_begin(a.plan.tokens, channel + 1, b.shape.channels);
   const bool coding = quantizes(a);
-  const bool dense = F::kPutsFromAnywhere && !coding && a.scales == nullptr && stride == a.plan.call.row_bytes;
+  const bool dense =
+      F::kPutsFromAnywhere && !coding && a.scales == nullptr && stride == a.plan.call.row_bytes;
   Counters& count = f.counters();
 
   for (int step = 1; step < nodes; ++step) {
     const int n = (own + step) % nodes;
-    const uint64_t there = remote_index(own, n) * b.shape.max_tokens, here = remote_index(n, own) * b.shape.max_tokens;
+    const uint64_t there = remote_index(own, n) * b.shape.max_tokens,
+                   here = remote_index(n, own) * b.shape.max_tokens;
     char* staged = f.rail(b.rail.area_b) + here * b.shape.slot_bytes();
     char* metas = f.rail(b.rail.metas_out) + here * meta_size;
-    int run_token = 0, run_slot = 0, run = 0;      // rows that go in one put
-    int chunk_slot = 0, chunk = 0;                 // rows that go under one signal
+    int run_token = 0, run_slot = 0, run = 0;  // rows that go in one put
+    int chunk_slot = 0, chunk = 0;             // rows that go under one signal
     const auto put_run = [&] {
       if (run == 0) return;
       const char* from = dense ? a.x + run_token * stride : staged + run_slot * stride;
@@ -85,11 +87,17 @@ MOE_HD void send(G g, F f, const DispatchArgs& a, int channel) {
         detail::stage_quantized(g, f, a, t, step, row);
       } else if (!dense) {
         f.copy_row(g, row, x, a.plan.call.row_bytes);
-        if (a.scales) f.copy_row(g, row + align16(a.plan.call.row_bytes), a.scales + t * a.plan.call.scale_bytes, a.plan.call.scale_bytes);
+        if (a.scales)
+          f.copy_row(g, row + align16(a.plan.call.row_bytes), a.scales + t * a.plan.call.scale_bytes,
+                     a.plan.call.scale_bytes);
       }
-      detail::write_meta(g, a, reinterpret_cast<RowMeta*>(metas + slot * meta_size), verify::source_checksum(a, coding ? row : nullptr, t), t, n);
+      detail::write_meta(g, a, reinterpret_cast<RowMeta*>(metas + slot * meta_size),
+                         verify::source_checksum(a, coding ? row : nullptr, t), t, n);
       if (run > 0 && dense && t != run_token + run) put_run();
-      if (run++ == 0) { run_token = t; run_slot = slot; }
+      if (run++ == 0) {
+        run_token = t;
+        run_slot = slot;
+      }
       if (chunk++ == 0) chunk_slot = slot;
       if (chunk == b.shape.chunk_rows) close_chunk();
     }
@@ -99,7 +107,8 @@ MOE_HD void send(G g, F f, const DispatchArgs& a, int channel) {
   for (int t = begin; t < end; ++t) {
     const int slot = a.plan.slot[int64_t{t} * nodes + own];
     if (slot < 0) continue;
-    RowMeta* meta = reinterpret_cast<RowMeta*>(f.rail(b.rail.metas) + (uint64_t(own) * b.shape.max_tokens + slot) * meta_size);
+    RowMeta* meta = reinterpret_cast<RowMeta*>(f.rail(b.rail.metas) +
+                                               (uint64_t(own) * b.shape.max_tokens + slot) * meta_size);
     detail::write_meta(g, a, meta, coding ? 0 : verify::source_checksum(a, nullptr, t), t, own);
     if (g.lane() == 0) {
       count.rail.logical_rows += 1;

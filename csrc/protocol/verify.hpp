@@ -1,12 +1,14 @@
 // MOECOMM_CHECK=1: what the roles verify beyond their counters.
 //
-//   dispatch  a checksum travels with every row; the gateway verifies it after the rail, the receiver after the
+//   dispatch  a checksum travels with every row; the gateway verifies it after the rail, the receiver after
+//   the
 //             node hop. The receiver also holds the rows against the counts that were announced to it.
 //   combine   every rank signs its rows when it publishes them, and whoever reads them verifies; a reduced
 //             row carries a checksum over the rail.
 //
-// A seed ties each checksum to one call, source and token, so a row that was left over from an earlier call is
-// as wrong as a damaged one. A failed check is a `corrupt` status: peer is the row's source, detail its token.
+// A seed ties each checksum to one call, source and token, so a row that was left over from an earlier call
+// is as wrong as a damaged one. A failed check is a `corrupt` status: peer is the row's source, detail its
+// token.
 #pragma once
 #include "base/checksum.hpp"
 #include "exec/group.hpp"
@@ -15,9 +17,11 @@
 namespace moecomm::verify {
 
 // Payload and scales of a row; `step`: words from one scale to the next.
-MOE_HD inline uint64_t wire_checksum(const CallShape& call, const char* row, const char* scales, int64_t step, uint64_t seed) {
+MOE_HD inline uint64_t wire_checksum(const CallShape& call, const char* row, const char* scales, int64_t step,
+                                     uint64_t seed) {
   uint64_t sum = row_checksum(row, call.row_bytes, seed);
-  for (int64_t i = 0; i < static_cast<int64_t>(call.scale_bytes / 4); ++i) sum = row_checksum(scales + 4 * step * i, 4, sum);
+  for (int64_t i = 0; i < static_cast<int64_t>(call.scale_bytes / 4); ++i)
+    sum = row_checksum(scales + 4 * step * i, 4, sum);
   return sum;
 }
 
@@ -30,24 +34,28 @@ MOE_HD inline Status wrong_row(Phase phase, int source, int64_t token, uint64_t 
   return {Code::corrupt, phase, source, static_cast<int32_t>(token), want, got};
 }
 
-// How many rows of each source this rank will receive, kept because the count tables belong to the next call as
-// soon as this one has arrived.
+// How many rows of each source this rank will receive, kept because the count tables belong to the next call
+// as soon as this one has arrived.
 MOE_HD inline void keep_announced(const DispatchArgs& a, const int32_t* table, int source) {
   const BufferView& b = a.b;
   const int per_rank = b.experts_per_rank(), d = b.geometry.local();
-  if (a.plan.call.layout == RowLayout::rank) a.plan.announced[source] = table[b.count.ranks + d];
+  if (a.plan.call.layout == RowLayout::rank)
+    a.plan.announced[source] = table[b.count.ranks + d];
   else
-    for (int e = 0; e < per_rank; ++e) a.plan.announced[e * b.geometry.size + source] = table[b.count.experts + d * per_rank + e];
+    for (int e = 0; e < per_rank; ++e)
+      a.plan.announced[e * b.geometry.size + source] = table[b.count.experts + d * per_rank + e];
 }
 
 // Rows [begin, end) of one channel as they came off the rail.
 template <Group G>
-MOE_HD Status rail_rows(G g, const DispatchArgs& a, const char* metas, const char* area, uint64_t stride, int begin, int end, int source) {
+MOE_HD Status rail_rows(G g, const DispatchArgs& a, const char* metas, const char* area, uint64_t stride,
+                        int begin, int end, int source) {
   Status wrong;
   for (int i = begin + g.lane(); i < end && wrong.ok(); i += g.size()) {
     const RowMeta* meta = reinterpret_cast<const RowMeta*>(metas + i * meta_bytes(a.b.shape.top_k));
     const char* row = area + i * stride;
-    const uint64_t got = wire_checksum(a.plan.call, row, checksum_seed(a.book->dispatches, source, meta->token));
+    const uint64_t got =
+        wire_checksum(a.plan.call, row, checksum_seed(a.book->dispatches, source, meta->token));
     if (got != meta->checksum) wrong = wrong_row(Phase::forward, source, meta->token, meta->checksum, got);
   }
   return first_failure(g, wrong);
@@ -56,14 +64,16 @@ MOE_HD Status rail_rows(G g, const DispatchArgs& a, const char* metas, const cha
 // Every place of a block holds a row of the source whose turn it is.
 MOE_HD inline Status announced_rows(const DispatchArgs& a, const char* window, const BlockLayout& l) {
   const int64_t* source = reinterpret_cast<const int64_t*>(window + l.source);
-  const int size = a.b.geometry.size, segments = a.plan.call.layout == RowLayout::rank ? 1 : a.b.experts_per_rank();
+  const int size = a.b.geometry.size,
+            segments = a.plan.call.layout == RowLayout::rank ? 1 : a.b.experts_per_rank();
   int64_t first = 0;
   for (int e = 0; e < segments; ++e) {
     int64_t row = first, before = -1;
     for (int s = 0; s < size; ++s) {
       const int64_t announced = a.plan.announced[e * size + s];
       for (int64_t found = 0; found < announced; ++found, ++row) {
-        if (source[row] >> 32 != s || source[row] <= before) return wrong_row(Phase::counts, s, source[row] & 0xffffffff, announced, found);
+        if (source[row] >> 32 != s || source[row] <= before)
+          return wrong_row(Phase::counts, s, source[row] & 0xffffffff, announced, found);
         before = source[row];
       }
     }
@@ -72,9 +82,11 @@ MOE_HD inline Status announced_rows(const DispatchArgs& a, const char* window, c
   return {};
 }
 
-// Rows [begin, end) of a block of `rows` are as they were sent; none of them is padding. Keeps the first finding.
+// Rows [begin, end) of a block of `rows` are as they were sent; none of them is padding. Keeps the first
+// finding.
 template <Group G>
-MOE_HD void arrived_rows(G g, const DispatchArgs& a, const char* window, const BlockLayout& l, int64_t rows, int64_t begin, int64_t end, Status& wrong) {
+MOE_HD void arrived_rows(G g, const DispatchArgs& a, const char* window, const BlockLayout& l, int64_t rows,
+                         int64_t begin, int64_t end, Status& wrong) {
   const CallShape& call = a.plan.call;
   const int64_t* source = reinterpret_cast<const int64_t*>(window + l.source);
   const uint64_t* sums = reinterpret_cast<const uint64_t*>(window + l.sums);
@@ -82,7 +94,8 @@ MOE_HD void arrived_rows(G g, const DispatchArgs& a, const char* window, const B
     const int64_t token = source[r] & 0xffffffff;
     const int from = static_cast<int>(source[r] >> 32);
     const char* scales = window + l.scales + r * (call.scales_by_column ? 4 : call.scale_bytes);
-    const uint64_t got = wire_checksum(call, window + l.rows + r * call.row_bytes, scales, call.scales_by_column ? scale_column(rows) : 1,
+    const uint64_t got = wire_checksum(call, window + l.rows + r * call.row_bytes, scales,
+                                       call.scales_by_column ? scale_column(rows) : 1,
                                        checksum_seed(a.book->dispatches, from, token));
     if (got != sums[r]) wrong = wrong_row(Phase::arrive, from, token, sums[r], got);
   }
@@ -105,7 +118,8 @@ MOE_HD Status published_row(F f, const CombineArgs& a, Place p, Phase phase, int
   const uint64_t bytes = a.b.shape.combine_row_bytes();
   const RowsBoard& board = a.boards[p.local];
   const int rank = a.b.geometry.rank_at(a.b.geometry.node(), p.local);
-  const uint64_t got = row_checksum(f.window(p.local, board.rows + p.row * bytes), bytes, checksum_seed(a.book->combines, rank, p.row));
+  const uint64_t got = row_checksum(f.window(p.local, board.rows + p.row * bytes), bytes,
+                                    checksum_seed(a.book->combines, rank, p.row));
   const uint64_t want = reinterpret_cast<const uint64_t*>(f.window(p.local, board.sums))[p.row];
   return want == got ? Status{} : wrong_row(phase, rank, token, want, got);
 }
@@ -116,7 +130,8 @@ MOE_HD Status published_rows(G g, F f, const CombineArgs& a, int n, int i, Phase
   const int64_t at = int64_t{n} * a.b.shape.max_tokens + i;
   const Place* place = a.plan.place + at * a.b.shape.top_k;
   Status wrong;
-  for (int j = g.lane(); j < a.plan.row_picks[at] && wrong.ok(); j += g.size()) wrong = published_row(f, a, place[j], phase, a.plan.row_token[at]);
+  for (int j = g.lane(); j < a.plan.row_picks[at] && wrong.ok(); j += g.size())
+    wrong = published_row(f, a, place[j], phase, a.plan.row_token[at]);
   return first_failure(g, wrong);
 }
 

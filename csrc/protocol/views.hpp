@@ -11,7 +11,7 @@ struct BufferView {
   CountLayout count;
   NodeLayout node;
   RailLayout rail;
-  bool check = false;   // MOECOMM_CHECK=1
+  bool check = false;  // MOECOMM_CHECK=1
 
   MOE_HD int experts_per_rank() const { return shape.num_experts / geometry.size; }
   MOE_HD int experts_per_node() const { return shape.num_experts / geometry.nodes(); }
@@ -25,11 +25,11 @@ inline BufferView make_view(const Geometry& g, const Shape& s, bool check) {
 struct PlanView {
   // Source side: tokens of this rank.
   int32_t tokens = 0;
-  uint8_t* picks = nullptr;          // [T] number of picks
-  Pick* pick = nullptr;              // [T, K] ascending; `expert` is global here
-  int32_t* slot = nullptr;           // [T, N] slot in the staging area of that node's gateway, -1: not sent
-  int32_t* send_first = nullptr;     // [N, C+1] first slot of each channel
-  int32_t* blocks = nullptr;         // [N, ints] count block per destination node
+  uint8_t* picks = nullptr;       // [T] number of picks
+  Pick* pick = nullptr;           // [T, K] ascending; `expert` is global here
+  int32_t* slot = nullptr;        // [T, N] slot in the staging area of that node's gateway, -1: not sent
+  int32_t* send_first = nullptr;  // [N, C+1] first slot of each channel
+  int32_t* blocks = nullptr;      // [N, ints] count block per destination node
   // Gateway side: rows of my rail's sources for my node. Slot i of source node n is at n*max_tokens + i.
   int32_t* rows = nullptr;           // [N]
   int32_t* channel_first = nullptr;  // [N, C+1] first slot of each channel
@@ -40,55 +40,58 @@ struct PlanView {
   int64_t* tokens_per_expert = nullptr;  // [E/R]
   int64_t* rows_per_expert = nullptr;    // [E/R] padded
   int64_t* rank_rows = nullptr;          // [P] rows of every rank of this node
-  int32_t* announced = nullptr;          // [E/R, R] rows that come from every source (only when checks are on)
+  int32_t* announced = nullptr;  // [E/R, R] rows that come from every source (only when checks are on)
   CallShape call;
 };
 
 // Counter values that this rank has already consumed. Private, grows with every call.
 struct Book {
-  uint64_t enter = 0;         // with every announcement and every combine
-  uint64_t blocks = 0;        // count blocks announced
-  uint64_t counts = 0;        // count blocks relayed
+  uint64_t enter = 0;   // with every announcement and every combine
+  uint64_t blocks = 0;  // count blocks announced
+  uint64_t counts = 0;  // count blocks relayed
   uint64_t dispatches = 0;
   uint64_t combines = 0;
-  uint64_t* rows = nullptr;   // [N, C]
-  uint64_t* back = nullptr;   // [N, C]
+  uint64_t* rows = nullptr;  // [N, C]
+  uint64_t* back = nullptr;  // [N, C]
 };
 
 struct DispatchArgs {
   BufferView b;
   PlanView plan;
   Book* book = nullptr;
-  bool cached = false;              // the plan is reused: no counts travel
-  bool alone = false;               // an exchange of counts and nothing else
-  Why refused = Why::none;          // this rank sends nothing and tells the others so
-  const int64_t* ids64 = nullptr;   // [T, K], one of the two
+  bool cached = false;             // the plan is reused: no counts travel
+  bool alone = false;              // an exchange of counts and nothing else
+  Why refused = Why::none;         // this rank sends nothing and tells the others so
+  const int64_t* ids64 = nullptr;  // [T, K], one of the two
   const int32_t* ids32 = nullptr;
-  const char* x = nullptr;          // [T, row_bytes]
-  const char* scales = nullptr;     // [T, scale_bytes] or null
-  const float* weights = nullptr;   // [T, K] or null
-  int32_t* asked = nullptr;         // [N, ints] blocks with the picks of logical experts (picks.hpp); null: the plan's own travel
-  int32_t* base = nullptr;          // scratch [N, max(E/N, P)]: first row of each source node, per expert or rank of mine
-  int32_t* first = nullptr;         // scratch [max(E/N, P)]
-  Offer* offers = nullptr;          // private copy of the node's offers [P]
-  BlockLayout* target = nullptr;    // [P] out: window offsets of every rank's block
-  uint64_t* needed = nullptr;       // [P] out: its bytes
-  Verdict* verdict = nullptr;       // out
+  const char* x = nullptr;         // [T, row_bytes]
+  const char* scales = nullptr;    // [T, scale_bytes] or null
+  const float* weights = nullptr;  // [T, K] or null
+  int32_t* asked =
+      nullptr;  // [N, ints] blocks with the picks of logical experts (picks.hpp); null: the plan's own travel
+  int32_t* base =
+      nullptr;  // scratch [N, max(E/N, P)]: first row of each source node, per expert or rank of mine
+  int32_t* first = nullptr;       // scratch [max(E/N, P)]
+  Offer* offers = nullptr;        // private copy of the node's offers [P]
+  BlockLayout* target = nullptr;  // [P] out: window offsets of every rank's block
+  uint64_t* needed = nullptr;     // [P] out: its bytes
+  Verdict* verdict = nullptr;     // out
 };
 
 struct CombineArgs {
   BufferView b;
   PlanView plan;
   Book* book = nullptr;
-  RowsBoard mine;                   // where my rows and weights lie in my window
-  Why refused = Why::none;          // this rank has no rows and wants none, and tells the others so: the plan is not looked at
-  RowsBoard* boards = nullptr;      // scratch [P]: everyone's
-  Wire wire = Wire::plain;          // how the rows of other nodes come to this rank; others choose for themselves
-  char* y = nullptr;                // [T, H]
-  float* slots = nullptr;           // [T, K] or null: every pick's value of its row's `back`, 0 where there is no pick;
-                                    // null on all ranks or on none, else the call is a mismatch
-  const float* bias = nullptr;      // [H] or [T, H] or null
-  int64_t bias_stride = 0;          // floats from one token's bias to the next
+  RowsBoard mine;  // where my rows and weights lie in my window
+  Why refused =
+      Why::none;  // this rank has no rows and wants none, and tells the others so: the plan is not looked at
+  RowsBoard* boards = nullptr;  // scratch [P]: everyone's
+  Wire wire = Wire::plain;      // how the rows of other nodes come to this rank; others choose for themselves
+  char* y = nullptr;            // [T, H]
+  float* slots = nullptr;       // [T, K] or null: every pick's value of its row's `back`, 0 where there is no
+                                // pick; null on all ranks or on none, else the call is a mismatch
+  const float* bias = nullptr;  // [H] or [T, H] or null
+  int64_t bias_stride = 0;      // floats from one token's bias to the next
 };
 
 // First token of channel c: channels are contiguous slices, so a channel's slots are contiguous too.

@@ -10,20 +10,26 @@
 
 namespace moecomm {
 
-// What the exchange carries: this rank's picks of logical experts, the same block to every node (DispatchArgs::asked).
+// What the exchange carries: this rank's picks of logical experts, the same block to every node
+// (DispatchArgs::asked).
 inline void fill_asked(const BufferView& view, const DispatchCall& call, std::vector<int32_t>& asked) {
   const int nodes = view.geometry.nodes();
   asked.assign(static_cast<size_t>(nodes) * view.count.ints, 0);
   for (int n = 0; n < nodes; ++n)
-    std::copy(call.counted, call.counted + call.choice->replicas().experts, asked.data() + n * view.count.ints + view.count.picks);
+    std::copy(call.counted, call.counted + call.choice->replicas().experts,
+              asked.data() + n * view.count.ints + view.count.picks);
 }
 
 class Chooser {
  public:
   // turn: equal on all ranks, whatever calls they made that were refused.
   Chooser(const BufferView& view, const DispatchCall& call, uint64_t turn)
-      : rows_follow(call.choice->rows_follow() && call.shape.layout == RowLayout::expert), view_(view), choice_(*call.choice), call_(call),
-        turn_(static_cast<int32_t>(turn & 0xffffff)), experts_(choice_.replicas().experts) {}
+      : rows_follow(call.choice->rows_follow() && call.shape.layout == RowLayout::expert),
+        view_(view),
+        choice_(*call.choice),
+        call_(call),
+        turn_(static_cast<int32_t>(turn & 0xffffff)),
+        experts_(choice_.replicas().experts) {}
 
   template <class Picks>
   void choose(Picks picks_of) {
@@ -33,7 +39,8 @@ class Chooser {
       std::transform(before(s), before(s) + experts_, picks_of(s), before(s + 1), std::plus<>());
     solved_ = choice_.solve(before(size), turn_);
     std::transform(before(me + 1), before(me + 1) + experts_, before(me), call_.counted, std::minus<>());
-    choice_.route(solved_, {call_.ids64, call_.tokens, view_.shape.top_k, call_.counted}, me, before(me), call_.slots);
+    choice_.route(solved_, {call_.ids64, call_.tokens, view_.shape.top_k, call_.counted}, me, before(me),
+                  call_.slots);
     std::copy(before(size), before(size) + experts_, call_.counted);
   }
 
@@ -41,8 +48,10 @@ class Chooser {
   void rows_to(int source, int32_t* rows) {
     const int n = view_.experts_per_node(), first = view_.geometry.node() * n;
     counts_.resize(experts_);
-    std::transform(before(source + 1), before(source + 1) + experts_, before(source), counts_.begin(), std::minus<>());
-    for (int i = 0; i < n; ++i) rows[i] = choice_.rows(solved_, source, before(source), counts_.data(), first + i);
+    std::transform(before(source + 1), before(source + 1) + experts_, before(source), counts_.begin(),
+                   std::minus<>());
+    for (int i = 0; i < n; ++i)
+      rows[i] = choice_.rows(solved_, source, before(source), counts_.data(), first + i);
   }
 
   const bool rows_follow;
@@ -55,7 +64,7 @@ class Chooser {
   const DispatchCall& call_;
   int32_t turn_;
   int experts_;
-  std::vector<int32_t> before_;   // [size + 1, experts] picks of the ranks before each
+  std::vector<int32_t> before_;  // [size + 1, experts] picks of the ranks before each
   std::vector<int32_t> counts_;
   balance::Choice::Solved solved_;
 };

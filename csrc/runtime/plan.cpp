@@ -5,14 +5,18 @@
 namespace moecomm {
 
 uint64_t place_plan(const BufferView& b, char* m, PlanView& view) {
-  const uint64_t t = b.shape.max_tokens, k = b.shape.top_k, n = b.geometry.nodes(), p = b.geometry.ranks_per_node;
+  const uint64_t t = b.shape.max_tokens, k = b.shape.top_k, n = b.geometry.nodes(),
+                 p = b.geometry.ranks_per_node;
   detail::Cursor c;
   const uint64_t picks = c.take(t), pick = c.take(t * k * sizeof(Pick)), slot = c.take(t * n * 4);
-  const uint64_t blocks = c.take(n * b.count.ints * 4), rows = c.take(n * 4), channel_first = c.take(n * (b.shape.channels + 1) * 4);
+  const uint64_t blocks = c.take(n * b.count.ints * 4), rows = c.take(n * 4),
+                 channel_first = c.take(n * (b.shape.channels + 1) * 4);
   const uint64_t send_first = c.take(n * (b.shape.channels + 1) * 4);
   const uint64_t row_picks = c.take(n * t), place = c.take(n * t * k * sizeof(Place));
-  const uint64_t row_token = c.take(b.check ? n * t * 4 : 0), announced = c.take(b.check ? 4ull * b.experts_per_rank() * b.geometry.size : 0);
-  const uint64_t per_expert = c.take(8 * b.experts_per_rank()), padded = c.take(8 * b.experts_per_rank()), rank_rows = c.take(8 * p);
+  const uint64_t row_token = c.take(b.check ? n * t * 4 : 0),
+                 announced = c.take(b.check ? 4ull * b.experts_per_rank() * b.geometry.size : 0);
+  const uint64_t per_expert = c.take(8 * b.experts_per_rank()), padded = c.take(8 * b.experts_per_rank()),
+                 rank_rows = c.take(8 * p);
   view.picks = reinterpret_cast<uint8_t*>(m + picks);
   view.pick = reinterpret_cast<Pick*>(m + pick);
   view.slot = reinterpret_cast<int32_t*>(m + slot);
@@ -31,7 +35,7 @@ uint64_t place_plan(const BufferView& b, char* m, PlanView& view) {
 }
 
 Plan::Plan(const BufferView& b) {
-  memory_.reset(new char[place_plan(b, nullptr, view)]);   // not cleared: every call writes what it reads
+  memory_.reset(new char[place_plan(b, nullptr, view)]);  // not cleared: every call writes what it reads
   place_plan(b, memory_.get(), view);
   const uint64_t n = b.geometry.nodes(), p = b.geometry.ranks_per_node;
   target.resize(p);

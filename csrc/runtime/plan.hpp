@@ -18,13 +18,13 @@ class Plan {
  public:
   Plan(const BufferView& b);
   PlanView view;
-  std::vector<BlockLayout> target;      // scratch of a call, by local rank
+  std::vector<BlockLayout> target;  // scratch of a call, by local rank
   std::vector<uint64_t> needed;
   std::vector<Offer> offers;
   std::vector<int32_t> base;
   std::vector<int32_t> first;
-  const void* owner = nullptr;          // the Buffer it belongs to
-  int64_t recorded = -1;                // its number in the Buffer's recording
+  const void* owner = nullptr;  // the Buffer it belongs to
+  int64_t recorded = -1;        // its number in the Buffer's recording
 
  private:
   std::unique_ptr<char[]> memory_;
@@ -33,7 +33,7 @@ class Plan {
 class PlanPool : public std::enable_shared_from_this<PlanPool> {
  public:
   explicit PlanPool(const BufferView& b) : view_(b) {}
-  std::shared_ptr<Plan> get();          // goes back to the pool with its last reference
+  std::shared_ptr<Plan> get();  // goes back to the pool with its last reference
 
  private:
   BufferView view_;

@@ -130,7 +130,7 @@ cdef extern from "base/layout.hpp" namespace "moecomm" nogil:
     BlockLayout block_layout(uint64_t rows, const CallShape& call, int top_k)
     OutputLayout output_layout(uint64_t rows, const Shape& shape)
 
-cdef extern from "fabric/host_state.hpp" namespace "moecomm" nogil:
+cdef extern from "fabric/cpu/host_state.hpp" namespace "moecomm" nogil:
     bool (*interrupted)() noexcept
 
 cdef extern from "balance/choice.hpp" namespace "moecomm::balance" nogil:
@@ -143,7 +143,7 @@ cdef extern from "balance/choice.hpp" namespace "moecomm::balance" nogil:
         Choice(const int32_t* physical_to_logical, int slots, int experts, int ranks, int nodes, Mode mode, int activate) except +
         bool needs_all()
 
-cdef extern from "runtime/communicator.hpp" namespace "moecomm" nogil:
+cdef extern from "runtime/cpu/communicator.hpp" namespace "moecomm" nogil:
     cdef enum class RailKind(int):
         none
         loopback
@@ -195,13 +195,13 @@ cdef extern from "base/roles.hpp" namespace "moecomm" nogil:
     cdef enum class RoleKind(int32_t):
         pass
 
-cdef extern from "fabric/host.hpp" namespace "moecomm" nogil:
+cdef extern from "fabric/cpu/host.hpp" namespace "moecomm" nogil:
     cdef struct RoleSpan:
         RoleKind role
         int64_t begin
         int64_t end
 
-cdef extern from "fabric/fault.hpp" namespace "moecomm" nogil:
+cdef extern from "fabric/cpu/fault.hpp" namespace "moecomm" nogil:
     cdef enum class FaultPoint "moecomm::Fault::Point"(int32_t):
         pass
 
@@ -214,7 +214,7 @@ cdef extern from "fabric/fault.hpp" namespace "moecomm" nogil:
         Phase phase
         int64_t passes
 
-cdef extern from "runtime/recording.hpp" namespace "moecomm" nogil:
+cdef extern from "runtime/cpu/recording.hpp" namespace "moecomm" nogil:
     cdef struct RecordedCall:
         pass
 
@@ -229,7 +229,7 @@ cdef extern from "runtime/recording.hpp" namespace "moecomm" nogil:
         Recording(int top_k, int num_experts)
         uint64_t bytes()
 
-cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
+cdef extern from "runtime/cpu/buffer.hpp" namespace "moecomm" nogil:
     bool ends_late(const Status&)
 
     cdef cppclass DispatchCall:
@@ -283,7 +283,7 @@ cdef extern from "runtime/buffer.hpp" namespace "moecomm" nogil:
 
     shared_ptr[Buffer] make_buffer "moecomm::make_owned<moecomm::Buffer>"(shared_ptr[Communicator], Shape, bool check) except +
 
-cdef extern from "runtime/decode.hpp" namespace "moecomm" nogil:
+cdef extern from "runtime/cpu/decode.hpp" namespace "moecomm" nogil:
     cdef cppclass DecodeDispatchCall:
         const char* x
         const char* scales
@@ -340,28 +340,28 @@ cdef extern from "runtime/decode.hpp" namespace "moecomm" nogil:
 
     shared_ptr[Decode] make_decode "moecomm::make_owned<moecomm::Decode>"(shared_ptr[Communicator], Shape, bool check) except +
 
-cdef extern from "runtime/decode_floor.hpp" namespace "moecomm" nogil:
+cdef extern from "runtime/cpu/decode_floor.hpp" namespace "moecomm" nogil:
     cdef cppclass DecodeFloor:
         DecodeFloor(Decode&, const char* x, char* y) except +
         Status run(int steps)
         Status latency(int rounds)
 
-cdef extern from "fabric/rows.hpp" namespace "moecomm" nogil:
+cdef extern from "fabric/cpu/rows.hpp" namespace "moecomm" nogil:
     cdef cppclass RowKernels:
         const char* name
 
     const RowKernels& row_kernels()
 
-cdef extern from "fabric/ucx.hpp" namespace "moecomm" nogil:
+cdef extern from "fabric/cpu/ucx.hpp" namespace "moecomm" nogil:
     cdef cppclass UcxContext:
         @staticmethod
         string version()
 
-cdef extern from "fabric/ucx_library.hpp" namespace "moecomm":
+cdef extern from "fabric/cpu/ucx_library.hpp" namespace "moecomm":
     void set_ucx_folders(vector[string])
     void require_ucx() except +
 
-cdef extern from "runtime/tools.hpp" namespace "moecomm" nogil:
+cdef extern from "runtime/cpu/tools.hpp" namespace "moecomm" nogil:
     void gather_rows(char* dst, const char* src, const int64_t* index, int64_t rows, uint64_t row_bytes, bool stream)
     void sum_rows(char* dst, const char* src, const int64_t* index, const float* weights, int64_t tokens, int terms, int64_t hidden, DType dtype)
     int64_t count_different(const char* got, const char* want, const int64_t* index, int64_t rows, int64_t row_elements, int64_t element_bytes)

@@ -7,7 +7,7 @@ from libcpp.vector cimport vector
 
 from moecomm._native cimport capi
 
-cdef extern from "world/cuda/launch.hpp" namespace "moecomm::cuda" nogil:
+cdef extern from "runtime/cuda/kernels/launch.hpp" namespace "moecomm::cuda" nogil:
     cdef cppclass Spread:
         int32_t sms
         int32_t warps
@@ -82,7 +82,7 @@ cdef extern from "runtime/cuda/buffer.hpp" namespace "moecomm::cuda" nogil:
         const capi.Arena& arena()
         const DeviceWindow& window()
 
-cdef extern from "world/cuda/decode_schedule.hpp" namespace "moecomm" nogil:
+cdef extern from "schedule/decode_slices.hpp" namespace "moecomm" nogil:
     cdef enum class DecodeStage(int32_t):
         idle
 
@@ -122,11 +122,11 @@ cdef extern from "runtime/cuda/decode.hpp" namespace "moecomm::cuda" nogil:
         capi.Counters take_counters() except +
         const capi.Counters* counters()
 
-cdef extern from "world/cuda/quant_launch.hpp" namespace "moecomm" nogil:
+cdef extern from "runtime/cuda/kernels/quant_launch.hpp" namespace "moecomm" nogil:
     cdef enum class TileShape(int32_t):
         row
 
-cdef extern from "world/cuda/quant_launch.hpp" namespace "moecomm::cuda" nogil:
+cdef extern from "runtime/cuda/kernels/quant_launch.hpp" namespace "moecomm::cuda" nogil:
     int launch_quantize(char* codes, float* scales, const char* x, int64_t rows, int64_t columns, capi.DType, TileShape, capi.ScaleKind, void* stream)
     int launch_dequantize(char* x, const char* codes, const float* scales, int64_t rows, int64_t columns, capi.DType, TileShape, void* stream)
     int launch_transpose_requantize(char* dst, float* dst_scales, const char* src, const float* src_scales, int64_t rows, int64_t columns, capi.ScaleKind,

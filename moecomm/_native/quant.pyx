@@ -11,7 +11,7 @@ cdef extern from "base/codes.hpp" namespace "moecomm" nogil:
     long long c_scale_words "moecomm::scale_words"(int64_t hidden, ScaleKind kind)
     unsigned long long c_wire_row_bytes "moecomm::wire_row_bytes"(Wire wire, int64_t hidden, DType type)
 
-cdef extern from "runtime/quant.hpp" namespace "moecomm" nogil:
+cdef extern from "runtime/cpu/quant.hpp" namespace "moecomm" nogil:
     cdef enum class TileShape(int):
         row
         column

@@ -6,7 +6,7 @@ from libcpp.vector cimport vector
 
 from moecomm._native.capi cimport CallShape, Counters, Mode, Phase, PlanView, Shape, Status, Why, Wire
 
-cdef extern from "fabric/sim_links.hpp" namespace "moecomm" nogil:
+cdef extern from "fabric/sim/links.hpp" namespace "moecomm" nogil:
     cdef cppclass Hardware:
         double node_rate
         double node_latency
@@ -23,12 +23,12 @@ cdef extern from "fabric/sim_links.hpp" namespace "moecomm" nogil:
     cdef cppclass Calendar:
         uint64_t busy()
 
-cdef extern from "fabric/sim_chaos.hpp" namespace "moecomm" nogil:
+cdef extern from "fabric/sim/chaos.hpp" namespace "moecomm" nogil:
     cdef cppclass Chaos:
         Chaos()
         Chaos(uint64_t seed, uint64_t budget)
 
-cdef extern from "fabric/sim.hpp" namespace "moecomm" nogil:
+cdef extern from "fabric/sim/net.hpp" namespace "moecomm" nogil:
     cdef struct LinkCount:
         uint64_t row_bytes
         uint64_t rows
@@ -79,7 +79,7 @@ cdef extern from "fabric/sim.hpp" namespace "moecomm" nogil:
         const vector[LogLine]& log_lines()
         const vector[RoleState]& stuck_roles()
 
-cdef extern from "fabric/sim_mutant.hpp" namespace "moecomm" nogil:
+cdef extern from "fabric/sim/mutant.hpp" namespace "moecomm" nogil:
     cdef enum class Flaw(int32_t):
         none
 
@@ -88,7 +88,7 @@ cdef extern from "fabric/sim_mutant.hpp" namespace "moecomm" nogil:
         Phase phase
         bool chosen
 
-cdef extern from "runtime/sim.hpp" namespace "moecomm" nogil:
+cdef extern from "runtime/sim/world.hpp" namespace "moecomm" nogil:
     cdef cppclass Plan:
         PlanView view
 
@@ -179,7 +179,7 @@ cdef extern from "runtime/sim.hpp" namespace "moecomm" nogil:
         uint64_t events()
         SimDecode& decode(int rank)
 
-cdef extern from "runtime/sim_explore.hpp" namespace "moecomm" nogil:
+cdef extern from "runtime/sim/explore.hpp" namespace "moecomm" nogil:
     cdef cppclass Finding:
         bool found
         uint64_t schedules

@@ -17,7 +17,7 @@ from ..results import Pending
 from ..tensors import plain
 
 _ROW_BYTES = 1 << 16
-_ROWS_PER_ROUND = 128   # of one source, so that a round's window stays small
+_ROWS_PER_ROUND = 128  # of one source, so that a round's window stays small
 
 
 class Migrating(Pending):
@@ -56,7 +56,9 @@ class Migration:
         self.placement, self.weights = placement, weights
         self.layers_done, self._closed = 0, False
         per_rank, me = placement.slots_per_rank, comm.rank
-        same = comm._everywhere(op, lambda: self._check(op, comm))   # what is wrong on one rank is raised on all
+        same = comm._everywhere(
+            op, lambda: self._check(op, comm)
+        )  # what is wrong on one rank is raised on all
         comm._require_equal(op, same)
         self._slot_bytes = same[me]["slot_bytes"]
         self._caller = torch.cuda.current_stream(comm.device) if comm._gpu is not None else None
@@ -64,15 +66,24 @@ class Migration:
         # All moves of a layer, by source rank, in the order of the table: what leaves and arrives is read from it.
         self._moves = [[] for _ in range(placement.num_layers)]
         for layer, slot, _, source in placement.moves.tolist():
-            self._moves[layer].append((source // per_rank, slot // per_rank, source % per_rank, slot % per_rank))
+            self._moves[layer].append(
+                (source // per_rank, slot // per_rank, source % per_rank, slot % per_rank)
+            )
         self._row_bytes = min(_ROW_BYTES, max(16, -(-max(self._slot_bytes) // 16) * 16))
         self._rank = me
         from ..buffer import Buffer
 
         self.comm = comm.duplicate()
         try:
-            self._buffer = Buffer(self.comm, hidden=self._row_bytes // 4, num_experts=comm.size, top_k=1, max_tokens=_ROWS_PER_ROUND, dtype=torch.float32,
-                                  num_sms=2)
+            self._buffer = Buffer(
+                self.comm,
+                hidden=self._row_bytes // 4,
+                num_experts=comm.size,
+                top_k=1,
+                max_tokens=_ROWS_PER_ROUND,
+                dtype=torch.float32,
+                num_sms=2,
+            )
         except BaseException:
             self.comm.close()
             raise
@@ -80,20 +91,53 @@ class Migration:
     def _check(self, op, comm):
         """What must be equal on all ranks; refuses what does not fit."""
         placement, weights, per_rank = self.placement, self.weights, self.placement.slots_per_rank
-        require(placement.num_ranks == comm.size, op, "comm", comm, f"a communicator of the placement's {placement.num_ranks} ranks")
-        require(isinstance(weights, Sequence) and not isinstance(weights, str), op, "weights", type(weights).__qualname__, "a list with one entry per layer")
-        require(len(weights) == placement.num_layers, op, "weights", len(weights), f"one entry per layer, {placement.num_layers}")
+        require(
+            placement.num_ranks == comm.size,
+            op,
+            "comm",
+            comm,
+            f"a communicator of the placement's {placement.num_ranks} ranks",
+        )
+        require(
+            isinstance(weights, Sequence) and not isinstance(weights, str),
+            op,
+            "weights",
+            type(weights).__qualname__,
+            "a list with one entry per layer",
+        )
+        require(
+            len(weights) == placement.num_layers,
+            op,
+            "weights",
+            len(weights),
+            f"one entry per layer, {placement.num_layers}",
+        )
         slot_bytes = []
         for layer, w in enumerate(weights):
             known = isinstance(w, (torch.Tensor, dict, list, tuple))
-            require(known, op, f"weights[{layer}]", type(w).__qualname__, "a tensor, or a list or dict of tensors")
+            require(
+                known, op, f"weights[{layer}]", type(w).__qualname__, "a tensor, or a list or dict of tensors"
+            )
             slot_bytes.append(0)
             for t in self._tensors(w):
-                require(isinstance(t, torch.Tensor), op, f"weights[{layer}]", type(t).__qualname__, "a tensor")
+                require(
+                    isinstance(t, torch.Tensor), op, f"weights[{layer}]", type(t).__qualname__, "a tensor"
+                )
                 plain(op, f"weights[{layer}]", t)
-                ok = t.layout == torch.strided and t.dim() >= 1 and t.shape[0] == per_rank and t.is_contiguous() and t.device == comm.device
-                require(ok, op, f"weights[{layer}]", f"{t.dtype} {t.layout} {list(t.shape)} on {t.device}",
-                        f"contiguous tensors of {per_rank} slots on {comm.device}")
+                ok = (
+                    t.layout == torch.strided
+                    and t.dim() >= 1
+                    and t.shape[0] == per_rank
+                    and t.is_contiguous()
+                    and t.device == comm.device
+                )
+                require(
+                    ok,
+                    op,
+                    f"weights[{layer}]",
+                    f"{t.dtype} {t.layout} {list(t.shape)} on {t.device}",
+                    f"contiguous tensors of {per_rank} slots on {comm.device}",
+                )
                 slot_bytes[-1] += t[0].numel() * t.element_size()
         return {"version": placement.digest, "slot_bytes": slot_bytes}
 
@@ -118,7 +162,7 @@ class Migration:
             for layer in range(self.placement.num_layers):
                 new.append(self._move_layer(layer))
                 self.layers_done = layer + 1
-            self._dispatch(self._no_rows(), [])   # done everywhere, or an error everywhere
+            self._dispatch(self._no_rows(), [])  # done everywhere, or an error everywhere
         return new
 
     @contextlib.contextmanager
@@ -140,9 +184,9 @@ class Migration:
         arrivals = [m for m in moves if m[1] == self._rank]
         if not moves:
             return entry
-        tensors = [t.clone() for t in old] if arrivals else old     # the running layers read the old ones
+        tensors = [t.clone() for t in old] if arrivals else old  # the running layers read the old ones
         for t in tensors if arrivals and self._caller else ():
-            t.record_stream(self._caller)   # which will read the new ones
+            t.record_stream(self._caller)  # which will read the new ones
         rows_per_slot = -(-self._slot_bytes[layer] // self._row_bytes)
         local = [m for m in arrivals if m[0] == self._rank]
         remote = [m for m in moves if m[0] != m[1]]
@@ -152,7 +196,9 @@ class Migration:
         leaving = [m for m in remote if m[0] == self._rank]
         most = max((sum(m[0] == r for m in remote) for r in range(self.comm.size)), default=0) * rows_per_slot
         pieces = {m: [] for m in remote if m[1] == self._rank}
-        expected = {r: [m for m in pieces if m[0] == r for _ in range(rows_per_slot)] for r in range(self.comm.size)}
+        expected = {
+            r: [m for m in pieces if m[0] == r for _ in range(rows_per_slot)] for r in range(self.comm.size)
+        }
         for first in range(0, most, _ROWS_PER_ROUND):
             rows, to = self._cut(old, leaving, rows_per_slot, first)
             for source, row in self._dispatch(rows, to):
@@ -168,7 +214,9 @@ class Migration:
             _, dest, source, _ = leaving[i // rows_per_slot]
             if not rows or i % rows_per_slot == 0:
                 flat = torch.cat([t[source].reshape(-1).view(torch.uint8) for t in tensors])
-                flat = torch.nn.functional.pad(flat, (0, rows_per_slot * self._row_bytes - len(flat))).view(rows_per_slot, -1)
+                flat = torch.nn.functional.pad(flat, (0, rows_per_slot * self._row_bytes - len(flat))).view(
+                    rows_per_slot, -1
+                )
             rows.append(flat[i % rows_per_slot])
             to.append(dest)
         return torch.stack(rows) if rows else self._no_rows(), to
@@ -176,7 +224,9 @@ class Migration:
     def _dispatch(self, rows, to):
         """One round: (source rank, row) of everything that arrives, by source and in its order."""
         x = rows.view(torch.float32).view(-1, self._row_bytes // 4)
-        out = self._buffer.dispatch(x, torch.tensor(to, dtype=torch.int64, device=x.device).view(-1, 1), layout="rank")
+        out = self._buffer.dispatch(
+            x, torch.tensor(to, dtype=torch.int64, device=x.device).view(-1, 1), layout="rank"
+        )
         return list(zip(out.source_rank.tolist(), out.x.view(torch.uint8).clone()))
 
     @staticmethod
@@ -184,7 +234,7 @@ class Migration:
         at = 0
         for t in targets:
             n = t.numel() * t.element_size()
-            t.copy_(data[at:at + n].view(t.dtype).view(t.shape))
+            t.copy_(data[at : at + n].view(t.dtype).view(t.shape))
             at += n
 
     def close(self):

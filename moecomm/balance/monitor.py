@@ -47,14 +47,23 @@ class LoadMonitor:
 
     def __init__(self, num_layers, num_experts, *, window=64, half_life=64.0):
         op = "LoadMonitor"
-        layers, experts = integer(op, "num_layers", num_layers, 1, 1 << 20), integer(op, "num_experts", num_experts, 1, MOST_EXPERTS)
+        layers, experts = (
+            integer(op, "num_layers", num_layers, 1, 1 << 20),
+            integer(op, "num_experts", num_experts, 1, MOST_EXPERTS),
+        )
         self.shape, self.window = (layers, experts), integer(op, "window", window, 1, 1 << 20)
         half_life = number(op, "half_life", half_life, positive=True)
-        self._decay = 0.5 ** min(1.0 / half_life, 1074.0)   # beyond that it is 0
+        self._decay = 0.5 ** min(1.0 / half_life, 1074.0)  # beyond that it is 0
         try:
             self.reset()
-        except (MemoryError, ValueError):   # NumPy's, where the size is no size at all
-            require(False, op, "window", window, f"a history of {layers} layers x {experts} experts x window that memory holds")
+        except (MemoryError, ValueError):  # NumPy's, where the size is no size at all
+            require(
+                False,
+                op,
+                "window",
+                window,
+                f"a history of {layers} layers x {experts} experts x window that memory holds",
+            )
 
     def reset(self):
         """Forget everything."""
@@ -62,7 +71,7 @@ class LoadMonitor:
         self._recent = np.zeros((self.window, layers, experts), dtype=np.int64)
         self._average = np.zeros(self.shape)
         self._everywhere = None
-        self.batches = np.zeros(layers, dtype=np.int64)   # recorded, per layer
+        self.batches = np.zeros(layers, dtype=np.int64)  # recorded, per layer
 
     def record(self, layer, counts, *, everywhere=False):
         """Add one batch's picks, int [E]; everywhere: of all ranks, else of this one. Called by dispatch.
@@ -72,10 +81,25 @@ class LoadMonitor:
         InvalidArgument
             There is no such layer, the counts are no picks [E], or both kinds are mixed since the last reset.
         """
-        layer, everywhere = integer("LoadMonitor", "layer", layer, 0, self.shape[0] - 1), flag("LoadMonitor", "everywhere", everywhere)
+        layer, everywhere = (
+            integer("LoadMonitor", "layer", layer, 0, self.shape[0] - 1),
+            flag("LoadMonitor", "everywhere", everywhere),
+        )
         counts = integers("LoadMonitor", "counts", counts)
-        require(counts.shape == self.shape[1:] and counts.min() >= 0, "LoadMonitor", "counts", counts, f"picks >= 0 of {self.shape[1]} experts")
-        require(self._everywhere in (None, everywhere), "LoadMonitor", "everywhere", everywhere, "the same kind of counts since the last reset")
+        require(
+            counts.shape == self.shape[1:] and counts.min() >= 0,
+            "LoadMonitor",
+            "counts",
+            counts,
+            f"picks >= 0 of {self.shape[1]} experts",
+        )
+        require(
+            self._everywhere in (None, everywhere),
+            "LoadMonitor",
+            "everywhere",
+            everywhere,
+            "the same kind of counts since the last reset",
+        )
         self._everywhere = everywhere
         self._recent[self.batches[layer] % self.window, layer] = counts
         self._average[layer] = self._average[layer] * self._decay + counts
@@ -93,15 +117,21 @@ class LoadMonitor:
             comm is no Communicator.
         """
         weighted = flag("load", "weighted", weighted)
-        require(comm is None or hasattr(comm, "ranks_per_node"), "load", "comm", comm, "a Communicator, or None")
+        require(
+            comm is None or hasattr(comm, "ranks_per_node"), "load", "comm", comm, "a Communicator, or None"
+        )
         load = self._average if weighted else self._recent.sum(0).astype(np.float64)
         if comm is not None and not self._everywhere:
             everyone = comm._exchange([list(load.shape), np.ascontiguousarray(load).tobytes()], "load")
             comm._require_equal("load", [{"layers and experts": shape} for shape, _ in everyone])
-            load = np.sum([np.frombuffer(data, dtype=np.float64).reshape(load.shape) for _, data in everyone], axis=0)
+            load = np.sum(
+                [np.frombuffer(data, dtype=np.float64).reshape(load.shape) for _, data in everyone], axis=0
+            )
         return torch.from_numpy(np.array(load))
 
-    def advise(self, placement, *, seconds_per_row, bytes_per_expert, bytes_per_second, batches, comm=None, **options):
+    def advise(
+        self, placement, *, seconds_per_row, bytes_per_expert, bytes_per_second, batches, comm=None, **options
+    ):
         """Plan a rebalance and weigh it: time saved over the next `batches` per layer against time to move weights.
 
         Parameters
@@ -132,25 +162,48 @@ class LoadMonitor:
         op = "advise"
 
         def checked():
-            require(isinstance(placement, Placement), op, "placement", placement, "a moecomm.balance.Placement")
-            require((placement.num_layers, placement.num_experts) == self.shape, op, "placement", placement,
-                    f"one of {self.shape[0]} layers and {self.shape[1]} experts")
+            require(
+                isinstance(placement, Placement), op, "placement", placement, "a moecomm.balance.Placement"
+            )
+            require(
+                (placement.num_layers, placement.num_experts) == self.shape,
+                op,
+                "placement",
+                placement,
+                f"one of {self.shape[0]} layers and {self.shape[1]} experts",
+            )
             unknown = sorted(set(options) - {"max_moves", "num_groups", "connected"})
             require(not unknown, op, "options", unknown, "some of max_moves, num_groups, connected")
-            return [number(op, "seconds_per_row", seconds_per_row), number(op, "bytes_per_expert", bytes_per_expert),
-                    number(op, "bytes_per_second", bytes_per_second, positive=True), number(op, "batches", batches)]
+            return [
+                number(op, "seconds_per_row", seconds_per_row),
+                number(op, "bytes_per_expert", bytes_per_expert),
+                number(op, "bytes_per_second", bytes_per_second, positive=True),
+                number(op, "batches", batches),
+            ]
 
         require(comm is None or hasattr(comm, "ranks_per_node"), op, "comm", comm, "a Communicator, or None")
         # What is wrong on one rank is raised on all of them: nobody waits for loads that do not come.
         alone = comm is None or self._everywhere
         per_row, moved, rate, batches = checked() if alone else comm._everywhere(op, checked)[comm.rank]
         load = self.load(comm)
-        planned = rebalance(load, num_replicas=placement.num_slots, num_nodes=placement.num_nodes, num_ranks=placement.num_ranks,
-                            previous=placement, **options)
+        planned = rebalance(
+            load,
+            num_replicas=placement.num_slots,
+            num_nodes=placement.num_nodes,
+            num_ranks=placement.num_ranks,
+            previous=placement,
+            **options,
+        )
         past = self.batches.astype(np.float64)
-        weight = past if self._decay == 1.0 else (1 - self._decay ** past) / (1 - self._decay)   # of all batches in the average
+        weight = (
+            past if self._decay == 1.0 else (1 - self._decay**past) / (1 - self._decay)
+        )  # of all batches in the average
         per_batch = load / torch.from_numpy(np.maximum(weight, 1.0))[:, None]
-        saved = (placement.rank_load(per_batch).max(1).values - planned.rank_load(per_batch).max(1).values).sum()
+        saved = (
+            placement.rank_load(per_batch).max(1).values - planned.rank_load(per_batch).max(1).values
+        ).sum()
         into = torch.bincount(planned.moves[:, 1] // planned.slots_per_rank, minlength=planned.num_ranks)
         gain, cost = float(saved) * per_row * batches, float(into.max()) * moved / rate
-        return Advice(gain > cost, gain, cost, placement.balancedness(load), planned.balancedness(load), planned)
+        return Advice(
+            gain > cost, gain, cost, placement.balancedness(load), planned.balancedness(load), planned
+        )

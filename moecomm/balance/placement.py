@@ -44,28 +44,81 @@ class Placement:
     def __post_init__(self, previous):
         op = "Placement"
         table = torch.from_numpy(integers(op, "physical_to_logical", self.physical_to_logical).copy())
-        require(table.dim() == 2 and table.numel() > 0, op, "physical_to_logical", list(table.shape), "a table [layers, slots]")
+        require(
+            table.dim() == 2 and table.numel() > 0,
+            op,
+            "physical_to_logical",
+            list(table.shape),
+            "a table [layers, slots]",
+        )
         layers, slots = table.shape
-        for name, low, high in (("num_experts", 1, MOST_EXPERTS), ("num_ranks", 1, slots), ("num_nodes", 1, slots), ("version", 0, (1 << 63) - 1)):
+        for name, low, high in (
+            ("num_experts", 1, MOST_EXPERTS),
+            ("num_ranks", 1, slots),
+            ("num_nodes", 1, slots),
+            ("version", 0, (1 << 63) - 1),
+        ):
             object.__setattr__(self, name, integer(op, name, getattr(self, name), low, high))
         object.__setattr__(self, "partial", flag(op, "partial", self.partial))
-        require(previous is None or isinstance(previous, Placement), op, "previous", previous, "a Placement, or None")
-        require(slots % self.num_ranks == 0, op, "num_ranks", self.num_ranks, f"a divisor of the {slots} slots")
-        require(self.num_ranks % self.num_nodes == 0, op, "num_nodes", self.num_nodes, f"a divisor of the {self.num_ranks} ranks")
+        require(
+            previous is None or isinstance(previous, Placement),
+            op,
+            "previous",
+            previous,
+            "a Placement, or None",
+        )
+        require(
+            slots % self.num_ranks == 0, op, "num_ranks", self.num_ranks, f"a divisor of the {slots} slots"
+        )
+        require(
+            self.num_ranks % self.num_nodes == 0,
+            op,
+            "num_nodes",
+            self.num_nodes,
+            f"a divisor of the {self.num_ranks} ranks",
+        )
         bad = (table < 0) | (table >= self.num_experts)
-        require(not bad.any(), op, "physical_to_logical", table[bad][:1].tolist(), f"experts in [0, {self.num_experts})")
+        require(
+            not bad.any(),
+            op,
+            "physical_to_logical",
+            table[bad][:1].tolist(),
+            f"experts in [0, {self.num_experts})",
+        )
         sets = table.view(layers, self.num_ranks, -1).sort(-1).values
-        twice = (sets[..., 1:] == sets[..., :-1])
-        require(not twice.any(), op, "physical_to_logical", twice.nonzero()[:1].tolist(), "no expert twice on one rank (layer, rank, ...)")
-        count = torch.zeros((layers, self.num_experts), dtype=torch.int64, device="cpu").scatter_add_(1, table, torch.ones_like(table))
-        require(self.partial or bool((count > 0).all()), op, "physical_to_logical", (count == 0).nonzero()[:1].tolist(), "a slot for every (layer, expert)")
+        twice = sets[..., 1:] == sets[..., :-1]
+        require(
+            not twice.any(),
+            op,
+            "physical_to_logical",
+            twice.nonzero()[:1].tolist(),
+            "no expert twice on one rank (layer, rank, ...)",
+        )
+        count = torch.zeros((layers, self.num_experts), dtype=torch.int64, device="cpu").scatter_add_(
+            1, table, torch.ones_like(table)
+        )
+        require(
+            self.partial or bool((count > 0).all()),
+            op,
+            "physical_to_logical",
+            (count == 0).nonzero()[:1].tolist(),
+            "a slot for every (layer, expert)",
+        )
         by_expert = table.argsort(dim=1, stable=True)
         first = count.cumsum(1) - count
-        ordinal = torch.arange(slots, dtype=torch.int64, device="cpu") - first.gather(1, table.gather(1, by_expert))
-        replicas = torch.full((layers, self.num_experts, int(count.max())), -1, dtype=torch.int64, device="cpu")
+        ordinal = torch.arange(slots, dtype=torch.int64, device="cpu") - first.gather(
+            1, table.gather(1, by_expert)
+        )
+        replicas = torch.full(
+            (layers, self.num_experts, int(count.max())), -1, dtype=torch.int64, device="cpu"
+        )
         layer = torch.arange(layers, dtype=torch.int64, device="cpu")[:, None].expand(layers, slots)
         replicas[layer, table.gather(1, by_expert), ordinal] = by_expert
-        for name, value in (("physical_to_logical", table), ("replica_count", count), ("logical_to_physical", replicas)):
+        for name, value in (
+            ("physical_to_logical", table),
+            ("replica_count", count),
+            ("logical_to_physical", replicas),
+        ):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "moves", self._moves(previous))
 
@@ -100,7 +153,13 @@ class Placement:
             load has another shape, or is no array of numbers.
         """
         load = torch.from_numpy(reals("rank_load", "load", load))
-        require(load.shape == self.replica_count.shape, "rank_load", "load", list(load.shape), f"[L, E] = {list(self.replica_count.shape)}")
+        require(
+            load.shape == self.replica_count.shape,
+            "rank_load",
+            "load",
+            list(load.shape),
+            f"[L, E] = {list(self.replica_count.shape)}",
+        )
         share = (load / self.replica_count).gather(1, self.physical_to_logical)
         return share.view(self.num_layers, self.num_ranks, -1).sum(-1)
 
@@ -108,9 +167,13 @@ class Placement:
         """Mean over layers of mean/max rank load, 1.0 at best; a layer without load counts as balanced."""
         load = torch.from_numpy(_finite("balancedness", "load", load))
         largest = load.max(1, keepdim=True).values if load.dim() == 2 and load.numel() else load
-        rank = self.rank_load(load / torch.where(largest > 0, largest, 1.0))   # of loads up to 1: no sum overflows, no quotient vanishes
+        rank = self.rank_load(
+            load / torch.where(largest > 0, largest, 1.0)
+        )  # of loads up to 1: no sum overflows, no quotient vanishes
         highest = rank.max(1).values
-        return float(torch.where(highest > 0, rank.mean(1) / torch.where(highest > 0, highest, 1.0), 1.0).mean())
+        return float(
+            torch.where(highest > 0, rank.mean(1) / torch.where(highest > 0, highest, 1.0), 1.0).mean()
+        )
 
     def surviving(self, alive, *, num_nodes=1):
         """This placement on the ranks that are left, numbered anew in ascending order; they keep their slots.
@@ -123,11 +186,20 @@ class Placement:
         InvalidArgument
             alive is empty or names a rank that does not exist.
         """
-        ranks = integers("surviving", "alive", sorted(alive) if isinstance(alive, (set, frozenset, range)) else alive)
+        ranks = integers(
+            "surviving", "alive", sorted(alive) if isinstance(alive, (set, frozenset, range)) else alive
+        )
         alive = sorted(set(ranks.reshape(-1).tolist()))
-        require(ranks.ndim == 1 and alive and 0 <= alive[0] and alive[-1] < self.num_ranks, "surviving", "alive", alive,
-                f"a list of ranks in 0..{self.num_ranks - 1}")
-        table = self.physical_to_logical.view(self.num_layers, self.num_ranks, -1)[:, alive].reshape(self.num_layers, -1)
+        require(
+            ranks.ndim == 1 and alive and 0 <= alive[0] and alive[-1] < self.num_ranks,
+            "surviving",
+            "alive",
+            alive,
+            f"a list of ranks in 0..{self.num_ranks - 1}",
+        )
+        table = self.physical_to_logical.view(self.num_layers, self.num_ranks, -1)[:, alive].reshape(
+            self.num_layers, -1
+        )
         return Placement(table, self.num_experts, len(alive), num_nodes, self.version, partial=True)
 
     def migrate(self, weights, comm):
@@ -162,8 +234,17 @@ class Placement:
     def _moves(self, before):
         if before is None:
             return torch.zeros((0, 4), dtype=torch.int64, device="cpu")
-        same = before.physical_to_logical.shape == self.physical_to_logical.shape and before.num_ranks == self.num_ranks
-        require(same and before.num_experts == self.num_experts, "Placement", "previous", before, "a placement of the same layers, slots, experts and ranks")
+        same = (
+            before.physical_to_logical.shape == self.physical_to_logical.shape
+            and before.num_ranks == self.num_ranks
+        )
+        require(
+            same and before.num_experts == self.num_experts,
+            "Placement",
+            "previous",
+            before,
+            "a placement of the same layers, slots, experts and ranks",
+        )
         changed = (before.physical_to_logical != self.physical_to_logical).nonzero()
         layer, slot = changed.T
         expert = self.physical_to_logical[layer, slot]
@@ -185,7 +266,17 @@ def _finite(op, name, load):
     return load
 
 
-def rebalance(load, *, num_replicas, num_groups=1, num_nodes=1, num_ranks, previous=None, max_moves=None, connected=False):
+def rebalance(
+    load,
+    *,
+    num_replicas,
+    num_groups=1,
+    num_nodes=1,
+    num_ranks,
+    previous=None,
+    max_moves=None,
+    connected=False,
+):
     """A placement that balances the ranks under this load. Deterministic; releases the GIL.
 
     Parameters
@@ -223,33 +314,70 @@ def rebalance(load, *, num_replicas, num_groups=1, num_nodes=1, num_ranks, previ
     experts = load.shape[1]
     require(experts <= MOST_EXPERTS, op, "load", list(load.shape), f"at most {MOST_EXPERTS} experts")
     num_replicas, num_groups, num_nodes, num_ranks = (
-        integer(op, name, value, 1, MOST_EXPERTS) for name, value in
-        dict(num_replicas=num_replicas, num_groups=num_groups, num_nodes=num_nodes, num_ranks=num_ranks).items())
+        integer(op, name, value, 1, MOST_EXPERTS)
+        for name, value in dict(
+            num_replicas=num_replicas, num_groups=num_groups, num_nodes=num_nodes, num_ranks=num_ranks
+        ).items()
+    )
     connected = flag(op, "connected", connected)
     require(num_ranks % num_nodes == 0, op, "num_nodes", num_nodes, f"a divisor of the {num_ranks} ranks")
     require(experts % num_groups == 0, op, "num_groups", num_groups, f"a divisor of the {experts} experts")
-    require(num_groups == 1 or num_groups % num_nodes == 0, op, "num_groups", num_groups, f"1 or a multiple of the {num_nodes} nodes")
+    require(
+        num_groups == 1 or num_groups % num_nodes == 0,
+        op,
+        "num_groups",
+        num_groups,
+        f"1 or a multiple of the {num_nodes} nodes",
+    )
     parts = num_nodes if num_groups > 1 else 1
     most = min(MOST_EXPERTS, experts // parts * (num_ranks // parts) * parts)
-    require(num_replicas % num_ranks == 0 and experts <= num_replicas <= most, op, "num_replicas", num_replicas,
-             f"a multiple of the {num_ranks} ranks in {experts}..{most} (no rank holds an expert twice)")
+    require(
+        num_replicas % num_ranks == 0 and experts <= num_replicas <= most,
+        op,
+        "num_replicas",
+        num_replicas,
+        f"a multiple of the {num_ranks} ranks in {experts}..{most} (no rank holds an expert twice)",
+    )
     before = None
     if previous is not None:
-        fits = (isinstance(previous, Placement) and previous.physical_to_logical.shape == (load.shape[0], num_replicas)
-                and previous.num_experts == experts and previous.num_ranks == num_ranks)
-        require(fits, op, "previous", previous, f"a Placement of {load.shape[0]} layers, {experts} experts, {num_replicas} slots, {num_ranks} ranks")
+        fits = (
+            isinstance(previous, Placement)
+            and previous.physical_to_logical.shape == (load.shape[0], num_replicas)
+            and previous.num_experts == experts
+            and previous.num_ranks == num_ranks
+        )
+        require(
+            fits,
+            op,
+            "previous",
+            previous,
+            f"a Placement of {load.shape[0]} layers, {experts} experts, {num_replicas} slots, {num_ranks} ranks",
+        )
         if parts > 1:
             node_of = previous.logical_to_physical // (num_replicas // num_nodes)
             home = node_of[:, :, :1].reshape(load.shape[0], num_groups, -1)
-            together = (home == home[..., :1]).all() and ((node_of == node_of[:, :, :1]) | (previous.logical_to_physical < 0)).all()
-            require(bool(together), op, "previous", previous, "a placement that keeps every group in one node")
+            together = (home == home[..., :1]).all() and (
+                (node_of == node_of[:, :, :1]) | (previous.logical_to_physical < 0)
+            ).all()
+            require(
+                bool(together), op, "previous", previous, "a placement that keeps every group in one node"
+            )
         before = np.ascontiguousarray(previous.physical_to_logical.numpy(), dtype=np.int32)
     if max_moves is not None:
         require(previous is not None, op, "max_moves", max_moves, "None without previous")
         max_moves = integer(op, "max_moves", max_moves, 0)
     out = np.empty((load.shape[0], num_replicas), dtype=np.int32)
-    native.rebalance(load, out, num_groups, num_nodes, num_ranks, before, -1 if max_moves is None else max_moves, connected)
-    return Placement(torch.from_numpy(out), experts, num_ranks, num_nodes, 0 if previous is None else previous.version + 1, previous)
+    native.rebalance(
+        load, out, num_groups, num_nodes, num_ranks, before, -1 if max_moves is None else max_moves, connected
+    )
+    return Placement(
+        torch.from_numpy(out),
+        experts,
+        num_ranks,
+        num_nodes,
+        0 if previous is None else previous.version + 1,
+        previous,
+    )
 
 
 def rebalance_experts(weight, num_replicas, num_groups, num_nodes, num_gpus):
@@ -271,7 +399,12 @@ def rebalance_experts(weight, num_replicas, num_groups, num_nodes, num_gpus):
     InvalidArgument
         As rebalance.
     """
-    num_groups, num_nodes = (integer("rebalance", name, value, 1, MOST_EXPERTS) for name, value in dict(num_groups=num_groups, num_nodes=num_nodes).items())
+    num_groups, num_nodes = (
+        integer("rebalance", name, value, 1, MOST_EXPERTS)
+        for name, value in dict(num_groups=num_groups, num_nodes=num_nodes).items()
+    )
     groups = num_groups if num_groups % num_nodes == 0 else 1
-    p = rebalance(weight, num_replicas=num_replicas, num_groups=groups, num_nodes=num_nodes, num_ranks=num_gpus)
+    p = rebalance(
+        weight, num_replicas=num_replicas, num_groups=groups, num_nodes=num_nodes, num_ranks=num_gpus
+    )
     return p.physical_to_logical, p.logical_to_physical, p.replica_count

@@ -45,8 +45,14 @@ class Replicas:
     """
 
     def __init__(self, comm, placement, mode, activate=None, renormalize=False, monitor=None):
-        self.comm, self.mode, self.activate, self.renormalize, self.monitor = comm, mode, activate, renormalize, monitor
-        self.decoding = [None, None]   # physical ids of the two decode epochs
+        self.comm, self.mode, self.activate, self.renormalize, self.monitor = (
+            comm,
+            mode,
+            activate,
+            renormalize,
+            monitor,
+        )
+        self.decoding = [None, None]  # physical ids of the two decode epochs
         self._take(placement)
 
     @staticmethod
@@ -59,13 +65,31 @@ class Replicas:
         """
         op = "Buffer"
         require(isinstance(placement, Placement), op, "placement", placement, "a moecomm.balance.Placement")
-        require(placement.num_experts == num_experts, op, "num_experts", num_experts, f"the placement's {placement.num_experts} logical experts")
+        require(
+            placement.num_experts == num_experts,
+            op,
+            "num_experts",
+            num_experts,
+            f"the placement's {placement.num_experts} logical experts",
+        )
         require(placement.num_ranks == comm.size, op, "placement", placement, f"one of {comm.size} ranks")
         require(mode in MODES, op, "replicas", mode, "one of " + ", ".join(map(repr, MODES)))
         per_rank = placement.slots_per_rank
-        require(activate is None or (isinstance(activate, int) and 1 <= activate <= per_rank), op, "activate", activate, f"None or 1..{per_rank}")
+        require(
+            activate is None or (isinstance(activate, int) and 1 <= activate <= per_rank),
+            op,
+            "activate",
+            activate,
+            f"None or 1..{per_rank}",
+        )
         shape = (placement.num_layers, placement.num_experts)
-        require(monitor is None or (isinstance(monitor, LoadMonitor) and monitor.shape == shape), op, "monitor", monitor, f"a LoadMonitor of {shape[0]} layers and {shape[1]} experts")
+        require(
+            monitor is None or (isinstance(monitor, LoadMonitor) and monitor.shape == shape),
+            op,
+            "monitor",
+            monitor,
+            f"a LoadMonitor of {shape[0]} layers and {shape[1]} experts",
+        )
 
     @property
     def logical_experts(self):
@@ -82,11 +106,20 @@ class Replicas:
         old = self.placement
 
         def check():
-            fits = isinstance(placement, Placement) and placement.physical_to_logical.shape == old.physical_to_logical.shape
-            require(fits and placement.num_experts == old.num_experts, "use", "placement", placement, f"a Placement like {old}")
+            fits = (
+                isinstance(placement, Placement)
+                and placement.physical_to_logical.shape == old.physical_to_logical.shape
+            )
+            require(
+                fits and placement.num_experts == old.num_experts,
+                "use",
+                "placement",
+                placement,
+                f"a Placement like {old}",
+            )
             return {"placement": placement.digest}
 
-        self.comm._settle()   # everyone comes here, so every batch before this is over everywhere
+        self.comm._settle()  # everyone comes here, so every batch before this is over everywhere
         self.comm._require_equal("use", self.comm._everywhere("use", check))
         self._take(placement)
 
@@ -95,10 +128,23 @@ class Replicas:
         shape = placement.num_experts, placement.num_ranks, self.comm.num_nodes
         if self.activate is not None:
             for layer, table in enumerate(tables):
-                stuck = native.Replicas(table, *shape).activate(np.ones(placement.num_experts), self.activate, np.empty(len(table), dtype=np.uint8))
-                require(stuck < 0, "Buffer", "activate", self.activate, f"room to run expert {stuck} of layer {layer} beside the others on its ranks")
-        self.placement, self._choices = placement, [core.Choice(table, *shape, MODES.index(self.mode), self.activate or 0) for table in tables]
-        self._routing = [zlib.crc32(f"{placement.digest}/{layer}".encode()) for layer in range(placement.num_layers)]
+                stuck = native.Replicas(table, *shape).activate(
+                    np.ones(placement.num_experts), self.activate, np.empty(len(table), dtype=np.uint8)
+                )
+                require(
+                    stuck < 0,
+                    "Buffer",
+                    "activate",
+                    self.activate,
+                    f"room to run expert {stuck} of layer {layer} beside the others on its ranks",
+                )
+        self.placement, self._choices = (
+            placement,
+            [core.Choice(table, *shape, MODES.index(self.mode), self.activate or 0) for table in tables],
+        )
+        self._routing = [
+            zlib.crc32(f"{placement.digest}/{layer}".encode()) for layer in range(placement.num_layers)
+        ]
         self._lost = (placement.replica_count == 0).to(self.comm.device) if placement.partial else None
 
     def require_layer(self, op, layer):
@@ -108,7 +154,13 @@ class Replicas:
         ------
         InvalidArgument
         """
-        require(isinstance(layer, int) and 0 <= layer < len(self._choices), op, "layer", layer, f"0..{len(self._choices) - 1}")
+        require(
+            isinstance(layer, int) and 0 <= layer < len(self._choices),
+            op,
+            "layer",
+            layer,
+            f"0..{len(self._choices) - 1}",
+        )
 
     def ask(self, topk_ids, layer):
         """The Asking of one batch: logical ids [T, K] of a layer, for a native call that chooses their slots."""
@@ -128,7 +180,13 @@ class Replicas:
             As dispatch, or the placement is partial: decode has no place to report lost weight.
         """
         op = "decode_dispatch"
-        require(self._lost is None, op, "placement", self.placement, "a complete one: lost weight is reported by dispatch only")
+        require(
+            self._lost is None,
+            op,
+            "placement",
+            self.placement,
+            "a complete one: lost weight is reported by dispatch only",
+        )
         self.require_layer(op, layer)
         self.comm._settle()
         return self.choose(buffer, op, topk_ids, layer)
@@ -144,7 +202,7 @@ class Replicas:
         if self.comm._gpu is not None:
             cuda.refuse_capture(op, self.comm, "placement", "the host chooses the replicas of every batch")
         asking = self.ask(topk_ids, layer)
-        if self.logical_experts:   # else each rank chooses by itself
+        if self.logical_experts:  # else each rank chooses by itself
             made(buffer)
         failure = buffer._chooser.choose(asking.ids.data_ptr(), len(asking.ids), asking.chosen)
         if failure is not None:
@@ -157,7 +215,11 @@ class Replicas:
         """(weights, lost): what lost picks weighed per token, float32 [T]; the weights of the others, scaled up if asked."""
         if self._lost is None:
             return weights, torch.zeros(len(topk_ids), device=topk_ids.device, dtype=torch.float32)
-        given = torch.ones(topk_ids.shape, device=topk_ids.device, dtype=torch.float32) if weights is None else weights
+        given = (
+            torch.ones(topk_ids.shape, device=topk_ids.device, dtype=torch.float32)
+            if weights is None
+            else weights
+        )
         gone = self._lost[layer][topk_ids.clamp(0, self.placement.num_experts - 1).long()] & (topk_ids >= 0)
         lost = (given * gone).sum(1)
         if self.renormalize:

@@ -34,7 +34,9 @@ class _Exchange:
     def buffer(self, options, **shape):
         """The Buffer for these rows; made when first asked for, on all ranks of the group."""
         if self._comm is None:
-            self._comm = Communicator(self._group, ranks_per_node=options["ranks_per_node"], timeout=options["timeout"])
+            self._comm = Communicator(
+                self._group, ranks_per_node=options["ranks_per_node"], timeout=options["timeout"]
+            )
         key = tuple(sorted(shape.items(), key=lambda item: item[0]))
         if key not in self._buffers:
             shape["max_tokens"] = options["max_tokens"]
@@ -72,28 +74,45 @@ class MoecommEP(EPImplementation):
         """[T, hidden], global ids [T, top_k], weights [T, top_k] -> the experts' weighted sum [T, hidden]."""
         tokens = hidden_states.shape[0]
         x, ids, weights = (self._slice(t) for t in (hidden_states, top_k_index, top_k_weights))
-        buffer = self._exchange.buffer(self.options, hidden=x.shape[1], num_experts=self.num_local_experts * self.ep_mesh.size(),
-                                       top_k=ids.shape[1], dtype=x.dtype)
+        buffer = self._exchange.buffer(
+            self.options,
+            hidden=x.shape[1],
+            num_experts=self.num_local_experts * self.ep_mesh.size(),
+            top_k=ids.shape[1],
+            dtype=x.dtype,
+        )
         out = buffer.dispatch(x.contiguous(), ids.contiguous(), weights.float().contiguous(), layout="rank")
         received, count = out.x, out.x.shape[0]
-        local = torch.where(out.topk_ids < 0, self.num_local_experts, out.topk_ids)   # how transformers says "skip"
+        local = torch.where(
+            out.topk_ids < 0, self.num_local_experts, out.topk_ids
+        )  # how transformers says "skip"
         row_weights = out.topk_weights.to(x.dtype)
         if count == 0:
             # One row of zeros, of which nothing is kept: backward then finds the experts and both exchanges here too.
-            received, local, row_weights = received.sum(0, keepdim=True), local.new_zeros(1, 1), row_weights.new_zeros(1, 1)
+            received, local, row_weights = (
+                received.sum(0, keepdim=True),
+                local.new_zeros(1, 1),
+                row_weights.new_zeros(1, 1),
+            )
         rows = self.experts_forward(received, local, row_weights)[:count]
         return self._gather(buffer.combine(rows.contiguous(), out.handle), tokens)
 
     def _slice(self, tensor):
         if self.tp_mesh.size() == 1:
             return tensor
-        return DTensor.from_local(tensor, self.tp_mesh, [Replicate()], run_check=False).redistribute(self.tp_mesh, [Shard(0)]).to_local()
+        return (
+            DTensor.from_local(tensor, self.tp_mesh, [Replicate()], run_check=False)
+            .redistribute(self.tp_mesh, [Shard(0)])
+            .to_local()
+        )
 
     def _gather(self, y, tokens):
         if self.tp_mesh.size() == 1:
             return y
         shape = (tokens, y.shape[1])
-        return DTensor.from_local(y, self.tp_mesh, [Shard(0)], run_check=False, shape=shape, stride=(shape[1], 1)).full_tensor()
+        return DTensor.from_local(
+            y, self.tp_mesh, [Shard(0)], run_check=False, shape=shape, stride=(shape[1], 1)
+        ).full_tensor()
 
 
 def register(name="moecomm", *, max_tokens=4096, ranks_per_node=None, timeout=30.0):
@@ -109,7 +128,9 @@ def register(name="moecomm", *, max_tokens=4096, ranks_per_node=None, timeout=30
         As for Communicator.
     """
     options = dict(max_tokens=max_tokens, ranks_per_node=ranks_per_node, timeout=timeout)
-    EPImplementationInterface.register(name, type("MoecommEP", (MoecommEP,), {"options": options, "__doc__": MoecommEP.__doc__}))
+    EPImplementationInterface.register(
+        name, type("MoecommEP", (MoecommEP,), {"options": options, "__doc__": MoecommEP.__doc__})
+    )
 
 
 def close():

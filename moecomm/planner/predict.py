@@ -53,16 +53,44 @@ def predict(question, seed=0):
     """
     q = question
     ids = route(q, seed)
-    cluster = Cluster(q.ranks, ranks_per_node=q.ranks_per_node, hidden=q.model.hidden, num_experts=q.slots, top_k=q.top_k, max_tokens=q.tokens,
-                      dtype=torch.bfloat16, num_sms=q.num_sms, hardware=q.cluster.hardware, decode=q.decode)
+    cluster = Cluster(
+        q.ranks,
+        ranks_per_node=q.ranks_per_node,
+        hidden=q.model.hidden,
+        num_experts=q.slots,
+        top_k=q.top_k,
+        max_tokens=q.tokens,
+        dtype=torch.bfloat16,
+        num_sms=q.num_sms,
+        hardware=q.cluster.hardware,
+        decode=q.decode,
+    )
     step = cluster.decode_step(ids, quant=q.quant) if q.decode else cluster.step(ids, quant=q.quant)
     links = step.links
-    crossed = {hop: np.array([link[hop]["row_bytes"] + link[hop]["other_bytes"] for link in links], float) for hop in ("rail", "node")}
-    busy = {(rank, name): picoseconds for rank, link in enumerate(links) for name, picoseconds in link["busy"].items()}
+    crossed = {
+        hop: np.array([link[hop]["row_bytes"] + link[hop]["other_bytes"] for link in links], float)
+        for hop in ("rail", "node")
+    }
+    busy = {
+        (rank, name): picoseconds
+        for rank, link in enumerate(links)
+        for name, picoseconds in link["busy"].items()
+    }
     (rank, name), longest = max(busy.items(), key=lambda item: item[1])
-    return Prediction(float(np.median(step.dispatch_us)), float(step.dispatch_us.max()), float(np.median(step.combine_us)), float(step.combine_us.max()),
-                      *(f(crossed[hop]) for hop in ("rail", "node") for f in (lambda a: float(a.mean()), lambda a: float(a.max()))),
-                      f"{name.replace('_', ' ')} of rank {rank}", longest / 1e6 / step.total_us, _buffer_bytes(q))
+    return Prediction(
+        float(np.median(step.dispatch_us)),
+        float(step.dispatch_us.max()),
+        float(np.median(step.combine_us)),
+        float(step.combine_us.max()),
+        *(
+            f(crossed[hop])
+            for hop in ("rail", "node")
+            for f in (lambda a: float(a.mean()), lambda a: float(a.max()))
+        ),
+        f"{name.replace('_', ' ')} of rank {rank}",
+        longest / 1e6 / step.total_us,
+        _buffer_bytes(q),
+    )
 
 
 def _buffer_bytes(q):

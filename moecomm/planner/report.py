@@ -6,7 +6,13 @@ import html
 import io
 from dataclasses import asdict
 
-TITLES = {"sms": "SMs", "node_limit": "node limit M", "precision": "dispatch rows", "ranks": "EP size", "tokens": "tokens per rank"}
+TITLES = {
+    "sms": "SMs",
+    "node_limit": "node limit M",
+    "precision": "dispatch rows",
+    "ranks": "EP size",
+    "tokens": "tokens per rank",
+}
 ATTENTION_US = (50, 100, 200, 500, 1000)
 
 
@@ -15,10 +21,16 @@ def summary(plan):
     q, p = plan.question, plan.prediction
     one, rank = plan.tokens_per_second(p, q.tokens)
     lines = [
-        ("question", f"{q.model_name}, {q.cluster.name}: {q.ranks} ranks = {q.nodes} node{'s' * (q.nodes > 1)} x {q.ranks_per_node}, {q.tokens} tokens per rank, "
-                     f"{q.slots} slots ({q.slots // q.ranks} per rank), top-{q.top_k}{' with the shared expert' if q.shared_is_routed else ''}, "
-                     f"{q.top_groups} of {q.groups} groups, {q.routing if q.routing in ('uniform', 'zipf') else 'recorded'} routing"),
-        ("path", f"{'decode: one put per token and rank' if q.decode else 'throughput: two hops'}, dispatch in {q.quant or 'bf16'}, combine in bf16, {q.num_sms} SMs"),
+        (
+            "question",
+            f"{q.model_name}, {q.cluster.name}: {q.ranks} ranks = {q.nodes} node{'s' * (q.nodes > 1)} x {q.ranks_per_node}, {q.tokens} tokens per rank, "
+            f"{q.slots} slots ({q.slots // q.ranks} per rank), top-{q.top_k}{' with the shared expert' if q.shared_is_routed else ''}, "
+            f"{q.top_groups} of {q.groups} groups, {q.routing if q.routing in ('uniform', 'zipf') else 'recorded'} routing",
+        ),
+        (
+            "path",
+            f"{'decode: one put per token and rank' if q.decode else 'throughput: two hops'}, dispatch in {q.quant or 'bf16'}, combine in bf16, {q.num_sms} SMs",
+        ),
         ("dispatch", f"{p.dispatch_us:.1f} us (slowest rank {p.dispatch_slowest_us:.1f})"),
         ("combine", f"{p.combine_us:.1f} us (slowest rank {p.combine_slowest_us:.1f})"),
         ("rail", f"{_bytes(p.rail_bytes)} leave a rank (most {_bytes(p.rail_bytes_most)})"),
@@ -28,13 +40,29 @@ def summary(plan):
     ]
     if "sms" in plan.sweeps:
         lines.append(("enough SMs", f"{plan.enough_sms}: within 5% of the fastest step"))
-    lines.append((f"{plan.layers} layers", f"{plan.step_ms(p):.2f} ms of communication per step of two micro-batches: at most {one:.1f} tokens/s for a request, "
-                                           f"{rank:.0f} tokens/s on a rank"))
+    lines.append(
+        (
+            f"{plan.layers} layers",
+            f"{plan.step_ms(p):.2f} ms of communication per step of two micro-batches: at most {one:.1f} tokens/s for a request, "
+            f"{rank:.0f} tokens/s on a rank",
+        )
+    )
     if plan.slo_ms and "tokens" in plan.sweeps:
         fits = plan.within_slo()
-        lines.append(("within the SLO", f"{plan.slo_ms:g} ms per step: " + (f"up to {fits} tokens per rank and micro-batch" if fits else "not even the fewest tokens")))
+        lines.append(
+            (
+                "within the SLO",
+                f"{plan.slo_ms:g} ms per step: "
+                + (f"up to {fits} tokens per rank and micro-batch" if fits else "not even the fewest tokens"),
+            )
+        )
     for attention in (plan.attention_us,) if plan.attention_us else ATTENTION_US:
-        lines.append((f"behind {attention:g} us", f"{plan.hidden_share(attention):.0%} of the communication is hidden by the other micro-batch"))
+        lines.append(
+            (
+                f"behind {attention:g} us",
+                f"{plan.hidden_share(attention):.0%} of the communication is hidden by the other micro-batch",
+            )
+        )
     return lines
 
 
@@ -42,9 +70,15 @@ def text(plan):
     """The summary, and a table per sweep."""
     out = [f"{what:>16}  {value}" for what, value in summary(plan)]
     for name, swept in plan.sweeps.items():
-        out += ["", f"{TITLES[name]:>16}  {'dispatch us':>12}{'slowest':>10}{'combine us':>12}{'slowest':>10}{'rail MB':>10}{'node MB':>10}"]
-        out += [f"{value!s:>16}  {p.dispatch_us:12.1f}{p.dispatch_slowest_us:10.1f}{p.combine_us:12.1f}{p.combine_slowest_us:10.1f}"
-                f"{p.rail_bytes / 1e6:10.3f}{p.node_bytes / 1e6:10.3f}" for value, p in swept]
+        out += [
+            "",
+            f"{TITLES[name]:>16}  {'dispatch us':>12}{'slowest':>10}{'combine us':>12}{'slowest':>10}{'rail MB':>10}{'node MB':>10}",
+        ]
+        out += [
+            f"{value!s:>16}  {p.dispatch_us:12.1f}{p.dispatch_slowest_us:10.1f}{p.combine_us:12.1f}{p.combine_slowest_us:10.1f}"
+            f"{p.rail_bytes / 1e6:10.3f}{p.node_bytes / 1e6:10.3f}"
+            for value, p in swept
+        ]
     return "\n".join(out)
 
 
@@ -53,17 +87,32 @@ def as_dict(plan):
     q = asdict(plan.question)
     q["cluster"] = plan.question.cluster.name
     per_request, per_rank = plan.tokens_per_second(plan.prediction, plan.question.tokens)
-    return dict(question=q, prediction=asdict(plan.prediction), layers=plan.layers, step_ms=plan.step_ms(plan.prediction),
-                tokens_per_second=dict(request=per_request, rank=per_rank), enough_sms=plan.enough_sms if "sms" in plan.sweeps else None,
-                hidden_share={str(a): plan.hidden_share(a) for a in ((plan.attention_us,) if plan.attention_us else ATTENTION_US)},
-                slo_ms=plan.slo_ms, tokens_within_slo=plan.within_slo() if plan.slo_ms and "tokens" in plan.sweeps else None,
-                sweeps={name: [dict(value=value, **asdict(p)) for value, p in swept] for name, swept in plan.sweeps.items()})
+    return dict(
+        question=q,
+        prediction=asdict(plan.prediction),
+        layers=plan.layers,
+        step_ms=plan.step_ms(plan.prediction),
+        tokens_per_second=dict(request=per_request, rank=per_rank),
+        enough_sms=plan.enough_sms if "sms" in plan.sweeps else None,
+        hidden_share={
+            str(a): plan.hidden_share(a)
+            for a in ((plan.attention_us,) if plan.attention_us else ATTENTION_US)
+        },
+        slo_ms=plan.slo_ms,
+        tokens_within_slo=plan.within_slo() if plan.slo_ms and "tokens" in plan.sweeps else None,
+        sweeps={
+            name: [dict(value=value, **asdict(p)) for value, p in swept]
+            for name, swept in plan.sweeps.items()
+        },
+    )
 
 
 def page(plan):
     """One HTML page that needs nothing beside it. Charts need matplotlib (the extra `bench`)."""
     q = plan.question
-    rows = "\n".join(f"<tr><th>{html.escape(what)}</th><td>{html.escape(value)}</td></tr>" for what, value in summary(plan))
+    rows = "\n".join(
+        f"<tr><th>{html.escape(what)}</th><td>{html.escape(value)}</td></tr>" for what, value in summary(plan)
+    )
     charts = "\n".join(f"<figure>{_chart(name, swept)}</figure>" for name, swept in plan.sweeps.items())
     title = html.escape(f"{q.model_name} on {q.cluster.name}, EP{q.ranks}, {q.tokens} tokens per rank")
     return f"""<!doctype html>
@@ -88,9 +137,20 @@ def _chart(name, swept):
 
     figure, axis = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
     at = range(len(swept))
-    for label, color, median, slowest in (("dispatch", "#0f766e", "dispatch_us", "dispatch_slowest_us"), ("combine", "#c2410c", "combine_us", "combine_slowest_us")):
-        axis.plot(at, [getattr(p, slowest) for _, p in swept], color=color, marker="o", label=f"{label}, slowest rank")
-        axis.plot(at, [getattr(p, median) for _, p in swept], color=color, linestyle=":", label=f"{label}, median")
+    for label, color, median, slowest in (
+        ("dispatch", "#0f766e", "dispatch_us", "dispatch_slowest_us"),
+        ("combine", "#c2410c", "combine_us", "combine_slowest_us"),
+    ):
+        axis.plot(
+            at,
+            [getattr(p, slowest) for _, p in swept],
+            color=color,
+            marker="o",
+            label=f"{label}, slowest rank",
+        )
+        axis.plot(
+            at, [getattr(p, median) for _, p in swept], color=color, linestyle=":", label=f"{label}, median"
+        )
     axis.set_xticks(at, [str(value) for value, _ in swept])
     axis.set_xlabel(TITLES[name])
     axis.set_ylabel("us")
@@ -100,7 +160,7 @@ def _chart(name, swept):
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None})
     plt.close(figure)
-    return out.getvalue()[out.getvalue().index("<svg"):]
+    return out.getvalue()[out.getvalue().index("<svg") :]
 
 
 def _bytes(n):

@@ -12,7 +12,7 @@ SMS = (2, 4, 8, 12, 16, 20, 32, 64, 132)
 RANKS = (8, 16, 32, 64, 128, 256, 320)
 DECODE_TOKENS = (1, 8, 16, 32, 64, 128, 256)
 BATCH_TOKENS = (512, 1024, 2048, 4096)
-ENOUGH = 1.05     # an SM count is enough where the step takes at most this times the fastest
+ENOUGH = 1.05  # an SM count is enough where the step takes at most this times the fastest
 
 
 @dataclass
@@ -56,8 +56,15 @@ class Plan:
         return max(fits, default=None)
 
 
-def make_plan(question, *, layers=61, slo_ms=None, attention_us=None, sweeps=("sms", "node_limit", "precision", "ranks", "tokens"),
-              progress=lambda done, of, what: None):
+def make_plan(
+    question,
+    *,
+    layers=61,
+    slo_ms=None,
+    attention_us=None,
+    sweeps=("sms", "node_limit", "precision", "ranks", "tokens"),
+    progress=lambda done, of, what: None,
+):
     """Predict the question and its sweeps.
 
     Parameters
@@ -74,7 +81,9 @@ def make_plan(question, *, layers=61, slo_ms=None, attention_us=None, sweeps=("s
     InvalidArgument
         As predict.
     """
-    todo = [("", None, question)] + [(name, value, q) for name in sweeps for value, q in _VARIED[name](question)]
+    todo = [("", None, question)] + [
+        (name, value, q) for name in sweeps for value, q in _VARIED[name](question)
+    ]
     answers, plan = {}, Plan(question, None, layers, slo_ms, attention_us)
     for i, (name, value, q) in enumerate(todo):
         progress(i, len(todo), f"{name} {value}" if name else "the question itself")
@@ -92,17 +101,40 @@ def _over_ranks(q):
     found = []
     for ranks in sorted({*RANKS, q.ranks}):
         try:
-            found.append((ranks, q if ranks == q.ranks else ask(q.model_name, q.cluster.name, ranks, q.tokens, routing=q.routing, decode=q.decode,
-                                                                quant=q.quant, num_sms=q.num_sms)))
-        except InvalidArgument:   # the experts do not fit so many ranks
+            found.append(
+                (
+                    ranks,
+                    q
+                    if ranks == q.ranks
+                    else ask(
+                        q.model_name,
+                        q.cluster.name,
+                        ranks,
+                        q.tokens,
+                        routing=q.routing,
+                        decode=q.decode,
+                        quant=q.quant,
+                        num_sms=q.num_sms,
+                    ),
+                )
+            )
+        except InvalidArgument:  # the experts do not fit so many ranks
             continue
     return found
 
 
 _VARIED = {
     "sms": lambda q: [(n, q.varied(num_sms=n)) for n in SMS],
-    "node_limit": lambda q: [(m, q.varied(top_groups=m)) for m in range(1, q.groups + 1) if m * (q.model.num_experts // q.groups) >= q.model.top_k],
-    "precision": lambda q: [(name, q.varied(quant=quant)) for name, quant in (("bf16", None), ("fp8", "fp8"))],
+    "node_limit": lambda q: [
+        (m, q.varied(top_groups=m))
+        for m in range(1, q.groups + 1)
+        if m * (q.model.num_experts // q.groups) >= q.model.top_k
+    ],
+    "precision": lambda q: [
+        (name, q.varied(quant=quant)) for name, quant in (("bf16", None), ("fp8", "fp8"))
+    ],
     "ranks": _over_ranks,
-    "tokens": lambda q: [(n, q.varied(tokens=n)) for n in sorted({*(DECODE_TOKENS if q.decode else BATCH_TOKENS), q.tokens})],
+    "tokens": lambda q: [
+        (n, q.varied(tokens=n)) for n in sorted({*(DECODE_TOKENS if q.decode else BATCH_TOKENS), q.tokens})
+    ],
 }

@@ -70,7 +70,8 @@ TEST(groups_stay_in_a_node) {
 TEST(one_slot_per_rank_is_optimal_and_near_the_previous) {
   for (uint32_t seed = 0; seed < 50; ++seed) {
     const int experts = 20, slots = 32;
-    const std::vector<double> load = lognormal(experts, 1.0, seed), later = lognormal(experts, 1.0, seed + 1000);
+    const std::vector<double> load = lognormal(experts, 1.0, seed),
+                              later = lognormal(experts, 1.0, seed + 1000);
     std::vector<int32_t> count(experts), best(experts);
     split_hottest(load.data(), experts, slots, slots, count.data());
     split_hottest(later.data(), experts, slots, slots, best.data());
@@ -83,12 +84,13 @@ TEST(one_slot_per_rank_is_optimal_and_near_the_previous) {
       needed += std::max(0, n - count[e]);
       changed += std::max(0, best[e] - count[e]);
     }
-    CHECK_EQ(changed, needed);   // no replica moves that the optimum does not ask for
+    CHECK_EQ(changed, needed);  // no replica moves that the optimum does not ask for
     CHECK_EQ(std::accumulate(best.begin(), best.end(), 0), slots);
   }
 }
 
-// Two slots per rank, all counts tried: a tiny world is the hardest for the search, one replica is a lot there.
+// Two slots per rank, all counts tried: a tiny world is the hardest for the search, one replica is a lot
+// there.
 TEST(pairs_against_all_counts) {
   double excess = 0;
   const int experts = 6, ranks = 5;
@@ -109,7 +111,7 @@ TEST(pairs_against_all_counts) {
         double most = 0;
         for (int r = 0; r < ranks; ++r) {
           const auto &low = pieces[r], &high = pieces[2 * ranks - 1 - r];
-          if (low.second == high.second) return;   // would need a trade that costs something
+          if (low.second == high.second) return;  // would need a trade that costs something
           most = std::max(most, low.first + high.first);
         }
         best = std::min(best, most);
@@ -188,7 +190,8 @@ TEST(split_shares_are_whole_and_at_their_minimum) {
         lowest = std::min(lowest, level[r.rank[i]]);
       }
       CHECK(std::abs(sum - load[e]) < 1e-6 * (1 + load[e]));
-      // What the minimum of the squares means: no expert puts load on a rank while another of its ranks is lower.
+      // What the minimum of the squares means: no expert puts load on a rank while another of its ranks is
+      // lower.
       for (int i = r.first[e]; i < r.first[e + 1]; ++i)
         if (share[i] > 0.02 * most) CHECK(level[r.rank[i]] <= lowest + 0.02 * most);
     }
@@ -196,11 +199,13 @@ TEST(split_shares_are_whole_and_at_their_minimum) {
 }
 
 // Rows of every source and slot, [sources, slots].
-std::vector<int32_t> rows_of_all(const Choice& choice, const Choice::Solved& solved, const std::vector<int32_t>& counts, int sources) {
+std::vector<int32_t> rows_of_all(const Choice& choice, const Choice::Solved& solved,
+                                 const std::vector<int32_t>& counts, int sources) {
   const int experts = choice.replicas().experts, slots = choice.replicas().slots;
   std::vector<int32_t> rows, before(experts, 0);
   for (int s = 0; s < sources; ++s) {
-    for (int p = 0; p < slots; ++p) rows.push_back(choice.rows(solved, s, before.data(), counts.data() + s * experts, p));
+    for (int p = 0; p < slots; ++p)
+      rows.push_back(choice.rows(solved, s, before.data(), counts.data() + s * experts, p));
     for (int e = 0; e < experts; ++e) before[e] += counts[s * experts + e];
   }
   return rows;
@@ -217,7 +222,8 @@ TEST(rows_of_all_sources_make_the_split) {
         for (int e = 0; e < r.experts; ++e)
           for (int n = 0; n < load[e]; ++n) ++total[e], ++counts[engine() % sources * r.experts + e];
         for (int p = 0; p < r.slots; ++p) table[p] = r.expert[r.at_slot[p]];
-        const Choice choice(table.data(), r.slots, r.experts, r.ranks, r.nodes, mode, activate ? r.slots_per_rank() - 1 : 0);
+        const Choice choice(table.data(), r.slots, r.experts, r.ranks, r.nodes, mode,
+                            activate ? r.slots_per_rank() - 1 : 0);
         const Choice::Solved solved = choice.solve(total.data(), static_cast<int>(seed));
         const std::vector<int32_t> rows = rows_of_all(choice, solved, counts, sources);
         const std::vector<double> floats(total.begin(), total.end());
@@ -239,7 +245,8 @@ TEST(rows_of_all_sources_make_the_split) {
             CHECK_EQ(served, counts[s * r.experts + e]);
             if (mode == Mode::even) CHECK(high - low <= 1);
           }
-        for (int i = 0; i < r.slots && mode == Mode::optimal; ++i) CHECK(std::abs(sum[i] - share[i]) <= 1.0 + 1e-6);   // rounding, nothing else
+        for (int i = 0; i < r.slots && mode == Mode::optimal; ++i)
+          CHECK(std::abs(sum[i] - share[i]) <= 1.0 + 1e-6);  // rounding, nothing else
       }
 }
 
@@ -251,11 +258,13 @@ TEST(rows_that_follow_are_those_that_are_routed) {
     const auto [r, load] = layer(kWorld, static_cast<uint32_t>(round), true);
     std::vector<int32_t> table(r.slots);
     for (int p = 0; p < r.slots; ++p) table[p] = r.expert[r.at_slot[p]];
-    const Choice choice(table.data(), r.slots, r.experts, r.ranks, r.nodes, round % 2 ? Mode::even : Mode::optimal, round % 3 ? 0 : r.slots_per_rank() - 1);
+    const Choice choice(table.data(), r.slots, r.experts, r.ranks, r.nodes,
+                        round % 2 ? Mode::even : Mode::optimal, round % 3 ? 0 : r.slots_per_rank() - 1);
     std::vector<int32_t> counts(sources * r.experts), total(r.experts, 0), before(r.experts, 0);
     std::vector<std::vector<int64_t>> ids(sources);
     for (int s = 0; s < sources; ++s) {
-      for (int i = 0; i < tokens * top_k; ++i) ids[s].push_back(engine() % 9 == 0 ? -1 : engine() % (r.experts / top_k) * top_k + i % top_k);
+      for (int i = 0; i < tokens * top_k; ++i)
+        ids[s].push_back(engine() % 9 == 0 ? -1 : engine() % (r.experts / top_k) * top_k + i % top_k);
       CHECK_EQ(count_picks(ids[s].data(), tokens, top_k, r.experts, counts.data() + s * r.experts).code, 0);
       for (int e = 0; e < r.experts; ++e) total[e] += counts[s * r.experts + e];
     }
@@ -264,12 +273,13 @@ TEST(rows_that_follow_are_those_that_are_routed) {
     for (int s = 0; s < sources; ++s) {
       std::vector<int64_t> physical(tokens * top_k);
       std::vector<int32_t> routed(r.slots, 0);
-      choice.route(solved, {ids[s].data(), tokens, top_k, counts.data() + s * r.experts}, s * r.ranks / sources, before.data(), physical.data());
+      choice.route(solved, {ids[s].data(), tokens, top_k, counts.data() + s * r.experts},
+                   s * r.ranks / sources, before.data(), physical.data());
       for (int i = 0; i < tokens * top_k; ++i) {
         CHECK_EQ(physical[i] < 0 ? int64_t{-1} : int64_t{table[physical[i]]}, ids[s][i]);
         if (physical[i] >= 0) ++routed[physical[i]];
       }
-      if (s == 0 || round % 2 == 0)   // even: the rank says where the turn begins
+      if (s == 0 || round % 2 == 0)  // even: the rank says where the turn begins
         for (int p = 0; p < r.slots; ++p) CHECK_EQ(routed[p], rows[s * r.slots + p]);
       for (int e = 0; e < r.experts; ++e) before[e] += counts[s * r.experts + e];
     }
@@ -287,8 +297,10 @@ TEST(routes_keep_to_quotas_and_refuse_bad_ids) {
   CHECK_EQ(count_picks(ids.data(), tokens, top_k, r.experts, counts.data()).code, 0);
   for (int i = 0; i < r.slots; ++i) quota[i] = even_quota(r, i, counts[r.expert[i]], nullptr, 1);
   for (bool by_quota : {true, false}) {
-    if (by_quota) route_by_quota(r, ids.data(), tokens, top_k, 0, quota.data(), physical.data());
-    else route_locally(r, ids.data(), tokens, top_k, 0, nullptr, 0, physical.data());
+    if (by_quota)
+      route_by_quota(r, ids.data(), tokens, top_k, 0, quota.data(), physical.data());
+    else
+      route_locally(r, ids.data(), tokens, top_k, 0, nullptr, 0, physical.data());
     for (int i = 0; i < tokens * top_k; ++i)
       CHECK_EQ(physical[i] < 0 ? int64_t{-1} : int64_t{r.expert[r.at_slot[physical[i]]]}, ids[i]);
     if (by_quota) CHECK_EQ(*std::max_element(quota.begin(), quota.end()), 0);
@@ -337,7 +349,8 @@ TEST(activation_finds_a_choice_where_there_is_one) {
     (exists ? possible : impossible) += 1;
     if (stuck >= 0) continue;
     std::vector<int> running(experts, 0);
-    for (size_t i = 0; i < active.size(); ++i) used[r.rank[i]] += active[i], running[r.expert[i]] += active[i];
+    for (size_t i = 0; i < active.size(); ++i)
+      used[r.rank[i]] += active[i], running[r.expert[i]] += active[i];
     CHECK(*std::max_element(used.begin(), used.end()) <= limit);
     CHECK(*std::min_element(running.begin(), running.end()) >= 1);
   }
@@ -357,7 +370,8 @@ TEST(connected_placements_join_all_ranks) {
     for (int pass = 0; pass < g.ranks; ++pass)
       for (int i = 0; i < g.slots; ++i)
         for (int j = 0; j < g.slots; ++j)
-          if (placement[i] == placement[j]) part[i / 10] = part[j / 10] = std::min(part[i / 10], part[j / 10]);
+          if (placement[i] == placement[j])
+            part[i / 10] = part[j / 10] = std::min(part[i / 10], part[j / 10]);
     CHECK_EQ(*std::max_element(part.begin(), part.end()), 0);
   }
 }

@@ -8,6 +8,7 @@
 # one of them lists itself in the CPP_NOT_ variable of that flavor. An extra flag for one program goes into its line
 # CPP_FLAGS_NAME_test.
 PY ?= python3
+PYTHON ?= python3
 READY ?=
 CPP_FLAGS_device_rows_test := -iquote tests/cpp/emulated -Itests/cpp/emulated -Wno-maybe-uninitialized -Wno-uninitialized
 CPP_FLAGS_device_world_test := $(CPP_FLAGS_device_rows_test)
@@ -30,7 +31,7 @@ CPP_FLAGS_tsan := -Wno-maybe-uninitialized -O1 -g1 -fsanitize=thread
 CPP_FLAGS_asan := -Wno-maybe-uninitialized -O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 # UCX only where a test uses it: its memory hooks do not live with ThreadSanitizer.
 CPP_LINK = -L$(CPP_UCX)/lib -Wl,-rpath,$(CPP_UCX)/lib -Wl,--as-needed -lucp -lucs
-CPP_LIBRARY := $(wildcard csrc/balance/*.cpp csrc/exec/*.cpp csrc/fabric/*.cpp csrc/runtime/*.cpp)
+CPP_LIBRARY := $(shell $(PYTHON) tools/sources.py tests)
 CPP_RUN_plain :=
 # ThreadSanitizer of older compilers needs the memory layout without randomisation.
 CPP_RUN_tsan := TSAN_OPTIONS="halt_on_error=1 report_signal_unsafe=0" $(shell setarch -R true 2>/dev/null && echo setarch -R)

@@ -8,8 +8,8 @@
 //     SKIP("this machine has no AVX-512"); // leaves the test, which counts as skipped
 //   }
 //
-// Checks may be made from any thread. `NAME_test [PART...]` runs the tests whose name contains a PART; the last
-// line says 'N passed, N failed' and the exit status is 0 only if none failed and at least one ran.
+// Checks may be made from any thread. `NAME_test [PART...]` runs the tests whose name contains a PART; the
+// last line says 'N passed, N failed' and the exit status is 0 only if none failed and at least one ran.
 #pragma once
 #include <atomic>
 #include <cstdio>
@@ -23,12 +23,23 @@
 
 namespace check {
 
-struct Test { const char* name; std::function<void()> body; };
-struct Leave {};                       // thrown by REQUIRE
-struct Skipped { std::string why; };   // thrown by SKIP
+struct Test {
+  const char* name;
+  std::function<void()> body;
+};
+struct Leave {};  // thrown by REQUIRE
+struct Skipped {
+  std::string why;
+};  // thrown by SKIP
 
-inline std::vector<Test>& tests() { static std::vector<Test> all; return all; }
-inline std::atomic<int>& failures() { static std::atomic<int> n{0}; return n; }
+inline std::vector<Test>& tests() {
+  static std::vector<Test> all;
+  return all;
+}
+inline std::atomic<int>& failures() {
+  static std::atomic<int> n{0};
+  return n;
+}
 
 struct Registration {
   Registration(const char* name, std::function<void()> body) { tests().push_back({name, std::move(body)}); }
@@ -46,9 +57,12 @@ inline void fail(const char* file, int line, const std::string& what) {
 template <class T>
 std::string text(const T& v) {
   std::ostringstream s;
-  if constexpr (std::is_enum_v<T>) s << static_cast<long long>(v);
-  else if constexpr (sizeof(T) == 1 && std::is_integral_v<T>) s << static_cast<int>(v);
-  else s << v;
+  if constexpr (std::is_enum_v<T>)
+    s << static_cast<long long>(v);
+  else if constexpr (sizeof(T) == 1 && std::is_integral_v<T>)
+    s << static_cast<int>(v);
+  else
+    s << v;
   return s.str();
 }
 
@@ -70,9 +84,7 @@ inline int run(int argc, char** argv) {
     try {
       t.body();
     } catch (const Leave&) {
-    } catch (const Skipped& s) {
-      skip = s.why;
-    } catch (const std::exception& e) {
+    } catch (const Skipped& s) { skip = s.why; } catch (const std::exception& e) {
       fail(t.name, 0, std::string("exception: ") + e.what());
     }
     if (failures() > 0) {
@@ -94,21 +106,31 @@ inline int run(int argc, char** argv) {
 }  // namespace check
 
 #define CHECK_TEXT_(x) #x
-#define TEST(name)                                                      \
-  static void name();                                                   \
-  static const check::Registration name##_registration(#name, name);    \
+#define TEST(name)                                                   \
+  static void name();                                                \
+  static const check::Registration name##_registration(#name, name); \
   static void name()
 // One body under many parameters: TEST_CASES(name, values) { use `value` }
-#define TEST_CASES(name, values)                                                                        \
-  static void name(const std::decay_t<decltype((values)[0])>& value);                                   \
-  static const check::Registration name##_registration(#name, [] { for (const auto& v : (values)) name(v); }); \
+#define TEST_CASES(name, values)                                      \
+  static void name(const std::decay_t<decltype((values)[0])>& value); \
+  static const check::Registration name##_registration(#name, [] {    \
+    for (const auto& v : (values)) name(v);                           \
+  });                                                                 \
   static void name([[maybe_unused]] const std::decay_t<decltype((values)[0])>& value)
 
-#define CHECK(expression) \
-  do { if (!(expression)) check::fail(__FILE__, __LINE__, CHECK_TEXT_((expression)) " is false"); } while (0)
+#define CHECK(expression)                                                                      \
+  do {                                                                                         \
+    if (!(expression)) check::fail(__FILE__, __LINE__, CHECK_TEXT_((expression)) " is false"); \
+  } while (0)
 #define CHECK_EQ(a, b) check::equal((a), (b), __FILE__, __LINE__, CHECK_TEXT_(a == b))
-#define REQUIRE(expression) \
-  do { if (!(expression)) { check::fail(__FILE__, __LINE__, CHECK_TEXT_((expression)) " is false"); throw check::Leave{}; } } while (0)
-#define SKIP(why) throw check::Skipped{why}
+#define REQUIRE(expression)                                                   \
+  do {                                                                        \
+    if (!(expression)) {                                                      \
+      check::fail(__FILE__, __LINE__, CHECK_TEXT_((expression)) " is false"); \
+      throw check::Leave{};                                                   \
+    }                                                                         \
+  } while (0)
+#define SKIP(why) \
+  throw check::Skipped { why }
 
 int main(int argc, char** argv) { return check::run(argc, argv); }

@@ -1,9 +1,9 @@
-// Cases of decode in whole worlds and what one rank does in an epoch: every row and every sum compared with the
-// definition. A Runner says who executes a rank's four phases, and from where they know their epoch.
+// Cases of decode in whole worlds and what one rank does in an epoch: every row and every sum compared with
+// the definition. A Runner says who executes a rank's four phases, and from where they know their epoch.
 #pragma once
 #include "check.hpp"
+#include "schedule/decode_sequential.hpp"
 #include "world.hpp"
-#include "world/cpu/decode_run.hpp"
 
 namespace world {
 
@@ -13,10 +13,10 @@ struct DecodeCase {
   Wire wire = Wire::plain;
   int top_k = 3, experts_per_rank = 3, hidden = 40;
   int epochs = 7;
-  int groups = 0;          // a rank is so many groups at once; 0: one
-  int captured = 0;        // steps of a graph that is replayed: tickets and banks repeat. 0: banks alternate
-  bool overlap = false;    // a combine is sent behind the next dispatch
-  int squad = 1;           // warps of a group
+  int groups = 0;        // a rank is so many groups at once; 0: one
+  int captured = 0;      // steps of a graph that is replayed: tickets and banks repeat. 0: banks alternate
+  bool overlap = false;  // a combine is sent behind the next dispatch
+  int squad = 1;         // warps of a group
 };
 
 constexpr int kDecodeTokens = 5;
@@ -24,8 +24,11 @@ constexpr int kDecodeTokens = 5;
 // One rank's memories, in plain heap memory.
 struct DecodeSeat {
   DecodeSeat(const Geometry& g, const Shape& s, bool check)
-      : view(make_decode_view(g, s, check)), window(view.window.bytes), region(view.region.bytes),
-        table_bytes(place_decode_turn(view, nullptr, turns[0])), tables(2 * table_bytes) {
+      : view(make_decode_view(g, s, check)),
+        window(view.window.bytes),
+        region(view.region.bytes),
+        table_bytes(place_decode_turn(view, nullptr, turns[0])),
+        tables(2 * table_bytes) {
     host.geometry = g;
     host.window_faults = view.window.faults;
     host.region_faults = view.region.faults;
@@ -43,7 +46,7 @@ struct DecodeSeat {
   HostState host;
   LoopbackRail loopback;
   Watch watch;
-  std::vector<char*> regions;   // by rank, null in the own node
+  std::vector<char*> regions;  // by rank, null in the own node
   DecodeTurn turns[2];
   uint64_t table_bytes;
   std::vector<char> tables;
@@ -52,11 +55,14 @@ struct DecodeSeat {
 inline std::vector<std::unique_ptr<DecodeSeat>> make_decode_seats(const DecodeCase& c, const Shape& shape) {
   std::vector<std::unique_ptr<DecodeSeat>> seats;
   const int size = c.nodes * c.per_node;
-  for (int r = 0; r < size; ++r) seats.push_back(std::make_unique<DecodeSeat>(Geometry{r, size, c.per_node}, shape, c.check));
+  for (int r = 0; r < size; ++r)
+    seats.push_back(std::make_unique<DecodeSeat>(Geometry{r, size, c.per_node}, shape, c.check));
   for (auto& seat : seats) {
     const Geometry& g = seat->host.geometry;
-    for (int r = 0; r < size; ++r) seat->regions.push_back(seat->view.near(r) ? nullptr : seats[r]->region.data.get());
-    for (int l = 0; l < c.per_node; ++l) seat->host.windows[l] = seats[g.rank_at(g.node(), l)]->window.data.get();
+    for (int r = 0; r < size; ++r)
+      seat->regions.push_back(seat->view.near(r) ? nullptr : seats[r]->region.data.get());
+    for (int l = 0; l < c.per_node; ++l)
+      seat->host.windows[l] = seats[g.rank_at(g.node(), l)]->window.data.get();
     seat->loopback.attach(seat->regions);
   }
   return seats;
@@ -70,7 +76,8 @@ struct SoloDecode {
   }
   Status send(DecodeSeat& me, const DecodeCase& c, const DecodeSendArgs& a, uint64_t) {
     const HostFabric<LoopbackRail> f{&me.host, &me.loopback};
-    const Status listed = execute(c.lanes, [&](auto g) { return decode_list(g, a, 0, a.turn.tokens, a.turn.sent); });
+    const Status listed =
+        execute(c.lanes, [&](auto g) { return decode_list(g, a, 0, a.turn.tokens, a.turn.sent); });
     return listed.ok() ? execute(c.lanes, [&](auto g) { return run_decode_send(g, f, a); }) : listed;
   }
   Status receive(DecodeSeat& me, const DecodeCase& c, const DecodeReceiveArgs& a) {
@@ -110,7 +117,9 @@ inline Input make_decode_input(const DecodeCase& c, int r, int epoch) {
 }
 
 // The output of expert e for token t of rank s.
-inline float expert_value(int epoch, int e, int s, int t, int i) { return rounded(value_of(epoch * 31 + e, s, t * 1000 + i), DType::bf16); }
+inline float expert_value(int epoch, int e, int s, int t, int i) {
+  return rounded(value_of(epoch * 31 + e, s, t * 1000 + i), DType::bf16);
+}
 
 class DecodeRank {
  public:
@@ -134,7 +143,8 @@ class DecodeRank {
     turn.call.row_bytes = c_.quantized ? c_.hidden : c_.hidden * 2;
     turn.call.scales = c_.quantized ? ScaleKind::f32 : ScaleKind::none;
     turn.call.scale_bytes = 4 * scale_words(c_.hidden, turn.call.scales);
-    std::memset(me_.window.data.get() + me_.view.x(turn.bank), 0xee, me_.view.packed_rows() * me_.view.shape.combine_row_bytes());
+    std::memset(me_.window.data.get() + me_.view.x(turn.bank), 0xee,
+                me_.view.packed_rows() * me_.view.shape.combine_row_bytes());
     DecodeSendArgs args{me_.view, turn};
     args.ids64 = own.ids.data();
     args.x = own.x.data();
@@ -143,11 +153,17 @@ class DecodeRank {
   }
   template <class Runner>
   bool receive(Runner& runner, int epoch, const std::vector<Input>& in) {
-    return CHECK_EQ(runner.receive(me_, c_, DecodeReceiveArgs{me_.view, turn(epoch)}).code, Code::ok) && received_is_right(epoch, in);
+    return CHECK_EQ(runner.receive(me_, c_, DecodeReceiveArgs{me_.view, turn(epoch)}).code, Code::ok) &&
+           received_is_right(epoch, in);
   }
-  bool received_is_right(int epoch, const std::vector<Input>& in);   // and runs the experts
+  bool received_is_right(int epoch, const std::vector<Input>& in);  // and runs the experts
   DecodeCombineArgs combine_args(int epoch) {
-    return {me_.view, turn(epoch), 2, c_.wire, me_.window.data.get() + me_.view.rows(bank(epoch)), y_[epoch & 1].data()};
+    return {me_.view,
+            turn(epoch),
+            2,
+            c_.wire,
+            me_.window.data.get() + me_.view.rows(bank(epoch)),
+            y_[epoch & 1].data()};
   }
   template <class Runner>
   bool answer(Runner& runner, int epoch, const Input& own) {
@@ -156,13 +172,15 @@ class DecodeRank {
   }
   template <class Runner>
   bool sum(Runner& runner, int epoch, const Input& own) {
-    return CHECK_EQ(runner.sum(me_, c_, combine_args(epoch), ticket(epoch)).code, Code::ok) && sums_are_right(epoch, own);
+    return CHECK_EQ(runner.sum(me_, c_, combine_args(epoch), ticket(epoch)).code, Code::ok) &&
+           sums_are_right(epoch, own);
   }
   bool sums_are_right(int epoch, const Input& own);
   // What a row of rank `from` is worth where it is summed: rounded, or coded on its way between nodes.
   void cross(std::vector<float>& row, int from) const {
     const Wire wire = me_.view.near(from) ? Wire::plain : c_.wire;
-    for (int at = 0; at < c_.hidden; at += kTile) scalar_cross(row.data() + at, std::min<int>(kTile, c_.hidden - at), wire, DType::bf16);
+    for (int at = 0; at < c_.hidden; at += kTile)
+      scalar_cross(row.data() + at, std::min<int>(kTile, c_.hidden - at), wire, DType::bf16);
   }
 
   DecodeSeat& me_;
@@ -175,15 +193,16 @@ template <class Runner>
 void DecodeRank::run(Runner& runner, const std::vector<std::vector<Input>>& inputs) {
   const int rank = me_.view.geometry.rank;
   const auto own = [&](int epoch) -> const Input& { return inputs[epoch - 1][rank]; };
-  int pending = 0;   // the epoch whose combine is still to be sent
+  int pending = 0;  // the epoch whose combine is still to be sent
   for (int e = 1; e <= c_.epochs; ++e) {
-    if (rank == 0 && e % 7 == 3) std::this_thread::sleep_for(std::chrono::milliseconds(2));   // the others run ahead
+    if (rank == 0 && e % 7 == 3)
+      std::this_thread::sleep_for(std::chrono::milliseconds(2));  // the others run ahead
     if (!send(runner, e, own(e))) return;
     if (pending && !answer(runner, pending, own(pending))) return;
     if (!receive(runner, e, inputs[e - 1])) return;
     if (pending && !sum(runner, pending, own(pending))) return;
     pending = 0;
-    if (e % 3 == 0) continue;   // no combine this time
+    if (e % 3 == 0) continue;  // no combine this time
     // Not where the next epoch has the same bank: rule (C).
     if (c_.overlap && e < c_.epochs && bank(e) != bank(e + 1)) {
       pending = e;
@@ -216,11 +235,16 @@ inline bool DecodeRank::received_is_right(int epoch, const std::vector<Input>& i
           } else {
             std::vector<char> codes(c_.hidden);
             std::vector<float> scales(tiles_of(c_.hidden));
-            row_kernels().quantize(codes.data(), reinterpret_cast<char*>(scales.data()), sent, 0, c_.hidden, c_.hidden, DType::bf16, ScaleKind::f32);
+            row_kernels().quantize(codes.data(), reinterpret_cast<char*>(scales.data()), sent, 0, c_.hidden,
+                                   c_.hidden, DType::bf16, ScaleKind::f32);
             right &= CHECK_EQ(std::memcmp(got, codes.data(), c_.hidden), 0);
-            right &= CHECK_EQ(std::memcmp(window + d.scales(now.bank, e) + n * now.call.scale_bytes, scales.data(), now.call.scale_bytes), 0);
+            right &= CHECK_EQ(std::memcmp(window + d.scales(now.bank, e) + n * now.call.scale_bytes,
+                                          scales.data(), now.call.scale_bytes),
+                              0);
           }
-          for (int i = 0; i < c_.hidden; ++i) store(rows + (e * per_expert + n) * c_.hidden * 2, i, DType::bf16, expert_value(epoch, expert, s, t, i));
+          for (int i = 0; i < c_.hidden; ++i)
+            store(rows + (e * per_expert + n) * c_.hidden * 2, i, DType::bf16,
+                  expert_value(epoch, expert, s, t, i));
           ++n;
         }
     right &= CHECK_EQ(counts[e], n);
@@ -233,8 +257,11 @@ inline bool DecodeRank::sums_are_right(int epoch, const Input& own) {
   const int r = d.geometry.rank, k_max = c_.top_k;
   bool right = true;
   for (int t = 0; t < own.tokens; ++t) {
-    struct Part { int rank; std::vector<float> sum; };
-    std::vector<Part> parts;   // by rank where weights travel, else all in one
+    struct Part {
+      int rank;
+      std::vector<float> sum;
+    };
+    std::vector<Part> parts;  // by rank where weights travel, else all in one
     for (int k = 0; k < k_max; ++k) {
       const int e = static_cast<int>(own.ids[t * k_max + k]);
       if (e < 0) continue;
@@ -258,7 +285,8 @@ inline bool DecodeRank::sums_are_right(int epoch, const Input& own) {
       for (int i = 0; i < c_.hidden; ++i) want[i] = p ? want[i] + parts[p].sum[i] : parts[p].sum[i];
     }
     for (int i = 0; i < c_.hidden; ++i)
-      right &= CHECK_EQ(load(y_[epoch & 1].data() + int64_t{t} * c_.hidden * 2, i, DType::bf16), rounded(want[i], DType::bf16));
+      right &= CHECK_EQ(load(y_[epoch & 1].data() + int64_t{t} * c_.hidden * 2, i, DType::bf16),
+                        rounded(want[i], DType::bf16));
   }
   return right;
 }
@@ -266,7 +294,11 @@ inline bool DecodeRank::sums_are_right(int epoch, const Input& own) {
 template <class Runner>
 void run_decode_case(const DecodeCase& c, std::vector<Runner> runners) {
   const int size = c.nodes * c.per_node;
-  const Shape shape{.hidden = c.hidden, .dtype = DType::bf16, .num_experts = size * c.experts_per_rank, .top_k = c.top_k, .max_tokens = kDecodeTokens};
+  const Shape shape{.hidden = c.hidden,
+                    .dtype = DType::bf16,
+                    .num_experts = size * c.experts_per_rank,
+                    .top_k = c.top_k,
+                    .max_tokens = kDecodeTokens};
   auto seats = make_decode_seats(c, shape);
   std::vector<std::vector<Input>> inputs;
   for (int e = 1; e <= c.epochs; ++e) {
@@ -282,11 +314,15 @@ void run_decode_case(const DecodeCase& c, std::vector<Runner> runners) {
   }
   {
     std::vector<std::jthread> threads;
-    for (int r = 0; r < size; ++r) threads.emplace_back([&, r] { DecodeRank(*seats[r], c).run(runners[r], inputs); });
+    for (int r = 0; r < size; ++r)
+      threads.emplace_back([&, r] { DecodeRank(*seats[r], c).run(runners[r], inputs); });
   }
   if (check::failures())
-    std::printf("  ... in %dx%d lanes %d groups %d squad %d captured %d overlap %d weighted %d check %d quantized %d wire %d hidden %d\n", c.nodes, c.per_node, c.lanes,
-                c.groups, c.squad, c.captured, c.overlap, c.weighted, c.check, c.quantized, int(c.wire), c.hidden);
+    std::printf(
+        "  ... in %dx%d lanes %d groups %d squad %d captured %d overlap %d weighted %d check %d quantized %d "
+        "wire %d hidden %d\n",
+        c.nodes, c.per_node, c.lanes, c.groups, c.squad, c.captured, c.overlap, c.weighted, c.check,
+        c.quantized, int(c.wire), c.hidden);
 }
 
 }  // namespace world

@@ -4,7 +4,7 @@
 #include <thread>
 
 #include "check.hpp"
-#include "runtime/decode.hpp"
+#include "runtime/cpu/decode.hpp"
 
 using namespace moecomm;
 
@@ -21,7 +21,8 @@ namespace {
 
 TEST(a_steady_state_allocates_nothing) {
   constexpr int kSize = 4, kHidden = 64, kTopK = 2;
-  const Shape shape{.hidden = kHidden, .dtype = DType::bf16, .num_experts = 8, .top_k = kTopK, .max_tokens = 4};
+  const Shape shape{
+      .hidden = kHidden, .dtype = DType::bf16, .num_experts = 8, .top_k = kTopK, .max_tokens = 4};
   std::vector<std::shared_ptr<Communicator>> comms;
   std::vector<std::unique_ptr<Decode>> decodes;
   std::vector<std::string> cards, decode_cards;
@@ -45,7 +46,8 @@ TEST(a_steady_state_allocates_nothing) {
       std::vector<float> weights(4 * kTopK, 0.5f);
       const auto step = [&](int i) {
         std::vector<int64_t>::value_type ids[4 * kTopK];
-        for (int j = 0; j < 4 * kTopK; ++j) ids[j] = (r + i + j * 3) % 8 == 7 ? -1 : (i + j / kTopK + 3 * (j % kTopK)) % 8;
+        for (int j = 0; j < 4 * kTopK; ++j)
+          ids[j] = (r + i + j * 3) % 8 == 7 ? -1 : (i + j / kTopK + 3 * (j % kTopK)) % 8;
         DecodeDispatchCall dispatch;
         dispatch.x = x.data();
         dispatch.ids64 = ids;

@@ -1,7 +1,7 @@
-// Decode of whole worlds: one lane or a team of lanes per rank, or many groups that share its slices, epochs of both
-// parities without a pause between them, every row compared with the definition.
+// Decode of whole worlds: one lane or a team of lanes per rank, or many groups that share its slices, epochs
+// of both parities without a pause between them, every row compared with the definition.
 #include "decode_rounds.hpp"
-#include "world/cuda/decode_schedule.hpp"
+#include "schedule/decode_slices.hpp"
 
 using namespace world;
 
@@ -40,8 +40,15 @@ class ManyDecode {
     work.args.turn = a.turn;
     return dispatch(me, c, work);
   }
-  Status answer(DecodeSeat& me, const DecodeCase& c, const DecodeCombineArgs& a, const Input& in, uint64_t ticket) {
-    return combine(me, c, DecodeCombineWork{.args = a, .ticket = ticket, .ids64 = in.ids.data(), .weights = in.weights.data(), .answers = true, .sums = false});
+  Status answer(DecodeSeat& me, const DecodeCase& c, const DecodeCombineArgs& a, const Input& in,
+                uint64_t ticket) {
+    return combine(me, c,
+                   DecodeCombineWork{.args = a,
+                                     .ticket = ticket,
+                                     .ids64 = in.ids.data(),
+                                     .weights = in.weights.data(),
+                                     .answers = true,
+                                     .sums = false});
   }
   Status sum(DecodeSeat& me, const DecodeCase& c, const DecodeCombineArgs& a, uint64_t ticket) {
     return combine(me, c, DecodeCombineWork{.args = a, .ticket = ticket, .answers = false, .sums = true});
@@ -58,11 +65,15 @@ class ManyDecode {
   Status dispatch(DecodeSeat& me, const DecodeCase& c, DecodeDispatchWork work) {
     place(me, c, work);
     work.apart = apart_.data();
-    return each_group(me, c, [&](auto g, auto f, HostMeeting meeting, int i) { return decode_dispatch_seat(g, f, meeting, work, i, c.groups); });
+    return each_group(me, c, [&](auto g, auto f, HostMeeting meeting, int i) {
+      return decode_dispatch_seat(g, f, meeting, work, i, c.groups);
+    });
   }
   Status combine(DecodeSeat& me, const DecodeCase& c, DecodeCombineWork work) {
     place(me, c, work);
-    return each_group(me, c, [&](auto g, auto f, HostMeeting meeting, int i) { return decode_combine_seat(g, f, meeting, work, i, c.groups); });
+    return each_group(me, c, [&](auto g, auto f, HostMeeting meeting, int i) {
+      return decode_combine_seat(g, f, meeting, work, i, c.groups);
+    });
   }
   template <class Role>
   Status each_group(DecodeSeat& me, const DecodeCase& c, Role&& role) {
@@ -88,32 +99,57 @@ class ManyDecode {
 
  public:
   ManyDecode() = default;
-  ManyDecode(const ManyDecode&) {}   // a rank that has not begun
+  ManyDecode(const ManyDecode&) {}  // a rank that has not begun
 };
 
 const std::vector<DecodeCase> kCases = {
-    {1, 1}, {1, 3}, {2, 2}, {3, 1}, {.weighted = true}, {.check = true}, {.quantized = true}, {.wire = Wire::fp8}, {.weighted = true, .wire = Wire::logfmt10},
-    {.lanes = 3}, {.nodes = 1, .per_node = 2, .lanes = 2}, {.lanes = 2, .weighted = true, .check = true}, {.lanes = 3, .quantized = true, .hidden = 160},
+    {1, 1},
+    {1, 3},
+    {2, 2},
+    {3, 1},
+    {.weighted = true},
+    {.check = true},
+    {.quantized = true},
+    {.wire = Wire::fp8},
+    {.weighted = true, .wire = Wire::logfmt10},
+    {.lanes = 3},
+    {.nodes = 1, .per_node = 2, .lanes = 2},
+    {.lanes = 2, .weighted = true, .check = true},
+    {.lanes = 3, .quantized = true, .hidden = 160},
     {.overlap = true},
 };
 
-TEST_CASES(every_row_arrives_and_every_sum_is_right, kCases) { run_decode_case(value, std::vector<SoloDecode>(value.nodes * value.per_node)); }
+TEST_CASES(every_row_arrives_and_every_sum_is_right, kCases) {
+  run_decode_case(value, std::vector<SoloDecode>(value.nodes * value.per_node));
+}
 
 const std::vector<DecodeCase> kShared = {
-    {.groups = 1}, {.groups = 3}, {.nodes = 1, .per_node = 3, .groups = 9, .overlap = true}, {.groups = 5, .overlap = true},
-    {.weighted = true, .wire = Wire::fp8, .groups = 5}, {.quantized = true, .wire = Wire::logfmt10, .groups = 13},
-    {.lanes = 3, .groups = 2, .overlap = true}, {.nodes = 1, .per_node = 2, .lanes = 32, .hidden = 160, .epochs = 3, .groups = 2},
+    {.groups = 1},
+    {.groups = 3},
+    {.nodes = 1, .per_node = 3, .groups = 9, .overlap = true},
+    {.groups = 5, .overlap = true},
+    {.weighted = true, .wire = Wire::fp8, .groups = 5},
+    {.quantized = true, .wire = Wire::logfmt10, .groups = 13},
+    {.lanes = 3, .groups = 2, .overlap = true},
+    {.nodes = 1, .per_node = 2, .lanes = 32, .hidden = 160, .epochs = 3, .groups = 2},
 };
 
-TEST_CASES(groups_share_a_rank, kShared) { run_decode_case(value, std::vector<ManyDecode>(value.nodes * value.per_node)); }
+TEST_CASES(groups_share_a_rank, kShared) {
+  run_decode_case(value, std::vector<ManyDecode>(value.nodes * value.per_node));
+}
 
-// Graphs of one and of three steps, replayed: no replay begins with the parity of the one before it, and banks meet themselves.
+// Graphs of one and of three steps, replayed: no replay begins with the parity of the one before it, and
+// banks meet themselves.
 const std::vector<DecodeCase> kReplayed = {
-    {.epochs = 303, .groups = 3, .captured = 3}, {.nodes = 1, .per_node = 3, .epochs = 303, .groups = 2, .captured = 3, .overlap = true},
-    {.nodes = 1, .per_node = 2, .epochs = 101, .groups = 2, .captured = 1}, {.weighted = true, .epochs = 101, .groups = 2, .captured = 3},
+    {.epochs = 303, .groups = 3, .captured = 3},
+    {.nodes = 1, .per_node = 3, .epochs = 303, .groups = 2, .captured = 3, .overlap = true},
+    {.nodes = 1, .per_node = 2, .epochs = 101, .groups = 2, .captured = 1},
+    {.weighted = true, .epochs = 101, .groups = 2, .captured = 3},
 };
 
-TEST_CASES(a_captured_graph_is_replayed, kReplayed) { run_decode_case(value, std::vector<ManyDecode>(value.nodes * value.per_node)); }
+TEST_CASES(a_captured_graph_is_replayed, kReplayed) {
+  run_decode_case(value, std::vector<ManyDecode>(value.nodes * value.per_node));
+}
 
 // What the rules forbid is refused before anything moves.
 TEST(out_of_turn) {
@@ -121,14 +157,14 @@ TEST(out_of_turn) {
   const auto needs = [&](uint64_t epoch, int bank) { return detail::check_turns(clock, epoch, bank); };
   CHECK(needs(1, 1).ok());
   clock = {1, {{}, {7, DecodeStage::sent, 1}}};
-  CHECK_EQ(needs(2, 0).code, Code::invalid);      // (A)
+  CHECK_EQ(needs(2, 0).code, Code::invalid);  // (A)
   clock.turn[1].stage = DecodeStage::received;
   CHECK(needs(2, 0).ok() && needs(2, 1).ok());
   clock.turn[1].stage = DecodeStage::answered;
   CHECK(needs(2, 0).ok());
-  CHECK_EQ(needs(2, 1).detail, kOutOfTurn);       // (C)
+  CHECK_EQ(needs(2, 1).detail, kOutOfTurn);  // (C)
   clock = {2, {{8, DecodeStage::received, 0}, {7, DecodeStage::answered, 1}}};
-  CHECK_EQ(needs(3, 1).expected, static_cast<uint64_t>(DecodeStage::done));   // (B)
+  CHECK_EQ(needs(3, 1).expected, static_cast<uint64_t>(DecodeStage::done));  // (B)
 }
 
 TEST(layouts_hold_what_they_say) {
@@ -144,7 +180,8 @@ TEST(layouts_hold_what_they_say) {
     if (size > 1 && g.nodes() > 1) {
       CHECK(d.landed(1, size - 1, 0, s.max_tokens - 1) + decode_message_bytes(s) <= d.region.answers);
       CHECK(d.answer(1, s.max_tokens - 1, 0) + s.slot_bytes() <= d.region.bytes);
-      CHECK(d.coded(1, size - 1, s.max_tokens - 1, decode_picks_per_rank(g, s) - 1) + s.slot_bytes() <= d.window.bytes);
+      CHECK(d.coded(1, size - 1, s.max_tokens - 1, decode_picks_per_rank(g, s) - 1) + s.slot_bytes() <=
+            d.window.bytes);
     }
   }
 }

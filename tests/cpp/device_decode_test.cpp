@@ -1,24 +1,26 @@
-// Decode over the cuda world's own fabric, squads, meetings and schedule: every lane is a thread, over an emulated copy
-// engine; between nodes by stores, and over an emulated network. Only what the GPU's compiler and hardware do is missing.
-#include "fabric/cuda/ptx.cuh"   // the emulated one, before anything that includes it
+// Decode over the cuda world's own fabric, squads, meetings and schedule: every lane is a thread, over an
+// emulated copy engine; between nodes by stores, and over an emulated network. Only what the GPU's compiler
+// and hardware do is missing.
+#include "fabric/cuda/ptx.cuh"  // the emulated one, before anything that includes it
 
 #include "decode_rounds.hpp"
 #include "fabric/cuda/gin.cuh"
-#include "world/cuda/decode_launch.hpp"
-#include "world/cuda/seat.cuh"
+#include "runtime/cuda/kernels/decode_launch.hpp"
+#include "runtime/cuda/kernels/seat.cuh"
 
 using namespace world;
 
 namespace {
 
-// A rank's device state; one block of c.groups squads of c.squad warps. `gin` is the network that all ranks share.
+// A rank's device state; one block of c.groups squads of c.squad warps. `gin` is the network that all ranks
+// share.
 template <class Rail>
 class DeviceDecode {
  public:
   static constexpr uint32_t kStage = 256;
 
   explicit DeviceDecode(std::shared_ptr<emulated::Gin> gin = nullptr) : gin_(std::move(gin)) {}
-  DeviceDecode(const DeviceDecode& other) : gin_(other.gin_) {}   // a rank that has not begun
+  DeviceDecode(const DeviceDecode& other) : gin_(other.gin_) {}  // a rank that has not begun
 
   DecodeTurn turn(DecodeSeat&, int) { return {}; }
   Status send(DecodeSeat& me, const DecodeCase& c, const DecodeSendArgs& a, uint64_t ticket) {
@@ -35,8 +37,15 @@ class DeviceDecode {
     work.sends = false;
     return dispatch(me, c, work);
   }
-  Status answer(DecodeSeat& me, const DecodeCase& c, const DecodeCombineArgs& a, const Input& in, uint64_t ticket) {
-    return combine(me, c, {.args = a, .ticket = ticket, .ids64 = in.ids.data(), .weights = in.weights.data(), .answers = true, .sums = false});
+  Status answer(DecodeSeat& me, const DecodeCase& c, const DecodeCombineArgs& a, const Input& in,
+                uint64_t ticket) {
+    return combine(me, c,
+                   {.args = a,
+                    .ticket = ticket,
+                    .ids64 = in.ids.data(),
+                    .weights = in.weights.data(),
+                    .answers = true,
+                    .sums = false});
   }
   Status sum(DecodeSeat& me, const DecodeCase& c, const DecodeCombineArgs& a, uint64_t ticket) {
     return combine(me, c, {.args = a, .ticket = ticket, .answers = false, .sums = true});
@@ -49,27 +58,42 @@ class DeviceDecode {
     work.tables = me.tables.data();
     work.table_bytes = me.table_bytes;
     work.apart = apart_.data();
-    return each_squad(me, c, [&](Squad g, auto f, auto meeting, int i) { return decode_dispatch_seat(g, f, meeting, work, i, c.groups); });
+    return each_squad(me, c, [&](Squad g, auto f, auto meeting, int i) {
+      return decode_dispatch_seat(g, f, meeting, work, i, c.groups);
+    });
   }
   Status combine(DecodeSeat& me, const DecodeCase& c, DecodeCombineWork work) {
     work.clock = &clock_;
     work.tables = me.tables.data();
     work.table_bytes = me.table_bytes;
-    return each_squad(me, c, [&](Squad g, auto f, auto meeting, int i) { return decode_combine_seat(g, f, meeting, work, i, c.groups); });
+    return each_squad(me, c, [&](Squad g, auto f, auto meeting, int i) {
+      return decode_combine_seat(g, f, meeting, work, i, c.groups);
+    });
   }
   template <class Role>
   Status each_squad(DecodeSeat& me, const DecodeCase& c, Role&& role) {
     const Geometry& g = me.view.geometry;
     uint64_t same_device = ~uint64_t{0};
     Counters counters;
-    ncclWindow_vidmem window{{}, kGinWindowFlags};   // of every rank: as if it ended with its rail region
-    for (int r = 0; r < g.size; ++r) window.base.push_back((r == g.rank ? me.region.data.get() : me.regions[r]) - me.view.window.bytes);
+    ncclWindow_vidmem window{{}, kGinWindowFlags};  // of every rank: as if it ended with its rail region
+    for (int r = 0; r < g.size; ++r)
+      window.base.push_back((r == g.rank ? me.region.data.get() : me.regions[r]) - me.view.window.bytes);
     const GinNetwork network{{g.rank, kContexts, gin_.get()}, &window, {g.size, g.rank, 1}};
     moecomm::cuda::Call call;
-    call.links = {.geometry = g, .windows = me.host.windows, .rail_region = me.region.data.get(), .regions = me.regions.data(), .network = &network,
-                  .region_offset = me.view.window.bytes, .same_device = &same_device,
-                  .window_faults = me.view.window.faults, .region_faults = me.view.region.faults, .region_peers = g.size, .own_peer = g.rank,
-                  .failed = failed_, .faults = faults_, .counters = &counters};
+    call.links = {.geometry = g,
+                  .windows = me.host.windows,
+                  .rail_region = me.region.data.get(),
+                  .regions = me.regions.data(),
+                  .network = &network,
+                  .region_offset = me.view.window.bytes,
+                  .same_device = &same_device,
+                  .window_faults = me.view.window.faults,
+                  .region_faults = me.view.region.faults,
+                  .region_peers = g.size,
+                  .own_peer = g.rank,
+                  .failed = failed_,
+                  .faults = faults_,
+                  .counters = &counters};
     call.spread = {.sms = 1, .warps = c.groups * c.squad, .senders = 0, .stage_bytes = kStage};
     call.timeout_ns = 100'000'000'000;
     call.gates = &met_;
@@ -94,20 +118,38 @@ class DeviceDecode {
 };
 
 const std::vector<DecodeCase> kCases = {
-    {.nodes = 2, .per_node = 1, .hidden = 520, .epochs = 7, .groups = 2, .captured = 3},             // rows longer than some stages
+    {.nodes = 2, .per_node = 1, .hidden = 520, .epochs = 7, .groups = 2, .captured = 3},  // rows longer than
+                                                                                          // some stages
     {.nodes = 1, .per_node = 2, .hidden = 48, .epochs = 4, .groups = 2, .overlap = true},
-    {.nodes = 2, .per_node = 1, .weighted = true, .wire = Wire::logfmt10, .hidden = 144, .epochs = 3, .groups = 3},
+    {.nodes = 2,
+     .per_node = 1,
+     .weighted = true,
+     .wire = Wire::logfmt10,
+     .hidden = 144,
+     .epochs = 3,
+     .groups = 3},
     {.nodes = 1, .per_node = 2, .check = true, .quantized = true, .hidden = 1168, .epochs = 3, .groups = 2},
-    {.nodes = 2, .per_node = 1, .quantized = true, .wire = Wire::fp8, .hidden = 656, .epochs = 3, .groups = 1, .squad = 2},   // squads of several warps
+    {.nodes = 2,
+     .per_node = 1,
+     .quantized = true,
+     .wire = Wire::fp8,
+     .hidden = 656,
+     .epochs = 3,
+     .groups = 1,
+     .squad = 2},  // squads of several warps
 };
 
-TEST_CASES(device_decode, kCases) { run_decode_case(value, std::vector<DeviceDecode<LoopbackDeviceRail>>(value.nodes * value.per_node)); }
+TEST_CASES(device_decode, kCases) {
+  run_decode_case(value, std::vector<DeviceDecode<LoopbackDeviceRail>>(value.nodes * value.per_node));
+}
 
 // All groups' puts to a rank come before the one signal that announces them.
 TEST_CASES(gin_decode, kCases) {
   const int size = value.nodes * value.per_node;
   if (value.nodes == 1) return;
-  run_decode_case(value, std::vector<DeviceDecode<GinRail>>(size, DeviceDecode<GinRail>(std::make_shared<emulated::Gin>(size, 3, value.hidden))));
+  run_decode_case(value,
+                  std::vector<DeviceDecode<GinRail>>(
+                      size, DeviceDecode<GinRail>(std::make_shared<emulated::Gin>(size, 3, value.hidden))));
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // A failing rank's records, as its kernels leave them and its host reads them.
-#include "fabric/cuda/ptx.cuh"   // the emulated one, before anything that includes it
+#include "fabric/cuda/ptx.cuh"  // the emulated one, before anything that includes it
 
 #include <cuda_runtime_api.h>
 
@@ -11,7 +11,8 @@ using namespace moecomm;
 
 namespace {
 
-const Status kFull{Code::capacity, Phase::counts, 1, 0, 20, 10}, kLate{Code::timeout, Phase::arrive, 1, 0, 3, 2};
+const Status kFull{Code::capacity, Phase::counts, 1, 0, 20, 10},
+    kLate{Code::timeout, Phase::arrive, 1, 0, 3, 2};
 const Status kOther{Code::mismatch, Phase::announce, 1, 0, 5, 6};
 
 // One of two ranks of a node.
@@ -20,7 +21,8 @@ struct Rank {
   char* windows[2] = {reinterpret_cast<char*>(own), reinterpret_cast<char*>(peer)};
   FaultRecord faults[kFaultRecords] = {};
   Status broken;
-  DeviceLinks links{.geometry = {0, 2, 2}, .windows = windows, .region_peers = 1, .failed = failed, .faults = faults};
+  DeviceLinks links{
+      .geometry = {0, 2, 2}, .windows = windows, .region_peers = 1, .failed = failed, .faults = faults};
 
   void fail(const Status& s) {
     alignas(128) static char shared[warp_shared_bytes(256)];
@@ -28,7 +30,8 @@ struct Rank {
     emulated::run_warp([&] {
       const Warp g;
       WarpScratch* scratch = WarpScratch::open(g, shared, 256);
-      if (g.lane() == 0) DeviceFabric<LoopbackDeviceRail>{&links, LoopbackDeviceRail{region}, scratch, ~uint64_t{0}}.fail(s);
+      if (g.lane() == 0)
+        DeviceFabric<LoopbackDeviceRail>{&links, LoopbackDeviceRail{region}, scratch, ~uint64_t{0}}.fail(s);
     });
   }
   void next_call() { std::memset(failed, 0, sizeof(failed)); }
@@ -40,18 +43,18 @@ struct Rank {
 TEST(a_refusal_hides_nothing_that_is_final) {
   Rank r;
   r.fail(kFull);
-  CHECK_EQ(r.failed[0], uint64_t{0});   // the call goes on to its end
+  CHECK_EQ(r.failed[0], uint64_t{0});  // the call goes on to its end
   r.fail(kLate);
-  CHECK_EQ(r.failed[0], uint64_t{1});   // this rank's other warps end
-  CHECK_EQ(r.peer[0], pack_fault(kLate, 0).packed);   // and its peer learns of it
+  CHECK_EQ(r.failed[0], uint64_t{1});                // this rank's other warps end
+  CHECK_EQ(r.peer[0], pack_fault(kLate, 0).packed);  // and its peer learns of it
   CHECK_EQ(r.told().code, Code::timeout);
-  CHECK_EQ(r.told().code, Code::timeout);   // for ever
+  CHECK_EQ(r.told().code, Code::timeout);  // for ever
 }
 
 TEST(a_refusal_is_told_once) {
   Rank r;
   r.fail(kFull);
-  r.fail(kOther);   // of the same call: the first counts
+  r.fail(kOther);  // of the same call: the first counts
   CHECK_EQ(r.told().code, Code::capacity);
   CHECK(r.told().ok());
   r.next_call();
@@ -62,7 +65,7 @@ TEST(a_refusal_is_told_once) {
 TEST(a_record_is_not_written_while_the_host_may_read_it) {
   Rank r;
   r.fail(kFull);
-  r.next_call();   // queued behind it, before the host has looked
+  r.next_call();  // queued behind it, before the host has looked
   r.fail(kOther);
   const Status s = r.told();
   CHECK_EQ(s.code, Code::capacity);
@@ -75,5 +78,5 @@ TEST(a_later_call_of_a_broken_rank_ends_too) {
   r.next_call();
   r.fail({Code::lost, Phase::arrive, 1, 0, 0, 0});
   CHECK_EQ(r.failed[0], uint64_t{1});
-  CHECK_EQ(r.told().code, Code::timeout);   // the first
+  CHECK_EQ(r.told().code, Code::timeout);  // the first
 }

@@ -1,14 +1,14 @@
-// The cuda world's decode runtime on a CPU: its calls, what they catch up on, graphs that are captured and replayed. A
-// kernel is one block of two warps, every lane a thread.
-#include "fabric/cuda/ptx.cuh"   // the emulated one, before anything that includes it
+// The cuda world's decode runtime on a CPU: its calls, what they catch up on, graphs that are captured and
+// replayed. A kernel is one block of two warps, every lane a thread.
+#include "fabric/cuda/ptx.cuh"  // the emulated one, before anything that includes it
 
 #include <cuda_runtime_api.h>
 
 #include "check.hpp"
 #include "runtime/cuda/decode.cpp"
+#include "runtime/cuda/kernels/seat.cuh"
 #include "runtime/cuda/memory.cpp"
 #include "runtime/cuda/window.cpp"
-#include "world/cuda/seat.cuh"
 
 namespace moecomm::cuda {
 
@@ -23,12 +23,16 @@ int run_decode(const Launch& launch, void* stream, Seat seat) {
     std::vector<std::unique_ptr<char, void (*)(void*)>> shared;
     const int squads = launch.call.spread.warps / launch.squad;
     const size_t bytes = align_up(warp_shared_bytes(launch.call.spread.stage_bytes), 4096);
-    for (int i = 0; i < squads; ++i) shared.emplace_back(static_cast<char*>(std::aligned_alloc(4096, bytes)), std::free);
+    for (int i = 0; i < squads; ++i)
+      shared.emplace_back(static_cast<char*>(std::aligned_alloc(4096, bytes)), std::free);
     emulated::run_block(launch.call.spread.warps, launch.squad, [&] {
       const int squad = static_cast<int>(threadIdx.x) / 32 / launch.squad;
-      const Squad g{squad * launch.squad, launch.squad, reinterpret_cast<WarpScratch*>(shared[squad].get())->words};
-      join_squad(launch.call, LoopbackDeviceRail{launch.call.links.regions}, g, squad, squads, shared[squad].get(),
-                 [&](Squad group, auto fabric, auto meeting, int index) { return seat(group, fabric, meeting, launch.work, index, squads); });
+      const Squad g{squad * launch.squad, launch.squad,
+                    reinterpret_cast<WarpScratch*>(shared[squad].get())->words};
+      join_squad(launch.call, LoopbackDeviceRail{launch.call.links.regions}, g, squad, squads,
+                 shared[squad].get(), [&](Squad group, auto fabric, auto meeting, int index) {
+                   return seat(group, fabric, meeting, launch.work, index, squads);
+                 });
     });
   });
   return cudaSuccess;
@@ -37,8 +41,12 @@ int run_decode(const Launch& launch, void* stream, Seat seat) {
 const DecodeKernels& loopback_decode_kernels() {
   static const DecodeKernels kernels{
       [] { return static_cast<int>(cudaSuccess); },
-      [](const DecodeDispatchLaunch& l, void* stream) { return run_decode(l, stream, [](auto... a) { return decode_dispatch_seat(a...); }); },
-      [](const DecodeCombineLaunch& l, void* stream) { return run_decode(l, stream, [](auto... a) { return decode_combine_seat(a...); }); }};
+      [](const DecodeDispatchLaunch& l, void* stream) {
+        return run_decode(l, stream, [](auto... a) { return decode_dispatch_seat(a...); });
+      },
+      [](const DecodeCombineLaunch& l, void* stream) {
+        return run_decode(l, stream, [](auto... a) { return decode_combine_seat(a...); });
+      }};
   return kernels;
 }
 
@@ -53,8 +61,12 @@ constexpr int kSize = 2, kTokens = 2, kHidden = 16;
 // One rank: its experts give back what they get, so a token's sum is the sum of its weights times itself.
 struct Rank {
   Rank(int rank, int per_node)
-      : decode({rank, kSize, per_node}, Shape{.hidden = kHidden, .dtype = DType::f32, .num_experts = 4, .top_k = 2, .max_tokens = kTokens}, false, 0,
-               cuda::reach_threads(0), cuda::Spread{.sms = 1, .warps = 2, .senders = 0, .stage_bytes = 256}, 60.0) {}
+      : decode(
+            {rank, kSize, per_node},
+            Shape{
+                .hidden = kHidden, .dtype = DType::f32, .num_experts = 4, .top_k = 2, .max_tokens = kTokens},
+            false, 0, cuda::reach_threads(0),
+            cuda::Spread{.sms = 1, .warps = 2, .senders = 0, .stage_bytes = 256}, 60.0) {}
 
   Status send(bool receive = false) {
     cuda::DeviceDecodeDispatch call;
@@ -67,7 +79,9 @@ struct Rank {
   }
   void run_experts() {
     const int bank = decode.epoch() & 1;
-    stream.enqueue([this, bank] { std::memcpy(decode.rows(bank), decode.x(bank), decode.view().packed_rows() * kHidden * 4); });
+    stream.enqueue([this, bank] {
+      std::memcpy(decode.rows(bank), decode.x(bank), decode.view().packed_rows() * kHidden * 4);
+    });
   }
   Status combine(bool receive = true) {
     cuda::DeviceDecodeCombine call;
@@ -96,7 +110,7 @@ struct Rank {
 
   cuda::DeviceDecode decode;
   emulated::Stream stream;
-  alignas(16) float x[kTokens * kHidden];   // as any tensor is
+  alignas(16) float x[kTokens * kHidden];  // as any tensor is
   alignas(16) float y[kTokens * kHidden];
   float weights[4] = {0.5f, 0.25f, 0.5f, 0.25f};
   int64_t ids[4] = {0, 3, 2, 1};
@@ -132,7 +146,7 @@ TEST_CASES(three_captured_steps_are_replayed, kPerNode) {
       me.check_sums();
     }
     me.fill(9);
-    me.step();   // and on without the graph
+    me.step();  // and on without the graph
     me.check_sums();
     CHECK(me.decode.fault().ok());
   });
@@ -142,13 +156,13 @@ TEST(a_phase_that_is_left_out_is_caught_up_on) {
   on_ranks(2, [](Rank& me) {
     me.fill(1);
     CHECK(me.send().ok());
-    CHECK(me.send().ok());   // receives the first one before
+    CHECK(me.send().ok());  // receives the first one before
     CHECK(me.decode.dispatch_receive(me.decode.epoch(), &me.stream).ok());
     me.run_experts();
     CHECK(me.combine(false).ok());
     CHECK_EQ(me.decode.stage(me.decode.epoch(), &me.stream), DecodeStage::answered);
     CHECK(me.send(true).ok());
-    CHECK(me.send(true).ok());   // its places are those of the combine that was not received
+    CHECK(me.send(true).ok());  // its places are those of the combine that was not received
     me.check_sums();
     CHECK(me.decode.fault().ok());
   });
@@ -167,7 +181,7 @@ TEST(a_capture_must_be_whole) {
     CHECK(me.decode.dispatch_receive(sent, &me.stream).ok());
     me.stream.capture = 4;
     CHECK(me.send(true).ok());
-    CHECK_EQ(me.decode.stage(sent, &me.stream), DecodeStage::idle);   // handles do not cross
+    CHECK_EQ(me.decode.stage(sent, &me.stream), DecodeStage::idle);  // handles do not cross
     me.stream.end_capture();
     CHECK_EQ(me.decode.stage(me.decode.epoch(), &me.stream), DecodeStage::idle);
     me.step();

@@ -57,7 +57,8 @@ TEST(none_starts_before_all_are_ready_and_none_goes_on_before_all_have_started) 
   for (int r = 0; r < kRanks; ++r)
     threads.emplace_back([&, r] {
       for (int call = 0; call < 50; ++call) {
-        if (call % kRanks == r) std::this_thread::sleep_for(std::chrono::milliseconds(1));   // another one is the last each time
+        if (call % kRanks == r)
+          std::this_thread::sleep_for(std::chrono::milliseconds(1));  // another one is the last each time
         ++ready;
         const Status s = ranks.windows[r]->start_together(&ranks.streams[r], 60.0, [&] {
           CHECK(ready >= kRanks * (call + 1));
@@ -73,10 +74,12 @@ TEST(none_starts_before_all_are_ready_and_none_goes_on_before_all_have_started) 
 TEST(a_rank_that_does_not_come_is_left_to_the_kernels) {
   Ranks ranks;
   int started = 0;
-  const auto start = [&] { CHECK(ranks.windows[0]->start_together(&ranks.streams[0], 0.1, [&] { ++started; }).ok()); };
+  const auto start = [&] {
+    CHECK(ranks.windows[0]->start_together(&ranks.streams[0], 0.1, [&] { ++started; }).ok());
+  };
   const double first = seconds_of(start), second = seconds_of(start);
   CHECK(first >= 0.1);
-  CHECK(second < 0.1);   // it is not waited for again
+  CHECK(second < 0.1);  // it is not waited for again
   CHECK_EQ(started, 2);
 }
 
@@ -96,7 +99,9 @@ TEST(nobody_waits_for_a_rank_that_has_left) {
   for (int r = 1; r < kRanks; ++r) ranks.windows[r]->leave();
   int started = 0;
   for (int call = 0; call < 3; ++call)
-    CHECK(seconds_of([&] { CHECK(ranks.windows[0]->start_together(&ranks.streams[0], 60.0, [&] { ++started; }).ok()); }) < 30);
+    CHECK(seconds_of([&] {
+            CHECK(ranks.windows[0]->start_together(&ranks.streams[0], 60.0, [&] { ++started; }).ok());
+          }) < 30);
   CHECK_EQ(started, 3);
 }
 

@@ -1,12 +1,12 @@
-// The device fabric's row operations, run by 32 threads over an emulated copy engine: the bits of the CPU's row
-// kernels, whatever the type, the number of terms, their groups and codes; copies of every length.
+// The device fabric's row operations, run by 32 threads over an emulated copy engine: the bits of the CPU's
+// row kernels, whatever the type, the number of terms, their groups and codes; copies of every length.
 #include <random>
 
-#include "fabric/cuda/ptx.cuh"   // the emulated one, before anything that includes it
+#include "fabric/cuda/ptx.cuh"  // the emulated one, before anything that includes it
 
 #include "check.hpp"
+#include "fabric/cpu/rows.hpp"
 #include "fabric/cuda/device.cuh"
-#include "fabric/rows.hpp"
 
 using namespace moecomm;
 
@@ -40,18 +40,33 @@ void on_warp(Work&& work) {
 
 void fill(char* row, int64_t hidden, DType type, std::mt19937_64& random, bool odd) {
   for (int64_t i = 0; i < hidden; ++i) {
-    const float v = i % 17 == 3 ? -0.0f : static_cast<float>(static_cast<int>(random() % 2001) - 1000) / (1 + random() % 97) * (random() % 13 == 0 ? 1e-4f : 1.0f);
-    if (type == DType::f64) { const double w = v * 1.000000001; std::memcpy(row + 8 * i, &w, 8); }
+    const float v = i % 17 == 3 ? -0.0f
+                                : static_cast<float>(static_cast<int>(random() % 2001) - 1000) /
+                                      (1 + random() % 97) * (random() % 13 == 0 ? 1e-4f : 1.0f);
+    if (type == DType::f64) {
+      const double w = v * 1.000000001;
+      std::memcpy(row + 8 * i, &w, 8);
+    }
     if (type == DType::f32) std::memcpy(row + 4 * i, &v, 4);
-    if (type == DType::f16) { const _Float16 h = static_cast<_Float16>(v); std::memcpy(row + 2 * i, &h, 2); }
-    if (type == DType::bf16) {   // any bits: NaN and infinity too
-      const uint16_t b = odd && random() % 50 == 0 ? static_cast<uint16_t>(random()) : static_cast<uint16_t>(std::bit_cast<uint32_t>(v) >> 16);
+    if (type == DType::f16) {
+      const _Float16 h = static_cast<_Float16>(v);
+      std::memcpy(row + 2 * i, &h, 2);
+    }
+    if (type == DType::bf16) {  // any bits: NaN and infinity too
+      const uint16_t b = odd && random() % 50 == 0 ? static_cast<uint16_t>(random())
+                                                   : static_cast<uint16_t>(std::bit_cast<uint32_t>(v) >> 16);
       std::memcpy(row + 2 * i, &b, 2);
     }
   }
 }
 
-struct Case { DType type; int64_t hidden; int terms; Wire coded; bool bias; };
+struct Case {
+  DType type;
+  int64_t hidden;
+  int terms;
+  Wire coded;
+  bool bias;
+};
 
 std::vector<Case> cases() {
   std::vector<Case> all;
@@ -60,7 +75,8 @@ std::vector<Case> cases() {
       for (int terms : {0, 1, 7, 8, 9, 40}) all.push_back({type, hidden, terms, Wire::plain, terms % 2 == 1});
   for (DType type : {DType::bf16, DType::f16, DType::f32})
     for (Wire wire : {Wire::fp8, Wire::logfmt10})
-      for (int64_t hidden : {int64_t{128}, int64_t{type == DType::f32 ? 396 : 392}, int64_t{1024}}) all.push_back({type, hidden, 5, wire, true});
+      for (int64_t hidden : {int64_t{128}, int64_t{type == DType::f32 ? 396 : 392}, int64_t{1024}})
+        all.push_back({type, hidden, 5, wire, true});
   return all;
 }
 
@@ -79,7 +95,8 @@ struct List {
         one.count = 1;
         one.group_end = 1;
         coded.push_back(Rows(wire_row_bytes(c.coded, c.hidden, c.type) + 64));
-        row_kernels_named("base")->reduce_encode(coded.back().data(), c.coded, one, nullptr, 0, c.hidden, c.hidden, c.type);
+        row_kernels_named("base")->reduce_encode(coded.back().data(), c.coded, one, nullptr, 0, c.hidden,
+                                                 c.hidden, c.type);
         store.row[i] = coded.back().data();
         store.weight[i] = 1;
         terms.coded |= uint64_t{1} << i;
@@ -105,9 +122,11 @@ TEST_CASES(sums, cases()) {
   Rows want(bytes), got(bytes);
   std::vector<float> bias(value.hidden);
   for (float& b : bias) b = static_cast<float>(random() % 100) / 7;
-  row_kernels_named("base")->reduce(want.data(), list.terms, nullptr, value.bias ? bias.data() : nullptr, 0, value.hidden, value.type, false);
+  row_kernels_named("base")->reduce(want.data(), list.terms, nullptr, value.bias ? bias.data() : nullptr, 0,
+                                    value.hidden, value.type, false);
   on_warp([&](Warp g, auto fabric) {
-    fabric.reduce_rows(g, got.data(), list.terms, nullptr, value.bias ? bias.data() : nullptr, value.hidden, value.type);
+    fabric.reduce_rows(g, got.data(), list.terms, nullptr, value.bias ? bias.data() : nullptr, value.hidden,
+                       value.type);
   });
   CHECK(std::memcmp(want.data(), got.data(), bytes) == 0);
 }
@@ -119,8 +138,11 @@ TEST_CASES(coded_sums, cases()) {
   for (Wire wire : {Wire::fp8, Wire::logfmt10}) {
     const uint64_t bytes = wire_row_bytes(wire, value.hidden, value.type);
     Rows want(bytes), got(bytes);
-    row_kernels_named("base")->reduce_encode(want.data(), wire, list.terms, nullptr, 0, value.hidden, value.hidden, value.type);
-    on_warp([&](Warp g, auto fabric) { fabric.reduce_encode(g, got.data(), wire, list.terms, nullptr, value.hidden, value.type); });
+    row_kernels_named("base")->reduce_encode(want.data(), wire, list.terms, nullptr, 0, value.hidden,
+                                             value.hidden, value.type);
+    on_warp([&](Warp g, auto fabric) {
+      fabric.reduce_encode(g, got.data(), wire, list.terms, nullptr, value.hidden, value.type);
+    });
     CHECK(std::memcmp(want.data(), got.data(), bytes) == 0);
   }
 }
@@ -130,10 +152,14 @@ TEST(quantized_rows) {
   for (DType type : {DType::bf16, DType::f16, DType::f32})
     for (ScaleKind kind : {ScaleKind::f32, ScaleKind::ue8m0})
       for (int64_t hidden : {16, 128, 144, 1168}) {
-        Rows row(hidden * 4), want(hidden), got(hidden), want_scales(4 * tiles_of(hidden) + 16), got_scales(4 * tiles_of(hidden) + 16);
+        Rows row(hidden * 4), want(hidden), got(hidden), want_scales(4 * tiles_of(hidden) + 16),
+            got_scales(4 * tiles_of(hidden) + 16);
         fill(row.data(), hidden, type, random, true);
-        row_kernels_named("base")->quantize(want.data(), want_scales.data(), row.data(), 0, hidden, hidden, type, kind);
-        on_warp([&](Warp g, auto fabric) { fabric.quantize_row(g, got.data(), got_scales.data(), row.data(), hidden, type, kind); });
+        row_kernels_named("base")->quantize(want.data(), want_scales.data(), row.data(), 0, hidden, hidden,
+                                            type, kind);
+        on_warp([&](Warp g, auto fabric) {
+          fabric.quantize_row(g, got.data(), got_scales.data(), row.data(), hidden, type, kind);
+        });
         CHECK(std::memcmp(want.data(), got.data(), hidden) == 0);
         CHECK(std::memcmp(want_scales.data(), got_scales.data(), 4 * scale_words(hidden, kind)) == 0);
       }
@@ -141,7 +167,9 @@ TEST(quantized_rows) {
 
 TEST(copies) {
   std::mt19937_64 random(5);
-  const std::vector<uint64_t> lengths{4, 16, 48, 1008, 1024, 1028, 1040, 1300, 1536, 2560, 4112};   // eleven: each by copy_row and by spread_row
+  const std::vector<uint64_t> lengths{
+      4,    16,   48,   1008, 1024, 1028,
+      1040, 1300, 1536, 2560, 4112};  // eleven: each by copy_row and by spread_row
   std::deque<Rows> from, to;
   for (int i = 0; i < 60; ++i) {
     from.emplace_back(4112);
@@ -155,8 +183,10 @@ TEST(copies) {
       if (g.lane() == 0)
         for (int t = 0; t < 3; ++t) fabric.targets()[t] = to[i].data() + t * 4112;
       g.sync();
-      if (i % 4 == 0) fabric.copy_row(g, to[i].data(), from[i].data(), bytes);
-      else fabric.spread_row(g, fabric.targets(), i % 4, from[i].data(), bytes);
+      if (i % 4 == 0)
+        fabric.copy_row(g, to[i].data(), from[i].data(), bytes);
+      else
+        fabric.spread_row(g, fabric.targets(), i % 4, from[i].data(), bytes);
       g.sync();
     }
   });
@@ -166,7 +196,8 @@ TEST(copies) {
       const char* row = to[i].data() + t * 4112;
       const bool written = t < std::max(1, i % 4);
       CHECK(std::memcmp(row, from[i].data(), bytes) == 0 || !written);
-      CHECK(std::count(row + (written ? bytes : 0), row + 4112, 0) == static_cast<int64_t>(4112 - (written ? bytes : 0)));
+      CHECK(std::count(row + (written ? bytes : 0), row + 4112, 0) ==
+            static_cast<int64_t>(4112 - (written ? bytes : 0)));
     }
   }
 }

@@ -1,24 +1,29 @@
-// Runs a rank's calls through the cuda world's own fabric, gates and schedule: every warp is 32 threads, over an emulated
-// copy engine. Only what the GPU's compiler and hardware do is missing.
+// Runs a rank's calls through the cuda world's own fabric, gates and schedule: every warp is 32 threads, over
+// an emulated copy engine. Only what the GPU's compiler and hardware do is missing.
 #pragma once
-#include "fabric/cuda/ptx.cuh"   // the emulated one, before anything that includes it
+#include "fabric/cuda/ptx.cuh"  // the emulated one, before anything that includes it
 
 #include "rounds.hpp"
-#include "world/cuda/seat.cuh"
+#include "runtime/cuda/kernels/seat.cuh"
 
 namespace world {
 
-// A rank's device state: links, gates, a piece of shared memory per warp. `network` is what the rail finds its peers by.
+// A rank's device state: links, gates, a piece of shared memory per warp. `network` is what the rail finds
+// its peers by.
 template <class Rail>
 struct DeviceRunner {
   static constexpr uint32_t kStage = 256;
-  std::vector<const void*> network = {};   // by rank
+  std::vector<const void*> network = {};  // by rank
 
   Status dispatch(World& w, int r, const Case& c, const DispatchWork& work) {
-    return run(w, r, c, [&](Warp g, auto fabric, auto gates, Seat seat) { return dispatch_seat(g, fabric, gates, work, seat, [] {}); });
+    return run(w, r, c, [&](Warp g, auto fabric, auto gates, Seat seat) {
+      return dispatch_seat(g, fabric, gates, work, seat, [] {});
+    });
   }
   Status combine(World& w, int r, const Case& c, const CombineArgs& args) {
-    return run(w, r, c, [&](Warp g, auto fabric, auto gates, Seat seat) { return combine_seat(g, fabric, gates, args, seat); });
+    return run(w, r, c, [&](Warp g, auto fabric, auto gates, Seat seat) {
+      return combine_seat(g, fabric, gates, args, seat);
+    });
   }
 
  private:
@@ -28,16 +33,27 @@ struct DeviceRunner {
     const Geometry& g = me.host.geometry;
     std::vector<char*> regions;
     for (int n = 0; n < g.nodes(); ++n) regions.push_back(w.rank(g.rail_rank(n)).region.data.get());
-    uint64_t same_device = 0x5;   // further copies cross a link on their way to odd local ranks
+    uint64_t same_device = 0x5;  // further copies cross a link on their way to odd local ranks
     uint64_t gates[static_cast<int>(Gate::count)] = {}, failed[3] = {};
     FaultRecord faults[kFaultRecords] = {};
     Counters counters;
     cuda::Call call;
-    call.links = {.geometry = g, .windows = me.host.windows, .rail_region = me.region.data.get(), .regions = regions.data(),
-                  .network = network.empty() ? nullptr : network[r], .region_offset = me.view.node.bytes, .same_device = &same_device,
-                  .window_faults = me.view.node.faults, .region_faults = me.view.rail.faults, .region_peers = g.nodes(), .own_peer = g.node(),
-                  .failed = failed, .faults = faults, .counters = &counters};
-    call.spread = {.sms = 1, .warps = c.workers + 1, .senders = c.senders, .stage_bytes = kStage, .stages = c.stages};
+    call.links = {.geometry = g,
+                  .windows = me.host.windows,
+                  .rail_region = me.region.data.get(),
+                  .regions = regions.data(),
+                  .network = network.empty() ? nullptr : network[r],
+                  .region_offset = me.view.node.bytes,
+                  .same_device = &same_device,
+                  .window_faults = me.view.node.faults,
+                  .region_faults = me.view.rail.faults,
+                  .region_peers = g.nodes(),
+                  .own_peer = g.node(),
+                  .failed = failed,
+                  .faults = faults,
+                  .counters = &counters};
+    call.spread = {
+        .sms = 1, .warps = c.workers + 1, .senders = c.senders, .stage_bytes = kStage, .stages = c.stages};
     call.timeout_ns = 60'000'000'000;
     call.gates = gates;
     const int seats = c.workers + 1;
@@ -47,7 +63,8 @@ struct DeviceRunner {
       std::vector<std::jthread> warps;
       for (int i = 0; i < seats; ++i)
         warps.emplace_back([&, i] {
-          emulated::run_warp([&] { cuda::take_seat(call, Rail::of(call.links, i), i, seats, shared[i].data.get(), role); });
+          emulated::run_warp(
+              [&] { cuda::take_seat(call, Rail::of(call.links, i), i, seats, shared[i].data.get(), role); });
         });
     }
     const FaultRecord& record = faults[1].code ? faults[1] : faults[0];

@@ -1,4 +1,5 @@
-// Few replicas that balance like all: what a Forest may change, what it must keep, and what activation makes of it.
+// Few replicas that balance like all: what a Forest may change, what it must keep, and what activation makes
+// of it.
 #include <cmath>
 #include <functional>
 #include <numeric>
@@ -29,7 +30,8 @@ World balanced(int ranks, int per_rank, int experts, uint32_t seed, bool connect
     later[e] = load[e] * std::exp(0.3 * normal(engine));
   }
   std::vector<int32_t> table(ranks * per_rank);
-  rebalance_layer({experts, ranks * per_rank, 1, 1, ranks}, load.data(), {nullptr, -1, connected}, table.data());
+  rebalance_layer({experts, ranks * per_rank, 1, 1, ranks}, load.data(), {nullptr, -1, connected},
+                  table.data());
   World w{Replicas(table.data(), ranks * per_rank, experts, ranks, 1), later, {}};
   w.share.resize(w.replicas.slots);
   split(w.replicas, later.data(), nullptr, 60, w.share.data());
@@ -38,8 +40,11 @@ World balanced(int ranks, int per_rank, int experts, uint32_t seed, bool connect
 
 std::vector<World> worlds() {
   std::vector<World> all;
-  for (const auto& [ranks, per_rank, experts] : {std::array{8, 6, 20}, std::array{12, 8, 50}, std::array{32, 16, 256}, std::array{4, 4, 5}, std::array{1, 3, 3}})
-    for (uint32_t seed = 0; seed < 6; ++seed) all.push_back(balanced(ranks, per_rank, experts, seed, seed % 2));
+  for (const auto& [ranks, per_rank, experts] :
+       {std::array{8, 6, 20}, std::array{12, 8, 50}, std::array{32, 16, 256}, std::array{4, 4, 5},
+        std::array{1, 3, 3}})
+    for (uint32_t seed = 0; seed < 6; ++seed)
+      all.push_back(balanced(ranks, per_rank, experts, seed, seed % 2));
   return all;
 }
 
@@ -93,8 +98,8 @@ void check_forest(const World& w, const Forest& f, const std::vector<double>& sh
   }
 }
 
-// Experts 0 and 1 on ranks 0 and 1, and each rank has experts of its own: a cycle of four replicas. `spare`: experts that rank 0
-// has to itself, the other one has three.
+// Experts 0 and 1 on ranks 0 and 1, and each rank has experts of its own: a cycle of four replicas. `spare`:
+// experts that rank 0 has to itself, the other one has three.
 World cycle(int spare, std::array<double, 4> shares) {
   std::vector<int32_t> table{0, 1, 2, 3, 4, 0, 1, 5, 6, 7};
   World w{Replicas(table.data(), 10, 8, 2, 1), std::vector<double>(8, 0.0), std::vector<double>(10, 0.0)};
@@ -103,8 +108,8 @@ World cycle(int spare, std::array<double, 4> shares) {
     w.share[i] = amount;
     w.load[w.replicas.expert[i]] += amount;
   };
-  give(0, shares[0]), give(5, shares[1]);   // expert 0
-  give(1, shares[2]), give(6, shares[3]);   // expert 1
+  give(0, shares[0]), give(5, shares[1]);  // expert 0
+  give(1, shares[2]), give(6, shares[3]);  // expert 1
   for (int k = 0; k < 3; ++k) {
     if (k < spare) give(2 + k, 10);
     if (k < 3 - spare) give(7 + k, 10);
@@ -124,26 +129,28 @@ TEST(prune_keeps_every_sum_and_leaves_no_cycle) {
     check_forest(w, f, share);
     const std::vector<uint8_t> after = running(f, w.replicas);
     for (size_t i = 0; i < after.size(); ++i) {
-      CHECK(before[i] || !after[i]);   // nothing starts
+      CHECK(before[i] || !after[i]);  // nothing starts
       stopped += before[i] - after[i];
     }
     std::vector<double> again = share;
     Forest g(w.replicas, again.data());
     g.prune();
-    CHECK(again == share);             // a forest has nothing to prune
+    CHECK(again == share);  // a forest has nothing to prune
   }
   CHECK(stopped > 500);
 }
 
 TEST(prune_relieves_the_fuller_rank) {
-  // One way round, replicas 0 of expert 0 and 1 of expert 1 give, the other way the other two: the smallest of those that give stops.
+  // One way round, replicas 0 of expert 0 and 1 of expert 1 give, the other way the other two: the smallest
+  // of those that give stops.
   for (const bool first_is_fuller : {true, false}) {
-    World w = cycle(first_is_fuller ? 3 : 0, {3, 4, 2, 1});   // rank 0 has 3 and 2, rank 1 has 4 and 1
+    World w = cycle(first_is_fuller ? 3 : 0, {3, 4, 2, 1});  // rank 0 has 3 and 2, rank 1 has 4 and 1
     Forest f(w.replicas, w.share.data());
     const std::vector<double> ranks = sums(w.replicas.rank, 2, w.share);
     f.prune();
     const auto at = [&](int slot) { return w.share[w.replicas.at_slot[slot]]; };
-    const std::array<double, 4> want = first_is_fuller ? std::array<double, 4>{5, 2, 0, 3} : std::array<double, 4>{2, 5, 3, 0};
+    const std::array<double, 4> want =
+        first_is_fuller ? std::array<double, 4>{5, 2, 0, 3} : std::array<double, 4>{2, 5, 3, 0};
     CHECK_EQ(at(0), want[0]);
     CHECK_EQ(at(5), want[1]);
     CHECK_EQ(at(1), want[2]);
@@ -160,7 +167,8 @@ TEST(fit_keeps_every_sum_and_makes_one_exchange_at_a_time) {
     f.prune();
     std::vector<uint8_t> runs = running(f, w.replicas);
     const std::vector<int> used = per_rank(w.replicas, runs);
-    const int limit = (std::accumulate(used.begin(), used.end(), 0) + w.replicas.ranks - 1) / w.replicas.ranks;
+    const int limit =
+        (std::accumulate(used.begin(), used.end(), 0) + w.replicas.ranks - 1) / w.replicas.ranks;
     f.fit(limit, 0);
     CHECK(running(f, w.replicas) == runs);
     for (int k = 0; k < 6; ++k) {
@@ -173,13 +181,14 @@ TEST(fit_keeps_every_sum_and_makes_one_exchange_at_a_time) {
       CHECK_EQ(started, ended);
       CHECK(started <= 1);
       const std::vector<int> full = per_rank(w.replicas, now);
-      CHECK(above(full, limit) <= before);   // what starts does so where there is room
+      CHECK(above(full, limit) <= before);  // what starts does so where there is room
       runs = now;
     }
   }
 }
 
-// With no room to spare most of what is above the limit still finds a place; with one more per rank all of it does.
+// With no room to spare most of what is above the limit still finds a place; with one more per rank all of it
+// does.
 TEST(fit_brings_ranks_down_to_the_limit) {
   for (const int spare : {0, 1}) {
     int before = 0, after = 0;
@@ -188,7 +197,8 @@ TEST(fit_brings_ranks_down_to_the_limit) {
       Forest f(w.replicas, share.data());
       f.prune();
       const std::vector<int> used = per_rank(w.replicas, running(f, w.replicas));
-      const int limit = (std::accumulate(used.begin(), used.end(), 0) + w.replicas.ranks - 1) / w.replicas.ranks + spare;
+      const int limit =
+          (std::accumulate(used.begin(), used.end(), 0) + w.replicas.ranks - 1) / w.replicas.ranks + spare;
       f.fit(limit, 200);
       check_forest(w, f, share);
       before += above(used, limit);
@@ -206,17 +216,25 @@ TEST(fit_changes_nothing_where_all_fits) {
     f.prune();
     const std::vector<double> kept = share;
     const std::vector<int> used = per_rank(w.replicas, running(f, w.replicas));
-    for (const int limit : {*std::max_element(used.begin(), used.end()), w.replicas.slots_per_rank()}) f.fit(limit, 20);
+    for (const int limit : {*std::max_element(used.begin(), used.end()), w.replicas.slots_per_rank()})
+      f.fit(limit, 20);
     CHECK(share == kept);
   }
 }
 
-// What runs then: within the limit, every expert somewhere, and the ranks nearly as even as if all ran: exactly so where a
-// forest fits, and as near as it gets where the limit is below that.
+// What runs then: within the limit, every expert somewhere, and the ranks nearly as even as if all ran:
+// exactly so where a forest fits, and as near as it gets where the limit is below that.
 TEST(activation_balances_within_the_limit) {
-  struct Shape { int ranks, hosted, experts, limit; double mean, worst; };
-  for (const Shape& c : {Shape{8, 6, 20, 4, 1.0005, 1.001}, {12, 8, 50, 6, 1.0005, 1.001}, {32, 16, 256, 9, 1.0115, 1.0175}, {16, 12, 100, 8, 1.0005, 1.001},
-                         {16, 12, 100, 7, 1.027, 1.065}, {12, 8, 50, 5, 1.014, 1.05}}) {
+  struct Shape {
+    int ranks, hosted, experts, limit;
+    double mean, worst;
+  };
+  for (const Shape& c : {Shape{8, 6, 20, 4, 1.0005, 1.001},
+                         {12, 8, 50, 6, 1.0005, 1.001},
+                         {32, 16, 256, 9, 1.0115, 1.0175},
+                         {16, 12, 100, 8, 1.0005, 1.001},
+                         {16, 12, 100, 7, 1.027, 1.065},
+                         {12, 8, 50, 5, 1.014, 1.05}}) {
     double worst = 0, sum = 0;
     const int seeds = 12;
     for (uint32_t seed = 0; seed < seeds; ++seed) {
@@ -229,7 +247,8 @@ TEST(activation_balances_within_the_limit) {
       for (int i = 0; i < r.slots; ++i) runs[r.expert[i]] += active[i];
       for (const int n : runs) CHECK(n >= 1);
       std::vector<double> share(r.slots);
-      const double all = split(r, w.load.data(), nullptr, 60, share.data()), few = split(r, w.load.data(), active.data(), 60, share.data());
+      const double all = split(r, w.load.data(), nullptr, 60, share.data()),
+                   few = split(r, w.load.data(), active.data(), 60, share.data());
       worst = std::max(worst, few / all);
       sum += few / all;
     }
@@ -243,7 +262,7 @@ TEST(activation_runs_an_expert_whose_load_shows_nowhere) {
     World w = balanced(12, 8, 50, seed, true);
     const Replicas& r = w.replicas;
     const int e = r.shared[seed % r.shared.size()];
-    w.load[e] = 1e-30;   // adds nothing to what a rank carries
+    w.load[e] = 1e-30;  // adds nothing to what a rank carries
     std::vector<uint8_t> active(r.slots);
     CHECK_EQ(activate(r, w.load.data(), 6, active.data()), -1);
     CHECK(std::accumulate(active.begin() + r.first[e], active.begin() + r.first[e + 1], 0) >= 1);

@@ -1,5 +1,6 @@
-// The GIN rail's own text over an emulated network that is as free as GIN's rules allow: whole worlds of several nodes
-// deliver every bit, and many groups' puts come before the one signal that follows them on their stream.
+// The GIN rail's own text over an emulated network that is as free as GIN's rules allow: whole worlds of
+// several nodes deliver every bit, and many groups' puts come before the one signal that follows them on
+// their stream.
 #include <barrier>
 
 #include "device_runner.hpp"
@@ -31,14 +32,19 @@ struct Network {
 
 // Attaches itself to a world in its first call.
 struct GinRunner {
-  Status dispatch(World& w, int r, const Case& c, const DispatchWork& work) { return at(w, c).dispatch(w, r, c, work); }
-  Status combine(World& w, int r, const Case& c, const CombineArgs& args) { return at(w, c).combine(w, r, c, args); }
+  Status dispatch(World& w, int r, const Case& c, const DispatchWork& work) {
+    return at(w, c).dispatch(w, r, c, work);
+  }
+  Status combine(World& w, int r, const Case& c, const CombineArgs& args) {
+    return at(w, c).combine(w, r, c, args);
+  }
 
  private:
   DeviceRunner<GinRail>& at(World& w, const Case& c) {
     std::call_once(once, [&] {
       std::vector<char*> bases;
-      for (int r = 0; r < w.size(); ++r) bases.push_back(w.rank(r).region.data.get() - w.rank(r).view.node.bytes);
+      for (int r = 0; r < w.size(); ++r)
+        bases.push_back(w.rank(r).region.data.get() - w.rank(r).view.node.bytes);
       network = std::make_unique<Network>(bases, w.rank(0).host.geometry, c.nodes);
       runner.network = network->all();
     });
@@ -50,18 +56,33 @@ struct GinRunner {
 };
 
 std::vector<Case> cases() {
-  const Case base{.nodes = 2, .per_node = 1, .channels = 2, .hidden = 264, .rounds = 3, .workers = 3, .senders = 2};
+  const Case base{
+      .nodes = 2, .per_node = 1, .channels = 2, .hidden = 264, .rounds = 3, .workers = 3, .senders = 2};
   std::vector<Case> all;
-  Case c = base; all.push_back(c);
-  c.layout = RowLayout::rank; all.push_back(c);
-  c = base; c.nodes = 3; c.check = true; all.push_back(c);
-  c = base; c.chunk_rows = 3; c.per_node = 2; c.workers = 2; c.senders = 1; all.push_back(c);
-  c = base; c.hidden = 1152; c.fused = ScaleKind::f32; c.wire = Wire::logfmt10; all.push_back(c);
+  Case c = base;
+  all.push_back(c);
+  c.layout = RowLayout::rank;
+  all.push_back(c);
+  c = base;
+  c.nodes = 3;
+  c.check = true;
+  all.push_back(c);
+  c = base;
+  c.chunk_rows = 3;
+  c.per_node = 2;
+  c.workers = 2;
+  c.senders = 1;
+  all.push_back(c);
+  c = base;
+  c.hidden = 1152;
+  c.fused = ScaleKind::f32;
+  c.wire = Wire::logfmt10;
+  all.push_back(c);
   return all;
 }
 
-// Four groups of rank 0 put to rank 1, meet, and one of them signals; rank 1 looks at the data when it sees the signal.
-// How often it was not complete.
+// Four groups of rank 0 put to rank 1, meet, and one of them signals; rank 1 looks at the data when it sees
+// the signal. How often it was not complete.
 int incomplete_after_signal(bool one_stream, int rounds, int flags = kGinWindowFlags) {
   constexpr int kGroups = 4, kBytes = 64;
   int incomplete = 0;
@@ -78,7 +99,9 @@ int incomplete_after_signal(bool one_stream, int rounds, int flags = kGinWindowF
         groups.emplace_back([&, i] {
           auto& scratch = *reinterpret_cast<WarpScratch*>(shared.data.get() + 4096 * i);
           const GinRail rail = GinRail::of(links, one_stream ? 0 : i);
-          for (int k = 0; k < 8; ++k) rail.put(scratch, 1, 64 + (8 * i + k) * kBytes, from.data.get() + 64 + (8 * i + k) * kBytes, kBytes);
+          for (int k = 0; k < 8; ++k)
+            rail.put(scratch, 1, 64 + (8 * i + k) * kBytes, from.data.get() + 64 + (8 * i + k) * kBytes,
+                     kBytes);
           gate.arrive_and_wait();
           if (i == 0) rail.signal(scratch, 1, 0, 1);
         });
@@ -86,7 +109,8 @@ int incomplete_after_signal(bool one_stream, int rounds, int flags = kGinWindowF
     network.gin.hold(false, true);
     while (ptx::load_acquire_sys(reinterpret_cast<const uint64_t*>(to.data.get())) == 0) {}
     const char* data = to.data.get() + 64;
-    incomplete += !std::all_of(data, data + 8 * kGroups * kBytes, [&](char c) { return c == static_cast<char>(round); });
+    incomplete += !std::all_of(data, data + 8 * kGroups * kBytes,
+                               [&](char c) { return c == static_cast<char>(round); });
     network.gin.hold(false);
   }
   return incomplete;
@@ -101,21 +125,23 @@ TEST_CASES(gin_worlds, cases()) {
 
 TEST(one_signal_after_many_groups) {
   CHECK_EQ(incomplete_after_signal(true, 50), 0);
-  CHECK(incomplete_after_signal(false, 50) > 25);   // what the stream is for
-  CHECK(incomplete_after_signal(true, 50, NCCL_WIN_COLL_SYMMETRIC) > 25);   // and strict ordering
+  CHECK(incomplete_after_signal(false, 50) > 25);                          // what the stream is for
+  CHECK(incomplete_after_signal(true, 50, NCCL_WIN_COLL_SYMMETRIC) > 25);  // and strict ordering
 }
 
 TEST(a_source_may_be_written_again_after_flush) {
   for (int round = 1; round <= 50; ++round) {
     Heap from(4096), to(4096), shared(4096);
     Network network({from.data.get(), to.data.get()}, Geometry{0, 2, 1}, round);
-    const DeviceLinks links{.geometry = {0, 2, 1}, .rail_region = from.data.get(), .network = &network.of_rank[0]};
+    const DeviceLinks links{
+        .geometry = {0, 2, 1}, .rail_region = from.data.get(), .network = &network.of_rank[0]};
     auto& scratch = *reinterpret_cast<WarpScratch*>(shared.data.get());
     const GinRail rail = GinRail::of(links, round);
     std::memset(from.data.get(), round, 1024);
     for (int k = 0; k < 8; ++k) rail.put(scratch, 1, 128 * k, from.data.get() + 128 * k, 128);
     CHECK(rail.flush(scratch, ~uint64_t{0}).ok());
     std::memset(from.data.get(), -1, 1024);
-    CHECK(std::all_of(to.data.get(), to.data.get() + 1024, [&](char c) { return c == static_cast<char>(round); }));
+    CHECK(std::all_of(to.data.get(), to.data.get() + 1024,
+                      [&](char c) { return c == static_cast<char>(round); }));
   }
 }

@@ -8,7 +8,9 @@ using namespace moecomm;
 
 namespace {
 
-struct Part { uint64_t begin, bytes, alignment; };
+struct Part {
+  uint64_t begin, bytes, alignment;
+};
 
 void check_disjoint(std::vector<Part> parts, uint64_t total) {
   std::sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.begin < b.begin; });
@@ -22,7 +24,10 @@ void check_disjoint(std::vector<Part> parts, uint64_t total) {
   CHECK(end <= total);
 }
 
-struct Case { Geometry g; Shape s; };
+struct Case {
+  Geometry g;
+  Shape s;
+};
 
 std::vector<Case> cases() {
   std::vector<Case> all;
@@ -30,7 +35,14 @@ std::vector<Case> cases() {
     for (int p : {1, 3, 8})
       for (int top_k : {1, 8, 32})
         for (DType type : {DType::bf16, DType::f64}) {
-          Shape s{.hidden = 72, .dtype = type, .num_experts = 4 * nodes * p, .top_k = top_k, .max_tokens = 37, .channels = 3, .arena_bytes = 12345, .logical_experts = top_k == 8 ? 57 : 0};
+          Shape s{.hidden = 72,
+                  .dtype = type,
+                  .num_experts = 4 * nodes * p,
+                  .top_k = top_k,
+                  .max_tokens = 37,
+                  .channels = 3,
+                  .arena_bytes = 12345,
+                  .logical_experts = top_k == 8 ? 57 : 0};
           all.push_back({{nodes * p - 1, nodes * p, p}, s});
         }
   return all;
@@ -42,9 +54,17 @@ TEST_CASES(node_windows, cases()) {
   const auto& [g, s] = value;
   const NodeLayout l = node_layout(g, s);
   const uint64_t p = g.ranks_per_node;
-  check_disjoint({{0, sizeof(MemoryHeader), 64}, {l.counts, 8 * p, 8}, {l.arrive, 8 * p, 8}, {l.ready, 8 * p, 8}, {l.done, 8 * p, 8},
-                  {l.faults, sizeof(FaultWord) * p, 8}, {l.offers, sizeof(Offer) * p, 8}, {l.verdicts, sizeof(Verdict) * p, 8},
-                  {l.board, sizeof(RowsBoard), 8}, {l.tables, uint64_t{4} * count_layout(g, s).ints * g.size * s.count_halves(), 16}, {l.arena, s.arena_bytes, 4096}},
+  check_disjoint({{0, sizeof(MemoryHeader), 64},
+                  {l.counts, 8 * p, 8},
+                  {l.arrive, 8 * p, 8},
+                  {l.ready, 8 * p, 8},
+                  {l.done, 8 * p, 8},
+                  {l.faults, sizeof(FaultWord) * p, 8},
+                  {l.offers, sizeof(Offer) * p, 8},
+                  {l.verdicts, sizeof(Verdict) * p, 8},
+                  {l.board, sizeof(RowsBoard), 8},
+                  {l.tables, uint64_t{4} * count_layout(g, s).ints * g.size * s.count_halves(), 16},
+                  {l.arena, s.arena_bytes, 4096}},
                  l.bytes);
 }
 
@@ -52,12 +72,23 @@ TEST_CASES(rail_regions, cases()) {
   const auto& [g, s] = value;
   const RailLayout l = rail_layout(g, s);
   const uint64_t n = g.nodes(), rows = (n - 1) * s.max_tokens;
-  check_disjoint({{0, sizeof(MemoryHeader), 64}, {l.enter, 8 * n, 8}, {l.rows, 8 * n * s.channels, 8}, {l.verdict, 8 * n, 8},
-                  {l.back, 8 * n * s.channels, 8}, {l.faults, sizeof(FaultWord) * n, 8}, {l.blocks, uint64_t{4} * count_layout(g, s).ints * n * s.count_halves(), 16},
-                  {l.verdicts, sizeof(Verdict) * n, 8}, {l.outbox, sizeof(Verdict) + sizeof(FaultWord), 8},
-                  {l.metas, n * s.max_tokens * meta_bytes(s.top_k), 16}, {l.metas_out, rows * meta_bytes(s.top_k), 16}, {l.sums, 8 * rows, 8},
+  check_disjoint({{0, sizeof(MemoryHeader), 64},
+                  {l.enter, 8 * n, 8},
+                  {l.rows, 8 * n * s.channels, 8},
+                  {l.verdict, 8 * n, 8},
+                  {l.back, 8 * n * s.channels, 8},
+                  {l.faults, sizeof(FaultWord) * n, 8},
+                  {l.blocks, uint64_t{4} * count_layout(g, s).ints * n * s.count_halves(), 16},
+                  {l.verdicts, sizeof(Verdict) * n, 8},
+                  {l.outbox, sizeof(Verdict) + sizeof(FaultWord), 8},
+                  {l.metas, n * s.max_tokens * meta_bytes(s.top_k), 16},
+                  {l.metas_out, rows * meta_bytes(s.top_k), 16},
+                  {l.sums, 8 * rows, 8},
                   {l.sums_out, 8 * rows, 8},
-                  {l.slots, 4 * rows * s.top_k, 4}, {l.slots_out, 4 * rows * s.top_k, 4}, {l.area_a, rows * s.slot_bytes(), 16}, {l.area_b, rows * s.slot_bytes(), 16}},
+                  {l.slots, 4 * rows * s.top_k, 4},
+                  {l.slots_out, 4 * rows * s.top_k, 4},
+                  {l.area_a, rows * s.slot_bytes(), 16},
+                  {l.area_b, rows * s.slot_bytes(), 16}},
                  l.bytes);
   CHECK(s.slot_bytes() >= s.combine_row_bytes());
   CHECK(s.slot_bytes() >= static_cast<uint64_t>(s.hidden) + s.scale_bytes());
@@ -72,11 +103,19 @@ TEST_CASES(blocks, cases()) {
         const BlockLayout l = block_layout(rows, call, s.top_k);
         const bool by_rank = layout == RowLayout::rank;
         const uint64_t k = by_rank ? s.top_k : 1;
-        check_disjoint({{l.rows, rows * call.row_bytes, 16}, {l.scales, rows * scales, 4}, {l.weights, 4 * rows * k, 4},
-                        {l.ids, by_rank ? 8 * rows * k : 0, 8}, {l.origin, by_rank ? 0 : 4 * rows, 4}, {l.source, 8 * rows, 8}, {l.sums, 8 * rows, 8}},
+        check_disjoint({{l.rows, rows * call.row_bytes, 16},
+                        {l.scales, rows * scales, 4},
+                        {l.weights, 4 * rows * k, 4},
+                        {l.ids, by_rank ? 8 * rows * k : 0, 8},
+                        {l.origin, by_rank ? 0 : 4 * rows, 4},
+                        {l.source, 8 * rows, 8},
+                        {l.sums, 8 * rows, 8}},
                        l.bytes);
         const OutputLayout o = output_layout(rows, s);
-        check_disjoint({{o.rows, rows * s.combine_row_bytes(), 16}, {o.weights, 4 * rows, 4}, {o.back, 4 * rows * s.top_k, 4}}, o.bytes);
+        check_disjoint({{o.rows, rows * s.combine_row_bytes(), 16},
+                        {o.weights, 4 * rows, 4},
+                        {o.back, 4 * rows * s.top_k, 4}},
+                       o.bytes);
       }
 }
 

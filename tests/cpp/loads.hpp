@@ -21,7 +21,8 @@ inline std::vector<double> lognormal(int n, double sigma, uint32_t seed) {
 }
 
 // The heaviest rank's load over the mean; checks what every placement must satisfy.
-inline double heaviest(const Grid& g, const std::vector<double>& load, const std::vector<int32_t>& placement) {
+inline double heaviest(const Grid& g, const std::vector<double>& load,
+                       const std::vector<int32_t>& placement) {
   std::vector<int> count(g.experts, 0);
   for (const int32_t e : placement) {
     REQUIRE(e >= 0 && e < g.experts);
@@ -42,8 +43,9 @@ inline double heaviest(const Grid& g, const std::vector<double>& load, const std
 }
 
 inline const std::vector<Grid> kGrids = {
-    {8, 12, 1, 1, 4}, {8, 16, 1, 1, 8}, {8, 8, 1, 1, 8}, {16, 24, 4, 2, 4}, {16, 32, 4, 2, 16}, {3, 6, 1, 1, 3}, {5, 30, 1, 2, 6}, {2, 4, 1, 1, 2},
-    {64, 72, 8, 4, 8}, {256, 288, 8, 4, 32}, {256, 288, 1, 1, 144}, {257, 320, 1, 1, 320}, {1, 4, 1, 1, 4},
+    {8, 12, 1, 1, 4},      {8, 16, 1, 1, 8},      {8, 8, 1, 1, 8}, {16, 24, 4, 2, 4}, {16, 32, 4, 2, 16},
+    {3, 6, 1, 1, 3},       {5, 30, 1, 2, 6},      {2, 4, 1, 1, 2}, {64, 72, 8, 4, 8}, {256, 288, 8, 4, 32},
+    {256, 288, 1, 1, 144}, {257, 320, 1, 1, 320}, {1, 4, 1, 1, 4},
 };
 
 }  // namespace moecomm::balance

@@ -1,4 +1,5 @@
-// The balance core with loads of any magnitude: byte counts that were never reset, averages that decayed to almost nothing.
+// The balance core with loads of any magnitude: byte counts that were never reset, averages that decayed to
+// almost nothing.
 #include <cfloat>
 #include <cmath>
 
@@ -14,7 +15,8 @@ namespace {
 
 std::vector<std::vector<double>> extreme_loads(int experts, uint32_t seed) {
   std::vector<std::vector<double>> found;
-  for (const double unit : {DBL_TRUE_MIN, 1e-320, DBL_MIN, 1e-300, 1e-200, 1e-155, 1e155, 1e200, 1e300, DBL_MAX / 1e4}) {
+  for (const double unit :
+       {DBL_TRUE_MIN, 1e-320, DBL_MIN, 1e-300, 1e-200, 1e-155, 1e155, 1e200, 1e300, DBL_MAX / 1e4}) {
     found.push_back(lognormal(experts, 1.0, seed));
     for (double& l : found.back()) l = std::min(l, 1e4) * unit;
   }
@@ -43,7 +45,8 @@ TEST_CASES(loads_of_any_magnitude_are_placed, kGrids) {
         heaviest(g, std::vector<double>(g.experts, 0.0), placement);
       }
       for (const int moves : {-1, 1})
-        for (const std::vector<double>& later : {lognormal(g.experts, 1.0, seed), std::vector<double>(g.experts, DBL_MAX)}) {
+        for (const std::vector<double>& later :
+             {lognormal(g.experts, 1.0, seed), std::vector<double>(g.experts, DBL_MAX)}) {
           rebalance_layer(g, later.data(), {placement.data(), moves}, next.data());
           heaviest(g, std::vector<double>(g.experts, 0.0), next);
         }

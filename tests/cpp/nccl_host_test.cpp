@@ -1,6 +1,7 @@
-// The cuda world's own use of NCCL on the host, over an NCCL that notes what it is told: windows that signals add to are
-// strictly ordered, and what was made ends in the order that NCCL wants, without waiting for another rank.
-#include "fabric/cuda/gin.hpp"   // the emulated NCCL, before anything that includes it
+// The cuda world's own use of NCCL on the host, over an NCCL that notes what it is told: windows that signals
+// add to are strictly ordered, and what was made ends in the order that NCCL wants, without waiting for
+// another rank.
+#include "fabric/cuda/gin.hpp"  // the emulated NCCL, before anything that includes it
 
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -25,14 +26,29 @@ struct State {
 
 }  // namespace
 
-struct ncclComm { int ranks, rank; };
+struct ncclComm {
+  int ranks, rank;
+};
 
 extern "C" {
-ncclResult_t ncclGetUniqueId(ncclUniqueId* id) { std::memset(id, 7, sizeof(*id)); return ncclSuccess; }
-ncclResult_t ncclCommInitRank(ncclComm_t* comm, int ranks, ncclUniqueId, int rank) { *comm = new ncclComm{ranks, rank}; return ncclSuccess; }
-ncclResult_t ncclCommAbort(ncclComm_t comm) { state.ended.push_back("abort"); delete comm; return ncclSuccess; }
+ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
+  std::memset(id, 7, sizeof(*id));
+  return ncclSuccess;
+}
+ncclResult_t ncclCommInitRank(ncclComm_t* comm, int ranks, ncclUniqueId, int rank) {
+  *comm = new ncclComm{ranks, rank};
+  return ncclSuccess;
+}
+ncclResult_t ncclCommAbort(ncclComm_t comm) {
+  state.ended.push_back("abort");
+  delete comm;
+  return ncclSuccess;
+}
 const char* ncclGetErrorString(ncclResult_t) { return "an error"; }
-ncclResult_t ncclMemAlloc(void** p, size_t bytes) { *p = *state.memory.insert(std::aligned_alloc(4096, bytes)).first; return ncclSuccess; }
+ncclResult_t ncclMemAlloc(void** p, size_t bytes) {
+  *p = *state.memory.insert(std::aligned_alloc(4096, bytes)).first;
+  return ncclSuccess;
+}
 ncclResult_t ncclMemFree(void* p) {
   CHECK_EQ(state.memory.erase(p), size_t{1});
   state.ended.push_back("free");
@@ -40,7 +56,8 @@ ncclResult_t ncclMemFree(void* p) {
   return ncclSuccess;
 }
 ncclResult_t ncclCommWindowRegister(ncclComm_t, void* p, size_t, ncclWindow_t* window, int flags) {
-  state.windows.push_back(std::make_unique<ncclWindow_vidmem>(ncclWindow_vidmem{{static_cast<char*>(p)}, flags}));
+  state.windows.push_back(
+      std::make_unique<ncclWindow_vidmem>(ncclWindow_vidmem{{static_cast<char*>(p)}, flags}));
   *window = state.windows.back().get();
   return ncclSuccess;
 }
@@ -50,7 +67,10 @@ ncclResult_t ncclCommWindowDeregister(ncclComm_t, ncclWindow_t window) {
   return ncclSuccess;
 }
 ncclTeam_t ncclTeamLsa(ncclComm_t comm) { return {state.per_node, comm->rank % state.per_node, 1}; }
-ncclResult_t ncclGetLsaDevicePointer(ncclWindow_t window, size_t offset, int, void** p) { *p = window->base[0] + offset; return ncclSuccess; }
+ncclResult_t ncclGetLsaDevicePointer(ncclWindow_t window, size_t offset, int, void** p) {
+  *p = window->base[0] + offset;
+  return ncclSuccess;
+}
 ncclResult_t ncclCommQueryProperties(ncclComm_t, ncclCommProperties* p) {
   *p = {true, NCCL_GIN_TYPE_GDAKI, NCCL_GIN_TYPE_GDAKI, {false, false, true, true}};
   return ncclSuccess;
@@ -59,7 +79,10 @@ ncclResult_t ncclDevCommCreate(ncclComm_t comm, const ncclDevCommRequirements* w
   *made = {comm->rank, static_cast<uint32_t>(wanted->ginContextCount), nullptr};
   return ncclSuccess;
 }
-ncclResult_t ncclDevCommDestroy(ncclComm_t, const ncclDevComm_t*) { state.ended.push_back("network"); return ncclSuccess; }
+ncclResult_t ncclDevCommDestroy(ncclComm_t, const ncclDevComm_t*) {
+  state.ended.push_back("network");
+  return ncclSuccess;
+}
 }
 
 namespace {
@@ -67,9 +90,19 @@ namespace {
 void* symbol(const char* name) {
   static const std::map<std::string, void*> all{
 #define SYMBOL(f) {#f, reinterpret_cast<void*>(&f)}
-      SYMBOL(ncclGetUniqueId), SYMBOL(ncclCommInitRank), SYMBOL(ncclCommAbort), SYMBOL(ncclGetErrorString), SYMBOL(ncclMemAlloc), SYMBOL(ncclMemFree),
-      SYMBOL(ncclCommWindowRegister), SYMBOL(ncclCommWindowDeregister), SYMBOL(ncclTeamLsa), SYMBOL(ncclGetLsaDevicePointer),
-      SYMBOL(ncclCommQueryProperties), SYMBOL(ncclDevCommCreate), SYMBOL(ncclDevCommDestroy)};
+      SYMBOL(ncclGetUniqueId),
+      SYMBOL(ncclCommInitRank),
+      SYMBOL(ncclCommAbort),
+      SYMBOL(ncclGetErrorString),
+      SYMBOL(ncclMemAlloc),
+      SYMBOL(ncclMemFree),
+      SYMBOL(ncclCommWindowRegister),
+      SYMBOL(ncclCommWindowDeregister),
+      SYMBOL(ncclTeamLsa),
+      SYMBOL(ncclGetLsaDevicePointer),
+      SYMBOL(ncclCommQueryProperties),
+      SYMBOL(ncclDevCommCreate),
+      SYMBOL(ncclDevCommDestroy)};
 #undef SYMBOL
   return all.at(name);
 }
@@ -84,8 +117,14 @@ void* symbol(const char* name) {
 
 namespace moecomm::cuda {
 
-const Kernels& loopback_kernels() { static const Kernels none{}; return none; }
-const DecodeKernels& loopback_decode_kernels() { static const DecodeKernels none{}; return none; }
+const Kernels& loopback_kernels() {
+  static const Kernels none{};
+  return none;
+}
+const DecodeKernels& loopback_decode_kernels() {
+  static const DecodeKernels none{};
+  return none;
+}
 const Kernels& gin_kernels() { return loopback_kernels(); }
 const DecodeKernels& gin_decode_kernels() { return loopback_decode_kernels(); }
 
@@ -103,7 +142,8 @@ std::shared_ptr<device::DeviceReach> join(bool network) {
   state.per_node = network ? 2 : 4;
   return device::reach_nccl("libnccl", Geometry{0, 4, 2}, 0, device::nccl_unique_id("libnccl"));
 }
-std::shared_ptr<device::DeviceWindow> connected(device::DeviceReach& reach, device::Peers peers = device::Peers::rail) {
+std::shared_ptr<device::DeviceWindow> connected(device::DeviceReach& reach,
+                                                device::Peers peers = device::Peers::rail) {
   auto window = reach.window(10000, peers);
   window->connect(0, std::vector<std::string>(4, window->card()));
   return window;
@@ -130,9 +170,9 @@ TEST(networks_end_before_windows_and_windows_before_memory) {
   auto reach = join(true);
   auto rail = connected(*reach), world = connected(*reach, device::Peers::world);
   rail.reset();
-  CHECK(state.ended.empty());   // closing a buffer is a rank's own affair, giving up a window is not
+  CHECK(state.ended.empty());  // closing a buffer is a rank's own affair, giving up a window is not
   reach.reset();
-  CHECK(state.ended.empty());   // a window is left
+  CHECK(state.ended.empty());  // a window is left
   world.reset();
   CHECK((state.ended == Events{"network", "network", "abort", "free", "free"}));
   CHECK(state.memory.empty());
@@ -144,15 +184,13 @@ TEST(memory_comes_back_when_all_ranks_have_closed_a_window) {
   b.reset();
   a.reset();
   CHECK((reach->retired() == std::vector<int>{0, 1}));
-  reach->release({1});          // another rank still has the first one
+  reach->release({1});  // another rank still has the first one
   CHECK((state.ended == Events{"deregister", "free"}));
   CHECK((reach->retired() == std::vector<int>{0}));
   bool refused = false;
   try {
     reach->release({2});
-  } catch (const std::invalid_argument&) {
-    refused = true;
-  }
+  } catch (const std::invalid_argument&) { refused = true; }
   CHECK(refused);
 }
 

@@ -1,5 +1,5 @@
-// Dispatch and combine of whole worlds: one lane or a team of lanes per rank, several rounds without a pause between
-// them, every byte compared with the independent check in world.hpp.
+// Dispatch and combine of whole worlds: one lane or a team of lanes per rank, several rounds without a pause
+// between them, every byte compared with the independent check in world.hpp.
 #include "rounds.hpp"
 
 using namespace world;
@@ -10,14 +10,17 @@ namespace {
 struct HostRunner {
   Status dispatch(World& w, int r, const Case& c, const DispatchWork& work) {
     RankState& me = w.rank(r);
-    if (c.workers == 0) return execute(c.lanes, [&](auto group) { return run_dispatch(group, me.fabric(), work.args, work.offer); });
+    if (c.workers == 0)
+      return execute(c.lanes,
+                     [&](auto group) { return run_dispatch(group, me.fabric(), work.args, work.offer); });
     return run_seats(me, c.workers, c.senders, c.lanes, [&](auto group, auto fabric, auto gates, Seat seat) {
       return dispatch_seat(group, fabric, gates, work, seat, [] {});
     });
   }
   Status combine(World& w, int r, const Case& c, const CombineArgs& args) {
     RankState& me = w.rank(r);
-    if (c.workers == 0) return execute(c.lanes, [&](auto group) { return run_combine(group, me.fabric(), args); });
+    if (c.workers == 0)
+      return execute(c.lanes, [&](auto group) { return run_combine(group, me.fabric(), args); });
     return run_seats(me, c.workers, c.senders, c.lanes, [&](auto group, auto fabric, auto gates, Seat seat) {
       return combine_seat(group, fabric, gates, args, seat);
     });
@@ -40,23 +43,73 @@ std::vector<Case> features(int lanes) {
   std::vector<Case> all;
   for (RowLayout layout : {RowLayout::expert, RowLayout::rank}) {
     const Case base{.lanes = lanes, .layout = layout};
-    Case c = base; c.spare = 3; all.push_back(c);
-    c = base; c.quantized = true; c.hidden = 144; c.channels = 3; all.push_back(c);
-    c = base; c.chunk_rows = 1; all.push_back(c);
-    c = base; c.check = true; all.push_back(c);
-    c = base; c.check = true; c.quantized = true; c.hidden = 144; all.push_back(c);
-    c = base; c.weights = false; c.type = DType::f32; all.push_back(c);
-    c = base; c.fused = ScaleKind::f32; c.by_column = true; c.hidden = 400; c.nodes = 3; c.wire = Wire::logfmt10; all.push_back(c);
-    c = base; c.fused = ScaleKind::ue8m0; c.check = true; c.hidden = 144; c.channels = 3; c.wire = Wire::fp8; all.push_back(c);
-    c = base; c.fused = ScaleKind::ue8m0; c.nodes = 1; c.hidden = 272; c.spare = 2; c.by_column = true; all.push_back(c);
-    c = base; c.skew = 1; all.push_back(c);
-    c = base; c.skew = 2; c.channels = 5; all.push_back(c);
-    c = base; c.top_k = 12; c.experts_per_rank = 4; all.push_back(c);
-    c = base; c.top_k = 32; c.experts_per_rank = 11; c.channels = 1; all.push_back(c);
+    Case c = base;
+    c.spare = 3;
+    all.push_back(c);
+    c = base;
+    c.quantized = true;
+    c.hidden = 144;
+    c.channels = 3;
+    all.push_back(c);
+    c = base;
+    c.chunk_rows = 1;
+    all.push_back(c);
+    c = base;
+    c.check = true;
+    all.push_back(c);
+    c = base;
+    c.check = true;
+    c.quantized = true;
+    c.hidden = 144;
+    all.push_back(c);
+    c = base;
+    c.weights = false;
+    c.type = DType::f32;
+    all.push_back(c);
+    c = base;
+    c.fused = ScaleKind::f32;
+    c.by_column = true;
+    c.hidden = 400;
+    c.nodes = 3;
+    c.wire = Wire::logfmt10;
+    all.push_back(c);
+    c = base;
+    c.fused = ScaleKind::ue8m0;
+    c.check = true;
+    c.hidden = 144;
+    c.channels = 3;
+    c.wire = Wire::fp8;
+    all.push_back(c);
+    c = base;
+    c.fused = ScaleKind::ue8m0;
+    c.nodes = 1;
+    c.hidden = 272;
+    c.spare = 2;
+    c.by_column = true;
+    all.push_back(c);
+    c = base;
+    c.skew = 1;
+    all.push_back(c);
+    c = base;
+    c.skew = 2;
+    c.channels = 5;
+    all.push_back(c);
+    c = base;
+    c.top_k = 12;
+    c.experts_per_rank = 4;
+    all.push_back(c);
+    c = base;
+    c.top_k = 32;
+    c.experts_per_rank = 11;
+    c.channels = 1;
+    all.push_back(c);
   }
-  Case c{.lanes = lanes, .alignment = 4}; all.push_back(c);
-  c.spare = 0; all.push_back(c);
-  c.check = true; all.push_back(c);
+  Case c{.lanes = lanes, .alignment = 4};
+  all.push_back(c);
+  c.spare = 0;
+  all.push_back(c);
+  c.check = true;
+  all.push_back(c);
   return all;
 }
 
@@ -66,10 +119,22 @@ std::vector<Case> chosen(int lanes) {
   for (const auto& [nodes, per_node] : kGeometries) {
     const Case base{.nodes = nodes, .per_node = per_node, .lanes = lanes, .rounds = 5, .chosen = 1};
     all.push_back(base);
-    Case c = base; c.chosen = 2; all.push_back(c);
-    c.layout = RowLayout::rank; c.check = true; all.push_back(c);
-    c = base; c.check = true; c.skew = 2; c.channels = 5; all.push_back(c);
-    c = base; c.skew = 1; c.alignment = 4; c.spare = 3; all.push_back(c);
+    Case c = base;
+    c.chosen = 2;
+    all.push_back(c);
+    c.layout = RowLayout::rank;
+    c.check = true;
+    all.push_back(c);
+    c = base;
+    c.check = true;
+    c.skew = 2;
+    c.channels = 5;
+    all.push_back(c);
+    c = base;
+    c.skew = 1;
+    c.alignment = 4;
+    c.spare = 3;
+    all.push_back(c);
   }
   return all;
 }
@@ -93,6 +158,15 @@ TEST_CASES(lane_chosen, chosen(0)) { run_case(value); }
 TEST_CASES(team_of_2_chosen, chosen(2)) { run_case(value); }
 TEST_CASES(seats_geometries, seated(geometries(0), 3, 3)) { run_case(value); }
 TEST_CASES(seats_apart_features, seated(features(0), 4, 2)) { run_case(value); }
-TEST(seats_of_a_warp) { run_case({.nodes = 2, .per_node = 1, .lanes = 32, .channels = 3, .hidden = 256, .rounds = 2, .workers = 2, .senders = 1}); }
+TEST(seats_of_a_warp) {
+  run_case({.nodes = 2,
+            .per_node = 1,
+            .lanes = 32,
+            .channels = 3,
+            .hidden = 256,
+            .rounds = 2,
+            .workers = 2,
+            .senders = 1});
+}
 TEST(team_of_1) { run_case({.lanes = 1}); }
 TEST(team_of_8) { run_case({.nodes = 2, .per_node = 1, .lanes = 8, .hidden = 512, .type = DType::f32}); }

@@ -1,5 +1,6 @@
-// Calls that are not the same on all ranks: a number that is not that of the others, a verb that is not theirs. Every rank of a world of
-// one rank per node finds it by the words of its peers, before any row is taken for another call's.
+// Calls that are not the same on all ranks: a number that is not that of the others, a verb that is not
+// theirs. Every rank of a world of one rank per node finds it by the words of its peers, before any row is
+// taken for another call's.
 #include "rounds.hpp"
 
 using namespace world;
@@ -37,7 +38,9 @@ Status of_nothing(World& w, int r, Run run) {
 }
 
 Status dispatch_nothing(World& w, int r) {
-  return of_nothing(w, r, [&](const DispatchArgs& a) { return run_dispatch(Lane{}, w.rank(r).fabric(), a, w.rank(r).arena.offer()); });
+  return of_nothing(w, r, [&](const DispatchArgs& a) {
+    return run_dispatch(Lane{}, w.rank(r).fabric(), a, w.rank(r).arena.offer());
+  });
 }
 
 Status refused_combine(World& w, int r) {
@@ -59,7 +62,7 @@ TEST(a_number_that_is_not_the_others) {
   World w(3, 1, small(), false);
   w.each([&](int r) {
     CHECK_EQ(dispatch_nothing(w, r).code, Code::ok);
-    if (r == 1) {   // has counted a call that the others have not made, and announces the one after it
+    if (r == 1) {  // has counted a call that the others have not made, and announces the one after it
       ++w.rank(r).book.enter;
       of_nothing(w, r, [&](const DispatchArgs& a) {
         count_picks(Lane{}, a);

@@ -1,5 +1,5 @@
-// Cases of whole worlds and what one rank does in a round of one: several rounds without a pause between them, every
-// byte compared with the independent check in world.hpp.
+// Cases of whole worlds and what one rank does in a round of one: several rounds without a pause between
+// them, every byte compared with the independent check in world.hpp.
 #pragma once
 #include "check.hpp"
 #include "seats.hpp"
@@ -11,22 +11,25 @@ struct Case {
   int nodes = 2, per_node = 2, lanes = 0;
   RowLayout layout = RowLayout::expert;
   int alignment = 1;
-  int spare = -1;             // static capacity: so many rows more than the fullest rank has; -1: none
+  int spare = -1;  // static capacity: so many rows more than the fullest rank has; -1: none
   int top_k = 3, experts_per_rank = 3, channels = 2, hidden = 40;
   DType type = DType::bf16;
   bool quantized = false, check = false, weights = true;
-  ScaleKind fused = ScaleKind::none;   // rows are quantized on their way out
-  bool by_column = false;     // their scales at the receiver
-  Wire wire = Wire::plain;    // of combine, on two of three ranks
-  int skew = 0;               // 1: all tokens to one expert, 2: odd ranks are empty
+  ScaleKind fused = ScaleKind::none;  // rows are quantized on their way out
+  bool by_column = false;             // their scales at the receiver
+  Wire wire = Wire::plain;            // of combine, on two of three ranks
+  int skew = 0;                       // 1: all tokens to one expert, 2: odd ranks are empty
   int rounds = 3;
   int chunk_rows = 16, stages = 3;
-  int workers = 0, senders = 0;   // a rank is so many groups at once, and a coordinator; 0: one group
-  int chosen = 0;             // ids become known when everyone's picks are: 1, and with them what others send; 2, which takes another exchange
+  int workers = 0, senders = 0;  // a rank is so many groups at once, and a coordinator; 0: one group
+  int chosen = 0;  // ids become known when everyone's picks are: 1, and with them what others send; 2, which
+                   // takes another exchange
 };
 
 inline bool has_codes(const Case& c) { return c.quantized || c.fused != ScaleKind::none; }
-inline uint64_t scale_bytes(const Case& c) { return 4 * scale_words(c.hidden, c.quantized ? ScaleKind::f32 : c.fused); }
+inline uint64_t scale_bytes(const Case& c) {
+  return 4 * scale_words(c.hidden, c.quantized ? ScaleKind::f32 : c.fused);
+}
 inline Wire wire_of(const Case& c, int rank) { return rank % 3 == 2 ? Wire::plain : c.wire; }
 
 inline void fill_arriving(const Case& c, Input& in) {
@@ -39,11 +42,15 @@ inline void fill_arriving(const Case& c, Input& in) {
     for (int at = 0; at < c.hidden; at += kTile) {
       float v[kTile];
       const int n = std::min<int>(kTile, c.hidden - at), tile = at / kTile;
-      for (int i = 0; i < n; ++i) v[i] = load(in.x.data() + int64_t{t} * c.hidden * element_bytes(c.type), at + i, c.type);
-      const float scale = scalar_fp8(v, n, c.fused, reinterpret_cast<uint8_t*>(in.arriving.data()) + int64_t{t} * c.hidden + at);
+      for (int i = 0; i < n; ++i)
+        v[i] = load(in.x.data() + int64_t{t} * c.hidden * element_bytes(c.type), at + i, c.type);
+      const float scale = scalar_fp8(
+          v, n, c.fused, reinterpret_cast<uint8_t*>(in.arriving.data()) + int64_t{t} * c.hidden + at);
       char* scales = in.arriving_scales.data() + t * scale_bytes(c);
-      if (c.fused == ScaleKind::ue8m0) scales[tile] = static_cast<char>(ue8m0_encode(scale));
-      else std::memcpy(scales + 4 * tile, &scale, 4);
+      if (c.fused == ScaleKind::ue8m0)
+        scales[tile] = static_cast<char>(ue8m0_encode(scale));
+      else
+        std::memcpy(scales + 4 * tile, &scale, 4);
     }
 }
 
@@ -84,13 +91,14 @@ inline std::vector<int32_t> picks_by(const Input& in, int experts) {
   return picks;
 }
 
-// The part of a choice of replicas: holds what the exchange brought against the inputs, and hands out the ids then.
+// The part of a choice of replicas: holds what the exchange brought against the inputs, and hands out the ids
+// then.
 struct Chooser {
   const std::vector<Input>& in;
   const Geometry& geometry;
   int experts;
   bool rows_follow;
-  std::vector<int64_t>& ids;   // out; noise until then
+  std::vector<int64_t>& ids;  // out; noise until then
   int rank;
 
   template <class Picks>
@@ -110,10 +118,12 @@ struct Chooser {
 
 // What one rank does in one round; called on the rank's thread.
 template <class Runner>
-void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int r, int round, const std::vector<Input>& in, Plan& plan) {
+void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int r, int round,
+               const std::vector<Input>& in, Plan& plan) {
   RankState& me = w.rank(r);
   const Geometry& g = me.host.geometry;
-  const bool cached = round == c.rounds - 1 && round > 0;   // the last round repeats the plan of the one before it
+  const bool cached =
+      round == c.rounds - 1 && round > 0;  // the last round repeats the plan of the one before it
   std::vector<Expected> expected;
   int64_t most = 0;
   for (int d = 0; d < w.size(); ++d) {
@@ -125,9 +135,13 @@ void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int 
   a.b = me.view;
   if (!cached) {
     plan.view.tokens = in[r].tokens;
-    plan.view.call = CallShape{.layout = c.layout, .alignment = c.alignment, .capacity = c.spare < 0 ? -1 : most + c.spare,
-                               .row_bytes = has_codes(c) ? uint64_t(c.hidden) : shape.combine_row_bytes(), .scale_bytes = scale_bytes(c),
-                               .scales = c.quantized ? ScaleKind::f32 : c.fused, .scales_by_column = c.by_column};
+    plan.view.call = CallShape{.layout = c.layout,
+                               .alignment = c.alignment,
+                               .capacity = c.spare < 0 ? -1 : most + c.spare,
+                               .row_bytes = has_codes(c) ? uint64_t(c.hidden) : shape.combine_row_bytes(),
+                               .scale_bytes = scale_bytes(c),
+                               .scales = c.quantized ? ScaleKind::f32 : c.fused,
+                               .scales_by_column = c.by_column};
   }
   a.plan = plan.view;
   a.book = &me.book;
@@ -142,7 +156,8 @@ void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int 
   a.first = plan.first.data();
   a.needed = plan.needed.data();
   a.verdict = &verdict;
-  std::memset(me.window.data.get() + me.view.node.arena, 0xee, shape.arena_bytes);   // nothing is held: all of it is free
+  std::memset(me.window.data.get() + me.view.node.arena, 0xee,
+              shape.arena_bytes);  // nothing is held: all of it is free
   me.begin();
   const Offer offer = me.arena.offer();
   std::vector<int32_t> apart(c.channels * c.nodes * me.view.count.ints);
@@ -152,18 +167,22 @@ void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int 
   const auto choosing = [&](DispatchArgs by_choice) {
     const std::vector<int32_t> mine = picks_by(in[r], shape.num_experts);
     asked.assign(c.nodes * me.view.count.ints, 0);
-    for (int n = 0; n < c.nodes; ++n) std::copy(mine.begin(), mine.end(), asked.begin() + n * me.view.count.ints + me.view.count.picks);
+    for (int n = 0; n < c.nodes; ++n)
+      std::copy(mine.begin(), mine.end(), asked.begin() + n * me.view.count.ints + me.view.count.picks);
     by_choice.asked = asked.data();
     by_choice.ids64 = slots.data();
     Chooser chooser{in, g, shape.num_experts, c.chosen == 1, slots, r};
-    if (round % 2) {   // also an exchange by itself
+    if (round % 2) {  // also an exchange by itself
       const Status alone = execute(c.lanes, [&](auto group) {
-        return run_exchange(group, me.fabric(), by_choice, [&](auto picks_of) { if (group.lane() == 0) chooser.choose(picks_of); });
+        return run_exchange(group, me.fabric(), by_choice, [&](auto picks_of) {
+          if (group.lane() == 0) chooser.choose(picks_of);
+        });
       });
       CHECK_EQ(alone.code, Code::ok);
       std::fill(slots.begin(), slots.end(), 1 << 20);
     }
-    return execute(c.lanes, [&](auto group) { return run_dispatch(group, me.fabric(), by_choice, offer, chooser); });
+    return execute(c.lanes,
+                   [&](auto group) { return run_dispatch(group, me.fabric(), by_choice, offer, chooser); });
   };
   const Status s = c.chosen && !cached ? choosing(a) : runner.dispatch(w, r, c, work);
   if (!CHECK_EQ(s.code, Code::ok)) return;
@@ -186,11 +205,15 @@ void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int 
     const Wanted none, &want = i < int64_t(rows.size()) ? rows[i] : none;
     const bool padding = want.token < 0;
     const Input& from = in[padding ? 0 : want.source];
-    CHECK(std::memcmp(block + l.rows + i * call.row_bytes, padding ? zeros.data() : from.arriving.data() + want.token * call.row_bytes, call.row_bytes) == 0);
+    CHECK(std::memcmp(block + l.rows + i * call.row_bytes,
+                      padding ? zeros.data() : from.arriving.data() + want.token * call.row_bytes,
+                      call.row_bytes) == 0);
     const int64_t words = call.scale_bytes / 4;
     for (int64_t w = 0; w < words; ++w) {
       const char* got = block + l.scales + 4 * (c.by_column ? w * scale_column(all_rows) + i : i * words + w);
-      CHECK(std::memcmp(got, padding ? zeros.data() : from.arriving_scales.data() + 4 * (want.token * words + w), 4) == 0);
+      CHECK(std::memcmp(got,
+                        padding ? zeros.data() : from.arriving_scales.data() + 4 * (want.token * words + w),
+                        4) == 0);
     }
     CHECK_EQ(source[i], padding ? -1 : int64_t{want.source} << 32 | want.token);
     const auto weight_of = [&](int k) { return c.weights ? from.weights[want.token * c.top_k + k] : 1.0f; };
@@ -199,20 +222,24 @@ void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int 
     } else {
       for (int k = 0; k < c.top_k; ++k) {
         const bool served = std::find(want.slots.begin(), want.slots.end(), k) != want.slots.end();
-        CHECK_EQ(ids[i * c.top_k + k], served ? from.ids[want.token * c.top_k + k] - r * c.experts_per_rank : -1);
+        CHECK_EQ(ids[i * c.top_k + k],
+                 served ? from.ids[want.token * c.top_k + k] - r * c.experts_per_rank : -1);
         CHECK_EQ(weights[i * c.top_k + k], served ? weight_of(k) : 0.0f);
       }
     }
   }
 
   // Experts: the value of every output row depends on its rank, its index and the round.
-  const auto output_of = [&](int rank, int row, int64_t i) { return rounded(value_of(rank + 100 * round, row, i), c.type); };
+  const auto output_of = [&](int rank, int row, int64_t i) {
+    return rounded(value_of(rank + 100 * round, row, i), c.type);
+  };
   const bool weigh = c.weights && c.layout == RowLayout::expert;
   const OutputLayout o = output_layout(all_rows, shape);
   const uint64_t output = plan.target[g.local()].rows + l.bytes;
   char* out_rows = me.window.data.get() + output + o.rows;
   for (int64_t i = 0; i < all_rows; ++i)
-    for (int64_t h = 0; h < c.hidden; ++h) store(out_rows + i * shape.combine_row_bytes(), h, c.type, output_of(r, static_cast<int>(i), h));
+    for (int64_t h = 0; h < c.hidden; ++h)
+      store(out_rows + i * shape.combine_row_bytes(), h, c.type, output_of(r, static_cast<int>(i), h));
   std::vector<char> y(in[r].tokens * shape.combine_row_bytes(), char(0xcc));
   std::vector<float> bias(c.hidden);
   for (int h = 0; h < c.hidden; ++h) bias[h] = value_of(7, 7, h);
@@ -221,7 +248,8 @@ void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int 
   b.b = me.view;
   b.plan = plan.view;
   b.book = &me.book;
-  b.mine = {output + o.rows, weigh ? plan.target[g.local()].rows + l.weights : 0, 0, output + o.sums, 0, 0, 0};
+  b.mine = {
+      output + o.rows, weigh ? plan.target[g.local()].rows + l.weights : 0, 0, output + o.sums, 0, 0, 0};
   b.boards = boards.data();
   b.y = y.data();
   b.bias = bias.data();
@@ -234,11 +262,14 @@ void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int 
     return weigh ? in[wanted.source].weights[wanted.token * c.top_k + wanted.slots[0]] : 1.0f;
   };
   const auto cross = [&](std::vector<float>& part) {
-    for (int at = 0; at < c.hidden; at += kTile) scalar_cross(part.data() + at, std::min<int>(kTile, c.hidden - at), b.wire, c.type);
+    for (int at = 0; at < c.hidden; at += kTile)
+      scalar_cross(part.data() + at, std::min<int>(kTile, c.hidden - at), b.wire, c.type);
   };
   for (int t = 0; t < in[r].tokens; ++t) {
-    const std::vector<float> want = expected_sum(expected, r, t, c.per_node, bias, output_of, weight_of, cross);
-    for (int h = 0; h < c.hidden; ++h) CHECK_EQ(load(y.data() + t * shape.combine_row_bytes(), h, c.type), rounded(want[h], c.type));
+    const std::vector<float> want =
+        expected_sum(expected, r, t, c.per_node, bias, output_of, weight_of, cross);
+    for (int h = 0; h < c.hidden; ++h)
+      CHECK_EQ(load(y.data() + t * shape.combine_row_bytes(), h, c.type), rounded(want[h], c.type));
   }
 }
 
@@ -246,9 +277,16 @@ void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int 
 template <class Runner>
 void run_case(const Case& c, Runner runner) {
   const int max_tokens = 19, size = c.nodes * c.per_node;
-  Shape shape{.hidden = c.hidden, .dtype = c.type, .num_experts = size * c.experts_per_rank, .top_k = c.top_k, .max_tokens = max_tokens, .channels = c.channels, .chunk_rows = c.chunk_rows};
+  Shape shape{.hidden = c.hidden,
+              .dtype = c.type,
+              .num_experts = size * c.experts_per_rank,
+              .top_k = c.top_k,
+              .max_tokens = max_tokens,
+              .channels = c.channels,
+              .chunk_rows = c.chunk_rows};
   if (c.chosen) shape.logical_experts = shape.num_experts;
-  const uint64_t most = size * max_tokens * std::min(c.top_k, c.experts_per_rank) + c.experts_per_rank * c.alignment + 64;
+  const uint64_t most =
+      size * max_tokens * std::min(c.top_k, c.experts_per_rank) + c.experts_per_rank * c.alignment + 64;
   shape.arena_bytes = most * (2 * shape.slot_bytes() + 12 * c.top_k + 64) + 4096;
   World w(c.nodes, c.per_node, shape, c.check);
   std::vector<std::vector<Input>> inputs;
@@ -266,10 +304,15 @@ void run_case(const Case& c, Runner runner) {
   }
   w.each([&](int r) {
     Plan plan(w.rank(r).view);
-    for (int round = 0; round < c.rounds; ++round) one_round(w, runner, c, shape, r, round, inputs[round], plan);
+    for (int round = 0; round < c.rounds; ++round)
+      one_round(w, runner, c, shape, r, round, inputs[round], plan);
   });
-  if (check::failures()) std::printf("  ... in %dx%d lanes %d layout %d alignment %d spare %d top_k %d channels %d quantized %d fused %d wire %d check %d skew %d chosen %d\n", c.nodes,
-                                     c.per_node, c.lanes, int(c.layout), c.alignment, c.spare, c.top_k, c.channels, c.quantized, int(c.fused), int(c.wire), c.check, c.skew, c.chosen);
+  if (check::failures())
+    std::printf(
+        "  ... in %dx%d lanes %d layout %d alignment %d spare %d top_k %d channels %d quantized %d fused %d "
+        "wire %d check %d skew %d chosen %d\n",
+        c.nodes, c.per_node, c.lanes, int(c.layout), c.alignment, c.spare, c.top_k, c.channels, c.quantized,
+        int(c.fused), int(c.wire), c.check, c.skew, c.chosen);
 }
 
 }  // namespace world

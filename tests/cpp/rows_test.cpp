@@ -1,11 +1,12 @@
-// Sums of rows: every build of the kernels this machine has against scalar code, bit for bit, whatever the length of a row,
-// the number of terms and their groups, weights, a bias, and where the result goes. Nothing outside the row is written.
+// Sums of rows: every build of the kernels this machine has against scalar code, bit for bit, whatever the
+// length of a row, the number of terms and their groups, weights, a bias, and where the result goes. Nothing
+// outside the row is written.
 #include <cmath>
 #include <cstdint>
 #include <random>
 
 #include "check.hpp"
-#include "fabric/rows.hpp"
+#include "fabric/cpu/rows.hpp"
 
 using namespace moecomm;
 
@@ -39,7 +40,8 @@ uint32_t rounded(float v, DType type) {
     const _Float16 h = static_cast<_Float16>(v);
     return read<uint16_t>(reinterpret_cast<const char*>(&h));
   }
-  const uint32_t bits = read<uint32_t>(reinterpret_cast<const char*>(&v)), kept = bits >> 16, lost = bits & 0xffff;
+  const uint32_t bits = read<uint32_t>(reinterpret_cast<const char*>(&v)), kept = bits >> 16,
+                 lost = bits & 0xffff;
   return kept + (lost > 0x8000 || (lost == 0x8000 && (kept & 1)));
 }
 
@@ -52,7 +54,8 @@ float sum(const Terms& terms, const float* bias, int64_t i, DType type) {
   float total = 0, part = 0;
   bool first_group = true, first_term = true;
   for (int t = 0; t < terms.count; ++t) {
-    const float product = element(static_cast<const char*>(terms.store->row[t]), i, type) * terms.store->weight[t];
+    const float product =
+        element(static_cast<const char*>(terms.store->row[t]), i, type) * terms.store->weight[t];
     part = first_term ? product : part + product;
     first_term = false;
     if (!(terms.group_end >> t & 1)) continue;
@@ -100,7 +103,8 @@ TEST_CASES(sums_equal_scalar_code, builds()) {
     char* row = out + 64 + offset;
     kernels->reduce(row, terms, pick(2) ? &terms : nullptr, bias, begin, hidden, type, pick(2));
     kernels->fence();
-    for (int64_t i = begin; i < hidden; ++i) CHECK_EQ(stored(row, i, type), rounded(sum(terms, bias, i, type), type));
+    for (int64_t i = begin; i < hidden; ++i)
+      CHECK_EQ(stored(row, i, type), rounded(sum(terms, bias, i, type), type));
     for (const char* p = out; p < out + sizeof out; ++p)
       if (p < row + begin * bytes || p >= row + hidden * bytes) CHECK(*p == 0x5a);
   }

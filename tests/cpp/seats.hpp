@@ -1,14 +1,15 @@
-// A rank as the cuda world runs it: several groups at once, ordered by gates. Each group is a Lane or a Team with
-// lists and counters of its own; the gates are atomics, so ThreadSanitizer sees what they order.
+// A rank as the cuda world runs it: several groups at once, ordered by gates. Each group is a Lane or a Team
+// with lists and counters of its own; the gates are atomics, so ThreadSanitizer sees what they order.
 #pragma once
 #include <array>
 
+#include "schedule/seats.hpp"
 #include "world.hpp"
-#include "world/cuda/schedule.hpp"
 
 namespace world {
 
-// Copies inside a node cross a link on the way to odd local ranks: `arrive` replicates there, gateways elsewhere.
+// Copies inside a node cross a link on the way to odd local ranks: `arrive` replicates there, gateways
+// elsewhere.
 struct SeatFabric : HostFabric<LoopbackRail> {
   static constexpr bool replicates(int local) { return local % 2 == 0; }
 };
@@ -27,14 +28,17 @@ struct HostGates {
   Status wait(G g, Gate gate, int groups) const {
     return leader(g, [&] {
       while ((*counts)[static_cast<int>(gate)].load(std::memory_order_acquire) < groups) {
-        if (std::chrono::steady_clock::now() > deadline) return Status{Code::timeout, Phase::none, -1, static_cast<int32_t>(gate)};
+        if (std::chrono::steady_clock::now() > deadline)
+          return Status{Code::timeout, Phase::none, -1, static_cast<int32_t>(gate)};
         std::this_thread::yield();
       }
       return Status{};
     });
   }
   template <class G>
-  bool open(G, Gate gate) const { return (*counts)[static_cast<int>(gate)].load(std::memory_order_acquire) > 0; }
+  bool open(G, Gate gate) const {
+    return (*counts)[static_cast<int>(gate)].load(std::memory_order_acquire) > 0;
+  }
 };
 
 // role(group, fabric, gates, seat) on workers + 1 groups; the first Status by seat that is not ok.
@@ -49,7 +53,9 @@ Status run_seats(RankState& me, int workers, int senders, int lanes, Role&& role
       groups.emplace_back([&, i] {
         own[i].counters = {};
         const SeatFabric fabric{{&own[i], &me.loopback}};
-        said[i] = execute(lanes, [&](auto group) { return role(group, fabric, HostGates{&counts, me.host.deadline}, Seat{i, workers, senders}); });
+        said[i] = execute(lanes, [&](auto group) {
+          return role(group, fabric, HostGates{&counts, me.host.deadline}, Seat{i, workers, senders});
+        });
       });
   }
   for (const Status& s : said)

@@ -1,7 +1,8 @@
-// MOECOMM_CHECK=1 at the receiver: rows are held against the announced counts. (Damage on the way is tested from Python.)
+// MOECOMM_CHECK=1 at the receiver: rows are held against the announced counts. (Damage on the way is tested
+// from Python.)
+#include "protocol/verify.hpp"
 #include "check.hpp"
 #include "exec/lane.hpp"
-#include "protocol/verify.hpp"
 #include "runtime/plan.hpp"
 
 using namespace moecomm;
@@ -10,7 +11,8 @@ namespace {
 
 constexpr uint64_t kEpoch = 9;
 
-// Rank 1 of 2, two experts: expert 0 has two rows of rank 0 and one of rank 1, then a padding row; expert 1 one row of rank 1.
+// Rank 1 of 2, two experts: expert 0 has two rows of rank 0 and one of rank 1, then a padding row; expert 1
+// one row of rank 1.
 struct Received {
   Received() {
     for (int s = 0; s < 2; ++s) {
@@ -30,7 +32,8 @@ struct Received {
     for (int i = 0; i < 16; ++i) block[layout.rows + 16 * row + i] = static_cast<char>(source * 7 + i);
     reinterpret_cast<int64_t*>(block.data() + layout.source)[row] = source;
     reinterpret_cast<uint64_t*>(block.data() + layout.sums)[row] =
-        row_checksum(block.data() + layout.rows + 16 * row, 16, checksum_seed(epoch, static_cast<int>(source >> 32), source & 0xffffffff));
+        row_checksum(block.data() + layout.rows + 16 * row, 16,
+                     checksum_seed(epoch, static_cast<int>(source >> 32), source & 0xffffffff));
   }
   // As the receiver does: all places first, then the rows without the padding.
   Status verify() {
@@ -40,7 +43,8 @@ struct Received {
     return wrong;
   }
 
-  BufferView view = make_view({1, 2, 2}, Shape{.hidden = 8, .num_experts = 4, .top_k = 2, .max_tokens = 8}, true);
+  BufferView view =
+      make_view({1, 2, 2}, Shape{.hidden = 8, .num_experts = 4, .top_k = 2, .max_tokens = 8}, true);
   Plan plan{view};
   CallShape call = plan.view.call = CallShape{.alignment = 4, .row_bytes = 16};
   BlockLayout layout = block_layout(5, call, 2);
@@ -55,7 +59,7 @@ TEST(sound_rows_pass) { CHECK(Received().verify().ok()); }
 
 TEST(a_row_of_another_source_in_its_place) {
   Received r;
-  r.put(1, int64_t{1} << 32 | 1, kEpoch);   // the second row of rank 0 never came
+  r.put(1, int64_t{1} << 32 | 1, kEpoch);  // the second row of rank 0 never came
   const Status s = r.verify();
   CHECK_EQ(s.code, Code::corrupt);
   CHECK_EQ(s.phase, Phase::counts);
@@ -74,7 +78,7 @@ TEST(the_same_row_twice) {
 
 TEST(a_row_of_an_earlier_call) {
   Received r;
-  r.put(4, int64_t{1} << 32 | 2, kEpoch - 1);   // sound in itself
+  r.put(4, int64_t{1} << 32 | 2, kEpoch - 1);  // sound in itself
   const Status s = r.verify();
   CHECK_EQ(s.code, Code::corrupt);
   CHECK_EQ(s.phase, Phase::arrive);

@@ -1,8 +1,9 @@
-// A whole world in one process, for protocol tests: every rank has a node window and a rail region in plain heap
-// memory (so that AddressSanitizer sees every step outside) and a thread; a rank is one Lane or a Team of lanes.
+// A whole world in one process, for protocol tests: every rank has a node window and a rail region in plain
+// heap memory (so that AddressSanitizer sees every step outside) and a thread; a rank is one Lane or a Team
+// of lanes.
 //
-// `expected_rows` and `expected_sum` are the independent check: they follow the definition of dispatch and combine
-// token by token and share no code with the protocol.
+// `expected_rows` and `expected_sum` are the independent check: they follow the definition of dispatch and
+// combine token by token and share no code with the protocol.
 #pragma once
 #include <bit>
 #include <cmath>
@@ -15,25 +16,31 @@
 #include "base/quantize.hpp"
 #include "exec/lane.hpp"
 #include "exec/team.hpp"
-#include "fabric/host.hpp"
-#include "fabric/loopback.hpp"
+#include "fabric/cpu/host.hpp"
+#include "fabric/cpu/loopback.hpp"
 #include "runtime/memory.hpp"
 #include "runtime/plan.hpp"
-#include "world/cpu/run.hpp"
+#include "schedule/sequential.hpp"
 
 namespace world {
 
 using namespace moecomm;
 
 struct Heap {
-  explicit Heap(uint64_t bytes) : data(static_cast<char*>(std::aligned_alloc(4096, bytes)), std::free), bytes(bytes) { std::memset(data.get(), 0, bytes); }
+  explicit Heap(uint64_t bytes)
+      : data(static_cast<char*>(std::aligned_alloc(4096, bytes)), std::free), bytes(bytes) {
+    std::memset(data.get(), 0, bytes);
+  }
   std::unique_ptr<char, void (*)(void*)> data;
   uint64_t bytes;
 };
 
 struct RankState {
   RankState(const Geometry& g, const Shape& s, bool check)
-      : view(make_view(g, s, check)), window(view.node.bytes), region(view.rail.bytes), arena(view.node.arena, view.node.arena + s.arena_bytes, dispatch_bound(g, s)),
+      : view(make_view(g, s, check)),
+        window(view.node.bytes),
+        region(view.rail.bytes),
+        arena(view.node.arena, view.node.arena + s.arena_bytes, dispatch_bound(g, s)),
         counts(2 * g.nodes() * s.channels) {
     host.geometry = g;
     host.window_faults = view.node.faults;
@@ -48,7 +55,8 @@ struct RankState {
   }
   HostFabric<LoopbackRail> fabric() { return {&host, &loopback}; }
   void begin(double timeout = 60) {
-    host.deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(static_cast<int64_t>(timeout * 1e6));
+    host.deadline =
+        std::chrono::steady_clock::now() + std::chrono::microseconds(static_cast<int64_t>(timeout * 1e6));
   }
 
   BufferView view;
@@ -65,10 +73,12 @@ class World {
  public:
   World(int nodes, int per_node, const Shape& shape, bool check = false) {
     const int size = nodes * per_node;
-    for (int r = 0; r < size; ++r) ranks_.push_back(std::make_unique<RankState>(Geometry{r, size, per_node}, shape, check));
+    for (int r = 0; r < size; ++r)
+      ranks_.push_back(std::make_unique<RankState>(Geometry{r, size, per_node}, shape, check));
     for (auto& rank : ranks_) {
       const Geometry& g = rank->host.geometry;
-      for (int l = 0; l < per_node; ++l) rank->host.windows[l] = ranks_[g.rank_at(g.node(), l)]->window.data.get();
+      for (int l = 0; l < per_node; ++l)
+        rank->host.windows[l] = ranks_[g.rank_at(g.node(), l)]->window.data.get();
       std::vector<char*> regions;
       for (int n = 0; n < nodes; ++n) regions.push_back(ranks_[g.rail_rank(n)]->region.data.get());
       rank->loopback.attach(regions);
@@ -106,8 +116,10 @@ inline float load(const char* row, int64_t i, DType t) {
   return reinterpret_cast<const float*>(row)[i];
 }
 inline void store(char* row, int64_t i, DType t, float v) {
-  if (t == DType::bf16) reinterpret_cast<uint16_t*>(row)[i] = float_to_bf16(v);
-  else reinterpret_cast<float*>(row)[i] = v;
+  if (t == DType::bf16)
+    reinterpret_cast<uint16_t*>(row)[i] = float_to_bf16(v);
+  else
+    reinterpret_cast<float*>(row)[i] = v;
 }
 inline float rounded(float v, DType t) { return t == DType::bf16 ? bf16_to_float(float_to_bf16(v)) : v; }
 
@@ -121,16 +133,16 @@ inline float value_of(uint64_t a, uint64_t b, uint64_t c) {
 struct Input {
   int tokens = 0;
   std::vector<char> x, scales;
-  std::vector<char> arriving, arriving_scales;   // what receivers get of x and scales
+  std::vector<char> arriving, arriving_scales;  // what receivers get of x and scales
   std::vector<int64_t> ids;
   std::vector<float> weights;
 };
 
 // -- the independent check ------------------------------------------------------------------------------
 
-struct Wanted {                     // one row of a receiver; token -1: padding
+struct Wanted {  // one row of a receiver; token -1: padding
   int source = -1, token = -1;
-  std::vector<int> slots;           // top-k slots of the token that it serves
+  std::vector<int> slots;  // top-k slots of the token that it serves
 };
 
 struct Expected {
@@ -138,7 +150,8 @@ struct Expected {
   std::vector<int64_t> tokens_per_expert, rows_per_expert;
 };
 
-inline Expected expected_rows(const std::vector<Input>& in, int rank, int per_rank, int top_k, RowLayout layout, int alignment) {
+inline Expected expected_rows(const std::vector<Input>& in, int rank, int per_rank, int top_k,
+                              RowLayout layout, int alignment) {
   Expected e;
   const auto is_mine = [&](int64_t id) { return id >= 0 && id / per_rank == rank; };
   if (layout == RowLayout::rank)
@@ -168,11 +181,13 @@ inline Expected expected_rows(const std::vector<Input>& in, int rank, int per_ra
   return e;
 }
 
-// y[t] of a source rank: nodes ascending, ranks ascending in a node, rows ascending in a rank. row(rank, index, h) is
-// the expert output's value, weight(rank, index) its factor; cross(part) makes of a node's sums what the rail does.
+// y[t] of a source rank: nodes ascending, ranks ascending in a node, rows ascending in a rank. row(rank,
+// index, h) is the expert output's value, weight(rank, index) its factor; cross(part) makes of a node's sums
+// what the rail does.
 template <class RowValue, class RowWeight, class Cross>
-std::vector<float> expected_sum(const std::vector<Expected>& all, int source, int t, int per_node, const std::vector<float>& bias, RowValue&& row,
-                                RowWeight&& weight, Cross&& cross) {
+std::vector<float> expected_sum(const std::vector<Expected>& all, int source, int t, int per_node,
+                                const std::vector<float>& bias, RowValue&& row, RowWeight&& weight,
+                                Cross&& cross) {
   const size_t hidden = bias.size();
   std::vector<float> total(hidden), part(hidden);
   bool any = false;
@@ -224,7 +239,9 @@ inline void scalar_cross(float* v, int n, Wire wire, DType type) {
       largest = std::max(largest, m);
     }
     const LogTile tile = log_tile(least, largest);
-    for (int i = 0; i < n; ++i) v[i] = log_decode<float>(log_encode<uint32_t>(v[i], tile, tile.step > 0.0f ? 1.0f / tile.step : 0.0f), tile);
+    for (int i = 0; i < n; ++i)
+      v[i] = log_decode<float>(log_encode<uint32_t>(v[i], tile, tile.step > 0.0f ? 1.0f / tile.step : 0.0f),
+                               tile);
   }
 }
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", 0)))
 
 
-@pytest.hookimpl(trylast=True)   # the reporter registers in its own configure
+@pytest.hookimpl(trylast=True)  # the reporter registers in its own configure
 def pytest_configure(config):
     if RANK and config.getoption("--with-mpi", default=False):
         reporter = config.pluginmanager.get_plugin("terminalreporter")
-        reporter._tw._file = open(os.devnull, "w")   # noqa: SIM115 - for the life of the process
+        reporter._tw._file = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -35,7 +35,10 @@ def pytest_runtest_call(item):
     everyone = MPI.COMM_WORLD.allgather(None if skipped else error)
     bad = {r: e for r, e in enumerate(everyone) if e is not None}
     if bad and (error is None or skipped):
-        pytest.fail("failed on other ranks: " + "; ".join(f"rank {r}: {e[:400]}" for r, e in bad.items()), pytrace=False)
+        pytest.fail(
+            "failed on other ranks: " + "; ".join(f"rank {r}: {e[:400]}" for r, e in bad.items()),
+            pytrace=False,
+        )
     elif bad and RANK:
         sys.__stderr__.write(f"[rank {RANK}] {item.nodeid}: {error[:2000]}\n")
 

@@ -26,6 +26,10 @@ def test_deep_ep(nodes):
 
     comm = MPI.COMM_WORLD
     buffer = deep_ep.Buffer(None, comm=comm)
-    assert buffer.group is comm and (buffer.rank, buffer.group_size) == (comm.rank, comm.size) and buffer.runtime.get_num_rdma_ranks() == nodes
+    assert (
+        buffer.group is comm
+        and (buffer.rank, buffer.group_size) == (comm.rank, comm.size)
+        and buffer.runtime.get_num_rdma_ranks() == nodes
+    )
     deep_ep_oracle.check_without_ids(buffer, comm.rank, comm.size)
     deep_ep_elastic.check(comm, comm.rank, comm.size, nodes)

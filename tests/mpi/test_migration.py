@@ -1,7 +1,7 @@
 """Migration and shrink over processes: shared memory inside a node, UCX between nodes."""
 
 import pytest
-import test_balance_migration as suite
+import migrating as suite
 from worlds import assert_same
 
 import moecomm

@@ -11,8 +11,18 @@ pytestmark = pytest.mark.mpi(min_size=2)
 GOOD = dict(hidden=64, num_experts=24, top_k=2, max_tokens=8, dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("name,value", [("hidden", 128), ("num_experts", 48), ("top_k", 3), ("max_tokens", 9), ("dtype", torch.float16),
-                                        ("channels", 5), ("arena_bytes", 1 << 20)])
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("hidden", 128),
+        ("num_experts", 48),
+        ("top_k", 3),
+        ("max_tokens", 9),
+        ("dtype", torch.float16),
+        ("channels", 5),
+        ("arena_bytes", 1 << 20),
+    ],
+)
 def test_buffer_arguments(world, name, value):
     with moecomm.Communicator(world, timeout=20) as comm:
         last = comm.size - 1
@@ -21,7 +31,7 @@ def test_buffer_arguments(world, name, value):
         text = str(raised.value)
         assert name in text and "rank 0" in text and f"rank {last}" in text and str(value) in text, text
         assert raised.value.rank == comm.rank and raised.value.peer == last
-        moecomm.Buffer(comm, **GOOD).close()   # the communicator is as good as before
+        moecomm.Buffer(comm, **GOOD).close()  # the communicator is as good as before
 
 
 def refused_everywhere(world, make, *patterns):
@@ -35,28 +45,52 @@ def refused_everywhere(world, make, *patterns):
     assert raised.value.rank == world.rank and raised.value.peer == last
 
 
-@pytest.mark.parametrize("name,value", [("hidden", 12), ("num_experts", 7), ("top_k", 0), ("dtype", torch.int8), ("channels", 0), ("record", "/proc/here"),
-                                        ("placement", "none")])
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("hidden", 12),
+        ("num_experts", 7),
+        ("top_k", 0),
+        ("dtype", torch.int8),
+        ("channels", 0),
+        ("record", "/proc/here"),
+        ("placement", "none"),
+    ],
+)
 def test_wrong_arguments_of_one_rank(world, name, value):
     """Not only a disagreement: a value that no buffer can have, on one rank alone."""
     with moecomm.Communicator(world, timeout=20) as comm:
-        refused_everywhere(world, lambda wrong: moecomm.Buffer(comm, **{**GOOD, **({name: value} if wrong else {})}), name, str(value))
+        refused_everywhere(
+            world,
+            lambda wrong: moecomm.Buffer(comm, **{**GOOD, **({name: value} if wrong else {})}),
+            name,
+            str(value),
+        )
         moecomm.Buffer(comm, **GOOD).close()
 
 
 @pytest.mark.parametrize("options", [dict(timeout=0), dict(device="tpu"), dict(device="cuda:900")], ids=str)
 def test_wrong_arguments_of_one_communicator(world, options):
-    refused_everywhere(world, lambda wrong: moecomm.Communicator(world, **{"timeout": 20, **(options if wrong else {})}), *options)
+    refused_everywhere(
+        world,
+        lambda wrong: moecomm.Communicator(world, **{"timeout": 20, **(options if wrong else {})}),
+        *options,
+    )
 
 
-@pytest.mark.parametrize("name,value", [("RAIL", "foo"), ("CHECK", "maybe"), ("CHANNELS", "-1"), ("POPULATE_BYTES", "1GB"), ("ISA", "sse9")])
+@pytest.mark.parametrize(
+    "name,value",
+    [("RAIL", "foo"), ("CHECK", "maybe"), ("CHANNELS", "-1"), ("POPULATE_BYTES", "1GB"), ("ISA", "sse9")],
+)
 def test_wrong_environment_of_one_rank(world, monkeypatch, name, value):
     """Read when the world is made and again by every Buffer; the ranks are as good as before once it is mended."""
+
     def with_variable(make):
         def on(wrong):
             if wrong:
                 monkeypatch.setenv(f"MOECOMM_{name}", value)
             make()
+
         return on
 
     expected = f"MOECOMM_{name}: got '{value}'; expected "
@@ -72,8 +106,12 @@ def test_wrong_environment_of_one_rank(world, monkeypatch, name, value):
 def test_environment_that_differs(world, monkeypatch, name, value, first):
     if world.rank == 1:
         monkeypatch.setenv(f"MOECOMM_{name}", value)
-    with pytest.raises(moecomm.ConfigMismatch, match=f"MOECOMM_{name} differs.*rank 0 has {first}, rank 1 has "), moecomm.Communicator(
-            world, ranks_per_node=1, timeout=20) as comm:
+    with (
+        pytest.raises(
+            moecomm.ConfigMismatch, match=f"MOECOMM_{name} differs.*rank 0 has {first}, rank 1 has "
+        ),
+        moecomm.Communicator(world, ranks_per_node=1, timeout=20) as comm,
+    ):
         moecomm.Buffer(comm, **GOOD)
 
 
@@ -86,17 +124,22 @@ def test_communicator_arguments(world, name, value):
 def test_version(world, monkeypatch):
     if world.rank == 1:
         monkeypatch.setattr(moecomm.communicator, "__version__", "0.0.1")
-    with pytest.raises(moecomm.ConfigMismatch, match=f"version differs.*rank 0 has '{moecomm.__version__}', rank 1 has '0.0.1'"):
+    with pytest.raises(
+        moecomm.ConfigMismatch,
+        match=f"version differs.*rank 0 has '{moecomm.__version__}', rank 1 has '0.0.1'",
+    ):
         moecomm.Communicator(world, timeout=20.0)
 
 
-@pytest.mark.parametrize("option", [dict(layout="rank"), dict(expert_alignment=4), dict(capacity=100)], ids=str)
+@pytest.mark.parametrize(
+    "option", [dict(layout="rank"), dict(expert_alignment=4), dict(capacity=100)], ids=str
+)
 def test_options_of_a_call(world, option):
     with moecomm.Communicator(world, timeout=20) as comm:
         buf = moecomm.Buffer(comm, **GOOD)
         x, ids = torch.randn(4, 64).bfloat16(), torch.tensor([[0, 23]] * 4)
         with pytest.raises(moecomm.ConfigMismatch, match="layout, expert_alignment, capacity"):
             buf.dispatch(x, ids, **(option if comm.rank == 1 else {}))
-        out = buf.dispatch(x, ids)   # usable afterwards
+        out = buf.dispatch(x, ids)  # usable afterwards
         assert int(out.tokens_per_expert.sum()) == (4 * comm.size if comm.rank in (0, comm.size - 1) else 0)
         comm.barrier()

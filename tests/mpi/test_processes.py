@@ -70,15 +70,23 @@ def test_ctrl_c_ends_a_wait(world, ctrl_c):
 def test_no_transport_between_nodes(world, monkeypatch):
     """Every rank raises at once, and says what UCX_TLS lacks."""
     monkeypatch.setenv("UCX_TLS", "posix,self")
-    with pytest.raises(moecomm.MoecommError, match=r"UCX cannot connect to rank \d.*UCX_TLS is posix,self; expected.*tcp") as raised:
+    with pytest.raises(
+        moecomm.MoecommError, match=r"UCX cannot connect to rank \d.*UCX_TLS is posix,self; expected.*tcp"
+    ) as raised:
         moecomm.Communicator(world, ranks_per_node=1, timeout=TIMEOUT)
-    assert raised.value.op == "Communicator" and raised.value.phase == "connect" and raised.value.rank == world.rank
+    assert (
+        raised.value.op == "Communicator"
+        and raised.value.phase == "connect"
+        and raised.value.rank == world.rank
+    )
     world.Barrier()
 
 
 def test_more_memory_than_there_is(world):
     with moecomm.Communicator(world, timeout=TIMEOUT) as comm:
-        with pytest.raises(moecomm.MoecommError, match="Buffer: rank 0 failed: cannot map a window of .* bytes"):
+        with pytest.raises(
+            moecomm.MoecommError, match="Buffer: rank 0 failed: cannot map a window of .* bytes"
+        ):
             moecomm.Buffer(comm, **SHAPE, arena_bytes=1 << 46)
         buf = moecomm.Buffer(comm, **SHAPE)
         buf.dispatch(X, IDS)

@@ -21,17 +21,30 @@ def node_sizes(size):
 
 def test_edges(world):
     size = world.size
-    tokens = [(5 * r + 3) % 11 * (r != 1) for r in range(size)]   # rank 1 is empty
+    tokens = [(5 * r + 3) % 11 * (r != 1) for r in range(size)]  # rank 1 is empty
     for per_node in node_sizes(size):
         base = Case(ranks_per_node=per_node, tokens=tokens)
         with moecomm.Communicator(world, ranks_per_node=per_node, timeout=TIMEOUT) as comm:
-            for case in (base, replace(base, layout="rank", channels=3), replace(base, routing="one_expert", alignment=8, reuse=1),
-                         replace(base, routing="masked", capacity="spare"), replace(base, quantized=True, hidden=144, layout="rank", reuse=1),
-                         replace(base, async_op=True, in_place=False, bias="matrix", combine_weights="other", capacity="exact"),
-                         replace(base, tokens=[0] * size), replace(base, dtype=torch.float64, bias="row"),
-                         replace(base, quant="fp8", scale_layout="column", hidden=400, wire="logfmt10", channels=3),
-                         replace(base, quant="fp8_ue8m0", hidden=144, wire="fp8", reuse=1, capacity="spare"),
-                         replace(base, tokens=[40] * size, hidden=2048)):
+            for case in (
+                base,
+                replace(base, layout="rank", channels=3),
+                replace(base, routing="one_expert", alignment=8, reuse=1),
+                replace(base, routing="masked", capacity="spare"),
+                replace(base, quantized=True, hidden=144, layout="rank", reuse=1),
+                replace(
+                    base,
+                    async_op=True,
+                    in_place=False,
+                    bias="matrix",
+                    combine_weights="other",
+                    capacity="exact",
+                ),
+                replace(base, tokens=[0] * size),
+                replace(base, dtype=torch.float64, bias="row"),
+                replace(base, quant="fp8", scale_layout="column", hidden=400, wire="logfmt10", channels=3),
+                replace(base, quant="fp8_ue8m0", hidden=144, wire="fp8", reuse=1, capacity="spare"),
+                replace(base, tokens=[40] * size, hidden=2048),
+            ):
                 check_case(comm, case)
 
 
@@ -53,7 +66,12 @@ def test_the_rail_is_taken_between_nodes(world):
         buf = moecomm.Buffer(comm, hidden=64, num_experts=world.size, top_k=1, max_tokens=4)
         other = (world.rank + half) % world.size
         out = buf.dispatch(torch.full((4, 64), float(world.rank)).bfloat16(), torch.full((4, 1), other))
-        assert buf.stats()["rail"] == {"logical_rows": 4, "physical_rows": 4, "logical_bytes": 512, "physical_bytes": 512}
+        assert buf.stats()["rail"] == {
+            "logical_rows": 4,
+            "physical_rows": 4,
+            "logical_bytes": 512,
+            "physical_bytes": 512,
+        }
         assert torch.equal(out.x, torch.full((4, 64), float(other)).bfloat16())
         comm.barrier()
 
@@ -61,7 +79,10 @@ def test_the_rail_is_taken_between_nodes(world):
 def test_communicators_and_buffers_come_and_go(world):
     """Nothing leaks from one to the next; several live at a time."""
     for _ in range(3):
-        with moecomm.Communicator(world, ranks_per_node=1, timeout=TIMEOUT) as a, moecomm.Communicator(world, timeout=TIMEOUT) as b:
+        with (
+            moecomm.Communicator(world, ranks_per_node=1, timeout=TIMEOUT) as a,
+            moecomm.Communicator(world, timeout=TIMEOUT) as b,
+        ):
             for comm in (a, b, a):
                 check_case(comm, Case(ranks_per_node=comm.ranks_per_node, tokens=[3] * world.size), rounds=1)
 

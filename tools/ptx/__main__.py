@@ -19,10 +19,16 @@ def check():
     began = time.monotonic()
     build.objects()
     lines = sum(path.read_text().count("\n") for path in build.programs())
-    print(f"ptx-check: {lines} lines of the machine's text from {', '.join(build.KERNELS)}, in {time.monotonic() - began:.0f} s", flush=True)
-    tests = [str(path) for pattern in TESTS for path in sorted((build.ROOT / "tests").glob(pattern))]
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", "-k", "not real", *tests, *sys.argv[2:]], cwd=build.ROOT,
-                          env={**os.environ, "EMULATED_KERNELS": "ptx"}).returncode
+    print(
+        f"ptx-check: {lines} lines of the machine's text from {', '.join(build.KERNELS)}, in {time.monotonic() - began:.0f} s",
+        flush=True,
+    )
+    tests = [str(path) for pattern in TESTS for path in sorted((build.ROOT / "tests").rglob(pattern))]
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", "not real", *tests, *sys.argv[2:]],
+        cwd=build.ROOT,
+        env={**os.environ, "EMULATED_KERNELS": "ptx"},
+    ).returncode
 
 
 def main():
@@ -32,10 +38,11 @@ def main():
     if build.why_not():
         print(f"ptx mutants: skipped, {build.why_not()}")
         return 0
-    os.environ["EMULATED_KERNELS"] = "ptx"   # before emulated_gpu is imported
-    sys.path.insert(0, str(build.ROOT / "tests"))
+    os.environ["EMULATED_KERNELS"] = "ptx"  # before emulated_gpu is imported
+    sys.path.insert(0, str(build.ROOT / "tests" / "support"))
     sys.path.insert(0, str(build.ROOT))
     from ptx import mutants
+
     words = [w for w in sys.argv[2:] if w != "--single"]
     mutants.run(only=words[0] if words else None, single="--single" in sys.argv)
     return 0

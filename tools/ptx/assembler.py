@@ -54,7 +54,9 @@ class Assembler:
         elif re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
             bits = int(text[2:], 16)
             if kind == "f64":
-                bits = struct.unpack("<Q", struct.pack("<d", struct.unpack("<f", struct.pack("<I", bits))[0]))[0]
+                bits = struct.unpack(
+                    "<Q", struct.pack("<d", struct.unpack("<f", struct.pack("<I", bits))[0])
+                )[0]
         elif re.fullmatch(r"0[dD][0-9a-fA-F]{16}", text):
             bits = int(text[2:], 16)
         elif re.fullmatch(r"-?(0[xX][0-9a-fA-F]+|\d+)U?", text):
@@ -86,20 +88,29 @@ class Assembler:
             start = len(self.rows)
             Body(self, f, called).run()
             _, size, parts = called[f.name]
-            lines.append(f"function {f.name} {int(f.entry)} {start} {len(self.rows)} {size} {len(parts)} " + " ".join(f"{at} {n}" for at, n in parts))
+            lines.append(
+                f"function {f.name} {int(f.entry)} {start} {len(self.rows)} {size} {len(parts)} "
+                + " ".join(f"{at} {n}" for at, n in parts)
+            )
         starts = {line.split()[1]: int(line.split()[3]) for line in lines if line.startswith("function")}
         for row in self.rows:
             if row[0] == "call":
                 row[11] = starts[row.pop()]
         n = len(self.constants)
-        head = [f"machine 1 {len(self.rows)} {self.slots + n} {self.predicates} {self.locals} {self.shared_bytes}"]
+        head = [
+            f"machine 1 {len(self.rows)} {self.slots + n} {self.predicates} {self.locals} {self.shared_bytes}"
+        ]
         head += [f"file {k} {v}" for k, v in sorted(self.module.files.items())]
         head += [f"constant {self.slots - 2 - slot} {bits}" for bits, slot in self.constants.items()]
         return "\n".join([*head, *lines, *(" ".join(map(str, self.placed(row))) for row in self.rows)]) + "\n"
 
     def placed(self, row):
         """Constants lie behind the registers, whose number is known now."""
-        return [*row[:4], *(self.slots - 2 - r if r < -1 and kind else r for r, kind in zip(row[4:11], row[14])), *row[11:14]]
+        return [
+            *row[:4],
+            *(self.slots - 2 - r if r < -1 and kind else r for r, kind in zip(row[4:11], row[14])),
+            *row[11:14],
+        ]
 
 
 class Body:
@@ -139,7 +150,11 @@ class Body:
         read, written = [i.guard] if i.guard else [], []
         for letter, text in zip(form.operands, i.operands):
             names = re.findall(r"%[\w.]+(?:@\d+)?|\b\w+@\d+", text)
-            (written if letter in WRITTEN else read).extend(n for n in names if n not in SPECIAL and not n.startswith("%globaltimer") and n not in self.locals)
+            (written if letter in WRITTEN else read).extend(
+                n
+                for n in names
+                if n not in SPECIAL and not n.startswith("%globaltimer") and n not in self.locals
+            )
         return read, written
 
     def allocate(self):
@@ -201,7 +216,9 @@ class Body:
         if found is None:
             raise PtxError(i.line, f"unknown opcode {i.opcode!r}")
         if len(i.operands) != len(found.operands) and found.op not in ("call", "barrier"):
-            raise PtxError(i.line, f"{i.opcode} has {len(i.operands)} operands; expected {len(found.operands)}")
+            raise PtxError(
+                i.line, f"{i.opcode} has {len(i.operands)} operands; expected {len(found.operands)}"
+            )
         return found
 
     def source(self, text, kind, line):
@@ -281,7 +298,7 @@ class Body:
                     if declared == "param":
                         if space == "shared":
                             raise PtxError(i.line, f"{i.opcode} of shared memory: {text!r}")
-                        op = f"{head}.{space or 'global'}.{rest}"   # a register has a parameter's generic address here
+                        op = f"{head}.{space or 'global'}.{rest}"  # a register has a parameter's generic address here
                     elif space:
                         op = f"{head}.{space}.{rest}"
                     integer = offset
@@ -293,11 +310,21 @@ class Body:
                 if len(values) != int(op.split(".")[2]):
                     raise PtxError(i.line, f"{i.opcode} of {len(values)} values")
                 for v in values:
-                    put(-1 if v == "_" else self.slot_of[v] if letter == "V" else self.source(v, form.type, i.line), letter == "v")
+                    put(
+                        -1
+                        if v == "_"
+                        else self.slot_of[v]
+                        if letter == "V"
+                        else self.source(v, form.type, i.line),
+                        letter == "v",
+                    )
         if op == "barrier" and len(places) == 1:
             put(SPECIAL["%ntid.x"], True)
-        if op in COLLECTIVES:   # the mask of members has a place of its own
-            places, slots = [*places[:-1], *[-1] * (7 - len(places)), places[-1]], [*slots[:-1], *[False] * (7 - len(slots)), slots[-1]]
+        if op in COLLECTIVES:  # the mask of members has a place of its own
+            places, slots = (
+                [*places[:-1], *[-1] * (7 - len(places)), places[-1]],
+                [*slots[:-1], *[False] * (7 - len(slots)), slots[-1]],
+            )
         row = self.row(op, form, i, places, slots, integer)
         if op == "bra":
             self.jumps.append((row, i.operands[0], i.line))
@@ -306,7 +333,17 @@ class Body:
     def row(self, op, form, i, places, slots, integer):
         guard = -1 if i.guard is None else self.predicate(i.guard, i.line) * 2 + i.negated
         places, slots = [*places, *[-1] * (7 - len(places))], [*slots, *[False] * (7 - len(slots))]
-        return [op, ORDERS[form.order], SCOPES[form.scope], guard, *places, integer, i.line, f"{i.source[0]}:{i.source[1]}", slots]
+        return [
+            op,
+            ORDERS[form.order],
+            SCOPES[form.scope],
+            guard,
+            *places,
+            integer,
+            i.line,
+            f"{i.source[0]}:{i.source[1]}",
+            slots,
+        ]
 
     def move(self, i, form):
         """mov that packs, unpacks, or takes the address of a parameter; None where it does none of these."""
@@ -316,11 +353,20 @@ class Body:
             return "globaltimer", [self.slot_of[to]], [False], 0
         if what.startswith("{"):
             values = [v.strip() for v in what.strip("{} ").split(",")]
-            return f"pack.{len(values)}", [self.slot_of[to], *(self.source(v, "u64", i.line) for v in values)], [False, *[True] * len(values)], width // len(values)
+            return (
+                f"pack.{len(values)}",
+                [self.slot_of[to], *(self.source(v, "u64", i.line) for v in values)],
+                [False, *[True] * len(values)],
+                width // len(values),
+            )
         if to.startswith("{"):
             values = [v.strip() for v in to.strip("{} ").split(",")]
-            return (f"unpack.{len(values)}", [self.source(what, "u64", i.line), *(-1 if v == "_" else self.slot_of[v] for v in values)],
-                    [True, *[False] * len(values)], width // len(values))
+            return (
+                f"unpack.{len(values)}",
+                [self.source(what, "u64", i.line), *(-1 if v == "_" else self.slot_of[v] for v in values)],
+                [True, *[False] * len(values)],
+                width // len(values),
+            )
         if what in self.parameters:
             if not self.f.entry:
                 raise PtxError(i.line, "the address of a function's parameter")
@@ -329,7 +375,10 @@ class Body:
 
     def call(self, i):
         """Copies of the arguments into the callee's places, the call, a copy of the result."""
-        m = re.fullmatch(r"(?:\(([^)]*)\),)?([\w$]+)(?:,\(([^)]*)\))?", "".join("".join(i.operands if not i.operands else ",".join(i.operands)).split()))
+        m = re.fullmatch(
+            r"(?:\(([^)]*)\),)?([\w$]+)(?:,\(([^)]*)\))?",
+            "".join("".join(i.operands if not i.operands else ",".join(i.operands)).split()),
+        )
         if not m:
             raise PtxError(i.line, f"a call of another form: {i.operands}")
         name = m[2]
@@ -344,7 +393,9 @@ class Body:
 
         arguments = [a for a in (m[3] or "").split(",") if a]
         if len(arguments) != len(target.parameters):
-            raise PtxError(i.line, f"a call of {name} with {len(arguments)} arguments; expected {len(target.parameters)}")
+            raise PtxError(
+                i.line, f"a call of {name} with {len(arguments)} arguments; expected {len(target.parameters)}"
+            )
         for mine, v in zip(arguments, target.parameters):
             copy(theirs[v.name], self.locals[mine], v.bytes)
         self.owner.rows.append([*self.row("call", form, i, [], [], 0), name])

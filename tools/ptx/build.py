@@ -19,12 +19,23 @@ from ptx.parser import parse  # noqa: E402
 FOLDER = ROOT / "build/ptx"
 KERNELS = ("kernels", "decode", "quant")
 RUNTIME = ROOT / "tools/ptx/runtime"
-MACHINE = tuple(RUNTIME / f"{name}.cpp" for name in ("arithmetic", "async", "checker", "exports", "load", "memory", "schedule"))
-GLUE = RUNTIME / "driver.cpp", RUNTIME / "launches.cpp"   # to the cuda world's host code
+MACHINE = tuple(
+    RUNTIME / f"{name}.cpp"
+    for name in ("arithmetic", "async", "checker", "exports", "load", "memory", "schedule")
+)
+GLUE = RUNTIME / "driver.cpp", RUNTIME / "launches.cpp"  # to the cuda world's host code
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 # As setup.py compiles them, for the GPU whose PTX this tool knows.
-NVCC_FLAGS = ("-std=c++20", "-O3", "-fmad=false", "-lineinfo", "-Icsrc", "-gencode=arch=compute_90,code=compute_90",
-              "-Xcompiler=-fPIC,-fvisibility=hidden", "-diag-suppress=20011,20012,20013,20014,20015")
+NVCC_FLAGS = (
+    "-std=c++20",
+    "-O3",
+    "-fmad=false",
+    "-lineinfo",
+    "-Icsrc",
+    "-gencode=arch=compute_90,code=compute_90",
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+    "-diag-suppress=20011,20012,20013,20014,20015",
+)
 
 
 def nvcc():
@@ -42,17 +53,27 @@ def nvcc():
 
 def why_not():
     """None where the PTX can be made here, else the reason."""
-    return None if nvcc() else "no nvcc: neither on PATH, nor in CUDA_HOME, nor as wheels (pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl)"
+    return (
+        None
+        if nvcc()
+        else "no nvcc: neither on PATH, nor in CUDA_HOME, nor as wheels (pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl)"
+    )
 
 
 def is_fresh(made, needs):
     """Whether a file is there and none of what it is made of is newer."""
-    return made.exists() and all(Path(n).exists() and Path(n).stat().st_mtime <= made.stat().st_mtime for n in needs)
+    return made.exists() and all(
+        Path(n).exists() and Path(n).stat().st_mtime <= made.stat().st_mtime for n in needs
+    )
 
 
 def needs_of(dependencies):
     """The files that a compiler has listed."""
-    return dependencies.read_text().replace("\\\n", " ").split(":", 1)[1].split() if dependencies.exists() else [dependencies]
+    return (
+        dependencies.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+        if dependencies.exists()
+        else [dependencies]
+    )
 
 
 def compile_kernels():
@@ -65,7 +86,20 @@ def compile_kernels():
         made[name] = ptx, host
         if is_fresh(host, [ROOT / n for n in needs_of(listed)]) and ptx.exists():
             continue
-        command = [nvcc(), *NVCC_FLAGS, "--keep", "--keep-dir", str(folder), "-MMD", "-MF", str(listed), "-c", f"csrc/world/cuda/{name}.cu", "-o", str(host)]
+        command = [
+            nvcc(),
+            *NVCC_FLAGS,
+            "--keep",
+            "--keep-dir",
+            str(folder),
+            "-MMD",
+            "-MF",
+            str(listed),
+            "-c",
+            f"csrc/runtime/cuda/kernels/{name}.cu",
+            "-o",
+            str(host),
+        ]
         running.append((name, subprocess.Popen(command, cwd=ROOT)))
     failed = [name for name, process in running if process.wait()]
     if failed:
@@ -89,7 +123,9 @@ def translate(ptx):
 def version():
     """Of the translator itself."""
     sources = sorted((ROOT / "tools/ptx").glob("*.py"))
-    return hashlib.sha256(b"".join(s.read_bytes() for s in sources if s.stem in ("parser", "opcodes", "assembler"))).hexdigest()[:8]
+    return hashlib.sha256(
+        b"".join(s.read_bytes() for s in sources if s.stem in ("parser", "opcodes", "assembler"))
+    ).hexdigest()[:8]
 
 
 def compiled(sources):
@@ -102,9 +138,28 @@ def compiled(sources):
         listed = made[-1].with_suffix(".d")
         if is_fresh(made[-1], [ROOT / n for n in needs_of(listed)]):
             continue
-        flags = ["-std=c++20", "-O2", "-ftree-vectorize", *wide, "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi",
-                 "-iquote", "tests/cpp/emulated/fibers", "-Itests/cpp/emulated", "-Icsrc"]
-        running.append(subprocess.Popen([*COMPILER, *flags, "-MMD", "-MF", str(listed), "-c", str(source), "-o", str(made[-1])], cwd=ROOT))
+        flags = [
+            "-std=c++20",
+            "-O2",
+            "-ftree-vectorize",
+            *wide,
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-ffp-contract=off",
+            "-Wall",
+            "-Wextra",
+            "-Wno-psabi",
+            "-iquote",
+            "tests/cpp/emulated/fibers",
+            "-Itests/cpp/emulated",
+            "-Icsrc",
+        ]
+        running.append(
+            subprocess.Popen(
+                [*COMPILER, *flags, "-MMD", "-MF", str(listed), "-c", str(source), "-o", str(made[-1])],
+                cwd=ROOT,
+            )
+        )
     if any([p.wait() for p in running]):
         raise RuntimeError("the PTX machine does not compile")
     return made

@@ -8,27 +8,27 @@ from dataclasses import dataclass
 
 from .parser import parse
 
-ORDER, SCOPE = 1, 2   # columns of a row of the machine's text
+ORDER, SCOPE = 1, 2  # columns of a row of the machine's text
 ACQUIRE, RELEASE, ACQ_REL = "2", "3", "4"
 SCOPES = {"1": "cta", "2": "gpu", "3": "sys"}
 
 
 @dataclass(frozen=True)
 class Mutant:
-    kernel: str        # part of the machine's function
-    row: int           # of the program
-    line: int          # of the PTX
+    kernel: str  # part of the machine's function
+    row: int  # of the program
+    line: int  # of the PTX
     what: str
     drop: bool = False
-    order: int = -1    # -1: as it is
+    order: int = -1  # -1: as it is
     scope: int = -1
-    integer: int = 0   # added
+    integer: int = 0  # added
 
 
 def of_row(kernel, number, row):
     """Mutants of one row of the machine's text."""
     op, order, scope, line = row[0], row[ORDER], row[SCOPE], int(row[12])
-    make = lambda what, **change: Mutant(kernel, number, line, what, **change)   # noqa: E731
+    make = lambda what, **change: Mutant(kernel, number, line, what, **change)  # noqa: E731
     if op in ("fence.proxy", "fence.proxy.shared", "fence"):
         yield make(f"{op} dropped", drop=True)
     if op == "bar.warp":
@@ -42,7 +42,10 @@ def of_row(kernel, number, row):
         yield make("mbarrier wait dropped", drop=True)
     if op.startswith(("ld.", "st.", "red.", "atom.")) and order in (ACQUIRE, RELEASE, ACQ_REL):
         name = {ACQUIRE: "acquire", RELEASE: "release", ACQ_REL: "acq_rel"}[order]
-        yield make(f"{op} {name}.{SCOPES[scope]} made {'relaxed' if op[0] in 'ra' else 'plain'}", order=1 if op[0] in "ra" else 0)
+        yield make(
+            f"{op} {name}.{SCOPES[scope]} made {'relaxed' if op[0] in 'ra' else 'plain'}",
+            order=1 if op[0] in "ra" else 0,
+        )
         if order == ACQ_REL:
             yield make(f"{op} acq_rel.{SCOPES[scope]} made acquire", order=2)
             yield make(f"{op} acq_rel.{SCOPES[scope]} made release", order=3)
@@ -67,7 +70,13 @@ def all_of(machine_text):
 
 # -- the run -----------------------------------------------------------------------------------------------------------------
 
-SMALL = ("ptx.cuh", "warp.cuh", "group.hpp", "squad.cuh", "intrinsics.hpp")   # what is inlined everywhere tells nothing
+SMALL = (
+    "ptx.cuh",
+    "warp.cuh",
+    "group.hpp",
+    "squad.cuh",
+    "intrinsics.hpp",
+)  # what is inlined everywhere tells nothing
 
 
 def caller(lines, files, line):
@@ -118,10 +127,20 @@ def run(seeds=3, only=None, single=False):
     missed, counts = [], {}
     with ptx_worlds.installed() as gpu:
         calls = gpu.calls
-        calls.ptx_mutate.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
-        calls.ptx_reached.argtypes, calls.ptx_reached.restype = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64], ctypes.c_int64
+        calls.ptx_mutate.argtypes = [
+            ctypes.c_char_p,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_int64,
+        ]
+        calls.ptx_reached.argtypes, calls.ptx_reached.restype = (
+            [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int64],
+            ctypes.c_int64,
+        )
         for name, (ptx, _) in build.compile_kernels().items():
-            if name == "quant":   # its blocks have nothing to say to each other
+            if name == "quant":  # its blocks have nothing to say to each other
                 continue
             text = ptx.read_text()
             lines, files = text.split("\n"), parse(text).files
@@ -136,7 +155,9 @@ def run(seeds=3, only=None, single=False):
             groups, everywhere = {}, {}
             for m in mutants:
                 if only is None or only in m.what:
-                    groups.setdefault((m.what, m.row if single else caller(lines, files, m.line)), []).append(m)
+                    groups.setdefault((m.what, m.row if single else caller(lines, files, m.line)), []).append(
+                        m
+                    )
             for (what, place), group in groups.items():
                 useful = [w for w, marks in worlds.items() if any(marks[m.row] for m in group)]
                 if not useful:
@@ -147,14 +168,19 @@ def run(seeds=3, only=None, single=False):
                 if tried(gpu, group, useful, seeds):
                     kind[1] += 1
                     continue
-                if what not in everywhere:   # another one may do what this one leaves out
+                if what not in everywhere:  # another one may do what this one leaves out
                     everywhere[what] = tried(gpu, [m for m in mutants if m.what == what], list(worlds), seeds)
                 kind[2] += bool(everywhere[what])
                 missed.append(group)
-                print(f"not found{' alone' if everywhere[what] else ''}: {what}, {caller(lines, files, group[0].line)}, {len(group)} instructions, "
-                      f"the first of them {name}.ptx line {group[0].line}", flush=True)
+                print(
+                    f"not found{' alone' if everywhere[what] else ''}: {what}, {caller(lines, files, group[0].line)}, {len(group)} instructions, "
+                    f"the first of them {name}.ptx line {group[0].line}",
+                    flush=True,
+                )
             calls.ptx_restore()
-    print(f"\n{'mutant':50} {'sites':>6} {'found':>6} {'found if all of the kind are dropped':>37} {'not reached':>12}")
+    print(
+        f"\n{'mutant':50} {'sites':>6} {'found':>6} {'found if all of the kind are dropped':>37} {'not reached':>12}"
+    )
     for what, (of, found, together, never) in sorted(counts.items()):
         print(f"{what:50} {of:6} {found:6} {together:37} {never:12}")
     return missed

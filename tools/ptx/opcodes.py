@@ -6,7 +6,14 @@ additions are one, and how a load is ordered, and for whom, are fields of the in
 
 from dataclasses import dataclass
 
-ORDERS = {"weak": 0, "relaxed": 1, "acquire": 2, "release": 3, "acq_rel": 4, "volatile": 5}   # volatile: as relaxed, and no poll
+ORDERS = {
+    "weak": 0,
+    "relaxed": 1,
+    "acquire": 2,
+    "release": 3,
+    "acq_rel": 4,
+    "volatile": 5,
+}  # volatile: as relaxed, and no poll
 SCOPES = {"none": 0, "cta": 1, "gpu": 2, "sys": 3}
 WIDTHS = (16, 32, 64)
 INTEGERS = tuple(f"{sign}{w}" for sign in "us" for w in WIDTHS)
@@ -21,7 +28,7 @@ class Form:
 
     op: str
     operands: str
-    type: str = "u32"         # of immediates
+    type: str = "u32"  # of immediates
     order: str = "weak"
     scope: str = "none"
 
@@ -75,11 +82,16 @@ def _predicates():
     forms["not.pred"] = Form("not.pred", "DQ")
     forms["mov.pred"] = Form("mov.pred", "DQ")
     for t in INTEGERS:
-        forms |= {f"setp.{c}.{t}": Form(f"setp.{c}.{t if c not in ('eq', 'ne') else unsigned(t)}", "Dss", t) for c in COMPARISONS}
+        forms |= {
+            f"setp.{c}.{t}": Form(f"setp.{c}.{t if c not in ('eq', 'ne') else unsigned(t)}", "Dss", t)
+            for c in COMPARISONS
+        }
     for w in WIDTHS:
         forms |= {f"setp.{c}.b{w}": Form(f"setp.{c}.u{w}", "Dss", f"u{w}") for c in ("eq", "ne")}
     for t in ("f32", "f64"):
-        forms |= {f"setp.{c}{u}.{t}": Form(f"setp.{c}{u}.{t}", "Dss", t) for c in COMPARISONS for u in ("", "u")}
+        forms |= {
+            f"setp.{c}{u}.{t}": Form(f"setp.{c}{u}.{t}", "Dss", t) for c in COMPARISONS for u in ("", "u")
+        }
         forms |= {f"setp.{c}.{t}": Form(f"setp.{c}.{t}", "Dss", t) for c in ("num", "nan")}
     for t in (*INTEGERS, "b16", "b32", "b64", "f32", "f64"):
         forms[f"selp.{t}"] = Form(f"selp.u{t[1:]}", "dssQ", t)
@@ -104,21 +116,51 @@ def _conversions():
     for t in (*INTEGERS, "b16", "b32", "b64", "f32", "f64"):
         forms[f"mov.{t}"] = Form(f"mov.u{t[1:]}", "ds", t)
     for space in ("global", "param"):
-        forms |= {f"cvta.{space}.u64": Form("mov.u64", "ds", "u64"), f"cvta.to.{space}.u64": Form("mov.u64", "ds", "u64")}
-    forms |= {"cvta.shared.u64": Form("cvta.shared", "ds", "u64"), "cvta.to.shared.u64": Form("cvta.to.shared", "ds", "u64")}
+        forms |= {
+            f"cvta.{space}.u64": Form("mov.u64", "ds", "u64"),
+            f"cvta.to.{space}.u64": Form("mov.u64", "ds", "u64"),
+        }
+    forms |= {
+        "cvta.shared.u64": Form("cvta.shared", "ds", "u64"),
+        "cvta.to.shared.u64": Form("cvta.to.shared", "ds", "u64"),
+    }
     return forms
 
 
 def _memory():
     forms = {}
-    kinds = [(f".{o}" if o else "", f".{s}" if s else "") for o, s in
-             [("", ""), ("weak", ""), ("volatile", ""), *((o, s) for o in ("relaxed", "acquire", "release") for s in ("cta", "gpu", "sys"))]]
+    kinds = [
+        (f".{o}" if o else "", f".{s}" if s else "")
+        for o, s in [
+            ("", ""),
+            ("weak", ""),
+            ("volatile", ""),
+            *((o, s) for o in ("relaxed", "acquire", "release") for s in ("cta", "gpu", "sys")),
+        ]
+    ]
     for order, scope in kinds:
-        ordered = dict(order=order[1:] or "weak", scope="sys" if order == ".volatile" else scope[1:] or "none")
+        ordered = dict(
+            order=order[1:] or "weak", scope="sys" if order == ".volatile" else scope[1:] or "none"
+        )
         for space in ("", ".global", ".shared", ".shared::cta", ".param"):
-            place = space[1:].split("::")[0] or "global"   # a generic address may be of shared memory, too
+            place = space[1:].split("::")[0] or "global"  # a generic address may be of shared memory, too
             for n in (1, 2, 4):
-                for t in ("b8", "u8", "s8", "b16", "u16", "s16", "b32", "u32", "s32", "b64", "u64", "s64", "f32", "f64"):
+                for t in (
+                    "b8",
+                    "u8",
+                    "s8",
+                    "b16",
+                    "u16",
+                    "s16",
+                    "b32",
+                    "u32",
+                    "s32",
+                    "b64",
+                    "u64",
+                    "s64",
+                    "f32",
+                    "f64",
+                ):
                     if n * int(t[1:]) > 128 or (order and space == ".param"):
                         continue
                     read = t if t[0] == "s" else f"u{t[1:]}"
@@ -141,21 +183,36 @@ def _memory():
 
 def _meetings():
     forms = {
-        "bar.warp.sync": Form("bar.warp", "s"), "barrier.sync": Form("barrier", "ss"), "bar.sync": Form("barrier", "ss"),
-        "shfl.sync.idx.b32": Form("shfl.idx", "2ssss"), "shfl.sync.bfly.b32": Form("shfl.bfly", "2ssss"),
-        "bra": Form("bra", "l"), "bra.uni": Form("bra", "l"), "ret": Form("ret", ""), "exit": Form("ret", ""), "call.uni": Form("call", "c"), "call": Form("call", "c"),
-        "fence.proxy.async.global": Form("fence.proxy", ""), "fence.proxy.async": Form("fence.proxy", ""),
-        "fence.proxy.async.shared::cta": Form("fence.proxy.shared", ""), "fence.mbarrier_init.release.cluster": Form("fence.mbarrier_init", ""),
+        "bar.warp.sync": Form("bar.warp", "s"),
+        "barrier.sync": Form("barrier", "ss"),
+        "bar.sync": Form("barrier", "ss"),
+        "shfl.sync.idx.b32": Form("shfl.idx", "2ssss"),
+        "shfl.sync.bfly.b32": Form("shfl.bfly", "2ssss"),
+        "bra": Form("bra", "l"),
+        "bra.uni": Form("bra", "l"),
+        "ret": Form("ret", ""),
+        "exit": Form("ret", ""),
+        "call.uni": Form("call", "c"),
+        "call": Form("call", "c"),
+        "fence.proxy.async.global": Form("fence.proxy", ""),
+        "fence.proxy.async": Form("fence.proxy", ""),
+        "fence.proxy.async.shared::cta": Form("fence.proxy.shared", ""),
+        "fence.mbarrier_init.release.cluster": Form("fence.mbarrier_init", ""),
         "mbarrier.init.shared::cta.b64": Form("mbarrier.init", "ms"),
         "mbarrier.arrive.expect_tx.shared::cta.b64": Form("mbarrier.expect_tx", "xms"),
-        "mbarrier.try_wait.parity.shared::cta.b64": Form("mbarrier.try_wait", "Dms", order="acquire", scope="cta"),
+        "mbarrier.try_wait.parity.shared::cta.b64": Form(
+            "mbarrier.try_wait", "Dms", order="acquire", scope="cta"
+        ),
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes": Form("bulk.load", "mmsm"),
         "cp.async.bulk.global.shared::cta.bulk_group": Form("bulk.store", "mms"),
-        "cp.async.bulk.commit_group": Form("bulk.commit", ""), "cp.async.bulk.wait_group": Form("bulk.wait", "n"),
+        "cp.async.bulk.commit_group": Form("bulk.commit", ""),
+        "cp.async.bulk.wait_group": Form("bulk.wait", "n"),
         "cp.async.bulk.wait_group.read": Form("bulk.wait_read", "n"),
     }
     for scope in ("cta", "gpu", "sys"):
-        forms[f"fence.acq_rel.{scope}"] = forms[f"fence.sc.{scope}"] = Form("fence", "", order="acq_rel", scope=scope)
+        forms[f"fence.acq_rel.{scope}"] = forms[f"fence.sc.{scope}"] = Form(
+            "fence", "", order="acq_rel", scope=scope
+        )
     for name, scope in (("cta", "cta"), ("gl", "gpu"), ("sys", "sys")):
         forms[f"membar.{name}"] = Form("fence", "", order="acq_rel", scope=scope)
     return forms

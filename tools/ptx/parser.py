@@ -4,9 +4,23 @@ import re
 from dataclasses import dataclass, field
 
 GUARD = re.compile(r"@(!?)([\w%$.]+)\s+")
-PIECE = re.compile(r"\s*(?:(?P<label>[\w$]+):(?!:)|(?P<open>\{)|(?P<close>\})|(?P<statement>[^;]*;)|(?P<rest>\S.*))")
-HEADER = re.compile(r"(?:\.(?:visible|weak|extern)\s+)*\.(entry|func)\s*(\([^)]*\))?\s*([\w$]+)\s*(\([^)]*\))?")
-LINE_ONLY = (".loc", ".file", ".version", ".target", ".address_size", ".maxntid", ".minnctapersm", ".reqntid", ".pragma")
+PIECE = re.compile(
+    r"\s*(?:(?P<label>[\w$]+):(?!:)|(?P<open>\{)|(?P<close>\})|(?P<statement>[^;]*;)|(?P<rest>\S.*))"
+)
+HEADER = re.compile(
+    r"(?:\.(?:visible|weak|extern)\s+)*\.(entry|func)\s*(\([^)]*\))?\s*([\w$]+)\s*(\([^)]*\))?"
+)
+LINE_ONLY = (
+    ".loc",
+    ".file",
+    ".version",
+    ".target",
+    ".address_size",
+    ".maxntid",
+    ".minnctapersm",
+    ".reqntid",
+    ".pragma",
+)
 
 
 class PtxError(Exception):
@@ -19,11 +33,11 @@ class PtxError(Exception):
 
 @dataclass
 class Instruction:
-    line: int                 # of the PTX
-    source: tuple             # (file number, line) of the CUDA source; the innermost, where code was inlined
-    opcode: str               # with all of its modifiers
-    operands: list            # as text; registers have their scope's name
-    guard: str = None         # predicate register
+    line: int  # of the PTX
+    source: tuple  # (file number, line) of the CUDA source; the innermost, where code was inlined
+    opcode: str  # with all of its modifiers
+    operands: list  # as text; registers have their scope's name
+    guard: str = None  # predicate register
     negated: bool = False
 
 
@@ -46,17 +60,17 @@ class Function:
     name: str
     entry: bool
     line: int
-    results: list = field(default_factory=list)      # Variables
+    results: list = field(default_factory=list)  # Variables
     parameters: list = field(default_factory=list)
-    locals: list = field(default_factory=list)       # .param variables of its calls
-    registers: dict = field(default_factory=dict)    # name -> type; a range %r<n> under its prefix
-    body: list = field(default_factory=list)         # Instructions and Labels; None: only declared
+    locals: list = field(default_factory=list)  # .param variables of its calls
+    registers: dict = field(default_factory=dict)  # name -> type; a range %r<n> under its prefix
+    body: list = field(default_factory=list)  # Instructions and Labels; None: only declared
 
 
 @dataclass
 class Module:
     functions: dict = field(default_factory=dict)
-    shared: list = field(default_factory=list)       # static; the dynamic one has 0 bytes
+    shared: list = field(default_factory=list)  # static; the dynamic one has 0 bytes
     files: dict = field(default_factory=dict)
 
 
@@ -77,7 +91,9 @@ def split(text):
 
 def variable(text, line):
     """`.param .align 8 .b8 name[40]` and its like."""
-    m = re.fullmatch(r"\.(?:param|shared)\s+(?:\.align\s+(\d+)\s+)?\.([a-z]+)(\d+)\s+([\w$]+)(?:\[(\d*)\])?", text.strip())
+    m = re.fullmatch(
+        r"\.(?:param|shared)\s+(?:\.align\s+(\d+)\s+)?\.([a-z]+)(\d+)\s+([\w$]+)(?:\[(\d*)\])?", text.strip()
+    )
     if not m:
         raise PtxError(line, f"a variable of another form: {text.strip()!r}")
     size = int(m[3]) // 8
@@ -96,8 +112,12 @@ class Reader:
         text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), text, flags=re.S)
         for number, line in enumerate(text.split("\n"), 1):
             line = line.split("//", 1)[0] if ".file" not in line else line
-            if self.skipped or line.lstrip().startswith(".section"):   # of the debugger
-                self.skipped += line.count("{") - line.count("}") + (1 if line.lstrip().startswith(".section") and "{" not in line else 0)
+            if self.skipped or line.lstrip().startswith(".section"):  # of the debugger
+                self.skipped += (
+                    line.count("{")
+                    - line.count("}")
+                    + (1 if line.lstrip().startswith(".section") and "{" not in line else 0)
+                )
                 if line.strip() == "{" and self.skipped > 1:
                     self.skipped -= 1
                 continue
@@ -119,7 +139,7 @@ class Reader:
             if end >= 0:
                 statement, self.pending = self.pending, ""
                 self.statement(self.pending_line, statement)
-            return "" if end < 0 else line[end + 1:]
+            return "" if end < 0 else line[end + 1 :]
         m = PIECE.match(line)
         if m["label"]:
             self.function.body.append(Label(m["label"]))
@@ -134,7 +154,7 @@ class Reader:
             self.statement(number, m["statement"][:-1])
         else:
             self.pending, self.pending_line = m["rest"], number
-        return line[m.end():]
+        return line[m.end() :]
 
     def directive(self, number, text):
         word = text.split()
@@ -150,13 +170,13 @@ class Reader:
         """Headers of functions and variables of the module; both may go on over several lines."""
         self.pending_line = self.pending_line if self.pending else number
         end = re.search(r"[;{]", line)
-        self.pending += " " + (line if not end else line[:end.start()])
+        self.pending += " " + (line if not end else line[: end.start()])
         if not end:
             return ""
         text, self.pending = self.pending.strip(), ""
         if text:
             self.header(self.pending_line, text, end[0] == "{")
-        return line[end.end():]
+        return line[end.end() :]
 
     def header(self, line, text, defined):
         """A function, or a variable of shared memory."""
@@ -166,7 +186,7 @@ class Reader:
         m = HEADER.match(text)
         if not m:
             raise PtxError(line, f"neither a function nor shared memory: {text[:80]!r}")
-        take = lambda part: [variable(p, line) for p in split(part.strip()[1:-1])] if part else []   # noqa: E731
+        take = lambda part: [variable(p, line) for p in split(part.strip()[1:-1])] if part else []  # noqa: E731
         f = Function(m[3], m[1] == "entry", line, take(m[2]), take(m[4]))
         if not defined:
             f.body = None
@@ -214,7 +234,7 @@ class Reader:
     def instruction(self, line, text):
         guard = GUARD.match(text)
         if guard:
-            text = text[guard.end():]
+            text = text[guard.end() :]
         opcode, _, rest = text.partition(" ")
         i = Instruction(line, self.source, opcode, split(self.scoped(rest)))
         if guard:

@@ -25,8 +25,8 @@ struct DeviceBF16 {
     return (u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded & 0xffffu;
   }
   static __device__ uint4 pack(const float* v) {
-    return {half_of(v[0]) | half_of(v[1]) << 16, half_of(v[2]) | half_of(v[3]) << 16, half_of(v[4]) | half_of(v[5]) << 16,
-            half_of(v[6]) | half_of(v[7]) << 16};
+    return {half_of(v[0]) | half_of(v[1]) << 16, half_of(v[2]) | half_of(v[3]) << 16,
+            half_of(v[4]) | half_of(v[5]) << 16, half_of(v[6]) | half_of(v[7]) << 16};
   }
 };
 
@@ -43,8 +43,8 @@ struct DeviceF16 {
   }
   static __device__ uint32_t half_of(float v) { return __half_as_ushort(__float2half_rn(v)); }
   static __device__ uint4 pack(const float* v) {
-    return {half_of(v[0]) | half_of(v[1]) << 16, half_of(v[2]) | half_of(v[3]) << 16, half_of(v[4]) | half_of(v[5]) << 16,
-            half_of(v[6]) | half_of(v[7]) << 16};
+    return {half_of(v[0]) | half_of(v[1]) << 16, half_of(v[2]) | half_of(v[3]) << 16,
+            half_of(v[4]) | half_of(v[5]) << 16, half_of(v[6]) | half_of(v[7]) << 16};
   }
 };
 
@@ -86,7 +86,8 @@ __device__ void with_element(DType type, Work&& work) {
   }
 }
 
-// Eight elements from e on, zeros beyond the row. Rows are whole 16 bytes, so only f32 rows may end in the middle.
+// Eight elements from e on, zeros beyond the row. Rows are whole 16 bytes, so only f32 rows may end in the
+// middle.
 template <class T>
 __device__ void load_eight(const char* row, int64_t e, int64_t hidden, float* v) {
   MOE_UNROLL(8)

@@ -1,5 +1,5 @@
-// Sums of rows: all lanes of a group (one warp or several), 16 bytes each, in the order of the list. Loads of eight
-// terms are under way before the first is added.
+// Sums of rows: all lanes of a group (one warp or several), 16 bytes each, in the order of the list. Loads of
+// eight terms are under way before the first is added.
 #pragma once
 #include "base/terms.hpp"
 #include "fabric/cuda/elements.cuh"
@@ -34,7 +34,8 @@ struct Sum {
 };
 
 template <class T>
-__device__ void reduce_plain(char* dst, const Terms& terms, const float* bias, int64_t hidden, int lane, int lanes) {
+__device__ void reduce_plain(char* dst, const Terms& terms, const float* bias, int64_t hidden, int lane,
+                             int lanes) {
   constexpr int kPer = T::kPerLane;
   const TermStore& list = *terms.store;
   for (int64_t e = int64_t{lane} * kPer; e < hidden; e += int64_t{lanes} * kPer) {
@@ -43,7 +44,8 @@ __device__ void reduce_plain(char* dst, const Terms& terms, const float* bias, i
       uint4 raw[kTermsInFlight];
       MOE_UNROLL(8)
       for (int j = 0; j < kTermsInFlight; ++j)
-        if (first + j < terms.count) raw[j] = ptx::load16(static_cast<const char*>(list.row[first + j]) + e * T::kBytes);
+        if (first + j < terms.count)
+          raw[j] = ptx::load16(static_cast<const char*>(list.row[first + j]) + e * T::kBytes);
       MOE_UNROLL(8)
       for (int j = 0; j < kTermsInFlight; ++j)
         if (first + j < terms.count) {
@@ -60,11 +62,16 @@ __device__ void reduce_plain(char* dst, const Terms& terms, const float* bias, i
   }
 }
 
-// -- coded rows: half a warp takes a tile, eight elements a lane -------------------------------------------------
+// -- coded rows: half a warp takes a tile, eight elements a lane
+// -------------------------------------------------
 
-struct EightBytes { uint32_t low, high; };   // bytes of eight neighbours
+struct EightBytes {
+  uint32_t low, high;
+};  // bytes of eight neighbours
 
-__device__ inline uint32_t byte_of(EightBytes b, int i) { return (i < 4 ? b.low >> 8 * i : b.high >> 8 * (i - 4)) & 0xffu; }
+__device__ inline uint32_t byte_of(EightBytes b, int i) {
+  return (i < 4 ? b.low >> 8 * i : b.high >> 8 * (i - 4)) & 0xffu;
+}
 __device__ inline EightBytes pack_bytes(const uint32_t* v) {
   return {v[0] | v[1] << 8 | v[2] << 16 | v[3] << 24, v[4] | v[5] << 8 | v[6] << 16 | v[7] << 24};
 }
@@ -91,9 +98,11 @@ __device__ inline void load_wire_eight(const char* row, Wire wire, int64_t e, in
   }
   const auto* head = reinterpret_cast<const volatile float*>(row + 160 * tiles + 8 * tile);
   const LogTile log{head[0], head[1]};
-  const EightBytes low = load_bytes(row + 128 * tile + 8 * in_half, true), high = load_bytes(row + 128 * tiles + 32 * tile + 8 * (in_half % 4), true);
+  const EightBytes low = load_bytes(row + 128 * tile + 8 * in_half, true),
+                   high = load_bytes(row + 128 * tiles + 32 * tile + 8 * (in_half % 4), true);
   MOE_UNROLL(8)
-  for (int i = 0; i < 8; ++i) v[i] = log_decode<float>(byte_of(low, i) | (byte_of(high, i) >> 2 * (in_half / 4) & 3u) << 8, log);
+  for (int i = 0; i < 8; ++i)
+    v[i] = log_decode<float>(byte_of(low, i) | (byte_of(high, i) >> 2 * (in_half / 4) & 3u) << 8, log);
 }
 
 // One tile's sum, eight elements a lane, for rows of which some may be coded.
@@ -116,7 +125,8 @@ __device__ void sum_eight(const Terms& terms, int64_t e, int64_t hidden, Sum<flo
 }
 
 template <class T>
-__device__ void reduce_coded(char* dst, const Terms& terms, const float* bias, int64_t hidden, int lane, int lanes) {
+__device__ void reduce_coded(char* dst, const Terms& terms, const float* bias, int64_t hidden, int lane,
+                             int lanes) {
   for (int64_t e = int64_t{lane} * 8; e < hidden; e += int64_t{lanes} * 8) {
     Sum<float, 8> sum;
     sum_eight<T>(terms, e, hidden, sum);
@@ -155,17 +165,19 @@ __device__ float encode_fp8(const float* v, ScaleKind kind, Store&& store) {
   store(code);
   return s.scale;
 }
-__device__ inline float encode_fp8_eight(char* codes, int64_t e, int64_t hidden, const float* v, ScaleKind kind) {
+__device__ inline float encode_fp8_eight(char* codes, int64_t e, int64_t hidden, const float* v,
+                                         ScaleKind kind) {
   return encode_fp8(v, kind, [&](const uint32_t* code) {
     if (e < hidden) store_bytes(codes + e, pack_bytes(code), e + 4 < hidden);
   });
 }
 
 __device__ inline void encode_log_eight(char* row, int64_t e, int64_t hidden, const float* v, int lane) {
-  uint32_t most = 0, rest = 0;   // rest: the largest of ~magnitude, for the least
+  uint32_t most = 0, rest = 0;  // rest: the largest of ~magnitude, for the least
   MOE_UNROLL(8)
   for (int i = 0; i < 8; ++i) {
-    const uint32_t m = finite_magnitude<uint32_t>(v[i]), normal = m < detail::kSmallestNormal ? 0u : m, inverted = normal ? ~normal : 0u;
+    const uint32_t m = finite_magnitude<uint32_t>(v[i]), normal = m < detail::kSmallestNormal ? 0u : m,
+                   inverted = normal ? ~normal : 0u;
     most = most > normal ? most : normal;
     rest = rest > inverted ? rest : inverted;
   }
@@ -201,7 +213,8 @@ __device__ inline void encode_log_eight(char* row, int64_t e, int64_t hidden, co
 
 template <class T>
 __device__ void reduce_wire(char* dst, Wire wire, const Terms& terms, int64_t hidden, int lane, int lanes) {
-  for (int64_t base = 0; base < hidden; base += int64_t{lanes} * 8) {   // all lanes go on together: tiles are reduced by shuffles
+  for (int64_t base = 0; base < hidden;
+       base += int64_t{lanes} * 8) {  // all lanes go on together: tiles are reduced by shuffles
     const int64_t e = base + int64_t{lane} * 8;
     Sum<float, 8> sum;
     sum_eight<T>(terms, e, hidden, sum);
@@ -209,13 +222,15 @@ __device__ void reduce_wire(char* dst, Wire wire, const Terms& terms, int64_t hi
       encode_log_eight(dst, e, hidden, sum.total, lane);
     } else {
       const float scale = encode_fp8_eight(dst, e, hidden, sum.total, ScaleKind::f32);
-      if (lane % 16 == 0 && e < hidden) *reinterpret_cast<float*>(dst + align16(hidden) + 4 * (e / kTile)) = scale;
+      if (lane % 16 == 0 && e < hidden)
+        *reinterpret_cast<float*>(dst + align16(hidden) + 4 * (e / kTile)) = scale;
     }
   }
 }
 
 template <class T>
-__device__ void quantize(char* codes, char* scales, const char* row, int64_t hidden, ScaleKind kind, int lane, int lanes) {
+__device__ void quantize(char* codes, char* scales, const char* row, int64_t hidden, ScaleKind kind, int lane,
+                         int lanes) {
   for (int64_t base = 0; base < hidden; base += int64_t{lanes} * 8) {
     const int64_t e = base + int64_t{lane} * 8, tile = e / kTile;
     float v[8];

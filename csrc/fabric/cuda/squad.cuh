@@ -6,15 +6,17 @@
 namespace moecomm {
 
 struct Squad {
-  int first;         // warp of the block; the squad has the block's barrier first + 1 to itself
+  int first;  // warp of the block; the squad has the block's barrier first + 1 to itself
   int warps;
-  uint32_t* words;   // shared memory of the squad, 64 bytes
+  uint32_t* words;  // shared memory of the squad, 64 bytes
 
   __device__ int lane() const { return static_cast<int>(threadIdx.x) - 32 * first; }
   __device__ int size() const { return 32 * warps; }
   __device__ void sync() const {
-    if (warps == 1) Warp::sync();
-    else ptx::block_barrier(first + 1, size());
+    if (warps == 1)
+      Warp::sync();
+    else
+      ptx::block_barrier(first + 1, size());
   }
   __device__ bool any(bool v) const {
     const bool here = Warp::any(v);
@@ -40,7 +42,7 @@ struct Squad {
     sync();
     MOE_UNROLL(16)
     for (int i = 0; i < kWords; ++i) copy[i] = words[i];
-    sync();   // nobody overwrites the words while another still reads them
+    sync();  // nobody overwrites the words while another still reads them
     T out;
     memcpy(&out, copy, sizeof(T));
     return out;

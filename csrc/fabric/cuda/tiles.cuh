@@ -1,5 +1,6 @@
-// Whole tensors in and out of FP8 tiles. Matrices are row-major and may have any number of columns: `whole` says that
-// rows start and end on 16 bytes, else elements are moved one by one. The codes are base/quantize.hpp's.
+// Whole tensors in and out of FP8 tiles. Matrices are row-major and may have any number of columns: `whole`
+// says that rows start and end on 16 bytes, else elements are moved one by one. The codes are
+// base/quantize.hpp's.
 #pragma once
 #include "fabric/cuda/reduce.cuh"
 #include "fabric/cuda/squad.cuh"
@@ -12,10 +13,13 @@ struct Matrix {
   bool whole;
 
   __device__ int64_t row_blocks() const { return tiles_of(rows); }
-  __device__ int64_t block_end(int64_t block) const { return (block + 1) * kTile < rows ? (block + 1) * kTile : rows; }
+  __device__ int64_t block_end(int64_t block) const {
+    return (block + 1) * kTile < rows ? (block + 1) * kTile : rows;
+  }
 };
 
-// -- eight neighbours of a row --------------------------------------------------------------------------------------
+// -- eight neighbours of a row
+// --------------------------------------------------------------------------------------
 
 template <class Unit>
 __device__ uint4 gather_units(const char* p, int64_t units) {
@@ -23,7 +27,9 @@ __device__ uint4 gather_units(const char* p, int64_t units) {
   constexpr int kPerWord = 4 / sizeof(Unit);
   MOE_UNROLL(8)
   for (int i = 0; i < static_cast<int>(16 / sizeof(Unit)); ++i)
-    if (i < units) w[i / kPerWord] |= uint32_t{*reinterpret_cast<const volatile Unit*>(p + i * sizeof(Unit))} << i % kPerWord * 16;
+    if (i < units)
+      w[i / kPerWord] |= uint32_t{*reinterpret_cast<const volatile Unit*>(p + i * sizeof(Unit))}
+                         << i % kPerWord * 16;
   return {w[0], w[1], w[2], w[3]};
 }
 
@@ -33,20 +39,27 @@ __device__ void scatter_units(char* p, uint4 v, int64_t units) {
   constexpr int kPerWord = 4 / sizeof(Unit);
   MOE_UNROLL(8)
   for (int i = 0; i < static_cast<int>(16 / sizeof(Unit)); ++i)
-    if (i < units) *reinterpret_cast<Unit*>(p + i * sizeof(Unit)) = static_cast<Unit>(w[i / kPerWord] >> i % kPerWord * 16);
+    if (i < units)
+      *reinterpret_cast<Unit*>(p + i * sizeof(Unit)) =
+          static_cast<Unit>(w[i / kPerWord] >> i % kPerWord * 16);
 }
 
 template <int kBytes>
-struct UnitOf { using type = uint32_t; };
+struct UnitOf {
+  using type = uint32_t;
+};
 template <>
-struct UnitOf<2> { using type = uint16_t; };
+struct UnitOf<2> {
+  using type = uint16_t;
+};
 
 template <class T>
 __device__ void load_any_eight(const char* row, int64_t e, const Matrix& m, float* v) {
   if (m.whole) return load_eight<T>(row, e, m.columns, v);
   MOE_UNROLL(2)
   for (int at = 0; at < 8; at += T::kPerLane)
-    T::unpack(gather_units<typename UnitOf<T::kBytes>::type>(row + (e + at) * T::kBytes, m.columns - e - at), v + at);
+    T::unpack(gather_units<typename UnitOf<T::kBytes>::type>(row + (e + at) * T::kBytes, m.columns - e - at),
+              v + at);
 }
 
 template <class T>
@@ -54,7 +67,8 @@ __device__ void store_any_eight(char* row, int64_t e, const Matrix& m, const flo
   if (m.whole) return store_eight<T>(row, e, m.columns, v);
   MOE_UNROLL(2)
   for (int at = 0; at < 8; at += T::kPerLane)
-    scatter_units<typename UnitOf<T::kBytes>::type>(row + (e + at) * T::kBytes, T::pack(v + at), m.columns - e - at);
+    scatter_units<typename UnitOf<T::kBytes>::type>(row + (e + at) * T::kBytes, T::pack(v + at),
+                                                    m.columns - e - at);
 }
 
 __device__ inline void store_codes(char* row, int64_t e, const Matrix& m, EightBytes codes) {
@@ -70,32 +84,38 @@ __device__ inline EightBytes load_codes(const char* row, int64_t e, const Matrix
   if (m.whole) return load_bytes(row + e, e + 4 < m.columns);
   uint32_t code[8];
   MOE_UNROLL(8)
-  for (int i = 0; i < 8; ++i) code[i] = e + i < m.columns ? uint32_t{*reinterpret_cast<const volatile uint8_t*>(row + e + i)} : 0u;
+  for (int i = 0; i < 8; ++i)
+    code[i] = e + i < m.columns ? uint32_t{*reinterpret_cast<const volatile uint8_t*>(row + e + i)} : 0u;
   return pack_bytes(code);
 }
 
-// -- tiles of rows: a warp takes two of them, 256 columns from `base` --------------------------------------------------
+// -- tiles of rows: a warp takes two of them, 256 columns from `base`
+// --------------------------------------------------
 
 template <class T>
-__device__ void quantize_rows(char* codes, char* scales, const char* x, const Matrix& m, ScaleKind kind, int64_t row, int64_t base, int lane) {
+__device__ void quantize_rows(char* codes, char* scales, const char* x, const Matrix& m, ScaleKind kind,
+                              int64_t row, int64_t base, int lane) {
   const int64_t e = base + int64_t{lane} * 8, tile = e / kTile, tiles = tiles_of(m.columns);
   float v[8];
   load_any_eight<T>(x + row * m.columns * T::kBytes, e, m, v);
-  const float scale = encode_fp8(v, kind, [&](const uint32_t* code) { store_codes(codes + row * m.columns, e, m, pack_bytes(code)); });
+  const float scale = encode_fp8(
+      v, kind, [&](const uint32_t* code) { store_codes(codes + row * m.columns, e, m, pack_bytes(code)); });
   if (lane % 16 || tile >= tiles) return;
   char* own = scales + row * 4 * scale_words(m.columns, kind);
   if (kind == ScaleKind::f32) {
     reinterpret_cast<float*>(own)[tile] = scale;
   } else {
     own[tile] = static_cast<char>(ue8m0_encode(scale));
-    for (int64_t i = tile + 1; tile + 1 == tiles && i % 4; ++i) own[i] = 0;   // the last int32 is whole
+    for (int64_t i = tile + 1; tile + 1 == tiles && i % 4; ++i) own[i] = 0;  // the last int32 is whole
   }
 }
 
-// -- tiles of columns: a warp takes 256 columns of a block of rows ------------------------------------------------------
+// -- tiles of columns: a warp takes 256 columns of a block of rows
+// ------------------------------------------------------
 
 template <class T>
-__device__ void quantize_columns(char* codes, float* scales, const char* x, const Matrix& m, ScaleKind kind, int64_t block, int64_t base, int lane) {
+__device__ void quantize_columns(char* codes, float* scales, const char* x, const Matrix& m, ScaleKind kind,
+                                 int64_t block, int64_t base, int lane) {
   const int64_t e = base + int64_t{lane} * 8;
   if (e >= m.columns) return;
   uint32_t most[8] = {};
@@ -124,7 +144,8 @@ __device__ void quantize_columns(char* codes, float* scales, const char* x, cons
   }
 }
 
-// -- squares: a squad takes one, half a warp a row of it -----------------------------------------------------------------
+// -- squares: a squad takes one, half a warp a row of it
+// -----------------------------------------------------------------
 
 // The largest of all lanes' values; `words` of the squad.
 __device__ inline uint32_t squad_max(Squad g, uint32_t v) {
@@ -139,11 +160,13 @@ __device__ inline uint32_t squad_max(Squad g, uint32_t v) {
 }
 
 template <class T>
-__device__ void quantize_square(Squad g, char* codes, float* scales, const char* x, const Matrix& m, ScaleKind kind, int64_t block, int64_t tile) {
+__device__ void quantize_square(Squad g, char* codes, float* scales, const char* x, const Matrix& m,
+                                ScaleKind kind, int64_t block, int64_t tile) {
   const int64_t e = tile * kTile + g.lane() % 16 * 8;
   uint32_t most = 0;
   float v[8];
-  for (int64_t r = block * kTile + g.lane() / 16; r < m.block_end(block) && e < m.columns; r += g.size() / 16) {
+  for (int64_t r = block * kTile + g.lane() / 16; r < m.block_end(block) && e < m.columns;
+       r += g.size() / 16) {
     load_any_eight<T>(x + r * m.columns * T::kBytes, e, m, v);
     MOE_UNROLL(8)
     for (int i = 0; i < 8; ++i) {
@@ -153,7 +176,8 @@ __device__ void quantize_square(Squad g, char* codes, float* scales, const char*
   }
   const auto s = tile_scale<uint32_t>(__uint_as_float(squad_max(g, most)), kind);
   if (g.lane() == 0) scales[block * tiles_of(m.columns) + tile] = s.scale;
-  for (int64_t r = block * kTile + g.lane() / 16; r < m.block_end(block) && e < m.columns; r += g.size() / 16) {
+  for (int64_t r = block * kTile + g.lane() / 16; r < m.block_end(block) && e < m.columns;
+       r += g.size() / 16) {
     load_any_eight<T>(x + r * m.columns * T::kBytes, e, m, v);
     uint32_t code[8];
     MOE_UNROLL(8)
@@ -162,14 +186,17 @@ __device__ void quantize_square(Squad g, char* codes, float* scales, const char*
   }
 }
 
-// -- and back ------------------------------------------------------------------------------------------------------------
+// -- and back
+// ------------------------------------------------------------------------------------------------------------
 
 template <class T>
-__device__ void dequantize_rows(char* x, const char* codes, const float* scales, const Matrix& m, TileShape tile, int64_t row, int64_t base, int lane) {
+__device__ void dequantize_rows(char* x, const char* codes, const float* scales, const Matrix& m,
+                                TileShape tile, int64_t row, int64_t base, int lane) {
   const int64_t e = base + int64_t{lane} * 8, tiles = tiles_of(m.columns);
   if (e >= m.columns) return;
   const EightBytes coded = load_codes(codes + row * m.columns, e, m);
-  const float* own = scales + (tile == TileShape::row ? row : row / kTile) * (tile == TileShape::column ? m.columns : tiles);
+  const float* own =
+      scales + (tile == TileShape::row ? row : row / kTile) * (tile == TileShape::column ? m.columns : tiles);
   float v[8];
   MOE_UNROLL(8)
   for (int i = 0; i < 8; ++i) {
@@ -179,16 +206,18 @@ __device__ void dequantize_rows(char* x, const char* codes, const float* scales,
   store_any_eight<T>(x + row * m.columns * T::kBytes, e, m, v);
 }
 
-// -- 1x128 tiles to 1x128 tiles of the transposed matrix: a squad of four warps takes a square -----------------------------
+// -- 1x128 tiles to 1x128 tiles of the transposed matrix: a squad of four warps takes a square
+// -----------------------------
 
 struct TransposeScratch {
-  static constexpr int kPitch = 132;   // neighbouring rows start in neighbouring banks
+  static constexpr int kPitch = 132;  // neighbouring rows start in neighbouring banks
   char in[kTile * kPitch];
   char out[kTile * kPitch];
   uint32_t words[16];
 };
 
-__device__ inline void transpose_square(Squad g, TransposeScratch& shared, char* dst, float* dst_scales, const char* src, const float* src_scales, const Matrix& m,
+__device__ inline void transpose_square(Squad g, TransposeScratch& shared, char* dst, float* dst_scales,
+                                        const char* src, const float* src_scales, const Matrix& m,
                                         ScaleKind kind, int64_t block, int64_t tile) {
   constexpr int kPitch = TransposeScratch::kPitch;
   const int64_t first_row = block * kTile, first_column = tile * kTile, tiles = tiles_of(m.columns);
@@ -202,7 +231,7 @@ __device__ inline void transpose_square(Squad g, TransposeScratch& shared, char*
     to[1] = codes.high;
   }
   g.sync();
-  const int c = g.lane();   // a column each
+  const int c = g.lane();  // a column each
   const auto value = [&](int r) {
     const uint32_t code = static_cast<uint8_t>(shared.in[r * kPitch + c]);
     return e4m3_decode<float>(code) * src_scales[(first_row + r) * tiles + tile];
@@ -226,12 +255,14 @@ __device__ inline void transpose_square(Squad g, TransposeScratch& shared, char*
     char* to = dst + (first_column + i) * m.rows + first_row;
     const int r = g.lane() % 32 * 4;
     if (m.rows % 4 == 0) {
-      if (r < rows) *reinterpret_cast<uint32_t*>(to + r) = *reinterpret_cast<const uint32_t*>(shared.out + i * kPitch + r);
+      if (r < rows)
+        *reinterpret_cast<uint32_t*>(to + r) =
+            *reinterpret_cast<const uint32_t*>(shared.out + i * kPitch + r);
     } else {
       for (int j = r; j < r + 4 && j < rows; ++j) to[j] = shared.out[i * kPitch + j];
     }
   }
-  g.sync();   // the scratch may be filled again
+  g.sync();  // the scratch may be filled again
 }
 
 }  // namespace moecomm

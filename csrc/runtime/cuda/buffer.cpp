@@ -7,34 +7,44 @@
 #include <chrono>
 #include <cstring>
 #include <stdexcept>
-#include <utility>
 #include <thread>
+#include <utility>
 
 namespace moecomm::cuda {
 namespace {
 
 constexpr int kGates = static_cast<int>(Gate::count);
-constexpr size_t kUuid = 16;   // bytes of a GPU's name
+constexpr size_t kUuid = 16;  // bytes of a GPU's name
 cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
 }  // namespace
 
-uint64_t DeviceBuffer::bytes(const Geometry& g, const Shape& s) { return node_layout(g, s).bytes + rail_layout(g, s).bytes; }
+uint64_t DeviceBuffer::bytes(const Geometry& g, const Shape& s) {
+  return node_layout(g, s).bytes + rail_layout(g, s).bytes;
+}
 
-DeviceBuffer::DeviceBuffer(Geometry geometry, Shape shape, bool check, int device, std::shared_ptr<DeviceReach> reach, Spread spread,
-                           double timeout_seconds)
-    : view_(make_view(geometry, shape, check)), device_(device), reach_(std::move(reach)), kernels_(reach_->kernels()), spread_(spread),
+DeviceBuffer::DeviceBuffer(Geometry geometry, Shape shape, bool check, int device,
+                           std::shared_ptr<DeviceReach> reach, Spread spread, double timeout_seconds)
+    : view_(make_view(geometry, shape, check)),
+      device_(device),
+      reach_(std::move(reach)),
+      kernels_(reach_->kernels()),
+      spread_(spread),
       timeout_(timeout_seconds) {
   const OnDevice on(device);
   require(kernels_.prepare(), "loading the kernels (built for another architecture?)");
   window_ = reach_->window(bytes(geometry, shape));
-  arena_ = std::make_shared<Arena>(view_.node.arena, view_.node.arena + shape.arena_bytes, dispatch_bound(view_.geometry, shape));
+  arena_ = std::make_shared<Arena>(view_.node.arena, view_.node.arena + shape.arena_bytes,
+                                   dispatch_bound(view_.geometry, shape));
   pinned_ = std::make_unique<Pinned>(4096);
 
-  const uint64_t n = geometry.nodes(), p = geometry.ranks_per_node, per_book = n * shape.channels, mask_words = (p + 63) / 64;
+  const uint64_t n = geometry.nodes(), p = geometry.ranks_per_node, per_book = n * shape.channels,
+                 mask_words = (p + 63) / 64;
   detail::Cursor c;
-  const uint64_t gates = c.take(8 * (kGates + 3)), book = c.take(sizeof(Book)), rows = c.take(8 * per_book), back = c.take(8 * per_book);
-  const uint64_t windows = c.take(8 * p), regions = c.take(8 * n), mask = c.take(8 * mask_words), counters = c.take(sizeof(Counters));
+  const uint64_t gates = c.take(8 * (kGates + 3)), book = c.take(sizeof(Book)), rows = c.take(8 * per_book),
+                 back = c.take(8 * per_book);
+  const uint64_t windows = c.take(8 * p), regions = c.take(8 * n), mask = c.take(8 * mask_words),
+                 counters = c.take(sizeof(Counters));
   state_ = DeviceMemory::create(device, c.at);
   char* s = state_->data();
   gates_ = reinterpret_cast<uint64_t*>(s + gates);
@@ -55,7 +65,7 @@ DeviceBuffer::DeviceBuffer(Geometry geometry, Shape shape, bool check, int devic
   links_.failed = gates_ + kGates;
   links_.faults = records();
   links_.counters = reinterpret_cast<Counters*>(s + counters);
-  pool_->idle.push_back(make_plan());   // ahead, since a stream that is being captured allows no allocation
+  pool_->idle.push_back(make_plan());  // ahead, since a stream that is being captured allows no allocation
 }
 
 DeviceBuffer::~DeviceBuffer() = default;
@@ -89,9 +99,12 @@ void DeviceBuffer::connect(const std::vector<std::string>& cards) {
   }
   links_.network = window_->network();
   links_.region_offset = view_.node.bytes;
-  require(cudaMemcpy(links_.windows, windows.data(), 8 * windows.size(), cudaMemcpyHostToDevice), "writing the windows");
-  require(cudaMemcpy(links_.regions, regions.data(), 8 * regions.size(), cudaMemcpyHostToDevice), "writing the regions");
-  require(cudaMemcpy(links_.same_device, mask.data(), 8 * mask.size(), cudaMemcpyHostToDevice), "writing the peers' GPUs");
+  require(cudaMemcpy(links_.windows, windows.data(), 8 * windows.size(), cudaMemcpyHostToDevice),
+          "writing the windows");
+  require(cudaMemcpy(links_.regions, regions.data(), 8 * regions.size(), cudaMemcpyHostToDevice),
+          "writing the regions");
+  require(cudaMemcpy(links_.same_device, mask.data(), 8 * mask.size(), cudaMemcpyHostToDevice),
+          "writing the peers' GPUs");
 }
 
 std::unique_ptr<DevicePlan> DeviceBuffer::make_plan() {
@@ -99,9 +112,12 @@ std::unique_ptr<DevicePlan> DeviceBuffer::make_plan() {
   const uint64_t firsts = std::max<uint64_t>(view_.experts_per_node(), p);
   auto plan = std::make_unique<DevicePlan>();
   detail::Cursor c;
-  const uint64_t view = c.take(place_plan(view_, nullptr, plan->view)), apart = c.take(4 * view_.shape.channels * n * ints);
-  const uint64_t base = c.take(4 * n * firsts), first = c.take(4 * firsts), offers = c.take(sizeof(Offer) * p), target = c.take(sizeof(BlockLayout) * p);
-  const uint64_t needed = c.take(8 * p), verdict = c.take(sizeof(Verdict)), boards = c.take(sizeof(RowsBoard) * p);
+  const uint64_t view = c.take(place_plan(view_, nullptr, plan->view)),
+                 apart = c.take(4 * view_.shape.channels * n * ints);
+  const uint64_t base = c.take(4 * n * firsts), first = c.take(4 * firsts),
+                 offers = c.take(sizeof(Offer) * p), target = c.take(sizeof(BlockLayout) * p);
+  const uint64_t needed = c.take(8 * p), verdict = c.take(sizeof(Verdict)),
+                 boards = c.take(sizeof(RowsBoard) * p);
   plan->memory = DeviceMemory::create(device_, c.at);
   char* m = plan->memory->data();
   place_plan(view_, m + view, plan->view);
@@ -154,8 +170,8 @@ Status DeviceBuffer::fault() {
   return s;
 }
 
-// Of calls for which no host has waited: a refusal that is found so late, or a mismatch of combines, leaves the ranks out of step. Those
-// that have gone on are told, since they may wait for this one.
+// Of calls for which no host has waited: a refusal that is found so late, or a mismatch of combines, leaves
+// the ranks out of step. Those that have gone on are told, since they may wait for this one.
 Status DeviceBuffer::late_fault(void* stream) {
   const Status s = fault();
   const bool refused = s.code == Code::refused;
@@ -166,7 +182,9 @@ Status DeviceBuffer::late_fault(void* stream) {
   for (int r = 0; r < g.size && refused; ++r) {
     if (r == g.rank || (r / g.ranks_per_node != g.node() && r % g.ranks_per_node != g.local())) continue;
     const bool near = r / g.ranks_per_node == g.node();
-    window_->tell(r, near ? view_.node.faults + 8 * g.local() : view_.node.bytes + view_.rail.faults + 8 * g.node(), pack_fault(broken_, g.rank), stream);
+    window_->tell(
+        r, near ? view_.node.faults + 8 * g.local() : view_.node.bytes + view_.rail.faults + 8 * g.node(),
+        pack_fault(broken_, g.rank), stream);
   }
   return broken_;
 }
@@ -176,19 +194,21 @@ Status DeviceBuffer::wait_placed(uint64_t ticket, void* stream) {
   // The kernel has its own deadline; this one is for a kernel that never starts.
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(2 * timeout_ + 1);
   while (ready.load(std::memory_order_acquire) != ticket) {
-    std::this_thread::yield();   // the driver is asked, too, and other ranks' threads want it
+    std::this_thread::yield();  // the driver is asked, too, and other ranks' threads want it
     if (const Status s = fault(); !s.ok()) return s;
     const cudaError_t e = cudaStreamQuery(as_stream(stream));
     if (e != cudaErrorNotReady && e != cudaSuccess) require(e, "dispatch");
-    if (std::chrono::steady_clock::now() >= deadline) return broken_ = {Code::timeout, Phase::counts, -1, 0, ticket, ready.load()};
+    if (std::chrono::steady_clock::now() >= deadline)
+      return broken_ = {Code::timeout, Phase::counts, -1, 0, ticket, ready.load()};
   }
   if (placed().verdict == 0) return {};
-  require(cudaStreamSynchronize(as_stream(stream)), "dispatch");   // every rank finishes the call before it refuses it
+  require(cudaStreamSynchronize(as_stream(stream)),
+          "dispatch");  // every rank finishes the call before it refuses it
   return fault();
 }
 
-Status DeviceBuffer::dispatch(const DeviceDispatchCall& call, const std::shared_ptr<DevicePlan>& owned, std::shared_ptr<DeviceBlock>& out,
-                              std::shared_ptr<DeviceBlock>& output) {
+Status DeviceBuffer::dispatch(const DeviceDispatchCall& call, const std::shared_ptr<DevicePlan>& owned,
+                              std::shared_ptr<DeviceBlock>& out, std::shared_ptr<DeviceBlock>& output) {
   DevicePlan& plan = *owned;
   const OnDevice on(device_);
   if (const Status s = late_fault(call.stream); !s.ok()) return s;
@@ -242,12 +262,19 @@ Status DeviceBuffer::dispatch(const DeviceDispatchCall& call, const std::shared_
     rows = placed().rows;
   }
   // The rule by which every gateway of the node chooses the piece (place).
-  const uint64_t first = block_layout(rows, shape, view_.shape.top_k).bytes, needed = first + output_layout(rows, view_.shape).bytes;
+  const uint64_t first = block_layout(rows, shape, view_.shape.top_k).bytes,
+                 needed = first + output_layout(rows, view_.shape).bytes;
   const int piece = needed <= launch.work.offer.bytes[0] ? 0 : 1;
-  if (needed > launch.work.offer.bytes[piece]) {   // all ranks have refused the call by then
+  if (needed > launch.work.offer.bytes[piece]) {  // all ranks have refused the call by then
     require(cudaStreamSynchronize(as_stream(call.stream)), "dispatch");
     const Status s = fault();
-    return s.ok() ? Status{Code::capacity, Phase::counts, view_.geometry.rank, 0, needed, launch.work.offer.bytes[piece]} : s;
+    return s.ok() ? Status{Code::capacity,
+                           Phase::counts,
+                           view_.geometry.rank,
+                           0,
+                           needed,
+                           launch.work.offer.bytes[piece]}
+                  : s;
   }
   plan.num_rows = rows;
   arena_->expect(needed);
@@ -283,7 +310,8 @@ Status DeviceBuffer::refuse_combine(Why why, DevicePlan& plan, void* stream) {
   return settled(stream);
 }
 
-Status DeviceBuffer::combine(const DeviceCombineCall& call, const std::shared_ptr<DevicePlan>& owned, const std::shared_ptr<DeviceBlock>& owned_output) {
+Status DeviceBuffer::combine(const DeviceCombineCall& call, const std::shared_ptr<DevicePlan>& owned,
+                             const std::shared_ptr<DeviceBlock>& owned_output) {
   const DevicePlan& plan = *owned;
   const DeviceBlock& output = *owned_output;
   const OnDevice on(device_);
@@ -296,7 +324,10 @@ Status DeviceBuffer::combine(const DeviceCombineCall& call, const std::shared_pt
     const char* c = static_cast<const char*>(p);
     if (c >= window_->data() && c < window_->data() + view_.node.bytes) return c - window_->data();
     const uint64_t at = output.offset() + staging;
-    if (bytes) require(cudaMemcpyAsync(window_->data() + at, p, bytes, cudaMemcpyDeviceToDevice, as_stream(call.stream)), "staging rows");
+    if (bytes)
+      require(
+          cudaMemcpyAsync(window_->data() + at, p, bytes, cudaMemcpyDeviceToDevice, as_stream(call.stream)),
+          "staging rows");
     return at;
   };
   CombineLaunch launch;
@@ -312,7 +343,8 @@ Status DeviceBuffer::combine(const DeviceCombineCall& call, const std::shared_pt
   a.bias_stride = call.bias_stride;
   const uint64_t per_row = plan.view.call.layout == RowLayout::rank ? view_.shape.top_k : 1;
   a.mine.rows = rows ? in_window(call.rows, rows * view_.shape.combine_row_bytes(), l.rows) : output.offset();
-  if (rows && a.mine.rows == output.offset() + l.rows && call.rows != window_->data() + a.mine.rows) staged_rows_ += rows;
+  if (rows && a.mine.rows == output.offset() + l.rows && call.rows != window_->data() + a.mine.rows)
+    staged_rows_ += rows;
   a.mine.sums = output.offset() + l.sums;
   a.mine.weights = in_window(call.weights, rows * 4, l.weights);
   a.mine.back = in_window(call.back, rows * 4 * per_row, l.back);

@@ -16,11 +16,17 @@ int mode_of(int code, bool weighted) { return code | (weighted ? 4 : 0); }
 
 }  // namespace
 
-uint64_t DeviceDecode::bytes(const Geometry& g, const Shape& s) { return decode_window_layout(g, s).bytes + decode_region_layout(g, s).bytes; }
+uint64_t DeviceDecode::bytes(const Geometry& g, const Shape& s) {
+  return decode_window_layout(g, s).bytes + decode_region_layout(g, s).bytes;
+}
 
-DeviceDecode::DeviceDecode(Geometry geometry, Shape shape, bool check, int device, std::shared_ptr<DeviceReach> reach, Spread spread,
-                           double timeout_seconds)
-    : view_(make_decode_view(geometry, shape, check)), device_(device), reach_(std::move(reach)), kernels_(reach_->decode_kernels()), spread_(spread),
+DeviceDecode::DeviceDecode(Geometry geometry, Shape shape, bool check, int device,
+                           std::shared_ptr<DeviceReach> reach, Spread spread, double timeout_seconds)
+    : view_(make_decode_view(geometry, shape, check)),
+      device_(device),
+      reach_(std::move(reach)),
+      kernels_(reach_->decode_kernels()),
+      spread_(spread),
       timeout_(timeout_seconds) {
   const OnDevice on(device);
   require(kernels_.prepare(), "loading the kernels (built for another architecture?)");
@@ -29,7 +35,8 @@ DeviceDecode::DeviceDecode(Geometry geometry, Shape shape, bool check, int devic
   table_bytes_ = place_decode_turn(view_, nullptr, turns_[0].view);
   const uint64_t size = geometry.size, p = geometry.ranks_per_node;
   detail::Cursor c;
-  const uint64_t met = c.take(8 * 4), clock = c.take(sizeof(DecodeClock)), windows = c.take(8 * p), regions = c.take(8 * size);
+  const uint64_t met = c.take(8 * 4), clock = c.take(sizeof(DecodeClock)), windows = c.take(8 * p),
+                 regions = c.take(8 * size);
   const uint64_t counters = c.take(sizeof(Counters)), tables = c.take(2 * table_bytes_);
   const uint64_t apart = c.take(4 * decode_scratch_ints(geometry, shape, spread.sms * spread.warps));
   state_ = DeviceMemory::create(device, c.at);
@@ -63,8 +70,10 @@ void DeviceDecode::connect(const std::vector<std::string>& cards) {
     regions.push_back(there ? there + view_.window.bytes : nullptr);
   }
   links_.network = window_->network();
-  require(cudaMemcpy(links_.windows, windows.data(), 8 * windows.size(), cudaMemcpyHostToDevice), "writing the windows");
-  require(cudaMemcpy(links_.regions, regions.data(), 8 * regions.size(), cudaMemcpyHostToDevice), "writing the regions");
+  require(cudaMemcpy(links_.windows, windows.data(), 8 * windows.size(), cudaMemcpyHostToDevice),
+          "writing the windows");
+  require(cudaMemcpy(links_.regions, regions.data(), 8 * regions.size(), cudaMemcpyHostToDevice),
+          "writing the regions");
 }
 
 Status DeviceDecode::fault() {
@@ -85,7 +94,10 @@ Status DeviceDecode::late_fault(void* stream) {
   const Geometry& g = view_.geometry;
   for (int r = 0; r < g.size; ++r)
     if (r != g.rank)
-      window_->tell(r, view_.near(r) ? view_.window.faults + 8 * g.local() : view_.window.bytes + view_.region.faults + 8 * g.rank, pack_fault(s, g.rank), stream);
+      window_->tell(r,
+                    view_.near(r) ? view_.window.faults + 8 * g.local()
+                                  : view_.window.bytes + view_.region.faults + 8 * g.rank,
+                    pack_fault(s, g.rank), stream);
   window_->leave();
   return broken_ = s;
 }
@@ -106,7 +118,9 @@ Call DeviceDecode::begin(void* stream) {
   return call;
 }
 
-int DeviceDecode::squad(const Turn& t) const { return squad_of(spread_, std::max(t.view.tokens, view_.geometry.size)); }
+int DeviceDecode::squad(const Turn& t) const {
+  return squad_of(spread_, std::max(t.view.tokens, view_.geometry.size));
+}
 
 Status DeviceDecode::launch(Turn& t, DecodeDispatchWork work, void* stream) {
   work.args.d = view_;
@@ -116,9 +130,13 @@ Status DeviceDecode::launch(Turn& t, DecodeDispatchWork work, void* stream) {
   work.tables = tables_;
   work.table_bytes = table_bytes_;
   work.apart = apart_;
-  const auto start = [&] { require(kernels_.dispatch({begin(stream), squad(t), work}, stream), "starting decode dispatch"); };
-  if (work.sends) MOE_TRY(window_->start_together(stream, timeout_, start));
-  else start();   // waits for what others have started
+  const auto start = [&] {
+    require(kernels_.dispatch({begin(stream), squad(t), work}, stream), "starting decode dispatch");
+  };
+  if (work.sends)
+    MOE_TRY(window_->start_together(stream, timeout_, start));
+  else
+    start();  // waits for what others have started
   t.stage = work.receives ? DecodeStage::received : DecodeStage::sent;
   return {};
 }
@@ -133,9 +151,13 @@ Status DeviceDecode::launch(Turn& t, DecodeCombineWork work, void* stream) {
   work.clock = clock_;
   work.tables = tables_;
   work.table_bytes = table_bytes_;
-  const auto start = [&] { require(kernels_.combine({begin(stream), squad(t), work}, stream), "starting decode combine"); };
-  if (work.answers) MOE_TRY(window_->start_together(stream, timeout_, start));
-  else start();
+  const auto start = [&] {
+    require(kernels_.combine({begin(stream), squad(t), work}, stream), "starting decode combine");
+  };
+  if (work.answers)
+    MOE_TRY(window_->start_together(stream, timeout_, start));
+  else
+    start();
   t.stage = work.sums ? DecodeStage::done : DecodeStage::answered;
   return {};
 }
@@ -148,21 +170,25 @@ Status DeviceDecode::dispatch(const DeviceDecodeDispatch& call) {
     if (t.capture == capture) continue;
     // Its kernels are not in this graph; what an earlier capture left open is that graph's own fault.
     if (t.capture == 0 && (t.stage == DecodeStage::sent || t.stage == DecodeStage::answered))
-      return detail::out_of_turn(t.stage == DecodeStage::sent ? DecodeStage::received : DecodeStage::done, t.stage);
+      return detail::out_of_turn(t.stage == DecodeStage::sent ? DecodeStage::received : DecodeStage::done,
+                                 t.stage);
     t.stage = DecodeStage::idle;
   }
-  if (Turn& last = turn(epoch_); last.stage == DecodeStage::sent) MOE_TRY(dispatch_receive(last.epoch, call.stream));       // rule A
+  if (Turn& last = turn(epoch_); last.stage == DecodeStage::sent)
+    MOE_TRY(dispatch_receive(last.epoch, call.stream));  // rule A
   Turn& t = turn(epoch_ + 1);
-  if (t.stage == DecodeStage::answered) MOE_TRY(combine_receive(t.epoch, call.stream));                                      // rule B
+  if (t.stage == DecodeStage::answered) MOE_TRY(combine_receive(t.epoch, call.stream));  // rule B
   t.epoch = ++epoch_;
   t.capture = capture;
   t.view.bank = static_cast<int32_t>(epoch_ & 1);
   t.view.tokens = call.refused == Why::none ? call.tokens : 0;
   t.view.weighted = call.weighted;
-  t.view.mode = call.refused == Why::none ? mode_of(static_cast<int>(call.quant), call.weighted) : kRefusedMode;
+  t.view.mode =
+      call.refused == Why::none ? mode_of(static_cast<int>(call.quant), call.weighted) : kRefusedMode;
   t.view.call.scales = call.quant;
   t.view.call.scales_by_column = call.scales_by_column;
-  t.view.call.row_bytes = call.quant == ScaleKind::none ? view_.shape.combine_row_bytes() : view_.shape.hidden;
+  t.view.call.row_bytes =
+      call.quant == ScaleKind::none ? view_.shape.combine_row_bytes() : view_.shape.hidden;
   t.view.call.scale_bytes = 4 * scale_words(view_.shape.hidden, call.quant);
   DecodeDispatchWork work;
   work.args.ids64 = call.ids64;

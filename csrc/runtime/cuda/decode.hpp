@@ -1,16 +1,17 @@
 // DeviceDecode: a rank's decode memory on a GPU, and its four phases as kernels on the caller's stream.
 //
-// The kernels number the epochs (world/cuda/decode_schedule.hpp); this object numbers its own calls, gives each dispatch
-// its number as ticket and alternates the banks, so that what is captured into a graph stays right in every replay.
-// A capture must be whole: nothing that was sent before it may still be unreceived, and handles do not cross its ends.
+// The kernels number the epochs (schedule/decode_slices.hpp); this object numbers its own calls, gives each
+// dispatch its number as ticket and alternates the banks, so that what is captured into a graph stays right
+// in every replay. A capture must be whole: nothing that was sent before it may still be unreceived, and
+// handles do not cross its ends.
 #pragma once
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "runtime/calls.hpp"
+#include "runtime/cuda/kernels/decode_launch.hpp"
 #include "runtime/cuda/window.hpp"
-#include "world/cuda/decode_launch.hpp"
 
 namespace moecomm::cuda {
 
@@ -19,7 +20,8 @@ using DeviceDecodeCombine = OnStream<DecodeCombineCall>;
 
 class DeviceDecode {
  public:
-  DeviceDecode(Geometry geometry, Shape shape, bool check, int device, std::shared_ptr<DeviceReach> reach, Spread spread, double timeout_seconds);
+  DeviceDecode(Geometry geometry, Shape shape, bool check, int device, std::shared_ptr<DeviceReach> reach,
+               Spread spread, double timeout_seconds);
   static uint64_t bytes(const Geometry& g, const Shape& s);
 
   // Collective: exchange cards, connect, meet in a barrier before the first call.
@@ -27,16 +29,16 @@ class DeviceDecode {
   void connect(const std::vector<std::string>& cards);
 
   // All enqueue and return; what kernels report is found by a later call or by fault().
-  Status dispatch(const DeviceDecodeDispatch& call);          // on ok, epoch() is the new dispatch
-  Status dispatch_receive(uint64_t epoch, void* stream);      // nothing where it is received already
-  Status combine(const DeviceDecodeCombine& call);            // the caller has looked at stage(): received
+  Status dispatch(const DeviceDecodeDispatch& call);      // on ok, epoch() is the new dispatch
+  Status dispatch_receive(uint64_t epoch, void* stream);  // nothing where it is received already
+  Status combine(const DeviceDecodeCombine& call);        // the caller has looked at stage(): received
   Status combine_receive(uint64_t epoch, void* stream);
   // In the place of a combine, as DeviceBuffer::refuse_combine; nothing where the epoch is not open for one.
   Status refuse_combine(uint64_t epoch, Why why, void* stream);
-  Status fault();                                             // a final failure stays; others are forgotten once told
+  Status fault();  // a final failure stays; others are forgotten once told
 
   uint64_t epoch() const { return epoch_; }
-  DecodeStage stage(uint64_t epoch, void* stream) const;      // as the calls were made
+  DecodeStage stage(uint64_t epoch, void* stream) const;  // as the calls were made
   bool weighted(uint64_t epoch) const { return turns_[epoch & 1].view.weighted; }
 
   // Memory of a bank, for tensors: as long as this object lives.
@@ -46,15 +48,15 @@ class DeviceDecode {
   char* counts(int bank) const { return window_->data() + view_.counts(bank); }
   const DeviceWindow& window() const { return *window_; }
   const DecodeView& view() const { return view_; }
-  Counters take_counters();                                   // waits for the device; and resets
-  const Counters* counters() const { return links_.counters; } // in device memory; kernels add to them
+  Counters take_counters();                                     // waits for the device; and resets
+  const Counters* counters() const { return links_.counters; }  // in device memory; kernels add to them
 
  private:
   struct Turn {
-    DecodeTurn view;          // what the host knows: not the epoch of the kernels, nor tables
-    uint64_t epoch = 0;       // of this object, and the ticket
+    DecodeTurn view;     // what the host knows: not the epoch of the kernels, nor tables
+    uint64_t epoch = 0;  // of this object, and the ticket
     DecodeStage stage = DecodeStage::idle;
-    uint64_t capture = 0;     // of the stream when it was dispatched; 0: none
+    uint64_t capture = 0;  // of the stream when it was dispatched; 0: none
     int32_t combine_mode = 0;
     Wire wire = Wire::plain;
     char* y = nullptr;
@@ -79,13 +81,13 @@ class DeviceDecode {
   std::unique_ptr<Pinned> pinned_;
   DeviceLinks links_;
   DecodeClock* clock_ = nullptr;
-  uint64_t* met_ = nullptr;             // the count of the meetings, then the three words that DeviceLinks::failed names
+  uint64_t* met_ = nullptr;  // the count of the meetings, then the three words that DeviceLinks::failed names
   char* tables_ = nullptr;
   uint64_t table_bytes_ = 0;
   int32_t* apart_ = nullptr;
   Turn turns_[2];
   uint64_t epoch_ = 0;
-  bool unclean_ = false;                // a call has failed: meetings are out of step
+  bool unclean_ = false;  // a call has failed: meetings are out of step
   Status broken_;
 };
 

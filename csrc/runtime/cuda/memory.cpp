@@ -10,13 +10,15 @@ namespace moecomm::cuda {
 
 void require(int error, const char* what) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("CUDA: ") + what + ": " + cudaGetErrorString(static_cast<cudaError_t>(error)));
+  throw std::runtime_error(std::string("CUDA: ") + what + ": " +
+                           cudaGetErrorString(static_cast<cudaError_t>(error)));
 }
 
 uint64_t capture_of(void* stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long id = 0;
-  require(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &id), "asking whether a stream is captured");
+  require(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &id),
+          "asking whether a stream is captured");
   return status == cudaStreamCaptureStatusActive ? id : 0;
 }
 
@@ -32,8 +34,10 @@ BesideCaptures::~BesideCaptures() {
 
 OnDevice::OnDevice(int device) {
   require(cudaGetDevice(&before_), "asking for the current device");
-  if (before_ == device) before_ = -1;
-  else require(cudaSetDevice(device), "choosing a device");
+  if (before_ == device)
+    before_ = -1;
+  else
+    require(cudaSetDevice(device), "choosing a device");
 }
 OnDevice::~OnDevice() {
   if (before_ >= 0) cudaSetDevice(before_);
@@ -41,7 +45,8 @@ OnDevice::~OnDevice() {
 
 namespace {
 
-// On a stream of its own: the default one, or the whole device, may be busy with kernels that wait for this rank.
+// On a stream of its own: the default one, or the whole device, may be busy with kernels that wait for this
+// rank.
 void clear(void* p, uint64_t bytes) {
   cudaStream_t stream;
   require(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
@@ -74,9 +79,12 @@ std::shared_ptr<DeviceMemory> DeviceMemory::open(int device, const std::string& 
 DeviceMemory::~DeviceMemory() {
   const BesideCaptures beside;
   int before = 0;
-  if (cudaGetDevice(&before) != cudaSuccess || cudaSetDevice(device_) != cudaSuccess) return;   // the driver is gone already
-  if (opened_) cudaIpcCloseMemHandle(data_);
-  else cudaFree(data_);
+  if (cudaGetDevice(&before) != cudaSuccess || cudaSetDevice(device_) != cudaSuccess)
+    return;  // the driver is gone already
+  if (opened_)
+    cudaIpcCloseMemHandle(data_);
+  else
+    cudaFree(data_);
   cudaSetDevice(before);
 }
 
@@ -105,8 +113,10 @@ Status take_fault(FaultRecord* faults, Status& broken) {
     auto& code = *reinterpret_cast<std::atomic<uint64_t>*>(&record->code);
     if (code.load(std::memory_order_acquire) == 0) continue;
     const Status s = record->status;
-    if (is_final(s)) broken = s;
-    else code.store(0, std::memory_order_release);   // a kernel may write the next one from here on
+    if (is_final(s))
+      broken = s;
+    else
+      code.store(0, std::memory_order_release);  // a kernel may write the next one from here on
     return s;
   }
   return {};

@@ -1,4 +1,5 @@
-// Owners of the cuda world's memory: DeviceMemory (allocated here, or a peer's), Pinned (host memory that kernels write).
+// Owners of the cuda world's memory: DeviceMemory (allocated here, or a peer's), Pinned (host memory that
+// kernels write).
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -14,8 +15,9 @@ void require(int error, const char* what);
 // The capture that a stream is part of, 0: none.
 uint64_t capture_of(void* stream);
 
-// Other threads may be capturing graphs; the calls of this thread have no part in them. Without this, calls that a capture
-// must not see (an allocation, a question to a stream) are refused here and end the other thread's capture.
+// Other threads may be capturing graphs; the calls of this thread have no part in them. Without this, calls
+// that a capture must not see (an allocation, a question to a stream) are refused here and end the other
+// thread's capture.
 class BesideCaptures {
  public:
   BesideCaptures();
@@ -35,24 +37,27 @@ class OnDevice {
 
  private:
   BesideCaptures beside_;
-  int before_;   // -1: it was current already
+  int before_;  // -1: it was current already
 };
 
-// Making memory waits for nothing but itself: kernels of other ranks may run on this device and wait for this rank.
+// Making memory waits for nothing but itself: kernels of other ranks may run on this device and wait for this
+// rank.
 class DeviceMemory {
  public:
-  static std::shared_ptr<DeviceMemory> create(int device, uint64_t bytes);               // zero-filled
-  static std::shared_ptr<DeviceMemory> open(int device, const std::string& handle);      // another process's, by export_handle()
+  static std::shared_ptr<DeviceMemory> create(int device, uint64_t bytes);  // zero-filled
+  static std::shared_ptr<DeviceMemory> open(
+      int device, const std::string& handle);  // another process's, by export_handle()
   ~DeviceMemory();
   DeviceMemory(const DeviceMemory&) = delete;
   DeviceMemory& operator=(const DeviceMemory&) = delete;
 
   char* data() const { return data_; }
   uint64_t bytes() const { return bytes_; }
-  std::string export_handle() const;   // CUDA IPC; valid while this object lives
+  std::string export_handle() const;  // CUDA IPC; valid while this object lives
 
  private:
-  DeviceMemory(int device, char* data, uint64_t bytes, bool opened) : device_(device), data_(data), bytes_(bytes), opened_(opened) {}
+  DeviceMemory(int device, char* data, uint64_t bytes, bool opened)
+      : device_(device), data_(data), bytes_(bytes), opened_(opened) {}
   int device_;
   char* data_;
   uint64_t bytes_;

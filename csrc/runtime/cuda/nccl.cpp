@@ -14,17 +14,19 @@
 namespace moecomm::cuda {
 namespace {
 
-constexpr int kContexts = 16;   // streams that a network keeps apart; a wish
+constexpr int kContexts = 16;  // streams that a network keeps apart; a wish
 
 // What is called of libnccl, by its headers' types.
 class Library {
  public:
   explicit Library(const std::string& path) {
-    void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);   // stays loaded
+    void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);  // stays loaded
     if (!handle) throw std::invalid_argument("NCCL: " + std::string(dlerror()));
     const auto find = [&](auto& function, const char* name) {
       function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(handle, name));
-      if (!function) throw std::invalid_argument("NCCL: " + path + " has no " + name + ": it is too old; expected 2.29 or newer");
+      if (!function)
+        throw std::invalid_argument("NCCL: " + path + " has no " + name +
+                                    ": it is too old; expected 2.29 or newer");
     };
     find(unique_id, "ncclGetUniqueId");
     find(init, "ncclCommInitRank");
@@ -59,7 +61,8 @@ class Library {
   decltype(&ncclDevCommDestroy) destroy_network;
 };
 
-// A communicator. The ranks that load and store each other's windows are its LSA team: a run of consecutive ranks.
+// A communicator. The ranks that load and store each other's windows are its LSA team: a run of consecutive
+// ranks.
 class NcclReach final : public DeviceReach, public std::enable_shared_from_this<NcclReach> {
  public:
   NcclReach(const std::string& library, const Geometry& geometry, int device, const std::string& unique_id)
@@ -72,13 +75,14 @@ class NcclReach final : public DeviceReach, public std::enable_shared_from_this<
     lsa_ = this->library.lsa(comm_);
     for (int d = 0; d < geometry.ranks_per_node; ++d)
       if (lsa_index(geometry.rank_at(geometry.node(), d)) < 0)
-        throw std::invalid_argument("NCCL: ranks of a node do not reach each other's memory (teams of " + std::to_string(lsa_.nRanks) +
+        throw std::invalid_argument("NCCL: ranks of a node do not reach each other's memory (teams of " +
+                                    std::to_string(lsa_.nRanks) +
                                     " ranks); expected ranks_per_node to divide that");
     for (int n = 0; n < geometry.nodes(); ++n) by_memory_ &= lsa_index(geometry.rail_rank(n)) >= 0;
     if (!by_memory_) choose_network();
   }
-  // The order that NCCL wants: networks, then the windows that they know, then memory. Nothing of it waits for another rank:
-  // abort() is local, unlike a farewell, and ends the windows that are left.
+  // The order that NCCL wants: networks, then the windows that they know, then memory. Nothing of it waits
+  // for another rank: abort() is local, unlike a farewell, and ends the windows that are left.
   ~NcclReach() override {
     for (auto& network : networks_)
       if (network && comm_) library.destroy_network(comm_, &*network);
@@ -88,8 +92,12 @@ class NcclReach final : public DeviceReach, public std::enable_shared_from_this<
 
   std::shared_ptr<DeviceWindow> window(uint64_t bytes, Peers peers) override;
   const Kernels& kernels() const override { return by_memory_ ? loopback_kernels() : gin_kernels(); }
-  const DecodeKernels& decode_kernels() const override { return by_memory_ ? loopback_decode_kernels() : gin_decode_kernels(); }
-  std::string rail() const override { return by_memory_ ? "memory" : type_ == NCCL_GIN_TYPE_GDAKI ? "NCCL GIN (IBGDA)" : "NCCL GIN (proxy)"; }
+  const DecodeKernels& decode_kernels() const override {
+    return by_memory_ ? loopback_decode_kernels() : gin_decode_kernels();
+  }
+  std::string rail() const override {
+    return by_memory_ ? "memory" : type_ == NCCL_GIN_TYPE_GDAKI ? "NCCL GIN (IBGDA)" : "NCCL GIN (proxy)";
+  }
   void abort() override {
     std::lock_guard lock(mutex_);
     if (comm_) library.abort(comm_);
@@ -106,15 +114,16 @@ class NcclReach final : public DeviceReach, public std::enable_shared_from_this<
     std::lock_guard lock(mutex_);
     for (int number : numbers) {
       const auto found = retired_.find(number);
-      if (found == retired_.end()) throw std::invalid_argument("NCCL: window " + std::to_string(number) + " is in use, or gone");
+      if (found == retired_.end())
+        throw std::invalid_argument("NCCL: window " + std::to_string(number) + " is in use, or gone");
       if (comm_) library.delist(comm_, found->second.window);
       library.free(found->second.data);
       retired_.erase(found);
     }
   }
   int number_window() { return windows_++; }
-  // Of a window that has ended. NCCL places windows alike on all ranks as long as all register and give up the same ones in the
-  // same order; ranks close their buffers when they like.
+  // Of a window that has ended. NCCL places windows alike on all ranks as long as all register and give up
+  // the same ones in the same order; ranks close their buffers when they like.
   void retire(int number, ncclWindow_t window, char* data) {
     std::lock_guard lock(mutex_);
     retired_[number] = {window, data};
@@ -135,7 +144,9 @@ class NcclReach final : public DeviceReach, public std::enable_shared_from_this<
     wanted.ginContextCount = kContexts;
     wanted.ginType = type_;
     // NCCL's own rails join ranks of the same place in the LSA teams: ours, where a node is a team.
-    wanted.ginConnectionType = peers == Peers::rail && lsa_.nRanks == geometry.ranks_per_node ? NCCL_GIN_CONNECTION_RAIL : NCCL_GIN_CONNECTION_FULL;
+    wanted.ginConnectionType = peers == Peers::rail && lsa_.nRanks == geometry.ranks_per_node
+                                   ? NCCL_GIN_CONNECTION_RAIL
+                                   : NCCL_GIN_CONNECTION_FULL;
     ncclDevComm made;
     library.require(library.create_network(comm_, &wanted, &made), "creating the network");
     network = made;
@@ -150,55 +161,73 @@ class NcclReach final : public DeviceReach, public std::enable_shared_from_this<
   void choose_network() {
     ncclCommProperties p = NCCL_COMM_PROPERTIES_INITIALIZER;
     library.require(library.properties(comm_, &p), "asking for its properties");
-    const bool any = p.deviceApiSupport && (p.ginType != NCCL_GIN_TYPE_NONE || p.railedGinType != NCCL_GIN_TYPE_NONE);
-    if (any && p.ginSupport[NCCL_GIN_TYPE_GDAKI]) type_ = NCCL_GIN_TYPE_GDAKI;
-    else if (any && p.ginSupport[NCCL_GIN_TYPE_PROXY]) type_ = NCCL_GIN_TYPE_PROXY;
+    const bool any =
+        p.deviceApiSupport && (p.ginType != NCCL_GIN_TYPE_NONE || p.railedGinType != NCCL_GIN_TYPE_NONE);
+    if (any && p.ginSupport[NCCL_GIN_TYPE_GDAKI])
+      type_ = NCCL_GIN_TYPE_GDAKI;
+    else if (any && p.ginSupport[NCCL_GIN_TYPE_PROXY])
+      type_ = NCCL_GIN_TYPE_PROXY;
     else
-      throw std::invalid_argument("NCCL: nodes do not reach each other's memory, and NCCL offers no network to kernels here (GIN type " +
-                                  std::to_string(p.ginType) + "); expected IBGDA or its proxy, which need an InfiniBand or RoCE device");
+      throw std::invalid_argument(
+          "NCCL: nodes do not reach each other's memory, and NCCL offers no network to kernels here (GIN "
+          "type " +
+          std::to_string(p.ginType) +
+          "); expected IBGDA or its proxy, which need an InfiniBand or RoCE device");
   }
 
   ncclComm_t comm_ = nullptr;
   ncclTeam_t lsa_{};
   bool by_memory_ = true;
   ncclGinType_t type_ = NCCL_GIN_TYPE_NONE;
-  std::optional<ncclDevComm> networks_[2];   // by Peers
-  struct Retired { ncclWindow_t window; char* data; };
+  std::optional<ncclDevComm> networks_[2];  // by Peers
+  struct Retired {
+    ncclWindow_t window;
+    char* data;
+  };
   std::map<int, Retired> retired_;
-  int windows_ = 0;                          // registered so far
+  int windows_ = 0;  // registered so far
   mutable std::mutex mutex_;
 };
 
 class NcclWindow final : public DeviceWindow {
  public:
-  NcclWindow(std::shared_ptr<NcclReach> reach, uint64_t bytes, Peers peers) : reach_(std::move(reach)), peers_(peers) {
+  NcclWindow(std::shared_ptr<NcclReach> reach, uint64_t bytes, Peers peers)
+      : reach_(std::move(reach)), peers_(peers) {
     const OnDevice on(reach_->device);
     void* p = nullptr;
     bytes_ = align_up(bytes, NCCL_WIN_REQUIRED_ALIGNMENT);
-    reach_->library.require(reach_->library.allocate(&p, bytes_), ("allocating " + std::to_string(bytes_) + " bytes").c_str());
+    reach_->library.require(reach_->library.allocate(&p, bytes_),
+                            ("allocating " + std::to_string(bytes_) + " bytes").c_str());
     data_ = static_cast<char*>(p);
     require(cudaMemset(data_, 0, bytes_), "clearing memory");
     require(cudaDeviceSynchronize(), "clearing memory");
   }
   ~NcclWindow() override {
-    if (window_) reach_->retire(number_, window_, data_);
-    else reach_->library.free(data_);
+    if (window_)
+      reach_->retire(number_, window_, data_);
+    else
+      reach_->library.free(data_);
   }
 
   std::string card() const override { return std::to_string(bytes_); }
   void connect(int, const std::vector<std::string>& cards) override {
     for (const std::string& c : cards)
-      if (c != card()) throw std::invalid_argument("NCCL: windows of " + c + " and " + card() + " bytes; expected one size");
+      if (c != card())
+        throw std::invalid_argument("NCCL: windows of " + c + " and " + card() + " bytes; expected one size");
     const OnDevice on(reach_->device);
-    reach_->library.require(reach_->library.enlist(reach_->comm(), data_, bytes_, &window_, reach_->by_memory() ? NCCL_WIN_COLL_SYMMETRIC : kGinWindowFlags),
-                            "registering a window");
+    reach_->library.require(
+        reach_->library.enlist(reach_->comm(), data_, bytes_, &window_,
+                               reach_->by_memory() ? NCCL_WIN_COLL_SYMMETRIC : kGinWindowFlags),
+        "registering a window");
     number_ = reach_->number_window();
     if (reach_->by_memory()) return;
     const Geometry& g = reach_->geometry;
-    const ncclTeam team = peers_ == Peers::rail ? ncclTeam{g.nodes(), g.node(), g.ranks_per_node} : ncclTeam{g.size, g.rank, 1};
+    const ncclTeam team =
+        peers_ == Peers::rail ? ncclTeam{g.nodes(), g.node(), g.ranks_per_node} : ncclTeam{g.size, g.rank, 1};
     const GinNetwork network{reach_->network(peers_), window_, team};
     network_ = DeviceMemory::create(reach_->device, sizeof(network));
-    require(cudaMemcpy(network_->data(), &network, sizeof(network), cudaMemcpyHostToDevice), "writing the network");
+    require(cudaMemcpy(network_->data(), &network, sizeof(network), cudaMemcpyHostToDevice),
+            "writing the network");
   }
   char* at(int rank) override {
     const int index = reach_->lsa_index(rank);
@@ -214,11 +243,13 @@ class NcclWindow final : public DeviceWindow {
   std::shared_ptr<NcclReach> reach_;
   Peers peers_;
   ncclWindow_t window_ = nullptr;
-  int number_ = -1;   // among the registered ones
+  int number_ = -1;  // among the registered ones
   std::shared_ptr<DeviceMemory> network_;
 };
 
-std::shared_ptr<DeviceWindow> NcclReach::window(uint64_t bytes, Peers peers) { return std::make_shared<NcclWindow>(shared_from_this(), bytes, peers); }
+std::shared_ptr<DeviceWindow> NcclReach::window(uint64_t bytes, Peers peers) {
+  return std::make_shared<NcclWindow>(shared_from_this(), bytes, peers);
+}
 
 }  // namespace
 
@@ -231,7 +262,8 @@ std::string nccl_unique_id(const std::string& library) {
   return std::string(id.internal, sizeof(id.internal));
 }
 
-std::shared_ptr<DeviceReach> reach_nccl(const std::string& library, const Geometry& geometry, int device, const std::string& unique_id) {
+std::shared_ptr<DeviceReach> reach_nccl(const std::string& library, const Geometry& geometry, int device,
+                                        const std::string& unique_id) {
   return std::make_shared<NcclReach>(library, geometry, device, unique_id);
 }
 

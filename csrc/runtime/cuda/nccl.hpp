@@ -1,7 +1,9 @@
-// NCCL as the cuda world's host uses it: windows that processes of one or many hosts reach, and the network between
-// nodes. The library is found at run time, so the extension is not linked with it and imports without it.
+// NCCL as the cuda world's host uses it: windows that processes of one or many hosts reach, and the network
+// between nodes. The library is found at run time, so the extension is not linked with it and imports without
+// it.
 //
-// Every function that is collective blocks until all ranks have called it; whoever needs a deadline calls from a thread.
+// Every function that is collective blocks until all ranks have called it; whoever needs a deadline calls
+// from a thread.
 #pragma once
 #include "base/types.hpp"
 #include "runtime/cuda/window.hpp"
@@ -15,6 +17,7 @@ int nccl_headers();
 std::string nccl_unique_id(const std::string& library);
 
 // Collective. Throws std::invalid_argument where this library or these links cannot carry the geometry.
-std::shared_ptr<DeviceReach> reach_nccl(const std::string& library, const Geometry& geometry, int device, const std::string& unique_id);
+std::shared_ptr<DeviceReach> reach_nccl(const std::string& library, const Geometry& geometry, int device,
+                                        const std::string& unique_id);
 
 }  // namespace moecomm::cuda

@@ -13,7 +13,9 @@ namespace moecomm::cuda {
 void DeviceWindow::tell(int rank, uint64_t offset, FaultWord word, void* stream) {
   char* there = at(rank);
   if (there && !capture_of(stream))
-    require(cudaMemcpyAsync(there + offset, &word, sizeof(word), cudaMemcpyHostToDevice, static_cast<cudaStream_t>(stream)), "telling a failure");
+    require(cudaMemcpyAsync(there + offset, &word, sizeof(word), cudaMemcpyHostToDevice,
+                            static_cast<cudaStream_t>(stream)),
+            "telling a failure");
 }
 
 Status DeviceWindow::start_together(void* stream, double seconds, const std::function<void()>& start) {
@@ -57,18 +59,20 @@ class MappedWindow : public DeviceWindow {
 class ThreadWindow final : public MappedWindow {
  public:
   using Counter = std::atomic<uint64_t>;
-  ThreadWindow(int device, uint64_t bytes, std::shared_ptr<std::atomic<bool>> abandoned) : MappedWindow(device, bytes), abandoned_(std::move(abandoned)) {}
+  ThreadWindow(int device, uint64_t bytes, std::shared_ptr<std::atomic<bool>> abandoned)
+      : MappedWindow(device, bytes), abandoned_(std::move(abandoned)) {}
   std::string card() const override {
     const Card c{data_, device_, &meetings_};
     return std::string(reinterpret_cast<const char*>(&c), sizeof(c));
   }
-  void connect(int rank, const std::vector<std::string>& cards) override {   // peers live until all have connected
+  void connect(int rank,
+               const std::vector<std::string>& cards) override {  // peers live until all have connected
     MappedWindow::connect(rank, cards);
     all_.clear();
     for (const std::string& card : cards) all_.push_back(*read(card).meetings);
   }
 
-  void leave() override { *meetings_ = uint64_t{1} << 63; }   // as if it had come to all that there will be
+  void leave() override { *meetings_ = uint64_t{1} << 63; }  // as if it had come to all that there will be
 
  private:
   struct Card {
@@ -84,30 +88,36 @@ class ThreadWindow final : public MappedWindow {
   }
   Status meet(double seconds) override {
     using Clock = std::chrono::steady_clock;
-    const auto begin = Clock::now(), deadline = begin + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+    const auto begin = Clock::now(), deadline = begin + std::chrono::duration_cast<Clock::duration>(
+                                                            std::chrono::duration<double>(seconds));
     const uint64_t round = meetings_->fetch_add(1) + 1;
     for (size_t rank = 0; rank < all_.size() && !late_; ++rank)
       while (all_[rank]->load() < round && !late_) {
-        if (abandoned_->load()) return {Code::lost, Phase::none, static_cast<int32_t>(rank), 0, round, all_[rank]->load()};
+        if (abandoned_->load())
+          return {Code::lost, Phase::none, static_cast<int32_t>(rank), 0, round, all_[rank]->load()};
         const auto now = Clock::now();
         late_ = now >= deadline;
-        if (now - begin < std::chrono::milliseconds(1)) std::this_thread::yield();
-        else std::this_thread::sleep_for(std::chrono::microseconds(20));
+        if (now - begin < std::chrono::milliseconds(1))
+          std::this_thread::yield();
+        else
+          std::this_thread::sleep_for(std::chrono::microseconds(20));
       }
     return {};
   }
 
-  std::shared_ptr<Counter> meetings_ = std::make_shared<Counter>(0);   // that this rank has come to
-  std::vector<std::shared_ptr<Counter>> all_;                          // every rank's
+  std::shared_ptr<Counter> meetings_ = std::make_shared<Counter>(0);  // that this rank has come to
+  std::vector<std::shared_ptr<Counter>> all_;                         // every rank's
   std::shared_ptr<std::atomic<bool>> abandoned_;
-  bool late_ = false;                                                  // a rank has not come: this one does not wait again
+  bool late_ = false;  // a rank has not come: this one does not wait again
   char* map(const std::string& card) override {
     const Card c = read(card);
     if (c.device != device_) {
       const OnDevice on(device_);
       const cudaError_t e = cudaDeviceEnablePeerAccess(c.device, 0);
-      if (e == cudaErrorPeerAccessAlreadyEnabled) cudaGetLastError();   // forget it
-      else require(e, "reaching a peer's GPU");
+      if (e == cudaErrorPeerAccessAlreadyEnabled)
+        cudaGetLastError();  // forget it
+      else
+        require(e, "reaching a peer's GPU");
     }
     return c.data;
   }
@@ -130,7 +140,9 @@ class IpcWindow final : public MappedWindow {
 class ThreadReach final : public DeviceReach {
  public:
   explicit ThreadReach(int device) : device_(device) {}
-  std::shared_ptr<DeviceWindow> window(uint64_t bytes, Peers) override { return std::make_shared<ThreadWindow>(device_, bytes, abandoned_); }
+  std::shared_ptr<DeviceWindow> window(uint64_t bytes, Peers) override {
+    return std::make_shared<ThreadWindow>(device_, bytes, abandoned_);
+  }
   void abort() override { *abandoned_ = true; }
 
  private:
@@ -141,7 +153,9 @@ class ThreadReach final : public DeviceReach {
 class IpcReach final : public DeviceReach {
  public:
   explicit IpcReach(int device) : device_(device) {}
-  std::shared_ptr<DeviceWindow> window(uint64_t bytes, Peers) override { return std::make_shared<IpcWindow>(device_, bytes); }
+  std::shared_ptr<DeviceWindow> window(uint64_t bytes, Peers) override {
+    return std::make_shared<IpcWindow>(device_, bytes);
+  }
 
  private:
   int device_;
@@ -157,8 +171,10 @@ class Sample final : public IpcSample {
   explicit Sample(int device) : device_(device), memory_(DeviceMemory::create(device, uint64_t{2} << 20)) {
     const OnDevice on(device);
     cudaIpcMemHandle_t h;
-    if (cudaIpcGetMemHandle(&h, memory_->data()) == cudaSuccess) handle_.assign(reinterpret_cast<const char*>(&h), sizeof(h));
-    else cudaGetLastError();   // forget it
+    if (cudaIpcGetMemHandle(&h, memory_->data()) == cudaSuccess)
+      handle_.assign(reinterpret_cast<const char*>(&h), sizeof(h));
+    else
+      cudaGetLastError();  // forget it
   }
   std::string handle() const override { return handle_; }
   bool opens(const std::string& peer) const override {
@@ -188,7 +204,8 @@ std::shared_ptr<IpcSample> ipc_sample(int device) { return std::make_shared<Samp
 std::shared_ptr<DeviceReach> reach_threads(int device) { return std::make_shared<ThreadReach>(device); }
 std::shared_ptr<DeviceReach> reach_processes(int device) { return std::make_shared<IpcReach>(device); }
 
-DeviceBlock::DeviceBlock(std::shared_ptr<DeviceWindow> window, std::shared_ptr<Arena> arena, uint64_t offset, uint64_t bytes)
+DeviceBlock::DeviceBlock(std::shared_ptr<DeviceWindow> window, std::shared_ptr<Arena> arena, uint64_t offset,
+                         uint64_t bytes)
     : window_(std::move(window)), arena_(std::move(arena)), offset_(offset), bytes_(bytes) {
   arena_->take(offset, bytes);
 }

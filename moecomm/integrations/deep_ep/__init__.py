@@ -14,5 +14,20 @@ from .install import install, path
 topk_idx_t = torch.int64
 __moecomm__ = True
 
-__all__ = ["Buffer", "Config", "EPHandle", "ElasticBuffer", "EventHandle", "EventOverlap", "HybridEPBuffer", "Unsupported", "configure", "get_logical_domain_size",
-           "get_physical_domain_size", "install", "path", "shutdown", "topk_idx_t"]
+__all__ = [
+    "Buffer",
+    "Config",
+    "EPHandle",
+    "ElasticBuffer",
+    "EventHandle",
+    "EventOverlap",
+    "HybridEPBuffer",
+    "Unsupported",
+    "configure",
+    "get_logical_domain_size",
+    "get_physical_domain_size",
+    "install",
+    "path",
+    "shutdown",
+    "topk_idx_t",
+]

@@ -32,7 +32,12 @@ def check_experts(op, num_experts, size, rank):
     ------
     InvalidArgument
     """
-    if isinstance(num_experts, bool) or not isinstance(num_experts, int) or num_experts < 1 or num_experts % size:
+    if (
+        isinstance(num_experts, bool)
+        or not isinstance(num_experts, int)
+        or num_experts < 1
+        or num_experts % size
+    ):
         refuse(op, f"num_experts is {num_experts!r}; expected a multiple of the {size} ranks", rank)
 
 
@@ -44,11 +49,17 @@ def check_picks(op, topk_idx, topk_weights, tokens, experts, rank):
     InvalidArgument
     """
     ids = require_tensor(op, "topk_idx", topk_idx, dtypes=IDS, shape=(tokens, None))
-    weights = require_tensor(op, "topk_weights", topk_weights, optional=True, dtypes=(torch.float32,), shape=tuple(ids.shape))
+    weights = require_tensor(
+        op, "topk_weights", topk_weights, optional=True, dtypes=(torch.float32,), shape=tuple(ids.shape)
+    )
     if not 1 <= ids.shape[1] <= min(32, experts):
         refuse(op, f"topk_idx has {ids.shape[1]} picks per token; expected 1..{min(32, experts)}", rank)
     if not capturing() and ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < experts:
-        refuse(op, f"topk_idx holds ids from {int(ids.min())} to {int(ids.max())}; expected -1 (none) or ids below num_experts = {experts}", rank)
+        refuse(
+            op,
+            f"topk_idx holds ids from {int(ids.min())} to {int(ids.max())}; expected -1 (none) or ids below num_experts = {experts}",
+            rank,
+        )
     return ids, weights
 
 
@@ -59,9 +70,17 @@ def check_rows(op, x, num_rows, rank):
     ------
     InvalidArgument
     """
-    rows = require_tensor(op, "x", x, dtypes=(torch.bfloat16, torch.float16, torch.float32, torch.float64), shape=(num_rows, None))
+    rows = require_tensor(
+        op,
+        "x",
+        x,
+        dtypes=(torch.bfloat16, torch.float16, torch.float32, torch.float64),
+        shape=(num_rows, None),
+    )
     if not rows.shape[1] or rows.shape[1] * rows.dtype.itemsize % 16:
-        refuse(op, f"a row of x has {rows.shape[1] * rows.dtype.itemsize} bytes; expected a multiple of 16", rank)
+        refuse(
+            op, f"a row of x has {rows.shape[1] * rows.dtype.itemsize} bytes; expected a multiple of 16", rank
+        )
     return rows
 
 
@@ -75,7 +94,11 @@ def sum_of_biases(op, bias, shape, rank):
     given = bias if isinstance(bias, (tuple, list)) else (bias,)
     if len(given) > 2:
         refuse(op, f"bias is {len(given)} tensors; expected None, one, or a pair", rank)
-    floats = [b.float() for b in (require_tensor(op, "bias", b, optional=True, shape=shape) for b in given) if b is not None]
+    floats = [
+        b.float()
+        for b in (require_tensor(op, "bias", b, optional=True, shape=shape) for b in given)
+        if b is not None
+    ]
     return None if not floats else floats[0] if len(floats) == 1 else floats[0] + floats[1]
 
 

@@ -9,7 +9,12 @@ from ...shapes import DTYPES
 from .errors import refuse, require_tensor
 
 _FP8 = torch.float8_e4m3fn
-DTYPE_NUMBERS = {dtype: i for i, dtype in enumerate((*DTYPES, _FP8, torch.float8_e5m2, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))}
+DTYPE_NUMBERS = {
+    dtype: i
+    for i, dtype in enumerate(
+        (*DTYPES, _FP8, torch.float8_e5m2, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    )
+}
 
 
 class Payload:
@@ -36,41 +41,59 @@ class Payload:
         scales = require_tensor(op, "the scales of x", x[1], shape=(rows.shape[0], None)) if pair else None
         self.tokens, self.width, self.rows_dtype = rows.shape[0], rows.shape[1], rows.dtype
         self.row_bytes = self.width * rows.dtype.itemsize
-        self.scales_dtype, self.scale_bytes = (None, 0) if scales is None else (scales.dtype, scales.shape[1] * scales.dtype.itemsize)
+        self.scales_dtype, self.scale_bytes = (
+            (None, 0) if scales is None else (scales.dtype, scales.shape[1] * scales.dtype.itemsize)
+        )
         if rows.dtype not in DTYPE_NUMBERS or (pair and scales.dtype not in DTYPE_NUMBERS):
-            refuse(op, f"x is {rows.dtype}{f' with scales {scales.dtype}' if pair else ''}; expected one of {', '.join(map(str, DTYPE_NUMBERS))}")
+            refuse(
+                op,
+                f"x is {rows.dtype}{f' with scales {scales.dtype}' if pair else ''}; expected one of {', '.join(map(str, DTYPE_NUMBERS))}",
+            )
         if not self.width or self.row_bytes % 16:
             refuse(op, f"a row of x has {self.row_bytes} bytes; expected a multiple of 16")
         self._packed = False
         if rows.dtype in DTYPES and not pair:
             self.x, self.hidden, self.dtype = rows, self.width, rows.dtype
-        elif rows.dtype == _FP8 and pair and (scales.dtype, scales.shape[1]) in ((torch.float32, -(-self.width // 128)), (torch.int32, -(-self.width // 512))):
+        elif (
+            rows.dtype == _FP8
+            and pair
+            and (scales.dtype, scales.shape[1])
+            in ((torch.float32, -(-self.width // 128)), (torch.int32, -(-self.width // 512)))
+        ):
             self.x, self.hidden, self.dtype = (rows, scales), self.width, torch.bfloat16
         else:
             self._packed, self.dtype = True, torch.bfloat16
             total = self.row_bytes + self.scale_bytes
             self.hidden = -(-total // 16) * 8
             self.x = torch.zeros((self.tokens, 2 * self.hidden), dtype=torch.uint8, device=rows.device)
-            self.x[:, :self.row_bytes] = rows.view(torch.uint8)
+            self.x[:, : self.row_bytes] = rows.view(torch.uint8)
             if pair:
-                self.x[:, self.row_bytes:total] = scales.clone(memory_format=torch.contiguous_format).view(torch.uint8)   # "contiguous" allows any stride of one column
+                self.x[:, self.row_bytes : total] = scales.clone(memory_format=torch.contiguous_format).view(
+                    torch.uint8
+                )  # "contiguous" allows any stride of one column
             self.x = self.x.view(torch.bfloat16)
 
     @property
     def same(self):
         """What all ranks must agree on, by name."""
-        return {"bytes per row of x": self.row_bytes, "the dtype of x (by number)": DTYPE_NUMBERS[self.rows_dtype], "bytes of scales per token": self.scale_bytes,
-                "the dtype of the scales (by number)": DTYPE_NUMBERS.get(self.scales_dtype, -1)}
+        return {
+            "bytes per row of x": self.row_bytes,
+            "the dtype of x (by number)": DTYPE_NUMBERS[self.rows_dtype],
+            "bytes of scales per token": self.scale_bytes,
+            "the dtype of the scales (by number)": DTYPE_NUMBERS.get(self.scales_dtype, -1),
+        }
 
     def received(self, out):
         """The same of what arrived: Tensor [N, H], or a pair."""
         if not self._packed:
             return (out.x, out.scales) if isinstance(self.x, tuple) else out.x
         raw = out.x.view(torch.uint8)
-        rows = raw[:, :self.row_bytes].contiguous().view(self.rows_dtype)
+        rows = raw[:, : self.row_bytes].contiguous().view(self.rows_dtype)
         if self.scales_dtype is None:
             return rows
-        return rows, raw[:, self.row_bytes:self.row_bytes + self.scale_bytes].contiguous().view(self.scales_dtype)
+        return rows, raw[:, self.row_bytes : self.row_bytes + self.scale_bytes].contiguous().view(
+            self.scales_dtype
+        )
 
 
 class Routing:
@@ -88,7 +111,14 @@ class Routing:
     """
 
     def __init__(self, world, ids, experts, most, num_sms, how):
-        self.world, self.ids, self.experts, self.most, self.num_sms, self.how = world, ids, experts, most, num_sms, how
+        self.world, self.ids, self.experts, self.most, self.num_sms, self.how = (
+            world,
+            ids,
+            experts,
+            most,
+            num_sms,
+            how,
+        )
         self.tokens, self._plans = ids.shape[0], {}
         self.num_rows = None
 
@@ -99,9 +129,11 @@ class Routing:
             core, handle = self._plans[key]
             try:
                 return core.dispatch(x, topk_weights=weights, handle=handle)
-            except CapacityExceeded:   # on every rank: results of earlier calls fill the arena
+            except CapacityExceeded:  # on every rank: results of earlier calls fill the arena
                 del self._plans[key]
-        core = self.world.core(hidden, self.experts, self.ids.shape[1], dtype, self.most, num_sms=self.num_sms)
+        core = self.world.core(
+            hidden, self.experts, self.ids.shape[1], dtype, self.most, num_sms=self.num_sms
+        )
         core, out = self.world.dispatch(core, x, self.ids, weights, **self.how)
         self._plans[key] = core, out.handle
         self.num_rows = out.handle.num_rows
@@ -110,7 +142,9 @@ class Routing:
     def plan(self, hidden, dtype):
         """(core Buffer, its handle), made by a dispatch of rows without meaning where this row size is new. Collective then."""
         if (hidden, dtype) not in self._plans:
-            self.dispatch(hidden, dtype, torch.zeros((self.tokens, hidden), dtype=dtype, device=self.ids.device))
+            self.dispatch(
+                hidden, dtype, torch.zeros((self.tokens, hidden), dtype=dtype, device=self.ids.device)
+            )
         return self._plans[hidden, dtype]
 
     def combine(self, rows, bias=None, **how):

@@ -11,10 +11,10 @@ from ...communicator import Communicator
 from ...errors import CapacityExceeded, ConfigMismatch, InvalidArgument
 from .errors import refuse
 
-_options = dict(ranks_per_node=None, device=None, timeout=100.0)   # seconds, as deep_ep's own
-_worlds = {}   # by id of the group, which the World keeps
-_NUMBERS, _TEXT = 24, 40   # int64 words of a round: what is agreed, and why a rank refuses
-_DISPATCHES = 4   # results that an arena holds at first; it grows
+_options = dict(ranks_per_node=None, device=None, timeout=100.0)  # seconds, as deep_ep's own
+_worlds = {}  # by id of the group, which the World keeps
+_NUMBERS, _TEXT = 24, 40  # int64 words of a round: what is agreed, and why a rank refuses
+_DISPATCHES = 4  # results that an arena holds at first; it grows
 
 
 def configure(**options):
@@ -47,7 +47,7 @@ atexit.register(shutdown)
 def world_of(group):
     """The World of a torch ProcessGroup, a one-dimensional DeviceMesh, an mpi4py Comm or a Communicator. The first time collective."""
     for key, world in list(_worlds.items()):
-        if not world.is_alive():   # its process group was destroyed, or its Communicator closed
+        if not world.is_alive():  # its process group was destroyed, or its Communicator closed
             world.close()
             del _worlds[key]
     if hasattr(group, "get_group") and hasattr(group, "mesh_dim_names"):
@@ -122,8 +122,17 @@ class World:
         hidden, experts, top_k, dtype, decode, _ = key
         shape = dict(hidden=hidden, num_experts=experts, max_tokens=tokens, dtype=dtype)
         if arena is None:
-            arena = Core.arena_hint(self.comm, **shape, top_k=1, dispatches=_DISPATCHES)   # for one row per token and rank
-        core = Core(self.comm, **shape, top_k=top_k, arena_bytes=1 << 16 if decode else arena, decode=decode is not None, num_sms=num_sms)
+            arena = Core.arena_hint(
+                self.comm, **shape, top_k=1, dispatches=_DISPATCHES
+            )  # for one row per token and rank
+        core = Core(
+            self.comm,
+            **shape,
+            top_k=top_k,
+            arena_bytes=1 << 16 if decode else arena,
+            decode=decode is not None,
+            num_sms=num_sms,
+        )
         self._cores[key] = core
         return core
 
@@ -132,10 +141,15 @@ class World:
         while True:
             try:
                 return core, core.dispatch(x, ids, weights, **how)
-            except CapacityExceeded as error:   # on every rank
+            except CapacityExceeded as error:  # on every rank
                 if "arena_bytes" not in str(error) or how.get("handle") is not None:
                     raise
-            core = self._make((core.hidden, core.num_experts, core.top_k, core.dtype, None, None), core.max_tokens, 2 * core.arena_bytes, core.num_sms)
+            core = self._make(
+                (core.hidden, core.num_experts, core.top_k, core.dtype, None, None),
+                core.max_tokens,
+                2 * core.arena_bytes,
+                core.num_sms,
+            )
 
     # -- agreement --------------------------------------------------------------------------------
 
@@ -143,11 +157,13 @@ class World:
         """int64 [size, n] on the host, row r for rank r -> int64 [size, n], row r from rank r. Collective, by a core dispatch."""
         if self.size == 1:
             return values
-        n = values.shape[1] + values.shape[1] % 2   # a row is a multiple of 16 bytes
+        n = values.shape[1] + values.shape[1] % 2  # a row is a multiple of 16 bytes
         core = self.core(n, self.size, 1, torch.float64, self.size, name="agree")
-        rows = torch.nn.functional.pad(values, (0, n - values.shape[1])).view(torch.float64).to(self.comm.device)
+        rows = (
+            torch.nn.functional.pad(values, (0, n - values.shape[1])).view(torch.float64).to(self.comm.device)
+        )
         ids = torch.arange(self.size, dtype=torch.int64, device=self.comm.device).view(self.size, 1)
-        return core.dispatch(rows, ids, layout="rank").x.cpu().view(torch.int64)[:, :values.shape[1]].clone()
+        return core.dispatch(rows, ids, layout="rank").x.cpu().view(torch.int64)[:, : values.shape[1]].clone()
 
     def agree(self, op, *, same=None, most=(), refusal=None):
         """The largest of each number over all ranks, where they all make this call. Collective: one small exchange.
@@ -172,27 +188,50 @@ class World:
         same = same or {}
         mine = [self._calls, sum(op.encode()), len(str(refusal)) if refusal else 0, *same.values(), *most]
         words = torch.zeros(_NUMBERS + _TEXT, dtype=torch.int64, device="cpu")
-        words[:len(mine)] = torch.tensor(mine, dtype=torch.int64, device="cpu")
+        words[: len(mine)] = torch.tensor(mine, dtype=torch.int64, device="cpu")
         if refusal is not None:
-            text = str(refusal).encode()[:8 * _TEXT]
-            words.view(torch.uint8)[8 * _NUMBERS:8 * _NUMBERS + len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+            text = str(refusal).encode()[: 8 * _TEXT]
+            words.view(torch.uint8)[8 * _NUMBERS : 8 * _NUMBERS + len(text)] = torch.frombuffer(
+                bytearray(text), dtype=torch.uint8
+            )
         everyone = self.scatter(words.expand(self.size, -1).contiguous())
         numbers = everyone[:, :_NUMBERS].tolist()
         self._calls = max(row[0] for row in numbers)
         for rank, row in enumerate(numbers):
             if row[:2] != mine[:2]:
-                raise ConfigMismatch(f"{op} on rank {self.rank}: rank {rank} makes another call (its call {row[0]}, here call {mine[0]}); "
-                                     "expected every rank to make the same calls in the same order", op=op, rank=self.rank, peer=rank)
+                raise ConfigMismatch(
+                    f"{op} on rank {self.rank}: rank {rank} makes another call (its call {row[0]}, here call {mine[0]}); "
+                    "expected every rank to make the same calls in the same order",
+                    op=op,
+                    rank=self.rank,
+                    peer=rank,
+                )
         if refusal is not None:
             raise refusal
         for rank, row in enumerate(numbers):
             if row[2]:
-                text = bytes(everyone[rank].view(torch.uint8)[8 * _NUMBERS:].tolist()).rstrip(b"\0").decode(errors="replace")
-                raise InvalidArgument(f"{op}: rank {rank} refused its arguments, so nothing was moved on any rank: {text}", op=op, rank=self.rank, peer=rank)
+                text = (
+                    bytes(everyone[rank].view(torch.uint8)[8 * _NUMBERS :].tolist())
+                    .rstrip(b"\0")
+                    .decode(errors="replace")
+                )
+                raise InvalidArgument(
+                    f"{op}: rank {rank} refused its arguments, so nothing was moved on any rank: {text}",
+                    op=op,
+                    rank=self.rank,
+                    peer=rank,
+                )
         for i, (name, value) in enumerate(same.items()):
             for rank, row in enumerate(numbers):
                 if row[3 + i] != value:
-                    raise ConfigMismatch(f"{op} on rank {self.rank}: {name} is {value} here and {row[3 + i]} on rank {rank}; expected the same on "
-                                         "every rank", op=op, rank=self.rank, peer=rank, expected=value, got=row[3 + i])
+                    raise ConfigMismatch(
+                        f"{op} on rank {self.rank}: {name} is {value} here and {row[3 + i]} on rank {rank}; expected the same on "
+                        "every rank",
+                        op=op,
+                        rank=self.rank,
+                        peer=rank,
+                        expected=value,
+                        got=row[3 + i],
+                    )
         first = 3 + len(same)
         return [max(row[first + i] for row in numbers) for i in range(len(most))]

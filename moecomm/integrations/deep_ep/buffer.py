@@ -72,18 +72,42 @@ class Buffer(LowLatency):
 
     num_sms = 20
 
-    def __init__(self, group, num_nvl_bytes=0, num_rdma_bytes=0, low_latency_mode=False, num_qps_per_rank=24,
-                 allow_nvlink_for_low_latency_mode=True, allow_mnnvl=False, use_fabric=False, explicitly_destroy=False, enable_shrink=False,
-                 comm=None, *, allow_nvlink_for_normal_mode=True):
+    def __init__(
+        self,
+        group,
+        num_nvl_bytes=0,
+        num_rdma_bytes=0,
+        low_latency_mode=False,
+        num_qps_per_rank=24,
+        allow_nvlink_for_low_latency_mode=True,
+        allow_mnnvl=False,
+        use_fabric=False,
+        explicitly_destroy=False,
+        enable_shrink=False,
+        comm=None,
+        *,
+        allow_nvlink_for_normal_mode=True,
+    ):
         if (group is None) == (comm is None):
-            refuse("Buffer", "group and comm are both None or both given; expected a ProcessGroup as group, or group=None and an mpi4py Comm as comm")
-        for name, value in {"num_nvl_bytes": num_nvl_bytes, "num_rdma_bytes": num_rdma_bytes, "num_qps_per_rank": num_qps_per_rank}.items():
+            refuse(
+                "Buffer",
+                "group and comm are both None or both given; expected a ProcessGroup as group, or group=None and an mpi4py Comm as comm",
+            )
+        for name, value in {
+            "num_nvl_bytes": num_nvl_bytes,
+            "num_rdma_bytes": num_rdma_bytes,
+            "num_qps_per_rank": num_qps_per_rank,
+        }.items():
             check_int("Buffer", name, value, 0)
         self.group = comm if group is None else group
         self._world = world_of(self.group)
         self.rank, self.group_size = self._world.rank, self._world.size
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
-        self.low_latency_mode, self.explicitly_destroy, self.enable_shrink = bool(low_latency_mode), bool(explicitly_destroy), bool(enable_shrink)
+        self.low_latency_mode, self.explicitly_destroy, self.enable_shrink = (
+            bool(low_latency_mode),
+            bool(explicitly_destroy),
+            bool(enable_shrink),
+        )
         self._destroyed = False
         self.runtime = Runtime(self)
 
@@ -92,7 +116,12 @@ class Buffer(LowLatency):
     @staticmethod
     def set_num_sms(new_num_sms):
         """Multiprocessors for kernels on a GPU, even; of core Buffers that are made from here on."""
-        if isinstance(new_num_sms, bool) or not isinstance(new_num_sms, int) or new_num_sms < 2 or new_num_sms % 2:
+        if (
+            isinstance(new_num_sms, bool)
+            or not isinstance(new_num_sms, int)
+            or new_num_sms < 2
+            or new_num_sms % 2
+        ):
             refuse("set_num_sms", f"got {new_num_sms!r}; expected an even int >= 2")
         Buffer.num_sms = new_num_sms
 
@@ -118,7 +147,9 @@ class Buffer(LowLatency):
 
     # -- normal mode ------------------------------------------------------------------------------
 
-    def get_dispatch_layout(self, topk_idx, num_experts, previous_event=None, async_finish=False, allocate_on_comm_stream=False):
+    def get_dispatch_layout(
+        self, topk_idx, num_experts, previous_event=None, async_finish=False, allocate_on_comm_stream=False
+    ):
         """Count what a routing sends where. Local: no rank waits for another.
 
         Parameters
@@ -144,16 +175,40 @@ class Buffer(LowLatency):
         ids = require_tensor(op, "topk_idx", topk_idx, dtypes=IDS, shape=(None, None))
         check_experts(op, num_experts, self.group_size, self.rank)
         if not capturing() and ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < num_experts:
-            refuse(op, f"topk_idx holds ids from {int(ids.min())} to {int(ids.max())}; expected -1 (none) or ids below num_experts = {num_experts}", self.rank)
+            refuse(
+                op,
+                f"topk_idx holds ids from {int(ids.min())} to {int(ids.max())}; expected -1 (none) or ids below num_experts = {num_experts}",
+                self.rank,
+            )
         per_expert, in_rank = self._layout(ids, num_experts)
         per_rdma_rank = None
         if self._world.num_nodes > 1:
             per_rdma_rank = in_rank.unflatten(1, (self._world.num_nodes, -1)).any(2).sum(0, dtype=torch.int32)
-        return in_rank.sum(0, dtype=torch.int32), per_rdma_rank, per_expert, in_rank, event_of(async_finish, topk_idx)
+        return (
+            in_rank.sum(0, dtype=torch.int32),
+            per_rdma_rank,
+            per_expert,
+            in_rank,
+            event_of(async_finish, topk_idx),
+        )
 
-    def dispatch(self, x, handle=None, num_tokens_per_rank=None, num_tokens_per_rdma_rank=None, is_token_in_rank=None, num_tokens_per_expert=None,
-                 topk_idx=None, topk_weights=None, expert_alignment=1, num_worst_tokens=0, config=None, previous_event=None, async_finish=False,
-                 allocate_on_comm_stream=False):
+    def dispatch(
+        self,
+        x,
+        handle=None,
+        num_tokens_per_rank=None,
+        num_tokens_per_rdma_rank=None,
+        is_token_in_rank=None,
+        num_tokens_per_expert=None,
+        topk_idx=None,
+        topk_weights=None,
+        expert_alignment=1,
+        num_worst_tokens=0,
+        config=None,
+        previous_event=None,
+        async_finish=False,
+        allocate_on_comm_stream=False,
+    ):
         """Carry every token to the ranks that own its experts, one row per token and rank. Collective.
 
         Without a handle it costs one small exchange more than moecomm.Buffer.dispatch, in which ranks agree on the largest number
@@ -203,23 +258,62 @@ class Buffer(LowLatency):
         self._require_usable(op)
         self._check_config(op, config, "get_dispatch_config")
         if handle is not None:
-            return self._dispatch_again(x, handle, (num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert, topk_idx,
-                                                    topk_weights), num_worst_tokens, previous_event, async_finish, allocate_on_comm_stream)
+            return self._dispatch_again(
+                x,
+                handle,
+                (
+                    num_tokens_per_rank,
+                    num_tokens_per_rdma_rank,
+                    is_token_in_rank,
+                    num_tokens_per_expert,
+                    topk_idx,
+                    topk_weights,
+                ),
+                num_worst_tokens,
+                previous_event,
+                async_finish,
+                allocate_on_comm_stream,
+            )
         refusal, same, tokens = None, {}, 0
         try:
             wait_before(op, previous_event, async_finish, allocate_on_comm_stream, _NAMES)
-            payload, ids, weights, counts = self._check_dispatch(x, num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights,
-                                                                 expert_alignment, num_worst_tokens)
+            payload, ids, weights, counts = self._check_dispatch(
+                x,
+                num_tokens_per_rank,
+                is_token_in_rank,
+                num_tokens_per_expert,
+                topk_idx,
+                topk_weights,
+                expert_alignment,
+                num_worst_tokens,
+            )
             experts, tokens = num_tokens_per_expert.numel(), payload.tokens
-            same = {**payload.same, "num_experts": experts, "top_k": ids.shape[1], "num_worst_tokens": num_worst_tokens,
-                    "topk_idx given": topk_idx is not None, "topk_weights given": weights is not None}
+            same = {
+                **payload.same,
+                "num_experts": experts,
+                "top_k": ids.shape[1],
+                "num_worst_tokens": num_worst_tokens,
+                "topk_idx given": topk_idx is not None,
+                "topk_weights given": weights is not None,
+            }
         except Exception as error:  # noqa: BLE001 - agree raises it, here and as InvalidArgument on the peers
             refusal = error
-        most = tokens if capturing() and refusal is None else self._world.agree(op, same=same, most=(tokens,), refusal=refusal)[0]
-        if topk_idx is None:   # who receives how much for which expert, as the caller counted it
+        most = (
+            tokens
+            if capturing() and refusal is None
+            else self._world.agree(op, same=same, most=(tokens,), refusal=refusal)[0]
+        )
+        if topk_idx is None:  # who receives how much for which expert, as the caller counted it
             counts = self._world.scatter(counts.view(self.group_size, -1)).sum(0)
         with torch.no_grad():
-            routing = Routing(self._world, ids, experts, most, Buffer.num_sms, dict(layout="rank", capacity=num_worst_tokens or None))
+            routing = Routing(
+                self._world,
+                ids,
+                experts,
+                most,
+                Buffer.num_sms,
+                dict(layout="rank", capacity=num_worst_tokens or None),
+            )
             out = routing.dispatch(payload.hidden, payload.dtype, payload.x, weights)
             recv_x = payload.received(out)
         recv_ids, recv_weights, per_expert = None, None, []
@@ -228,9 +322,26 @@ class Buffer(LowLatency):
             counts = out.tokens_per_expert
         if not num_worst_tokens:
             per_expert = aligned(counts.tolist(), expert_alignment)
-        return recv_x, recv_ids, recv_weights, per_expert, DispatchHandle(routing), event_of(async_finish, x, ids, weights)
+        return (
+            recv_x,
+            recv_ids,
+            recv_weights,
+            per_expert,
+            DispatchHandle(routing),
+            event_of(async_finish, x, ids, weights),
+        )
 
-    def combine(self, x, handle, topk_weights=None, bias=None, config=None, previous_event=None, async_finish=False, allocate_on_comm_stream=False):
+    def combine(
+        self,
+        x,
+        handle,
+        topk_weights=None,
+        bias=None,
+        config=None,
+        previous_event=None,
+        async_finish=False,
+        allocate_on_comm_stream=False,
+    ):
         """Carry the experts' rows back and sum them, without weights. Collective.
 
         Parameters
@@ -265,7 +376,14 @@ class Buffer(LowLatency):
         wait_before(op, previous_event, async_finish, allocate_on_comm_stream, _NAMES)
         routing = self._routing_of(op, handle)
         rows = check_rows(op, x, routing.num_rows, self.rank)
-        numbers = require_tensor(op, "topk_weights", topk_weights, optional=True, dtypes=(torch.float32,), shape=(routing.num_rows, None))
+        numbers = require_tensor(
+            op,
+            "topk_weights",
+            topk_weights,
+            optional=True,
+            dtypes=(torch.float32,),
+            shape=(routing.num_rows, None),
+        )
         bias = sum_of_biases(op, bias, (routing.tokens, rows.shape[1]), self.rank)
         with torch.no_grad():
             y = routing.combine(rows, bias)
@@ -276,7 +394,11 @@ class Buffer(LowLatency):
 
     def get_comm_stream(self):
         """The stream that calls run on: the current one. None on the CPU, which has no streams."""
-        return torch.cuda.current_stream(self._world.comm.device) if self._world.comm.device.type == "cuda" else None
+        return (
+            torch.cuda.current_stream(self._world.comm.device)
+            if self._world.comm.device.type == "cuda"
+            else None
+        )
 
     def get_local_buffer_tensor(self, dtype, size=None, offset=0, use_rdma_buffer=False):
         """Not there: memory belongs to shapes, not to a Buffer of bytes.
@@ -286,13 +408,21 @@ class Buffer(LowLatency):
         Unsupported
             Always.
         """
-        raise Unsupported("get_local_buffer_tensor: moecomm's windows are laid out by shape and hold no raw bytes for the caller; expected "
-                          "torch.empty for scratch memory", op="get_local_buffer_tensor", rank=self.rank)
+        raise Unsupported(
+            "get_local_buffer_tensor: moecomm's windows are laid out by shape and hold no raw bytes for the caller; expected "
+            "torch.empty for scratch memory",
+            op="get_local_buffer_tensor",
+            rank=self.rank,
+        )
 
     def destroy(self):
         """End this Buffer; its handles stay usable with other Buffers of the group. Needs explicitly_destroy=True."""
         if not self.explicitly_destroy:
-            refuse("destroy", "the Buffer was made with explicitly_destroy=False; expected Buffer(..., explicitly_destroy=True)", self.rank)
+            refuse(
+                "destroy",
+                "the Buffer was made with explicitly_destroy=False; expected Buffer(..., explicitly_destroy=True)",
+                self.rank,
+            )
         self._destroyed = True
 
     def _require_usable(self, op):
@@ -309,7 +439,9 @@ class Buffer(LowLatency):
         """(picks per expert int32 [experts], which ranks get the token bool [T, ranks]) of ids in range."""
         flat = ids.to(torch.int64)
         per_expert = torch.zeros(experts + 1, dtype=torch.int32, device=ids.device)
-        per_expert.index_add_(0, (flat + 1).view(-1), torch.ones(flat.numel(), dtype=torch.int32, device=ids.device))
+        per_expert.index_add_(
+            0, (flat + 1).view(-1), torch.ones(flat.numel(), dtype=torch.int32, device=ids.device)
+        )
         in_rank = torch.zeros((len(ids), self.group_size + 1), dtype=torch.bool, device=ids.device)
         in_rank.scatter_(1, torch.div(flat, experts // self.group_size, rounding_mode="floor") + 1, True)
         return per_expert[1:], in_rank[:, 1:].contiguous()
@@ -318,8 +450,11 @@ class Buffer(LowLatency):
         """(Payload, ids [T, K], weights or None, what the caller counted per expert)."""
         op = "dispatch"
         payload = Payload(op, x)
-        for name, value, kinds, shape in (("num_tokens_per_rank", per_rank, IDS, (self.group_size,)), ("num_tokens_per_expert", per_expert, IDS, (None,)),
-                                          ("is_token_in_rank", in_rank, (torch.bool,), (payload.tokens, self.group_size))):
+        for name, value, kinds, shape in (
+            ("num_tokens_per_rank", per_rank, IDS, (self.group_size,)),
+            ("num_tokens_per_expert", per_expert, IDS, (None,)),
+            ("is_token_in_rank", in_rank, (torch.bool,), (payload.tokens, self.group_size)),
+        ):
             if value is None:
                 refuse(op, f"{name} is None; expected it from get_dispatch_layout, or a handle", self.rank)
             require_tensor(op, name, value, dtypes=kinds, shape=shape)
@@ -332,22 +467,43 @@ class Buffer(LowLatency):
                 refuse(op, "topk_weights is given without topk_idx; expected both", self.rank)
             k = min(self.group_size, 32)
             if not capturing() and len(in_rank) and int(in_rank.sum(1).max()) > k:
-                refuse(op, f"topk_idx is None and a token goes to more than {k} ranks; expected topk_idx", self.rank)
-            order = in_rank.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :k]   # the ranks of each token: their first experts stand for them
-            return payload, torch.where(in_rank.gather(1, order), order * (experts // self.group_size), -1), None, per_expert.to("cpu", torch.int64)
+                refuse(
+                    op,
+                    f"topk_idx is None and a token goes to more than {k} ranks; expected topk_idx",
+                    self.rank,
+                )
+            order = in_rank.to(torch.int8).argsort(dim=1, descending=True, stable=True)[
+                :, :k
+            ]  # the ranks of each token: their first experts stand for them
+            return (
+                payload,
+                torch.where(in_rank.gather(1, order), order * (experts // self.group_size), -1),
+                None,
+                per_expert.to("cpu", torch.int64),
+            )
         ids, weights = check_picks(op, topk_idx, topk_weights, payload.tokens, experts, self.rank)
         if not capturing() and not torch.equal(self._layout(ids, experts)[1], in_rank):
-            refuse(op, "is_token_in_rank is not the layout of topk_idx; expected what get_dispatch_layout gives for the same ids", self.rank)
+            refuse(
+                op,
+                "is_token_in_rank is not the layout of topk_idx; expected what get_dispatch_layout gives for the same ids",
+                self.rank,
+            )
         return payload, ids, weights, None
 
-    def _dispatch_again(self, x, handle, left_out, worst, previous_event, async_finish, allocate_on_comm_stream):
+    def _dispatch_again(
+        self, x, handle, left_out, worst, previous_event, async_finish, allocate_on_comm_stream
+    ):
         op = "dispatch"
         wait_before(op, previous_event, async_finish, allocate_on_comm_stream, _NAMES)
         routing, payload = self._routing_of(op, handle), Payload(op, x)
         if any(value is not None for value in left_out[4:]):
             refuse(op, "topk_idx or topk_weights are given with a handle; expected neither", self.rank)
         if worst and worst != routing.how["capacity"]:
-            refuse(op, f"num_worst_tokens is {worst} and the handle's is {routing.how['capacity'] or 0}; expected it left out", self.rank)
+            refuse(
+                op,
+                f"num_worst_tokens is {worst} and the handle's is {routing.how['capacity'] or 0}; expected it left out",
+                self.rank,
+            )
         if payload.tokens != routing.tokens:
             refuse(op, f"x has {payload.tokens} tokens; the handle is for {routing.tokens}", self.rank)
         with torch.no_grad():
@@ -356,7 +512,11 @@ class Buffer(LowLatency):
 
     def _routing_of(self, op, handle):
         if not isinstance(handle, DispatchHandle):
-            refuse(op, f"handle is a {type(handle).__qualname__}; expected the handle of a dispatch of this library", self.rank)
+            refuse(
+                op,
+                f"handle is a {type(handle).__qualname__}; expected the handle of a dispatch of this library",
+                self.rank,
+            )
         if handle._routing.world is not self._world:
             refuse(op, "handle comes from a Buffer of another group; expected one of this group", self.rank)
         return handle._routing
@@ -375,10 +535,12 @@ class DispatchHandle:
         return self._opaque()
 
     def _opaque(self):
-        raise Unsupported("handle: deep_ep's handle is a tuple of its kernels' tensors, this one is opaque; expected it only to be passed on", op="handle")
+        raise Unsupported(
+            "handle: deep_ep's handle is a tuple of its kernels' tensors, this one is opaque; expected it only to be passed on",
+            op="handle",
+        )
 
 
 def _default_config(op, num_ranks):
     check_int(op, "num_ranks", num_ranks, 1)
     return Config(Buffer.num_sms)
-

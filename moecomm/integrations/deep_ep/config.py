@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .errors import refuse
 
-_RANKS_PER_NODE = 8   # deep_ep's own number, from which it tells whether there is a second network
+_RANKS_PER_NODE = 8  # deep_ep's own number, from which it tells whether there is a second network
 
 
 class Config:
@@ -22,19 +22,38 @@ class Config:
     InvalidArgument
     """
 
-    def __init__(self, num_sms=20, num_max_nvl_chunked_send_tokens=6, num_max_nvl_chunked_recv_tokens=256,
-                 num_max_rdma_chunked_send_tokens=6, num_max_rdma_chunked_recv_tokens=256):
+    def __init__(
+        self,
+        num_sms=20,
+        num_max_nvl_chunked_send_tokens=6,
+        num_max_nvl_chunked_recv_tokens=256,
+        num_max_rdma_chunked_send_tokens=6,
+        num_max_rdma_chunked_recv_tokens=256,
+    ):
         self.num_sms = _positive("num_sms", num_sms)
-        self.num_max_nvl_chunked_send_tokens = _positive("num_max_nvl_chunked_send_tokens", num_max_nvl_chunked_send_tokens)
-        self.num_max_nvl_chunked_recv_tokens = _positive("num_max_nvl_chunked_recv_tokens", num_max_nvl_chunked_recv_tokens)
-        self.num_max_rdma_chunked_send_tokens = _positive("num_max_rdma_chunked_send_tokens", num_max_rdma_chunked_send_tokens)
-        self.num_max_rdma_chunked_recv_tokens = _positive("num_max_rdma_chunked_recv_tokens", num_max_rdma_chunked_recv_tokens)
+        self.num_max_nvl_chunked_send_tokens = _positive(
+            "num_max_nvl_chunked_send_tokens", num_max_nvl_chunked_send_tokens
+        )
+        self.num_max_nvl_chunked_recv_tokens = _positive(
+            "num_max_nvl_chunked_recv_tokens", num_max_nvl_chunked_recv_tokens
+        )
+        self.num_max_rdma_chunked_send_tokens = _positive(
+            "num_max_rdma_chunked_send_tokens", num_max_rdma_chunked_send_tokens
+        )
+        self.num_max_rdma_chunked_recv_tokens = _positive(
+            "num_max_rdma_chunked_recv_tokens", num_max_rdma_chunked_recv_tokens
+        )
         if num_sms % 2:
             refuse("Config", f"num_sms is {num_sms}; expected an even number")
         for link in ("nvl", "rdma"):
-            send, receive = (getattr(self, f"num_max_{link}_chunked_{way}_tokens") for way in ("send", "recv"))
+            send, receive = (
+                getattr(self, f"num_max_{link}_chunked_{way}_tokens") for way in ("send", "recv")
+            )
             if send >= receive:
-                refuse("Config", f"num_max_{link}_chunked_send_tokens is {send}; expected less than num_max_{link}_chunked_recv_tokens = {receive}")
+                refuse(
+                    "Config",
+                    f"num_max_{link}_chunked_send_tokens is {send}; expected less than num_max_{link}_chunked_recv_tokens = {receive}",
+                )
 
     def get_nvl_buffer_size_hint(self, hidden_bytes, num_ranks):
         """Bytes to pass as num_nvl_bytes: rows in flight inside a node."""
@@ -45,10 +64,12 @@ class Config:
         """Bytes to pass as num_rdma_bytes: rows in flight between nodes; 0 where one node holds all ranks."""
         if _positive("num_ranks", num_ranks) <= _RANKS_PER_NODE:
             return 0
-        return self._size(hidden_bytes, -(-num_ranks // _RANKS_PER_NODE), 2 * self.num_max_rdma_chunked_recv_tokens)
+        return self._size(
+            hidden_bytes, -(-num_ranks // _RANKS_PER_NODE), 2 * self.num_max_rdma_chunked_recv_tokens
+        )
 
     def _size(self, hidden_bytes, peers, rows):
-        row = _positive("hidden_bytes", hidden_bytes) + 512   # ids, weights, scales
+        row = _positive("hidden_bytes", hidden_bytes) + 512  # ids, weights, scales
         return -(-(self.num_sms // 2) * peers * rows * row // 128) * 128
 
     def __repr__(self):

@@ -13,7 +13,7 @@ from ._world import world_of
 from .errors import Unsupported, refuse, require_tensor
 from .events import EventHandle, event_of, wait_before
 
-_DEFAULT_TOPK = 32   # what deep_ep takes num_topk=0 for
+_DEFAULT_TOPK = 32  # what deep_ep takes num_topk=0 for
 _MEBIBYTES = 1 << 20
 
 
@@ -46,13 +46,18 @@ class EPHandle:
         """int32 [ranks of a node], inclusive sums."""
         if self._psum is None:
             ranks, tokens = self._source_rank, self._source_token
-            if self.do_expand:   # a token comes once per expert here, and counts once
-                _, first = torch.unique(torch.where(ranks < 0, -1, ranks * (1 << 32) + tokens), return_inverse=True)
-                new = torch.zeros(int(first.max()) + 1 if len(first) else 0, dtype=torch.int64, device=ranks.device).scatter_reduce_(
-                    0, first, ranks, "amax", include_self=False)
+            if self.do_expand:  # a token comes once per expert here, and counts once
+                _, first = torch.unique(
+                    torch.where(ranks < 0, -1, ranks * (1 << 32) + tokens), return_inverse=True
+                )
+                new = torch.zeros(
+                    int(first.max()) + 1 if len(first) else 0, dtype=torch.int64, device=ranks.device
+                ).scatter_reduce_(0, first, ranks, "amax", include_self=False)
                 ranks = new
             place = torch.where(ranks < 0, self._scaleup_ranks, ranks % self._scaleup_ranks)
-            counted = torch.zeros(self._scaleup_ranks + 1, dtype=torch.int64, device=ranks.device).index_add_(0, place, torch.ones_like(place))
+            counted = torch.zeros(self._scaleup_ranks + 1, dtype=torch.int64, device=ranks.device).index_add_(
+                0, place, torch.ones_like(place)
+            )
             self._psum = counted[:-1].cumsum(0).to(torch.int32)
         return self._psum
 
@@ -75,8 +80,11 @@ class EPHandle:
         Unsupported
             Always.
         """
-        raise Unsupported("EPHandle.recv_src_metadata: it is the linked lists of deep_ep's combine kernel, which this library has none of; expected the "
-                          "handle only to be passed on", op="EPHandle")
+        raise Unsupported(
+            "EPHandle.recv_src_metadata: it is the linked lists of deep_ep's combine kernel, which this library has none of; expected the "
+            "handle only to be passed on",
+            op="EPHandle",
+        )
 
 
 class ElasticBuffer:
@@ -113,26 +121,74 @@ class ElasticBuffer:
         num_cpu_bytes is not 0.
     """
 
-    def __init__(self, group, num_bytes=None, num_cpu_bytes=0, num_max_tokens_per_rank=0, hidden=0, num_topk=0, use_fp8_dispatch=False,
-                 deterministic=False, allow_hybrid_mode=True, allow_multiple_reduction=True, prefer_overlap_with_compute=True, sl_idx=3,
-                 num_allocated_qps=0, num_cpu_timeout_secs=300, num_gpu_timeout_secs=100, explicitly_destroy=False):
+    def __init__(
+        self,
+        group,
+        num_bytes=None,
+        num_cpu_bytes=0,
+        num_max_tokens_per_rank=0,
+        hidden=0,
+        num_topk=0,
+        use_fp8_dispatch=False,
+        deterministic=False,
+        allow_hybrid_mode=True,
+        allow_multiple_reduction=True,
+        prefer_overlap_with_compute=True,
+        sl_idx=3,
+        num_allocated_qps=0,
+        num_cpu_timeout_secs=300,
+        num_gpu_timeout_secs=100,
+        explicitly_destroy=False,
+    ):
         op = "ElasticBuffer"
         if group is None:
             refuse(op, "group is None; expected a ProcessGroup")
-        for name, value in {"num_max_tokens_per_rank": num_max_tokens_per_rank, "hidden": hidden, "num_topk": num_topk, "num_allocated_qps": num_allocated_qps,
-                            "num_cpu_bytes": num_cpu_bytes, "sl_idx": sl_idx, "num_bytes": num_bytes or 0}.items():
+        for name, value in {
+            "num_max_tokens_per_rank": num_max_tokens_per_rank,
+            "hidden": hidden,
+            "num_topk": num_topk,
+            "num_allocated_qps": num_allocated_qps,
+            "num_cpu_bytes": num_cpu_bytes,
+            "sl_idx": sl_idx,
+            "num_bytes": num_bytes or 0,
+        }.items():
             check_int(op, name, value, 0)
-        for name, value in {"num_cpu_timeout_secs": num_cpu_timeout_secs, "num_gpu_timeout_secs": num_gpu_timeout_secs}.items():
+        for name, value in {
+            "num_cpu_timeout_secs": num_cpu_timeout_secs,
+            "num_gpu_timeout_secs": num_gpu_timeout_secs,
+        }.items():
             check_int(op, name, value, 1)
         if num_cpu_bytes:
-            raise Unsupported(f"{op}: num_cpu_bytes is {num_cpu_bytes}; Engram's host memory is not part of this library, expected 0", op=op)
+            raise Unsupported(
+                f"{op}: num_cpu_bytes is {num_cpu_bytes}; Engram's host memory is not part of this library, expected 0",
+                op=op,
+            )
         if num_bytes is None:
             if not num_max_tokens_per_rank or not hidden:
-                refuse(op, f"num_bytes is None, num_max_tokens_per_rank {num_max_tokens_per_rank} and hidden {hidden}; expected num_bytes, or both of the others")
-            num_bytes = self.get_buffer_size_hint(group, num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch, allow_hybrid_mode, allow_multiple_reduction)
+                refuse(
+                    op,
+                    f"num_bytes is None, num_max_tokens_per_rank {num_max_tokens_per_rank} and hidden {hidden}; expected num_bytes, or both of the others",
+                )
+            num_bytes = self.get_buffer_size_hint(
+                group,
+                num_max_tokens_per_rank,
+                hidden,
+                num_topk,
+                use_fp8_dispatch,
+                allow_hybrid_mode,
+                allow_multiple_reduction,
+            )
         self.group, self._world = group, world_of(group)
-        self.num_bytes, self.num_max_tokens_per_rank, self.num_allocated_qps = num_bytes, num_max_tokens_per_rank, num_allocated_qps
-        self.rank_idx, self.num_ranks, self.explicitly_destroy = self._world.rank, self._world.size, bool(explicitly_destroy)
+        self.num_bytes, self.num_max_tokens_per_rank, self.num_allocated_qps = (
+            num_bytes,
+            num_max_tokens_per_rank,
+            num_allocated_qps,
+        )
+        self.rank_idx, self.num_ranks, self.explicitly_destroy = (
+            self._world.rank,
+            self._world.size,
+            bool(explicitly_destroy),
+        )
         self.num_rdma_ranks, self.num_nvlink_ranks = self.get_physical_domain_size()
         self._hybrid, self._destroyed = bool(allow_hybrid_mode), False
         self.num_scaleout_ranks, self.num_scaleup_ranks = self.get_logical_domain_size()
@@ -140,15 +196,31 @@ class ElasticBuffer:
     # -- statics and sizes ------------------------------------------------------------------------
 
     @staticmethod
-    def get_buffer_size_hint(group, num_max_tokens_per_rank, hidden, num_topk=0, use_fp8_dispatch=False, allow_hybrid_mode=True,
-                             allow_multiple_reduction=True):
+    def get_buffer_size_hint(
+        group,
+        num_max_tokens_per_rank,
+        hidden,
+        num_topk=0,
+        use_fp8_dispatch=False,
+        allow_hybrid_mode=True,
+        allow_multiple_reduction=True,
+    ):
         """Bytes to pass as num_bytes, a multiple of 2 MiB: about what one dispatch and combine of this shape take. Local."""
         op = "get_buffer_size_hint"
         for name, value in {"num_max_tokens_per_rank": num_max_tokens_per_rank, "hidden": hidden}.items():
             check_int(op, name, value, 1)
         check_int(op, "num_topk", num_topk, 0)
-        size = group.size() if callable(getattr(group, "size", None)) else getattr(group, "size", None) or group.Get_size()
-        row = 2 * hidden + (hidden + hidden // 32 if use_fp8_dispatch else 2 * hidden) + 16 * (num_topk or _DEFAULT_TOPK) + 64
+        size = (
+            group.size()
+            if callable(getattr(group, "size", None))
+            else getattr(group, "size", None) or group.Get_size()
+        )
+        row = (
+            2 * hidden
+            + (hidden + hidden // 32 if use_fp8_dispatch else 2 * hidden)
+            + 16 * (num_topk or _DEFAULT_TOPK)
+            + 64
+        )
         return -(-2 * size * num_max_tokens_per_rank * row // (2 * _MEBIBYTES)) * 2 * _MEBIBYTES
 
     @staticmethod
@@ -164,13 +236,22 @@ class ElasticBuffer:
         """(nodes, ranks per node); (1, ranks) without allow_hybrid_mode."""
         return self.get_physical_domain_size() if self._hybrid else (1, self._world.size)
 
-    def get_theoretical_num_sms(self, num_experts, num_topk, num_scaleout_topk=0, rdma_gbs=0, nvlink_gbs=0, sm_read_gbs=200, sm_write_gbs=50):
+    def get_theoretical_num_sms(
+        self,
+        num_experts,
+        num_topk,
+        num_scaleout_topk=0,
+        rdma_gbs=0,
+        nvlink_gbs=0,
+        sm_read_gbs=200,
+        sm_write_gbs=50,
+    ):
         """Multiprocessors that keep the slowest link busy: even, at least 2, at most 64. 0 for a link: 50 and 160 GB/s."""
         check_experts("get_theoretical_num_sms", num_experts, self.num_ranks, self.rank_idx)
         check_int("get_theoretical_num_sms", "num_topk", num_topk, 1, self.rank_idx)
         nodes, ranks = self.get_physical_domain_size()
 
-        def reached(parts):   # of so many, by num_topk different experts
+        def reached(parts):  # of so many, by num_topk different experts
             each = num_experts // parts
             return parts * (1 - math.comb(num_experts - each, num_topk) / math.comb(num_experts, num_topk))
 
@@ -187,10 +268,28 @@ class ElasticBuffer:
 
     # -- dispatch and combine ---------------------------------------------------------------------
 
-    def dispatch(self, x, topk_idx=None, topk_weights=None, cumulative_local_expert_recv_stats=None, num_experts=None, num_max_tokens_per_rank=None,
-                 expert_alignment=None, num_sms=0, num_qps=0, previous_event=None, previous_event_before_epilogue=None, async_with_compute_stream=False,
-                 allocate_on_comm_stream=False, handle=None, do_handle_copy=True, do_cpu_sync=None, do_expand=False, do_zero_padding=False,
-                 use_tma_aligned_col_major_sf=False):
+    def dispatch(
+        self,
+        x,
+        topk_idx=None,
+        topk_weights=None,
+        cumulative_local_expert_recv_stats=None,
+        num_experts=None,
+        num_max_tokens_per_rank=None,
+        expert_alignment=None,
+        num_sms=0,
+        num_qps=0,
+        previous_event=None,
+        previous_event_before_epilogue=None,
+        async_with_compute_stream=False,
+        allocate_on_comm_stream=False,
+        handle=None,
+        do_handle_copy=True,
+        do_cpu_sync=None,
+        do_expand=False,
+        do_zero_padding=False,
+        use_tma_aligned_col_major_sf=False,
+    ):
         """Carry every token to the ranks that own its experts. Collective.
 
         With do_cpu_sync a new plan costs one small exchange more than moecomm.Buffer.dispatch, in which ranks learn of a peer that
@@ -253,39 +352,87 @@ class ElasticBuffer:
         try:
             self._wait(op, previous_event, previous_event_before_epilogue, allocate_on_comm_stream)
             if do_zero_padding and not (do_expand or handle is not None and handle.do_expand):
-                refuse(op, "do_zero_padding is set without do_expand; expected both, since only expanded rows have padding", self.rank_idx)
-            for name, value in {"num_sms": num_sms, "num_qps": num_qps, "num_max_tokens_per_rank": most}.items():
+                refuse(
+                    op,
+                    "do_zero_padding is set without do_expand; expected both, since only expanded rows have padding",
+                    self.rank_idx,
+                )
+            for name, value in {
+                "num_sms": num_sms,
+                "num_qps": num_qps,
+                "num_max_tokens_per_rank": most,
+            }.items():
                 check_int(op, name, value, 0, self.rank_idx)
             payload = Payload(op, x)
             if most and payload.tokens > most:
-                refuse(op, f"x has {payload.tokens} tokens; expected at most num_max_tokens_per_rank = {most}", self.rank_idx)
+                refuse(
+                    op,
+                    f"x has {payload.tokens} tokens; expected at most num_max_tokens_per_rank = {most}",
+                    self.rank_idx,
+                )
             if handle is not None:
-                routing, weights = self._check_again(op, payload, handle, topk_idx, topk_weights, num_experts, expert_alignment, do_expand)
+                routing, weights = self._check_again(
+                    op, payload, handle, topk_idx, topk_weights, num_experts, expert_alignment, do_expand
+                )
                 alignment, do_expand = handle.expert_alignment, handle.do_expand
             else:
                 alignment = 1 if expert_alignment is None else expert_alignment
                 check_int(op, "expert_alignment", alignment, 1, self.rank_idx)
                 if num_experts is None or topk_idx is None:
-                    refuse(op, f"{'num_experts' if num_experts is None else 'topk_idx'} is None; expected it, or a handle", self.rank_idx)
+                    refuse(
+                        op,
+                        f"{'num_experts' if num_experts is None else 'topk_idx'} is None; expected it, or a handle",
+                        self.rank_idx,
+                    )
                 check_experts(op, num_experts, self.num_ranks, self.rank_idx)
-                ids, weights = check_picks(op, topk_idx, topk_weights, payload.tokens, num_experts, self.rank_idx)
+                ids, weights = check_picks(
+                    op, topk_idx, topk_weights, payload.tokens, num_experts, self.rank_idx
+                )
                 if not sync and not most:
-                    refuse(op, "do_cpu_sync is False and num_max_tokens_per_rank is 0; expected it here or in ElasticBuffer(...)", self.rank_idx)
-                same = {**payload.same, "num_experts": num_experts, "top_k": ids.shape[1], "num_max_tokens_per_rank": most, "expert_alignment": alignment,
-                        "do_expand": bool(do_expand), "do_cpu_sync": sync, "topk_weights given": weights is not None}
+                    refuse(
+                        op,
+                        "do_cpu_sync is False and num_max_tokens_per_rank is 0; expected it here or in ElasticBuffer(...)",
+                        self.rank_idx,
+                    )
+                same = {
+                    **payload.same,
+                    "num_experts": num_experts,
+                    "top_k": ids.shape[1],
+                    "num_max_tokens_per_rank": most,
+                    "expert_alignment": alignment,
+                    "do_expand": bool(do_expand),
+                    "do_cpu_sync": sync,
+                    "topk_weights given": weights is not None,
+                }
             if stats is not None:
-                require_tensor(op, "cumulative_local_expert_recv_stats", stats, dtypes=(torch.int32,), shape=((num_experts or routing.experts) // self.num_ranks,))
+                require_tensor(
+                    op,
+                    "cumulative_local_expert_recv_stats",
+                    stats,
+                    dtypes=(torch.int32,),
+                    shape=((num_experts or routing.experts) // self.num_ranks,),
+                )
         except Exception as error:  # noqa: BLE001 - agree raises it, here and as InvalidArgument on the peers
             refusal = error
         if handle is not None and refusal is not None or not sync and refusal is not None:
             raise refusal
         if handle is None and sync and not (capturing() and most):
-            largest = self._world.agree(op, same=same, most=(0 if refusal else payload.tokens,), refusal=refusal)[0]
+            largest = self._world.agree(
+                op, same=same, most=(0 if refusal else payload.tokens,), refusal=refusal
+            )[0]
             most = most or largest
         with torch.no_grad():
             if handle is None:
-                capacity = None if sync else self._rows(most, ids.shape[1], num_experts // self.num_ranks, alignment, do_expand)
-                how = dict(layout="expert" if do_expand else "rank", expert_alignment=alignment if do_expand else 1, capacity=capacity)
+                capacity = (
+                    None
+                    if sync
+                    else self._rows(most, ids.shape[1], num_experts // self.num_ranks, alignment, do_expand)
+                )
+                how = dict(
+                    layout="expert" if do_expand else "rank",
+                    expert_alignment=alignment if do_expand else 1,
+                    capacity=capacity,
+                )
                 routing = Routing(self._world, ids, num_experts, most, 20, how)
             out = routing.dispatch(payload.hidden, payload.dtype, payload.x, weights)
             recv_x = payload.received(out)
@@ -293,13 +440,32 @@ class ElasticBuffer:
                 recv_x = recv_x[0], _by_column(recv_x[1])
             recv_ids = None if do_expand or handle is not None else out.topk_ids
             recv_weights = None if weights is None else out.topk_weights
-            handle = handle or EPHandle(routing, out, self.num_scaleup_ranks, bool(do_expand), alignment, num_sms or 20, sync)
+            handle = handle or EPHandle(
+                routing, out, self.num_scaleup_ranks, bool(do_expand), alignment, num_sms or 20, sync
+            )
             if stats is not None:
                 stats.add_(handle.num_unaligned_recv_tokens_per_expert)
-        return recv_x, recv_ids, recv_weights, handle, event_of(async_with_compute_stream, x, topk_idx, topk_weights)
+        return (
+            recv_x,
+            recv_ids,
+            recv_weights,
+            handle,
+            event_of(async_with_compute_stream, x, topk_idx, topk_weights),
+        )
 
-    def combine(self, x, handle, topk_weights=None, bias=None, num_sms=0, num_qps=0, previous_event=None, previous_event_before_epilogue=None,
-                async_with_compute_stream=False, allocate_on_comm_stream=False):
+    def combine(
+        self,
+        x,
+        handle,
+        topk_weights=None,
+        bias=None,
+        num_sms=0,
+        num_qps=0,
+        previous_event=None,
+        previous_event_before_epilogue=None,
+        async_with_compute_stream=False,
+        allocate_on_comm_stream=False,
+    ):
         """Carry the experts' rows back and sum them, without weights. Collective.
 
         Parameters
@@ -334,13 +500,17 @@ class ElasticBuffer:
         routing = self._routing_of(op, handle)
         rows = check_rows(op, x, routing.num_rows, self.rank_idx)
         shape = (routing.num_rows,) if handle.do_expand else (routing.num_rows, None)
-        weights = require_tensor(op, "topk_weights", topk_weights, optional=True, dtypes=(torch.float32,), shape=shape)
+        weights = require_tensor(
+            op, "topk_weights", topk_weights, optional=True, dtypes=(torch.float32,), shape=shape
+        )
         bias = sum_of_biases(op, bias, (routing.tokens, rows.shape[1]), self.rank_idx)
         summed = None
         with torch.no_grad():
             if weights is not None and handle.do_expand:
                 core, plan = routing.plan(rows.shape[1], rows.dtype)
-                y, summed = ops.combine_slots(rows, weights, plan.tensor(), core.number, "expert", routing.tokens)
+                y, summed = ops.combine_slots(
+                    rows, weights, plan.tensor(), core.number, "expert", routing.tokens
+                )
                 y = y if bias is None else routing.combine(rows, bias)
             else:
                 y = routing.combine(rows, bias)
@@ -358,12 +528,20 @@ class ElasticBuffer:
 
     def get_comm_stream(self):
         """The stream that calls run on: the current one. None on the CPU, which has no streams."""
-        return torch.cuda.current_stream(self._world.comm.device) if self._world.comm.device.type == "cuda" else None
+        return (
+            torch.cuda.current_stream(self._world.comm.device)
+            if self._world.comm.device.type == "cuda"
+            else None
+        )
 
     def destroy(self):
         """End this buffer. Needs explicitly_destroy=True."""
         if not self.explicitly_destroy:
-            refuse("destroy", "the buffer was made with explicitly_destroy=False; expected ElasticBuffer(..., explicitly_destroy=True)", self.rank_idx)
+            refuse(
+                "destroy",
+                "the buffer was made with explicitly_destroy=False; expected ElasticBuffer(..., explicitly_destroy=True)",
+                self.rank_idx,
+            )
         self._destroyed = True
 
     def _require_usable(self, op):
@@ -373,9 +551,13 @@ class ElasticBuffer:
 
     def _wait(self, op, event, before_epilogue, on_comm_stream):
         if event is not None and not on_comm_stream:
-            refuse(op, "previous_event is given without allocate_on_comm_stream; expected both", self.rank_idx)
+            refuse(
+                op, "previous_event is given without allocate_on_comm_stream; expected both", self.rank_idx
+            )
         wait_before(op, event, True, False, ("previous_event", "async_with_compute_stream"))
-        wait_before(op, before_epilogue, True, False, ("previous_event_before_epilogue", "async_with_compute_stream"))
+        wait_before(
+            op, before_epilogue, True, False, ("previous_event_before_epilogue", "async_with_compute_stream")
+        )
 
     def _rows(self, most, k, local, alignment, expand):
         """Rows of a dispatch whose size the host does not learn."""
@@ -389,19 +571,37 @@ class ElasticBuffer:
         routing = self._routing_of(op, handle)
         if topk_idx is not None:
             refuse(op, "topk_idx is given with a handle; expected None", self.rank_idx)
-        for name, given, kept in (("num_experts", num_experts, handle.num_experts), ("expert_alignment", alignment, handle.expert_alignment),
-                                  ("do_expand", expand or None, handle.do_expand)):
+        for name, given, kept in (
+            ("num_experts", num_experts, handle.num_experts),
+            ("expert_alignment", alignment, handle.expert_alignment),
+            ("do_expand", expand or None, handle.do_expand),
+        ):
             if given is not None and given != kept:
-                refuse(op, f"{name} is {given} and the handle's is {kept}; expected it left out", self.rank_idx)
+                refuse(
+                    op, f"{name} is {given} and the handle's is {kept}; expected it left out", self.rank_idx
+                )
         if payload.tokens != routing.tokens:
             refuse(op, f"x has {payload.tokens} tokens; the handle is for {routing.tokens}", self.rank_idx)
-        return routing, require_tensor(op, "topk_weights", topk_weights, optional=True, dtypes=(torch.float32,), shape=tuple(routing.ids.shape))
+        return routing, require_tensor(
+            op,
+            "topk_weights",
+            topk_weights,
+            optional=True,
+            dtypes=(torch.float32,),
+            shape=tuple(routing.ids.shape),
+        )
 
     def _routing_of(self, op, handle):
         if not isinstance(handle, EPHandle):
-            refuse(op, f"handle is a {type(handle).__qualname__}; expected the EPHandle of a dispatch", self.rank_idx)
+            refuse(
+                op,
+                f"handle is a {type(handle).__qualname__}; expected the EPHandle of a dispatch",
+                self.rank_idx,
+            )
         if handle._routing.world is not self._world:
-            refuse(op, "handle comes from a buffer of another group; expected one of this group", self.rank_idx)
+            refuse(
+                op, "handle comes from a buffer of another group; expected one of this group", self.rank_idx
+            )
         return handle._routing
 
 
@@ -414,17 +614,35 @@ def _unsupported(name, why):
 
 
 for _name in ("engram_write", "engram_fetch"):
-    setattr(ElasticBuffer, _name, _unsupported(_name, "Engram's memory is no part of moecomm; expected an embedding of your own"))
+    setattr(
+        ElasticBuffer,
+        _name,
+        _unsupported(_name, "Engram's memory is no part of moecomm; expected an embedding of your own"),
+    )
 for _name in ("pp_set_config", "pp_send", "pp_recv"):
-    setattr(ElasticBuffer, _name, _unsupported(_name, "moecomm has no pipeline transfers; expected torch.distributed.isend and irecv"))
-for _name in ("agrs_set_config", "agrs_get_inplace_tensor", "create_agrs_session", "destroy_agrs_session", "all_gather"):
-    setattr(ElasticBuffer, _name, _unsupported(_name, "moecomm has no all-gather or reduce-scatter; expected torch.distributed's"))
+    setattr(
+        ElasticBuffer,
+        _name,
+        _unsupported(_name, "moecomm has no pipeline transfers; expected torch.distributed.isend and irecv"),
+    )
+for _name in (
+    "agrs_set_config",
+    "agrs_get_inplace_tensor",
+    "create_agrs_session",
+    "destroy_agrs_session",
+    "all_gather",
+):
+    setattr(
+        ElasticBuffer,
+        _name,
+        _unsupported(_name, "moecomm has no all-gather or reduce-scatter; expected torch.distributed's"),
+    )
 
 
 def _by_column(scales):
     """The same values, column-major, each column starting on 16 bytes."""
     step = -(-len(scales) * scales.itemsize // 16) * 16 // scales.itemsize
-    made = torch.zeros((scales.shape[1], step), dtype=scales.dtype, device=scales.device).t()[:len(scales)]
+    made = torch.zeros((scales.shape[1], step), dtype=scales.dtype, device=scales.device).t()[: len(scales)]
     return made.copy_(scales)
 
 

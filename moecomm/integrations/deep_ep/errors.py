@@ -50,8 +50,14 @@ def require_tensor(op, name, value, *, optional=False, dtypes=None, shape=None):
     if value is None and optional:
         return None
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
-        refuse(op, f"{name} is a {type(value).__qualname__}; expected a plain torch.Tensor (of a DTensor: its to_local())")
-    wrong_shape = shape is not None and (value.dim() != len(shape) or any(n is not None and n != m for n, m in zip(shape, value.shape, strict=False)))
+        refuse(
+            op,
+            f"{name} is a {type(value).__qualname__}; expected a plain torch.Tensor (of a DTensor: its to_local())",
+        )
+    wrong_shape = shape is not None and (
+        value.dim() != len(shape)
+        or any(n is not None and n != m for n, m in zip(shape, value.shape, strict=False))
+    )
     if wrong_shape or (dtypes is not None and value.dtype not in dtypes) or value.layout != torch.strided:
         kinds = "a tensor" if dtypes is None else " or ".join(map(str, dtypes))
         sizes = "" if shape is None else f" [{', '.join('any' if n is None else str(n) for n in shape)}]"

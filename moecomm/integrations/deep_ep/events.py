@@ -86,7 +86,10 @@ def wait_before(op, previous_event, asynchronous, on_comm_stream, names):
     if previous_event is None:
         return
     if not isinstance(previous_event, (EventOverlap, EventHandle)):
-        refuse(op, f"{names[0]} is a {type(previous_event).__qualname__}; expected an EventOverlap or an EventHandle of this library")
+        refuse(
+            op,
+            f"{names[0]} is a {type(previous_event).__qualname__}; expected an EventOverlap or an EventHandle of this library",
+        )
     previous_event.current_stream_wait()
 
 

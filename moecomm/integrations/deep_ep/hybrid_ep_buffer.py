@@ -26,11 +26,20 @@ def indices_to_map(topk_idx, topk_weights, num_of_tokens, num_of_experts):
     ids = require_tensor(op, "topk_idx", topk_idx, dtypes=IDS, shape=(num_of_tokens, None)).to(torch.int64)
     weights = require_tensor(op, "topk_weights", topk_weights, optional=True, shape=tuple(ids.shape))
     if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < num_of_experts:
-        refuse(op, f"topk_idx holds ids from {int(ids.min())} to {int(ids.max())}; expected -1 (none) or ids below num_of_experts = {num_of_experts}")
-    routing_map = torch.zeros((num_of_tokens, num_of_experts + 1), dtype=torch.bool, device=ids.device).scatter_(1, ids + 1, True)[:, 1:].contiguous()
+        refuse(
+            op,
+            f"topk_idx holds ids from {int(ids.min())} to {int(ids.max())}; expected -1 (none) or ids below num_of_experts = {num_of_experts}",
+        )
+    routing_map = (
+        torch.zeros((num_of_tokens, num_of_experts + 1), dtype=torch.bool, device=ids.device)
+        .scatter_(1, ids + 1, True)[:, 1:]
+        .contiguous()
+    )
     if weights is None:
         return routing_map, None
-    probs = torch.zeros((num_of_tokens, num_of_experts + 1), dtype=torch.float32, device=ids.device).scatter_(1, ids + 1, weights.float())
+    probs = torch.zeros((num_of_tokens, num_of_experts + 1), dtype=torch.float32, device=ids.device).scatter_(
+        1, ids + 1, weights.float()
+    )
     return routing_map, probs[:, 1:].contiguous()
 
 
@@ -43,7 +52,10 @@ class Opaque:
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        raise Unsupported(f"handle: .{name} of a tensor that only hybrid-ep's kernels have; expected the handle only to be passed on", op="handle")
+        raise Unsupported(
+            f"handle: .{name} of a tensor that only hybrid-ep's kernels have; expected the handle only to be passed on",
+            op="handle",
+        )
 
 
 class HybridEPBuffer:
@@ -68,14 +80,38 @@ class HybridEPBuffer:
     InvalidArgument
     """
 
-    def __init__(self, group, hidden_dim, max_num_of_tokens_per_rank, num_local_experts, use_fp8=False, num_sms_dispatch_api=None, num_sms_combine_api=None,
-                 num_sms_preprocessing_api=None, num_blocks_permute=None, num_blocks_unpermute=None, load_cached_kernels=False, use_shared_buffer=True,
-                 enable_custom_allgather=False, num_of_hybrid_ep_ranks_per_nvlink_domain=None, use_mnnvl=None):
+    def __init__(
+        self,
+        group,
+        hidden_dim,
+        max_num_of_tokens_per_rank,
+        num_local_experts,
+        use_fp8=False,
+        num_sms_dispatch_api=None,
+        num_sms_combine_api=None,
+        num_sms_preprocessing_api=None,
+        num_blocks_permute=None,
+        num_blocks_unpermute=None,
+        load_cached_kernels=False,
+        use_shared_buffer=True,
+        enable_custom_allgather=False,
+        num_of_hybrid_ep_ranks_per_nvlink_domain=None,
+        use_mnnvl=None,
+    ):
         op = "HybridEPBuffer"
-        for name, value in {"hidden_dim": hidden_dim, "max_num_of_tokens_per_rank": max_num_of_tokens_per_rank, "num_local_experts": num_local_experts}.items():
+        for name, value in {
+            "hidden_dim": hidden_dim,
+            "max_num_of_tokens_per_rank": max_num_of_tokens_per_rank,
+            "num_local_experts": num_local_experts,
+        }.items():
             check_int(op, name, value, 1)
-        sms = {"num_sms_dispatch_api": num_sms_dispatch_api, "num_sms_combine_api": num_sms_combine_api, "num_sms_preprocessing_api": num_sms_preprocessing_api,
-               "num_blocks_permute": num_blocks_permute, "num_blocks_unpermute": num_blocks_unpermute}
+        sms = {
+            "num_sms_dispatch_api": num_sms_dispatch_api,
+            "num_sms_combine_api": num_sms_combine_api,
+            "num_sms_preprocessing_api": num_sms_preprocessing_api,
+            "num_blocks_permute": num_blocks_permute,
+            "num_blocks_unpermute": num_blocks_unpermute,
+        }
         for name, value in sms.items():
             if value is not None:
                 check_int(op, name, value, 1)
@@ -84,18 +120,31 @@ class HybridEPBuffer:
             refuse(op, "group is None; expected a ProcessGroup")
         self.group, self._world = group, world_of(group)
         self.rank, self.group_size = self._world.rank, self._world.size
-        self.num_of_nodes, self.num_of_ranks_per_node = self._world.num_nodes, self._world.size // self._world.num_nodes
+        self.num_of_nodes, self.num_of_ranks_per_node = (
+            self._world.num_nodes,
+            self._world.size // self._world.num_nodes,
+        )
         self.node_rank, self.local_rank = divmod(self.rank, self.num_of_ranks_per_node)
         self.use_fp8 = bool(use_fp8)
-        self.config = SimpleNamespace(hidden_dim=hidden_dim, max_num_of_tokens_per_rank=max_num_of_tokens_per_rank, num_of_experts_per_rank=num_local_experts,
-                                      num_of_ranks_per_node=self.num_of_ranks_per_node, num_of_nodes=self.num_of_nodes)
+        self.config = SimpleNamespace(
+            hidden_dim=hidden_dim,
+            max_num_of_tokens_per_rank=max_num_of_tokens_per_rank,
+            num_of_experts_per_rank=num_local_experts,
+            num_of_ranks_per_node=self.num_of_ranks_per_node,
+            num_of_nodes=self.num_of_nodes,
+        )
         self.configurer = SimpleNamespace(buffer_config=self.config)
 
-    def update_template_config(self, hidden_dim=None, max_num_of_tokens_per_rank=None, num_local_experts=None, use_fp8=None):
+    def update_template_config(
+        self, hidden_dim=None, max_num_of_tokens_per_rank=None, num_local_experts=None, use_fp8=None
+    ):
         """Change what calls may bring, on all ranks alike; returns the configuration."""
         op = "update_template_config"
-        for name, value, kept in (("hidden_dim", hidden_dim, "hidden_dim"), ("max_num_of_tokens_per_rank", max_num_of_tokens_per_rank, "max_num_of_tokens_per_rank"),
-                                  ("num_local_experts", num_local_experts, "num_of_experts_per_rank")):
+        for name, value, kept in (
+            ("hidden_dim", hidden_dim, "hidden_dim"),
+            ("max_num_of_tokens_per_rank", max_num_of_tokens_per_rank, "max_num_of_tokens_per_rank"),
+            ("num_local_experts", num_local_experts, "num_of_experts_per_rank"),
+        ):
             if value is not None:
                 check_int(op, name, value, 1, self.rank)
                 setattr(self.config, kept, value)
@@ -107,8 +156,19 @@ class HybridEPBuffer:
 
     # -- one row per token and rank ---------------------------------------------------------------
 
-    def dispatch(self, hidden, scaling_factor=None, topk_idx=None, topk_weights=None, num_of_experts=None, probs=None, routing_map=None,
-                 num_dispatched_tokens_tensor=None, num_dispatched_tokens=None, handle=None):
+    def dispatch(
+        self,
+        hidden,
+        scaling_factor=None,
+        topk_idx=None,
+        topk_weights=None,
+        num_of_experts=None,
+        probs=None,
+        routing_map=None,
+        num_dispatched_tokens_tensor=None,
+        num_dispatched_tokens=None,
+        handle=None,
+    ):
         """Carry every token to the ranks that own its experts, one row per token and rank. Collective.
 
         Parameters
@@ -137,8 +197,20 @@ class HybridEPBuffer:
         PeerLost, PeerTimeout
         """
         op = "dispatch"
-        routing, payload, weights = self._begin(op, hidden, scaling_factor, topk_idx, topk_weights, num_of_experts, None, probs, routing_map, handle,
-                                                {"permuted": 0}, lambda k, local: dict(layout="rank"))
+        routing, payload, weights = self._begin(
+            op,
+            hidden,
+            scaling_factor,
+            topk_idx,
+            topk_weights,
+            num_of_experts,
+            None,
+            probs,
+            routing_map,
+            handle,
+            {"permuted": 0},
+            lambda k, local: dict(layout="rank"),
+        )
         local = routing.experts // self.group_size
         with torch.no_grad():
             out = routing.dispatch(payload.hidden, payload.dtype, payload.x, weights)
@@ -146,12 +218,30 @@ class HybridEPBuffer:
             recv_probs = None
             if handle is None:
                 first, ids = self.local_rank * local, out.topk_ids
-                here = torch.zeros((len(ids), local + 1), dtype=torch.bool, device=ids.device).scatter_(1, ids + 1, True)[:, 1:].contiguous()
+                here = (
+                    torch.zeros((len(ids), local + 1), dtype=torch.bool, device=ids.device)
+                    .scatter_(1, ids + 1, True)[:, 1:]
+                    .contiguous()
+                )
                 count = torch.full((1,), len(ids), dtype=torch.int32, device=ids.device)
-                handle = (Opaque((routing, None)), Opaque(), Opaque(), count, here, routing.tokens, self.config)
+                handle = (
+                    Opaque((routing, None)),
+                    Opaque(),
+                    Opaque(),
+                    count,
+                    here,
+                    routing.tokens,
+                    self.config,
+                )
                 if weights is not None:
-                    recv_probs = torch.zeros((len(ids), local * self.num_of_ranks_per_node + 1), dtype=torch.float32, device=ids.device)
-                    recv_probs = recv_probs.scatter_(1, torch.where(ids < 0, 0, ids + first + 1), out.topk_weights)[:, 1:].contiguous()
+                    recv_probs = torch.zeros(
+                        (len(ids), local * self.num_of_ranks_per_node + 1),
+                        dtype=torch.float32,
+                        device=ids.device,
+                    )
+                    recv_probs = recv_probs.scatter_(
+                        1, torch.where(ids < 0, 0, ids + first + 1), out.topk_weights
+                    )[:, 1:].contiguous()
             elif weights is not None:
                 refuse(op, "probs are given with a handle; expected them left out", self.rank)
         return rows, recv_probs, scales, handle
@@ -180,20 +270,46 @@ class HybridEPBuffer:
         routing, budget = self._state(op, handle, "rank")
         rows = check_rows(op, hidden, routing.num_rows, self.rank)
         local = routing.experts // self.group_size
-        probs = require_tensor(op, "probs", probs, optional=True, dtypes=(torch.float32,), shape=(routing.num_rows, local * self.num_of_ranks_per_node))
+        probs = require_tensor(
+            op,
+            "probs",
+            probs,
+            optional=True,
+            dtypes=(torch.float32,),
+            shape=(routing.num_rows, local * self.num_of_ranks_per_node),
+        )
         with torch.no_grad():
             y, back = routing.combine(rows), None
             if probs is not None:
                 dense = torch.zeros((len(rows), routing.experts), dtype=torch.float32, device=rows.device)
-                dense[:, self.rank * local:(self.rank + 1) * local] = probs[:, self.local_rank * local:(self.local_rank + 1) * local]
+                dense[:, self.rank * local : (self.rank + 1) * local] = probs[
+                    :, self.local_rank * local : (self.local_rank + 1) * local
+                ]
                 back = routing.combine_numbers(dense)
         return y, back
 
     # -- in expert order --------------------------------------------------------------------------
 
-    def dispatch_with_permute(self, *, hidden, topk_idx=None, topk_weights=None, num_of_experts_per_rank=None, num_of_experts=None, use_fp8=None,
-                              routing_map=None, probs=None, scaling_factor=None, num_permuted_tokens=None, pad_multiple=None, handle=None,
-                              non_blocking=False, fuse_permute_dispatch=False, num_dispatched_tokens=None, use_host_meta=None):
+    def dispatch_with_permute(
+        self,
+        *,
+        hidden,
+        topk_idx=None,
+        topk_weights=None,
+        num_of_experts_per_rank=None,
+        num_of_experts=None,
+        use_fp8=None,
+        routing_map=None,
+        probs=None,
+        scaling_factor=None,
+        num_permuted_tokens=None,
+        pad_multiple=None,
+        handle=None,
+        non_blocking=False,
+        fuse_permute_dispatch=False,
+        num_dispatched_tokens=None,
+        use_host_meta=None,
+    ):
         """Carry every token to the ranks that own its experts, one row per token and expert, in expert order. Collective.
 
         Parameters
@@ -235,22 +351,57 @@ class HybridEPBuffer:
             if num_permuted_tokens is not None:
                 check_int(op, "num_permuted_tokens", num_permuted_tokens, 0, self.rank)
             if num_permuted_tokens is None and non_blocking:
-                refuse(op, "non_blocking is set and num_permuted_tokens is None; expected the number of rows", self.rank)
+                refuse(
+                    op,
+                    "non_blocking is set and num_permuted_tokens is None; expected the number of rows",
+                    self.rank,
+                )
             if num_permuted_tokens is not None and num_permuted_tokens % pad:
-                refuse(op, f"num_permuted_tokens is {num_permuted_tokens}; expected a multiple of pad_multiple = {pad}", self.rank)
+                refuse(
+                    op,
+                    f"num_permuted_tokens is {num_permuted_tokens}; expected a multiple of pad_multiple = {pad}",
+                    self.rank,
+                )
             if use_fp8 and scaling_factor is None:
-                refuse(op, "use_fp8 is set and scaling_factor is None; expected rows and their scaling factors", self.rank)
-            return dict(layout="expert", expert_alignment=pad)   # the budget cuts what arrives: too many rows are no error here
+                refuse(
+                    op,
+                    "use_fp8 is set and scaling_factor is None; expected rows and their scaling factors",
+                    self.rank,
+                )
+            return dict(
+                layout="expert", expert_alignment=pad
+            )  # the budget cuts what arrives: too many rows are no error here
 
-        same = {"permuted": 1, "pad_multiple": pad if isinstance(pad, int) else -1, "num_permuted_tokens": num_permuted_tokens if isinstance(num_permuted_tokens, int) else -1}
-        routing, payload, weights = self._begin(op, hidden, scaling_factor, topk_idx, topk_weights, num_of_experts, num_of_experts_per_rank, probs, routing_map, handle,
-                                                same, how)
+        same = {
+            "permuted": 1,
+            "pad_multiple": pad if isinstance(pad, int) else -1,
+            "num_permuted_tokens": num_permuted_tokens if isinstance(num_permuted_tokens, int) else -1,
+        }
+        routing, payload, weights = self._begin(
+            op,
+            hidden,
+            scaling_factor,
+            topk_idx,
+            topk_weights,
+            num_of_experts,
+            num_of_experts_per_rank,
+            probs,
+            routing_map,
+            handle,
+            same,
+            how,
+        )
         budget = num_permuted_tokens
         if handle is not None:
             routing, budget = self._state(op, handle, "expert")
-            for name, given, kept in (("pad_multiple", pad_multiple, routing.how["expert_alignment"]), ("num_permuted_tokens", num_permuted_tokens, self._rows(routing, budget))):
+            for name, given, kept in (
+                ("pad_multiple", pad_multiple, routing.how["expert_alignment"]),
+                ("num_permuted_tokens", num_permuted_tokens, self._rows(routing, budget)),
+            ):
                 if given is not None and given != kept:
-                    refuse(op, f"{name} is {given} and the handle's is {kept}; expected it left out", self.rank)
+                    refuse(
+                        op, f"{name} is {given} and the handle's is {kept}; expected it left out", self.rank
+                    )
         with torch.no_grad():
             out = routing.dispatch(payload.hidden, payload.dtype, payload.x, weights)
             recv_probs = None if weights is None else out.topk_weights
@@ -262,10 +413,26 @@ class HybridEPBuffer:
                 flag = (ends[-1:] > n).to(torch.int32)
                 ends = ends.clamp(max=n)
                 counts = torch.diff(ends, prepend=ends.new_zeros(1))
-                handle = (Opaque((routing, budget)), *(Opaque() for _ in range(6)), counts, routing.tokens, self.config, flag)
+                handle = (
+                    Opaque((routing, budget)),
+                    *(Opaque() for _ in range(6)),
+                    counts,
+                    routing.tokens,
+                    self.config,
+                    flag,
+                )
         return rows, recv_probs, scales, handle[7], handle
 
-    def combine_with_unpermute(self, *, hidden, probs=None, handle=None, pad_multiple=None, fuse_unpermute_combine=False, num_dispatched_tokens=None):
+    def combine_with_unpermute(
+        self,
+        *,
+        hidden,
+        probs=None,
+        handle=None,
+        pad_multiple=None,
+        fuse_unpermute_combine=False,
+        num_dispatched_tokens=None,
+    ):
         """Carry rows in expert order back and sum them, without weights. Collective.
 
         Parameters
@@ -292,7 +459,11 @@ class HybridEPBuffer:
         op = "combine_with_unpermute"
         routing, budget = self._state(op, handle, "expert")
         if pad_multiple is not None and pad_multiple != routing.how["expert_alignment"]:
-            refuse(op, f"pad_multiple is {pad_multiple} and the handle's is {routing.how['expert_alignment']}; expected it left out", self.rank)
+            refuse(
+                op,
+                f"pad_multiple is {pad_multiple} and the handle's is {routing.how['expert_alignment']}; expected it left out",
+                self.rank,
+            )
         n = self._rows(routing, budget)
         rows = check_rows(op, hidden, n, self.rank)
         probs = require_tensor(op, "probs", probs, optional=True, dtypes=(torch.float32,), shape=(n,))
@@ -301,13 +472,31 @@ class HybridEPBuffer:
             if probs is None:
                 return routing.combine(rows), None
             core, plan = routing.plan(rows.shape[1], rows.dtype)
-            y, slots = ops.combine_slots(rows, _fit(probs, routing.num_rows), plan.tensor(), core.number, "expert", routing.tokens)
-            dense = torch.zeros((routing.tokens, routing.experts + 1), dtype=torch.float32, device=rows.device)
+            y, slots = ops.combine_slots(
+                rows, _fit(probs, routing.num_rows), plan.tensor(), core.number, "expert", routing.tokens
+            )
+            dense = torch.zeros(
+                (routing.tokens, routing.experts + 1), dtype=torch.float32, device=rows.device
+            )
             return y, dense.scatter_(1, routing.ids.to(torch.int64) + 1, slots)[:, 1:].contiguous()
 
     # -- both ---------------------------------------------------------------------------------
 
-    def _begin(self, op, hidden, scaling_factor, topk_idx, topk_weights, num_of_experts, experts_per_rank, probs, routing_map, handle, same, how):
+    def _begin(
+        self,
+        op,
+        hidden,
+        scaling_factor,
+        topk_idx,
+        topk_weights,
+        num_of_experts,
+        experts_per_rank,
+        probs,
+        routing_map,
+        handle,
+        same,
+        how,
+    ):
         """(Routing, Payload, weights [T, K] or None) of a call; ranks agree on the picks per token where there is no handle."""
         self._world.require_open(op)
         refusal, most = None, (0, 1)
@@ -316,24 +505,48 @@ class HybridEPBuffer:
             if handle is not None:
                 routing = self._state(op, handle, "expert" if same["permuted"] else "rank")[0]
                 if any(value is not None for value in (topk_idx, topk_weights, routing_map, probs)):
-                    refuse(op, "topk_idx, topk_weights, routing_map or probs are given with a handle; expected none of them", self.rank)
+                    refuse(
+                        op,
+                        "topk_idx, topk_weights, routing_map or probs are given with a handle; expected none of them",
+                        self.rank,
+                    )
                 if payload.tokens != routing.tokens:
-                    refuse(op, f"hidden has {payload.tokens} tokens; the handle is for {routing.tokens}", self.rank)
+                    refuse(
+                        op,
+                        f"hidden has {payload.tokens} tokens; the handle is for {routing.tokens}",
+                        self.rank,
+                    )
                 return routing, payload, None
             local = self.config.num_of_experts_per_rank if experts_per_rank is None else experts_per_rank
             check_int(op, "num_of_experts_per_rank", local, 1, self.rank)
             experts = local * self.group_size
             if num_of_experts is not None and num_of_experts != experts:
-                refuse(op, f"num_of_experts is {num_of_experts}; expected {local} experts per rank times {self.group_size} ranks", self.rank)
+                refuse(
+                    op,
+                    f"num_of_experts is {num_of_experts}; expected {local} experts per rank times {self.group_size} ranks",
+                    self.rank,
+                )
             if capturing():
-                raise Unsupported(f"{op}: a CUDA graph is captured, and the host must learn how many picks and rows there are; expected the first dispatch "
-                                  "outside, and calls with its handle inside, or ElasticBuffer.dispatch(do_cpu_sync=False)", op=op, rank=self.rank)
+                raise Unsupported(
+                    f"{op}: a CUDA graph is captured, and the host must learn how many picks and rows there are; expected the first dispatch "
+                    "outside, and calls with its handle inside, or ElasticBuffer.dispatch(do_cpu_sync=False)",
+                    op=op,
+                    rank=self.rank,
+                )
             if (topk_idx is None) == (routing_map is None):
-                refuse(op, "topk_idx and routing_map are both None or both given; expected one of them, or a handle", self.rank)
+                refuse(
+                    op,
+                    "topk_idx and routing_map are both None or both given; expected one of them, or a handle",
+                    self.rank,
+                )
             if topk_idx is not None:
                 routing_map, probs = indices_to_map(topk_idx, topk_weights, payload.tokens, experts)
-            chosen = require_tensor(op, "routing_map", routing_map, dtypes=(torch.bool,), shape=(payload.tokens, experts))
-            probs = require_tensor(op, "probs", probs, optional=True, dtypes=(torch.float32,), shape=(payload.tokens, experts))
+            chosen = require_tensor(
+                op, "routing_map", routing_map, dtypes=(torch.bool,), shape=(payload.tokens, experts)
+            )
+            probs = require_tensor(
+                op, "probs", probs, optional=True, dtypes=(torch.float32,), shape=(payload.tokens, experts)
+            )
             picks = int(chosen.sum(1).max()) if payload.tokens else 1
             if picks > 32:
                 refuse(op, f"a token goes to {picks} experts; expected at most 32", self.rank)
@@ -345,20 +558,38 @@ class HybridEPBuffer:
                 raise
             refusal = error
         most, k = self._world.agree(op, same=same, most=most, refusal=refusal)
-        config = self.config   # the buffer grows with what comes, as hybrid-ep's does
-        config.hidden_dim, config.max_num_of_tokens_per_rank = max(config.hidden_dim, payload.width), max(config.max_num_of_tokens_per_rank, most)
-        order = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :k]   # a token's experts in ascending order
+        config = self.config  # the buffer grows with what comes, as hybrid-ep's does
+        config.hidden_dim, config.max_num_of_tokens_per_rank = (
+            max(config.hidden_dim, payload.width),
+            max(config.max_num_of_tokens_per_rank, most),
+        )
+        order = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)[
+            :, :k
+        ]  # a token's experts in ascending order
         picked = chosen.gather(1, order)
         weights = None if probs is None else probs.gather(1, order) * picked
         return Routing(self._world, torch.where(picked, order, -1), experts, most, 20, call), payload, weights
 
     def _state(self, op, handle, layout):
         """(Routing, budget of rows or None) of a handle, also of a tuple that was made again from its items."""
-        if not isinstance(handle, (tuple, list)) or not handle or not isinstance(handle[0], Opaque) or handle[0]._state is None:
-            refuse(op, f"handle is a {type(handle).__qualname__}; expected the handle of a dispatch of this library", self.rank)
+        if (
+            not isinstance(handle, (tuple, list))
+            or not handle
+            or not isinstance(handle[0], Opaque)
+            or handle[0]._state is None
+        ):
+            refuse(
+                op,
+                f"handle is a {type(handle).__qualname__}; expected the handle of a dispatch of this library",
+                self.rank,
+            )
         routing, budget = handle[0]._state
         if routing.world is not self._world or routing.how["layout"] != layout:
-            refuse(op, "handle comes from another group, or from the other dispatch; expected that of this verb's counterpart", self.rank)
+            refuse(
+                op,
+                "handle comes from another group, or from the other dispatch; expected that of this verb's counterpart",
+                self.rank,
+            )
         return routing, budget
 
     @staticmethod

@@ -9,7 +9,12 @@ from pathlib import Path
 from .errors import refuse
 
 _OURS = "moecomm.integrations.deep_ep"
-_MODULES = {"deep_ep": _OURS, "deep_ep.utils": f"{_OURS}.utils", "deep_ep.hybrid_ep_buffer": f"{_OURS}.hybrid_ep_buffer", "deep_ep.buffer": f"{_OURS}.buffer"}
+_MODULES = {
+    "deep_ep": _OURS,
+    "deep_ep.utils": f"{_OURS}.utils",
+    "deep_ep.hybrid_ep_buffer": f"{_OURS}.hybrid_ep_buffer",
+    "deep_ep.buffer": f"{_OURS}.buffer",
+}
 _PATH = Path(__file__).parent / "path"
 
 
@@ -29,8 +34,11 @@ def install(*, force=False):
     ours = {name: importlib.import_module(target) for name, target in _MODULES.items()}
     found = sys.modules.get("deep_ep")
     if found is not None and not getattr(found, "__moecomm__", False) and not force:
-        refuse("install", f"deep_ep is imported already, from {getattr(found, '__file__', 'an unknown place')}; expected install() before the first import "
-                          "of deep_ep, or install(force=True)")
+        refuse(
+            "install",
+            f"deep_ep is imported already, from {getattr(found, '__file__', 'an unknown place')}; expected install() before the first import "
+            "of deep_ep, or install(force=True)",
+        )
     for name in [name for name in sys.modules if name == "deep_ep" or name.startswith("deep_ep.")]:
         del sys.modules[name]
     sys.modules.update(ours)

@@ -20,8 +20,11 @@ class LowLatencyHandle:
 
     def __getitem__(self, index):
         if not isinstance(index, int) or not -3 <= index <= 4 or 0 <= index < 2:
-            raise Unsupported("handle: src_info and layout_range are tensors of deep_ep's kernels and not made here; expected the handle only to be "
-                              "passed on (its items 2, 3 and 4 can be read)", op="handle")
+            raise Unsupported(
+                "handle: src_info and layout_range are tensors of deep_ep's kernels and not made here; expected the handle only to be "
+                "passed on (its items 2, 3 and 4 can be read)",
+                op="handle",
+            )
         return self._numbers[index - 2 if index >= 0 else index]
 
 
@@ -31,19 +34,41 @@ class LowLatency:
     @staticmethod
     def get_low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts):
         """Bytes to pass as num_rdma_bytes: about what the low-latency verbs reserve for this shape on every rank."""
-        for name, value in {"num_max_dispatch_tokens_per_rank": num_max_dispatch_tokens_per_rank, "hidden": hidden, "num_ranks": num_ranks,
-                            "num_experts": num_experts}.items():
+        for name, value in {
+            "num_max_dispatch_tokens_per_rank": num_max_dispatch_tokens_per_rank,
+            "hidden": hidden,
+            "num_ranks": num_ranks,
+            "num_experts": num_experts,
+        }.items():
             check_int("get_low_latency_rdma_size_hint", name, value, 1)
-        rows = num_max_dispatch_tokens_per_rank * num_experts   # two halves of messages, packed rows and experts' output each
+        rows = (
+            num_max_dispatch_tokens_per_rank * num_experts
+        )  # two halves of messages, packed rows and experts' output each
         return -(-2 * rows * (3 * 2 * hidden + 4 * -(-hidden // 128) + 64) // 128) * 128
 
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank, hidden, num_experts):
         """Nothing to clean: normal mode and low latency share no memory here."""
         self._require_usable("clean_low_latency_buffer")
 
-    def low_latency_dispatch(self, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, cumulative_local_expert_recv_stats=None,
-                             dispatch_wait_recv_cost_stats=None, use_fp8=True, round_scale=False, use_ue8m0=False, async_finish=False,
-                             return_recv_hook=False, *, topk_weights=None, x_global_scale=None, use_nvfp4=False, use_ue8m0_for_sf=False):
+    def low_latency_dispatch(
+        self,
+        x,
+        topk_idx,
+        num_max_dispatch_tokens_per_rank,
+        num_experts,
+        cumulative_local_expert_recv_stats=None,
+        dispatch_wait_recv_cost_stats=None,
+        use_fp8=True,
+        round_scale=False,
+        use_ue8m0=False,
+        async_finish=False,
+        return_recv_hook=False,
+        *,
+        topk_weights=None,
+        x_global_scale=None,
+        use_nvfp4=False,
+        use_ue8m0_for_sf=False,
+    ):
         """Carry every token to the ranks that own its experts, with the least delay. Collective; the first call of a shape makes its memory.
 
         Parameters
@@ -81,29 +106,59 @@ class LowLatency:
         """
         op = "low_latency_dispatch"
         self._require_low_latency(op)
-        self._require_absent(op, dispatch_wait_recv_cost_stats=dispatch_wait_recv_cost_stats, topk_weights=topk_weights, x_global_scale=x_global_scale,
-                             use_nvfp4=use_nvfp4 or None, use_ue8m0_for_sf=use_ue8m0_for_sf or None)
+        self._require_absent(
+            op,
+            dispatch_wait_recv_cost_stats=dispatch_wait_recv_cost_stats,
+            topk_weights=topk_weights,
+            x_global_scale=x_global_scale,
+            use_nvfp4=use_nvfp4 or None,
+            use_ue8m0_for_sf=use_ue8m0_for_sf or None,
+        )
         _require_one(op, async_finish, return_recv_hook)
         if use_ue8m0 and not (round_scale and use_fp8) or round_scale and not use_fp8:
-            refuse(op, f"use_fp8 is {use_fp8}, round_scale {round_scale}, use_ue8m0 {use_ue8m0}; expected each only with the one before it", self.rank)
-        x = require_tensor(op, "x", x, dtypes=(torch.bfloat16, torch.float16, torch.float32), shape=(None, None))
+            refuse(
+                op,
+                f"use_fp8 is {use_fp8}, round_scale {round_scale}, use_ue8m0 {use_ue8m0}; expected each only with the one before it",
+                self.rank,
+            )
+        x = require_tensor(
+            op, "x", x, dtypes=(torch.bfloat16, torch.float16, torch.float32), shape=(None, None)
+        )
         most = num_max_dispatch_tokens_per_rank
         if isinstance(most, bool) or not isinstance(most, int) or not 1 <= most <= 1 << 20 or len(x) > most:
-            refuse(op, f"num_max_dispatch_tokens_per_rank is {most!r} and x has {len(x)} tokens; expected an int that is not smaller", self.rank)
+            refuse(
+                op,
+                f"num_max_dispatch_tokens_per_rank is {most!r} and x has {len(x)} tokens; expected an int that is not smaller",
+                self.rank,
+            )
         check_experts(op, num_experts, self.group_size, self.rank)
         ids = require_tensor(op, "topk_idx", topk_idx, dtypes=IDS, shape=(len(x), None))
         local = num_experts // self.group_size
         stats = cumulative_local_expert_recv_stats
-        if stats is not None and require_tensor(op, "cumulative_local_expert_recv_stats", stats, dtypes=(torch.int32,), shape=(local,)) is None:
+        if (
+            stats is not None
+            and require_tensor(
+                op, "cumulative_local_expert_recv_stats", stats, dtypes=(torch.int32,), shape=(local,)
+            )
+            is None
+        ):
             stats = None
-        core = self._world.core(x.shape[1], num_experts, ids.shape[1], x.dtype, most, decode=True, num_sms=type(self).num_sms)
+        core = self._world.core(
+            x.shape[1], num_experts, ids.shape[1], x.dtype, most, decode=True, num_sms=type(self).num_sms
+        )
         with torch.no_grad():
-            received, wait = core.decode_dispatch(x, ids, quant=("fp8_ue8m0" if round_scale else "fp8") if use_fp8 else None,
-                                                  scale_layout="column" if use_fp8 else "row")
+            received, wait = core.decode_dispatch(
+                x,
+                ids,
+                quant=("fp8_ue8m0" if round_scale else "fp8") if use_fp8 else None,
+                scale_layout="column" if use_fp8 else "row",
+            )
             count, scales = torch.empty(local, dtype=torch.int32, device=x.device), received.scales
-            if round_scale and not use_ue8m0:   # the same powers of two in FP32
+            if round_scale and not use_ue8m0:  # the same powers of two in FP32
                 words = -(-x.shape[1] // 128)
-                scales = torch.empty((local, words, received.x.shape[1]), dtype=torch.float32, device=x.device).transpose(1, 2)
+                scales = torch.empty(
+                    (local, words, received.x.shape[1]), dtype=torch.float32, device=x.device
+                ).transpose(1, 2)
         done = []
 
         def hook():
@@ -122,12 +177,36 @@ class LowLatency:
         if not return_recv_hook:
             hook()
         handle = LowLatencyHandle(self, core, received.handle, ids, most, num_experts)
-        return ((received.x, scales) if use_fp8 else received.x, count, handle, event_of(async_finish, x, topk_idx),
-                hook if return_recv_hook else None)
+        return (
+            (received.x, scales) if use_fp8 else received.x,
+            count,
+            handle,
+            event_of(async_finish, x, topk_idx),
+            hook if return_recv_hook else None,
+        )
 
-    def low_latency_combine(self, x, topk_idx, topk_weights, handle, use_logfmt=False, zero_copy=False, async_finish=False, return_recv_hook=False,
-                            out=None, combine_wait_recv_cost_stats=None, *, overlap=False, src_signals=None, src_signal_expect_value=0,
-                            packed_recv_count=None, comp_signal=None, block_m=64, threshold=0, num_sms=3):
+    def low_latency_combine(
+        self,
+        x,
+        topk_idx,
+        topk_weights,
+        handle,
+        use_logfmt=False,
+        zero_copy=False,
+        async_finish=False,
+        return_recv_hook=False,
+        out=None,
+        combine_wait_recv_cost_stats=None,
+        *,
+        overlap=False,
+        src_signals=None,
+        src_signal_expect_value=0,
+        packed_recv_count=None,
+        comp_signal=None,
+        block_m=64,
+        threshold=0,
+        num_sms=3,
+    ):
         """Carry the experts' rows back and sum them by their weights. Collective.
 
         Parameters
@@ -163,22 +242,49 @@ class LowLatency:
         """
         op = "low_latency_combine"
         self._require_low_latency(op)
-        self._require_absent(op, combine_wait_recv_cost_stats=combine_wait_recv_cost_stats, overlap=overlap or None, src_signals=src_signals,
-                             packed_recv_count=packed_recv_count, comp_signal=comp_signal)
+        self._require_absent(
+            op,
+            combine_wait_recv_cost_stats=combine_wait_recv_cost_stats,
+            overlap=overlap or None,
+            src_signals=src_signals,
+            packed_recv_count=packed_recv_count,
+            comp_signal=comp_signal,
+        )
         _require_one(op, async_finish, return_recv_hook)
         self._check_ll_handle(op, handle)
         core, used = handle._core, handle._handle
-        rows = require_tensor(op, "x", used.rows if zero_copy else x, dtypes=(core.dtype,), shape=tuple(used.rows.shape))
+        rows = require_tensor(
+            op, "x", used.rows if zero_copy else x, dtypes=(core.dtype,), shape=tuple(used.rows.shape)
+        )
         ids = require_tensor(op, "topk_idx", topk_idx, dtypes=IDS, shape=tuple(handle._ids.shape))
-        weights = require_tensor(op, "topk_weights", topk_weights, dtypes=(torch.float32,), shape=tuple(handle._ids.shape))
+        weights = require_tensor(
+            op, "topk_weights", topk_weights, dtypes=(torch.float32,), shape=tuple(handle._ids.shape)
+        )
         with torch.no_grad():
-            if handle._combined:   # the same plan again, in memory that no result of the caller's lies in
+            if handle._combined:  # the same plan again, in memory that no result of the caller's lies in
                 most, hidden, experts = handle._numbers
-                core = self._world.core(hidden, experts, ids.shape[1], core.dtype, most, decode=True, num_sms=core.num_sms, name="combined again")
+                core = self._world.core(
+                    hidden,
+                    experts,
+                    ids.shape[1],
+                    core.dtype,
+                    most,
+                    decode=True,
+                    num_sms=core.num_sms,
+                    name="combined again",
+                )
                 empty = torch.zeros((len(ids), hidden), dtype=core.dtype, device=ids.device)
                 used = core.decode_dispatch(empty, handle._ids, quant=None, return_hook=False)[0].handle
             handle._combined = True
-            y, wait = core.decode_combine(rows, ids, weights, used, wire="logfmt10" if use_logfmt else None, return_hook=return_recv_hook, out=out)
+            y, wait = core.decode_combine(
+                rows,
+                ids,
+                weights,
+                used,
+                wire="logfmt10" if use_logfmt else None,
+                return_hook=return_recv_hook,
+                out=out,
+            )
         done = []
 
         def hook():
@@ -205,17 +311,35 @@ class LowLatency:
             mask is True: moecomm goes on without a rank by Communicator.shrink, which makes new buffers, not by a mask.
         """
         self._require_masks("low_latency_update_mask_buffer")
-        if isinstance(rank_to_mask, bool) or not isinstance(rank_to_mask, int) or not 0 <= rank_to_mask < self.group_size:
-            refuse("low_latency_update_mask_buffer", f"rank_to_mask is {rank_to_mask!r}; expected a rank in 0..{self.group_size - 1}", self.rank)
+        if (
+            isinstance(rank_to_mask, bool)
+            or not isinstance(rank_to_mask, int)
+            or not 0 <= rank_to_mask < self.group_size
+        ):
+            refuse(
+                "low_latency_update_mask_buffer",
+                f"rank_to_mask is {rank_to_mask!r}; expected a rank in 0..{self.group_size - 1}",
+                self.rank,
+            )
         if mask:
-            raise Unsupported(f"low_latency_update_mask_buffer: rank {rank_to_mask} cannot be masked: a call of moecomm waits for every rank of its group. "
-                              "Expected a new group of the ranks that are left (moecomm.Communicator.shrink) and a Buffer of it",
-                              op="low_latency_update_mask_buffer", rank=self.rank, peer=rank_to_mask)
+            raise Unsupported(
+                f"low_latency_update_mask_buffer: rank {rank_to_mask} cannot be masked: a call of moecomm waits for every rank of its group. "
+                "Expected a new group of the ranks that are left (moecomm.Communicator.shrink) and a Buffer of it",
+                op="low_latency_update_mask_buffer",
+                rank=self.rank,
+                peer=rank_to_mask,
+            )
 
     def low_latency_query_mask_buffer(self, mask_status):
         """Fill int32 [ranks] with zeros: no rank is ever masked."""
         self._require_masks("low_latency_query_mask_buffer")
-        require_tensor("low_latency_query_mask_buffer", "mask_status", mask_status, dtypes=(torch.int32,), shape=(self.group_size,))
+        require_tensor(
+            "low_latency_query_mask_buffer",
+            "mask_status",
+            mask_status,
+            dtypes=(torch.int32,),
+            shape=(self.group_size,),
+        )
         mask_status.zero_()
 
     def low_latency_clean_mask_buffer(self):
@@ -225,21 +349,37 @@ class LowLatency:
     def _require_masks(self, op):
         self._require_usable(op)
         if not self.enable_shrink:
-            refuse(op, "the Buffer was made with enable_shrink=False; expected Buffer(..., low_latency_mode=True, enable_shrink=True)", self.rank)
+            refuse(
+                op,
+                "the Buffer was made with enable_shrink=False; expected Buffer(..., low_latency_mode=True, enable_shrink=True)",
+                self.rank,
+            )
 
     def _require_low_latency(self, op):
         self._require_usable(op)
         if not self.low_latency_mode:
-            refuse(op, "the Buffer was made with low_latency_mode=False; expected Buffer(..., low_latency_mode=True)", self.rank)
+            refuse(
+                op,
+                "the Buffer was made with low_latency_mode=False; expected Buffer(..., low_latency_mode=True)",
+                self.rank,
+            )
 
     def _require_absent(self, op, **values):
         for name, value in values.items():
             if value is not None:
-                raise Unsupported(f"{op}: {name} is given; this drop-in has no such feature (docs/deep_ep.md says why), expected it left out", op=op, rank=self.rank)
+                raise Unsupported(
+                    f"{op}: {name} is given; this drop-in has no such feature (docs/deep_ep.md says why), expected it left out",
+                    op=op,
+                    rank=self.rank,
+                )
 
     def _check_ll_handle(self, op, handle):
         if not isinstance(handle, LowLatencyHandle) or handle._buffer._world is not self._world:
-            refuse(op, f"handle is a {type(handle).__qualname__}; expected the handle of a low_latency_dispatch of this group", self.rank)
+            refuse(
+                op,
+                f"handle is a {type(handle).__qualname__}; expected the handle of a low_latency_dispatch of this group",
+                self.rank,
+            )
 
 
 def _require_one(op, async_finish, return_recv_hook):

@@ -1,5 +1,5 @@
-// What the runtime of the cuda world uses of CUDA's, for a CPU: device memory is heap memory, a stream runs its work at
-// once, or keeps it while it is captured.
+// What the runtime of the cuda world uses of CUDA's, for a CPU: device memory is heap memory, a stream runs
+// its work at once, or keeps it while it is captured.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -11,19 +11,42 @@
 
 #include "extents.hpp"
 
-enum cudaError_t { cudaSuccess, cudaErrorPeerAccessAlreadyEnabled, cudaErrorNotReady, cudaErrorNotSupported, cudaErrorStreamCaptureUnsafe,
-                   cudaErrorInvalidValue };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorPeerAccessAlreadyEnabled,
+  cudaErrorNotReady,
+  cudaErrorNotSupported,
+  cudaErrorStreamCaptureUnsafe,
+  cudaErrorInvalidValue
+};
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
-enum { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaHostAllocPortable, cudaHostAllocMapped, cudaIpcMemLazyEnablePeerAccess,
-       cudaStreamNonBlocking };
-enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
-struct cudaIpcMemHandle_t { char reserved[64]; };
-struct cudaDeviceProp { struct { char bytes[16]; } uuid; };
+enum {
+  cudaMemcpyHostToDevice,
+  cudaMemcpyDeviceToHost,
+  cudaMemcpyDeviceToDevice,
+  cudaHostAllocPortable,
+  cudaHostAllocMapped,
+  cudaIpcMemLazyEnablePeerAccess,
+  cudaStreamNonBlocking
+};
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal,
+  cudaStreamCaptureModeThreadLocal,
+  cudaStreamCaptureModeRelaxed
+};
+struct cudaIpcMemHandle_t {
+  char reserved[64];
+};
+struct cudaDeviceProp {
+  struct {
+    char bytes[16];
+  } uuid;
+};
 
 namespace emulated {
 
-// Captures in the mode that is the default, "global": while there is one, calls that no capture may see are refused on every
-// thread that has not asked for another mode, and end the capture. Refused ones are counted.
+// Captures in the mode that is the default, "global": while there is one, calls that no capture may see are
+// refused on every thread that has not asked for another mode, and end the capture. Refused ones are counted.
 inline std::atomic<int> global_captures{0}, refused_calls{0};
 inline thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 inline bool is_unsafe() {
@@ -33,12 +56,14 @@ inline bool is_unsafe() {
 }
 
 struct Stream {
-  unsigned long long capture = 0;   // not 0: work is kept
+  unsigned long long capture = 0;  // not 0: work is kept
   std::vector<std::function<void()>> captured;
 
   void enqueue(std::function<void()> work) {
-    if (capture) captured.push_back(std::move(work));
-    else work();
+    if (capture)
+      captured.push_back(std::move(work));
+    else
+      work();
   }
   std::vector<std::function<void()>> end_capture() {
     capture = 0;
@@ -52,9 +77,14 @@ using cudaStream_t = emulated::Stream*;
 
 inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDevice(int* device) { *device = 0; return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaDeviceSynchronize() { return emulated::is_unsafe() ? cudaErrorStreamCaptureUnsafe : cudaSuccess; }
+inline cudaError_t cudaDeviceSynchronize() {
+  return emulated::is_unsafe() ? cudaErrorStreamCaptureUnsafe : cudaSuccess;
+}
 inline cudaError_t cudaDeviceEnablePeerAccess(int, unsigned) { return cudaSuccess; }
 inline cudaError_t cudaMalloc(void** p, size_t bytes) {
   if (emulated::is_unsafe()) return cudaErrorStreamCaptureUnsafe;
@@ -82,10 +112,21 @@ inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_
   });
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { *stream = new emulated::Stream; return cudaSuccess; }
-inline cudaError_t cudaStreamDestroy(cudaStream_t stream) { delete stream; return cudaSuccess; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return emulated::is_unsafe() ? cudaErrorStreamCaptureUnsafe : cudaSuccess; }
-inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) { std::swap(*mode, emulated::capture_mode); return cudaSuccess; }
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  *stream = new emulated::Stream;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  delete stream;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return emulated::is_unsafe() ? cudaErrorStreamCaptureUnsafe : cudaSuccess;
+}
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, emulated::capture_mode);
+  return cudaSuccess;
+}
 inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, int) {
   if (emulated::is_unsafe()) return cudaErrorStreamCaptureUnsafe;
   std::memcpy(to, from, bytes);
@@ -99,10 +140,17 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int
   });
   return cudaSuccess;
 }
-inline cudaError_t cudaStreamQuery(cudaStream_t) { return emulated::is_unsafe() ? cudaErrorStreamCaptureUnsafe : cudaSuccess; }
-inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) { *p = {}; return cudaSuccess; }
+inline cudaError_t cudaStreamQuery(cudaStream_t) {
+  return emulated::is_unsafe() ? cudaErrorStreamCaptureUnsafe : cudaSuccess;
+}
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
+  *p = {};
+  return cudaSuccess;
+}
 // A handle names memory and the GPU that has it; a process that does not see that GPU cannot open it.
-namespace emulated { inline int hidden_gpu = -1, own_gpu = 0; }
+namespace emulated {
+inline int hidden_gpu = -1, own_gpu = 0;
+}
 inline cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* h, void* p) {
   std::memcpy(h->reserved, &p, sizeof(p));
   std::memcpy(h->reserved + sizeof(p), &emulated::own_gpu, sizeof(int));
@@ -115,7 +163,8 @@ inline cudaError_t cudaIpcOpenMemHandle(void** p, cudaIpcMemHandle_t h, unsigned
   return gpu == emulated::hidden_gpu ? cudaErrorInvalidValue : cudaSuccess;
 }
 inline cudaError_t cudaIpcCloseMemHandle(void*) { return cudaSuccess; }
-inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id) {
+inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status,
+                                            unsigned long long* id) {
   *status = stream->capture ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   *id = stream->capture;
   return cudaSuccess;

@@ -46,7 +46,8 @@ class Extents {
     auto next = all_.upper_bound(at);
     if (next == all_.begin()) return "no allocation lies below";
     --next;
-    return std::to_string(at - next->first - next->second) + " bytes behind the end of an allocation of " + std::to_string(next->second);
+    return std::to_string(at - next->first - next->second) + " bytes behind the end of an allocation of " +
+           std::to_string(next->second);
   }
 
  private:

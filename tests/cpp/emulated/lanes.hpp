@@ -23,16 +23,18 @@ struct BlockState {
   std::deque<moecomm::TeamState> squads;
   int per_squad;
 };
-struct Lane { unsigned x; };
+struct Lane {
+  unsigned x;
+};
 inline thread_local Lane lane{0};
 inline thread_local WarpState* warp = nullptr;
 inline thread_local BlockState* block = nullptr;
-inline thread_local Engine own_engine;   // lane 0's
+inline thread_local Engine own_engine;  // lane 0's
 
 inline Engine& engine() { return own_engine; }
 inline void sync() { warp->team.sync(); }
 inline void sync(moecomm::TeamState& squad) { squad.sync(); }
-inline void pause() { std::this_thread::yield(); }   // there are many more lanes than cores
+inline void pause() { std::this_thread::yield(); }  // there are many more lanes than cores
 
 // role() on the threads of a block.
 template <class Role>
@@ -48,6 +50,8 @@ void run_block(int warps, int squad_warps, Role&& role) {
     });
 }
 template <class Role>
-void run_warp(Role&& role) { run_block(1, 1, role); }
+void run_warp(Role&& role) {
+  run_block(1, 1, role);
+}
 
 }  // namespace emulated

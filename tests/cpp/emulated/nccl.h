@@ -1,5 +1,5 @@
-// Stands in for NCCL's headers on a CPU: what the host of the cuda world calls (tests/cpp/nccl_host_test.cpp implements it), and
-// what its kernels name (nccl_device.h).
+// Stands in for NCCL's headers on a CPU: what the host of the cuda world calls (tests/cpp/nccl_host_test.cpp
+// implements it), and what its kernels name (nccl_device.h).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,8 +9,10 @@
 #define NCCL_WIN_COLL_SYMMETRIC 0x01
 #define NCCL_WIN_STRICT_ORDERING 0x02
 #define NCCL_WIN_REQUIRED_ALIGNMENT 4096
-#define NCCL_DEV_COMM_REQUIREMENTS_INITIALIZER {}
-#define NCCL_COMM_PROPERTIES_INITIALIZER {}
+#define NCCL_DEV_COMM_REQUIREMENTS_INITIALIZER \
+  {}
+#define NCCL_COMM_PROPERTIES_INITIALIZER \
+  {}
 
 enum ncclResult_t { ncclSuccess = 0, ncclInvalidUsage = 5, ncclTimeout = 8 };
 enum ncclGinConnectionType_t { NCCL_GIN_CONNECTION_NONE, NCCL_GIN_CONNECTION_FULL, NCCL_GIN_CONNECTION_RAIL };
@@ -24,8 +26,12 @@ struct ncclWindow_vidmem {
 using ncclWindow_t = ncclWindow_vidmem*;
 struct ncclComm;
 using ncclComm_t = ncclComm*;
-struct ncclUniqueId { char internal[128]; };
-struct ncclTeam { int nRanks, rank, stride; };
+struct ncclUniqueId {
+  char internal[128];
+};
+struct ncclTeam {
+  int nRanks, rank, stride;
+};
 using ncclTeam_t = ncclTeam;
 struct ncclDevComm;
 using ncclDevComm_t = ncclDevComm;

@@ -1,8 +1,9 @@
-// Stands in for NCCL's device headers on a CPU, as far as the GIN rail uses them, so that its own text can be run. The
-// network is as free as GIN's rules allow: requests wait in a queue per (rank, context, peer); queues are served in
-// random order; puts within one land in any order and read their source only then; a strong signal lands after the puts
-// that its queue got before it, and after nothing else; and it overtakes these too where its window is not registered as strictly
-// ordered. A flush waits until the calling rank's queues of its context are empty.
+// Stands in for NCCL's device headers on a CPU, as far as the GIN rail uses them, so that its own text can be
+// run. The network is as free as GIN's rules allow: requests wait in a queue per (rank, context, peer);
+// queues are served in random order; puts within one land in any order and read their source only then; a
+// strong signal lands after the puts that its queue got before it, and after nothing else; and it overtakes
+// these too where its window is not registered as strictly ordered. A flush waits until the calling rank's
+// queues of its context are empty.
 #pragma once
 #include <algorithm>
 #include <condition_variable>
@@ -24,24 +25,26 @@ namespace emulated {
 
 class Gin {
  public:
-  Gin(int ranks, int contexts, uint64_t seed) : ranks_(ranks), contexts_(contexts), random_(seed), queues_(ranks * contexts * ranks) {
+  Gin(int ranks, int contexts, uint64_t seed)
+      : ranks_(ranks), contexts_(contexts), random_(seed), queues_(ranks * contexts * ranks) {
     thread_ = std::jthread([this](std::stop_token stop) { serve(stop); });
   }
   ~Gin() {
     thread_.request_stop();
     {
-      std::lock_guard lock(mutex_);   // else the thread may miss the notice between its look and its sleep
+      std::lock_guard lock(mutex_);  // else the thread may miss the notice between its look and its sleep
     }
     changed_.notify_all();
   }
   struct Request {
     char* to;
-    const char* from;      // null: a signal, or a value
+    const char* from;  // null: a signal, or a value
     uint64_t value, bytes;
     bool signal;
-    bool strict = true;    // of a signal: its window is strictly ordered
+    bool strict = true;  // of a signal: its window is strictly ordered
   };
-  // While it is held nothing lands. It may let go until the next signal has landed, so that what came with it can be seen.
+  // While it is held nothing lands. It may let go until the next signal has landed, so that what came with it
+  // can be seen.
   void hold(bool held, bool until_signal = false) {
     {
       std::lock_guard lock(mutex_);
@@ -67,7 +70,9 @@ class Gin {
   }
 
  private:
-  std::vector<Request>& queue(int rank, int context, int peer) { return queues_[(rank * contexts_ + context) * ranks_ + peer]; }
+  std::vector<Request>& queue(int rank, int context, int peer) {
+    return queues_[(rank * contexts_ + context) * ranks_ + peer];
+  }
   void serve(std::stop_token stop) {
     std::unique_lock lock(mutex_);
     while (!stop.stop_requested()) {
@@ -79,8 +84,10 @@ class Gin {
         continue;
       }
       auto& q = *busy[random_() % busy.size()];
-      // What may land now: anything before the queue's first strict signal, or that signal if it is the first of all.
-      const size_t puts = std::find_if(q.begin(), q.end(), [](const Request& r) { return r.signal && r.strict; }) - q.begin();
+      // What may land now: anything before the queue's first strict signal, or that signal if it is the first
+      // of all.
+      const size_t puts =
+          std::find_if(q.begin(), q.end(), [](const Request& r) { return r.signal && r.strict; }) - q.begin();
       const size_t at = puts == 0 ? 0 : random_() % puts;
       held_ = until_signal_ && q[at].signal;
       land(q[at]);
@@ -92,9 +99,12 @@ class Gin {
     }
   }
   static void land(const Request& r) {
-    if (r.signal) __atomic_fetch_add(reinterpret_cast<uint64_t*>(r.to), r.value, __ATOMIC_RELEASE);
-    else if (r.from) std::memcpy(r.to, r.from, r.bytes);
-    else __atomic_store_n(reinterpret_cast<uint64_t*>(r.to), r.value, __ATOMIC_RELEASE);
+    if (r.signal)
+      __atomic_fetch_add(reinterpret_cast<uint64_t*>(r.to), r.value, __ATOMIC_RELEASE);
+    else if (r.from)
+      std::memcpy(r.to, r.from, r.bytes);
+    else
+      __atomic_store_n(reinterpret_cast<uint64_t*>(r.to), r.value, __ATOMIC_RELEASE);
   }
 
   int ranks_, contexts_;
@@ -108,28 +118,44 @@ class Gin {
 
 }  // namespace emulated
 
-struct ncclDevComm { int rank; uint32_t ginContextCount; emulated::Gin* gin; };
+struct ncclDevComm {
+  int rank;
+  uint32_t ginContextCount;
+  emulated::Gin* gin;
+};
 struct ncclGin_None {};
 struct ncclCoopThread {};
-struct ncclGinDescriptorSmem { alignas(64) char space[128]; };
-struct ncclGin_DescriptorSmem { ncclGinDescriptorSmem* descriptor; };
-struct ncclGin_StrongVASignalAdd { ncclWindow_t signalWindow; size_t signalOffset; uint64_t value; };
+struct ncclGinDescriptorSmem {
+  alignas(64) char space[128];
+};
+struct ncclGin_DescriptorSmem {
+  ncclGinDescriptorSmem* descriptor;
+};
+struct ncclGin_StrongVASignalAdd {
+  ncclWindow_t signalWindow;
+  size_t signalOffset;
+  uint64_t value;
+};
 
 struct ncclGin {
   const ncclDevComm& comm;
   int context;
   ncclGin(const ncclDevComm& comm, int context) : comm(comm), context(context) {}
 
-  void put(ncclTeam team, int peer, ncclWindow_t to, size_t to_offset, ncclWindow_t from, size_t from_offset, size_t bytes, ncclGin_None, ncclGin_None,
-           ncclCoopThread, ncclGin_DescriptorSmem d) const {
-    post(team, peer, d, {to->base[world(team, peer)] + to_offset, from->base[comm.rank] + from_offset, 0, bytes, false});
+  void put(ncclTeam team, int peer, ncclWindow_t to, size_t to_offset, ncclWindow_t from, size_t from_offset,
+           size_t bytes, ncclGin_None, ncclGin_None, ncclCoopThread, ncclGin_DescriptorSmem d) const {
+    post(team, peer, d,
+         {to->base[world(team, peer)] + to_offset, from->base[comm.rank] + from_offset, 0, bytes, false});
   }
-  void putValue(ncclTeam team, int peer, ncclWindow_t to, size_t offset, uint64_t value, ncclGin_None, ncclCoopThread, ncclGin_DescriptorSmem d) const {
+  void putValue(ncclTeam team, int peer, ncclWindow_t to, size_t offset, uint64_t value, ncclGin_None,
+                ncclCoopThread, ncclGin_DescriptorSmem d) const {
     post(team, peer, d, {to->base[world(team, peer)] + offset, nullptr, value, 8, false});
   }
-  void signal(ncclTeam team, int peer, ncclGin_StrongVASignalAdd s, ncclCoopThread, ncclGin_DescriptorSmem d) const {
-    post(team, peer, d, {s.signalWindow->base[world(team, peer)] + s.signalOffset, nullptr, s.value, 8, true,
-                            (s.signalWindow->flags & NCCL_WIN_STRICT_ORDERING) != 0});
+  void signal(ncclTeam team, int peer, ncclGin_StrongVASignalAdd s, ncclCoopThread,
+              ncclGin_DescriptorSmem d) const {
+    post(team, peer, d,
+         {s.signalWindow->base[world(team, peer)] + s.signalOffset, nullptr, s.value, 8, true,
+          (s.signalWindow->flags & NCCL_WIN_STRICT_ORDERING) != 0});
   }
   ncclResult_t flush(ncclCoopThread, cuda::memory_order, ncclGin_DescriptorSmem, uint64_t) const {
     comm.gin->flush(comm.rank, context);
@@ -139,8 +165,8 @@ struct ncclGin {
  private:
   int world(ncclTeam team, int peer) const { return comm.rank + (peer - team.rank) * team.stride; }
   void post(ncclTeam team, int peer, ncclGin_DescriptorSmem d, const emulated::Gin::Request& r) const {
-    CHECK(emulated::engine().quiet());   // the network sees what a release would let others see
-    std::memset(d.descriptor, 0xee, sizeof(*d.descriptor));   // NCCL builds its request there
+    CHECK(emulated::engine().quiet());  // the network sees what a release would let others see
+    std::memset(d.descriptor, 0xee, sizeof(*d.descriptor));  // NCCL builds its request there
     comm.gin->post(comm.rank, context, world(team, peer), r);
   }
 };

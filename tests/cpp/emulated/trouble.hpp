@@ -5,7 +5,8 @@
 
 namespace emulated {
 
-// Lanes of all grids that start from here on run in an order that this seed chooses; 0: in that of their numbers.
+// Lanes of all grids that start from here on run in an order that this seed chooses; 0: in that of their
+// numbers.
 inline std::atomic<uint64_t> order_seed{0};
 
 // Bulk stores of this thread's kernels that go well before one writes a wrong bit; -1: none does.

@@ -1,9 +1,11 @@
-// The copy engine and its barriers, as free as their rules allow. A load reads its source when it starts, or when it lands; until it
-// lands its stage holds rubbish. A store reads its stage and writes at once, or reads when wait_group.read asks for it and is
-// seen by others when a proxy fence follows wait_group. Barriers count arrivals and bytes.
+// The copy engine and its barriers, as free as their rules allow. A load reads its source when it starts, or
+// when it lands; until it lands its stage holds rubbish. A store reads its stage and writes at once, or reads
+// when wait_group.read asks for it and is seen by others when a proxy fence follows wait_group. Barriers
+// count arrivals and bytes.
 //
-// Failed checks: a stage that is filled before its stores have read it; a bulk load behind an acquire or a meeting of lanes without
-// a proxy fence between; bytes that no arrival expects, or that never come; shared memory that goes while stores read it.
+// Failed checks: a stage that is filled before its stores have read it; a bulk load behind an acquire or a
+// meeting of lanes without a proxy fence between; bytes that no arrival expects, or that never come; shared
+// memory that goes while stores read it.
 #include <cstring>
 #include <tuple>
 #include <utility>
@@ -14,13 +16,14 @@
 namespace simt {
 namespace {
 
-constexpr int64_t kMostBytes = (1 << 20) - 1;   // a barrier's count of them
-constexpr uint64_t kHopeless = 200000;          // polls of a barrier that nothing is under way to
+constexpr int64_t kMostBytes = (1 << 20) - 1;  // a barrier's count of them
+constexpr uint64_t kHopeless = 200000;         // polls of a barrier that nothing is under way to
 
 Mbarrier& barrier_of(Warp& w, const Ins& i, int lane, uint32_t at) {
   w.at(i, lane, Space::shared, at, 8);
   const auto found = w.block->mbarriers.find(at);
-  if (found == w.block->mbarriers.end()) w.fault(i, lane, "no mbarrier has been made at " + std::to_string(at));
+  if (found == w.block->mbarriers.end())
+    w.fault(i, lane, "no mbarrier has been made at " + std::to_string(at));
   return found->second;
 }
 void settle(Mbarrier& b) {
@@ -36,7 +39,8 @@ void init(Warp& w, const Ins& i, Mask m) {
     const uint32_t at = w.reg(i.r[0])[l];
     w.at(i, l, Space::shared, at, 8);
     const uint32_t count = w.reg(i.r[1])[l];
-    if (count == 0 || count > kMostBytes) w.fault(i, l, "an mbarrier of " + std::to_string(count) + " arrivals");
+    if (count == 0 || count > kMostBytes)
+      w.fault(i, l, "an mbarrier of " + std::to_string(count) + " arrivals");
     w.block->mbarriers[at] = {count, count};
     if (checker()) checker()->write(w, i, l, w.block->shared.get() + at, 8);
   });
@@ -54,11 +58,13 @@ void expect(Warp& w, const Ins& i, Mask m) {
 }
 
 void land(Warp& w, const BulkLoad& load) {
-  std::memcpy(w.block->shared.get() + load.to, load.early.empty() ? load.from : load.early.data(), load.bytes);
+  std::memcpy(w.block->shared.get() + load.to, load.early.empty() ? load.from : load.early.data(),
+              load.bytes);
   Mbarrier& b = w.block->mbarriers.at(load.barrier);
   b.bytes -= load.bytes;
   if (checker()) checker()->landed(load.engine, load.at, b.arriving);
-  if (b.pending == 0 && b.bytes < 0) w.fault(*load.ins, load.lane, "more bytes have come than the mbarrier expects");
+  if (b.pending == 0 && b.bytes < 0)
+    w.fault(*load.ins, load.lane, "more bytes have come than the mbarrier expects");
   settle(b);
 }
 // Loads land in any order, sooner or later.
@@ -88,13 +94,16 @@ void try_wait(Warp& w, const Ins& i, Mask m) {
     bool coming = false;
     for (const BulkLoad& load : w.block->loads) coming |= load.barrier == at;
     if (!coming && ++b.polls > kHopeless)
-      w.fault(i, l, "an mbarrier that never ends its phase: it waits for " + std::to_string(b.pending) + " arrivals and " + std::to_string(b.bytes) + " bytes, and no load is under way");
+      w.fault(i, l,
+              "an mbarrier that never ends its phase: it waits for " + std::to_string(b.pending) +
+                  " arrivals and " + std::to_string(b.bytes) + " bytes, and no load is under way");
   });
   w.predicates[i.r[0]] = (w.predicates[i.r[0]] & ~m) | ended;
 }
 
 void check_size(Warp& w, const Ins& i, int lane, uint64_t to, uint64_t from, uint32_t bytes) {
-  if (bytes % 16 || to % 16 || from % 16 || bytes == 0) w.fault(i, lane, "a bulk copy whose size or addresses are no multiples of 16, or of no bytes");
+  if (bytes % 16 || to % 16 || from % 16 || bytes == 0)
+    w.fault(i, lane, "a bulk copy whose size or addresses are no multiples of 16, or of no bytes");
 }
 
 void start_load(Warp& w, const Ins& i, Mask m) {
@@ -106,23 +115,31 @@ void start_load(Warp& w, const Ins& i, Mask m) {
     const char* source = w.at(i, l, Space::global, from, 16);
     w.at(i, l, Space::global, from + bytes - 16, 16);
     barrier_of(w, i, l, at);
-    if (w.engine(l).stale) w.fault(i, l, "a bulk load behind an acquire or a meeting of lanes, without a proxy fence between");
-    const auto overlaps = [&](uint32_t other, uint32_t size) { return other < to + bytes && to < other + size; };
+    if (w.engine(l).stale)
+      w.fault(i, l, "a bulk load behind an acquire or a meeting of lanes, without a proxy fence between");
+    const auto overlaps = [&](uint32_t other, uint32_t size) {
+      return other < to + bytes && to < other + size;
+    };
     for (const Warp& other : w.block->warps)
       for (const auto& e : other.engines) {
         if (!e) continue;
         for (const BulkStore& s : e->open)
-          if (overlaps(s.from, s.bytes)) w.fault(i, l, "a bulk load into a stage that a store still reads, in a group that is not committed");
+          if (overlaps(s.from, s.bytes))
+            w.fault(i, l,
+                    "a bulk load into a stage that a store still reads, in a group that is not committed");
         for (const BulkGroup& g : e->groups)
           for (const BulkStore& s : g.stores)
-            if (!s.read && overlaps(s.from, s.bytes)) w.fault(i, l, "a bulk load into a stage that a store still reads");
+            if (!s.read && overlaps(s.from, s.bytes))
+              w.fault(i, l, "a bulk load into a stage that a store still reads");
       }
     for (const BulkLoad& load : w.block->loads)
       if (overlaps(load.to, load.bytes)) w.fault(i, l, "a bulk load into a stage that another load fills");
     std::memset(w.block->shared.get() + to, 0xee, bytes);
-    BulkLoad load{to, source, bytes, at, {}, &i, l, w.grid->chance(2) ? 0 : static_cast<int>(w.grid->random() % 4)};
+    BulkLoad load{to, source, bytes, at,
+                  {}, &i,     l,     w.grid->chance(2) ? 0 : static_cast<int>(w.grid->random() % 4)};
     if (w.grid->chance(3)) load.early.assign(source, source + bytes);
-    if (checker()) load.at = checker()->load(w, i, l, source, w.block->shared.get() + to, bytes, at, load.engine);
+    if (checker())
+      load.at = checker()->load(w, i, l, source, w.block->shared.get() + to, bytes, at, load.engine);
     w.block->loads.push_back(std::move(load));
   });
 }
@@ -189,7 +206,8 @@ void fence_proxy(Warp& w, const Ins&, Mask m) {
 }
 void nothing(Warp&, const Ins&, Mask) {}
 void fence(Warp& w, const Ins& i, Mask m) {
-  if (checker()) w.fault(i, std::countr_zero(m), "the checker does not know what this fence orders; the kernels had none");
+  if (checker())
+    w.fault(i, std::countr_zero(m), "the checker does not know what this fence orders; the kernels had none");
 }
 
 }  // namespace
@@ -210,9 +228,12 @@ void leave_engine(Warp& w, const Ins& i, int lane) {
 
 void add_async(std::map<std::string, Operation>& all) {
   const auto add = [&](const char* name, Handler run, Kind kind = Kind::plain) { all[name] = {run, kind}; };
-  add("mbarrier.init", init), add("mbarrier.expect_tx", expect), add("mbarrier.try_wait", try_wait, Kind::poll);
-  add("bulk.load", start_load), add("bulk.store", start_store), add("bulk.commit", commit), add("bulk.wait", wait_all), add("bulk.wait_read", wait_read);
-  add("fence.proxy", fence_proxy), add("fence.proxy.shared", fence_proxy), add("fence.mbarrier_init", nothing), add("fence", fence);
+  add("mbarrier.init", init), add("mbarrier.expect_tx", expect),
+      add("mbarrier.try_wait", try_wait, Kind::poll);
+  add("bulk.load", start_load), add("bulk.store", start_store), add("bulk.commit", commit),
+      add("bulk.wait", wait_all), add("bulk.wait_read", wait_read);
+  add("fence.proxy", fence_proxy), add("fence.proxy.shared", fence_proxy),
+      add("fence.mbarrier_init", nothing), add("fence", fence);
 }
 
 }  // namespace simt

@@ -30,19 +30,19 @@ Shared advanced(const Shared& a, uint32_t agent, uint32_t time) {
 }
 // Whether a scope of (rank, block) has the other one in it.
 bool has(Scope s, int rank, int block, int other_rank, int other_block) {
-  return s == Scope::sys || (rank == other_rank && (s == Scope::gpu || (s == Scope::cta && block == other_block)));
+  return s == Scope::sys ||
+         (rank == other_rank && (s == Scope::gpu || (s == Scope::cta && block == other_block)));
 }
 bool is_strong(const Ins& i) { return i.order != Order::weak; }
 
 }  // namespace
 
 Checker* checker() { return the_checker.get(); }
-void check_order(bool on) {
-  the_checker = on ? std::make_unique<Checker>() : nullptr;
-}
+void check_order(bool on) { the_checker = on ? std::make_unique<Checker>() : nullptr; }
 
 Agents* Checker::agents(int rank, int block, int warp, const char* what, int number, int count) {
-  const std::string key = std::to_string(rank) + "/" + std::to_string(block) + "/" + std::to_string(warp) + "/" + what + "/" + std::to_string(number);
+  const std::string key = std::to_string(rank) + "/" + std::to_string(block) + "/" + std::to_string(warp) +
+                          "/" + what + "/" + std::to_string(number);
   auto& found = agents_[key];
   if (!found) {
     found = std::make_unique<Agents>(Agents{rank, block, warp, what, agent_count_});
@@ -77,7 +77,8 @@ void Checker::forget(const void* p, uint64_t bytes) {
   for (uintptr_t page = begin / kPage * kPage; page < end; page += kPage) {
     const auto found = pages_.find(page);
     if (found == pages_.end()) continue;
-    for (uintptr_t word = std::max(page, begin) / 4 * 4; word < std::min(page + kPage, end); word += 4) (*found->second)[(word - page) / 4] = {};
+    for (uintptr_t word = std::max(page, begin) / 4 * 4; word < std::min(page + kPage, end); word += 4)
+      (*found->second)[(word - page) / 4] = {};
   }
   if (bytes / 8 < signals_.size()) {
     for (uintptr_t at = (begin + 3) / 4 * 4; at < end; at += 4) signals_.erase(at);
@@ -104,7 +105,7 @@ Views Checker::snapshot(Warp& w, int lane) {
 bool Checker::seen(const Access& a, const Clock& clock, const Agents* self, int lane) const {
   bool all = true;
   each(a.lanes, [&](int l) {
-    if (a.by == self && l == lane) return;   // program order
+    if (a.by == self && l == lane) return;  // program order
     all &= time_of(clock, a.by->base + l) >= a.at;
   });
   return all;
@@ -115,37 +116,50 @@ namespace {
 std::string told(const Program& p, const Access& a, const char* what) {
   std::string lanes;
   each(a.lanes, [&](int l) { lanes += (lanes.empty() ? "" : ",") + std::to_string(l); });
-  return std::string(what) + " by rank " + std::to_string(a.by->rank) + ", block " + std::to_string(a.by->block) + ", warp " + std::to_string(a.by->warp) + ", " + a.by->what +
+  return std::string(what) + " by rank " + std::to_string(a.by->rank) + ", block " +
+         std::to_string(a.by->block) + ", warp " + std::to_string(a.by->warp) + ", " + a.by->what +
          (std::string(a.by->what) == "lane" ? " " + lanes : "") + ", " + p.where(*a.ins);
 }
 
 }  // namespace
 
-void Checker::check(Warp& w, const Ins& i, int lane, const Access& mine, const std::vector<Access>& others, const char* first, const char* second) {
+void Checker::check(Warp& w, const Ins& i, int lane, const Access& mine, const std::vector<Access>& others,
+                    const char* first, const char* second) {
   static const Clock nothing;
   const Views& v = w.order.views[lane];
   const Clock &plain = v.plain ? *v.plain : nothing, &async = v.async ? *v.async : nothing;
   for (const Access& a : others) {
     if (!(a.bytes & mine.bytes)) continue;
     ++checked;
-    if (a.strong != Scope::none && mine.strong != Scope::none && has(a.strong, a.by->rank, a.by->block, mine.by->rank, mine.by->block) &&
+    if (a.strong != Scope::none && mine.strong != Scope::none &&
+        has(a.strong, a.by->rank, a.by->block, mine.by->rank, mine.by->block) &&
         has(mine.strong, mine.by->rank, mine.by->block, a.by->rank, a.by->block))
       continue;
     const bool is_read = *first == 'r';
     if (!mine.async) {
-      if (!seen(a, plain, w.order.lanes, lane)) w.fault(i, lane, std::string("nothing orders these: a ") + told(w.grid->program, a, first) + "; and a " + second);
+      if (!seen(a, plain, w.order.lanes, lane))
+        w.fault(
+            i, lane,
+            std::string("nothing orders these: a ") + told(w.grid->program, a, first) + "; and a " + second);
       continue;
     }
-    // A bulk copy. It follows what the engine did for this block in the order of lanes; what lanes wrote, and other blocks' engines, across a proxy fence.
+    // A bulk copy. It follows what the engine did for this block in the order of lanes; what lanes wrote, and
+    // other blocks' engines, across a proxy fence.
     const bool near = a.async && a.by->rank == mine.by->rank && a.by->block == mine.by->block;
     const bool ordered = seen(a, plain, w.order.lanes, lane);
-    if (!ordered) w.fault(i, lane, std::string("nothing orders these: a ") + told(w.grid->program, a, first) + "; and a bulk copy's " + second);
+    if (!ordered)
+      w.fault(i, lane,
+              std::string("nothing orders these: a ") + told(w.grid->program, a, first) +
+                  "; and a bulk copy's " + second);
     if (!near && !is_read && !seen(a, async, nullptr, lane))
-      w.fault(i, lane, std::string("no proxy fence is between these: a ") + told(w.grid->program, a, first) + "; and a bulk copy's " + second);
+      w.fault(i, lane,
+              std::string("no proxy fence is between these: a ") + told(w.grid->program, a, first) +
+                  "; and a bulk copy's " + second);
   }
 }
 
-void Checker::touch(Warp& w, const Ins& i, int lane, Access mine, const char* p, uint32_t bytes, bool reads, bool writes) {
+void Checker::touch(Warp& w, const Ins& i, int lane, Access mine, const char* p, uint32_t bytes, bool reads,
+                    bool writes) {
   const auto begin = reinterpret_cast<uintptr_t>(p), end = begin + bytes;
   const bool shared = w.block->is_shared(begin);
   for (uintptr_t word = begin / 4 * 4; word < end; word += 4) {
@@ -156,7 +170,10 @@ void Checker::touch(Warp& w, const Ins& i, int lane, Access mine, const char* p,
       if (shared && !mine.async) {
         uint8_t written = 0;
         for (const Access& a : c.writes) written |= a.bytes;
-        if (mine.bytes & ~written) w.fault(i, lane, "a read of shared memory that nobody has written: byte " + std::to_string(word - reinterpret_cast<uintptr_t>(w.block->shared.get())));
+        if (mine.bytes & ~written)
+          w.fault(i, lane,
+                  "a read of shared memory that nobody has written: byte " +
+                      std::to_string(word - reinterpret_cast<uintptr_t>(w.block->shared.get())));
       }
       check(w, i, lane, mine, c.writes, "write", "read");
     }
@@ -173,7 +190,7 @@ void Checker::touch(Warp& w, const Ins& i, int lane, Access mine, const char* p,
           if (a.at == mine.at) {
             a.lanes |= mine.lanes;
             kept = true;
-          } else if (a.lanes == mine.lanes) {   // the same lanes, later
+          } else if (a.lanes == mine.lanes) {  // the same lanes, later
             a.at = mine.at;
             a.ins = mine.ins;
             kept = true;
@@ -187,14 +204,22 @@ void Checker::touch(Warp& w, const Ins& i, int lane, Access mine, const char* p,
 
 void Checker::read(Warp& w, const Ins& i, int lane, const char* p, uint32_t bytes) {
   if (i.order == Order::acquire) acquire(w, i, lane, reinterpret_cast<uintptr_t>(p));
-  touch(w, i, lane, {w.order.lanes, Mask{1} << lane, w.order.lanes->now, &i, 0, is_strong(i) ? i.scope : Scope::none, false}, p, bytes, true, false);
+  touch(w, i, lane,
+        {w.order.lanes, Mask{1} << lane, w.order.lanes->now, &i, 0, is_strong(i) ? i.scope : Scope::none,
+         false},
+        p, bytes, true, false);
 }
 void Checker::write(Warp& w, const Ins& i, int lane, const char* p, uint32_t bytes, bool rmw) {
   const auto at = reinterpret_cast<uintptr_t>(p);
   if (rmw && i.order == Order::acq_rel) acquire(w, i, lane, at);
-  touch(w, i, lane, {w.order.lanes, Mask{1} << lane, w.order.lanes->now, &i, 0, is_strong(i) ? i.scope : Scope::none, false}, p, bytes, rmw, true);
-  if (i.order == Order::release || i.order == Order::acq_rel) release(w, i, lane, at, rmw);
-  else if (!rmw) signals_.erase(at);   // a store of another kind ends what its readers could learn
+  touch(w, i, lane,
+        {w.order.lanes, Mask{1} << lane, w.order.lanes->now, &i, 0, is_strong(i) ? i.scope : Scope::none,
+         false},
+        p, bytes, rmw, true);
+  if (i.order == Order::release || i.order == Order::acq_rel)
+    release(w, i, lane, at, rmw);
+  else if (!rmw)
+    signals_.erase(at);  // a store of another kind ends what its readers could learn
 }
 
 void Checker::acquire(Warp& w, const Ins& i, int lane, uintptr_t at) {
@@ -202,7 +227,8 @@ void Checker::acquire(Warp& w, const Ins& i, int lane, uintptr_t at) {
   if (found == signals_.end()) return;
   const Agents& me = *w.order.lanes;
   for (const Signal& s : found->second)
-    if (has(s.scope, s.rank, s.block, me.rank, me.block) && has(i.scope, me.rank, me.block, s.rank, s.block)) {
+    if (has(s.scope, s.rank, s.block, me.rank, me.block) &&
+        has(i.scope, me.rank, me.block, s.rank, s.block)) {
       Views& v = w.order.views[lane];
       v = {joined(v.plain, s.views.plain), joined(v.async, s.views.async)};
     }
@@ -236,7 +262,8 @@ void Checker::meet(const std::vector<std::pair<Warp*, Mask>>& lanes) {
     if (plain.size() < own.base + kLanes) plain.resize(own.base + kLanes);
     each(mask, [&](int l) { plain[own.base + l] = own.now; });
   }
-  const Views all{std::make_shared<const Clock>(std::move(plain)), std::make_shared<const Clock>(std::move(async))};
+  const Views all{std::make_shared<const Clock>(std::move(plain)),
+                  std::make_shared<const Clock>(std::move(async))};
   for (const auto& [w, mask] : lanes) {
     ++w->order.lanes->now;
     each(mask, [&](int l) { w->order.views[l] = all; });
@@ -248,9 +275,11 @@ void Checker::fence_proxy(Warp& w, int lane) {
   w.order.views[lane].async = joined(w.order.views[lane].async, v.plain);
 }
 
-// -- the copy engine -------------------------------------------------------------------------------------------------------
+// -- the copy engine
+// -------------------------------------------------------------------------------------------------------
 
-uint32_t Checker::load(Warp& w, const Ins& i, int lane, const char* from, const char* stage, uint32_t bytes, uint32_t barrier, Agents*& engine) {
+uint32_t Checker::load(Warp& w, const Ins& i, int lane, const char* from, const char* stage, uint32_t bytes,
+                       uint32_t barrier, Agents*& engine) {
   engine = agents(w.grid->launch.rank, w.block->index, w.index, "a bulk load", static_cast<int>(barrier), 1);
   const uint32_t at = ++engine->now;
   const Access mine{engine, 1, at, &i, 0, Scope::none, true};
@@ -263,15 +292,19 @@ void Checker::arrive(Warp& w, int lane, Views& phase) {
   const Views v = snapshot(w, lane);
   phase = {joined(phase.plain, v.plain), joined(phase.async, v.async)};
 }
-void Checker::landed(Agents* engine, uint32_t at, Views& phase) { phase.plain = advanced(phase.plain, engine->base, at); }
+void Checker::landed(Agents* engine, uint32_t at, Views& phase) {
+  phase.plain = advanced(phase.plain, engine->base, at);
+}
 void Checker::wait(Warp& w, int lane, const Views& phase) {
   Views& v = w.order.views[lane];
   v = {joined(v.plain, phase.plain), joined(v.async, phase.async)};
 }
 
-std::pair<uint32_t, uint32_t> Checker::store(Warp& w, const Ins& i, int lane, const char* to, const char* stage, uint32_t bytes) {
+std::pair<uint32_t, uint32_t> Checker::store(Warp& w, const Ins& i, int lane, const char* to,
+                                             const char* stage, uint32_t bytes) {
   Agents *&reads = w.order.store_reads[lane], *&writes = w.order.store_writes[lane];
-  if (!reads) reads = agents(w.grid->launch.rank, w.block->index, w.index, "a bulk store out of its stage", lane, 1);
+  if (!reads)
+    reads = agents(w.grid->launch.rank, w.block->index, w.index, "a bulk store out of its stage", lane, 1);
   if (!writes) writes = agents(w.grid->launch.rank, w.block->index, w.index, "a bulk store", lane, 1);
   const uint32_t read_at = ++reads->now, write_at = ++writes->now;
   touch(w, i, lane, {reads, 1, read_at, &i, 0, Scope::none, true}, stage, bytes, true, false);
@@ -279,7 +312,11 @@ std::pair<uint32_t, uint32_t> Checker::store(Warp& w, const Ins& i, int lane, co
   ++w.order.lanes->now;
   return {read_at, write_at};
 }
-void Checker::stores_read(Warp& w, int lane, uint32_t at) { w.order.views[lane].plain = advanced(w.order.views[lane].plain, w.order.store_reads[lane]->base, at); }
-void Checker::stores_done(Warp& w, int lane, uint32_t at) { w.order.views[lane].plain = advanced(w.order.views[lane].plain, w.order.store_writes[lane]->base, at); }
+void Checker::stores_read(Warp& w, int lane, uint32_t at) {
+  w.order.views[lane].plain = advanced(w.order.views[lane].plain, w.order.store_reads[lane]->base, at);
+}
+void Checker::stores_done(Warp& w, int lane, uint32_t at) {
+  w.order.views[lane].plain = advanced(w.order.views[lane].plain, w.order.store_writes[lane]->base, at);
+}
 
 }  // namespace simt

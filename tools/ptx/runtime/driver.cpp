@@ -1,5 +1,6 @@
-// What nvcc's host code calls of CUDA: the kernels' own launch functions run as they are, and a launch becomes a grid of the machine.
-// Without CUDA's header, whose emulated twin defines the same names for the rest of the runtime.
+// What nvcc's host code calls of CUDA: the kernels' own launch functions run as they are, and a launch
+// becomes a grid of the machine. Without CUDA's header, whose emulated twin defines the same names for the
+// rest of the runtime.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -18,7 +19,7 @@ struct Kernels {
   std::mutex mutex;
   std::map<const void*, std::string> by_stub;
   std::vector<std::unique_ptr<Program>> programs;
-  std::vector<std::vector<Ins>> originals;   // of their code
+  std::vector<std::vector<Ins>> originals;  // of their code
 };
 Kernels& kernels() {
   static Kernels all;
@@ -29,7 +30,11 @@ std::string& last_error() {
   return text;
 }
 
-struct Configuration { unsigned grid[3], block[3]; size_t shared; void* stream; };
+struct Configuration {
+  unsigned grid[3], block[3];
+  size_t shared;
+  void* stream;
+};
 thread_local std::vector<Configuration> configurations;
 
 const Program& program_of(const std::string& kernel) {
@@ -53,7 +58,9 @@ void load_kernels(const std::string& path) {
 
 extern "C" {
 
-struct dim3_ { unsigned x, y, z; };
+struct dim3_ {
+  unsigned x, y, z;
+};
 
 void** __cudaRegisterFatBinary(void*) {
   static void* handle;
@@ -62,7 +69,10 @@ void** __cudaRegisterFatBinary(void*) {
 void __cudaRegisterFatBinaryEnd(void**) {}
 void __cudaUnregisterFatBinary(void**) {}
 char __cudaInitModule(void**) { return 1; }
-void __cudaRegisterFunction(void**, const char* stub, char*, const char* name, int, void*, void*, void*, void*, int*) { simt::kernels().by_stub[stub] = name; }
+void __cudaRegisterFunction(void**, const char* stub, char*, const char* name, int, void*, void*, void*,
+                            void*, int*) {
+  simt::kernels().by_stub[stub] = name;
+}
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
 
 unsigned __cudaPushCallConfiguration(dim3_ grid, dim3_ block, size_t shared, void* stream) {
@@ -79,7 +89,8 @@ int __cudaPopCallConfiguration(dim3_* grid, dim3_* block, size_t* shared, void* 
   return 0;
 }
 
-int cudaLaunchKernel(const void* stub, dim3_ grid, dim3_ block, void** arguments, size_t shared, void* stream) {
+int cudaLaunchKernel(const void* stub, dim3_ grid, dim3_ block, void** arguments, size_t shared,
+                     void* stream) {
   const std::string name = simt::kernels().by_stub.at(stub);
   auto launch = std::make_shared<simt::Launch>();
   launch->program = &simt::program_of(name);
@@ -87,17 +98,21 @@ int cudaLaunchKernel(const void* stub, dim3_ grid, dim3_ block, void** arguments
   launch->blocks = static_cast<int>(grid.x);
   launch->threads = static_cast<int>(block.x);
   launch->shared_bytes = shared;
-  if (grid.y * grid.z * block.y * block.z != 1 || block.x % simt::kLanes || shared > simt::kSharedBytes || block.x > 1024)
-    throw std::runtime_error("the PTX world: a launch that a GPU would refuse, or of more dimensions than one: " + name);
+  if (grid.y * grid.z * block.y * block.z != 1 || block.x % simt::kLanes || shared > simt::kSharedBytes ||
+      block.x > 1024)
+    throw std::runtime_error(
+        "the PTX world: a launch that a GPU would refuse, or of more dimensions than one: " + name);
   const simt::Function& f = launch->program->entry(name);
   launch->parameters.resize(f.parameter_bytes);
-  for (size_t k = 0; k < f.parameters.size(); ++k) std::memcpy(launch->parameters.data() + f.parameters[k].first, arguments[k], f.parameters[k].second);
+  for (size_t k = 0; k < f.parameters.size(); ++k)
+    std::memcpy(launch->parameters.data() + f.parameters[k].first, arguments[k], f.parameters[k].second);
   launch->extents.push_back({launch->parameters.data(), f.parameter_bytes});
   simt::describe(*launch);
   simt::enqueue(stream, [launch] { simt::Grid(*launch).run(); });
   return 0;
 }
-int __cudaLaunchKernel(const void* stub, dim3_ grid, dim3_ block, void** arguments, size_t shared, void* stream) {
+int __cudaLaunchKernel(const void* stub, dim3_ grid, dim3_ block, void** arguments, size_t shared,
+                       void* stream) {
   return cudaLaunchKernel(stub, grid, block, arguments, shared, stream);
 }
 int __cudaGetKernel(void** kernel, const void* stub) {
@@ -118,7 +133,7 @@ int cudaDeviceGetAttribute(int* value, int what, int) {
   return 0;
 }
 
-// For tests/emulated_gpu.py: null, or what is wrong.
+// For tests/support/emulated_gpu.py: null, or what is wrong.
 __attribute__((visibility("default"))) const char* ptx_load(const char* path) {
   try {
     simt::load_kernels(path);
@@ -130,7 +145,8 @@ __attribute__((visibility("default"))) const char* ptx_load(const char* path) {
 }
 
 // One instruction of the program that has this function is changed; -1: there is no such function.
-__attribute__((visibility("default"))) int64_t ptx_mutate(const char* function, int row, int drop, int order, int scope, int64_t integer) {
+__attribute__((visibility("default"))) int64_t ptx_mutate(const char* function, int row, int drop, int order,
+                                                          int scope, int64_t integer) {
   std::lock_guard lock(simt::kernels().mutex);
   for (const auto& p : simt::kernels().programs)
     for (const simt::Function& f : p->functions)
@@ -143,7 +159,8 @@ __attribute__((visibility("default"))) int64_t ptx_mutate(const char* function, 
 // Everything as it was.
 __attribute__((visibility("default"))) void ptx_restore() {
   std::lock_guard lock(simt::kernels().mutex);
-  for (size_t k = 0; k < simt::kernels().programs.size(); ++k) simt::kernels().programs[k]->code = simt::kernels().originals[k];
+  for (size_t k = 0; k < simt::kernels().programs.size(); ++k)
+    simt::kernels().programs[k]->code = simt::kernels().originals[k];
 }
 // Marks in `rows` what a program's launches have run since they were last asked.
 __attribute__((visibility("default"))) int64_t ptx_reached(const char* function, char* rows, int64_t count) {
@@ -151,7 +168,8 @@ __attribute__((visibility("default"))) int64_t ptx_reached(const char* function,
   for (const auto& p : simt::kernels().programs)
     for (const simt::Function& f : p->functions)
       if (f.name == function) {
-        for (int64_t k = 0; k < count && k < static_cast<int64_t>(p->code.size()); ++k) rows[k] = p->code[k].reached;
+        for (int64_t k = 0; k < count && k < static_cast<int64_t>(p->code.size()); ++k)
+          rows[k] = p->code[k].reached;
         return static_cast<int64_t>(p->code.size());
       }
   return -1;

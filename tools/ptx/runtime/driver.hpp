@@ -6,11 +6,11 @@
 
 namespace simt {
 
-constexpr int kSharedBytes = 232448;   // of a block, as on an H100
+constexpr int kSharedBytes = 232448;  // of a block, as on an H100
 
 void load_kernels(const std::string& path);
-void enqueue(void* stream, std::function<void()> work);   // on an emulated stream
-void describe(Launch& launch);                            // whose it is, and the memory that only its arguments name
+void enqueue(void* stream, std::function<void()> work);  // on an emulated stream
+void describe(Launch& launch);  // whose it is, and the memory that only its arguments name
 void describe_quant(Launch& launch);
 
 }  // namespace simt

@@ -1,4 +1,5 @@
-// The machine by itself, for tests of single operations: no kernel of moecomm's and no compiler of CUDA's is needed.
+// The machine by itself, for tests of single operations: no kernel of moecomm's and no compiler of CUDA's is
+// needed.
 #include <cstring>
 #include <stdexcept>
 
@@ -36,13 +37,16 @@ EXPORT const char* ptx_operations() {
   return said().c_str();
 }
 
-// Runs a kernel of a translated module whose parameters are pointers, each with the size of its memory. Returns null, or what is wrong.
-EXPORT const char* ptx_run(const char* path, const char* kernel, int blocks, int threads, uint64_t shared, int count, const uint64_t* pointers, const uint64_t* bytes) {
+// Runs a kernel of a translated module whose parameters are pointers, each with the size of its memory.
+// Returns null, or what is wrong.
+EXPORT const char* ptx_run(const char* path, const char* kernel, int blocks, int threads, uint64_t shared,
+                           int count, const uint64_t* pointers, const uint64_t* bytes) {
   try {
     const simt::Program program = simt::load_program(path);
     simt::Launch launch{&program, kernel, blocks, threads, shared, std::vector<char>(8 * count), {}, 0};
     std::memcpy(launch.parameters.data(), pointers, 8 * count);
-    for (int k = 0; k < count; ++k) launch.extents.push_back({reinterpret_cast<const void*>(pointers[k]), bytes[k]});
+    for (int k = 0; k < count; ++k)
+      launch.extents.push_back({reinterpret_cast<const void*>(pointers[k]), bytes[k]});
     simt::Grid(launch).run();
     return nullptr;
   } catch (const std::exception& e) {

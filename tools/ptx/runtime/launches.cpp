@@ -1,11 +1,12 @@
-// What the machine cannot know of a launch: its stream, its rank, and the caller's tensors, which no allocator of the GPU has given.
+// What the machine cannot know of a launch: its stream, its rank, and the caller's tensors, which no
+// allocator of the GPU has given.
 #include <cuda_runtime_api.h>
 
 #include <cstring>
 #include <stdexcept>
 
 #include "driver.hpp"
-#include "world/cuda/decode_launch.hpp"
+#include "runtime/cuda/kernels/decode_launch.hpp"
 
 namespace simt {
 namespace {
@@ -30,15 +31,19 @@ class Tensors {
 
 template <class L>
 const L& as(const Launch& launch) {
-  if (launch.parameters.size() != sizeof(L)) throw std::runtime_error("the PTX world: " + launch.kernel + " has parameters of another size than the host's");
+  if (launch.parameters.size() != sizeof(L))
+    throw std::runtime_error("the PTX world: " + launch.kernel +
+                             " has parameters of another size than the host's");
   return *reinterpret_cast<const L*>(launch.parameters.data());
 }
 
 }  // namespace
 
 void enqueue(void* stream, std::function<void()> work) {
-  if (stream) static_cast<cudaStream_t>(stream)->enqueue(std::move(work));
-  else work();
+  if (stream)
+    static_cast<cudaStream_t>(stream)->enqueue(std::move(work));
+  else
+    work();
 }
 
 void describe(Launch& launch) {
@@ -48,7 +53,8 @@ void describe(Launch& launch) {
   if (is("decode_dispatch_kernel")) {
     const auto& l = as<cuda::DecodeDispatchLaunch>(launch);
     const DecodeSendArgs& a = l.work.args;
-    const uint64_t tokens = a.turn.tokens, row = a.quantizes() ? a.d.shape.combine_row_bytes() : a.turn.call.row_bytes;
+    const uint64_t tokens = a.turn.tokens,
+                   row = a.quantizes() ? a.d.shape.combine_row_bytes() : a.turn.call.row_bytes;
     t.add_picks(a.ids64, a.ids32, a.weights, tokens * a.d.shape.top_k);
     t.add(a.x, tokens * row);
     t.add(a.scales, tokens * a.turn.call.scale_bytes);
@@ -57,7 +63,8 @@ void describe(Launch& launch) {
     const auto& l = as<cuda::DecodeCombineLaunch>(launch);
     const DecodeCombineArgs& a = l.work.args;
     const uint64_t tokens = a.turn.tokens, row = a.d.shape.combine_row_bytes();
-    const uint64_t rows = uint64_t{static_cast<uint64_t>(a.d.shape.num_experts / a.d.geometry.size)} * a.d.geometry.size * a.d.shape.max_tokens;
+    const uint64_t rows = uint64_t{static_cast<uint64_t>(a.d.shape.num_experts / a.d.geometry.size)} *
+                          a.d.geometry.size * a.d.shape.max_tokens;
     t.add_picks(l.work.ids64, l.work.ids32, l.work.weights, tokens * a.d.shape.top_k);
     t.add(a.y, tokens * row);
     t.add(a.rows, rows * row);
@@ -66,7 +73,7 @@ void describe(Launch& launch) {
   } else if (is("dispatch_kernel")) {
     const auto& l = as<cuda::DispatchLaunch>(launch);
     const DispatchArgs& a = l.work.args;
-    const bool quantizes = a.plan.call.scales != ScaleKind::none && !a.scales;   // then x is not in codes yet
+    const bool quantizes = a.plan.call.scales != ScaleKind::none && !a.scales;  // then x is not in codes yet
     const uint64_t tokens = a.plan.tokens;
     t.add_picks(a.ids64, a.ids32, a.weights, tokens * a.b.shape.top_k);
     t.add(a.x, tokens * (quantizes ? a.b.shape.combine_row_bytes() : a.plan.call.row_bytes));
@@ -85,9 +92,12 @@ void describe(Launch& launch) {
   }
 }
 
-// Whole tensors: see csrc/world/cuda/quant_launch.hpp.
+// Whole tensors: see csrc/runtime/cuda/kernels/quant_launch.hpp.
 void describe_quant(Launch& launch) {
-  struct Size { int64_t rows, columns; bool whole; };
+  struct Size {
+    int64_t rows, columns;
+    bool whole;
+  };
   const auto& places = launch.program->entry(launch.kernel).parameters;
   const auto is = [&](const char* part) { return launch.kernel.find(part) != std::string::npos; };
   const auto take = [&]<class T>(int k, T) {
@@ -112,12 +122,17 @@ void describe_quant(Launch& launch) {
     const bool back = is("dequantize_kernel");
     const int codes = back ? 1 : 0, scales = back ? 2 : 1, x = back ? 0 : 2;
     const Size m = take(3, Size{});
-    const TileShape tile = back ? take(5, TileShape{}) : is("quantize_rows") ? TileShape::row : is("quantize_columns") ? TileShape::column : TileShape::square;
+    const TileShape tile = back                     ? take(5, TileShape{})
+                           : is("quantize_rows")    ? TileShape::row
+                           : is("quantize_columns") ? TileShape::column
+                                                    : TileShape::square;
     const auto kind = back ? ScaleKind::f32 : take(5, ScaleKind{});
     t.add(pointer(codes), m.rows * m.columns);
     t.add(pointer(x), m.rows * m.columns * element_bytes(take(4, DType{})));
-    t.add(pointer(scales), 4 * (tile == TileShape::row ? m.rows * scale_words(m.columns, kind)
-                                                       : tiles_of(m.rows) * (tile == TileShape::column ? m.columns : tiles_of(m.columns))));
+    t.add(pointer(scales),
+          4 * (tile == TileShape::row
+                   ? m.rows * scale_words(m.columns, kind)
+                   : tiles_of(m.rows) * (tile == TileShape::column ? m.columns : tiles_of(m.columns))));
   }
 }
 

@@ -43,13 +43,15 @@ const Function& Program::entry(const std::string& part) const {
 
 std::string Program::where(const Ins& i) const {
   const auto f = files.find(i.file);
-  return "PTX line " + std::to_string(i.line) + " (" + operation_names()[i.op] + ", " + (f == files.end() ? "?" : f->second) + ":" + std::to_string(i.source) + ")";
+  return "PTX line " + std::to_string(i.line) + " (" + operation_names()[i.op] + ", " +
+         (f == files.end() ? "?" : f->second) + ":" + std::to_string(i.source) + ")";
 }
 
 // Dropped: lanes go on. A wait for a phase has ended at once; a bulk load still tells its barrier.
 void mutate(Ins& i, bool drop, int order, int scope, int64_t integer) {
   if (drop) {
-    i.run = i.kind == Kind::poll ? +[](Warp& w, const Ins& wait, Mask m) { w.predicates[wait.r[0]] |= m; } : nullptr;
+    i.run = i.kind == Kind::poll ? +[](Warp& w, const Ins& wait, Mask m) { w.predicates[wait.r[0]] |= m; }
+                                 : nullptr;
     i.kind = i.run ? Kind::poll : Kind::plain;
     if (!i.run) i.run = +[](Warp&, const Ins&, Mask) {};
   }
@@ -67,7 +69,8 @@ Program load_program(const std::string& path) {
   int version = 0;
   size_t rows = 0;
   in >> word >> version >> rows >> p.slots >> p.predicates >> p.local_bytes >> p.shared_bytes;
-  if (word != "machine" || version != 1) throw std::runtime_error("the PTX world: " + path + " is of another version");
+  if (word != "machine" || version != 1)
+    throw std::runtime_error("the PTX world: " + path + " is of another version");
   while (p.code.size() < rows && in >> word) {
     if (word == "file") {
       int number;
@@ -87,7 +90,8 @@ Program load_program(const std::string& path) {
       p.functions.push_back(f);
     } else {
       const auto found = known().all.find(word);
-      if (found == known().all.end()) throw std::runtime_error("the PTX world: an operation that the machine does not have: " + word);
+      if (found == known().all.end())
+        throw std::runtime_error("the PTX world: an operation that the machine does not have: " + word);
       Ins& i = p.code.emplace_back();
       int order, scope;
       char colon;

@@ -1,34 +1,45 @@
-// Loads, stores and atomics. Every access is checked: its alignment, and that it lies in memory that somebody has allocated,
-// in the block's shared memory, or in a tensor that the launch was given.
+// Loads, stores and atomics. Every access is checked: its alignment, and that it lies in memory that somebody
+// has allocated, in the block's shared memory, or in a tensor that the launch was given.
 #include <cstring>
 
-#include "extents.hpp"
 #include "checker.hpp"
+#include "extents.hpp"
 
 namespace simt {
 
 char* Warp::at(const Ins& i, int lane, Space space, uint64_t address, uint32_t bytes) {
   if (space == Space::param || space == Space::local) {
     const uint64_t limit = space == Space::param ? grid->kernel.parameter_bytes : grid->program.local_bytes;
-    if (address + bytes > limit) fault(i, lane, "parameters end before byte " + std::to_string(address + bytes));
-    return space == Space::param ? const_cast<char*>(grid->launch.parameters.data()) + address : locals.data() + lane * grid->program.local_bytes + address;
+    if (address + bytes > limit)
+      fault(i, lane, "parameters end before byte " + std::to_string(address + bytes));
+    return space == Space::param ? const_cast<char*>(grid->launch.parameters.data()) + address
+                                 : locals.data() + lane * grid->program.local_bytes + address;
   }
-  if (address % bytes) fault(i, lane, "an access of " + std::to_string(bytes) + " bytes is not aligned: its address ends in " + std::to_string(address % 64) + " of 64");
+  if (address % bytes)
+    fault(i, lane,
+          "an access of " + std::to_string(bytes) + " bytes is not aligned: its address ends in " +
+              std::to_string(address % 64) + " of 64");
   if (space == Space::shared) {
     address = static_cast<uint32_t>(address);
     if (address + bytes > block->shared_bytes)
-      fault(i, lane, "shared memory has " + std::to_string(block->shared_bytes) + " bytes; access to " + std::to_string(address) + ", " + std::to_string(bytes) + " bytes");
+      fault(i, lane,
+            "shared memory has " + std::to_string(block->shared_bytes) + " bytes; access to " +
+                std::to_string(address) + ", " + std::to_string(bytes) + " bytes");
     return block->shared.get() + address;
   }
-  if (block->is_shared(address) && block->is_shared(address + bytes - 1)) return reinterpret_cast<char*>(address);
+  if (block->is_shared(address) && block->is_shared(address + bytes - 1))
+    return reinterpret_cast<char*>(address);
   emulated::Extents& all = emulated::extents();
-  if (known_version_ == all.version() && address >= known_begin_ && address + bytes <= known_end_) return reinterpret_cast<char*>(address);
+  if (known_version_ == all.version() && address >= known_begin_ && address + bytes <= known_end_)
+    return reinterpret_cast<char*>(address);
   for (const Extent& e : grid->launch.extents) {
     const auto begin = reinterpret_cast<uintptr_t>(e.begin);
     if (address >= begin && address + bytes <= begin + e.bytes) return reinterpret_cast<char*>(address);
   }
   if (!all.find(address, bytes, known_begin_, known_end_, known_version_))
-    fault(i, lane, "an access of " + std::to_string(bytes) + " bytes is outside of all memory: " + all.nearest(address));
+    fault(
+        i, lane,
+        "an access of " + std::to_string(bytes) + " bytes is outside of all memory: " + all.nearest(address));
   return reinterpret_cast<char*>(address);
 }
 
@@ -38,7 +49,7 @@ template <class T>
 inline uint64_t extended(const char* p) {
   T v;
   std::memcpy(&v, p, sizeof(T));
-  return static_cast<uint64_t>(static_cast<int64_t>(v));   // registers are wider than what is loaded
+  return static_cast<uint64_t>(static_cast<int64_t>(v));  // registers are wider than what is loaded
 }
 
 template <Space kSpace, int kCount, class T>
@@ -83,7 +94,8 @@ void store(Warp& w, const Ins& i, Mask m) {
 // What is released must have left the copy engine.
 void before_release(Warp& w, const Ins& i, int lane) {
   if (i.order != Order::release && i.order != Order::acq_rel) return;
-  if (w.engines[lane] && !w.engines[lane]->quiet()) w.fault(i, lane, "a release while bulk stores are under way, or without a proxy fence behind them");
+  if (w.engines[lane] && !w.engines[lane]->quiet())
+    w.fault(i, lane, "a release while bulk stores are under way, or without a proxy fence behind them");
 }
 
 template <class T>
@@ -111,7 +123,8 @@ void compare_and_swap(Warp& w, const Ins& i, Mask m) {
     auto* p = reinterpret_cast<T*>(w.at(i, l, Space::global, w.reg(i.r[1])[l], sizeof(T)));
     if (checker()) checker()->write(w, i, l, reinterpret_cast<const char*>(p), sizeof(T), true);
     T expected = get<T>(w.reg(i.r[2])[l]);
-    __atomic_compare_exchange_n(p, &expected, get<T>(w.reg(i.r[3])[l]), false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    __atomic_compare_exchange_n(p, &expected, get<T>(w.reg(i.r[3])[l]), false, __ATOMIC_SEQ_CST,
+                                __ATOMIC_SEQ_CST);
     w.reg(i.r[0])[l] = expected;
   });
 }
@@ -123,15 +136,20 @@ void copy_local(Warp& w, const Ins& i, Mask m) {
   });
 }
 void address_of_parameter(Warp& w, const Ins& i, Mask m) {
-  each(m, [&](int l) { w.reg(i.r[0])[l] = reinterpret_cast<uintptr_t>(w.grid->launch.parameters.data()) + i.integer; });
+  each(m, [&](int l) {
+    w.reg(i.r[0])[l] = reinterpret_cast<uintptr_t>(w.grid->launch.parameters.data()) + i.integer;
+  });
 }
 void to_generic(Warp& w, const Ins& i, Mask m) {
-  each(m, [&](int l) { w.reg(i.r[0])[l] = reinterpret_cast<uintptr_t>(w.block->shared.get()) + get<uint32_t>(w.reg(i.r[1])[l]); });
+  each(m, [&](int l) {
+    w.reg(i.r[0])[l] = reinterpret_cast<uintptr_t>(w.block->shared.get()) + get<uint32_t>(w.reg(i.r[1])[l]);
+  });
 }
 void to_shared(Warp& w, const Ins& i, Mask m) {
   each(m, [&](int l) {
     const uint64_t generic = w.reg(i.r[1])[l];
-    if (!w.block->is_shared(generic)) w.fault(i, l, "an address that is not of this block's shared memory is taken for one");
+    if (!w.block->is_shared(generic))
+      w.fault(i, l, "an address that is not of this block's shared memory is taken for one");
     w.reg(i.r[0])[l] = generic - reinterpret_cast<uintptr_t>(w.block->shared.get());
   });
 }
@@ -142,30 +160,38 @@ template <Space kSpace, int kCount>
 void add_accesses(Table& all, const std::string& space) {
   const std::string head = space + "." + std::to_string(kCount) + ".";
   const auto polls = kSpace == Space::global && kCount == 1 ? Kind::poll : Kind::plain;
-  all["ld." + head + "u8"] = {load<kSpace, kCount, uint8_t>, Kind::plain}, all["ld." + head + "s8"] = {load<kSpace, kCount, int8_t>, Kind::plain};
-  all["ld." + head + "u16"] = {load<kSpace, kCount, uint16_t>, Kind::plain}, all["ld." + head + "s16"] = {load<kSpace, kCount, int16_t>, Kind::plain};
-  all["ld." + head + "u32"] = {load<kSpace, kCount, uint32_t>, polls}, all["ld." + head + "s32"] = {load<kSpace, kCount, int32_t>, Kind::plain};
-  all["st." + head + "u8"] = {store<kSpace, kCount, uint8_t>, Kind::plain}, all["st." + head + "u16"] = {store<kSpace, kCount, uint16_t>, Kind::plain};
+  all["ld." + head + "u8"] = {load<kSpace, kCount, uint8_t>, Kind::plain},
+                     all["ld." + head + "s8"] = {load<kSpace, kCount, int8_t>, Kind::plain};
+  all["ld." + head + "u16"] = {load<kSpace, kCount, uint16_t>, Kind::plain},
+                     all["ld." + head + "s16"] = {load<kSpace, kCount, int16_t>, Kind::plain};
+  all["ld." + head + "u32"] = {load<kSpace, kCount, uint32_t>, polls},
+                     all["ld." + head + "s32"] = {load<kSpace, kCount, int32_t>, Kind::plain};
+  all["st." + head + "u8"] = {store<kSpace, kCount, uint8_t>, Kind::plain},
+                     all["st." + head + "u16"] = {store<kSpace, kCount, uint16_t>, Kind::plain};
   all["st." + head + "u32"] = {store<kSpace, kCount, uint32_t>, Kind::plain};
   if constexpr (kCount < 4) {
-    all["ld." + head + "u64"] = {load<kSpace, kCount, uint64_t>, polls}, all["ld." + head + "s64"] = {load<kSpace, kCount, int64_t>, Kind::plain};
+    all["ld." + head + "u64"] = {load<kSpace, kCount, uint64_t>, polls},
+                       all["ld." + head + "s64"] = {load<kSpace, kCount, int64_t>, Kind::plain};
     all["st." + head + "u64"] = {store<kSpace, kCount, uint64_t>, Kind::plain};
   }
 }
 template <Space kSpace>
 void add_space(Table& all, const std::string& space) {
-  add_accesses<kSpace, 1>(all, space), add_accesses<kSpace, 2>(all, space), add_accesses<kSpace, 4>(all, space);
+  add_accesses<kSpace, 1>(all, space), add_accesses<kSpace, 2>(all, space),
+      add_accesses<kSpace, 4>(all, space);
 }
 
 }  // namespace
 
 void add_memory(Table& all) {
-  add_space<Space::global>(all, "global"), add_space<Space::shared>(all, "shared"), add_space<Space::param>(all, "param"), add_space<Space::local>(all, "local");
+  add_space<Space::global>(all, "global"), add_space<Space::shared>(all, "shared"),
+      add_space<Space::param>(all, "param"), add_space<Space::local>(all, "local");
   const auto add = [&](const char* name, Handler run) { all[name] = {run, Kind::plain}; };
   add("atom.add.u32", atomic_add<uint32_t>), add("atom.add.u64", atomic_add<uint64_t>);
   add("red.add.u32", reduce_add<uint32_t>), add("red.add.u64", reduce_add<uint64_t>);
   add("atom.cas.u32", compare_and_swap<uint32_t>), add("atom.cas.u64", compare_and_swap<uint64_t>);
-  add("copy.local", copy_local), add("mov.param", address_of_parameter), add("cvta.shared", to_generic), add("cvta.to.shared", to_shared);
+  add("copy.local", copy_local), add("mov.param", address_of_parameter), add("cvta.shared", to_generic),
+      add("cvta.to.shared", to_shared);
 }
 
 }  // namespace simt

@@ -1,14 +1,14 @@
-// The cuda world's extension without a GPU: its runtime and its kernels' own text over emulated memory, streams and lanes.
-// tests/emulated_gpu.py builds it, with the rest of the extension as it is.
-#include "fabric/cuda/ptx.cuh"   // the emulated one, before anything that includes it
+// The cuda world's extension without a GPU: its runtime and its kernels' own text over emulated memory,
+// streams and lanes. tests/support/emulated_gpu.py builds it, with the rest of the extension as it is.
+#include "fabric/cuda/ptx.cuh"  // the emulated one, before anything that includes it
 
 #include <cuda_runtime_api.h>
 
 #include <memory>
 
-#include "world/cuda/decode_launch.hpp"
-#include "world/cuda/quant_launch.hpp"
-#include "world/cuda/seat.cuh"
+#include "runtime/cuda/kernels/decode_launch.hpp"
+#include "runtime/cuda/kernels/quant_launch.hpp"
+#include "runtime/cuda/kernels/seat.cuh"
 
 namespace moecomm::cuda {
 namespace {
@@ -18,7 +18,9 @@ constexpr int kSharedBytes = 232448, kMultiprocessors = 132;
 // Shared memory of a grid's warps or squads.
 class Shared {
  public:
-  Shared(int pieces, uint64_t bytes) : bytes_(align_up(bytes, 4096)), data_(static_cast<char*>(std::aligned_alloc(4096, pieces * bytes_)), std::free) {}
+  Shared(int pieces, uint64_t bytes)
+      : bytes_(align_up(bytes, 4096)),
+        data_(static_cast<char*>(std::aligned_alloc(4096, pieces * bytes_)), std::free) {}
   char* piece(int i) const { return data_.get() + i * bytes_; }
 
  private:
@@ -33,7 +35,8 @@ int run_warps(const Launch& launch, void* stream, Role role) {
     const Shared shared(s.sms * s.warps, warp_shared_bytes(s.stage_bytes, s.stages));
     emulated::run_grid(s.sms, s.warps, s.warps, [&](int block) {
       const int seat = static_cast<int>(threadIdx.x) / 32 * s.sms + block;
-      take_seat(launch.call, LoopbackDeviceRail::of(launch.call.links, seat), seat, s.sms * s.warps, shared.piece(seat),
+      take_seat(launch.call, LoopbackDeviceRail::of(launch.call.links, seat), seat, s.sms * s.warps,
+                shared.piece(seat),
                 [&](Warp g, auto fabric, auto gates, Seat at) { return role(g, fabric, gates, at, launch); });
     });
   });
@@ -48,9 +51,12 @@ int run_squads(const Launch& launch, void* stream, Role role) {
     const Shared shared(all, warp_shared_bytes(s.stage_bytes, s.stages));
     emulated::run_grid(s.sms, s.warps, launch.squad, [&](int block) {
       const int squad = static_cast<int>(threadIdx.x) / 32 / launch.squad, index = squad * s.sms + block;
-      const Squad g{squad * launch.squad, launch.squad, reinterpret_cast<WarpScratch*>(shared.piece(index))->words};
-      join_squad(launch.call, LoopbackDeviceRail::of(launch.call.links, 0), g, index, all, shared.piece(index),
-                 [&](Squad group, auto fabric, auto meeting, int i) { return role(group, fabric, meeting, launch.work, i, all); });
+      const Squad g{squad * launch.squad, launch.squad,
+                    reinterpret_cast<WarpScratch*>(shared.piece(index))->words};
+      join_squad(launch.call, LoopbackDeviceRail::of(launch.call.links, 0), g, index, all,
+                 shared.piece(index), [&](Squad group, auto fabric, auto meeting, int i) {
+                   return role(group, fabric, meeting, launch.work, i, all);
+                 });
     });
   });
   return cudaSuccess;
@@ -64,14 +70,18 @@ const Kernels& loopback_kernels() {
   static const Kernels kernels{
       nothing,
       [](const DispatchLaunch& launch, void* stream) {
-        return run_warps(launch, stream, [](Warp g, auto fabric, auto gates, Seat seat, const DispatchLaunch& l) {
-          return dispatch_seat(g, fabric, gates, l.work, seat, [&] { if (g.lane() == 0 && l.placed) tell_placed(l); });
-        });
+        return run_warps(launch, stream,
+                         [](Warp g, auto fabric, auto gates, Seat seat, const DispatchLaunch& l) {
+                           return dispatch_seat(g, fabric, gates, l.work, seat, [&] {
+                             if (g.lane() == 0 && l.placed) tell_placed(l);
+                           });
+                         });
       },
       [](const CombineLaunch& launch, void* stream) {
-        return run_warps(launch, stream, [](Warp g, auto fabric, auto gates, Seat seat, const CombineLaunch& l) {
-          return combine_seat(g, fabric, gates, l.args, seat);
-        });
+        return run_warps(launch, stream,
+                         [](Warp g, auto fabric, auto gates, Seat seat, const CombineLaunch& l) {
+                           return combine_seat(g, fabric, gates, l.args, seat);
+                         });
       }};
   return kernels;
 }
@@ -79,8 +89,12 @@ const Kernels& loopback_kernels() {
 const DecodeKernels& loopback_decode_kernels() {
   static const DecodeKernels kernels{
       nothing,
-      [](const DecodeDispatchLaunch& l, void* stream) { return run_squads(l, stream, [](auto... a) { return decode_dispatch_seat(a...); }); },
-      [](const DecodeCombineLaunch& l, void* stream) { return run_squads(l, stream, [](auto... a) { return decode_combine_seat(a...); }); }};
+      [](const DecodeDispatchLaunch& l, void* stream) {
+        return run_squads(l, stream, [](auto... a) { return decode_dispatch_seat(a...); });
+      },
+      [](const DecodeCombineLaunch& l, void* stream) {
+        return run_squads(l, stream, [](auto... a) { return decode_combine_seat(a...); });
+      }};
   return kernels;
 }
 
@@ -89,14 +103,27 @@ int shared_bytes_limit(int* bytes, int* sms) {
   *sms = kMultiprocessors;
   return cudaSuccess;
 }
-uint32_t shared_bytes(const Spread& spread) { return spread.warps * warp_shared_bytes(spread.stage_bytes, spread.stages); }
+uint32_t shared_bytes(const Spread& spread) {
+  return spread.warps * warp_shared_bytes(spread.stage_bytes, spread.stages);
+}
 const char* error_text(int) { return "not emulated"; }
 
 // Codes of whole tensors: their tensors lie on the CPU here, whose own code serves them.
-int launch_quantize(char*, float*, const char*, int64_t, int64_t, DType, TileShape, ScaleKind, void*) { return cudaErrorNotSupported; }
-int launch_dequantize(char*, const char*, const float*, int64_t, int64_t, DType, TileShape, void*) { return cudaErrorNotSupported; }
-int launch_transpose_requantize(char*, float*, const char*, const float*, int64_t, int64_t, ScaleKind, void*) { return cudaErrorNotSupported; }
-int launch_encode_rows(char*, const char*, int64_t, int64_t, DType, Wire, void*) { return cudaErrorNotSupported; }
-int launch_decode_rows(char*, const char*, int64_t, int64_t, DType, Wire, void*) { return cudaErrorNotSupported; }
+int launch_quantize(char*, float*, const char*, int64_t, int64_t, DType, TileShape, ScaleKind, void*) {
+  return cudaErrorNotSupported;
+}
+int launch_dequantize(char*, const char*, const float*, int64_t, int64_t, DType, TileShape, void*) {
+  return cudaErrorNotSupported;
+}
+int launch_transpose_requantize(char*, float*, const char*, const float*, int64_t, int64_t, ScaleKind,
+                                void*) {
+  return cudaErrorNotSupported;
+}
+int launch_encode_rows(char*, const char*, int64_t, int64_t, DType, Wire, void*) {
+  return cudaErrorNotSupported;
+}
+int launch_decode_rows(char*, const char*, int64_t, int64_t, DType, Wire, void*) {
+  return cudaErrorNotSupported;
+}
 
 }  // namespace moecomm::cuda

@@ -1,6 +1,7 @@
-// Lanes as fibers, all warps of a call on the thread that launched it: whole worlds in milliseconds, without races. Who
-// polls gives way to the other lanes, then to other threads, which are other ranks. In the order of their numbers, or with a
-// seed in any order: blocks and lanes start when they like, and every poll and meeting may take one of them long.
+// Lanes as fibers, all warps of a call on the thread that launched it: whole worlds in milliseconds, without
+// races. Who polls gives way to the other lanes, then to other threads, which are other ranks. In the order
+// of their numbers, or with a seed in any order: blocks and lanes start when they like, and every poll and
+// meeting may take one of them long.
 #pragma once
 #include <sched.h>
 
@@ -19,7 +20,7 @@ struct Barrier {
   explicit Barrier(int size = 32) : all(size) {}
   int size() const { return all; }
   int all;
-  std::vector<int> waiting = {};   // fibers
+  std::vector<int> waiting = {};  // fibers
 };
 struct WarpState {
   Barrier barrier;
@@ -34,7 +35,9 @@ struct BlockState {
   std::deque<Barrier> squads;
   int per_squad;
 };
-struct Lane { unsigned x; };
+struct Lane {
+  unsigned x;
+};
 // Of the fiber that runs. A fiber stays on its thread, and puts its own back when it goes on.
 inline thread_local Lane lane{0};
 inline thread_local WarpState* warp = nullptr;
@@ -42,7 +45,7 @@ inline thread_local BlockState* block = nullptr;
 inline thread_local moecomm::Fibers* fibers = nullptr;
 
 inline thread_local std::mt19937_64 order;
-inline thread_local bool any_order = false;   // of the grid that runs
+inline thread_local bool any_order = false;  // of the grid that runs
 
 // Virtual time that something takes: a little, and now and then up to `most`.
 inline uint64_t some_time(uint64_t most) {
@@ -97,7 +100,7 @@ void run_grid(int blocks, int warps, int squad_warps, Role&& role) {
   }
   fibers = &own;
   own.run();
-  CHECK(own.alive() == 0);   // else lanes wait for lanes that have left
+  CHECK(own.alive() == 0);  // else lanes wait for lanes that have left
   fibers = nullptr;
 }
 

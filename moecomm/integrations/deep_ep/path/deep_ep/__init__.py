@@ -2,4 +2,4 @@
 
 from moecomm.integrations.deep_ep import install
 
-install(force=True)   # in place of this module, whose name it takes
+install(force=True)  # in place of this module, whose name it takes

@@ -1,7 +1,8 @@
-// Stands in for csrc/fabric/cuda/ptx.cuh on a CPU, so that the device fabric's own text can be run and compared: a
-// lane is a thread or a fiber, the copy engine is as free as its rules allow (engine.hpp). Failed checks: a stage that is
-// filled before its stores have read it; a bulk load behind an acquire or a meeting of lanes without a proxy fence between;
-// a release while bulk stores are under way, or without a proxy fence behind them.
+// Stands in for csrc/fabric/cuda/ptx.cuh on a CPU, so that the device fabric's own text can be run and
+// compared: a lane is a thread or a fiber, the copy engine is as free as its rules allow (engine.hpp). Failed
+// checks: a stage that is filled before its stores have read it; a bulk load behind an acquire or a meeting
+// of lanes without a proxy fence between; a release while bulk stores are under way, or without a proxy fence
+// behind them.
 #pragma once
 #include <bit>
 #include <chrono>
@@ -10,11 +11,13 @@
 #include <vector>
 
 #include "check.hpp"
-#include "lanes.hpp"   // as threads or as fibers
+#include "lanes.hpp"  // as threads or as fibers
 
 #define __device__
 
-struct uint4 { uint32_t x, y, z, w; };
+struct uint4 {
+  uint32_t x, y, z, w;
+};
 
 namespace emulated {
 
@@ -38,7 +41,9 @@ inline void __syncwarp() {
   emulated::outdate();
 }
 inline uint32_t __shfl_sync(unsigned, uint32_t v, int from) { return emulated::shuffle(v, from); }
-inline uint32_t __shfl_xor_sync(unsigned, uint32_t v, int mask) { return emulated::shuffle(v, static_cast<int>(emulated::lane.x % 32) ^ mask); }
+inline uint32_t __shfl_xor_sync(unsigned, uint32_t v, int mask) {
+  return emulated::shuffle(v, static_cast<int>(emulated::lane.x % 32) ^ mask);
+}
 inline bool __any_sync(unsigned, bool v) {
   bool found = false;
   for (int i = 0; i < 32; ++i) found |= emulated::shuffle(v, i) != 0;
@@ -46,11 +51,16 @@ inline bool __any_sync(unsigned, bool v) {
 }
 inline float __uint_as_float(uint32_t v) { return std::bit_cast<float>(v); }
 inline uint32_t __float_as_uint(float v) { return std::bit_cast<uint32_t>(v); }
-inline double __hiloint2double(int hi, int lo) { return std::bit_cast<double>(uint64_t{static_cast<uint32_t>(hi)} << 32 | static_cast<uint32_t>(lo)); }
+inline double __hiloint2double(int hi, int lo) {
+  return std::bit_cast<double>(uint64_t{static_cast<uint32_t>(hi)} << 32 | static_cast<uint32_t>(lo));
+}
 inline int __double2loint(double v) { return static_cast<int>(std::bit_cast<uint64_t>(v)); }
 inline int __double2hiint(double v) { return static_cast<int>(std::bit_cast<uint64_t>(v) >> 32); }
-inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
-inline unsigned long long atomicCAS(unsigned long long* p, unsigned long long expected, unsigned long long desired) {
+inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long v) {
+  return __atomic_fetch_add(p, v, __ATOMIC_RELAXED);
+}
+inline unsigned long long atomicCAS(unsigned long long* p, unsigned long long expected,
+                                    unsigned long long desired) {
   __atomic_compare_exchange_n(p, &expected, desired, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
   return expected;
 }
@@ -83,7 +93,9 @@ inline void block_barrier(int id, int threads) {
   emulated::sync(squad);
   emulated::outdate();
 }
-inline uint64_t nanoseconds() { return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1); }
+inline uint64_t nanoseconds() {
+  return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);
+}
 
 inline uint4 load16(const void* p) {
   uint4 v;
@@ -102,14 +114,19 @@ inline void proxy_fence() {
   e.unseen.clear();
   e.stale = false;
 }
-inline void barrier_init(uint64_t* barrier) { *barrier = 0; }   // phases that have ended
+inline void barrier_init(uint64_t* barrier) { *barrier = 0; }  // phases that have ended
 inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
   auto& e = emulated::engine();
-  CHECK(bytes % 16 == 0 && reinterpret_cast<uintptr_t>(shared) % 16 == 0 && reinterpret_cast<uintptr_t>(global) % 16 == 0);
+  CHECK(bytes % 16 == 0 && reinterpret_cast<uintptr_t>(shared) % 16 == 0 &&
+        reinterpret_cast<uintptr_t>(global) % 16 == 0);
   CHECK(!e.in_use(shared, bytes));
   CHECK(!e.stale);
   const auto* from = static_cast<const char*>(global);
-  CHECK(e.loads.emplace(barrier, emulated::Engine::Load{shared, global, bytes, e.eager() ? std::vector<char>(from, from + bytes) : std::vector<char>()}).second);
+  CHECK(e.loads
+            .emplace(barrier, emulated::Engine::Load{shared, global, bytes,
+                                                     e.eager() ? std::vector<char>(from, from + bytes)
+                                                               : std::vector<char>()})
+            .second);
   std::memset(shared, 0xee, bytes);
 }
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
@@ -125,10 +142,14 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
 }
 inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
   auto& e = emulated::engine();
-  CHECK(bytes % 16 == 0 && reinterpret_cast<uintptr_t>(global) % 16 == 0 && reinterpret_cast<uintptr_t>(shared) % 16 == 0);
-  if (emulated::damage >= 0 && emulated::damage-- == 0) const_cast<char*>(static_cast<const char*>(shared))[0] ^= 1;   // every copy of this piece
-  if (e.eager()) std::memcpy(global, shared, bytes);
-  else e.open.stores.push_back({global, shared, bytes, {}});
+  CHECK(bytes % 16 == 0 && reinterpret_cast<uintptr_t>(global) % 16 == 0 &&
+        reinterpret_cast<uintptr_t>(shared) % 16 == 0);
+  if (emulated::damage >= 0 && emulated::damage-- == 0)
+    const_cast<char*>(static_cast<const char*>(shared))[0] ^= 1;  // every copy of this piece
+  if (e.eager())
+    std::memcpy(global, shared, bytes);
+  else
+    e.open.stores.push_back({global, shared, bytes, {}});
 }
 inline void bulk_commit() {
   auto& e = emulated::engine();

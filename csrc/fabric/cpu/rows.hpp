@@ -1,0 +1,41 @@
+// Row operations of the CPU: copies (ordinary or non-temporal), FP32 reductions, codes. Three builds of one
+// source (AVX-512, AVX2, baseline) with equal bits; the best the machine has is chosen once.
+#pragma once
+#include "base/terms.hpp"
+
+namespace moecomm {
+
+struct RowKernels {
+  const char* name;
+  void (*copy)(void* dst, const void* src, uint64_t bytes);    // through the cache
+  void (*stream)(void* dst, const void* src, uint64_t bytes);  // past the cache; fence afterwards
+  void (*zero)(void* dst, uint64_t bytes);
+  void (*fence)();  // orders streamed stores before a signal
+  // dst = round(sum of terms, in their order, + bias); elements [begin, end) of the row. Prefetches `next`.
+  // `stream`: past the cache, where dst allows it.
+  void (*reduce)(void* dst, const Terms& terms, const Terms* next, const float* bias, int64_t begin,
+                 int64_t end, DType type, bool stream);
+  // The same sum, coded for the wire. Here and below `begin` is a multiple of kTile.
+  void (*reduce_encode)(void* dst, Wire wire, const Terms& terms, const Terms* next, int64_t begin,
+                        int64_t end, int64_t hidden, DType type);
+  // FP8 codes and scales (floats, or UE8M0 bytes whose last int32 is filled up) of elements [begin, end) of a
+  // row.
+  void (*quantize)(void* codes, void* scales, const void* row, int64_t begin, int64_t end, int64_t hidden,
+                   DType type, ScaleKind kind);
+  // At most kTile whole rows: a scale per column (128x1 tiles), or per kTile columns (128x128 tiles). Scales
+  // are floats.
+  void (*quantize_block)(void* codes, float* scales, const void* rows, int64_t count, int64_t columns,
+                         DType type, ScaleKind kind, bool square);
+  // One row; a scale per column, or per kTile columns.
+  void (*dequantize)(void* row, const void* codes, const float* scales, int64_t columns, DType type,
+                     bool by_column);
+  // At most kTile rows of 1x128 tiles; dst column by column: a scale for all of this block's rows in each.
+  void (*transpose_requantize)(void* dst, float* dst_scales, const void* src, const float* src_scales,
+                               int64_t count, int64_t columns, int64_t dst_stride, int64_t scale_stride,
+                               ScaleKind kind);
+};
+
+const RowKernels& row_kernels();
+const RowKernels* row_kernels_named(const char* name);  // for tests; null where the machine lacks it
+
+}  // namespace moecomm

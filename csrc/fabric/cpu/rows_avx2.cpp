@@ -1,0 +1,14 @@
+// The row kernels built for: avx2.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "fabric/cpu/rows.hpp"
+
+#pragma GCC target("avx2,f16c")
+#include "base/quantize.hpp"  // behind the target: its functions are inlined into this one
+#define MOE_VECTOR 32
+namespace moecomm::rows_avx2 {
+static constexpr const char* kName = "avx2";
+#include "fabric/cpu/impl/rows_kernels.inl"
+}  // namespace moecomm::rows_avx2
+#endif

@@ -1,0 +1,17 @@
+// The row kernels built for: avx512.
+#if defined(__x86_64__)
+#pragma GCC diagnostic ignored \
+    "-Wuninitialized"  // g++ 12's own header starts a whole-register conversion from nothing
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+
+#include "fabric/cpu/rows.hpp"
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c")
+#include "base/quantize.hpp"  // behind the target: its functions are inlined into this one
+#define MOE_VECTOR 64
+namespace moecomm::rows_avx512 {
+static constexpr const char* kName = "avx512";
+#include "fabric/cpu/impl/rows_kernels.inl"
+}  // namespace moecomm::rows_avx512
+#endif

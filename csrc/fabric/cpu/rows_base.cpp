@@ -1,0 +1,13 @@
+// The row kernels built for: base.
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "base/quantize.hpp"
+#include "fabric/cpu/rows.hpp"
+
+#define MOE_VECTOR 16
+namespace moecomm::rows_base {
+static constexpr const char* kName = "base";
+#include "fabric/cpu/impl/rows_kernels.inl"
+}  // namespace moecomm::rows_base

@@ -1,0 +1,29 @@
+// The rail between processes: a region's puts and signals with the context's progress.
+#pragma once
+#include "fabric/cpu/ucx.hpp"
+
+namespace moecomm {
+
+class UcxRail {
+ public:
+  static constexpr bool kNetwork = true;
+
+  void attach(UcxContext* context, UcxRegion* region) {
+    context_ = context;
+    region_ = region;
+  }
+  void put(int peer, uint64_t offset, const void* src, uint64_t bytes) noexcept {
+    region_->put(peer, offset, src, bytes);
+  }
+  void signal(int peer, uint64_t counter, uint64_t add) noexcept { region_->signal(peer, counter, add); }
+  char* reach(int peer) const noexcept { return region_->reach(peer); }
+  bool progress() noexcept { return context_->progress(); }
+  int lost(int rank) const noexcept { return context_->lost(rank); }
+  bool flush_poll() noexcept { return region_->flush_poll(); }
+
+ private:
+  UcxContext* context_ = nullptr;
+  UcxRegion* region_ = nullptr;
+};
+
+}  // namespace moecomm

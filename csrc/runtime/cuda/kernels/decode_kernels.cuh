@@ -1,0 +1,61 @@
+// A __global__ shim per verb of the decode path, and the functions that start them, for any rail.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "runtime/cuda/kernels/decode_launch.hpp"
+#include "runtime/cuda/kernels/seat.cuh"
+#include "runtime/cuda/kernels/start.cuh"
+
+namespace moecomm::cuda {
+namespace {
+
+// Neighbouring squads are on different multiprocessors. All are one stream of the rail: one of them signals
+// for others.
+template <class Rail, class Role>
+__device__ void run_squad(const Call& call, int warps, Role&& role) {
+  extern __shared__ __align__(128) char shared[];
+  const int squads = blockDim.x / 32 / warps, squad = threadIdx.x / 32 / warps;
+  char* own =
+      shared + squad * warps *
+                   warp_shared_bytes(call.spread.stage_bytes, call.spread.stages);  // its first warp's piece
+  const Squad g{squad * warps, warps, reinterpret_cast<WarpScratch*>(own)->words};
+  join_squad(call, Rail::of(call.links, 0), g, squad * gridDim.x + blockIdx.x, squads * gridDim.x, own, role);
+}
+
+template <class Rail>
+__global__ void __launch_bounds__(32 * kMaxWarps, 1)
+    decode_dispatch_kernel(const __grid_constant__ DecodeDispatchLaunch launch) {
+  run_squad<Rail>(launch.call, launch.squad, [&](Squad g, auto fabric, auto meeting, int index) {
+    return decode_dispatch_seat(g, fabric, meeting, launch.work, index, meeting.all / g.warps);
+  });
+}
+
+template <class Rail>
+__global__ void __launch_bounds__(32 * kMaxWarps, 1)
+    decode_combine_kernel(const __grid_constant__ DecodeCombineLaunch launch) {
+  run_squad<Rail>(launch.call, launch.squad, [&](Squad g, auto fabric, auto meeting, int index) {
+    return decode_combine_seat(g, fabric, meeting, launch.work, index, meeting.all / g.warps);
+  });
+}
+
+template <class Rail>
+int prepare_decode() {
+  return allow_shared_memory({reinterpret_cast<const void*>(decode_dispatch_kernel<Rail>),
+                              reinterpret_cast<const void*>(decode_combine_kernel<Rail>)});
+}
+
+template <class Rail>
+int launch_decode_dispatch(const DecodeDispatchLaunch& launch, void* stream) {
+  return start(decode_dispatch_kernel<Rail>, launch, stream);
+}
+template <class Rail>
+int launch_decode_combine(const DecodeCombineLaunch& launch, void* stream) {
+  return start(decode_combine_kernel<Rail>, launch, stream);
+}
+
+template <class Rail>
+constexpr DecodeKernels decode_kernels_over{prepare_decode<Rail>, launch_decode_dispatch<Rail>,
+                                            launch_decode_combine<Rail>};
+
+}  // namespace
+}  // namespace moecomm::cuda

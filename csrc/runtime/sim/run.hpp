@@ -1,0 +1,137 @@
+// One rank's calls in the sim world: every role a fiber of its own, all channels at once, as the warps of
+// a GPU would run them. What the roles leave open, this world leaves open too, so that schedules that
+// only a GPU would meet are met here.
+#pragma once
+#include "exec/lane.hpp"
+#include "protocol/combine.hpp"
+#include "protocol/dispatch.hpp"
+#include "protocol/plan.hpp"
+#include "runtime/sim/crew.hpp"
+#include "schedule/sequential.hpp"
+
+namespace moecomm {
+
+// Part of a call that the rank's main fiber runs itself, under its own name in the log. Roles have the names
+// that the cpu world's timeline gives them.
+template <class Part>
+auto sim_part(SimNet& net, const char* name, Part part) {
+  Role& r = net.role();
+  const char* caller = r.name;
+  const Time begin = net.fibers().now();
+  r.name = name;
+  const auto result = part();
+  net.log({begin, net.fibers().now(), Did::role, Phase::none, r.rank, r.channel, -1, name, 0, 0});
+  r.name = caller;
+  return result;
+}
+
+// The cpu world's order of roles, on the clock.
+template <class F>
+Status lane_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer) {
+  net.spend(net.hardware().launch);
+  if (!a.cached) net.spend(net.hardware().plan_token * a.plan.tokens);
+  return run_dispatch(Lane{}, f, a, offer);
+}
+
+template <class F, class Chooser>
+Status lane_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer, Chooser& chooser) {
+  net.spend(net.hardware().launch + net.hardware().plan_token * a.plan.tokens);
+  return run_dispatch(Lane{}, f, a, offer, chooser);
+}
+
+template <class F>
+Status lane_combine(SimNet& net, F f, const CombineArgs& a) {
+  net.spend(net.hardware().launch);
+  return run_combine(Lane{}, f, a);
+}
+
+namespace detail {
+
+// As the cpu world's move_rows.
+template <class F, class Tables>
+Status sim_move_rows(SimNet& net, F f, const DispatchArgs& a, bool sends, Tables tables) {
+  constexpr Lane g;
+  const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
+  Crew crew(net, a.b.geometry.rank);
+  std::vector<int> sent(channels);
+  for (int c = 0; c < channels && sends; ++c)
+    sent[c] = crew.start("send", c, [&, c] {
+      send(g, f, a, c);
+      return Status{};
+    });
+  const Status placed = sim_part(net, "counts", [&] {
+    MOE_TRY(tables());
+    MOE_TRY(place(g, f, a));
+    judge(g, f, a);
+    return Status{};
+  });
+  if (placed.ok()) {
+    for (int c = 0; c < channels; ++c)
+      crew.start("forward", c, [&, c] {
+        // A node sends to the one behind it first: its predecessor's rows come first.
+        for (int step = 1; step < nodes; ++step) MOE_TRY(forward(g, f, a, (own + nodes - step) % nodes, c));
+        if (sends) crew.wait_for(sent[c]);  // it wrote the own node's metadata
+        return forward(g, f, a, own, c);
+      });
+  }
+  const Status forwarded = crew.join();
+  MOE_TRY(placed);
+  MOE_TRY(forwarded);
+  return sim_part(net, "arrive", [&] {
+    MOE_TRY(announce_arrival(g, f, a));
+    return arrive(g, f, a, 0, 1);
+  });
+}
+
+}  // namespace detail
+
+template <class F>
+Status sim_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer) {
+  constexpr Lane g;
+  net.spend(net.hardware().launch);
+  Status bad;
+  if (!a.cached && a.refused == Why::none) {
+    bad = sim_part(net, "plan", [&] {
+      net.spend(net.hardware().plan_token * a.plan.tokens);
+      MOE_TRY(sort_picks(g, a, 0, a.plan.tokens));
+      count_picks(g, a);
+      return Status{};
+    });
+  }
+  const Why refused = bad.ok() ? a.refused : Why::picks;
+  MOE_TRY(sim_part(net, "announce", [&] {
+    announce(g, f, a, refused);
+    return relay(g, f, a, offer);
+  }));
+  const Status s = detail::sim_move_rows(net, f, a, refused == Why::none, [] { return Status{}; });
+  return bad.ok() || is_final(s) ? s : bad;
+}
+
+template <class F, class Chooser>
+Status sim_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer, Chooser& chooser) {
+  net.spend(net.hardware().launch + net.hardware().plan_token * a.plan.tokens);
+  return run_dispatch(Lane{}, f, a, offer, chooser, [&](const DispatchArgs& chosen, bool sends, auto tables) {
+    return detail::sim_move_rows(net, f, chosen, sends, tables);
+  });
+}
+
+template <class F>
+Status sim_combine(SimNet& net, F f, const CombineArgs& a) {
+  constexpr Lane g;
+  const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
+  net.spend(net.hardware().launch);
+  MOE_TRY(sim_part(net, "publish", [&] { return publish(g, f, a); }));
+  Crew crew(net, a.b.geometry.rank);
+  for (int c = 0; c < channels; ++c) {
+    if (nodes > 1)
+      crew.start("reduce", c, [&, c] {
+        for (int step = 1; step < nodes; ++step) MOE_TRY(reduce(g, f, a, (own + step) % nodes, c));
+        return Status{};
+      });
+    crew.start("sum", c, [&, c] { return sum(g, f, a, c); });
+  }
+  MOE_TRY(crew.join());
+  return sim_part(net, "done", [&] { return finish(g, f, a); });
+}
+
+}  // namespace moecomm

@@ -1,0 +1,425 @@
+#include "runtime/sim/world.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+#include "balance/route.hpp"
+#include "base/checksum.hpp"
+#include "runtime/chooser.hpp"
+#include "runtime/sim/calls.hpp"
+#include "runtime/sim/run.hpp"
+#include "runtime/sim/seats_run.hpp"
+
+namespace moecomm {
+namespace {
+
+constexpr int kScribble = 0x3C;
+constexpr int kMain = 0;  // the space of dispatch and combine
+
+// Most sources have few messages for a rank: equal slots of all sources lie together.
+DecodeView sim_decode_view(const Geometry& g, const Shape& s) {
+  DecodeView d = make_decode_view(g, s, false);
+  d.note_per_source = 1;
+  d.note_per_slot = g.size;
+  return d;
+}
+
+SimSpace decode_space(const DecodeView& d) {
+  SimSpace s;
+  const uint64_t stride = decode_message_bytes(d.shape), tokens = d.shape.max_tokens;
+  s.window_bytes = d.window.bytes;
+  s.window_counters = d.window.wanted;
+  s.window_records.begin = d.window.messages;
+  s.window_records.end = d.window.messages + 2 * tokens * stride;
+  s.window_records.stride = stride;
+  s.window_records.kept = sizeof(DecodeHeader) + sizeof(DecodePick) * d.shape.top_k;
+  s.region_bytes = d.region.bytes;
+  s.region_counters = d.region.messages;
+  s.region_rows = d.region.messages;
+  s.region_records.stride = stride;
+  s.region_records.per_source = tokens;
+  s.region_records.begin = d.region.messages;
+  s.region_records.end =
+      d.region.messages + 2 * (d.geometry.size - d.geometry.ranks_per_node) * tokens * stride;
+  s.peers_are_ranks = true;
+  return s;
+}
+
+}  // namespace
+
+SimCluster::SimCluster(const SimConfig& config) : config_(config) {
+  const Geometry world{0, config.size, config.ranks_per_node};
+  const BufferView first = make_view(world, config.shape, false);
+  SimSpace main;
+  main.window_bytes = first.node.bytes;
+  main.window_counters = first.node.offers;
+  main.region_bytes = first.rail.bytes;
+  main.region_counters = first.rail.blocks;
+  main.region_rows = first.rail.area_a;
+  std::vector<SimSpace> spaces{main};
+  if (config.decode) spaces.push_back(decode_space(sim_decode_view(world, config.shape)));
+  net_ = std::make_unique<SimNet>(world, spaces, config.hardware, config.num_sms, config.payload);
+  ranks_.resize(config.size);
+  for (int r = 0; r < config.size; ++r) {
+    RankState& rank = ranks_[r];
+    rank.view = make_view({r, config.size, config.ranks_per_node}, config.shape, false);
+    rank.pool = std::make_shared<PlanPool>(rank.view);
+    if (config.decode)
+      rank.decode = std::make_unique<SimDecode>(*net_, sim_decode_view(rank.view.geometry, config.shape),
+                                                config.schedule == SimSchedule::lane ? 0 : config.workers);
+  }
+  reset({});
+}
+
+void SimCluster::reset(const Chaos& chaos, double lead, int poison) {
+  net_->reset(chaos, lead, poison);
+  for (RankState& r : ranks_) {
+    r.handles.clear();
+    r.arena = std::make_unique<Arena>(r.view.node.arena, r.view.node.arena + config_.shape.arena_bytes,
+                                      dispatch_bound(r.view.geometry, config_.shape));
+    const uint64_t per_book = uint64_t(r.view.geometry.nodes()) * config_.shape.channels;
+    r.book_counts.assign(2 * per_book, 0);
+    r.book = {};
+    r.book.rows = r.book_counts.data();
+    r.book.back = r.book_counts.data() + per_book;
+    if (r.decode) r.decode->reset(config_.payload);
+    for (std::vector<char>& y : r.decode_y) y.clear();
+    r.decode_digest = 0;
+  }
+}
+
+const Plan* SimCluster::plan(int rank, int handle) const { return ranks_[rank].handles[handle].plan.get(); }
+uint64_t SimCluster::rows(int rank, int handle) const { return ranks_[rank].handles[handle].rows; }
+const char* SimCluster::block(int rank, int handle) const {
+  return net_->window(kMain, rank) + ranks_[rank].handles[handle].offset;
+}
+
+void SimCluster::release(RankState& r, Handle& handle) {
+  if (handle.held && handle.bytes) r.arena->release(handle.offset);
+  handle.held = false;
+}
+
+// -- one rank's calls -----------------------------------------------------------------------------
+
+// A Chooser, and what mutants do when it is asked.
+class SimCluster::WatchedChooser {
+ public:
+  WatchedChooser(Chooser& chooser, RankState& rank, const Mutation& mutation)
+      : rows_follow(chooser.rows_follow), chooser_(chooser), rank_(rank), mutation_(mutation) {
+    step();
+  }
+  template <class Picks>
+  void choose(Picks picks_of) {
+    chooser_.choose(picks_of);
+    rank_.chosen = true;
+    step();
+    if (mutation_.flaw == Flaw::other_half && rank_.view.geometry.rank == 0) ++rank_.book.blocks;
+  }
+  void rows_to(int source, int32_t* rows) { chooser_.rows_to(source, rows); }
+
+  const bool rows_follow;
+
+ private:
+  void step() {
+    if (mutation_.flaw == Flaw::one_half) rank_.book.blocks |= 1;
+  }  // announce counts on
+
+  Chooser& chooser_;
+  RankState& rank_;
+  const Mutation& mutation_;
+};
+
+// The same for a call that chooses replicas; `choice` is null in one that does not.
+DispatchCall SimCluster::asked_of(int rank, const SimCall& call, CallShape shape) {
+  const SimPart& part = call.parts[rank];
+  DispatchCall asked;
+  if (!part.slots || part.refused != Why::none) return asked;
+  asked.ids64 = part.ids;
+  asked.tokens = part.tokens;
+  asked.shape = shape;
+  asked.choice = &choices_.at({call.mode, call.activate});
+  asked.slots = part.slots;
+  asked.counted = part.counted;
+  balance::count_picks(part.ids, part.tokens, config_.shape.top_k, config_.shape.logical_experts,
+                       part.counted);
+  fill_asked(ranks_[rank].view, asked, ranks_[rank].asked);
+  return asked;
+}
+
+template <class F>
+Status SimCluster::choose(int rank, F fabric, DispatchArgs a, const DispatchCall& asked) {
+  RankState& r = ranks_[rank];
+  if (a.refused != Why::none) r.asked.assign(size_t(r.view.geometry.nodes()) * r.view.count.ints, 0);
+  a.asked = r.asked.data();
+  if (a.refused != Why::none) {
+    const Status s = run_exchange(Lane{}, fabric, a, [](auto) {});
+    if (!is_final(s)) net_->flush();
+    return s;
+  }
+  Chooser chooser(r.view, asked, r.book.counts);
+  WatchedChooser watched(chooser, r, mutation_);
+  net_->spend(config_.hardware.plan_token * asked.tokens);
+  const Status s = run_exchange(Lane{}, fabric, a, [&](auto picks_of) { watched.choose(picks_of); });
+  if (!is_final(s)) net_->flush();
+  return s;
+}
+
+template <class F>
+Status SimCluster::dispatch(int rank, F fabric, const SimCall& call, Handle& handle) {
+  RankState& r = ranks_[rank];
+  const SimPart& part = call.parts[rank];
+  const bool cached = part.ids == nullptr && handle.plan && part.refused == Why::none;
+  if (!handle.plan) handle.plan = r.pool->get();
+  release(r, handle);
+  Plan& plan = *handle.plan;
+  Verdict verdict{};
+  if (!cached) {
+    plan.view.tokens = part.refused == Why::none ? part.tokens : 0;
+    plan.view.call = call.shape;
+    plan.view.call.routing = part.routing;
+  } else {
+    plan.view.call.row_bytes = call.shape.row_bytes;
+    plan.view.call.scale_bytes = call.shape.scale_bytes;
+    plan.view.call.scales = call.shape.scales;
+  }
+  DispatchArgs a;
+  a.b = r.view;
+  a.plan = plan.view;
+  a.book = &r.book;
+  a.cached = cached;
+  a.refused = part.refused;
+  a.ids64 = part.ids;
+  a.x = part.x ? part.x : net_->private_memory(rank);
+  a.scales = !call.scales_given ? nullptr : part.scales ? part.scales : net_->private_memory(rank);
+  a.weights = part.weights;
+  a.base = plan.base.data();
+  a.offers = plan.offers.data();
+  a.target = plan.target.data();
+  a.first = plan.first.data();
+  a.needed = plan.needed.data();
+  a.verdict = &verdict;
+  const Offer offer = r.arena->offer();
+  const DispatchCall asked = asked_of(rank, call, plan.view.call);
+  Status s;
+  if (asked.choice) {
+    a.ids64 = part.slots;
+    if (config_.schedule == SimSchedule::seats)
+      s = choose(rank, fabric, a, asked);  // as a GPU's host does before it launches
+  } else if (part.slots && part.refused != Why::none && config_.schedule == SimSchedule::seats) {
+    return choose(rank, fabric, a, asked);
+  }
+  if (asked.choice && config_.schedule != SimSchedule::seats) {
+    a.asked = r.asked.data();
+    Chooser chooser(r.view, asked, r.book.dispatches);
+    WatchedChooser watched(chooser, r, mutation_);
+    s = config_.schedule == SimSchedule::lane ? lane_dispatch(*net_, fabric, a, offer, watched)
+                                              : sim_dispatch(*net_, fabric, a, offer, watched);
+  } else if (s.ok()) {
+    s = config_.schedule == SimSchedule::lane    ? lane_dispatch(*net_, fabric, a, offer)
+        : config_.schedule == SimSchedule::seats ? seats_dispatch(*net_, fabric, a, offer, config_.workers)
+                                                 : sim_dispatch(*net_, fabric, a, offer);
+  }
+  if (!is_final(s))
+    net_->flush();  // refused or not, as in the cpu world: another role's signal in the next call could
+                    // overtake them otherwise
+  if (!s.ok()) return s;
+  const int me = r.view.geometry.local();
+  const CallShape& shape = plan.view.call;
+  handle.rows = shape.capacity >= 0 ? shape.capacity : plan.view.rank_rows[me];
+  handle.first = block_layout(handle.rows, shape, config_.shape.top_k).bytes;
+  handle.offset = plan.target[me].rows;
+  handle.bytes = plan.needed[me];
+  r.arena->expect(handle.bytes);
+  r.arena->take(handle.offset, handle.bytes);
+  handle.held = true;
+  return s;
+}
+
+template <class F>
+Status SimCluster::combine(int rank, F fabric, const SimCall& call, Handle& handle, uint64_t& digest) {
+  RankState& r = ranks_[rank];
+  const SimPart& part = call.parts[rank];
+  Plan& plan = *handle.plan;
+  const CallShape& shape = plan.view.call;
+  const uint64_t row_bytes = config_.shape.combine_row_bytes();
+  const OutputLayout l = output_layout(handle.rows, config_.shape);
+  char* window = net_->window(kMain, rank);
+  char* output = window + handle.offset + handle.first;
+  CombineArgs a;
+  std::vector<RowsBoard> boards(r.view.geometry.ranks_per_node);
+  a.b = r.view;
+  a.plan = plan.view;
+  a.book = &r.book;
+  a.boards = boards.data();
+  a.wire = call.wire;
+  a.bias = part.bias;
+  a.bias_stride = part.bias_stride;
+  a.mine.rows = output + l.rows - window;
+  a.mine.weights = a.mine.back = 0;
+  a.y = part.y ? part.y : net_->private_memory(rank);
+  if (config_.payload) {
+    if (part.rows)
+      std::memcpy(output + l.rows, part.rows, handle.rows * row_bytes);
+    else
+      echo(output + l.rows, row_bytes,
+           window + handle.offset + block_layout(handle.rows, shape, config_.shape.top_k).rows,
+           shape.row_bytes, handle.rows, call.flip);
+    if (!part.y) {
+      r.y.assign(plan.view.tokens * row_bytes, static_cast<char>(0x5A));
+      a.y = r.y.data();
+    }
+  }
+  if (part.weights || call.echo_weights) {
+    const float* in =
+        part.weights
+            ? part.weights
+            : reinterpret_cast<const float*>(window + handle.offset +
+                                             block_layout(handle.rows, shape, config_.shape.top_k).weights);
+    std::memcpy(output + l.weights, in, handle.rows * 4);
+    a.mine.weights = output + l.weights - window;
+  }
+  const Status s = run_on_schedule(fabric, a);
+  if (!is_final(s)) net_->flush();
+  if (config_.payload) {
+    digest = digest_bytes(1, a.y, plan.view.tokens * row_bytes);
+    std::memset(output, kScribble, l.bytes);  // the experts may write again
+  }
+  if (!call.keep) release(r, handle);
+  return s;
+}
+
+uint64_t SimCluster::digest_block(int rank, const Handle& handle) const {
+  const CallShape& shape = handle.plan->view.call;
+  const BlockLayout l = block_layout(handle.rows, shape, config_.shape.top_k);
+  const char* block = net_->window(kMain, rank) + handle.offset;
+  const uint64_t k = shape.layout == RowLayout::rank ? config_.shape.top_k : 1;
+  uint64_t h = digest_bytes(handle.rows, block + l.rows, handle.rows * shape.row_bytes);
+  h = digest_bytes(h, block + l.scales, handle.rows * shape.scale_bytes);
+  h = digest_bytes(h, block + l.weights, handle.rows * 4 * k);
+  if (shape.layout == RowLayout::rank) h = digest_bytes(h, block + l.ids, handle.rows * 8 * k);
+  h = digest_bytes(h, block + l.source, handle.rows * 8);
+  return digest_bytes(h, handle.plan->view.tokens_per_expert, 8 * ranks_[rank].view.experts_per_rank());
+}
+
+template <class F>
+Status SimCluster::call_main(int rank, F fabric, const SimCall& call, SimResult& result) {
+  RankState& r = ranks_[rank];
+  const SimPart& part = call.parts[rank];
+  const auto add_choice = [&] {
+    if (!part.slots) return;
+    result.digest = digest_bytes(result.digest, part.slots, uint64_t{8} * part.tokens * config_.shape.top_k);
+    result.digest = digest_bytes(result.digest, part.counted, uint64_t{4} * config_.shape.logical_experts);
+  };
+  if (call.verb == SimVerb::choose) {
+    DispatchArgs a;
+    a.b = r.view;
+    a.book = &r.book;
+    a.plan.call = call.shape;
+    a.plan.call.routing = part.routing;
+    a.refused = part.refused;
+    MOE_TRY(choose(rank, fabric, a, asked_of(rank, call, a.plan.call)));
+    add_choice();
+    return {};
+  }
+  Handle& handle = r.handles[call.handle];
+  if (part.strays && call.verb == SimVerb::dispatch) return refuse_combine(rank, fabric);
+  if (part.strays) {
+    SimCall other = call;
+    other.parts[rank] = {};
+    other.parts[rank].refused = Why::error;
+    other.shape = {};
+    Handle none;
+    return dispatch(rank, fabric, other, none);
+  }
+  if (call.verb == SimVerb::dispatch) {
+    MOE_TRY(dispatch(rank, fabric, call, handle));
+    if (config_.payload) result.digest = handle.digest = digest_block(rank, handle);
+    add_choice();
+    return {};
+  }
+  if (!handle.held) {  // its dispatch was refused
+    result.ran = false;
+    return {};
+  }
+  if (part.refused != Why::none) {
+    if (!call.keep) release(r, handle);
+    return refuse_combine(rank, fabric);
+  }
+  // What dispatch delivered must still be there: nobody may have written into it since.
+  const bool intact = !config_.payload || digest_block(rank, handle) == handle.digest;
+  const Status s = combine(rank, fabric, call, handle, result.digest);
+  if (!intact) result.digest = ~result.digest;
+  return s;
+}
+
+uint64_t SimCluster::digest_packed(int rank) const {
+  SimDecode& decode = *ranks_[rank].decode;
+  const DecodeView& v = decode.view();
+  const CallShape& call = decode.turn(decode.epoch()).call;
+  const int parity = decode.epoch() & 1;
+  const uint64_t per_expert = decode_rows_per_expert(v.geometry, v.shape);
+  const auto* counts = reinterpret_cast<const int64_t*>(decode.memory() + v.counts(parity));
+  uint64_t h = digest_bytes(3, counts, 8 * v.experts_per_rank());
+  for (int e = 0; e < v.experts_per_rank(); ++e) {
+    h = digest_bytes(h, decode.memory() + v.x(parity) + e * per_expert * call.row_bytes,
+                     counts[e] * call.row_bytes);
+    h = digest_bytes(h, decode.memory() + v.scales(parity, e), counts[e] * call.scale_bytes);
+  }
+  return h;
+}
+
+MutantFabric SimCluster::mutant(const SimFabric& fabric, const RankState& r) const {
+  return {fabric,         mutation_,       &r.chosen,
+          &r.view.rail,   &r.view.count,   r.view.shape.count_halves(),
+          &r.book.blocks, &r.book.combines};
+}
+
+template <class F>
+void SimCluster::run_rank(int rank, F fabric, const std::vector<SimCall>& program) {
+  for (size_t i = 0; i < program.size(); ++i) {
+    const SimCall& call = program[i];
+    SimResult& result = results_[i * config_.size + rank];
+    net_->spend(call.before);
+    result.begin = net_->fibers().now();
+    result.ran = true;
+    if (mutation_.flaw == Flaw::absent_refusal && call.parts[rank].refused != Why::none) {
+      result.status.code = Code::refused;
+      continue;
+    }
+    const bool main =
+        call.verb == SimVerb::dispatch || call.verb == SimVerb::combine || call.verb == SimVerb::choose;
+    ranks_[rank].chosen = false;
+    fabric.space = main ? kMain : SimDecode::kSpace;
+    result.status = main ? call_main(rank, fabric, call, result) : call_decode(rank, fabric, call, result);
+    result.end = net_->fibers().now();
+    if (is_final(result.status)) return;
+  }
+}
+
+const std::vector<SimResult>& SimCluster::run(const std::vector<SimCall>& program, const Mutation& mutation) {
+  results_.assign(program.size() * config_.size, {});
+  mutation_ = mutation;
+  int handles = 0;
+  for (const SimCall& call : program) {
+    handles = std::max(handles, call.handle + 1);
+    if (!config_.placement.empty())
+      choices_.try_emplace({call.mode, call.activate}, config_.placement.data(), config_.shape.num_experts,
+                           config_.shape.logical_experts, config_.size, config_.size / config_.ranks_per_node,
+                           call.mode, call.activate);
+  }
+  for (int rank = 0; rank < config_.size; ++rank) {
+    if (static_cast<int>(ranks_[rank].handles.size()) < handles) ranks_[rank].handles.resize(handles);
+    net_->start(rank, "rank", -1, config_.schedule == SimSchedule::lane ? 0 : Role::kAllSms,
+                [this, rank, &program] {
+                  const SimFabric fabric{net_.get(), rank, kMain};
+                  if (mutation_.flaw == Flaw::none)
+                    run_rank(rank, fabric, program);
+                  else
+                    run_rank(rank, mutant(fabric, ranks_[rank]), program);
+                });
+  }
+  net_->run();
+  return results_;
+}
+
+}  // namespace moecomm

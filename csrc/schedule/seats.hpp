@@ -1,0 +1,166 @@
+// One rank's calls as many groups that run at once: who does which role, and what waits for what inside the
+// rank. World-blind like the protocol, so that threads on a CPU can run it under ThreadSanitizer.
+//
+// Seats  worker 0 .. workers-1 move rows; seat `workers` is the coordinator, which talks to other ranks about
+// the
+//        call as a whole (announce, relay, place, judge; publish, finish). Channel c belongs to worker c mod
+//        senders.
+// Gates  count groups that have come to a point of the call; they order the seats of one rank:
+//
+//   workers      number_apart -> [numbered] -> sum_channels -> [totals] -> shift_channel -> [shifted]
+//   coordinator  [totals] announce, relay [shifted] -> [entered] -> place -> [placed] -> judge
+//   senders      [entered] send, then [placed] forward of the own node's rows
+//   forwarders   [placed] forward of other nodes' rows as they land
+//   all          -> [forwarded]; coordinator announce_arrival; then everybody: arrive
+//
+//   coordinator  publish -> [published];  workers: reduce, sum -> [reduced];  coordinator finish
+//
+// A worker that meets a bad pick arrives at [refused] before it arrives at [numbered]: the rank refuses its
+// part then, and goes on as one without tokens.
+//
+// Nobody waits for a gate that needs a seat which waits for another rank's same gate, except through the
+// protocol's own waits: the order above is the cpu world's order of roles, with independent ones side by
+// side.
+#pragma once
+#include "protocol/combine.hpp"
+#include "protocol/dispatch.hpp"
+#include "protocol/plan.hpp"
+
+namespace moecomm {
+
+enum class Gate : int {
+  numbered,
+  totals,
+  shifted,
+  entered,
+  placed,
+  forwarded,
+  published,
+  reduced,
+  refused,
+  count
+};
+
+// Arrivals of a whole call; the gates are 0 when it begins.
+//   arrive(g, gate)         all lanes; what the group did comes before
+//   wait(g, gate, groups)   all lanes; Status of a failed or late rank
+//   open(g, gate)           all lanes: whether a group has come there; of one that comes before what the
+//   caller has waited for
+template <class Gates, class G>
+concept CallGates = requires(Gates gates, G g, Gate gate) {
+  gates.arrive(g, gate);
+  { gates.wait(g, gate, 0) } -> std::same_as<Status>;
+  { gates.open(g, gate) } -> std::same_as<bool>;
+};
+
+struct Seat {
+  int index = 0;
+  int workers = 1;
+  int senders = 1;  // the first of the workers; the rest forward other nodes' rows. One node: all of them
+
+  MOE_HD bool coordinates() const { return index == workers; }
+};
+
+struct DispatchWork {
+  DispatchArgs args;
+  Offer offer;
+  int32_t* apart = nullptr;  // scratch [C, N, ints]
+};
+
+namespace detail {
+
+MOE_HD inline bool makes_plan(const DispatchArgs& a) { return !a.cached && a.refused == Why::none; }
+
+template <Group G, class F, class Gates, class Placed>
+MOE_HD Status coordinate_dispatch(G g, F f, Gates gates, const DispatchWork& w, Seat seat, Placed placed) {
+  const DispatchArgs& a = w.args;
+  const bool plans = makes_plan(a);
+  if (plans) MOE_TRY(gates.wait(g, Gate::totals, seat.workers));
+  announce(g, f, a, plans && gates.open(g, Gate::refused) ? Why::picks : a.refused);
+  MOE_TRY(relay(g, f, a, w.offer));
+  if (plans) MOE_TRY(gates.wait(g, Gate::shifted, seat.workers));
+  gates.arrive(g, Gate::entered);
+  MOE_TRY(place(g, f, a));
+  placed();
+  gates.arrive(g, Gate::placed);
+  judge(g, f, a);
+  MOE_TRY(gates.wait(g, Gate::forwarded, seat.workers));
+  return announce_arrival(g, f, a);
+}
+
+// `bad`: this worker's own bad pick.
+template <Group G, class Gates>
+MOE_HD Status make_plan(G g, Gates gates, const DispatchWork& w, Seat seat, Status& bad) {
+  const DispatchArgs& a = w.args;
+  const int channels = a.b.shape.channels;
+  for (int c = seat.index; c < channels && bad.ok(); c += seat.workers) {
+    bad = sort_picks(g, a, channel_begin(a.plan.tokens, c, channels),
+                     channel_begin(a.plan.tokens, c + 1, channels));
+    g.sync();
+    if (bad.ok()) number_apart(g, a, c, w.apart);
+  }
+  if (!bad.ok()) gates.arrive(g, Gate::refused);
+  gates.arrive(g, Gate::numbered);
+  MOE_TRY(gates.wait(g, Gate::numbered, seat.workers));
+  const bool refused = gates.open(g, Gate::refused);
+  if (!refused) sum_channels(g, a, w.apart, seat.index, seat.workers);
+  gates.arrive(g, Gate::totals);
+  MOE_TRY(gates.wait(g, Gate::totals, seat.workers));
+  for (int c = seat.index; c < channels && !refused; c += seat.workers) shift_channel(g, a, c, w.apart);
+  gates.arrive(g, Gate::shifted);
+  return {};
+}
+
+}  // namespace detail
+
+// `placed` runs on the coordinator, all lanes, when the number of this rank's rows is known.
+template <Group G, class F, class Gates, class Placed>
+MOE_HD Status dispatch_seat(G g, F f, Gates gates, const DispatchWork& w, Seat seat, Placed placed) {
+  const DispatchArgs& a = w.args;
+  const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
+  const bool plans = detail::makes_plan(a);
+  Status bad;
+  if (seat.coordinates()) {
+    MOE_TRY(detail::coordinate_dispatch(g, f, gates, w, seat, placed));
+  } else {
+    if (plans) MOE_TRY(detail::make_plan(g, gates, w, seat, bad));
+    if (seat.index < seat.senders) {
+      MOE_TRY(gates.wait(g, Gate::entered, 1));
+      const bool sends = a.refused == Why::none && !(plans && gates.open(g, Gate::refused));
+      for (int c = seat.index; c < channels && sends; c += seat.senders) send(g, f, a, c);
+      MOE_TRY(gates.wait(g, Gate::placed, 1));
+      for (int c = seat.index; c < channels; c += seat.senders) MOE_TRY(forward(g, f, a, own, c));
+    }
+    const int forwarders = seat.workers > seat.senders ? seat.workers - seat.senders : seat.workers;
+    const int first = seat.workers > seat.senders ? seat.index - seat.senders : seat.index;
+    if (first >= 0 && nodes > 1) {
+      MOE_TRY(gates.wait(g, Gate::placed, 1));
+      for (int i = first; i < (nodes - 1) * channels; i += forwarders)
+        MOE_TRY(forward(g, f, a, (own + nodes - 1 - i / channels) % nodes,
+                        i % channels));  // who sends to this node first comes first
+    }
+    gates.arrive(g, Gate::forwarded);
+  }
+  const Status s = arrive(g, f, a, seat.index, seat.workers + 1);
+  if (!plans || s.ok() || is_final(s) || !gates.open(g, Gate::refused)) return s;
+  return bad;  // of the worker that has found it: what the call says of this rank is less than that
+}
+
+template <Group G, class F, class Gates>
+MOE_HD Status combine_seat(G g, F f, Gates gates, const CombineArgs& a, Seat seat) {
+  const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
+  if (seat.coordinates()) {
+    MOE_TRY(publish(g, f, a));
+    gates.arrive(g, Gate::published);
+    MOE_TRY(gates.wait(g, Gate::reduced, seat.workers));
+    return finish(g, f, a);
+  }
+  MOE_TRY(gates.wait(g, Gate::published, 1));
+  for (int i = seat.index; i < (nodes - 1) * channels; i += seat.workers)
+    MOE_TRY(reduce(g, f, a, (own + 1 + i / channels) % nodes, i % channels));
+  for (int c = seat.index; c < channels; c += seat.workers) MOE_TRY(sum(g, f, a, c));
+  gates.arrive(g, Gate::reduced);
+  return {};
+}
+
+}  // namespace moecomm

@@ -1,0 +1,50 @@
+"""What one rank of a test of stopped and continued ranks does, in a process of its own (see test_stopped.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from survivors import describe, join
+
+import moecomm
+
+SIZE, VICTIM, TIMEOUT, PAUSE = 4, 1, 2.0, 1.0
+
+
+def main(folder, rank, per_node, moment, environment):
+    """Round trips until the parent stops the victim: busy ones, one that the victim waits in, or none. Writes FOLDER/RANK.json."""
+    os.environ.update(environment)
+    folder = Path(folder)
+    comm = moecomm.Communicator(join(folder, "first", rank, SIZE), ranks_per_node=per_node, timeout=TIMEOUT)
+    buf = moecomm.Buffer(comm, hidden=64, num_experts=4 * SIZE, top_k=4, max_tokens=24, channels=2)
+    torch.manual_seed(rank)
+    x, ids = torch.randn(24, 64).bfloat16(), torch.rand(24, 4 * SIZE).argsort(1)[:, :4].contiguous()
+
+    def round_trip():
+        out = buf.dispatch(x, ids)
+        buf.combine(out.x, out.handle)
+
+    round_trip()
+    comm.barrier()
+    seen = {}
+    if rank == VICTIM:
+        (folder / "armed").touch()
+    if moment == "between" and rank == VICTIM:
+        os.kill(os.getpid(), signal.SIGSTOP)  # before the parent's
+    elif moment == "inside" and rank != VICTIM:
+        time.sleep(PAUSE)
+    try:
+        while True:
+            round_trip()
+    except moecomm.MoecommError as error:
+        seen = describe(error)
+    began = time.monotonic()
+    buf.close()
+    comm.close()
+    seen["close_seconds"] = time.monotonic() - began
+    (folder / f"{rank}.json").write_text(json.dumps(seen))
