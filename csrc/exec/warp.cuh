@@ -28,5 +28,6 @@ struct Warp {
     return out;
   }
 };
+static_assert(Group<Warp>);
 
 }  // namespace moecomm

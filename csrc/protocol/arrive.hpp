@@ -7,7 +7,7 @@
 namespace moecomm {
 
 // Part `part` of `parts`: the receiver's own work is shared out by rows.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Status arrive(G g, F f, const DispatchArgs& a, int part, int parts) {
   const BufferView& b = a.b;
   const Geometry& geo = b.geometry;

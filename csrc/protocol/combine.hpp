@@ -61,13 +61,13 @@ MOE_HD inline Status judge_boards(const CombineArgs& a, Wish& mine) {
   return {};
 }
 
-template <class F>
+template <LaneFabric F>
 MOE_HD const Wish& own_wish(F f, const CombineArgs& a) {
   return *reinterpret_cast<const Wish*>(f.rail(a.b.rail.wish_out));
 }
 
 // One lane: node n's Wish, when its rail peer is in the call.
-template <class F>
+template <LaneFabric F>
 MOE_HD Status await_wish(F f, const CombineArgs& a, int n, Phase phase) {
   const int rank = a.b.geometry.rail_rank(n);
   MOE_TRY(f.wait_rail(a.b.rail.enter + 8 * n, a.book->enter, phase, rank));
@@ -76,14 +76,14 @@ MOE_HD Status await_wish(F f, const CombineArgs& a, int n, Phase phase) {
 }
 
 // Whether rows pass between this node and node n, whose Wish is here. Both sides see the same.
-template <class F>
+template <LaneFabric F>
 MOE_HD bool trades(F f, const CombineArgs& a, int n) {
   const Wish &mine = own_wish(f, a), &theirs = *reinterpret_cast<const Wish*>(f.rail(wish_at(a, n)));
   return mine.code == 0 && theirs.code == 0 && mine.slots == theirs.slots;
 }
 
 // The world's judgement, when all Wishes are here: every rank finds something, or none does.
-template <class F>
+template <LaneFabric F>
 MOE_HD Status judge_wishes(F f, const CombineArgs& a) {
   const Geometry& geo = a.b.geometry;
   const Wish& mine = own_wish(f, a);
@@ -100,7 +100,7 @@ MOE_HD Status judge_wishes(F f, const CombineArgs& a) {
 
 }  // namespace detail
 
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Status publish(G g, F f, const CombineArgs& a) {
   const BufferView& b = a.b;
   const Geometry& geo = b.geometry;
@@ -140,7 +140,7 @@ MOE_HD Status publish(G g, F f, const CombineArgs& a) {
 namespace detail {
 
 // The rows that this node contributes to row i of source node n; counted as they are listed.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD void add_node_terms(G g, F f, const CombineArgs& a, int n, int i, Terms& terms) {
   const int64_t at = int64_t{n} * a.b.shape.max_tokens + i;
   const Place* place = a.plan.place + at * a.b.shape.top_k;
@@ -168,7 +168,7 @@ MOE_HD void add_node_terms(G g, F f, const CombineArgs& a, int n, int i, Terms& 
 }
 
 // One token's values of `back` from this node's ranks, at their top-k slots; other slots are left alone.
-template <class F>
+template <LaneFabric F>
 MOE_HD void gather_slots(F f, const CombineArgs& a, int n, int i, float* slots) {
   const int k_max = a.b.shape.top_k;
   const int64_t at = int64_t{n} * a.b.shape.max_tokens + i;
@@ -184,7 +184,7 @@ MOE_HD void gather_slots(F f, const CombineArgs& a, int n, int i, float* slots) 
 
 }  // namespace detail
 
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Status reduce(G g, F f, const CombineArgs& a, int n, int channel) {
   const BufferView& b = a.b;
   const Geometry& geo = b.geometry;
@@ -253,7 +253,7 @@ MOE_HD Status reduce(G g, F f, const CombineArgs& a, int n, int channel) {
 namespace detail {
 
 // A call that is refused: the rows of nodes that trade with this one are taken off the wire all the same.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Status drop_back(G g, F f, const CombineArgs& a, int channel) {
   const BufferView& b = a.b;
   const int own = b.geometry.node(), channels = b.shape.channels;
@@ -272,7 +272,7 @@ MOE_HD Status drop_back(G g, F f, const CombineArgs& a, int channel) {
 
 }  // namespace detail
 
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
   const BufferView& b = a.b;
   const Geometry& geo = b.geometry;
@@ -364,7 +364,7 @@ MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
 }
 
 // Rows may be overwritten, and the block released, only after every gateway of the node has read them.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Status finish(G g, F f, const CombineArgs& a) {
   const BufferView& b = a.b;
   const Geometry& geo = b.geometry;

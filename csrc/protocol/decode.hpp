@@ -231,7 +231,7 @@ MOE_HD inline int32_t* arrived(const DecodeView& d, const DecodeTurn& turn, int 
 }
 
 // The message of `source` in `slot`, which is about `token`: in its window, or landed in this rank's region.
-template <class F>
+template <LaneFabric F>
 MOE_HD char* decode_message(F f, const DecodeView& d, const DecodeTurn& turn, int source, int slot,
                             int token) {
   if (!d.near(source)) return f.rail(d.landed(turn.parity(), source, d.geometry.rank, slot));
@@ -240,7 +240,7 @@ MOE_HD char* decode_message(F f, const DecodeView& d, const DecodeTurn& turn, in
 
 // Where the rows of a token's picks lie here: indices of rows in both banks. Node peers read them; of others
 // they are private.
-template <class F>
+template <LaneFabric F>
 MOE_HD int32_t* decode_places(F f, const DecodeView& d, const DecodeTurn& turn, int source, int32_t* note) {
   if (!d.near(source)) return note + 1 + d.shape.top_k;
   return reinterpret_cast<int32_t*>(f.window(d.geometry.local(), d.places(turn.parity(), d.local(source)))) +

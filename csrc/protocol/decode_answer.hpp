@@ -13,7 +13,7 @@ namespace moecomm {
 
 namespace detail {
 
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Terms one_row(G g, F f, const char* row) {
   Terms terms{&f.terms(0)};
   terms.add(g, row, [] { return 1.0f; });
@@ -22,7 +22,7 @@ MOE_HD Terms one_row(G g, F f, const char* row) {
 }
 
 // The picks of a message whose experts are here, weighted.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Terms picked_rows(G g, F f, const DecodeCombineArgs& a, const DecodeHeader* header,
                          const int32_t* experts, const int32_t* places) {
   const DecodeView& d = a.d;
@@ -38,7 +38,7 @@ MOE_HD Terms picked_rows(G g, F f, const DecodeCombineArgs& a, const DecodeHeade
 
 // dst = the sum of the terms, rounded to the buffer's dtype or coded. The caller syncs before the list is
 // built again.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD void store_answer(G g, F f, const DecodeCombineArgs& a, char* dst, const Terms& terms, Wire wire) {
   const Shape& s = a.d.shape;
   const Terms* none = nullptr;
@@ -52,7 +52,7 @@ MOE_HD void store_answer(G g, F f, const DecodeCombineArgs& a, char* dst, const 
 }
 
 // One lane: what the source will find, which is where decode_answer left it, signed.
-template <class F>
+template <LaneFabric F>
 MOE_HD void sign_answers(F f, const DecodeCombineArgs& a, int source) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;
@@ -87,7 +87,7 @@ MOE_HD void sign_answers(F f, const DecodeCombineArgs& a, int source) {
 
 }  // namespace detail
 
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD void decode_answer(G g, F f, const DecodeCombineArgs& a, int source, int begin, int end) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;
@@ -139,7 +139,7 @@ MOE_HD void decode_answer(G g, F f, const DecodeCombineArgs& a, int source, int 
 
 // After all of a source's answers, or instead of them where this rank refuses its part; nothing where the
 // source sent nothing.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD void decode_reply(G g, F f, const DecodeCombineArgs& a, int source) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;

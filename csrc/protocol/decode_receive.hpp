@@ -13,7 +13,7 @@
 namespace moecomm {
 
 // `got`: messages of the source. Kept for the answers by whoever accepts its first part.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Status decode_accept(G g, F f, const DecodeReceiveArgs& a, int source, int& got, int part = 0) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;
@@ -38,7 +38,7 @@ MOE_HD Status decode_accept(G g, F f, const DecodeReceiveArgs& a, int source, in
 }
 
 // `counts` [own experts]: rows before these messages; afterwards with theirs too.
-template <Group G, class F, class Count>
+template <Group G, Fabric<G> F, class Count>
 MOE_HD void decode_number(G g, F f, const DecodeReceiveArgs& a, int source, int begin, int end,
                           Count* counts) {
   const DecodeView& d = a.d;
@@ -76,7 +76,7 @@ MOE_HD void decode_number(G g, F f, const DecodeReceiveArgs& a, int source, int 
 
 // Slice `part` of `parts`, messages [begin, end) of `source`; `counts` [parts, own experts] is what each
 // slice has.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD void decode_shift_places(G g, F f, const DecodeReceiveArgs& a, int source, int begin, int end,
                                 const int32_t* counts, int part, int parts) {
   const DecodeView& d = a.d;
@@ -94,7 +94,7 @@ MOE_HD void decode_shift_places(G g, F f, const DecodeReceiveArgs& a, int source
   g.sync();
 }
 
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Status decode_pack(G g, F f, const DecodeReceiveArgs& a, int source, int begin, int end) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;

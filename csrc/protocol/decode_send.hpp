@@ -67,7 +67,7 @@ MOE_HD void decode_shift_slots(G g, const DecodeSendArgs& a, int begin, int end,
   g.sync();
 }
 
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD void decode_send(G g, F f, const DecodeSendArgs& a, int begin, int end) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;
@@ -121,7 +121,7 @@ MOE_HD void decode_send(G g, F f, const DecodeSendArgs& a, int begin, int end) {
 }
 
 // To every parts-th rank. A rank that refuses its part says so instead, and keeps its epochs in step.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD void decode_announce(G g, F f, const DecodeSendArgs& a, Why refused, int part = 0, int parts = 1) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;

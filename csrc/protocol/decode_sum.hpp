@@ -13,7 +13,7 @@ namespace detail {
 
 // One lane. A mismatch or a refusal is found on the way: the other flags are awaited all the same, so the
 // ranks stay in step.
-template <class F>
+template <LaneFabric F>
 MOE_HD Status wait_answer(F f, const DecodeCombineArgs& a, int rank, Status& found) {
   const DecodeView& d = a.d;
   const int parity = a.turn.parity();
@@ -31,7 +31,7 @@ MOE_HD Status wait_answer(F f, const DecodeCombineArgs& a, int rank, Status& fou
 
 }  // namespace detail
 
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Status decode_wait_answers(G g, F f, const DecodeCombineArgs& a) {
   return leader(g, [&] {
     Status found;
@@ -41,7 +41,7 @@ MOE_HD Status decode_wait_answers(G g, F f, const DecodeCombineArgs& a) {
   });
 }
 
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Status decode_wait_answers(G g, F f, const DecodeCombineArgs& a, int begin, int end) {
   return leader(g, [&] {
     Status found;
@@ -54,7 +54,7 @@ MOE_HD Status decode_wait_answers(G g, F f, const DecodeCombineArgs& a, int begi
 namespace detail {
 
 // The rows that make y[t]; counted where this rank fetches them itself.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Terms decode_terms(G g, F f, const DecodeCombineArgs& a, int t) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;
@@ -101,7 +101,7 @@ MOE_HD Terms decode_terms(G g, F f, const DecodeCombineArgs& a, int t) {
 namespace detail {
 
 // One lane: token t's answers are what their owners signed.
-template <class F>
+template <LaneFabric F>
 MOE_HD Status verify_answers(F f, const DecodeCombineArgs& a, int t) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;
@@ -127,7 +127,7 @@ MOE_HD Status verify_answers(F f, const DecodeCombineArgs& a, int t) {
 
 }  // namespace detail
 
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Status decode_sum(G g, F f, const DecodeCombineArgs& a, int begin, int end) {
   const uint64_t row_bytes = a.d.shape.combine_row_bytes();
   const float* no_bias = nullptr;

@@ -31,7 +31,7 @@ MOE_HD inline int32_t token_in_range(const DecodeView& d, int32_t token) {
 }
 
 // The packed copies of a message's row; a message without a pick of this rank is none that was sent to it.
-template <class F>
+template <LaneFabric F>
 MOE_HD Status packed_rows(F f, const DecodeReceiveArgs& a, int source, const char* message,
                           const int32_t* note, const int32_t* places) {
   const DecodeView& d = a.d;
@@ -62,7 +62,7 @@ MOE_HD inline uint64_t answer_checksum(const DecodeTurn& turn, const char* answe
 }
 
 // The source's side, one lane: the answer to pick k of token t, which lies at `answer`.
-template <class F>
+template <LaneFabric F>
 MOE_HD Status answered_row(F f, const DecodeCombineArgs& a, int t, int k, int owner, const char* answer) {
   const DecodeView& d = a.d;
   const int parity = a.turn.parity();

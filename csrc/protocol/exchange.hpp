@@ -29,7 +29,7 @@ MOE_HD inline int32_t exchange_word(const DispatchArgs& a) {
 // begins: it is the first, mostly the only one of its dispatch. A rank that refuses its part announces that,
 // and no rows: it goes on with the roles of a rank without tokens, so that its peers come to the end of the
 // call.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD void announce(G g, F f, const DispatchArgs& a, Why refused, bool begins = true) {
   const BufferView& b = a.b;
   const int own = b.geometry.node();
@@ -70,7 +70,7 @@ MOE_HD void announce(G g, F f, const DispatchArgs& a, Why refused, bool begins =
 namespace detail {
 
 // The count block of node n's rail peer, once it is here.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Status await_block(G g, F f, const DispatchArgs& a, int n, const int32_t*& block) {
   const BufferView& b = a.b;
   const int own = b.geometry.node(), nodes = b.geometry.nodes();
@@ -91,7 +91,7 @@ MOE_HD inline int32_t* table_of(const DispatchArgs& a, char* window, int source)
 
 }  // namespace detail
 
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Status relay(G g, F f, const DispatchArgs& a, Offer offer) {
   const BufferView& b = a.b;
   const int own = b.geometry.node(), nodes = b.geometry.nodes(), p = b.geometry.ranks_per_node;
@@ -119,7 +119,7 @@ MOE_HD Status relay(G g, F f, const DispatchArgs& a, Offer offer) {
 }
 
 // Everyone's blocks of the latest exchange are here.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Status await_counts(G g, F f, const DispatchArgs& a) {
   const Geometry& geo = a.b.geometry;
   return leader(g, [&] {
@@ -198,7 +198,7 @@ MOE_HD void place_rows(G g, const DispatchArgs& a, char* window) {
 
 }  // namespace detail
 
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Status place(G g, F f, const DispatchArgs& a) {
   const BufferView& b = a.b;
   const Geometry& geo = b.geometry;

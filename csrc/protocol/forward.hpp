@@ -24,7 +24,7 @@ MOE_HD void clear_picks(G g, char* window, const BlockLayout& l, int64_t row, in
 
 // Rows of source node n's rail peer, one channel. Every row is read once and written once per rank, or
 // once per pick where a further copy costs no link.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
   const BufferView& b = a.b;
   const Geometry& geo = b.geometry;
@@ -133,7 +133,7 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
 }
 
 // After a gateway's last channel: what it knows of the whole world's verdict, then "all forwarded".
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Status announce_arrival(G g, F f, const DispatchArgs& a) {
   const BufferView& b = a.b;
   const Geometry& geo = b.geometry;

@@ -18,7 +18,7 @@ MOE_HD inline const int32_t* picks_of(const DispatchArgs& a, char* window, int s
 }
 
 // rows_to(source, counts): the source's rows for the slots of this node [E/N], by the choice.
-template <Group G, class F, class Rows>
+template <Group G, Fabric<G> F, class Rows>
 MOE_HD Status derive_tables(G g, F f, const DispatchArgs& a, Rows rows_to) {
   const BufferView& b = a.b;
   char* window = f.window(b.geometry.local(), 0);

@@ -22,7 +22,7 @@ MOE_HD inline bool quantizes(const DispatchArgs& a) {
 namespace detail {
 
 // The token's FP8 row in the staging area of one of the first `steps` - 1 nodes behind the own one, or null.
-template <class F>
+template <LaneFabric F>
 MOE_HD const char* staged_row(F f, const DispatchArgs& a, int t, int steps) {
   const BufferView& b = a.b;
   const int own = b.geometry.node(), nodes = b.geometry.nodes();
@@ -35,7 +35,7 @@ MOE_HD const char* staged_row(F f, const DispatchArgs& a, int t, int steps) {
   return nullptr;
 }
 
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD void quantize_token(G g, F f, const DispatchArgs& a, int t, char* row) {
   const Shape& s = a.b.shape;
   f.quantize_row(g, row, row + align16(a.plan.call.row_bytes), a.x + t * s.combine_row_bytes(), s.hidden,
@@ -44,7 +44,7 @@ MOE_HD void quantize_token(G g, F f, const DispatchArgs& a, int t, char* row) {
 }
 
 // Fills the token's slot for the node that is `step` behind the own one.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD void stage_quantized(G g, F f, const DispatchArgs& a, int t, int step, char* row) {
   if (const char* earlier = staged_row(f, a, t, step))
     f.copy_row(g, row, earlier, wire_stride(a.plan.call));
@@ -54,7 +54,7 @@ MOE_HD void stage_quantized(G g, F f, const DispatchArgs& a, int t, int step, ch
 }
 
 // The token's FP8 row for the own node; valid after a sync until the next call for this channel.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD const char* own_quantized(G g, F f, const DispatchArgs& a, int t, int channel) {
   if (const char* staged = staged_row(f, a, t, a.b.geometry.nodes())) return staged;
   char* row = f.rail(a.b.rail.own_rows) + channel * align_up(a.b.shape.wire_bytes(Wire::fp8), 64);
@@ -65,7 +65,7 @@ MOE_HD const char* own_quantized(G g, F f, const DispatchArgs& a, int t, int cha
 
 // Scales of one row into a block of `rows` rows: side by side, or each into its column. `step`: words from
 // one scale in `from` to the next.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD void put_scales(G g, F f, const CallShape& call, char* scales, int64_t rows, int64_t row,
                        const char* from, int64_t step = 1) {
   if (call.scale_bytes == 0) return;
@@ -77,14 +77,14 @@ MOE_HD void put_scales(G g, F f, const CallShape& call, char* scales, int64_t ro
 }
 
 // The same from another row of the block.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD void copy_scales(G g, F f, const CallShape& call, char* scales, int64_t rows, int64_t row,
                         int64_t from) {
   const uint64_t bytes = call.scales_by_column ? 4 : call.scale_bytes;
   put_scales(g, f, call, scales, rows, row, scales + from * bytes, scale_column(rows));
 }
 
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD void zero_scales(G g, F f, const CallShape& call, char* scales, int64_t rows, int64_t row) {
   if (call.scale_bytes == 0) return;
   if (!call.scales_by_column) return f.zero_row(g, scales + row * call.scale_bytes, call.scale_bytes);

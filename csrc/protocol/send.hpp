@@ -36,7 +36,7 @@ MOE_HD void write_meta(G g, const DispatchArgs& a, RowMeta* meta, uint64_t check
 
 // One channel's rows to every node. The enter signal of the rail peer (seen in relay) says that its
 // staging is free again, so the rows may leave at once.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD void send(G g, F f, const DispatchArgs& a, int channel) {
   const BufferView& b = a.b;
   const Geometry& geo = b.geometry;
@@ -119,7 +119,7 @@ MOE_HD void send(G g, F f, const DispatchArgs& a, int channel) {
 }
 
 // The node's verdict goes behind the rows, so every rank of the world learns it in this same call.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD void judge(G g, F f, const DispatchArgs& a) {
   const BufferView& b = a.b;
   const int own = b.geometry.node(), nodes = b.geometry.nodes();

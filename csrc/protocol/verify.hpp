@@ -102,7 +102,7 @@ MOE_HD void arrived_rows(G g, const DispatchArgs& a, const char* window, const B
 }
 
 // Combine: signatures of the rows that this rank publishes.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD void sign_rows(G g, F f, const CombineArgs& a) {
   const Geometry& geo = a.b.geometry;
   const uint64_t bytes = a.b.shape.combine_row_bytes();
@@ -113,7 +113,7 @@ MOE_HD void sign_rows(G g, F f, const CombineArgs& a) {
 }
 
 // One published row, before it is read into a sum: `token` is the token of `source` that it belongs to.
-template <class F>
+template <LaneFabric F>
 MOE_HD Status published_row(F f, const CombineArgs& a, Place p, Phase phase, int64_t token) {
   const uint64_t bytes = a.b.shape.combine_row_bytes();
   const RowsBoard& board = a.boards[p.local];
@@ -125,7 +125,7 @@ MOE_HD Status published_row(F f, const CombineArgs& a, Place p, Phase phase, int
 }
 
 // What this node contributes to row i of source node n, before it is summed.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Status published_rows(G g, F f, const CombineArgs& a, int n, int i, Phase phase) {
   const int64_t at = int64_t{n} * a.b.shape.max_tokens + i;
   const Place* place = a.plan.place + at * a.b.shape.top_k;

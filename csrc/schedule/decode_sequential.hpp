@@ -9,7 +9,7 @@
 namespace moecomm {
 
 // Every own expert's count, at zero.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 int64_t* decode_clear_counts(G g, F f, const DecodeReceiveArgs& a) {
   int64_t* counts = reinterpret_cast<int64_t*>(f.window(a.d.geometry.local(), a.d.counts(a.turn.bank)));
   for (int e = g.lane(); e < a.d.experts_per_rank(); e += g.size()) counts[e] = 0;
@@ -17,7 +17,7 @@ int64_t* decode_clear_counts(G g, F f, const DecodeReceiveArgs& a) {
   return counts;
 }
 
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 Status run_decode_send(G g, F f, const DecodeSendArgs& a) {
   if (a.refused == Why::none)
     timed(g, f, RoleKind::decode_send, [&] { decode_send(g, f, a, 0, a.turn.tokens); });
@@ -27,7 +27,7 @@ Status run_decode_send(G g, F f, const DecodeSendArgs& a) {
 
 // A source that disagrees about the call, or refuses its part, is found here; the others are still awaited
 // (rule A of decode.hpp).
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 Status run_decode_receive(G g, F f, const DecodeReceiveArgs& a) {
   Status found;
   int64_t* counts = decode_clear_counts(g, f, a);
@@ -48,7 +48,7 @@ Status run_decode_receive(G g, F f, const DecodeReceiveArgs& a) {
   return found;
 }
 
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 Status run_decode_combine_send(G g, F f, const DecodeCombineArgs& a) {
   const int size = a.d.geometry.size;
   timed(g, f, RoleKind::decode_answer, [&] {
@@ -61,7 +61,7 @@ Status run_decode_combine_send(G g, F f, const DecodeCombineArgs& a) {
   return {};
 }
 
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 Status run_decode_combine_receive(G g, F f, const DecodeCombineArgs& a) {
   MOE_TRY(timed(g, f, RoleKind::decode_wait, [&] { return decode_wait_answers(g, f, a); }));
   if (a.refused != Why::none) return {};

@@ -109,7 +109,7 @@ MOE_HD inline int parts_of_source(const DecodeView& d, int groups) {
   return parts < 1 ? 1 : parts < most ? parts : most;
 }
 
-template <Group G, class F, class Meeting>
+template <Group G, Fabric<G> F, GroupMeeting<G> Meeting>
 MOE_HD Status send_seat(G g, F f, Meeting meeting, const DecodeDispatchWork& w, const DecodeSendArgs& a,
                         int index, int groups, Status& bad, bool& refused) {
   const int size = a.d.geometry.size, tokens = a.turn.tokens,
@@ -142,7 +142,7 @@ MOE_HD Status send_seat(G g, F f, Meeting meeting, const DecodeDispatchWork& w, 
 
 // A source that disagrees about the call, or refuses its part, is found by its parts; the others are still
 // received (rule A).
-template <Group G, class F, class Meeting>
+template <Group G, Fabric<G> F, GroupMeeting<G> Meeting>
 MOE_HD Status receive_seat(G g, F f, Meeting meeting, const DecodeDispatchWork& w, const DecodeReceiveArgs& a,
                            int index, int groups) {
   const DecodeView& d = a.d;
@@ -199,7 +199,7 @@ MOE_HD Status take_weights(G g, const DecodeCombineWork& w, const DecodeTurn& tu
 }
 
 // Every groups-th row of every own expert, into the window.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD void stage_rows(G g, F f, const DecodeCombineWork& w, const DecodeTurn& turn, int index, int groups) {
   const DecodeView& d = w.args.d;
   const uint64_t row_bytes = d.shape.combine_row_bytes(),
@@ -220,7 +220,7 @@ struct OtherId {
   int32_t token = -1;  // -1: there is none
 };
 
-template <Group G, class F, class Meeting>
+template <Group G, Fabric<G> F, GroupMeeting<G> Meeting>
 MOE_HD Status answer_seat(G g, F f, Meeting meeting, const DecodeCombineWork& w, DecodeCombineArgs& a,
                           int index, int groups, OtherId& other) {
   const DecodeView& d = a.d;
@@ -249,7 +249,7 @@ MOE_HD Status answer_seat(G g, F f, Meeting meeting, const DecodeCombineWork& w,
   return {};
 }
 
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 MOE_HD Status sum_seat(G g, F f, const DecodeCombineWork& w, const DecodeCombineArgs& a, int index,
                        int groups) {
   const int tokens = a.turn.tokens, begin = channel_begin(tokens, index, groups),
@@ -263,8 +263,7 @@ MOE_HD Status sum_seat(G g, F f, const DecodeCombineWork& w, const DecodeCombine
 
 }  // namespace detail
 
-template <Group G, class F, class Meeting>
-  requires GroupMeeting<Meeting, G>
+template <Group G, Fabric<G> F, GroupMeeting<G> Meeting>
 MOE_HD Status decode_dispatch_seat(G g, F f, Meeting meeting, const DecodeDispatchWork& w, int index,
                                    int groups) {
   DecodeTurn turn = w.args.turn;
@@ -286,8 +285,7 @@ MOE_HD Status decode_dispatch_seat(G g, F f, Meeting meeting, const DecodeDispat
   return bad.ok() || is_final(s) ? s : bad;
 }
 
-template <Group G, class F, class Meeting>
-  requires GroupMeeting<Meeting, G>
+template <Group G, Fabric<G> F, GroupMeeting<G> Meeting>
 MOE_HD Status decode_combine_seat(G g, F f, Meeting meeting, const DecodeCombineWork& w, int index,
                                   int groups) {
   DecodeCombineArgs a = w.args;

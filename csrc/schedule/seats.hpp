@@ -71,7 +71,7 @@ namespace detail {
 
 MOE_HD inline bool makes_plan(const DispatchArgs& a) { return !a.cached && a.refused == Why::none; }
 
-template <Group G, class F, class Gates, class Placed>
+template <Group G, Fabric<G> F, CallGates<G> Gates, class Placed>
 MOE_HD Status coordinate_dispatch(G g, F f, Gates gates, const DispatchWork& w, Seat seat, Placed placed) {
   const DispatchArgs& a = w.args;
   const bool plans = makes_plan(a);
@@ -89,7 +89,7 @@ MOE_HD Status coordinate_dispatch(G g, F f, Gates gates, const DispatchWork& w, 
 }
 
 // `bad`: this worker's own bad pick.
-template <Group G, class Gates>
+template <Group G, CallGates<G> Gates>
 MOE_HD Status make_plan(G g, Gates gates, const DispatchWork& w, Seat seat, Status& bad) {
   const DispatchArgs& a = w.args;
   const int channels = a.b.shape.channels;
@@ -114,7 +114,7 @@ MOE_HD Status make_plan(G g, Gates gates, const DispatchWork& w, Seat seat, Stat
 }  // namespace detail
 
 // `placed` runs on the coordinator, all lanes, when the number of this rank's rows is known.
-template <Group G, class F, class Gates, class Placed>
+template <Group G, Fabric<G> F, CallGates<G> Gates, class Placed>
 MOE_HD Status dispatch_seat(G g, F f, Gates gates, const DispatchWork& w, Seat seat, Placed placed) {
   const DispatchArgs& a = w.args;
   const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
@@ -146,7 +146,7 @@ MOE_HD Status dispatch_seat(G g, F f, Gates gates, const DispatchWork& w, Seat s
   return bad;  // of the worker that has found it: what the call says of this rank is less than that
 }
 
-template <Group G, class F, class Gates>
+template <Group G, Fabric<G> F, CallGates<G> Gates>
 MOE_HD Status combine_seat(G g, F f, Gates gates, const CombineArgs& a, Seat seat) {
   const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
   if (seat.coordinates()) {

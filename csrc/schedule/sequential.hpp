@@ -11,7 +11,7 @@ namespace moecomm {
 
 namespace detail {
 
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 Status plan_rows(G g, F f, const DispatchArgs& a) {
   return timed(g, f, RoleKind::plan, [&] {
     MOE_TRY(sort_picks(g, a, 0, a.plan.tokens));
@@ -21,7 +21,7 @@ Status plan_rows(G g, F f, const DispatchArgs& a) {
 }
 
 // From the exchange of counts on. tables: what is still to do before they can be read.
-template <Group G, class F, class Tables>
+template <Group G, Fabric<G> F, class Tables>
 Status move_rows(G g, F f, const DispatchArgs& a, bool sends, Tables tables) {
   const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
   for (int c = 0; c < channels && sends; ++c) timed(g, f, RoleKind::send, [&] { send(g, f, a, c); });
@@ -45,7 +45,7 @@ Status move_rows(G g, F f, const DispatchArgs& a, bool sends, Tables tables) {
 }  // namespace detail
 
 // A rank with bad picks refuses its part.
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 Status run_dispatch(G g, F f, const DispatchArgs& a, Offer offer) {
   Status bad;
   if (!a.cached && a.refused == Why::none) bad = detail::plan_rows(g, f, a);
@@ -60,7 +60,7 @@ Status run_dispatch(G g, F f, const DispatchArgs& a, Offer offer) {
 
 // One exchange of a.asked and nothing else; picks(source) is good within use(picks), and until another
 // exchange.
-template <Group G, class F, class Use>
+template <Group G, Fabric<G> F, class Use>
 Status run_exchange(G g, F f, DispatchArgs a, Use use) {
   a.alone = true;
   announce(g, f, a, a.refused, false);
@@ -75,7 +75,7 @@ Status run_exchange(G g, F f, DispatchArgs a, Use use) {
 // A dispatch by picks of logical experts, whose slots depend on everyone's: a.asked carries this rank's. The
 // chooser writes the slots to a.ids64 when it gets the picks of all: choose(picks of source), rows_follow,
 // rows_to(source, counts). move(args, sends, tables) does what follows, as detail::move_rows.
-template <Group G, class F, class Chooser, class Move>
+template <Group G, Fabric<G> F, class Chooser, class Move>
 Status run_dispatch(G g, F f, DispatchArgs a, Offer offer, Chooser&& chooser, Move move) {
   MOE_TRY(timed(g, f, RoleKind::announce, [&] {
     announce(g, f, a, Why::none);
@@ -106,14 +106,14 @@ Status run_dispatch(G g, F f, DispatchArgs a, Offer offer, Chooser&& chooser, Mo
   });
 }
 
-template <Group G, class F, class Chooser>
+template <Group G, Fabric<G> F, class Chooser>
 Status run_dispatch(G g, F f, const DispatchArgs& a, Offer offer, Chooser&& chooser) {
   return run_dispatch(g, f, a, offer, chooser, [&](const DispatchArgs& chosen, bool sends, auto tables) {
     return detail::move_rows(g, f, chosen, sends, tables);
   });
 }
 
-template <Group G, class F>
+template <Group G, Fabric<G> F>
 Status run_combine(G g, F f, const CombineArgs& a) {
   const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
   MOE_TRY(timed(g, f, RoleKind::publish, [&] { return publish(g, f, a); }));

@@ -8,7 +8,7 @@
 namespace moecomm {
 
 // One role of a call; where the fabric keeps a timeline and somebody traces, the role's span goes there.
-template <Group G, class F, class Work>
+template <Group G, Fabric<G> F, class Work>
 auto timed(G g, F f, RoleKind role, Work work) {
   if constexpr (requires { f.timeline(); }) {
     struct Clock {

@@ -11,6 +11,18 @@
 
 namespace moecomm {
 
+// What the peers of put() are reached by. None of it throws or blocks.
+template <class Rail>
+concept HostRail = requires(Rail& rail, const char* source) {
+  rail.put(0, uint64_t{}, source, uint64_t{});      // (peer, offset there, source, bytes)
+  rail.signal(0, uint64_t{}, uint64_t{});           // (peer, counter, add)
+  { rail.reach(0) } -> std::same_as<char*>;         // the peer's region where stores get there, else null
+  { rail.progress() } -> std::same_as<bool>;        // whether something moved
+  { rail.lost(0) } -> std::same_as<int>;            // the rank, where its link is gone; else -1
+  { rail.flush_poll() } -> std::same_as<bool>;      // whether all puts and signals are complete
+  { Rail::kNetwork } -> std::convertible_to<bool>;  // true: nothing wakes a waiter when a put lands
+};
+
 namespace detail {
 
 using Clock = std::chrono::steady_clock;
@@ -30,7 +42,7 @@ inline void relax() {
 #endif
 }
 
-template <class Rail>
+template <HostRail Rail>
 Status wait_counter(HostState& s, Rail& rail, char* memory, uint64_t offset, uint64_t at_least, Phase phase,
                     int peer) {
   Counter& c = counter_at(memory, offset);
@@ -89,7 +101,7 @@ Status wait_counter(HostState& s, Rail& rail, char* memory, uint64_t offset, uin
 
 }  // namespace detail
 
-template <class Rail>
+template <HostRail Rail>
 struct HostFabric {
   static constexpr bool kPutsFromAnywhere = true;
   HostState* s;

@@ -3,7 +3,8 @@
 #include <cstring>
 #include <vector>
 
-#include "fabric/cpu/futex.hpp"
+#include "exec/lane.hpp"
+#include "fabric/cpu/host.hpp"
 
 namespace moecomm {
 
@@ -28,5 +29,6 @@ class LoopbackRail {
  private:
   std::vector<char*> regions_;
 };
+static_assert(Fabric<HostFabric<LoopbackRail>, Lane>);
 
 }  // namespace moecomm

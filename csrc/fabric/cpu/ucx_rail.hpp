@@ -1,5 +1,7 @@
 // The rail between processes: a region's puts and signals with the context's progress.
 #pragma once
+#include "exec/lane.hpp"
+#include "fabric/cpu/host.hpp"
 #include "fabric/cpu/ucx.hpp"
 
 namespace moecomm {
@@ -25,5 +27,6 @@ class UcxRail {
   UcxContext* context_ = nullptr;
   UcxRegion* region_ = nullptr;
 };
+static_assert(Fabric<HostFabric<UcxRail>, Lane>);
 
 }  // namespace moecomm

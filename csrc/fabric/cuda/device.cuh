@@ -11,6 +11,7 @@
 #include "fabric/cuda/links.hpp"
 #include "fabric/cuda/reduce.cuh"
 #include "fabric/cuda/scratch.cuh"
+#include "fabric/cuda/squad.cuh"
 #include "fabric/fabric.hpp"
 
 namespace moecomm {
@@ -59,6 +60,16 @@ constexpr uint64_t kBulkBytes = 1024;
 constexpr int kPollsPerCheck = 64;
 
 template <class Rail>
+concept DeviceRail = requires(Rail rail, WarpScratch& scratch, const DeviceLinks& links, const char* source) {
+  { Rail::of(links, 0) } -> std::same_as<Rail>;
+  rail.put(scratch, 0, uint64_t{}, source, uint64_t{});
+  rail.signal(scratch, 0, uint64_t{}, uint64_t{});
+  rail.fault(scratch, 0, uint64_t{}, uint64_t{});
+  { rail.flush(scratch, uint64_t{}) } -> std::same_as<Status>;
+  { Rail::kPutsFromAnywhere } -> std::convertible_to<bool>;
+};
+
+template <DeviceRail Rail>
 struct DeviceFabric {
   static constexpr bool kPutsFromAnywhere = Rail::kPutsFromAnywhere;
   const DeviceLinks* links;
@@ -239,5 +250,7 @@ struct DeviceFabric {
     return {};
   }
 };
+static_assert(Fabric<DeviceFabric<LoopbackDeviceRail>, Warp> &&
+              Fabric<DeviceFabric<LoopbackDeviceRail>, Squad>);
 
 }  // namespace moecomm

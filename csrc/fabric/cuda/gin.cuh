@@ -15,6 +15,7 @@
 // Sources. A put's source must stay as it is until the network has read it; flush() at the end of a call
 // waits for that, so the next call may write its staging again.
 #pragma once
+#include "fabric/cuda/device.cuh"
 #include "fabric/cuda/gin.hpp"
 #include "fabric/cuda/links.hpp"
 #include "fabric/cuda/scratch.cuh"
@@ -66,5 +67,6 @@ struct GinRail {
     return {reinterpret_cast<ncclGinDescriptorSmem*>(scratch.request)};
   }
 };
+static_assert(Fabric<DeviceFabric<GinRail>, Warp> && Fabric<DeviceFabric<GinRail>, Squad>);
 
 }  // namespace moecomm

@@ -48,5 +48,6 @@ struct Squad {
     return out;
   }
 };
+static_assert(Group<Squad>);
 
 }  // namespace moecomm

@@ -97,5 +97,6 @@ struct MutantFabric : SimFabric {
     SimFabric::copy_row(g, dst, src, bytes);
   }
 };
+static_assert(Fabric<MutantFabric, Lane>);
 
 }  // namespace moecomm

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "base/layout.hpp"
+#include "exec/lane.hpp"
 #include "fabric/cpu/rows.hpp"
 #include "fabric/fabric.hpp"
 #include "fabric/sim/chaos.hpp"
@@ -401,5 +402,6 @@ struct SimFabric {
   char** targets() const { return net->role().targets; }
   static constexpr bool replicates(int) { return false; }  // ranks of a node have a link between them
 };
+static_assert(Fabric<SimFabric, Lane>);
 
 }  // namespace moecomm
