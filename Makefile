@@ -5,7 +5,11 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.built
-export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+# Where ccache is installed, its compilers come first: what has not changed is not compiled again, in a fresh clone either.
+CCACHE := $(firstword $(wildcard /usr/lib/ccache /usr/lib64/ccache))
+export CCACHE_BASEDIR ?= $(CURDIR)
+export CCACHE_NOHASHDIR ?= 1
+export PATH := $(CURDIR)/$(VENV)/bin:$(if $(CCACHE),$(CCACHE):)$(PATH)
 SOURCES := setup.py $(shell find csrc moecomm -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi' | grep -v _native/.*cpp)
 
 .PHONY: help bench wheel test test-python test-mpi explore build cuda-check ptx-check clean transformers mpich

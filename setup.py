@@ -6,6 +6,7 @@ Objects are compiled in parallel, and only those whose sources or headers change
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -108,7 +109,7 @@ class BuildExt(build_ext):
             obj = str(Path(self.build_temp) / source) + ".o"
             if not (same and is_fresh(obj)):
                 Path(obj).parent.mkdir(parents=True, exist_ok=True)
-                launcher = os.environ.get("CXX", "").split()[:-1]  # ccache, where the C++ compiler has it
+                launcher = [found] if (found := shutil.which("ccache")) else []
                 subprocess.run(
                     [*launcher, *compile_kernel, "-MD", "-MF", str(depfile(obj)), "-c", source, "-o", obj],
                     check=True,
