@@ -12,7 +12,7 @@ export CCACHE_NOHASHDIR ?= 1
 export PATH := $(CURDIR)/$(VENV)/bin:$(if $(CCACHE),$(CCACHE):)$(PATH)
 SOURCES := setup.py $(shell find csrc moecomm -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi' | grep -v _native/.*cpp)
 
-.PHONY: help bench wheel test test-python test-mpi explore build cuda-check ptx-check clean transformers mpich
+.PHONY: help bench lint wheel test test-python test-mpi explore build cuda-check ptx-check clean transformers mpich
 help:       ## this list
 	@grep -hE '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -40,7 +40,11 @@ wheel: build ## an sdist and a wheel in dist/; the wheel is repaired by auditwhe
 bench: build ## tokens through both hops, verified, beside what a user would pick instead (under three minutes)
 	@$(PY) -m bench suite
 
-test: build test-cpp test-python ptx-check test-mpi explore ## every suite
+test: lint build test-cpp test-python ptx-check test-mpi explore ## every suite
+
+lint: $(VENV)/.ready ## formatters, linters, spelling, types; says which of them could not be installed
+	-@$(PY) tools/lint.py --install
+	@$(PY) tools/lint.py
 
 test-python: $(READY) ## units, rank threads, launchers, failures, a short benchmark
 	-@$(MAKE) -s --no-print-directory transformers mpich $(CLIENTS)/.ready

@@ -53,7 +53,8 @@ def ucx_headers():
     found = next((place for place in places if (place / "ucp/api/ucp.h").exists()), None)
     if found is None:
         sys.exit(
-            "setup.py: UCX's headers were not found; expected ucp/api/ucp.h. Run pip install libucx-cu13 (or libucx-cu12), install your "
+            "setup.py: UCX's headers were not found; expected ucp/api/ucp.h. Run pip install libucx-cu13 "
+            "(or libucx-cu12), install your "
             "system's UCX development package, or set UCX_HOME."
         )
     return str(found)
@@ -97,7 +98,8 @@ class BuildExt(build_ext):
                 list(pool.map(one, objects))
             return objects
 
-        # What an extension is made of and how may change though no file does: NCCL's headers come, an architecture is added.
+        # What an extension is made of and how may change though no file does: NCCL's headers come, an
+        # architecture is added.
         kernels = KERNELS.get(ext.name, [])
         compile_kernel = [cuda_toolkit.nvcc(), *NVCC_FLAGS, *cuda_toolkit.architectures()] if kernels else []
         parts, whole = (
@@ -137,7 +139,7 @@ class BuildExt(build_ext):
         )
 
 
-# -- the CUDA world ---------------------------------------------------------------------------------------------------
+# -- the CUDA world ------------------------------------------------------------------------------------------
 
 NO_CUDA = cuda_toolkit.why_not()  # None: it is built
 NCCL = nccl_headers.find()  # None: ranks of one host only
@@ -203,7 +205,8 @@ balance = Extension(
     include_dirs=["csrc"],
     extra_compile_args=FLAGS,
 )
-# The benchmarks stand beside the package in a checkout (`python -m bench`); what is installed has them inside (`moecomm bench`).
+# The benchmarks stand beside the package in a checkout (`python -m bench`); what is installed has them
+# inside (`moecomm bench`).
 setup(
     packages=[*find_namespace_packages(include=["moecomm*"]), "moecomm.bench"],
     package_dir={"moecomm.bench": "bench"},

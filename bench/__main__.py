@@ -16,7 +16,7 @@ if {"device", "tune"} & set(sys.argv[1:2]):
             cwd=Path(__file__).resolve().parent.parent,
         )
 
-from moecomm.__main__ import run  # noqa: E402 - see above
+from moecomm.__main__ import run
 
 PROGRAM = "python -m bench" if __package__ == "bench" else "moecomm bench"
 COMMANDS = {

@@ -23,7 +23,9 @@ DRIFT_STEPS = 3
 
 @dataclass
 class Row:
-    """One line: what was measured, against the greedy, a bound and targets where there are such; moves as the note counts them."""
+    """One line: what was measured, the greedy plan's value, a bound and targets if there are any; moves as
+    the note counts them.
+    """
 
     case: str
     load: str
@@ -60,12 +62,17 @@ class Row:
         missed = self.missed()
         verdict = "" if missed is None else "reached" if not missed else "missed: " + ", ".join(missed)
         return (
-            f"{self.case:<9} {self.load:<16} {number(self.got):>7} {number(self.greedy):>7} {number(self.bound):>7} {number(self.target):>7} "
-            f"{number(self.ms, 3):>9} {number(self.target_ms, 2):>7} {number(self.moves, 2):>6} {number(self.target_moves, 2):>6}  {verdict:<8} {self.note}"
+            f"{self.case:<9} {self.load:<16} {number(self.got):>7} {number(self.greedy):>7} "
+            f"{number(self.bound):>7} {number(self.target):>7} "
+            f"{number(self.ms, 3):>9} {number(self.target_ms, 2):>7} {number(self.moves, 2):>6} "
+            f"{number(self.target_moves, 2):>6}  {verdict:<8} {self.note}"
         )
 
 
-HEADER = f"# {'case':<7} {'load':<16} {'got':>7} {'greedy':>7} {'bound':>7} {'target':>7} {'ms':>9} {'target':>7} {'moves':>6} {'target':>6}"
+HEADER = (
+    f"# {'case':<7} {'load':<16} {'got':>7} {'greedy':>7} {'bound':>7} {'target':>7} {'ms':>9} {'target':>7} "
+    f"{'moves':>6} {'target':>6}"
+)
 
 
 def arguments(parser):
@@ -267,7 +274,8 @@ def case_b(args):
                 70,
                 most,
                 moves,
-                f"slots of a rank at most, {mean:.2f} in the mean; greedy: stale placement (anew it would move {anew:.1f})",
+                f"slots of a rank at most, {mean:.2f} on average; greedy: stale placement (anew it would "
+                f"move {anew:.1f})",
             )
 
 
@@ -313,7 +321,8 @@ def case_c(args):
             target_ms,
             moves,
             1.05,
-            f"times the fewest for these sets, on a drift step; {ratio:.4f} of the integer program, worst of {args.exact_layers} layers; greedy: {greedy_ms:.0f} ms",
+            f"times the fewest for these sets, on a drift step; {ratio:.4f} of the integer program, worst "
+            f"of {args.exact_layers} layers; greedy: {greedy_ms:.0f} ms",
         )
 
 
@@ -376,7 +385,9 @@ def whole_tokens(load, replicas):
 
 
 def split_layers(load, table, args):
-    """Means over the layers, (balancedness of the split, in whole tokens, of the linear program), its worst loss in a layer, ms per layer."""
+    """Means over the layers, (balancedness of the split, in whole tokens, of the linear program), its worst
+    loss in a layer, ms per layer.
+    """
     got, whole, best, times = [], [], [], []
     for w, row in zip(load, table):
         r, share = replicas_of(row), np.empty(len(row))
@@ -407,7 +418,8 @@ def case_split(args):
                 0.95 if connected and kind == "drift" else bound - 0.01,
                 ms,
                 0.01,
-                note=f"{'connected' if connected else 'ordinary'} placement; greedy: even split; a layer loses at most {gap:.4f} to the linear program; whole tokens {whole:.4f}",
+                note=f"{'connected' if connected else 'ordinary'} placement; greedy: even split; "
+                f"a layer loses at most {gap:.4f} to the linear program; whole tokens {whole:.4f}",
             )
 
     if "lognormal(1)" not in args.loads.split(","):
@@ -478,5 +490,6 @@ def case_activate(args):
             target,
             ms,
             0.5,
-            note=f"16 hosted, 9 active, one drift step later; ms per layer; layers without a choice: {stuck:.0f}; bound: all 16 run",
+            note="16 hosted, 9 active, one drift step later; ms per layer; "
+            f"layers without a choice: {stuck:.0f}; bound: all 16 run",
         )

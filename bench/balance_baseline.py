@@ -1,4 +1,6 @@
-"""What `python -m bench balance` compares with: loads, the plain greedy plan, and bounds from linear and integer programs."""
+"""What `python -m bench balance` compares with: loads, the plain greedy plan, and bounds from linear and
+integer programs.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,9 @@ def best_split(load, replicas, active=None):
 
 
 def best_pairs(load, ranks, precision=2e-4):
-    """Balancedness of the best counts and pairs of one layer, two slots per rank: bisection over integer programs (HiGHS)."""
+    """Balancedness of the best counts and pairs of one layer, two slots per rank: bisection over integer
+    programs (HiGHS).
+    """
     low = load.sum() / ranks
     high = 2 * low
     while high / low > 1 + precision:
@@ -147,7 +151,9 @@ def _pairs_meet(load, slots, limit):
 
 
 def fewest_moves(old, new, ranks):
-    """Slots that must change at least if the new sets of experts are dealt to the ranks as well as possible, per layer."""
+    """Slots that must change at least if the new sets of experts are dealt to the ranks as well as
+    possible, per layer.
+    """
     from scipy.optimize import linear_sum_assignment
 
     moves = []

@@ -1,9 +1,9 @@
 """Recorded loads for `python -m bench balance`: real text through gates that were trained, a few seconds in all.
 
 A small language model predicts the next word of source files and docs of this machine. Its layers are mixtures of
-256 tiny experts, top-8, each behind a gate of moecomm.gate that is balanced without an auxiliary loss; so its picks have
-what real ones have: experts that specialize, popularity that follows the text, and balance on average only. After
-the training it reads other files, and a LoadMonitor counts.
+256 tiny experts, top-8, each behind a gate of moecomm.gate that is balanced without an auxiliary loss; so
+its picks have what real ones have: experts that specialize, popularity that follows the text, and balance
+on average only. After the training it reads other files, and a LoadMonitor counts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ READINGS = 6
 
 
 class Model(nn.Module):
-    """Embedding, then layers that mix a word with those before it and add what 8 of 256 experts say; an expert is one neuron."""
+    """Embedding, then layers that mix a word with those before it and add what 8 of 256 experts say; an
+    expert is one neuron.
+    """
 
     def __init__(self):
         super().__init__()
@@ -55,7 +57,7 @@ class Model(nn.Module):
 
 
 def stream(tokens):
-    """So many words of this machine's text, as numbers: the most frequent have their own, the others share one."""
+    """`tokens` words of this machine's text, as numbers: the most frequent have their own, the others share one."""
     words = []
     for path in routing.text_files():
         words += routing.tokenize(path.read_text(errors="replace"))
@@ -67,7 +69,9 @@ def stream(tokens):
 
 @lru_cache
 def readings():
-    """([loads float64 [LAYERS, EXPERTS] of stretches of text, one after the other], cross-entropy before, after training)."""
+    """([loads float64 [LAYERS, EXPERTS] of stretches of text, one after the other], cross-entropy before,
+    after training).
+    """
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the matrices are small, and sums do not depend on the machine's cores

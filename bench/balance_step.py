@@ -1,8 +1,8 @@
 """The end-to-end part of `python -m bench balance`: a layer's step on the cpu world, with skewed routing of real text.
 
 The ranks of one machine share its cores, so an overloaded rank would borrow time from idle ones. Experts therefore do
-what accelerators do from the host's point of view: they take time in proportion to their rows, and no core. All kinds of routing
-take turns in one world, step by step, so that what else the machine does falls on all of them.
+what accelerators do from the host's point of view: they take time in proportion to their rows, and no core.
+All kinds of routing take turns in one world, step by step, so that what else the machine does falls on all of them.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def run(args):
         clock = np.array([r[kind].clocks for r in results])  # [ranks, steps, seams]
         began, dispatched, computed, ended = np.moveaxis(clock, 2, 0)
         step = ended.max(0) - began.min(0)
-        # Without what no balance can change: from the first rank's begin to the last one's dispatched rows, and from the last rank's output on.
+        # Without what no balance can change: from the first rank's begin to the last one's dispatched rows,
+        # and from the last rank's output on.
         experts = computed.max(0) - dispatched.max(0)
         ms, dispatch, slowest, between, combine = (
             1e3 * float(np.median(t))
@@ -130,6 +131,8 @@ def run(args):
             got=float(np.mean(rows.mean(0) / rows.max(0))),
             bound=1.0,
             ms=ms,
-            note=f"{plain / ms:.2f}x as fast as numbered; dispatch {dispatch:.1f}, then experts {between:.1f} (slowest rank's rows {slowest:.1f}), combine {combine:.1f} ms; "
-            f"{crossed:.0f} rows cross the rail; verified; {CASE.nodes}x{CASE.ranks_per_node} rank threads, {CASE.tokens} tokens each",
+            note=f"{plain / ms:.2f}x as fast as numbered; dispatch {dispatch:.1f}, then experts {between:.1f} "
+            f"(slowest rank's rows {slowest:.1f}), combine {combine:.1f} ms; "
+            f"{crossed:.0f} rows cross the rail; verified; {CASE.nodes}x{CASE.ranks_per_node} rank "
+            f"threads, {CASE.tokens} tokens each",
         )

@@ -40,7 +40,9 @@ class Routes:
             self._by_expert(case, rank, ids, weights, source, token)
 
     def _by_expert(self, case, rank, ids, weights, source, token):
-        """Rows of the expert layout: which received row each is a copy of, and which of them a received row's sum has."""
+        """Rows of the expert layout: which received row each is a copy of, and which of them a received
+        row's sum has.
+        """
         stride = max(len(i) for i in ids)
         where = torch.full((len(ids) * stride,), -1)
         where[source * stride + token] = torch.arange(len(source))

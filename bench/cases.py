@@ -58,8 +58,10 @@ class Case:
             ", unbalanced" if self.unbalanced else ""
         )
         return (
-            f"{self.ranks} ranks = {self.nodes} node{'s' * (self.nodes > 1)} x {self.ranks_per_node}, {self.tokens} tokens per rank, "
-            f"hidden {self.hidden} {self.dtype}, {self.experts} experts, top-{self.top_k}{groups}, {self.routing} routing{extra}, {self.layout} layout"
+            f"{self.ranks} ranks = {self.nodes} node{'s' * (self.nodes > 1)} x {self.ranks_per_node}, "
+            f"{self.tokens} tokens per rank, "
+            f"hidden {self.hidden} {self.dtype}, {self.experts} experts, top-{self.top_k}{groups}, "
+            f"{self.routing} routing{extra}, {self.layout} layout"
         )
 
 

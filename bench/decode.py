@@ -1,12 +1,14 @@
 """decode: microseconds per step against tokens per rank, with the send and receive phases apart.
 
-A step is dispatch and combine; the experts' output lies ready in both parities' places. Contenders take turns in blocks of
-consecutive steps, which synchronise themselves: a step's time is the mean over ranks, a contender's the median over all steps.
+A step is dispatch and combine; the experts' output is ready in the places of both parities. Contenders take
+turns in blocks of consecutive steps, which synchronize themselves: a step's time is the mean over ranks, a
+contender's the median over all steps.
 
     decode       decode_dispatch and decode_combine, both phases in one call each; hooks: the same, split
     weighted     the weights travel: one answer per token and rank instead of one per pick
     throughput   Buffer.dispatch and Buffer.combine, expert layout
-    tuned-mpi    the same rows by MPI_Alltoallv, with this library's packing and sums; its routing is not timed (tuned-gloo: over gloo)
+    tuned-mpi    the same rows by MPI_Alltoallv, with this library's packing and sums; its routing is not
+                 timed (tuned-gloo: over gloo)
     floor        the decode path's copies, puts, flags and sums alone, in C++, with every address known before
 
 Before a block every output is poisoned, after it every result is checked.
@@ -128,7 +130,9 @@ def _route(world, case, seed):
 
 
 def _sum(case, routed, rank, rounded_by_rank):
-    """y in the decode path's order: ascending k; where weights travel, each rank's sum rounded, in the order of first picks."""
+    """y in the decode path's order: ascending k; where weights travel, each rank's sum rounded, in the
+    order of first picks.
+    """
     x, ids, weights = routed.x, routed.ids[rank], routed.weights[rank]
     owner = torch.where(ids < 0, -1, ids // (case.experts // case.ranks))
     total, done = torch.zeros(x.shape), torch.zeros(len(x), 1, dtype=torch.bool)
@@ -337,7 +341,9 @@ def _baseline(name, world, case):
 
 
 def measure(world, case, args):
-    """One record (equal on every rank): microseconds per contender, bytes of one step over all ranks, wrong elements."""
+    """One record (equal on every rank): microseconds per contender, bytes of one step over all ranks, wrong
+    elements.
+    """
     steps = args.steps or min(200, max(10, 2000 // case.tokens))
     names = [n for key in ("mpi", "gloo") if key in args.baseline.split(",") for n in (f"tuned-{key}",)]
     with moecomm.Communicator(world.group, ranks_per_node=case.ranks_per_node) as comm:
@@ -430,7 +436,8 @@ def table(r):
     """The lines of one record."""
     own = r["contenders"]["decode"]["median_us"]
     lines = [
-        f"# {r['nodes']} x {r['ranks'] // r['nodes']} ranks, {r['tokens']} tokens per rank, hidden {r['hidden']}, {r['experts']} experts, "
+        f"# {r['nodes']} x {r['ranks'] // r['nodes']} ranks, {r['tokens']} tokens per rank, hidden "
+        f"{r['hidden']}, {r['experts']} experts, "
         f"top-{r['top_k']}; {r['steps']} steps; a put and its flag, one way: {r['put_us']:.1f} us",
         f"# {'':12}{'median us':>11}{'p99 us':>11}{'/ decode':>10}{'#wrong':>8}",
     ]

@@ -1,8 +1,9 @@
 """What `python -m bench device` measures of the cuda world on one GPU (bench/device_run.py runs it).
 
 Ranks are threads that share the GPU, so two "nodes" run both hops of the real kernels, the rail as a copy through the
-copy engine. Every timed result is compared with what it must be, bit for bit, and was poisoned before. Times are of graph
-replays, from the first rank's start to the last rank's end; a number of multiprocessors is the total over all ranks.
+copy engine. Every timed result is compared with what it must be, bit for bit, and was poisoned before.
+Times are of graph replays, from the first rank's start to the last rank's end; a number of multiprocessors
+is the total over all ranks.
 
 What must move: every byte read once and written once. Dispatch reads each token's row, writes it into and reads it out
 of staging per other node, and writes one row per pick; combine the other way. The ceiling is a device-to-device copy.
@@ -37,7 +38,7 @@ class Shape:
     top_groups: int = 4
 
 
-# -- checks ----------------------------------------------------------------------------------------------------------
+# -- checks --------------------------------------------------------------------------------------------------
 
 SMALL = ((1, 1), (1, 4), (2, 2), (4, 1))
 
@@ -59,7 +60,7 @@ def check_small_worlds(device, worlds=SMALL):
             size,
             ranks_per_node=per_node,
             device=device,
-        )  # noqa: B023
+        )
     return len(cases)
 
 
@@ -148,7 +149,7 @@ def as_bits(t):
     )
 
 
-# -- what must come out, in torch on the GPU ----------------------------------------------------------------------------
+# -- what must come out, in torch on the GPU -----------------------------------------------------------------
 
 
 class World:
@@ -223,7 +224,7 @@ def must_move(world, nodes, call):
     return (tokens + 2 * rail + picks) * plain
 
 
-# -- times --------------------------------------------------------------------------------------------------------------
+# -- times ---------------------------------------------------------------------------------------------------
 
 
 def copy_ceiling(size=4 << 30, repeats=10):
@@ -250,13 +251,19 @@ def timed(work, repeats):
 
 
 def measure(args, shape, nodes, per_node, sms, ceiling, choose=None):
-    """Rows of the table for one geometry and one number of multiprocessors in all; `choose` replaces the chosen plan."""
+    """Rows of the table for one geometry and one number of multiprocessors in all; `choose` replaces the
+    chosen plan.
+    """
     size = nodes * per_node
     torch.cuda.empty_cache()  # windows are not torch's memory: what its cache keeps is lost to them
     world = World(shape, size, args.device)
     torch.cuda.synchronize()  # the ranks' streams do not wait for this one
     capacity = max(world.counts)
-    scale = lambda rank: (rank + 1) / 4  # of a number or a tensor; noqa: E731
+
+    def scale(rank):
+        """The factor of a rank, which is a number or a tensor."""
+        return (rank + 1) / 4
+
     reference_event = torch.cuda.Event(enable_timing=True)
     reference_event.record()
     reference_event.synchronize()
@@ -352,7 +359,10 @@ def differing(got, want):
 
 
 def captured(comm, run):
-    """(graph, result) of run(), which has run once before. One rank thread captures at a time, and nothing of the others runs meanwhile."""
+    """(graph, result) of run(), which has run once before.
+
+    One rank thread captures at a time, and nothing of the others runs meanwhile.
+    """
     torch.cuda.current_stream().synchronize()
     comm.barrier()
     graph = torch.cuda.CUDAGraph()
@@ -366,7 +376,9 @@ def captured(comm, run):
 
 
 def replay(comm, run, iterations, origin, outputs):
-    """(result, (start ms, end ms)) of graph replays; all ranks start together. outputs(result): tensors that each must write, all of them."""
+    """(result, (start ms, end ms)) of graph replays; all ranks start together. outputs(result): tensors
+    that each must write, all of them.
+    """
     run()
     graph, result = captured(comm, run)
     for _ in range(3):
@@ -382,7 +394,7 @@ def replay(comm, run, iterations, origin, outputs):
 
 
 def replays(graph, iterations, origin):
-    """(start ms, end ms) of so many, after the event `origin`."""
+    """(start ms, end ms) of `iterations` replays, after the event `origin`."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(iterations):
@@ -393,7 +405,10 @@ def replays(graph, iterations, origin):
 
 
 def gemm_overlap(args, shape, sms=(16, 40), rounds=6):
-    """How much a GEMM slows down beside dispatch and combine, by multiprocessors given: {sms: slowdown}. They outlast it, or it is left out."""
+    """How much a GEMM slows down beside dispatch and combine, by multiprocessors given: {sms: slowdown}.
+
+    They outlast it, or it is left out.
+    """
     a, b = (torch.randn((8192, 8192), device=args.device).bfloat16() for _ in range(2))
     alone = timed(lambda: torch.mm(a, b), 20)
     found = {}

@@ -1,10 +1,11 @@
-"""Part of `python -m bench device`: decode steps for 1 to 128 tokens per rank, replayed from graphs, beside their own floor.
+"""Part of `python -m bench device`: decode steps for 1 to 128 tokens per rank, replayed from graphs, beside
+their own floor.
 
-A step is decode_dispatch (FP8 on the way out) and decode_combine, both phases each; a graph holds two of them. The floor
-is the time that the bytes which must move take at the speed of a device-to-device copy: each token's row read, a message
-per token and rank of another node written and read, a packed row per pick written; and back each pick's row read, each
-answer from another node written and read, each sum written. Messages inside a node are read where they were staged: that
-copy is the library's own and not in the floor.
+A step is decode_dispatch (FP8 on the way out) and decode_combine, both phases each; a graph holds two of
+them. The floor is the time that the bytes which must move take at the speed of a device-to-device copy:
+each token's row read, a message per token and rank of another node written and read, a packed row per pick
+written; and back each pick's row read, each answer from another node written and read, each sum written.
+Messages inside a node are read where they were staged: that copy is the library's own and not in the floor.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def check_small_worlds(device, worlds=bench.SMALL):
             nodes * per_node,
             ranks_per_node=per_node,
             device=device,
-        )  # noqa: B023
+        )
     return len(cases)
 
 
@@ -118,13 +119,13 @@ def measure(args, ceiling, tokens=TOKENS, geometries=GEOMETRIES):
             origin.synchronize()
             with tuning.overriding(
                 lambda hardware, traffic: tuning.choose_plan(hardware, traffic, SMS // size)
-            ):  # noqa: B023
+            ):
                 spans = moecomm.run_local(
                     lambda comm: rank_main(comm, args, world, origin),
                     size,
                     ranks_per_node=per_node,
                     device=args.device,
-                )  # noqa: B023
+                )
             us = 1e3 * (max(s[1] for s in spans) - min(s[0] for s in spans)) / args.iterations / 2
             floor = must_move(world, nodes) / ceiling / 1e3
             yield dict(
@@ -151,7 +152,11 @@ def rank_main(comm, args, world, origin):
         decode=True,
     )
     x, ids, weights = world.x[rank], world.ids[rank], world.weights[rank]
-    scale = lambda r: (r + 1) / 4  # of a number or a tensor; noqa: E731
+
+    def scale(rank):
+        """The factor of a rank, which is a number or a tensor."""
+        return (rank + 1) / 4
+
     y, flat = torch.full_like(x, float("nan")), world.x.flatten(0, 1)
     local = range(rank * buf.experts_per_rank, (rank + 1) * buf.experts_per_rank)
     sources = [rows_of_expert(world, e) for e in local]
@@ -184,12 +189,14 @@ def rank_main(comm, args, world, origin):
 def markdown(rows):
     """The rows as lines of a table for docs/measurements.md."""
     lines = [
-        f"Decode, dispatch (FP8) and combine (BF16) together, {SMS} SMs in all, replayed from graphs; wanted: {TARGET}.",
+        f"Decode, dispatch (FP8) and combine (BF16) together, {SMS} SMs in all, replayed from graphs; "
+        f"wanted: {TARGET}.",
         "",
         "| nodes x ranks | tokens per rank | us | floor us | us / floor | wrong |",
         "|---|---|---|---|---|---|",
     ]
     return lines + [
-        f"| {r['nodes']}x{r['ranks_per_node']} | {r['tokens']} | {r['us']:.1f} | {r['floor_us']:.1f} | {r['us'] / r['floor_us']:.2f} | {r['wrong']} |"
+        f"| {r['nodes']}x{r['ranks_per_node']} | {r['tokens']} | {r['us']:.1f} | {r['floor_us']:.1f} | "
+        f"{r['us'] / r['floor_us']:.2f} | {r['wrong']} |"
         for r in rows
     ]

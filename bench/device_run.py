@@ -118,7 +118,10 @@ def run_all(args, folder):
             str(folder),
         ]
         try:
-            failed = left < 5 or subprocess.run(command, cwd=OWN_CODE, timeout=min(most, left)).returncode
+            failed = (
+                left < 5
+                or subprocess.run(command, cwd=OWN_CODE, timeout=min(most, left), check=False).returncode
+            )
             why = "no time was left" if left < 5 else f"exit status {failed}" if failed else None
         except subprocess.TimeoutExpired:
             why = f"not done in {min(most, left):.0f} s"
@@ -166,7 +169,8 @@ def run_section(args, part):
         for row in device_decode.measure(args, args.ceiling):
             keep(decode=row)
             print(
-                f"decode step    {row['nodes']}x{row['ranks_per_node']:<4} {row['tokens']:4} tokens {row['us']:9.1f} us, floor {row['floor_us']:.1f} us, {row['wrong']} wrong"
+                f"decode step    {row['nodes']}x{row['ranks_per_node']:<4} {row['tokens']:4} tokens "
+                f"{row['us']:9.1f} us, floor {row['floor_us']:.1f} us, {row['wrong']} wrong"
             )
     elif args.only == "torch":
         keep(torch_in_turns=device_torch.in_turns(args, shape))
@@ -181,21 +185,23 @@ def run_section(args, part):
             for row in measure(args, shape, nodes, per_node, sms, args.ceiling):
                 keep(rows=row)
                 print(
-                    f"{row['call']:14} {nodes}x{per_node:<4} {sms:4} SMs {row['us']:9.1f} us {row['gbs']:7.0f} GB/s {row['fraction']:7.1%} {row['wrong']:6} wrong",
+                    f"{row['call']:14} {nodes}x{per_node:<4} {sms:4} SMs {row['us']:9.1f} us "
+                    f"{row['gbs']:7.0f} GB/s {row['fraction']:7.1%} {row['wrong']:6} wrong",
                     flush=True,
                 )
     return 0
 
 
 def check_all(device, most_ranks=8):
-    """Every small world of so many ranks at most; returns how many."""
+    """Check every small world of at most `most_ranks` ranks; returns their number."""
     worlds = [w for w in (*SMALL, (1, 8)) if w[0] * w[1] <= most_ranks]
     return check_small_worlds(device, worlds) + device_decode.check_small_worlds(device, worlds)
 
 
 def sanitizer(device):
-    """(tool, what compute-sanitizer says) on the small worlds; nothing where it is not installed. Where it starts kernels one after another,
-    ranks would wait for each other until the deadline: then worlds of one rank run."""
+    """(tool, what compute-sanitizer says) on the small worlds; nothing where it is not installed. Where it
+    starts kernels one after another, ranks would wait for each other until the deadline: then worlds of one
+    rank run."""
     tool = shutil.which("compute-sanitizer")
     for name in ("memcheck", "racecheck") if tool else ():
         for ranks in (2, 1):
@@ -214,7 +220,9 @@ def sanitizer(device):
                 device,
             ]
             try:
-                run = subprocess.run(command, capture_output=True, text=True, timeout=45, cwd=OWN_CODE)
+                run = subprocess.run(
+                    command, capture_output=True, text=True, timeout=45, cwd=OWN_CODE, check=False
+                )
                 said = "clean" if run.returncode == 0 else (run.stdout + run.stderr)[-800:]
             except subprocess.TimeoutExpired:
                 said = "not done in 45 s"
@@ -232,7 +240,8 @@ def markdown(report):
             f"## {report['gpu']}, torch {report['torch']}",
             "",
             f"A device-to-device copy moves {report['ceiling_gbs']:.0f} GB/s (read plus written).",
-            f"{s['tokens']} tokens per rank, hidden {s['hidden']}, {s['experts']} experts, top-{s['top_k']} in {s['top_groups']} of {s['groups']} groups.",
+            f"{s['tokens']} tokens per rank, hidden {s['hidden']}, {s['experts']} experts, "
+            f"top-{s['top_k']} in {s['top_groups']} of {s['groups']} groups.",
             "",
         ]
     lines += [
@@ -240,12 +249,14 @@ def markdown(report):
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['call']} | {r['nodes']}x{r['ranks_per_node']} | {r['sms']} | {r['us']:.1f} | {r['gbs']:.0f} | {r['fraction']:.0%} | {r['wrong']} |"
+        f"| {r['call']} | {r['nodes']}x{r['ranks_per_node']} | {r['sms']} | {r['us']:.1f} | {r['gbs']:.0f} "
+        f"| {r['fraction']:.0%} | {r['wrong']} |"
         for r in report["rows"]
     ]
     lines += ["", *device_decode.markdown(report["decode"]), ""]
     lines += [
-        f"torch in turns with this library, 1x8, 128 SMs, {call}: {t['torch_us']:.0f} us against {t['us']:.0f}, {t['ratio']:.2f} times as long."
+        f"torch in turns with this library, 1x8, 128 SMs, {call}: {t['torch_us']:.0f} us against "
+        f"{t['us']:.0f}, {t['ratio']:.2f} times as long."
         for call, t in report.get("torch_in_turns", {}).items()
     ]
     if report.get("overlap"):
@@ -255,7 +266,8 @@ def markdown(report):
             + " of its time alone."
         ]
     lines += [
-        f"Small worlds that equal the oracle: {report.get('checked', 'not checked')}. compute-sanitizer: {report.get('sanitizer') or 'not run'}."
+        f"Small worlds that equal the oracle: {report.get('checked', 'not checked')}. compute-sanitizer: "
+        f"{report.get('sanitizer') or 'not run'}."
     ]
     lines += [f"Section {name}: {why}." for name, why in report["failures"].items()]
     return "\n".join([*lines, ""])

@@ -1,7 +1,8 @@
-"""What a user would pick instead on the same GPU, in turns with this library: the permute and unpermute of an all-to-all dispatcher.
+"""What a user would pick instead on the same GPU, in turns with this library: the permute and unpermute of
+an all-to-all dispatcher.
 
-Both move all ranks' tokens in one go. Torch sorts the rows by expert, copies them once as an all-to-all would (the second
-sort at the receivers is spared), copies them back and sums them with their weights.
+Both move all ranks' tokens in one go. Torch sorts the rows by expert, copies them once as an all-to-all
+would (the second sort at the receivers is spared), copies them back and sums them with their weights.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Bytes that must be written divided by the rate of streamed stores, plus bytes that must be read divided by the rate
 of plain loads, both with all ranks at work at once.
 
-    dispatch  reads x and what arrives over the rail; writes what leaves over the rail and every row once per destination
-              rank (expert layout: reads and writes once more for every further expert there)
+    dispatch  reads x and what arrives over the rail; writes what leaves over the rail and every row once
+              per destination rank (expert layout: reads and writes once more for every further expert there)
     combine   reads every expert row and what comes back over the rail; writes what goes back over the rail and y
 """
 

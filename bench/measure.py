@@ -1,4 +1,5 @@
-"""Measuring one routing: this library and its baselines take turns, every result is checked, every output poisoned before.
+"""Measuring one routing: this library and its baselines take turns, every result is checked, every output
+poisoned before.
 
 A call's time is the span from the first rank's start to the last rank's end, after a barrier. Dispatch and combine
 are timed apart with the experts' work (untimed) between them; a round trip is the sum of the two.
@@ -121,7 +122,10 @@ class Baseline:
 
 
 def measure(world, case, *, baselines=(), iters=20, warmup=3, progress=lambda text: None):
-    """Measure one case's routing; collective over world, whose size is case.ranks. Returns Measured (equal on every rank)."""
+    """Measure one case's routing; collective over world, whose size is case.ranks.
+
+    Returns Measured (equal on every rank).
+    """
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.size))
     progress("making inputs")
     rank, tokens, rounds = world.rank, case.tokens_of(world.rank), warmup + iters

@@ -1,7 +1,8 @@
-"""overlap: two micro-batches through MoE layers, one after the other against each computing while the other communicates.
+"""overlap: two micro-batches through MoE layers, one after the other against each computing while the other
+communicates.
 
-Both ways take turns on fresh inputs and must give equal bits. Communication is what the sequential run spends in dispatch and
-combine; the hidden share is how much of that the overlapped run saves.
+Both ways take turns on fresh inputs and must give equal bits. Communication is what the sequential run
+spends in dispatch and combine; the hidden share is how much of that the overlapped run saves.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def _one_after_the_other(stages, batches, communication):
 
 
 def _decode_stages(moe, attention):
-    """As moe_stages, over the decode path: nothing of ours runs between a call and its hook."""
+    """As moe_stages, over the decode path: no moecomm code runs between a call and its hook."""
     buffer = moe.buffer
 
     def attend(x):
@@ -197,10 +198,12 @@ def _decode_stages(moe, attention):
 
 def _row(r):
     return (
-        f"# {r['path']}: {r['nodes']}x{r['ranks_per_node']} ranks on {r['cores']} cores, {r['tokens']} tokens of {r['hidden']} {r['dtype']} per rank and micro-batch, "
+        f"# {r['path']}: {r['nodes']}x{r['ranks_per_node']} ranks on {r['cores']} cores, {r['tokens']} "
+        f"tokens of {r['hidden']} {r['dtype']} per rank and micro-batch, "
         f"{r['experts']} experts, top-{r['top_k']}, {r['layers']} layers\n"
         f"#{'sequential':>14}{'overlapped':>14}{'ratio':>8}{'communication':>16}{'hidden':>9}{'#wrong':>8}\n"
         f"#{'us':>14}{'us':>14}{'x':>8}{'us':>16}{'%':>9}\n"
-        f" {r['sequential_us']:>14.1f}{r['overlapped_us']:>14.1f}{r['sequential_us'] / r['overlapped_us']:>8.2f}{r['communication_us']:>16.1f}"
+        f" {r['sequential_us']:>14.1f}{r['overlapped_us']:>14.1f}"
+        f"{r['sequential_us'] / r['overlapped_us']:>8.2f}{r['communication_us']:>16.1f}"
         f"{100 * r['hidden_share']:>9.1f}{r['wrong']:>8}"
     )

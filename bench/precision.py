@@ -38,13 +38,15 @@ def main(args):
     else:
         print("embeddings: left out, no --embeddings FILE")
     print(
-        f"{'rows':<14} {'format':<22} {'bits':>6} {'SNR dB':>7} {'mean |rel|':>10} {'zeros':>8}   {f'sum of {NODES}':>9}"
+        f"{'rows':<14} {'format':<22} {'bits':>6} {'SNR dB':>7} {'mean |rel|':>10} {'zeros':>8}   "
+        f"{f'sum of {NODES}':>9}"
     )
     for kind, x in kinds.items():
         for name, (code, bits) in FORMATS.items():
             got = code(x)
             print(
-                f"{kind:<14} {name:<22} {bits(x.shape[1]):>6.2f} {snr(got, x):>7.1f} {relative(got, x):>10.2e} {lost(got, x):>8.2e}   "
+                f"{kind:<14} {name:<22} {bits(x.shape[1]):>6.2f} {snr(got, x):>7.1f} "
+                f"{relative(got, x):>10.2e} {lost(got, x):>8.2e}   "
                 f"{snr(*summed(x, code)):>9.1f}"
             )
     return 0

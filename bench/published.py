@@ -31,7 +31,10 @@ class Decode:
 
 @dataclass(frozen=True)
 class Throughput:
-    """Published logical GB/s per rank of dispatch (FP8) and combine (BF16). V2 runs several channels (warps) on a multiprocessor."""
+    """Published logical GB/s per rank of dispatch (FP8) and combine (BF16).
+
+    V2 runs several channels (warps) on a multiprocessor.
+    """
 
     system: str
     cluster: str
@@ -181,7 +184,8 @@ def main(args):
             }
         )
         print(
-            f"EP{row.ranks:<5}{'(fitted)' if fitted else '':16} {row.dispatch:7.0f}{row.combine:7.0f} {got[0]:9.1f}{got[1]:8.1f} {errors[0]:8.1f}{errors[1]:7.1f}",
+            f"EP{row.ranks:<5}{'(fitted)' if fitted else '':16} {row.dispatch:7.0f}{row.combine:7.0f} "
+            f"{got[0]:9.1f}{got[1]:8.1f} {errors[0]:8.1f}{errors[1]:7.1f}",
             flush=True,
         )
     print(
@@ -212,11 +216,13 @@ def main(args):
                 }
             )
             print(
-                f"{name:24} {row.dispatch:7.0f}{row.combine:7.0f} {got[0]:9.1f}{got[1]:8.1f} {errors[0]:8.1f}{errors[1]:7.1f}",
+                f"{name:24} {row.dispatch:7.0f}{row.combine:7.0f} {got[0]:9.1f}{got[1]:8.1f} "
+                f"{errors[0]:8.1f}{errors[1]:7.1f}",
                 flush=True,
             )
         print(
-            f"throughput rows: median error {np.median(np.abs(errors_all)):.1f}%, worst {np.max(np.abs(errors_all)):.1f}%"
+            f"throughput rows: median error {np.median(np.abs(errors_all)):.1f}%, worst "
+            f"{np.max(np.abs(errors_all)):.1f}%"
         )
     if args.json:
         with open(args.json, "w") as file:

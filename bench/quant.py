@@ -1,4 +1,6 @@
-"""Quantization against torch's own operators: contenders take turns, medians, results compared before the clock counts."""
+"""Quantization against torch's own operators: contenders take turns, medians, results compared before the
+clock counts.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ def main(args):
     torch.set_num_threads(args.threads)
     x = torch.randn((args.rows, args.hidden), generator=torch.Generator().manual_seed(0)).bfloat16()
     print(
-        f"{'operation':<22} {'moecomm us':>10} {'torch us':>10} {'GB/s':>6} {'ratio':>6} {'#wrong':>6}   [{args.rows}, {args.hidden}] bf16"
+        f"{'operation':<22} {'moecomm us':>10} {'torch us':>10} {'GB/s':>6} {'ratio':>6} {'#wrong':>6}   "
+        f"[{args.rows}, {args.hidden}] bf16"
     )
     wrong_in_all = 0
     for name, own, theirs in contenders(x):
@@ -47,7 +50,8 @@ def main(args):
                 taken.append(time.perf_counter() - start)
         mine, other = (statistics.median(times[run]) for run in (own, theirs))
         print(
-            f"{name:<22} {1e6 * mine:>10.0f} {1e6 * other:>10.0f} {2e-9 * x.numel() / mine:>6.1f} {other / mine:>6.1f} {wrong:>6}"
+            f"{name:<22} {1e6 * mine:>10.0f} {1e6 * other:>10.0f} {2e-9 * x.numel() / mine:>6.1f} "
+            f"{other / mine:>6.1f} {wrong:>6}"
         )
         wrong_in_all += wrong
     return int(wrong_in_all > 0)

@@ -22,14 +22,18 @@ def arguments(parser):
 
 
 def cost_of(seconds, plain):
-    """Percent that the median of the ratios of neighbours lies above 1, and the 95% interval of that median (bootstrap)."""
+    """Percent that the median of the ratios of neighbours lies above 1, and the 95% interval of that median
+    (bootstrap).
+    """
     ratios = np.array(seconds) / np.array(plain)
     medians = np.median(np.random.default_rng(0).choice(ratios, (2000, len(ratios))), axis=1)
     return tuple(100 * (np.array([np.median(ratios), *np.percentile(medians, [2.5, 97.5])]) - 1))
 
 
 def main(args):
-    """Print the medians, what recording costs, what a second run without it seems to cost (the noise), and the bytes written per step."""
+    """Print the medians, what recording costs, what a second run without it seems to cost (the noise), and
+    the bytes written per step.
+    """
     case = cases.from_args(args, "roundtrip")
     if not launch.launched():
         return launch.relaunch(case.ranks, sys.argv[1:])

@@ -42,7 +42,8 @@ def record(case, measured):
     """One flat dict of a case's op: KEYS and what else --json and --csv carry.
 
     Bytes are of one call over all ranks. logical_bytes: one row per token and destination rank (or pick, for the sums
-    of the expert layout), those that stay at home included; rail_bytes and node_bytes crossed between nodes and inside them.
+    of the expert layout), those that stay at home included; rail_bytes and node_bytes crossed between nodes
+    and inside them.
     """
     op, names = case.op, [n for n in measured.times if n != OWN]
     hops = measured.hops[op]
@@ -90,7 +91,9 @@ def header(names):
 
 
 def row(r):
-    """One case's record as a line of the table; a baseline's column says how many times longer it took, and its time."""
+    """One case's record as a line of the table; a baseline's column says how many times longer it took, and
+    its time.
+    """
     seconds = r["time_us"] / 1e6
     mb, gbs = (lambda b: f"{b / 1e6:.2f}"), (lambda b: f"{b / 1e9 / seconds:.2f}")
     cells = [
@@ -121,7 +124,8 @@ def _cells(texts):
 def about(case, r):
     """The lines above a case's rows."""
     return (
-        f"# {case.title()}\n# rail {r['rail']}; {r['iterations']} iterations, outputs poisoned, every result checked; a dispatch whose rows have "
+        f"# {case.title()}\n# rail {r['rail']}; {r['iterations']} iterations, outputs poisoned, every "
+        f"result checked; a dispatch whose rows have "
         f"16 bytes (the plan and all but the payload) {r['plan_us']:.0f} us"
     )
 

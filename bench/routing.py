@@ -66,7 +66,8 @@ def make_inputs(case, rank, spare=0, seed=0):
 
 
 def read_ids(case, rank, tokens):
-    """Ids (and weights) from a recording's folder or from a file: [ranks, T, top_k], or [T, top_k] dealt out to the ranks.
+    """Ids (and weights) from a recording's folder or from a file: [ranks, T, top_k], or [T, top_k] dealt
+    out to the ranks.
 
     Repeated where too short. An .npy holds ids, an .npz "ids" and perhaps "weights".
     """
@@ -111,11 +112,14 @@ def read_ids(case, rank, tokens):
 
 
 def recorded_ids(case, rank, tokens):
-    """Ids and weights of a recording (moecomm.record): all plans in order; dealt out where it has another number of ranks."""
+    """Ids and weights of a recording (moecomm.record): all plans in order; dealt out where it has another
+    number of ranks.
+    """
     recording = record.load(case.routing)
     if recording[0].header["top_k"] != case.top_k or recording[0].header["num_experts"] != case.experts:
         raise InvalidArgument(
-            f"--routing: {case.routing} has top-{recording[0].header['top_k']} of {recording[0].header['num_experts']} experts; "
+            f"--routing: {case.routing} has top-{recording[0].header['top_k']} of "
+            f"{recording[0].header['num_experts']} experts; "
             f"expected top-{case.top_k} of {case.experts}",
             op="bench",
         )
@@ -188,7 +192,9 @@ def tokenize(text):
 
 
 def embed(words, hidden, seed=0):
-    """Hidden states [T, hidden] float32: every word has a random vector of its own; a token also feels the words before it."""
+    """Hidden states [T, hidden] float32: every word has a random vector of its own; a token also feels the
+    words before it.
+    """
     vectors = {
         w: torch.randn(hidden, generator=torch.Generator().manual_seed(zlib.crc32(w.encode()) + seed))
         for w in set(words)

@@ -28,7 +28,10 @@ def progress_line(world):
 
 
 def run_cases(world, families, ops, args):
-    """Measure every family and print its rows (rank 0). Returns the records of all, and how many elements were wrong."""
+    """Measure every family and print its rows (rank 0).
+
+    Returns the records of all, and how many elements were wrong.
+    """
     names, say = cases.baselines_of(args.baseline), progress_line(world)
     records = []
     for i, family in enumerate(families):
@@ -81,7 +84,9 @@ def arguments(parser):
 
 
 def main(args):
-    """Measure one case and print its row; for a round trip also the rows of its two halves. 1 where a result was wrong."""
+    """Measure one case and print its row; for a round trip also the rows of its two halves. 1 where a
+    result was wrong.
+    """
     case = cases.from_args(args, args.command)
     if not launch.launched():
         return launch.relaunch(case.ranks, sys.argv[1:])

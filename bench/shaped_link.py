@@ -1,9 +1,9 @@
 """Time against the speed of the link between nodes: forwarding through gateways, and one all-to-all straight across.
 
 Nodes are network namespaces joined by a bridge; tc's token bucket limits what each sends and receives. Both contenders
-carry the same routing; straight across, a token crosses the link once per destination *rank* (gloo's all-to-all with this
-library's packing and sums), through gateways once per destination *node* (UCX over tcp). The time ratio should follow the
-ratio of the bytes. Needs root; says why where it may not make namespaces.
+carry the same routing; straight across, a token crosses the link once per destination *rank* (gloo's
+all-to-all with this library's packing and sums), through gateways once per destination *node* (UCX over
+tcp). The time ratio should follow the ratio of the bytes. Needs root; says why where it may not make namespaces.
 """
 
 from __future__ import annotations
@@ -217,7 +217,8 @@ def run_rank(args):
             "\n".join(
                 [
                     f"# {case.title()}",
-                    f"# rail {measured.rail} over shaped veth links; bytes of all ranks over the links, dispatch and combine",
+                    f"# rail {measured.rail} over shaped veth links; bytes of all ranks over the links, "
+                    f"dispatch and combine",
                     *table(rows),
                 ]
             )
@@ -242,12 +243,16 @@ def summary(gbits, measured):
 
 def table(rows):
     """Lines of text."""
-    head = f"# {'Gbit/s':>8} {'forwarded':>12} {'straight':>12} {'ratio':>7} {'MB forwarded':>13} {'MB straight':>12} {'ratio':>7} {'time/bytes':>11} {'#wrong':>7}"
+    head = (
+        f"# {'Gbit/s':>8} {'forwarded':>12} {'straight':>12} {'ratio':>7} "
+        f"{'MB forwarded':>13} {'MB straight':>12} {'ratio':>7} {'time/bytes':>11} {'#wrong':>7}"
+    )
     lines = [head, f"# {'':>8} {'ms':>12} {'ms':>12}"]
     for r in rows:
         time, size = r["straight_ms"] / r["forwarded_ms"], r["straight_bytes"] / r["forwarded_bytes"]
         lines.append(
-            f"  {r['gbits']:8g} {r['forwarded_ms']:12.2f} {r['straight_ms']:12.2f} {time:7.2f} {r['forwarded_bytes'] / 1e6:13.2f} "
+            f"  {r['gbits']:8g} {r['forwarded_ms']:12.2f} {r['straight_ms']:12.2f} {time:7.2f} "
+            f"{r['forwarded_bytes'] / 1e6:13.2f} "
             f"{r['straight_bytes'] / 1e6:12.2f} {size:7.2f} {time / size:11.2f} {r['wrong']:7d}"
         )
     return lines
@@ -276,7 +281,8 @@ def plot(path, rows, case):
         yscale="log",
         xlabel="link between nodes, Gbit/s each way",
         ylabel="dispatch + combine, ms (median)",
-        title=f"{case.nodes} nodes x {case.ranks_per_node} ranks, {case.tokens} tokens of {case.row_bytes} bytes, top-{case.top_k}",
+        title=f"{case.nodes} nodes x {case.ranks_per_node} ranks, {case.tokens} tokens of {case.row_bytes} bytes, "
+        f"top-{case.top_k}",
     )
     axis.legend(fontsize=8)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

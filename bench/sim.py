@@ -1,4 +1,6 @@
-"""How long the simulator itself takes: real time of a decode step of EP320 and, on request, of a round trip of EP64, on one core."""
+"""How long the simulator itself takes: real time of a decode step of EP320 and, on request, of a round trip
+of EP64, on one core.
+"""
 
 from __future__ import annotations
 
@@ -37,20 +39,25 @@ def arguments(parser):
 
 
 def main(args):
-    """Prints real seconds of a step beside what it predicts; 1 where steps of the same routing do not predict the same."""
+    """Prints real seconds of a step beside what it predicts; 1 where steps of the same routing do not
+    predict the same.
+    """
     first, seconds, step, same = time_decode(args)
     print(
-        f"decode step   EP{args.ranks}, {args.tokens} tokens, top-{TOP_K}: median {statistics.median(seconds):.3f} s, quickest {min(seconds):.3f}, "
+        f"decode step   EP{args.ranks}, {args.tokens} tokens, top-{TOP_K}: median "
+        f"{statistics.median(seconds):.3f} s, quickest {min(seconds):.3f}, "
         f"slowest {max(seconds):.3f} of {len(seconds)}; the first {first:.2f}"
     )
     print(
-        f"              predicts dispatch {statistics.median(step.dispatch_us):.1f} us, combine {statistics.median(step.combine_us):.1f} us (median rank)"
+        f"              predicts dispatch {statistics.median(step.dispatch_us):.1f} us, combine "
+        f"{statistics.median(step.combine_us):.1f} us (median rank)"
     )
     if args.roundtrip:
         taken, step = time_roundtrip(args)
         print(f"round trip    EP64, 4096 tokens, top-{TOP_K}: {taken:.2f} s, predicts {step.total_us:.0f} us")
     print(
-        f"memory        {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB at most, Python's part included"
+        f"memory        {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB at most, "
+        f"Python's part included"
     )
     return int(not same)
 

@@ -49,7 +49,8 @@ def main(args):
     records = []
     if everyone.rank == 0:
         print(
-            f"# {case.title()}\n# {'ranks':>6} {'tokens':>7} {'dispatch us':>12} {'combine us':>12} {'roundtrip us':>13} {'rows':>8} {'ns/row':>8} "
+            f"# {case.title()}\n# {'ranks':>6} {'tokens':>7} {'dispatch us':>12} {'combine us':>12} "
+            f"{'roundtrip us':>13} {'rows':>8} {'ns/row':>8} "
             f"{'floor/row':>10} {'plan us':>9} {'plan %':>7} {'#wrong':>7}",
             flush=True,
         )
@@ -87,7 +88,8 @@ def line(case, measured):
     floor = report.record(case, measured)["floor_fraction"] * both
     wrong = measured.wrong[OWN]["roundtrip"]
     return (
-        f"  {case.ranks:6d} {case.tokens:7d} {dispatch:12.0f} {combine:12.0f} {both:13.0f} {rows:8.0f} {1e3 * both / rows:8.1f} "
+        f"  {case.ranks:6d} {case.tokens:7d} {dispatch:12.0f} {combine:12.0f} {both:13.0f} {rows:8.0f} "
+        f"{1e3 * both / rows:8.1f} "
         f"{1e3 * floor / rows:10.1f} {plan:9.0f} {100 * plan / both:7.2f} {wrong:7d}"
     )
 

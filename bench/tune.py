@@ -1,4 +1,6 @@
-"""`python -m bench tune`: measures how a call is best spread over this GPU and writes the table that choose_plan yields to."""
+"""`python -m bench tune`: measures how a call is best spread over this GPU and writes the table that
+choose_plan yields to.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ def main(args):
             for plan in candidates(tuning.hardware_of(name, all_sms, shared_bytes), traffic, sms):
                 rows = device.measure(
                     args, shape, nodes, per_node, sms * nodes * per_node, 1.0, lambda *_: plan
-                )  # noqa: B023
+                )
                 if not any(r["wrong"] for r in rows):
                     times[plan] = sum(r["us"] for r in rows)
                 print(f"{nodes}x{per_node} {plan}: {times.get(plan, float('nan')):.1f} us")
@@ -65,7 +67,9 @@ def traffic_of(shape, nodes, per_node):
 
 
 def candidates(hardware, traffic, num_sms):
-    """Plans worth measuring: the chosen one, other numbers of warps, other stages, other chunks on the rail; all of them fit the GPU."""
+    """Plans worth measuring: the chosen one, other numbers of warps, other stages, other chunks on the
+    rail; all of them fit the GPU.
+    """
     chosen = tuning.choose_plan(hardware, traffic, num_sms)
     found = [chosen]
     if traffic.nodes > 1:

@@ -15,7 +15,9 @@ from moecomm.bootstrap import make_default_group
 
 
 def join_gloo(**how):
-    """Make torch.distributed's default group (gloo), and leave it before the interpreter ends: its threads could abort the process there."""
+    """Make torch.distributed's default group (gloo), and leave it before the interpreter ends: its threads
+    could abort the process there.
+    """
     make_default_group(**how)
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
@@ -62,7 +64,9 @@ class World:
         join_gloo(store=store, rank=self.rank, world_size=self.size)
 
     def span(self, start, end):
-        """Seconds from the first rank's start to the last rank's end; the longest rank's where hosts have clocks of their own."""
+        """Seconds from the first rank's start to the last rank's end; the longest rank's where hosts have
+        clocks of their own.
+        """
         times = self.allgather((start, end))
         if self.one_host:
             return max(e for _, e in times) - min(s for s, _ in times)

@@ -1,20 +1,22 @@
 """What accumulating FP8 products with few bits costs, and what promotion to FP32 every 128 products repairs.
 
 The tensor cores of one GPU generation keep about 14 bits while they add FP8 products: the 32 products of an instruction
-are shifted to the largest exponent among them, bits below the 14th are cut off, the rest is added; registers keep 14 bits
-too. How their sum joins the register the report does not say. Three readings:
+are shifted to the largest exponent among them, bits below the 14th are cut off, the rest is added;
+registers keep 14 bits too. How their sum joins the register the report does not say. Three readings:
   --align all        the register is aligned like a product: every product is cut where the register ends (default)
   --align products   the 32 are added first; their sum and the register are then aligned and cut like two products
   --align register   the 32 are added first and their sum is added to the register exactly; the result is cut once
 This emulates that, bit for bit, for C = A B with e4m3 matrices and an inner dimension of 256 to 16384, beside
   promoted   the short sum is added to an FP32 register and cleared every 128 products
   FP32       products added one by one in FP32
-and prints how far each is from the exact sum: the root mean square and the largest error, relative to the root mean square
-of C. The DeepSeek-V3 report speaks of "nearly 2%" as the maximum relative error at K = 4096, of random matrices whose size and
-distribution it does not tell, nor what it is relative to: cut-off bits cancel where products have both signs, and add up
-where they do not. docs/precision.md says which reading comes to that.
+and prints how far each is from the exact sum: the root mean square and the largest error, relative to the
+root mean square of C. The DeepSeek-V3 report speaks of "nearly 2%" as the maximum relative error at K =
+4096, of random matrices whose size and distribution it does not tell, nor what it is relative to: cut-off
+bits cancel where products have both signs, and add up where they do not. docs/precision.md says which
+reading comes to that.
 
-Source: DeepSeek-V3 technical report, sections 3.3.2 (increasing accumulation precision) and 3.5.2 (how products are aligned).
+Source: DeepSeek-V3 technical report, sections 3.3.2 (increasing accumulation precision) and 3.5.2 (how
+products are aligned).
 """
 
 import argparse
@@ -33,7 +35,9 @@ def unit_of(largest):
 
 
 def short_add(total, products, largest):
-    """One instruction: total [M, N] plus products [M, N, 32] of which `largest` is the largest magnitude, in BITS bits."""
+    """One instruction: total [M, N] plus products [M, N, 32] of which `largest` is the largest magnitude,
+    in BITS bits.
+    """
     unit, inverse = unit_of(torch.maximum(largest, total.abs()))
     aligned = (
         torch.trunc(products * inverse[..., None]).sum(-1) + torch.trunc(total * inverse)
@@ -49,7 +53,9 @@ def short_add_apart(total, products, largest):
 
 
 def short_add_exactly(total, products, largest):
-    """The same where the sum of the products joins the register exactly and the result is cut: addition that rounds towards zero."""
+    """The same where the sum of the products joins the register exactly and the result is cut: addition
+    that rounds towards zero.
+    """
     added = short_add(torch.zeros_like(total), products, largest)
     result = total.double() + added.double()
     mantissa, exponent = torch.frexp(result)
@@ -143,7 +149,8 @@ def main():
         a, b = (matrices(kind, args.rows, sizes[-1], generator) for _ in range(2))
         results[kind] = accumulate(a, b, sizes, ALIGN[args.align])
         print(
-            f"\n{kind} matrices: error in % of RMS(C), root mean square / largest\n{'K':>6}  {'14 bits':>18}  {'promoted':>18}  {'FP32':>18}"
+            f"\n{kind} matrices: error in % of RMS(C), root mean square / largest\n{'K':>6}  "
+            f"{'14 bits':>18}  {'promoted':>18}  {'FP32':>18}"
         )
         for k, row in results[kind].items():
             print(
@@ -151,7 +158,8 @@ def main():
             )
         got, *_, exact = results[kind][4096]
         print(
-            f"  4096: with 14 bits the largest error is {100 * float((got - exact).abs().max() / exact.abs().mean()):.2f} % of the mean of |C|"
+            f"  4096: with 14 bits the largest error is "
+            f"{100 * float((got - exact).abs().max() / exact.abs().mean()):.2f} % of the mean of |C|"
         )
     if args.plot:
         plot(results, args.plot)

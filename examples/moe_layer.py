@@ -11,7 +11,8 @@ with moecomm.Communicator() as comm:
         comm, hidden=HIDDEN, num_experts=EXPERTS, top_k=TOP_K, max_tokens=TOKENS, dtype=torch.float32
     )
 
-    # DeepSeek-V3's gate, two of four groups of experts per token; every rank holds EXPERTS / size experts and one shared one.
+    # DeepSeek-V3's gate, two of four groups of experts per token; every rank holds EXPERTS / size experts
+    # and one shared one.
     torch.manual_seed(0)
     gate = moecomm.gate.Gate(HIDDEN, EXPERTS, TOP_K, num_groups=4, top_groups=2, scale=2.5)
     layer = moecomm.nn.MoE(HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, shared_experts=1, buffer=buf, gate=gate)

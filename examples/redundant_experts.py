@@ -1,4 +1,5 @@
-"""Redundant experts: skewed traffic, and a rebalance while it runs. `python examples/redundant_experts.py [picture.png]`
+"""Redundant experts: skewed traffic, and a rebalance while it runs. `python examples/redundant_experts.py
+[picture.png]`
 
 DeepSeek-V3's prefill unit in small: 8 ranks on 2 nodes, each hosting 4 of 32 experts and one redundant one. Traffic is
 skewed and drifts. The monitor counts what dispatch sees; when the gain exceeds the cost of moving weights, the
@@ -16,7 +17,9 @@ RANKS, NODES, EXPERTS, TOP_K, TOKENS, HIDDEN, STEPS = 8, 2, 32, 4, 256, 64, 60
 
 
 def traffic(rank, step):
-    """A step's tokens of one rank and the experts they go to: some far more popular than others, and slowly changing."""
+    """A step's tokens of one rank and the experts they go to: some far more popular than others, and slowly
+    changing.
+    """
     same = torch.Generator().manual_seed(7)  # popularity is equal on all ranks ...
     popularity = torch.randn(EXPERTS, generator=same)
     for _ in range(step // 10):
@@ -75,8 +78,10 @@ def serve(comm):
             )
             if comm.rank == 0:
                 print(
-                    f"step {step}: {len(advice.placement.moves)} slots would change; gain {1e3 * advice.gain:.1f} ms against {1e3 * advice.cost:.1f} ms of "
-                    f"moving: {'worth it' if advice.pays else 'not worth it'}; balancedness {advice.before:.2f} -> {advice.after:.2f}"
+                    f"step {step}: {len(advice.placement.moves)} slots would change; gain "
+                    f"{1e3 * advice.gain:.1f} ms against {1e3 * advice.cost:.1f} ms of "
+                    f"moving: {'worth it' if advice.pays else 'not worth it'}; balancedness "
+                    f"{advice.before:.2f} -> {advice.after:.2f}"
                 )
             if advice.pays:
                 placement = advice.placement
@@ -121,7 +126,8 @@ if __name__ == "__main__":
     rows, changed = torch.tensor([r for r, _ in results]).T.float(), results[0][1]
     heaviest = rows.max(1).values / rows.mean(1)
     print(
-        f"heaviest rank over the mean: {heaviest[:changed].mean():.2f} before, {heaviest[changed:].mean():.2f} after step {changed}"
+        f"heaviest rank over the mean: {heaviest[:changed].mean():.2f} before, "
+        f"{heaviest[changed:].mean():.2f} after step {changed}"
     )
     assert heaviest[changed:].mean() < heaviest[:changed].mean()
     path = sys.argv[1] if len(sys.argv) > 1 else "redundant_experts.png"

@@ -1,11 +1,12 @@
-"""Trains a small Mixture-of-Experts language model on the language reference that comes with Python, experts spread over ranks.
+"""Trains a small Mixture-of-Experts language model on the language reference that comes with Python,
+experts spread over ranks.
 
     mpirun -n 4 python examples/train_moe.py
     torchrun --nproc-per-node 4 examples/train_moe.py
 
-Every rank has its part of each batch and its part of the experts; all else is replicated, its gradients are summed over ranks.
-The gate balances its experts by bias alone (plus DeepSeek-V3's tiny sequence-wise loss). --check trains once more on one rank
-with the whole batches and compares the losses.
+Every rank has its part of each batch and its part of the experts; all else is replicated, its gradients are
+summed over ranks. The gate balances its experts by bias alone (plus DeepSeek-V3's tiny sequence-wise loss).
+--check trains once more on one rank with the whole batches and compares the losses.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pydoc_data.topics import topics
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812 - torch's own spelling
 
 import moecomm
 from moecomm.gate import Gate, balance_loss, count_picks
@@ -230,7 +231,8 @@ def main():
 
         if comm.rank == 0:  # each line is the mean of the steps since the line before
             print(
-                f"{comm.size} ranks, {args.experts} experts in each of {args.layers} layers, {args.batch * args.length} bytes per step"
+                f"{comm.size} ranks, {args.experts} experts in each of {args.layers} layers, "
+                f"{args.batch * args.length} bytes per step"
             )
             print(f"{'step':>6}{'loss':>10}{'busiest/mean':>16}{'communication %':>16}")
         rows, loads = train(comm, args, report)
@@ -244,7 +246,8 @@ def main():
             alone, _ = moecomm.run_local(lambda one: train(one, args), 1)[0]
             worst = max(abs(a[1] - b[1]) / b[1] for a, b in zip(rows, alone, strict=True))
             print(
-                f"\nlosses of one rank: {alone[0][1]:.4f} -> {alone[-1][1]:.4f}; largest relative difference at any step {worst:.1e}"
+                f"\nlosses of one rank: {alone[0][1]:.4f} -> {alone[-1][1]:.4f}; largest relative "
+                f"difference at any step {worst:.1e}"
             )
             if worst > 2e-3:
                 raise SystemExit("the losses differ by more than rounding")

@@ -2,7 +2,8 @@
 
 Compiles every kernel for sm_90 (and sm_80, which has no copy engine), reads the compiler's resource report, and looks
 into the machine code for what the design promises: bulk copies, 16-byte accesses, release and acquire at system
-scope, no read-only (.nc) loads, no local memory; and into the PTX for the order between the copy engine and the threads.
+scope, no read-only (.nc) loads, no local memory; and into the PTX for the order between the copy engine and
+the threads.
 """
 
 import os
@@ -57,7 +58,11 @@ def disassembly(cubin):
         return None
     path = f"{Path(dump).parent}{os.pathsep}{os.environ['PATH']}"  # it calls nvdisasm, which lies beside it
     run = subprocess.run(
-        [dump, "--dump-sass", str(cubin)], capture_output=True, text=True, env={**os.environ, "PATH": path}
+        [dump, "--dump-sass", str(cubin)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path},
+        check=False,
     )
     return run.stdout if run.returncode == 0 else None
 
@@ -79,6 +84,7 @@ def compiled(source, arch, folder):
         ],
         capture_output=True,
         text=True,
+        check=False,
     )
     if run.returncode:
         print(run.stderr)
@@ -159,7 +165,9 @@ def instructions(ptx):
 
 
 def unfenced(lines, release):
-    """Releases that bulk stores are not in order before: none of wait_group 0, then a proxy fence, shortly before them."""
+    """Releases that bulk stores are not in order before: none of wait_group 0, then a proxy fence, shortly
+    before them.
+    """
     found = []
     for i, line in enumerate(lines):
         if not re.match(release, line):
@@ -185,10 +193,11 @@ def look_at_launch(source, folder):
         ["nvcc", *FLAGS, "-ptx", "-gencode=arch=compute_90,code=compute_90", str(source), "-o", str(out)],
         capture_output=True,
         text=True,
+        check=False,
     )
     name, ptx = source.name, out.read_text() if run.returncode == 0 else ""
     newer = subprocess.run(
-        ["ptxas", "-arch=sm_100", str(out), "-o", os.devnull], capture_output=True, text=True
+        ["ptxas", "-arch=sm_100", str(out), "-o", os.devnull], capture_output=True, text=True, check=False
     )
     check(
         f"{name}: its PTX is good for a newer GPU",
@@ -247,7 +256,8 @@ def main():
         for source in SOURCES:
             if source.stem == "gin" and NCCL is None:
                 print(
-                    f"skip {source.name}: no NCCL headers of version {nccl_headers.OLDEST} or newer (pip install nvidia-nccl-cu13, or NCCL_HOME)"
+                    f"skip {source.name}: no NCCL headers of version {nccl_headers.OLDEST} or newer (pip "
+                    f"install nvidia-nccl-cu13, or NCCL_HOME)"
                 )
                 continue
             older = compiled(source, "80", folder)

@@ -1,4 +1,7 @@
-"""What setup.py builds the CUDA world with: the compiler, its headers, for which GPUs; or why there is no CUDA world. Needs Python alone."""
+"""What setup.py builds the CUDA world with: the compiler, its headers, for which GPUs; or why there is no CUDA world.
+
+Needs Python alone.
+"""
 
 import os
 import re
@@ -20,7 +23,7 @@ def version(compiler):
     """(major, minor) of a compiler, (0, 0) where it does not say."""
     said = re.search(
         r"release (\d+)\.(\d+)",
-        subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout,
+        subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout,
     )
     return (int(said[1]), int(said[2])) if said else (0, 0)
 
@@ -52,8 +55,8 @@ def why_not():
 
 
 def architectures(words=None):
-    """nvcc's -gencode options for a TORCH_CUDA_ARCH_LIST, whose words are as torch's: 8.0, 9.0, 9.0+PTX, Hopper. None: Hopper's, with PTX
-    that newer GPUs compile when they load it (that of 9.0a runs on Hopper alone).
+    """nvcc's -gencode options for a TORCH_CUDA_ARCH_LIST, whose words are as torch's: 8.0, 9.0, 9.0+PTX,
+    Hopper. None: Hopper's, with PTX that newer GPUs compile when they load it (that of 9.0a runs on Hopper alone).
 
     Raises
     ------

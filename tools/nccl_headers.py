@@ -22,8 +22,9 @@ def version(include):
 
 
 def places():
-    """Where headers are looked for: NCCL_HOME, CUDA_HOME, and NCCL's wheel (nvidia-nccl-cu13, -cu12) in this environment. A build that pip
-    isolates has an environment of its own, so also in that of this interpreter and in the one that is active."""
+    """Where headers are looked for: NCCL_HOME, CUDA_HOME, and NCCL's wheel (nvidia-nccl-cu13, -cu12) in
+    this environment. A build that pip isolates has an environment of its own, so also in that of this
+    interpreter and in the one that is active."""
     named = [Path(os.environ[name]) / "include" for name in ("NCCL_HOME", "CUDA_HOME") if name in os.environ]
     folders = [
         *sys.path,
@@ -45,7 +46,10 @@ def find():
 def why_not():
     """Why there is none."""
     old = [f"{p} has {version(p)}" for p in places() if version(p)]
-    return f"NCCL headers of version {OLDEST} or newer were not found ({'; '.join(old) or 'none at all'}): pip install nvidia-nccl-cu13, or set NCCL_HOME, and build again"
+    return (
+        f"NCCL headers of version {OLDEST} or newer were not found ({'; '.join(old) or 'none at all'}): "
+        "pip install nvidia-nccl-cu13, or set NCCL_HOME, and build again"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Which C++ sources make up what: for setup.py, the C++ tests, the emulated GPU and the PTX tools. Paths are relative to the checkout.
+"""Which C++ sources make up what: for setup.py, the C++ tests, the emulated GPU and the PTX tools. Paths
+are relative to the checkout.
 
 `python tools/sources.py tests` prints one list, for make.
 """

@@ -2,7 +2,7 @@
 from collections import namedtuple
 
 from libc.stdint cimport int32_t, int64_t, uint64_t, uintptr_t
-from libcpp cimport bool
+from libcpp cimport bool  # no-cython-lint - used by the included text
 from libcpp.memory cimport make_shared, shared_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector

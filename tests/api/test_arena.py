@@ -36,7 +36,7 @@ def test_any_order_keeps_the_promise(either_world, size, dispatches):  # noqa: F
         for seed in range(12):
             r, held = random.Random(seed), []  # the same on every rank
             for _ in range(12):
-                while len(held) >= dispatches or held and r.random() < 0.3:
+                while len(held) >= dispatches or (held and r.random() < 0.3):
                     del held[r.randrange(len(held))]
                 tokens = r.choice([0, 1, 7, 32, 63, 64, 64, 64])
                 which, how = (
@@ -66,7 +66,9 @@ def test_loop_holds_two():
 
 
 def test_small_ones_share_and_large_ones_span():
-    """Beyond the promise: many small dispatches beside each other, and one that is larger than the worst case of tokens."""
+    """Beyond the promise: many small dispatches beside each other, and one that is larger than the worst
+    case of tokens.
+    """
     buf = moecomm.Buffer(moecomm.Communicator(), **SHAPE)
     held = [buf.dispatch(*worst(0, 3)) for _ in range(24)]
     assert len({out.x.data_ptr() for out in held}) == 24

@@ -1,4 +1,6 @@
-"""Bad arguments: every message names argument, value and expectation; nothing moved, and the buffer works afterwards."""
+"""Bad arguments: every message names argument, value and expectation; nothing moved, and the buffer works
+afterwards.
+"""
 
 import copy
 import pickle
@@ -197,7 +199,9 @@ def refused(op, pattern, rank, call):
 
 @pytest.fixture(scope="module")
 def refusals():
-    """Everything above on one buffer of two ranks, good calls between: {name: None or what went wrong}, from both ranks."""
+    """Everything above on one buffer of two ranks, good calls between: {name: None or what went wrong},
+    from both ranks.
+    """
 
     def main(comm):
         buf = moecomm.Buffer(comm, hidden=H, num_experts=E, top_k=K, max_tokens=8)
@@ -223,7 +227,7 @@ def refusals():
                     buf.combine(out.x.clone(), out.handle, topk_weights=out.topk_weights), expected[1], "y"
                 )
                 found[op, name] = None
-            except BaseException as error:  # noqa: BLE001 - told by the test of this name
+            except BaseException as error:
                 found[op, name] = error
 
         for name, (change, pattern) in DISPATCH.items():
@@ -492,5 +496,5 @@ def test_copies_share_and_nothing_is_pickled():
     x = torch.randn(4, H).bfloat16()
     with torch.no_grad():
         assert_same(twin(x), layer(x), "y")
-    with pytest.raises(TypeError, match="a Buffer belongs to its process.*state_dict"):
+    with pytest.raises(TypeError, match=r"a Buffer belongs to its process.*state_dict"):
         pickle.dumps(layer)

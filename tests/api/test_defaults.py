@@ -1,4 +1,6 @@
-"""Programs that set torch's default dtype or default device get the same results: the library's own tensors do not follow them."""
+"""Programs that set torch's default dtype or default device get the same results: the library's own tensors
+do not follow them.
+"""
 
 import contextlib
 

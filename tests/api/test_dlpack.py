@@ -1,4 +1,6 @@
-"""Arrays of other libraries, in and out: no copy, the same results as tensors, and a producer on a GPU is asked for the right stream."""
+"""Arrays of other libraries, in and out: no copy, the same results as tensors, and a producer on a GPU is
+asked for the right stream.
+"""
 
 from types import SimpleNamespace
 
@@ -139,19 +141,21 @@ def test_a_producer_on_a_gpu_is_asked_for_the_call_s_stream(monkeypatch, current
 @pytest.mark.parametrize("value", [3, "rows", [1.0, 2.0], np.array(["a"])])
 def test_what_is_no_array_is_refused(value):
     with pytest.raises(
-        moecomm.InvalidArgument, match="dispatch on rank 0: x is a .*; expected a tensor or a DLPack array"
+        moecomm.InvalidArgument, match=r"dispatch on rank 0: x is a .*; expected a tensor or a DLPack array"
     ):
         take("dispatch", "x", value)
 
 
-# -- on a GPU ----------------------------------------------------------------------------------------------------------
+# -- on a GPU ------------------------------------------------------------------------------------------------
 
 NO_GPU = cuda.why_not()
 
 
 @pytest.mark.skipif(NO_GPU is not None, reason=f"needs a GPU: {NO_GPU}")
 def test_cupy_in_and_out():
-    """CuPy's arrays on a stream of their own, written just before the call; results as CuPy arrays of the same memory."""
+    """CuPy's arrays on a stream of their own, written just before the call; results as CuPy arrays of the
+    same memory.
+    """
     cp = pytest.importorskip("cupy")
 
     def main(comm):

@@ -1,4 +1,6 @@
-"""Forked children of a rank (workers of a DataLoader, for one): what they read and write of its windows, and what they are told."""
+"""Forked children of a rank (workers of a DataLoader, for one): what they read and write of its windows,
+and what they are told.
+"""
 
 import json
 import os
@@ -35,7 +37,7 @@ def in_child(work):
         try:
             os.write(writer, json.dumps(work()).encode())
             os._exit(0)
-        except BaseException:  # noqa: BLE001 - the parent sees the exit code
+        except BaseException:
             traceback.print_exc()
             sys.stderr.flush()
             os._exit(1)
@@ -57,7 +59,7 @@ def refusal(call):
 
 
 def test_a_child_reads_the_windows_tensors(world):
-    buf, out, (recv, hook) = world
+    _buf, out, (recv, hook) = world
     hook()
     want = [
         out.x.float().sum().item(),
@@ -111,7 +113,7 @@ def test_calls_hooks_and_pendings_are_refused_in_a_child(world):
 
 def test_a_child_ends_like_any_process(world):
     """It closes what it inherited, or leaves it to the interpreter, and makes a world of its own."""
-    buf, out, _ = world
+    buf, _out, _ = world
 
     def work():
         buf.close()

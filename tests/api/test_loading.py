@@ -4,8 +4,8 @@ import json
 import re
 
 import pytest
-from loading_worker import train
 from launching import ROOT, mpirun, start
+from loading_worker import train
 
 import moecomm
 

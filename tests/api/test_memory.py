@@ -69,7 +69,7 @@ def test_a_full_arena_names_size_holder_and_argument():
         keep = []
         with pytest.raises(moecomm.CapacityExceeded) as raised:
             for _ in range(1000):
-                keep.append(buf.dispatch(x, ids))
+                keep.append(buf.dispatch(x, ids))  # noqa: PERF401 - keep what precedes the error
         text, error = str(raised.value), raised.value
         assert error.op == "dispatch" and error.rank == comm.rank and error.expected > error.got
         assert "arena_bytes" in text and "32768 bytes" in text and f"{2 * len(keep)} pieces" in text, text
@@ -150,7 +150,7 @@ def test_cupy_goes_in_through_dlpack():
 
     def main(comm):
         buf, x, ids = one(comm)
-        with pytest.raises(moecomm.InvalidArgument, match="on cuda.*expected.*on cpu"):
+        with pytest.raises(moecomm.InvalidArgument, match=r"on cuda.*expected.*on cpu"):
             buf.dispatch(
                 cupy.asarray(x.float().numpy()), ids
             )  # the cpu world takes no device memory, and says so
@@ -159,7 +159,9 @@ def test_cupy_goes_in_through_dlpack():
 
 
 def test_a_thousand_steps_leave_nothing_behind():
-    """All kinds of calls on two buffers in turn, then worlds and buffers that come and go: no descriptor, no mapping, no piece of an arena is left."""
+    """All kinds of calls on two buffers in turn, then worlds and buffers that come and go: no descriptor,
+    no mapping, no piece of an arena is left.
+    """
 
     def held():
         gc.collect()

@@ -49,8 +49,8 @@ def test_combine(either_world):  # noqa: F811
                 received.x[0, :T],
                 received.handle.rows[0, :T],
             ):
-                refused("out lies in a window of this buffer", lambda: combine(out=where, **more))  # noqa: B023
-            refused("out shares memory with rows", lambda: combine(out=rows[T:], **more))  # noqa: B023
+                refused("out lies in a window of this buffer", lambda: combine(out=where, **more))
+            refused("out shares memory with rows", lambda: combine(out=rows[T:], **more))
         aliased = torch.cat([row_weights, torch.zeros(T * H - len(row_weights))]).view(T, H)
         refused(
             "out shares memory with topk_weights",
@@ -103,7 +103,7 @@ def test_decode_combine(either_world):  # noqa: F811
                         lambda: buf.decode_combine(
                             rows if apart else handle.rows, ids, weights, handle, out=place(received), **more
                         ),
-                    )  # noqa: B023
+                    )
         aliased = torch.zeros(T, H)
         aliased.view(-1)[: T * K] = weights.view(-1)
         _, handle, rows = step()

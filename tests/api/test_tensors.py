@@ -1,4 +1,7 @@
-"""Tensors that are not what they seem: subclasses, transforms, tensors without memory. Each is refused by name, in every verb."""
+"""Tensors that are not what they seem: subclasses, transforms, tensors without memory.
+
+Each is refused by name, in every verb.
+"""
 
 import functools
 import tempfile
@@ -6,6 +9,7 @@ import tempfile
 import pytest
 import torch
 import torch.distributed as dist
+from emulated_gpu import emulated  # noqa: F401 - a fixture
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
@@ -13,7 +17,6 @@ from torch.masked import masked_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 import moecomm
-from emulated_gpu import emulated  # noqa: F401 - a fixture
 from moecomm import quant
 from moecomm.balance import Placement, rebalance
 from moecomm.grouped import grouped_mm
@@ -153,7 +156,7 @@ def test_refused_in_every_verb(match):
                 "storage"
             ):  # torch's dispatcher takes them apart before
                 continue
-            refused(match, lambda: call(**{**arguments, argument: odd}), f"{name}({argument}=)", argument)  # noqa: B023 - called at once
+            refused(match, lambda: call(**{**arguments, argument: odd}), f"{name}({argument}=)", argument)
     out = buf.dispatch(X, IDS, WEIGHTS)  # and it goes on
     torch.testing.assert_close(
         buf.combine(out.x, out.handle, topk_weights=out.topk_weights), X * WEIGHTS.sum(1, keepdim=True)
@@ -210,7 +213,7 @@ def test_transforms_are_refused_by_name(transform):
                 lambda: tried(transform, lambda v: call(**{**arguments, argument: v}), value),
                 f"{name}({argument}=)",
                 argument if name != "moecomm" else "",
-            )  # noqa: B023
+            )
 
 
 def test_plain_tensors_beside_transforms_pass():
@@ -236,7 +239,9 @@ class Renamed(torch.Tensor):
 
 
 def test_tensors_with_memory_pass():
-    """Parameter, a subclass without __torch_dispatch__, and a collective's result that is waited for, with its gradient."""
+    """Parameter, a subclass without __torch_dispatch__, and a collective's result that is waited for, with
+    its gradient.
+    """
     buf = moecomm.Buffer(moecomm.Communicator(), **SHAPE, arena_bytes=1 << 20)
     want = X * WEIGHTS.sum(1, keepdim=True)
 
@@ -266,7 +271,7 @@ def test_tensors_with_memory_pass():
 
 def test_storage_that_ends_early():
     with pytest.raises(
-        moecomm.InvalidArgument, match="x is a tensor .8, 128. whose storage holds 4092 bytes"
+        moecomm.InvalidArgument, match=r"x is a tensor .8, 128. whose storage holds 4092 bytes"
     ):
         quant.quantize(short(X))
 

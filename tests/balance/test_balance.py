@@ -105,7 +105,9 @@ def test_two_slots_per_rank_against_the_integer_program(experts, ranks, sigma, n
 
 
 def test_one_slot_per_rank_is_optimal_and_moves_little():
-    """320 ranks, 256 experts and a shared one that every token picks: as good as splitting the hottest, and most ranks keep theirs."""
+    """320 ranks, 256 experts and a shared one that every token picks: as good as splitting the hottest, and
+    most ranks keep theirs.
+    """
     load = lognormal(6, 256)
     load = np.concatenate([load, load.sum(1, keepdims=True) / 8], 1)
     later = load * np.concatenate([lognormal(6, 256, 0.2, 1), np.ones((6, 1))], 1)

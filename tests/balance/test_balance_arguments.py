@@ -1,4 +1,6 @@
-"""Odd arguments of placements, rebalance, advise and LoadMonitor: a typed error that names the argument, whatever was passed."""
+"""Odd arguments of placements, rebalance, advise and LoadMonitor: a typed error that names the argument,
+whatever was passed.
+"""
 
 import warnings
 
@@ -53,8 +55,8 @@ CALLS = {  # function of one changed argument, and which of EVERY may be fine
         lambda **c: Placement(**(dict(physical_to_logical=TABLE, num_experts=3, num_ranks=2) | c)),
         ("physical_to_logical", "num_experts", "num_ranks", "num_nodes", "version", "previous", "partial"),
     ),
-    "rank_load": (lambda **c: PLACED.rank_load(**c), ("load",)),
-    "balancedness": (lambda **c: PLACED.balancedness(**c), ("load",)),
+    "rank_load": (PLACED.rank_load, ("load",)),
+    "balancedness": (PLACED.balancedness, ("load",)),
     "surviving": (lambda **c: PLACED.surviving(**(dict(alive=[0]) | c)), ("alive", "num_nodes")),
     "LoadMonitor": (
         lambda **c: LoadMonitor(**(dict(num_layers=2, num_experts=3) | c)),
@@ -135,7 +137,9 @@ def test_loads_of_any_dtype(dtype):
 
 @pytest.mark.parametrize("exponent", [-1074, -1063, -997, -664, 515, 664, 997, 1019])
 def test_loads_of_any_magnitude(exponent):
-    """One, two and more slots per rank, with and without a previous placement; how balanced a plan is does not depend on the unit."""
+    """One, two and more slots per rank, with and without a previous placement; how balanced a plan is does
+    not depend on the unit.
+    """
     load, unit = np.random.default_rng(0).integers(1, 9, (3, 12)).astype(np.float64), 2.0**exponent
     for slots in (1, 2, 3):
         ranks = 16 // slots + (slots == 3)
@@ -164,10 +168,10 @@ def test_what_is_wrong_on_one_rank_is_raised_on_all():
         monitor = LoadMonitor(2, 3)
         monitor.record(0, [1, 2, 3])
         with pytest.raises(
-            moecomm.InvalidArgument, match="advise: bytes_per_second is a Unprintable.*rank 1"
+            moecomm.InvalidArgument, match=r"advise: bytes_per_second is a Unprintable.*rank 1"
         ):
             advise(monitor, comm=comm, bytes_per_second=Unprintable() if comm.rank == 1 else 1e9)
-        return advise(monitor, comm=comm).before  # and the communicator is as good as before
+        return advise(monitor, comm=comm).before  # and the communicator still works
 
     before = moecomm.run_local(main, 2, timeout=60)
     assert before[0] == before[1]

@@ -105,6 +105,7 @@ def test_command_writes_rows(tmp_path):
         cwd=ROOT,
         timeout=60,
         env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        check=False,
     )
     assert done.returncode == 0 and "of the ranks change" in done.stdout and "# 1 of 1 rows" in done.stdout, (
         done.stderr
@@ -117,6 +118,7 @@ def test_command_writes_rows(tmp_path):
             cwd=ROOT,
             timeout=60,
             env=dict(os.environ, PYTHONPATH=str(ROOT)),
+            check=False,
         ).returncode
         != 0
     )
@@ -130,6 +132,7 @@ def test_example_rebalances_while_it_runs(tmp_path):
         text=True,
         timeout=120,
         env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "worth it" in done.stdout and "every result was right" in done.stdout

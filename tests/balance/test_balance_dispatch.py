@@ -87,7 +87,7 @@ def test_local_visits_few_nodes():
                 if e >= 0
             ]
             if hosts and set.intersection(*hosts, {s // 2}):
-                assert set((t[t >= 0] // 10).tolist()) == {s // 2}, "all picks live in the own node"
+                assert set((t[t >= 0] // 10).tolist()) == {s // 2}, "all picks live in the source's node"
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -166,7 +166,7 @@ def test_a_shared_expert_is_one_more_expert():
     ids = [torch.cat([i[:, :3], torch.full((len(i), 1), EXPERTS)], 1) for i in ids]
     p = placed(ids, size, per_rank=5, experts=EXPERTS + 1)
     assert p.replica_count[0, EXPERTS] >= 3
-    sent, rows = run((xs, ids, weights), p, "optimal")
+    _sent, rows = run((xs, ids, weights), p, "optimal")
     assert rows.max() - rows.min() <= 5
 
 
@@ -225,7 +225,7 @@ def test_asynchronous_calls_keep_their_order():
 
 def test_a_batch_never_mixes_placements():
     size = 4
-    xs, ids, weights = skewed_world(size, 16)
+    xs, ids, _weights = skewed_world(size, 16)
     old = placed(ids, size)
     new = rebalance(torch.rand(1, EXPERTS) + 0.1, num_replicas=old.num_slots, num_ranks=size, previous=old)
 

@@ -1,4 +1,6 @@
-"""How replicas are chosen by the counts of all ranks without an exchange of their own, and what happens where that goes wrong."""
+"""How replicas are chosen by the counts of all ranks without an exchange of their own, and what happens
+where that goes wrong.
+"""
 
 import pytest
 import torch

@@ -147,7 +147,7 @@ def test_a_rank_that_dies_in_the_middle_leaves_the_others_on_the_old_placement()
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("mode", ["local", "even", "optimal"])
 def test_tokens_of_a_lost_rank_go_to_surviving_replicas(mode, renormalize):
-    weights, xs, ids = model(seed=3)
+    _weights, xs, ids = model(seed=3)
     table = torch.tensor([[0, 1, 2, 3, 4, 0, 5, 6, 1, 7, 2, 5]]).repeat(
         LAYERS, 1
     )  # rank 3 alone has 7; 2 and 5 live elsewhere too

@@ -13,7 +13,7 @@ struct DecodeCase {
   Wire wire = Wire::plain;
   int top_k = 3, experts_per_rank = 3, hidden = 40;
   int epochs = 7;
-  int groups = 0;        // a rank is so many groups at once; 0: one
+  int groups = 0;        // concurrent groups per rank; 0: one
   int captured = 0;      // steps of a graph that is replayed: tickets and banks repeat. 0: banks alternate
   bool overlap = false;  // a combine is sent behind the next dispatch
   int squad = 1;         // warps of a group
@@ -46,7 +46,7 @@ struct DecodeSeat {
   HostState host;
   LoopbackRail loopback;
   Watch watch;
-  std::vector<char*> regions;  // by rank, null in the own node
+  std::vector<char*> regions;  // by rank, null in this rank's node
   DecodeTurn turns[2];
   uint64_t table_bytes;
   std::vector<char> tables;

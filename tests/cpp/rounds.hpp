@@ -11,7 +11,7 @@ struct Case {
   int nodes = 2, per_node = 2, lanes = 0;
   RowLayout layout = RowLayout::expert;
   int alignment = 1;
-  int spare = -1;  // static capacity: so many rows more than the fullest rank has; -1: none
+  int spare = -1;  // static capacity: spare rows beyond those of the fullest rank; -1: none
   int top_k = 3, experts_per_rank = 3, channels = 2, hidden = 40;
   DType type = DType::bf16;
   bool quantized = false, check = false, weights = true;
@@ -21,7 +21,7 @@ struct Case {
   int skew = 0;                       // 1: all tokens to one expert, 2: odd ranks are empty
   int rounds = 3;
   int chunk_rows = 16, stages = 3;
-  int workers = 0, senders = 0;  // a rank is so many groups at once, and a coordinator; 0: one group
+  int workers = 0, senders = 0;  // concurrent groups per rank beside a coordinator; 0: one group
   int chosen = 0;  // ids become known when everyone's picks are: 1, and with them what others send; 2, which
                    // takes another exchange
 };

@@ -1,4 +1,6 @@
-"""The cuda world's decode path, quantization and streams, on a GPU, and as far as it goes on an emulated one (tests/support/emulated_gpu.py)."""
+"""The cuda world's decode path, quantization and streams, on a GPU, and as far as it goes on an emulated
+one (tests/support/emulated_gpu.py).
+"""
 
 import pytest
 import torch
@@ -126,7 +128,10 @@ def test_decode_steps(gpu, nodes, per_node, scheme, weights_travel, wire):  # no
 @real_gpu
 @pytest.mark.parametrize("nodes,per_node", [(1, 2), (2, 1)])
 def test_three_captured_steps_replayed_101_times(nodes, per_node):
-    """An odd number of epochs per replay and in all: the epochs are the device's. Inputs change in place between replays."""
+    """An odd number of epochs per replay and in all: the epochs are the device's.
+
+    Inputs change in place between replays.
+    """
     size, steps = nodes * per_node, 3
     worlds = [make_world(size, seed=n) for n in range(steps)]
 
@@ -174,7 +179,7 @@ def test_three_captured_steps_replayed_101_times(nodes, per_node):
                 )
             assert_same(ys[s].cpu(), sums[r], f"rank {r}, step {s}: y")
         # And on without the graph.
-        x, ids, weights = inputs[0]
+        x, ids, _weights = inputs[0]
         recv, _ = buf.decode_dispatch(x, ids, quant=None, return_hook=False)
         expect_received(
             recv,
@@ -256,7 +261,9 @@ def test_a_missing_rank_times_out_in_decode(gpu):  # noqa: F811
 
 @real_gpu
 def test_async_op_orders_the_callers_stream():
-    """The call starts after what the caller's stream has in flight, and wait() makes that stream wait for the call's event, not the host."""
+    """The call starts after what the caller's stream has in flight, and wait() makes that stream wait for
+    the call's event, not the host.
+    """
     size = 2
     xs, ids, weights = make_world(size, seed=6)
     want = reference.dispatch(xs, ids, weights, num_experts=EXPERTS_PER_RANK * size, capacity=100)

@@ -1,4 +1,7 @@
-"""Placements, migration and recordings with tensors on a GPU, real or emulated. In breadth, on the emulated one: test_balance_*.py, test_record.py."""
+"""Placements, migration and recordings with tensors on a GPU, real or emulated.
+
+In breadth, on the emulated one: test_balance_*.py, test_record.py.
+"""
 
 import numpy as np
 import pytest
@@ -27,7 +30,9 @@ SCALE = torch.randint(-4, 5, (EXPERTS, HIDDEN), generator=torch.Generator().manu
 
 
 def serve(comm, buf, local, batch, renormalized=False):
-    """One batch through the experts (x * local[slot]), its sum and lost weight compared with what the experts that are left make of it."""
+    """One batch through the experts (x * local[slot]), its sum and lost weight compared with what the
+    experts that are left make of it.
+    """
     x, ids, shares = (t[comm.rank].to(comm.device) for t in batch)
     here, scale = (buf._replicas.placement.replica_count[0] > 0).to(comm.device), SCALE.to(comm.device)
     out = buf.dispatch(x, ids, shares)

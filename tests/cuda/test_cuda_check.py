@@ -1,4 +1,6 @@
-"""MOECOMM_CHECK=1 in the cuda world, over an emulated GPU: every mode works under it, and damage is named as in the cpu world."""
+"""MOECOMM_CHECK=1 in the cuda world, over an emulated GPU: every mode works under it, and damage is named
+as in the cpu world.
+"""
 
 import random
 

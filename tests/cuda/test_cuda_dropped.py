@@ -29,7 +29,9 @@ def make(comm, **more):
 
 
 def step_of(buf, x, ids, weights, y, path):
-    """A dispatch and a combine that keep nothing but y, and what torch allocates meanwhile: that lies in a graph's own pool."""
+    """A dispatch and a combine that keep nothing but y, and what torch allocates meanwhile: that lies in a
+    graph's own pool.
+    """
     eager = buf.dispatch(x, ids, weights, capacity=CAPACITY) if path in ("cached", "combine") else None
     pool = []
 
@@ -92,7 +94,9 @@ def test_a_replay_leaves_what_later_calls_return_alone(emulated, path):  # noqa:
 
 
 def test_what_graphs_hold_is_counted_and_released(emulated):  # noqa: F811
-    """Every capture keeps its own pieces: they run out by name, and come back when the caller says that no graph is replayed."""
+    """Every capture keeps its own pieces: they run out by name, and come back when the caller says that no
+    graph is replayed.
+    """
 
     def main(comm):
         buf, x, ids, weights = make(comm)

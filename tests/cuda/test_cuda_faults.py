@@ -64,7 +64,7 @@ def test_ranks_that_disagree_about_a_combine_do_not(nodes, per_node, odd):
         else:
             ops.combine_slots(rows, out.topk_weights.clone(), handle, buf.number, "expert", TOKENS)
         torch.cuda.current_stream().synchronize()
-        with pytest.raises(moecomm.ConfigMismatch, match="combine_slots on all|another layout"):
+        with pytest.raises(moecomm.ConfigMismatch, match=r"combine_slots on all|another layout"):
             buf.combine(rows, out.handle)
         for again in (
             lambda: buf.dispatch(x, ids),

@@ -1,5 +1,5 @@
-"""Captures on the emulated GPU: what is launched is kept and replayed as often as wanted; what a replay cannot do is refused. On a GPU,
-with torch's graphs: tests/cuda/test_device_bench.py, tests/cuda/test_cuda.py."""
+"""Captures on the emulated GPU: what is launched is kept and replayed as often as wanted; what a replay
+cannot do is refused. On a GPU, with torch's graphs: tests/cuda/test_device_bench.py, tests/cuda/test_cuda.py."""
 
 import pytest
 import torch
@@ -27,7 +27,9 @@ def run(main, nodes, per_node):
 
 @pytest.mark.parametrize("nodes,per_node", [(1, 2), (2, 1)])
 def test_three_steps_are_captured_and_replayed_101_times(emulated, nodes, per_node):  # noqa: F811
-    """Dispatch and combine, three of each in a graph; inputs change in place, outputs are poisoned before every replay."""
+    """Dispatch and combine, three of each in a graph; inputs change in place, outputs are poisoned before
+    every replay.
+    """
     xs, ids, weights = random_world(nodes * per_node, TOKENS, HIDDEN, 2 * nodes * per_node, 2, seed=4)
 
     def main(comm):

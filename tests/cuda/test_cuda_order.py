@@ -1,7 +1,8 @@
 """Asynchronous calls of the cuda world, their order: Pending's own code over streams that run in any order CUDA allows.
 
-A stream here is a queue of work; what its head waits for decides whether it may run, and a seed decides which of those that may
-run does. That is all that CUDA promises of streams and events. The same calls on a GPU: tests/cuda/test_cuda.py.
+A stream here is a queue of work; what its head waits for decides whether it may run, and a seed decides
+which of those that may run does. That is all that CUDA promises of streams and events. The same calls on a
+GPU: tests/cuda/test_cuda.py.
 """
 
 import random
@@ -87,7 +88,9 @@ class Buffer(Calls):
 
 @pytest.mark.parametrize("seed", range(50))
 def test_the_callers_stream_is_ordered_before_and_after(machine, seed):
-    """Two calls in flight: each reads what the caller's stream wrote before it, and the caller reads each after wait()."""
+    """Two calls in flight: each reads what the caller's stream wrote before it, and the caller reads each
+    after wait().
+    """
     memory, seen, hooked, buf = {"x": 0, "a": 0, "b": 0}, [], [], Buffer()
     buf.register_hook("post_dispatch", hooked.append)
 

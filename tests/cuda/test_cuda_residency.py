@@ -1,4 +1,6 @@
-"""Kernels of ranks that share a GPU wait for each other: what may be in flight at once always fits, or is refused by name."""
+"""Kernels of ranks that share a GPU wait for each other: what may be in flight at once always fits, or is
+refused by name.
+"""
 
 import gc
 
@@ -24,7 +26,9 @@ def run(main, size):
 
 
 def test_buffers_of_all_communicators_are_counted(emulated):  # noqa: F811
-    """Of a communicator its largest open one, whose kernels run after each other; over all communicators and ranks the sum."""
+    """Of a communicator its largest open one, whose kernels run after each other; over all communicators
+    and ranks the sum.
+    """
 
     def main(comm):
         other = comm.shrink(range(comm.size))
@@ -83,7 +87,9 @@ def test_calls_of_a_communicator_run_after_each_other(emulated):  # noqa: F811
 
 
 def test_nothing_ends_the_capture_of_another_thread(emulated):  # noqa: F811
-    """Making and dropping buffers, calls that wait for the host, refusals, counters: all beside a capture in the default mode."""
+    """Making and dropping buffers, calls that wait for the host, refusals, counters: all beside a capture
+    in the default mode.
+    """
 
     def main(comm):
         x, ids = torch.randn(TOKENS, HIDDEN).bfloat16(), torch.zeros((TOKENS, 1), dtype=torch.int64)

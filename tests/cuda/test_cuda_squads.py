@@ -27,7 +27,7 @@ def run(main, size, per_node):
 
 
 def test_a_squad_that_starts_while_another_one_fails(gpu):
-    """A bad id in the first squad's token: lanes of the second see the failure or not, but all the same."""
+    """A bad id in the first squad's token: all lanes of the second agree on whether they see the failure."""
 
     def main(comm):
         buf = moecomm.Buffer(

@@ -1,4 +1,6 @@
-"""What setup.py asks before it builds the CUDA world: which compiler, for which GPUs, where NCCL's headers are; and how the answer is told later."""
+"""What setup.py asks before it builds the CUDA world: which compiler, for which GPUs, where NCCL's headers
+are; and how the answer is told later.
+"""
 
 import os
 import stat
@@ -156,8 +158,8 @@ def test_info_says_what_was_left_out_and_why(monkeypatch, capsys):
     assert info.main(None) in (None, 0)
     said = capsys.readouterr().out
     assert (
-        "world cuda  no   this build has no CUDA extension: nvcc was found neither on PATH nor in CUDA_HOME, when moecomm was built"
-        in said
+        "world cuda  no   this build has no CUDA extension: nvcc was found neither on PATH nor in "
+        "CUDA_HOME, when moecomm was built" in said
     )
     assert (
         "nodes with GPUs  NCCL 2.32.3, of its wheel: not in this build: NCCL headers were not found" in said

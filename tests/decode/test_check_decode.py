@@ -1,4 +1,6 @@
-"""MOECOMM_CHECK=1 in decode: every mode works under it, and a row that is damaged, left over or changed too late is named on every rank."""
+"""MOECOMM_CHECK=1 in decode: every mode works under it, and a row that is damaged, left over or changed too
+late is named on every rank.
+"""
 
 import itertools
 import threading
@@ -130,7 +132,9 @@ def test_a_copy_that_goes_wrong(quant, scale_layout, destination):
 @pytest.mark.parametrize("quant", [None, "fp8", "fp8_ue8m0"])
 @pytest.mark.parametrize("action", ["damage", "omit"])
 def test_a_wrong_message_between_nodes(quant, action):
-    """Rank 1's fourth message is damaged, or never leaves: in its place lies that of two steps before, which was sound then."""
+    """Rank 1's fourth message is damaged, or never leaves: in its place lies that of two steps before,
+    which was sound then.
+    """
 
     def main(comm):
         buf, x, ids, _ = inputs(comm, 3)

@@ -161,7 +161,9 @@ def test_random_sequences(geometry, steps):
 
 @pytest.mark.parametrize("per_node,steps", [(2, 10_000), (4, 1000), (1, 1000)])
 def test_ten_thousand_steps(per_node, steps):
-    """Changing routing without a pause; every row says which step, source and token it is, and carries a checksum of that."""
+    """Changing routing without a pause; every row says which step, source and token it is, and carries a
+    checksum of that.
+    """
     size, most, top_k, routings = 4, 3, 3, 97
     rng = np.random.default_rng(per_node)
     count = rng.integers(0, most + 1, (routings, size))
@@ -353,7 +355,9 @@ def test_counters_count():
 
 
 def test_memory_follows_ranks_tokens_and_row_bytes():
-    """What other ranks' messages take is proportional to ranks * max_tokens * row bytes; 320 ranks are a matter of arithmetic."""
+    """What other ranks' messages take is proportional to ranks * max_tokens * row bytes; 320 ranks are a
+    matter of arithmetic.
+    """
     from moecomm._native import core
 
     def region(size, tokens, hidden):

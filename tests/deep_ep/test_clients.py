@@ -23,7 +23,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
-    """({(client, ranks): largest difference}, all that was told) of one process, whose imports take longer than all else."""
+    """({(client, ranks): largest difference}, all that was told) of one process, whose imports take longer
+    than all else.
+    """
     done = subprocess.run(
         [
             PYTHON,
@@ -44,7 +46,9 @@ def said(tmp_path_factory):
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("client", CLIENTS)
 def test_client(said, client, ranks):
-    """What the client computes over ranks, forward and backward, beside one process (of Megatron's layer: its own dispatcher)."""
+    """What the client computes over ranks, forward and backward, beside one process (of Megatron's layer:
+    its own dispatcher).
+    """
     differences, all_of_it = said
     assert differences.get(f"{client} {ranks}", "None") != "None", all_of_it
     assert float(differences[f"{client} {ranks}"]) <= CLIENTS[client]

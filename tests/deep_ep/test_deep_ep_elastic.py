@@ -1,4 +1,6 @@
-"""deep_ep's ElasticBuffer over moecomm: both layouts, with and without the host's knowledge, on threads and processes."""
+"""deep_ep's ElasticBuffer over moecomm: both layouts, with and without the host's knowledge, on threads and
+processes.
+"""
 
 import deep_ep_elastic
 import deep_ep_oracle

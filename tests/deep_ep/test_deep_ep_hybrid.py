@@ -1,4 +1,6 @@
-"""deep_ep's HybridEPBuffer over moecomm: dispatch and combine in token and in expert order, on threads and processes."""
+"""deep_ep's HybridEPBuffer over moecomm: dispatch and combine in token and in expert order, on threads and
+processes.
+"""
 
 import deep_ep_hybrid
 import deep_ep_oracle
@@ -62,7 +64,7 @@ def test_refused(said):
 
 
 def test_more_than_the_constructor_says():
-    """Tokens and rows grow the configuration, on all ranks alike."""
+    """Tokens and rows grow the configuration, equally on all ranks."""
 
     def grow(b, rank):
         assert b.dispatch(torch.zeros(5 + rank, 128), routing_map=torch.ones(5 + rank, 4).bool())[

@@ -1,4 +1,6 @@
-"""deep_ep's Buffer over moecomm: results of the normal and the low-latency verbs, on rank threads and on processes, one node and two."""
+"""deep_ep's Buffer over moecomm: results of the normal and the low-latency verbs, on rank threads and on
+processes, one node and two.
+"""
 
 import deep_ep_oracle
 import pytest

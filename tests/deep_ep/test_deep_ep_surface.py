@@ -468,7 +468,7 @@ def test_an_opaque_handle_says_so():
             torch.zeros(1, 8), None, torch.ones(1).int(), None, torch.ones(1, 1).bool(), torch.ones(1).int()
         )
         with pytest.raises(deep_ep.Unsupported, match="opaque"):
-            a, b = out[4]
+            _a, _b = out[4]
         handle = buffer.low_latency_dispatch(torch.zeros(1, 64).bfloat16(), torch.zeros(1, 1).long(), 4, 4)[2]
         with pytest.raises(NotImplementedError, match="src_info"):
             handle[0]
@@ -482,7 +482,8 @@ from deep_ep import Buffer, Config, ElasticBuffer, EPHandle, EventHandle, EventO
 from deep_ep.utils import EventHandle as handle, EventOverlap as overlap
 from deep_ep.hybrid_ep_buffer import HybridEPBuffer, indices_to_map
 import moecomm.integrations.deep_ep as ours
-assert deep_ep.Buffer is ours.Buffer and handle is EventHandle and overlap is EventOverlap and sys.modules["deep_ep"] is ours
+assert deep_ep.Buffer is ours.Buffer and handle is EventHandle and overlap is EventOverlap
+assert sys.modules["deep_ep"] is ours
 print("imported")
 """
 REAL = """
@@ -514,7 +515,9 @@ def run(program, first_path=None):
 
 
 def test_three_ways_in(capsys):
-    """install(), install(force=True) where another deep_ep is imported, and the folder that `python -m moecomm deep-ep-path` names."""
+    """install(), install(force=True) where another deep_ep is imported, and the folder that `python -m
+    moecomm deep-ep-path` names.
+    """
     said = run(REAL + CHECKS)
     assert "deep_ep is imported already" in said and "imported" in said.splitlines()
     assert moecomm_main(["deep-ep-path"]) == 0

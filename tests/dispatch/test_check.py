@@ -19,7 +19,10 @@ def check_mode(monkeypatch):
 
 
 def everybody_raises(main, size, ranks_per_node):
-    """main(comm) on every rank; the CorruptRow of each, by rank. Ranks that had all they needed learn it in their next call."""
+    """main(comm) on every rank; the CorruptRow of each, by rank.
+
+    Ranks that had all they needed learn it in their next call.
+    """
 
     def one(comm):
         with pytest.raises(moecomm.CorruptRow) as raised:
@@ -100,7 +103,8 @@ def test_every_mode_names_a_wrong_row(hop, layout, quant, scale_layout):
         buf.dispatch(x, ids, layout=layout, quant=quant, scale_layout=scale_layout)
         return buf, x, ids
 
-    # The gateway of rank 0's rows for the other node is rank 2: five rows leave in one put, of which the middle is damaged.
+    # The gateway of rank 0's rows for the other node is rank 2: five rows leave in one put, of which the
+    # middle is damaged.
     expected = (
         dict(destination=1, token=3, phase="arrive")
         if hop == "node"
@@ -127,7 +131,9 @@ def test_every_wire_names_a_wrong_row(layout, wire):
 
 @pytest.mark.parametrize("action,put,token", [("damage", 1, 2), ("omit", 1, 0), ("omit", 2, 0)])
 def test_a_wrong_row_of_the_rail_hop(action, put, token):
-    """Rank 1 puts counts, five rows and their metadata over the rail; the gateway, rank 3, finds the first row that is bad."""
+    """Rank 1 puts counts, five rows and their metadata over the rail; the gateway, rank 3, finds the first
+    row that is bad.
+    """
 
     def main(comm):
         buf, x, ids = inputs(comm, to=2)

@@ -25,7 +25,7 @@ def example():
 
 
 def cut(x, bits, largest):
-    """x towards zero to the unit of a sum of so many bits whose largest magnitude is `largest`, as rationals."""
+    """x towards zero to the unit of a sum of BITS bits whose largest magnitude is `largest`, as rationals."""
     exponent = 0
     while Fraction(2) ** exponent > largest:
         exponent -= 1

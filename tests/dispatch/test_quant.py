@@ -116,7 +116,9 @@ def test_wire_rows_equal_the_oracle(dtype):
 
 
 def test_every_code_and_its_neighbours():
-    """All 256 codes, the midpoints between them, and the floats beside those: torch's cast where it does not overflow."""
+    """All 256 codes, the midpoints between them, and the floats beside those: torch's cast where it does
+    not overflow.
+    """
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     numbers = codes.float()[~codes.float().isnan()].sort().values
     middle = (numbers[1:] + numbers[:-1]) / 2

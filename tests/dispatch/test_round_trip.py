@@ -25,7 +25,9 @@ def test_geometries(nodes, per_node, layout):
 
 @pytest.mark.parametrize("nodes,per_node", [(1, 2), (2, 1)])
 def test_calls_happen_in_the_order_in_which_they_are_made(nodes, per_node):
-    """An asynchronous call that nobody has waited for yet is over before the next call begins, whatever makes that call."""
+    """An asynchronous call that nobody has waited for yet is over before the next call begins, whatever
+    makes that call.
+    """
     ids = torch.tensor([[0, 1], [1, 0]])
 
     def main(comm):
@@ -57,7 +59,9 @@ def test_calls_happen_in_the_order_in_which_they_are_made(nodes, per_node):
 
 @pytest.mark.parametrize("layout", ["expert", "rank"])
 def test_results_do_not_depend_on_the_fast_path(layout):
-    """Tensors that DLPack's table does not read (here: a subclass) take the long way to the same bits, in both directions."""
+    """Tensors that DLPack's table does not read (here: a subclass) take the long way to the same bits, in
+    both directions.
+    """
 
     class Plain(torch.Tensor):
         pass

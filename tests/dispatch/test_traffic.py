@@ -12,9 +12,9 @@ HIDDEN, TOP_K, PER_RANK = 64, 6, 4
 def expected_rows(ids, size, per_node):
     """By rank: rows of the rail and node hops of dispatch, then of combine, (logical, physical) each.
 
-    Dispatch: one row per token and destination node on the rail; one row per token and destination rank on the node hop,
-    counted at the gateway. Combine: one reduced row per token and node back, counted where it leaves the rail (or stays in
-    the node); the gateway reads one row per pick on the node hop.
+    Dispatch: one row per token and destination node on the rail; one row per token and destination rank on
+    the node hop, counted at the gateway. Combine: one reduced row per token and node back, counted where it
+    leaves the rail (or stays in the node); the gateway reads one row per pick on the node hop.
     """
     out = [
         {

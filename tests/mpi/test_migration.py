@@ -1,7 +1,7 @@
 """Migration and shrink over processes: shared memory inside a node, UCX between nodes."""
 
-import pytest
 import migrating as suite
+import pytest
 from worlds import assert_same
 
 import moecomm

@@ -31,11 +31,13 @@ def test_buffer_arguments(world, name, value):
         text = str(raised.value)
         assert name in text and "rank 0" in text and f"rank {last}" in text and str(value) in text, text
         assert raised.value.rank == comm.rank and raised.value.peer == last
-        moecomm.Buffer(comm, **GOOD).close()  # the communicator is as good as before
+        moecomm.Buffer(comm, **GOOD).close()  # the communicator still works
 
 
 def refused_everywhere(world, make, *patterns):
-    """make(whether this is the rank that is wrong) raises InvalidArgument on every rank, at once, and names that rank."""
+    """make(whether this is the rank that is wrong) raises InvalidArgument on every rank, at once, and names
+    that rank.
+    """
     last, began = world.size - 1, time.monotonic()
     with pytest.raises(moecomm.InvalidArgument) as raised:
         make(world.rank == last)
@@ -83,7 +85,7 @@ def test_wrong_arguments_of_one_communicator(world, options):
     [("RAIL", "foo"), ("CHECK", "maybe"), ("CHANNELS", "-1"), ("POPULATE_BYTES", "1GB"), ("ISA", "sse9")],
 )
 def test_wrong_environment_of_one_rank(world, monkeypatch, name, value):
-    """Read when the world is made and again by every Buffer; the ranks are as good as before once it is mended."""
+    """The world and every Buffer read it; with the variable corrected the ranks work again."""
 
     def with_variable(make):
         def on(wrong):

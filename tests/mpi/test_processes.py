@@ -85,7 +85,7 @@ def test_no_transport_between_nodes(world, monkeypatch):
 def test_more_memory_than_there_is(world):
     with moecomm.Communicator(world, timeout=TIMEOUT) as comm:
         with pytest.raises(
-            moecomm.MoecommError, match="Buffer: rank 0 failed: cannot map a window of .* bytes"
+            moecomm.MoecommError, match=r"Buffer: rank 0 failed: cannot map a window of .* bytes"
         ):
             moecomm.Buffer(comm, **SHAPE, arena_bytes=1 << 46)
         buf = moecomm.Buffer(comm, **SHAPE)

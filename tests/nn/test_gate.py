@@ -189,7 +189,10 @@ CASTS = {
 
 @pytest.mark.parametrize("cast", CASTS)
 def test_bias_stays_float32(cast):
-    """Casts of a model leave the balancing bias as it is, bit by bit; its weight follows. Likewise routers that keep_float32 was told of."""
+    """Casts of a model leave the balancing bias as it is, bit by bit; its weight follows.
+
+    Likewise routers that keep_float32 was told of.
+    """
     model = torch.nn.ModuleList(
         [gate.Gate(8, 4, 1), Router(False), Router(True), gate.Gate(8, 4, 1, score="softmax")]
     )
@@ -208,7 +211,7 @@ def test_bias_keeps_moving_after_a_cast():
     for _ in range(1500):
         model.update_bias(torch.tensor([0, 10, 10, 10]), 0.001)
     torch.testing.assert_close(model.bias, torch.tensor([1.5, -1.5, -1.5, -1.5]), rtol=1e-4, atol=0)
-    with pytest.raises(moecomm.InvalidArgument, match="bias is torch.bfloat16.*float32 or float64"):
+    with pytest.raises(moecomm.InvalidArgument, match=r"bias is torch.bfloat16.*float32 or float64"):
         gate.update_bias(model.bias.bfloat16(), torch.tensor([0, 10, 10, 10]), 0.001)
 
 

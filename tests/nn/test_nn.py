@@ -144,7 +144,7 @@ def test_a_checkpoint_of_eight_ranks_loads_with_four_and_one():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_grouped_mm(dtype):
-    """torch's and ours, with empty groups and rows after the last one; derivatives of ours to second order."""
+    """torch's and moecomm's, with empty groups and rows after the last one; moecomm's derivatives to second order."""
     g = torch.Generator().manual_seed(0)
     ends = torch.tensor([0, 3, 3, 7])
     x, w = torch.randn(9, 16, generator=g).to(dtype), torch.randn(4, 16, 8, generator=g).to(dtype)
@@ -168,7 +168,9 @@ def test_grouped_mm(dtype):
     [("aot_eager", torch.float32), ("aot_eager", torch.bfloat16), ("inductor", torch.float32)],
 )
 def test_compiled_layer_equals_eager(backend, dtype):
-    """torch.compile(fullgraph=True, dynamic=False) in capacity mode, forward and backward, and no second compilation."""
+    """torch.compile(fullgraph=True, dynamic=False) in capacity mode, forward and backward, and no second
+    compilation.
+    """
     state = checkpoint_of(2, dtype)
     x = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(3)).to(dtype)
 
@@ -213,6 +215,7 @@ def test_compiled_layers_over_processes():
         text=True,
         timeout=120,
         env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
+        check=False,
     )
     differences = [float(d) for d in re.findall(r"differ by (\S+)", done.stdout)]
     assert done.returncode == 0 and len(differences) == 2 and max(differences) < 1e-5, (

@@ -184,7 +184,9 @@ def test_gradcheck(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_backward_moves_what_the_forward_of_the_other_moves(layout):
-    """Backward of dispatch is combine and backward of combine is dispatch on the same plan, bit for bit, bf16, two nodes."""
+    """Backward of dispatch is combine and backward of combine is dispatch on the same plan, bit for bit,
+    bf16, two nodes.
+    """
     size, experts = 4, 8
     world = random_world(size, [5, 3, 0, 7], 64, experts, 3, seed=11)
     xs, ids, weights = world
@@ -440,7 +442,7 @@ def test_async_calls_are_differentiable_and_hooks_run():
 @pytest.mark.parametrize("nodes,per_node", [(1, 2), (2, 1), (2, 2), (3, 1)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_of_some_ranks_have_their_gradients(nodes, per_node, layout):
-    """Rank 0 gives no weights: its experts' share of the other ranks' gradients travels all the same."""
+    """Rank 0 gives no weights: its experts' share of the other ranks' gradients still travels."""
     size = nodes * per_node
     world = random_world(
         size, 5, 16, 2 * size, 3 if size > 1 else 2, dtype=torch.float32, seed=13, masked=0.2

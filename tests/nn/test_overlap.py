@@ -1,4 +1,6 @@
-"""Two micro-batches through the same layers: the results of one after the other, and communication while Python computes."""
+"""Two micro-batches through the same layers: the results of one after the other, and communication while
+Python computes.
+"""
 
 import json
 import os
@@ -37,7 +39,7 @@ def plain(layers, attentions, x):
 @pytest.mark.parametrize("size,per_node", [(2, 2), (4, 2)])
 def test_two_batches_equal_one_after_the_other(size, per_node):
     def run(comm):
-        buffer, layers, attentions = make_layers(comm, 3)
+        _buffer, layers, attentions = make_layers(comm, 3)
         a, b = (torch.randn(t, HIDDEN) for t in (5 + comm.rank, 9 - 3 * comm.rank if comm.rank < 3 else 0))
         stages = [
             stage
@@ -103,7 +105,7 @@ def test_the_schedule_gives_way_when_a_batch_communicates():
 
 
 def test_communication_proceeds_while_python_computes():
-    """No rank waits, every rank computes, and the calls come to their end all the same."""
+    """No rank waits, every rank computes, and the calls still complete."""
 
     def run(comm):
         buffer = moecomm.Buffer(
@@ -183,7 +185,9 @@ def test_stages_appear_in_torch_profiler():
 
 
 def test_decode_overlaps_through_its_hooks():
-    """Attention of one micro-batch against dispatch, experts and combine of the other, several steps, equal to plain decoding."""
+    """Attention of one micro-batch against dispatch, experts and combine of the other, several steps, equal
+    to plain decoding.
+    """
 
     def run(comm):
         buffer = moecomm.Buffer(
@@ -256,6 +260,7 @@ def test_the_benchmark_verifies_what_it_times(path, tmp_path):
         text=True,
         timeout=120,
         env=dict(os.environ, PYTHONPATH=str(ROOT)),
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     record = json.loads((tmp_path / "out.json").read_text())

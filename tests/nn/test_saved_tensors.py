@@ -1,4 +1,6 @@
-"""Backward with hooks on saved tensors: copies (activation offload, compression) name the same dispatch, and hold it no longer than originals."""
+"""Backward with hooks on saved tensors: copies (activation offload, compression) name the same dispatch,
+and hold it no longer than originals.
+"""
 
 import gc
 

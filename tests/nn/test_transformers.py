@@ -28,6 +28,7 @@ def run(*command):
         text=True,
         timeout=180,
         env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1"),
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return done.stdout.strip().splitlines()[-1]
@@ -47,7 +48,9 @@ def test_gate_equals_the_router(model):
 
 @pytest.mark.parametrize("ranks,arrangement", [(2, "shared"), (4, "split")])
 def test_model_over_ranks_equals_a_single_process(model, ranks, arrangement):
-    """Logits within 1e-6 in float32, gradients of all parameters; ranks that share a batch, and ranks with batches of their own."""
+    """Logits within 1e-6 in float32, gradients of all parameters; ranks that share a batch, and ranks with
+    batches of their own.
+    """
     said = run(
         "-m",
         "torch.distributed.run",

@@ -31,14 +31,19 @@ def listening():
 
 import moecomm
 rank, folder, per_node = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=120))
+store, timeout = f"file://{folder}/store", timedelta(seconds=120)
+dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timeout)
 before = listening()
 comm = moecomm.Communicator(dist.group.WORLD, ranks_per_node=per_node, timeout=60)
 buf = moecomm.Buffer(comm, hidden=64, num_experts=4, top_k=2, max_tokens=8)
 out = buf.dispatch(torch.zeros((8, 64), dtype=torch.bfloat16), torch.tensor([[0, 2]] * 8, dtype=torch.int64))
 buf.combine(out.handle.rows, out.handle)
-maps = sorted({line.split(None, 5)[-1].strip() for line in open("/proc/self/maps") if "/SYSV" in line or "/dev/shm" in line})
-memfds = [fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}") and "memfd:moecomm" in os.readlink(f"/proc/self/fd/{fd}")]
+named = [line for line in open("/proc/self/maps") if "/SYSV" in line or "/dev/shm" in line]
+maps = sorted({line.split(None, 5)[-1].strip() for line in named})
+memfds = [
+    fd for fd in os.listdir("/proc/self/fd")
+    if os.path.exists(f"/proc/self/fd/{fd}") and "memfd:moecomm" in os.readlink(f"/proc/self/fd/{fd}")
+]
 mine, stranger = os.getpid(), None
 if os.geteuid() == 0 and memfds:   # somebody else on this host
     read, write = os.pipe()
@@ -52,8 +57,9 @@ if os.geteuid() == 0 and memfds:   # somebody else on this host
         os._exit(0)
     os.close(write)
     stranger = os.read(read, 100).decode()
-print(json.dumps(dict(ports=[a for a in listening() if a not in before], maps=maps, memfds=len(memfds), rail=comm.rail, stranger=stranger,
-                      closed=oct(os.stat("/proc/self/fd").st_mode & 0o077))), flush=True)
+ports, closed = [a for a in listening() if a not in before], oct(os.stat("/proc/self/fd").st_mode & 0o077)
+print(json.dumps(dict(ports=ports, maps=maps, memfds=len(memfds), rail=comm.rail, stranger=stranger,
+                      closed=closed)), flush=True)
 comm.barrier()
 buf.close()
 comm.close()

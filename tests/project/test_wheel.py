@@ -1,4 +1,6 @@
-"""The wheel, installed into a fresh environment that has no compiler on its path: what a user gets from a package index."""
+"""The wheel, installed into a fresh environment that has no compiler on its path: what a user gets from a
+package index.
+"""
 
 import os
 import re

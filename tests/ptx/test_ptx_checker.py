@@ -1,4 +1,6 @@
-"""tools/ptx's checker of memory order: programs that are in order pass, and each of them with one thing less does not."""
+"""tools/ptx's checker of memory order: programs that are in order pass, and each of them with one thing
+less does not.
+"""
 
 import pytest
 import torch

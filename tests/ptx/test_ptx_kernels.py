@@ -1,4 +1,6 @@
-"""The kernels that nvcc makes, on tools/ptx's machine: those of quantization here; `make ptx-check` runs the cuda world's tests over the rest."""
+"""The kernels that nvcc makes, on tools/ptx's machine: those of quantization here; `make ptx-check` runs
+the cuda world's tests over the rest.
+"""
 
 import os
 

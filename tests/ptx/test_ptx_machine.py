@@ -1,11 +1,13 @@
-"""tools/ptx's machine: what it runs, and what it must refuse. Of the kernels themselves: tests/ptx/test_ptx_kernels.py."""
+"""tools/ptx's machine: what it runs, and what it must refuse.
+
+Of the kernels themselves: tests/ptx/test_ptx_kernels.py.
+"""
 
 import pytest
 import torch
-from ptx_machine import HEAD, kernel, run, write
-
 from ptx.assembler import assemble
 from ptx.parser import PtxError, parse
+from ptx_machine import HEAD, kernel, run, write
 
 OUT = "mul.wide.u32 %rd3, %r0, 8;\nadd.s64 %rd3, %rd0, %rd3;\n"  # where a thread writes
 
@@ -170,11 +172,13 @@ def test_wrong_accesses_are_found(tmp_path, body, what):
         ("setp.lt.s32 %p1, %r0, 32;\nselp.u32 %r3, 64, 96, %p1;\nbarrier.sync 1, %r3;", "a barrier of"),
         ("barrier.sync 16, 64;", "barrier 16"),
         (
-            "and.b32 %r3, %r0, 1;\nsetp.eq.s32 %p1, %r3, 1;\n@%p1 bra $Lodd;\nbar.warp.sync 1431655765;\nshfl.sync.idx.b32 %r4|%p2, %r0, 1, 31, 1431655765;\n$Lodd:",
+            "and.b32 %r3, %r0, 1;\nsetp.eq.s32 %p1, %r3, 1;\n@%p1 bra $Lodd;\nbar.warp.sync "
+            "1431655765;\nshfl.sync.idx.b32 %r4|%p2, %r0, 1, 31, 1431655765;\n$Lodd:",
             "takes no part",
         ),
         (
-            "setp.eq.s32 %p1, %r0, 5;\n@%p1 bra $Lother;\nshfl.sync.idx.b32 %r4|%p2, %r0, 1, 31, -1;\nbra $Lend;\n$Lother:\nvote.sync.any.pred %p3, %p1, -1;\n$Lend:",
+            "setp.eq.s32 %p1, %r0, 5;\n@%p1 bra $Lother;\nshfl.sync.idx.b32 %r4|%p2, %r0, 1, 31, -1;\nbra "
+            "$Lend;\n$Lother:\nvote.sync.any.pred %p3, %p1, -1;\n$Lend:",
             "different instructions",
         ),
         ("bar.warp.sync 15;", "is no member"),

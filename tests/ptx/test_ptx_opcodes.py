@@ -8,9 +8,8 @@ from fractions import Fraction
 
 import pytest
 import torch
-from ptx_machine import kernel, library, run, write
-
 from ptx.opcodes import EXTRA, FORMS
+from ptx_machine import kernel, library, run, write
 
 LANES, BLOCKS = 32, 4
 OF_TYPE = {"16": "%rs", "32": "%r", "64": "%rd", "f32": "%f", "f64": "%fd"}
@@ -233,9 +232,10 @@ def types_of(name):
     """(type of the result, types of the sources) as names of registers."""
     parts = name.split(".")
     t = parts[-1]
-    register = lambda t: (
-        t if t in ("f32", "f64") else "16" if t in ("f16", "bf16") else str(max(16, int(t[1:])))
-    )  # noqa: E731
+
+    def register(t):
+        return t if t in ("f32", "f64") else "16" if t in ("f16", "bf16") else str(max(16, int(t[1:])))
+
     if parts[0] == "cvt":
         return register(parts[-2]), [register(t)]
     if t == "pred":
@@ -278,7 +278,8 @@ def body(name):
         elif letter == "s":
             register = f"{OF_TYPE[sources[taken]]}{5 + taken}"
             lines.append(
-                f"ld.global.{'b' + sources[taken] if sources[taken].isdigit() else sources[taken]} {register}, [%rd3+{8 * taken}];"
+                f"ld.global.{'b' + sources[taken] if sources[taken].isdigit() else sources[taken]} "
+                f"{register}, [%rd3+{8 * taken}];"
             )
             operands.append(register)
             taken += 1

@@ -1,4 +1,6 @@
-"""The order of memory of the compiled kernels: small worlds under tools/ptx's checker, whose lanes, warps and blocks run in random order."""
+"""The order of memory of the compiled kernels: small worlds under tools/ptx's checker, whose lanes, warps
+and blocks run in random order.
+"""
 
 import os
 

@@ -1,4 +1,6 @@
-"""Ranks that find each other: deaths, delays and odd arguments in every collective call become typed errors that name the rank."""
+"""Ranks that find each other: deaths, delays and odd arguments in every collective call become typed errors
+that name the rank.
+"""
 
 import contextlib
 import json
@@ -101,7 +103,9 @@ def test_ctrl_c_is_answered_and_told(processes, tmp_path):
 
 
 def test_parts(processes, tmp_path):
-    """duplicate and shrink bind to nothing of torch's, leave no descriptor or thread, and are refused where ranks disagree."""
+    """duplicate and shrink bind to nothing of torch's, leave no descriptor or thread, and are refused where
+    ranks disagree.
+    """
     everyone = run(processes, tmp_path, 4, joining.parts)
     for rank, seen in enumerate(everyone):
         before, after = seen["held"]
@@ -421,12 +425,14 @@ def free_port():
         (
             {"RANK": "{rank}", "WORLD_SIZE": "2"},
             False,
-            "would be alone in what looks like a launched job: RANK and WORLD_SIZE .* MASTER_ADDR and MASTER_PORT cannot be known",
+            "would be alone in what looks like a launched job: RANK and WORLD_SIZE .* MASTER_ADDR and "
+            "MASTER_PORT cannot be known",
         ),
         (
             {**ENV, "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"},
             True,
-            r"default group.*rank \d of 2.* and OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_SIZE .*rank 0 of 4.* contradict",
+            r"default group.*rank \d of 2.* and OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_SIZE .*rank 0 of "
+            r"4.* contradict",
         ),
         (
             {**ENV, "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0", "MOECOMM_GROUP": "torch"},
@@ -532,7 +538,10 @@ def test_a_mesh_of_devices(tmp_path):
 
 
 def test_two_pid_namespaces(tmp_path):
-    """Process numbers of one mean nothing in the other: such ranks are two nodes. Were they taken for one, the window's nonce would tell."""
+    """Process numbers of one mean nothing in the other: such ranks are two nodes.
+
+    Were they taken for one, the window's nonce would tell.
+    """
     unshare = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
     try:
         possible = subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode == 0

@@ -23,7 +23,10 @@ def test_hello_by_mpirun():
 
 
 def test_mpi_may_be_imported_first(tmp_path):
-    """Open MPI brings a UCX of its own, and a process has room for one: whoever is imported first. The rail runs on either."""
+    """Open MPI brings a UCX of its own, and a process has room for one: whoever is imported first.
+
+    The rail runs on either.
+    """
     late = tmp_path / "late.py"
     late.write_text(
         "from mpi4py import MPI\nimport runpy\nassert MPI.COMM_WORLD.size == 4\n"
@@ -44,11 +47,14 @@ def test_cases_by_torchrun():
 
 
 def test_a_world_makes_no_group_of_torch(tmp_path):
-    """Threads of such a group abort the process when they let go of a tensor while the interpreter ends; and the caller may want to make the group itself."""
+    """Threads of such a group abort the process when they let go of a tensor while the interpreter ends;
+    and the caller may want to make the group itself.
+    """
     worker = tmp_path / "worker.py"
     worker.write_text(
         "import os, torch, moecomm\n"
-        "def gloo(): return [n for t in os.listdir('/proc/self/task') if 'gloo' in (n := open(f'/proc/self/task/{t}/comm').read())]\n"
+        "def gloo(): return [n for t in os.listdir('/proc/self/task') if 'gloo' in (n := "
+        "open(f'/proc/self/task/{t}/comm').read())]\n"
         "with moecomm.Communicator() as comm:\n"
         "    buf = moecomm.Buffer(comm, hidden=8, num_experts=2, top_k=1, max_tokens=2)\n"
         "    out = buf.dispatch(torch.ones(2, 8, requires_grad=True).bfloat16(), torch.tensor([[0], [1]]))\n"

@@ -1,4 +1,6 @@
-"""One rank refuses a collective call and goes on: every rank gets a typed error in that very call, and the next ones are right."""
+"""One rank refuses a collective call and goes on: every rank gets a typed error in that very call, and the
+next ones are right.
+"""
 
 import json
 import threading
@@ -98,7 +100,9 @@ def test_processes(processes, tmp_path, nodes, per_node, odd):
 
 @pytest.mark.parametrize("nodes,per_node", [(1, 2), (2, 1)])
 def test_a_hook_that_is_left_out_does_not_hide_the_next_step(nodes, per_node):
-    """A rank may call its hook late, or not at all: the hook tells what the refused step has come to, and the next step is in step."""
+    """A rank may call its hook late, or not at all: the hook tells what the refused step has come to, and
+    the next step is in step.
+    """
 
     def main(comm):
         step = Step(comm)
@@ -209,7 +213,9 @@ def test_a_gpu_s_calls_that_all_ranks_refuse(emulated):  # noqa: F811
 @pytest.mark.parametrize("verb", ["combine", "redispatch", "decode_dispatch", "decode_combine"])
 @pytest.mark.parametrize("nodes,per_node,odd", [(1, 2, 0), (2, 2, 3)])
 def test_a_gpu_s_other_calls_end_where_one_is_refused(verb, nodes, per_node, odd, emulated):  # noqa: F811
-    """No host waits for them: the refusing rank raises its error, the others learn of it in a later call, and none is out of step unseen."""
+    """No host waits for them: the refusing rank raises its error, the others learn of it in a later call,
+    and none is out of step unseen.
+    """
     meeting = threading.Barrier(nodes * per_node)
 
     def main(comm):

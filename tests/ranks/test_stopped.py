@@ -1,4 +1,6 @@
-"""A rank that is stopped for longer than the timeout and continued: it says that it was the late one, and its process lives on."""
+"""A rank that is stopped for longer than the timeout and continued: it says that it was the late one, and
+its process lives on.
+"""
 
 import json
 import os

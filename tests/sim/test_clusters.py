@@ -26,7 +26,7 @@ def test_wrong_tables(tmp_path):
         clusters.load("nonsuch")
     file = tmp_path / "mine.toml"
     file.write_text("ranks_per_node = 4\n[hardware]\nrail_rat = 3.0\n")
-    with pytest.raises(moecomm.InvalidArgument, match="rail_rat.*expected"):
+    with pytest.raises(moecomm.InvalidArgument, match=r"rail_rat.*expected"):
         clusters.load(file)
     file.write_text("ranks_per_node = 4\n[hardware]\nrail_rate = 3.0\n")
     assert clusters.load(file).hardware.rail_rate == 3.0

@@ -1,4 +1,6 @@
-"""Command lines: an odd number, path or name ends with status 2 and one line that says which option and what was expected."""
+"""Command lines: an odd number, path or name ends with status 2 and one line that says which option and
+what was expected.
+"""
 
 import argparse
 import importlib
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from odd_values import EVERY, label
 
 import bench.__main__
 import moecomm
@@ -16,7 +19,6 @@ from bench.cases import Case
 from moecomm import __main__ as command
 from moecomm import clusters, options, presets
 from moecomm.planner.question import ask
-from odd_values import EVERY, label
 
 COMMANDS = [("moecomm", name, module) for name, (module, _) in command.COMMANDS.items() if module] + [
     ("bench", name, module) for name, (module, _) in bench.__main__.COMMANDS.items()
@@ -38,10 +40,12 @@ def actions(module, name):
     return parser, [a for a in parser._actions if not isinstance(a, argparse._HelpAction) and a.nargs != 0]
 
 
-@pytest.mark.parametrize("where,name,module", COMMANDS, ids=lambda v: str(v))
+@pytest.mark.parametrize("where,name,module", COMMANDS, ids=str)
 def test_every_option_checks_its_value(where, name, module, capsys):
-    """Whatever takes a value has a type of moecomm.options, or choices; and what is no such value is refused by the option's name."""
-    parser, found = actions(module, name)
+    """Whatever takes a value has a type of moecomm.options, or choices; and what is no such value is
+    refused by the option's name.
+    """
+    _parser, found = actions(module, name)
     for action in found:
         option = action.option_strings[-1] if action.option_strings else action.dest
         if option in FREE:
@@ -157,7 +161,9 @@ def test_odd_lines(where, line, expected, tmp_path, capsys):
 
 
 def test_permissions():
-    """A folder that may not be written to, a file that may not be read; as nobody, where root runs the tests: root may do everything."""
+    """A folder that may not be written to, a file that may not be read; as nobody, where root runs the
+    tests: root may do everything.
+    """
     home = tempfile.TemporaryDirectory()  # pytest's own folders are closed to nobody
     tmp_path = Path(home.name)
     tmp_path.chmod(0o755)
@@ -255,7 +261,7 @@ def test_odd_questions(argument):
     [
         clusters.load,
         presets.shape_of,
-        lambda v: moecomm.record.load(v),
+        moecomm.record.load,
         lambda v: clusters.Hardware(put=v),
         lambda v: clusters.Hardware(rail_rate=v),
     ],

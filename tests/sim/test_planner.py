@@ -188,7 +188,9 @@ def answer(process):
 
 @pytest.mark.parametrize("routing", ["zipf", "recorded"])
 def test_command_line(tmp_path, routing):
-    """JSON that parses and nothing beside it, a page that loads nothing, the bound on a step; no progress bar where nobody looks."""
+    """JSON that parses and nothing beside it, a page that loads nothing, the bound on a step; no progress
+    bar where nobody looks.
+    """
     if routing == "recorded":
         recorded(tmp_path / "trace")
         routing = str(tmp_path / "trace")
@@ -271,6 +273,7 @@ def test_the_docs_say_what_the_planner_says(ranks, tokens):
     else:
         said = [
             f"| slowest rank | {p.dispatch_slowest_us / 1e3:.2f} ms | {p.combine_slowest_us / 1e3:.2f} ms |",
-            f"busy {p.hottest_share:.0%} of the step: {p.rail_bytes / 1e6:.0f} MB leave a rank over it, {p.node_bytes / 1e6:.0f} MB over NVLink",
+            f"busy {p.hottest_share:.0%} of the step: {p.rail_bytes / 1e6:.0f} MB leave a rank over it, "
+            f"{p.node_bytes / 1e6:.0f} MB over NVLink",
         ]
     assert [line for line in said if line not in text] == []

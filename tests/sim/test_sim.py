@@ -1,5 +1,6 @@
 """The sim world: equal to the oracle with payload, equal to the cpu world in what it counts."""
 
+import itertools
 import json
 import re
 import time
@@ -61,7 +62,9 @@ def test_equals_oracle(nodes, per_node, layout, seed):
 @pytest.mark.parametrize("nodes,per_node", [(1, 3), (3, 2), (2, 4)])
 @pytest.mark.parametrize("payload", [True, False])
 def test_counts_equal_cpu_world(nodes, per_node, payload):
-    """Rows and bytes per hop: what crosses the modelled links is what the protocol says, and what the cpu world counts."""
+    """Rows and bytes per hop: what crosses the modelled links is what the protocol says, and what the cpu
+    world counts.
+    """
     size = nodes * per_node
     world = random_world(size, [3 + 5 * r % 11 for r in range(size)], 64, 4 * size, 4, seed=7)
     xs, ids, weights = world
@@ -212,7 +215,9 @@ def test_links_are_shared_fairly():
 
 
 def test_as_many_roles_as_gpus_have():
-    """39,600 roles that wait at once, as in a plan for all of an H100's SMs: their stacks share mappings, of which Linux gives a process 65,530."""
+    """39,600 roles that wait at once, as in a plan for all of an H100's SMs: their stacks share mappings,
+    of which Linux gives a process 65,530.
+    """
 
     def mappings():
         return Path("/proc/self/maps").read_text().count("\n")
@@ -260,13 +265,17 @@ def test_exploration_finds_nothing():
 
 
 def test_refused_call_is_over_for_every_gateway():
-    """A program that once failed: a gateway with room forwarded rows of a refused call to a rank that had left it on another gateway's word."""
+    """A program that once failed: a gateway with room forwarded rows of a refused call to a rank that had
+    left it on another gateway's word.
+    """
     found = explore.explore_world(explore.random_world(102397, "dispatch"), 1000)
     assert not found["found"], explore.report(found)
 
 
 def test_refused_choice_leaves_no_put_behind():
-    """A program that fails where a refused exchange does not wait for its puts: the next call's announcement arrives first, and stands for this one's."""
+    """A program that fails where a refused exchange does not wait for its puts: the next call's
+    announcement arrives first, and stands for this one's.
+    """
     found = explore.explore_world(explore.random_world(500201, "choice"), 1000)
     assert not found["found"], explore.report(found)
 
@@ -295,7 +304,9 @@ def test_exploration_finds(name, flaw, phase, kind):
     ],
 )
 def test_a_finding_is_shrunk(name):
-    """A smaller world with a shorter trace, which fails again from what the report says: its seed, its trace, who waits for whom."""
+    """A smaller world with a shorter trace, which fails again from what the report says: its seed, its
+    trace, who waits for whom.
+    """
     _, flaw, phase, kind = next(m for m in explore.MUTATIONS if m[0] == name)
     _, found = explore.find_mutation(flaw, phase, kind)
     small = explore.shrink(found, flaw=flaw, phase=phase)
@@ -394,7 +405,7 @@ def test_timelines_have_the_same_roles(tmp_path, decode):
             (e for e in events if e["ph"] == "X"), key=lambda e: (e["pid"], e["tid"], e["ts"], -e["dur"])
         )
         assert min(e["ts"] for e in slices) == 0 and all(e["dur"] >= 0 for e in slices)
-        for a, b in zip(slices, slices[1:]):
+        for a, b in itertools.pairwise(slices):
             if (a["pid"], a["tid"]) == (b["pid"], b["tid"]):
                 inside, behind = (
                     b["ts"] + b["dur"] <= a["ts"] + a["dur"] + 1e-6,
@@ -425,7 +436,10 @@ def spread(ranks, tokens, top_k, experts):
     ],
 )
 def test_predictions_stay_to_the_picosecond(decode, lead_ns, sum_of_ends):
-    """What makes the simulator faster must not change what it says. A change of the model or of the protocol may: then these sums are new."""
+    """What makes the simulator faster must not change what it says.
+
+    A change of the model or of the protocol may: then these sums are new.
+    """
     c = sim.Cluster(
         48, ranks_per_node=8, hidden=7168, num_experts=320 // 48 * 48, top_k=8, max_tokens=64, decode=decode
     )

@@ -135,7 +135,7 @@ def payload_of(case, round):
 
 def arriving(case, payload):
     """The same as it arrives: rows that are quantized on their way are FP8 rows."""
-    xs, scales, weights = payload
+    xs, _scales, weights = payload
     if case.quant is None:
         return payload
     coded = [reference_quant.quantize(x, scale="ue8m0" if case.quant == "fp8_ue8m0" else "f32") for x in xs]
@@ -156,7 +156,10 @@ def expert_rows(want, case, round):
 
 
 def check_case(comm, case, rounds=2):
-    """Run the case on this rank and compare everything with the oracle. Returns the bits: out.x and y of every round."""
+    """Run the case on this rank and compare everything with the oracle.
+
+    Returns the bits: out.x and y of every round.
+    """
     ids = routing_of(case)
     first = arriving(case, payload_of(case, 0))
     options = dict(num_experts=case.num_experts, layout=case.layout, expert_alignment=case.alignment)

@@ -86,7 +86,9 @@ def megatron_deepep(rank, size):
 
 
 def megatron_hybridep(rank, size):
-    """Megatron's fused_a2a over HybridEPBuffer, with and without a budget of rows, and with more tokens than at first."""
+    """Megatron's fused_a2a over HybridEPBuffer, with and without a budget of rows, and with more tokens
+    than at first.
+    """
     from megatron.core.transformer.moe import fused_a2a
 
     problem, worst = Problem(size, torch.float64), 0.0
@@ -142,7 +144,9 @@ def torchtitan_v2(rank, size):
 
 
 def megatron_layer(rank, size):
-    """Megatron's MoELayer by its flex dispatcher over both interfaces, against its own allgather on gloo: output and all gradients."""
+    """Megatron's MoELayer by its flex dispatcher over both interfaces, against its own allgather on gloo:
+    output and all gradients.
+    """
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.moe import moe_utils
@@ -219,7 +223,9 @@ def one_rank(client, rank, size, folder):
 
 
 def over_ranks(client, size, folder):
-    """The largest difference on any of the ranks, which are forked; None where one failed, which tells why on stderr."""
+    """The largest difference on any of the ranks, which are forked; None where one failed, which tells why
+    on stderr.
+    """
     os.mkdir(folder)
     ranks = []
     for rank in range(size):
@@ -229,7 +235,7 @@ def over_ranks(client, size, folder):
             try:
                 one_rank(client, rank, size, folder)
                 status = 0
-            except BaseException:  # noqa: BLE001 - told, and the process ends here
+            except BaseException:
                 traceback.print_exc()
             sys.stderr.flush()
             os._exit(status)

@@ -1,4 +1,7 @@
-"""A compiled MoE layer on several ranks: run by test_nn.py under mpirun. Prints on every rank how far it is from eager."""
+"""A compiled MoE layer on several ranks: run by test_nn.py under mpirun.
+
+Prints on every rank how far it is from eager.
+"""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""One decode step on one rank against the oracle, bit for bit; for rank threads and processes alike."""
+"""One decode step on one rank against the oracle, bit for bit; for rank threads and for processes."""
 
 from __future__ import annotations
 

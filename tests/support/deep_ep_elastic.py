@@ -133,7 +133,7 @@ def check_expanded(buffer, rank, size, xs, ids, weights, experts, most, sync):
         recv_x[:n].view(torch.uint8), pick([v.view(torch.uint8) for v in fp8], rows), "expanded recv_x"
     )
     assert_same(recv_sf[:n].contiguous(), pick(sf, rows), "expanded scales")
-    assert recv_sf.stride()[0] == 1 and recv_sf.stride(1) * 4 % 16 == 0 or not len(recv_sf)
+    assert (recv_sf.stride()[0] == 1 and recv_sf.stride(1) * 4 % 16 == 0) or not len(recv_sf)
     assert recv_weights[:n].tolist() == [float(weights[r[0]][r[1], r[2]]) if r else 0.0 for r in rows]
     padded = [-(-c // 8) * 8 for c in counts]
     assert (

@@ -11,7 +11,9 @@ from moecomm.integrations import deep_ep
 
 
 def check(group, rank, size, nodes=1):
-    """Both dispatches by ids and by maps, budgets and overflow, cached plans, FP8 rows, combine and what comes back of the probabilities."""
+    """Both dispatches by ids and by maps, budgets and overflow, cached plans, FP8 rows, combine and what
+    comes back of the probabilities.
+    """
     experts, local, most = 4 * size, 4, 20
     per_node = local * size // nodes
     buffer = deep_ep.HybridEPBuffer(group, 128, most, local, num_sms_preprocessing_api=108)

@@ -1,4 +1,6 @@
-"""deep_ep's contract in slow and obvious torch, and what one rank of its tests does; run by rank threads and by processes."""
+"""deep_ep's contract in slow and obvious torch, and what one rank of its tests does; run by rank threads
+and by processes.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,9 @@ def layout_and_dispatch(buffer, x, ids, weights, num_experts, **more):
 
 
 def check_normal(group, rank, size, nodes=1):
-    """Every result of layout, dispatch and combine on random worlds with skew, empty ranks, -1, growth, FP8, bytes and cached plans."""
+    """Every result of layout, dispatch and combine on random worlds with skew, empty ranks, -1, growth,
+    FP8, bytes and cached plans.
+    """
     buffer = deep_ep.Buffer(group, 1 << 20, 0)
     for seed, tokens, dtype, experts, k in (
         (0, 5, torch.bfloat16, 8, 3),

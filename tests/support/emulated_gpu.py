@@ -1,13 +1,16 @@
-"""A GPU that is not there: the cuda world's extension over emulated memory, streams and lanes, and the part of torch.cuda that
-moecomm uses. Its tensors lie on the CPU; everything else is the cuda world: its Python, its runtime, its kernels' own text.
+"""A GPU that is not there: the cuda world's extension over emulated memory, streams and lanes, and the part
+of torch.cuda that moecomm uses. Its tensors lie on the CPU; everything else is the cuda world: its Python,
+its runtime, its kernels' own text.
 
-A kernel runs while it is launched, every lane a fiber of the launching rank's thread, so a stream is at its end whenever Python
-has it, unless it is captured. What only a GPU does (the order of memory, streams that run by themselves) is not here.
+A kernel runs while it is launched, every lane a fiber of the launching rank's thread, so a stream is at its
+end whenever Python has it, unless it is captured. What only a GPU does (the order of memory, streams that
+run by themselves) is not here.
 
     python tests/support/emulated_gpu.py      builds it, into build/emulated
 
-With EMULATED_KERNELS=ptx in the environment the kernels are what nvcc has made of that text, run by tools/ptx: with EMULATED_SEED=n under
-a random schedule, with EMULATED_ORDER=1 under its checker of memory order (docs/ptx.md).
+With EMULATED_KERNELS=ptx in the environment the kernels are what nvcc has made of that text, run by
+tools/ptx: with EMULATED_SEED=n under a random schedule, with EMULATED_ORDER=1 under its checker of memory
+order (docs/ptx.md).
 """
 
 import contextlib
@@ -110,7 +113,7 @@ def build():
             running.append(subprocess.Popen(command, cwd=ROOT))
     if PTX:
         objects += ptx_build().objects()
-    assert not any([p.wait() for p in running])
+    assert not any(p.wait() for p in running)
     if not is_fresh(library, objects):
         subprocess.run(
             [
@@ -316,7 +319,9 @@ def install(
         senders=min(1, traffic.nodes - 1),
     ),
 ):
-    """Put the GPU in place, by a pytest.MonkeyPatch; `spread` chooses plans: few warps, since all of them are fibers."""
+    """Put the GPU in place, by a pytest.MonkeyPatch; `spread` chooses plans: few warps, since all of them
+    are fibers.
+    """
     gpu = the_gpu()
     construct = Communicator.__init__
 

@@ -1,4 +1,6 @@
-"""What one rank of the two-host tests does, in a process of its own inside a network namespace (see test_two_hosts.py)."""
+"""What one rank of the two-host tests does, in a process of its own inside a network namespace (see
+test_two_hosts.py).
+"""
 
 from __future__ import annotations
 

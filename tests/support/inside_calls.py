@@ -1,4 +1,6 @@
-"""Ranks whose user code runs in the middle of a call: signal handlers, other threads, finalizers (see test_inside_calls.py)."""
+"""Ranks whose user code runs in the middle of a call: signal handlers, other threads, finalizers (see
+test_inside_calls.py).
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ class World:
         assert torch.equal(self.buf.dispatch(self.x, self.ids, async_op=True).wait().x, self.rows)
 
     def meet(self, verb, interrupt=None, thread=False):
-        """The verb, to which rank 1 comes late; interrupt() runs meanwhile on rank 0, in a signal handler or a thread."""
+        """The verb, to which rank 1 comes late; interrupt() runs meanwhile on rank 0, in a signal handler
+        or a thread.
+        """
         self.comm.barrier()
         if self.rank == 1:
             time.sleep(LATE)
@@ -104,7 +108,7 @@ def attempts(world, refused):
         try:
             call()
             refused.append([what, None])
-        except BaseException as error:  # noqa: BLE001 - the parent judges
+        except BaseException as error:
             refused.append([what, describe(error)])
 
 
@@ -141,7 +145,9 @@ def windows():
 
 
 def close(world, verb, thread, everything):
-    """The buffer (and the communicator) is closed in the middle of a call: that call has its result, and the next one is refused."""
+    """The buffer (and the communicator) is closed in the middle of a call: that call has its result, and
+    the next one is refused.
+    """
     seen = {"before": windows()}
 
     def interrupt():

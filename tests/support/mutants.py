@@ -1,4 +1,6 @@
-"""Damaged recordings and cluster tables, by seed: bit flips, truncations, swapped and odd fields, huge counts, wrong types."""
+"""Damaged recordings and cluster tables, by seed: bit flips, truncations, swapped and odd fields, huge
+counts, wrong types.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,9 @@ import math
 import shutil
 
 import numpy as np
+from worlds import random_world
 
 import moecomm
-from worlds import random_world
 
 SIZE, HIDDEN, EXPERTS, TOP_K = 2, 64, 8, 2
 INTEGERS = (-1, 0, 1, 2, 7, 100, -(2**31), 2**31 - 1, 2**40, 2**62, 2**63 - 1, -(2**63))
@@ -78,20 +80,20 @@ def good_recording(folder):
 
 
 def damage(folder, rng):
-    """Change one thing in a recording's folder, in one file or alike in those of all ranks; returns what, in words."""
+    """Make one change in one file of a recording, or the same in those of all ranks; returns a description."""
     files = sorted(f for f in folder.glob("rank-*.npz") if f.is_file())
     if not files:
         return "nothing is left"
     file = rng.choice(files)
     kind = rng.choice(["raw", "calls", "calls", "calls", "array", "array", "header", "header", "claim"])
-    alike = [file]
+    changed = [file]
     if kind in ("calls", "array", "header") and rng.random() < 0.5:  # what each rank by itself believes
-        alike = files if kind == "header" else [f for f in files if f.name[-8:] == file.name[-8:]]
+        changed = files if kind == "header" else [f for f in files if f.name[-8:] == file.name[-8:]]
     state, what = rng.getstate(), ""
-    for one in alike:
+    for one in changed:
         rng.setstate(state)
         what = _damage_one(one, kind, files, rng)
-    return f"{file.name if len(alike) == 1 else 'all'}: {what}"
+    return f"{file.name if len(changed) == 1 else 'all'}: {what}"
 
 
 def _damage_one(file, kind, files, rng):

@@ -1,7 +1,9 @@
-"""Feeds damaged recordings or cluster tables to everything that reads them: argv: kind, first seed, number, a folder to work in.
+"""Feeds damaged recordings or cluster tables to everything that reads them: argv: kind, first seed, number,
+a folder to work in.
 
-Prints what each mutant is before it is tried, so that the last line names the one that killed the process. An alarm ends what
-does not end; anything but success and a typed error that names the file is a traceback and a failure.
+Prints what each mutant is before it is tried, so that the last line names the one that killed the process.
+An alarm ends what does not end; anything but success and a typed error that names the file is a traceback
+and a failure.
 """
 
 import contextlib

@@ -1,4 +1,6 @@
-"""Values that nobody should pass, for every check of an argument: each must be refused by a typed error that names it."""
+"""Values that nobody should pass, for every check of an argument: each must be refused by a typed error
+that names it.
+"""
 
 import math
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
-from ptx import build  # noqa: E402
-from ptx.assembler import assemble  # noqa: E402
-from ptx.parser import parse  # noqa: E402
+from ptx import build
+from ptx.assembler import assemble
+from ptx.parser import parse
 
 HEAD = ".version 9.0\n.target sm_90\n.address_size 64\n.extern .shared .align 128 .b8 stage[];\n"
 REGISTERS = """.reg .pred %p<20>;
@@ -34,7 +34,8 @@ def kernel(name, body, parameters=2):
     heads = ",\n".join(f".param .u64 {name}_param_{k}" for k in range(parameters))
     loads = "".join(f"ld.param.u64 %rd{k}, [{name}_param_{k}];\n" for k in range(parameters))
     return (
-        f".visible .entry {name}(\n{heads}\n)\n{{\n{REGISTERS}{loads}mov.u32 %r0, %tid.x;\nmov.u32 %r1, %ctaid.x;\nmov.u32 %r2, %ntid.x;\n"
+        f".visible .entry {name}(\n{heads}\n)\n{{\n{REGISTERS}{loads}"
+        "mov.u32 %r0, %tid.x;\nmov.u32 %r1, %ctaid.x;\nmov.u32 %r2, %ntid.x;\n"
         f"mad.lo.u32 %r0, %r1, %r2, %r0;\n{body}\nret;\n}}\n"
     )
 

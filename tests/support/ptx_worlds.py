@@ -1,4 +1,6 @@
-"""Small worlds of the cuda world for tools/ptx's checker: every role of every kernel, two blocks a rank, rows longer than a stage."""
+"""Small worlds of the cuda world for tools/ptx's checker: every role of every kernel, two blocks a rank,
+rows longer than a stage.
+"""
 
 import contextlib
 import ctypes
@@ -17,8 +19,8 @@ HIDDEN = 512
 
 
 def spread(hardware, traffic):
-    """Two blocks, so that the scope of a block is not that of a GPU; two warps, so that squads have barriers; short stages, so that a row fills them
-    several times."""
+    """Two blocks, so that the scope of a block is not that of a GPU; two warps, so that squads have
+    barriers; short stages, so that a row fills them several times."""
     return tuning.replace(
         tuning.choose_plan(hardware, traffic, 2),
         num_sms=2,
@@ -72,7 +74,7 @@ def run(name, seed, gpu, timeout=20.0):
     try:
         moecomm.run_local(main, nodes * per_node, ranks_per_node=per_node, device="cuda:0", timeout=timeout)
         return None
-    except Exception as e:  # noqa: BLE001 - whatever it is, it has been found
+    except Exception as e:
         return str(e) or type(e).__name__
     finally:
         gpu.calls.ptx_check(False)

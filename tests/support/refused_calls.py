@@ -1,4 +1,4 @@
-"""Calls that one rank of a world refuses, and what every rank must see; for rank threads and processes alike."""
+"""Calls that one rank of a world refuses, and what every rank must see; for rank threads and for processes."""
 
 from __future__ import annotations
 
@@ -242,11 +242,14 @@ def refused_decode_dispatch(step, name, refusing):
     """One wrong decode_dispatch of this name, while the others' is right, hook included."""
     wrong, why = _wrong_decode_dispatches(step)[name]
     x, ids, _ = (part[step.comm.rank] for part in step.world)
-    refuse(step, wrong, lambda: step.buf.decode_dispatch(x, ids, quant=None)[1](), refusing, why)
+    refuse(step, wrong, step.buf.decode_dispatch(x, ids, quant=None)[1], refusing, why)
 
 
 def refused_decode_combine(step, name, refusing):
-    """One wrong decode_combine of this name, while the others' is right, hook included. All ranks have tokens for all."""
+    """One wrong decode_combine of this name, while the others' is right, hook included.
+
+    All ranks have tokens for all.
+    """
     rank, size = step.comm.rank, step.comm.size
     x, _, weights = step.next_inputs()
     ids = (
@@ -261,7 +264,7 @@ def refused_decode_combine(step, name, refusing):
     refuse(
         step,
         wrong,
-        lambda: step.buf.decode_combine(recv.handle.rows, ids[rank], weights, recv.handle)[1](),
+        step.buf.decode_combine(recv.handle.rows, ids[rank], weights, recv.handle)[1],
         refusing,
         why,
     )

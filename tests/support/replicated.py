@@ -1,4 +1,6 @@
-"""What one rank of a test with replicated experts and a killed rank does, in a process of its own (see test_balance_lost_rank.py)."""
+"""What one rank of a test with replicated experts and a killed rank does, in a process of its own (see
+test_balance_lost_rank.py).
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,10 @@ SIZE, VICTIM, TIMEOUT, PAUSE = 4, 1, 2.0, 1.0
 
 
 def main(folder, rank, per_node, moment, environment):
-    """Round trips until the parent stops the victim: busy ones, one that the victim waits in, or none. Writes FOLDER/RANK.json."""
+    """Round trips until the parent stops the victim: busy ones, one that the victim waits in, or none.
+
+    Writes FOLDER/RANK.json.
+    """
     os.environ.update(environment)
     folder = Path(folder)
     comm = moecomm.Communicator(join(folder, "first", rank, SIZE), ranks_per_node=per_node, timeout=TIMEOUT)

@@ -1,6 +1,7 @@
 """A tiny DeepseekV3 in one process or over ranks: run by test_transformers.py with the Python that has transformers.
 
-python transformers_worker.py single FOLDER            makes the model, its logits and gradients, and routers to compare with
+python transformers_worker.py single FOLDER            makes the model, its logits and gradients, and
+                                                       routers to compare with
 torchrun ... transformers_worker.py shared|split FOLDER   the same model over ranks: prints the largest differences
 """
 
@@ -139,7 +140,8 @@ def distributed(arrangement, folder):
         print(f"logits {max(w[0] for w in worst):.3e} grads {max(w[1] for w in worst):.3e} of {scale:.3e}")
     integration.close()
     dist.destroy_process_group()
-    # Caches of DTensor keep torch's groups, and gloo's threads with them: one that still held a tensor would abort the interpreter's end.
+    # Caches of DTensor keep torch's groups, and gloo's threads with them: one that still held a tensor
+    # would abort the interpreter's end.
     sys.stdout.flush()
     os._exit(0)
 

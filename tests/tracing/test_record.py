@@ -156,7 +156,7 @@ def main(comm):
     os.kill(os.getpid(), 9)
 moecomm.run_local(main, 2)
 """
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     ranks = record.load(tmp_path)
     assert [len(r.calls) for r in ranks] == [4, 4] and [len(r.ids) for r in ranks] == [2, 2]
     assert not list(tmp_path.glob("*.partial"))
@@ -165,7 +165,9 @@ moecomm.run_local(main, 2)
 
 @pytest.fixture
 def decode_recording(tmp_path):
-    """Decode steps: weights that travel and that do not, a receive phase left out, the phases of two steps interleaved."""
+    """Decode steps: weights that travel and that do not, a receive phase left out, the phases of two steps
+    interleaved.
+    """
 
     def main(comm):
         r = comm.rank
@@ -183,7 +185,7 @@ def decode_recording(tmp_path):
         second, hook = buf.decode_dispatch(x, ids, topk_weights=weights, quant="fp8_ue8m0")
         finish()
         hook()
-        third, hook = buf.decode_dispatch(x, ids, quant=None)
+        _third, hook = buf.decode_dispatch(x, ids, quant=None)
         _, finish = buf.decode_combine(
             second.handle.rows, ids, None, second.handle
         )  # of the dispatch before the last
@@ -258,10 +260,10 @@ def test_decode_replay_moves_the_same(decode_recording, world, capsys):
 
 
 def test_errors(tmp_path):
-    with pytest.raises(moecomm.InvalidArgument, match="recording: .*holds no rank"):
+    with pytest.raises(moecomm.InvalidArgument, match=r"recording: .*holds no rank"):
         record.load(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(moecomm.InvalidArgument, match="record is .*expected a folder"):
+    with pytest.raises(moecomm.InvalidArgument, match=r"record is .*expected a folder"):
         moecomm.Buffer(
             moecomm.Communicator(), hidden=64, num_experts=4, top_k=2, max_tokens=4, record=tmp_path / "file"
         )

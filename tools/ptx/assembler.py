@@ -1,12 +1,14 @@
 """Functions of instructions to the text that the machine loads: names have become places.
 
-A register becomes a slot of the warp's file: one that lives inside a basic block shares it with others, since most do. A constant
-becomes a slot that is filled once. Predicates have a file of their own. No function calls itself, so every function's registers
-and parameters have places of their own, and a call needs no stack but of return addresses.
+A register becomes a slot of the warp's file: one that lives inside a basic block shares it with others,
+since most do. A constant becomes a slot that is filled once. Predicates have a file of their own. No
+function calls itself, so every function's registers and parameters have places of their own, and a call
+needs no stack but of return addresses.
 """
 
 import re
 import struct
+from itertools import chain
 
 from .opcodes import FORMS, ORDERS, SCOPES
 from .parser import Instruction, Label, PtxError
@@ -36,7 +38,7 @@ class Assembler:
                 self.shared_bytes = -(-self.shared_bytes // v.align) * v.align
                 self.places[v.name] = self.shared_bytes
 
-    # -- places --------------------------------------------------------------------------------------------------------------
+    # -- places ----------------------------------------------------------------------------------------------
 
     def lay_out(self, variables):
         """Places in every lane's memory of parameters; {name: offset}."""
@@ -65,7 +67,7 @@ class Assembler:
             raise PtxError(line, f"an operand that is no register, number or shared variable: {text!r}")
         return self.constants.setdefault(bits, -2 - len(self.constants))
 
-    # -- functions -----------------------------------------------------------------------------------------------------------
+    # -- functions -------------------------------------------------------------------------------------------
 
     def assemble(self):
         """The machine's text."""
@@ -142,7 +144,7 @@ class Body:
                 raise PtxError(line, f"an unknown label: {label!r}")
             row[11] = self.labels[label]
 
-    # -- registers -----------------------------------------------------------------------------------------------------------
+    # -- registers -------------------------------------------------------------------------------------------
 
     def mentions(self, i):
         """(registers read, registers written) by an instruction."""
@@ -177,13 +179,13 @@ class Body:
         last = {}
         for at, item in enumerate(self.f.body):
             if isinstance(item, Instruction):
-                for name in sum(self.mentions(item), []):
+                for name in chain.from_iterable(self.mentions(item)):
                     last[name] = at
         free = {True: [], False: []}
         for at, item in enumerate(self.f.body):
             if not isinstance(item, Instruction):
                 continue
-            names = dict.fromkeys(sum(self.mentions(item), []))
+            names = dict.fromkeys(chain.from_iterable(self.mentions(item)))
             for name in names:
                 is_pred = self.kind(name, item.line) == "pred"
                 table = self.pred_of if is_pred else self.slot_of
@@ -202,7 +204,7 @@ class Body:
                     is_pred = name in self.pred_of
                     free[is_pred].append((self.pred_of if is_pred else self.slot_of)[name])
 
-    # -- instructions ----------------------------------------------------------------------------------------------------------
+    # -- instructions ----------------------------------------------------------------------------------------
 
     def form(self, i):
         """What runs an instruction.

@@ -1,6 +1,8 @@
-"""PTX of the kernels, its translation, and the cuda world's extension over them. Made again only where something has changed.
+"""PTX of the kernels, its translation, and the cuda world's extension over them. Made again only where
+something has changed.
 
-nvcc compiles a kernel's source once: its PTX is run, and its host code launches it. The translation is kept by the PTX's hash.
+nvcc compiles a kernel's source once: its PTX is run, and its host code launches it. The translation is kept
+by the PTX's hash.
 """
 
 import hashlib
@@ -56,7 +58,8 @@ def why_not():
     return (
         None
         if nvcc()
-        else "no nvcc: neither on PATH, nor in CUDA_HOME, nor as wheels (pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl)"
+        else "no nvcc: neither on PATH, nor in CUDA_HOME, nor as wheels "
+        "(pip install nvidia-cuda-nvcc nvidia-cuda-runtime nvidia-cuda-crt nvidia-cuda-cccl)"
     )
 
 
@@ -160,7 +163,7 @@ def compiled(sources):
                 cwd=ROOT,
             )
         )
-    if any([p.wait() for p in running]):
+    if any(p.wait() for p in running):
         raise RuntimeError("the PTX machine does not compile")
     return made
 

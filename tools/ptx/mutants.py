@@ -68,7 +68,7 @@ def all_of(machine_text):
     return found
 
 
-# -- the run -----------------------------------------------------------------------------------------------------------------
+# -- the run -------------------------------------------------------------------------------------------------
 
 SMALL = (
     "ptx.cuh",
@@ -118,10 +118,11 @@ def tried(gpu, mutants, worlds, seeds):
 def run(seeds=3, only=None, single=False):
     """Try mutants in the small worlds and print what was found; returns what was not.
 
-    A mutant is a line of the sources: all instructions that nvcc has made of it, wherever it was inlined, since another copy may do
-    what one leaves out. single: every instruction by itself.
+    A mutant is a line of the sources: all instructions that nvcc has made of it, wherever it was inlined,
+    since another copy may do what one leaves out. single: every instruction by itself.
     """
     import ptx_worlds
+
     from ptx import build
 
     missed, counts = [], {}
@@ -158,7 +159,7 @@ def run(seeds=3, only=None, single=False):
                     groups.setdefault((m.what, m.row if single else caller(lines, files, m.line)), []).append(
                         m
                     )
-            for (what, place), group in groups.items():
+            for (what, _place), group in groups.items():
                 useful = [w for w, marks in worlds.items() if any(marks[m.row] for m in group)]
                 if not useful:
                     counts.setdefault(what, [0, 0, 0, 0])[3] += 1
@@ -173,7 +174,8 @@ def run(seeds=3, only=None, single=False):
                 kind[2] += bool(everywhere[what])
                 missed.append(group)
                 print(
-                    f"not found{' alone' if everywhere[what] else ''}: {what}, {caller(lines, files, group[0].line)}, {len(group)} instructions, "
+                    f"not found{' alone' if everywhere[what] else ''}: {what}, "
+                    f"{caller(lines, files, group[0].line)}, {len(group)} instructions, "
                     f"the first of them {name}.ptx line {group[0].line}",
                     flush=True,
                 )

@@ -1,7 +1,7 @@
 """Every opcode that this tool runs, with all of its modifiers, and which of the machine's operations it is.
 
-Whatever is not in FORMS is an error of the PTX line that has it. An operation is narrower than an opcode: signed and unsigned
-additions are one, and how a load is ordered, and for whom, are fields of the instruction.
+Whatever is not in FORMS is an error of the PTX line that has it. An operation is narrower than an opcode:
+signed and unsigned additions are one, and how a load is ordered, and for whom, are fields of the instruction.
 """
 
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 
 @dataclass(frozen=True)
 class Form:
-    """How one opcode is run. `operands` has a letter for each: d and D a register and a predicate that are written, s and Q that
-    are read; 2 is `d|D`; m an address; v values to store and V registers to load, alone or in braces; l a label; n an integer;
-    x nothing (`_`)."""
+    """How one opcode is run. `operands` has a letter for each: d and D a register and a predicate that are
+    written, s and Q that are read; 2 is `d|D`; m an address; v values to store and V registers to load,
+    alone or in braces; l a label; n an integer; x nothing (`_`)."""
 
     op: str
     operands: str
@@ -164,7 +164,7 @@ def _memory():
                     if n * int(t[1:]) > 128 or (order and space == ".param"):
                         continue
                     read = t if t[0] == "s" else f"u{t[1:]}"
-                    name = f"{order}{scope}{space}{'.v%d' % n if n > 1 else ''}.{t}"
+                    name = f"{order}{scope}{space}{f'.v{n}' if n > 1 else ''}.{t}"
                     if order != ".release":
                         forms["ld" + name] = Form(f"ld.{place}.{n}.{read}", "Vm", t, **ordered)
                     if order != ".acquire":
