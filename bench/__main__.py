@@ -43,6 +43,7 @@ COMMANDS = {
         "error of every wire format on normal, outlier-heavy and real rows",
     ),
     "device": (f"{__package__}.device_run", "the cuda world on one GPU: build, check, time"),
+    "kernels": (f"{__package__}.kernels", "time per row of every variant of the CPU's row kernels"),
     "tune": (f"{__package__}.tune", "the best spread over a GPU, written to its table"),
     "quant": (f"{__package__}.quant", "quantization against torch's own operators"),
 }

@@ -43,6 +43,12 @@ def _rows(text):
     return text
 
 
+def _variant(text):
+    if text not in ("measured", core.row_kernel_choice()[2]):  # as _rows
+        raise ValueError
+    return text
+
+
 @dataclass(frozen=True)
 class Environment:
     """The MOECOMM_* variables, read when the object is made."""
@@ -96,6 +102,18 @@ class Environment:
     )
     isa: str = _variable(
         "MOECOMM_ISA", "best", "row kernels: avx512 | avx2 | base, as far as the machine has them", _rows
+    )
+    row_kernel: str = _variable(
+        "MOECOMM_ROW_KERNEL",
+        "measured",
+        "variant of the row kernels that sum: one that `moecomm bench kernels` lists, such as avx2/1+next",
+        _variant,
+    )
+    cache_dir: str = _variable(
+        "MOECOMM_CACHE_DIR",
+        "",
+        "folder for what is measured once per CPU model; empty: moecomm in XDG_CACHE_HOME or ~/.cache",
+        str,
     )
 
 

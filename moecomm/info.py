@@ -24,7 +24,9 @@ def worlds():
         joined = f"nodes joined by UCX {core.ucx_version()}"
     except RuntimeError as error:
         joined = f"one node only: {error}"
-    found = {"cpu": (True, f"row kernels for {core.isa()}; {joined}")}
+    build, few, many, reason, _, _ = core.row_kernel_choice()
+    kernels = f"row kernels for {build}, sums of few rows by {few}, of many by {many} ({reason})"
+    found = {"cpu": (True, f"{kernels}; {joined}")}
     reason = cuda.why_not()
     found["cuda"] = (reason is None, reason or torch.cuda.get_device_name())
     return found

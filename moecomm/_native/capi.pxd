@@ -351,6 +351,20 @@ cdef extern from "fabric/cpu/rows.hpp" namespace "moecomm" nogil:
         const char* name
 
     const RowKernels& row_kernels()
+    const RowKernels* row_kernels_named(const char*)
+
+cdef extern from "fabric/cpu/rows_choice.hpp" namespace "moecomm" nogil:
+    cdef cppclass RowKernelTime:
+        string name
+        double few, many
+
+    cdef cppclass RowKernelChoice:
+        string build, few, many, reason, cpu
+        vector[RowKernelTime] times
+
+    const RowKernelChoice& row_kernel_choice() except +
+    vector[const RowKernels*] row_kernel_variants() except +
+    vector[RowKernelTime] time_row_kernels(const vector[const RowKernels*]&, double) except +
 
 cdef extern from "fabric/cpu/ucx.hpp" namespace "moecomm" nogil:
     cdef cppclass UcxContext:

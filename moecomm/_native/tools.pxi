@@ -49,3 +49,27 @@ def ucx_version():
     """The version of the UCX that this process uses. Raises RuntimeError where there is none."""
     capi.require_ucx()
     return (<bytes>capi.UcxContext.version()).decode()
+
+
+
+cdef _times(const vector[capi.RowKernelTime]& times):
+    return [(times[i].name.decode(), times[i].few, times[i].many) for i in range(times.size())]
+
+
+def row_kernel_choice():
+    """What this process uses and why: (build, variant for few terms, for many, reason, CPU, times as of time_row_kernels)."""
+    cdef const capi.RowKernelChoice* c = &capi.row_kernel_choice()
+    return c.build.decode(), c.few.decode(), c.many.decode(), c.reason.decode(), c.cpu.decode(), _times(c.times)
+
+
+def time_row_kernels(double seconds):
+    """[(variant, nanoseconds per row in sums of few terms, of many)] of every variant that this machine can run."""
+    cdef vector[capi.RowKernelTime] times
+    with nogil:
+        times = capi.time_row_kernels(capi.row_kernel_variants(), seconds)
+    return _times(times)
+
+
+def has_row_kernel(str name):
+    """Whether this machine has a variant."""
+    return b"/" in name.encode() and capi.row_kernels_named(name.encode()) != NULL

@@ -1,18 +1,31 @@
-// Sums of rows: every build of the kernels this machine has against scalar code, bit for bit, whatever the
-// length of a row, the number of terms and their groups, weights, a bias, and where the result goes. Nothing
-// outside the row is written.
+// Sums of rows: every variant of every build of the kernels this machine has against scalar code, bit for
+// bit, whatever the length of a row, the number of terms and their groups, weights, a bias, and where the
+// result goes. Nothing outside the row is written.
+#include <stdlib.h>
+
 #include <cmath>
 #include <cstdint>
+#include <filesystem>
+#include <fstream>
 #include <random>
 
 #include "check.hpp"
-#include "fabric/cpu/rows.hpp"
+#include "fabric/cpu/rows_choice.hpp"
 
 using namespace moecomm;
 
 namespace {
 
-std::vector<const char*> builds() { return {"avx512", "avx2", "base"}; }
+std::vector<const char*> variants() {
+  static std::vector<std::string> names;
+  if (names.empty())
+    for (const char* build : {"avx512", "avx2", "base"})
+      for (const char* variant : {"/1", "/2", "/4", "/1+next", "/2+next", "/4+next"})
+        names.push_back(std::string(build) + variant);
+  std::vector<const char*> found;
+  for (const std::string& name : names) found.push_back(name.c_str());
+  return found;
+}
 
 template <class T>
 T read(const char* p) {
@@ -68,14 +81,14 @@ float sum(const Terms& terms, const float* bias, int64_t i, DType type) {
 
 }  // namespace
 
-TEST_CASES(sums_equal_scalar_code, builds()) {
+TEST_CASES(sums_equal_scalar_code, variants()) {
   const RowKernels* kernels = row_kernels_named(value);
   if (!kernels) SKIP(std::string("this machine has no ") + value);
   std::mt19937_64 random(std::random_device{}());
   const auto pick = [&](int n) { return static_cast<int>(random() % n); };
   constexpr DType kTypes[] = {DType::bf16, DType::f16, DType::f32};
   alignas(64) static char out[8192];
-  for (int round = 0; round < 3000; ++round) {
+  for (int round = 0; round < 700; ++round) {
     const DType type = kTypes[pick(3)];
     const int bytes = type == DType::f32 ? 4 : 2, count = pick(9), offset = 16 * pick(5);
     const int64_t hidden = (16 / bytes) * (1 + pick(90)), begin = hidden > kTile && pick(2) ? kTile : 0;
@@ -108,4 +121,86 @@ TEST_CASES(sums_equal_scalar_code, builds()) {
     for (const char* p = out; p < out + sizeof out; ++p)
       if (p < row + begin * bytes || p >= row + hidden * bytes) CHECK(*p == 0x5a);
   }
+}
+
+// -- the choice -------------------------------------------------------------------------------------------
+
+namespace {
+
+std::string folder() {
+  char name[] = "/tmp/moecomm-rows-XXXXXX";
+  REQUIRE(mkdtemp(name) != nullptr);
+  return std::string(name) + "/cache";
+}
+
+std::string only_file(const std::string& in) {
+  std::string found;
+  for (const auto& entry : std::filesystem::directory_iterator(in)) {
+    CHECK(found.empty());
+    found = entry.path();
+  }
+  return found;
+}
+
+std::string read_all(const std::string& path) {
+  std::ifstream file(path);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+}  // namespace
+
+TEST(a_measured_choice_is_kept_and_found_again) {
+  const std::string cache = folder();
+  const RowKernelChoice first = choose_row_kernels(cache, nullptr, nullptr);
+  if (first.reason == "the table of known CPUs") SKIP("this CPU is in the table");
+  CHECK_EQ(first.reason, "measured now and by 0 processes before; kept in " + only_file(cache));
+  CHECK_EQ(choose_row_kernels(cache, nullptr, nullptr).processes, 2);
+  for (int i = 3; i <= 5; ++i) choose_row_kernels(cache, nullptr, nullptr);
+  CHECK(!first.times.empty());
+  for (const RowKernelTime& time : first.times) CHECK(time.few > 0 && time.many > 0 && time.many < 1e6);
+  const RowKernelChoice second = choose_row_kernels(cache, nullptr, nullptr);
+  CHECK_EQ(second.reason, "measured before: " + only_file(cache));
+  CHECK_EQ(choose_row_kernels(cache, nullptr, nullptr).many, second.many);
+  for (size_t i = 0; i < first.times.size(); ++i) CHECK(second.times[i].many <= 1.001 * first.times[i].many);
+  CHECK_EQ(second.times.size(), first.times.size());
+  std::filesystem::remove_all(std::filesystem::path(cache).parent_path());
+}
+
+TEST(a_file_that_is_not_ours_is_not_believed) {
+  const std::string cache = folder();
+  RowKernelChoice first = choose_row_kernels(cache, nullptr, nullptr);
+  if (first.reason == "the table of known CPUs") SKIP("this CPU is in the table");
+  while (first.processes < 5) first = choose_row_kernels(cache, nullptr, nullptr);
+  const std::string path = only_file(cache), good = read_all(path);
+  const auto believed = [&](const std::string& text) {
+    std::ofstream(path) << text;
+    return choose_row_kernels(cache, nullptr, nullptr).reason.rfind("measured before", 0) == 0;
+  };
+  CHECK(believed(good));
+  for (size_t n : {size_t{0}, size_t{5}, good.find("few") + 3, good.find("many")})
+    CHECK(!believed(good.substr(0, n)));
+  CHECK(!believed("other " + good));
+  CHECK(!believed(good + "few nobody/4\n"));
+  CHECK(!believed(good + "time avx2/1 x\n"));
+  CHECK(!believed(good + std::string(10000, ' ')));
+  CHECK(believed(good));
+  std::filesystem::rename(path, path + ".elsewhere");
+  std::filesystem::create_symlink(path + ".elsewhere", path);
+  CHECK_EQ(choose_row_kernels(cache, nullptr, nullptr).reason,
+           "measured now and by 0 processes before; kept in " + path);
+  CHECK(!std::filesystem::is_symlink(path));
+  CHECK_EQ(read_all(path + ".elsewhere"), good);
+  std::filesystem::remove_all(std::filesystem::path(cache).parent_path());
+}
+
+TEST(the_user_decides) {
+  CHECK_EQ(choose_row_kernels("", nullptr, "base/4").many, std::string("base/4"));
+  const RowKernelChoice forced = choose_row_kernels("", "base", nullptr);
+  CHECK_EQ(forced.build, std::string("base"));
+  CHECK_EQ(forced.few.substr(0, 5) + forced.many.substr(0, 5), std::string("base/base/"));
+  CHECK_EQ(choose_row_kernels("", "base", "avx2/1").many.substr(0, 5), std::string("base/"));
+  const RowKernelChoice nowhere = choose_row_kernels("/proc/no/such", nullptr, nullptr);
+  CHECK(nowhere.reason == "the table of known CPUs" ||
+        nowhere.reason.find("not kept: /proc/no/such") != std::string::npos);
+  CHECK(row_kernels_named("avx2/3") == nullptr && row_kernels_named("") == nullptr);
 }

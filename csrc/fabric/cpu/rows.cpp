@@ -1,44 +1,93 @@
-// Chooses the row kernels once per process: MOECOMM_ISA=avx512|avx2|base overrides (for tests).
 #include "fabric/cpu/rows.hpp"
 
-#include <cstdlib>
 #include <cstring>
-#include <initializer_list>
+
+#include "fabric/cpu/rows_choice.hpp"
 
 namespace moecomm {
 #if defined(__x86_64__)
 namespace rows_avx512 {
 extern const RowKernels kKernels;
-}
+extern const SumVariant kVariants[kSumVariants];
+}  // namespace rows_avx512
 namespace rows_avx2 {
 extern const RowKernels kKernels;
-}
+extern const SumVariant kVariants[kSumVariants];
+}  // namespace rows_avx2
 #endif
 namespace rows_base {
 extern const RowKernels kKernels;
+extern const SumVariant kVariants[kSumVariants];
+}  // namespace rows_base
+
+namespace {
+
+// Every build that this machine can run, and every variant of it as kernels of their own. The best build
+// first.
+struct Build {
+  const RowKernels* kernels;
+  RowKernels variants[kSumVariants];
+};
+
+std::vector<Build> make_builds() {
+  std::vector<Build> builds;
+  const auto add = [&](const RowKernels& kernels, const SumVariant* variants) {
+    Build& build = builds.emplace_back();
+    build.kernels = &kernels;
+    for (int i = 0; i < kSumVariants; ++i) {
+      build.variants[i] = kernels;
+      build.variants[i].name = variants[i].name;
+      build.variants[i].few = build.variants[i].many = variants[i];
+    }
+  };
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    add(rows_avx512::kKernels, rows_avx512::kVariants);
+  if (__builtin_cpu_supports("avx2")) add(rows_avx2::kKernels, rows_avx2::kVariants);
+#endif
+  add(rows_base::kKernels, rows_base::kVariants);
+  return builds;
 }
 
+const std::vector<Build>& builds() {
+  static const std::vector<Build> made = make_builds();
+  return made;
+}
+
+}  // namespace
+
 const RowKernels* row_kernels_named(const char* name) {
-#if defined(__x86_64__)
-  if (std::strcmp(name, "avx512") == 0)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")
-               ? &rows_avx512::kKernels
-               : nullptr;
-  if (std::strcmp(name, "avx2") == 0) return __builtin_cpu_supports("avx2") ? &rows_avx2::kKernels : nullptr;
-#endif
-  return std::strcmp(name, "base") == 0 ? &rows_base::kKernels : nullptr;
+  for (const Build& build : builds()) {
+    if (std::strcmp(name, build.kernels->name) == 0) return build.kernels;
+    for (const RowKernels& variant : build.variants)
+      if (std::strcmp(name, variant.name) == 0) return &variant;
+  }
+  return nullptr;
+}
+
+std::vector<const RowKernels*> row_kernel_builds() {
+  std::vector<const RowKernels*> found;
+  for (const Build& build : builds()) found.push_back(build.kernels);
+  return found;
+}
+
+std::vector<const RowKernels*> row_kernel_variants() {
+  std::vector<const RowKernels*> found;
+  for (const Build& build : builds())
+    for (const RowKernels& variant : build.variants) found.push_back(&variant);
+  return found;
 }
 
 const RowKernels& row_kernels() {
-  static const RowKernels* chosen = [] {
-    if (const char* forced = std::getenv("MOECOMM_ISA"))
-      if (const RowKernels* k = row_kernels_named(forced)) return k;
-    for (const char* name : {"avx512", "avx2"})
-      if (const RowKernels* k = row_kernels_named(name)) return k;
-    return row_kernels_named("base");
+  static const RowKernels chosen = [] {
+    const RowKernelChoice& choice = row_kernel_choice();
+    RowKernels kernels = *row_kernels_named(choice.build.c_str());
+    kernels.few = row_kernels_named(choice.few.c_str())->few;
+    kernels.many = row_kernels_named(choice.many.c_str())->many;
+    return kernels;
   }();
-  return *chosen;
+  return chosen;
 }
 
 }  // namespace moecomm

@@ -8,7 +8,7 @@
 #include "base/quantize.hpp"  // behind the target: its functions are inlined into this one
 #define MOE_VECTOR 32
 namespace moecomm::rows_avx2 {
-static constexpr const char* kName = "avx2";
+#define MOE_NAME(variant) "avx2" variant
 #include "fabric/cpu/impl/rows_kernels.inl"
 }  // namespace moecomm::rows_avx2
 #endif

@@ -11,7 +11,7 @@
 #include "base/quantize.hpp"  // behind the target: its functions are inlined into this one
 #define MOE_VECTOR 64
 namespace moecomm::rows_avx512 {
-static constexpr const char* kName = "avx512";
+#define MOE_NAME(variant) "avx512" variant
 #include "fabric/cpu/impl/rows_kernels.inl"
 }  // namespace moecomm::rows_avx512
 #endif

@@ -8,6 +8,6 @@
 
 #define MOE_VECTOR 16
 namespace moecomm::rows_base {
-static constexpr const char* kName = "base";
+#define MOE_NAME(variant) "base" variant
 #include "fabric/cpu/impl/rows_kernels.inl"
 }  // namespace moecomm::rows_base

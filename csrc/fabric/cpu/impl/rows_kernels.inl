@@ -118,11 +118,12 @@ static inline void stream_lines(char* dst, const char* src, long bytes) {
 #endif
 }
 
-// So many registers of memory at a time that the partial sums stay in registers while the terms are walked;
-// whole lines of the destination, which streamed stores must not share.
-constexpr int kBlock = MOE_VECTOR == 64 ? 4 : 64 / MOE_VECTOR;
+// A sum walks all terms for a few cache lines of the destination, with the partial sums in registers. How
+// many lines are best differs from CPU to CPU, and so does whether to prefetch the next sum's terms:
+// variants.
+constexpr int kLineRegisters = 64 / MOE_VECTOR;
 
-template <class T, int kRegisters, bool kStream>
+template <class T, int kRegisters, bool kNext, bool kStream>
 static inline void reduce_block(char* dst, const moecomm::Terms& terms, const moecomm::Terms* next,
                                 const float* bias, long at) {
   constexpr int kVectors = kRegisters * T::kParts;
@@ -145,7 +146,7 @@ static inline void reduce_block(char* dst, const moecomm::Terms& terms, const mo
       first_term = true;
     }
   }
-  if (next)
+  if (kNext && next)
     for (int i = 0; i < next->count; ++i) {
       const char* row = (const char*)next->store->row[i] + at * T::kBytes;
       for (int j = 0; j < kRegisters * kMemory; j += 64) __builtin_prefetch(row + j, 0, 2);
@@ -197,16 +198,17 @@ template <class T>
 static void reduce_coded(char* dst, const moecomm::Terms& terms, const moecomm::Terms* next,
                          const float* bias, long begin, long end);
 
-template <class T>
+template <class T, int kLines, bool kNext>
 static void reduce_typed(char* dst, const moecomm::Terms& terms, const moecomm::Terms* next,
                          const float* bias, long begin, long end, bool stream) {
   if (terms.coded) return reduce_coded<T>(dst, terms, next, bias, begin, end);
   long at = begin;
+  constexpr int kBlock = kLines * kLineRegisters;
   constexpr long kWide = kBlock * kMemory / T::kBytes, kNarrow = kMemory / T::kBytes;
   if (stream && ((unsigned long)(dst + at * T::kBytes) & 63) == 0)
-    for (; at + kWide <= end; at += kWide) reduce_block<T, kBlock, true>(dst, terms, next, bias, at);
-  for (; at + kWide <= end; at += kWide) reduce_block<T, kBlock, false>(dst, terms, next, bias, at);
-  for (; at + kNarrow <= end; at += kNarrow) reduce_block<T, 1, false>(dst, terms, nullptr, bias, at);
+    for (; at + kWide <= end; at += kWide) reduce_block<T, kBlock, kNext, true>(dst, terms, next, bias, at);
+  for (; at + kWide <= end; at += kWide) reduce_block<T, kBlock, kNext, false>(dst, terms, next, bias, at);
+  for (; at + kNarrow <= end; at += kNarrow) reduce_block<T, 1, false, false>(dst, terms, nullptr, bias, at);
   for (; at < end; at += kLanes) reduce_tail<T>(dst, terms, bias, at, at + kLanes <= end ? kLanes : end - at);
 }
 
@@ -230,12 +232,17 @@ static void reduce_f64(double* dst, const moecomm::Terms& terms, const float* bi
   }
 }
 
+template <int kLines, bool kNext>
 static void reduce(void* dst, const moecomm::Terms& terms, const moecomm::Terms* next, const float* bias,
                    long begin, long end, moecomm::DType type, bool stream) {
+  char* to = (char*)dst;
   switch (type) {
-    case moecomm::DType::bf16: return reduce_typed<BF16>((char*)dst, terms, next, bias, begin, end, stream);
-    case moecomm::DType::f16: return reduce_typed<F16>((char*)dst, terms, next, bias, begin, end, stream);
-    case moecomm::DType::f32: return reduce_typed<F32>((char*)dst, terms, next, bias, begin, end, stream);
+    case moecomm::DType::bf16:
+      return reduce_typed<BF16, kLines, kNext>(to, terms, next, bias, begin, end, stream);
+    case moecomm::DType::f16:
+      return reduce_typed<F16, kLines, kNext>(to, terms, next, bias, begin, end, stream);
+    case moecomm::DType::f32:
+      return reduce_typed<F32, kLines, kNext>(to, terms, next, bias, begin, end, stream);
     case moecomm::DType::f64: return reduce_f64((double*)dst, terms, bias, begin, end);
   }
 }
@@ -268,14 +275,13 @@ static void fence() {
 #endif
 }
 
-extern const moecomm::RowKernels kKernels = {kName,
-                                             copy,
-                                             stream,
-                                             zero,
-                                             fence,
-                                             reduce,
-                                             reduce_encode,
-                                             quantize,
-                                             quantize_block,
-                                             dequantize,
-                                             transpose_requantize};
+// The first is the one that is used where nothing was measured. MOE_NAME gives a variant its build's name.
+extern const moecomm::SumVariant kVariants[moecomm::kSumVariants] = {
+    {MOE_NAME("/1+next"), reduce<1, true>}, {MOE_NAME("/2+next"), reduce<2, true>},
+    {MOE_NAME("/4+next"), reduce<4, true>}, {MOE_NAME("/1"), reduce<1, false>},
+    {MOE_NAME("/2"), reduce<2, false>},     {MOE_NAME("/4"), reduce<4, false>},
+};
+
+extern const moecomm::RowKernels kKernels = {
+    MOE_NAME(""), copy,          stream,   zero,           fence,      kVariants[0],
+    kVariants[0], reduce_encode, quantize, quantize_block, dequantize, transpose_requantize};
