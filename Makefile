@@ -12,7 +12,7 @@ export CCACHE_NOHASHDIR ?= 1
 export PATH := $(CURDIR)/$(VENV)/bin:$(if $(CCACHE),$(CCACHE):)$(PATH)
 SOURCES := setup.py $(shell find csrc moecomm -name '*.cpp' -o -name '*.hpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' -o -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi' | grep -v _native/.*cpp)
 
-.PHONY: help bench lint wheel test test-python test-mpi explore build cuda-check ptx-check clean transformers mpich
+.PHONY: help bench docs lint wheel test test-python test-mpi explore build cuda-check ptx-check clean transformers mpich
 help:       ## this list
 	@grep -hE '^[a-z-]+: *.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
@@ -39,6 +39,15 @@ wheel: build ## an sdist and a wheel in dist/; the wheel is repaired by auditwhe
 
 bench: build ## tokens through both hops, verified, beside what a user would pick instead (under three minutes)
 	@$(PY) -m bench suite
+
+# The site has an environment of its own. Tests do not need it: tests/docs checks links, anchors and examples without MkDocs.
+DOCS := .venv-docs
+docs: $(DOCS)/.ready ## the site of docs/, in build/site; every warning (a broken link, an unlisted page) is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+$(DOCS)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install -q 'mkdocs-material>=9.5,<10'   # the extra `docs` of pyproject.toml
+	@touch $@
 
 test: lint build test-cpp test-python ptx-check test-mpi explore ## every suite
 
@@ -105,4 +114,4 @@ test-mpi: $(READY) ## the same cases under mpirun: UCX over shared memory, over 
 	$(MPIRUN) -n 8 $(MPI_SUITE) -k "rail or mismatch or decode or many_steps"
 
 clean:      ## all that was built
-	rm -rf $(VENV) $(HF) $(CLIENTS) $(MPICH) build dist *.egg-info moecomm/_native/*.so moecomm/_native/*.cpp
+	rm -rf $(VENV) $(DOCS) $(HF) $(CLIENTS) $(MPICH) build dist *.egg-info moecomm/_native/*.so moecomm/_native/*.cpp
