@@ -26,10 +26,15 @@ struct DecodeHeader {
   // DecodePick pick[top_k] follows
   MOE_HD DecodePick* pick() { return reinterpret_cast<DecodePick*>(this + 1); }
   MOE_HD const DecodePick* pick() const { return reinterpret_cast<const DecodePick*>(this + 1); }
+  // then, on 64 bytes, the row
+  MOE_HD char* row(int top_k) { return reinterpret_cast<char*>(this) + bytes(top_k); }
+  MOE_HD const char* row(int top_k) const { return reinterpret_cast<const char*>(this) + bytes(top_k); }
+
+  MOE_HD static constexpr uint64_t bytes(int top_k) {
+    return align_up(sizeof(DecodeHeader) + sizeof(DecodePick) * top_k, 64);
+  }
 };
-MOE_HD constexpr uint64_t decode_header_bytes(int top_k) {
-  return align_up(sizeof(DecodeHeader) + sizeof(DecodePick) * top_k, 64);
-}
+MOE_HD constexpr uint64_t decode_header_bytes(int top_k) { return DecodeHeader::bytes(top_k); }
 MOE_HD constexpr uint64_t decode_message_bytes(const Shape& s) {
   return decode_header_bytes(s.top_k) + align_up(s.slot_bytes(), 64);
 }
@@ -52,21 +57,25 @@ MOE_HD constexpr int flag_mode(uint64_t flag) {
 }
 
 struct DecodeWindowLayout {
-  uint64_t sent;      // flag per parity and local rank: it has staged messages for me
-  uint64_t answered;  // flag per parity and local rank: its experts' rows may be read, or its sums are here
-  uint64_t faults;    // FaultWord per local rank
-  uint64_t wanted;    // int32 per parity, local rank and slot: the token that the rank finds in this slot
-  uint64_t places;    // int32 per parity, local rank, token and k: where the row of that pick lies in `rows`
-  uint64_t counts;    // int64 per parity and own expert
-  uint64_t messages;  // per parity and token
-  uint64_t warm;      // end of what is made ready at start
-  uint64_t sums;      // row per parity, token and k
-  uint64_t x;         // row per parity, own expert, size * max_tokens
-  uint64_t scales;    // per parity and own expert: scale_bytes for each row of x, columns padded to 16 bytes
-  uint64_t rows;      // as x
-  uint64_t coded;  // slot per parity, rank of another node, slot and pick: answers in another format, leaving
-  uint64_t signs;  // checksum per parity, source rank, token and k: of the answer to that pick (written only
-                   // when checks are on)
+  CounterAt sent;            // flag per parity and local rank: it has staged messages for me
+  CounterAt answered;        // flag per parity and local rank: its experts' rows may be read, or its sums
+                             // are here
+  Offset<FaultWord> faults;  // per local rank
+  Offset<int32_t> wanted;    // per parity, local rank and slot: the token that the rank finds in this slot
+  Offset<int32_t> places;    // per parity, local rank, token and k: where the row of that pick lies in
+                             // `rows`
+  Offset<int64_t> counts;    // per parity and own expert
+  Offset<DecodeHeader> messages;  // per parity and token, decode_message_bytes() apart
+  uint64_t warm;                  // end of what is made ready at start
+  Offset<char> sums;              // row per parity, token and k
+  Offset<char> x;                 // row per parity, own expert, size * max_tokens
+  Offset<char> scales;     // per parity and own expert: scale_bytes for each row of x, columns padded to
+                           // 16 bytes
+  Offset<char> rows;       // as x
+  Offset<char> coded;      // slot per parity, rank of another node, slot and pick: answers in another
+                           // format, leaving
+  Offset<uint64_t> signs;  // checksum per parity, source rank, token and k: of the answer to that pick
+                           // (written only when checks are on)
   uint64_t bytes;
 };
 
@@ -86,33 +95,33 @@ MOE_HD constexpr DecodeWindowLayout decode_window_layout(const Geometry& g, cons
   const uint64_t p = g.ranks_per_node, t = s.max_tokens, k = s.top_k, experts = s.num_experts / g.size;
   const uint64_t packed = 2 * experts * decode_rows_per_expert(g, s);
   c.take(sizeof(MemoryHeader));
-  l.sent = c.take(8 * 2 * p);
-  l.answered = c.take(8 * 2 * p);
-  l.faults = c.take(sizeof(FaultWord) * p);
-  l.wanted = c.take(4 * 2 * p * t);
-  l.places = c.take(4 * 2 * p * t * k);
-  l.counts = c.take(8 * 2 * experts);
-  l.messages = c.take(2 * t * decode_message_bytes(s));
+  l.sent = c.take<uint64_t>(2 * p);
+  l.answered = c.take<uint64_t>(2 * p);
+  l.faults = c.take<FaultWord>(p);
+  l.wanted = c.take<int32_t>(2 * p * t);
+  l.places = c.take<int32_t>(2 * p * t * k);
+  l.counts = c.take<int64_t>(2 * experts);
+  l.messages = {c.take(2 * t * decode_message_bytes(s))};
   l.warm = c.at;
-  l.sums = c.take(2 * t * k * s.combine_row_bytes(), 4096);
-  l.x = c.take(packed * s.combine_row_bytes(), 4096);
-  l.scales = c.take(2 * experts * decode_scale_area(g, s), 4096);
-  l.rows = c.take(packed * s.combine_row_bytes(), 4096);
-  l.coded = c.take(2 * (g.size - p) * t * decode_picks_per_rank(g, s) * s.slot_bytes(), 4096);
-  l.signs = c.take(8 * 2 * g.size * t * k, 4096);
+  l.sums = c.take<char>(2 * t * k * s.combine_row_bytes(), 4096);
+  l.x = c.take<char>(packed * s.combine_row_bytes(), 4096);
+  l.scales = c.take<char>(2 * experts * decode_scale_area(g, s), 4096);
+  l.rows = c.take<char>(packed * s.combine_row_bytes(), 4096);
+  l.coded = c.take<char>(2 * (g.size - p) * t * decode_picks_per_rank(g, s) * s.slot_bytes(), 4096);
+  l.signs = c.take<uint64_t>(2 * g.size * t * k, 4096);
   l.bytes = align_up(c.at, 4096);
   return l;
 }
 
 struct DecodeRegionLayout {
-  uint64_t sent;      // flag per parity and rank: its messages are here
-  uint64_t answered;  // flag per parity and rank: its answers are here
-  uint64_t faults;    // FaultWord per rank
-  uint64_t outbox;    // FaultWord on its way out
-  uint64_t messages;  // per parity, rank of another node and slot
-  uint64_t answers;   // slot per parity, token and k
-  uint64_t signs;     // checksum per parity, rank, token and k: of its answer to that pick (written only when
-                      // checks are on)
+  CounterAt sent;                 // flag per parity and rank: its messages are here
+  CounterAt answered;             // flag per parity and rank: its answers are here
+  Offset<FaultWord> faults;       // per rank
+  Offset<FaultWord> fault_out;    // on its way out
+  Offset<DecodeHeader> messages;  // per parity, rank of another node and slot
+  Offset<char> answers;           // slot per parity, token and k
+  Offset<uint64_t> signs;  // checksum per parity, rank, token and k: of its answer to that pick (written
+                           // only when checks are on)
   uint64_t bytes;
 };
 
@@ -121,13 +130,13 @@ MOE_HD constexpr DecodeRegionLayout decode_region_layout(const Geometry& g, cons
   detail::Cursor c;
   const uint64_t remote = g.size - g.ranks_per_node, t = s.max_tokens;
   c.take(sizeof(MemoryHeader));
-  l.sent = c.take(8 * 2 * g.size);
-  l.answered = c.take(8 * 2 * g.size);
-  l.faults = c.take(sizeof(FaultWord) * g.size);
-  l.outbox = c.take(sizeof(FaultWord));
-  l.messages = c.take(2 * remote * t * decode_message_bytes(s));
-  l.answers = c.take(remote ? 2 * t * s.top_k * s.slot_bytes() : 0);
-  l.signs = c.take(remote ? 8 * 2 * g.size * t * s.top_k : 0);
+  l.sent = c.take<uint64_t>(2 * g.size);
+  l.answered = c.take<uint64_t>(2 * g.size);
+  l.faults = c.take<FaultWord>(g.size);
+  l.fault_out = c.take<FaultWord>(1);
+  l.messages = {c.take(2 * remote * t * decode_message_bytes(s))};
+  l.answers = c.take<char>(remote ? 2 * t * s.top_k * s.slot_bytes() : 0);
+  l.signs = c.take<uint64_t>(remote ? 2 * g.size * t * s.top_k : 0);
   l.bytes = align_up(c.at, 4096);
   return l;
 }

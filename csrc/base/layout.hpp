@@ -23,20 +23,24 @@ struct Cursor {
     at += bytes;
     return here;
   }
+  template <class T>
+  MOE_HD constexpr Offset<T> take(uint64_t count, uint64_t alignment = 64) {
+    return {take(sizeof(T) * count, alignment)};
+  }
 };
 }  // namespace detail
 
 struct NodeLayout {
-  uint64_t counts;    // counter per local rank: its count tables are here (dispatch)
-  uint64_t arrive;    // counter per local rank: it forwarded everything it had for me (dispatch)
-  uint64_t ready;     // counter per local rank: its rows may be read (combine)
-  uint64_t done;      // counter per local rank: it has read my rows (combine)
-  uint64_t faults;    // FaultWord per local rank
-  uint64_t offers;    // Offer per local rank
-  uint64_t verdicts;  // Verdict per local rank, as its gateway knows it (dispatch)
-  uint64_t board;     // RowsBoard of this rank
-  uint64_t tables;    // per half and source rank: its count block for this node
-  uint64_t arena;
+  CounterAt counts;          // per local rank: its count tables are here (dispatch)
+  CounterAt arrive;          // per local rank: it forwarded everything it had for me (dispatch)
+  CounterAt ready;           // per local rank: its rows may be read (combine)
+  CounterAt done;            // per local rank: it has read my rows (combine)
+  Offset<FaultWord> faults;  // per local rank
+  Offset<Offer> offers;      // per local rank
+  Offset<Verdict> verdicts;  // per local rank, as its gateway knows it (dispatch)
+  Offset<RowsBoard> board;   // of this rank
+  Offset<int32_t> tables;    // per half and source rank: its count block for this node
+  Offset<char> arena;
   uint64_t bytes;
 };
 
@@ -45,16 +49,16 @@ MOE_HD constexpr NodeLayout node_layout(const Geometry& g, const Shape& s) {
   detail::Cursor c;
   const uint64_t p = g.ranks_per_node;
   c.take(sizeof(MemoryHeader));
-  l.counts = c.take(8 * p);
-  l.arrive = c.take(8 * p);
-  l.ready = c.take(8 * p);
-  l.done = c.take(8 * p);
-  l.faults = c.take(sizeof(FaultWord) * p);
-  l.offers = c.take(sizeof(Offer) * p);
-  l.verdicts = c.take(sizeof(Verdict) * p);
-  l.board = c.take(sizeof(RowsBoard));
-  l.tables = c.take(uint64_t{4} * count_layout(g, s).ints * g.size * s.count_halves());
-  l.arena = c.take(s.arena_bytes, 4096);
+  l.counts = c.take<uint64_t>(p);
+  l.arrive = c.take<uint64_t>(p);
+  l.ready = c.take<uint64_t>(p);
+  l.done = c.take<uint64_t>(p);
+  l.faults = c.take<FaultWord>(p);
+  l.offers = c.take<Offer>(p);
+  l.verdicts = c.take<Verdict>(p);
+  l.board = c.take<RowsBoard>(1);
+  l.tables = c.take<int32_t>(uint64_t(count_layout(g, s).ints) * g.size * s.count_halves());
+  l.arena = c.take<char>(s.arena_bytes, 4096);
   l.bytes = align_up(c.at, 4096);
   return l;
 }
@@ -62,26 +66,27 @@ MOE_HD constexpr NodeLayout node_layout(const Geometry& g, const Shape& s) {
 // Staging area A holds rows arriving in dispatch and rows leaving in combine; area B the other two.
 // The two never overlap in time: a peer writes an area only after its owner entered the call.
 struct RailLayout {
-  uint64_t enter;       // counter per node: the rail peer is in the call, its count block is here
-  uint64_t rows;        // counter per node and channel: rows landed in area A
-  uint64_t verdict;     // counter per node: its verdict is here
-  uint64_t back;        // counter per node and channel: rows landed in area B
-  uint64_t wishes;      // per parity of the combines and node: its Wish (combine)
-  uint64_t wish_out;    // what this rank sends to its peers
-  uint64_t faults;      // FaultWord per node
-  uint64_t blocks;      // per half and node: a count block
-  uint64_t blocks_out;  // the own ones, leaving, where puts leave from here only
-  uint64_t verdicts;    // Verdict per node
-  uint64_t outbox;      // Verdict and FaultWord on their way out (sources of puts must stay put)
-  uint64_t metas;       // RowMeta per node and slot, also the own node's
-  uint64_t metas_out;   // RowMeta per remote node and slot, leaving
-  uint64_t sums;        // checksum per remote node and slot of area B
-  uint64_t sums_out;
-  uint64_t slots;  // f32 [top_k] per remote node and slot of area B: what goes back to the picks' slots
-  uint64_t slots_out;
-  uint64_t own_rows;  // per channel: an FP8 row on its way to ranks of the own node
-  uint64_t area_a;    // row slots per remote node
-  uint64_t area_b;
+  CounterAt enter;              // per node: the rail peer is in the call, its count block is here
+  CounterAt rows;               // per node and channel: rows landed in area A
+  CounterAt verdict;            // per node: its verdict is here
+  CounterAt back;               // per node and channel: rows landed in area B
+  Offset<Wish> wishes;          // per parity of the combines and node (combine)
+  Offset<Wish> wish_out;        // what this rank sends to its peers
+  Offset<FaultWord> faults;     // per node
+  Offset<int32_t> blocks;       // per half and node: a count block
+  Offset<int32_t> blocks_out;   // this rank's, leaving, where puts leave from here only
+  Offset<Verdict> verdicts;     // per node
+  Offset<Verdict> verdict_out;  // on its way out, as the next one (sources of puts must stay put)
+  Offset<FaultWord> fault_out;
+  Offset<RowMeta> metas;      // per node and slot, also of this rank's node; meta_bytes() apart
+  Offset<RowMeta> metas_out;  // per remote node and slot, leaving
+  Offset<uint64_t> sums;      // checksum per remote node and slot of area B
+  Offset<uint64_t> sums_out;
+  Offset<float> slots;  // [top_k] per remote node and slot of area B: what goes back to the picks' slots
+  Offset<float> slots_out;
+  Offset<char> own_rows;  // per channel: an FP8 row on its way to ranks of this node
+  Offset<char> area_a;    // row slots per remote node
+  Offset<char> area_b;
   uint64_t bytes;
 };
 
@@ -90,26 +95,27 @@ MOE_HD constexpr RailLayout rail_layout(const Geometry& g, const Shape& s) {
   detail::Cursor c;
   const uint64_t n = g.nodes(), remote = n - 1, t = s.max_tokens;
   c.take(sizeof(MemoryHeader));
-  l.enter = c.take(8 * n);
-  l.rows = c.take(8 * n * s.channels);
-  l.verdict = c.take(8 * n);
-  l.back = c.take(8 * n * s.channels);
-  l.wishes = c.take(sizeof(Wish) * 2 * n);
-  l.wish_out = c.take(sizeof(Wish));
-  l.faults = c.take(sizeof(FaultWord) * n);
-  l.blocks = c.take(uint64_t{4} * count_layout(g, s).ints * n * s.count_halves());
-  l.blocks_out = c.take(uint64_t{4} * count_layout(g, s).ints * n * s.count_halves());
-  l.verdicts = c.take(sizeof(Verdict) * n);
-  l.outbox = c.take(sizeof(Verdict) + sizeof(FaultWord));
-  l.metas = c.take(n * t * meta_bytes(s.top_k));
-  l.metas_out = c.take(remote * t * meta_bytes(s.top_k));
-  l.sums = c.take(remote * t * 8);
-  l.sums_out = c.take(remote * t * 8);
-  l.slots = c.take(remote * t * s.top_k * 4);
-  l.slots_out = c.take(remote * t * s.top_k * 4);
-  l.own_rows = c.take(s.channels * align_up(s.wire_bytes(Wire::fp8), 64));
-  l.area_a = c.take(remote * t * s.slot_bytes());
-  l.area_b = c.take(remote * t * s.slot_bytes());
+  l.enter = c.take<uint64_t>(n);
+  l.rows = c.take<uint64_t>(n * s.channels);
+  l.verdict = c.take<uint64_t>(n);
+  l.back = c.take<uint64_t>(n * s.channels);
+  l.wishes = c.take<Wish>(2 * n);
+  l.wish_out = c.take<Wish>(1);
+  l.faults = c.take<FaultWord>(n);
+  l.blocks = c.take<int32_t>(count_layout(g, s).ints * n * s.count_halves());
+  l.blocks_out = c.take<int32_t>(count_layout(g, s).ints * n * s.count_halves());
+  l.verdicts = c.take<Verdict>(n);
+  l.verdict_out = c.take<Verdict>(1);
+  l.fault_out = c.take<FaultWord>(1, alignof(FaultWord));
+  l.metas = {c.take(n * t * meta_bytes(s.top_k))};
+  l.metas_out = {c.take(remote * t * meta_bytes(s.top_k))};
+  l.sums = c.take<uint64_t>(remote * t);
+  l.sums_out = c.take<uint64_t>(remote * t);
+  l.slots = c.take<float>(remote * t * s.top_k);
+  l.slots_out = c.take<float>(remote * t * s.top_k);
+  l.own_rows = c.take<char>(s.channels * align_up(s.wire_bytes(Wire::fp8), 64));
+  l.area_a = c.take<char>(remote * t * s.slot_bytes());
+  l.area_b = c.take<char>(remote * t * s.slot_bytes());
   l.bytes = align_up(c.at, 4096);
   return l;
 }
@@ -122,14 +128,14 @@ MOE_HD constexpr int64_t scale_column(int64_t rows) { return (rows + 3) / 4 * 4;
 
 // The output of one dispatch. Offsets are relative to the block.
 struct BlockLayout {
-  uint64_t rows;
-  uint64_t scales;   // [rows, scales], or by column: [scales, scale_column(rows)]
-  uint64_t weights;  // f32: [rows] in the expert layout, [rows, top_k] in the rank layout
-  uint64_t ids;      // int64 [rows, top_k], rank layout only
-  uint64_t origin;   // int32 [rows]: the row that holds the payload until `arrive` copies it; -1 - that row:
-                     // it is here already
-  uint64_t source;   // int64 [rows]: source rank << 32 | source token, -1 on padding
-  uint64_t sums;     // checksum [rows] (written only when checks are on)
+  Offset<char> rows;
+  Offset<char> scales;     // [rows, scales], or by column: [scales, scale_column(rows)]
+  Offset<float> weights;   // [rows] in the expert layout, [rows, top_k] in the rank layout
+  Offset<int64_t> ids;     // [rows, top_k], rank layout only
+  Offset<int32_t> origin;  // [rows]: the row that holds the payload until `arrive` copies it; -1 - that row:
+                           // it is here already
+  Offset<int64_t> source;  // [rows]: source rank << 32 | source token, -1 on padding
+  Offset<uint64_t> sums;   // checksum [rows] (written only when checks are on)
   uint64_t bytes;
 };
 
@@ -137,40 +143,40 @@ MOE_HD constexpr BlockLayout block_layout(uint64_t rows, const CallShape& call, 
   BlockLayout l{};
   detail::Cursor c;
   const bool by_rank = call.layout == RowLayout::rank;
-  l.rows = c.take(rows * call.row_bytes);
-  l.scales = c.take((call.scales_by_column ? scale_column(rows) : rows) * call.scale_bytes);
-  l.weights = c.take(rows * 4 * (by_rank ? top_k : 1));
-  l.ids = c.take(by_rank ? rows * 8 * top_k : 0);
-  l.origin = c.take(by_rank ? 0 : rows * 4);
-  l.source = c.take(rows * 8);
-  l.sums = c.take(rows * 8);
+  l.rows = c.take<char>(rows * call.row_bytes);
+  l.scales = c.take<char>((call.scales_by_column ? scale_column(rows) : rows) * call.scale_bytes);
+  l.weights = c.take<float>(rows * (by_rank ? top_k : 1));
+  l.ids = c.take<int64_t>(by_rank ? rows * top_k : 0);
+  l.origin = c.take<int32_t>(by_rank ? 0 : rows);
+  l.source = c.take<int64_t>(rows);
+  l.sums = c.take<uint64_t>(rows);
   l.bytes = align_up(c.at, 64);
   return l;
 }
 
 // The same, relative to the window in which the block lies at `offset`.
 MOE_HD constexpr BlockLayout at_offset(BlockLayout l, uint64_t offset) {
-  return {l.rows + offset,   l.scales + offset, l.weights + offset, l.ids + offset,
-          l.origin + offset, l.source + offset, l.sums + offset,    l.bytes};
+  return {l.rows.moved(offset),   l.scales.moved(offset), l.weights.moved(offset), l.ids.moved(offset),
+          l.origin.moved(offset), l.source.moved(offset), l.sums.moved(offset),    l.bytes};
 }
 
 // The experts' output of that dispatch, right behind its block: `handle.rows`, and staging for what combine
 // takes beside it.
 struct OutputLayout {
-  uint64_t rows;
-  uint64_t weights;  // f32 [rows]
-  uint64_t back;     // f32 [rows, top_k]
-  uint64_t sums;     // checksum [rows] (written only when checks are on)
+  Offset<char> rows;
+  Offset<float> weights;  // [rows]
+  Offset<float> back;     // [rows, top_k]
+  Offset<uint64_t> sums;  // checksum [rows] (written only when checks are on)
   uint64_t bytes;
 };
 
 MOE_HD constexpr OutputLayout output_layout(uint64_t rows, const Shape& s) {
   OutputLayout l{};
   detail::Cursor c;
-  l.rows = c.take(rows * s.combine_row_bytes());
-  l.weights = c.take(rows * 4);
-  l.back = c.take(rows * 4 * s.top_k);
-  l.sums = c.take(rows * 8);
+  l.rows = c.take<char>(rows * s.combine_row_bytes());
+  l.weights = c.take<float>(rows);
+  l.back = c.take<float>(rows * s.top_k);
+  l.sums = c.take<uint64_t>(rows);
   l.bytes = align_up(c.at, 64);
   return l;
 }

@@ -1,5 +1,6 @@
 // The structures that travel or that peers read: all plain data, all offsets fixed.
 #pragma once
+#include "base/offset.hpp"
 #include "base/shape.hpp"
 
 namespace moecomm {
@@ -25,7 +26,7 @@ struct RowMeta {
 };
 MOE_HD constexpr uint64_t meta_bytes(int top_k) { return align16(sizeof(RowMeta) + sizeof(Pick) * top_k); }
 
-// Counts of one source for one node, travelling ahead of the rows (see CountBlock below for the order).
+// Counts of one source for one node, travelling ahead of the rows in this order.
 struct CountLayout {
   int32_t signature = 0;  // index of the call's signature
   int32_t cached = 1;     // 1 where the sender reuses a plan; -Why where it refuses its part in the call
@@ -38,9 +39,16 @@ struct CountLayout {
       0;  // first of `logical_experts` counts: picks of the source, whatever replica will serve them
   int32_t ints = 0;  // length, a multiple of 4
 };
-struct alignas(16) FourInts {
-  int32_t v[4];
-};  // count blocks are copied so many at a time
+
+// All lanes: a count block, 16 bytes at a time.
+template <class G>
+MOE_HD void copy_block(G g, int32_t* to, const int32_t* from, int64_t ints) {
+  struct alignas(16) FourInts {
+    int32_t v[4];
+  };
+  for (int64_t i = g.lane(); i < ints / 4; i += g.size())
+    reinterpret_cast<FourInts*>(to)[i] = reinterpret_cast<const FourInts*>(from)[i];
+}
 
 MOE_HD constexpr CountLayout count_layout(const Geometry& g, const Shape& s) {
   CountLayout c;
@@ -61,15 +69,16 @@ struct Offer {
 
 // What a rank tells its node peers at the start of a combine.
 struct RowsBoard {
-  uint64_t rows = 0;     // window offset of the experts' output
-  uint64_t weights = 0;  // window offset of one f32 per row, 0: every weight is 1
-  uint64_t back = 0;  // window offset of the f32 that go back to the picks' slots: [rows], or [rows, top_k]
-                      // in the rank layout; 0: zeros
-  uint64_t sums = 0;  // window offset of one checksum per row (read only when checks are on)
-  uint64_t slots =
-      0;  // 1: values go back to the picks' slots in this call, 0: they do not; equal on all ranks
-  uint64_t word = 0;     // of the call
-  uint64_t refused = 0;  // Why, where the rank refuses its part
+  // Window offsets; 0: there are none.
+  Offset<char> rows;      // the experts' output
+  Offset<float> weights;  // [rows]; none: every weight is 1
+  Offset<float> back;     // what goes back to the picks' slots: [rows], or [rows, top_k] in the rank layout;
+                          // none: zeros
+  Offset<uint64_t> sums;  // checksum [rows] (read only when checks are on)
+  uint64_t slots = 0;     // 1: values go back to the picks' slots in this call, 0: they do not; equal on all
+                          // ranks
+  uint64_t word = 0;      // of the call
+  uint64_t refused = 0;   // Why, where the rank refuses its part
 };
 
 // What a rank tells its rail peers in a combine, when all ranks of its node have published: what it wants,

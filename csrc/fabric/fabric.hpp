@@ -19,6 +19,7 @@
 #include <concepts>
 
 #include "base/counters.hpp"
+#include "base/offset.hpp"
 #include "base/terms.hpp"
 #include "exec/group.hpp"
 
@@ -27,14 +28,15 @@ namespace moecomm {
 // What one lane does: memory, puts, signals, waits.
 template <class F>
 concept LaneFabric = requires(F f, const char* source, Phase phase) {
-  { f.window(0, uint64_t{}) } -> std::same_as<char*>;  // (local rank, offset)
-  { f.rail(uint64_t{}) } -> std::same_as<char*>;       // own rail region
-  f.put(0, uint64_t{}, source, uint64_t{});            // (peer, offset there, source, bytes)
-  f.signal_rail(0, uint64_t{}, uint64_t{});            // (peer, counter, add)
-  f.signal_node(0, uint64_t{}, uint64_t{});            // (local rank, counter, add)
+  { f.window(0) } -> std::same_as<char*>;                          // of a local rank: where it begins
+  { f.window(0, Offset<uint64_t>{}) } -> std::same_as<uint64_t*>;  // (local rank, offset of whatever)
+  { f.rail(Offset<uint64_t>{}) } -> std::same_as<uint64_t*>;       // in this rank's rail region
+  f.put(0, uint64_t{}, source, uint64_t{});                        // (peer, offset there, source, bytes)
+  f.signal_rail(0, CounterAt{}, uint64_t{});                       // (peer, counter, add)
+  f.signal_node(0, CounterAt{}, uint64_t{});                       // (local rank, counter, add)
   // (counter, at least, phase, rank that is waited for)
-  { f.wait_rail(uint64_t{}, uint64_t{}, phase, 0) } -> std::same_as<Status>;
-  { f.wait_node(uint64_t{}, uint64_t{}, phase, 0) } -> std::same_as<Status>;
+  { f.wait_rail(CounterAt{}, uint64_t{}, phase, 0) } -> std::same_as<Status>;
+  { f.wait_node(CounterAt{}, uint64_t{}, phase, 0) } -> std::same_as<Status>;
   { f.counters() } -> std::same_as<Counters&>;  // of the calling group; lane 0 counts
   { f.terms(0) } -> std::same_as<TermStore&>;   // two lists of the calling group, shared by its lanes
   { f.targets() } -> std::same_as<char**>;      // kMaxTopK pointers of the calling group, shared by its lanes
@@ -59,10 +61,21 @@ concept Fabric = LaneFabric<F> && Group<G> &&
                    f.settle(g);  // lanes may read what the group's row operations wrote
                  };
 
+// One lane: whole records to the same offset of a peer's rail region; put_bytes: those that are longer than
+// their type says.
+template <LaneFabric F, class T>
+MOE_HD void put_bytes(F f, int peer, Offset<T> there, const T* source, uint64_t bytes) {
+  f.put(peer, there.value, reinterpret_cast<const char*>(source), bytes);
+}
+template <LaneFabric F, class T>
+MOE_HD void put(F f, int peer, Offset<T> there, const T* source, uint64_t count = 1) {
+  put_bytes(f, peer, there, source, sizeof(T) * count);
+}
+
 // A fabric may also have reach(peer, offset): the peer's rail region itself where stores get there (ranks of
 // other nodes on one host), null where they do not. Signals order such stores like puts.
 template <LaneFabric F>
-MOE_HD char* reach(F f, int peer, uint64_t offset) {
+MOE_HD char* reach(F f, int peer, Offset<char> offset) {
   if constexpr (requires { f.reach(peer, offset); })
     return f.reach(peer, offset);
   else

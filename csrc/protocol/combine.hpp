@@ -21,8 +21,8 @@ namespace detail {
 
 // Where a rail peer's Wish lies. A peer that waits for nothing here may be one combine ahead, hence the
 // parity.
-MOE_HD inline uint64_t wish_at(const CombineArgs& a, int node) {
-  return a.b.rail.wishes + sizeof(Wish) * ((a.book->combines & 1) * a.b.geometry.nodes() + node);
+MOE_HD inline Offset<Wish> wish_at(const CombineArgs& a, int node) {
+  return a.b.rail.wishes + ((a.book->combines & 1) * a.b.geometry.nodes() + node);
 }
 
 MOE_HD inline int32_t combine_word(const CombineArgs& a) { return call_word(a.book->enter, Verb::combine); }
@@ -63,22 +63,22 @@ MOE_HD inline Status judge_boards(const CombineArgs& a, Wish& mine) {
 
 template <LaneFabric F>
 MOE_HD const Wish& own_wish(F f, const CombineArgs& a) {
-  return *reinterpret_cast<const Wish*>(f.rail(a.b.rail.wish_out));
+  return *f.rail(a.b.rail.wish_out);
 }
 
 // One lane: node n's Wish, when its rail peer is in the call.
 template <LaneFabric F>
 MOE_HD Status await_wish(F f, const CombineArgs& a, int n, Phase phase) {
   const int rank = a.b.geometry.rail_rank(n);
-  MOE_TRY(f.wait_rail(a.b.rail.enter + 8 * n, a.book->enter, phase, rank));
-  const Wish& theirs = *reinterpret_cast<const Wish*>(f.rail(wish_at(a, n)));
+  MOE_TRY(f.wait_rail(a.b.rail.enter + n, a.book->enter, phase, rank));
+  const Wish& theirs = *f.rail(wish_at(a, n));
   return theirs.word == combine_word(a) ? Status{} : out_of_step(phase, rank, combine_word(a), theirs.word);
 }
 
 // Whether rows pass between this node and node n, whose Wish is here. Both sides see the same.
 template <LaneFabric F>
 MOE_HD bool trades(F f, const CombineArgs& a, int n) {
-  const Wish &mine = own_wish(f, a), &theirs = *reinterpret_cast<const Wish*>(f.rail(wish_at(a, n)));
+  const Wish &mine = own_wish(f, a), &theirs = *f.rail(wish_at(a, n));
   return mine.code == 0 && theirs.code == 0 && mine.slots == theirs.slots;
 }
 
@@ -89,7 +89,7 @@ MOE_HD Status judge_wishes(F f, const CombineArgs& a) {
   const Wish& mine = own_wish(f, a);
   Status found;
   for (int n = 0; n < geo.nodes() && found.code != Code::refused; ++n) {
-    const Wish& w = n == geo.node() ? mine : *reinterpret_cast<const Wish*>(f.rail(wish_at(a, n)));
+    const Wish& w = n == geo.node() ? mine : *f.rail(wish_at(a, n));
     if (w.code != 0 && (found.ok() || w.code == static_cast<uint8_t>(Code::refused)))
       found = {static_cast<Code>(w.code), Phase::publish, w.rank, w.why};
     else if (w.code == 0 && mine.code == 0 && found.ok() && w.slots != mine.slots)
@@ -115,23 +115,22 @@ MOE_HD Status publish(G g, F f, const CombineArgs& a) {
     g.sync();
   }
   return leader(g, [&] {
-    RowsBoard* board = reinterpret_cast<RowsBoard*>(f.window(geo.local(), b.node.board));
+    RowsBoard* board = f.window(geo.local(), b.node.board);
     *board = a.mine;
     board->slots = a.slots != nullptr;
     board->word = static_cast<uint32_t>(detail::combine_word(a));
     board->refused = static_cast<uint64_t>(a.refused);
-    for (int d = 0; d < geo.ranks_per_node; ++d) f.signal_node(d, b.node.ready + 8 * geo.local(), 1);
+    for (int d = 0; d < geo.ranks_per_node; ++d) f.signal_node(d, b.node.ready + geo.local(), 1);
     for (int d = 0; d < geo.ranks_per_node; ++d) {
-      MOE_TRY(
-          f.wait_node(b.node.ready + 8 * d, a.book->combines, Phase::publish, geo.rank_at(geo.node(), d)));
-      a.boards[d] = *reinterpret_cast<const RowsBoard*>(f.window(d, b.node.board));
+      MOE_TRY(f.wait_node(b.node.ready + d, a.book->combines, Phase::publish, geo.rank_at(geo.node(), d)));
+      a.boards[d] = *f.window(d, b.node.board);
     }
-    Wish* wish = reinterpret_cast<Wish*>(f.rail(b.rail.wish_out));
+    Wish* wish = f.rail(b.rail.wish_out);
     MOE_TRY(detail::judge_boards(a, *wish));
     for (int step = 1; step < nodes; ++step) {
       const int n = (own + step) % nodes;
-      f.put(n, detail::wish_at(a, own), reinterpret_cast<const char*>(wish), sizeof(Wish));
-      f.signal_rail(n, b.rail.enter + 8 * own, 1);
+      put(f, n, detail::wish_at(a, own), wish);
+      f.signal_rail(n, b.rail.enter + own, 1);
     }
     return Status{};
   });
@@ -142,7 +141,7 @@ namespace detail {
 // The rows that this node contributes to row i of source node n; counted as they are listed.
 template <Group G, Fabric<G> F>
 MOE_HD void add_node_terms(G g, F f, const CombineArgs& a, int n, int i, Terms& terms) {
-  const int64_t at = int64_t{n} * a.b.shape.max_tokens + i;
+  const int64_t at = a.b.row_index(n, i);
   const Place* place = a.plan.place + at * a.b.shape.top_k;
   const uint64_t row_bytes = a.b.shape.combine_row_bytes();
   const bool by_rank = a.plan.call.layout == RowLayout::rank;
@@ -151,10 +150,9 @@ MOE_HD void add_node_terms(G g, F f, const CombineArgs& a, int n, int i, Terms& 
     const Place p = place[j];
     if (by_rank && j > 0 && place[j - 1].local == p.local) continue;  // one row per rank
     const RowsBoard board = a.boards[p.local];
-    const char* window = f.window(p.local, 0);
-    terms.add(g, window + board.rows + p.row * row_bytes, [&] {
-      return board.weights ? reinterpret_cast<const float*>(window + board.weights)[p.row] : 1.0f;
-    });
+    const char* window = f.window(p.local);
+    terms.add(g, board.rows.in(window) + p.row * row_bytes,
+              [&] { return board.weights ? board.weights.in(window)[p.row] : 1.0f; });
     ++all;
     remote += p.local != a.b.geometry.local();
   }
@@ -171,80 +169,114 @@ MOE_HD void add_node_terms(G g, F f, const CombineArgs& a, int n, int i, Terms& 
 template <LaneFabric F>
 MOE_HD void gather_slots(F f, const CombineArgs& a, int n, int i, float* slots) {
   const int k_max = a.b.shape.top_k;
-  const int64_t at = int64_t{n} * a.b.shape.max_tokens + i;
+  const int64_t at = a.b.row_index(n, i);
   const Place* place = a.plan.place + at * k_max;
   const bool by_rank = a.plan.call.layout == RowLayout::rank;
   for (int j = 0; j < a.plan.row_picks[at]; ++j) {
     const Place p = place[j];
-    const uint64_t back = a.boards[p.local].back;
+    const Offset<float> back = a.boards[p.local].back;
     const int64_t index = by_rank ? int64_t{p.row} * k_max + p.k : p.row;
-    slots[p.k] = back ? reinterpret_cast<const float*>(f.window(p.local, back))[index] : 0.0f;
+    slots[p.k] = back ? f.window(p.local, back)[index] : 0.0f;
   }
+}
+
+// One channel on its way back to node `node`: slots [begin, end) of its rows.
+struct Returning {
+  int node, channel, begin, end;
+  Wire wire;
+  uint64_t row_bytes;
+  uint64_t there;       // slot 0 in the peer's area B
+  Offset<char> target;  // of slot 0 in the peer's region
+  bool direct;          // stores reach the peer: rows are summed right into its staging area
+  char* rows;           // slot 0 of the sums, as they are written here
+  uint64_t* sums;       // their checksums
+  float* slots;         // [top_k] each
+};
+
+template <LaneFabric F>
+MOE_HD Returning returning_rows(F f, const CombineArgs& a, int node, int channel) {
+  const BufferView& b = a.b;
+  const int own = b.geometry.node(), channels = b.shape.channels;
+  const uint64_t here = b.remote_row(node, own);
+  Returning r;
+  r.node = node;
+  r.channel = channel;
+  r.begin = a.plan.first_row(node, channel, channels);
+  r.end = a.plan.first_row(node, channel + 1, channels);
+  r.wire = static_cast<Wire>(f.rail(wish_at(a, node))->wire);
+  r.row_bytes = b.shape.wire_bytes(r.wire);
+  r.there = b.remote_row(own, node);
+  r.target = b.area_b(own, node);
+  char* straight = reach(f, node, r.target);
+  r.direct = straight != nullptr;
+  r.rows = straight ? straight : f.rail(b.area_a(node, own));
+  r.sums = f.rail(b.rail.sums_out) + here;
+  r.slots = f.rail(b.rail.slots_out) + here * b.shape.top_k;
+  return r;
+}
+
+// The sum of `now` as row i, with what goes beside it. In between `next` may be read ahead.
+template <Group G, Fabric<G> F>
+MOE_HD void reduce_row(G g, F f, const CombineArgs& a, const Returning& r, int i, const Terms& now,
+                       const Terms& next) {
+  const Shape& s = a.b.shape;
+  const float* no_bias = nullptr;
+  char* row = r.rows + i * r.row_bytes;
+  if (r.wire == Wire::plain)
+    f.reduce_rows(g, row, now, &next, no_bias, s.hidden, s.dtype);
+  else
+    f.reduce_encode(g, row, r.wire, now, &next, s.hidden, s.dtype);
+  g.sync();  // the list of `now` may be overwritten, that of `next` may be read
+  if (g.lane() != 0) return;
+  if (a.slots) gather_slots(f, a, r.node, i, r.slots + int64_t{i} * s.top_k);
+  if (a.b.check)
+    r.sums[i] = row_checksum(row, r.row_bytes, checksum_seed(a.book->combines, a.b.geometry.rank, i));
+}
+
+// One lane: `rows` rows from slot `first` on, and the signal.
+template <LaneFabric F>
+MOE_HD void return_chunk(F f, const CombineArgs& a, const Returning& r, int first, int rows) {
+  const BufferView& b = a.b;
+  const int k_max = b.shape.top_k;
+  if (!r.direct)
+    f.put(r.node, r.target + first * r.row_bytes, r.rows + first * r.row_bytes, rows * r.row_bytes);
+  if (b.check) put(f, r.node, b.rail.sums + (r.there + first), r.sums + first, rows);
+  if (a.slots)
+    put(f, r.node, b.rail.slots + k_max * (r.there + first), r.slots + int64_t{first} * k_max, k_max * rows);
+  f.signal_rail(r.node, b.back_counter(b.geometry.node(), r.channel), rows);
+  HopCounters& hop = f.counters().rail;
+  hop.logical_rows += rows;
+  hop.physical_rows += rows;
+  hop.logical_bytes += rows * r.row_bytes;
+  hop.physical_bytes += rows * r.row_bytes;
 }
 
 }  // namespace detail
 
 template <Group G, Fabric<G> F>
-MOE_HD Status reduce(G g, F f, const CombineArgs& a, int n, int channel) {
+MOE_HD Status reduce(G g, F f, const CombineArgs& a, int node, int channel) {
   const BufferView& b = a.b;
-  const Geometry& geo = b.geometry;
-  const int own = geo.node(), channels = b.shape.channels;
-  MOE_TRY(leader(g, [&] { return detail::await_wish(f, a, n, Phase::reduce); }));
-  if (!detail::trades(f, a, n)) return {};
-  const int begin = a.plan.channel_first[n * (channels + 1) + channel];
-  const int end = a.plan.channel_first[n * (channels + 1) + channel + 1];
-  const uint64_t here = remote_index(n, own) * b.shape.max_tokens,
-                 there = remote_index(own, n) * b.shape.max_tokens;
-  const uint64_t target = b.rail.area_b + there * b.shape.slot_bytes();
-  char* straight =
-      reach(f, n, target);  // where stores reach the peer, rows are summed right into its staging
-  char* staged = straight ? straight : f.rail(b.rail.area_a) + here * b.shape.slot_bytes();
-  uint64_t* sums = reinterpret_cast<uint64_t*>(f.rail(b.rail.sums_out)) + here;
-  const int k_max = b.shape.top_k;
-  float* slots = reinterpret_cast<float*>(f.rail(b.rail.slots_out)) + here * k_max;
-  Counters& count = f.counters();
-  const Wire wire = static_cast<Wire>(reinterpret_cast<const Wish*>(f.rail(detail::wish_at(a, n)))->wire);
-  const uint64_t row_bytes = b.shape.wire_bytes(wire);
-
+  MOE_TRY(leader(g, [&] { return detail::await_wish(f, a, node, Phase::reduce); }));
+  if (!detail::trades(f, a, node)) return {};
+  const detail::Returning r = detail::returning_rows(f, a, node, channel);
   // While one row is summed the next one's terms are known, so that the fabric can fetch them ahead.
   const auto terms_of = [&](int i) {
     Terms terms{&f.terms(i & 1)};
-    if (i < end) detail::add_node_terms(g, f, a, n, i, terms);
+    if (i < r.end) detail::add_node_terms(g, f, a, node, i, terms);
     return terms;
   };
-  Terms next = terms_of(begin);
+  Terms next = terms_of(r.begin);
   g.sync();
-  for (int chunk = begin; chunk < end; chunk += b.shape.chunk_rows) {
-    const int chunk_end = chunk + b.shape.chunk_rows < end ? chunk + b.shape.chunk_rows : end;
+  for (int chunk = r.begin; chunk < r.end; chunk += b.shape.chunk_rows) {
+    const int chunk_end = chunk + b.shape.chunk_rows < r.end ? chunk + b.shape.chunk_rows : r.end;
     for (int i = chunk; i < chunk_end; ++i) {
       const Terms now = next;
       next = terms_of(i + 1);
-      if (b.check) MOE_TRY(verify::published_rows(g, f, a, n, i, Phase::reduce));
-      char* row = staged + i * row_bytes;
-      if (wire == Wire::plain)
-        f.reduce_rows(g, row, now, &next, static_cast<const float*>(nullptr), b.shape.hidden, b.shape.dtype);
-      else
-        f.reduce_encode(g, row, wire, now, &next, b.shape.hidden, b.shape.dtype);
-      g.sync();  // the list of `now` may be overwritten, that of `next` may be read
-      if (a.slots && g.lane() == 0) detail::gather_slots(f, a, n, i, slots + int64_t{i} * k_max);
-      if (b.check && g.lane() == 0)
-        sums[i] = row_checksum(row, row_bytes, checksum_seed(a.book->combines, geo.rank, i));
+      if (b.check) MOE_TRY(verify::published_rows(g, f, a, node, i, Phase::reduce));
+      detail::reduce_row(g, f, a, r, i, now, next);
     }
     g.sync();
-    if (g.lane() == 0) {
-      const int rows = chunk_end - chunk;
-      if (!straight) f.put(n, target + chunk * row_bytes, staged + chunk * row_bytes, rows * row_bytes);
-      if (b.check)
-        f.put(n, b.rail.sums + 8 * (there + chunk), reinterpret_cast<const char*>(sums + chunk), 8 * rows);
-      if (a.slots)
-        f.put(n, b.rail.slots + 4 * k_max * (there + chunk),
-              reinterpret_cast<const char*>(slots + int64_t{chunk} * k_max), 4 * k_max * rows);
-      f.signal_rail(n, b.rail.back + 8 * (own * channels + channel), rows);
-      count.rail.logical_rows += rows;
-      count.rail.physical_rows += rows;
-      count.rail.logical_bytes += rows * row_bytes;
-      count.rail.physical_bytes += rows * row_bytes;
-    }
+    if (g.lane() == 0) detail::return_chunk(f, a, r, chunk, chunk_end - chunk);
   }
   g.sync();
   return {};
@@ -256,18 +288,90 @@ namespace detail {
 template <Group G, Fabric<G> F>
 MOE_HD Status drop_back(G g, F f, const CombineArgs& a, int channel) {
   const BufferView& b = a.b;
-  const int own = b.geometry.node(), channels = b.shape.channels;
+  const int own = b.geometry.node();
   return leader(g, [&] {
     for (int n = 0; n < b.geometry.nodes(); ++n) {
       if (n == own || !trades(f, a, n)) continue;
-      uint64_t& back = a.book->back[n * channels + channel];
+      uint64_t& back = a.book->back[b.channel_index(n, channel)];
       const uint64_t rows = a.plan.blocks[n * b.count.ints + b.count.channels + channel];
-      MOE_TRY(f.wait_rail(b.rail.back + 8 * (n * channels + channel), back + rows, Phase::sum,
-                          b.geometry.rail_rank(n)));
+      MOE_TRY(f.wait_rail(b.back_counter(n, channel), back + rows, Phase::sum, b.geometry.rail_rank(n)));
       back += rows;
     }
     return Status{};
   });
+}
+
+// Slot `slot` of what node n sends back to this rank.
+template <LaneFabric F>
+MOE_HD const char* returned_row(F f, const CombineArgs& a, int n, int slot, uint64_t row_bytes) {
+  return f.rail(a.b.area_b(n, a.b.geometry.node())) + slot * row_bytes;
+}
+
+// What makes y[t]: this node's rows, and a row from every other node that has some.
+template <Group G, Fabric<G> F>
+MOE_HD Terms token_terms(G g, F f, const CombineArgs& a, int t, uint64_t row_bytes) {
+  const int own = a.b.geometry.node(), nodes = a.b.geometry.nodes();
+  Terms terms{&f.terms(t & 1)};
+  for (int n = 0; n < nodes; ++n) {
+    const int slot = a.plan.slot_of(t, n, nodes);
+    if (slot < 0) continue;
+    if (n == own) {
+      add_node_terms(g, f, a, n, slot, terms);
+    } else {
+      terms.add_wire(g, returned_row(f, a, n, slot, row_bytes), a.wire, a.b.shape.hidden);
+      terms.close_group();
+    }
+  }
+  return terms;
+}
+
+// One lane: the values of y[t]'s picks, at their top-k slots.
+template <LaneFabric F>
+MOE_HD void collect_slots(F f, const CombineArgs& a, int t) {
+  const BufferView& b = a.b;
+  const int own = b.geometry.node(), nodes = b.geometry.nodes();
+  const int k_max = b.shape.top_k, per_node = b.experts_per_node();
+  float* out = a.slots + int64_t{t} * k_max;
+  for (int k = 0; k < k_max; ++k) out[k] = 0.0f;
+  const int own_slot = a.plan.slot_of(t, own, nodes);
+  if (own_slot >= 0) gather_slots(f, a, own, own_slot, out);
+  const Pick* pick = a.plan.pick + int64_t{t} * k_max;
+  for (int i = 0; i < a.plan.picks[t]; ++i) {
+    const int n = pick[i].expert / per_node;
+    if (n == own) continue;
+    const uint64_t at = b.remote_row(n, own) + a.plan.slot_of(t, n, nodes);
+    out[pick[i].k] = f.rail(b.rail.slots)[at * k_max + pick[i].k];
+  }
+}
+
+// One lane: the other nodes' rows for token t are here; with checks, as they were sent.
+template <LaneFabric F>
+MOE_HD Status await_token(F f, const CombineArgs& a, int channel, int t, uint64_t row_bytes) {
+  const BufferView& b = a.b;
+  const int own = b.geometry.node(), nodes = b.geometry.nodes();
+  for (int n = 0; n < nodes; ++n) {
+    const int slot = a.plan.slot_of(t, n, nodes);
+    if (n == own || slot < 0) continue;
+    const int rank = b.geometry.rail_rank(n);
+    const uint64_t before = slot - a.plan.first_slot(n, channel, b.shape.channels);
+    MOE_TRY(f.wait_rail(b.back_counter(n, channel), a.book->back[b.channel_index(n, channel)] + before + 1,
+                        Phase::sum, rank));
+    if (!b.check) continue;
+    const uint64_t want = f.rail(b.rail.sums)[b.remote_row(n, own) + slot];
+    const uint64_t got = row_checksum(returned_row(f, a, n, slot, row_bytes), row_bytes,
+                                      checksum_seed(a.book->combines, rank, slot));
+    if (want != got) return verify::wrong_row(Phase::sum, rank, t, want, got);
+  }
+  return {};
+}
+
+// One lane: the other nodes' rows of the channel have been read.
+MOE_HD inline void close_channel(const CombineArgs& a, int channel) {
+  const BufferView& b = a.b;
+  for (int n = 0; n < b.geometry.nodes(); ++n)
+    if (n != b.geometry.node())
+      a.book->back[b.channel_index(n, channel)] +=
+          a.plan.blocks[n * b.count.ints + b.count.channels + channel];
 }
 
 }  // namespace detail
@@ -275,8 +379,7 @@ MOE_HD Status drop_back(G g, F f, const CombineArgs& a, int channel) {
 template <Group G, Fabric<G> F>
 MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
   const BufferView& b = a.b;
-  const Geometry& geo = b.geometry;
-  const int own = geo.node(), nodes = geo.nodes(), channels = b.shape.channels;
+  const int own = b.geometry.node(), nodes = b.geometry.nodes();
   const uint64_t row_bytes = b.shape.wire_bytes(a.wire);
   MOE_TRY(leader(g, [&] {
     for (int n = 0; n < nodes; ++n)
@@ -284,82 +387,30 @@ MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
     return Status{};
   }));
   if (!detail::judge_wishes(f, a).ok()) return detail::drop_back(g, f, a, channel);
-  const int begin = channel_begin(a.plan.tokens, channel, channels);
-  const int end = channel_begin(a.plan.tokens, channel + 1, channels);
-  Counters& count = f.counters();
-  const auto first_slot = [&](int n) { return a.plan.send_first[n * (channels + 1) + channel]; };
+  const int begin = channel_begin(a.plan.tokens, channel, b.shape.channels);
+  const int end = channel_begin(a.plan.tokens, channel + 1, b.shape.channels);
   const auto terms_of = [&](int t) {
-    Terms terms{&f.terms(t & 1)};
-    for (int n = 0; t < end && n < nodes; ++n) {
-      const int slot = a.plan.slot[int64_t{t} * nodes + n];
-      if (slot < 0) continue;
-      if (n == own)
-        detail::add_node_terms(g, f, a, n, slot, terms);
-      else {
-        const char* row = f.rail(b.rail.area_b) +
-                          remote_index(n, own) * b.shape.max_tokens * b.shape.slot_bytes() + slot * row_bytes;
-        terms.add_wire(g, row, a.wire, b.shape.hidden);
-        terms.close_group();
-      }
-    }
-    return terms;
+    return t < end ? detail::token_terms(g, f, a, t, row_bytes) : Terms{&f.terms(t & 1)};
   };
-  const auto collect_slots = [&](int t) {
-    const int k_max = b.shape.top_k, per_node = b.experts_per_node();
-    float* out = a.slots + int64_t{t} * k_max;
-    for (int k = 0; k < k_max; ++k) out[k] = 0.0f;
-    const int own_slot = a.plan.slot[int64_t{t} * nodes + own];
-    if (own_slot >= 0) detail::gather_slots(f, a, own, own_slot, out);
-    const Pick* pick = a.plan.pick + int64_t{t} * k_max;
-    for (int i = 0; i < a.plan.picks[t]; ++i) {
-      const int n = pick[i].expert / per_node;
-      if (n == own) continue;
-      const uint64_t at = remote_index(n, own) * b.shape.max_tokens + a.plan.slot[int64_t{t} * nodes + n];
-      out[pick[i].k] = reinterpret_cast<const float*>(f.rail(b.rail.slots))[at * k_max + pick[i].k];
-    }
-  };
-  const auto wait_token = [&](int t) {
-    for (int n = 0; n < nodes; ++n) {
-      const int slot = a.plan.slot[int64_t{t} * nodes + n];
-      if (n == own || slot < 0) continue;
-      MOE_TRY(f.wait_rail(b.rail.back + 8 * (n * channels + channel),
-                          a.book->back[n * channels + channel] + (slot - first_slot(n)) + 1, Phase::sum,
-                          geo.rail_rank(n)));
-      if (b.check) {
-        const uint64_t at = remote_index(n, own) * b.shape.max_tokens;
-        const char* row = f.rail(b.rail.area_b) + at * b.shape.slot_bytes() + slot * row_bytes;
-        const uint64_t want = reinterpret_cast<const uint64_t*>(f.rail(b.rail.sums))[at + slot];
-        const uint64_t got =
-            row_checksum(row, row_bytes, checksum_seed(a.book->combines, geo.rail_rank(n), slot));
-        if (want != got) return verify::wrong_row(Phase::sum, geo.rail_rank(n), t, want, got);
-      }
-    }
-    return Status{};
-  };
-
   Terms next = terms_of(begin);
   g.sync();
   for (int t = begin; t < end; ++t) {
-    if (nodes > 1) MOE_TRY(leader(g, [&] { return wait_token(t); }));
+    if (nodes > 1) MOE_TRY(leader(g, [&] { return detail::await_token(f, a, channel, t, row_bytes); }));
     const Terms now = next;
     next = terms_of(t + 1);
-    if (const int slot = a.plan.slot[int64_t{t} * nodes + own]; b.check && slot >= 0)
-      MOE_TRY(verify::published_rows(g, f, a, own, slot, Phase::sum));
+    const int slot = a.plan.slot_of(t, own, nodes);
+    if (b.check && slot >= 0) MOE_TRY(verify::published_rows(g, f, a, own, slot, Phase::sum));
     const float* bias = a.bias ? a.bias + t * a.bias_stride : nullptr;
     f.reduce_rows(g, a.y + t * b.shape.combine_row_bytes(), now, &next, bias, b.shape.hidden, b.shape.dtype);
-    if (a.slots && g.lane() == 0) collect_slots(t);
+    if (a.slots && g.lane() == 0) detail::collect_slots(f, a, t);
     g.sync();
-    const int slot = a.plan.slot[int64_t{t} * nodes + own];
     if (slot >= 0 && g.lane() == 0) {
-      count.rail.logical_rows += 1;
-      count.rail.logical_bytes += row_bytes;
+      f.counters().rail.logical_rows += 1;
+      f.counters().rail.logical_bytes += row_bytes;
     }
   }
   g.sync();
-  if (g.lane() == 0)
-    for (int n = 0; n < nodes; ++n)
-      if (n != own)
-        a.book->back[n * channels + channel] += a.plan.blocks[n * b.count.ints + b.count.channels + channel];
+  if (g.lane() == 0) detail::close_channel(a, channel);
   return {};
 }
 
@@ -370,9 +421,9 @@ MOE_HD Status finish(G g, F f, const CombineArgs& a) {
   const Geometry& geo = b.geometry;
   g.sync();
   return leader(g, [&] {
-    for (int d = 0; d < geo.ranks_per_node; ++d) f.signal_node(d, b.node.done + 8 * geo.local(), 1);
+    for (int d = 0; d < geo.ranks_per_node; ++d) f.signal_node(d, b.node.done + geo.local(), 1);
     for (int d = 0; d < geo.ranks_per_node; ++d)
-      MOE_TRY(f.wait_node(b.node.done + 8 * d, a.book->combines, Phase::done, geo.rank_at(geo.node(), d)));
+      MOE_TRY(f.wait_node(b.node.done + d, a.book->combines, Phase::done, geo.rank_at(geo.node(), d)));
     return detail::judge_wishes(f, a);
   });
 }

@@ -60,61 +60,65 @@ struct DecodeView {
   MOE_HD int local(int rank) const { return rank % geometry.ranks_per_node; }
 
   // Window offsets; `at` counts tokens of the rank that is meant.
-  MOE_HD uint64_t sent_flag(int parity, int local) const {
-    return window.sent + 8 * (parity * geometry.ranks_per_node + local);
+  MOE_HD CounterAt sent_flag(int parity, int local) const {
+    return window.sent + (parity * geometry.ranks_per_node + local);
   }
-  MOE_HD uint64_t answered_flag(int parity, int local) const {
-    return window.answered + 8 * (parity * geometry.ranks_per_node + local);
+  MOE_HD CounterAt answered_flag(int parity, int local) const {
+    return window.answered + (parity * geometry.ranks_per_node + local);
   }
-  MOE_HD uint64_t wanted(int parity, int local) const {
-    return window.wanted + uint64_t{4} * (parity * geometry.ranks_per_node + local) * shape.max_tokens;
+  MOE_HD Offset<int32_t> wanted(int parity, int local) const {
+    return window.wanted + uint64_t(parity * geometry.ranks_per_node + local) * shape.max_tokens;
   }
-  MOE_HD uint64_t places(int parity, int local) const {
+  MOE_HD Offset<int32_t> places(int parity, int local) const {
     return window.places +
-           uint64_t{4} * (parity * geometry.ranks_per_node + local) * shape.max_tokens * shape.top_k;
+           uint64_t(parity * geometry.ranks_per_node + local) * shape.max_tokens * shape.top_k;
   }
-  MOE_HD uint64_t counts(int bank) const { return window.counts + uint64_t{8} * bank * experts_per_rank(); }
-  MOE_HD uint64_t message(int parity, int token) const {
-    return window.messages + (uint64_t(parity) * shape.max_tokens + token) * decode_message_bytes(shape);
+  MOE_HD Offset<int64_t> counts(int bank) const {
+    return window.counts + uint64_t(bank) * experts_per_rank();
   }
-  MOE_HD uint64_t sum(int parity, int token, int k) const {
+  MOE_HD Offset<DecodeHeader> message(int parity, int token) const {
+    return window.messages.moved((uint64_t(parity) * shape.max_tokens + token) * decode_message_bytes(shape));
+  }
+  MOE_HD Offset<char> sum(int parity, int token, int k) const {
     return window.sums + answer_index(parity, token, k) * shape.combine_row_bytes();
   }
   MOE_HD uint64_t packed_rows() const { return experts_per_rank() * decode_rows_per_expert(geometry, shape); }
-  MOE_HD uint64_t x(int bank) const { return window.x + bank * packed_rows() * shape.combine_row_bytes(); }
-  MOE_HD uint64_t scales(int bank, int expert) const {
+  MOE_HD Offset<char> x(int bank) const {
+    return window.x + bank * packed_rows() * shape.combine_row_bytes();
+  }
+  MOE_HD Offset<char> scales(int bank, int expert) const {
     return window.scales + uint64_t(bank * experts_per_rank() + expert) * decode_scale_area(geometry, shape);
   }
-  MOE_HD uint64_t rows(int bank) const {
+  MOE_HD Offset<char> rows(int bank) const {
     return window.rows + bank * packed_rows() * shape.combine_row_bytes();
   }
-  MOE_HD uint64_t coded(int parity, int to, int slot, int pick) const {
+  MOE_HD Offset<char> coded(int parity, int to, int slot, int pick) const {
     const uint64_t row =
         (uint64_t(parity) * remote() + remote_rank(to, geometry.rank)) * shape.max_tokens + slot;
     return window.coded + (row * decode_picks_per_rank(geometry, shape) + pick) * shape.slot_bytes();
   }
-  MOE_HD uint64_t signs(int parity, int source) const {
-    return window.signs + uint64_t{8} * (parity * geometry.size + source) * shape.max_tokens * shape.top_k;
+  MOE_HD Offset<uint64_t> signs(int parity, int source) const {
+    return window.signs + uint64_t(parity * geometry.size + source) * shape.max_tokens * shape.top_k;
   }
 
   // Region offsets.
-  MOE_HD uint64_t remote_sent_flag(int parity, int rank) const {
-    return region.sent + 8 * (parity * geometry.size + rank);
+  MOE_HD CounterAt remote_sent_flag(int parity, int rank) const {
+    return region.sent + (parity * geometry.size + rank);
   }
-  MOE_HD uint64_t remote_answered_flag(int parity, int rank) const {
-    return region.answered + 8 * (parity * geometry.size + rank);
+  MOE_HD CounterAt remote_answered_flag(int parity, int rank) const {
+    return region.answered + (parity * geometry.size + rank);
   }
-  MOE_HD uint64_t landed(int parity, int from, int at,
-                         int slot) const {  // from `from` in the region of rank `at`
-    return region.messages +
-           ((uint64_t(parity) * remote() + remote_rank(from, at)) * shape.max_tokens + slot) *
-               decode_message_bytes(shape);
+  // From rank `from` in the region of rank `at`.
+  MOE_HD Offset<DecodeHeader> landed(int parity, int from, int at, int slot) const {
+    return region.messages.moved(
+        ((uint64_t(parity) * remote() + remote_rank(from, at)) * shape.max_tokens + slot) *
+        decode_message_bytes(shape));
   }
-  MOE_HD uint64_t answer(int parity, int token, int k) const {
+  MOE_HD Offset<char> answer(int parity, int token, int k) const {
     return region.answers + answer_index(parity, token, k) * shape.slot_bytes();
   }
-  MOE_HD uint64_t landed_signs(int parity, int owner) const {
-    return region.signs + uint64_t{8} * (parity * geometry.size + owner) * shape.max_tokens * shape.top_k;
+  MOE_HD Offset<uint64_t> landed_signs(int parity, int owner) const {
+    return region.signs + uint64_t(parity * geometry.size + owner) * shape.max_tokens * shape.top_k;
   }
 
  private:
@@ -168,9 +172,9 @@ struct DecodeTurn {
 MOE_HD inline uint64_t place_decode_turn(const DecodeView& d, char* memory, DecodeTurn& t) {
   const uint64_t picks = uint64_t(d.shape.max_tokens) * d.shape.top_k, size = d.geometry.size;
   detail::Cursor c;
-  const auto take = [&](auto*& table, uint64_t count) {
-    const uint64_t at = c.take(sizeof(*table) * count);
-    if (memory) table = reinterpret_cast<decltype(&*table)>(memory + at);
+  const auto take = [&]<class T>(T*& table, uint64_t count) {
+    const Offset<T> at = c.take<T>(count);
+    if (memory) table = at.in(memory);
   };
   take(t.ids, picks);
   take(t.slot, picks);
@@ -232,8 +236,8 @@ MOE_HD inline int32_t* arrived(const DecodeView& d, const DecodeTurn& turn, int 
 
 // The message of `source` in `slot`, which is about `token`: in its window, or landed in this rank's region.
 template <LaneFabric F>
-MOE_HD char* decode_message(F f, const DecodeView& d, const DecodeTurn& turn, int source, int slot,
-                            int token) {
+MOE_HD DecodeHeader* decode_message(F f, const DecodeView& d, const DecodeTurn& turn, int source, int slot,
+                                    int token) {
   if (!d.near(source)) return f.rail(d.landed(turn.parity(), source, d.geometry.rank, slot));
   return f.window(d.local(source), d.message(turn.parity(), token));
 }
@@ -243,7 +247,7 @@ MOE_HD char* decode_message(F f, const DecodeView& d, const DecodeTurn& turn, in
 template <LaneFabric F>
 MOE_HD int32_t* decode_places(F f, const DecodeView& d, const DecodeTurn& turn, int source, int32_t* note) {
   if (!d.near(source)) return note + 1 + d.shape.top_k;
-  return reinterpret_cast<int32_t*>(f.window(d.geometry.local(), d.places(turn.parity(), d.local(source)))) +
+  return f.window(d.geometry.local(), d.places(turn.parity(), d.local(source))) +
          int64_t{note[0]} * d.shape.top_k;
 }
 

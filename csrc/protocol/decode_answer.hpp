@@ -59,7 +59,7 @@ MOE_HD void sign_answers(F f, const DecodeCombineArgs& a, int source) {
   const int parity = turn.parity(), own = d.geometry.local();
   const bool near = d.near(source);
   const Wire wire = near ? Wire::plain : a.wire;
-  uint64_t* signs = reinterpret_cast<uint64_t*>(f.window(own, d.signs(parity, source)));
+  uint64_t* signs = f.window(own, d.signs(parity, source));
   for (int i = 0; i < turn.got[source]; ++i) {
     int32_t* note = arrived(d, turn, source, i);
     const int32_t* places = decode_places(f, d, turn, source, note);
@@ -69,7 +69,7 @@ MOE_HD void sign_answers(F f, const DecodeCombineArgs& a, int source) {
       if (turn.weighted && near)
         answer = f.window(d.local(source), d.sum(parity, note[0], k));
       else if (turn.weighted)
-        answer = decode_message(f, d, turn, source, i, note[0]) + decode_header_bytes(d.shape.top_k);
+        answer = decode_message(f, d, turn, source, i, note[0])->row(d.shape.top_k);
       else if (wire != Wire::plain)
         answer = f.window(own, d.coded(parity, source, i, picks++));
       else
@@ -81,8 +81,8 @@ MOE_HD void sign_answers(F f, const DecodeCombineArgs& a, int source) {
     }
   }
   if (!near)
-    f.put(source, d.landed_signs(parity, d.geometry.rank), reinterpret_cast<const char*>(signs),
-          uint64_t{8} * d.shape.max_tokens * d.shape.top_k);
+    put(f, source, d.landed_signs(parity, d.geometry.rank), signs,
+        uint64_t(d.shape.max_tokens) * d.shape.top_k);
 }
 
 }  // namespace detail
@@ -120,12 +120,9 @@ MOE_HD void decode_answer(G g, F f, const DecodeCombineArgs& a, int source, int 
       ++picks;
     }
     if (!turn.weighted || first < 0) continue;
-    char* message = detail::decode_message(f, d, turn, source, i, token);
-    char* sum =
-        near ? f.window(d.local(source), d.sum(parity, token, first)) : message + decode_header_bytes(k_max);
-    detail::store_answer(
-        g, f, a, sum,
-        detail::picked_rows(g, f, a, reinterpret_cast<const DecodeHeader*>(message), note + 1, places), wire);
+    DecodeHeader* message = detail::decode_message(f, d, turn, source, i, token);
+    char* sum = near ? f.window(d.local(source), d.sum(parity, token, first)) : message->row(k_max);
+    detail::store_answer(g, f, a, sum, detail::picked_rows(g, f, a, message, note + 1, places), wire);
     put(first, sum);
   }
   g.sync();

@@ -21,12 +21,12 @@ MOE_HD Status decode_accept(G g, F f, const DecodeReceiveArgs& a, int source, in
   const uint64_t at_least = make_flag(turn.epoch, 0, 0);
   int count = 0;
   const Status s = leader(g, [&] {
-    const uint64_t at =
+    const CounterAt at =
         d.near(source) ? d.sent_flag(parity, d.local(source)) : d.remote_sent_flag(parity, source);
     MOE_TRY(d.near(source) ? f.wait_node(at, at_least, Phase::arrive, source)
                            : f.wait_rail(at, at_least, Phase::arrive, source));
     // Its next value comes two epochs later, which this rank's receipt precedes: the word is at rest.
-    const uint64_t flag = *reinterpret_cast<const uint64_t*>(d.near(source) ? f.window(own, at) : f.rail(at));
+    const uint64_t flag = *(d.near(source) ? f.window(own, at) : f.rail(at));
     count = turn.refused() || flag_mode(flag) == kRefusedMode ? 0 : flag_count(flag);
     if (part == 0) turn.got[source] = count;
     return flag_mode(flag) == turn.mode || turn.refused()
@@ -46,14 +46,12 @@ MOE_HD void decode_number(G g, F f, const DecodeReceiveArgs& a, int source, int 
   const int k_max = d.shape.top_k, per_rank = d.experts_per_rank();
   const int32_t per_expert = static_cast<int32_t>(decode_rows_per_expert(d.geometry, d.shape));
   const int32_t bank = static_cast<int32_t>(turn.bank * d.packed_rows());
-  const int32_t* wanted = d.near(source) ? reinterpret_cast<const int32_t*>(f.window(
-                                               d.local(source), d.wanted(turn.parity(), d.geometry.local())))
-                                         : nullptr;
+  const int32_t* wanted =
+      d.near(source) ? f.window(d.local(source), d.wanted(turn.parity(), d.geometry.local())) : nullptr;
   // Headers may be far away: each lane fetches some.
   for (int i = begin + g.lane(); i < end; i += g.size()) {
     int32_t* note = detail::arrived(d, turn, source, i);
-    const auto* header = reinterpret_cast<const DecodeHeader*>(
-        detail::decode_message(f, d, turn, source, i, wanted ? wanted[i] : 0));
+    const DecodeHeader* header = detail::decode_message(f, d, turn, source, i, wanted ? wanted[i] : 0);
     note[0] = d.check ? verify::token_in_range(d, header->token) : header->token;
     for (int k = 0; k < k_max; ++k) {
       const int e = header->pick()[k].expert - d.first_expert();
@@ -81,7 +79,7 @@ MOE_HD void decode_shift_places(G g, F f, const DecodeReceiveArgs& a, int source
                                 const int32_t* counts, int part, int parts) {
   const DecodeView& d = a.d;
   const int k_max = d.shape.top_k, per_rank = d.experts_per_rank();
-  int64_t* totals = reinterpret_cast<int64_t*>(f.window(d.geometry.local(), d.counts(a.turn.bank)));
+  int64_t* totals = f.window(d.geometry.local(), d.counts(a.turn.bank));
   for (int e = g.lane(); e < per_rank; e += g.size()) {
     const int32_t before = detail::sum_before(counts + e, per_rank, part);
     if (part == parts - 1) totals[e] = before + counts[int64_t{part} * per_rank + e];
@@ -100,7 +98,6 @@ MOE_HD Status decode_pack(G g, F f, const DecodeReceiveArgs& a, int source, int 
   const DecodeTurn& turn = a.turn;
   const CallShape& call = turn.call;
   const int own = d.geometry.local(), k_max = d.shape.top_k;
-  const uint64_t header_bytes = decode_header_bytes(k_max);
   char* x = f.window(own, d.x(turn.bank));
   const int64_t per_expert = static_cast<int64_t>(decode_rows_per_expert(d.geometry, d.shape)),
                 bank = static_cast<int64_t>(turn.bank * d.packed_rows());
@@ -108,8 +105,8 @@ MOE_HD Status decode_pack(G g, F f, const DecodeReceiveArgs& a, int source, int 
   for (int i = begin; i < end; ++i) {
     int32_t* note = detail::arrived(d, turn, source, i);
     const int32_t* places = detail::decode_places(f, d, turn, source, note);
-    const char* message = detail::decode_message(f, d, turn, source, i, note[0]);
-    const char* row = message + header_bytes;
+    const DecodeHeader* message = detail::decode_message(f, d, turn, source, i, note[0]);
+    const char* row = message->row(k_max);
     int copies = 0;
     for (int k = 0; k < k_max; ++k) {
       const int e = note[1 + k];

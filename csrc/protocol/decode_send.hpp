@@ -77,13 +77,12 @@ MOE_HD void decode_send(G g, F f, const DecodeSendArgs& a, int begin, int end) {
   for (int t = begin; t < end; ++t) {
     const int32_t* ids = turn.ids + int64_t{t} * k_max;
     const int32_t* slots = turn.slot + int64_t{t} * k_max;
-    char* message = f.window(own, d.message(turn.parity(), t));
-    DecodeHeader* header = reinterpret_cast<DecodeHeader*>(message);
+    DecodeHeader* header = f.window(own, d.message(turn.parity(), t));
     const char* x = a.x + t * (a.quantizes() ? d.shape.combine_row_bytes() : turn.call.row_bytes);
     bool wanted = false;
     for (int k = 0; k < k_max; ++k) wanted |= slots[k] >= 0;
     if (!wanted) continue;
-    char* row = message + header_bytes;
+    char* row = header->row(k_max);
     for (int k = g.lane(); k < k_max; k += g.size())
       header->pick()[k] = {ids[k], a.weights ? a.weights[int64_t{t} * k_max + k] : 1.0f};
     if (a.quantizes()) {
@@ -112,9 +111,9 @@ MOE_HD void decode_send(G g, F f, const DecodeSendArgs& a, int begin, int end) {
       hop.physical_rows += r != me;
       hop.physical_bytes += r != me ? header_bytes + stride : 0;
       if (d.near(r))
-        reinterpret_cast<int32_t*>(f.window(own, d.wanted(turn.parity(), d.local(r))))[slots[k]] = t;
+        f.window(own, d.wanted(turn.parity(), d.local(r)))[slots[k]] = t;
       else
-        f.put(r, d.landed(turn.parity(), me, r, slots[k]), message, header_bytes + stride);
+        put_bytes(f, r, d.landed(turn.parity(), me, r, slots[k]), header, header_bytes + stride);
     }
   }
   g.sync();

@@ -18,12 +18,11 @@ MOE_HD Status wait_answer(F f, const DecodeCombineArgs& a, int rank, Status& fou
   const DecodeView& d = a.d;
   const int parity = a.turn.parity();
   const uint64_t at_least = make_flag(a.turn.epoch, 0, 0);
-  const uint64_t at =
+  const CounterAt at =
       d.near(rank) ? d.answered_flag(parity, d.local(rank)) : d.remote_answered_flag(parity, rank);
   MOE_TRY(d.near(rank) ? f.wait_node(at, at_least, Phase::sum, rank)
                        : f.wait_rail(at, at_least, Phase::sum, rank));
-  const uint64_t flag =
-      *reinterpret_cast<const uint64_t*>(d.near(rank) ? f.window(d.geometry.local(), at) : f.rail(at));
+  const uint64_t flag = *(d.near(rank) ? f.window(d.geometry.local(), at) : f.rail(at));
   if (flag_mode(flag) != a.mode && a.refused == Why::none)
     keep_finding(found, other_mode(flag, a.mode, Phase::sum, rank));
   return {};
@@ -69,8 +68,7 @@ MOE_HD Terms decode_terms(G g, F f, const DecodeCombineArgs& a, int t) {
     if (!turn.weighted && k % g.size() == 0 && k + g.lane() < k_max) {
       const int expert = turn.ids[at + g.lane()], owner = expert < 0 ? me : d.owner(expert);
       if (expert >= 0 && d.near(owner))
-        fetched_place = reinterpret_cast<const int32_t*>(
-            f.window(d.local(owner), d.places(parity, d.geometry.local())))[at + g.lane()];
+        fetched_place = f.window(d.local(owner), d.places(parity, d.geometry.local()))[at + g.lane()];
     }
     const int64_t place = g.broadcast(fetched_place, k % g.size());
     if (turn.ids[at] < 0 || (turn.weighted && turn.slot[at] < 0)) continue;
@@ -116,8 +114,7 @@ MOE_HD Status verify_answers(F f, const DecodeCombineArgs& a, int t) {
     else if (turn.weighted)
       answer = f.window(d.geometry.local(), d.sum(parity, t, k));
     else {
-      const int32_t place =
-          reinterpret_cast<const int32_t*>(f.window(d.local(r), d.places(parity, d.geometry.local())))[at];
+      const int32_t place = f.window(d.local(r), d.places(parity, d.geometry.local()))[at];
       answer = f.window(d.local(r), d.rows(0)) + place * d.shape.combine_row_bytes();
     }
     MOE_TRY(verify::answered_row(f, a, t, k, r, answer));

@@ -32,13 +32,12 @@ MOE_HD inline int32_t token_in_range(const DecodeView& d, int32_t token) {
 
 // The packed copies of a message's row; a message without a pick of this rank is none that was sent to it.
 template <LaneFabric F>
-MOE_HD Status packed_rows(F f, const DecodeReceiveArgs& a, int source, const char* message,
+MOE_HD Status packed_rows(F f, const DecodeReceiveArgs& a, int source, const DecodeHeader* header,
                           const int32_t* note, const int32_t* places) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;
   const CallShape& call = turn.call;
   const int own = d.geometry.local();
-  const auto* header = reinterpret_cast<const DecodeHeader*>(message);
   const int64_t per_expert = static_cast<int64_t>(decode_rows_per_expert(d.geometry, d.shape)),
                 bank = static_cast<int64_t>(turn.bank * d.packed_rows());
   bool found = false;
@@ -68,9 +67,9 @@ MOE_HD Status answered_row(F f, const DecodeCombineArgs& a, int t, int k, int ow
   const int parity = a.turn.parity();
   const int64_t pick = int64_t{t} * d.shape.top_k + k;
   const bool near = d.near(owner);
-  const char* signs = near ? f.window(d.local(owner), d.signs(parity, d.geometry.rank))
-                           : f.rail(d.landed_signs(parity, owner));
-  const uint64_t want = reinterpret_cast<const uint64_t*>(signs)[pick];
+  const uint64_t* signs = near ? f.window(d.local(owner), d.signs(parity, d.geometry.rank))
+                               : f.rail(d.landed_signs(parity, owner));
+  const uint64_t want = signs[pick];
   const uint64_t got =
       answer_checksum(a.turn, answer, d.shape.wire_bytes(near ? Wire::plain : a.wire), owner, pick);
   return got == want ? Status{} : wrong_row(Phase::sum, owner, t, want, got);

@@ -34,8 +34,7 @@ MOE_HD void announce(G g, F f, const DispatchArgs& a, Why refused, bool begins =
   const BufferView& b = a.b;
   const int own = b.geometry.node();
   const int nodes = b.geometry.nodes();
-  const uint64_t bytes = uint64_t{4} * b.count.ints;
-  const char* blocks = reinterpret_cast<const char*>(blocks_of(a));
+  const int32_t* blocks = blocks_of(a);
   if (g.lane() == 0) {
     ++a.book->enter;
     ++a.book->blocks;
@@ -50,19 +49,18 @@ MOE_HD void announce(G g, F f, const DispatchArgs& a, Why refused, bool begins =
     block[b.count.word] = detail::exchange_word(a);
   }
   g.sync();
-  const uint64_t half = count_half(a) * nodes * bytes;
+  const int half = count_half(a) * nodes * b.count.ints;
   if (!F::kPutsFromAnywhere && nodes > 1) {
-    char* out = f.rail(b.rail.blocks_out + half);
-    for (uint64_t i = g.lane(); i < nodes * bytes / sizeof(FourInts); i += g.size())
-      reinterpret_cast<FourInts*>(out)[i] = reinterpret_cast<const FourInts*>(blocks)[i];
+    int32_t* out = f.rail(b.rail.blocks_out + half);
+    copy_block(g, out, blocks, nodes * b.count.ints);
     f.settle(g);
     blocks = out;
   }
   if (g.lane() == 0)
     for (int step = 1; step < nodes; ++step) {
       const int n = (own + step) % nodes;
-      f.put(n, b.rail.blocks + half + own * bytes, blocks + n * bytes, bytes);
-      f.signal_rail(n, b.rail.enter + 8 * own, 1);
+      put(f, n, b.rail.blocks + (half + own * b.count.ints), blocks + n * b.count.ints, b.count.ints);
+      f.signal_rail(n, b.rail.enter + own, 1);
     }
   g.sync();
 }
@@ -76,17 +74,15 @@ MOE_HD Status await_block(G g, F f, const DispatchArgs& a, int n, const int32_t*
   const int own = b.geometry.node(), nodes = b.geometry.nodes();
   if (n != own)
     MOE_TRY(leader(g, [&] {
-      return f.wait_rail(b.rail.enter + 8 * n, a.book->enter, Phase::announce, b.geometry.rail_rank(n));
+      return f.wait_rail(b.rail.enter + n, a.book->enter, Phase::announce, b.geometry.rail_rank(n));
     }));
   block = n == own ? blocks_of(a) + n * b.count.ints
-                   : reinterpret_cast<const int32_t*>(f.rail(b.rail.blocks)) +
-                         (int64_t{count_half(a)} * nodes + n) * b.count.ints;
+                   : f.rail(b.rail.blocks) + (int64_t{count_half(a)} * nodes + n) * b.count.ints;
   return {};
 }
 
 MOE_HD inline int32_t* table_of(const DispatchArgs& a, char* window, int source) {
-  return reinterpret_cast<int32_t*>(window + a.b.node.tables) +
-         (int64_t{count_half(a)} * a.b.geometry.size + source) * a.b.count.ints;
+  return a.b.node.tables.in(window) + (int64_t{count_half(a)} * a.b.geometry.size + source) * a.b.count.ints;
 }
 
 }  // namespace detail
@@ -99,21 +95,16 @@ MOE_HD Status relay(G g, F f, const DispatchArgs& a, Offer offer) {
     const int n = (own + step) % nodes;
     const int32_t* block = nullptr;
     MOE_TRY(detail::await_block(g, f, a, n, block));
-    for (int local = 0; local < p; ++local) {
-      FourInts* table =
-          reinterpret_cast<FourInts*>(detail::table_of(a, f.window(local, 0), b.geometry.rail_rank(n)));
-      for (int i = g.lane(); i < b.count.ints / 4; i += g.size())
-        table[i] = reinterpret_cast<const FourInts*>(block)[i];
-    }
+    for (int local = 0; local < p; ++local)
+      copy_block(g, detail::table_of(a, f.window(local), b.geometry.rail_rank(n)), block, b.count.ints);
   }
   if (g.lane() == 0)
-    for (int local = 0; local < p; ++local)
-      reinterpret_cast<Offer*>(f.window(local, b.node.offers))[b.geometry.local()] = offer;
+    for (int local = 0; local < p; ++local) f.window(local, b.node.offers)[b.geometry.local()] = offer;
   g.sync();
   if (g.lane() == 0) {
     ++a.book->counts;
     ++f.counters().exchanges;
-    for (int local = 0; local < p; ++local) f.signal_node(local, b.node.counts + 8 * b.geometry.local(), 1);
+    for (int local = 0; local < p; ++local) f.signal_node(local, b.node.counts + b.geometry.local(), 1);
   }
   return {};
 }
@@ -124,8 +115,7 @@ MOE_HD Status await_counts(G g, F f, const DispatchArgs& a) {
   const Geometry& geo = a.b.geometry;
   return leader(g, [&] {
     for (int i = 0; i < geo.ranks_per_node; ++i)
-      MOE_TRY(
-          f.wait_node(a.b.node.counts + 8 * i, a.book->counts, Phase::counts, geo.rank_at(geo.node(), i)));
+      MOE_TRY(f.wait_node(a.b.node.counts + i, a.book->counts, Phase::counts, geo.rank_at(geo.node(), i)));
     return Status{};
   });
 }
@@ -204,7 +194,7 @@ MOE_HD Status place(G g, F f, const DispatchArgs& a) {
   const Geometry& geo = b.geometry;
   const int p = geo.ranks_per_node, nodes = geo.nodes(), channels = b.shape.channels;
   MOE_TRY(await_counts(g, f, a));
-  char* window = f.window(geo.local(), 0);
+  char* window = f.window(geo.local());
   Verdict verdict = detail::agreement(a, window);
   if (verdict.code == static_cast<int32_t>(Code::out_of_step)) return status_of(verdict);
   if (b.check && g.lane() == 0)
@@ -218,7 +208,7 @@ MOE_HD Status place(G g, F f, const DispatchArgs& a) {
     for (int c = 0; c < channels; ++c) first[c + 1] = first[c] + rows[c];
     a.plan.rows[n] = first[channels];
   }
-  const Offer* offers = reinterpret_cast<const Offer*>(window + b.node.offers);
+  const Offer* offers = b.node.offers.in(window);
   for (int d = g.lane(); d < p; d += g.size()) a.offers[d] = offers[d];
   g.sync();
   if (g.lane() == 0) {

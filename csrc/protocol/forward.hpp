@@ -1,7 +1,8 @@
 // The node hop of dispatch.
 //
-//   forward           (gateway)  each row to its final place in the windows of the ranks that want it  [per
-//   channel] announce_arrival  (gateway)  "I have forwarded everything", with the world's verdict
+//   forward           (gateway)  each row to its final place in the windows of the ranks that want it
+//                                                                                              [per channel]
+//   announce_arrival  (gateway)  "I have forwarded everything", with the world's verdict
 #pragma once
 #include "fabric/fabric.hpp"
 #include "protocol/quantize.hpp"
@@ -15,118 +16,197 @@ namespace detail {
 template <Group G>
 MOE_HD void clear_picks(G g, char* window, const BlockLayout& l, int64_t row, int k_max) {
   for (int k = g.lane(); k < k_max; k += g.size()) {
-    reinterpret_cast<int64_t*>(window + l.ids)[row * k_max + k] = -1;
-    reinterpret_cast<float*>(window + l.weights)[row * k_max + k] = 0.0f;
+    l.ids.in(window)[row * k_max + k] = -1;
+    l.weights.in(window)[row * k_max + k] = 0.0f;
   }
+}
+
+// One channel of the rows of source node `node`'s rail peer: slots [begin, end). Loops divide by the geometry
+// once, here.
+struct Incoming {
+  int node, channel, source;
+  int begin, end;
+  int per_rank, per_node;  // experts
+  bool remote;             // the rows came over the rail; else they are where this rank's caller has them
+  bool coding;             // this rank makes them FP8
+  uint64_t stride, meta_size;
+  const RowMeta* metas;
+  const char* area;
+};
+
+template <LaneFabric F>
+MOE_HD Incoming incoming_rows(F f, const DispatchArgs& a, int node, int channel) {
+  const BufferView& b = a.b;
+  const int own = b.geometry.node(), channels = b.shape.channels;
+  Incoming in;
+  in.node = node;
+  in.channel = channel;
+  in.source = b.geometry.rail_rank(node);
+  in.begin = a.plan.first_row(node, channel, channels);
+  in.end = a.plan.first_row(node, channel + 1, channels);
+  in.per_rank = b.experts_per_rank();
+  in.per_node = b.experts_per_node();
+  in.remote = node != own;
+  in.coding = !in.remote && quantizes(a);
+  in.stride = wire_stride(a.plan.call);
+  in.meta_size = meta_bytes(b.shape.top_k);
+  in.metas = f.rail(b.meta(node, 0));
+  in.area = in.remote ? f.rail(b.area_a(node, own)) : nullptr;
+  return in;
+}
+
+// Rows up to `end` have landed.
+template <Group G, Fabric<G> F>
+MOE_HD Status wait_chunk(G g, F f, const DispatchArgs& a, const Incoming& in, int end) {
+  if (!in.remote) return {};
+  return leader(g, [&] {
+    const uint64_t seen = a.book->rows[a.b.channel_index(in.node, in.channel)];
+    return f.wait_rail(a.b.rows_counter(in.node, in.channel), seen + (end - in.begin), Phase::forward,
+                       in.source);
+  });
+}
+
+// A row's payload and its scales (null: it has none), before it is forwarded.
+struct SourceRow {
+  const char* payload;
+  const char* scales;
+};
+
+template <Group G, Fabric<G> F>
+MOE_HD SourceRow source_row(G g, F f, const DispatchArgs& a, const Incoming& in, int i, int token) {
+  const CallShape& call = a.plan.call;
+  const char* row = in.coding   ? own_quantized(g, f, a, token, in.channel)
+                    : in.remote ? in.area + i * in.stride
+                                : a.x + token * call.row_bytes;
+  const char* scales = in.remote || in.coding ? row + align16(call.row_bytes)
+                       : a.scales             ? a.scales + token * call.scale_bytes
+                                              : nullptr;
+  return {row, scales};
+}
+
+// The final place of every pick of row i, kept for combine; where a plan is reused, as it was. Ends with a
+// sync.
+template <Group G>
+MOE_HD const Place* locate_picks(G g, const DispatchArgs& a, const Incoming& in, int i, const RowMeta* meta) {
+  const BufferView& b = a.b;
+  const bool by_rank = a.plan.call.layout == RowLayout::rank;
+  const int p = b.geometry.ranks_per_node;
+  const int64_t row = b.row_index(in.node, i);
+  Place* place = a.plan.place + row * b.shape.top_k;
+  if (g.lane() == 0) {
+    a.plan.row_picks[row] = static_cast<uint8_t>(meta->picks);
+    if (b.check) a.plan.row_token[row] = meta->token;
+  }
+  if (!a.cached)
+    for (int j = g.lane(); j < meta->picks; j += g.size()) {
+      const Pick pick = meta->pick()[j];
+      const int d = pick.expert / in.per_rank;
+      const int32_t first = by_rank ? a.base[in.node * p + d] : a.base[in.node * in.per_node + pick.expert];
+      place[j] = {static_cast<int16_t>(d), pick.k, pick.ordinal + first};
+    }
+  g.sync();
+  return place;
+}
+
+// Rows that a gateway has forwarded: to ranks of the node, and of those to others than itself.
+struct Forwarded {
+  uint64_t rows = 0, left = 0;
+};
+
+// Lists the places that the payload goes to in f.targets(), and writes its scales there. Returns how many.
+// Ends with a sync.
+template <Group G, Fabric<G> F>
+MOE_HD int list_targets(G g, F f, const DispatchArgs& a, const Place* place, int picks, const char* scales,
+                        Forwarded& done) {
+  const CallShape& call = a.plan.call;
+  const bool by_rank = call.layout == RowLayout::rank;
+  char** targets = f.targets();
+  int copies = 0;
+  for (int j = 0; j < picks; ++j) {
+    const Place to = place[j];
+    const BlockLayout& block = a.target[to.local];
+    char* window = f.window(to.local);
+    if (j == 0 || place[j - 1].local != to.local) {
+      ++done.rows;
+      done.left += to.local != a.b.geometry.local();
+      if (by_rank) clear_picks(g, window, block, to.row, a.b.shape.top_k);
+    } else if (by_rank || !f.replicates(to.local)) {
+      continue;  // arrive copies it there
+    }
+    if (copies % g.size() == g.lane()) targets[copies] = block.rows.in(window) + to.row * call.row_bytes;
+    const int64_t rows = call.capacity >= 0 ? call.capacity : a.plan.rank_rows[to.local];
+    put_scales(g, f, call, block.scales.in(window), rows, to.row, scales);
+    ++copies;
+  }
+  g.sync();
+  return copies;
+}
+
+// What lies beside the payload of every pick: weights, ids, where the payload is, whose it is.
+template <Group G, Fabric<G> F>
+MOE_HD void write_row_meta(G g, F f, const DispatchArgs& a, const Incoming& in, const RowMeta* meta,
+                           const Place* place, uint64_t checksum) {
+  const bool by_rank = a.plan.call.layout == RowLayout::rank;
+  const int k_max = a.b.shape.top_k;
+  for (int j = g.lane(); j < meta->picks; j += g.size()) {
+    const Pick pick = meta->pick()[j];
+    const int d = place[j].local, r = place[j].row;
+    int first = j;
+    while (first > 0 && place[first - 1].local == d) --first;
+    const BlockLayout& target = a.target[d];
+    char* window = f.window(d);
+    float* weights = target.weights.in(window);
+    if (by_rank) {
+      target.ids.in(window)[int64_t{r} * k_max + pick.k] = pick.expert - d * in.per_rank;
+      weights[int64_t{r} * k_max + pick.k] = pick.weight;
+      if (first != j) continue;  // one lane writes what the picks share
+    } else {
+      weights[r] = pick.weight;
+      target.origin.in(window)[r] = f.replicates(d) ? -1 - place[first].row : place[first].row;
+    }
+    target.source.in(window)[r] = int64_t{in.source} << 32 | meta->token;
+    if (a.b.check) target.sums.in(window)[r] = checksum;
+  }
+}
+
+template <Group G, Fabric<G> F>
+MOE_HD void forward_row(G g, F f, const DispatchArgs& a, const Incoming& in, int i, Forwarded& done) {
+  const RowMeta* meta = moved(in.metas, i * in.meta_size);
+  const SourceRow row = source_row(g, f, a, in, i, meta->token);
+  const Place* place = locate_picks(g, a, in, i, meta);
+  const int copies = list_targets(g, f, a, place, meta->picks, row.scales, done);
+  const uint64_t checksum = in.coding ? verify::source_checksum(a, row.payload, meta->token) : meta->checksum;
+  f.spread_row(g, f.targets(), copies, row.payload, a.plan.call.row_bytes);
+  write_row_meta(g, f, a, in, meta, place, checksum);
+  g.sync();  // the targets may be overwritten
 }
 
 }  // namespace detail
 
-// Rows of source node n's rail peer, one channel. Every row is read once and written once per rank, or
+// Rows of source node `node`'s rail peer, one channel. Every row is read once and written once per rank, or
 // once per pick where a further copy costs no link.
 template <Group G, Fabric<G> F>
-MOE_HD Status forward(G g, F f, const DispatchArgs& a, int n, int channel) {
+MOE_HD Status forward(G g, F f, const DispatchArgs& a, int node, int channel) {
   const BufferView& b = a.b;
-  const Geometry& geo = b.geometry;
-  const CallShape& call = a.plan.call;
-  const int own = geo.node(), channels = b.shape.channels, k_max = b.shape.top_k;
-  const int per_rank = b.experts_per_rank(), per_node = b.experts_per_node(), p = geo.ranks_per_node;
-  const int source = geo.rail_rank(n);
-  const uint64_t stride = wire_stride(call), meta_size = meta_bytes(k_max);
-  const int begin = a.plan.channel_first[n * (channels + 1) + channel];
-  const int end = a.plan.channel_first[n * (channels + 1) + channel + 1];
-  const char* metas = f.rail(b.rail.metas) + uint64_t(n) * b.shape.max_tokens * meta_size;
-  const char* area =
-      n == own ? nullptr
-               : f.rail(b.rail.area_a) + remote_index(n, own) * b.shape.max_tokens * b.shape.slot_bytes();
-  uint64_t& seen = a.book->rows[n * channels + channel];  // lane 0's alone
-  const bool by_rank = call.layout == RowLayout::rank, judged_ok = a.verdict->code == 0,
-             coding = n == own && quantizes(a);
-  Counters& count = f.counters();
-  uint64_t node_rows = 0, left_rows = 0;
-  char** targets = f.targets();
-  const auto rows_of = [&](int d) { return call.capacity >= 0 ? call.capacity : a.plan.rank_rows[d]; };
-
-  for (int chunk = begin; chunk < end; chunk += b.shape.chunk_rows) {
-    const int chunk_end = chunk + b.shape.chunk_rows < end ? chunk + b.shape.chunk_rows : end;
-    if (n != own)
-      MOE_TRY(leader(g, [&] {
-        return f.wait_rail(b.rail.rows + 8 * (n * channels + channel), seen + (chunk_end - begin),
-                           Phase::forward, source);
-      }));
-    if (!judged_ok) continue;  // the rows are taken off the wire, and dropped: no place was given to them
-    if (b.check && n != own) MOE_TRY(verify::rail_rows(g, a, metas, area, stride, chunk, chunk_end, source));
-    for (int i = chunk; i < chunk_end; ++i) {
-      const RowMeta* meta = reinterpret_cast<const RowMeta*>(metas + i * meta_size);
-      const char* row = coding     ? detail::own_quantized(g, f, a, meta->token, channel)
-                        : n == own ? a.x + meta->token * call.row_bytes
-                                   : area + i * stride;
-      const char* scales = n != own || coding ? row + align16(call.row_bytes)
-                           : a.scales         ? a.scales + meta->token * call.scale_bytes
-                                              : nullptr;
-      const int picks = meta->picks;
-      Place* place = a.plan.place + (int64_t{n} * b.shape.max_tokens + i) * k_max;
-      if (g.lane() == 0) {
-        a.plan.row_picks[int64_t{n} * b.shape.max_tokens + i] = static_cast<uint8_t>(picks);
-        if (b.check) a.plan.row_token[int64_t{n} * b.shape.max_tokens + i] = meta->token;
-      }
-      if (!a.cached)
-        for (int j = g.lane(); j < picks; j += g.size()) {
-          const Pick pick = meta->pick()[j];
-          const int d = pick.expert / per_rank;
-          place[j] = {static_cast<int16_t>(d), pick.k,
-                      pick.ordinal + (by_rank ? a.base[n * p + d] : a.base[n * per_node + pick.expert])};
-        }
-      g.sync();
-      int copies = 0;
-      for (int j = 0; j < picks; ++j) {
-        const Place to = place[j];
-        if (j == 0 || place[j - 1].local != to.local) {
-          ++node_rows;
-          left_rows += to.local != geo.local();
-          if (by_rank) detail::clear_picks(g, f.window(to.local, 0), a.target[to.local], to.row, k_max);
-        } else {
-          if (by_rank || !f.replicates(to.local)) continue;  // arrive copies it there
-        }
-        char* window = f.window(to.local, 0);
-        if (copies % g.size() == g.lane())
-          targets[copies] = window + a.target[to.local].rows + to.row * call.row_bytes;
-        detail::put_scales(g, f, call, window + a.target[to.local].scales, rows_of(to.local), to.row, scales);
-        ++copies;
-      }
-      g.sync();
-      const uint64_t checksum = coding ? verify::source_checksum(a, row, meta->token) : meta->checksum;
-      f.spread_row(g, targets, copies, row, call.row_bytes);
-      for (int j = g.lane(); j < picks; j += g.size()) {
-        const Pick pick = meta->pick()[j];
-        const int d = place[j].local, r = place[j].row;
-        int first = j;
-        while (first > 0 && place[first - 1].local == d) --first;
-        const BlockLayout& target = a.target[d];
-        char* window = f.window(d, 0);
-        float* weights = reinterpret_cast<float*>(window + target.weights);
-        if (by_rank) {
-          reinterpret_cast<int64_t*>(window + target.ids)[int64_t{r} * k_max + pick.k] =
-              pick.expert - d * per_rank;
-          weights[int64_t{r} * k_max + pick.k] = pick.weight;
-          if (first != j) continue;  // one lane writes what the picks share
-        } else {
-          weights[r] = pick.weight;
-          reinterpret_cast<int32_t*>(window + target.origin)[r] =
-              f.replicates(d) ? -1 - place[first].row : place[first].row;
-        }
-        reinterpret_cast<int64_t*>(window + target.source)[r] = int64_t{source} << 32 | meta->token;
-        if (b.check) reinterpret_cast<uint64_t*>(window + target.sums)[r] = checksum;
-      }
-      g.sync();  // `targets` may be overwritten
-    }
+  const detail::Incoming in = detail::incoming_rows(f, a, node, channel);
+  const bool refused = a.verdict->code != 0;
+  detail::Forwarded done;
+  for (int chunk = in.begin; chunk < in.end; chunk += b.shape.chunk_rows) {
+    const int chunk_end = chunk + b.shape.chunk_rows < in.end ? chunk + b.shape.chunk_rows : in.end;
+    MOE_TRY(detail::wait_chunk(g, f, a, in, chunk_end));
+    if (refused) continue;  // the rows are taken off the wire, and dropped: no place was given to them
+    if (b.check && in.remote)
+      MOE_TRY(verify::rail_rows(g, a, in.metas, in.area, in.stride, chunk, chunk_end, in.source));
+    for (int i = chunk; i < chunk_end; ++i) detail::forward_row(g, f, a, in, i, done);
   }
   if (g.lane() == 0) {
-    if (n != own) seen += end - begin;
-    count.node.logical_rows += node_rows;
-    count.node.physical_rows += left_rows;
-    count.node.logical_bytes += node_rows * (call.row_bytes + call.scale_bytes);
-    count.node.physical_bytes += left_rows * (call.row_bytes + call.scale_bytes);
+    if (in.remote) a.book->rows[b.channel_index(node, channel)] += in.end - in.begin;
+    const uint64_t bytes = a.plan.call.row_bytes + a.plan.call.scale_bytes;
+    HopCounters& hop = f.counters().node;
+    hop.logical_rows += done.rows;
+    hop.physical_rows += done.left;
+    hop.logical_bytes += done.rows * bytes;
+    hop.physical_bytes += done.left * bytes;
   }
   g.sync();
   return {};
@@ -141,13 +221,13 @@ MOE_HD Status announce_arrival(G g, F f, const DispatchArgs& a) {
     Verdict all = *a.verdict;
     for (int n = 0; n < geo.nodes(); ++n) {
       if (n == geo.node()) continue;
-      MOE_TRY(f.wait_rail(b.rail.verdict + 8 * n, a.book->dispatches, Phase::forward, geo.rail_rank(n)));
-      const Verdict& theirs = reinterpret_cast<const Verdict*>(f.rail(b.rail.verdicts))[n];
+      MOE_TRY(f.wait_rail(b.rail.verdict + n, a.book->dispatches, Phase::forward, geo.rail_rank(n)));
+      const Verdict& theirs = f.rail(b.rail.verdicts)[n];
       if (all.code == 0) all = theirs;
     }
     for (int d = 0; d < geo.ranks_per_node; ++d) {
-      reinterpret_cast<Verdict*>(f.window(d, b.node.verdicts))[geo.local()] = all;
-      f.signal_node(d, b.node.arrive + 8 * geo.local(), 1);
+      f.window(d, b.node.verdicts)[geo.local()] = all;
+      f.signal_node(d, b.node.arrive + geo.local(), 1);
     }
     return Status{};
   });

@@ -21,7 +21,7 @@ MOE_HD inline const int32_t* picks_of(const DispatchArgs& a, char* window, int s
 template <Group G, Fabric<G> F, class Rows>
 MOE_HD Status derive_tables(G g, F f, const DispatchArgs& a, Rows rows_to) {
   const BufferView& b = a.b;
-  char* window = f.window(b.geometry.local(), 0);
+  char* window = f.window(b.geometry.local());
   for (int s = g.lane(); s < b.geometry.size; s += g.size()) {
     int32_t* table = detail::table_of(a, window, s);
     table[b.count.signature] = a.plan.call.signature();  // they agreed, or there was no choice

@@ -27,10 +27,9 @@ MOE_HD const char* staged_row(F f, const DispatchArgs& a, int t, int steps) {
   const BufferView& b = a.b;
   const int own = b.geometry.node(), nodes = b.geometry.nodes();
   for (int step = 1; step < steps; ++step) {
-    const int n = (own + step) % nodes, slot = a.plan.slot[int64_t{t} * nodes + n];
+    const int n = (own + step) % nodes, slot = a.plan.slot_of(t, n, nodes);
     if (slot < 0) continue;
-    return f.rail(b.rail.area_b) + remote_index(n, own) * b.shape.max_tokens * b.shape.slot_bytes() +
-           slot * wire_stride(a.plan.call);
+    return f.rail(b.area_b(n, own)) + slot * wire_stride(a.plan.call);
   }
   return nullptr;
 }
@@ -70,8 +69,8 @@ MOE_HD void put_scales(G g, F f, const CallShape& call, char* scales, int64_t ro
                        const char* from, int64_t step = 1) {
   if (call.scale_bytes == 0) return;
   if (!call.scales_by_column) return f.copy_row(g, scales + row * call.scale_bytes, from, call.scale_bytes);
-  const uint32_t* source = reinterpret_cast<const uint32_t*>(from);
-  uint32_t* column = reinterpret_cast<uint32_t*>(scales) + row;
+  const uint32_t* source = Offset<uint32_t>{}.in(from);
+  uint32_t* column = Offset<uint32_t>{}.in(scales) + row;
   for (int64_t i = g.lane(); i < static_cast<int64_t>(call.scale_bytes / 4); i += g.size())
     column[i * scale_column(rows)] = source[i * step];
 }
@@ -88,7 +87,7 @@ template <Group G, Fabric<G> F>
 MOE_HD void zero_scales(G g, F f, const CallShape& call, char* scales, int64_t rows, int64_t row) {
   if (call.scale_bytes == 0) return;
   if (!call.scales_by_column) return f.zero_row(g, scales + row * call.scale_bytes, call.scale_bytes);
-  uint32_t* column = reinterpret_cast<uint32_t*>(scales) + row;
+  uint32_t* column = Offset<uint32_t>{}.in(scales) + row;
   for (int64_t i = g.lane(); i < static_cast<int64_t>(call.scale_bytes / 4); i += g.size())
     column[i * scale_column(rows)] = 0;
 }

@@ -32,89 +32,128 @@ MOE_HD void write_meta(G g, const DispatchArgs& a, RowMeta* meta, uint64_t check
   meta->checksum = checksum;
 }
 
+// One channel's rows on their way to node `node`: neighbouring rows leave in one put (a run), chunk_rows of
+// them under one signal (a chunk).
+struct Outgoing {
+  int node, channel, step;  // node is `step` behind this one
+  bool coding;              // this rank makes the rows FP8
+  bool dense;               // they leave from where the caller has them
+  uint64_t stride, meta_size;
+  char* staged;    // slot 0 of what leaves
+  RowMeta* metas;  // likewise
+  int run_token = 0, run_slot = 0, run = 0;
+  int chunk_slot = 0, chunk = 0;
+};
+
+template <LaneFabric F>
+MOE_HD Outgoing outgoing_rows(F f, const DispatchArgs& a, int step, int channel) {
+  const BufferView& b = a.b;
+  const int own = b.geometry.node(), nodes = b.geometry.nodes();
+  Outgoing out;
+  out.node = (own + step) % nodes;
+  out.channel = channel;
+  out.step = step;
+  out.coding = quantizes(a);
+  out.stride = wire_stride(a.plan.call);
+  out.meta_size = meta_bytes(b.shape.top_k);
+  out.dense =
+      F::kPutsFromAnywhere && !out.coding && a.scales == nullptr && out.stride == a.plan.call.row_bytes;
+  out.staged = f.rail(b.area_b(out.node, own));
+  out.metas = f.rail(b.rail.metas_out.moved(b.remote_row(out.node, own) * out.meta_size));
+  return out;
+}
+
+// All lanes: token t's row into slot `slot` of the staging area, unless it leaves from where it is.
+template <Group G, Fabric<G> F>
+MOE_HD void stage_row(G g, F f, const DispatchArgs& a, const Outgoing& out, int t, char* row) {
+  const CallShape& call = a.plan.call;
+  if (out.coding) return stage_quantized(g, f, a, t, out.step, row);
+  if (out.dense) return;
+  f.copy_row(g, row, a.x + t * call.row_bytes, call.row_bytes);
+  if (a.scales)
+    f.copy_row(g, row + align16(call.row_bytes), a.scales + t * call.scale_bytes, call.scale_bytes);
+}
+
+// Lane 0 puts the run.
+template <Group G, Fabric<G> F>
+MOE_HD void put_run(G g, F f, const DispatchArgs& a, Outgoing& out) {
+  if (out.run == 0) return;
+  const char* from = out.dense ? a.x + out.run_token * out.stride : out.staged + out.run_slot * out.stride;
+  if (g.lane() == 0)
+    f.put(out.node, a.b.area_a(a.b.geometry.node(), out.node) + out.run_slot * out.stride, from,
+          out.run * out.stride);
+  out.run = 0;
+}
+
+// Lane 0 puts what is left of the chunk, its metadata, and the signal.
+template <Group G, Fabric<G> F>
+MOE_HD void close_chunk(G g, F f, const DispatchArgs& a, Outgoing& out) {
+  g.sync();
+  put_run(g, f, a, out);
+  if (out.chunk > 0 && g.lane() == 0) {
+    const int own = a.b.geometry.node();
+    put_bytes(f, out.node, a.b.meta(own, out.chunk_slot), moved(out.metas, out.chunk_slot * out.meta_size),
+              out.chunk * out.meta_size);
+    f.signal_rail(out.node, a.b.rows_counter(own, out.channel), out.chunk);
+    HopCounters& hop = f.counters().rail;
+    hop.logical_rows += out.chunk;
+    hop.physical_rows += out.chunk;
+    hop.logical_bytes += out.chunk * out.stride;
+    hop.physical_bytes += out.chunk * out.stride;
+  }
+  out.chunk = 0;
+}
+
+template <Group G, Fabric<G> F>
+MOE_HD void send_to_node(G g, F f, const DispatchArgs& a, Outgoing out, int begin, int end) {
+  const int nodes = a.b.geometry.nodes();
+  for (int t = begin; t < end; ++t) {
+    const int slot = a.plan.slot_of(t, out.node, nodes);
+    if (slot < 0) continue;
+    char* row = out.staged + slot * out.stride;
+    stage_row(g, f, a, out, t, row);
+    write_meta(g, a, moved(out.metas, slot * out.meta_size),
+               verify::source_checksum(a, out.coding ? row : nullptr, t), t, out.node);
+    if (out.run > 0 && out.dense && t != out.run_token + out.run) put_run(g, f, a, out);
+    if (out.run++ == 0) {
+      out.run_token = t;
+      out.run_slot = slot;
+    }
+    if (out.chunk++ == 0) out.chunk_slot = slot;
+    if (out.chunk == a.b.shape.chunk_rows) close_chunk(g, f, a, out);
+  }
+  close_chunk(g, f, a, out);
+}
+
+// Rows for this node skip the rail: this rank is their gateway and reads them where they are.
+template <Group G, Fabric<G> F>
+MOE_HD void note_local_rows(G g, F f, const DispatchArgs& a, int begin, int end) {
+  const int own = a.b.geometry.node(), nodes = a.b.geometry.nodes();
+  const bool coding = quantizes(a);
+  HopCounters& hop = f.counters().rail;
+  for (int t = begin; t < end; ++t) {
+    const int slot = a.plan.slot_of(t, own, nodes);
+    if (slot < 0) continue;
+    write_meta(g, a, f.rail(a.b.meta(own, slot)), coding ? 0 : verify::source_checksum(a, nullptr, t), t,
+               own);
+    if (g.lane() == 0) {
+      hop.logical_rows += 1;
+      hop.logical_bytes += wire_stride(a.plan.call);
+    }
+  }
+}
+
 }  // namespace detail
 
 // One channel's rows to every node. The enter signal of the rail peer (seen in relay) says that its
 // staging is free again, so the rows may leave at once.
 template <Group G, Fabric<G> F>
 MOE_HD void send(G g, F f, const DispatchArgs& a, int channel) {
-  const BufferView& b = a.b;
-  const Geometry& geo = b.geometry;
-  const int own = geo.node(), nodes = geo.nodes();
-  const uint64_t stride = wire_stride(a.plan.call), meta_size = meta_bytes(b.shape.top_k);
-  const int begin = channel_begin(a.plan.tokens, channel, b.shape.channels);
-  const int end = channel_begin(a.plan.tokens, channel + 1, b.shape.channels);
-  const bool coding = quantizes(a);
-  const bool dense =
-      F::kPutsFromAnywhere && !coding && a.scales == nullptr && stride == a.plan.call.row_bytes;
-  Counters& count = f.counters();
-
-  for (int step = 1; step < nodes; ++step) {
-    const int n = (own + step) % nodes;
-    const uint64_t there = remote_index(own, n) * b.shape.max_tokens,
-                   here = remote_index(n, own) * b.shape.max_tokens;
-    char* staged = f.rail(b.rail.area_b) + here * b.shape.slot_bytes();
-    char* metas = f.rail(b.rail.metas_out) + here * meta_size;
-    int run_token = 0, run_slot = 0, run = 0;  // rows that go in one put
-    int chunk_slot = 0, chunk = 0;             // rows that go under one signal
-    const auto put_run = [&] {
-      if (run == 0) return;
-      const char* from = dense ? a.x + run_token * stride : staged + run_slot * stride;
-      if (g.lane() == 0)
-        f.put(n, b.rail.area_a + there * b.shape.slot_bytes() + run_slot * stride, from, run * stride);
-      run = 0;
-    };
-    const auto close_chunk = [&] {
-      g.sync();
-      put_run();
-      if (chunk > 0 && g.lane() == 0) {
-        f.put(n, b.rail.metas + (uint64_t(own) * b.shape.max_tokens + chunk_slot) * meta_size,
-              metas + chunk_slot * meta_size, chunk * meta_size);
-        f.signal_rail(n, b.rail.rows + 8 * (own * b.shape.channels + channel), chunk);
-        count.rail.logical_rows += chunk;
-        count.rail.physical_rows += chunk;
-        count.rail.logical_bytes += chunk * stride;
-        count.rail.physical_bytes += chunk * stride;
-      }
-      chunk = 0;
-    };
-    for (int t = begin; t < end; ++t) {
-      const int slot = a.plan.slot[int64_t{t} * nodes + n];
-      if (slot < 0) continue;
-      char* row = staged + slot * stride;
-      const char* x = a.x + t * a.plan.call.row_bytes;
-      if (coding) {
-        detail::stage_quantized(g, f, a, t, step, row);
-      } else if (!dense) {
-        f.copy_row(g, row, x, a.plan.call.row_bytes);
-        if (a.scales)
-          f.copy_row(g, row + align16(a.plan.call.row_bytes), a.scales + t * a.plan.call.scale_bytes,
-                     a.plan.call.scale_bytes);
-      }
-      detail::write_meta(g, a, reinterpret_cast<RowMeta*>(metas + slot * meta_size),
-                         verify::source_checksum(a, coding ? row : nullptr, t), t, n);
-      if (run > 0 && dense && t != run_token + run) put_run();
-      if (run++ == 0) {
-        run_token = t;
-        run_slot = slot;
-      }
-      if (chunk++ == 0) chunk_slot = slot;
-      if (chunk == b.shape.chunk_rows) close_chunk();
-    }
-    close_chunk();
-  }
-  // The own node skips the hop: its gateway is this rank, and it reads the rows where they are.
-  for (int t = begin; t < end; ++t) {
-    const int slot = a.plan.slot[int64_t{t} * nodes + own];
-    if (slot < 0) continue;
-    RowMeta* meta = reinterpret_cast<RowMeta*>(f.rail(b.rail.metas) +
-                                               (uint64_t(own) * b.shape.max_tokens + slot) * meta_size);
-    detail::write_meta(g, a, meta, coding ? 0 : verify::source_checksum(a, nullptr, t), t, own);
-    if (g.lane() == 0) {
-      count.rail.logical_rows += 1;
-      count.rail.logical_bytes += stride;
-    }
-  }
+  const int begin = channel_begin(a.plan.tokens, channel, a.b.shape.channels);
+  const int end = channel_begin(a.plan.tokens, channel + 1, a.b.shape.channels);
+  for (int step = 1; step < a.b.geometry.nodes(); ++step)
+    detail::send_to_node(g, f, a, detail::outgoing_rows(f, a, step, channel), begin, end);
+  detail::note_local_rows(g, f, a, begin, end);
   g.sync();
 }
 
@@ -124,12 +163,12 @@ MOE_HD void judge(G g, F f, const DispatchArgs& a) {
   const BufferView& b = a.b;
   const int own = b.geometry.node(), nodes = b.geometry.nodes();
   if (g.lane() == 0 && nodes > 1) {
-    Verdict* out = reinterpret_cast<Verdict*>(f.rail(b.rail.outbox));
+    Verdict* out = f.rail(b.rail.verdict_out);
     *out = *a.verdict;
     for (int step = 1; step < nodes; ++step) {
       const int n = (own + step) % nodes;
-      f.put(n, b.rail.verdicts + own * sizeof(Verdict), reinterpret_cast<const char*>(out), sizeof(Verdict));
-      f.signal_rail(n, b.rail.verdict + 8 * own, 1);
+      put(f, n, b.rail.verdicts + own, out);
+      f.signal_rail(n, b.rail.verdict + own, 1);
     }
   }
   g.sync();

@@ -11,7 +11,7 @@
 // token.
 #pragma once
 #include "base/checksum.hpp"
-#include "exec/group.hpp"
+#include "fabric/fabric.hpp"
 #include "protocol/views.hpp"
 
 namespace moecomm::verify {
@@ -48,11 +48,11 @@ MOE_HD inline void keep_announced(const DispatchArgs& a, const int32_t* table, i
 
 // Rows [begin, end) of one channel as they came off the rail.
 template <Group G>
-MOE_HD Status rail_rows(G g, const DispatchArgs& a, const char* metas, const char* area, uint64_t stride,
+MOE_HD Status rail_rows(G g, const DispatchArgs& a, const RowMeta* metas, const char* area, uint64_t stride,
                         int begin, int end, int source) {
   Status wrong;
   for (int i = begin + g.lane(); i < end && wrong.ok(); i += g.size()) {
-    const RowMeta* meta = reinterpret_cast<const RowMeta*>(metas + i * meta_bytes(a.b.shape.top_k));
+    const RowMeta* meta = moved(metas, i * meta_bytes(a.b.shape.top_k));
     const char* row = area + i * stride;
     const uint64_t got =
         wire_checksum(a.plan.call, row, checksum_seed(a.book->dispatches, source, meta->token));
@@ -63,7 +63,7 @@ MOE_HD Status rail_rows(G g, const DispatchArgs& a, const char* metas, const cha
 
 // Every place of a block holds a row of the source whose turn it is.
 MOE_HD inline Status announced_rows(const DispatchArgs& a, const char* window, const BlockLayout& l) {
-  const int64_t* source = reinterpret_cast<const int64_t*>(window + l.source);
+  const int64_t* source = l.source.in(window);
   const int size = a.b.geometry.size,
             segments = a.plan.call.layout == RowLayout::rank ? 1 : a.b.experts_per_rank();
   int64_t first = 0;
@@ -88,13 +88,13 @@ template <Group G>
 MOE_HD void arrived_rows(G g, const DispatchArgs& a, const char* window, const BlockLayout& l, int64_t rows,
                          int64_t begin, int64_t end, Status& wrong) {
   const CallShape& call = a.plan.call;
-  const int64_t* source = reinterpret_cast<const int64_t*>(window + l.source);
-  const uint64_t* sums = reinterpret_cast<const uint64_t*>(window + l.sums);
+  const int64_t* source = l.source.in(window);
+  const uint64_t* sums = l.sums.in(window);
   for (int64_t r = begin + g.lane(); r < end && wrong.ok(); r += g.size()) {
     const int64_t token = source[r] & 0xffffffff;
     const int from = static_cast<int>(source[r] >> 32);
-    const char* scales = window + l.scales + r * (call.scales_by_column ? 4 : call.scale_bytes);
-    const uint64_t got = wire_checksum(call, window + l.rows + r * call.row_bytes, scales,
+    const char* scales = l.scales.in(window) + r * (call.scales_by_column ? 4 : call.scale_bytes);
+    const uint64_t got = wire_checksum(call, l.rows.in(window) + r * call.row_bytes, scales,
                                        call.scales_by_column ? scale_column(rows) : 1,
                                        checksum_seed(a.book->dispatches, from, token));
     if (got != sums[r]) wrong = wrong_row(Phase::arrive, from, token, sums[r], got);
@@ -107,7 +107,7 @@ MOE_HD void sign_rows(G g, F f, const CombineArgs& a) {
   const Geometry& geo = a.b.geometry;
   const uint64_t bytes = a.b.shape.combine_row_bytes();
   const char* rows = f.window(geo.local(), a.mine.rows);
-  uint64_t* sums = reinterpret_cast<uint64_t*>(f.window(geo.local(), a.mine.sums));
+  uint64_t* sums = f.window(geo.local(), a.mine.sums);
   for (int64_t r = g.lane(); r < a.plan.rank_rows[geo.local()]; r += g.size())
     sums[r] = row_checksum(rows + r * bytes, bytes, checksum_seed(a.book->combines, geo.rank, r));
 }
@@ -120,14 +120,14 @@ MOE_HD Status published_row(F f, const CombineArgs& a, Place p, Phase phase, int
   const int rank = a.b.geometry.rank_at(a.b.geometry.node(), p.local);
   const uint64_t got = row_checksum(f.window(p.local, board.rows + p.row * bytes), bytes,
                                     checksum_seed(a.book->combines, rank, p.row));
-  const uint64_t want = reinterpret_cast<const uint64_t*>(f.window(p.local, board.sums))[p.row];
+  const uint64_t want = f.window(p.local, board.sums)[p.row];
   return want == got ? Status{} : wrong_row(phase, rank, token, want, got);
 }
 
 // What this node contributes to row i of source node n, before it is summed.
 template <Group G, Fabric<G> F>
 MOE_HD Status published_rows(G g, F f, const CombineArgs& a, int n, int i, Phase phase) {
-  const int64_t at = int64_t{n} * a.b.shape.max_tokens + i;
+  const int64_t at = a.b.row_index(n, i);
   const Place* place = a.plan.place + at * a.b.shape.top_k;
   Status wrong;
   for (int j = g.lane(); j < a.plan.row_picks[at] && wrong.ok(); j += g.size())

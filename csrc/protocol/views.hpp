@@ -15,6 +15,25 @@ struct BufferView {
 
   MOE_HD int experts_per_rank() const { return shape.num_experts / geometry.size; }
   MOE_HD int experts_per_node() const { return shape.num_experts / geometry.nodes(); }
+
+  // Slot i of source node n, in tables of the gateway.
+  MOE_HD int64_t row_index(int n, int i) const { return int64_t{n} * shape.max_tokens + i; }
+  MOE_HD int channel_index(int n, int channel) const { return n * shape.channels + channel; }
+  // Slot 0 of node `from` in the areas of node `at`, which have no slots for node `at` itself.
+  MOE_HD uint64_t remote_row(int from, int at) const { return remote_index(from, at) * shape.max_tokens; }
+
+  // Offsets in a rail region.
+  MOE_HD CounterAt rows_counter(int n, int channel) const { return rail.rows + channel_index(n, channel); }
+  MOE_HD CounterAt back_counter(int n, int channel) const { return rail.back + channel_index(n, channel); }
+  MOE_HD Offset<RowMeta> meta(int n, int slot) const {
+    return rail.metas.moved(row_index(n, slot) * meta_bytes(shape.top_k));
+  }
+  MOE_HD Offset<char> area_a(int from, int at) const {
+    return rail.area_a + remote_row(from, at) * shape.slot_bytes();
+  }
+  MOE_HD Offset<char> area_b(int from, int at) const {
+    return rail.area_b + remote_row(from, at) * shape.slot_bytes();
+  }
 };
 
 inline BufferView make_view(const Geometry& g, const Shape& s, bool check) {
@@ -42,6 +61,15 @@ struct PlanView {
   int64_t* rank_rows = nullptr;          // [P] rows of every rank of this node
   int32_t* announced = nullptr;  // [E/R, R] rows that come from every source (only when checks are on)
   CallShape call;
+
+  // What divides by the geometry is given: loops ask for it once.
+  MOE_HD int32_t slot_of(int token, int node, int nodes) const { return slot[int64_t{token} * nodes + node]; }
+  MOE_HD int32_t first_slot(int node, int channel, int channels) const {
+    return send_first[node * (channels + 1) + channel];
+  }
+  MOE_HD int32_t first_row(int node, int channel, int channels) const {
+    return channel_first[node * (channels + 1) + channel];
+  }
 };
 
 // Counter values that this rank has already consumed. Private, grows with every call.

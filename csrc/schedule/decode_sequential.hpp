@@ -11,7 +11,7 @@ namespace moecomm {
 // Every own expert's count, at zero.
 template <Group G, Fabric<G> F>
 int64_t* decode_clear_counts(G g, F f, const DecodeReceiveArgs& a) {
-  int64_t* counts = reinterpret_cast<int64_t*>(f.window(a.d.geometry.local(), a.d.counts(a.turn.bank)));
+  int64_t* counts = f.window(a.d.geometry.local(), a.d.counts(a.turn.bank));
   for (int e = g.lane(); e < a.d.experts_per_rank(); e += g.size()) counts[e] = 0;
   g.sync();
   return counts;

@@ -204,7 +204,7 @@ MOE_HD void stage_rows(G g, F f, const DecodeCombineWork& w, const DecodeTurn& t
   const DecodeView& d = w.args.d;
   const uint64_t row_bytes = d.shape.combine_row_bytes(),
                  per_expert = decode_rows_per_expert(d.geometry, d.shape);
-  const auto* counts = reinterpret_cast<const int64_t*>(f.window(d.geometry.local(), d.counts(turn.bank)));
+  const int64_t* counts = f.window(d.geometry.local(), d.counts(turn.bank));
   char* rows = f.window(d.geometry.local(), d.rows(turn.bank));
   for (int e = 0; e < d.experts_per_rank(); ++e)
     for (int64_t i = index; i < counts[e]; i += groups) {

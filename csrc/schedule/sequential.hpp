@@ -66,7 +66,7 @@ Status run_exchange(G g, F f, DispatchArgs a, Use use) {
   announce(g, f, a, a.refused, false);
   MOE_TRY(relay(g, f, a, {}));
   MOE_TRY(await_counts(g, f, a));
-  char* window = f.window(a.b.geometry.local(), 0);
+  char* window = f.window(a.b.geometry.local());
   if (const Verdict v = detail::agreement(a, window); v.code != 0) return status_of(v);
   use([&](int source) { return picks_of(a, window, source); });
   return {};
@@ -82,7 +82,7 @@ Status run_dispatch(G g, F f, DispatchArgs a, Offer offer, Chooser&& chooser, Mo
     return relay(g, f, a, offer);
   }));
   MOE_TRY(timed(g, f, RoleKind::counts, [&] { return await_counts(g, f, a); }));
-  char* window = f.window(a.b.geometry.local(), 0);
+  char* window = f.window(a.b.geometry.local());
   // Where ranks called differently all know it now, and those that have not chosen send nothing.
   const bool agreed = detail::agreement(a, window).code == 0;
   if (agreed) {

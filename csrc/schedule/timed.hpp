@@ -3,7 +3,7 @@
 #include <chrono>
 
 #include "base/roles.hpp"
-#include "exec/group.hpp"
+#include "fabric/fabric.hpp"
 
 namespace moecomm {
 

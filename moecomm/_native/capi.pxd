@@ -115,16 +115,16 @@ cdef extern from "base/counters.hpp" namespace "moecomm" nogil:
 
 cdef extern from "base/layout.hpp" namespace "moecomm" nogil:
     cdef cppclass BlockLayout:
-        uint64_t rows
-        uint64_t scales
-        uint64_t weights
-        uint64_t ids
-        uint64_t source
+        uint64_t rows "rows.value"
+        uint64_t scales "scales.value"
+        uint64_t weights "weights.value"
+        uint64_t ids "ids.value"
+        uint64_t source "source.value"
         uint64_t bytes
 
     cdef cppclass OutputLayout:
-        uint64_t rows
-        uint64_t weights
+        uint64_t rows "rows.value"
+        uint64_t weights "weights.value"
         uint64_t bytes
 
     BlockLayout block_layout(uint64_t rows, const CallShape& call, int top_k)

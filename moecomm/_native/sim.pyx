@@ -184,7 +184,7 @@ cdef class Cluster:
         cdef world.SimDecode* d = &self.c.get().decode(rank)
         cdef int parity = d.epoch() & 1
         return <uintptr_t>d.memory(), d.view().packed_rows(), d.view().x(parity), \
-            [d.view().scales(parity, e) for e in range(self.config.shape.num_experts // self.config.size)], d.view().counts(parity)
+            [d.view().scales(parity, e) for e in range(self.config.shape.num_experts // self.config.size)], d.view().counts(parity).value
 
     def counters(self, int rank):
         """The protocol's own counters, as Buffer.stats()."""

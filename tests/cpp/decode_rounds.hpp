@@ -32,7 +32,7 @@ struct DecodeSeat {
     host.geometry = g;
     host.window_faults = view.window.faults;
     host.region_faults = view.region.faults;
-    host.region_outbox = view.region.outbox;
+    host.fault_out = view.region.fault_out;
     for (int r = 0; r < g.size; ++r) host.peer_ranks.push_back(r / g.ranks_per_node == g.node() ? -1 : r);
     host.own_peer = g.rank;
     host.rail_region = region.data.get();
@@ -217,7 +217,7 @@ inline bool DecodeRank::received_is_right(int epoch, const std::vector<Input>& i
   const DecodeTurn& now = turn(epoch);
   const int r = d.geometry.rank, k_max = c_.top_k;
   char* window = me_.window.data.get();
-  const int64_t* counts = reinterpret_cast<const int64_t*>(window + d.counts(now.bank));
+  const int64_t* counts = d.counts(now.bank).in(window);
   char* rows = window + d.rows(now.bank);
   const int64_t per_expert = d.geometry.size * kDecodeTokens;
   bool right = true;

@@ -172,13 +172,13 @@ TEST(layouts_hold_what_they_say) {
     const Geometry g{0, size, size > 4 ? 8 : 2 > size ? 1 : 2};
     const Shape s{.hidden = 7168, .dtype = DType::bf16, .num_experts = size, .top_k = 1, .max_tokens = 32};
     const DecodeView d = make_decode_view(g, s, false);
-    CHECK(d.message(1, s.max_tokens - 1) + decode_message_bytes(s) <= d.window.sums);
+    CHECK(d.message(1, s.max_tokens - 1).value + decode_message_bytes(s) <= d.window.sums);
     CHECK(d.sum(1, s.max_tokens - 1, 0) + s.combine_row_bytes() <= d.window.x);
     CHECK(d.x(1) + d.packed_rows() * s.combine_row_bytes() <= d.window.scales);
     CHECK(d.scales(1, d.experts_per_rank() - 1) + decode_scale_area(g, s) <= d.window.rows);
     CHECK(d.rows(1) + d.packed_rows() * s.combine_row_bytes() <= d.window.coded);
     if (size > 1 && g.nodes() > 1) {
-      CHECK(d.landed(1, size - 1, 0, s.max_tokens - 1) + decode_message_bytes(s) <= d.region.answers);
+      CHECK(d.landed(1, size - 1, 0, s.max_tokens - 1).value + decode_message_bytes(s) <= d.region.answers);
       CHECK(d.answer(1, s.max_tokens - 1, 0) + s.slot_bytes() <= d.region.bytes);
       CHECK(d.coded(1, size - 1, s.max_tokens - 1, decode_picks_per_rank(g, s) - 1) + s.slot_bytes() <=
             d.window.bytes);

@@ -55,16 +55,16 @@ TEST_CASES(node_windows, cases()) {
   const NodeLayout l = node_layout(g, s);
   const uint64_t p = g.ranks_per_node;
   check_disjoint({{0, sizeof(MemoryHeader), 64},
-                  {l.counts, 8 * p, 8},
-                  {l.arrive, 8 * p, 8},
-                  {l.ready, 8 * p, 8},
-                  {l.done, 8 * p, 8},
-                  {l.faults, sizeof(FaultWord) * p, 8},
-                  {l.offers, sizeof(Offer) * p, 8},
-                  {l.verdicts, sizeof(Verdict) * p, 8},
-                  {l.board, sizeof(RowsBoard), 8},
-                  {l.tables, uint64_t{4} * count_layout(g, s).ints * g.size * s.count_halves(), 16},
-                  {l.arena, s.arena_bytes, 4096}},
+                  {l.counts.value, 8 * p, 8},
+                  {l.arrive.value, 8 * p, 8},
+                  {l.ready.value, 8 * p, 8},
+                  {l.done.value, 8 * p, 8},
+                  {l.faults.value, sizeof(FaultWord) * p, 8},
+                  {l.offers.value, sizeof(Offer) * p, 8},
+                  {l.verdicts.value, sizeof(Verdict) * p, 8},
+                  {l.board.value, sizeof(RowsBoard), 8},
+                  {l.tables.value, uint64_t{4} * count_layout(g, s).ints * g.size * s.count_halves(), 16},
+                  {l.arena.value, s.arena_bytes, 4096}},
                  l.bytes);
 }
 
@@ -73,22 +73,23 @@ TEST_CASES(rail_regions, cases()) {
   const RailLayout l = rail_layout(g, s);
   const uint64_t n = g.nodes(), rows = (n - 1) * s.max_tokens;
   check_disjoint({{0, sizeof(MemoryHeader), 64},
-                  {l.enter, 8 * n, 8},
-                  {l.rows, 8 * n * s.channels, 8},
-                  {l.verdict, 8 * n, 8},
-                  {l.back, 8 * n * s.channels, 8},
-                  {l.faults, sizeof(FaultWord) * n, 8},
-                  {l.blocks, uint64_t{4} * count_layout(g, s).ints * n * s.count_halves(), 16},
-                  {l.verdicts, sizeof(Verdict) * n, 8},
-                  {l.outbox, sizeof(Verdict) + sizeof(FaultWord), 8},
-                  {l.metas, n * s.max_tokens * meta_bytes(s.top_k), 16},
-                  {l.metas_out, rows * meta_bytes(s.top_k), 16},
-                  {l.sums, 8 * rows, 8},
-                  {l.sums_out, 8 * rows, 8},
-                  {l.slots, 4 * rows * s.top_k, 4},
-                  {l.slots_out, 4 * rows * s.top_k, 4},
-                  {l.area_a, rows * s.slot_bytes(), 16},
-                  {l.area_b, rows * s.slot_bytes(), 16}},
+                  {l.enter.value, 8 * n, 8},
+                  {l.rows.value, 8 * n * s.channels, 8},
+                  {l.verdict.value, 8 * n, 8},
+                  {l.back.value, 8 * n * s.channels, 8},
+                  {l.faults.value, sizeof(FaultWord) * n, 8},
+                  {l.blocks.value, uint64_t{4} * count_layout(g, s).ints * n * s.count_halves(), 16},
+                  {l.verdicts.value, sizeof(Verdict) * n, 8},
+                  {l.verdict_out.value, sizeof(Verdict), 8},
+                  {l.fault_out.value, sizeof(FaultWord), 8},
+                  {l.metas.value, n * s.max_tokens * meta_bytes(s.top_k), 16},
+                  {l.metas_out.value, rows * meta_bytes(s.top_k), 16},
+                  {l.sums.value, 8 * rows, 8},
+                  {l.sums_out.value, 8 * rows, 8},
+                  {l.slots.value, 4 * rows * s.top_k, 4},
+                  {l.slots_out.value, 4 * rows * s.top_k, 4},
+                  {l.area_a.value, rows * s.slot_bytes(), 16},
+                  {l.area_b.value, rows * s.slot_bytes(), 16}},
                  l.bytes);
   CHECK(s.slot_bytes() >= s.combine_row_bytes());
   CHECK(s.slot_bytes() >= static_cast<uint64_t>(s.hidden) + s.scale_bytes());
@@ -103,18 +104,18 @@ TEST_CASES(blocks, cases()) {
         const BlockLayout l = block_layout(rows, call, s.top_k);
         const bool by_rank = layout == RowLayout::rank;
         const uint64_t k = by_rank ? s.top_k : 1;
-        check_disjoint({{l.rows, rows * call.row_bytes, 16},
-                        {l.scales, rows * scales, 4},
-                        {l.weights, 4 * rows * k, 4},
-                        {l.ids, by_rank ? 8 * rows * k : 0, 8},
-                        {l.origin, by_rank ? 0 : 4 * rows, 4},
-                        {l.source, 8 * rows, 8},
-                        {l.sums, 8 * rows, 8}},
+        check_disjoint({{l.rows.value, rows * call.row_bytes, 16},
+                        {l.scales.value, rows * scales, 4},
+                        {l.weights.value, 4 * rows * k, 4},
+                        {l.ids.value, by_rank ? 8 * rows * k : 0, 8},
+                        {l.origin.value, by_rank ? 0 : 4 * rows, 4},
+                        {l.source.value, 8 * rows, 8},
+                        {l.sums.value, 8 * rows, 8}},
                        l.bytes);
         const OutputLayout o = output_layout(rows, s);
-        check_disjoint({{o.rows, rows * s.combine_row_bytes(), 16},
-                        {o.weights, 4 * rows, 4},
-                        {o.back, 4 * rows * s.top_k, 4}},
+        check_disjoint({{o.rows.value, rows * s.combine_row_bytes(), 16},
+                        {o.weights.value, 4 * rows, 4},
+                        {o.back.value, 4 * rows * s.top_k, 4}},
                        o.bytes);
       }
 }

@@ -197,9 +197,9 @@ void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int 
   const int64_t all_rows = call.capacity >= 0 ? call.capacity : rows.size();
   const BlockLayout l = block_layout(all_rows, call, c.top_k);
   char* block = me.window.data.get() + plan.target[g.local()].rows;
-  const auto* weights = reinterpret_cast<const float*>(block + l.weights);
-  const auto* ids = reinterpret_cast<const int64_t*>(block + l.ids);
-  const auto* source = reinterpret_cast<const int64_t*>(block + l.source);
+  const float* weights = l.weights.in(block);
+  const int64_t* ids = l.ids.in(block);
+  const int64_t* source = l.source.in(block);
   const std::vector<char> zeros(std::max<uint64_t>(call.row_bytes, 64));
   for (int64_t i = 0; i < all_rows; ++i) {
     const Wanted none, &want = i < int64_t(rows.size()) ? rows[i] : none;
@@ -248,8 +248,9 @@ void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int 
   b.b = me.view;
   b.plan = plan.view;
   b.book = &me.book;
-  b.mine = {
-      output + o.rows, weigh ? plan.target[g.local()].rows + l.weights : 0, 0, output + o.sums, 0, 0, 0};
+  b.mine.rows = o.rows.moved(output);
+  if (weigh) b.mine.weights = l.weights.moved(plan.target[g.local()].rows);
+  b.mine.sums = o.sums.moved(output);
   b.boards = boards.data();
   b.y = y.data();
   b.bias = bias.data();

@@ -30,8 +30,8 @@ struct Received {
   }
   void put(int row, int64_t source, uint64_t epoch) {
     for (int i = 0; i < 16; ++i) block[layout.rows + 16 * row + i] = static_cast<char>(source * 7 + i);
-    reinterpret_cast<int64_t*>(block.data() + layout.source)[row] = source;
-    reinterpret_cast<uint64_t*>(block.data() + layout.sums)[row] =
+    layout.source.in(block.data())[row] = source;
+    layout.sums.in(block.data())[row] =
         row_checksum(block.data() + layout.rows + 16 * row, 16,
                      checksum_seed(epoch, static_cast<int>(source >> 32), source & 0xffffffff));
   }

@@ -45,7 +45,7 @@ struct RankState {
     host.geometry = g;
     host.window_faults = view.node.faults;
     host.region_faults = view.rail.faults;
-    host.region_outbox = view.rail.outbox + sizeof(Verdict);
+    host.fault_out = view.rail.fault_out;
     for (int n = 0; n < g.nodes(); ++n) host.peer_ranks.push_back(n == g.node() ? -1 : g.rail_rank(n));
     host.own_peer = g.node();
     host.rail_region = region.data.get();

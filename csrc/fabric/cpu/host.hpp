@@ -43,9 +43,9 @@ inline void relax() {
 }
 
 template <HostRail Rail>
-Status wait_counter(HostState& s, Rail& rail, char* memory, uint64_t offset, uint64_t at_least, Phase phase,
+Status wait_counter(HostState& s, Rail& rail, char* memory, CounterAt at, uint64_t at_least, Phase phase,
                     int peer) {
-  Counter& c = counter_at(memory, offset);
+  Counter& c = counter_at(memory, at.value);
   const auto arrived = [&] { return c.load(std::memory_order_acquire) >= at_least; };
   s.fault.strikes(Fault::Point::wait, phase);
   if (arrived()) return {};
@@ -92,7 +92,7 @@ Status wait_counter(HostState& s, Rail& rail, char* memory, uint64_t offset, uin
         return settle_timeout(s, rail, {Code::timeout, phase, peer, 0, at_least, c.load()});
     }
     if (moved) continue;
-    sleeping_at(memory).store(offset, std::memory_order_seq_cst);
+    sleeping_at(memory).store(at.value, std::memory_order_seq_cst);
     const uint64_t seen = c.load(std::memory_order_seq_cst);
     if (seen < at_least) futex_sleep(c, seen, Rail::kNetwork ? kNapWithNetwork : kNap);
     sleeping_at(memory).store(0, std::memory_order_relaxed);
@@ -107,8 +107,15 @@ struct HostFabric {
   HostState* s;
   Rail* rail_link;
 
-  char* window(int local, uint64_t offset) const { return s->windows[local] + offset; }
-  char* rail(uint64_t offset) const { return s->rail_region + offset; }
+  char* window(int local) const { return s->windows[local]; }
+  template <class T>
+  T* window(int local, Offset<T> at) const {
+    return at.in(s->windows[local]);
+  }
+  template <class T>
+  T* rail(Offset<T> at) const {
+    return at.in(s->rail_region);
+  }
 
   char* reach(int peer, uint64_t offset) const {
     char* there = rail_link->reach(peer);
@@ -125,18 +132,18 @@ struct HostFabric {
     else
       rail_link->put(peer, offset, src, bytes);
   }
-  void signal_rail(int peer, uint64_t counter, uint64_t add) const {
+  void signal_rail(int peer, CounterAt counter, uint64_t add) const {
     if (s->stream) s->kernels->fence();
-    rail_link->signal(peer, counter, add);
+    rail_link->signal(peer, counter.value, add);
   }
-  void signal_node(int local, uint64_t counter, uint64_t add) const {
+  void signal_node(int local, CounterAt counter, uint64_t add) const {
     if (s->stream) s->kernels->fence();
-    add_and_wake(s->windows[local], counter, add);
+    add_and_wake(s->windows[local], counter.value, add);
   }
-  Status wait_rail(uint64_t counter, uint64_t at_least, Phase phase, int peer) const {
+  Status wait_rail(CounterAt counter, uint64_t at_least, Phase phase, int peer) const {
     return detail::wait_counter(*s, *rail_link, s->rail_region, counter, at_least, phase, peer);
   }
-  Status wait_node(uint64_t counter, uint64_t at_least, Phase phase, int peer) const {
+  Status wait_node(CounterAt counter, uint64_t at_least, Phase phase, int peer) const {
     return detail::wait_counter(*s, *rail_link, s->windows[s->geometry.local()], counter, at_least, phase,
                                 peer);
   }

@@ -40,12 +40,12 @@ struct CallState {
 
 struct HostState {
   Geometry geometry;
-  uint64_t window_faults = 0;   // FaultWord per local rank in every window
-  uint64_t region_faults = 0;   // FaultWord per peer in every rail region
-  uint64_t region_outbox = 0;   // FaultWord on its way out
-  std::vector<int> peer_ranks;  // the peers of put() by index, -1: none
-  int own_peer = 0;             // this rank's index among them
-  char* windows[1024] = {};     // by local rank
+  Offset<FaultWord> window_faults;  // per local rank in every window
+  Offset<FaultWord> region_faults;  // per peer in every rail region
+  Offset<FaultWord> fault_out;      // on its way out
+  std::vector<int> peer_ranks;      // the peers of put() by index, -1: none
+  int own_peer = 0;                 // this rank's index among them
+  char* windows[1024] = {};         // by local rank
   char* rail_region = nullptr;
   const RowKernels* kernels = &row_kernels();
   const Watch* watch = nullptr;

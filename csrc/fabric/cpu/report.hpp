@@ -16,12 +16,12 @@ void publish_word(HostState& s, Rail& rail, FaultWord word) {
   const Geometry& g = s.geometry;
   for (int d = 0; d < g.ranks_per_node; ++d)
     if (d != g.local())
-      counter_at(s.windows[d], s.window_faults + 8 * g.local()).store(word.packed, std::memory_order_release);
-  auto* out = reinterpret_cast<FaultWord*>(s.rail_region + s.region_outbox);
+      counter_at(s.windows[d], (s.window_faults + g.local()).value)
+          .store(word.packed, std::memory_order_release);
+  FaultWord* out = s.fault_out.in(s.rail_region);
   *out = word;
   for (int i = 0; i < static_cast<int>(s.peer_ranks.size()); ++i)
-    if (s.peer_ranks[i] >= 0)
-      rail.put(i, s.region_faults + 8 * s.own_peer, reinterpret_cast<const char*>(out), 8);
+    if (s.peer_ranks[i] >= 0) rail.put(i, (s.region_faults + s.own_peer).value, out, sizeof(FaultWord));
 }
 
 template <class Rail>
@@ -32,15 +32,15 @@ void publish_fault(HostState& s, Rail& rail, const Status& status) {
 // visit(rank that wrote it, the word) for every word that is here.
 template <class Visit>
 void each_word(const HostState& s, Visit&& visit) {
-  const auto read = [](char* memory, uint64_t at) {
-    return FaultWord{counter_at(memory, at).load(std::memory_order_acquire)};
+  const auto read = [](char* memory, Offset<FaultWord> at) {
+    return FaultWord{counter_at(memory, at.value).load(std::memory_order_acquire)};
   };
   const Geometry& g = s.geometry;
   for (int i = 0; i < g.ranks_per_node; ++i)
-    if (const FaultWord w = read(s.windows[g.local()], s.window_faults + 8 * i); w.packed)
+    if (const FaultWord w = read(s.windows[g.local()], s.window_faults + i); w.packed)
       visit(g.rank_at(g.node(), i), w);
   for (int i = 0; s.rail_region && i < static_cast<int>(s.peer_ranks.size()); ++i)
-    if (const FaultWord w = read(s.rail_region, s.region_faults + 8 * i); w.packed) visit(s.peer_ranks[i], w);
+    if (const FaultWord w = read(s.rail_region, s.region_faults + i); w.packed) visit(s.peer_ranks[i], w);
 }
 
 // The same for every report of a fault.

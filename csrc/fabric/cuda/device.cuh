@@ -77,25 +77,32 @@ struct DeviceFabric {
   WarpScratch* scratch;
   uint64_t deadline;  // %globaltimer
 
-  __device__ char* window(int local, uint64_t offset) const { return links->windows[local] + offset; }
-  __device__ char* rail(uint64_t offset) const { return links->rail_region + offset; }
+  __device__ char* window(int local) const { return links->windows[local]; }
+  template <class T>
+  __device__ T* window(int local, Offset<T> at) const {
+    return at.in(links->windows[local]);
+  }
+  template <class T>
+  __device__ T* rail(Offset<T> at) const {
+    return at.in(links->rail_region);
+  }
 
   __device__ void put(int peer, uint64_t offset, const char* src, uint64_t bytes) const {
     complete();  // the source may have been written by this group's row operations
     rail_link.put(*scratch, peer, offset, src, bytes);
   }
-  __device__ void signal_rail(int peer, uint64_t counter, uint64_t add) const {
+  __device__ void signal_rail(int peer, CounterAt counter, uint64_t add) const {
     complete();
-    rail_link.signal(*scratch, peer, counter, add);
+    rail_link.signal(*scratch, peer, counter.value, add);
   }
-  __device__ void signal_node(int local, uint64_t counter, uint64_t add) const {
+  __device__ void signal_node(int local, CounterAt counter, uint64_t add) const {
     complete();
-    ptx::add_release_sys(reinterpret_cast<uint64_t*>(window(local, counter)), add);
+    ptx::add_release_sys(window(local, counter), add);
   }
-  __device__ Status wait_rail(uint64_t counter, uint64_t at_least, Phase phase, int peer) const {
+  __device__ Status wait_rail(CounterAt counter, uint64_t at_least, Phase phase, int peer) const {
     return wait(rail(counter), at_least, phase, peer);
   }
-  __device__ Status wait_node(uint64_t counter, uint64_t at_least, Phase phase, int peer) const {
+  __device__ Status wait_node(CounterAt counter, uint64_t at_least, Phase phase, int peer) const {
     return wait(window(links->geometry.local(), counter), at_least, phase, peer);
   }
 
@@ -175,12 +182,10 @@ struct DeviceFabric {
     const Geometry& g = links->geometry;
     const uint64_t word = pack_fault(s, g.rank).packed;
     for (int d = 0; d < g.ranks_per_node; ++d)
-      if (d != g.local())
-        ptx::store_release_sys(reinterpret_cast<uint64_t*>(window(d, links->window_faults + 8 * g.local())),
-                               word);
+      if (d != g.local()) ptx::store_release_sys(&window(d, links->window_faults + g.local())->packed, word);
     for (int p = 0; p < links->region_peers; ++p)
       if (p != links->own_peer)
-        rail_link.fault(*scratch, p, links->region_faults + 8 * links->own_peer, word);
+        rail_link.fault(*scratch, p, (links->region_faults + links->own_peer).value, word);
   }
   // One lane, at the end of a call: the network has read the sources of this warp's puts.
   __device__ Status flush() const { return rail_link.flush(*scratch, deadline); }
@@ -217,16 +222,14 @@ struct DeviceFabric {
         *reinterpret_cast<uint32_t*>(dst + i) = *reinterpret_cast<const volatile uint32_t*>(src + i);
   }
   __device__ Status reported_fault(Phase phase) const {
-    const auto read = [&](const char* memory, uint64_t offset, int count) {
+    const auto read = [&](const FaultWord* words, int count) {
       for (int i = 0; i < count; ++i)
-        if (const uint64_t w = ptx::load_acquire_sys(reinterpret_cast<const uint64_t*>(memory + offset) + i))
-          return w;
+        if (const uint64_t w = ptx::load_acquire_sys(&words[i].packed)) return w;
       return uint64_t{0};
     };
     uint64_t word =
-        read(window(links->geometry.local(), 0), links->window_faults, links->geometry.ranks_per_node);
-    if (!word && links->rail_region)
-      word = read(links->rail_region, links->region_faults, links->region_peers);
+        read(window(links->geometry.local(), links->window_faults), links->geometry.ranks_per_node);
+    if (!word && links->rail_region) word = read(rail(links->region_faults), links->region_peers);
     if (!word && failed())
       return {Code::lost, phase, links->geometry.rank, 1, 0, 0};  // another warp has left the record
     if (!word) return {};
@@ -234,8 +237,7 @@ struct DeviceFabric {
     told.phase = phase;
     return told;
   }
-  __device__ Status wait(const char* counter, uint64_t at_least, Phase phase, int peer) const {
-    const auto* c = reinterpret_cast<const uint64_t*>(counter);
+  __device__ Status wait(const uint64_t* c, uint64_t at_least, Phase phase, int peer) const {
     Status s;
     uint64_t got;
     for (int polls = 1; (got = ptx::load_acquire_sys(c)) < at_least; ++polls) {

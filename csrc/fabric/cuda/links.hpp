@@ -1,7 +1,7 @@
 // What a rank of the cuda world reaches, as its kernels are told. No CUDA type: the host side reads it too.
 #pragma once
 #include "base/counters.hpp"
-#include "base/types.hpp"
+#include "base/wire.hpp"
 
 namespace moecomm {
 
@@ -22,12 +22,12 @@ struct DeviceLinks {
   Geometry geometry;
   char** windows = nullptr;  // [P] by local rank
   char* rail_region = nullptr;
-  char** regions = nullptr;         // [peers] for the loopback rail; null where stores do not reach
-  const void* network = nullptr;    // for other rails: what fabric/cuda/gin.cuh finds its peers by
-  uint64_t region_offset = 0;       // of the rail region in a rank's window
-  uint64_t* same_device = nullptr;  // bit i of word i / 64: local rank i is on this rank's GPU
-  uint64_t window_faults = 0;       // offset in a window of FaultWord per local rank
-  uint64_t region_faults = 0;       // offset in a region of FaultWord per peer
+  char** regions = nullptr;              // [peers] for the loopback rail; null where stores do not reach
+  const void* network = nullptr;         // for other rails: what fabric/cuda/gin.cuh finds its peers by
+  uint64_t region_offset = 0;            // of the rail region in a rank's window
+  uint64_t* same_device = nullptr;       // bit i of word i / 64: local rank i is on this rank's GPU
+  Offset<FaultWord> window_faults = {};  // per local rank
+  Offset<FaultWord> region_faults = {};  // per peer
   int32_t region_peers = 0;
   int32_t own_peer = 0;           // this rank's index among them
   uint64_t* failed = nullptr;     // not 0: this rank's warps end; [1], [2]: not 0: the record is taken, of a

@@ -44,16 +44,16 @@ struct MutantFabric : SimFabric {
     if (is(Flaw::drop_put) && net->chaos().below(8) == 0) return;
     SimFabric::put(peer, offset, src, bytes);
   }
-  void signal_rail(int peer, uint64_t counter, uint64_t add) const {
+  void signal_rail(int peer, CounterAt counter, uint64_t add) const {
     if (is(Flaw::less_signalled) && add > 1) --add;
     if (is(Flaw::more_signalled) && add > 1) ++add;
-    net->signal_rail(space, peer, counter, add, !is(Flaw::signal_before_put));
+    net->signal_rail(space, peer, counter.value, add, !is(Flaw::signal_before_put));
   }
-  void signal_node(int local, uint64_t counter, uint64_t add) const {
+  void signal_node(int local, CounterAt counter, uint64_t add) const {
     if (is(Flaw::skip_signal) && local == victim()) return;
     SimFabric::signal_node(local, counter, add);
   }
-  Status wait_rail(uint64_t counter, uint64_t at_least, Phase phase, int peer) const {
+  Status wait_rail(CounterAt counter, uint64_t at_least, Phase phase, int peer) const {
     const Status s = hits(Flaw::skip_wait, phase)
                          ? Status{}
                          : SimFabric::wait_rail(counter, wanted(at_least, phase), phase, peer);
@@ -66,22 +66,21 @@ struct MutantFabric : SimFabric {
     const RailLayout& l = *layout;
     const int nodes = net->rank(me).geometry.nodes();
     if (phase == Phase::announce) {
-      const uint64_t at = uint64_t{4} * count->ints * (*blocks % halves * nodes + n);
-      auto *theirs = reinterpret_cast<int32_t*>(rail(l.blocks + at)),
-           *own = reinterpret_cast<int32_t*>(rail(l.blocks_out + at));
+      const uint64_t at = count->ints * (*blocks % halves * nodes + n);
+      int32_t *theirs = rail(l.blocks + at), *own = rail(l.blocks_out + at);
       if (is(Flaw::any_word))
         theirs[count->word] = own[count->word];
       else if (theirs[count->cached] < 0)
         theirs[count->cached] = 0;
     } else if (phase == Phase::reduce || phase == Phase::sum) {
-      auto* theirs = reinterpret_cast<Wish*>(rail(l.wishes + sizeof(Wish) * ((*combines & 1) * nodes + n)));
+      Wish* theirs = rail(l.wishes + ((*combines & 1) * nodes + n));
       if (is(Flaw::any_word))
-        theirs->word = reinterpret_cast<Wish*>(rail(l.wish_out))->word;
+        theirs->word = rail(l.wish_out)->word;
       else
         theirs->code = 0;
     }
   }
-  Status wait_node(uint64_t counter, uint64_t at_least, Phase phase, int peer) const {
+  Status wait_node(CounterAt counter, uint64_t at_least, Phase phase, int peer) const {
     return hits(Flaw::skip_wait, phase) ? Status{}
                                         : SimFabric::wait_node(counter, wanted(at_least, phase), phase, peer);
   }

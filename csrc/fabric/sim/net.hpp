@@ -346,25 +346,30 @@ struct SimFabric {
   int me;
   int space;
 
-  char* window(int local, uint64_t offset) const {
+  char* window(int local) const { return window(local, Offset<char>{}); }
+  template <class T>
+  T* window(int local, Offset<T> at) const {
     const Geometry& g = net->rank(me).geometry;
-    return net->window(space, g.rank_at(g.node(), local), offset);
+    return Offset<T>{}.in(net->window(space, g.rank_at(g.node(), local), at.value));
   }
-  char* rail(uint64_t offset) const { return net->region(space, me, offset); }
+  template <class T>
+  T* rail(Offset<T> at) const {
+    return Offset<T>{}.in(net->region(space, me, at.value));
+  }
   void put(int peer, uint64_t offset, const char* src, uint64_t bytes) const {
     net->put(space, peer, offset, src, bytes);
   }
-  void signal_rail(int peer, uint64_t counter, uint64_t add) const {
-    net->signal_rail(space, peer, counter, add);
+  void signal_rail(int peer, CounterAt counter, uint64_t add) const {
+    net->signal_rail(space, peer, counter.value, add);
   }
-  void signal_node(int local, uint64_t counter, uint64_t add) const {
-    net->signal_node(space, local, counter, add);
+  void signal_node(int local, CounterAt counter, uint64_t add) const {
+    net->signal_node(space, local, counter.value, add);
   }
-  Status wait_rail(uint64_t counter, uint64_t at_least, Phase phase, int peer) const {
-    return net->wait_rail(space, counter, at_least, phase, peer);
+  Status wait_rail(CounterAt counter, uint64_t at_least, Phase phase, int peer) const {
+    return net->wait_rail(space, counter.value, at_least, phase, peer);
   }
-  Status wait_node(uint64_t counter, uint64_t at_least, Phase phase, int peer) const {
-    return net->wait_node(space, counter, at_least, phase, peer);
+  Status wait_node(CounterAt counter, uint64_t at_least, Phase phase, int peer) const {
+    return net->wait_node(space, counter.value, at_least, phase, peer);
   }
   template <class G>
   void copy_row(G, char* dst, const char* src, uint64_t bytes) const {

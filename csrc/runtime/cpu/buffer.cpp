@@ -25,7 +25,7 @@ uint64_t warm_bytes(const BufferView& view) {
   const Shape& s = view.shape;
   const uint64_t usual = 4ull * s.max_tokens * s.top_k * s.combine_row_bytes();
   const uint64_t limit = env_bytes("MOECOMM_POPULATE_BYTES", uint64_t{256} << 20);
-  return std::min(view.node.bytes, view.node.arena + std::min(usual, limit));
+  return std::min(view.node.bytes, view.node.arena.value + std::min(usual, limit));
 }
 
 ReachPlan reach_plan(const BufferView& view) {
@@ -34,8 +34,9 @@ ReachPlan reach_plan(const BufferView& view) {
   p.window_faults = view.node.faults;
   p.warm_bytes = warm_bytes(view);
   p.region_bytes = view.rail.bytes;
-  p.region_counters = p.region_faults = view.rail.faults;
-  p.region_outbox = view.rail.outbox + sizeof(Verdict);
+  p.region_faults = view.rail.faults;
+  p.region_counters = view.rail.faults.value;
+  p.fault_out = view.rail.fault_out;
   p.own = view.geometry.node();
   for (int n = 0; n < view.geometry.nodes(); ++n)
     p.peers.push_back(n == p.own ? -1 : view.geometry.rail_rank(n));
@@ -234,15 +235,16 @@ Status Buffer::combine(const CombineCall& call, Plan& plan, const Block& output)
                                                                 rows * view_.shape.combine_row_bytes());
     host.counters.staged_rows += rows;
   }
-  a.mine.rows = at;
-  const auto in_window = [&](const float* values, uint64_t count, uint64_t staging) -> uint64_t {
-    if (!values) return 0;
-    if (const int64_t there = offset_of(values); there >= 0) return there;
-    std::memcpy(window.data() + output.offset() + staging, values, count * 4);
-    return output.offset() + staging;
+  a.mine.rows = {static_cast<uint64_t>(at)};
+  const auto in_window = [&](const float* values, uint64_t count, Offset<float> staging) -> Offset<float> {
+    if (!values) return {};
+    if (const int64_t there = offset_of(values); there >= 0) return {static_cast<uint64_t>(there)};
+    const Offset<float> at = staging.moved(output.offset());
+    std::memcpy(window.data() + at.value, values, count * 4);
+    return at;
   };
   const bool by_rank = plan.view.call.layout == RowLayout::rank;
-  a.mine.sums = output.offset() + l.sums;
+  a.mine.sums = l.sums.moved(output.offset());
   a.mine.weights = in_window(call.weights, rows, l.weights);
   a.mine.back = in_window(call.back, rows * (by_rank ? view_.shape.top_k : 1), l.back);
   const Status s = reach_.run(true, [&](auto fabric) { return run_combine(Lane{}, fabric, a); });

@@ -14,8 +14,9 @@ ReachPlan reach_plan(const DecodeView& d) {
   p.window_faults = d.window.faults;
   p.warm_bytes = d.window.warm;
   p.region_bytes = d.region.bytes;
-  p.region_counters = p.region_faults = d.region.faults;
-  p.region_outbox = d.region.outbox;
+  p.region_faults = d.region.faults;
+  p.region_counters = d.region.faults.value;
+  p.fault_out = d.region.fault_out;
   p.own = d.geometry.rank;
   for (int r = 0; r < d.geometry.size; ++r) p.peers.push_back(d.near(r) ? -1 : r);
   return p;

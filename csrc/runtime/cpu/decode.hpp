@@ -41,9 +41,7 @@ class Decode {
   char* x(int parity) const { return reach_.window()->data() + view_.x(parity); }
   char* scales(int parity) const { return reach_.window()->data() + view_.scales(parity, 0); }
   char* rows(int parity) const { return reach_.window()->data() + view_.rows(parity); }
-  int64_t* counts(int parity) const {
-    return reinterpret_cast<int64_t*>(reach_.window()->data() + view_.counts(parity));
-  }
+  int64_t* counts(int parity) const { return view_.counts(parity).in(reach_.window()->data()); }
   int64_t packed_rows() const { return static_cast<int64_t>(view_.packed_rows()); }
   int64_t scale_area() const {
     return static_cast<int64_t>(decode_scale_area(view_.geometry, view_.shape));

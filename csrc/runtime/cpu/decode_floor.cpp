@@ -17,20 +17,20 @@ DecodeFloor::DecodeFloor(Decode& decode, const char* x, char* y)
   const uint64_t header = decode_header_bytes(k_max);
   const HostState& host = reach_.host();
   const auto places = [&](int owner, int token) {  // of this rank's picks there
-    return reinterpret_cast<const int32_t*>(host.windows[view_.local(owner)] + view_.places(parity, own)) +
-           int64_t{token} * k_max;
+    return view_.places(parity, own).in(host.windows[view_.local(owner)]) + int64_t{token} * k_max;
   };
   stores_.resize(turn_.tokens);
   for (int t = 0; t < turn_.tokens; ++t) {
-    char* message = host.windows[own] + view_.message(parity, t);
-    staged_.push_back({message + header, x + t * row_bytes_});
+    DecodeHeader* message = view_.message(parity, t).in(host.windows[own]);
+    staged_.push_back({message->row(k_max), x + t * row_bytes_});
     int n = 0;
     for (int k = 0; k < k_max; ++k) {
       const int64_t at = int64_t{t} * k_max + k;
       if (turn_.ids[at] < 0) continue;
       const int r = view_.owner(turn_.ids[at]);
       if (turn_.slot[at] >= 0 && !view_.near(r))
-        messages_.push_back({r, view_.landed(parity, me, r, turn_.slot[at]), message, header + row_bytes_});
+        messages_.push_back({r, view_.landed(parity, me, r, turn_.slot[at]).value,
+                             host.windows[own] + view_.message(parity, t).value, header + row_bytes_});
       stores_[t].weight[n] = turn_.weights[at];
       stores_[t].row[n++] = view_.near(r)
                                 ? host.windows[view_.local(r)] + view_.rows(0) + places(r, t)[k] * row_bytes_
@@ -43,11 +43,11 @@ DecodeFloor::DecodeFloor(Decode& decode, const char* x, char* y)
     for (int i = 0; i < turn_.got[s]; ++i) {
       int32_t* note = detail::arrived(view_, turn_, s, i);
       const int32_t* rows = detail::decode_places(memory, view_, turn_, s, note);
-      const char* message = detail::decode_message(memory, view_, turn_, s, i, note[0]);
+      const DecodeHeader* message = detail::decode_message(memory, view_, turn_, s, i, note[0]);
       for (int k = 0; k < k_max; ++k) {
         if (note[1 + k] < 0) continue;
         const int64_t place = rows[k];  // in both banks
-        packed_.push_back({host.windows[own] + view_.x(0) + place * row_bytes_, message + header});
+        packed_.push_back({host.windows[own] + view_.x(0) + place * row_bytes_, message->row(k_max)});
         if (!view_.near(s))
           answers_.push_back({s, view_.answer(parity, note[0], k),
                               host.windows[own] + view_.rows(0) + place * row_bytes_, row_bytes_});
@@ -140,11 +140,11 @@ Status DecodeFloor::latency(int rounds) {
   const int me = view_.geometry.rank, last = view_.geometry.size - 1, peer = last - me,
             parity = turn_.parity();
   const auto send = [&](auto f) {
-    const char* row = f.window(view_.geometry.local(), view_.message(parity, 0));
+    const char* row = f.window(view_.geometry.local()) + view_.message(parity, 0).value;
     if (view_.near(peer))
       f.copy_row(Lane{}, f.window(view_.local(peer), view_.sum(parity, 0, 0)), row, row_bytes_);
     else
-      f.put(peer, view_.landed(parity, me, peer, 0), row, row_bytes_);
+      f.put(peer, view_.landed(parity, me, peer, 0).value, row, row_bytes_);
     signal(f, peer, false);
   };
   reach_.begin(false);

@@ -52,7 +52,7 @@ Reach::Reach(std::shared_ptr<Communicator> comm, ReachPlan plan)
   host_.geometry = g;
   host_.window_faults = plan_.window_faults;
   host_.region_faults = plan_.region_faults;
-  host_.region_outbox = plan_.region_outbox;
+  host_.fault_out = plan_.fault_out;
   host_.peer_ranks = plan_.peers;
   host_.own_peer = plan_.own;
   host_.watch = &comm_->watch();

@@ -20,14 +20,14 @@ namespace moecomm {
 // How large the memories are, and where in them the runtime finds what it needs itself.
 struct ReachPlan {
   uint64_t window_bytes = 0;
-  uint64_t window_faults = 0;  // FaultWord per local rank
-  uint64_t warm_bytes = 0;     // of every window mapping: pages made ready at start
+  Offset<FaultWord> window_faults;  // per local rank
+  uint64_t warm_bytes = 0;          // of every window mapping: pages made ready at start
   uint64_t region_bytes = 0;
-  uint64_t region_counters = 0;  // counters lie in the first region_counters bytes
-  uint64_t region_faults = 0;    // FaultWord per region peer
-  uint64_t region_outbox = 0;    // FaultWord on its way out
-  std::vector<int> peers;        // the fabric's peers by index: their ranks, -1: not over the region
-  int own = 0;                   // this rank's index among the peers
+  uint64_t region_counters = 0;     // counters lie in the first region_counters bytes
+  Offset<FaultWord> region_faults;  // per region peer
+  Offset<FaultWord> fault_out;      // on its way out
+  std::vector<int> peers;           // the fabric's peers by index: their ranks, -1: not over the region
+  int own = 0;                      // this rank's index among the peers
 };
 
 // Lies at the end of every window and travels in its card: whoever maps a window sees that it is the one that

@@ -182,9 +182,10 @@ Status DeviceBuffer::late_fault(void* stream) {
   for (int r = 0; r < g.size && refused; ++r) {
     if (r == g.rank || (r / g.ranks_per_node != g.node() && r % g.ranks_per_node != g.local())) continue;
     const bool near = r / g.ranks_per_node == g.node();
-    window_->tell(
-        r, near ? view_.node.faults + 8 * g.local() : view_.node.bytes + view_.rail.faults + 8 * g.node(),
-        pack_fault(broken_, g.rank), stream);
+    window_->tell(r,
+                  near ? (view_.node.faults + g.local()).value
+                       : view_.node.bytes + (view_.rail.faults + g.node()).value,
+                  pack_fault(broken_, g.rank), stream);
   }
   return broken_;
 }
@@ -342,12 +343,13 @@ Status DeviceBuffer::combine(const DeviceCombineCall& call, const std::shared_pt
   a.bias = call.bias;
   a.bias_stride = call.bias_stride;
   const uint64_t per_row = plan.view.call.layout == RowLayout::rank ? view_.shape.top_k : 1;
-  a.mine.rows = rows ? in_window(call.rows, rows * view_.shape.combine_row_bytes(), l.rows) : output.offset();
+  a.mine.rows = {rows ? in_window(call.rows, rows * view_.shape.combine_row_bytes(), l.rows)
+                      : output.offset()};
   if (rows && a.mine.rows == output.offset() + l.rows && call.rows != window_->data() + a.mine.rows)
     staged_rows_ += rows;
-  a.mine.sums = output.offset() + l.sums;
-  a.mine.weights = in_window(call.weights, rows * 4, l.weights);
-  a.mine.back = in_window(call.back, rows * 4 * per_row, l.back);
+  a.mine.sums = l.sums.moved(output.offset());
+  a.mine.weights = {in_window(call.weights, rows * 4, l.weights.value)};
+  a.mine.back = {in_window(call.back, rows * 4 * per_row, l.back.value)};
   if (capture_of(call.stream)) captured_.keep(owned, {owned_output});
   return window_->start_together(call.stream, timeout_, [&] {
     launch.call = begin(call.stream);

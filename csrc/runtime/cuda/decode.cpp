@@ -95,8 +95,8 @@ Status DeviceDecode::late_fault(void* stream) {
   for (int r = 0; r < g.size; ++r)
     if (r != g.rank)
       window_->tell(r,
-                    view_.near(r) ? view_.window.faults + 8 * g.local()
-                                  : view_.window.bytes + view_.region.faults + 8 * g.rank,
+                    view_.near(r) ? (view_.window.faults + g.local()).value
+                                  : view_.window.bytes + (view_.region.faults + g.rank).value,
                     pack_fault(s, g.rank), stream);
   window_->leave();
   return broken_ = s;

@@ -45,7 +45,7 @@ class DeviceDecode {
   char* x(int bank) const { return window_->data() + view_.x(bank); }
   char* scales(int bank) const { return window_->data() + view_.scales(bank, 0); }
   char* rows(int bank) const { return window_->data() + view_.rows(bank); }
-  char* counts(int bank) const { return window_->data() + view_.counts(bank); }
+  char* counts(int bank) const { return window_->data() + view_.counts(bank).value; }
   const DeviceWindow& window() const { return *window_; }
   const DecodeView& view() const { return view_; }
   Counters take_counters();                                     // waits for the device; and resets

@@ -83,7 +83,7 @@ Status SimCluster::call_decode(int rank, F fabric, const SimCall& call, SimResul
         const DecodeView& v = decode.view();
         const uint64_t in_bytes = decode.turn(epoch).call.row_bytes,
                        per_expert = decode_rows_per_expert(v.geometry, v.shape);
-        const auto* counts = reinterpret_cast<const int64_t*>(decode.memory() + v.counts(parity));
+        const auto* counts = v.counts(parity).in(decode.memory());
         for (int e = 0; e < v.experts_per_rank(); ++e) {
           char* out = decode.memory() + v.rows(parity) + e * per_expert * row_bytes;
           if (part.rows)

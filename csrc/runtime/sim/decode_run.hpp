@@ -38,9 +38,9 @@ void expect_messages(F f, const DecodeReceiveArgs& a, int source) {
   constexpr int kMost = 4;  // of a source
   if (source >= a.d.geometry.size || a.d.near(source)) return;
   for (int slot = 0; slot < kMost && slot < a.d.shape.max_tokens; ++slot) {
-    const char* header = detail::decode_message(f, a.d, a.turn, source, slot, 0);
+    const DecodeHeader* header = detail::decode_message(f, a.d, a.turn, source, slot, 0);
     __builtin_prefetch(header);
-    __builtin_prefetch(header + 64);
+    __builtin_prefetch(moved(header, 64));
   }
 }
 

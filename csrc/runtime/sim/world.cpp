@@ -28,19 +28,19 @@ SimSpace decode_space(const DecodeView& d) {
   SimSpace s;
   const uint64_t stride = decode_message_bytes(d.shape), tokens = d.shape.max_tokens;
   s.window_bytes = d.window.bytes;
-  s.window_counters = d.window.wanted;
-  s.window_records.begin = d.window.messages;
-  s.window_records.end = d.window.messages + 2 * tokens * stride;
+  s.window_counters = d.window.wanted.value;
+  s.window_records.begin = d.window.messages.value;
+  s.window_records.end = d.window.messages.value + 2 * tokens * stride;
   s.window_records.stride = stride;
   s.window_records.kept = sizeof(DecodeHeader) + sizeof(DecodePick) * d.shape.top_k;
   s.region_bytes = d.region.bytes;
-  s.region_counters = d.region.messages;
-  s.region_rows = d.region.messages;
+  s.region_counters = d.region.messages.value;
+  s.region_rows = d.region.messages.value;
   s.region_records.stride = stride;
   s.region_records.per_source = tokens;
-  s.region_records.begin = d.region.messages;
+  s.region_records.begin = d.region.messages.value;
   s.region_records.end =
-      d.region.messages + 2 * (d.geometry.size - d.geometry.ranks_per_node) * tokens * stride;
+      d.region.messages.value + 2 * (d.geometry.size - d.geometry.ranks_per_node) * tokens * stride;
   s.peers_are_ranks = true;
   return s;
 }
@@ -52,9 +52,9 @@ SimCluster::SimCluster(const SimConfig& config) : config_(config) {
   const BufferView first = make_view(world, config.shape, false);
   SimSpace main;
   main.window_bytes = first.node.bytes;
-  main.window_counters = first.node.offers;
+  main.window_counters = first.node.offers.value;
   main.region_bytes = first.rail.bytes;
-  main.region_counters = first.rail.blocks;
+  main.region_counters = first.rail.blocks.value;
   main.region_rows = first.rail.area_a;
   std::vector<SimSpace> spaces{main};
   if (config.decode) spaces.push_back(decode_space(sim_decode_view(world, config.shape)));
@@ -254,8 +254,7 @@ Status SimCluster::combine(int rank, F fabric, const SimCall& call, Handle& hand
   a.wire = call.wire;
   a.bias = part.bias;
   a.bias_stride = part.bias_stride;
-  a.mine.rows = output + l.rows - window;
-  a.mine.weights = a.mine.back = 0;
+  a.mine.rows = l.rows.moved(output - window);
   a.y = part.y ? part.y : net_->private_memory(rank);
   if (config_.payload) {
     if (part.rows)
@@ -273,10 +272,9 @@ Status SimCluster::combine(int rank, F fabric, const SimCall& call, Handle& hand
     const float* in =
         part.weights
             ? part.weights
-            : reinterpret_cast<const float*>(window + handle.offset +
-                                             block_layout(handle.rows, shape, config_.shape.top_k).weights);
-    std::memcpy(output + l.weights, in, handle.rows * 4);
-    a.mine.weights = output + l.weights - window;
+            : block_layout(handle.rows, shape, config_.shape.top_k).weights.in(window + handle.offset);
+    std::memcpy(l.weights.in(output), in, handle.rows * 4);
+    a.mine.weights = l.weights.moved(output - window);
   }
   const Status s = run_on_schedule(fabric, a);
   if (!is_final(s)) net_->flush();
@@ -295,9 +293,9 @@ uint64_t SimCluster::digest_block(int rank, const Handle& handle) const {
   const uint64_t k = shape.layout == RowLayout::rank ? config_.shape.top_k : 1;
   uint64_t h = digest_bytes(handle.rows, block + l.rows, handle.rows * shape.row_bytes);
   h = digest_bytes(h, block + l.scales, handle.rows * shape.scale_bytes);
-  h = digest_bytes(h, block + l.weights, handle.rows * 4 * k);
-  if (shape.layout == RowLayout::rank) h = digest_bytes(h, block + l.ids, handle.rows * 8 * k);
-  h = digest_bytes(h, block + l.source, handle.rows * 8);
+  h = digest_bytes(h, l.weights.in(block), handle.rows * 4 * k);
+  if (shape.layout == RowLayout::rank) h = digest_bytes(h, l.ids.in(block), handle.rows * 8 * k);
+  h = digest_bytes(h, l.source.in(block), handle.rows * 8);
   return digest_bytes(h, handle.plan->view.tokens_per_expert, 8 * ranks_[rank].view.experts_per_rank());
 }
 
@@ -358,7 +356,7 @@ uint64_t SimCluster::digest_packed(int rank) const {
   const CallShape& call = decode.turn(decode.epoch()).call;
   const int parity = decode.epoch() & 1;
   const uint64_t per_expert = decode_rows_per_expert(v.geometry, v.shape);
-  const auto* counts = reinterpret_cast<const int64_t*>(decode.memory() + v.counts(parity));
+  const auto* counts = v.counts(parity).in(decode.memory());
   uint64_t h = digest_bytes(3, counts, 8 * v.experts_per_rank());
   for (int e = 0; e < v.experts_per_rank(); ++e) {
     h = digest_bytes(h, decode.memory() + v.x(parity) + e * per_expert * call.row_bytes,
