@@ -7,72 +7,25 @@ thread, 58 layers; the best of several runs.
 from __future__ import annotations
 
 import json
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 
 from moecomm import options
-from moecomm._native import balance as native
 
 from . import balance_baseline as base
-from . import balance_recorded, balance_step
-
-DRIFT_STEPS = 3
-
-
-@dataclass
-class Row:
-    """One line: what was measured, the greedy plan's value, a bound and targets if there are any; moves as
-    the note counts them.
-    """
-
-    case: str
-    load: str
-    got: float
-    greedy: float | None = None
-    bound: float | None = None
-    target: float | None = None
-    ms: float | None = None
-    target_ms: float | None = None
-    moves: float | None = None
-    target_moves: float | None = None
-    note: str = ""
-
-    def missed(self):
-        """Names of the targets that were missed; None where there are no targets."""
-        targets = {
-            "balance": (self.target, self.got, 1),
-            "time": (self.target_ms, self.ms, -1),
-            "moves": (self.target_moves, self.moves, -1),
-        }
-        missed = [
-            name
-            for name, (target, value, sign) in targets.items()
-            if target is not None and sign * value < sign * target
-        ]
-        return missed if any(target is not None for target, _, _ in targets.values()) else None
-
-    def text(self):
-        """The table's line."""
-
-        def number(v, digits=4):
-            return "-" if v is None else f"{v:.{digits}f}"
-
-        missed = self.missed()
-        verdict = "" if missed is None else "reached" if not missed else "missed: " + ", ".join(missed)
-        return (
-            f"{self.case:<9} {self.load:<16} {number(self.got):>7} {number(self.greedy):>7} "
-            f"{number(self.bound):>7} {number(self.target):>7} "
-            f"{number(self.ms, 3):>9} {number(self.target_ms, 2):>7} {number(self.moves, 2):>6} "
-            f"{number(self.target_moves, 2):>6}  {verdict:<8} {self.note}"
-        )
-
-
-HEADER = (
-    f"# {'case':<7} {'load':<16} {'got':>7} {'greedy':>7} {'bound':>7} {'target':>7} {'ms':>9} {'target':>7} "
-    f"{'moves':>6} {'target':>6}"
+from . import balance_step
+from .balance_rows import (
+    HEADER,
+    KINDS,
+    STEPS,
+    Row,
+    asked_for,
+    greedy_plan,
+    over_seeds,
+    plan,
 )
+from .balance_split import case_activate, case_split
 
 
 def arguments(parser):
@@ -129,62 +82,6 @@ def main(args):
         f"# {judged - len(missed)} of {judged} rows with targets reach them"
         + (f"; missed: {'; '.join(missed)}" if missed else "")
     )
-
-
-def best_time(call, repeats):
-    """Milliseconds of the fastest call."""
-    best = 1e9
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return 1e3 * best
-
-
-def plan(load, slots, groups, nodes, ranks, repeats, previous=None, **options):
-    """(table [L, P], milliseconds for as many layers as the generated loads have)."""
-    table = np.empty((len(load), slots), dtype=np.int32)
-    ms = best_time(lambda: native.rebalance(load, table, groups, nodes, ranks, previous, **options), repeats)
-    return table, ms * base.LAYERS / len(load)
-
-
-def greedy_plan(load, *shape):
-    """(table [L, P], milliseconds likewise): the plain greedy."""
-    tables = []
-    ms = best_time(lambda: tables.append(base.plain_greedy(load, *shape)), 1)
-    return tables[0], ms * base.LAYERS / len(load)
-
-
-def over_seeds(args, measure):
-    """Means over the seeds of what measure(seed) returns, a tuple of numbers."""
-    return [float(np.mean(column)) for column in zip(*(measure(seed) for seed in range(args.seeds)))]
-
-
-def drifted(seed, steps=DRIFT_STEPS):
-    """lognormal(1) after some steps of drift."""
-    load = base.lognormal(1, seed)
-    for step in range(steps):
-        load = base.drift(load, seed + 100 * step)
-    return load
-
-
-KINDS = {
-    "lognormal(1)": lambda s: base.lognormal(1, s),
-    "lognormal(0.5)": lambda s: base.lognormal(0.5, s),
-    "zipf": base.zipf,
-    "drift": drifted,
-    "recorded": balance_recorded.recorded,
-}
-# What a plan was made for, and the load that then comes: a step of drift, or the text that follows.
-STEPS = {
-    "drift": lambda s: (base.lognormal(1, s), base.drift(base.lognormal(1, s), s)),
-    "recorded": lambda s: (balance_recorded.recorded(s), balance_recorded.recorded(s + 1)),
-}
-
-
-def asked_for(args, kinds):
-    """(name, value) of those loads that --loads names."""
-    return [(kind, kinds[kind]) for kind in kinds if kind in args.loads.split(",")]
 
 
 def case_a(args):
@@ -367,129 +264,4 @@ def case_d(args):
             changed,
             3 if drift else None,
             f"% of the ranks change; first plan {first:.4f}",
-        )
-
-
-def replicas_of(row, ranks=32):
-    """The native index of one layer."""
-    return native.Replicas(np.ascontiguousarray(row, dtype=np.int32), base.EXPERTS, ranks, 1)
-
-
-def whole_tokens(load, replicas):
-    """Balancedness of one layer after its split is rounded to the whole tokens of a batch of 32 x 4096."""
-    counts = np.round(load * (32 * 4096 * base.TOP_K / load.sum())).astype(np.int32)
-    share, first, last = np.empty(replicas.count), *np.empty((2, replicas.count), dtype=np.int32)
-    replicas.split(counts.astype(float), share)
-    replicas.runs(counts, share, 0, first, last)
-    return counts.sum() / replicas.ranks / np.bincount(replicas.rank, last - first, replicas.ranks).max()
-
-
-def split_layers(load, table, args):
-    """Means over the layers, (balancedness of the split, in whole tokens, of the linear program), its worst
-    loss in a layer, ms per layer.
-    """
-    got, whole, best, times = [], [], [], []
-    for w, row in zip(load, table):
-        r, share = replicas_of(row), np.empty(len(row))
-        times.append(best_time(lambda: r.split(w, share), args.repeats))
-        got.append(w.sum() / r.ranks / r.split(w, share))
-        whole.append(whole_tokens(w, r))
-        best.append(w.sum() / r.ranks / base.best_split(w, r))
-    return np.mean(got), np.mean(whole), np.mean(best), np.max(np.subtract(best, got)), np.median(times)
-
-
-def case_split(args):
-    """Tokens of a batch over replicas that were placed one drift step, or one small sample, earlier; case B's shape."""
-    for kind, step in asked_for(args, STEPS):
-        for connected in (False, True):
-
-            def measure(seed):
-                load, later = step(seed)
-                table, _ = plan(load, 288, 1, 1, 32, 1, connected=connected)
-                return *split_layers(later, table, args), base.balancedness(later, table, 32)
-
-            got, whole, bound, gap, ms, even = over_seeds(args, measure)
-            yield Row(
-                "split",
-                kind,
-                got,
-                even,
-                bound,
-                0.95 if connected and kind == "drift" else bound - 0.01,
-                ms,
-                0.01,
-                note=f"{'connected' if connected else 'ordinary'} placement; greedy: even split; "
-                f"a layer loses at most {gap:.4f} to the linear program; whole tokens {whole:.4f}",
-            )
-
-    if "lognormal(1)" not in args.loads.split(","):
-        return
-
-    def sampled(seed):
-        chances = base.lognormal(1, seed)
-        chances /= chances.sum(1, keepdims=True)
-        generator = np.random.default_rng(seed)
-        batch = 32 * 4096 * base.TOP_K
-        counts, sample = (
-            np.stack([generator.multinomial(n, p) for p in chances]).astype(float)
-            for n in (batch, batch // 8)
-        )
-        table, _ = plan(sample, 288, 1, 1, 32, 1, connected=True)
-        return *split_layers(counts, table, args), base.balancedness(counts, table, 32)
-
-    got, whole, bound, _, ms, even = over_seeds(args, sampled)
-    yield Row(
-        "split",
-        "1/8 sample",
-        got,
-        even,
-        bound,
-        0.997,
-        ms,
-        0.01,
-        note=f"connected placement from an eighth of the picks; greedy: even split; whole tokens {whole:.4f}",
-    )
-
-
-def case_activate(args):
-    """32 ranks host 16 slots each and run 9; placement of one drift step earlier. The bound: all 16 run."""
-
-    def zipf(seed):
-        load = base.zipf(seed, 1 / base.TOP_K)
-        return load, base.drift(load, seed, 1 / base.TOP_K)
-
-    for kind, (step, target) in asked_for(
-        args,
-        {
-            "lognormal(1)": (STEPS["drift"], 0.985),
-            "zipf": (zipf, 0.975),
-            "recorded": (STEPS["recorded"], None),
-        },
-    ):
-
-        def measure(seed):
-            load, later = step(seed)
-            table, _ = plan(load, 512, 1, 1, 32, 1, connected=True)
-            got, bound, times, stuck = [], [], [], 0
-            for i, (w, row) in enumerate(zip(later, table)):
-                r, active, share = replicas_of(row), np.empty(512, dtype=np.uint8), np.empty(512)
-                times.append(best_time(lambda: r.activate(w, 9, active), args.repeats))
-                stuck += r.activate(w, 9, active) >= 0
-                got.append(w.sum() / 32 / r.split(w, share, active))
-                if i < args.exact_layers:
-                    bound.append(w.sum() / 32 / base.best_split(w, r))
-            return np.mean(got), np.mean(bound), np.median(times), stuck
-
-        got, bound, ms, stuck = over_seeds(args, measure)
-        yield Row(
-            "activate",
-            kind,
-            got,
-            None,
-            bound,
-            target,
-            ms,
-            0.5,
-            note="16 hosted, 9 active, one drift step later; ms per layer; "
-            f"layers without a choice: {stuck:.0f}; bound: all 16 run",
         )

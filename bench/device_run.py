@@ -19,7 +19,8 @@ import torch
 from moecomm import cuda, options
 
 from . import device_decode, device_torch, launch
-from .device import SMALL, SMS, Shape, check_small_worlds, copy_ceiling, gemm_overlap, measure
+from .device import SMALL, SMS, Shape, check_small_worlds, copy_ceiling, measure
+from .device_overlap import gemm_overlap
 
 OWN_CODE = Path(__file__).resolve().parent.parent
 SECTIONS = {

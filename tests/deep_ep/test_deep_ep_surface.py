@@ -1,15 +1,12 @@
 """deep_ep's names, arguments and defaults, in order; the three ways to import them; and what is refused, by name."""
 
 import inspect
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from deep_ep_oracle import with_buffer
 
 import moecomm
-from moecomm.__main__ import main as moecomm_main
 from moecomm.integrations import deep_ep
 
 NONE, REQUIRED = None, inspect.Parameter.empty
@@ -311,11 +308,6 @@ def test_unknown_keywords_are_errors():
         moecomm.run_local(lambda comm: deep_ep.Buffer(comm, num_nvl_peers=8), 1)
 
 
-def with_buffer(fn, **how):
-    """fn(Buffer) on one rank."""
-    return moecomm.run_local(lambda comm: fn(deep_ep.Buffer(comm, **how)), 1)[0]
-
-
 def test_attributes():
     """What callers read of a Buffer; statics that callers may replace."""
 
@@ -372,153 +364,3 @@ def test_size_hints():
     assert config.get_nvl_buffer_size_hint(14336, 8) > config.get_nvl_buffer_size_hint(7168, 8) > 0
     assert config.get_rdma_buffer_size_hint(14336, 8) == 0 < config.get_rdma_buffer_size_hint(14336, 16)
     assert deep_ep.Buffer.get_low_latency_rdma_size_hint(128, 7168, 16, 256) > 128 * 256 * 7168 * 2
-
-
-REFUSED = {
-    "group and comm": lambda: deep_ep.Buffer(None),
-    "num_nvl_bytes is -1": lambda: with_buffer(lambda b: 0, num_nvl_bytes=-1),
-    "num_sms is 3": lambda: deep_ep.Config(num_sms=3),
-    "num_max_nvl_chunked_send_tokens is 9": lambda: deep_ep.Config(20, 9, 9),
-    "even int": lambda: deep_ep.Buffer.set_num_sms(3),
-    "explicitly_destroy=False": lambda: with_buffer(lambda b: b.destroy()),
-    "scratch memory": lambda: with_buffer(lambda b: b.get_local_buffer_tensor(torch.uint8)),
-    "low_latency_mode=False": lambda: with_buffer(
-        lambda b: b.low_latency_dispatch(torch.zeros(1, 64).bfloat16(), torch.zeros(1, 1).long(), 4, 4)
-    ),
-    "enable_shrink=False": lambda: with_buffer(
-        lambda b: b.low_latency_clean_mask_buffer(), low_latency_mode=True
-    ),
-    "cannot be masked": lambda: with_buffer(
-        lambda b: b.low_latency_update_mask_buffer(0, True), enable_shrink=True
-    ),
-    "use_nvfp4 is given": lambda: with_buffer(
-        lambda b: b.low_latency_dispatch(
-            torch.zeros(1, 64).bfloat16(), torch.zeros(1, 1).long(), 4, 4, use_nvfp4=True
-        ),
-        low_latency_mode=True,
-    ),
-    "dispatch_wait_recv_cost_stats is given": lambda: with_buffer(
-        lambda b: b.low_latency_dispatch(
-            torch.zeros(1, 64).bfloat16(), torch.zeros(1, 1).long(), 4, 4, None, torch.zeros(1, 1).long()
-        ),
-        low_latency_mode=True,
-    ),
-    "async_finish and return_recv_hook": lambda: with_buffer(
-        lambda b: b.low_latency_dispatch(
-            torch.zeros(1, 64).bfloat16(),
-            torch.zeros(1, 1).long(),
-            4,
-            4,
-            async_finish=True,
-            return_recv_hook=True,
-        ),
-        low_latency_mode=True,
-    ),
-    "x has 5 tokens": lambda: with_buffer(
-        lambda b: b.low_latency_dispatch(torch.zeros(5, 64).bfloat16(), torch.zeros(5, 1).long(), 4, 4),
-        low_latency_mode=True,
-    ),
-    "num_tokens_per_rank is None": lambda: with_buffer(lambda b: b.dispatch(torch.zeros(1, 8))),
-    "not the layout of topk_idx": lambda: with_buffer(
-        lambda b: b.dispatch(
-            torch.zeros(1, 8),
-            None,
-            torch.ones(1).int(),
-            None,
-            torch.zeros(1, 1).bool(),
-            torch.ones(1).int(),
-            torch.zeros(1, 1).long(),
-            torch.ones(1, 1),
-        )
-    ),
-    "a row of x has 12 bytes": lambda: with_buffer(lambda b: b.dispatch(torch.zeros(1, 3))),
-    "handle is a int": lambda: with_buffer(lambda b: b.combine(torch.zeros(1, 8), 3)),
-    "num_experts is 0": lambda: with_buffer(lambda b: b.get_dispatch_layout(torch.zeros(1, 1).long(), 0)),
-    "ids from 0 to 7": lambda: with_buffer(lambda b: b.get_dispatch_layout(torch.tensor([[0, 7]]), 4)),
-    "topk_idx is torch.float32": lambda: with_buffer(lambda b: b.get_dispatch_layout(torch.zeros(1, 1), 4)),
-    "allocate_on_comm_stream is set": lambda: with_buffer(
-        lambda b: b.get_dispatch_layout(torch.zeros(1, 1).long(), 4, allocate_on_comm_stream=True)
-    ),
-    "previous_event is a int": lambda: with_buffer(
-        lambda b: b.get_dispatch_layout(torch.zeros(1, 1).long(), 4, previous_event=3)
-    ),
-    "got retries": lambda: deep_ep.configure(retries=3),
-    "expected a plain torch.Tensor": lambda: with_buffer(
-        lambda b: b.get_dispatch_layout(torch.zeros(1, 1).long().as_subclass(Own), 4)
-    ),
-}
-
-
-class Own(torch.Tensor):
-    """A subclass of Tensor, whose memory may be anything."""
-
-
-@pytest.mark.parametrize("said", REFUSED)
-def test_refused(said):
-    """A typed error names the argument, what it is, and what was expected."""
-    with pytest.raises(moecomm.InvalidArgument, match=said):
-        REFUSED[said]()
-
-
-def test_an_opaque_handle_says_so():
-    """deep_ep's tuples of kernel tensors are not made up."""
-
-    def look(buffer):
-        out = buffer.dispatch(
-            torch.zeros(1, 8), None, torch.ones(1).int(), None, torch.ones(1, 1).bool(), torch.ones(1).int()
-        )
-        with pytest.raises(deep_ep.Unsupported, match="opaque"):
-            _a, _b = out[4]
-        handle = buffer.low_latency_dispatch(torch.zeros(1, 64).bfloat16(), torch.zeros(1, 1).long(), 4, 4)[2]
-        with pytest.raises(NotImplementedError, match="src_info"):
-            handle[0]
-
-    with_buffer(look, low_latency_mode=True)
-
-
-CHECKS = """
-import deep_ep, sys
-from deep_ep import Buffer, Config, ElasticBuffer, EPHandle, EventHandle, EventOverlap, topk_idx_t
-from deep_ep.utils import EventHandle as handle, EventOverlap as overlap
-from deep_ep.hybrid_ep_buffer import HybridEPBuffer, indices_to_map
-import moecomm.integrations.deep_ep as ours
-assert deep_ep.Buffer is ours.Buffer and handle is EventHandle and overlap is EventOverlap
-assert sys.modules["deep_ep"] is ours
-print("imported")
-"""
-REAL = """
-import sys, types
-import moecomm.integrations.deep_ep as ours
-sys.modules["deep_ep"] = types.ModuleType("deep_ep")
-try:
-    ours.install()
-except ValueError as refused:
-    print(refused)
-ours.install(force=True)
-ours.install()
-"""
-
-
-def run(program, first_path=None):
-    """What the program prints."""
-    paths = [p for p in (first_path, os.getcwd(), os.environ.get("PYTHONPATH")) if p]
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-        env=dict(os.environ, PYTHONPATH=os.pathsep.join(paths)),
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_three_ways_in(capsys):
-    """install(), install(force=True) where another deep_ep is imported, and the folder that `python -m
-    moecomm deep-ep-path` names.
-    """
-    said = run(REAL + CHECKS)
-    assert "deep_ep is imported already" in said and "imported" in said.splitlines()
-    assert moecomm_main(["deep-ep-path"]) == 0
-    assert capsys.readouterr().out.strip() == deep_ep.path() and "imported" in run(CHECKS, deep_ep.path())

@@ -5,52 +5,13 @@ import itertools
 import pytest
 import torch
 from emulated_gpu import either_world  # noqa: F401 - a fixture
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from layers import LAYOUTS, layer, make_buffer, plain_layer
 from worlds import assert_same, random_world
 
 import moecomm
 from moecomm import ops, reference
 
 pytestmark = pytest.mark.usefixtures("either_world")
-
-LAYOUTS = ["expert", "rank"]
-
-
-def plain_layer(xs, ids, weights, scale, bias):
-    """All ranks' layers in plain torch: expert e multiplies by scale[e]; returns y by rank."""
-    out = []
-    for x, i, w in zip(xs, ids, weights, strict=True):
-        picked = scale[i.clamp_min(0)] * (i >= 0)[:, :, None]  # [T, K, H]
-        out.append((w[:, :, None].to(x.dtype) * x[:, None, :] * picked).sum(1) + bias.to(x.dtype))
-    return out
-
-
-def layer(buf, x, ids, weights, scale, *, bias=None, **how):
-    """The same layer through dispatch and combine; `scale` [E, H] is this rank's copy of all experts'."""
-    out = buf.dispatch(x, ids, weights, **how)
-    first, per_rank = buf.comm.rank * buf.experts_per_rank, buf.experts_per_rank
-    if out.handle.layout == "rank":
-        local = out.topk_ids
-        factor = (
-            scale[(local + first).clamp_min(0)] * (out.topk_weights * (local >= 0))[:, :, None].to(x.dtype)
-        ).sum(1)
-        return buf.combine(out.x * factor, out.handle, bias=bias)
-    of_row = torch.repeat_interleave(torch.arange(per_rank), out.rows_per_expert)
-    of_row = torch.cat([of_row, of_row.new_zeros(len(out.x) - len(of_row))])
-    return buf.combine(out.x * scale[of_row + first], out.handle, topk_weights=out.topk_weights, bias=bias)
-
-
-def make_buffer(comm, world, num_experts, **options):
-    xs, ids, _ = world
-    return moecomm.Buffer(
-        comm,
-        hidden=xs[0].shape[1],
-        num_experts=num_experts,
-        top_k=ids[0].shape[1],
-        max_tokens=max(len(x) for x in xs) or 1,
-        dtype=xs[0].dtype,
-        **options,
-    )
 
 
 @pytest.mark.parametrize(
@@ -321,78 +282,6 @@ def test_opcheck(layout, capacity, monkeypatch):
             **need,
         )
         torch.library.opcheck(ops.combine_slots.default, (rows, back, handle, buf.number, layout, 5), **need)
-
-    moecomm.run_local(run, 1)
-
-
-def _mlp(buf, ids, how):
-    def block(x, weights, w):
-        out = buf.dispatch(x @ w, ids, weights, **how)
-        return buf.combine(
-            torch.tanh(out.x),
-            out.handle,
-            topk_weights=None if out.handle.layout == "rank" else out.topk_weights,
-        )
-
-    return block
-
-
-@pytest.mark.parametrize("policy", ["recompute", "save"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_checkpointing(policy, layout):
-    """Whole recomputation, and a selective policy that keeps what was communicated; both give the plain gradients."""
-    world = random_world(2, 6, 16, 4, 2, dtype=torch.float64, seed=9)
-    xs, ids, weights = world
-    ours = {ops.dispatch.default, ops.combine.default}
-
-    def policy_fn(_, op, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if op in ours else CheckpointPolicy.PREFER_RECOMPUTE
-
-    def run(comm):
-        buf = make_buffer(comm, world, 4)
-        block = _mlp(buf, ids[comm.rank], dict(layout=layout))
-
-        def leaves():
-            g = torch.Generator().manual_seed(0)
-            return [
-                t.clone().requires_grad_()
-                for t in (
-                    xs[comm.rank],
-                    weights[comm.rank],
-                    torch.randn(16, 16, generator=g, dtype=torch.float64),
-                )
-            ]
-
-        plain, kept = leaves(), leaves()
-        block(*plain).square().sum().backward()
-        assert buf.stats()["calls"] == 4
-        more = (
-            {}
-            if policy == "recompute"
-            else dict(context_fn=lambda: create_selective_checkpoint_contexts(policy_fn))
-        )
-        y = checkpoint(block, *kept, use_reentrant=False, **more)
-        y.square().sum().backward()
-        calls = buf.stats()["calls"]
-        # Recomputing stops once all that backward needs is there; a saved dispatch is not made twice.
-        assert calls == 4 if policy == "save" else 5 <= calls <= 6, calls
-        for a, b in zip(plain, kept, strict=True):
-            assert_same(b.grad, a.grad, "gradient")
-
-    moecomm.run_local(run, 2)
-
-
-def test_a_copied_handle_is_refused():
-    world = random_world(1, 3, 16, 2, 2, dtype=torch.float32, seed=10)
-    (x,), (ids,), _ = world
-
-    def run(comm):
-        buf = make_buffer(comm, world, 2)
-        copy = buf.dispatch(x, ids).handle.tensor().clone()
-        with pytest.raises(moecomm.InvalidArgument, match="handle of a dispatch"):
-            ops.combine(torch.zeros(6, 16), None, None, copy, buf.number, "expert", 3)
-        with pytest.raises(moecomm.InvalidArgument, match="no living Buffer"):
-            ops.dispatch(x, ids, None, None, -1, "expert", 1, None)
 
     moecomm.run_local(run, 1)
 

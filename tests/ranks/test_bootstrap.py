@@ -2,42 +2,16 @@
 that name the rank.
 """
 
-import contextlib
 import json
-import re
-import socket
-import subprocess
-import sys
 import threading
-import time
-from pathlib import Path
 
 import joining
 import pytest
 import torch
 
 import moecomm
-from moecomm import launch, mesh
-from moecomm.encoding import decode, encode
+from moecomm import mesh
 from moecomm.sockets import Endpoint
-
-
-def run(processes, folder, size, main, *arguments, without=None):
-    """What every rank has written, by rank."""
-    ranks = [processes.Process(target=main, args=(str(folder), r, size, *arguments)) for r in range(size)]
-    for p in ranks:
-        p.start()
-    try:
-        deadline = time.monotonic() + 100
-        for r, p in enumerate(ranks):
-            if r != without:
-                p.join(max(0, deadline - time.monotonic()))
-                assert p.exitcode == 0, f"rank {r} ended with {p.exitcode} (None: it hangs)"
-    finally:
-        for p in ranks:
-            p.kill()
-            p.join()
-    return [None if r == without else json.loads((folder / f"{r}.json").read_text()) for r in range(size)]
 
 
 @pytest.mark.parametrize("victim", [0, 2])
@@ -60,7 +34,7 @@ def run(processes, folder, size, main, *arguments, without=None):
 def test_a_rank_is_killed(processes, tmp_path, verb, number, victim):
     """Every survivor learns at once who it was, also where that was rank 0, and goes on without it."""
     for seen in filter(
-        None, run(processes, tmp_path, 3, joining.killed, verb, victim, number, without=victim)
+        None, joining.run(processes, tmp_path, 3, joining.killed, verb, victim, number, without=victim)
     ):
         error = seen["error"]
         assert (
@@ -75,7 +49,7 @@ def test_a_rank_is_killed(processes, tmp_path, verb, number, victim):
 
 def test_a_rank_that_does_not_come_is_named_within_the_timeout(processes, tmp_path):
     """The torch group's own timeout is half an hour."""
-    first, second = run(processes, tmp_path, 2, joining.late)
+    first, second = joining.run(processes, tmp_path, 2, joining.late)
     for verb, seen in first.items():
         error = seen["error"]
         assert (
@@ -93,7 +67,7 @@ def test_a_rank_that_does_not_come_is_named_within_the_timeout(processes, tmp_pa
 
 
 def test_ctrl_c_is_answered_and_told(processes, tmp_path):
-    first, second = run(processes, tmp_path, 2, joining.interrupted)
+    first, second = joining.run(processes, tmp_path, 2, joining.interrupted)
     assert first["seconds"] < joining.TIMEOUT / 2
     assert (
         second["error"]["type"] == "PeerLost"
@@ -106,7 +80,7 @@ def test_parts(processes, tmp_path):
     """duplicate and shrink bind to nothing of torch's, leave no descriptor or thread, and are refused where
     ranks disagree.
     """
-    everyone = run(processes, tmp_path, 4, joining.parts)
+    everyone = joining.run(processes, tmp_path, 4, joining.parts)
     for rank, seen in enumerate(everyone):
         before, after = seen["held"]
         assert before == after, f"descriptors and threads of rank {rank}"
@@ -220,57 +194,6 @@ def test_strangers_are_ignored():
     assert group.run(lambda m: m.allgather(bytes([m.rank]))) == [[b"\0", b"\1"]] * 2
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        None,
-        True,
-        -7,
-        1 << 80,
-        0.1,
-        float("inf"),
-        "\u2713 \ud800",
-        b"\0\xff",
-        [1, [2.5]],
-        {},
-        {"a": None, 3: [b"x"], None: {"base64": "no"}},
-    ],
-)
-def test_encoding(value):
-    assert decode(encode(value)) == value
-
-
-@pytest.mark.parametrize("value", [object(), {"a": lambda: 0}, torch.ones(1), {1, 2}])
-def test_what_cannot_be_sent(value):
-    with pytest.raises(moecomm.InvalidArgument, match="cannot be sent to the other ranks"):
-        encode(value)
-    nested = []
-    nested.append(nested)
-    with pytest.raises(moecomm.InvalidArgument, match="nested too deeply"):
-        encode(nested)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"\x80\x04N.",
-        b"{",
-        b'{"base64":"?"}',
-        b'{"base64":3}',
-        b'{"pairs":[[1]]}',
-        b'{"pairs":[[[],1]]}',
-        b'{"a":1,"b":2}',
-        b"{}",
-        b'{"what":1}',
-        b"[" * 5000,
-    ],
-)
-def test_what_no_peer_sends(data):
-    with pytest.raises(moecomm.MoecommError, match="no value of moecomm's"):
-        decode(data)
-
-
 # -- one rank's odd argument ------------------------------------------------------------------------
 
 GOOD = dict(hidden=64, num_experts=12, top_k=2, max_tokens=8)
@@ -369,7 +292,7 @@ def test_an_odd_argument_of_one_rank(name):
 
 def test_odd_arguments_over_processes(processes, tmp_path):
     """The same between processes."""
-    for rank, seen in enumerate(run(processes, tmp_path, 2, odd_arguments)):
+    for rank, seen in enumerate(joining.run(processes, tmp_path, 2, odd_arguments)):
         for name, outcome in seen.items():
             error = outcome["error"]
             assert (
@@ -398,172 +321,5 @@ def odd_arguments(folder, rank, size):
 
 # -- what the environment says ----------------------------------------------------------------------
 
-ENV = {"RANK": "{rank}", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "PORT"}
-STEP = {
-    "SLURM_PROCID": "{rank}",
-    "SLURM_STEP_NUM_TASKS": "2",
-    "SLURM_STEP_ID": "0",
-    "SLURM_JOB_ID": "77",
-    "SLURM_STEP_NUM_NODES": "1",
-    "MASTER_PORT": "PORT",
-}
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
-@pytest.mark.parametrize(
-    "environment,initialized,error",
-    [
-        ({}, True, None),
-        (ENV, False, None),
-        (ENV, True, None),
-        (STEP, False, None),
-        (
-            {"RANK": "{rank}", "WORLD_SIZE": "2"},
-            False,
-            "would be alone in what looks like a launched job: RANK and WORLD_SIZE .* MASTER_ADDR and "
-            "MASTER_PORT cannot be known",
-        ),
-        (
-            {**ENV, "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"},
-            True,
-            r"default group.*rank \d of 2.* and OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_SIZE .*rank 0 of "
-            r"4.* contradict",
-        ),
-        (
-            {**ENV, "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0", "MOECOMM_GROUP": "torch"},
-            True,
-            None,
-        ),
-    ],
-    ids=["initialized", "RANK", "both", "srun", "no address", "contradiction", "chosen"],
-)
-def test_communicator_without_a_group(processes, tmp_path, environment, initialized, error):
-    environment = {k: free_port() if v == "PORT" else v for k, v in environment.items()}
-    for rank, seen in enumerate(run(processes, tmp_path, 2, joining.found, environment, initialized)):
-        if error is None:
-            assert seen["error"] is None and seen["world"] == [rank, 2], seen
-        else:
-            assert (
-                seen["error"]["type"] == "InvalidArgument"
-                and re.search(error, seen["error"]["text"])
-                and "MOECOMM_GROUP" in seen["error"]["text"]
-            ), seen
-
-
-@pytest.mark.parametrize(
-    "environment,error",
-    [
-        ({}, None),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
-        ({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}, None),
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),  # a batch script
-        (
-            {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"},
-            None,
-        ),  # the shell of salloc
-        ({"PMI_RANK": "1", "PMI_SIZE": "4", "MOECOMM_GROUP": "alone"}, None),
-        ({"RANK": "0"}, "RANK .*looks|launched job: RANK"),
-        ({"WORLD_SIZE": "4"}, "launched job: WORLD_SIZE"),
-        ({"RAY_RAYLET_PID": "1"}, "launched job: RAY_RAYLET_PID"),
-        (
-            {"RANK": "0", "WORLD_SIZE": "2", "OMPI_COMM_WORLD_SIZE": "4"},
-            "RANK and WORLD_SIZE .* and OMPI_COMM_WORLD_SIZE .* contradict",
-        ),
-        ({"RANK": "0", "WORLD_SIZE": "2", "PMI_RANK": "1", "PMI_SIZE": "2"}, "contradict"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "is no rank of its world"),
-        ({"RANK": "zero", "WORLD_SIZE": "2"}, "RANK: got 'zero'"),
-        (
-            {"SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"},
-            "launched job: SLURM_PROCID",
-        ),
-        ({"MOECOMM_GROUP": "torch"}, "default group is not initialized"),
-        ({"MOECOMM_GROUP": "slurm"}, "no variable of such a launcher"),
-        ({"MOECOMM_GROUP": "all"}, "MOECOMM_GROUP: got 'all'"),
-    ],
-)
-def test_alone(monkeypatch, environment, error):
-    """One rank where nobody says otherwise; never by mistake."""
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    if error is None:
-        with moecomm.Communicator() as comm:
-            assert comm.size == 1
-    else:
-        with pytest.raises(moecomm.InvalidArgument, match=error):
-            moecomm.Communicator()
-    with (
-        moecomm.Communicator("alone")
-        if environment.get("MOECOMM_GROUP") != "all"
-        else contextlib.nullcontext() as comm
-    ):
-        assert comm is None or comm.size == 1
-
-
-@pytest.mark.parametrize(
-    "nodes,first",
-    [
-        ("node07", "node07"),
-        ("a1,b2", "a1"),
-        ("node[07-12,20],other3", "node07"),
-        ("n[1,3]-ib", "n1-ib"),
-        ("", ""),
-    ],
-)
-def test_first_host(nodes, first):
-    assert launch.first_host(nodes) == first
-
-
-def test_a_mesh_of_devices(tmp_path):
-    """One dimension is a group; more are refused by name."""
-    dist = torch.distributed
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        both = dist.device_mesh.init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "ep"))
-        with moecomm.Communicator(both["ep"]) as comm:
-            assert comm.size == 1
-        with pytest.raises(moecomm.InvalidArgument, match=r"DeviceMesh of 2 dimensions \('dp', 'ep'\)"):
-            moecomm.Communicator(both)
-        with pytest.raises(moecomm.InvalidArgument, match="NON_GROUP_MEMBER"):
-            moecomm.Communicator(dist.GroupMember.NON_GROUP_MEMBER)
-    finally:
-        dist.destroy_process_group()
-
 
 # -- namespaces -------------------------------------------------------------------------------------
-
-
-def test_two_pid_namespaces(tmp_path):
-    """Process numbers of one mean nothing in the other: such ranks are two nodes.
-
-    Were they taken for one, the window's nonce would tell.
-    """
-    unshare = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
-    try:
-        possible = subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        possible = False
-    if not possible:
-        pytest.skip("pid namespaces: not permitted here")
-    code = "import sys; sys.path.insert(0, 'tests'); import joining; joining.apart(*sys.argv[1:])"
-    ranks = [
-        subprocess.Popen(
-            [*unshare, sys.executable, "-c", code, str(tmp_path), str(r)],
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for r in range(2)
-    ]
-    for p in ranks:
-        output = p.communicate(timeout=100)[0]
-        assert p.returncode == 0, output
-    for r in range(2):
-        seen = json.loads((tmp_path / f"{r}.json").read_text())
-        assert seen["as it is"] is None and seen["nodes"] == [2, 1] and seen["rows"] == [0.0, 1.0], seen
-        assert seen["mistaken"] is not None and "pid namespace" in seen["mistaken"]["text"], seen

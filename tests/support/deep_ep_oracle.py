@@ -394,3 +394,8 @@ def run_processes(processes, folder, size, check):
         for p in ranks:
             p.kill()
             p.join()
+
+
+def with_buffer(fn, **how):
+    """fn(Buffer) on one rank."""
+    return moecomm.run_local(lambda comm: fn(deep_ep.Buffer(comm, **how)), 1)[0]
