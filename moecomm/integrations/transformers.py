@@ -58,11 +58,13 @@ _exchanges = {}
 class MoecommEP(EPImplementation):
     """Tokens to the ranks of their experts and back by dispatch and combine, one row per token and rank.
 
-    Differentiable in hidden states and routing weights. Ranks may hold different numbers of tokens, also none; ranks that
-    share a batch (tensor parallelism) take a slice of it each and gather the results.
+    Differentiable in hidden states and routing weights. Ranks may hold different numbers of tokens, also
+    none; ranks that share a batch (tensor parallelism) take a slice of it each and gather the results.
     """
 
-    options = dict(max_tokens=4096, ranks_per_node=None, timeout=30.0)
+    options = dict(  # noqa: RUF012 - a subclass replaces the whole table
+        max_tokens=4096, ranks_per_node=None, timeout=30.0
+    )
 
     def __init__(self, experts, ep_mesh, tp_mesh):
         super().__init__(experts, ep_mesh, tp_mesh)
@@ -134,7 +136,10 @@ def register(name="moecomm", *, max_tokens=4096, ranks_per_node=None, timeout=30
 
 
 def close():
-    """Release all buffers and communicators that models have made; they cannot run afterwards. Local, before the group ends."""
+    """Release all buffers and communicators that models have made; they cannot run afterwards.
+
+    Local, before the group ends.
+    """
     for exchange in _exchanges.values():
         exchange.close()
     _exchanges.clear()

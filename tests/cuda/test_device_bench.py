@@ -145,7 +145,7 @@ def test_a_failed_section_leaves_the_others_rows(monkeypatch, tmp_path):
         "wrong": 0,
     }
 
-    def section(command, cwd, timeout):
+    def section(command, cwd, timeout, check):
         name = command[command.index("--only") + 1]
         wrote = {
             "base": {"gpu": "a GPU", "torch": "2", "shape": vars(device.Shape()), "ceiling_gbs": 4000.0},

@@ -196,9 +196,6 @@ LONG = {
     "moecomm/communicator.py": 480,
     "moecomm/cuda.py": 484,
     "moecomm/explore.py": 562,
-    "moecomm/integrations/deep_ep/buffer.py": 546,
-    "moecomm/integrations/deep_ep/elastic.py": 657,
-    "moecomm/integrations/deep_ep/hybrid_ep_buffer.py": 609,
     "moecomm/mesh.py": 535,
     "moecomm/sim.py": 625,
 }

@@ -25,6 +25,12 @@ def check_int(op, name, value, least, rank=None):
         refuse(op, f"{name} is {value!r}; expected an int >= {least}", rank)
 
 
+def check_ints(op, rank=None, **values):
+    """Each named value is an int of at least 0."""
+    for name, value in values.items():
+        check_int(op, name, value, 0, rank)
+
+
 def check_experts(op, num_experts, size, rank):
     """Refuse what is no number of experts over these ranks.
 
@@ -57,7 +63,8 @@ def check_picks(op, topk_idx, topk_weights, tokens, experts, rank):
     if not capturing() and ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < experts:
         refuse(
             op,
-            f"topk_idx holds ids from {int(ids.min())} to {int(ids.max())}; expected -1 (none) or ids below num_experts = {experts}",
+            f"topk_idx holds ids from {int(ids.min())} to {int(ids.max())}; expected -1 (none) or ids "
+            f"below num_experts = {experts}",
             rank,
         )
     return ids, weights

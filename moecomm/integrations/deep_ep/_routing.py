@@ -20,8 +20,8 @@ DTYPE_NUMBERS = {
 class Payload:
     """Rows of a dispatch, with their scales where they come as a pair, as a core Buffer takes them.
 
-    Rows of the core's dtypes travel as they are, FP8 rows with a scale per 128 as the core's pairs. All else (bytes, other
-    FP8, scales per 32, ...) travels uninterpreted: a token's row and scales as the bytes of one row.
+    Rows of the core's dtypes travel as they are, FP8 rows with a scale per 128 as the core's pairs. All
+    else (bytes, other FP8, scales per 32, ...) travels uninterpreted: a token's row and scales as the bytes of one row.
 
     Parameters
     ----------
@@ -47,7 +47,8 @@ class Payload:
         if rows.dtype not in DTYPE_NUMBERS or (pair and scales.dtype not in DTYPE_NUMBERS):
             refuse(
                 op,
-                f"x is {rows.dtype}{f' with scales {scales.dtype}' if pair else ''}; expected one of {', '.join(map(str, DTYPE_NUMBERS))}",
+                f"x is {rows.dtype}{f' with scales {scales.dtype}' if pair else ''}; expected one of "
+                f"{', '.join(map(str, DTYPE_NUMBERS))}",
             )
         if not self.width or self.row_bytes % 16:
             refuse(op, f"a row of x has {self.row_bytes} bytes; expected a multiple of 16")
@@ -97,7 +98,8 @@ class Payload:
 
 
 class Routing:
-    """Where every token of one dispatch went, for any later dispatch or combine of any row size: one plan per core Buffer.
+    """Where every token of one dispatch went, for any later dispatch or combine of any row size: one plan
+    per core Buffer.
 
     Parameters
     ----------
@@ -123,7 +125,10 @@ class Routing:
         self.num_rows = None
 
     def dispatch(self, hidden, dtype, x, weights=None):
-        """Dispatched: by the plan of an earlier call on this core Buffer, else by a new one of the same row order. Collective."""
+        """Dispatched: by the plan of an earlier call on this core Buffer, else by a new one of the same row order.
+
+        Collective.
+        """
         key = hidden, dtype
         if key in self._plans:
             core, handle = self._plans[key]
@@ -140,7 +145,10 @@ class Routing:
         return out
 
     def plan(self, hidden, dtype):
-        """(core Buffer, its handle), made by a dispatch of rows without meaning where this row size is new. Collective then."""
+        """(core Buffer, its handle), made by a dispatch of rows without meaning where this row size is new.
+
+        Collective then.
+        """
         if (hidden, dtype) not in self._plans:
             self.dispatch(
                 hidden, dtype, torch.zeros((self.tokens, hidden), dtype=dtype, device=self.ids.device)

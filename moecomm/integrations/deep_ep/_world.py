@@ -1,4 +1,6 @@
-"""What the drop-in's buffers of one process group share: a Communicator, core Buffers by shape, and rounds in which ranks agree."""
+"""What the drop-in's buffers of one process group share: a Communicator, core Buffers by shape, and rounds
+in which ranks agree.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,11 @@ _DISPATCHES = 4  # results that an arena holds at first; it grows
 
 
 def configure(**options):
-    """How Communicators of groups that are seen for the first time from here on are made: ranks_per_node, device, timeout.
+    """How Communicators of groups that are seen for the first time from here on are made: ranks_per_node,
+    device, timeout.
 
-    None leaves it to moecomm.Communicator; without a device it is the current GPU where torch has one, else the CPU. The timeout
-    is 100 seconds where it was never named.
+    None leaves it to moecomm.Communicator; without a device it is the current GPU where torch has one, else
+    the CPU. The timeout is 100 seconds where it was never named.
 
     Raises
     ------
@@ -35,7 +38,10 @@ def configure(**options):
 
 
 def shutdown():
-    """Release every communicator and window of the drop-in in this process. Local; its Buffers cannot be used afterwards."""
+    """Release every communicator and window of the drop-in in this process.
+
+    Local; its Buffers cannot be used afterwards.
+    """
     for world in list(_worlds.values()):
         world.close()
     _worlds.clear()
@@ -45,7 +51,10 @@ atexit.register(shutdown)
 
 
 def world_of(group):
-    """The World of a torch ProcessGroup, a one-dimensional DeviceMesh, an mpi4py Comm or a Communicator. The first time collective."""
+    """The World of a torch ProcessGroup, a one-dimensional DeviceMesh, an mpi4py Comm or a Communicator.
+
+    The first time collective.
+    """
     for key, world in list(_worlds.items()):
         if not world.is_alive():  # its process group was destroyed, or its Communicator closed
             world.close()
@@ -105,10 +114,11 @@ class World:
     # -- core Buffers -----------------------------------------------------------------------------
 
     def core(self, hidden, experts, top_k, dtype, tokens, *, decode=False, num_sms=20, name=None):
-        """The core Buffer of a shape for at least that many tokens, exactly so many for decode. Collective where it is made.
+        """The core Buffer of a shape for at least `tokens` tokens, exactly `tokens` for decode. Collective
+        where it is made.
 
-        Ranks call it with equal arguments, so it is made on all of them or on none. An earlier, smaller one stays in the
-        hands of handles that were made with it.
+        Ranks call it with equal arguments, so it is made on all of them or on none. An earlier, smaller one
+        stays in the hands of handles that were made with it.
         """
         key = (hidden, experts, top_k, dtype, tokens if decode else None, name)
         core = self._cores.get(key)
@@ -137,7 +147,10 @@ class World:
         return core
 
     def dispatch(self, core, x, ids=None, weights=None, **how):
-        """(core, Dispatched): core.dispatch, in a larger arena where results of earlier calls fill this one. Collective."""
+        """(core, Dispatched): core.dispatch, in a larger arena where results of earlier calls fill this one.
+
+        Collective.
+        """
         while True:
             try:
                 return core, core.dispatch(x, ids, weights, **how)
@@ -154,7 +167,10 @@ class World:
     # -- agreement --------------------------------------------------------------------------------
 
     def scatter(self, values):
-        """int64 [size, n] on the host, row r for rank r -> int64 [size, n], row r from rank r. Collective, by a core dispatch."""
+        """int64 [size, n] on the host, row r for rank r -> int64 [size, n], row r from rank r.
+
+        Collective, by a core dispatch.
+        """
         if self.size == 1:
             return values
         n = values.shape[1] + values.shape[1] % 2  # a row is a multiple of 16 bytes
@@ -200,7 +216,8 @@ class World:
         for rank, row in enumerate(numbers):
             if row[:2] != mine[:2]:
                 raise ConfigMismatch(
-                    f"{op} on rank {self.rank}: rank {rank} makes another call (its call {row[0]}, here call {mine[0]}); "
+                    f"{op} on rank {self.rank}: rank {rank} makes another call (its call {row[0]}, here "
+                    f"call {mine[0]}); "
                     "expected every rank to make the same calls in the same order",
                     op=op,
                     rank=self.rank,
@@ -225,7 +242,8 @@ class World:
             for rank, row in enumerate(numbers):
                 if row[3 + i] != value:
                     raise ConfigMismatch(
-                        f"{op} on rank {self.rank}: {name} is {value} here and {row[3 + i]} on rank {rank}; expected the same on "
+                        f"{op} on rank {self.rank}: {name} is {value} here and {row[3 + i]} on rank "
+                        f"{rank}; expected the same on "
                         "every rank",
                         op=op,
                         rank=self.rank,

@@ -4,48 +4,25 @@ from __future__ import annotations
 
 import torch
 
-from ._checks import IDS, aligned, capturing, check_experts, check_int, check_picks, check_rows, sum_of_biases
+from ._checks import IDS, aligned, capturing, check_experts, check_int, check_rows, sum_of_biases
+from ._normal import check_dispatch, layout_of, routing_of
 from ._routing import Payload, Routing
 from ._world import world_of
 from .config import Config
 from .errors import Unsupported, refuse, require_tensor
 from .events import EventHandle, EventOverlap, event_of, wait_before
+from .handles import DispatchHandle
 from .low_latency import LowLatency
+from .runtime import Runtime
 
 _NAMES = "previous_event", "async_finish"
-
-
-class Runtime:
-    """What callers ask of Buffer.runtime: which ranks and nodes there are."""
-
-    def __init__(self, buffer):
-        self._buffer = buffer
-
-    def is_available(self):
-        """Whether the buffer can be used."""
-        return not self._buffer._destroyed
-
-    def is_internode_available(self):
-        """Whether there is more than one node."""
-        return self._buffer._world.num_nodes > 1
-
-    def get_num_rdma_ranks(self):
-        """Nodes."""
-        return self._buffer._world.num_nodes
-
-    def get_rdma_rank(self):
-        """This rank's node."""
-        return self._buffer._world.comm.node
-
-    def get_local_device_id(self):
-        """Number of this rank's GPU; 0 on the CPU."""
-        return self._buffer._world.comm.device.index or 0
 
 
 class Buffer(LowLatency):
     """Expert-parallel dispatch and combine by deep_ep's names, over moecomm. Construction is collective.
 
-    Memory is not made here: it follows the shapes of the calls, is shared by all Buffers of one group in a process, and grows.
+    Memory is not made here: it follows the shapes of the calls, is shared by all Buffers of one group in a
+    process, and grows.
 
     Parameters
     ----------
@@ -91,7 +68,8 @@ class Buffer(LowLatency):
         if (group is None) == (comm is None):
             refuse(
                 "Buffer",
-                "group and comm are both None or both given; expected a ProcessGroup as group, or group=None and an mpi4py Comm as comm",
+                "group and comm are both None or both given; expected a ProcessGroup as group, or "
+                "group=None and an mpi4py Comm as comm",
             )
         for name, value in {
             "num_nvl_bytes": num_nvl_bytes,
@@ -103,11 +81,8 @@ class Buffer(LowLatency):
         self._world = world_of(self.group)
         self.rank, self.group_size = self._world.rank, self._world.size
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
-        self.low_latency_mode, self.explicitly_destroy, self.enable_shrink = (
-            bool(low_latency_mode),
-            bool(explicitly_destroy),
-            bool(enable_shrink),
-        )
+        self.low_latency_mode, self.enable_shrink = bool(low_latency_mode), bool(enable_shrink)
+        self.explicitly_destroy = bool(explicitly_destroy)
         self._destroyed = False
         self.runtime = Runtime(self)
 
@@ -177,10 +152,11 @@ class Buffer(LowLatency):
         if not capturing() and ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < num_experts:
             refuse(
                 op,
-                f"topk_idx holds ids from {int(ids.min())} to {int(ids.max())}; expected -1 (none) or ids below num_experts = {num_experts}",
+                f"topk_idx holds ids from {int(ids.min())} to {int(ids.max())}; expected -1 (none) or ids "
+                f"below num_experts = {num_experts}",
                 self.rank,
             )
-        per_expert, in_rank = self._layout(ids, num_experts)
+        per_expert, in_rank = layout_of(ids, num_experts, self.group_size)
         per_rdma_rank = None
         if self._world.num_nodes > 1:
             per_rdma_rank = in_rank.unflatten(1, (self._world.num_nodes, -1)).any(2).sum(0, dtype=torch.int32)
@@ -211,14 +187,16 @@ class Buffer(LowLatency):
     ):
         """Carry every token to the ranks that own its experts, one row per token and rank. Collective.
 
-        Without a handle it costs one small exchange more than moecomm.Buffer.dispatch, in which ranks agree on the largest number
-        of tokens and learn of a peer that refuses its arguments. Rows come in order (source rank, source token).
+        Without a handle it costs one small exchange more than moecomm.Buffer.dispatch, in which ranks agree
+        on the largest number of tokens and learn of a peer that refuses its arguments. Rows come in order
+        (source rank, source token).
 
         Parameters
         ----------
         x : Tensor [T, H], or (rows [T, H], scales [T, n])
-            A row is a multiple of 16 bytes. FP8 rows with float32 scales per 128 or packed int32 ones travel as moecomm's
-            pairs; other dtypes and scales travel uninterpreted. T may differ between ranks and be 0.
+            A row is a multiple of 16 bytes. FP8 rows with float32 scales per 128 or packed int32 ones
+            travel as moecomm's pairs; other dtypes and scales travel uninterpreted. T may differ between
+            ranks and be 0.
         handle : optional
             Of an earlier dispatch: its plan is used again; the layout, ids and weights must be left out.
         num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert : Tensor
@@ -235,7 +213,7 @@ class Buffer(LowLatency):
         previous_event : EventOverlap, optional
             Waited for first.
         async_finish, allocate_on_comm_stream : bool
-            async_finish: the last result has an event. The call runs on the current stream all the same.
+            async_finish: the last result has an event. The call runs on the current stream in any case.
 
         Returns
         -------
@@ -277,7 +255,8 @@ class Buffer(LowLatency):
         refusal, same, tokens = None, {}, 0
         try:
             wait_before(op, previous_event, async_finish, allocate_on_comm_stream, _NAMES)
-            payload, ids, weights, counts = self._check_dispatch(
+            payload, ids, weights, counts = check_dispatch(
+                self._world,
                 x,
                 num_tokens_per_rank,
                 is_token_in_rank,
@@ -347,13 +326,13 @@ class Buffer(LowLatency):
         Parameters
         ----------
         x : Tensor [N, H] of bfloat16, float16, float32 or float64
-            A row for every received one. H and dtype may differ from dispatch's: the first such combine of a handle then
-            costs one more dispatch.
+            A row for every received one. H and dtype may differ from dispatch's: the first such combine of
+            a handle then costs one more dispatch.
         handle
             Of the dispatch to undo; it may be combined as often as wanted.
         topk_weights : Tensor [N, K] float32, optional
-            Summed over all rows of a token, not only those of the rank that owns the pick: ones give the number of rows. The
-            first time for a handle that costs a small dispatch, and every time a small combine.
+            Summed over all rows of a token, not only those of the rank that owns the pick: ones give the
+            number of rows. The first time for a handle that costs a small dispatch, and every time a small combine.
         bias : Tensor [T, H], or a pair of them, optional
             Added in FP32 before the one rounding.
         config, previous_event, async_finish, allocate_on_comm_stream
@@ -374,7 +353,7 @@ class Buffer(LowLatency):
         self._require_usable(op)
         self._check_config(op, config, "get_combine_config")
         wait_before(op, previous_event, async_finish, allocate_on_comm_stream, _NAMES)
-        routing = self._routing_of(op, handle)
+        routing = routing_of(op, handle, self._world)
         rows = check_rows(op, x, routing.num_rows, self.rank)
         numbers = require_tensor(
             op,
@@ -409,7 +388,8 @@ class Buffer(LowLatency):
             Always.
         """
         raise Unsupported(
-            "get_local_buffer_tensor: moecomm's windows are laid out by shape and hold no raw bytes for the caller; expected "
+            "get_local_buffer_tensor: moecomm's windows are laid out by shape and hold no raw bytes for "
+            "the caller; expected "
             "torch.empty for scratch memory",
             op="get_local_buffer_tensor",
             rank=self.rank,
@@ -435,67 +415,12 @@ class Buffer(LowLatency):
         if not isinstance(config, Config):
             refuse(op, f"config is a {type(config).__qualname__}; expected a Config", self.rank)
 
-    def _layout(self, ids, experts):
-        """(picks per expert int32 [experts], which ranks get the token bool [T, ranks]) of ids in range."""
-        flat = ids.to(torch.int64)
-        per_expert = torch.zeros(experts + 1, dtype=torch.int32, device=ids.device)
-        per_expert.index_add_(
-            0, (flat + 1).view(-1), torch.ones(flat.numel(), dtype=torch.int32, device=ids.device)
-        )
-        in_rank = torch.zeros((len(ids), self.group_size + 1), dtype=torch.bool, device=ids.device)
-        in_rank.scatter_(1, torch.div(flat, experts // self.group_size, rounding_mode="floor") + 1, True)
-        return per_expert[1:], in_rank[:, 1:].contiguous()
-
-    def _check_dispatch(self, x, per_rank, in_rank, per_expert, topk_idx, topk_weights, alignment, worst):
-        """(Payload, ids [T, K], weights or None, what the caller counted per expert)."""
-        op = "dispatch"
-        payload = Payload(op, x)
-        for name, value, kinds, shape in (
-            ("num_tokens_per_rank", per_rank, IDS, (self.group_size,)),
-            ("num_tokens_per_expert", per_expert, IDS, (None,)),
-            ("is_token_in_rank", in_rank, (torch.bool,), (payload.tokens, self.group_size)),
-        ):
-            if value is None:
-                refuse(op, f"{name} is None; expected it from get_dispatch_layout, or a handle", self.rank)
-            require_tensor(op, name, value, dtypes=kinds, shape=shape)
-        experts = per_expert.numel()
-        check_experts(op, experts, self.group_size, self.rank)
-        for name, value, least in (("expert_alignment", alignment, 1), ("num_worst_tokens", worst, 0)):
-            check_int(op, name, value, least, self.rank)
-        if topk_idx is None:
-            if topk_weights is not None:
-                refuse(op, "topk_weights is given without topk_idx; expected both", self.rank)
-            k = min(self.group_size, 32)
-            if not capturing() and len(in_rank) and int(in_rank.sum(1).max()) > k:
-                refuse(
-                    op,
-                    f"topk_idx is None and a token goes to more than {k} ranks; expected topk_idx",
-                    self.rank,
-                )
-            order = in_rank.to(torch.int8).argsort(dim=1, descending=True, stable=True)[
-                :, :k
-            ]  # the ranks of each token: their first experts stand for them
-            return (
-                payload,
-                torch.where(in_rank.gather(1, order), order * (experts // self.group_size), -1),
-                None,
-                per_expert.to("cpu", torch.int64),
-            )
-        ids, weights = check_picks(op, topk_idx, topk_weights, payload.tokens, experts, self.rank)
-        if not capturing() and not torch.equal(self._layout(ids, experts)[1], in_rank):
-            refuse(
-                op,
-                "is_token_in_rank is not the layout of topk_idx; expected what get_dispatch_layout gives for the same ids",
-                self.rank,
-            )
-        return payload, ids, weights, None
-
     def _dispatch_again(
         self, x, handle, left_out, worst, previous_event, async_finish, allocate_on_comm_stream
     ):
         op = "dispatch"
         wait_before(op, previous_event, async_finish, allocate_on_comm_stream, _NAMES)
-        routing, payload = self._routing_of(op, handle), Payload(op, x)
+        routing, payload = routing_of(op, handle, self._world), Payload(op, x)
         if any(value is not None for value in left_out[4:]):
             refuse(op, "topk_idx or topk_weights are given with a handle; expected neither", self.rank)
         if worst and worst != routing.how["capacity"]:
@@ -509,36 +434,6 @@ class Buffer(LowLatency):
         with torch.no_grad():
             recv_x = payload.received(routing.dispatch(payload.hidden, payload.dtype, payload.x))
         return recv_x, None, None, None, None, event_of(async_finish, x)
-
-    def _routing_of(self, op, handle):
-        if not isinstance(handle, DispatchHandle):
-            refuse(
-                op,
-                f"handle is a {type(handle).__qualname__}; expected the handle of a dispatch of this library",
-                self.rank,
-            )
-        if handle._routing.world is not self._world:
-            refuse(op, "handle comes from a Buffer of another group; expected one of this group", self.rank)
-        return handle._routing
-
-
-class DispatchHandle:
-    """What combine and a cached dispatch need. Opaque: deep_ep's tuples of tensors are its kernels' and not made here."""
-
-    def __init__(self, routing):
-        self._routing = routing
-
-    def __iter__(self):
-        return self._opaque()
-
-    def __getitem__(self, index):
-        return self._opaque()
-
-    def _opaque(self):
-        raise Unsupported(
-            "handle: deep_ep's handle is a tuple of its kernels' tensors, this one is opaque; expected it only to be passed on",
-            op="handle",
-        )
 
 
 def _default_config(op, num_ranks):

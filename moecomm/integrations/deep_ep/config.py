@@ -1,4 +1,7 @@
-"""Config: deep_ep's tuning of a call. Kept and checked; moecomm chooses its own chunks, so it changes no result and no speed."""
+"""Config: deep_ep's tuning of a call.
+
+Kept and checked; moecomm chooses its own chunks, so it changes no result and no speed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ class Config:
     ----------
     num_sms : int
         Even. On a GPU the kernels of Buffers made later use that many; see Buffer.set_num_sms.
-    num_max_nvl_chunked_send_tokens, num_max_nvl_chunked_recv_tokens, num_max_rdma_chunked_send_tokens, num_max_rdma_chunked_recv_tokens : int
+    num_max_nvl_chunked_send_tokens, num_max_nvl_chunked_recv_tokens, num_max_rdma_chunked_send_tokens,
+    num_max_rdma_chunked_recv_tokens : int
         Positive, and the first of each pair below the second.
 
     Raises
@@ -52,7 +56,8 @@ class Config:
             if send >= receive:
                 refuse(
                     "Config",
-                    f"num_max_{link}_chunked_send_tokens is {send}; expected less than num_max_{link}_chunked_recv_tokens = {receive}",
+                    f"num_max_{link}_chunked_send_tokens is {send}; expected less than "
+                    f"num_max_{link}_chunked_recv_tokens = {receive}",
                 )
 
     def get_nvl_buffer_size_hint(self, hidden_bytes, num_ranks):

@@ -2,95 +2,34 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from ... import ops
-from ._checks import aligned, capturing, check_experts, check_int, check_picks, check_rows, sum_of_biases
-from ._routing import Payload, Routing
+from ._checks import capturing, check_experts, check_int, check_ints, check_rows, sum_of_biases
+from ._elastic import (
+    UNSUPPORTED,
+    by_column,
+    check_again,
+    check_new,
+    new_routing,
+    routing_of,
+    unsupported,
+    wait_for_events,
+)
+from ._routing import Payload
+from ._sizes import bytes_for, multiprocessors_for
 from ._world import world_of
+from .domains import get_logical_domain_size, get_physical_domain_size  # noqa: F401 - deep_ep has them here
 from .errors import Unsupported, refuse, require_tensor
-from .events import EventHandle, event_of, wait_before
-
-_DEFAULT_TOPK = 32  # what deep_ep takes num_topk=0 for
-_MEBIBYTES = 1 << 20
-
-
-class EPHandle:
-    """What combine and a cached dispatch need, and the counts of a dispatch.
-
-    .num_recv_tokens_per_expert_list: rows per local expert, aligned; [] without do_cpu_sync.
-    .psum_num_recv_tokens_per_scaleup_rank int32: received tokens by their source's place in its node, summed up; the last one is
-    all of them. .psum_num_recv_tokens_per_expert int32: in the plain layout summed up; expanded, each expert's start plus its
-    rows. .num_unaligned_recv_tokens_per_expert int32 [local experts]. .num_recv_tokens and .num_expanded_tokens: received
-    tokens, and rows of the expanded layout (0 in the plain one). .topk_idx, .do_expand, .num_experts, .expert_alignment, .num_sms.
-    """
-
-    def __init__(self, routing, out, scaleup_ranks, do_expand, alignment, num_sms, sync):
-        self._routing = routing
-        self.topk_idx, self.num_experts, self.num_sms = routing.ids, routing.experts, num_sms
-        self.do_expand, self.expert_alignment = do_expand, alignment
-        counts, rows = out.tokens_per_expert, out.rows_per_expert
-        self.num_unaligned_recv_tokens_per_expert = counts.to(torch.int32)
-        if do_expand:
-            self.psum_num_recv_tokens_per_expert = (rows.cumsum(0) - rows + counts).to(torch.int32)
-        else:
-            self.psum_num_recv_tokens_per_expert = counts.cumsum(0).to(torch.int32)
-        self.num_recv_tokens_per_expert_list = aligned(counts.tolist(), alignment) if sync else []
-        self._source_rank, self._source_token = out.source_rank, out.source_token
-        self._scaleup_ranks, self._psum = scaleup_ranks, None
-
-    @property
-    def psum_num_recv_tokens_per_scaleup_rank(self):
-        """int32 [ranks of a node], inclusive sums."""
-        if self._psum is None:
-            ranks, tokens = self._source_rank, self._source_token
-            if self.do_expand:  # a token comes once per expert here, and counts once
-                _, first = torch.unique(
-                    torch.where(ranks < 0, -1, ranks * (1 << 32) + tokens), return_inverse=True
-                )
-                new = torch.zeros(
-                    int(first.max()) + 1 if len(first) else 0, dtype=torch.int64, device=ranks.device
-                ).scatter_reduce_(0, first, ranks, "amax", include_self=False)
-                ranks = new
-            place = torch.where(ranks < 0, self._scaleup_ranks, ranks % self._scaleup_ranks)
-            counted = torch.zeros(self._scaleup_ranks + 1, dtype=torch.int64, device=ranks.device).index_add_(
-                0, place, torch.ones_like(place)
-            )
-            self._psum = counted[:-1].cumsum(0).to(torch.int32)
-        return self._psum
-
-    @property
-    def num_recv_tokens(self):
-        """Received tokens; waits for a GPU."""
-        return int(self.psum_num_recv_tokens_per_scaleup_rank[-1])
-
-    @property
-    def num_expanded_tokens(self):
-        """Rows of the expanded layout with their padding, 0 in the plain one."""
-        return self._routing.num_rows if self.do_expand else 0
-
-    @property
-    def recv_src_metadata(self):
-        """Not there.
-
-        Raises
-        ------
-        Unsupported
-            Always.
-        """
-        raise Unsupported(
-            "EPHandle.recv_src_metadata: it is the linked lists of deep_ep's combine kernel, which this library has none of; expected the "
-            "handle only to be passed on",
-            op="EPHandle",
-        )
+from .events import EventHandle, event_of
+from .handles import EPHandle
 
 
 class ElasticBuffer:
     """Expert-parallel dispatch and combine by deep_ep 2.x' names, over moecomm. Construction is collective.
 
-    Memory is not made here: it follows the shapes of the calls, is shared by all buffers of one group in a process, and grows.
+    Memory is not made here: it follows the shapes of the calls, is shared by all buffers of one group in a
+    process, and grows.
 
     Parameters
     ----------
@@ -100,7 +39,8 @@ class ElasticBuffer:
     num_cpu_bytes : int
         Of Engram, which is not here; 0.
     num_max_tokens_per_rank : int
-        What dispatch takes where it gets none; the same on all ranks. 0: each call says it, or waits for the counts of its peers.
+        What dispatch takes where it gets none; the same on all ranks. 0: each call says it, or waits for
+        the counts of its peers.
     hidden, num_topk, use_fp8_dispatch
         For the size hint.
     deterministic : bool
@@ -143,21 +83,18 @@ class ElasticBuffer:
         op = "ElasticBuffer"
         if group is None:
             refuse(op, "group is None; expected a ProcessGroup")
-        for name, value in {
-            "num_max_tokens_per_rank": num_max_tokens_per_rank,
-            "hidden": hidden,
-            "num_topk": num_topk,
-            "num_allocated_qps": num_allocated_qps,
-            "num_cpu_bytes": num_cpu_bytes,
-            "sl_idx": sl_idx,
-            "num_bytes": num_bytes or 0,
-        }.items():
-            check_int(op, name, value, 0)
-        for name, value in {
-            "num_cpu_timeout_secs": num_cpu_timeout_secs,
-            "num_gpu_timeout_secs": num_gpu_timeout_secs,
-        }.items():
-            check_int(op, name, value, 1)
+        check_ints(
+            op,
+            num_max_tokens_per_rank=num_max_tokens_per_rank,
+            hidden=hidden,
+            num_topk=num_topk,
+            num_allocated_qps=num_allocated_qps,
+            num_cpu_bytes=num_cpu_bytes,
+            sl_idx=sl_idx,
+            num_bytes=num_bytes or 0,
+        )
+        check_int(op, "num_cpu_timeout_secs", num_cpu_timeout_secs, 1)
+        check_int(op, "num_gpu_timeout_secs", num_gpu_timeout_secs, 1)
         if num_cpu_bytes:
             raise Unsupported(
                 f"{op}: num_cpu_bytes is {num_cpu_bytes}; Engram's host memory is not part of this library, expected 0",
@@ -167,7 +104,8 @@ class ElasticBuffer:
             if not num_max_tokens_per_rank or not hidden:
                 refuse(
                     op,
-                    f"num_bytes is None, num_max_tokens_per_rank {num_max_tokens_per_rank} and hidden {hidden}; expected num_bytes, or both of the others",
+                    f"num_bytes is None, num_max_tokens_per_rank {num_max_tokens_per_rank} and hidden "
+                    f"{hidden}; expected num_bytes, or both of the others",
                 )
             num_bytes = self.get_buffer_size_hint(
                 group,
@@ -179,16 +117,10 @@ class ElasticBuffer:
                 allow_multiple_reduction,
             )
         self.group, self._world = group, world_of(group)
-        self.num_bytes, self.num_max_tokens_per_rank, self.num_allocated_qps = (
-            num_bytes,
-            num_max_tokens_per_rank,
-            num_allocated_qps,
-        )
-        self.rank_idx, self.num_ranks, self.explicitly_destroy = (
-            self._world.rank,
-            self._world.size,
-            bool(explicitly_destroy),
-        )
+        self.num_bytes, self.num_allocated_qps = num_bytes, num_allocated_qps
+        self.num_max_tokens_per_rank = num_max_tokens_per_rank
+        self.rank_idx, self.num_ranks = self._world.rank, self._world.size
+        self.explicitly_destroy = bool(explicitly_destroy)
         self.num_rdma_ranks, self.num_nvlink_ranks = self.get_physical_domain_size()
         self._hybrid, self._destroyed = bool(allow_hybrid_mode), False
         self.num_scaleout_ranks, self.num_scaleup_ranks = self.get_logical_domain_size()
@@ -205,23 +137,15 @@ class ElasticBuffer:
         allow_hybrid_mode=True,
         allow_multiple_reduction=True,
     ):
-        """Bytes to pass as num_bytes, a multiple of 2 MiB: about what one dispatch and combine of this shape take. Local."""
+        """Bytes to pass as num_bytes, a multiple of 2 MiB: about what one dispatch and combine of this shape take.
+
+        Local.
+        """
         op = "get_buffer_size_hint"
         for name, value in {"num_max_tokens_per_rank": num_max_tokens_per_rank, "hidden": hidden}.items():
             check_int(op, name, value, 1)
         check_int(op, "num_topk", num_topk, 0)
-        size = (
-            group.size()
-            if callable(getattr(group, "size", None))
-            else getattr(group, "size", None) or group.Get_size()
-        )
-        row = (
-            2 * hidden
-            + (hidden + hidden // 32 if use_fp8_dispatch else 2 * hidden)
-            + 16 * (num_topk or _DEFAULT_TOPK)
-            + 64
-        )
-        return -(-2 * size * num_max_tokens_per_rank * row // (2 * _MEBIBYTES)) * 2 * _MEBIBYTES
+        return bytes_for(group, num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch)
 
     @staticmethod
     def capture():
@@ -246,20 +170,18 @@ class ElasticBuffer:
         sm_read_gbs=200,
         sm_write_gbs=50,
     ):
-        """Multiprocessors that keep the slowest link busy: even, at least 2, at most 64. 0 for a link: 50 and 160 GB/s."""
+        """Multiprocessors that keep the slowest link busy: even, at least 2, at most 64. 0 for a link: 50
+        and 160 GB/s.
+        """
         check_experts("get_theoretical_num_sms", num_experts, self.num_ranks, self.rank_idx)
         check_int("get_theoretical_num_sms", "num_topk", num_topk, 1, self.rank_idx)
-        nodes, ranks = self.get_physical_domain_size()
-
-        def reached(parts):  # of so many, by num_topk different experts
-            each = num_experts // parts
-            return parts * (1 - math.comb(num_experts - each, num_topk) / math.comb(num_experts, num_topk))
-
-        to_ranks = reached(self.num_ranks)
-        to_nodes = min(reached(nodes), num_scaleout_topk or nodes) * (nodes - 1) / nodes
-        seconds = max(to_nodes / (rdma_gbs or 50), to_ranks * (ranks - 1) / ranks / (nvlink_gbs or 160), 1e-9)
-        needed = 1.25 * max((1 + to_nodes) / sm_read_gbs, (to_nodes + to_ranks) / sm_write_gbs) / seconds
-        return max(2, min(64, 2 * math.ceil(needed / 2)))
+        return multiprocessors_for(
+            *self.get_physical_domain_size(),
+            num_experts,
+            num_topk,
+            num_scaleout_topk,
+            links=(rdma_gbs, nvlink_gbs, sm_read_gbs, sm_write_gbs),
+        )
 
     def get_theoretical_num_qps(self, num_sms):
         """Queue pairs that deep_ep would use for that many multiprocessors; moecomm chooses its own."""
@@ -292,8 +214,9 @@ class ElasticBuffer:
     ):
         """Carry every token to the ranks that own its experts. Collective.
 
-        With do_cpu_sync a new plan costs one small exchange more than moecomm.Buffer.dispatch, in which ranks learn of a peer that
-        refuses its arguments. Rows are in order (source rank, source token), behind (local expert) when expanded.
+        With do_cpu_sync a new plan costs one small exchange more than moecomm.Buffer.dispatch, in which
+        ranks learn of a peer that refuses its arguments. Rows are in order (source rank, source token),
+        behind (local expert) when expanded.
 
         Parameters
         ----------
@@ -309,7 +232,8 @@ class ElasticBuffer:
         num_max_tokens_per_rank : int, optional
             The same on all ranks, not smaller than any T; None: the buffer's.
         expert_alignment : int, optional
-            Expanded: every expert's rows are padded to a multiple with zeros. Plain: numbers in the handle's list are rounded up.
+            Expanded: every expert's rows are padded to a multiple with zeros. Plain: numbers in the
+            handle's list are rounded up.
         num_sms : int
             Kept in the handle; 0: 20.
         num_qps, do_handle_copy
@@ -317,7 +241,7 @@ class ElasticBuffer:
         previous_event, previous_event_before_epilogue : EventHandle, optional
             Waited for first; previous_event needs allocate_on_comm_stream, as in deep_ep.
         async_with_compute_stream, allocate_on_comm_stream : bool
-            async_with_compute_stream: the last result has an event. The call runs on the current stream all the same.
+            async_with_compute_stream: the last result has an event. The call runs on the current stream in any case.
         handle : EPHandle, optional
             Its plan is used again.
         do_cpu_sync : bool, optional
@@ -332,9 +256,9 @@ class ElasticBuffer:
         Returns
         -------
         (recv_x, recv_topk_idx, recv_topk_weights, handle, event)
-            recv_topk_idx int64 [N, K] local ids, -1 elsewhere (None when expanded or by a handle); recv_topk_weights [N, K], or [N]
-            when expanded. Without do_cpu_sync N is ranks * num_max_tokens_per_rank, or its worst case when expanded, and rows
-            behind the real ones are zero.
+            recv_topk_idx int64 [N, K] local ids, -1 elsewhere (None when expanded or by a handle);
+            recv_topk_weights [N, K], or [N] when expanded. Without do_cpu_sync N is ranks *
+            num_max_tokens_per_rank, or its worst case when expanded, and rows behind the real ones are zero.
 
         Raises
         ------
@@ -350,71 +274,33 @@ class ElasticBuffer:
         stats = cumulative_local_expert_recv_stats
         refusal, same, routing = None, {}, None
         try:
-            self._wait(op, previous_event, previous_event_before_epilogue, allocate_on_comm_stream)
-            if do_zero_padding and not (do_expand or handle is not None and handle.do_expand):
-                refuse(
-                    op,
-                    "do_zero_padding is set without do_expand; expected both, since only expanded rows have padding",
-                    self.rank_idx,
-                )
-            for name, value in {
-                "num_sms": num_sms,
-                "num_qps": num_qps,
-                "num_max_tokens_per_rank": most,
-            }.items():
-                check_int(op, name, value, 0, self.rank_idx)
+            wait_for_events(
+                op, self.rank_idx, previous_event, previous_event_before_epilogue, allocate_on_comm_stream
+            )
+            expanded = do_expand or (handle is not None and handle.do_expand)
+            if do_zero_padding and not expanded:
+                why = "do_zero_padding is set without do_expand; expected both, since only expanded rows have padding"
+                refuse(op, why, self.rank_idx)
+            check_ints(op, self.rank_idx, num_sms=num_sms, num_qps=num_qps, num_max_tokens_per_rank=most)
             payload = Payload(op, x)
             if most and payload.tokens > most:
-                refuse(
-                    op,
-                    f"x has {payload.tokens} tokens; expected at most num_max_tokens_per_rank = {most}",
-                    self.rank_idx,
-                )
+                why = f"x has {payload.tokens} tokens; expected at most num_max_tokens_per_rank = {most}"
+                refuse(op, why, self.rank_idx)
             if handle is not None:
-                routing, weights = self._check_again(
-                    op, payload, handle, topk_idx, topk_weights, num_experts, expert_alignment, do_expand
-                )
+                given = topk_idx, topk_weights, num_experts, expert_alignment, do_expand
+                routing, weights = check_again(op, self._world, payload, handle, *given)
                 alignment, do_expand = handle.expert_alignment, handle.do_expand
             else:
                 alignment = 1 if expert_alignment is None else expert_alignment
-                check_int(op, "expert_alignment", alignment, 1, self.rank_idx)
-                if num_experts is None or topk_idx is None:
-                    refuse(
-                        op,
-                        f"{'num_experts' if num_experts is None else 'topk_idx'} is None; expected it, or a handle",
-                        self.rank_idx,
-                    )
-                check_experts(op, num_experts, self.num_ranks, self.rank_idx)
-                ids, weights = check_picks(
-                    op, topk_idx, topk_weights, payload.tokens, num_experts, self.rank_idx
-                )
-                if not sync and not most:
-                    refuse(
-                        op,
-                        "do_cpu_sync is False and num_max_tokens_per_rank is 0; expected it here or in ElasticBuffer(...)",
-                        self.rank_idx,
-                    )
-                same = {
-                    **payload.same,
-                    "num_experts": num_experts,
-                    "top_k": ids.shape[1],
-                    "num_max_tokens_per_rank": most,
-                    "expert_alignment": alignment,
-                    "do_expand": bool(do_expand),
-                    "do_cpu_sync": sync,
-                    "topk_weights given": weights is not None,
-                }
+                given = topk_idx, topk_weights, num_experts, alignment, most, do_expand, sync
+                ids, weights, same = check_new(op, self._world, payload, *given)
             if stats is not None:
-                require_tensor(
-                    op,
-                    "cumulative_local_expert_recv_stats",
-                    stats,
-                    dtypes=(torch.int32,),
-                    shape=((num_experts or routing.experts) // self.num_ranks,),
-                )
+                shape = ((num_experts or routing.experts) // self.num_ranks,)
+                name = "cumulative_local_expert_recv_stats"
+                require_tensor(op, name, stats, dtypes=(torch.int32,), shape=shape)
         except Exception as error:  # noqa: BLE001 - agree raises it, here and as InvalidArgument on the peers
             refusal = error
-        if handle is not None and refusal is not None or not sync and refusal is not None:
+        if (handle is not None and refusal is not None) or (not sync and refusal is not None):
             raise refusal
         if handle is None and sync and not (capturing() and most):
             largest = self._world.agree(
@@ -423,21 +309,11 @@ class ElasticBuffer:
             most = most or largest
         with torch.no_grad():
             if handle is None:
-                capacity = (
-                    None
-                    if sync
-                    else self._rows(most, ids.shape[1], num_experts // self.num_ranks, alignment, do_expand)
-                )
-                how = dict(
-                    layout="expert" if do_expand else "rank",
-                    expert_alignment=alignment if do_expand else 1,
-                    capacity=capacity,
-                )
-                routing = Routing(self._world, ids, num_experts, most, 20, how)
+                routing = new_routing(self._world, ids, num_experts, most, alignment, do_expand, sync)
             out = routing.dispatch(payload.hidden, payload.dtype, payload.x, weights)
             recv_x = payload.received(out)
             if use_tma_aligned_col_major_sf and isinstance(recv_x, tuple):
-                recv_x = recv_x[0], _by_column(recv_x[1])
+                recv_x = recv_x[0], by_column(recv_x[1])
             recv_ids = None if do_expand or handle is not None else out.topk_ids
             recv_weights = None if weights is None else out.topk_weights
             handle = handle or EPHandle(
@@ -494,10 +370,11 @@ class ElasticBuffer:
         """
         op = "combine"
         self._require_usable(op)
-        self._wait(op, previous_event, previous_event_before_epilogue, allocate_on_comm_stream)
-        for name, value in {"num_sms": num_sms, "num_qps": num_qps}.items():
-            check_int(op, name, value, 0, self.rank_idx)
-        routing = self._routing_of(op, handle)
+        wait_for_events(
+            op, self.rank_idx, previous_event, previous_event_before_epilogue, allocate_on_comm_stream
+        )
+        check_ints(op, self.rank_idx, num_sms=num_sms, num_qps=num_qps)
+        routing = routing_of(op, handle, self._world)
         rows = check_rows(op, x, routing.num_rows, self.rank_idx)
         shape = (routing.num_rows,) if handle.do_expand else (routing.num_rows, None)
         weights = require_tensor(
@@ -539,7 +416,8 @@ class ElasticBuffer:
         if not self.explicitly_destroy:
             refuse(
                 "destroy",
-                "the buffer was made with explicitly_destroy=False; expected ElasticBuffer(..., explicitly_destroy=True)",
+                "the buffer was made with explicitly_destroy=False; expected ElasticBuffer(..., "
+                "explicitly_destroy=True)",
                 self.rank_idx,
             )
         self._destroyed = True
@@ -549,109 +427,6 @@ class ElasticBuffer:
             refuse(op, "the buffer was destroyed; expected a new one", self.rank_idx)
         self._world.require_open(op)
 
-    def _wait(self, op, event, before_epilogue, on_comm_stream):
-        if event is not None and not on_comm_stream:
-            refuse(
-                op, "previous_event is given without allocate_on_comm_stream; expected both", self.rank_idx
-            )
-        wait_before(op, event, True, False, ("previous_event", "async_with_compute_stream"))
-        wait_before(
-            op, before_epilogue, True, False, ("previous_event_before_epilogue", "async_with_compute_stream")
-        )
 
-    def _rows(self, most, k, local, alignment, expand):
-        """Rows of a dispatch whose size the host does not learn."""
-        rows = self.num_ranks * most
-        if not expand:
-            return rows
-        rows = rows * min(k, local) + (alignment - 1) * local
-        return -(-rows // alignment) * alignment
-
-    def _check_again(self, op, payload, handle, topk_idx, topk_weights, num_experts, alignment, expand):
-        routing = self._routing_of(op, handle)
-        if topk_idx is not None:
-            refuse(op, "topk_idx is given with a handle; expected None", self.rank_idx)
-        for name, given, kept in (
-            ("num_experts", num_experts, handle.num_experts),
-            ("expert_alignment", alignment, handle.expert_alignment),
-            ("do_expand", expand or None, handle.do_expand),
-        ):
-            if given is not None and given != kept:
-                refuse(
-                    op, f"{name} is {given} and the handle's is {kept}; expected it left out", self.rank_idx
-                )
-        if payload.tokens != routing.tokens:
-            refuse(op, f"x has {payload.tokens} tokens; the handle is for {routing.tokens}", self.rank_idx)
-        return routing, require_tensor(
-            op,
-            "topk_weights",
-            topk_weights,
-            optional=True,
-            dtypes=(torch.float32,),
-            shape=tuple(routing.ids.shape),
-        )
-
-    def _routing_of(self, op, handle):
-        if not isinstance(handle, EPHandle):
-            refuse(
-                op,
-                f"handle is a {type(handle).__qualname__}; expected the EPHandle of a dispatch",
-                self.rank_idx,
-            )
-        if handle._routing.world is not self._world:
-            refuse(
-                op, "handle comes from a buffer of another group; expected one of this group", self.rank_idx
-            )
-        return handle._routing
-
-
-def _unsupported(name, why):
-    def verb(self, *args, **kwargs):
-        raise Unsupported(f"{name}: {why}", op=name, rank=self.rank_idx)
-
-    verb.__name__, verb.__doc__ = name, f"Not there: {why}."
-    return verb
-
-
-for _name in ("engram_write", "engram_fetch"):
-    setattr(
-        ElasticBuffer,
-        _name,
-        _unsupported(_name, "Engram's memory is no part of moecomm; expected an embedding of your own"),
-    )
-for _name in ("pp_set_config", "pp_send", "pp_recv"):
-    setattr(
-        ElasticBuffer,
-        _name,
-        _unsupported(_name, "moecomm has no pipeline transfers; expected torch.distributed.isend and irecv"),
-    )
-for _name in (
-    "agrs_set_config",
-    "agrs_get_inplace_tensor",
-    "create_agrs_session",
-    "destroy_agrs_session",
-    "all_gather",
-):
-    setattr(
-        ElasticBuffer,
-        _name,
-        _unsupported(_name, "moecomm has no all-gather or reduce-scatter; expected torch.distributed's"),
-    )
-
-
-def _by_column(scales):
-    """The same values, column-major, each column starting on 16 bytes."""
-    step = -(-len(scales) * scales.itemsize // 16) * 16 // scales.itemsize
-    made = torch.zeros((scales.shape[1], step), dtype=scales.dtype, device=scales.device).t()[: len(scales)]
-    return made.copy_(scales)
-
-
-def get_physical_domain_size(group):
-    """(nodes, ranks per node) of a group. The first time collective."""
-    world = world_of(group)
-    return world.num_nodes, world.size // world.num_nodes
-
-
-def get_logical_domain_size(group, allow_hybrid_mode=True):
-    """(nodes, ranks per node) of a group, or (1, ranks) without hybrid mode. The first time collective."""
-    return get_physical_domain_size(group) if allow_hybrid_mode else (1, world_of(group).size)
+for _name, _why in UNSUPPORTED.items():
+    setattr(ElasticBuffer, _name, unsupported(_name, _why))

@@ -1,4 +1,6 @@
-"""What the drop-in refuses: a wrong argument is moecomm's InvalidArgument, a feature that it does not have is Unsupported."""
+"""What the drop-in refuses: a wrong argument is moecomm's InvalidArgument, a feature that it does not have
+is Unsupported.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from ...errors import InvalidArgument
 
 
 class Unsupported(InvalidArgument, NotImplementedError):
-    """The call asks for something that exists in deep_ep and not in this drop-in; the message says why and what to use."""
+    """The call asks for something that exists in deep_ep and not in this drop-in; the message says why and
+    what to use.
+    """
 
 
 def refuse(op, what, rank=None):

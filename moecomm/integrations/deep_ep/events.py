@@ -39,7 +39,9 @@ class EventOverlap:
         self._hooks, self._release = [], False
 
     def current_stream_wait(self, release_handle=False):
-        """Let the current stream wait for the event, then run the registered hooks; release_handle drops what it keeps."""
+        """Let the current stream wait for the event, then run the registered hooks; release_handle drops
+        what it keeps.
+        """
         if self.event is not None:
             self.event.current_stream_wait()
         hooks, self._hooks = self._hooks, []
@@ -88,7 +90,8 @@ def wait_before(op, previous_event, asynchronous, on_comm_stream, names):
     if not isinstance(previous_event, (EventOverlap, EventHandle)):
         refuse(
             op,
-            f"{names[0]} is a {type(previous_event).__qualname__}; expected an EventOverlap or an EventHandle of this library",
+            f"{names[0]} is a {type(previous_event).__qualname__}; expected an EventOverlap or an "
+            f"EventHandle of this library",
         )
     previous_event.current_stream_wait()
 

@@ -1,4 +1,6 @@
-"""HybridEPBuffer: the interface of deep_ep's hybrid-ep branch, with the permutation to expert order inside dispatch and combine."""
+"""HybridEPBuffer: the interface of deep_ep's hybrid-ep branch, with the permutation to expert order inside
+dispatch and combine.
+"""
 
 from __future__ import annotations
 
@@ -7,61 +9,19 @@ from types import SimpleNamespace
 import torch
 
 from ... import ops
-from ._checks import IDS, capturing, check_int, check_rows
-from ._routing import Payload, Routing
+from ._checks import check_int, check_rows
+from ._hybrid import begin, fit, received, rows_of, state_of
 from ._world import world_of
-from .errors import Unsupported, refuse, require_tensor
-
-
-def indices_to_map(topk_idx, topk_weights, num_of_tokens, num_of_experts):
-    """Picks as dense maps: bool [T, E], and float32 [T, E] or None without weights. Ids of -1 pick nothing.
-
-    Raises
-    ------
-    InvalidArgument
-    """
-    op = "indices_to_map"
-    check_int(op, "num_of_tokens", num_of_tokens, 0)
-    check_int(op, "num_of_experts", num_of_experts, 1)
-    ids = require_tensor(op, "topk_idx", topk_idx, dtypes=IDS, shape=(num_of_tokens, None)).to(torch.int64)
-    weights = require_tensor(op, "topk_weights", topk_weights, optional=True, shape=tuple(ids.shape))
-    if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < num_of_experts:
-        refuse(
-            op,
-            f"topk_idx holds ids from {int(ids.min())} to {int(ids.max())}; expected -1 (none) or ids below num_of_experts = {num_of_experts}",
-        )
-    routing_map = (
-        torch.zeros((num_of_tokens, num_of_experts + 1), dtype=torch.bool, device=ids.device)
-        .scatter_(1, ids + 1, True)[:, 1:]
-        .contiguous()
-    )
-    if weights is None:
-        return routing_map, None
-    probs = torch.zeros((num_of_tokens, num_of_experts + 1), dtype=torch.float32, device=ids.device).scatter_(
-        1, ids + 1, weights.float()
-    )
-    return routing_map, probs[:, 1:].contiguous()
-
-
-class Opaque:
-    """A place of a handle where hybrid-ep keeps what its kernels need; only to be passed on."""
-
-    def __init__(self, state=None):
-        self._state = state
-
-    def __getattr__(self, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise Unsupported(
-            f"handle: .{name} of a tensor that only hybrid-ep's kernels have; expected the handle only to be passed on",
-            op="handle",
-        )
+from .errors import refuse, require_tensor
+from .handles import Opaque
+from .maps import indices_to_map  # noqa: F401 - hybrid-ep has it here
 
 
 class HybridEPBuffer:
     """Dispatch and combine by hybrid-ep's names, over moecomm. Construction is collective.
 
-    Memory is not made here: it follows the shapes of the calls, is shared by all buffers of one group in a process, and grows.
+    Memory is not made here: it follows the shapes of the calls, is shared by all buffers of one group in a
+    process, and grows.
 
     Parameters
     ----------
@@ -70,7 +30,8 @@ class HybridEPBuffer:
         Kept as attributes, which grow where calls bring more; a rank may bring fewer tokens, also none.
     use_fp8 : bool
         Calls bring FP8 rows as uint8 with their scaling factors.
-    num_sms_dispatch_api, num_sms_combine_api, num_sms_preprocessing_api, num_blocks_permute, num_blocks_unpermute : int, optional
+    num_sms_dispatch_api, num_sms_combine_api, num_sms_preprocessing_api, num_blocks_permute,
+    num_blocks_unpermute : int, optional
         Kept and without effect.
     load_cached_kernels, use_shared_buffer, enable_custom_allgather, num_of_hybrid_ep_ranks_per_nvlink_domain, use_mnnvl
         Without meaning here.
@@ -138,7 +99,7 @@ class HybridEPBuffer:
     def update_template_config(
         self, hidden_dim=None, max_num_of_tokens_per_rank=None, num_local_experts=None, use_fp8=None
     ):
-        """Change what calls may bring, on all ranks alike; returns the configuration."""
+        """Change what calls may bring, equally on all ranks; returns the configuration."""
         op = "update_template_config"
         for name, value, kept in (
             ("hidden_dim", hidden_dim, "hidden_dim"),
@@ -176,7 +137,8 @@ class HybridEPBuffer:
         hidden : Tensor [T, H]
         scaling_factor : Tensor [T, n], optional
             Travels with the rows.
-        topk_idx : Tensor [T, K], topk_weights : Tensor [T, K] float32; or routing_map : Tensor bool [T, E], probs : Tensor float32 [T, E]
+        topk_idx : Tensor [T, K], topk_weights : Tensor [T, K] float32; or routing_map : Tensor bool [T, E],
+        probs : Tensor float32 [T, E]
             Who goes where; none of them with a handle.
         num_of_experts : int, optional
             All ranks' experts, as the constructor says.
@@ -188,7 +150,8 @@ class HybridEPBuffer:
         Returns
         -------
         (token, probs, scaling_factor, handle)
-            Rows in order (source rank, source token); probs float32 [N, experts of the node], zero but for this rank's; the handle has 7 items.
+            Rows in order (source rank, source token); probs float32 [N, experts of the node], zero but for
+            this rank's; the handle has 7 items.
 
         Raises
         ------
@@ -197,8 +160,10 @@ class HybridEPBuffer:
         PeerLost, PeerTimeout
         """
         op = "dispatch"
-        routing, payload, weights = self._begin(
+        routing, payload, weights = begin(
             op,
+            self._world,
+            self.config,
             hidden,
             scaling_factor,
             topk_idx,
@@ -214,7 +179,7 @@ class HybridEPBuffer:
         local = routing.experts // self.group_size
         with torch.no_grad():
             out = routing.dispatch(payload.hidden, payload.dtype, payload.x, weights)
-            rows, scales = self._received(payload, out)
+            rows, scales = received(payload, out)
             recv_probs = None
             if handle is None:
                 first, ids = self.local_rank * local, out.topk_ids
@@ -267,7 +232,7 @@ class HybridEPBuffer:
         InvalidArgument, PeerLost, PeerTimeout
         """
         op = "combine"
-        routing, budget = self._state(op, handle, "rank")
+        routing, _ = state_of(op, handle, "rank", self._world)
         rows = check_rows(op, hidden, routing.num_rows, self.rank)
         local = routing.experts // self.group_size
         probs = require_tensor(
@@ -310,7 +275,8 @@ class HybridEPBuffer:
         num_dispatched_tokens=None,
         use_host_meta=None,
     ):
-        """Carry every token to the ranks that own its experts, one row per token and expert, in expert order. Collective.
+        """Carry every token to the ranks that own its experts, one row per token and expert, in expert
+        order. Collective.
 
         Parameters
         ----------
@@ -321,14 +287,14 @@ class HybridEPBuffer:
         use_fp8 : bool, optional
             True: scaling_factor is needed.
         num_permuted_tokens : int, optional
-            Static number of rows, a multiple of pad_multiple; needed with non_blocking. Where more arrive, rows behind it are
-            dropped and the handle's last item, the overflow flag, is 1.
+            Static number of rows, a multiple of pad_multiple; needed with non_blocking. Where more arrive,
+            rows behind it are dropped and the handle's last item, the overflow flag, is 1.
         pad_multiple : int, optional
             Every expert's rows are padded to a multiple with zeros.
         handle : tuple, optional
             Of an earlier dispatch_with_permute: its plan is used again.
         non_blocking : bool
-            Results have static sizes. The host waits all the same, so it is not for CUDA graphs (with a handle it is).
+            Results have static sizes. The host still waits, so it is not for CUDA graphs (with a handle it is).
         fuse_permute_dispatch, num_dispatched_tokens, use_host_meta
             Without effect: dispatch puts rows in their final order anyway.
 
@@ -377,8 +343,10 @@ class HybridEPBuffer:
             "pad_multiple": pad if isinstance(pad, int) else -1,
             "num_permuted_tokens": num_permuted_tokens if isinstance(num_permuted_tokens, int) else -1,
         }
-        routing, payload, weights = self._begin(
+        routing, payload, weights = begin(
             op,
+            self._world,
+            self.config,
             hidden,
             scaling_factor,
             topk_idx,
@@ -393,10 +361,10 @@ class HybridEPBuffer:
         )
         budget = num_permuted_tokens
         if handle is not None:
-            routing, budget = self._state(op, handle, "expert")
+            routing, budget = state_of(op, handle, "expert", self._world)
             for name, given, kept in (
                 ("pad_multiple", pad_multiple, routing.how["expert_alignment"]),
-                ("num_permuted_tokens", num_permuted_tokens, self._rows(routing, budget)),
+                ("num_permuted_tokens", num_permuted_tokens, rows_of(routing, budget)),
             ):
                 if given is not None and given != kept:
                     refuse(
@@ -405,9 +373,9 @@ class HybridEPBuffer:
         with torch.no_grad():
             out = routing.dispatch(payload.hidden, payload.dtype, payload.x, weights)
             recv_probs = None if weights is None else out.topk_weights
-            rows, scales = self._received(payload, out)
-            n = self._rows(routing, budget)
-            rows, scales, recv_probs = (None if t is None else _fit(t, n) for t in (rows, scales, recv_probs))
+            rows, scales = received(payload, out)
+            n = rows_of(routing, budget)
+            rows, scales, recv_probs = (None if t is None else fit(t, n) for t in (rows, scales, recv_probs))
             if handle is None:
                 ends = out.rows_per_expert.cumsum(0)
                 flag = (ends[-1:] > n).to(torch.int32)
@@ -457,153 +425,26 @@ class HybridEPBuffer:
         InvalidArgument, PeerLost, PeerTimeout
         """
         op = "combine_with_unpermute"
-        routing, budget = self._state(op, handle, "expert")
+        routing, budget = state_of(op, handle, "expert", self._world)
         if pad_multiple is not None and pad_multiple != routing.how["expert_alignment"]:
             refuse(
                 op,
-                f"pad_multiple is {pad_multiple} and the handle's is {routing.how['expert_alignment']}; expected it left out",
+                f"pad_multiple is {pad_multiple} and the handle's is {routing.how['expert_alignment']}; "
+                f"expected it left out",
                 self.rank,
             )
-        n = self._rows(routing, budget)
+        n = rows_of(routing, budget)
         rows = check_rows(op, hidden, n, self.rank)
         probs = require_tensor(op, "probs", probs, optional=True, dtypes=(torch.float32,), shape=(n,))
         with torch.no_grad():
-            rows = _fit(rows, routing.num_rows)
+            rows = fit(rows, routing.num_rows)
             if probs is None:
                 return routing.combine(rows), None
             core, plan = routing.plan(rows.shape[1], rows.dtype)
             y, slots = ops.combine_slots(
-                rows, _fit(probs, routing.num_rows), plan.tensor(), core.number, "expert", routing.tokens
+                rows, fit(probs, routing.num_rows), plan.tensor(), core.number, "expert", routing.tokens
             )
             dense = torch.zeros(
                 (routing.tokens, routing.experts + 1), dtype=torch.float32, device=rows.device
             )
             return y, dense.scatter_(1, routing.ids.to(torch.int64) + 1, slots)[:, 1:].contiguous()
-
-    # -- both ---------------------------------------------------------------------------------
-
-    def _begin(
-        self,
-        op,
-        hidden,
-        scaling_factor,
-        topk_idx,
-        topk_weights,
-        num_of_experts,
-        experts_per_rank,
-        probs,
-        routing_map,
-        handle,
-        same,
-        how,
-    ):
-        """(Routing, Payload, weights [T, K] or None) of a call; ranks agree on the picks per token where there is no handle."""
-        self._world.require_open(op)
-        refusal, most = None, (0, 1)
-        try:
-            payload = Payload(op, hidden if scaling_factor is None else (hidden, scaling_factor))
-            if handle is not None:
-                routing = self._state(op, handle, "expert" if same["permuted"] else "rank")[0]
-                if any(value is not None for value in (topk_idx, topk_weights, routing_map, probs)):
-                    refuse(
-                        op,
-                        "topk_idx, topk_weights, routing_map or probs are given with a handle; expected none of them",
-                        self.rank,
-                    )
-                if payload.tokens != routing.tokens:
-                    refuse(
-                        op,
-                        f"hidden has {payload.tokens} tokens; the handle is for {routing.tokens}",
-                        self.rank,
-                    )
-                return routing, payload, None
-            local = self.config.num_of_experts_per_rank if experts_per_rank is None else experts_per_rank
-            check_int(op, "num_of_experts_per_rank", local, 1, self.rank)
-            experts = local * self.group_size
-            if num_of_experts is not None and num_of_experts != experts:
-                refuse(
-                    op,
-                    f"num_of_experts is {num_of_experts}; expected {local} experts per rank times {self.group_size} ranks",
-                    self.rank,
-                )
-            if capturing():
-                raise Unsupported(
-                    f"{op}: a CUDA graph is captured, and the host must learn how many picks and rows there are; expected the first dispatch "
-                    "outside, and calls with its handle inside, or ElasticBuffer.dispatch(do_cpu_sync=False)",
-                    op=op,
-                    rank=self.rank,
-                )
-            if (topk_idx is None) == (routing_map is None):
-                refuse(
-                    op,
-                    "topk_idx and routing_map are both None or both given; expected one of them, or a handle",
-                    self.rank,
-                )
-            if topk_idx is not None:
-                routing_map, probs = indices_to_map(topk_idx, topk_weights, payload.tokens, experts)
-            chosen = require_tensor(
-                op, "routing_map", routing_map, dtypes=(torch.bool,), shape=(payload.tokens, experts)
-            )
-            probs = require_tensor(
-                op, "probs", probs, optional=True, dtypes=(torch.float32,), shape=(payload.tokens, experts)
-            )
-            picks = int(chosen.sum(1).max()) if payload.tokens else 1
-            if picks > 32:
-                refuse(op, f"a token goes to {picks} experts; expected at most 32", self.rank)
-            most = payload.tokens, picks
-            same = {**same, **payload.same, "experts": experts, "probs given": probs is not None}
-            call = how(picks, local)
-        except Exception as error:  # noqa: BLE001 - agree raises it, here and as InvalidArgument on the peers
-            if handle is not None:
-                raise
-            refusal = error
-        most, k = self._world.agree(op, same=same, most=most, refusal=refusal)
-        config = self.config  # the buffer grows with what comes, as hybrid-ep's does
-        config.hidden_dim, config.max_num_of_tokens_per_rank = (
-            max(config.hidden_dim, payload.width),
-            max(config.max_num_of_tokens_per_rank, most),
-        )
-        order = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)[
-            :, :k
-        ]  # a token's experts in ascending order
-        picked = chosen.gather(1, order)
-        weights = None if probs is None else probs.gather(1, order) * picked
-        return Routing(self._world, torch.where(picked, order, -1), experts, most, 20, call), payload, weights
-
-    def _state(self, op, handle, layout):
-        """(Routing, budget of rows or None) of a handle, also of a tuple that was made again from its items."""
-        if (
-            not isinstance(handle, (tuple, list))
-            or not handle
-            or not isinstance(handle[0], Opaque)
-            or handle[0]._state is None
-        ):
-            refuse(
-                op,
-                f"handle is a {type(handle).__qualname__}; expected the handle of a dispatch of this library",
-                self.rank,
-            )
-        routing, budget = handle[0]._state
-        if routing.world is not self._world or routing.how["layout"] != layout:
-            refuse(
-                op,
-                "handle comes from another group, or from the other dispatch; expected that of this verb's counterpart",
-                self.rank,
-            )
-        return routing, budget
-
-    @staticmethod
-    def _rows(routing, budget):
-        return routing.num_rows if budget is None else budget
-
-    @staticmethod
-    def _received(payload, out):
-        got = payload.received(out)
-        return got if isinstance(got, tuple) else (got, None)
-
-
-def _fit(t, rows):
-    """The first rows of a tensor, filled up with zeros where it has fewer."""
-    if len(t) >= rows:
-        return t[:rows]
-    return torch.cat([t, torch.zeros((rows - len(t), *t.shape[1:]), dtype=t.dtype, device=t.device)])

@@ -19,7 +19,8 @@ _PATH = Path(__file__).parent / "path"
 
 
 def install(*, force=False):
-    """Let `import deep_ep`, deep_ep.utils, deep_ep.buffer and deep_ep.hybrid_ep_buffer give this library, in this process. May be called again.
+    """Let `import deep_ep`, deep_ep.utils, deep_ep.buffer and deep_ep.hybrid_ep_buffer give this library,
+    in this process. May be called again.
 
     Parameters
     ----------
@@ -36,7 +37,8 @@ def install(*, force=False):
     if found is not None and not getattr(found, "__moecomm__", False) and not force:
         refuse(
             "install",
-            f"deep_ep is imported already, from {getattr(found, '__file__', 'an unknown place')}; expected install() before the first import "
+            f"deep_ep is imported already, from {getattr(found, '__file__', 'an unknown place')}; expected "
+            f"install() before the first import "
             "of deep_ep, or install(force=True)",
         )
     for name in [name for name in sys.modules if name == "deep_ep" or name.startswith("deep_ep.")]:

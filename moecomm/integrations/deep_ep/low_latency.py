@@ -11,7 +11,9 @@ from .events import event_of
 
 
 class LowLatencyHandle:
-    """What low_latency_combine needs: deep_ep's tuple of (src_info, layout_range, max tokens, hidden, num_experts), the first two opaque."""
+    """What low_latency_combine needs: deep_ep's tuple of (src_info, layout_range, max tokens, hidden,
+    num_experts), the first two opaque.
+    """
 
     def __init__(self, buffer, core, handle, ids, max_tokens, num_experts):
         self._buffer, self._core, self._handle, self._ids = buffer, core, handle, ids
@@ -21,7 +23,8 @@ class LowLatencyHandle:
     def __getitem__(self, index):
         if not isinstance(index, int) or not -3 <= index <= 4 or 0 <= index < 2:
             raise Unsupported(
-                "handle: src_info and layout_range are tensors of deep_ep's kernels and not made here; expected the handle only to be "
+                "handle: src_info and layout_range are tensors of deep_ep's kernels and not made here; "
+                "expected the handle only to be "
                 "passed on (its items 2, 3 and 4 can be read)",
                 op="handle",
             )
@@ -69,7 +72,8 @@ class LowLatency:
         use_nvfp4=False,
         use_ue8m0_for_sf=False,
     ):
-        """Carry every token to the ranks that own its experts, with the least delay. Collective; the first call of a shape makes its memory.
+        """Carry every token to the ranks that own its experts, with the least delay. Collective; the first
+        call of a shape makes its memory.
 
         Parameters
         ----------
@@ -84,8 +88,8 @@ class LowLatency:
         dispatch_wait_recv_cost_stats
             Unsupported: the core does not tell from which rank it waits how long.
         use_fp8, round_scale, use_ue8m0 : bool
-            Rows arrive in FP8 with a scale per 128: float32, float32 powers of two (round_scale), or UE8M0 packed four in an
-            int32 (use_ue8m0, which needs round_scale).
+            Rows arrive in FP8 with a scale per 128: float32, float32 powers of two (round_scale), or UE8M0
+            packed four in an int32 (use_ue8m0, which needs round_scale).
         async_finish, return_recv_hook : bool
             An event, or a hook: until it was called the results are not there, and nothing runs meanwhile. Not both.
         topk_weights, x_global_scale, use_nvfp4, use_ue8m0_for_sf
@@ -94,9 +98,9 @@ class LowLatency:
         Returns
         -------
         (recv_x, recv_count, handle, event, hook)
-            recv_x [local experts, ranks * max, hidden], with use_fp8 a pair with its scales [.., hidden/128] (or int32 [.., hidden/512])
-            column-major; recv_count int32 [local experts]; hook or None. At most two results live: the dispatch after the next
-            one overwrites them.
+            recv_x [local experts, ranks * max, hidden], with use_fp8 a pair with its scales [..,
+            hidden/128] (or int32 [.., hidden/512]) column-major; recv_count int32 [local experts]; hook or
+            None. At most two results live: the dispatch after the next one overwrites them.
 
         Raises
         ------
@@ -115,10 +119,11 @@ class LowLatency:
             use_ue8m0_for_sf=use_ue8m0_for_sf or None,
         )
         _require_one(op, async_finish, return_recv_hook)
-        if use_ue8m0 and not (round_scale and use_fp8) or round_scale and not use_fp8:
+        if (use_ue8m0 and not (round_scale and use_fp8)) or (round_scale and not use_fp8):
             refuse(
                 op,
-                f"use_fp8 is {use_fp8}, round_scale {round_scale}, use_ue8m0 {use_ue8m0}; expected each only with the one before it",
+                f"use_fp8 is {use_fp8}, round_scale {round_scale}, use_ue8m0 {use_ue8m0}; expected each "
+                f"only with the one before it",
                 self.rank,
             )
         x = require_tensor(
@@ -128,7 +133,8 @@ class LowLatency:
         if isinstance(most, bool) or not isinstance(most, int) or not 1 <= most <= 1 << 20 or len(x) > most:
             refuse(
                 op,
-                f"num_max_dispatch_tokens_per_rank is {most!r} and x has {len(x)} tokens; expected an int that is not smaller",
+                f"num_max_dispatch_tokens_per_rank is {most!r} and x has {len(x)} tokens; expected an int "
+                f"that is not smaller",
                 self.rank,
             )
         check_experts(op, num_experts, self.group_size, self.rank)
@@ -295,7 +301,9 @@ class LowLatency:
         return y, event_of(async_finish, x, topk_idx, topk_weights), hook if return_recv_hook else None
 
     def get_next_low_latency_combine_buffer(self, handle):
-        """Tensor [local experts, ranks * max, hidden] for the experts' output: written there, low_latency_combine(zero_copy=True) copies nothing."""
+        """Tensor [local experts, ranks * max, hidden] for the experts' output: written there,
+        low_latency_combine(zero_copy=True) copies nothing.
+        """
         self._require_low_latency("get_next_low_latency_combine_buffer")
         self._check_ll_handle("get_next_low_latency_combine_buffer", handle)
         return handle._handle.rows
@@ -323,7 +331,8 @@ class LowLatency:
             )
         if mask:
             raise Unsupported(
-                f"low_latency_update_mask_buffer: rank {rank_to_mask} cannot be masked: a call of moecomm waits for every rank of its group. "
+                f"low_latency_update_mask_buffer: rank {rank_to_mask} cannot be masked: a call of moecomm "
+                f"waits for every rank of its group. "
                 "Expected a new group of the ranks that are left (moecomm.Communicator.shrink) and a Buffer of it",
                 op="low_latency_update_mask_buffer",
                 rank=self.rank,
@@ -351,7 +360,8 @@ class LowLatency:
         if not self.enable_shrink:
             refuse(
                 op,
-                "the Buffer was made with enable_shrink=False; expected Buffer(..., low_latency_mode=True, enable_shrink=True)",
+                "the Buffer was made with enable_shrink=False; expected Buffer(..., low_latency_mode=True, "
+                "enable_shrink=True)",
                 self.rank,
             )
 
@@ -368,7 +378,8 @@ class LowLatency:
         for name, value in values.items():
             if value is not None:
                 raise Unsupported(
-                    f"{op}: {name} is given; this drop-in has no such feature (docs/deep_ep.md says why), expected it left out",
+                    f"{op}: {name} is given; this drop-in has no such feature (docs/deep_ep.md says why), "
+                    f"expected it left out",
                     op=op,
                     rank=self.rank,
                 )
