@@ -4,6 +4,8 @@
 #   make build/cpp/tsan/NAME_test           one of them
 #   make test-cpp PY=python READY=          in an environment of your own instead of .venv
 #
+#   make arm-check                          the suites built for aarch64 and run under qemu-user, where both are installed
+#
 # Flavors: plain; tsan (ThreadSanitizer); asan (AddressSanitizer and UBSan). A test that has nothing to say under
 # one of them lists itself in the CPP_NOT_ variable of that flavor. An extra flag for one program goes into its line
 # CPP_FLAGS_NAME_test.
@@ -37,6 +39,15 @@ CPP_RUN_plain :=
 CPP_RUN_tsan := TSAN_OPTIONS="halt_on_error=1 report_signal_unsafe=0" $(shell setarch -R true 2>/dev/null && echo setarch -R)
 CPP_RUN_asan := ASAN_OPTIONS="detect_leaks=1"
 
+# Another CPU: what runs there is the same C++, so its suites are built by a cross compiler and run by an emulator.
+# No UCX: its library is opened when nodes are joined, and these tests join them inside one process.
+ARM := aarch64-linux-gnu
+build/cpp/arm/%: CXX = $(ARM)-g++
+build/cpp/arm/%: CPP_LINK =
+CPP_FLAGS_arm := -O2 -Wno-maybe-uninitialized
+CPP_EMULATOR_arm := qemu-aarch64 -L /usr/$(ARM)
+CPP_NOT_arm := $(filter device_% gin_% nccl_% decode_runtime_test,$(CPP_TESTS))
+
 .PHONY: test-cpp test-cpp-plain test-cpp-tsan test-cpp-asan
 test-cpp: $(READY) ## the C++ suites: plain, ThreadSanitizer, AddressSanitizer with UBSan
 	@$(MAKE) -s --no-print-directory -j$$(nproc) $(foreach f,plain tsan asan,cpp-build-$f)
@@ -46,7 +57,7 @@ define CPP_FLAVOR
 .PHONY: cpp-build-$1
 cpp-build-$1: $(foreach t,$(filter-out $(CPP_NOT_$1),$(CPP_TESTS)),build/cpp/$1/$t)
 test-cpp-$1: cpp-build-$1
-	@set -e; $(foreach t,$(filter-out $(CPP_NOT_$1),$(CPP_TESTS)),printf '%-24s' '$1/$t'; $(CPP_RUN_$1) timeout 300 build/cpp/$1/$t $(CPP_ARGUMENTS);) true
+	@set -e; $(foreach t,$(filter-out $(CPP_NOT_$1),$(CPP_TESTS)),printf '%-24s' '$1/$t'; $(CPP_RUN_$1) timeout 300 $(CPP_EMULATOR_$1) build/cpp/$1/$t $(CPP_ARGUMENTS);) true
 build/cpp/$1/%.o: csrc/%.cpp
 	@mkdir -p $$(@D) && echo '$1 $$<'
 	@$$(CXX) $$(CPP_FLAGS) $$(CPP_FLAGS_$1) -MMD -c $$< -o $$@
@@ -58,6 +69,12 @@ build/cpp/$1/%_test: build/cpp/$1/%_test.o build/cpp/$1/libmoecomm.a
 build/cpp/$1/libmoecomm.a: $(patsubst csrc/%.cpp,build/cpp/$1/%.o,$(CPP_LIBRARY))
 	@rm -f $$@ && ar rcs $$@ $$^
 endef
-$(foreach f,plain tsan asan,$(eval $(call CPP_FLAVOR,$f)))
+$(foreach f,plain tsan asan arm,$(eval $(call CPP_FLAVOR,$f)))
+
+.PHONY: arm-check
+arm-check: $(READY) ## the C++ suites for aarch64 under qemu-user; skipped where the cross compiler or the emulator is missing
+	@if command -v $(ARM)-g++ qemu-aarch64 > /dev/null && $(ARM)-g++ --version > /dev/null; then \
+	  $(MAKE) -s --no-print-directory -j$$(nproc) cpp-build-arm && $(MAKE) --no-print-directory test-cpp-arm; \
+	else echo 'skipped: arm-check needs $(ARM)-g++ and qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)'; fi
 .PRECIOUS: build/cpp/plain/%_test.o build/cpp/tsan/%_test.o build/cpp/asan/%_test.o
 -include $(shell find build/cpp -name '*.d' 2>/dev/null)

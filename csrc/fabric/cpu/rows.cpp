@@ -15,6 +15,12 @@ extern const RowKernels kKernels;
 extern const SumVariant kVariants[kSumVariants];
 }  // namespace rows_avx2
 #endif
+#if defined(__aarch64__)
+namespace rows_neon {
+extern const RowKernels kKernels;
+extern const SumVariant kVariants[kSumVariants];
+}  // namespace rows_neon
+#endif
 namespace rows_base {
 extern const RowKernels kKernels;
 extern const SumVariant kVariants[kSumVariants];
@@ -45,6 +51,9 @@ std::vector<Build> make_builds() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     add(rows_avx512::kKernels, rows_avx512::kVariants);
   if (__builtin_cpu_supports("avx2")) add(rows_avx2::kKernels, rows_avx2::kVariants);
+#endif
+#if defined(__aarch64__)
+  add(rows_neon::kKernels, rows_neon::kVariants);
 #endif
   add(rows_base::kKernels, rows_base::kVariants);
   return builds;

@@ -1,6 +1,6 @@
 // Row operations of the CPU: copies (ordinary or non-temporal), FP32 sums, codes. Three builds of one source
-// (AVX-512, AVX2, baseline), and of each several variants of the sum. All have equal bits. Which one is used
-// is decided once per process: see rows_choice.hpp.
+// (AVX-512, AVX2 or NEON; baseline), and of each several variants of the sum. All have equal bits. Which one
+// is used is decided once per process: see rows_choice.hpp.
 #pragma once
 #include "base/terms.hpp"
 

@@ -1,6 +1,8 @@
 // The row kernels built for: base.
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "base/quantize.hpp"

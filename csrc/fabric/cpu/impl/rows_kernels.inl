@@ -1,9 +1,9 @@
-// Included by rows_avx512.cpp, rows_avx2.cpp and rows_base.cpp, each with its own target, inside its own
-// namespace. MOE_VECTOR is the bytes of the target's registers; the compiler's own macros do not tell: g++ 12
-// reads a whole file before it obeys a target pragma. Includes nothing: inline functions of the standard
-// library must not be compiled for a target that another machine lacks. Vector extensions, so one text serves
-// every target; vectors as wide as the registers, because the compiler takes wider ones apart lane by lane
-// where it selects or converts.
+// Included by rows_avx512.cpp, rows_avx2.cpp, rows_neon.cpp and rows_base.cpp, each with its own target,
+// inside its own namespace. MOE_VECTOR is the bytes of the target's registers; the compiler's own macros do
+// not tell: g++ 12 reads a whole file before it obeys a target pragma. Includes nothing: inline functions of
+// the standard library must not be compiled for a target that another machine lacks. Vector extensions, so
+// one text serves every target; vectors as wide as the registers, because the compiler takes wider ones apart
+// lane by lane where it selects or converts.
 
 // Everything below is inlined into one translation unit: the vector ABI does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
@@ -56,6 +56,10 @@ struct F16 {
     __m128i h;
     __builtin_memcpy(&h, p, 16);
     return (Fv)_mm256_cvtph_ps(h);
+#elif defined(__aarch64__)
+    float16x4_t h;
+    __builtin_memcpy(&h, p, 8);
+    return (Fv)vcvt_f32_f16(h);
 #else
     _Float16 h[kLanes];
     __builtin_memcpy(h, p, sizeof(h));
@@ -71,6 +75,9 @@ struct F16 {
 #elif MOE_VECTOR == 32
     const __m128i h = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __builtin_memcpy(p, &h, 16);
+#elif defined(__aarch64__)
+    const float16x4_t h = vcvt_f16_f32((float32x4_t)v);
+    __builtin_memcpy(p, &h, 8);
 #else
     _Float16 h[kLanes];
     for (int i = 0; i < kLanes; ++i) h[i] = (_Float16)v[i];
@@ -113,6 +120,15 @@ static inline void stream_lines(char* dst, const char* src, long bytes) {
 #elif defined(__SSE2__)
   for (long i = 0; i < bytes; i += 16)
     _mm_stream_si128((__m128i*)(dst + i), _mm_loadu_si128((const __m128i*)(src + i)));
+#elif defined(__aarch64__)
+  for (long i = 0; i < bytes; i += 16) {  // a hint; ordered as other stores are
+    uint64x2_t v;
+    __builtin_memcpy(&v, src + i, 16);
+    asm volatile("stnp %d1, %d2, [%0]"
+                 :
+                 : "r"(dst + i), "w"(vgetq_lane_u64(v, 0)), "w"(vgetq_lane_u64(v, 1))
+                 : "memory");
+  }
 #else
   __builtin_memcpy(dst, src, bytes);
 #endif
@@ -253,7 +269,7 @@ static void zero(void* dst, unsigned long bytes) { __builtin_memset(dst, 0, byte
 // Streamed stores do not read the destination first and leave the cache to the source rows. They need
 // aligned destinations; rows start on 16 bytes, so a short head goes through the cache.
 static void stream(void* dst, const void* src, unsigned long bytes) {
-#if defined(__SSE2__)
+#if defined(__SSE2__) || defined(__aarch64__)
   char* d = (char*)dst;
   const char* s = (const char*)src;
   unsigned long head = (64 - ((unsigned long)d & 63)) & 63;
