@@ -205,13 +205,27 @@ balance = Extension(
     include_dirs=["csrc"],
     extra_compile_args=FLAGS,
 )
+
+
+def declarations_changed():
+    """Whether a .pxd or .pxi is newer than a generated file: cythonize() misses relative cimports."""
+    sources = list((ROOT / "moecomm/_native").glob("*.p*"))
+    made = [ROOT / "build/cython/moecomm/_native" / f"{p.stem}.cpp" for p in sources if p.suffix == ".pyx"]
+    made = [p.stat().st_mtime for p in made if p.exists()]
+    declared = [p.stat().st_mtime for p in sources if p.suffix in (".pxd", ".pxi")]
+    return bool(made) and max(declared) > min(made)
+
+
 # The benchmarks stand beside the package in a checkout (`python -m bench`); what is installed has them
 # inside (`moecomm bench`).
 setup(
     packages=[*find_namespace_packages(include=["moecomm*"]), "moecomm.bench"],
     package_dir={"moecomm.bench": "bench"},
     ext_modules=cythonize(
-        [core, sim, quant, balance, *cuda_extension()], language_level=3, build_dir="build/cython"
+        [core, sim, quant, balance, *cuda_extension()],
+        language_level=3,
+        build_dir="build/cython",
+        force=declarations_changed(),
     ),
     cmdclass={"build_ext": BuildExt},
 )
