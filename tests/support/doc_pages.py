@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 GENERATED = sorted((ROOT / "docs" / "api").glob("*.md"))
 WRITTEN = sorted(ROOT.glob("*.md")) + sorted(p for p in (ROOT / "docs").rglob("*.md") if p not in GENERATED)
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.M | re.S)
-COMMENT = re.compile(r"<!-- (.*?) -->\s*\Z", re.S)
+COMMENT = re.compile(r"<!-- ([^>]*) -->\s*\Z")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Block:
 
 def name_of(page):
     """The path of a page in the repository."""
-    return page.relative_to(ROOT).as_posix()
+    return page.relative_to(ROOT).as_posix() if page.is_relative_to(ROOT) else page.name
 
 
 def blocks(page):
