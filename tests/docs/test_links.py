@@ -2,9 +2,14 @@
 
 import re
 
+import sys
+
 import doc_pages
 import pytest
 from doc_pages import ROOT, name_of
+
+sys.path.insert(0, str(ROOT / "tools"))
+import phrases  # noqa: E402
 
 PAGES = doc_pages.WRITTEN + doc_pages.GENERATED
 
@@ -19,6 +24,12 @@ def broken(page):
         elif anchor and there.suffix == ".md" and anchor not in doc_pages.anchors(there):
             found.append(f"{target}#{anchor}")
     return found
+
+
+@pytest.mark.parametrize("page", doc_pages.WRITTEN, ids=name_of)
+def test_pages_use_plain_words(page):
+    """No phrase of tools/phrases.py, which says what to write instead."""
+    assert phrases.hits(page) == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
