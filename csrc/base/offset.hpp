@@ -33,14 +33,24 @@ struct Offset {
 
 using CounterAt = Offset<uint64_t>;
 
+// A record as the bytes that it is made of.
+template <class T>
+MOE_HD char* bytes_of(T* record) {
+  return reinterpret_cast<char*>(record);
+}
+template <class T>
+MOE_HD const char* bytes_of(const T* record) {
+  return reinterpret_cast<const char*>(record);
+}
+
 // The record that lies `bytes` behind another one: for records that are longer than their type says.
 template <class T>
 MOE_HD T* moved(T* record, uint64_t bytes) {
-  return Offset<T>{bytes}.in(reinterpret_cast<char*>(record));
+  return Offset<T>{bytes}.in(bytes_of(record));
 }
 template <class T>
 MOE_HD const T* moved(const T* record, uint64_t bytes) {
-  return Offset<T>{bytes}.in(reinterpret_cast<const char*>(record));
+  return Offset<T>{bytes}.in(bytes_of(record));
 }
 
 }  // namespace moecomm

@@ -65,7 +65,7 @@ concept Fabric = LaneFabric<F> && Group<G> &&
 // their type says.
 template <LaneFabric F, class T>
 MOE_HD void put_bytes(F f, int peer, Offset<T> there, const T* source, uint64_t bytes) {
-  f.put(peer, there.value, reinterpret_cast<const char*>(source), bytes);
+  f.put(peer, there.value, bytes_of(source), bytes);
 }
 template <LaneFabric F, class T>
 MOE_HD void put(F f, int peer, Offset<T> there, const T* source, uint64_t count = 1) {

@@ -8,29 +8,21 @@ uint64_t place_plan(const BufferView& b, char* m, PlanView& view) {
   const uint64_t t = b.shape.max_tokens, k = b.shape.top_k, n = b.geometry.nodes(),
                  p = b.geometry.ranks_per_node;
   detail::Cursor c;
-  const uint64_t picks = c.take(t), pick = c.take(t * k * sizeof(Pick)), slot = c.take(t * n * 4);
-  const uint64_t blocks = c.take(n * b.count.ints * 4), rows = c.take(n * 4),
-                 channel_first = c.take(n * (b.shape.channels + 1) * 4);
-  const uint64_t send_first = c.take(n * (b.shape.channels + 1) * 4);
-  const uint64_t row_picks = c.take(n * t), place = c.take(n * t * k * sizeof(Place));
-  const uint64_t row_token = c.take(b.check ? n * t * 4 : 0),
-                 announced = c.take(b.check ? 4ull * b.experts_per_rank() * b.geometry.size : 0);
-  const uint64_t per_expert = c.take(8 * b.experts_per_rank()), padded = c.take(8 * b.experts_per_rank()),
-                 rank_rows = c.take(8 * p);
-  view.picks = reinterpret_cast<uint8_t*>(m + picks);
-  view.pick = reinterpret_cast<Pick*>(m + pick);
-  view.slot = reinterpret_cast<int32_t*>(m + slot);
-  view.blocks = reinterpret_cast<int32_t*>(m + blocks);
-  view.send_first = reinterpret_cast<int32_t*>(m + send_first);
-  view.rows = reinterpret_cast<int32_t*>(m + rows);
-  view.channel_first = reinterpret_cast<int32_t*>(m + channel_first);
-  view.row_picks = reinterpret_cast<uint8_t*>(m + row_picks);
-  view.place = reinterpret_cast<Place*>(m + place);
-  view.row_token = reinterpret_cast<int32_t*>(m + row_token);
-  view.announced = reinterpret_cast<int32_t*>(m + announced);
-  view.tokens_per_expert = reinterpret_cast<int64_t*>(m + per_expert);
-  view.rows_per_expert = reinterpret_cast<int64_t*>(m + padded);
-  view.rank_rows = reinterpret_cast<int64_t*>(m + rank_rows);
+  const auto take = [&]<class T>(T*& table, uint64_t count) { table = c.take<T>(count).in(m); };
+  take(view.picks, t);
+  take(view.pick, t * k);
+  take(view.slot, t * n);
+  take(view.blocks, n * b.count.ints);
+  take(view.rows, n);
+  take(view.channel_first, n * (b.shape.channels + 1));
+  take(view.send_first, n * (b.shape.channels + 1));
+  take(view.row_picks, n * t);
+  take(view.place, n * t * k);
+  take(view.row_token, b.check ? n * t : 0);
+  take(view.announced, b.check ? uint64_t(b.experts_per_rank()) * b.geometry.size : 0);
+  take(view.tokens_per_expert, b.experts_per_rank());
+  take(view.rows_per_expert, b.experts_per_rank());
+  take(view.rank_rows, p);
   return c.at;
 }
 

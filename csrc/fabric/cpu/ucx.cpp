@@ -207,7 +207,7 @@ std::string UcxRegion::key() const {
   size_t bytes;
   require(ucp_rkey_pack(context_.context(), memory_, &packed, &bytes), "packing a key");
   const uint64_t address = reinterpret_cast<uint64_t>(data_);
-  std::string out(reinterpret_cast<const char*>(&address), 8);
+  std::string out(bytes_of(&address), sizeof(address));
   out.append(static_cast<const char*>(packed), bytes);
   ucp_rkey_buffer_release(packed);
   return out;

@@ -16,6 +16,14 @@
 
 namespace moecomm {
 
+// Whether a copy is made of whole 16 bytes.
+__device__ inline bool in_sixteens(const char* dst, const char* src, uint64_t bytes) {
+  return ((reinterpret_cast<uint64_t>(dst) | reinterpret_cast<uint64_t>(src) | bytes) & 15) == 0;
+}
+__device__ inline void copy_word(char* dst, const char* src) {
+  *reinterpret_cast<uint32_t*>(dst) = *reinterpret_cast<const volatile uint32_t*>(src);
+}
+
 // A rail
 //   of(links, stream)   puts and signals of one stream to one peer are in order; a call's seat is its stream,
 //   but where
@@ -34,23 +42,21 @@ struct LoopbackDeviceRail {
   __device__ void put(WarpScratch& scratch, int peer, uint64_t offset, const char* src,
                       uint64_t bytes) const {
     char* dst = regions[peer] + offset;
-    const bool whole =
-        ((reinterpret_cast<uint64_t>(dst) | reinterpret_cast<uint64_t>(src) | bytes) & 15) == 0;
+    const bool whole = in_sixteens(dst, src, bytes);
     if (ptx::kBulk && whole) {
       scratch.pipe.copy(src, bytes, 1, [&](int) { return dst; });
     } else if (whole) {
       for (uint64_t i = 0; i < bytes; i += 16) ptx::store16(dst + i, ptx::load16(src + i));
     } else {  // checksums, slots and fault words: whole words
-      for (uint64_t i = 0; i < bytes; i += 4)
-        *reinterpret_cast<uint32_t*>(dst + i) = *reinterpret_cast<const volatile uint32_t*>(src + i);
+      for (uint64_t i = 0; i < bytes; i += 4) copy_word(dst + i, src + i);
     }
   }
   __device__ void signal(WarpScratch&, int peer, uint64_t counter, uint64_t add) const {
-    ptx::add_release_sys(reinterpret_cast<uint64_t*>(regions[peer] + counter), add);
+    ptx::add_release_sys(CounterAt{counter}.in(regions[peer]), add);
   }
   __device__ void fault(WarpScratch&, int peer, uint64_t offset, uint64_t word) const {
     if (!regions[peer]) return;  // a rank of this node, where the rail has one peer per rank of the world
-    ptx::store_release_sys(reinterpret_cast<uint64_t*>(regions[peer] + offset), word);
+    ptx::store_release_sys(CounterAt{offset}.in(regions[peer]), word);
   }
   static __device__ Status flush(WarpScratch&, uint64_t) { return {}; }
 };
@@ -119,10 +125,10 @@ struct DeviceFabric {
   }
   template <class G>
   __device__ void zero_row(G g, char* dst, uint64_t bytes) const {
-    if (bytes % 16 == 0 && reinterpret_cast<uint64_t>(dst) % 16 == 0)
+    if (in_sixteens(dst, dst, bytes))
       for (uint64_t i = 16 * g.lane(); i < bytes; i += 16 * g.size()) ptx::store16(dst + i, uint4{});
     else
-      for (uint64_t i = 4 * g.lane(); i < bytes; i += 4 * g.size()) *reinterpret_cast<uint32_t*>(dst + i) = 0;
+      for (uint64_t i = 4 * g.lane(); i < bytes; i += 4 * g.size()) *Offset<uint32_t>{i}.in(dst) = 0;
   }
   template <class G>
   __device__ void settle(G g) const {
@@ -200,8 +206,7 @@ struct DeviceFabric {
  private:
   // The engine takes whole 16 bytes; rows are, scales of long rows need not be.
   __device__ static bool takes_engine(const char* dst, const char* src, uint64_t bytes) {
-    return ptx::kBulk && bytes >= kBulkBytes &&
-           ((reinterpret_cast<uint64_t>(dst) | reinterpret_cast<uint64_t>(src) | bytes) & 15) == 0;
+    return ptx::kBulk && bytes >= kBulkBytes && in_sixteens(dst, src, bytes);
   }
   template <class G, class Target>
   __device__ void bulk(G g, const char* src, uint64_t bytes, int count, Target&& target) const {
@@ -214,12 +219,11 @@ struct DeviceFabric {
   }
   template <class G>
   __device__ static void copy_words(G g, char* dst, const char* src, uint64_t bytes) {
-    if (((reinterpret_cast<uint64_t>(dst) | reinterpret_cast<uint64_t>(src) | bytes) & 15) == 0)
+    if (in_sixteens(dst, src, bytes))
       for (uint64_t i = 16 * g.lane(); i < bytes; i += 16 * g.size())
         ptx::store16(dst + i, ptx::load16(src + i));
     else
-      for (uint64_t i = 4 * g.lane(); i < bytes; i += 4 * g.size())
-        *reinterpret_cast<uint32_t*>(dst + i) = *reinterpret_cast<const volatile uint32_t*>(src + i);
+      for (uint64_t i = 4 * g.lane(); i < bytes; i += 4 * g.size()) copy_word(dst + i, src + i);
   }
   __device__ Status reported_fault(Phase phase) const {
     const auto read = [&](const FaultWord* words, int count) {

@@ -1,6 +1,7 @@
 // A group's own piece of shared memory: lists, counters, and the stages of its copy pipeline.
 #pragma once
 #include "base/counters.hpp"
+#include "base/offset.hpp"
 #include "base/terms.hpp"
 #include "fabric/cuda/ptx.cuh"
 
@@ -63,7 +64,7 @@ struct alignas(128) WarpScratch {
   template <class G>
   static __device__ WarpScratch* open(G g, char* shared, uint32_t stage_bytes, int stages = kStages,
                                       const uint64_t* failed = nullptr) {
-    auto* scratch = reinterpret_cast<WarpScratch*>(shared);
+    WarpScratch* scratch = Offset<WarpScratch>{}.in(shared);
     if (g.lane() == 0) {
       scratch->counters = {};
       scratch->unflushed = false;

@@ -54,7 +54,7 @@ SimNet::SimNet(Geometry world, std::vector<SimSpace> spaces, Hardware hardware, 
     landed.by_source = Divisor(landed.per_source);
     landed.sources = (landed.end - landed.begin) / landed.stride / landed.per_source;
     landed.ranks = world.size;
-    if (landed.sources) landed.sent = reinterpret_cast<char**>(reserve(landed.sent_bytes(), true));
+    if (landed.sources) landed.sent = Offset<char*>{}.in(reserve(landed.sent_bytes(), true));
   }
   counters_.resize(spaces_.size());
   for (size_t i = 0; i < spaces_.size(); ++i) {
@@ -253,7 +253,7 @@ uint32_t SimNet::new_landing() {
 void SimNet::count(CounterTimes& times, Time at, int rank, char* memory, uint64_t offset, uint64_t add) {
   if (at_once()) {
     if (times.enter(rank, offset / 8, add, at, fibers_.floor()))
-      wake_waiting(rank, reinterpret_cast<uint64_t*>(memory + offset), times.value(rank, offset / 8), at);
+      wake_waiting(rank, CounterAt{offset}.in(memory), times.value(rank, offset / 8), at);
     return;
   }
   const uint32_t i = new_landing();
@@ -286,7 +286,7 @@ void SimNet::land(uint32_t event) {
     std::memcpy(l.dst, l.src, l.bytes);
     l.copy.reset();
   } else {
-    auto* counter = reinterpret_cast<uint64_t*>(l.dst);
+    uint64_t* counter = CounterAt{}.in(l.dst);
     *counter += l.add;
     wake_waiting(l.rank, counter, *counter, fibers_.now());
   }
@@ -311,7 +311,7 @@ void SimNet::wake_waiting(int rank, const uint64_t* counter, uint64_t value, Tim
 
 Status SimNet::wait(CounterTimes& times, char* memory, uint64_t offset, uint64_t at_least, Phase phase,
                     int peer) {
-  auto* counter = reinterpret_cast<uint64_t*>(memory + offset);
+  uint64_t* counter = CounterAt{offset}.in(memory);
   const uint64_t which = offset / 8;
   Role& r = role();
   const Time begin = fibers_.now();

@@ -48,7 +48,7 @@ std::string Communicator::card() const {
   Card c{};
   c.pid = getpid();
   c.host = host_identity();
-  std::string card(reinterpret_cast<const char*>(&c), sizeof(c));
+  std::string card(bytes_of(&c), sizeof(c));
   if (ucx_) card += ucx_->address();
   return card;
 }

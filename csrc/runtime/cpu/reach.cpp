@@ -78,7 +78,7 @@ std::string Reach::card() const {
   c.rail = reinterpret_cast<uint64_t>(host_.rail_region);
   c.bytes = window_->bytes();
   c.nonce = nonce_;
-  std::string card(reinterpret_cast<const char*>(&c), sizeof(c));
+  std::string card(bytes_of(&c), sizeof(c));
   if (region_) card += region_->key();
   return card;
 }

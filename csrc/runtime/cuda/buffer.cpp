@@ -41,22 +41,24 @@ DeviceBuffer::DeviceBuffer(Geometry geometry, Shape shape, bool check, int devic
   const uint64_t n = geometry.nodes(), p = geometry.ranks_per_node, per_book = n * shape.channels,
                  mask_words = (p + 63) / 64;
   detail::Cursor c;
-  const uint64_t gates = c.take(8 * (kGates + 3)), book = c.take(sizeof(Book)), rows = c.take(8 * per_book),
-                 back = c.take(8 * per_book);
-  const uint64_t windows = c.take(8 * p), regions = c.take(8 * n), mask = c.take(8 * mask_words),
-                 counters = c.take(sizeof(Counters));
+  const auto gates = c.take<uint64_t>(kGates + 3);
+  const auto book = c.take<Book>(1);
+  const auto rows = c.take<uint64_t>(per_book), back = c.take<uint64_t>(per_book);
+  const auto windows = c.take<char*>(p), regions = c.take<char*>(n);
+  const auto mask = c.take<uint64_t>(mask_words);
+  const auto counters = c.take<Counters>(1);
   state_ = DeviceMemory::create(device, c.at);
   char* s = state_->data();
-  gates_ = reinterpret_cast<uint64_t*>(s + gates);
-  book_ = reinterpret_cast<Book*>(s + book);
+  gates_ = gates.in(s);
+  book_ = book.in(s);
   Book first;
-  first.rows = reinterpret_cast<uint64_t*>(s + rows);
-  first.back = reinterpret_cast<uint64_t*>(s + back);
+  first.rows = rows.in(s);
+  first.back = back.in(s);
   require(cudaMemcpy(book_, &first, sizeof(first), cudaMemcpyHostToDevice), "writing the book");
   links_.geometry = geometry;
-  links_.windows = reinterpret_cast<char**>(s + windows);
-  links_.regions = reinterpret_cast<char**>(s + regions);
-  links_.same_device = reinterpret_cast<uint64_t*>(s + mask);
+  links_.windows = windows.in(s);
+  links_.regions = regions.in(s);
+  links_.same_device = mask.in(s);
   links_.rail_region = window_->data() + view_.node.bytes;
   links_.window_faults = view_.node.faults;
   links_.region_faults = view_.rail.faults;
@@ -64,7 +66,7 @@ DeviceBuffer::DeviceBuffer(Geometry geometry, Shape shape, bool check, int devic
   links_.own_peer = geometry.node();
   links_.failed = gates_ + kGates;
   links_.faults = records();
-  links_.counters = reinterpret_cast<Counters*>(s + counters);
+  links_.counters = counters.in(s);
   pool_->idle.push_back(make_plan());  // ahead, since a stream that is being captured allows no allocation
 }
 
@@ -112,23 +114,25 @@ std::unique_ptr<DevicePlan> DeviceBuffer::make_plan() {
   const uint64_t firsts = std::max<uint64_t>(view_.experts_per_node(), p);
   auto plan = std::make_unique<DevicePlan>();
   detail::Cursor c;
-  const uint64_t view = c.take(place_plan(view_, nullptr, plan->view)),
-                 apart = c.take(4 * view_.shape.channels * n * ints);
-  const uint64_t base = c.take(4 * n * firsts), first = c.take(4 * firsts),
-                 offers = c.take(sizeof(Offer) * p), target = c.take(sizeof(BlockLayout) * p);
-  const uint64_t needed = c.take(8 * p), verdict = c.take(sizeof(Verdict)),
-                 boards = c.take(sizeof(RowsBoard) * p);
+  const auto view = c.take<char>(place_plan(view_, nullptr, plan->view));
+  const auto apart = c.take<int32_t>(view_.shape.channels * n * ints);
+  const auto base = c.take<int32_t>(n * firsts), first = c.take<int32_t>(firsts);
+  const auto offers = c.take<Offer>(p);
+  const auto target = c.take<BlockLayout>(p);
+  const auto needed = c.take<uint64_t>(p);
+  const auto verdict = c.take<Verdict>(1);
+  const auto boards = c.take<RowsBoard>(p);
   plan->memory = DeviceMemory::create(device_, c.at);
   char* m = plan->memory->data();
-  place_plan(view_, m + view, plan->view);
-  plan->apart = reinterpret_cast<int32_t*>(m + apart);
-  plan->base = reinterpret_cast<int32_t*>(m + base);
-  plan->first = reinterpret_cast<int32_t*>(m + first);
-  plan->offers = reinterpret_cast<Offer*>(m + offers);
-  plan->target = reinterpret_cast<BlockLayout*>(m + target);
-  plan->needed = reinterpret_cast<uint64_t*>(m + needed);
-  plan->verdict = reinterpret_cast<Verdict*>(m + verdict);
-  plan->boards = reinterpret_cast<RowsBoard*>(m + boards);
+  place_plan(view_, view.in(m), plan->view);
+  plan->apart = apart.in(m);
+  plan->base = base.in(m);
+  plan->first = first.in(m);
+  plan->offers = offers.in(m);
+  plan->target = target.in(m);
+  plan->needed = needed.in(m);
+  plan->verdict = verdict.in(m);
+  plan->boards = boards.in(m);
   plan->owner = this;
   return plan;
 }

@@ -96,8 +96,8 @@ class DeviceBuffer {
   Status late_fault(void* stream);
   Status settled(void* stream);
   std::unique_ptr<DevicePlan> make_plan();
-  Placed& placed() const { return *reinterpret_cast<Placed*>(pinned_->data()); }
-  FaultRecord* records() const { return reinterpret_cast<FaultRecord*>(pinned_->data() + 64); }
+  Placed& placed() const { return *Offset<Placed>{}.in(pinned_->data()); }
+  FaultRecord* records() const { return Offset<FaultRecord>{64}.in(pinned_->data()); }
 
   BufferView view_;
   int device_;

@@ -35,19 +35,21 @@ DeviceDecode::DeviceDecode(Geometry geometry, Shape shape, bool check, int devic
   table_bytes_ = place_decode_turn(view_, nullptr, turns_[0].view);
   const uint64_t size = geometry.size, p = geometry.ranks_per_node;
   detail::Cursor c;
-  const uint64_t met = c.take(8 * 4), clock = c.take(sizeof(DecodeClock)), windows = c.take(8 * p),
-                 regions = c.take(8 * size);
-  const uint64_t counters = c.take(sizeof(Counters)), tables = c.take(2 * table_bytes_);
-  const uint64_t apart = c.take(4 * decode_scratch_ints(geometry, shape, spread.sms * spread.warps));
+  const auto met = c.take<uint64_t>(4);
+  const auto clock = c.take<DecodeClock>(1);
+  const auto windows = c.take<char*>(p), regions = c.take<char*>(size);
+  const auto counters = c.take<Counters>(1);
+  const auto tables = c.take<char>(2 * table_bytes_);
+  const auto apart = c.take<int32_t>(decode_scratch_ints(geometry, shape, spread.sms * spread.warps));
   state_ = DeviceMemory::create(device, c.at);
   char* s = state_->data();
-  met_ = reinterpret_cast<uint64_t*>(s + met);
-  clock_ = reinterpret_cast<DecodeClock*>(s + clock);
-  tables_ = s + tables;
-  apart_ = reinterpret_cast<int32_t*>(s + apart);
+  met_ = met.in(s);
+  clock_ = clock.in(s);
+  tables_ = tables.in(s);
+  apart_ = apart.in(s);
   links_.geometry = geometry;
-  links_.windows = reinterpret_cast<char**>(s + windows);
-  links_.regions = reinterpret_cast<char**>(s + regions);
+  links_.windows = windows.in(s);
+  links_.regions = regions.in(s);
   links_.rail_region = window_->data() + view_.window.bytes;
   links_.region_offset = view_.window.bytes;
   links_.window_faults = view_.window.faults;
@@ -56,7 +58,7 @@ DeviceDecode::DeviceDecode(Geometry geometry, Shape shape, bool check, int devic
   links_.own_peer = geometry.rank;
   links_.failed = met_ + 1;
   links_.faults = records();
-  links_.counters = reinterpret_cast<Counters*>(s + counters);
+  links_.counters = counters.in(s);
 }
 
 void DeviceDecode::connect(const std::vector<std::string>& cards) {

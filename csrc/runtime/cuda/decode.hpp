@@ -68,7 +68,7 @@ class DeviceDecode {
   Status launch(Turn& t, DecodeDispatchWork work, void* stream);
   Status launch(Turn& t, DecodeCombineWork work, void* stream);
   int squad(const Turn& t) const;
-  FaultRecord* records() const { return reinterpret_cast<FaultRecord*>(pinned_->data()); }
+  FaultRecord* records() const { return Offset<FaultRecord>{}.in(pinned_->data()); }
 
   DecodeView view_;
   int device_;

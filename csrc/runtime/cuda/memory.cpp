@@ -92,7 +92,7 @@ std::string DeviceMemory::export_handle() const {
   const OnDevice on(device_);
   cudaIpcMemHandle_t h;
   require(cudaIpcGetMemHandle(&h, data_), "exporting a window");
-  return std::string(reinterpret_cast<const char*>(&h), sizeof(h));
+  return std::string(bytes_of(&h), sizeof(h));
 }
 
 Pinned::Pinned(uint64_t bytes) {

@@ -63,7 +63,7 @@ class ThreadWindow final : public MappedWindow {
       : MappedWindow(device, bytes), abandoned_(std::move(abandoned)) {}
   std::string card() const override {
     const Card c{data_, device_, &meetings_};
-    return std::string(reinterpret_cast<const char*>(&c), sizeof(c));
+    return std::string(bytes_of(&c), sizeof(c));
   }
   void connect(int rank,
                const std::vector<std::string>& cards) override {  // peers live until all have connected
@@ -172,7 +172,7 @@ class Sample final : public IpcSample {
     const OnDevice on(device);
     cudaIpcMemHandle_t h;
     if (cudaIpcGetMemHandle(&h, memory_->data()) == cudaSuccess)
-      handle_.assign(reinterpret_cast<const char*>(&h), sizeof(h));
+      handle_.assign(bytes_of(&h), sizeof(h));
     else
       cudaGetLastError();  // forget it
   }

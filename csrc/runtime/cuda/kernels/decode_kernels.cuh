@@ -18,7 +18,7 @@ __device__ void run_squad(const Call& call, int warps, Role&& role) {
   char* own =
       shared + squad * warps *
                    warp_shared_bytes(call.spread.stage_bytes, call.spread.stages);  // its first warp's piece
-  const Squad g{squad * warps, warps, reinterpret_cast<WarpScratch*>(own)->words};
+  const Squad g{squad * warps, warps, Offset<WarpScratch>{}.in(own)->words};
   join_squad(call, Rail::of(call.links, 0), g, squad * gridDim.x + blockIdx.x, squads * gridDim.x, own, role);
 }
 
