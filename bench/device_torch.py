@@ -79,9 +79,15 @@ def _rank(comm, args, world, sms, origin, permuter, rounds):
         num_sms=sms,
         arena_bytes=arena_bytes(capacity, s),
     )
-    dispatch = lambda: buf.dispatch(world.x[rank], world.ids[rank], world.weights[rank], capacity=capacity)  # noqa: E731
+
+    def dispatch():
+        return buf.dispatch(world.x[rank], world.ids[rank], world.weights[rank], capacity=capacity)
+
     out, y = dispatch(), torch.empty_like(world.x[rank])
-    combine = lambda: buf.combine(out.handle.rows, out.handle, topk_weights=out.topk_weights, out=y)  # noqa: E731
+
+    def combine():
+        return buf.combine(out.handle.rows, out.handle, topk_weights=out.topk_weights, out=y)
+
     found = {call: [] for call in CALLS}
     for call, run in zip(CALLS, (dispatch, combine), strict=True):
         run()

@@ -7,13 +7,18 @@ command takes longer, so it also shows how good that choice is.
 import json
 import time
 
+from moecomm import options
 from moecomm._native import core
 
 
 def arguments(parser):
     """What the command line may say."""
-    parser.add_argument("--seconds", type=float, default=1.0, help="how long to measure (default: 1)")
-    parser.add_argument("--json", metavar="FILE", help="write the results to a file, too")
+    parser.add_argument(
+        "--seconds", type=options.above_zero, default=1.0, help="how long to measure (default: 1)"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", type=options.file_to_write, help="write the results to a file, too"
+    )
 
 
 def main(args):

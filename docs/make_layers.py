@@ -12,16 +12,37 @@ WIDTH, LEFT, GAP = 920, 30, 10
 PYTHON, CYTHON, NATIVE, SHARED = "#eff6ff", "#f5f3ff", "#fff7ed", "#f0fdf4"
 # (what is said on the right, [(folder, what it does)], color), from the user's program down to the hardware
 ROWS = [
-    ("Python", [("moecomm/", "validate, document"), ("nn, gate, overlap", "layers"), ("balance", "placement"), ("integrations", "deep_ep, transformers")], PYTHON),
+    (
+        "Python",
+        [
+            ("moecomm/", "validate, document"),
+            ("nn, gate, overlap", "layers"),
+            ("balance", "placement"),
+            ("integrations", "deep_ep, transformers"),
+        ],
+        PYTHON,
+    ),
     ("Cython", [("moecomm/_native/", "convert arguments, release the GIL, make one call")], CYTHON),
-    ("one per world", [("runtime/cpu", "threads, processes"), ("runtime/cuda", "GPUs"), ("runtime/sim", "virtual clock")], NATIVE),
+    (
+        "one per world",
+        [("runtime/cpu", "threads, processes"), ("runtime/cuda", "GPUs"), ("runtime/sim", "virtual clock")],
+        NATIVE,
+    ),
     ("one for all worlds", [("schedule/", "which role runs where and when")], SHARED),
     ("one for all worlds", [("session/", "prepares a call: arguments, arena, turns of decode")], SHARED),
     ("one for all worlds", [("protocol/", "roles: who copies what, who signals whom, who waits")], SHARED),
-    ("one per world", [("fabric/cpu", "memory, UCX"), ("fabric/cuda", "NVLink, NCCL"), ("fabric/sim", "modeled links")], NATIVE),
-    ("one for all worlds", [("exec/", "groups: a lane, a warp, a fiber"), ("balance/", "solvers for placements")], SHARED),
+    (
+        "one per world",
+        [("fabric/cpu", "memory, UCX"), ("fabric/cuda", "NVLink, NCCL"), ("fabric/sim", "modeled links")],
+        NATIVE,
+    ),
+    (
+        "one for all worlds",
+        [("exec/", "groups: a lane, a warp, a fiber"), ("balance/", "solvers for placements")],
+        SHARED,
+    ),
     ("one for all worlds", [("base/", "types, and one layout function per memory")], SHARED),
-]  # fmt: skip
+]
 
 
 def draw():

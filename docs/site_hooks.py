@@ -1,7 +1,8 @@
 """Hooks of MkDocs: pages that lie outside docs/, and links that leave it.
 
-CONTRIBUTING.md, CHANGELOG.md and SECURITY.md stand at the root of the repository, where hosts look for them. The site shows them as
-pages. Links to source files become plain text, because the site has no copy of the sources.
+CONTRIBUTING.md, CHANGELOG.md and SECURITY.md stand at the root of the repository, where hosts look for
+them. The site shows them as pages. Links to source files become plain text, because the site has no copy of
+the sources.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]+)(#[^)\s]*)?\)
 
 
 def target_of(folder, link):
-    """The page of the site that a link of a file in `folder` (relative to the root) leads to; None where there is none."""
+    """The page of the site that a link of a file in `folder` (relative to the root) leads to; None where
+    there is none.
+    """
     path = posixpath.normpath(posixpath.join(folder, link))
     if path in PAGES:
         return PAGES[path]

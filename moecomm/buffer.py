@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch.compiler import is_dynamo_compiling
 
@@ -32,6 +34,11 @@ from .shapes import (
 )
 from .shared import Shared
 from .tensors import address
+
+if TYPE_CHECKING:
+    import os
+    from .balance import LoadMonitor, Placement
+    from .communicator import Communicator
 
 
 class Buffer(Arguments, Calls, DecodeVerbs, Shared):
@@ -89,25 +96,25 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
 
     def __init__(
         self,
-        comm,
+        comm: Communicator,
         *,
-        hidden,
-        num_experts,
-        top_k,
-        max_tokens,
-        dtype=torch.bfloat16,
-        num_sms=20,
-        channels=None,
-        arena_bytes=None,
-        decode=False,
-        record=None,
-        placement=None,
-        replicas="optimal",
-        activate=None,
-        renormalize=False,
-        monitor=None,
-        decode_max_tokens=None,
-    ):
+        hidden: int,
+        num_experts: int,
+        top_k: int,
+        max_tokens: int,
+        dtype: torch.dtype = torch.bfloat16,
+        num_sms: int = 20,
+        channels: int | None = None,
+        arena_bytes: int | None = None,
+        decode: bool = False,
+        record: str | os.PathLike[str] | None = None,
+        placement: Placement | None = None,
+        replicas: str = "optimal",
+        activate: int | None = None,
+        renormalize: bool = False,
+        monitor: LoadMonitor | None = None,
+        decode_max_tokens: int | None = None,
+    ) -> None:
         require_comm(comm)
         self.comm = comm
         comm._require_open("Buffer")
@@ -198,7 +205,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
     # -- sizes ------------------------------------------------------------------------------------
 
     @property
-    def num_bytes(self):
+    def num_bytes(self) -> int:
         """Bytes of this rank's windows (reserved; committed when touched)."""
         c = self.comm
         return reserved_bytes(
@@ -215,19 +222,19 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
 
     @staticmethod
     def size_hint(
-        comm,
+        comm: Communicator,
         *,
-        hidden,
-        num_experts,
-        top_k,
-        max_tokens,
-        dtype=torch.bfloat16,
-        num_sms=20,
-        channels=None,
-        arena_bytes=None,
-        decode=False,
-        decode_max_tokens=None,
-    ):
+        hidden: int,
+        num_experts: int,
+        top_k: int,
+        max_tokens: int,
+        dtype: torch.dtype = torch.bfloat16,
+        num_sms: int = 20,
+        channels: int | None = None,
+        arena_bytes: int | None = None,
+        decode: bool = False,
+        decode_max_tokens: int | None = None,
+    ) -> int:
         """Bytes that a Buffer with these arguments would reserve on each rank; allocates nothing.
 
         With decode=True also what the decode path reserves: proportional to size * decode_max_tokens * row bytes (for
@@ -260,7 +267,16 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         )
 
     @staticmethod
-    def arena_hint(comm, *, hidden, num_experts, top_k, max_tokens, dtype=torch.bfloat16, dispatches=2):
+    def arena_hint(
+        comm: Communicator,
+        *,
+        hidden: int,
+        num_experts: int,
+        top_k: int,
+        max_tokens: int,
+        dtype: torch.dtype = torch.bfloat16,
+        dispatches: int = 2,
+    ) -> int:
         """The arena_bytes with which so many dispatches can be held at once, all tokens of all ranks going to one rank in each.
 
         Training holds one per layer until its backward has run, and its backward makes one more: dispatches = layers + 1 for
@@ -288,20 +304,20 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
 
     def dispatch(
         self,
-        x,
-        topk_ids=None,
-        topk_weights=None,
+        x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        topk_ids: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
         *,
-        layout="expert",
-        expert_alignment=1,
-        quant=None,
-        scale_layout="row",
-        handle=None,
-        capacity=None,
-        async_op=False,
-        check=False,
-        layer=0,
-    ):
+        layout: str = "expert",
+        expert_alignment: int = 1,
+        quant: str | None = None,
+        scale_layout: str = "row",
+        handle: Handle | None = None,
+        capacity: int | None = None,
+        async_op: bool = False,
+        check: bool = False,
+        layer: int = 0,
+    ) -> Any:
         """Carry every token to the ranks that own its experts. Collective.
 
         Parameters
@@ -578,8 +594,17 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
     # -- combine ----------------------------------------------------------------------------------
 
     def combine(
-        self, rows, handle, *, topk_weights=None, bias=None, wire=None, async_op=False, check=False, out=None
-    ):
+        self,
+        rows: torch.Tensor,
+        handle: Handle,
+        *,
+        topk_weights: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        wire: str | None = None,
+        async_op: bool = False,
+        check: bool = False,
+        out: torch.Tensor | None = None,
+    ) -> Any:
         """Carry the experts' rows back to the tokens' ranks and sum them. Collective.
 
         Parameters
@@ -690,7 +715,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
 
     # -- the rest ---------------------------------------------------------------------------------
 
-    def use(self, placement):
+    def use(self, placement: Placement) -> None:
         """Serve the batches from here on by another placement of the same shape. Collective: no batch mixes two of them.
 
         Raises
@@ -709,7 +734,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             )
         self._replicas.use(placement)
 
-    def close(self):
+    def close(self) -> None:
         """Release the windows; tensors that view them stay valid. Local, may be called twice.
 
         Waits for a call that another thread has under way, which its timeout bounds. From within a call of this thread (a signal handler

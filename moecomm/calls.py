@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from collections import OrderedDict
 
 import torch
@@ -18,7 +21,7 @@ _STAGES = ("pre_dispatch", "post_dispatch", "pre_combine", "post_combine")
 class Calls:
     """The hooks of Buffer, which says comm; and its calls."""
 
-    def register_hook(self, stage, fn):
+    def register_hook(self, stage: str, fn: Callable[..., Any]) -> Any:
         """Call fn at a stage of every dispatch and combine of this rank; forward calls only.
 
         Parameters
@@ -81,11 +84,11 @@ class Calls:
         return Pending(self.comm, work, (first, rest), then)
 
     @property
-    def captured_bytes(self):
+    def captured_bytes(self) -> int:
         """Bytes of the arena that calls in CUDA graphs keep (release_captured); 0 in the cpu world."""
         return self._native.captured_bytes() if self.comm._gpu is not None else 0
 
-    def release_captured(self):
+    def release_captured(self) -> None:
         """Give back what calls in CUDA graphs keep. Local. No graph with calls of this buffer may be replayed any more.
 
         A captured dispatch keeps its piece of the arena and its plan, a captured combine those of its dispatch, after the last
@@ -96,7 +99,7 @@ class Calls:
         if self.comm._gpu is not None:
             self._native.release_captured()
 
-    def stats(self):
+    def stats(self) -> dict[str, Any]:
         """Rows and bytes per hop since the last call; calling resets them.
 
         Returns a dict: rail and node, each {logical_rows, physical_rows, logical_bytes, physical_bytes}

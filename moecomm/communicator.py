@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numbers
 import os
 import socket
@@ -21,7 +24,7 @@ from .shapes import as_int
 from .shared import Shared
 
 
-def _host_identity():
+def _host_identity() -> str:
     """Ranks with equal identity can share memory: one kernel, one view of its network, and process numbers that mean the same process."""
     with open("/proc/sys/kernel/random/boot_id") as f:
         boot = f.read().strip()
@@ -30,7 +33,7 @@ def _host_identity():
     )
 
 
-def _in_words(error):
+def _in_words(error: Any) -> str:
     """What an error says, where it can say anything: its arguments may be objects that cannot be printed."""
     try:
         return str(error)
@@ -39,10 +42,10 @@ def _in_words(error):
 
 
 _LONGEST, _USUAL = 10_000_000, 30.0  # seconds
-_living = weakref.WeakSet()
+_living: weakref.WeakSet[Communicator] = weakref.WeakSet()
 
 
-def _in_forked_child():
+def _in_forked_child() -> None:
     """Threads, mappings and connections stay with the parent: what a child inherits is of no use to it."""
     for comm in _living:
         comm._closed, comm._ready = "the parent process's; a forked child cannot use it", False
@@ -52,11 +55,11 @@ def _in_forked_child():
 os.register_at_fork(after_in_child=_in_forked_child)
 
 
-def _is_timeout(timeout):
-    return isinstance(timeout, numbers.Real) and 0 < timeout <= _LONGEST
+def _is_timeout(timeout: Any) -> bool:
+    return isinstance(timeout, numbers.Real) and 0 < timeout <= _LONGEST  # type: ignore[operator]
 
 
-def require_timeout(timeout, op):
+def require_timeout(timeout: Any, op: str) -> None:
     """Refuse what is no number of seconds.
 
     Raises
@@ -69,7 +72,7 @@ def require_timeout(timeout, op):
         )
 
 
-def as_device(device, op):
+def as_device(device: Any, op: str) -> torch.device:
     """The torch.device that is meant.
 
     Raises
@@ -83,7 +86,7 @@ def as_device(device, op):
         raise InvalidArgument(f"device: got {device!r}; expected cpu or cuda", op=op) from None
 
 
-def _device_of(device):
+def _device_of(device: Any) -> torch.device:
     """The torch.device of a rank; refuses what is no device, or not one of this machine."""
     device = as_device(device, "Communicator")
     if device.type == "cuda":
@@ -126,19 +129,28 @@ class Communicator(Shared):
     Source: the two networks and the rail of DeepSeek-V3, technical report, section 3.2.2.
     """
 
-    def __init__(self, group=None, *, ranks_per_node=None, device=None, timeout=30.0):
+    def __init__(
+        self,
+        group: Any = None,
+        *,
+        ranks_per_node: int | None = None,
+        device: torch.device | str | None = None,
+        timeout: float = 30.0,
+    ) -> None:
         ranks_per_node = as_int(ranks_per_node)
         # A rank whose arguments are wrong takes part in the first round all the same: the others learn it there.
         self._bootstrap = boot = bootstrap.find(group, timeout if _is_timeout(timeout) else _USUAL)
         self.rank, self.size = boot.rank, boot.size
-        self._native = None
-        self._closed, self._pid = False, os.getpid()
-        self._executor = self._progress = self._last = (
-            None  # of asynchronous calls: the thread, its number, the last call
-        )
+        self._native: Any = None
+        self._closed: bool | str = False
+        self._pid = os.getpid()
+        # Of asynchronous calls: the thread, its number, the last call.
+        self._executor: futures.ThreadPoolExecutor | None = None
+        self._progress: int | None = None
+        self._last: futures.Future[Any] | None = None
         self._ready = True  # open, and no asynchronous call is under way
 
-        def arguments():
+        def arguments() -> Any:
             if boot.complaint is not None:
                 raise boot.complaint
             require_timeout(timeout, "Communicator")
@@ -167,18 +179,16 @@ class Communicator(Shared):
             boot.close()  # where this fails nobody has it
             raise
 
-    def _join_world(self, arguments, ranks_per_node):
+    def _join_world(self, arguments: Any, ranks_per_node: Any) -> None:
         boot = self._bootstrap
         everyone, rails, hosts = zip(*self._everywhere("Communicator", arguments), strict=True)
         self._require_equal("Communicator", everyone)
         self.ranks_per_node = self._node_size(ranks_per_node, hosts)
         self.num_nodes = self.size // self.ranks_per_node
         self.node, self.local_rank = divmod(self.rank, self.ranks_per_node)
-        self._stream, self._latest, self._buffers = (
-            None,
-            (None, None),
-            weakref.WeakSet(),
-        )  # in the cuda world: see moecomm/cuda.py
+        # In the cuda world: see moecomm/cuda.py.
+        self._stream, self._latest = None, (None, None)
+        self._buffers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._gpu = (
             self.device.index if self.device.type == "cuda" else None
         )  # its number; None: the cpu world
@@ -211,21 +221,21 @@ class Communicator(Shared):
             self.rail = self._reach.rail
         _living.add(self)
 
-    def _exchange(self, value, op="exchange"):
+    def _exchange(self, value: Any, op: str = "exchange") -> list[Any]:
         """Everyone's value by rank, as encoding.encode takes it. Collective."""
         mine = encode([op, value])
         everyone = [decode(data) for data in self._bootstrap.allgather(mine, op)]
         self._require_equal(op, [{"the collective call under way": said} for said, _ in everyone])
         return [value for _, value in everyone]
 
-    def _rail_between_nodes(self, wanted):
+    def _rail_between_nodes(self, wanted: str) -> str:
         return wanted if wanted != "auto" else "loopback" if self._bootstrap.threads else "ucx"
 
-    def _everywhere(self, op, step):
+    def _everywhere(self, op: str, step: Any) -> list[Any]:
         """step() of every rank, by rank. Where it fails on one, an error on all of them says where and why."""
         cause = None
         try:
-            mine = step(), None, None
+            mine: tuple[Any, str | None, str | None] = (step(), None, None)
             encode(mine)
         except Exception as error:  # noqa: BLE001 - told to everyone, and raised below
             kind = type(error).__name__ if isinstance(error, MoecommError) else None
@@ -251,17 +261,17 @@ class Communicator(Shared):
                 )
         return [result for result, _, _ in everyone]
 
-    def _make_everywhere(self, op, make):
+    def _make_everywhere(self, op: str, make: Any) -> Any:
         """make() on every rank; this rank's result. Where it fails on one, an error on all of them says where and why."""
         made = []
         self._everywhere(op, lambda: made.append(make()))
         return made[0]
 
-    def _join(self, op, make):
+    def _join(self, op: str, make: Any) -> Any:
         """make() an object on every rank and connect them."""
         made = []
 
-        def card():
+        def card() -> Any:
             made.append(make())
             return made[0].card()
 
@@ -269,7 +279,7 @@ class Communicator(Shared):
         self._everywhere(op, lambda: made[0].connect(cards))
         return made[0]
 
-    def _require_equal(self, op, everyone):
+    def _require_equal(self, op: str, everyone: Any) -> None:
         """Raise ConfigMismatch on every rank when a value differs on any."""
         for name, first in everyone[0].items():
             other = [r for r, values in enumerate(everyone) if values.get(name) != first]
@@ -285,7 +295,7 @@ class Communicator(Shared):
                     got=said[other[0]],
                 )
 
-    def _node_size(self, wanted, hosts):
+    def _node_size(self, wanted: int | None, hosts: Any) -> int:
         if wanted is None:
             if hosts[0] is None:
                 return self.size
@@ -315,14 +325,14 @@ class Communicator(Shared):
                 )
         return wanted
 
-    def _require_open(self, op):
+    def _require_open(self, op: str) -> None:
         if self._closed:
             raise InvalidArgument(f"{op}: the communicator is {self._closed}", op=op, rank=self.rank)
 
-    def _submit(self, work):
+    def _submit(self, work: Any) -> Any:
         """Run work on this communicator's progress thread, after what was submitted before."""
 
-        def note():
+        def note() -> None:
             self._progress = threading.get_ident()
 
         if self._executor is None:
@@ -337,7 +347,7 @@ class Communicator(Shared):
             raise
         return self._last
 
-    def _require_here(self, op):
+    def _require_here(self, op: str) -> None:
         if self._pid != os.getpid():
             raise InvalidArgument(
                 f"{op}: the call is the parent process's; a forked child cannot wait for it",
@@ -345,7 +355,7 @@ class Communicator(Shared):
                 rank=self.rank,
             )
 
-    def _require_outside(self, op):
+    def _require_outside(self, op: str) -> None:
         """Refuse to wait for a call where it cannot come to its end meanwhile."""
         self._require_here(op)
         running = (
@@ -359,7 +369,7 @@ class Communicator(Shared):
                 rank=self.rank,
             )
 
-    def _settle(self):
+    def _settle(self) -> None:
         """Let what was submitted come to its end. Calls happen in the order in which they were made, or ranks would pair
         one rank's asynchronous call with another rank's next one."""
         last = self._last
@@ -370,13 +380,13 @@ class Communicator(Shared):
         if self._last is last:
             self._last, self._ready = None, not self._closed
 
-    def _abort(self, rank):
+    def _abort(self, rank: int) -> None:
         """From any thread: what waits for peers on the host ends, since this rank has failed."""
         self._native.abort(rank)
         if self._reach is not None:
             self._reach.abort()
 
-    def barrier(self):
+    def barrier(self) -> None:
         """Wait until every rank has come here.
 
         Raises
@@ -390,7 +400,7 @@ class Communicator(Shared):
             raise_failure(broken, op="barrier", rank=self.rank)
         self._exchange(None, "barrier")
 
-    def duplicate(self):
+    def duplicate(self) -> Communicator:
         """A communicator of the same ranks whose calls need not be in order with this one's. Collective.
 
         Raises
@@ -401,7 +411,7 @@ class Communicator(Shared):
         self._require_open("duplicate")
         return self._of(range(self.size), self.ranks_per_node)
 
-    def shrink(self, alive):
+    def shrink(self, alive: Iterable[int]) -> Communicator:
         """A communicator of the ranks that are left, numbered anew in ascending order. Collective over them alone.
 
         Works where this communicator is broken. Nodes are as large as the survivors allow: all of one size, and none across
@@ -438,7 +448,7 @@ class Communicator(Shared):
         )
         return self._of(alive, per_node)
 
-    def _of(self, ranks, per_node):
+    def _of(self, ranks: Iterable[int], per_node: int) -> Communicator:
         return Communicator(
             self._bootstrap.subset(ranks),
             ranks_per_node=per_node,
@@ -446,13 +456,13 @@ class Communicator(Shared):
             timeout=self.timeout,
         )
 
-    def _on_host(self):
+    def _on_host(self) -> Communicator:
         """The same ranks in the cpu world. Collective."""
         return Communicator(
             self._bootstrap.subset(range(self.size)), ranks_per_node=self.ranks_per_node, timeout=self.timeout
         )
 
-    def close(self):
+    def close(self) -> None:
         """Release what this communicator holds. Local, may be called twice.
 
         Waits for a call that another thread has under way, which its timeout bounds. From within a call of this thread (a signal handler
@@ -464,17 +474,17 @@ class Communicator(Shared):
         if not self._native.after_call(self._release):
             self._release()
 
-    def _release(self):
+    def _release(self) -> None:
         if self._executor is not None:
             self._executor.shutdown(wait=threading.get_ident() != self._progress)
         self._native.release()
         self._bootstrap.close()
 
-    def __enter__(self):
+    def __enter__(self) -> Communicator:
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Communicator(rank={self.rank}, size={self.size}, nodes={self.num_nodes}x{self.ranks_per_node}, rail={self.rail!r})"

@@ -5,6 +5,8 @@ docs/decode.md tells how it works.
 
 from __future__ import annotations
 
+from typing import Any
+
 import math
 from functools import partial
 
@@ -35,8 +37,16 @@ class DecodeVerbs:
     """The decode verbs of Buffer, which makes their memory when it is first asked for."""
 
     def decode_dispatch(
-        self, x, topk_ids, *, topk_weights=None, quant="fp8", scale_layout="row", return_hook=True, layer=0
-    ):
+        self,
+        x: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        topk_ids: torch.Tensor,
+        *,
+        topk_weights: torch.Tensor | None = None,
+        quant: str | None = "fp8",
+        scale_layout: str = "row",
+        return_hook: bool = True,
+        layer: int = 0,
+    ) -> tuple[DecodeReceived, Any]:
         """Carry every token to the ranks that own its experts, with the least delay. Collective.
 
         Parameters
@@ -109,7 +119,17 @@ class DecodeVerbs:
         self._replicas.decoding[received.handle.epoch % 2] = topk_ids
         return received, hook
 
-    def decode_combine(self, rows, topk_ids, topk_weights, handle, *, wire=None, return_hook=True, out=None):
+    def decode_combine(
+        self,
+        rows: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        handle: DecodeHandle,
+        *,
+        wire: str | None = None,
+        return_hook: bool = True,
+        out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, Any]:
         """Carry the experts' rows of a decode_dispatch back and sum them. Collective.
 
         Parameters

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from ._native import core
 from .errors import InvalidArgument
 
 
-def _variable(name, default, meaning, convert):
-    def read():
+def _variable(name: str, default: str, meaning: str, convert: Callable[[str], Any]) -> Any:
+    def read() -> Any:
         text = os.environ.get(name, default)
         try:
             return convert(text)
@@ -20,21 +22,21 @@ def _variable(name, default, meaning, convert):
     return field(default_factory=read, metadata={"name": name, "default": default, "meaning": meaning})
 
 
-def _flag(text):
+def _flag(text: str) -> bool:
     return {"0": False, "1": True}[text]
 
 
-def _one_of(*names):
+def _one_of(*names: str) -> Callable[[str], str]:
     return dict(zip(names, names, strict=True)).__getitem__
 
 
-def _count(text):
+def _count(text: str) -> int:
     if int(text) < 0:
         raise ValueError
     return int(text)
 
 
-def _rows(text):
+def _rows(text: str) -> str:
     if text not in (
         "best",
         core.isa(),
@@ -43,7 +45,7 @@ def _rows(text):
     return text
 
 
-def _variant(text):
+def _variant(text: str) -> str:
     if text not in ("measured", core.row_kernel_choice()[2]):  # as _rows
         raise ValueError
     return text
@@ -117,6 +119,6 @@ class Environment:
     )
 
 
-def describe():
+def describe() -> list[tuple[str, str, str]]:
     """(name, default, meaning) of every variable."""
     return [(f.metadata["name"], f.metadata["default"], f.metadata["meaning"]) for f in fields(Environment)]

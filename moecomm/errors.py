@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NoReturn
+
 
 class MoecommError(RuntimeError):
     """Base of every error that moecomm raises about communication.
@@ -11,8 +14,17 @@ class MoecommError(RuntimeError):
     """
 
     def __init__(
-        self, message, *, op=None, phase=None, rank=None, peer=None, expected=None, got=None, reporter=None
-    ):
+        self,
+        message: str,
+        *,
+        op: str | None = None,
+        phase: str | None = None,
+        rank: int | None = None,
+        peer: int | None = None,
+        expected: Any = None,
+        got: Any = None,
+        reporter: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.op, self.phase, self.rank = op, phase, rank
         self.peer, self.expected, self.got, self.reporter = peer, expected, got, reporter
@@ -55,7 +67,9 @@ class RecordingIncomplete(UserWarning):
     """A recording ends early, because of a full disk for example. Warned once per Buffer; the Buffer itself is not affected."""
 
 
-def raise_failure(failure, *, op, rank, describe_capacity=None):
+def raise_failure(
+    failure: Any, *, op: str, rank: int | None, describe_capacity: Callable[[Any], str] | None = None
+) -> NoReturn:
     """Raise the error that a native failure stands for.
 
     Raises
@@ -126,7 +140,7 @@ def raise_failure(failure, *, op, rank, describe_capacity=None):
     raise PeerTimeout(f"{where}: timed out waiting for {who}{seen}", **fields)
 
 
-def _raise_corrupt(f, where, destination, reported, fields):
+def _raise_corrupt(f: Any, where: Any, destination: Any, reported: Any, fields: Any) -> NoReturn:
     row = f"the row of source rank {f.peer}, token {f.detail}, destined for rank {destination}"
     if reported:
         what = "arrived wrong"
@@ -143,7 +157,7 @@ def _raise_corrupt(f, where, destination, reported, fields):
 _WHY = ("", "its arguments are wrong", "its topk_ids are wrong", "an error ended its call before it began")
 
 
-def _raise_refused(failure, where, fields):
+def _raise_refused(failure: Any, where: Any, fields: Any) -> NoReturn:
     fields["expected"] = fields["got"] = None
     why = _WHY[failure.detail] if 0 < failure.detail < len(_WHY) else "it does not say why"
     raise InvalidArgument(
@@ -158,7 +172,7 @@ _VERBS = ("dispatch", "decode_dispatch's choice of replicas", "combine", "decode
 _REFUSED_LATE = 14
 
 
-def _raise_out_of_step(failure, where, fields):
+def _raise_out_of_step(failure: Any, where: Any, fields: Any) -> NoReturn:
     own, theirs = failure.detail & 15, failure.detail >> 4 & 15
     if theirs == _REFUSED_LATE:
         raise ConfigMismatch(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,7 +21,15 @@ class Routing(NamedTuple):
     affinities: torch.Tensor
 
 
-def group_limited_top_k(affinities, top_k, *, num_groups=1, top_groups=1, bias=None, group_terms=2):
+def group_limited_top_k(
+    affinities: torch.Tensor,
+    top_k: int,
+    *,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    bias: torch.Tensor | None = None,
+    group_terms: int = 2,
+) -> torch.Tensor:
     """Ids of the top_k experts of each token, taken from its top_groups best groups of experts.
 
     Parameters
@@ -70,7 +79,16 @@ def group_limited_top_k(affinities, top_k, *, num_groups=1, top_groups=1, bias=N
     return scores.topk(top_k, dim=-1).indices
 
 
-def sigmoid_gate(logits, top_k, *, num_groups=1, top_groups=1, bias=None, normalize=True, scale=1.0):
+def sigmoid_gate(
+    logits: torch.Tensor,
+    top_k: int,
+    *,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    bias: torch.Tensor | None = None,
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """DeepSeek-V3's gate: sigmoid affinities, group-limited top-k, weights normalized over the chosen experts.
 
     Parameters
@@ -96,7 +114,15 @@ def sigmoid_gate(logits, top_k, *, num_groups=1, top_groups=1, bias=None, normal
     return _choose(logits.float().sigmoid(), top_k, num_groups, top_groups, bias, normalize, scale, 2)
 
 
-def softmax_gate(logits, top_k, *, num_groups=1, top_groups=1, normalize=True, scale=1.0):
+def softmax_gate(
+    logits: torch.Tensor,
+    top_k: int,
+    *,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax affinities over all experts and top-k: Mixtral and Qwen3 normalize over the chosen ones, DeepSeek-V2-Lite does not.
 
     Parameters
@@ -122,7 +148,16 @@ def softmax_gate(logits, top_k, *, num_groups=1, top_groups=1, normalize=True, s
     return _choose(logits.float().softmax(-1), top_k, num_groups, top_groups, None, normalize, scale, 1)
 
 
-def _choose(affinities, top_k, num_groups, top_groups, bias, normalize, scale, group_terms):
+def _choose(
+    affinities: torch.Tensor,
+    top_k: int,
+    num_groups: int,
+    top_groups: int,
+    bias: torch.Tensor | None,
+    normalize: bool,
+    scale: float,
+    group_terms: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
     ids = group_limited_top_k(
         affinities.detach(),
         top_k,
@@ -137,7 +172,7 @@ def _choose(affinities, top_k, num_groups, top_groups, bias, normalize, scale, g
     return ids, weights * scale
 
 
-def count_picks(topk_ids, num_experts):
+def count_picks(topk_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
     """How often each expert is picked: int64 [num_experts]; -1 counts nowhere.
 
     Parameters
@@ -152,7 +187,7 @@ def count_picks(topk_ids, num_experts):
 
 
 @torch.no_grad()
-def update_bias(bias, counts, speed):
+def update_bias(bias: torch.Tensor, counts: torch.Tensor, speed: float) -> torch.Tensor:
     """Lower the bias of overloaded experts by speed and raise that of underloaded ones, in place, after a training step.
 
     Parameters
@@ -185,7 +220,7 @@ def update_bias(bias, counts, speed):
     return bias.add_(torch.sign(counts.mean() - counts).to(bias.dtype), alpha=speed)
 
 
-def balance_loss(affinities, topk_ids, alpha):
+def balance_loss(affinities: torch.Tensor, topk_ids: torch.Tensor, alpha: float) -> torch.Tensor:
     """The complementary balance loss of each sequence, averaged over sequences.
 
     Parameters
@@ -222,7 +257,9 @@ def balance_loss(affinities, topk_ids, alpha):
     return alpha * (fraction * share).sum() / max(sequences, 1)
 
 
-def _apply_keeping(names, apply, module, fn, recurse):
+def _apply_keeping(
+    names: Iterable[str], apply: Callable[..., Any], module: nn.Module, fn: Any, recurse: bool
+) -> nn.Module:
     """Module._apply, after which the named tensors are float32 again, with the bits that they had before."""
     before = {name: getattr(module, name).data for name in names}
     apply(module, fn, recurse)
@@ -239,7 +276,7 @@ def _apply_keeping(names, apply, module, fn, recurse):
     return module
 
 
-def _widen(name, module, _=None):
+def _widen(name: str, module: nn.Module, _: Any = None) -> None:
     """Make a tensor of a module float32, where a load has assigned one of another dtype."""
     value = getattr(module, name)
     if value.dtype != torch.float32:
@@ -249,14 +286,14 @@ def _widen(name, module, _=None):
 class _Keeping:
     """Takes the place of a module's _apply. A class, so that the module can be copied and pickled."""
 
-    def __init__(self, module, name):
+    def __init__(self, module: nn.Module, name: str) -> None:
         self.module, self.name = module, name
 
-    def __call__(self, fn, recurse=True):
+    def __call__(self, fn: Any, recurse: bool = True) -> nn.Module:
         return _apply_keeping((self.name,), type(self.module)._apply, self.module, fn, recurse)
 
 
-def keep_float32(model, name):
+def keep_float32(model: nn.Module, name: str) -> int:
     """Keep every buffer or parameter of this name in float32 through .to(dtype), .half(), .bfloat16() and loading.
 
     Steps of update_bias are lost in a narrower type. Gate does this for its own bias; call it for routers of other libraries
@@ -280,7 +317,7 @@ def keep_float32(model, name):
             found += 1
             _widen(name, module)
             if not isinstance(module, Gate):
-                module._apply = _Keeping(module, name)
+                module._apply = _Keeping(module, name)  # type: ignore[method-assign]
                 module.register_load_state_dict_post_hook(partial(_widen, name))
     return found
 
@@ -303,18 +340,20 @@ class Gate(nn.Module):
     Source: DeepSeek-V3 technical report, section 2.1.2.
     """
 
+    bias: torch.Tensor | None
+
     def __init__(
         self,
-        hidden,
-        num_experts,
-        top_k,
+        hidden: int,
+        num_experts: int,
+        top_k: int,
         *,
-        score="sigmoid",
-        num_groups=1,
-        top_groups=1,
-        normalize=True,
-        scale=1.0,
-    ):
+        score: str = "sigmoid",
+        num_groups: int = 1,
+        top_groups: int = 1,
+        normalize: bool = True,
+        scale: float = 1.0,
+    ) -> None:
         super().__init__()
         if score not in ("sigmoid", "softmax"):
             raise InvalidArgument(f"score: got {score!r}; expected 'sigmoid' or 'softmax'", op="Gate")
@@ -335,15 +374,15 @@ class Gate(nn.Module):
             torch.zeros(num_experts, dtype=torch.float32, device=device) if score == "sigmoid" else None,
         )
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
         return _apply_keeping(() if self.bias is None else ("bias",), nn.Module._apply, self, fn, recurse)
 
-    def _load_from_state_dict(self, *how):
+    def _load_from_state_dict(self, *how: Any) -> None:
         super()._load_from_state_dict(*how)
         if self.bias is not None:  # load_state_dict(assign=True) takes the tensor as it is
             _widen("bias", self)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> Routing:
         """Routing of tokens x [T, hidden]; computed in float32, under autocast too."""
         with torch.autocast(x.device.type, enabled=False):
             logits = nn.functional.linear(x.float(), self.weight.float())
@@ -361,11 +400,11 @@ class Gate(nn.Module):
         )
         return Routing(ids, weights, affinities)
 
-    def update_bias(self, counts, speed):
+    def update_bias(self, counts: torch.Tensor, speed: float) -> torch.Tensor:
         """As the function of this name, on this gate's bias."""
-        return update_bias(self.bias, counts, speed)
+        return update_bias(self.bias, counts, speed)  # type: ignore[arg-type]
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         """What print(gate) says."""
         return (
             f"{self.weight.shape[1]}, num_experts={self.num_experts}, top_k={self.top_k}, score={self.score!r}, "

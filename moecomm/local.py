@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import contextlib
 import threading
 
@@ -10,10 +13,18 @@ from .communicator import Communicator, as_device, require_timeout
 from .errors import InvalidArgument, MoecommError
 from .shapes import as_int
 
+R = TypeVar("R")
 MOST_RANKS = 512  # rank threads that a command starts
 
 
-def run_local(fn, size, *, ranks_per_node=None, device="cpu", timeout=30.0):
+def run_local(
+    fn: Callable[[Communicator], R],
+    size: int,
+    *,
+    ranks_per_node: int | None = None,
+    device: Any = "cpu",
+    timeout: float = 30.0,
+) -> list[R]:
     """Run fn(comm) on `size` rank threads of this process and return the results by rank.
 
     Parameters
@@ -41,11 +52,12 @@ def run_local(fn, size, *, ranks_per_node=None, device="cpu", timeout=30.0):
     if on_gpu:
         cuda.prepare_threads()
     world = bootstrap.ThreadWorld(size, timeout)
-    results, errors = [None] * size, []
+    results: list[Any] = [None] * size
+    errors: list[tuple[int, BaseException]] = []
     lock = threading.Lock()
-    comms = [None] * size
+    comms: list[Communicator | None] = [None] * size
 
-    def rank_main(rank):
+    def rank_main(rank: int) -> None:
         comm = None
         try:
             where = cuda.spread_over_gpus(device, rank) if on_gpu else device

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
 
@@ -9,6 +12,10 @@ from .errors import InvalidArgument
 from .gate import Gate
 from .grouped import grouped_mm, grouped_mm_into
 from .tensors import plain
+
+if TYPE_CHECKING:
+    from .buffer import Buffer
+    from .results import Pending
 
 
 class SwiGLU(nn.Module):
@@ -20,13 +27,13 @@ class SwiGLU(nn.Module):
     dtype : torch.dtype, optional
     """
 
-    def __init__(self, hidden, intermediate, *, dtype=None):
+    def __init__(self, hidden: int, intermediate: int, *, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden, intermediate, bias=False, dtype=dtype)
         self.up_proj = nn.Linear(hidden, intermediate, bias=False, dtype=dtype)
         self.down_proj = nn.Linear(intermediate, hidden, bias=False, dtype=dtype)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> [..., hidden]."""
         return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
@@ -44,16 +51,20 @@ class Experts(nn.Module):
     dtype : torch.dtype, optional
     """
 
-    def __init__(self, hidden, intermediate, count, first=0, *, dtype=None):
+    def __init__(
+        self, hidden: int, intermediate: int, count: int, first: int = 0, *, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.intermediate, self.count, self.first = intermediate, count, first
-        made = dict(dtype=dtype or torch.get_default_dtype(), device=torch.get_default_device())
+        made: Any = dict(dtype=dtype or torch.get_default_dtype(), device=torch.get_default_device())
         self.gate_up = nn.Parameter(torch.empty(count, 2 * intermediate, hidden, **made))
         self.down = nn.Parameter(torch.empty(count, hidden, intermediate, **made))
         nn.init.normal_(self.gate_up, std=hidden**-0.5)
         nn.init.normal_(self.down, std=intermediate**-0.5)
 
-    def forward(self, x, rows_per_expert, out=None):
+    def forward(
+        self, x: torch.Tensor, rows_per_expert: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Rows [N, hidden] in expert order -> [N, hidden].
 
         Parameters
@@ -69,20 +80,27 @@ class Experts(nn.Module):
         inner, down = nn.functional.silu(gate) * up, self.down.transpose(1, 2)
         return grouped_mm(inner, down, ends) if out is None else grouped_mm_into(out, inner, down, ends)
 
-    def _own(self, prefix):
+    def _own(self, prefix: str) -> Iterator[tuple[str, torch.Tensor, tuple[Any, ...]]]:
         for i in range(self.count):
             name = f"{prefix}{self.first + i}."
             yield f"{name}gate_proj.weight", self.gate_up, (i, slice(0, self.intermediate))
             yield f"{name}up_proj.weight", self.gate_up, (i, slice(self.intermediate, None))
             yield f"{name}down_proj.weight", self.down, (i,)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: Any) -> None:
         for key, parameter, at in self._own(prefix):
             destination[key] = (parameter if keep_vars else parameter.detach())[at]
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: Any,
+        missing_keys: Any,
+        unexpected_keys: Any,
+        error_msgs: Any,
+    ) -> None:
         for key, parameter, at in self._own(prefix):
             if key not in state_dict:
                 missing_keys.append(key)
@@ -94,7 +112,7 @@ class Experts(nn.Module):
                 with torch.no_grad():
                     parameter[at].copy_(state_dict[key])
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         """What print(experts) says."""
         return f"{self.gate_up.shape[2]}, intermediate={self.intermediate}, experts {self.first}..{self.first + self.count - 1}"
 
@@ -130,17 +148,17 @@ class MoE(nn.Module):
 
     def __init__(
         self,
-        hidden,
-        intermediate,
-        num_experts,
-        top_k,
-        shared_experts=0,
-        buffer=None,
+        hidden: int,
+        intermediate: int,
+        num_experts: int,
+        top_k: int,
+        shared_experts: int = 0,
+        buffer: Buffer | None = None,
         *,
-        gate=None,
-        capacity=None,
-        expert_alignment=1,
-    ):
+        gate: nn.Module | None = None,
+        capacity: int | None = None,
+        expert_alignment: int = 1,
+    ) -> None:
         super().__init__()
         for name, value in {"hidden": hidden, "num_experts": num_experts, "top_k": top_k}.items():
             if buffer is None or getattr(buffer, name) != value:
@@ -149,6 +167,7 @@ class MoE(nn.Module):
                     f"expected a Buffer for {name} = {value}",
                     op="MoE",
                 )
+        assert buffer is not None
         self.buffer, self.capacity, self.expert_alignment = buffer, capacity, expert_alignment
         self.gate = Gate(hidden, num_experts, top_k) if gate is None else gate
         self.experts = Experts(
@@ -162,7 +181,7 @@ class MoE(nn.Module):
             SwiGLU(hidden, shared_experts * intermediate, dtype=buffer.dtype) if shared_experts else None
         )
 
-    def forward(self, x, with_routing=False):
+    def forward(self, x: torch.Tensor, with_routing: bool = False) -> Any:
         """[..., hidden] -> [..., hidden]. Collective; ranks may hold different numbers of tokens, also none.
 
         Parameters
@@ -184,11 +203,15 @@ class MoE(nn.Module):
         y = y.view(x.shape)
         return (y, routing) if with_routing else y
 
-    def start_dispatch(self, tokens, topk_ids, topk_weights):
+    def start_dispatch(
+        self, tokens: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> Pending:
         """A Pending of this layer's dispatch, on the progress thread."""
         return self._dispatch(tokens, topk_ids, topk_weights, async_op=True)
 
-    def _dispatch(self, tokens, topk_ids, topk_weights, **how):
+    def _dispatch(
+        self, tokens: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, **how: Any
+    ) -> Any:
         return self.buffer.dispatch(
             tokens,
             topk_ids,
@@ -198,13 +221,15 @@ class MoE(nn.Module):
             **how,
         )
 
-    def _routed(self, tokens, topk_ids, topk_weights):
+    def _routed(
+        self, tokens: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> torch.Tensor:
         out = self._dispatch(tokens, topk_ids, topk_weights)
         # Without gradients the experts write where combine reads; else their output is staged once.
         in_place = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         rows = self.experts(out.x, out.rows_per_expert, out.handle.rows if in_place else None)
         return self.buffer.combine(rows, out.handle, topk_weights=out.topk_weights)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         """What print(layer) says."""
         return f"ranks={self.buffer.comm.size}, capacity={self.capacity}, expert_alignment={self.expert_alignment}"

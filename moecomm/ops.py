@@ -16,6 +16,8 @@ they run the same model on graphs of the same shape, whatever their numbers of t
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import ctypes
 import functools
 import itertools
@@ -26,6 +28,10 @@ import torch
 from .errors import InvalidArgument
 from .refusals import Part
 from .tensors import refuse
+
+if TYPE_CHECKING:
+    from .buffer import Buffer
+
 
 _numbers = itertools.count(1)
 _buffers = weakref.WeakValueDictionary()
@@ -41,7 +47,7 @@ class Ticket(ctypes.Structure):
 
     _fields_ = [("number", ctypes.c_int64)]
 
-    def __init__(self, buffer, layout, capacity, plan, output):
+    def __init__(self, buffer: Buffer, layout: str, capacity: int | None, plan: Any, output: Any) -> None:
         super().__init__(next(_numbers))
         self.buffer, self.layout, self.capacity, self.plan, self.output = (
             buffer,
@@ -51,13 +57,13 @@ class Ticket(ctypes.Structure):
             output,
         )
 
-    def tensor(self):
+    def tensor(self) -> torch.Tensor:
         """int64 [1] on the host. Only from here on is the number known: most handles never become a tensor."""
         _tickets[self.number] = self
         return torch.frombuffer(self, dtype=torch.int64)
 
 
-def ticket_of(handle):
+def ticket_of(handle: torch.Tensor) -> Ticket:
     """The Ticket that an int64 tensor [1] stands for.
 
     Raises
@@ -76,14 +82,14 @@ def ticket_of(handle):
     return found
 
 
-def number_buffer(buffer):
+def number_buffer(buffer: Buffer) -> int:
     """A process-wide number under which operators find this Buffer."""
     number = next(_numbers)
     _buffers[number] = buffer
     return number
 
 
-def buffer_of(number):
+def buffer_of(number: int) -> Buffer:
     """The Buffer with this number.
 
     Raises
@@ -97,7 +103,7 @@ def buffer_of(number):
     return found
 
 
-def wanted(*tensors):
+def wanted(*tensors: torch.Tensor | None) -> bool:
     """Whether a call must go through the operators: traced or compiled, seen by a mode, or with gradients."""
     if torch.is_grad_enabled():
         for t in tensors:

@@ -9,15 +9,17 @@ import argparse
 import math
 import os
 import stat
+from collections.abc import Callable
+from typing import NoReturn
 
 MOST = (1 << 31) - 1
 
 
-def _refuse(text, expected):
+def _refuse(text: str, expected: str) -> NoReturn:
     raise argparse.ArgumentTypeError(f"got {text!r}; expected {expected}")
 
 
-def _integer(text, low, high):
+def _integer(text: str, low: int, high: int) -> int:
     try:
         value = int(text)
     except ValueError:  # also more digits than Python reads
@@ -27,27 +29,27 @@ def _integer(text, low, high):
     return value
 
 
-def positive(text):
+def positive(text: str) -> int:
     """An int >= 1."""
     return _integer(text, 1, MOST)
 
 
-def count(text):
+def count(text: str) -> int:
     """An int >= 0."""
     return _integer(text, 0, MOST)
 
 
-def ranks(text):
+def ranks(text: str) -> int:
     """A number of ranks."""
     return _integer(text, 1, 65535)
 
 
-def tokens(text):
+def tokens(text: str) -> int:
     """Tokens of a rank, at least one, as many as a Buffer may have."""
     return _integer(text, 1, 1 << 24)
 
 
-def above_zero(text):
+def above_zero(text: str) -> float:
     """A finite number > 0."""
     value = _real(text)
     if not value > 0:
@@ -55,7 +57,7 @@ def above_zero(text):
     return value
 
 
-def share(text):
+def share(text: str) -> float:
     """A number in 0..1."""
     value = _real(text)
     if not 0 <= value <= 1:
@@ -63,7 +65,7 @@ def share(text):
     return value
 
 
-def _real(text):
+def _real(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -71,21 +73,21 @@ def _real(text):
     return value if math.isfinite(value) else math.nan
 
 
-def positives(text):
+def positives(text: str) -> str:
     """Ints >= 1 with commas between them; the text itself."""
     for part in text.split(","):
         _integer(part, 1, 1 << 24)
     return text
 
 
-def numbers(text):
+def numbers(text: str) -> str:
     """Finite numbers > 0 with commas between them; the text itself."""
     for part in text.split(","):
         above_zero(part)
     return text
 
 
-def geometries(text):
+def geometries(text: str) -> str:
     """Nodes x ranks per node, with commas between them; the text itself."""
     for part in text.split(","):
         nodes, _, per_node = part.partition("x")
@@ -94,10 +96,10 @@ def geometries(text):
     return text
 
 
-def some_of(*names):
+def some_of(*names: str) -> Callable[[str], str]:
     """A type: some of these names with commas between them; the text itself."""
 
-    def check(text):
+    def check(text: str) -> str:
         for part in text.split(","):
             if part not in names:
                 _refuse(part, f"some of {', '.join(names)}")
@@ -106,7 +108,7 @@ def some_of(*names):
     return check
 
 
-def file_to_write(text):
+def file_to_write(text: str) -> str:
     """A file that is there and can be written, or can be made. It is not touched."""
     if text == "":
         return text  # none
@@ -124,7 +126,7 @@ def file_to_write(text):
     return text
 
 
-def folder_to_write(text):
+def folder_to_write(text: str) -> str:
     """A folder that is there and can be written, or can be made. It is not touched."""
     try:
         there = os.path.exists(text)
@@ -138,7 +140,7 @@ def folder_to_write(text):
     return text
 
 
-def file_to_read(text):
+def file_to_read(text: str) -> str:
     """A regular file that can be read."""
     try:
         regular = stat.S_ISREG(os.stat(text).st_mode)
@@ -149,10 +151,10 @@ def file_to_read(text):
     return text
 
 
-def source(*names):
+def source(*names: str) -> Callable[[str], str]:
     """A type: one of these names, or a file or folder that can be read."""
 
-    def check(text):
+    def check(text: str) -> str:
         if text not in names:
             try:
                 mode = os.stat(text).st_mode

@@ -10,10 +10,19 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .errors import InvalidArgument
+
+if TYPE_CHECKING:
+    import os
+
+    from .buffer import Buffer
+    from .communicator import Communicator
+    from .nn import MoE
 
 
 class Started:
@@ -27,21 +36,27 @@ class Started:
         From what that returns to the next state; None: it is the next state.
     """
 
-    def __init__(self, pending, then=None):
+    def __init__(self, pending: Any, then: Callable[[Any], Any] | None = None) -> None:
         self._pending, self._then = pending, then
 
-    def wait(self):
+    def wait(self) -> Any:
         """The next state, when the communication is complete."""
         result = self._pending.wait() if hasattr(self._pending, "wait") else self._pending()
         return result if self._then is None else self._then(result)
 
     @property
-    def span(self):
+    def span(self) -> tuple[float, float] | None:
         """(begin, end) of the call where it ran, in seconds of time.perf_counter(); None for a hook."""
         return getattr(self._pending, "span", None)
 
 
-def two_batches(layer_stages, batch_a, batch_b, *, trace=None):
+def two_batches(
+    layer_stages: Iterable[Callable[[Any], Any] | tuple[str, Callable[[Any], Any]]],
+    batch_a: Any,
+    batch_b: Any,
+    *,
+    trace: Trace | None = None,
+) -> tuple[Any, Any]:
     """Run two micro-batches through the same stages, each computing while the other communicates.
 
     Whoever has started a communication gives way; the other goes on until it has started one too. The order in which
@@ -90,15 +105,16 @@ def two_batches(layer_stages, batch_a, batch_b, *, trace=None):
 class _Lane:
     """One micro-batch on its way through the stages."""
 
-    def __init__(self, name, state, stages, trace):
+    def __init__(self, name: str, state: Any, stages: Any, trace: Trace | None) -> None:
         self.state, self._name, self._stages, self._trace = state, name, stages, trace
-        self._next, self._started = 0, None
+        self._next = 0
+        self._started: tuple[str, Any] | None = None
 
     @property
-    def finished(self):
+    def finished(self) -> bool:
         return self._started is None and self._next == len(self._stages)
 
-    def advance(self):
+    def advance(self) -> None:
         """Wait for what is under way, then compute until something is under way again."""
         if self._started is not None:
             name, started = self._started
@@ -118,7 +134,9 @@ class _Lane:
                 self.state = result
 
 
-def moe_stages(moe, attention=None):
+def moe_stages(
+    moe: MoE, attention: Callable[[Any], Any] | None = None
+) -> list[tuple[str, Callable[[Any], Any]]]:
     """The stages of one layer around a moecomm.nn.MoE: attention, dispatch, experts, combine, each with its residual.
 
     Parameters
@@ -134,18 +152,18 @@ def moe_stages(moe, attention=None):
     """
     buffer = moe.buffer
 
-    def attend(x):
-        return x + attention(x)
+    def attend(x: torch.Tensor) -> Any:
+        return x if attention is None else x + attention(x)
 
-    def dispatch(x):
+    def dispatch(x: torch.Tensor) -> Any:
         ids, weights, *_ = moe.gate(x)
         return Started(moe.start_dispatch(x, ids, weights), lambda out: (x, out))
 
-    def experts(state):
+    def experts(state: Any) -> Any:
         x, out = state
         return x, out, moe.experts(out.x, out.rows_per_expert)
 
-    def combine(state):
+    def combine(state: Any) -> Any:
         x, out, rows = state
         pending = buffer.combine(rows, out.handle, topk_weights=out.topk_weights, async_op=True)
         rest = x if moe.shared_experts is None else x + moe.shared_experts(x)
@@ -171,10 +189,11 @@ class Trace:
         A buffer has a recording of its own (Buffer(..., record=PATH)), which holds its roles.
     """
 
-    def __init__(self, *buffers):
-        self._buffers, self._events = buffers, []
+    def __init__(self, *buffers: Buffer) -> None:
+        self._buffers = buffers
+        self._events: list[tuple[str, str, float, float]] = []
 
-    def __enter__(self):
+    def __enter__(self) -> Trace:
         for buffer in self._buffers:
             if buffer._recorder is not None:
                 raise InvalidArgument(
@@ -184,32 +203,32 @@ class Trace:
             _trace(buffer, True)
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, *exc: object) -> None:
         self._collect()
         for buffer in self._buffers:
             _trace(buffer, False)
 
-    def _collect(self):
+    def _collect(self) -> None:
         for buffer in self._buffers:
             for native in _natives(buffer):
                 for role, begin, end in native.take_timeline():
                     self.add("roles", role, begin, end)
 
-    def add(self, track, name, begin, end):
+    def add(self, track: str, name: str, begin: float, end: float) -> None:
         """Take a span: begin and end in seconds of time.perf_counter()."""
         self._events.append((track, name, begin, end))
 
-    def add_call(self, name, span):
+    def add_call(self, name: str, span: tuple[float, float] | None) -> None:
         """Take the span of a call on the progress thread, where it has one."""
         if span is not None:
             self.add("progress thread", name, *span)
 
-    def spans(self, track=None):
+    def spans(self, track: str | None = None) -> list[tuple[str, str, float, float]]:
         """[(track, name, begin, end)] of one track or all, by begin."""
         self._collect()
         return sorted((e for e in self._events if track in (None, e[0])), key=lambda e: e[2])
 
-    def save(self, path, comm=None):
+    def save(self, path: str | os.PathLike[str], comm: Communicator | None = None) -> None:
         """Write Chrome/Perfetto JSON: one process per rank, one thread per track.
 
         Parameters
@@ -248,18 +267,18 @@ class Trace:
             json.dump({"traceEvents": events, "displayTimeUnit": "ms"}, file)
 
 
-def _natives(buffer):
+def _natives(buffer: Buffer) -> list[Any]:
     return [buffer._native] if buffer._decode is None else [buffer._native, buffer._decode.native]
 
 
-def _trace(buffer, on):
+def _trace(buffer: Buffer, on: bool) -> None:
     buffer._traced = on  # a decode path that is made later asks
     for native in _natives(buffer):
         native.trace(on)
 
 
 @contextlib.contextmanager
-def _range(trace, track, name):
+def _range(trace: Trace | None, track: str, name: str) -> Iterator[None]:
     with torch.profiler.record_function(f"moecomm {track} {name}"):
         begin = time.perf_counter()
         try:

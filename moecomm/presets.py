@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .checks import require
 
@@ -44,17 +45,17 @@ class Deployment:
     top_k: int
 
     @property
-    def nodes(self):
+    def nodes(self) -> int:
         """Number of nodes."""
         return self.ranks // self.ranks_per_node
 
     @property
-    def experts_per_rank(self):
+    def experts_per_rank(self) -> int:
         """Physical experts of a rank."""
         return self.experts // self.ranks
 
 
-def shape_of(name):
+def shape_of(name: str) -> ModelShape:
     """The ModelShape of this name; dashes stand for underscores.
 
     Raises
@@ -62,7 +63,7 @@ def shape_of(name):
     InvalidArgument
         There is none.
     """
-    found = globals().get(name.replace("-", "_")) if isinstance(name, str) else None
+    found: Any = globals().get(name.replace("-", "_")) if isinstance(name, str) else None
     known = sorted(n.replace("_", "-") for n, shape in globals().items() if isinstance(shape, ModelShape))
     require(isinstance(found, ModelShape), "presets", "model", name, f"one of {', '.join(known)}")
     return found

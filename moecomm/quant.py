@@ -9,6 +9,8 @@ Source: DeepSeek-V3 technical report, section 3.3.2 (tiles), and "Insights into 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from . import cuda
@@ -25,7 +27,9 @@ _WIRES = {"fp8": 1, "logfmt10": 2}
 _isa = ""  # tests name a build of the row kernels here; empty: the best one
 
 
-def quantize(x, *, tile=(1, TILE), scale="f32", scale_layout="row"):
+def quantize(
+    x: torch.Tensor, *, tile: tuple[int, int] = (1, TILE), scale: str = "f32", scale_layout: str = "row"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """FP8 e4m3 codes and one scale per tile.
 
     Parameters
@@ -82,7 +86,13 @@ def quantize(x, *, tile=(1, TILE), scale="f32", scale_layout="row"):
     return codes, _by_column(scales) if scale_layout == "column" else scales
 
 
-def dequantize(codes, scales, *, tile=(1, TILE), dtype=torch.float32):
+def dequantize(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    *,
+    tile: tuple[int, int] = (1, TILE),
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
     """Values of FP8 codes.
 
     Parameters
@@ -121,7 +131,9 @@ def dequantize(codes, scales, *, tile=(1, TILE), dtype=torch.float32):
     return out
 
 
-def transpose_requantize(codes, scales, *, scale="f32"):
+def transpose_requantize(
+    codes: torch.Tensor, scales: torch.Tensor, *, scale: str = "f32"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows stored in 1x128 tiles, as the weight gradient wants them: 128x1 tiles, transposed, in one pass.
 
     Equal to quantize(dequantize(codes, scales).t()); no tensor of higher precision is made. With
@@ -165,7 +177,7 @@ def transpose_requantize(codes, scales, *, scale="f32"):
     return out, pack_ue8m0(out_scales) if kind == 2 else out_scales
 
 
-def pack_ue8m0(scales, *, dim=1):
+def pack_ue8m0(scales: torch.Tensor, *, dim: int = 1) -> torch.Tensor:
     """Powers of two as exponent bytes, four in an int32.
 
     Parameters
@@ -187,7 +199,7 @@ def pack_ue8m0(scales, *, dim=1):
     return exponents.view(-1).view(torch.int32).view(scales.shape[0], -(-scales.shape[1] // 4))
 
 
-def unpack_ue8m0(packed, count, *, dim=1):
+def unpack_ue8m0(packed: torch.Tensor, count: int, *, dim: int = 1) -> torch.Tensor:
     """The inverse of pack_ue8m0.
 
     Parameters
@@ -208,7 +220,7 @@ def unpack_ue8m0(packed, count, *, dim=1):
     return (exponents.flatten(1)[:, :count] << 23).view(torch.float32)
 
 
-def encode_wire(x, wire):
+def encode_wire(x: torch.Tensor, wire: str) -> torch.Tensor:
     """Rows as combine(wire=...) sends them.
 
     Parameters
@@ -241,7 +253,9 @@ def encode_wire(x, wire):
     return out
 
 
-def decode_wire(coded, hidden, wire, *, dtype=torch.float32):
+def decode_wire(
+    coded: torch.Tensor, hidden: int, wire: str, *, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Values of rows that encode_wire coded.
 
     Parameters
@@ -283,7 +297,7 @@ def decode_wire(coded, hidden, wire, *, dtype=torch.float32):
     return out
 
 
-def wire_bytes(hidden, wire):
+def wire_bytes(hidden: int, wire: str) -> int:
     """Bytes of a row of `hidden` elements on the wire "fp8" or "logfmt10".
 
     Raises
@@ -293,16 +307,17 @@ def wire_bytes(hidden, wire):
     return _native.wire_row_bytes(_choose("wire", wire, _WIRES, "wire_bytes"), hidden, 0)
 
 
-def _run(name, device, *args):
+def _run(name: str, device: torch.device, *args: Any) -> None:
     if device.type == "cuda":
         cuda.require(name)
         with torch.cuda.device(device):
-            return getattr(cuda.native(), name)(*args, torch.cuda.current_stream(device).cuda_stream)
+            getattr(cuda.native(), name)(*args, torch.cuda.current_stream(device).cuda_stream)
+        return
     if not getattr(_native, name)(*args, _isa):
         raise InvalidArgument(f"isa: this machine has no {_isa!r}", op="quant")
 
 
-def _choose(name, value, choices, op):
+def _choose(name: str, value: Any, choices: dict[Any, int], op: str) -> int:
     if value not in choices:
         raise InvalidArgument(
             f"{op}: {name} is {value!r}; expected one of {', '.join(map(str, choices))}", op=op
@@ -310,7 +325,7 @@ def _choose(name, value, choices, op):
     return choices[value]
 
 
-def _check(name, t, op, *dtypes):
+def _check(name: str, t: Any, op: str, *dtypes: Any) -> torch.Tensor:
     t = plain(op, name, t)
     if t.dtype not in dtypes or t.dim() != 2 or t.device.type not in ("cpu", "cuda") or not t.is_contiguous():
         raise InvalidArgument(
@@ -321,14 +336,14 @@ def _check(name, t, op, *dtypes):
     return t
 
 
-def _check_wire_row(name, device, row_bytes, op):
+def _check_wire_row(name: str, device: torch.device, row_bytes: Any, op: str) -> None:
     if device.type == "cuda" and row_bytes % 16:
         raise InvalidArgument(
             f"{op}: {name} has rows of {row_bytes} bytes; on a GPU expected a multiple of 16", op=op
         )
 
 
-def _as_floats(op, scales, codes, tile):
+def _as_floats(op: str, scales: torch.Tensor, codes: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
     """Scales of any kind and strides as contiguous floats [tile rows, tile columns]."""
     scales = plain(op, "scales", scales)
     shape, device = codes.shape, codes.device
@@ -347,7 +362,7 @@ def _as_floats(op, scales, codes, tile):
     return scales.contiguous() if scales.dtype == torch.float32 else unpack_ue8m0(scales, want[dim], dim=dim)
 
 
-def _by_column(scales):
+def _by_column(scales: torch.Tensor) -> torch.Tensor:
     rows, columns = scales.shape
     column = torch.zeros((columns, -(-rows // 4) * 4), dtype=scales.dtype, device=scales.device)
     out = column.t()[:rows]

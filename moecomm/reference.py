@@ -6,7 +6,9 @@ combine too: it rounds where the protocol rounds.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -31,16 +33,16 @@ class Received:
 
 
 def dispatch(
-    xs,
-    topk_ids,
-    topk_weights=None,
+    xs: Sequence[torch.Tensor],
+    topk_ids: Sequence[torch.Tensor],
+    topk_weights: Sequence[torch.Tensor] | None = None,
     *,
-    num_experts,
-    layout="expert",
-    expert_alignment=1,
-    capacity=None,
-    scales=None,
-):
+    num_experts: int,
+    layout: str = "expert",
+    expert_alignment: int = 1,
+    capacity: int | None = None,
+    scales: Sequence[torch.Tensor] | None = None,
+) -> list[Received]:
     """What every rank receives.
 
     Parameters
@@ -62,7 +64,7 @@ def dispatch(
     out = []
     for rank in range(size):
         mine = range(rank * per_rank, (rank + 1) * per_rank)
-        rows = []  # (source rank, token, list of k) or None for a padding row
+        rows: list[Any] = []  # (source rank, token, list of k) or None for a padding row
         tokens, padded = [], []
         if layout == "rank":
             for source in range(size):
@@ -87,12 +89,23 @@ def dispatch(
     return out
 
 
-def _gather(rows, mine, xs, scales, topk_ids, topk_weights, layout, top_k, tokens, padded):
+def _gather(
+    rows: Any,
+    mine: Any,
+    xs: Any,
+    scales: Any,
+    topk_ids: Any,
+    topk_weights: Any,
+    layout: Any,
+    top_k: Any,
+    tokens: Any,
+    padded: Any,
+) -> Received:
     n = len(rows)
     x = torch.zeros((n, xs[0].shape[1]), dtype=xs[0].dtype, device="cpu")
     s = None if scales is None else torch.zeros((n, scales[0].shape[1]), dtype=scales[0].dtype, device="cpu")
     weights = torch.zeros(n if layout == "expert" else (n, top_k), dtype=torch.float32, device="cpu")
-    ids = None if layout == "expert" else torch.full((n, top_k), -1, dtype=torch.int64, device="cpu")
+    ids: Any = None if layout == "expert" else torch.full((n, top_k), -1, dtype=torch.int64, device="cpu")
     source_rank, source_token = (torch.full((n,), -1, dtype=torch.int64, device="cpu") for _ in range(2))
     for i, row in enumerate(rows):
         if row is None:
@@ -120,7 +133,16 @@ def _gather(rows, mine, xs, scales, topk_ids, topk_weights, layout, top_k, token
     )
 
 
-def combine(rows, received, num_tokens, *, ranks_per_node, topk_weights=None, bias=None, wire=None):
+def combine(
+    rows: Sequence[torch.Tensor],
+    received: Sequence[Received],
+    num_tokens: Sequence[int],
+    *,
+    ranks_per_node: int,
+    topk_weights: Sequence[torch.Tensor] | None = None,
+    bias: Sequence[torch.Tensor] | None = None,
+    wire: Any = None,
+) -> list[torch.Tensor]:
     """What every rank gets back.
 
     Parameters
@@ -189,7 +211,9 @@ class DecodeReceived:
     counts: torch.Tensor
 
 
-def _decode_places(topk_ids, num_experts):
+def _decode_places(
+    topk_ids: Sequence[torch.Tensor], num_experts: int
+) -> tuple[dict[tuple[int, int, int], tuple[int, int, int]], list[int]]:
     """(rank, local expert, position) of every pick: {(source, t, k): ...}, in order (source rank, source token)."""
     per_rank = num_experts // len(topk_ids)
     filled, places = [0] * num_experts, {}
@@ -202,7 +226,14 @@ def _decode_places(topk_ids, num_experts):
     return places, filled
 
 
-def decode_dispatch(xs, topk_ids, *, num_experts, max_tokens, scales=None):
+def decode_dispatch(
+    xs: Sequence[torch.Tensor],
+    topk_ids: Sequence[torch.Tensor],
+    *,
+    num_experts: int,
+    max_tokens: int,
+    scales: Sequence[torch.Tensor] | None = None,
+) -> list[DecodeReceived]:
     """What every rank receives from Buffer.decode_dispatch.
 
     Parameters
@@ -232,13 +263,20 @@ def decode_dispatch(xs, topk_ids, *, num_experts, max_tokens, scales=None):
     for (source, t, _), (rank, expert, at) in places.items():
         out[rank].x[expert, at] = xs[source][t]
         if scales is not None:
-            out[rank].scales[expert, at] = scales[source][t]
+            out[rank].scales[expert, at] = scales[source][t]  # type: ignore[index]
     return out
 
 
 def decode_combine(
-    rows, topk_ids, topk_weights, *, num_experts, weights_travel=False, ranks_per_node=None, wire=None
-):
+    rows: Sequence[torch.Tensor],
+    topk_ids: Sequence[torch.Tensor],
+    topk_weights: Sequence[torch.Tensor],
+    *,
+    num_experts: int,
+    weights_travel: bool = False,
+    ranks_per_node: int | None = None,
+    wire: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
     """What every rank gets back from Buffer.decode_combine.
 
     Parameters
@@ -264,14 +302,14 @@ def decode_combine(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     per_node = ranks_per_node or len(rows)
 
-    def coded(value, rank, source):
+    def coded(value: Any, rank: int, source: Any) -> torch.Tensor:
         return wire(value) if wire and rank // per_node != source // per_node else value.to(dtype).to(wide)
 
     out = []
     for source, ids in enumerate(topk_ids):
         y = torch.zeros((len(ids), hidden), dtype=dtype, device="cpu")
         for t in range(len(ids)):
-            terms = {}  # by rank, in the order of first picks
+            terms: dict[int, torch.Tensor] = {}  # by rank, in the order of first picks
             total = None
             for k in range(ids.shape[1]):
                 if (source, t, k) not in places:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import time
 from functools import cached_property
 
@@ -9,6 +12,10 @@ import torch
 
 from . import cuda, ops
 from ._native import core
+
+if TYPE_CHECKING:
+    from .buffer import Buffer
+    from .communicator import Communicator
 
 
 class Dispatched:
@@ -22,59 +29,60 @@ class Dispatched:
     """
 
     # Fields are ordinary attributes; those that nobody has set are made of the block when they are first asked for.
-    lost_weight = None
+    lost_weight: torch.Tensor | None = None
+    _block: Any
 
-    def __init__(self, handle, lost_weight=None):
+    def __init__(self, handle: Handle, lost_weight: torch.Tensor | None = None) -> None:
         self.handle, self.lost_weight = handle, lost_weight
 
     @cached_property
-    def _tensors(self):
+    def _tensors(self) -> BlockTensors:
         b = self.handle._buffer
         return BlockTensors(
             self.handle, self._block, b.dtype, b._row_bytes, 0
         )  # rows of the buffer's dtype, as they left
 
     @cached_property
-    def x(self):
+    def x(self) -> torch.Tensor:
         """Rows [N, hidden]."""
         return self._tensors.make("x")
 
     @cached_property
-    def scales(self):
+    def scales(self) -> torch.Tensor | None:
         """Scales of quantized rows, else None: float32 [N, hidden/128], or int32 [N, hidden/512] (UE8M0), in either layout."""
         return self._tensors.make("scales")
 
     @cached_property
-    def topk_weights(self):
+    def topk_weights(self) -> torch.Tensor:
         """[N] in the expert layout, [N, top_k] in the rank layout, float32; 0 where there is no pick."""
         return self._tensors.make("weights")
 
     @cached_property
-    def topk_ids(self):
+    def topk_ids(self) -> torch.Tensor | None:
         """Local expert ids [N, top_k] int64, -1 elsewhere (rank layout; None in the expert layout)."""
         return None if self.handle.layout == "expert" else self._tensors.make("ids")
 
     @cached_property
-    def _source(self):
+    def _source(self) -> torch.Tensor:
         return self._tensors.make("source")
 
     @property
-    def source_rank(self):
+    def source_rank(self) -> torch.Tensor:
         """Rank that each row comes from, int64 [N]; -1 on padding."""
         return self._source >> 32
 
     @property
-    def source_token(self):
+    def source_token(self) -> torch.Tensor:
         """Token at that rank, int64 [N]; -1 on padding."""
         return torch.where(self._source < 0, self._source, self._source & 0xFFFFFFFF)
 
     @property
-    def tokens_per_expert(self):
+    def tokens_per_expert(self) -> torch.Tensor:
         """True number of rows of every local expert, int64 [experts per rank]."""
         return self.handle._counts()[0]
 
     @property
-    def rows_per_expert(self):
+    def rows_per_expert(self) -> torch.Tensor:
         """Rows of every local expert with padding, int64 [experts per rank]."""
         return self.handle._counts()[1]
 
@@ -87,21 +95,25 @@ class Handle:
     """
 
     # What is None is made when it is first asked for.
-    _capacity = _made_plan = _made_output = _made_tensor = _made_counts = None
+    _capacity: int | None = None
+    _made_plan: Any = None
+    _made_output: Any = None
+    _made_tensor: torch.Tensor | None = None
+    _made_counts: Any = None
 
     def __init__(
         self,
-        buffer,
-        layout,
-        capacity,
-        num_rows,
-        num_tokens,
+        buffer: Buffer,
+        layout: str,
+        capacity: int | None,
+        num_rows: int,
+        num_tokens: int,
         *,
-        plan=None,
-        output=None,
-        tensor=None,
-        counts=None,
-    ):
+        plan: Any = None,
+        output: Any = None,
+        tensor: torch.Tensor | None = None,
+        counts: Any = None,
+    ) -> None:
         self._buffer, self._capacity = buffer, capacity
         self.layout, self.num_rows, self.num_tokens = layout, num_rows, num_tokens
         self._made_plan, self._made_output, self._made_tensor, self._made_counts = (
@@ -112,17 +124,17 @@ class Handle:
         )
 
     @property
-    def _plan(self):
+    def _plan(self) -> Any:
         if self._made_plan is None:  # an operator's handle: its tensor stands for a ticket
-            ticket = ops.ticket_of(self._made_tensor)
+            ticket = ops.ticket_of(self._made_tensor)  # type: ignore[arg-type]
             self._made_plan, self._made_output = ticket.plan, ticket.output
         return self._made_plan
 
     @property
-    def _output(self):
+    def _output(self) -> Any:
         return self._made_output if self._plan is not None else None
 
-    def tensor(self):
+    def tensor(self) -> torch.Tensor:
         """The handle as torch.ops.moecomm.* take it: int64 [1] on the host. Keep this tensor, not a copy of it."""
         if self._made_tensor is None:
             self._made_tensor = ops.Ticket(
@@ -130,7 +142,7 @@ class Handle:
             ).tensor()
         return self._made_tensor
 
-    def _counts(self):
+    def _counts(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(true, padded) rows of every local expert."""
         if self._made_counts is None:
             plan, n = self._plan, self._buffer.experts_per_rank
@@ -141,7 +153,7 @@ class Handle:
         return self._made_counts
 
     @cached_property
-    def rows(self):
+    def rows(self) -> torch.Tensor:
         """The experts' output, to be written: [N, hidden] in the window."""
         return view(
             self._output,
@@ -163,10 +175,12 @@ class Pending:
 
     event = None  # set in the CUDA world
 
-    def __init__(self, comm, work, keep, then=None):
+    def __init__(
+        self, comm: Communicator, work: Callable[[], Any], keep: Any, then: Callable[[Any], Any] | None = None
+    ) -> None:
         self._comm, self.span, self._keep, self._then = comm, None, keep, then
 
-        def timed():
+        def timed() -> Any:
             begin = time.perf_counter()
             result = work()
             self.span = begin, time.perf_counter()
@@ -174,7 +188,7 @@ class Pending:
 
         self._future = comm._submit(timed)
 
-    def wait(self):
+    def wait(self) -> Any:
         """The call's result, when it is there.
 
         Raises
@@ -192,7 +206,7 @@ class Pending:
             then(result)
         return result
 
-    def done(self):
+    def done(self) -> bool:
         """Whether wait() would return at once."""
         return self._future.done()
 
@@ -201,14 +215,21 @@ class BlockTensors:
     """Makes the fields of a dispatch as views of its block."""
 
     def __init__(
-        self, handle, block, dtype, row_bytes, scale_bytes, scale_dtype=torch.float32, scales_by_column=False
-    ):
+        self,
+        handle: Handle,
+        block: Any,
+        dtype: torch.dtype,
+        row_bytes: int,
+        scale_bytes: int,
+        scale_dtype: torch.dtype = torch.float32,
+        scales_by_column: bool = False,
+    ) -> None:
         self._handle, self._block, self._dtype = handle, block, dtype
         self._row_bytes, self._scale_bytes = row_bytes, scale_bytes
         self._scale_dtype, self._by_column = scale_dtype, scales_by_column
-        self._offsets = None
+        self._offsets: Any = None
 
-    def make(self, name):
+    def make(self, name: str) -> Any:
         """One of x, scales, weights, ids, source."""
         h = self._handle
         buffer, top_k = h._buffer, () if h.layout == "expert" else (h._buffer.top_k,)
@@ -233,7 +254,7 @@ class BlockTensors:
         return view(self._block, self._offsets[index], dtype, (h.num_rows, *columns), buffer.comm.device)
 
 
-_DLPACK = {
+_DLPACK: dict[torch.dtype, tuple[int, int]] = {
     torch.bfloat16: (4, 16),
     torch.float16: (2, 16),
     torch.float32: (2, 32),
@@ -242,20 +263,20 @@ _DLPACK = {
 }  # code, bits
 
 
-def view(block, offset, dtype, shape, device):
+def view(block: Any, offset: int, dtype: torch.dtype, shape: Any, device: torch.device) -> torch.Tensor:
     """A tensor of one or two dimensions at an offset of a block, which lives as long as the tensor."""
     if 0 in shape:
         return torch.empty(shape, dtype=dtype, device=device)
     if hasattr(block, "__cuda_array_interface__"):
         return cuda.tensor_of(block, offset, dtype, shape)
     rows, columns = shape if len(shape) == 2 else (*shape, 0)
-    made = core.tensor_at(block, offset, *_DLPACK[dtype], rows, columns) if dtype in _DLPACK else None
+    made: Any = core.tensor_at(block, offset, *_DLPACK[dtype], rows, columns) if dtype in _DLPACK else None
     if made is None:
         made = torch.frombuffer(block, dtype=dtype, count=rows * max(columns, 1), offset=offset).view(shape)
     return made
 
 
-def _counts(counts):
+def _counts(counts: Any) -> Any:
     """A tensor of a plan's counts, where the buffer's tensors are."""
     return (
         cuda.counts_of(counts)

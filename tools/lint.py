@@ -21,8 +21,9 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PYTHON = ["moecomm", "bench", "examples", "tests", "tools", "docs", "setup.py"]
-PLAIN = ["bench", "examples", "tests", "tools", "setup.py"]  # without banned phrases: may only grow
-PROSE = [*PYTHON, "csrc", *sorted(p.name for p in ROOT.glob("*.md"))]
+PAGES = sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PROSE = [*PYTHON, "csrc", *PAGES]
+PLAIN = ["bench", "examples", "tests", "tools", "setup.py", *PAGES]  # without banned phrases: may only grow
 
 
 def sources(folders, suffixes):
@@ -54,6 +55,7 @@ def checks():
         Check("ruff format", "ruff", [*python, "ruff", "format", "--check", "--quiet", *PYTHON]),
         Check("cython-lint", "cython-lint", [str(scripts / "cython-lint"), *cython]),
         Check("codespell", "codespell", [*python, "codespell_lib", *PROSE]),
+        Check("mypy", "mypy", [*python, "mypy"]),
         Check("phrases", None, [sys.executable, "tools/phrases.py", *PLAIN]),
     ]
 

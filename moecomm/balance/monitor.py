@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..checks import MOST_EXPERTS, flag, integer, integers, number, require
 from .placement import Placement, rebalance
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from ..communicator import Communicator
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,9 @@ class LoadMonitor:
     Source: DeepSeek-V3 technical report, section 3.4.1 (statistics of online serving).
     """
 
-    def __init__(self, num_layers, num_experts, *, window=64, half_life=64.0):
+    def __init__(
+        self, num_layers: int, num_experts: int, *, window: int = 64, half_life: float = 64.0
+    ) -> None:
         op = "LoadMonitor"
         layers, experts = (
             integer(op, "num_layers", num_layers, 1, 1 << 20),
@@ -65,15 +73,15 @@ class LoadMonitor:
                 f"a history of {layers} layers x {experts} experts x window that memory holds",
             )
 
-    def reset(self):
+    def reset(self) -> None:
         """Forget everything."""
         layers, experts = self.shape
         self._recent = np.zeros((self.window, layers, experts), dtype=np.int64)
         self._average = np.zeros(self.shape)
-        self._everywhere = None
+        self._everywhere: bool | None = None
         self.batches = np.zeros(layers, dtype=np.int64)  # recorded, per layer
 
-    def record(self, layer, counts, *, everywhere=False):
+    def record(self, layer: int, counts: ArrayLike, *, everywhere: bool = False) -> None:
         """Add one batch's picks, int [E]; everywhere: of all ranks, else of this one. Called by dispatch.
 
         Raises
@@ -85,12 +93,12 @@ class LoadMonitor:
             integer("LoadMonitor", "layer", layer, 0, self.shape[0] - 1),
             flag("LoadMonitor", "everywhere", everywhere),
         )
-        counts = integers("LoadMonitor", "counts", counts)
+        picks: np.ndarray = integers("LoadMonitor", "counts", counts)
         require(
-            counts.shape == self.shape[1:] and counts.min() >= 0,
+            picks.shape == self.shape[1:] and picks.min() >= 0,
             "LoadMonitor",
             "counts",
-            counts,
+            picks,
             f"picks >= 0 of {self.shape[1]} experts",
         )
         require(
@@ -101,11 +109,11 @@ class LoadMonitor:
             "the same kind of counts since the last reset",
         )
         self._everywhere = everywhere
-        self._recent[self.batches[layer] % self.window, layer] = counts
-        self._average[layer] = self._average[layer] * self._decay + counts
+        self._recent[self.batches[layer] % self.window, layer] = picks
+        self._average[layer] = self._average[layer] * self._decay + picks
         self.batches[layer] += 1
 
-    def load(self, comm=None, *, weighted=True):
+    def load(self, comm: Communicator | None = None, *, weighted: bool = True) -> torch.Tensor:
         """Load float64 [L, E]: the weighted average, or the sum of the window. Collective with comm: summed over its ranks.
 
         Meant to be called rarely, before a rebalance. Where dispatch recorded the counts of all ranks, nothing is
@@ -130,8 +138,16 @@ class LoadMonitor:
         return torch.from_numpy(np.array(load))
 
     def advise(
-        self, placement, *, seconds_per_row, bytes_per_expert, bytes_per_second, batches, comm=None, **options
-    ):
+        self,
+        placement: Placement,
+        *,
+        seconds_per_row: float,
+        bytes_per_expert: float,
+        bytes_per_second: float,
+        batches: float,
+        comm: Communicator | None = None,
+        **options: Any,
+    ) -> Advice:
         """Plan a rebalance and weigh it: time saved over the next `batches` per layer against time to move weights.
 
         Parameters
@@ -161,7 +177,7 @@ class LoadMonitor:
         """
         op = "advise"
 
-        def checked():
+        def checked() -> Any:
             require(
                 isinstance(placement, Placement), op, "placement", placement, "a moecomm.balance.Placement"
             )
@@ -183,8 +199,8 @@ class LoadMonitor:
 
         require(comm is None or hasattr(comm, "ranks_per_node"), op, "comm", comm, "a Communicator, or None")
         # What is wrong on one rank is raised on all of them: nobody waits for loads that do not come.
-        alone = comm is None or self._everywhere
-        per_row, moved, rate, batches = checked() if alone else comm._everywhere(op, checked)[comm.rank]
+        given = checked() if comm is None or self._everywhere else comm._everywhere(op, checked)[comm.rank]
+        per_row, moved, rate, batches = given
         load = self.load(comm)
         planned = rebalance(
             load,

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from .._native import balance as native
 from ..checks import MOST_EXPERTS, flag, integer, integers, reals, require
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+    from ..communicator import Communicator
+    from .migration import Migrating
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +49,7 @@ class Placement:
     replica_count: torch.Tensor = field(init=False, repr=False)
     moves: torch.Tensor = field(init=False, repr=False)
 
-    def __post_init__(self, previous):
+    def __post_init__(self, previous: Placement | None) -> None:
         op = "Placement"
         table = torch.from_numpy(integers(op, "physical_to_logical", self.physical_to_logical).copy())
         require(
@@ -123,26 +131,26 @@ class Placement:
         object.__setattr__(self, "moves", self._moves(previous))
 
     @property
-    def num_layers(self):
+    def num_layers(self) -> int:
         """Layers L."""
         return self.physical_to_logical.shape[0]
 
     @property
-    def num_slots(self):
+    def num_slots(self) -> int:
         """Slots P over all ranks."""
         return self.physical_to_logical.shape[1]
 
     @property
-    def slots_per_rank(self):
+    def slots_per_rank(self) -> int:
         """Slots of one rank."""
         return self.num_slots // self.num_ranks
 
     @property
-    def digest(self):
+    def digest(self) -> str:
         """A few characters that are equal where version and table are."""
         return f"{self.version}-{zlib.crc32(self.physical_to_logical.numpy().tobytes()):08x}"
 
-    def rank_load(self, load):
+    def rank_load(self, load: ArrayLike) -> torch.Tensor:
         """Load of every rank if each expert's load is split evenly over its replicas.
 
         load : array [L, E]. Returns float64 [L, ranks].
@@ -163,7 +171,7 @@ class Placement:
         share = (load / self.replica_count).gather(1, self.physical_to_logical)
         return share.view(self.num_layers, self.num_ranks, -1).sum(-1)
 
-    def balancedness(self, load):
+    def balancedness(self, load: ArrayLike) -> float:
         """Mean over layers of mean/max rank load, 1.0 at best; a layer without load counts as balanced."""
         load = torch.from_numpy(_finite("balancedness", "load", load))
         largest = load.max(1, keepdim=True).values if load.dim() == 2 and load.numel() else load
@@ -175,7 +183,7 @@ class Placement:
             torch.where(highest > 0, rank.mean(1) / torch.where(highest > 0, highest, 1.0), 1.0).mean()
         )
 
-    def surviving(self, alive, *, num_nodes=1):
+    def surviving(self, alive: Sequence[int], *, num_nodes: int = 1) -> Placement:
         """This placement on the ranks that are left, numbered anew in ascending order; they keep their slots.
 
         alive : ranks of this placement. num_nodes : of the surviving world. Returns a Placement with `partial` set, whose
@@ -202,7 +210,7 @@ class Placement:
         )
         return Placement(table, self.num_experts, len(alive), num_nodes, self.version, partial=True)
 
-    def migrate(self, weights, comm):
+    def migrate(self, weights: Sequence[Any], comm: Communicator) -> Migrating:
         """Move the weights of changed slots to where this placement wants them, in the background. Collective.
 
         Parameters
@@ -231,7 +239,7 @@ class Placement:
 
         return Migrating(Migration(self, weights, comm))
 
-    def _moves(self, before):
+    def _moves(self, before: Placement | None) -> torch.Tensor:
         if before is None:
             return torch.zeros((0, 4), dtype=torch.int64, device="cpu")
         same = (
@@ -258,25 +266,25 @@ class Placement:
         return torch.stack([layer, slot, expert, sources.gather(1, chosen).flatten()], 1)
 
 
-def _finite(op, name, load):
+def _finite(op: str, name: str, load: ArrayLike) -> np.ndarray:
     """Loads as float64 on the host."""
-    load = reals(op, name, load)
-    wrong = ~(np.isfinite(load) & (load >= 0))
-    require(not wrong.any(), op, name, float(load[wrong][0]) if wrong.any() else 0.0, "finite numbers >= 0")
-    return load
+    found: np.ndarray = reals(op, name, load)
+    wrong = ~(np.isfinite(found) & (found >= 0))
+    require(not wrong.any(), op, name, float(found[wrong][0]) if wrong.any() else 0.0, "finite numbers >= 0")
+    return found
 
 
 def rebalance(
-    load,
+    load: ArrayLike,
     *,
-    num_replicas,
-    num_groups=1,
-    num_nodes=1,
-    num_ranks,
-    previous=None,
-    max_moves=None,
-    connected=False,
-):
+    num_replicas: int,
+    num_groups: int = 1,
+    num_nodes: int = 1,
+    num_ranks: int,
+    previous: Placement | None = None,
+    max_moves: int | None = None,
+    connected: bool = False,
+) -> Placement:
     """A placement that balances the ranks under this load. Deterministic; releases the GIL.
 
     Parameters
@@ -380,7 +388,9 @@ def rebalance(
     )
 
 
-def rebalance_experts(weight, num_replicas, num_groups, num_nodes, num_gpus):
+def rebalance_experts(
+    weight: ArrayLike, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The static plan with the signature that serving engines already call.
 
     Parameters

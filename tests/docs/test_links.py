@@ -1,7 +1,6 @@
 """Links and anchors of the documents lead somewhere, and every page of docs/ is in the site's navigation."""
 
 import re
-
 import sys
 
 import doc_pages
@@ -9,7 +8,7 @@ import pytest
 from doc_pages import ROOT, name_of
 
 sys.path.insert(0, str(ROOT / "tools"))
-import phrases  # noqa: E402
+import phrases
 
 PAGES = doc_pages.WRITTEN + doc_pages.GENERATED
 

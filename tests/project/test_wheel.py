@@ -104,6 +104,7 @@ def test_what_is_in_it(wheel):
         "moecomm/bench/__main__.py",
         "moecomm/tables/clusters/h800.toml",
         "moecomm/_native/core.pyi",
+        "moecomm/py.typed",
     ):
         assert name in names, name
     assert not [
