@@ -21,6 +21,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import doc_pages
+import doc_runner
 import pytest
 from doc_pages import ROOT, name_of
 
@@ -40,16 +41,6 @@ SETTINGS = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "PRTE_MCA_hwloc_default_binding_policy": "none",
 }
-# Runs the python blocks of a page, and says what each printed.
-RUNNER = """
-import contextlib, io, json, sys
-said, names = [], {"__name__": "__main__"}
-for line, text in json.load(open("blocks.json")):
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(compile("\\n" * line + text, sys.argv[1], "exec"), names)
-    said.append(out.getvalue())
-json.dump(said, open("said.json", "w"))
-"""
 PAGES = [page for page in doc_pages.WRITTEN if doc_pages.blocks(page)]
 
 
@@ -90,15 +81,34 @@ def environment():
 
 
 def execute(command, folder):
-    """The output of a command; raises where it fails."""
+    """The output of a shell command; raises where it fails."""
     done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=120, check=False, env=environment()
+        ["bash", "-ec", command],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environment(),
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
     return done.stdout
 
 
-def run_python(page, folder):
+def execute_loaded(argv, folder, processes):
+    """The same in a process that has loaded moecomm: most of the time of a small program is that of loading torch."""
+    out = folder / "out.txt"
+    process = processes.Process(target=doc_runner.run, args=(argv, str(folder), environment(), str(out)))
+    process.start()
+    process.join(120)
+    if process.is_alive():
+        process.kill()
+    said = out.read_text() if out.exists() else ""
+    assert process.exitcode == 0, f"{argv}\n{said[-6000:]}"
+    return said
+
+
+def run_python(page, folder, processes):
     """Runs the python blocks; what was expected and printed instead, by line."""
     wanted, expected = [], {}
     for block in doc_pages.blocks(page):
@@ -109,13 +119,13 @@ def run_python(page, folder):
     if not wanted:
         return
     (folder / "blocks.json").write_text(json.dumps(wanted))
-    execute([sys.executable, "-c", RUNNER, name_of(page)], folder)
+    execute_loaded(["blocks", name_of(page)], folder, processes)
     said = json.loads((folder / "said.json").read_text())
     for at, block in expected.items():
         assert matches(block.text, said[at]), f"{name_of(page)}:{block.line}: printed\n{said[at]}"
 
 
-def run_console(page, folder):
+def run_console(page, folder, processes):
     """Runs the commands, and compares what they print."""
     for block in doc_pages.blocks(page):
         name = block.marked("file")
@@ -125,7 +135,11 @@ def run_console(page, folder):
     for block in doc_pages.blocks(page):
         if block.language == "console" and runs(block):
             for command, expected in commands(block):
-                said = execute(["bash", "-ec", "\n".join([*exported, command])], folder)
+                words = shlex.split(command)
+                if not exported and words[0] in ("python", "moecomm") and not set(command) & set("$&|<>;="):
+                    said = execute_loaded(words, folder, processes)
+                else:
+                    said = execute("\n".join([*exported, command]), folder)
                 if command.startswith("export "):
                     exported.append(command)
                 assert expected is None or matches(expected, said, block.mark == "any order"), (
@@ -134,14 +148,14 @@ def run_console(page, folder):
 
 
 @pytest.fixture(scope="session")
-def pages(request, tmp_path_factory):
+def pages(request, tmp_path_factory, processes):
     """{page: the outcome of running it}, two pages at a time: most of the time is that of starting processes."""
 
     def run(page):
         folder = tmp_path_factory.mktemp(page.stem)
         (folder / "examples").symlink_to(ROOT / "examples")
-        run_python(page, folder)
-        run_console(page, folder)
+        run_python(page, folder, processes)
+        run_console(page, folder, processes)
 
     wanted = {item.callspec.params["page"] for item in request.session.items if "runs_as_it" in item.name}
     with ThreadPoolExecutor(2) as pool:
@@ -196,21 +210,21 @@ def test_code_is_fenced(page):
     assert re.findall(r"(?<=\n\n) {4}(?![-*\d|])\S.*", text) == []
 
 
-def test_a_wrong_page_is_found(tmp_path):
+def test_a_wrong_page_is_found(tmp_path, processes):
     page = tmp_path / "page.md"
     page.write_text(
         "```python\nprint('a', 1)\n```\n\n<!-- output -->\n```text\na ...\n```\n\n```console\n$ echo b\nb\n```\n"
     )
-    run_python(page, tmp_path)
-    run_console(page, tmp_path)
+    run_python(page, tmp_path, processes)
+    run_console(page, tmp_path, processes)
     page.write_text(page.read_text().replace("$ echo b", "$ echo c").replace("a ...", "b ..."))
     with pytest.raises(AssertionError, match=r"printed\s+a 1"):
-        run_python(page, tmp_path)
+        run_python(page, tmp_path, processes)
     with pytest.raises(AssertionError, match="echo c printed"):
-        run_console(page, tmp_path)
+        run_console(page, tmp_path, processes)
     page.write_text("```python\nraise ValueError('of line 2')\n```\n")
     with pytest.raises(AssertionError, match="line 2"):
-        run_python(page, tmp_path)
+        run_python(page, tmp_path, processes)
 
 
 def test_outputs_are_compared_line_by_line():

@@ -56,3 +56,11 @@ def test_the_index_leads_to_every_page():
     linked = {(index.parent / target).resolve() for target, _ in doc_pages.links(index)}
     pages = [p for p in doc_pages.WRITTEN if p not in (index, ROOT / "README.md")]
     assert [name_of(p) for p in pages if p not in linked] == []
+
+
+def test_the_architecture_has_every_folder():
+    """The table and the picture of docs/architecture.md know every folder of csrc."""
+    folders = {p.name for p in (ROOT / "csrc").iterdir() if p.is_dir()}
+    table = re.findall(r"^\| `csrc/(\w+)/`", (ROOT / "docs" / "architecture.md").read_text(), re.M)
+    picture = re.findall(r">(\w+)/(?:\w+)?<", (ROOT / "docs" / "layers.svg").read_text())
+    assert folders - set(table) == set() and folders - set(picture) == set()
