@@ -21,7 +21,7 @@ from .arguments import describe, known, shares_memory
 from .errors import ConfigMismatch, InvalidArgument, raise_failure
 from .refusals import Part, made
 from .shapes import DTYPES, QUANTS, SCALE_DTYPES, WIRES
-from .tensors import address
+from .tensors import address, refuse_gradients, wants_gradient
 
 __all__ = ["Decode", "DecodeHandle", "DecodeReceived", "DecodeVerbs"]
 
@@ -104,6 +104,7 @@ class DecodeVerbs:
         topk_weights = self._as_tensor("decode_dispatch", "topk_weights", topk_weights, optional=True)
         if self._replicas is not None:
             rows, scales = self._as_rows("decode_dispatch", x)
+            decode.refuse_gradients("decode_dispatch", x=rows, scales=scales, topk_weights=topk_weights)
             self._check_picks(
                 "decode_dispatch",
                 "topk_ids",
@@ -237,7 +238,7 @@ class Decode:
                 for t in scales(kind, by_column)
             ],
             counts,
-            matrices("rows", self.dtype),
+            [_without_base(t) for t in matrices("rows", self.dtype)],
         )
 
     def dispatch(self, x, topk_ids, topk_weights, quant, scale_layout, return_hook):
@@ -251,6 +252,7 @@ class Decode:
             known(quant, QUANTS)
             and scale_layout == "row"
             and (quant is None or self.hidden % 16 == 0 and self.dtype != torch.float64)
+            and not wants_gradient(x, topk_weights)
         ):
             done = self.native.try_dispatch(x, topk_ids, topk_weights, QUANTS[quant], not return_hook)
             if done is not None:
@@ -265,6 +267,7 @@ class Decode:
             buffer._as_tensor(op, "topk_ids", topk_ids),
             buffer._as_tensor(op, "topk_weights", topk_weights, optional=True),
         )
+        self.refuse_gradients(op, x=x, scales=scales, topk_weights=topk_weights)
         tokens = buffer._check_x(op, x, scales, packed=True)
         buffer._check_quant(op, quant if scales is None else None, scale_layout, scales)
         buffer._check_picks(op, "topk_ids", topk_ids, tokens, _IDS)
@@ -292,7 +295,7 @@ class Decode:
         ------
         MoecommError
         """
-        if wire is None and out is not None:
+        if wire is None and out is not None and not wants_gradient(rows, topk_weights):
             done = self.native.try_combine(rows, topk_ids, topk_weights, handle, out, not return_hook)
             if done is not None:
                 return done
@@ -316,6 +319,11 @@ class Decode:
             buffer._as_tensor(op, "topk_weights", topk_weights, optional=True),
             buffer._as_tensor(op, "out", out, optional=True, written=True),
         )
+        try:
+            self.refuse_gradients(op, rows=rows, topk_weights=topk_weights)
+        except InvalidArgument:
+            handle.rows.detach_()  # the window serves later steps, which have no part in this graph
+            raise
         want, device = handle.rows, buffer.comm.device
         if (
             rows.dtype != want.dtype
@@ -374,6 +382,15 @@ class Decode:
             not return_hook,
         )
 
+    def refuse_gradients(self, op, **tensors):
+        """Refuse tensors whose gradient the decode path would drop.
+
+        Raises
+        ------
+        InvalidArgument
+        """
+        refuse_gradients(op, ", or use dispatch and combine", rank=self.rank, **tensors)
+
     def _check_stage(self, stage):
         if stage == _RECEIVED:
             return
@@ -389,6 +406,13 @@ def _tensor(area, dtype, shape):
     if hasattr(area, "__cuda_array_interface__"):
         return cuda.tensor_of(area, 0, dtype, shape)
     return torch.frombuffer(area, dtype=dtype, count=math.prod(shape)).view(shape)
+
+
+def _without_base(t):
+    """The same memory as a tensor that is no view, so that detach_() can free it of a graph."""
+    return torch.empty(0, dtype=t.dtype, device=t.device).set_(
+        t.untyped_storage(), t.storage_offset(), t.shape, t.stride()
+    )
 
 
 class _Raiser:

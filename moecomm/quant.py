@@ -16,7 +16,7 @@ import torch
 from . import cuda
 from ._native import quant as _native
 from .errors import InvalidArgument
-from .tensors import address, plain
+from .tensors import address, plain, refuse_gradients
 
 TILE = 128
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -190,7 +190,13 @@ def pack_ue8m0(scales: torch.Tensor, *, dim: int = 1) -> torch.Tensor:
     Returns
     -------
     Tensor int32 [A, ceil(B/4)], or [ceil(A/4), B]
+
+    Raises
+    ------
+    InvalidArgument
+        scales requires a gradient.
     """
+    refuse_gradients("pack_ue8m0", scales=scales)
     if dim == 0:
         return pack_ue8m0(scales.t()).t().contiguous()
     exponents = torch.nn.functional.pad(
@@ -327,6 +333,7 @@ def _choose(name: str, value: Any, choices: dict[Any, int], op: str) -> int:
 
 def _check(name: str, t: Any, op: str, *dtypes: Any) -> torch.Tensor:
     t = plain(op, name, t)
+    refuse_gradients(op, **{name: t})
     if t.dtype not in dtypes or t.dim() != 2 or t.device.type not in ("cpu", "cuda") or not t.is_contiguous():
         raise InvalidArgument(
             f"{op}: {name} is {'' if t.is_contiguous() else 'non-contiguous '}{t.dtype} {list(t.shape)} on {t.device}; expected "
@@ -346,6 +353,7 @@ def _check_wire_row(name: str, device: torch.device, row_bytes: Any, op: str) ->
 def _as_floats(op: str, scales: torch.Tensor, codes: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
     """Scales of any kind and strides as contiguous floats [tile rows, tile columns]."""
     scales = plain(op, "scales", scales)
+    refuse_gradients(op, scales=scales)
     shape, device = codes.shape, codes.device
     want = (-(-shape[0] // tile[0]), -(-shape[1] // tile[1]))
     dim = 0 if tile == (TILE, 1) else 1

@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 
 from .errors import InvalidArgument
 
+_grad_enabled = torch.is_grad_enabled
+
 
 def refuse(op, what, rank=None):
     """Raise InvalidArgument of a verb.
@@ -78,6 +80,41 @@ def plain(op, name, value, *, rank=None, optional=False, written=False, traceabl
             rank,
         )
     return value
+
+
+def wants_gradient(a: object, b: object = None) -> bool:
+    """Whether autograd would record what is computed from one of them."""
+    return (getattr(a, "requires_grad", False) or getattr(b, "requires_grad", False)) and _grad_enabled()
+
+
+def refuse_gradients(
+    op: str, instead: str = "", *, rank: int | None = None, **tensors: torch.Tensor | None
+) -> None:
+    """Refuse tensors whose gradient a call would drop.
+
+    Parameters
+    ----------
+    op : str
+        The verb, for the error.
+    instead : str
+        What else the caller may do, beside detaching the tensor.
+    rank : int, optional
+        Of the caller.
+    tensors : Tensor or None
+        By their names as arguments.
+
+    Raises
+    ------
+    InvalidArgument
+        Gradients are on and one of the tensors requires its own.
+    """
+    for name, t in tensors.items():
+        if wants_gradient(t):
+            refuse(
+                op,
+                f"{name} requires a gradient, which {op} cannot carry; pass {name}.detach(){instead}",
+                rank,
+            )
 
 
 def address(t):

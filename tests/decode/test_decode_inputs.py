@@ -114,3 +114,74 @@ def test_the_result_has_memory_of_its_own(in_place):
         y,
         "y",
     )
+
+
+@pytest.mark.parametrize("with_out", [True, False])
+def test_gradients_are_refused(with_out):
+    """The decode path has no backward: what requires a gradient is named by its rank, and the peers are told."""
+    xs, ids, weights = random_world(2, 5, 64, 4, 2, dtype=torch.float32, seed=7)
+
+    def main(comm):
+        r = comm.rank
+        buf = moecomm.Buffer(comm, **SHAPE)
+        want = step(buf, xs[r], ids[r], weights[r])[2]
+        out = torch.empty_like(xs[r]) if with_out else None
+
+        def dispatch(x=xs[r], topk_weights=None, quant=None):
+            return buf.decode_dispatch(x, ids[r], topk_weights=topk_weights, quant=quant, return_hook=False)
+
+        def refused(op, name, call, *args, **options):
+            with pytest.raises(moecomm.InvalidArgument) as error:
+                call(*args, **options)
+            if r == 0:
+                assert f"{name} requires a gradient, which {op} cannot carry; pass {name}.detach()" in str(
+                    error.value
+                )
+                assert "dispatch and combine" in str(error.value)
+            else:
+                assert error.value.peer == 0
+
+        def wanting(t):
+            return t.clone().requires_grad_() if r == 0 else t
+
+        refused("decode_dispatch", "x", dispatch, wanting(xs[r]))
+        refused("decode_dispatch", "topk_weights", dispatch, topk_weights=wanting(weights[r]))
+        codes, scales = moecomm.quant.quantize(xs[r])
+        refused("decode_dispatch", "scales", dispatch, (codes, wanting(scales)))
+
+        for name in ("rows", "topk_weights", "handle.rows"):
+            received, _ = dispatch()
+            rows = received.handle.rows.copy_(received.x * 2)
+            if name == "handle.rows" and r == 0:
+                rows.copy_(wanting(received.x) * 2)
+            args = [wanting(rows) if name == "rows" else rows, ids[r], weights[r], received.handle]
+            args[2] = wanting(weights[r]) if name == "topk_weights" else weights[r]
+            refused(
+                "decode_combine",
+                name.removeprefix("handle."),
+                buf.decode_combine,
+                *args,
+                return_hook=False,
+                out=out,
+            )
+
+        for _ in range(2):  # the window has left the graph, on both parities
+            assert_same(step(buf, xs[r], ids[r], weights[r], out)[2], want, "y")
+        with torch.no_grad():
+            y = step(buf, wanting(xs[r]), ids[r], wanting(weights[r]), out)[2]
+        assert_same(y, want, "y without gradients")
+
+    moecomm.run_local(main, 2)
+
+
+def test_gradients_are_refused_with_a_placement():
+    """Before replicas are chosen: the monitor does not count a batch that was refused."""
+    (x,), (ids,), _ = random_world(1, 5, 64, 4, 2, dtype=torch.float32, seed=8)
+    placement = moecomm.balance.rebalance(
+        torch.ones(1, 4), num_replicas=4, num_groups=1, num_nodes=1, num_ranks=1
+    )
+    monitor = moecomm.balance.LoadMonitor(1, 4)
+    buf = moecomm.Buffer(moecomm.Communicator(), **SHAPE, placement=placement, monitor=monitor)
+    with pytest.raises(moecomm.InvalidArgument, match="x requires a gradient"):
+        buf.decode_dispatch(x.clone().requires_grad_(), ids, quant=None)
+    assert monitor.batches.tolist() == [0]

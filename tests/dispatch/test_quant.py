@@ -262,3 +262,41 @@ def test_no_rows():
         assert codes.shape == (0, 256) and scales.shape[0] == 0
         assert quant.dequantize(codes, scales, tile=tile).shape == (0, 256)
     assert quant.encode_wire(torch.empty((0, 256)), "logfmt10").shape == (0, 336)
+
+
+def gradient_cases():
+    x = torch.randn(4, 128)
+    codes, scales = quant.quantize(x)
+    return {
+        "quantize": ("x", quant.quantize, [x]),
+        "encode_wire": ("x", lambda t: quant.encode_wire(t, "fp8"), [x]),
+        "dequantize": ("scales", quant.dequantize, [codes, scales]),
+        "transpose_requantize": ("scales", quant.transpose_requantize, [codes, scales]),
+        "pack_ue8m0": ("scales", quant.pack_ue8m0, [torch.ones(4, 4)]),
+    }
+
+
+@pytest.mark.parametrize(
+    "op", ["quantize", "encode_wire", "dequantize", "transpose_requantize", "pack_ue8m0"]
+)
+def test_gradients_are_refused(op):
+    """Codes have no derivative: an input that requires a gradient is named, unless gradients are off."""
+    name, call, args = gradient_cases()[op]
+    wanting = [*args[:-1], args[-1].clone().requires_grad_()]
+    with pytest.raises(
+        moecomm.InvalidArgument,
+        match=rf"^{op}: {name} requires a gradient, which {op} cannot carry; pass {name}\.detach\(\)",
+    ):
+        call(*wanting)
+    with torch.no_grad():
+        got = call(*wanting)
+    want = call(*args)
+    for a, b in zip(*((t if isinstance(t, tuple) else (t,)) for t in (got, want)), strict=True):
+        assert_equal(a, b, op)
+
+
+def test_gradients_of_codes_are_refused():
+    codes, scales = quant.quantize(torch.randn(4, 128))
+    for call in (quant.dequantize, quant.transpose_requantize):
+        with pytest.raises(moecomm.InvalidArgument, match="codes requires a gradient"):
+            call(codes.clone().requires_grad_(), scales)
