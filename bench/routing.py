@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from moecomm import InvalidArgument, archives, gate, record
-from moecomm.record_check import picks_error
+from moecomm.tracing.check import picks_error
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 

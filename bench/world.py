@@ -11,7 +11,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from moecomm.bootstrap import make_default_group
+from moecomm._bootstrap.bootstrap import make_default_group
 
 
 def join_gloo(**how):

@@ -26,6 +26,20 @@ class Missing(Exception):
 DECODE_VERBS = "decode_"  # members of Buffer that are on the decode page
 
 
+def aliases():
+    """{public path: where the module lies}, both without the package's name."""
+    tree = ast.parse((PACKAGE / "_aliases.py").read_text())
+    return next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "ALIASES"
+    )
+
+
+ALIASES = aliases()
+PUBLIC_PATHS = {place: path for path, place in ALIASES.items()}
+
+
 def exported():
     """moecomm.__all__, and the module that each name comes from."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
@@ -45,7 +59,7 @@ def modules():
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         if name and not any(part.startswith("_") for part in parts if part != "__init__"):
-            found[name] = ast.parse(path.read_text())
+            found[PUBLIC_PATHS.get(name, name)] = ast.parse(path.read_text())
     return dict(sorted(found.items(), key=lambda item: (item[0].count("."), item[0])))
 
 
@@ -100,12 +114,12 @@ def origins(tree, module):
 
 def is_package(module):
     """Whether a module is a folder."""
-    return (PACKAGE / module.replace(".", "/") / "__init__.py").exists()
+    return (PACKAGE / ALIASES.get(module, module).replace(".", "/") / "__init__.py").exists()
 
 
 def tree_of(module):
     """The syntax tree of any module, one with an underscore included; None where there is none."""
-    path = PACKAGE / module.replace(".", "/")
+    path = PACKAGE / ALIASES.get(module, module).replace(".", "/")
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     return ast.parse(file.read_text()) if module and file.exists() else None
 

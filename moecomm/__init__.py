@@ -20,7 +20,11 @@ _core.set_ucx_folders(
     [_os.path.join(folder, "lib") for folder in _ucx.submodule_search_locations] if _ucx else []
 )
 
-from . import balance, gate, nn, ops, overlap, presets, quant, reference  # noqa: E402
+from . import _aliases  # noqa: E402
+
+_aliases.install()
+
+from . import balance, nn, ops, presets, quant  # noqa: E402
 from ._version import __version__  # noqa: E402
 from .buffer import Buffer  # noqa: E402
 from .communicator import Communicator  # noqa: E402
@@ -34,7 +38,9 @@ from .errors import (  # noqa: E402
     PeerTimeout,
 )
 from .local import run_local  # noqa: E402
+from .nn import gate, overlap  # noqa: E402
 from .results import Dispatched, Handle, Pending  # noqa: E402
+from .testing import reference  # noqa: E402
 
 __all__ = [
     "Buffer",

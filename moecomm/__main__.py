@@ -10,19 +10,25 @@ from .errors import InvalidArgument, MoecommError
 
 COMMANDS = {
     "bench": (None, "the benchmarks, each a command of its own"),
-    "calibrate": ("moecomm.calibrate", "measures this machine for the sim world, and checks its predictions"),
+    "calibrate": (
+        "moecomm.sim.calibrate",
+        "measures this machine for the sim world, and checks its predictions",
+    ),
     "deep-ep-path": (
         "moecomm.integrations.deep_ep.install",
         "the folder that makes `import deep_ep` import moecomm, for PYTHONPATH",
     ),
     "explore": (
-        "moecomm.explore",
+        "moecomm.sim.explore",
         "random schedules of small simulated worlds: hunts deadlocks and reordering bugs",
     ),
     "info": ("moecomm.info", "version, worlds and engines that are available here, topology as seen"),
-    "plan": ("moecomm.planner.cli", "predict what a cluster would do with a model's tokens"),
-    "replay": ("moecomm.replay", "run a recording again and compare what moved"),
-    "trace": ("moecomm.trace", "a timeline of roles, from the sim or the cpu world, for ui.perfetto.dev"),
+    "plan": ("moecomm.sim.planner.cli", "predict what a cluster would do with a model's tokens"),
+    "replay": ("moecomm.tracing.replay", "run a recording again and compare what moved"),
+    "trace": (
+        "moecomm.tracing.trace",
+        "a timeline of roles, from the sim or the cpu world, for ui.perfetto.dev",
+    ),
 }
 
 

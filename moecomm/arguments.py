@@ -8,7 +8,7 @@ from ._native.quant import scale_words
 from .balance.replicas import Replicas
 from .env import Environment
 from .errors import InvalidArgument
-from .recorder import check_folder
+from .tracing.recorder import check_folder
 from .results import Handle
 from .shapes import QUANTS, SCALE_DTYPES, WIRES, arena_size, check_shape, decode_tokens, default_channels
 from .tensors import plain

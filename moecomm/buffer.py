@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from . import cuda, ops
+from ._cuda import cuda
+
+from . import ops
 from ._native import core
 from ._native.quant import scale_words
 from .arguments import Arguments, require_comm
@@ -16,8 +18,8 @@ from .calls import Calls
 from .decode import Decode, DecodeVerbs
 from .env import Environment
 from .errors import InvalidArgument
-from .record_cuda import DeviceRecorder
-from .recorder import Recorder
+from ._cuda.record import DeviceRecorder
+from .tracing.recorder import Recorder
 from .refusals import made, take_part
 from .results import BlockTensors, Dispatched, Handle
 from .shapes import (

@@ -10,7 +10,7 @@ from collections import OrderedDict
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from . import cuda
+from ._cuda import cuda
 from .errors import InvalidArgument, raise_failure
 from .refusals import Part, made
 from .results import Handle, Pending

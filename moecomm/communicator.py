@@ -14,10 +14,14 @@ from concurrent import futures
 
 import torch
 
-from . import bootstrap, cuda, errors
+from ._bootstrap import bootstrap
+
+from ._cuda import cuda
+
+from . import errors
 from ._native import core
 from ._version import __version__
-from .encoding import decode, encode
+from ._bootstrap.encoding import decode, encode
 from .env import Environment
 from .errors import ConfigMismatch, InvalidArgument, MoecommError, raise_failure
 from .shapes import as_int

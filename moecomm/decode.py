@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch.autograd import forward_ad
 
-from . import cuda, cuda_decode
+from ._cuda import cuda, decode as cuda_decode
 from ._native import core
 from ._native.core import DecodeHandle, DecodeReceived
 from ._native.quant import scale_words

@@ -9,7 +9,9 @@ import platform
 
 import torch
 
-from . import cuda, env, nccl
+from ._cuda import cuda, nccl
+
+from . import env
 from ._native import core
 from ._version import __version__
 

@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 import contextlib
 import threading
 
-from . import bootstrap, cuda
+from ._bootstrap import bootstrap
+
+from ._cuda import cuda
 from .communicator import Communicator, as_device, require_timeout
 from .errors import InvalidArgument, MoecommError
 from .shapes import as_int

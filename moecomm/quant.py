@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import cuda
+from ._cuda import cuda
 from ._native import quant as _native
 from .errors import InvalidArgument
 from .tensors import address, plain, refuse_gradients

@@ -10,7 +10,9 @@ from functools import cached_property
 
 import torch
 
-from . import cuda, ops
+from ._cuda import cuda
+
+from . import ops
 from ._native import core
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import cuda
+from .._cuda import cuda
 from ..checks import require
 from ..results import Pending
 from ..tensors import plain

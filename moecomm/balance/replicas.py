@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import torch
 
-from .. import cuda
+from .._cuda import cuda
 from .._native import balance as native
 from .._native import core
 from ..checks import require

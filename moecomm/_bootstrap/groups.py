@@ -1,0 +1,289 @@
+"""The caller's groups, as far as they are needed: every rank's card, once. Everything later goes over sockets of our own."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import threading
+import time
+
+from .clock import Clock
+from ..errors import InvalidArgument, MoecommError, PeerLost, PeerTimeout
+from .mesh import Mesh
+from .sockets import Endpoint
+
+_SLOT = 1024  # bytes of a card, at most, where all have the same size
+_abandoned = []  # buffers and requests of exchanges that did not end: MPI may still write to them
+
+
+def _late(rank, absent, timeout):
+    who = (
+        "some rank has"
+        if not absent
+        else f"rank {absent[0]} has"
+        if len(absent) == 1
+        else f"ranks {', '.join(map(str, absent[:16]))} have"
+    )
+    return PeerTimeout(
+        f"Communicator on rank {rank}: {who} not come within {timeout} s; expected every rank of the group to make its Communicator",
+        op="Communicator",
+        phase="connect",
+        rank=rank,
+        peer=absent[0] if absent else None,
+    )
+
+
+def _aside(work, timeout, late):
+    """work()'s result, on a thread of its own: Ctrl-C is answered, and the deadline holds, while a library waits inside."""
+    outcome = []
+
+    def run():
+        try:
+            outcome.append((work(), None))
+        except BaseException as error:  # noqa: BLE001 - raised below
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, name="moecomm-join", daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if not outcome:
+        raise late()
+    result, error = outcome[0]
+    if error is not None:
+        raise error
+    return result
+
+
+class Store:
+    """A torch store that all ranks reach; the caller's group's, or one of a launcher's."""
+
+    def __init__(self, store, rank, size, timeout, host=None):
+        self._store, self.rank, self.size, self._timeout, self._host = store, rank, size, timeout, host
+        self._call = (
+            None  # which of this rank's Communicators this is: counted in the store, where all see the same
+        )
+
+    def gather(self, what, text):
+        """Everyone's text by rank."""
+        clock, absent = Clock(self._timeout), []
+
+        def work():
+            if self._call is None:
+                self._call = self._store.add(f"moecomm/calls/{self.rank}", 1)
+            keys = [f"moecomm/{self._call}/{what}/{r}" for r in range(self.size)]
+            self._store.set(keys[self.rank], text)
+            pause, left = 0.001, list(range(self.size))
+            while True:
+                if self._store.check([keys[r] for r in left[:64]]):  # in pieces, by rank
+                    left = left[64:]
+                    if not left:
+                        return [
+                            bytes(v).decode()
+                            for v in (
+                                self._store.multi_get(keys)
+                                if self._store.has_extended_api()
+                                else map(self._store.get, keys)
+                            )
+                        ]
+                    continue
+                if clock.passed():
+                    absent[:] = [r for r in left if not self._store.check([keys[r]])]
+                    raise _late(self.rank, absent, self._timeout)
+                time.sleep(pause)
+                pause = min(0.02, 1.5 * pause)
+
+        try:
+            return _aside(
+                work,
+                self._timeout + 2.0,
+                lambda: PeerTimeout(
+                    f"Communicator on rank {self.rank}: the group's store has not answered within {self._timeout} s",
+                    op="Communicator",
+                    phase="connect",
+                    rank=self.rank,
+                    peer=self._host,
+                ),
+            )
+        except MoecommError:
+            raise
+        except (RuntimeError, ValueError, OSError) as error:
+            raise PeerLost(
+                f"Communicator on rank {self.rank}: the group's store is gone ({error}); "
+                f"{'its host' if self._host is None else f'rank {self._host}, which holds it,'} has ended, as a rule",
+                op="Communicator",
+                phase="connect",
+                rank=self.rank,
+                peer=self._host,
+            ) from error
+
+
+class Objects:
+    """A torch group without a store."""
+
+    def __init__(self, group, timeout):
+        import torch.distributed as dist
+
+        self._dist, self._group, self._timeout = dist, group, timeout
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def gather(self, what, text):  # noqa: ARG002 - collectives come in order
+        """Everyone's text by rank."""
+        out = [None] * self.size
+        try:
+            _aside(
+                lambda: self._dist.all_gather_object(out, text, group=self._group),
+                self._timeout,
+                lambda: _late(self.rank, [], self._timeout),
+            )
+        except MoecommError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise PeerLost(
+                f"Communicator on rank {self.rank}: the torch group has failed: {error}",
+                op="Communicator",
+                phase="connect",
+                rank=self.rank,
+            ) from error
+        return [str(text) for text in out]
+
+
+class Mpi:
+    """An mpi4py communicator."""
+
+    def __init__(self, comm, timeout):
+        self._comm, self._timeout = comm, timeout
+        self.rank, self.size = comm.Get_rank(), comm.Get_size()
+
+    def gather(self, what, text):  # noqa: ARG002 - collectives come in order
+        """Everyone's text by rank."""
+        mine, everyone = bytearray(text.encode().ljust(_SLOT)), bytearray(_SLOT * self.size)
+        request, clock = self._comm.Iallgather(mine, everyone), Clock(self._timeout)
+        try:
+            while not request.Test():
+                if clock.passed():
+                    raise _late(
+                        self.rank,
+                        [r for r in range(self.size) if everyone[r * _SLOT] == 0 and r != self.rank],
+                        self._timeout,
+                    )
+                time.sleep(0.0002)
+        except BaseException:
+            _abandoned.append((request, mine, everyone))
+            raise
+        return [everyone[r * _SLOT : (r + 1) * _SLOT].decode().rstrip() for r in range(self.size)]
+
+
+def of_torch(group, timeout):
+    """The Store of a torch ProcessGroup, else what gathers objects over it.
+
+    Raises
+    ------
+    InvalidArgument
+        This rank does not belong to it.
+    """
+    import torch.distributed as dist
+
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise InvalidArgument(
+            "group: this process is no member of that torch group; expected only its members to make a Communicator of it",
+            op="Communicator",
+        )
+    try:
+        store = group.get_group_store()
+    except (RuntimeError, AttributeError):
+        return Objects(group, timeout)
+    if store is None:
+        return Objects(group, timeout)
+    # Under init_process_group's env:// and tcp:// the first global rank holds it; torchrun's agent does, where it has started the ranks.
+    first = (
+        None
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        else next((r for r, g in enumerate(dist.get_process_group_ranks(group)) if g == 0), None)
+    )
+    return Store(store, rank, dist.get_world_size(group), timeout, first)
+
+
+_stores = {}  # kept: rank 0's is the server, and later Communicators of the other ranks look for it
+
+
+def of_store(host, port, rank, size, timeout):
+    """A Store at an address: of torchrun's agent, where that has started the ranks, else rank 0 holds it.
+
+    Raises
+    ------
+    PeerTimeout, MoecommError
+        It is not there in time; rank 0 cannot listen.
+    """
+    import torch.distributed as dist
+
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    key = host, port, rank, size, life, agent
+
+    def make():
+        store = dist.TCPStore(
+            host,
+            port,
+            size,
+            not agent and rank == 0,
+            datetime.timedelta(seconds=timeout),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        return dist.PrefixStore(f"moecomm/{life}", store)
+
+    def late():
+        return PeerTimeout(
+            f"Communicator on rank {rank}: there is no store at {host}:{port} (MASTER_ADDR and MASTER_PORT) within {timeout} s; expected "
+            f"{'the agent of torchrun' if agent else 'rank 0'} to hold one",
+            op="Communicator",
+            phase="connect",
+            rank=rank,
+            peer=None if agent else 0,
+        )
+
+    if key not in _stores:
+        try:
+            _stores[key] = _aside(make, timeout + 2.0, late)
+        except (RuntimeError, ValueError, OSError, TypeError) as error:
+            if isinstance(error, MoecommError):
+                raise
+            if rank or agent:
+                raise late() from error
+            raise MoecommError(
+                f"Communicator on rank 0: no store can be held at {host}:{port} (MASTER_ADDR and MASTER_PORT): {error}",
+                op="Communicator",
+                phase="connect",
+                rank=rank,
+            ) from error
+    return Store(_stores[key], rank, size, timeout, None if agent else 0)
+
+
+def connect(group, timeout):
+    """The Mesh of a group's ranks: their cards through the group, then sockets.
+
+    Raises
+    ------
+    InvalidArgument
+        Ranks are on several hosts and one has no address for the others.
+    PeerTimeout, PeerLost
+        A rank has not come, or is gone.
+    """
+    point = Endpoint()
+    point.enter()
+    try:
+        networks = group.gather("network", point.network)
+        try:
+            point.listen_beyond(networks)
+            mine = [point.card(), None]
+        except (InvalidArgument, OSError) as error:
+            mine = [None, str(error)[:600]]
+        everyone = [json.loads(text) for text in group.gather("card", json.dumps(mine))]
+        for r, (_, why) in enumerate(everyone):
+            if why is not None:
+                raise InvalidArgument(f"{why} (rank {r})", op="Communicator", rank=group.rank, peer=r)
+        return Mesh(point, [card for card, _ in everyone], range(group.size), group.rank, timeout)
+    finally:
+        point.leave()

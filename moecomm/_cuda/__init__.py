@@ -1,0 +1,1 @@
+"""The cuda world: GPUs, NCCL, and how a call is spread over an SM."""

@@ -1,0 +1,48 @@
+"""Exclusive: the calls of one object run one at a time; a call from within one of them is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+from ..errors import InvalidArgument
+
+
+class Exclusive:
+    """Runs a rank's calls of one object one at a time, from whatever threads they come."""
+
+    def __init__(self, rank):
+        self._lock, self._running, self._put_off, self._rank = threading.RLock(), None, [], rank
+
+    @contextlib.contextmanager
+    def call(self, op):
+        """A call named op. Waits for those of other threads.
+
+        Raises
+        ------
+        InvalidArgument
+            This thread is inside a call already: a signal handler or a finalizer runs in the middle of it.
+        """
+        with self._lock:
+            if self._running is not None:
+                raise InvalidArgument(
+                    f"{op}: this thread is inside {self._running} of the same buffer, in whose middle this code runs (a signal handler, "
+                    f"a finalizer); expected {op} after that call has returned",
+                    op=op,
+                    rank=self._rank,
+                )
+            self._running = op
+            try:
+                yield
+            finally:
+                self._running = None
+                while self._put_off:
+                    self._put_off.pop(0)()
+
+    def after_call(self, work):
+        """work() when no call runs any more: now, or at the end of the call that this thread is inside."""
+        with self._lock:
+            if self._running is None:
+                work()
+            else:
+                self._put_off.append(work)

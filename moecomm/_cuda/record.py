@@ -1,0 +1,249 @@
+"""Recording in the cuda world: what is noted about a call is on its way while the host goes on.
+
+Copies of the picks and of the counters are made on the call's stream, its times are those of events there; all of them become
+rows of the recording when the GPU has come to them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import deque
+from functools import partial
+
+import numpy as np
+import torch
+
+from . import cuda
+from ..tracing.format import CALL, HOPS, PHASE, ids_dtype
+from ..tracing.recorder import Segments
+from ..shapes import QUANTS, SCALE_DTYPES
+
+NOTHING = (0,) * len(HOPS)
+QUANT_OF = dict(zip(SCALE_DTYPES, QUANTS))  # what rows with such scales are
+
+_MOST_WAITING = 64  # notes; then the host waits for the oldest
+
+
+class DeviceRecorder:
+    """One rank's recording of calls on a GPU: as Recorder, but the host notes them, around every call."""
+
+    def __init__(self, path, buffer):
+        self._comm, self._native, self._notes = buffer.comm, buffer._native, _Notes()
+        self._calls = _Calls(buffer.top_k, ids_dtype(buffer.num_experts))
+        self._plans, self._decoding, self._next_plan = {}, [0, 0], 0
+        self.forget_counts()
+        self.segments = Segments(path, buffer, self._calls)
+        self._finalizer = weakref.finalize(self, _close, self._notes, self.segments)
+
+    def start(self):
+        """An event on the current stream, at a call's begin or end.
+
+        Raises
+        ------
+        InvalidArgument
+            A graph is captured.
+        """
+        cuda.refuse_capture("record", self._comm, "record=", "it notes every call")
+        return _event()
+
+    def forget_counts(self):
+        """The buffer's counters were reset."""
+        self._counted, self._decode_counted = NOTHING, NOTHING
+
+    def dispatch(self, began, plan, ids, weights, tokens, layout, alignment, capacity, coding):
+        """A dispatch has ended; ids None: it reused the plan."""
+        ended = self.start()
+        if ids is not None:
+            self._plans[id(plan)] = self._add_picks(ids, weights)
+        self._add(
+            "dispatch",
+            plan,
+            ids is None,
+            tokens,
+            weights is not None,
+            layout,
+            alignment,
+            capacity,
+            coding,
+            began,
+            ended,
+        )
+
+    def combine(self, began, plan, tokens, weighted, layout, coding):
+        """A combine has ended."""
+        self._add("combine", plan, True, tokens, weighted, layout, 1, None, coding, began, self.start())
+
+    def decode_dispatch(self, decode, x, ids, weights, quant, scale_layout, return_hook):
+        """Decode.dispatch, recorded."""
+        began = self.start()
+        received, hook = decode.dispatch(x, ids, weights, quant, scale_layout, True)
+        ended = self.start()
+        handle = received.handle
+        plan = self._decoding[handle.epoch & 1] = self._add_picks(ids, weights)
+        coding = QUANT_OF[x[1].dtype] if isinstance(x, tuple) else quant
+        self._add_decode(
+            "decode_dispatch", decode, plan, handle.tokens, weights is not None, coding, began, ended
+        )
+        return received, self._second("decode_receive", decode, hook, plan, handle.tokens, return_hook)
+
+    def decode_combine(self, decode, rows, ids, weights, handle, wire, return_hook, out):
+        """Decode.combine, recorded."""
+        began = self.start()
+        y, hook = decode.combine(rows, ids, weights, handle, wire, True, out)
+        ended = self.start()
+        plan = self._decoding[handle.epoch & 1]
+        self._add_rows(None, weights)
+        self._add_decode(
+            "decode_combine", decode, plan, handle.tokens, weights is not None, wire, began, ended
+        )
+        return y, self._second("decode_sum", decode, hook, plan, handle.tokens, return_hook)
+
+    def close(self):
+        """Write what is left."""
+        self._finalizer()
+
+    def _second(self, op, decode, hook, plan, tokens, return_hook):
+        """A hook that records itself; None where it has run."""
+        hook = partial(self._receive, op, decode, hook, plan, tokens)
+        return hook if return_hook else hook()
+
+    def _receive(self, op, decode, hook, plan, tokens):
+        began = self.start()
+        hook()
+        self._add_decode(op, decode, plan, tokens, False, None, began, self.start())
+
+    def _add_picks(self, ids, weights):
+        self._add_rows(ids, weights)
+        self._next_plan += 1
+        return self._next_plan - 1
+
+    def _add_rows(self, ids, weights):
+        copies = [None if t is None else t.detach().clone() for t in (ids, weights)]
+        self._notes.add(
+            _event(),
+            lambda _: self._calls.add_rows(*(None if t is None else t.cpu().numpy() for t in copies)),
+        )
+
+    def _add(self, op, plan, cached, tokens, weighted, layout, alignment, capacity, coding, began, ended):
+        before, self._counted = self._counted, _counts(self._native)
+        self._add_call(
+            (
+                op,
+                self._plans[id(plan)],
+                cached,
+                tokens,
+                weighted,
+                layout,
+                alignment,
+                -1 if capacity is None else capacity,
+                coding or "",
+            ),
+            began,
+            ended,
+            before,
+            self._counted,
+        )
+
+    def _add_decode(self, op, decode, plan, tokens, weighted, coding, began, ended):
+        before, self._decode_counted = self._decode_counted, _counts(decode.native)
+        self._add_call(
+            (op, plan, False, tokens, weighted, "expert", 1, -1, coding or ""),
+            began,
+            ended,
+            before,
+            self._decode_counted,
+        )
+
+    def _add_call(self, call, began, ended, before, after):
+        def note(when):
+            times = when(began), when(ended)
+            counts = [c if c is NOTHING else tuple(c.tolist()) for c in (before, after)]
+            self._calls.add((*call, *times, 0, *(b - a for a, b in zip(*counts))))
+
+        self._notes.add(_event(), note)
+
+
+class _Calls:
+    """Calls that the host has noted: a source of segments. Kernels keep no timeline."""
+
+    def __init__(self, top_k, ids):
+        self._top_k, self._ids, self._lock = top_k, ids, threading.Lock()
+        self.take()
+
+    def add_rows(self, ids, weights):
+        with self._lock:
+            if ids is not None:
+                self._parts[0].append(ids.astype(self._ids))
+            if weights is not None:
+                self._parts[1].append(weights.astype(np.float32))
+            self.nbytes += sum(a.nbytes for a in (ids, weights) if a is not None)
+
+    def add(self, call):
+        with self._lock:
+            self._rows.append(call)
+            self.nbytes += CALL.itemsize
+
+    def take(self):
+        """(calls, phases, ids, weights) since the last time."""
+        with self._lock:
+            taken = getattr(self, "_rows", []), getattr(self, "_parts", ([], []))
+            self._rows, self._parts, self.nbytes = [], ([], []), 0
+        rows, (ids, weights) = taken
+        return (
+            np.array(rows, CALL),
+            np.zeros(0, PHASE),
+            np.concatenate([np.zeros((0, self._top_k), self._ids), *ids]),
+            np.concatenate([np.zeros((0, self._top_k), np.float32), *weights]),
+        )
+
+
+class _Notes:
+    """Work for when an event has happened, in order; and the time of events by this process's clock."""
+
+    def __init__(self):
+        self._waiting = deque()
+        self._last = _event()
+        self._last.synchronize()
+        self._last_ns = time.perf_counter_ns()
+
+    def add(self, event, work):
+        self._waiting.append((event, work))
+        while self._waiting and (len(self._waiting) > _MOST_WAITING or self._waiting[0][0].query()):
+            self._do()
+
+    def finish(self):
+        while self._waiting:
+            self._do()
+
+    def _do(self):
+        event, work = self._waiting.popleft()
+        event.synchronize()
+        work(self._time_of)
+
+    def _time_of(self, event):
+        """Nanoseconds of time.perf_counter_ns; from one event to the next, as an event's own time is a float of milliseconds."""
+        self._last_ns += round(1e6 * self._last.elapsed_time(event))
+        self._last = event
+        return self._last_ns
+
+
+def _event():
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _counts(native):
+    return cuda.memory_of(native.counters())[: len(HOPS)].clone()
+
+
+def _close(notes, segments):
+    try:
+        notes.finish()
+    except (
+        Exception
+    ) as error:  # the GPU has failed: what it had not come to is not recorded, and everything is released
+        segments.fail(error)
+    segments.close()

@@ -1,0 +1,97 @@
+"""`python -m moecomm plan`: ask the planner, print the answer, write the page."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from ... import options
+from . import report
+from .question import ask
+from .sweeps import make_plan
+
+
+def arguments(parser):
+    """Options of the command."""
+    add = parser.add_argument
+    add("--model", default="deepseek-v3", help="a shape of moecomm.presets")
+    add("--cluster", default="h800", help="a table of moecomm.clusters")
+    add("--ep", type=options.ranks, default=320, help="ranks")
+    add("--tokens", type=options.tokens, default=128, help="per rank and micro-batch")
+    add(
+        "--routing",
+        type=options.source("uniform", "zipf"),
+        default="uniform",
+        help="uniform | zipf | the folder of a recording",
+    )
+    add(
+        "--path",
+        choices=("auto", "decode", "throughput"),
+        default="auto",
+        help="auto: decode up to 256 tokens",
+    )
+    add("--dispatch", choices=("fp8", "bf16"), default="fp8", help="rows of dispatch; combine carries bf16")
+    add("--sms", type=options.positive, default=20)
+    add(
+        "--node-limit",
+        type=options.positive,
+        help="groups that a token's experts come from; default: the model's",
+    )
+    add(
+        "--slots-per-rank",
+        type=options.ranks,
+        help="physical experts of a rank; default: the published deployment's, or the fewest",
+    )
+    add("--layers", type=options.positive, default=61)
+    add("--slo-ms", type=options.above_zero, help="bound on a step: how many tokens fit")
+    add(
+        "--attention-us",
+        type=options.above_zero,
+        help="computation of one micro-batch: what share of communication it hides",
+    )
+    add("--quick", action="store_true", help="the question itself, no sweeps")
+    add("--html", type=options.file_to_write, metavar="FILE")
+    add("--json", action="store_true")
+
+
+def main(args):
+    """Predict and print."""
+    question = ask(
+        args.model,
+        args.cluster,
+        args.ep,
+        args.tokens,
+        routing=args.routing,
+        decode=None if args.path == "auto" else args.path == "decode",
+        quant=None if args.dispatch == "bf16" else "fp8",
+        num_sms=args.sms,
+        top_groups=args.node_limit,
+        slots_per_rank=args.slots_per_rank,
+    )
+
+    def progress(done, of, what):
+        if sys.stderr.isatty():
+            bar = "#" * (30 * done // of)
+            print(
+                f"\r\033[K[{bar:30}] {done}/{of} {what}" if done < of else "\r\033[K",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    chosen = dict(sweeps=()) if args.quick else {}
+    plan = make_plan(
+        question,
+        layers=args.layers,
+        slo_ms=args.slo_ms,
+        attention_us=args.attention_us,
+        progress=progress,
+        **chosen,
+    )
+    print(json.dumps(report.as_dict(plan), indent=1) if args.json else report.text(plan))
+    if args.html:
+        Path(args.html).write_text(report.page(plan))
+        if not args.json:
+            print(f"\nwrote {args.html}")
+    return 0

@@ -1,0 +1,140 @@
+"""The question with one thing varied at a time, and what follows from it: the plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ...errors import InvalidArgument
+from .predict import Prediction, predict
+from .question import Question, ask
+
+SMS = (2, 4, 8, 12, 16, 20, 32, 64, 132)
+RANKS = (8, 16, 32, 64, 128, 256, 320)
+DECODE_TOKENS = (1, 8, 16, 32, 64, 128, 256)
+BATCH_TOKENS = (512, 1024, 2048, 4096)
+ENOUGH = 1.05  # an SM count is enough where the step takes at most this times the fastest
+
+
+@dataclass
+class Plan:
+    """The answer: prediction of the question itself, and sweeps {name: [(value, Prediction)]} over sms, node_limit, precision, ranks, tokens.
+
+    layers : int
+        Layers of the whole model, each taken to communicate like this one.
+    """
+
+    question: Question
+    prediction: Prediction
+    layers: int
+    slo_ms: float | None = None
+    attention_us: float | None = None
+    sweeps: dict = field(default_factory=dict)
+
+    @property
+    def enough_sms(self):
+        """The fewest SMs whose step is within 5% of the fastest."""
+        swept = self.sweeps["sms"]
+        best = min(p.communication_us for _, p in swept)
+        return next(n for n, p in swept if p.communication_us <= ENOUGH * best)
+
+    def step_ms(self, prediction):
+        """Communication of all layers for two micro-batches, none of it hidden by more than the other's: ms per step."""
+        return 2 * self.layers * prediction.communication_us / 1e3
+
+    def tokens_per_second(self, prediction, tokens):
+        """(of one request, of one rank): upper bounds set by communication alone, with two micro-batches of that many tokens."""
+        per_step = self.step_ms(prediction) / 1e3
+        return 1 / per_step, 2 * tokens / per_step
+
+    def hidden_share(self, attention_us):
+        """Share of a micro-batch's communication that the other one's computation of this length covers."""
+        return min(1.0, attention_us / self.prediction.communication_us)
+
+    def within_slo(self):
+        """The most tokens per rank and micro-batch whose step stays within slo_ms, or None."""
+        fits = [n for n, p in self.sweeps["tokens"] if self.step_ms(p) <= self.slo_ms]
+        return max(fits, default=None)
+
+
+def make_plan(
+    question,
+    *,
+    layers=61,
+    slo_ms=None,
+    attention_us=None,
+    sweeps=("sms", "node_limit", "precision", "ranks", "tokens"),
+    progress=lambda done, of, what: None,
+):
+    """Predict the question and its sweeps.
+
+    Parameters
+    ----------
+    question : Question
+    layers : int
+    slo_ms, attention_us : float, optional
+        Bound on a step's time; computation that two micro-batches can hide communication behind.
+    sweeps : iterable of str
+    progress : callable(done, of, what)
+
+    Raises
+    ------
+    InvalidArgument
+        As predict.
+    """
+    todo = [("", None, question)] + [
+        (name, value, q) for name in sweeps for value, q in _VARIED[name](question)
+    ]
+    answers, plan = {}, Plan(question, None, layers, slo_ms, attention_us)
+    for i, (name, value, q) in enumerate(todo):
+        progress(i, len(todo), f"{name} {value}" if name else "the question itself")
+        if q not in answers:
+            answers[q] = predict(q)
+        if name:
+            plan.sweeps.setdefault(name, []).append((value, answers[q]))
+        else:
+            plan.prediction = answers[q]
+    progress(len(todo), len(todo), "")
+    return plan
+
+
+def _over_ranks(q):
+    found = []
+    for ranks in sorted({*RANKS, q.ranks}):
+        try:
+            found.append(
+                (
+                    ranks,
+                    q
+                    if ranks == q.ranks
+                    else ask(
+                        q.model_name,
+                        q.cluster.name,
+                        ranks,
+                        q.tokens,
+                        routing=q.routing,
+                        decode=q.decode,
+                        quant=q.quant,
+                        num_sms=q.num_sms,
+                    ),
+                )
+            )
+        except InvalidArgument:  # the experts do not fit so many ranks
+            continue
+    return found
+
+
+_VARIED = {
+    "sms": lambda q: [(n, q.varied(num_sms=n)) for n in SMS],
+    "node_limit": lambda q: [
+        (m, q.varied(top_groups=m))
+        for m in range(1, q.groups + 1)
+        if m * (q.model.num_experts // q.groups) >= q.model.top_k
+    ],
+    "precision": lambda q: [
+        (name, q.varied(quant=quant)) for name, quant in (("bf16", None), ("fp8", "fp8"))
+    ],
+    "ranks": _over_ranks,
+    "tokens": lambda q: [
+        (n, q.varied(tokens=n)) for n in sorted({*(DECODE_TOKENS if q.decode else BATCH_TOKENS), q.tokens})
+    ],
+}

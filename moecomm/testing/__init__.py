@@ -1,0 +1,1 @@
+"""The oracle: what dispatch, combine and quantization must return, in slow and obvious torch."""

@@ -1,0 +1,1 @@
+"""What calls did: recordings, their replay, timelines."""
