@@ -194,10 +194,10 @@ LIMIT = 450
 LONG = {
     "moecomm/buffer.py": 746,
     "moecomm/communicator.py": 490,
-    "moecomm/cuda.py": 484,
-    "moecomm/explore.py": 562,
-    "moecomm/mesh.py": 535,
-    "moecomm/sim.py": 625,
+    "moecomm/_cuda/cuda.py": 484,
+    "moecomm/sim/explore.py": 562,
+    "moecomm/_bootstrap/mesh.py": 535,
+    "moecomm/sim/world.py": 625,
 }
 
 
