@@ -1,6 +1,6 @@
 """What a dispatch and a combine must give, for a whole world at once and fast enough to verify every timed result.
 
-moecomm/reference.py says the same slowly; a test holds the two together bit for bit.
+moecomm/testing/reference.py says the same slowly; a test holds the two together bit for bit.
 """
 
 from __future__ import annotations

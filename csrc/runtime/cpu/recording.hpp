@@ -1,5 +1,5 @@
 // Recording: what a rank's Buffer was asked to do and what it moved, in memory, until somebody takes a
-// segment to write it (moecomm/record.py, which also describes it). Buffer and Decode add to it, under the
+// segment to write it (moecomm/tracing/format.py, which also describes it). Buffer and Decode add to it, under the
 // lock of their calls.
 #pragma once
 #include <atomic>
@@ -35,7 +35,7 @@ struct RecordedCall {
   int32_t cached = 0, weighted = 0, by_rank = 0, unused = 0;
 };
 
-static_assert(sizeof(RecordedCall) == 144, "moecomm/record.py reads these");
+static_assert(sizeof(RecordedCall) == 144, "moecomm/tracing/format.py reads these");
 
 class Recording {
  public:
