@@ -14,8 +14,8 @@ from .grouped import grouped_mm, grouped_mm_into
 from ..tensors import plain
 
 if TYPE_CHECKING:
-    from .buffer import Buffer
-    from .results import Pending
+    from ..buffer import Buffer
+    from ..results import Pending
 
 
 class SwiGLU(nn.Module):

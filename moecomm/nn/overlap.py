@@ -20,9 +20,9 @@ from ..errors import InvalidArgument
 if TYPE_CHECKING:
     import os
 
-    from .buffer import Buffer
-    from .communicator import Communicator
-    from .nn import MoE
+    from ..buffer import Buffer
+    from ..communicator import Communicator
+    from .layer import MoE
 
 
 class Started:
