@@ -77,7 +77,17 @@ def test_annotations_are_seen():
 
 
 SUFFIXES = (".hpp", ".cpp", ".inl", ".cu", ".cuh", ".py", ".pyi", ".pyx", ".pxd", ".pxi")
-LONG_LINES = {"moecomm": 240, "moecomm/_native": 128, "moecomm/balance": 14, "moecomm/planner": 15}
+LONG_LINES = {
+    "moecomm": 104,
+    "moecomm/_bootstrap": 47,
+    "moecomm/_cuda": 27,
+    "moecomm/_native": 128,
+    "moecomm/balance": 14,
+    "moecomm/nn": 8,
+    "moecomm/sim": 28,
+    "moecomm/sim/planner": 15,
+    "moecomm/tracing": 26,
+}
 
 
 def test_no_line_is_too_long():
