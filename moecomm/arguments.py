@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._native.quant import scale_words
-from .balance.replicas import Replicas
+from .checks import require
 from .env import Environment
 from .errors import InvalidArgument
 from .tracing.recorder import check_folder
@@ -82,7 +82,14 @@ class Arguments:
                 )
             hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, rank, arena_bytes = shape
             if placement is not None:  # from here on, experts are slots
-                Replicas.check(comm, placement, num_experts, replicas, activate, monitor)
+                require(
+                    hasattr(placement, "router_type") and not isinstance(placement, type),
+                    "Buffer",
+                    "placement",
+                    placement,
+                    "a moecomm.balance.Placement",
+                )
+                placement.router_type.check(comm, placement, num_experts, replicas, activate, monitor)
                 num_experts = placement.num_slots
             hidden, num_experts, top_k, max_tokens, _, channels, arena_bytes = check_shape(
                 comm.size, hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels, rank, arena_bytes

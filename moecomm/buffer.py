@@ -13,7 +13,6 @@ from . import ops
 from ._native import core
 from ._native.quant import scale_words
 from .arguments import Arguments, require_comm
-from .balance.replicas import Replicas
 from .calls import Calls
 from .decode import Decode, DecodeVerbs
 from .env import Environment
@@ -78,7 +77,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         pick, and the rest of the buffer sees slots: rank r's local experts are the slots of the placement. The host chooses: on a
         GPU every dispatch by topk_ids waits for them, and none of them can be captured into a CUDA graph (one by `handle` can).
     replicas : "local", "even" or "optimal"
-        How (moecomm.balance.Replicas): fewest nodes, even split, or lightest heaviest rank.
+        How (docs/balance.md): fewest nodes, even split, or lightest heaviest rank.
     activate : int, optional
         Slots that may run on a rank in one batch, of those that it hosts.
     renormalize : bool
@@ -134,9 +133,9 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
                 decode_max_tokens,
             )
         )
-        self._replicas = None
-        if placement is not None:  # from here on, experts are slots
-            self._replicas = Replicas(comm, placement, replicas, activate, renormalize, monitor)
+        self._replica_router = (  # with one, experts are slots from here on
+            placement and placement.router_type(comm, placement, replicas, activate, renormalize, monitor)
+        )
         self.num_sms = as_int(num_sms)
         if on_gpu:
             plan = cuda.plan_of(
@@ -169,7 +168,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
                 channels,
                 arena_bytes,
                 check,
-                self._replicas.logical_experts if self._replicas else 0,
+                self._replica_router.logical_experts if self._replica_router else 0,
             )
 
         self._native = comm._join("Buffer", native)
@@ -178,16 +177,17 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             comm._bootstrap.keep(self._native)
         self.number = ops.number_buffer(self)  # how torch.ops.moecomm.* name this buffer
         self._row_bytes, self._check, self._hooks = hidden * dtype.itemsize, check, {}
-        self._plain = not on_gpu and placement is None  # a call is the native call and nothing else
+        # The fast path is one native call that checks its arguments itself; it knows no placement, hook or recorder of a GPU.
+        self._can_use_fast_path = not on_gpu and placement is None
         recorder = DeviceRecorder if on_gpu else Recorder  # the last step that may fail on one rank alone
         self._recorder = comm._make_everywhere(
             "Buffer", lambda: None if record is None else recorder(record, self)
         )
-        self._noter = self._recorder if on_gpu else None  # the native calls of the host note themselves
+        self._gpu_recorder = self._recorder if on_gpu else None  # on the host, native code records its calls
         # Who chooses replicas: where tensors are on a GPU, a buffer on the host beside this one, which exchanges picks and moves no row.
-        self._beside = None
+        self._host_router_buffer = None
         if on_gpu and placement is not None:
-            self._beside = Buffer(
+            self._host_router_buffer = Buffer(
                 comm._on_host(),
                 hidden=8,
                 num_experts=placement.num_experts,
@@ -198,11 +198,9 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
                 replicas=replicas,
                 activate=activate,
             )
-        self._chooser = self._beside._native if self._beside else self._native
-        self._closed = self._traced = False
-        self._decode = None
-        if decode:
-            self._decode = Decode(self)
+        self._choosing_native = self._host_router_buffer._native if self._host_router_buffer else self._native
+        self._closed = self._tracing = False
+        self._decode = Decode(self) if decode else None
 
     # -- sizes ------------------------------------------------------------------------------------
 
@@ -371,7 +369,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         """
         op = "dispatch"
         if (
-            self._plain
+            self._can_use_fast_path
             and self.comm._ready
             and handle is None
             and quant is None
@@ -433,9 +431,9 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         if check and topk_weights is not None and bool(torch.isnan(topk_weights).any()):
             self._refuse(op, "topk_weights holds NaN; expected numbers (check=True)")
         lost = None
-        if self._replicas is not None and handle is None:
-            self._replicas.require_layer(op, layer)
-            topk_weights, lost = self._replicas.account(topk_ids, topk_weights, layer)
+        if self._replica_router is not None and handle is None:
+            self._replica_router.require_layer(op, layer)
+            topk_weights, lost = self._replica_router.account(topk_ids, topk_weights, layer)
         through_ops = ops.wanted(x, topk_weights)
         if through_ops and scales is not None and x.requires_grad:
             self._refuse(
@@ -501,13 +499,13 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         kind = QUANTS[quant] if scales is None else SCALE_DTYPES.index(scales.dtype)
         row_bytes = self.hidden if kind else self._row_bytes
         scale_bytes = 4 * scale_words(self.hidden, kind)
-        asking = None
-        if self._beside is not None and handle is None:
-            topk_ids = self._replicas.choose(self, "dispatch", topk_ids, layer)
-        elif self._replicas is not None and handle is None:
-            asking = self._replicas.ask(topk_ids, layer)
-            topk_ids = asking.ids
-        began = self._noter and self._noter.start()
+        request = None
+        if self._host_router_buffer is not None and handle is None:
+            topk_ids = self._replica_router.choose(self, "dispatch", topk_ids, layer)
+        elif self._replica_router is not None and handle is None:
+            request = self._replica_router.request(topk_ids, layer)
+            topk_ids = request.ids
+        began = self._gpu_recorder and self._gpu_recorder.start()
         made(self)
         result = self._native.dispatch(
             address(x),
@@ -524,16 +522,16 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             None if handle is None else handle._plan,
             kind,
             by_column,
-            asking and asking.chosen,
+            request and request.native,
         )
         if type(result) is not tuple:
             self._fail("dispatch", result)
         plan, block, output = result
-        if asking is not None:
-            self._replicas.record(asking, layer)
-            topk_ids = asking.slots
-        if self._noter:
-            self._noter.dispatch(
+        if request is not None:
+            self._replica_router.record(request, layer)
+            topk_ids = request.slots
+        if self._gpu_recorder:
+            self._gpu_recorder.dispatch(
                 began,
                 plan,
                 topk_ids,
@@ -642,7 +640,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         """
         op = "combine"
         if (
-            self._plain
+            self._can_use_fast_path
             and self.comm._ready
             and bias is None
             and wire is None
@@ -690,7 +688,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             if back is None
             else torch.empty((max(tokens, 1), self.top_k), dtype=torch.float32, device=self.comm.device)
         )
-        began = self._noter and self._noter.start()
+        began = self._gpu_recorder and self._gpu_recorder.start()
         made(self)
         failure = self._native.combine(
             address(rows),
@@ -706,8 +704,10 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         )
         if failure is not None:
             self._fail("combine", failure)
-        if self._noter:
-            self._noter.combine(began, handle._plan, tokens, topk_weights is not None, handle.layout, wire)
+        if self._gpu_recorder:
+            self._gpu_recorder.combine(
+                began, handle._plan, tokens, topk_weights is not None, handle.layout, wire
+            )
         return y if back is None else (y, slots[:tokens])
 
     def _combine_by_ops(self, rows, handle, topk_weights, bias, out=None, wire=None):
@@ -728,13 +728,13 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             Ranks disagree about the placement or its version; raised on every rank, and the old one stays.
         """
         self._require_open("use")
-        if self._replicas is None:
+        if self._replica_router is None:
             raise InvalidArgument(
                 "use: the buffer was made without a placement; expected Buffer(..., placement=...)",
                 op="use",
                 rank=self.comm.rank,
             )
-        self._replicas.use(placement)
+        self._replica_router.use(placement)
 
     def close(self) -> None:
         """Release the windows; tensors that view them stay valid. Local, may be called twice.
@@ -743,6 +743,6 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         or a finalizer runs while it waits): when that call has returned.
         """
         if not self._closed:
-            self._closed, self._plain = True, False
+            self._closed, self._can_use_fast_path = True, False
             if not self.comm._native.after_call(self._release):
                 self._release()

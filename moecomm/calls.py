@@ -45,7 +45,7 @@ class Calls:
             raise InvalidArgument(
                 f"register_hook: stage is {stage!r}; expected one of {', '.join(_STAGES)}", op="register_hook"
             )
-        self._plain = False
+        self._can_use_fast_path = False
         hooks = self._hooks.setdefault(stage, OrderedDict())
         handle = RemovableHandle(hooks)
         hooks[handle.id] = fn
@@ -108,8 +108,8 @@ class Calls:
         """
         self._require_open("stats")
         counted = self._native.take_counters()
-        if self._noter:
-            self._noter.forget_counts()
+        if self._gpu_recorder:
+            self._gpu_recorder.forget_counts()
         decode = self._decode
         if decode is not None:
             counted["decode"] = decode.native.take_counters()
@@ -124,9 +124,9 @@ class Calls:
             if not self.comm._bootstrap.threads:  # rank threads reach it by pointer until all have ended
                 self._native.release()
                 self._decode = None
-            if self._beside is not None:
-                self._beside.close()
-                self._beside.comm.close()
+            if self._host_router_buffer is not None:
+                self._host_router_buffer.close()
+                self._host_router_buffer.comm.close()
 
     def _fail(self, op, failure):
         raise_failure(failure, op=op, rank=self.comm.rank, describe_capacity=self._describe_capacity)

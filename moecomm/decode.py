@@ -18,7 +18,8 @@ from ._native import core
 from ._native.core import DecodeHandle, DecodeReceived
 from ._native.quant import scale_words
 from .arguments import describe, known, shares_memory
-from .errors import ConfigMismatch, InvalidArgument, raise_failure
+from .decode_failures import DecodeFailures, check_decode_limits
+from .errors import InvalidArgument
 from .refusals import Part, made
 from .shapes import DTYPES, QUANTS, SCALE_DTYPES, WIRES
 from .tensors import address, refuse_gradients, wants_gradient
@@ -26,8 +27,6 @@ from .tensors import address, refuse_gradients, wants_gradient
 __all__ = ["Decode", "DecodeHandle", "DecodeReceived", "DecodeVerbs"]
 
 _SENT, _RECEIVED = 1, 2
-_STAGES = ("over", "sent", "received", "answered", "done")
-_MAX_TOKENS = 1 << 20
 _IDS = (torch.int64, torch.int32)
 
 core.read_tensors_of(torch.Tensor, torch.is_grad_enabled, torch._C._len_torch_dispatch_stack, forward_ad)
@@ -92,7 +91,7 @@ class DecodeVerbs:
         decode = self._decode
         if decode is None:  # another thread has closed the buffer meanwhile
             self._require_open("decode_dispatch")
-        if self._noter is None and self._replicas is None:
+        if self._gpu_recorder is None and self._replica_router is None:
             return decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
         with Part(self, "decode_dispatch"):
             return self._decode_dispatch(
@@ -102,7 +101,7 @@ class DecodeVerbs:
     def _decode_dispatch(self, decode, x, topk_ids, topk_weights, quant, scale_layout, return_hook, layer):
         topk_ids = self._as_tensor("decode_dispatch", "topk_ids", topk_ids)
         topk_weights = self._as_tensor("decode_dispatch", "topk_weights", topk_weights, optional=True)
-        if self._replicas is not None:
+        if self._replica_router is not None:
             rows, scales = self._as_rows("decode_dispatch", x)
             decode.refuse_gradients("decode_dispatch", x=rows, scales=scales, topk_weights=topk_weights)
             self._check_picks(
@@ -112,12 +111,16 @@ class DecodeVerbs:
                 self._check_x("decode_dispatch", rows, scales, packed=True),
                 _IDS,
             )
-            topk_ids = self._replicas.choose_for_decode(self, topk_ids, layer)
-        dispatch = decode.dispatch if self._noter is None else partial(self._noter.decode_dispatch, decode)
+            topk_ids = self._replica_router.choose_for_decode(self, topk_ids, layer)
+        dispatch = (
+            decode.dispatch
+            if self._gpu_recorder is None
+            else partial(self._gpu_recorder.decode_dispatch, decode)
+        )
         received, hook = dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
-        if self._replicas is None:
+        if self._replica_router is None:
             return received, hook
-        self._replicas.decoding[received.handle.epoch % 2] = topk_ids
+        self._replica_router.decoding[received.handle.epoch % 2] = topk_ids
         return received, hook
 
     def decode_combine(
@@ -174,12 +177,12 @@ class DecodeVerbs:
         decode = self._decode
         if decode is None:  # another thread has closed the buffer meanwhile
             self._require_open("decode_combine")
-        if self._replicas is not None:
-            topk_ids = self._replicas.decoding[getattr(handle, "epoch", 0) % 2]
-        if self._noter is not None:
+        if self._replica_router is not None:
+            topk_ids = self._replica_router.decoding[getattr(handle, "epoch", 0) % 2]
+        if self._gpu_recorder is not None:
             with Part(self, "decode_combine", handle):
                 topk_weights = self._as_tensor("decode_combine", "topk_weights", topk_weights, optional=True)
-                return self._noter.decode_combine(
+                return self._gpu_recorder.decode_combine(
                     decode, rows, topk_ids, topk_weights, handle, wire, return_hook, out
                 )
         return decode.combine(rows, topk_ids, topk_weights, handle, wire, return_hook, out)
@@ -191,7 +194,8 @@ class Decode:
     def __init__(self, buffer):
         comm = buffer.comm
         comm._everywhere(
-            "decode", lambda: check_shape(comm.size, buffer.num_experts, buffer.decode_max_tokens, comm.rank)
+            "decode",
+            lambda: check_decode_limits(comm.size, buffer.num_experts, buffer.decode_max_tokens, comm.rank),
         )
         self.buffer, self.rank = buffer, comm.rank
         self.hidden, self.dtype = buffer.hidden, buffer.dtype
@@ -199,13 +203,13 @@ class Decode:
         self.native.connected()
         if comm._bootstrap.threads:
             comm._bootstrap.keep(self.native)
-        if buffer._recorder is not None and buffer._noter is None:
+        if buffer._recorder is not None and buffer._gpu_recorder is None:
             buffer._recorder.record_decode(self.native)
-        self.native.trace(buffer._traced)
+        self.native.trace(buffer._tracing)
         self._make_tensors(buffer.experts_per_rank, comm.size * buffer.decode_max_tokens)
 
     def _make_native(self):
-        buffer, fail = self.buffer, _Raiser(self.buffer)
+        buffer, fail = self.buffer, DecodeFailures(self.buffer)
         if buffer.comm._gpu is not None:
             return cuda_decode.NativeDecode(buffer, DTYPES[self.dtype], fail)
         return core.Decode(buffer.comm._native, buffer._native, buffer._check, fail, buffer.decode_max_tokens)
@@ -413,60 +417,3 @@ def _without_base(t):
     return torch.empty(0, dtype=t.dtype, device=t.device).set_(
         t.untyped_storage(), t.storage_offset(), t.shape, t.stride()
     )
-
-
-class _Raiser:
-    """Raises what a native failure stands for."""
-
-    def __init__(self, buffer):
-        self._buffer, self._rank = buffer, buffer.comm.rank
-
-    def __call__(self, failure, op):
-        made(self._buffer)
-        if failure.code == "invalid" and failure.detail == 3:
-            raise InvalidArgument(
-                f"{op}: topk_ids of token {failure.expected} differ from those that decode_dispatch sent; expected the same",
-                op=op,
-                rank=self._rank,
-                got=failure.got,
-            )
-        if failure.code == "invalid" and failure.detail == 4:
-            what = f"{_STAGES[failure.got]}, where it must be {_STAGES[failure.expected]}"
-            raise InvalidArgument(
-                f"{op}: an earlier step of this buffer is {what}; expected its hooks to be called first, and handles to stay in the graph "
-                "that they were captured in",
-                op=op,
-                rank=self._rank,
-            )
-        if failure.code == "mismatch":
-            raise ConfigMismatch(
-                f"{op} on rank {self._rank}: rank {failure.peer} called with another dtype, quant, wire or use of topk_weights",
-                op=op,
-                phase=failure.phase,
-                rank=self._rank,
-                peer=failure.peer,
-                expected=failure.expected,
-                got=failure.got,
-            )
-        raise_failure(failure, op=op, rank=self._rank)
-
-
-def check_shape(size, num_experts, max_tokens, rank):
-    """Refuse what the decode path cannot hold.
-
-    Raises
-    ------
-    InvalidArgument
-    """
-    if max_tokens > _MAX_TOKENS:
-        raise InvalidArgument(
-            f"decode: decode_max_tokens is {max_tokens}; expected at most {_MAX_TOKENS}",
-            op="decode",
-            rank=rank,
-        )
-    if num_experts * max_tokens >= 1 << 30:
-        raise InvalidArgument(
-            f"decode: num_experts * decode_max_tokens is {num_experts * max_tokens}; expected less than 2**30",
-            op="decode",
-            rank=rank,
-        )

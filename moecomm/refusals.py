@@ -44,12 +44,12 @@ class Part:
     def native(self):
         """(the native object, verb, epoch of a decode step) of the call that peers are in."""
         b = self.buffer
-        choosing = b._replicas is not None and b._replicas.logical_experts > 0 and not self.chosen
+        choosing = b._replica_router is not None and b._replica_router.logical_experts > 0 and not self.chosen
         if choosing and (
             self.verb == "decode_dispatch"
-            or (self.verb == "dispatch" and b._beside is not None and self.handle is None)
+            or (self.verb == "dispatch" and b._host_router_buffer is not None and self.handle is None)
         ):
-            return b._chooser, "choose", 0
+            return b._choosing_native, "choose", 0
         if not self.verb.startswith("decode"):
             return b._native, self.verb, 0
         decode = b._decode.native

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,9 +16,44 @@ from .._cuda import cuda
 from ..checks import require
 from ..results import Pending
 from ..tensors import plain
+from ..buffer import Buffer
+
+if TYPE_CHECKING:
+    from ..communicator import Communicator
+    from .placement import Placement
 
 _ROW_BYTES = 1 << 16
 _ROWS_PER_ROUND = 128  # of one source, so that a round's window stays small
+
+
+def migrate(placement: Placement, weights: Sequence[Any], comm: Communicator) -> Migrating:
+    """Move the weights of changed slots to where a placement wants them, in the background. Collective.
+
+    Parameters
+    ----------
+    placement : Placement
+        The new placement. Its .moves say what changes.
+    weights : sequence over the layers of Tensor, list or dict of Tensors, each [slots of this rank, ...] on comm.device
+        Laid out by the previous placement, to which .moves refer. They are only read. A slot has equal size on all ranks.
+    comm : Communicator
+        Of the placement's ranks. The migration uses a duplicate, so layers may run meanwhile.
+
+    Returns
+    -------
+    Pending
+        .wait() returns the new weights in the same form. Tensors of layers that do not change on this rank are the
+        old ones. Call Buffer.use(placement) on every rank between the same batches to serve batches by them.
+
+    Raises
+    ------
+    InvalidArgument
+        comm or weights do not fit.
+    ConfigMismatch
+        Ranks disagree about the placement or the size of a slot.
+
+    Source: DeepSeek-V3 technical report, section 3.4.1 (rearranging experts during serving).
+    """
+    return Migrating(Migration(placement, weights, comm))
 
 
 class Migrating(Pending):
@@ -71,8 +107,6 @@ class Migration:
             )
         self._row_bytes = min(_ROW_BYTES, max(16, -(-max(self._slot_bytes) // 16) * 16))
         self._rank = me
-        from ..buffer import Buffer
-
         self.comm = comm.duplicate()
         try:
             self._buffer = Buffer(

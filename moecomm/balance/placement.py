@@ -5,19 +5,20 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 
 from .._native import balance as native
 from ..checks import MOST_EXPERTS, flag, integer, integers, reals, require
+from .migration import Migrating, migrate
+from .replicas import ReplicaRouter
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
     from ..communicator import Communicator
-    from .migration import Migrating
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,8 @@ class Placement:
     logical_to_physical: torch.Tensor = field(init=False, repr=False)
     replica_count: torch.Tensor = field(init=False, repr=False)
     moves: torch.Tensor = field(init=False, repr=False)
+    # Buffer takes the router from the placement that it is given, so that it need not import this package.
+    router_type: ClassVar[type[ReplicaRouter]] = ReplicaRouter
 
     def __post_init__(self, previous: Placement | None) -> None:
         op = "Placement"
@@ -211,33 +214,14 @@ class Placement:
         return Placement(table, self.num_experts, len(alive), num_nodes, self.version, partial=True)
 
     def migrate(self, weights: Sequence[Any], comm: Communicator) -> Migrating:
-        """Move the weights of changed slots to where this placement wants them, in the background. Collective.
-
-        Parameters
-        ----------
-        weights : sequence over the layers of Tensor, list or dict of Tensors, each [slots of this rank, ...] on the cpu
-            Laid out by the previous placement (the one that .moves refer to); only read. Of equal size per slot on all ranks.
-        comm : Communicator
-            Of this placement's ranks; the migration uses a duplicate, so that layers may run meanwhile.
-
-        Returns
-        -------
-        Pending
-            .wait() -> the new weights in the same form; tensors of layers that do not change on this rank are the
-            old ones. Serve batches by them after Buffer.use(this placement), on every rank between the same batches.
+        """The same as moecomm.balance.migrate(self, weights, comm). Collective.
 
         Raises
         ------
-        InvalidArgument
-            comm or weights do not fit.
-        ConfigMismatch
-            Ranks disagree about the placement or the size of a slot.
-
-        Source: DeepSeek-V3 technical report, section 3.4.1 (rearranging experts during serving).
+        InvalidArgument, ConfigMismatch
+            As moecomm.balance.migrate.
         """
-        from .migration import Migrating, Migration
-
-        return Migrating(Migration(self, weights, comm))
+        return migrate(self, weights, comm)
 
     def _moves(self, before: Placement | None) -> torch.Tensor:
         if before is None:

@@ -12,13 +12,11 @@ from .._native import balance as native
 from .._native import core
 from ..checks import require
 from ..refusals import chosen, made
-from .monitor import LoadMonitor
-from .placement import Placement
 
 MODES = ("local", "even", "optimal")
 
 
-class Replicas:
+class ReplicaRouter:
     """The replica choice of one Buffer. Construction is each rank's own; check comes first.
 
     Parameters
@@ -64,7 +62,6 @@ class Replicas:
         InvalidArgument
         """
         op = "Buffer"
-        require(isinstance(placement, Placement), op, "placement", placement, "a moecomm.balance.Placement")
         require(
             placement.num_experts == num_experts,
             op,
@@ -84,7 +81,7 @@ class Replicas:
         )
         shape = (placement.num_layers, placement.num_experts)
         require(
-            monitor is None or (isinstance(monitor, LoadMonitor) and monitor.shape == shape),
+            monitor is None or (hasattr(monitor, "record") and getattr(monitor, "shape", None) == shape),
             op,
             "monitor",
             monitor,
@@ -106,10 +103,8 @@ class Replicas:
         old = self.placement
 
         def check():
-            fits = (
-                isinstance(placement, Placement)
-                and placement.physical_to_logical.shape == old.physical_to_logical.shape
-            )
+            table = getattr(placement, "physical_to_logical", None)
+            fits = isinstance(table, torch.Tensor) and table.shape == old.physical_to_logical.shape
             require(
                 fits and placement.num_experts == old.num_experts,
                 "use",
@@ -162,14 +157,16 @@ class Replicas:
             f"0..{len(self._choices) - 1}",
         )
 
-    def ask(self, topk_ids, layer):
-        """The Asking of one batch: logical ids [T, K] of a layer, for a native call that chooses their slots."""
-        return Asking(topk_ids, self._choices[layer], self._routing[layer], self.placement.num_experts)
+    def request(self, topk_ids, layer):
+        """The ReplicaRequest of one batch: logical ids [T, K] of a layer, for a native call that chooses their slots."""
+        return ReplicaRequest(
+            topk_ids, self._choices[layer], self._routing[layer], self.placement.num_experts
+        )
 
-    def record(self, asking, layer):
+    def record(self, request, layer):
         """Tell the monitor what a batch counted."""
         if self.monitor is not None:
-            self.monitor.record(layer, asking.counted, everywhere=self.logical_experts > 0)
+            self.monitor.record(layer, request.counted, everywhere=self.logical_experts > 0)
 
     def choose_for_decode(self, buffer, topk_ids, layer):
         """Physical ids of a decode batch. Decode exchanges no counts; where the choice needs them they take an exchange of their own.
@@ -201,15 +198,15 @@ class Replicas:
         """
         if self.comm._gpu is not None:
             cuda.refuse_capture(op, self.comm, "placement", "the host chooses the replicas of every batch")
-        asking = self.ask(topk_ids, layer)
+        request = self.request(topk_ids, layer)
         if self.logical_experts:  # else each rank chooses by itself
             made(buffer)
-        failure = buffer._chooser.choose(asking.ids.data_ptr(), len(asking.ids), asking.chosen)
+        failure = buffer._choosing_native.choose(request.ids.data_ptr(), len(request.ids), request.native)
         if failure is not None:
             buffer._fail(op, failure)
         chosen(buffer)
-        self.record(asking, layer)
-        return asking.slots.to(topk_ids.device)
+        self.record(request, layer)
+        return request.slots.to(topk_ids.device)
 
     def account(self, topk_ids, weights, layer):
         """(weights, lost): what lost picks weighed per token, float32 [T]; the weights of the others, scaled up if asked."""
@@ -228,12 +225,14 @@ class Replicas:
         return weights, lost.detach()
 
 
-class Asking:
-    """Logical ids on their way into a native call: .chosen is the request; it writes .slots int64 [T, K] and .counted int32 [E],
-    picks per expert, of all ranks where the choice needs them, else of this one."""
+class ReplicaRequest:
+    """Logical ids in, slots out: a native call that is given .native fills .slots, int64 [T, K], and .counted, int32 [E].
+
+    .counted are the picks per logical expert: of all ranks where the choice needs them, else of this one.
+    """
 
     def __init__(self, topk_ids, choice, routing, experts):
         self.ids = topk_ids.detach().to("cpu", torch.int64).contiguous()
         self.slots = torch.empty_like(self.ids)
         self.counted = np.empty(experts, dtype=np.int32)
-        self.chosen = core.Chosen(choice, routing, self.slots.numpy(), self.counted)
+        self.native = core.Chosen(choice, routing, self.slots.numpy(), self.counted)

@@ -272,7 +272,7 @@ def _natives(buffer: Buffer) -> list[Any]:
 
 
 def _trace(buffer: Buffer, on: bool) -> None:
-    buffer._traced = on  # a decode path that is made later asks
+    buffer._tracing = on  # a decode path that is made later asks
     for native in _natives(buffer):
         native.trace(on)
 

@@ -112,7 +112,7 @@ def test_a_rank_that_dies_in_the_middle_leaves_the_others_on_the_old_placement()
             return None
         for a, b in zip(local, kept):
             assert_same(a["w"], b["w"], "the old weights")
-        assert buf._replicas.placement is old
+        assert buf._replica_router.placement is old
         # The survivors go on, by the old placement.
         buf.close()  # on a GPU its kernels would still count against the multiprocessors
         left = comm.shrink([0, 1, 2])

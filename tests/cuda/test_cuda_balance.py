@@ -34,7 +34,7 @@ def serve(comm, buf, local, batch, renormalized=False):
     experts that are left make of it.
     """
     x, ids, shares = (t[comm.rank].to(comm.device) for t in batch)
-    here, scale = (buf._replicas.placement.replica_count[0] > 0).to(comm.device), SCALE.to(comm.device)
+    here, scale = (buf._replica_router.placement.replica_count[0] > 0).to(comm.device), SCALE.to(comm.device)
     out = buf.dispatch(x, ids, shares)
     y = buf.combine(
         out.x * torch.repeat_interleave(local, out.tokens_per_expert, 0),

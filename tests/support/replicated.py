@@ -112,7 +112,7 @@ def main(folder, rank, ranks_per_node, victim, mode, moment):
                     "no rank takes a migration for complete that another one has not ended"
                 )
                 assert all(map(torch.equal, serving.local, before)), "the old weights are only read"
-                assert serving.buf._replicas.placement is placement
+                assert serving.buf._replica_router.placement is placement
         elif rank == victim and moment == "between steps":
             os.kill(os.getpid(), signal.SIGKILL)
         elif rank == victim:
