@@ -143,9 +143,16 @@ def offered(module, tree):
             found = [definition(module, name) for name in ast.literal_eval(node.value)]
             return [each for each in found if each is not None]
     own = [(module, node) for node in public(tree)]
-    if own or not is_package(module):
+    if own:
         return own
-    found = [definition(*origin) for origin in origins(tree, module).values()]
+    found = []  # a package, or a module that only passes on what others define
+    for home, name in origins(tree, module).values():
+        inner = module if home == module else f"{home}.{name}".strip(".")
+        passed = tree_of(home if name == "*" else inner)
+        if name == "*" or (passed is not None and not is_package(module)):
+            found += [(home if name == "*" else inner, node) for node in public(passed)]
+        else:
+            found.append(definition(home, name))
     return [each for each in found if each is not None]
 
 
