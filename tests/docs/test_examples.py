@@ -152,12 +152,15 @@ def pages(request, tmp_path_factory, processes):
     """{page: the outcome of running it}, two pages at a time: most of the time is that of starting processes."""
 
     def run(page):
-        folder = tmp_path_factory.mktemp(page.stem)
+        folder = folders[page]
         (folder / "examples").symlink_to(ROOT / "examples")
         run_python(page, folder, processes)
         run_console(page, folder, processes)
 
     wanted = {item.callspec.params["page"] for item in request.session.items if "runs_as_it" in item.name}
+    folders = {
+        page: tmp_path_factory.mktemp(page.stem) for page in PAGES if page in wanted
+    }  # not for threads
     with ThreadPoolExecutor(2) as pool:
         yield {page: pool.submit(run, page) for page in PAGES if page in wanted}
 
