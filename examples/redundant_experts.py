@@ -85,7 +85,9 @@ def serve(comm):
                 )
             if advice.pays:
                 placement = advice.placement
-                pending = moecomm.balance.migrate(placement, weights, comm)  # the steps go on by the old placement
+                pending = moecomm.balance.migrate(
+                    placement, weights, comm
+                )  # the steps go on by the old placement
         if pending and step == 24:
             weights = pending.wait()
             buf.use(placement)

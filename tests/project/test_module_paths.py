@@ -29,7 +29,9 @@ def test_in_a_fresh_process():
         "assert moecomm.nn.gate is gate and dispatch is moecomm.testing.reference.dispatch\n"
         "assert moecomm.planner.cli is moecomm.sim.planner.cli\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -1,6 +1,6 @@
 // Recording: what a rank's Buffer was asked to do and what it moved, in memory, until somebody takes a
-// segment to write it (moecomm/tracing/format.py, which also describes it). Buffer and Decode add to it, under the
-// lock of their calls.
+// segment to write it (moecomm/tracing/format.py, which also describes it). Buffer and Decode add to it,
+// under the lock of their calls.
 #pragma once
 #include <atomic>
 #include <chrono>
