@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util as _importlib_util
 import os as _os
+from importlib import import_module as _import_module
 
 # UCX reads these when it is loaded: no signal handlers of its own, no chatter unless asked for.
 for _name, _value in {"UCX_HANDLE_ERRORS": "none", "UCX_ERROR_SIGNALS": "", "UCX_LOG_LEVEL": "fatal"}.items():
@@ -66,3 +67,10 @@ __all__ = [
     "reference",
     "run_local",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """A module by its old path, which no import statement has asked for yet."""
+    if name in _aliases.ALIASES:
+        return _import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

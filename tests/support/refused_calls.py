@@ -242,7 +242,11 @@ def refused_decode_dispatch(step, name, refusing):
     """One wrong decode_dispatch of this name, while the others' is right, hook included."""
     wrong, why = _wrong_decode_dispatches(step)[name]
     x, ids, _ = (part[step.comm.rank] for part in step.world)
-    refuse(step, wrong, step.buf.decode_dispatch(x, ids, quant=None)[1], refusing, why)
+
+    def right():
+        step.buf.decode_dispatch(x, ids, quant=None)[1]()
+
+    refuse(step, wrong, right, refusing, why)
 
 
 def refused_decode_combine(step, name, refusing):
@@ -261,13 +265,11 @@ def refused_decode_combine(step, name, refusing):
     recv, hook = step.buf.decode_dispatch(x, ids[rank], quant=None)
     hook()
     wrong, why = _wrong_decode_combines(step, recv)[name]
-    refuse(
-        step,
-        wrong,
-        step.buf.decode_combine(recv.handle.rows, ids[rank], weights, recv.handle)[1],
-        refusing,
-        why,
-    )
+
+    def right():
+        step.buf.decode_combine(recv.handle.rows, ids[rank], weights, recv.handle)[1]()
+
+    refuse(step, wrong, right, refusing, why)
 
 
 def main(folder, rank, size, per_node, refusing):
