@@ -15,7 +15,8 @@ for _name, _value in {"UCX_HANDLE_ERRORS": "none", "UCX_ERROR_SIGNALS": "", "UCX
 
 from ._native import core as _core  # noqa: E402
 
-# The wheels libucx-cu12 and libucx-cu13 are both the package `libucx`. It is not imported: UCX is loaded when nodes are joined.
+# The wheels libucx-cu12 and libucx-cu13 are both the package `libucx`. It is not imported: UCX is loaded when
+# nodes are joined.
 _ucx = _importlib_util.find_spec("libucx")
 _core.set_ucx_folders(
     [_os.path.join(folder, "lib") for folder in _ucx.submodule_search_locations] if _ucx else []

@@ -189,7 +189,9 @@ class ReplicaRouter:
         return self.choose(buffer, op, topk_ids, layer)
 
     def choose(self, buffer, op, topk_ids, layer):
-        """Physical ids of a batch, by an exchange of its own. The host chooses: ids on a GPU come here first, behind what their stream has in flight.
+        """Physical ids of a batch, by an exchange of its own.
+
+        The host chooses: ids on a GPU come here first, behind what their stream has in flight.
 
         Raises
         ------
