@@ -31,6 +31,10 @@ _IDS = (torch.int64, torch.int32)
 
 core.read_tensors_of(torch.Tensor, torch.is_grad_enabled, torch._C._len_torch_dispatch_stack, forward_ad)
 
+_grad_enabled = (
+    torch.is_grad_enabled
+)  # asked first: where gradients are off, a decode step pays for nothing else
+
 
 class DecodeVerbs:
     """The decode verbs of Buffer, which makes their memory when it is first asked for."""
@@ -256,7 +260,7 @@ class Decode:
             known(quant, QUANTS)
             and scale_layout == "row"
             and (quant is None or self.hidden % 16 == 0 and self.dtype != torch.float64)
-            and not wants_gradient(x, topk_weights)
+            and not (_grad_enabled() and wants_gradient(x, topk_weights))
         ):
             done = self.native.try_dispatch(x, topk_ids, topk_weights, QUANTS[quant], not return_hook)
             if done is not None:
@@ -299,7 +303,7 @@ class Decode:
         ------
         MoecommError
         """
-        if wire is None and out is not None and not wants_gradient(rows, topk_weights):
+        if wire is None and out is not None and not (_grad_enabled() and wants_gradient(rows, topk_weights)):
             done = self.native.try_combine(rows, topk_ids, topk_weights, handle, out, not return_hook)
             if done is not None:
                 return done

@@ -84,7 +84,9 @@ def plain(op, name, value, *, rank=None, optional=False, written=False, traceabl
 
 def wants_gradient(a: object, b: object = None) -> bool:
     """Whether autograd would record what is computed from one of them."""
-    return (getattr(a, "requires_grad", False) or getattr(b, "requires_grad", False)) and _grad_enabled()
+    if _grad_enabled():  # asked on the decode path: None is not asked for an attribute that it lacks
+        return getattr(a, "requires_grad", False) or (b is not None and getattr(b, "requires_grad", False))
+    return False
 
 
 def refuse_gradients(
