@@ -277,7 +277,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         dtype: torch.dtype = torch.bfloat16,
         dispatches: int = 2,
     ) -> int:
-        """The arena_bytes with which so many dispatches can be held at once, all tokens of all ranks going to one rank in each.
+        """arena_bytes for `dispatches` dispatches that are held at once, when every token goes to one rank.
 
         Training holds one per layer until its backward has run, and its backward makes one more: dispatches = layers + 1 for
         layers that share a Buffer, plus one per layer where gradients of activations are kept too. Memory is committed
@@ -619,7 +619,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
             Added in FP32 before the one rounding.
         wire : None, "fp8" or "logfmt10"
             How other nodes' sums come to this rank: rounded to dtype, or as moecomm.quant.encode_wire codes their
-            FP32 values. Rows of the own node are not touched. Each rank chooses for itself.
+            FP32 values. Rows of this rank's node are not touched. Each rank chooses for itself.
         async_op, check : bool
             As for dispatch.
         out : Tensor [T, hidden], optional

@@ -31,7 +31,7 @@ def default_channels(num_nodes):
 
 
 def arena_size(size, hidden, num_experts, top_k, max_tokens, dtype, dispatches=2):
-    """Bytes of an arena that holds the worst case of so many dispatches: all tokens of all ranks on one rank."""
+    """Bytes of an arena that holds the worst case of `dispatches` dispatches: every token goes to one rank."""
     rows = size * max_tokens * min(top_k, num_experts // size)
     per_row = 2 * max(hidden * dtype.itemsize, hidden + 4 * ((hidden + 127) // 128) + 16) + 16 * top_k + 64
     return -(-dispatches * (rows * per_row + 65536) // 4096) * 4096

@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 PYTHON = ["moecomm", "bench", "examples", "tests", "tools", "docs", "setup.py"]
 PAGES = sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 PROSE = [*PYTHON, "csrc", *PAGES]
-PLAIN = ["bench", "examples", "tests", "tools", "setup.py", *PAGES]  # without banned phrases: may only grow
+# Without banned phrases: may only grow.
+PLAIN = ["bench", "csrc", "examples", "tests", "tools", "setup.py", *PAGES]
 
 
 def sources(folders, suffixes):

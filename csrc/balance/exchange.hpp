@@ -1,4 +1,4 @@
-// Bounded moves: a placement is improved while every rank changes at most so many slots.
+// Bounded moves: a placement is improved while no rank changes more slots than a given number.
 //
 // One round changes at most one slot per rank: every rank passes one replica on, and the replicas that were
 // passed on are handed out again, largest to the rank that is lightest without its own. That handing out is

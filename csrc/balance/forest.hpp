@@ -17,7 +17,7 @@ class Forest {
   // rank.
   void prune();
   // Starts replicas on ranks that run fewer than `limit`, so that ranks above it run one less. Gives up after
-  // so many exchanges.
+  // `exchanges` attempts.
   void fit(int limit, int exchanges);
   bool runs(int replica) const { return runs_[replica] != 0; }
 

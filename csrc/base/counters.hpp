@@ -1,5 +1,5 @@
 // What moved, per hop. Logical rows are the rows of the routing; physical rows crossed the hop's link
-// (a row for the own node never enters the rail, a row for the own rank never leaves it).
+// (a row for this rank's node never enters the rail, a row for this rank never leaves it).
 #pragma once
 #include <cstdint>
 

@@ -1,5 +1,5 @@
 // The only file that asks which compiler this is. Everything else in base/, exec/group.hpp and
-// protocol/ is plain C++20 that g++, nvcc's host pass and nvcc's device pass read alike.
+// protocol/ is plain C++20, the same for g++, nvcc's host pass and nvcc's device pass.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -37,7 +37,7 @@ struct Shape {
   }
 };
 
-// One dispatch call's own arguments that every rank must give alike.
+// The arguments of one dispatch call that must be equal on all ranks.
 struct CallShape {
   RowLayout layout = RowLayout::expert;
   int32_t alignment = 1;     // each expert's rows are padded to a multiple of this

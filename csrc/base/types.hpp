@@ -88,7 +88,7 @@ enum BadInput : int32_t {
   kOutOfTurn = 4,  // `expected` is the stage that the call needs, `got` the one that is
 };
 
-// Whether the call has gone on to its end all the same, so that the ranks are in step for the next one.
+// Whether the call still went on to its end, so that the ranks are in step for the next one.
 MOE_HD constexpr bool keeps_step(const Status& s) {
   return s.code == Code::capacity || s.code == Code::mismatch || s.code == Code::refused ||
          (s.code == Code::invalid && s.detail != kOutOfTurn);

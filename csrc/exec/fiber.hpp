@@ -5,10 +5,10 @@
 // run is a pure function of what the fibers do. Events are callbacks at a time; they run on the stack of
 // whoever gave way and must not advance or block.
 //
-// With a lead, a fiber may advance past others by that much before it gives way, and fibers that it starts or
-// wakes go on before others: fewer switches, and one rank's data stays in the caches. It must then meet() the
-// others before it looks at anything that they or events write; what it does itself carries its own time and
-// is not affected.
+// With a lead, a fiber may advance past others by up to the lead before it gives way, and fibers that it
+// starts or wakes go on before others: fewer switches, and one rank's data stays in the caches. It must then
+// meet() the others before it looks at anything that they or events write; what it does itself carries its
+// own time and is not affected.
 #pragma once
 #include <cstdint>
 #include <functional>

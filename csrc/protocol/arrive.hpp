@@ -9,7 +9,7 @@ namespace moecomm {
 namespace detail {
 
 // All gateways of the node have forwarded, or said why they have not. Gateways of a node that would have had
-// room store rows here all the same: they are awaited.
+// room still store rows here: this rank waits for them.
 template <Group G, Fabric<G> F>
 MOE_HD Status await_gateways(G g, F f, const DispatchArgs& a) {
   const Geometry& geo = a.b.geometry;

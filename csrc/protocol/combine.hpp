@@ -284,7 +284,7 @@ MOE_HD Status reduce(G g, F f, const CombineArgs& a, int node, int channel) {
 
 namespace detail {
 
-// A call that is refused: the rows of nodes that trade with this one are taken off the wire all the same.
+// A call that is refused: the rows of nodes that trade with this one are still taken off the wire.
 template <Group G, Fabric<G> F>
 MOE_HD Status drop_back(G g, F f, const CombineArgs& a, int channel) {
   const BufferView& b = a.b;

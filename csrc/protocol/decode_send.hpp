@@ -128,7 +128,7 @@ MOE_HD void decode_announce(G g, F f, const DecodeSendArgs& a, Why refused, int 
   g.sync();
   if (g.lane() == 0)
     for (int step = part; step < size; step += parts) {
-      const int r = (me + 1 + step) % size;  // the own rank last; no rank is everybody's first
+      const int r = (me + 1 + step) % size;  // this rank last; no two ranks start with the same one
       const uint64_t flag = refused == Why::none
                                 ? make_flag(turn.epoch, turn.mode, turn.sent[r])
                                 : make_flag(turn.epoch, kRefusedMode, static_cast<int64_t>(refused));

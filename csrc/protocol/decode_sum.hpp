@@ -11,7 +11,7 @@ namespace moecomm {
 
 namespace detail {
 
-// One lane. A mismatch or a refusal is found on the way: the other flags are awaited all the same, so the
+// One lane. A mismatch or a refusal is found on the way: it still waits for the other flags, so the
 // ranks stay in step.
 template <LaneFabric F>
 MOE_HD Status wait_answer(F f, const DecodeCombineArgs& a, int rank, Status& found) {

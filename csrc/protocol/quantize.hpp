@@ -2,8 +2,8 @@
 // between.
 //
 // A token's row is quantized on its way to the first of the other nodes that want it; what goes to further
-// nodes, and to the own one, is copied from there. Only where no other node wants it does `forward` quantize
-// it, into a row of the channel's own, and copy it from there to the ranks of the node.
+// nodes, and to this rank's node, is copied from there. Only where no other node wants it does `forward`
+// quantize it, into a row of the channel's own, and copy it from there to the ranks of the node.
 #pragma once
 #include "fabric/fabric.hpp"
 #include "protocol/views.hpp"
@@ -21,7 +21,7 @@ MOE_HD inline bool quantizes(const DispatchArgs& a) {
 
 namespace detail {
 
-// The token's FP8 row in the staging area of one of the first `steps` - 1 nodes behind the own one, or null.
+// The token's FP8 row in the staging area of one of the first `steps` - 1 nodes after this rank's, or null.
 template <LaneFabric F>
 MOE_HD const char* staged_row(F f, const DispatchArgs& a, int t, int steps) {
   const BufferView& b = a.b;
@@ -42,7 +42,7 @@ MOE_HD void quantize_token(G g, F f, const DispatchArgs& a, int t, char* row) {
   if (g.lane() == 0) ++f.counters().quantized_rows;
 }
 
-// Fills the token's slot for the node that is `step` behind the own one.
+// Fills the token's slot for the node that is `step` after this rank's.
 template <Group G, Fabric<G> F>
 MOE_HD void stage_quantized(G g, F f, const DispatchArgs& a, int t, int step, char* row) {
   if (const char* earlier = staged_row(f, a, t, step))
@@ -52,7 +52,7 @@ MOE_HD void stage_quantized(G g, F f, const DispatchArgs& a, int t, int step, ch
   if (a.b.check) g.sync();  // its checksum is next
 }
 
-// The token's FP8 row for the own node; valid after a sync until the next call for this channel.
+// The token's FP8 row for this rank's node; valid after a sync until the next call for this channel.
 template <Group G, Fabric<G> F>
 MOE_HD const char* own_quantized(G g, F f, const DispatchArgs& a, int t, int channel) {
   if (const char* staged = staged_row(f, a, t, a.b.geometry.nodes())) return staged;

@@ -1,5 +1,5 @@
-// One rank's calls as many groups that run at once: who does which role, and what waits for what inside the
-// rank. World-blind like the protocol, so that threads on a CPU can run it under ThreadSanitizer.
+// The calls of one rank run as many concurrent groups: which group does which role, and who waits for whom
+// inside the rank. World-blind like the protocol, so that threads on a CPU can run it under ThreadSanitizer.
 //
 // Seats  worker 0 .. workers-1 move rows; seat `workers` is the coordinator, which talks to other ranks about
 // the
@@ -9,7 +9,7 @@
 //
 //   workers      number_apart -> [numbered] -> sum_channels -> [totals] -> shift_channel -> [shifted]
 //   coordinator  [totals] announce, relay [shifted] -> [entered] -> place -> [placed] -> judge
-//   senders      [entered] send, then [placed] forward of the own node's rows
+//   senders      [entered] send, then [placed] forward of the rows of this rank's node
 //   forwarders   [placed] forward of other nodes' rows as they land
 //   all          -> [forwarded]; coordinator announce_arrival; then everybody: arrive
 //

@@ -40,7 +40,7 @@ class Traffic:
     ranks: int
     ranks_per_node: int
     row_bytes: int
-    groups: int = 1  # the gate picks its experts within `top_groups` of so many groups
+    groups: int = 1  # the gate picks its experts within `top_groups` of these groups
     top_groups: int = 1
     shared_gpu: int = 1  # ranks that share a GPU
 
@@ -133,7 +133,7 @@ def traffic_per_token(t):
 
 
 def fits(hardware, warps, stage_bytes, stages=3):
-    """Whether so many warps with such stages have room in a multiprocessor's shared memory."""
+    """Whether these warps with their stages have room in a multiprocessor's shared memory."""
     return warps * (_WARP_BYTES + stages * stage_bytes) <= hardware.shared_bytes
 
 
@@ -177,7 +177,7 @@ def choose_plan(hardware, traffic, num_sms=None):
     workers = num_sms * warps - 1
     if traffic.nodes == 1:
         senders = 0
-    else:  # sending and forwarding the own node's rows, against forwarding those of other nodes
+    else:  # sending and forwarding rows of this rank's node, against forwarding those of other nodes
         own, other = (
             rows["rail"] + rows["node"] / traffic.nodes,
             rows["node"] * (traffic.nodes - 1) / traffic.nodes,

@@ -41,7 +41,7 @@ def group_limited_top_k(
     bias : Tensor [E], optional
         Added for choosing only.
     group_terms : int
-        A group's score is the sum of so many of its highest affinities (bias included): 2 in DeepSeek-V3, 1 in V2.
+        A group's score is the sum of this many of its highest affinities (bias included): 2 in DeepSeek-V3, 1 in V2.
 
     Returns
     -------

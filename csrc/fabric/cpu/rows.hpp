@@ -11,7 +11,7 @@ namespace moecomm {
 using SumRows = void (*)(void* dst, const Terms& terms, const Terms* next, const float* bias, int64_t begin,
                          int64_t end, DType type, bool stream);
 
-// One way to sum: "BUILD/LINES" walks the terms once per so many cache lines; "+next" prefetches.
+// One way to sum: "BUILD/LINES" walks the terms once per LINES cache lines; "+next" prefetches.
 struct SumVariant {
   const char* name;
   SumRows sum;

@@ -24,13 +24,13 @@ constexpr const char* kMagic = "moecomm row kernels 1";
 constexpr int kProcesses =
     5;  // measure, each on top of what was found before: one of them meets a quiet moment
 
-// Medians of `python -m bench kernels` on idle machines: vendor, family and model as /proc/cpuinfo gives
-// them.
+// CPUs whose best variant is known: vendor, family and model as /proc/cpuinfo gives them.
 struct KnownCpu {
   const char *cpu, *few, *many;
 };
 constexpr KnownCpu kKnownCpus[] = {
-    {"GenuineIntel 6 143", "avx512/1+next", "avx512/1+next"},  // Sapphire Rapids
+    {"GenuineIntel 6 143", "avx512/1+next",
+     "avx512/1+next"},  // Sapphire Rapids: 4 lines took 3 times as long
 };
 
 std::string cpu_name(bool by_number) {

@@ -1,7 +1,7 @@
 // Which row kernels a process uses, and why. Asked once, at first use:
 //
 //   1. MOECOMM_ISA (a build) and MOECOMM_ROW_KERNEL (a variant for all sums), where they are set
-//   2. the table of CPUs that were measured by hand
+//   2. the table of CPUs whose best variant is known
 //   3. a measurement of at most 30 ms: the first few processes make it, and keep the least times of all of
 //   them in
 //      a file of the user's cache folder, one per CPU model; later processes read the choice there

@@ -1,6 +1,6 @@
-// Watches the processes of peers on this host: a waiter that has run out of patience asks whether the one it
-// waits for has died. A rank that ended after doing its part is nobody's business: who depends on it reports
-// it.
+// Watches the processes of peers on this host: a waiter whose deadline has passed asks whether the peer it
+// waits for has died. A peer that exits after finishing its part is not an error; only a rank that still
+// waits for it reports it.
 #pragma once
 #include <atomic>
 #include <vector>

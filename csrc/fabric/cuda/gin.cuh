@@ -7,10 +7,10 @@
 //
 // Ordering. GIN orders per context and peer: a *strong* signal becomes visible after all puts that were
 // posted before it to that peer on its context; a weak one orders only the put that it comes with. Hence
-// streams: a stream is one context for good, whoever posts. Puts of one group and its signals share a stream.
-// Where several groups put and one of them signals for all (decode), they share a stream too, and meet at a
-// gate before the signal: put() returns when the request is posted, so the signal is posted behind all of
-// them. Nothing is flushed for that.
+// streams: a stream is always the same context, whoever posts. Puts of one group and its signals share a
+// stream. Where several groups put and one of them signals for all (decode), they share a stream too, and
+// meet at a gate before the signal: put() returns when the request is posted, so the signal is posted behind
+// all of them. Nothing is flushed for that.
 //
 // Sources. A put's source must stay as it is until the network has read it; flush() at the end of a call
 // waits for that, so the next call may write its staging again.

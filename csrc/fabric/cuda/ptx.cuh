@@ -38,7 +38,7 @@ __device__ inline uint64_t fetch_add_acq_rel_gpu(uint64_t* p, uint64_t v) {
 __device__ inline void store_release_sys(uint64_t* p, uint64_t v) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
-// So many threads of the block meet at barrier `id` (1..15).
+// `threads` threads of the block meet at barrier `id` (1..15).
 __device__ inline void block_barrier(int id, int threads) {
   asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }

@@ -351,7 +351,7 @@ void SimNet::row_operation(Role& r, uint64_t read, uint64_t written, Time link) 
   const Time now = fibers_.now();
   const Time work = std::max(sm_read_.time(read), sm_write_.time(written));
   Time done = r.sm == Role::kAllSms ? now + work / num_sms_ : ranks_[r.rank].sms[r.sm].take(now, work);
-  done = std::max(done, r.flight[r.next_flight]);  // only so many rows under way
+  done = std::max(done, r.flight[r.next_flight]);  // the number of rows in flight is bounded
   r.flight[r.next_flight] = link;
   r.next_flight = (r.next_flight + 1) % Role::kInFlight;
   fibers_.advance(done);

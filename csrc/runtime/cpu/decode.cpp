@@ -25,7 +25,8 @@ ReachPlan reach_plan(const DecodeView& d) {
 // A failure with which ranks are not in step any more.
 Status in_step(const Status& s) { return keeps_step(s) ? Status{} : s; }
 
-// What all ranks must do alike, as the mode bits of a flag: how rows are coded, and whether weights travel.
+// What must be equal on all ranks, as the mode bits of a flag: how rows are coded, and whether weights
+// travel.
 int mode_of(int code, bool weighted) { return code | (weighted ? 4 : 0); }
 
 }  // namespace

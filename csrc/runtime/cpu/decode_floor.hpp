@@ -10,7 +10,8 @@ namespace moecomm {
 class DecodeFloor {
  public:
   // Of the decode's last step, whose rows went from x and came back to y; every rank makes one of the same
-  // step. Then the Decode is given other calls only after run() and latency() were called alike on all ranks.
+  // step. Then the Decode is given other calls only after run() and latency() were called equally often on
+  // all ranks.
   DecodeFloor(Decode& decode, const char* x, char* y);
   Status run(int steps);
   // Rank 0 and the last rank send each other one message `rounds` times; the others return at once.

@@ -11,7 +11,8 @@ namespace {
 
 cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
-// What all ranks must do alike, as the mode bits of a flag: how rows are coded, and whether weights travel.
+// What must be equal on all ranks, as the mode bits of a flag: how rows are coded, and whether weights
+// travel.
 int mode_of(int code, bool weighted) { return code | (weighted ? 4 : 0); }
 
 }  // namespace

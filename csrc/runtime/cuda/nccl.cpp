@@ -122,7 +122,7 @@ class NcclReach final : public DeviceReach, public std::enable_shared_from_this<
     }
   }
   int number_window() { return windows_++; }
-  // Of a window that has ended. NCCL places windows alike on all ranks as long as all register and give up
+  // Of a window that has ended. NCCL places windows equally on all ranks as long as all register and give up
   // the same ones in the same order; ranks close their buffers when they like.
   void retire(int number, ncclWindow_t window, char* data) {
     std::lock_guard lock(mutex_);

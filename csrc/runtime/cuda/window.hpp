@@ -27,7 +27,7 @@ class DeviceWindow {
   char* data() const { return data_; }
   uint64_t bytes() const { return bytes_; }
 
-  // Collective: exchange cards, then connect. Peers are rank by rank as the cards are; `rank` is the own one.
+  // Collective: exchange cards, then connect. Peers are rank by rank as the cards are; `rank` is this one.
   virtual std::string card() const = 0;
   virtual void connect(int rank, const std::vector<std::string>& cards) = 0;
   // After connect(): where a rank's window lies here, null where loads and stores do not reach it.
@@ -38,7 +38,7 @@ class DeviceWindow {
   // start() enqueues a kernel that waits for the same one of every other rank. Rank threads of one process
   // share a device's context, where allocations, frees, the loading of a kernel or a full queue of the
   // hardware may wait for whatever runs; so they start together: none before all are ready, and none goes on
-  // before all have started. A rank that does not come within so many seconds is left to the kernels, which
+  // before all have started. A rank that does not come within `seconds` is left to the kernels, which
   // name it. Nothing of this where a graph is captured.
   Status start_together(void* stream, double seconds, const std::function<void()>& start);
   void tell(int rank, uint64_t offset, FaultWord word,
@@ -64,12 +64,12 @@ class DeviceReach {
   virtual const Kernels& kernels() const { return loopback_kernels(); }
   virtual const DecodeKernels& decode_kernels() const { return loopback_decode_kernels(); }
   virtual std::string rail() const { return "memory"; }  // what carries rows between nodes
-  // Windows that are gone here, by numbers that all ranks give alike; their memory is kept until release() of
-  // those that are gone on every rank, or until this object ends.
+  // Windows that are gone here, by numbers that are equal on all ranks; their memory is kept until release()
+  // of those that are gone on every rank, or until this object ends.
   virtual std::vector<int> retired() const { return {}; }
   virtual void release(const std::vector<int>&) {}
   virtual void abort() {
-  }  // from any thread: ends what waits for peers on the host; no window can be made any more
+  }  // from any thread: ends waits for peers on the host; no window can be made any more
 };
 
 std::shared_ptr<DeviceReach> reach_threads(int device);

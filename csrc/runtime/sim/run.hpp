@@ -70,7 +70,7 @@ Status sim_move_rows(SimNet& net, F f, const DispatchArgs& a, bool sends, Tables
       crew.start("forward", c, [&, c] {
         // A node sends to the one behind it first: its predecessor's rows come first.
         for (int step = 1; step < nodes; ++step) MOE_TRY(forward(g, f, a, (own + nodes - step) % nodes, c));
-        if (sends) crew.wait_for(sent[c]);  // it wrote the own node's metadata
+        if (sends) crew.wait_for(sent[c]);  // it wrote the metadata of this rank's node
         return forward(g, f, a, own, c);
       });
   }

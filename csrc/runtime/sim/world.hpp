@@ -66,7 +66,7 @@ struct SimPart {
 // Every rank runs the same calls; each as soon as it has finished the one before.
 struct SimCall {
   SimVerb verb = SimVerb::dispatch;
-  int handle = 0;     // by number: dispatch fills it, combine empties it; decode: of so many dispatches ago
+  int handle = 0;     // by number: dispatch fills it, combine empties it; decode: how many dispatches ago
   bool keep = false;  // combine: the handle's rows stay where they are
   uint8_t flip = 0;   // combine: bits that the experts turn in what they hand back
   bool scales_given = false;  // dispatch: quantized rows come with their scales; else the call quantizes them

@@ -118,7 +118,7 @@ def _over_ranks(q):
                     ),
                 )
             )
-        except InvalidArgument:  # the experts do not fit so many ranks
+        except InvalidArgument:  # the experts do not fit this number of ranks
             continue
     return found
 

@@ -128,7 +128,7 @@ Matrix matrix(int64_t rows, int64_t columns, uint64_t row_bytes, const char* x, 
               reinterpret_cast<uint64_t>(codes) % 4 == 0};
 }
 
-// Blocks for so many pieces, `per_block` to a block at a time.
+// Blocks for a number of pieces, `per_block` to a block at a time.
 unsigned blocks(int64_t pieces, int per_block) {
   const int64_t wanted = (pieces + per_block - 1) / per_block;
   return static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks);

@@ -6,8 +6,8 @@
 
 namespace moecomm::cuda {
 
-// What waits inside a rank waits that much longer than what waits for a peer: the record of a missed deadline
-// is to name the peer.
+// Extra time for waits inside a rank, so that the wait for the peer expires first and the error names the
+// peer.
 constexpr uint64_t kGrace =
     1'000'000'000;  // ns; costs nothing: as soon as the record is there, everything else ends
 
@@ -54,7 +54,7 @@ struct DeviceGates {
 };
 
 // Where all groups of a rank meet. The count is never set back (a call that has failed aside), so a captured
-// call needs no other work before it: the arrivals before the own one say which round this is.
+// call needs no other work before it: the arrivals before this one say which round this is.
 template <class Fabric>
 struct DeviceMeeting : DeviceGates<Fabric> {
   int warps;  // of a group
