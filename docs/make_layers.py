@@ -29,7 +29,6 @@ ROWS = [
         NATIVE,
     ),
     ("one for all worlds", [("schedule/", "which role runs where and when")], SHARED),
-    ("one for all worlds", [("session/", "prepares a call: arguments, arena, turns of decode")], SHARED),
     ("one for all worlds", [("protocol/", "roles: who copies what, who signals whom, who waits")], SHARED),
     (
         "one per world",

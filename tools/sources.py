@@ -16,7 +16,7 @@ def files(folder, suffix=".cpp"):
 
 
 BALANCE = files("balance")
-SHARED = [*files("session"), *files("runtime")]  # owners that every runtime uses
+SHARED = files("runtime")  # owners that every runtime uses
 ROWS = [s for s in files("fabric/cpu") if Path(s).name.startswith("rows")]
 FIBERS = files("exec")
 NCCL_HOST = "csrc/runtime/cuda/nccl.cpp", "csrc/runtime/cuda/nccl_absent.cpp"  # with NCCL, without it

@@ -13,7 +13,7 @@ import moecomm
 
 ROOT = Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
-LAYERS = ["base", "balance", "exec", "fabric", "protocol", "session", "schedule", "runtime"]
+LAYERS = ["base", "balance", "exec", "fabric", "protocol", "schedule", "runtime"]
 SOURCES = sorted(p for p in CSRC.rglob("*") if p.suffix in (".hpp", ".cpp", ".inl", ".cu", ".cuh"))
 PYTHON = sorted(
     p for folder in ("moecomm", "bench", "examples", "tests", "tools") for p in (ROOT / folder).rglob("*.py")
@@ -193,7 +193,6 @@ LIMIT = 450
 # Longer than the limit: they may shrink, not grow.
 LONG = {
     "moecomm/buffer.py": 748,
-    "moecomm/decode.py": 472,
     "moecomm/communicator.py": 494,
     "moecomm/_cuda/cuda.py": 484,
     "moecomm/sim/explore.py": 564,
