@@ -31,9 +31,8 @@ _IDS = (torch.int64, torch.int32)
 
 core.read_tensors_of(torch.Tensor, torch.is_grad_enabled, torch._C._len_torch_dispatch_stack, forward_ad)
 
-_grad_enabled = (
-    torch.is_grad_enabled
-)  # asked first: where gradients are off, a decode step pays for nothing else
+# Asked first: where gradients are off, a decode step pays for nothing else.
+_grad_enabled = torch.is_grad_enabled
 
 
 class DecodeVerbs:

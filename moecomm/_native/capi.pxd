@@ -351,7 +351,6 @@ cdef extern from "fabric/cpu/rows.hpp" namespace "moecomm" nogil:
         const char* name
 
     const RowKernels& row_kernels()
-    const RowKernels* row_kernels_named(const char*)
 
 cdef extern from "fabric/cpu/rows_choice.hpp" namespace "moecomm" nogil:
     cdef cppclass RowKernelTime:

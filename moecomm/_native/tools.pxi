@@ -68,8 +68,3 @@ def time_row_kernels(double seconds):
     with nogil:
         times = capi.time_row_kernels(capi.row_kernel_variants(), seconds)
     return _times(times)
-
-
-def has_row_kernel(str name):
-    """Whether this machine has a variant."""
-    return b"/" in name.encode() and capi.row_kernels_named(name.encode()) != NULL

@@ -164,9 +164,10 @@ def test_decode_counts_equal_cpu_world(payload):
         assert c.links()[rank]["rail"]["row_bytes"] == real[rank]["rail"]["physical_bytes"]
 
 
-def test_examples_of_the_docs():
+def test_examples_of_the_docs(tmp_path, monkeypatch):
     """docs/simulation.md: the calls give what the reference gives, the fast path gives times."""
     text = (Path(__file__).parents[2] / "docs/simulation.md").read_text()
+    monkeypatch.chdir(tmp_path)  # an example records
     said = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.S):
         exec(block, said)
