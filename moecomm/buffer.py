@@ -277,7 +277,7 @@ class Buffer(Arguments, Calls, DecodeVerbs, Shared):
         dtype: torch.dtype = torch.bfloat16,
         dispatches: int = 2,
     ) -> int:
-        """arena_bytes for `dispatches` dispatches that are held at once, when every token goes to one rank.
+        """The arena_bytes for `dispatches` dispatches that are held at once, when every token goes to one rank.
 
         Training holds one per layer until its backward has run, and its backward makes one more: dispatches = layers + 1 for
         layers that share a Buffer, plus one per layer where gradients of activations are kept too. Memory is committed
