@@ -23,7 +23,7 @@ from .. import options
 from ..testing import reference
 from ..balance import Placement
 from .mutations import MUTATIONS
-from .world import MODES, SCHEDULES, Choosing, Cluster, describe_waiting
+from . import MODES, SCHEDULES, Choosing, Cluster, describe_waiting
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,6 @@ LONG = {
     "moecomm/_cuda/cuda.py": 484,
     "moecomm/sim/explore.py": 564,
     "moecomm/_bootstrap/mesh.py": 535,
-    "moecomm/sim/world.py": 625,
 }
 
 
