@@ -134,6 +134,8 @@ class BuildExt(build_ext):
             self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
         super().run()
         folder = Path(self.get_ext_fullpath("moecomm._native.core")).parent
+        if NO_CUDA is not None:  # an earlier build's would not fit this one's stub and host code
+            Path(self.get_ext_fullpath("moecomm._native.cuda")).unlink(missing_ok=True)
         (folder / "built.json").write_text(
             json.dumps({"no_cuda": NO_CUDA, "no_nccl": None if NCCL else nccl_headers.why_not()})
         )
@@ -208,12 +210,37 @@ balance = Extension(
 
 
 def declarations_changed():
-    """Whether a .pxd or .pxi is newer than a generated file: cythonize() misses relative cimports."""
-    sources = list((ROOT / "moecomm/_native").glob("*.p*"))
-    made = [ROOT / "build/cython/moecomm/_native" / f"{p.stem}.cpp" for p in sources if p.suffix == ".pyx"]
+    """Whether a .pxd is newer than a generated file: cythonize() misses some cimports."""
+    sources = list((ROOT / "moecomm/_native").rglob("*.p*"))
+    made = [
+        (ROOT / "build/cython" / p.relative_to(ROOT)).with_suffix(".cpp")
+        for p in sources
+        if p.suffix == ".pyx"
+    ]
     made = [p.stat().st_mtime for p in made if p.exists()]
-    declared = [p.stat().st_mtime for p in sources if p.suffix in (".pxd", ".pxi")]
+    declared = [p.stat().st_mtime for p in sources if p.suffix == ".pxd"]
     return bool(made) and max(declared) > min(made)
+
+
+def with_parts(extensions):
+    """The extensions, each with its parts: modules of their own that share its library, and so its C++ state."""
+    parts = {
+        e.name: [
+            Extension(path.removesuffix(".pyx").replace("/", "."), [path], language="c++")
+            for path in sources.PARTS.get(e.name, [])
+        ]
+        for e in extensions
+    }
+    made = cythonize(
+        [*extensions, *(part for some in parts.values() for part in some)],
+        language_level=3,
+        build_dir="build/cython",
+        force=declarations_changed(),
+    )
+    made = {e.name: e for e in made}
+    for extension in extensions:
+        made[extension.name].sources += [s for part in parts[extension.name] for s in made[part.name].sources]
+    return [made[e.name] for e in extensions]
 
 
 # The benchmarks stand beside the package in a checkout (`python -m bench`); what is installed has them
@@ -221,11 +248,6 @@ def declarations_changed():
 setup(
     packages=[*find_namespace_packages(include=["moecomm*"]), "moecomm.bench"],
     package_dir={"moecomm.bench": "bench"},
-    ext_modules=cythonize(
-        [core, sim, quant, balance, *cuda_extension()],
-        language_level=3,
-        build_dir="build/cython",
-        force=declarations_changed(),
-    ),
+    ext_modules=with_parts([core, sim, quant, balance, *cuda_extension()]),
     cmdclass={"build_ext": BuildExt},
 )

@@ -1,7 +1,7 @@
-"""`python -m bench balance`: quality, time and moves of plans and splits, against a plain greedy and against bounds.
+"""`python -m bench balance`: quality, time and moves of placements and splits, against a greedy algorithm and bounds.
 
-Balancedness is the mean over layers of mean/max rank load, and over seeds. Times are of the native core, one
-thread, 58 layers; the best of several runs.
+Balancedness is mean / max rank load, averaged over layers and seeds. Times are the best of several runs of the native
+code, for 58 layers on one thread.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from moecomm import options
 
 from . import balance_baseline as base
 from . import balance_step
+from .balance_batch import case_batch
 from .balance_rows import (
     HEADER,
     KINDS,
@@ -29,26 +30,26 @@ from .balance_split import case_activate, case_split
 
 
 def arguments(parser):
-    """Which cases, how many seeds, where results go."""
+    """Add the options of the command."""
     parser.add_argument(
         "--cases",
-        type=options.some_of("A", "B", "C", "D", "split", "activate", "step"),
-        default="A,B,C,D,split,activate,step",
-        help="comma-separated: A B C D split activate step",
+        type=options.some_of("A", "B", "C", "D", "split", "activate", "batch", "step"),
+        default="A,B,C,D,split,activate,batch,step",
+        help="comma-separated list of A, B, C, D, split, activate, batch, step",
     )
     parser.add_argument(
         "--loads",
         type=options.some_of(*KINDS),
         default=",".join(KINDS),
-        help="comma-separated: only these (recorded: real text through gates that are trained first)",
+        help="comma-separated list of loads (recorded: real text through gates that are trained first)",
     )
-    parser.add_argument("--seeds", type=options.positive, default=3)
-    parser.add_argument("--repeats", type=options.positive, default=5, help="runs per time")
+    parser.add_argument("--seeds", type=options.positive, default=3, help="number of seeds")
+    parser.add_argument("--repeats", type=options.positive, default=5, help="runs per measured time")
     parser.add_argument(
         "--exact-layers",
         type=options.count,
         default=2,
-        help="layers per seed that integer programs (case C) and linear ones (activate) solve",
+        help="layers per seed that are also solved by integer programs (case C) and linear programs (activate)",
     )
     parser.add_argument(
         "--json", type=options.file_to_write, help="append the rows to this file, one JSON object per line"
@@ -56,7 +57,7 @@ def arguments(parser):
 
 
 def main(args):
-    """Print the table; writes JSON lines where asked."""
+    """Print the table, and write JSON lines if requested."""
     runs = dict(
         A=case_a,
         B=case_b,
@@ -64,6 +65,7 @@ def main(args):
         D=case_d,
         split=case_split,
         activate=case_activate,
+        batch=case_batch,
         step=balance_step.run,
     )
     wanted = args.cases.split(",")
@@ -85,7 +87,7 @@ def main(args):
 
 
 def case_a(args):
-    """32 ranks in 4 nodes, 288 slots, groups stay in a node."""
+    """32 ranks in 4 nodes, 288 slots; each group stays in one node."""
     shape = (288, 8, 4, 32)
     for kind, make in asked_for(args, KINDS):
 
@@ -171,13 +173,13 @@ def case_b(args):
                 70,
                 most,
                 moves,
-                f"slots of a rank at most, {mean:.2f} on average; greedy: stale placement (anew it would "
+                f"slots of a rank at most, {mean:.2f} on average; greedy: the old placement (a new greedy one would "
                 f"move {anew:.1f})",
             )
 
 
 def case_c(args):
-    """144 ranks, 288 slots: counts matter, and pairs."""
+    """144 ranks, 288 slots: the numbers of replicas matter, and the pairs of experts per rank."""
     shape = (288, 1, 1, 144)
     for kind, target_ms in asked_for(
         args, {"lognormal(1)": 20, "drift": 20, "lognormal(0.5)": 150, "recorded": None}
@@ -218,13 +220,13 @@ def case_c(args):
             target_ms,
             moves,
             1.05,
-            f"times the fewest for these sets, on a drift step; {ratio:.4f} of the integer program, worst "
+            f"moves / minimum for these sets, after a drift step; {ratio:.4f} of the integer program, worst "
             f"of {args.exact_layers} layers; greedy: {greedy_ms:.0f} ms",
         )
 
 
 def case_d(args):
-    """320 ranks with one slot each; a shared expert, which every token picks, as the 257th."""
+    """320 ranks with one slot each. The 257th expert is a shared one, which every token picks."""
     shape = (320, 1, 1, 320)
 
     def with_shared(load):
@@ -236,7 +238,7 @@ def case_d(args):
             load, later = map(with_shared, step(seed))
             old, ms = plan(load, *shape, args.repeats)
             table, _ = plan(later, *shape, 1, old)
-            best = []  # splitting the largest piece is optimal for one slot per rank
+            best = []  # with one slot per rank, it is optimal to split the largest part repeatedly
             for w in later:
                 count = np.ones(257)
                 for _ in range(320 - 257):
@@ -263,5 +265,5 @@ def case_d(args):
             None,
             changed,
             3 if drift else None,
-            f"% of the ranks change; first plan {first:.4f}",
+            f"% of the ranks change; first placement {first:.4f}",
         )

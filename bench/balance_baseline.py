@@ -1,6 +1,4 @@
-"""What `python -m bench balance` compares with: loads, the plain greedy plan, and bounds from linear and
-integer programs.
-"""
+"""Baselines of `python -m bench balance`: loads, greedy placement, and bounds from linear and integer programs."""
 
 from __future__ import annotations
 
@@ -10,15 +8,15 @@ LAYERS, EXPERTS, TOP_K = 58, 256, 8
 
 
 def lognormal(sigma, seed):
-    """Loads [58, 256]: every expert's logarithm is normal."""
+    """Loads [58, 256] with a log-normal distribution."""
     return np.random.default_rng(seed).lognormal(0, sigma, (LAYERS, EXPERTS))
 
 
 def zipf(seed, most=None):
-    """Loads [58, 256] as 1/rank in random order. most: the largest share of the total that an expert may have.
+    """Loads [58, 256] proportional to 1/rank, in random order. most: limit of the share of one expert.
 
-    A token picks distinct experts, so no expert can have more than 1/top_k of all picks; where whole batches are
-    split, loads beyond that would be fiction, and the excess is spread over the others.
+    A token picks distinct experts, so no expert can have more than 1/top_k of all picks. A load beyond `most` is
+    distributed over the other experts.
     """
     share = 1 / np.arange(1, EXPERTS + 1)
     share /= share.sum()
@@ -33,7 +31,7 @@ def zipf(seed, most=None):
 
 
 def drift(load, seed, most=None):
-    """The load one step later: every expert times lognormal(0.2); with `most` no expert grows beyond that share."""
+    """Load after a drift step: each expert is multiplied by lognormal(0.2), up to the share `most`."""
     later = load * np.random.default_rng(seed + 1000).lognormal(0, 0.2, load.shape)
     if most is not None:
         later = np.minimum(later, most * later.sum(1, keepdims=True))
@@ -41,7 +39,7 @@ def drift(load, seed, most=None):
 
 
 def balancedness(load, table, ranks):
-    """Mean over layers of mean/max rank load, replicas sharing evenly; table [L, P] of experts."""
+    """Mean / max rank load, averaged over layers, with even split over replicas. table: experts [L, P]."""
     out = []
     for w, row in zip(load, table):
         share = (w / np.maximum(1, np.bincount(row, minlength=len(w))))[row].reshape(ranks, -1).sum(1)
@@ -49,11 +47,11 @@ def balancedness(load, table, ranks):
     return float(np.mean(out))
 
 
-# -- the plain greedy ------------------------------------------------------------------------------
+# -- greedy placement ------------------------------------------------------------------------------
 
 
 def pack_largest_first(weight, bins):
-    """Items into bins of equal count, the largest first into the lightest with room: [bins][items]."""
+    """Pack items into bins of equal count, largest first, each into the lightest bin with room: [bins][items]."""
     room, total, packed = len(weight) // bins, np.zeros(bins), [[] for _ in range(bins)]
     for i in np.argsort(-weight, kind="stable"):
         b = min((b for b in range(bins) if len(packed[b]) < room), key=lambda b: total[b])
@@ -63,7 +61,7 @@ def pack_largest_first(weight, bins):
 
 
 def plain_greedy(load, slots, groups, nodes, ranks):
-    """Groups to nodes, replicas to the hottest, replicas to ranks, each largest first: table [L, P]."""
+    """Greedy placement, table [L, P]: groups to nodes, replicas for the most loaded experts, replicas to ranks."""
     table = []
     for w in load:
         per_group = len(w) // groups
@@ -86,13 +84,13 @@ def plain_greedy(load, slots, groups, nodes, ranks):
 
 
 def pairing_bound(load, nodes):
-    """Balancedness that two groups per node allow: the heaviest node's ranks share its load evenly at best."""
+    """Upper bound of the balancedness with two groups per node, whose ranks share the node's load evenly."""
     groups = np.sort(load.reshape(len(load), 2 * nodes, -1).sum(2), axis=1)
     return float((load.sum(1) / nodes / (groups[:, :nodes] + groups[:, : nodes - 1 : -1]).max(1)).mean())
 
 
 def best_split(load, replicas, active=None):
-    """The lightest heaviest rank of one layer when tokens split freely over its (active) replicas: a linear program."""
+    """Minimum load of the heaviest rank of one layer: a linear program splits tokens over (active) replicas."""
     from scipy.optimize import linprog
 
     n, first = replicas.count, replicas.first
@@ -105,9 +103,7 @@ def best_split(load, replicas, active=None):
 
 
 def best_pairs(load, ranks, precision=2e-4):
-    """Balancedness of the best counts and pairs of one layer, two slots per rank: bisection over integer
-    programs (HiGHS).
-    """
+    """Balancedness of the best counts and pairs of one layer with two slots per rank, by integer programs (HiGHS)."""
     low = load.sum() / ranks
     high = 2 * low
     while high / low > 1 + precision:
@@ -117,7 +113,7 @@ def best_pairs(load, ranks, precision=2e-4):
 
 
 def _pairs_meet(load, slots, limit):
-    """Whether counts exist such that every replica of at least limit - t finds a partner of at most t."""
+    """Whether there are counts for which every replica of at least limit - t has a partner of at most t."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_matrix
 
@@ -151,9 +147,7 @@ def _pairs_meet(load, slots, limit):
 
 
 def fewest_moves(old, new, ranks):
-    """Slots that must change at least if the new sets of experts are dealt to the ranks as well as
-    possible, per layer.
-    """
+    """Minimum number of slots that change per layer, over all assignments of the new sets of experts to ranks."""
     from scipy.optimize import linear_sum_assignment
 
     moves = []

@@ -1,9 +1,9 @@
-"""Recorded loads for `python -m bench balance`: real text through gates that were trained, a few seconds in all.
+"""Recorded loads for `python -m bench balance`: real text through gates that are trained for a few seconds.
 
-A small language model predicts the next word of source files and docs of this machine. Its layers are mixtures of
-256 tiny experts, top-8, each behind a gate of moecomm.gate that is balanced without an auxiliary loss; so
-its picks have what real ones have: experts that specialize, popularity that follows the text, and balance
-on average only. After the training it reads other files, and a LoadMonitor counts.
+A small language model predicts the next word of source files and docs of this machine. Its layers have 256 tiny
+experts, top-8, and a gate of moecomm.gate that is balanced without an auxiliary loss. So its picks resemble real
+ones: experts specialize, their popularity follows the text, and they are balanced only on average. After the training
+the model reads other files, and a LoadMonitor counts the picks.
 """
 
 from __future__ import annotations
@@ -23,14 +23,12 @@ from .balance_baseline import EXPERTS, TOP_K
 
 LAYERS, HIDDEN, WORDS = 4, 64, 1024
 STEPS, TOKENS, SPEED = 300, 512, 0.03
-WINDOW = 48  # batches whose loads one reading counts
+WINDOW = 48  # batches per reading
 READINGS = 6
 
 
 class Model(nn.Module):
-    """Embedding, then layers that mix a word with those before it and add what 8 of 256 experts say; an
-    expert is one neuron.
-    """
+    """Embedding, and layers that mix a word with the previous ones and add 8 of 256 experts of one neuron each."""
 
     def __init__(self):
         super().__init__()
@@ -41,7 +39,7 @@ class Model(nn.Module):
         self.values = nn.ParameterList(torch.randn(EXPERTS, HIDDEN) / 4 for _ in range(LAYERS))
 
     def forward(self, words):
-        """(logits of the next word [T, WORDS], picks per layer and expert [LAYERS, EXPERTS]) for words [T]."""
+        """words [T] -> (logits of the next word [T, WORDS], picks [LAYERS, EXPERTS])."""
         x, counts = self.embedding(words), []
         for mix, gate, keys, values in zip(self.mix, self.gates, self.keys, self.values):
             x = functional.layer_norm(x, (HIDDEN,))
@@ -57,7 +55,7 @@ class Model(nn.Module):
 
 
 def stream(tokens):
-    """`tokens` words of this machine's text, as numbers: the most frequent have their own, the others share one."""
+    """Ids of `tokens` words of this machine's text. Frequent words have their own id; all others share one."""
     words = []
     for path in routing.text_files():
         words += routing.tokenize(path.read_text(errors="replace"))
@@ -69,12 +67,10 @@ def stream(tokens):
 
 @lru_cache
 def readings():
-    """([loads float64 [LAYERS, EXPERTS] of stretches of text, one after the other], cross-entropy before,
-    after training).
-    """
+    """([loads float64 [LAYERS, EXPERTS] of successive parts of a text], cross-entropy before and after training)."""
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # the matrices are small, and sums do not depend on the machine's cores
+    torch.set_num_threads(1)  # small matrices, and results that do not depend on the number of cores
     batches = stream((STEPS + READINGS * WINDOW) * (TOKENS + 1)).view(-1, TOKENS + 1)
     model = Model()
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
@@ -102,6 +98,6 @@ def readings():
 
 
 def recorded(seed):
-    """Loads [LAYERS, EXPERTS] of a stretch of text; that of seed + 1 follows it."""
+    """Loads [LAYERS, EXPERTS] of a part of the text. The part of seed + 1 follows that of seed."""
     loads = readings()[0]
     return loads[seed % len(loads)]

@@ -1,4 +1,4 @@
-"""A row of `python -m bench balance`, the loads that it measures and how it times them."""
+"""Rows, loads and timing of `python -m bench balance`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ DRIFT_STEPS = 3
 
 @dataclass
 class Row:
-    """One line: what was measured, the greedy plan's value, a bound and targets if there are any; moves as
-    the note counts them.
-    """
+    """One line: measured balancedness, that of the greedy placement, a bound, targets, time and moves (see note)."""
 
     case: str
     load: str
@@ -34,7 +32,7 @@ class Row:
     note: str = ""
 
     def missed(self):
-        """Names of the targets that were missed; None where there are no targets."""
+        """Names of missed targets; None without targets."""
         targets = {
             "balance": (self.target, self.got, 1),
             "time": (self.target_ms, self.ms, -1),
@@ -48,7 +46,7 @@ class Row:
         return missed if any(target is not None for target, _, _ in targets.values()) else None
 
     def text(self):
-        """The table's line."""
+        """Line of the table."""
 
         def number(v, digits=4):
             return "-" if v is None else f"{v:.{digits}f}"
@@ -80,26 +78,26 @@ def best_time(call, repeats):
 
 
 def plan(load, slots, groups, nodes, ranks, repeats, previous=None, **options):
-    """(table [L, P], milliseconds for as many layers as the generated loads have)."""
+    """Compute a placement: (table [L, P], milliseconds, scaled to the number of layers of generated loads)."""
     table = np.empty((len(load), slots), dtype=np.int32)
     ms = best_time(lambda: native.rebalance(load, table, groups, nodes, ranks, previous, **options), repeats)
     return table, ms * base.LAYERS / len(load)
 
 
 def greedy_plan(load, *shape):
-    """(table [L, P], milliseconds likewise): the plain greedy."""
+    """Compute the greedy placement: (table [L, P], milliseconds, scaled as in plan)."""
     tables = []
     ms = best_time(lambda: tables.append(base.plain_greedy(load, *shape)), 1)
     return tables[0], ms * base.LAYERS / len(load)
 
 
 def over_seeds(args, measure):
-    """Means over the seeds of what measure(seed) returns, a tuple of numbers."""
+    """Means over the seeds of the numbers that measure(seed) returns."""
     return [float(np.mean(column)) for column in zip(*(measure(seed) for seed in range(args.seeds)))]
 
 
 def drifted(seed, steps=DRIFT_STEPS):
-    """lognormal(1) after some steps of drift."""
+    """lognormal(1) after some drift steps."""
     load = base.lognormal(1, seed)
     for step in range(steps):
         load = base.drift(load, seed + 100 * step)
@@ -115,7 +113,7 @@ KINDS = {
 }
 
 
-# What a plan was made for, and the load that then comes: a step of drift, or the text that follows.
+# (load for which a placement is made, later load): after a drift step, or of the text that follows.
 STEPS = {
     "drift": lambda s: (base.lognormal(1, s), base.drift(base.lognormal(1, s), s)),
     "recorded": lambda s: (balance_recorded.recorded(s), balance_recorded.recorded(s + 1)),
@@ -123,5 +121,5 @@ STEPS = {
 
 
 def asked_for(args, kinds):
-    """(name, value) of those loads that --loads names."""
+    """(name, value) of the loads that --loads selects."""
     return [(kind, kinds[kind]) for kind in kinds if kind in args.loads.split(",")]

@@ -1,4 +1,4 @@
-"""Part of `python -m bench balance`: how replicas share a token's picks, and which replicas are active."""
+"""Part of `python -m bench balance`: the split of picks over replicas, and the choice of active replicas."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .balance_rows import STEPS, Row, asked_for, best_time, over_seeds, plan
 
 
 def replicas_of(row, ranks=32):
-    """The native index of one layer."""
+    """Native replica index of one layer."""
     return native.Replicas(np.ascontiguousarray(row, dtype=np.int32), base.EXPERTS, ranks, 1)
 
 
 def whole_tokens(load, replicas):
-    """Balancedness of one layer after its split is rounded to the whole tokens of a batch of 32 x 4096."""
+    """Balancedness of one layer if its split is rounded to whole tokens of a batch of 32 x 4096."""
     counts = np.round(load * (32 * 4096 * base.TOP_K / load.sum())).astype(np.int32)
     share, first, last = np.empty(replicas.count), *np.empty((2, replicas.count), dtype=np.int32)
     replicas.split(counts.astype(float), share)
@@ -25,8 +25,9 @@ def whole_tokens(load, replicas):
 
 
 def split_layers(load, table, args):
-    """Means over the layers, (balancedness of the split, in whole tokens, of the linear program), its worst
-    loss in a layer, ms per layer.
+    """(balancedness of the split, in whole tokens, of the linear program, worst loss in a layer, ms per layer).
+
+    The first three are means over layers.
     """
     got, whole, best, times = [], [], [], []
     for w, row in zip(load, table):
@@ -39,7 +40,7 @@ def split_layers(load, table, args):
 
 
 def case_split(args):
-    """Tokens of a batch over replicas that were placed one drift step, or one small sample, earlier; case B's shape."""
+    """Split a batch over replicas that were placed for an earlier load or a small sample. Shape of case B."""
     for kind, step in asked_for(args, STEPS):
         for connected in (False, True):
 
@@ -87,12 +88,12 @@ def case_split(args):
         0.997,
         ms,
         0.01,
-        note=f"connected placement from an eighth of the picks; greedy: even split; whole tokens {whole:.4f}",
+        note=f"connected placement from 1/8 of the picks; greedy: even split; whole tokens {whole:.4f}",
     )
 
 
 def case_activate(args):
-    """32 ranks host 16 slots each and run 9; placement of one drift step earlier. The bound: all 16 run."""
+    """32 ranks have 16 slots each and run 9 of them. The placement is one drift step old. Bound: all 16 slots run."""
 
     def zipf(seed):
         load = base.zipf(seed, 1 / base.TOP_K)
@@ -130,6 +131,6 @@ def case_activate(args):
             target,
             ms,
             0.5,
-            note="16 hosted, 9 active, one drift step later; ms per layer; "
-            f"layers without a choice: {stuck:.0f}; bound: all 16 run",
+            note="16 slots, 9 active, one drift step later; ms per layer; "
+            f"layers without a valid choice: {stuck:.0f}; bound: all 16 run",
         )

@@ -1,8 +1,8 @@
-"""The end-to-end part of `python -m bench balance`: a layer's step on the cpu world, with skewed routing of real text.
+"""End-to-end part of `python -m bench balance`: a step of a layer on the cpu world, with skewed routing of real text.
 
-The ranks of one machine share its cores, so an overloaded rank would borrow time from idle ones. Experts therefore do
-what accelerators do from the host's point of view: they take time in proportion to their rows, and no core.
-All kinds of routing take turns in one world, step by step, so that what else the machine does falls on all of them.
+The ranks of one machine share its cores, so an overloaded rank would use the time of idle ranks. Experts therefore
+behave like accelerators: they take time in proportion to their rows, but no core. All kinds of routing alternate step
+by step, so that other load of the machine affects all of them equally.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ KINDS = ("as numbered", "even", "local", "optimal")
 
 
 def scale_of(experts):
-    """What expert e multiplies by."""
+    """Factors of the experts."""
     return torch.rand(experts, generator=torch.Generator().manual_seed(3)) + 0.5
 
 
 class Layer:
-    """One kind of routing on one rank: its Buffer, and the clock at the seams of every step."""
+    """One kind of routing on one rank: its Buffer, and the times between the parts of each step."""
 
     def __init__(self, comm, placement, kind):
         self.scale, self.comm = scale_of(CASE.experts), comm
@@ -51,7 +51,7 @@ class Layer:
         self.clocks, self.rows, self.crossed = [], [], []
 
     def step(self, x, ids, weights):
-        """One batch, compared with a dense computation."""
+        """Run one batch and compare the result with a dense computation."""
         self.comm.barrier()
         self.buf.stats()
         clock = [time.perf_counter()]
@@ -62,9 +62,8 @@ class Layer:
             self.scale[torch.repeat_interleave(self.local, out.tokens_per_expert)][:, None],
             out=out.handle.rows,
         )
-        time.sleep(
-            max(0.0, clock[1] + SECONDS_PER_ROW * len(out.x) - time.perf_counter())
-        )  # the product is within that time
+        # The time of the product is part of the experts' time.
+        time.sleep(max(0.0, clock[1] + SECONDS_PER_ROW * len(out.x) - time.perf_counter()))
         clock.append(time.perf_counter())
         y = self.buf.combine(out.handle.rows, out.handle, topk_weights=out.topk_weights)
         clock.append(time.perf_counter())
@@ -77,7 +76,7 @@ class Layer:
 
 
 def steps_of(comm, inputs, placement):
-    """This rank's layers by kind, after all steps."""
+    """Run all steps; return this rank's layers by kind."""
     layers = {kind: Layer(comm, placement, kind) for kind in KINDS}
     for step in range(STEPS):
         batch = [t[step : step + CASE.tokens].contiguous() for t in (inputs.x, inputs.ids, inputs.weights)]
@@ -88,9 +87,9 @@ def steps_of(comm, inputs, placement):
 
 
 def run(args):
-    """Rows for: experts as they are numbered, and redundant ones, by each way to choose replicas."""
+    """Yield rows for experts without replicas, and for redundant experts with each mode of choosing replicas."""
     inputs = [routing.make_inputs(CASE, r, spare=STEPS + CASE.tokens) for r in range(CASE.ranks)]
-    earlier = torch.cat([i.ids[-CASE.tokens :] for i in inputs]).flatten()  # other text than the steps' own
+    earlier = torch.cat([i.ids[-CASE.tokens :] for i in inputs]).flatten()  # text that no step uses
     load = torch.bincount(earlier, minlength=CASE.experts)[None].double() + 1
     placement = rebalance(
         load,
@@ -110,8 +109,7 @@ def run(args):
         clock = np.array([r[kind].clocks for r in results])  # [ranks, steps, seams]
         began, dispatched, computed, ended = np.moveaxis(clock, 2, 0)
         step = ended.max(0) - began.min(0)
-        # Without what no balance can change: from the first rank's begin to the last one's dispatched rows,
-        # and from the last rank's output on.
+        # Only the time that the balance can change: between the last end of dispatch and the last end of the experts.
         experts = computed.max(0) - dispatched.max(0)
         ms, dispatch, slowest, between, combine = (
             1e3 * float(np.median(t))
@@ -131,8 +129,8 @@ def run(args):
             got=float(np.mean(rows.mean(0) / rows.max(0))),
             bound=1.0,
             ms=ms,
-            note=f"{plain / ms:.2f}x as fast as numbered; dispatch {dispatch:.1f}, then experts {between:.1f} "
-            f"(slowest rank's rows {slowest:.1f}), combine {combine:.1f} ms; "
+            note=f"{plain / ms:.2f}x the speed of as numbered; dispatch {dispatch:.1f}, then experts {between:.1f} "
+            f"(rows of the slowest rank {slowest:.1f}), combine {combine:.1f} ms; "
             f"{crossed:.0f} rows cross the rail; verified; {CASE.nodes}x{CASE.ranks_per_node} rank "
             f"threads, {CASE.tokens} tokens each",
         )

@@ -1,11 +1,12 @@
-"""What a user would pick instead: the same rows, straight to their ranks by one all-to-all.
+"""Baselines that a user could choose instead: the same rows, sent directly to their ranks by one all-to-all.
 
-tuned-mpi   this library's packing and reduction, preallocated buffers, MPI_Alltoallv in between
+tuned-mpi   packing and reduction of moecomm, preallocated buffers, and MPI_Alltoallv
 tuned-gloo  the same with torch.distributed's all_to_all_single over gloo
-torch-gloo  the plain recipe: index_select, all_to_all_single, index_add_ (includes torch's own overhead)
+tuned-impi, tuned-oneccl  the same over Intel MPI and oneCCL, in a separate environment (bench/rivals.py)
+torch-gloo  the usual operations of torch: index_select, all_to_all_single, index_add_ (with the overhead of torch)
 
-All send a token once per destination rank and sum in FP32. Routing, counts and places are worked out before the
-clock starts, so that a baseline is charged for moving and adding rows alone; moecomm pays for its plan.
+All send a token once per destination rank and sum in FP32. Routing, counts and addresses are computed before the
+measurement, so the time of a baseline is only that of moving and adding rows. The time of moecomm includes its plan.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import torch.distributed as dist
 
 from moecomm._native import core
 
-from . import check
+from . import check, rivals
 from .routing import TORCH_DTYPES
 
 _NATIVE_DTYPE = {"bf16": 0, "f16": 1, "f32": 2}
 
 
 class Routes:
-    """Where one rank's rows go and come from, for one routing of the whole world (ids by rank)."""
+    """Destinations and sources of one rank's rows, for one routing of all ranks (ids by rank)."""
 
     def __init__(self, case, rank, ids, weights):
         size, per_rank = len(ids), case.experts // len(ids)
@@ -30,7 +31,7 @@ class Routes:
         wanted = torch.zeros((len(owner), size + 1), dtype=torch.bool).scatter_(1, owner, True)[:, :size]
         destination, self.send_token = wanted.T.nonzero().unbind(1)
         self.send_counts = wanted.sum(0).tolist()
-        # Where row (token, rank) lies in the send buffer, and so in what comes back: -1 where it does not.
+        # Index of row (token, rank) in the send buffer, and so in the returned rows; -1 if there is none.
         self.back = torch.full((len(owner), size), -1)
         self.back[self.send_token, destination] = torch.arange(len(destination))
         source, token = check.received_order(ids, rank, num_experts=case.experts, layout="rank")
@@ -40,9 +41,7 @@ class Routes:
             self._by_expert(case, rank, ids, weights, source, token)
 
     def _by_expert(self, case, rank, ids, weights, source, token):
-        """Rows of the expert layout: which received row each is a copy of, and which of them a received
-        row's sum has.
-        """
+        """For the expert layout: the received row that each row is a copy of, and the rows in the sum of each."""
         stride = max(len(i) for i in ids)
         where = torch.full((len(ids) * stride,), -1)
         where[source * stride + token] = torch.arange(len(source))
@@ -69,7 +68,7 @@ class Routes:
 
 
 class MpiTransport:
-    """Rows by MPI_Alltoallv; a row is one element of the datatype, so counts stay small."""
+    """Sends rows with MPI_Alltoallv. A row is one element of the datatype, so counts are small."""
 
     name = "tuned-mpi"
 
@@ -89,8 +88,14 @@ class MpiTransport:
         )
 
 
+class IntelMpiTransport(MpiTransport):
+    """MpiTransport with an mpi4py that uses Intel MPI."""
+
+    name = "tuned-impi"
+
+
 class GlooTransport:
-    """Rows by all_to_all_single over gloo."""
+    """Sends rows with all_to_all_single over gloo."""
 
     name = "tuned-gloo"
 
@@ -103,14 +108,14 @@ class GlooTransport:
 
 
 class Tuned:
-    """Preallocated buffers and this library's row kernels around a transport."""
+    """Preallocated buffers and row kernels of moecomm, with another transport."""
 
     def __init__(self, world, case, transport):
         self.name, self._case, self._transport = transport.name, case, transport
         self._buffers = {}
 
     def prepare(self, routes):
-        """Make buffers large enough, untimed."""
+        """Make buffers that are large enough. Not timed."""
         self.routes = routes
         for name, rows in (
             ("send", routes.sent),
@@ -131,12 +136,12 @@ class Tuned:
         return self._buffers[name][:rows]
 
     def poison(self, value):
-        """Fill what the next calls write with something that is no result."""
+        """Overwrite the buffers with a value that is no result."""
         for buffer in self._buffers.values():
             buffer.fill_(value)
 
     def dispatch(self, x):
-        """The rows that this rank receives, in the case's layout."""
+        """Dispatch; return the received rows in the layout of the case."""
         r, row_bytes = self.routes, self._case.row_bytes
         send, recv = self._buffer("send", r.sent), self._buffer("recv", r.received)
         core.gather_rows(send.data_ptr(), x.data_ptr(), r.send_token.data_ptr(), r.sent, row_bytes, True)
@@ -150,7 +155,7 @@ class Tuned:
         return rows
 
     def combine(self, rows):
-        """y [T, hidden] of this rank's tokens."""
+        """Combine; return y [T, hidden]."""
         r, case = self.routes, self._case
         dtype = _NATIVE_DTYPE[case.dtype]
         if case.layout == "expert":
@@ -175,7 +180,7 @@ class Tuned:
 
 
 class TorchRecipe:
-    """What the textbook says: torch's own operations around all_to_all_single, results allocated by each call."""
+    """The usual operations of torch around all_to_all_single. Each call allocates its results."""
 
     name = "torch-gloo"
 
@@ -184,11 +189,11 @@ class TorchRecipe:
         self._case = case
 
     def prepare(self, routes):
-        """Remember the routes."""
+        """Store the routes."""
         self.routes = routes
 
     def poison(self, value):
-        """Every result is new memory, filled here by making the allocator hand out poisoned pieces."""
+        """Results are new memory, so fill blocks of the allocator, which it then reuses."""
         for rows in (self.routes.received, self.routes.sent):
             torch.full((rows, self._case.hidden), value, dtype=TORCH_DTYPES[self._case.dtype])
 
@@ -198,13 +203,13 @@ class TorchRecipe:
         return recv
 
     def dispatch(self, x):
-        """The rows that this rank receives, in the case's layout."""
+        """Dispatch; return the received rows in the layout of the case."""
         r = self.routes
         recv = self._all_to_all(x.index_select(0, r.send_token), r.send_counts, r.recv_counts)
         return recv if self._case.layout == "rank" else recv.index_select(0, r.replica)
 
     def combine(self, rows):
-        """y [T, hidden] of this rank's tokens."""
+        """Combine; return y [T, hidden]."""
         r = self.routes
         if self._case.layout == "expert":
             part = torch.zeros((r.received, self._case.hidden))
@@ -215,8 +220,9 @@ class TorchRecipe:
 
 
 def make(name, world, case):
-    """The baseline of that name."""
+    """Make the baseline with this name."""
     if name == "torch-gloo":
         return TorchRecipe(world, case)
-    transport = {"tuned-mpi": MpiTransport, "tuned-gloo": GlooTransport}[name]
+    transports = (MpiTransport, IntelMpiTransport, GlooTransport, rivals.OneCcl)
+    transport = next(t for t in transports if t.name == name)
     return Tuned(world, case, transport(world, case.row_bytes))

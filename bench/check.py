@@ -1,6 +1,6 @@
-"""What a dispatch and a combine must give, for a whole world at once and fast enough to verify every timed result.
+"""Expected results of dispatch and combine of all ranks, computed fast enough to verify every timed result.
 
-moecomm/testing/reference.py says the same slowly; a test holds the two together bit for bit.
+moecomm/testing/reference.py computes the same slowly; a test compares the two bit for bit.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 
 from moecomm._native import core
 
-_CHUNK = 64  # tokens: what they need stays in the cache
+_CHUNK = 64  # number of tokens whose data fits into the cache
 
 
 def received_order(ids, rank, *, num_experts, layout):
@@ -25,22 +25,22 @@ def received_order(ids, rank, *, num_experts, layout):
             token, slot = mine.nonzero().unbind(1)
             keys.append(torch.stack([picks[token, slot], torch.full_like(token, source), token]))
     expert, source, token = torch.cat(keys, 1)
-    order = expert.argsort(stable=True)  # within an expert they already are by source, then token
+    order = expert.argsort(stable=True)  # rows of an expert are already sorted by source, then token
     return source[order], token[order]
 
 
 def expert_output(rows, rank, out):
-    """What the benchmark's experts of a rank make of their rows: different on every rank, exact to compute twice."""
+    """Output of the benchmark's experts of a rank: differs between ranks, and is exactly reproducible."""
     return torch.mul(rows, (rank + 1) / 4, out=out)
 
 
 def terms_of(ids, weights, *, num_experts, size, layout):
-    """A token's terms in the order in which they are added: (rank int64 [T, K], weight [T, K], there [T, K])."""
+    """Terms of each token's sum in order: (rank int64 [T, K], weight [T, K], whether the term exists [T, K])."""
     big = torch.where(ids < 0, num_experts, ids)
     ordered, slots = big.sort(1)
     there = ordered < num_experts
     rank = ordered // (num_experts // size)
-    if layout == "rank":  # one row per token and rank; the experts have applied the weights
+    if layout == "rank":  # one row per token and rank, without weights
         there = there.clone()
         there[:, 1:] &= rank[:, 1:] != rank[:, :-1]
         return rank, torch.ones(ids.shape), there
@@ -48,12 +48,12 @@ def terms_of(ids, weights, *, num_experts, size, layout):
 
 
 def combined(x, ids, weights, *, num_experts, size, layout, group_of, rounded):
-    """y [T, hidden] of one rank's tokens when every expert did expert_output.
+    """Expected y [T, hidden] of one rank's tokens, with expert_output as experts.
 
-    group_of : list of int
-        By rank: rows of the ranks of one group are summed first, groups in ascending order.
-    rounded : list of bool
-        By group: whether its sum is rounded to the rows' dtype before it is added.
+    group_of : list of int by rank
+        Rows of the ranks of one group are summed first, groups in ascending order.
+    rounded : list of bool by group
+        Whether the sum of the group is rounded to the dtype of the rows before it is added.
     """
     rank, weight, there = terms_of(ids, weights, num_experts=num_experts, size=size, layout=layout)
     groups = torch.tensor([*group_of, -1])
@@ -75,7 +75,7 @@ def _sum_chunk(x, rank, weight, there, groups, is_rounded):
     group = torch.full((tokens,), -1)
 
     def close(which):
-        """Add the finished parts of some tokens to their totals."""
+        """Add the complete parts of the tokens `which` to their totals."""
         which = which[:, None] & has_part
         done = torch.where(is_rounded[group][:, None], part.to(x.dtype).float(), part)
         total.copy_(torch.where(which, torch.where(has_total, total + done, done), total))
@@ -101,7 +101,7 @@ def _sum_chunk(x, rank, weight, there, groups, is_rounded):
 
 
 def count_wrong(got, want, index=None):
-    """Elements of got [N, H] whose bits differ from want[index] (want itself where index is None)."""
+    """Number of elements of got [N, H] whose bits differ from want[index], or from want if index is None."""
     rows = len(got)
     if (
         got.dtype != want.dtype

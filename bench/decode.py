@@ -1,17 +1,17 @@
-"""decode: microseconds per step against tokens per rank, with the send and receive phases apart.
+"""decode: microseconds per step against tokens per rank, also for the send and receive phases.
 
-A step is dispatch and combine; the experts' output is ready in the places of both parities. Contenders take
-turns in blocks of consecutive steps, which synchronize themselves: a step's time is the mean over ranks, a
-contender's the median over all steps.
+A step is dispatch and combine. The output of the experts is ready in the memory of both epochs. Contenders alternate
+in blocks of consecutive steps, which synchronize themselves. The time of a step is the mean over ranks, that of a
+contender the median over all steps.
 
-    decode       decode_dispatch and decode_combine, both phases in one call each; hooks: the same, split
-    weighted     the weights travel: one answer per token and rank instead of one per pick
+    decode       decode_dispatch and decode_combine, each with both phases in one call; hooks: with separate phases
+    weighted     the weights travel with the tokens: one answer per token and rank instead of one per pick
     throughput   Buffer.dispatch and Buffer.combine, expert layout
-    tuned-mpi    the same rows by MPI_Alltoallv, with this library's packing and sums; its routing is not
-                 timed (tuned-gloo: over gloo)
-    floor        the decode path's copies, puts, flags and sums alone, in C++, with every address known before
+    tuned-mpi    the same rows by MPI_Alltoallv, with packing and sums of moecomm; its routing is not timed
+                 (tuned-gloo: over gloo)
+    floor        only the copies, puts, flags and sums of the decode path, in C++, with addresses computed before
 
-Before a block every output is poisoned, after it every result is checked.
+Before a block all outputs are overwritten; after it all results are checked.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 import moecomm
 from moecomm import InvalidArgument, options
 from moecomm._native import core
+from moecomm.errors import raise_failure
 
 from . import baselines, check, launch
 from .cases import Case
@@ -39,41 +40,47 @@ _PARTS = ("dispatch send", "dispatch receive", "combine send", "combine receive"
 
 
 def arguments(parser):
-    """Sizes, and how long to measure."""
+    """Add the options of the command."""
     add = parser.add_argument
     add(
         "--geometries",
         type=options.geometries,
         default="1x8,2x4",
-        help="nodes x ranks per node; all of one number of ranks",
+        help="list of NODESxRANKS_PER_NODE, all with the same number of ranks",
     )
-    add("--tokens", type=options.positives, default="1,8,32,128", help="per rank")
-    add("--hidden", type=options.tokens, default=7168)
-    add("--experts", type=options.ranks, default=288, help="256 and 32 redundant ones")
-    add("--top-k", type=options.ranks, default=8)
+    add("--tokens", type=options.positives, default="1,8,32,128", help="tokens per rank")
+    add("--hidden", type=options.tokens, default=7168, help="elements of a token")
+    add(
+        "--experts",
+        type=options.ranks,
+        default=288,
+        help="experts over all ranks; default: 256 + 32 redundant",
+    )
+    add("--top-k", type=options.ranks, default=8, help="picks per token")
     add(
         "--baseline",
         type=options.some_of("mpi", "gloo", "none"),
         default="gloo,mpi",
-        help="comma-separated: mpi, gloo, none",
+        help="comma-separated list of mpi, gloo, none",
     )
-    add("--blocks", type=options.positive, default=5, help="of every contender")
+    add("--blocks", type=options.positive, default=5, help="blocks of each contender")
     add(
         "--steps",
         type=options.count,
         default=0,
-        help="per block; 0: as many as fit about 2000 tokens, 10 to 200",
+        help="steps per block; 0: 10 to 200, for about 2000 tokens",
     )
     add("--json", type=options.file_to_write, metavar="FILE", help="append one JSON object per row")
 
 
 def main(args):
-    """Measure all cases and print their rows. 1 where a result was wrong."""
+    """Measure all cases and print their rows. The exit status is 1 if a result is wrong."""
     geometries = [tuple(map(int, g.split("x"))) for g in args.geometries.split(",")]
     ranks = geometries[0][0] * geometries[0][1]
     if any(n * p != ranks for n, p in geometries):
         raise InvalidArgument(
-            f"--geometries: got {args.geometries}; expected equal numbers of ranks", op="bench"
+            f"--geometries is {args.geometries}; expected geometries with the same number of ranks",
+            op="bench",
         )
     if not launch.launched():
         return launch.relaunch(ranks, sys.argv[1:])
@@ -103,14 +110,14 @@ def main(args):
 
 @dataclass
 class Routed:
-    """One block's inputs, and what must come back."""
+    """Inputs of one block, and the expected results."""
 
     x: torch.Tensor
     ids: list  # by rank
     weights: list
-    source: torch.Tensor  # rank and token of every row here, in packed order
+    source: torch.Tensor  # source rank and token of each received row, in packed order
     token: torch.Tensor
-    expert_rows: torch.Tensor = field(repr=False)  # what the experts make of these rows
+    expert_rows: torch.Tensor = field(repr=False)  # output of the experts
     y: torch.Tensor = field(repr=False)
 
 
@@ -131,9 +138,7 @@ def _route(world, case, seed):
 
 
 def _sum(case, routed, rank, rounded_by_rank):
-    """y in the decode path's order: ascending k; where weights travel, each rank's sum rounded, in the
-    order of first picks.
-    """
+    """Expected y: summed by ascending k or, if weights travel, as rounded sums of ranks in the order of first picks."""
     x, ids, weights = routed.x, routed.ids[rank], routed.weights[rank]
     owner = torch.where(ids < 0, -1, ids // (case.experts // case.ranks))
     total, done = torch.zeros(x.shape), torch.zeros(len(x), 1, dtype=torch.bool)
@@ -147,9 +152,8 @@ def _sum(case, routed, rank, rounded_by_rank):
     for k in range(case.top_k):
         part, there = terms[k]
         if rounded_by_rank:
-            there = there & ~(owner[:, :k] == owner[:, k, None]).any(
-                1
-            )  # the first pick of its rank sums for all
+            # The first pick of a rank has the sum of all its picks.
+            there = there & ~(owner[:, :k] == owner[:, k, None]).any(1)
             for j in range(k + 1, case.top_k):
                 part = torch.where((owner[:, j] == owner[:, k])[:, None], part + terms[j][0], part)
             part = part.to(x.dtype).float()
@@ -193,7 +197,7 @@ class DecodePath:
         )
 
     def begin(self, routed):
-        """Both parities' experts have done their work; x and y are poisoned."""
+        """Write the experts' output of both epochs, and overwrite x and y."""
         self._routed, self._seen = routed, []
         for _ in range(2):
             recv, hook = self._dispatch()
@@ -209,7 +213,7 @@ class DecodePath:
         routed.y.fill_(float("nan"))
 
     def step(self):
-        """Dispatch and combine."""
+        """Run dispatch and combine."""
         if not self._hooks:
             self._combine(self._dispatch()[0])
             return
@@ -225,7 +229,7 @@ class DecodePath:
         self.parts.append(np.diff(times))
 
     def end(self, table):
-        """Wrong elements of what the block left behind."""
+        """Number of wrong elements in the results of the block."""
         r = self._routed
         wrong = sum(
             check.count_wrong(x[packed].contiguous(), table[r.source, r.token]) for x, packed in self._seen
@@ -234,44 +238,48 @@ class DecodePath:
 
 
 def _packed(recv):
-    """Indices [2, N] of the rows that are there, as a tuple."""
+    """Indices [2, N] of the received rows, as a tuple."""
     rows = torch.arange(recv.x.shape[1])
     return (rows[None, :] < recv.counts[:, None]).nonzero(as_tuple=True)
 
 
 class Floor:
-    """The decode path's traffic alone."""
+    """Only the traffic of the decode path."""
 
     def __init__(self, path):
         self._path, self._y = path, None
 
     def begin(self, routed):
-        """Repeats a step that was made."""
+        """Prepare to repeat a step."""
         self._path.begin(routed)
         self._routed, self._y = routed, torch.full_like(routed.y, float("nan"))
-        self._floor = core.DecodeFloor(self._path._buffer._decode.native, routed.x, self._y)
+        self._floor = core.DecodeFloor(self._path._buffer.backend.memory.decode.native, routed.x, self._y)
+
+    def _require(self, failure):
+        if failure is not None:
+            raise_failure(failure, op="decode_floor", rank=self._path._rank)
 
     def step(self):
-        """One of them."""
-        self._floor.run(1)
+        """Run one step."""
+        self._require(self._floor.run(1))
 
     def end(self, table):
-        """Wrong elements of y."""
+        """Number of wrong elements of y."""
         return check.count_wrong(self._y, _sum(self._path._case, self._routed, self._path._rank, False))
 
     def run(self, steps):
-        """Steps in a row, without Python between."""
-        self._floor.run(steps)
+        """Run several steps in one native call."""
+        self._require(self._floor.run(steps))
 
     def latency(self, rounds):
-        """Seconds of one put and its flag, one way, between the first and the last rank."""
+        """One-way latency of a put with its flag, between the first and the last rank, in seconds."""
         start = time.perf_counter()
-        self._floor.latency(rounds)
+        self._require(self._floor.latency(rounds))
         return (time.perf_counter() - start) / rounds / 2
 
 
 class Alternative:
-    """The throughput path, or a baseline: the steps run on whatever memory they got, one more step is checked."""
+    """The throughput path, or a baseline. Its steps are not checked, but one further step is."""
 
     def __init__(self, case, rank, dispatch, combine, prepare, group_of, rounded):
         self._case, self._rank, self._dispatch, self._combine, self._prepare = (
@@ -286,16 +294,16 @@ class Alternative:
         )
 
     def begin(self, routed):
-        """Work out its routes, untimed."""
+        """Compute the routes. Not timed."""
         self._routed = routed
         self._prepare(routed)
 
     def step(self):
-        """Dispatch and combine."""
+        """Run dispatch and combine."""
         self._combine(self._dispatch(self._routed.x))
 
     def end(self, table):
-        """Wrong elements of a step in which the experts work."""
+        """Number of wrong elements of a step with experts."""
         r = self._routed
         rows = self._dispatch(r.x)
         wrong = check.count_wrong(rows, table[r.source, r.token])
@@ -342,8 +350,9 @@ def _baseline(name, world, case):
 
 
 def measure(world, case, args):
-    """One record (equal on every rank): microseconds per contender, bytes of one step over all ranks, wrong
-    elements.
+    """Measure a case; return its record, equal on all ranks.
+
+    It has times, wrong elements, and the bytes of a step over all ranks.
     """
     steps = args.steps or min(200, max(10, 2000 // case.tokens))
     names = [n for key in ("mpi", "gloo") if key in args.baseline.split(",") for n in (f"tuned-{key}",)]
@@ -366,7 +375,7 @@ def measure(world, case, args):
             **{name: _baseline(name, world, case) for name in names},
         }
         times, wrong, latencies, traffic = {n: [] for n in contenders}, dict.fromkeys(contenders, 0), [], {}
-        for block in range(args.blocks + 1):  # the first one warms up
+        for block in range(args.blocks + 1):  # the first block is a warmup
             routed, table = _route(world, case, seed=block)
             for turn in range(len(contenders)):
                 name = list(contenders)[(block + turn) % len(contenders)]

@@ -1,15 +1,15 @@
-"""The lines that `python -m bench decode` prints."""
+"""Output of `python -m bench decode`."""
 
 from __future__ import annotations
 
 
 def table(r):
-    """The lines of one record."""
+    """Format one record as lines of text."""
     own = r["contenders"]["decode"]["median_us"]
     lines = [
         f"# {r['nodes']} x {r['ranks'] // r['nodes']} ranks, {r['tokens']} tokens per rank, hidden "
         f"{r['hidden']}, {r['experts']} experts, "
-        f"top-{r['top_k']}; {r['steps']} steps; a put and its flag, one way: {r['put_us']:.1f} us",
+        f"top-{r['top_k']}; {r['steps']} steps; one-way latency of a put with its flag: {r['put_us']:.1f} us",
         f"# {'':12}{'median us':>11}{'p99 us':>11}{'/ decode':>10}{'#wrong':>8}",
     ]
     for name, c in r["contenders"].items():

@@ -1,12 +1,13 @@
-"""What `python -m bench device` measures of the cuda world on one GPU (bench/device_run.py runs it).
+"""Measurements of the cuda world on one GPU, for `python -m bench device` (bench/device_run.py).
 
-Ranks are threads that share the GPU, so two "nodes" run both hops of the real kernels, the rail as a copy through the
-copy engine. Every timed result is compared with what it must be, bit for bit, and was poisoned before.
-Times are of graph replays, from the first rank's start to the last rank's end; a number of multiprocessors
-is the total over all ranks.
+Ranks are threads that share the GPU. Two "nodes" run both hops of the real kernels; the rail is a copy by the copy
+engine. Every timed result is overwritten before, and compared bit for bit with the expected one. Times are those of
+graph replays, from the start of the first rank to the end of the last. Numbers of multiprocessors are totals over all
+ranks.
 
-What must move: every byte read once and written once. Dispatch reads each token's row, writes it into and reads it out
-of staging per other node, and writes one row per pick; combine the other way. The ceiling is a device-to-device copy.
+The traffic counts every byte that must be read or written once. Dispatch reads the row of each token, writes it to
+and reads it from staging per other node, and writes one row per pick; combine is the reverse. The ceiling is the rate
+of a device-to-device copy.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from moecomm import gate, quant, reference, tuning
 GEOMETRIES = ((1, 8), (2, 4), (4, 2))
 SMS = (16, 24, 40, 64, 128)
 CALLS = ("dispatch bf16", "dispatch fp8", "combine bf16")
-_capturing = threading.Lock()  # entering a capture synchronizes the device, which no other capture allows
+_capturing = (
+    threading.Lock()
+)  # the begin of a capture synchronizes the device, which fails during other captures
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The published setting: tokens per rank, hidden, experts, top-k in groups."""
+    """The published shape: tokens per rank, hidden, experts, top-k with groups."""
 
     tokens: int = 4096
     hidden: int = 7168
@@ -44,7 +47,7 @@ SMALL = ((1, 1), (1, 4), (2, 2), (4, 1))
 
 
 def check_small_worlds(device, worlds=SMALL):
-    """Dispatch and combine of small worlds against the oracle; returns how many. Raises AssertionError."""
+    """Compare dispatch and combine of small worlds with the oracle; return the number of cases."""
     cases = [
         (nodes, per_node, layout, capacity, kind)
         for nodes, per_node in worlds
@@ -65,7 +68,7 @@ def check_small_worlds(device, worlds=SMALL):
 
 
 def small_world(size, seed, tokens=23, hidden=512, experts_per_rank=4, top_k=4):
-    """(xs, ids, weights) by rank, on the host; ranks have different numbers of tokens, one of them none."""
+    """(xs, ids, weights) by rank, on the host. Ranks have different numbers of tokens; one has none."""
     g = torch.Generator().manual_seed(seed)
     counts = [0 if r == 1 else tokens - 3 * r % tokens for r in range(size)]
     xs = [torch.randn((t, hidden), generator=g).bfloat16() for t in counts]
@@ -78,7 +81,7 @@ def small_world(size, seed, tokens=23, hidden=512, experts_per_rank=4, top_k=4):
 
 
 def check_rank(comm, world, layout, capacity, kind):
-    """One rank's part of a small world."""
+    """Check a small world, as one rank."""
     xs, ids, weights = world
     experts, top_k, rank = 4 * comm.size, ids[0].shape[1], comm.rank
     coded = [quant.quantize(x) for x in xs] if kind else None
@@ -130,7 +133,7 @@ def check_rank(comm, world, layout, capacity, kind):
 
 
 def expect_equal(got, want, what):
-    """Equal bits, or AssertionError."""
+    """Raise AssertionError unless the bits are equal."""
     if want is None:
         assert got is None, what
         return
@@ -149,11 +152,11 @@ def as_bits(t):
     )
 
 
-# -- what must come out, in torch on the GPU -----------------------------------------------------------------
+# -- expected results, computed by torch on the GPU ----------------------------------------------------------
 
 
 class World:
-    """All ranks' inputs on one GPU, and what each rank must receive."""
+    """Inputs of all ranks on one GPU, and the expected rows of each rank."""
 
     def __init__(self, shape, size, device):
         g = torch.Generator(device=device).manual_seed(size)
@@ -171,26 +174,26 @@ class World:
         self.counts = torch.bincount(self.owner, minlength=size).tolist()
 
     def sources(self, rank):
-        """Flat token of each row that a rank receives."""
+        """Flat index of the token of each row that a rank receives."""
         return self.order[self.owner == rank] // self.shape.top_k
 
     def row_weights(self, rank):
-        """The weight of each row that a rank receives."""
+        """Weight of each row that a rank receives."""
         return self.weights.flatten()[self.order[self.owner == rank]]
 
     def nodes_per_token(self, nodes):
-        """Other nodes that the tokens go to, summed over all tokens."""
+        """Number of other nodes per token, summed over all tokens."""
         node = self.ids // (self.shape.experts // nodes)
-        home = (torch.arange(self.size, device=node.device) // (self.size // nodes))[:, None]
-        hit = torch.stack([(node == n).any(-1) & (home != n) for n in range(nodes)])
+        own = (torch.arange(self.size, device=node.device) // (self.size // nodes))[:, None]
+        hit = torch.stack([(node == n).any(-1) & (own != n) for n in range(nodes)])
         return int(hit.sum())
 
     def combined(self, rank, scale, nodes):
-        """y of one rank where the experts return scale(rank) * row: FP32 in ascending expert order, node by node."""
+        """Expected y of one rank, if experts return scale(rank) * row. FP32 sums by node, then ascending expert."""
         shape, per_rank = self.shape, self.shape.experts // self.size
         ids, at = self.ids[rank].sort(-1)
         weights = self.weights[rank].gather(1, at)
-        home, x = rank // (self.size // nodes), self.x[rank]
+        own, x = rank // (self.size // nodes), self.x[rank]
         total, started = (
             torch.zeros_like(x, dtype=torch.float32),
             torch.zeros(len(x), dtype=torch.bool, device=x.device),
@@ -207,7 +210,7 @@ class World:
                 ).bfloat16().float() * weights[:, k : k + 1]
                 part = torch.where(here[:, None], torch.where(found[:, None], part + row, row), part)
                 found = found | here
-            if n != home:
+            if n != own:
                 part = part.bfloat16().float()
             total = torch.where(found[:, None], torch.where(started[:, None], total + part, part), total)
             started = started | found
@@ -215,7 +218,7 @@ class World:
 
 
 def must_move(world, nodes, call):
-    """Bytes of one call over all ranks, each read and each write counted once."""
+    """Bytes that one call must read and write, over all ranks."""
     s = world.shape
     plain, coded = 2 * s.hidden, s.hidden + 4 * (s.hidden // 128)
     tokens, picks, rail = world.size * s.tokens, world.size * s.tokens * s.top_k, world.nodes_per_token(nodes)
@@ -228,7 +231,7 @@ def must_move(world, nodes, call):
 
 
 def copy_ceiling(size=4 << 30, repeats=10):
-    """GB/s of a large device-to-device copy, read plus written."""
+    """Rate of a large device-to-device copy in GB/s, reads plus writes."""
     a, b = (
         torch.empty(size, dtype=torch.uint8, device="cuda").random_(),
         torch.empty(size, dtype=torch.uint8, device="cuda"),
@@ -237,7 +240,7 @@ def copy_ceiling(size=4 << 30, repeats=10):
 
 
 def timed(work, repeats):
-    """Median seconds of work() by events."""
+    """Median time of work() in seconds, measured with events."""
     work()
     seconds = []
     for _ in range(repeats):
@@ -251,23 +254,21 @@ def timed(work, repeats):
 
 
 def measure(args, shape, nodes, per_node, sms, ceiling, choose=None):
-    """Rows of the table for one geometry and one number of multiprocessors in all; `choose` replaces the
-    chosen plan.
-    """
+    """Measure one geometry with one total number of multiprocessors; return rows. `choose` replaces choose_plan."""
     size = nodes * per_node
-    torch.cuda.empty_cache()  # windows are not torch's memory: what its cache keeps is lost to them
+    torch.cuda.empty_cache()  # windows cannot use memory that torch caches
     world = World(shape, size, args.device)
-    torch.cuda.synchronize()  # the ranks' streams do not wait for this one
+    torch.cuda.synchronize()  # the streams of the ranks do not wait for this stream
     capacity = max(world.counts)
 
     def scale(rank):
-        """The factor of a rank, which is a number or a tensor."""
+        """Factor of a rank; rank is a number or a tensor."""
         return (rank + 1) / 4
 
     reference_event = torch.cuda.Event(enable_timing=True)
     reference_event.record()
     reference_event.synchronize()
-    # Also odd numbers per rank, which a Buffer does not take by name.
+    # The override also allows odd numbers per rank, which num_sms of Buffer does not.
     with tuning.overriding(
         choose or (lambda hardware, traffic: tuning.choose_plan(hardware, traffic, sms // size))
     ):
@@ -297,7 +298,7 @@ def measure(args, shape, nodes, per_node, sms, ceiling, choose=None):
 
 
 def rank_main(comm, args, world, capacity, scale, nodes, origin):
-    """One rank: for each call (start ms, end ms, wrong elements)."""
+    """Measure as one rank; return (start ms, end ms, wrong elements) of each call."""
     s, rank = world.shape, comm.rank
     buf = moecomm.Buffer(
         comm,
@@ -345,12 +346,12 @@ def rank_main(comm, args, world, capacity, scale, nodes, origin):
 
 
 def arena_bytes(capacity, shape):
-    """Window memory for two dispatches of `capacity` rows and their outputs."""
+    """Arena for two dispatches of `capacity` rows and the experts' outputs."""
     return 3 * capacity * (4 * shape.hidden + 16 * shape.top_k + 128) + (64 << 20)
 
 
 def differing(got, want):
-    """Elements whose bits differ."""
+    """Number of elements whose bits differ."""
     return (
         int((as_bits(got) != as_bits(want)).sum())
         if got.shape == want.shape
@@ -359,9 +360,9 @@ def differing(got, want):
 
 
 def captured(comm, run):
-    """(graph, result) of run(), which has run once before.
+    """Capture run(), which has run before: (graph, result).
 
-    One rank thread captures at a time, and nothing of the others runs meanwhile.
+    One rank thread captures at a time, while the others wait.
     """
     torch.cuda.current_stream().synchronize()
     comm.barrier()
@@ -376,15 +377,16 @@ def captured(comm, run):
 
 
 def replay(comm, run, iterations, origin, outputs):
-    """(result, (start ms, end ms)) of graph replays; all ranks start together. outputs(result): tensors
-    that each must write, all of them.
+    """Measure graph replays, started together on all ranks: (result, (start ms, end ms)).
+
+    outputs(result) returns the tensors that every replay must write completely.
     """
     run()
     graph, result = captured(comm, run)
     for _ in range(3):
         graph.replay()
     torch.cuda.current_stream().synchronize()
-    comm.barrier()  # nobody writes here any more
+    comm.barrier()  # no rank writes to the outputs any more
     for out in outputs(result):
         if out is not None:
             as_bits(out).fill_(-1 if out.element_size() > 1 else 255)
@@ -394,7 +396,7 @@ def replay(comm, run, iterations, origin, outputs):
 
 
 def replays(graph, iterations, origin):
-    """(start ms, end ms) of `iterations` replays, after the event `origin`."""
+    """Replay `iterations` times; return (start ms, end ms) relative to the event `origin`."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(iterations):

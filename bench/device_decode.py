@@ -1,11 +1,10 @@
-"""Part of `python -m bench device`: decode steps for 1 to 128 tokens per rank, replayed from graphs, beside
-their own floor.
+"""Part of `python -m bench device`: decode steps with 1 to 128 tokens per rank, replayed from graphs, and their floor.
 
-A step is decode_dispatch (FP8 on the way out) and decode_combine, both phases each; a graph holds two of
-them. The floor is the time that the bytes which must move take at the speed of a device-to-device copy:
-each token's row read, a message per token and rank of another node written and read, a packed row per pick
-written; and back each pick's row read, each answer from another node written and read, each sum written.
-Messages inside a node are read where they were staged: that copy is the library's own and not in the floor.
+A step is decode_dispatch (in FP8) and decode_combine, each with both phases. A graph contains two steps. The floor is
+the time of the necessary traffic at the rate of a device-to-device copy. Necessary for dispatch: read the row of each
+token, write and read a message per token and rank of another node, write a packed row per pick. For combine: read the
+row of each pick, write and read each answer from another node, write each sum. Messages inside a node are read from
+staging; that copy is not part of the floor.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from . import device as bench
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 GEOMETRIES = ((1, 8), (2, 4), (4, 2))
-SMS = 128  # in all
+SMS = 128  # total over all ranks
 TARGET = "at 1 token <= 20 us; at 128 within 1.6x of the floor plus 12 us"
 
 
 def check_small_worlds(device, worlds=bench.SMALL):
-    """Decode steps of small worlds against the oracle; returns how many. Raises AssertionError."""
+    """Compare decode steps of small worlds with the oracle; return the number of cases."""
     cases = [(nodes, per_node, kind) for nodes, per_node in worlds for kind in (None, "fp8")]
     for nodes, per_node, kind in cases:
         world = bench.small_world(nodes * per_node, seed=7 * nodes + per_node)
@@ -38,7 +37,7 @@ def check_small_worlds(device, worlds=bench.SMALL):
 
 
 def check_rank(comm, world, kind):
-    """One rank's part of a small world: three steps, so both parities."""
+    """Check a small world, as one rank: three steps, so both epochs are used."""
     xs, ids, weights = world
     experts, rank = 4 * comm.size, comm.rank
     coded = [quant.quantize(x) if kind else (x, None) for x in xs]
@@ -79,7 +78,7 @@ def check_rank(comm, world, kind):
 
 
 def must_move(world, nodes):
-    """Bytes of one step over all ranks, each read and each write counted once."""
+    """Bytes that one step must read and write, over all ranks."""
     s, per_node = world.shape, world.size // nodes
     plain, coded = 2 * s.hidden, s.hidden + 4 * (s.hidden // 128)
     owner = world.ids // (s.experts // world.size)
@@ -90,7 +89,7 @@ def must_move(world, nodes):
 
 
 def expected_sums(world, rank, scale):
-    """y of one rank where the experts return scale(rank) * row: FP32 in top-k order, rounded once."""
+    """Expected y of one rank, if experts return scale(rank) * row: FP32 sums by ascending k, rounded once."""
     s, x = world.shape, world.x[rank]
     owner, total = world.ids[rank] // (s.experts // world.size), None
     for k in range(s.top_k):
@@ -102,16 +101,16 @@ def expected_sums(world, rank, scale):
 
 
 def rows_of_expert(world, expert):
-    """Flat tokens of the rows that an expert receives: (source rank, source token)."""
+    """Flat index of the token of each row that an expert receives, by source rank, then token."""
     return world.order[world.ids.flatten()[world.order] == expert] // world.shape.top_k
 
 
 def measure(args, ceiling, tokens=TOKENS, geometries=GEOMETRIES):
-    """Rows of the table, one by one."""
+    """Yield the rows of the table."""
     for nodes, per_node in geometries:
         size = nodes * per_node
         for count in tokens:
-            torch.cuda.empty_cache()  # windows are not torch's memory
+            torch.cuda.empty_cache()  # windows cannot use memory that torch caches
             world = bench.World(bench.Shape(tokens=count), size, args.device)
             torch.cuda.synchronize()
             origin = torch.cuda.Event(enable_timing=True)
@@ -139,7 +138,7 @@ def measure(args, ceiling, tokens=TOKENS, geometries=GEOMETRIES):
 
 
 def rank_main(comm, args, world, origin):
-    """One rank: (start ms, end ms, wrong elements)."""
+    """Measure as one rank; return (start ms, end ms, wrong elements)."""
     s, rank = world.shape, comm.rank
     buf = moecomm.Buffer(
         comm,
@@ -154,7 +153,7 @@ def rank_main(comm, args, world, origin):
     x, ids, weights = world.x[rank], world.ids[rank], world.weights[rank]
 
     def scale(rank):
-        """The factor of a rank, which is a number or a tensor."""
+        """Factor of a rank; rank is a number or a tensor."""
         return (rank + 1) / 4
 
     y, flat = torch.full_like(x, float("nan")), world.x.flatten(0, 1)
@@ -166,7 +165,7 @@ def rank_main(comm, args, world, origin):
         buf.decode_combine(recv.handle.rows, ids, weights, recv.handle, return_hook=False, out=y)
         return recv
 
-    for _ in range(2):  # the experts' rows of both banks: they lie where the routing says, in every step
+    for _ in range(2):  # write the experts' output of both epochs; its position depends on the routing only
         recv, _ = buf.decode_dispatch(x, ids, return_hook=False)
         for e, tokens in enumerate(sources):
             recv.handle.rows[e, : len(tokens)] = (flat[tokens].float() * scale(rank)).bfloat16()
@@ -187,10 +186,10 @@ def rank_main(comm, args, world, origin):
 
 
 def markdown(rows):
-    """The rows as lines of a table for docs/measurements.md."""
+    """Format the rows as lines of a table for docs/measurements.md."""
     lines = [
-        f"Decode, dispatch (FP8) and combine (BF16) together, {SMS} SMs in all, replayed from graphs; "
-        f"wanted: {TARGET}.",
+        f"Decode, dispatch (FP8) and combine (BF16) together, {SMS} SMs over all ranks, replayed from graphs; "
+        f"target: {TARGET}.",
         "",
         "| nodes x ranks | tokens per rank | us | floor us | us / floor | wrong |",
         "|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Part of `python -m bench device`: a GEMM beside dispatch and combine."""
+"""Part of `python -m bench device`: a GEMM concurrent with dispatch and combine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .device import Shape, World, arena_bytes, timed
 
 
 def gemm_overlap(args, shape, sms=(16, 40), rounds=6):
-    """How much a GEMM slows down beside dispatch and combine, by multiprocessors given: {sms: slowdown}.
+    """Slowdown of a GEMM concurrent with dispatch and combine: {multiprocessors: slowdown}.
 
-    They outlast it, or it is left out.
+    Runs in which the GEMM takes longer than dispatch and combine are ignored.
     """
     a, b = (torch.randn((8192, 8192), device=args.device).bfloat16() for _ in range(2))
     alone = timed(lambda: torch.mm(a, b), 20)

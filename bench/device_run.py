@@ -1,7 +1,7 @@
-"""`python -m bench device`: build, check and time the cuda world on one GPU, in one call of less than eight minutes.
+"""`python -m bench device`: builds, checks and times the cuda world on one GPU, in less than eight minutes.
 
-Each section is a process of its own with a time limit: what fails, hangs or breaks its context leaves the others' rows.
-The report is written after each, to device.json and device.md.
+Each section is a separate process with a time limit, so a failure or a hang of one section does not affect the
+others. The report, device.json and device.md, is written after each section.
 """
 
 from __future__ import annotations
@@ -37,30 +37,28 @@ SECTIONS = {
 
 
 def arguments(parser):
-    """What to run."""
-    parser.add_argument("--device", default="cuda:0")
-    parser.add_argument(
-        "--iterations", type=options.positive, default=20, help="graph replays that are timed"
-    )
-    parser.add_argument("--tokens", type=options.tokens, default=Shape.tokens)
+    """Add the options of the command."""
+    parser.add_argument("--device", default="cuda:0", help="GPU to use")
+    parser.add_argument("--iterations", type=options.positive, default=20, help="timed graph replays")
+    parser.add_argument("--tokens", type=options.tokens, default=Shape.tokens, help="tokens per rank")
     parser.add_argument(
         "--small",
         action="store_true",
-        help="only the checks on small worlds (as compute-sanitizer runs them)",
+        help="only run the checks on small worlds (as under compute-sanitizer)",
     )
-    parser.add_argument("--most-ranks", type=options.ranks, default=8, help="of the small worlds")
-    parser.add_argument("--no-sanitizer", action="store_true")
+    parser.add_argument("--most-ranks", type=options.ranks, default=8, help="maximum ranks of a small world")
+    parser.add_argument("--no-sanitizer", action="store_true", help="skip compute-sanitizer")
     parser.add_argument(
         "--build",
         action="store_true",
-        help="build the extension in place first (before anything of it is imported)",
+        help="build the extension in place first",
     )
     parser.add_argument(
-        "--minutes", type=options.above_zero, default=7.5, help="no section goes on for longer, all together"
+        "--minutes", type=options.above_zero, default=7.5, help="time limit of all sections together"
     )
-    parser.add_argument("--only", choices=SECTIONS, help="one section, in this process")
+    parser.add_argument("--only", choices=SECTIONS, help="run one section, in this process")
     parser.add_argument(
-        "--ceiling", type=float, default=float("nan"), help="GB/s of a copy, where that was measured before"
+        "--ceiling", type=float, default=float("nan"), help="GB/s of a copy, if measured before"
     )
     parser.add_argument(
         "--out",
@@ -71,7 +69,7 @@ def arguments(parser):
 
 
 def ready(args):
-    """Whether there is a GPU to measure; says why not."""
+    """Whether there is a GPU to measure. Prints the reason if not."""
     cuda.prepare_threads()  # before anything touches the GPU
     reason = cuda.why_not()
     if reason is not None:
@@ -80,7 +78,7 @@ def ready(args):
 
 
 def main(args):
-    """Run everything; the exit status says whether a result was wrong or a section failed."""
+    """Run all sections. The exit status is 1 if a result is wrong or a section fails, 2 without a GPU."""
     if not ready(args):
         return 2
     if args.small:
@@ -94,7 +92,7 @@ def main(args):
 
 
 def run_all(args, folder):
-    """Every section, as far as the time goes; the report is written after each."""
+    """Run sections until the time limit. The report is written after each."""
     end = time.monotonic() + 60 * args.minutes
     report = {"rows": [], "decode": [], "failures": {}}
     for name, most in SECTIONS.items():
@@ -123,9 +121,9 @@ def run_all(args, folder):
                 left < 5
                 or subprocess.run(command, cwd=OWN_CODE, timeout=min(most, left), check=False).returncode
             )
-            why = "no time was left" if left < 5 else f"exit status {failed}" if failed else None
+            why = "no time left" if left < 5 else f"exit status {failed}" if failed else None
         except subprocess.TimeoutExpired:
-            why = f"not done in {min(most, left):.0f} s"
+            why = f"not finished in {min(most, left):.0f} s"
         if why is not None:
             report["failures"][name] = why
             print(f"device: section {name}: {why}")
@@ -140,7 +138,7 @@ def run_all(args, folder):
 
 
 def run_section(args, part):
-    """One section; what it finds is in the file `part` at once, row by row."""
+    """Run one section. Its results are written to the file `part` immediately, row by row."""
     found = {}
 
     def keep(**fields):
@@ -164,7 +162,7 @@ def run_section(args, part):
             ceiling_gbs=copy_ceiling(),
         )
         print(
-            f"{found['gpu']}: a device-to-device copy moves {found['ceiling_gbs']:.0f} GB/s, read plus written"
+            f"{found['gpu']}: a device-to-device copy moves {found['ceiling_gbs']:.0f} GB/s, reads plus writes"
         )
     elif args.only == "decode":
         for row in device_decode.measure(args, args.ceiling):
@@ -194,15 +192,17 @@ def run_section(args, part):
 
 
 def check_all(device, most_ranks=8):
-    """Check every small world of at most `most_ranks` ranks; returns their number."""
+    """Check all small worlds with at most `most_ranks` ranks; return the number of cases."""
     worlds = [w for w in (*SMALL, (1, 8)) if w[0] * w[1] <= most_ranks]
     return check_small_worlds(device, worlds) + device_decode.check_small_worlds(device, worlds)
 
 
 def sanitizer(device):
-    """(tool, what compute-sanitizer says) on the small worlds; nothing where it is not installed. Where it
-    starts kernels one after another, ranks would wait for each other until the deadline: then worlds of one
-    rank run."""
+    """Run compute-sanitizer, if installed, on the small worlds; yield (tool, result).
+
+    A sanitizer that serializes kernels makes ranks wait for each other until their timeout. Then worlds of one rank
+    run.
+    """
     tool = shutil.which("compute-sanitizer")
     for name in ("memcheck", "racecheck") if tool else ():
         for ranks in (2, 1):
@@ -226,27 +226,27 @@ def sanitizer(device):
                 )
                 said = "clean" if run.returncode == 0 else (run.stdout + run.stderr)[-800:]
             except subprocess.TimeoutExpired:
-                said = "not done in 45 s"
+                said = "not finished in 45 s"
             if said == "clean":
                 break
         yield name, f"{said} ({ranks} rank{'s' if ranks > 1 else ''} at most)"
 
 
 def markdown(report):
-    """The report, as far as it goes, as a section for docs/measurements.md."""
+    """Format the report as a section for docs/measurements.md."""
     lines = []
     if "gpu" in report:
         s = report["shape"]
         lines += [
             f"## {report['gpu']}, torch {report['torch']}",
             "",
-            f"A device-to-device copy moves {report['ceiling_gbs']:.0f} GB/s (read plus written).",
+            f"A device-to-device copy moves {report['ceiling_gbs']:.0f} GB/s (reads plus writes).",
             f"{s['tokens']} tokens per rank, hidden {s['hidden']}, {s['experts']} experts, "
             f"top-{s['top_k']} in {s['top_groups']} of {s['groups']} groups.",
             "",
         ]
     lines += [
-        "| call | nodes x ranks | SMs in all | us | GB/s | of the copy | wrong |",
+        "| call | nodes x ranks | SMs over all ranks | us | GB/s | share of the copy's rate | wrong |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
@@ -256,13 +256,13 @@ def markdown(report):
     ]
     lines += ["", *device_decode.markdown(report["decode"]), ""]
     lines += [
-        f"torch in turns with this library, 1x8, 128 SMs, {call}: {t['torch_us']:.0f} us against "
-        f"{t['us']:.0f}, {t['ratio']:.2f} times as long."
+        f"torch, interleaved with moecomm, 1x8, 128 SMs, {call}: {t['torch_us']:.0f} us against "
+        f"{t['us']:.0f} us, {t['ratio']:.2f} times as long."
         for call, t in report.get("torch_in_turns", {}).items()
     ]
     if report.get("overlap"):
         lines += [
-            "A GEMM beside dispatch and combine takes "
+            "A GEMM concurrent with dispatch and combine takes "
             + ", ".join(f"{v:.2f}x with {k} SMs" for k, v in report["overlap"].items())
             + " of its time alone."
         ]

@@ -1,8 +1,7 @@
-"""What a user would pick instead on the same GPU, in turns with this library: the permute and unpermute of
-an all-to-all dispatcher.
+"""An alternative on the same GPU, interleaved with moecomm: the permute and unpermute of an all-to-all dispatcher.
 
-Both move all ranks' tokens in one go. Torch sorts the rows by expert, copies them once as an all-to-all
-would (the second sort at the receivers is spared), copies them back and sums them with their weights.
+Both move the tokens of all ranks. torch sorts the rows by expert, copies them once like an all-to-all (without the
+second sort at the receivers), copies them back and computes their weighted sums.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ CALLS = ("dispatch", "combine")
 
 
 class Permuter:
-    """All ranks' tokens of a World through torch; routing and buffers are prepared."""
+    """Moves the tokens of all ranks of a World with torch. Routing and buffers are prepared."""
 
     def __init__(self, world):
         s = world.shape
@@ -30,22 +29,22 @@ class Permuter:
         self._received = torch.empty_like(self._sent)
 
     def dispatch(self):
-        """Rows by expert [tokens * top_k, hidden]."""
+        """Return rows by expert [tokens * top_k, hidden]."""
         torch.index_select(self._x, 0, self._token, out=self._sent)
         return self._received.copy_(self._sent)
 
     def combine(self):
-        """The weighted sums of those rows [tokens, hidden]."""
+        """Return the weighted sums of these rows [tokens, hidden]."""
         self._sent.copy_(self._received)
         rows = (self._sent * self._weights).index_select(0, self._inverse)
         return rows.view(-1, self._top_k, rows.shape[1]).sum(1).to(self._x.dtype)
 
 
 def in_turns(args, shape, size=8, sms=128, rounds=5):
-    """{call: {"us", "torch_us", "ratio"}}: medians over rounds; a round's ratio is torch's time over ours."""
+    """{call: {"us", "torch_us", "ratio"}}: medians over rounds. The ratio is the time of torch / that of moecomm."""
     world = World(shape, size, args.device)
     permuter = Permuter(world)
-    torch.cuda.synchronize()  # the ranks' streams do not wait for this one
+    torch.cuda.synchronize()  # the streams of the ranks do not wait for this stream
     origin = torch.cuda.Event(enable_timing=True)
     origin.record()
     origin.synchronize()
@@ -54,21 +53,21 @@ def in_turns(args, shape, size=8, sms=128, rounds=5):
     )
     found = {}
     for call in CALLS:
-        ours = [
+        own = [
             1e3 * (max(r[call][i][1] for r in ranks) - min(r[call][i][0] for r in ranks)) / args.iterations
             for i in range(rounds)
         ]
-        theirs = [1e6 * ranks[0][call][i][2] for i in range(rounds)]
+        other = [1e6 * ranks[0][call][i][2] for i in range(rounds)]
         found[call] = {
-            "us": statistics.median(ours),
-            "torch_us": statistics.median(theirs),
-            "ratio": statistics.median(t / o for t, o in zip(theirs, ours, strict=True)),
+            "us": statistics.median(own),
+            "torch_us": statistics.median(other),
+            "ratio": statistics.median(t / o for t, o in zip(other, own, strict=True)),
         }
     return found
 
 
 def _rank(comm, args, world, sms, origin, permuter, rounds):
-    """One rank: {call: [(start ms, end ms, torch's seconds on rank 0)]}."""
+    """Measure as one rank: {call: [(start ms, end ms, seconds of torch on rank 0)]}."""
     s, rank, capacity = world.shape, comm.rank, max(world.counts)
     buf = moecomm.Buffer(
         comm,
@@ -91,11 +90,11 @@ def _rank(comm, args, world, sms, origin, permuter, rounds):
     found = {call: [] for call in CALLS}
     for call, run in zip(CALLS, (dispatch, combine), strict=True):
         run()
-        graph, kept = captured(comm, run)  # kept: what the graph writes to
+        graph, kept = captured(comm, run)  # kept: keeps the memory alive that the graph writes
         for _ in range(rounds):
             comm.barrier()
             span = replays(graph, args.iterations, origin)
-            comm.barrier()  # torch has the GPU for itself
+            comm.barrier()  # torch runs alone on the GPU
             found[call].append((*span, timed(getattr(permuter, call), 3) if rank == 0 else None))
         del graph, kept
         comm.barrier()

@@ -1,7 +1,7 @@
-"""Time per row of every variant of the CPU's row kernels, and which of them is used.
+"""Time per row of every variant of the CPU row kernels, and the variants that moecomm uses.
 
-The library measures the same for at most 30 ms when it first moves rows (csrc/fabric/cpu/rows_choice.hpp). This
-command takes longer, so it also shows how good that choice is.
+moecomm makes the same measurement for at most 30 ms when it first moves rows (csrc/fabric/cpu/rows_choice.hpp). This
+command measures longer, so it also shows the quality of that choice.
 """
 
 import json
@@ -12,22 +12,22 @@ from moecomm._native import core
 
 
 def arguments(parser):
-    """What the command line may say."""
+    """Add the options of the command."""
     parser.add_argument(
-        "--seconds", type=options.above_zero, default=1.0, help="how long to measure (default: 1)"
+        "--seconds", type=options.above_zero, default=1.0, help="duration of the measurement (default: 1)"
     )
     parser.add_argument(
-        "--json", metavar="FILE", type=options.file_to_write, help="write the results to a file, too"
+        "--json", metavar="FILE", type=options.file_to_write, help="also write the results to this file"
     )
 
 
 def main(args):
-    """Print the table; returns the exit status."""
+    """Print the table; return the exit status."""
     build, few, many, reason, cpu, _ = core.row_kernel_choice()
     times = core.time_row_kernels(args.seconds)
     usable = [t for t in times if not t[0].startswith("base/")] or times
     best = min(t[1] for t in usable), min(t[2] for t in usable)
-    print(f"{cpu}: rows of 7168 bf16 elements, nanoseconds per row that is read\n")
+    print(f"{cpu}: rows of 7168 bf16 elements, nanoseconds per row read\n")
     print(f"{'variant':<16}{'2 terms':>10}{'8 terms':>10}")
     for name, of_few, of_many in times:
         used = [word for word, chosen in (("2 terms", few), ("8 terms", many)) if chosen == name]
@@ -37,7 +37,7 @@ def main(args):
     found = {t[0]: t[1:] for t in times}
     slower = found[few][0] / best[0], found[many][1] / best[1]
     print(
-        f"\nused: {few} and {many} ({reason}); {slower[0]:.2f} and {slower[1]:.2f} times the best variant's time"
+        f"\nused: {few} and {many} ({reason}); {slower[0]:.2f} and {slower[1]:.2f} times the time of the best variant"
     )
     if args.json:
         result = {

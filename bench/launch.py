@@ -1,4 +1,4 @@
-"""Starts a benchmark's ranks: `python -m bench ...` without a launcher calls mpirun itself."""
+"""Starts the ranks of a benchmark: `python -m bench ...` without a launcher calls mpirun."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def launched():
-    """How many ranks a launcher has started, of which this process is one; 0 where none has."""
+    """Number of ranks of the launcher that has started this process, or 0 without a launcher."""
     return next(
         (
             int(os.environ[name])
@@ -21,7 +21,7 @@ def launched():
 
 
 def mpirun(ranks):
-    """The command that starts ranks processes here, with more ranks than cores allowed and the waits of MPI polite."""
+    """Command that starts `ranks` processes on this host. It allows more ranks than cores, and waits of MPI yield."""
     beside = Path(sys.executable).with_name("mpirun")
     command = [
         str(beside) if beside.exists() else "mpirun",
@@ -40,22 +40,22 @@ def mpirun(ranks):
 
 
 def terminal():
-    """The terminal that this process's messages go to; empty where they go elsewhere."""
+    """The terminal of stderr, or "" if stderr is not a terminal."""
     return os.ttyname(sys.stderr.fileno()) if sys.stderr.isatty() else ""
 
 
 def relaunch(ranks, argv):
-    """Run `python -m bench argv` as that many ranks; returns the exit status."""
+    """Run `python -m bench argv` with this number of ranks; return the exit status."""
     return subprocess.call([*mpirun(ranks), *program(), *argv], env=environment(BENCH_PROGRESS=terminal()))
 
 
 def program():
-    """The command of these benchmarks: `bench` of a checkout, or `moecomm.bench` where it is installed."""
+    """Command of the benchmarks: module `bench` in a checkout, or `moecomm.bench` if installed."""
     return [sys.executable, "-m", __package__]
 
 
 def environment(**more):
-    """The environment in which program() is found from any folder."""
+    """Environment in which program() works in any folder."""
     if __package__ != "bench":
         return dict(os.environ, **more)
     paths = [str(Path(__file__).resolve().parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])]

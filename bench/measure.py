@@ -1,8 +1,7 @@
-"""Measuring one routing: this library and its baselines take turns, every result is checked, every output
-poisoned before.
+"""Measurement of one routing: moecomm and the baselines alternate. Results are overwritten before and checked after.
 
-A call's time is the span from the first rank's start to the last rank's end, after a barrier. Dispatch and combine
-are timed apart with the experts' work (untimed) between them; a round trip is the sum of the two.
+The time of a call is that from the start of the first rank to the end of the last, after a barrier. Dispatch and
+combine are timed separately, with the work of the experts (not timed) between them. A round trip is their sum.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import moecomm
 
 from . import baselines as alternatives
 from . import check
+from .caches import Eviction, last_level_bytes
 from .floor import Floor
 from .routing import make_inputs
 
@@ -26,22 +26,23 @@ OWN = "moecomm"
 
 @dataclass
 class Measured:
-    """Seconds per call of every contender and op, wrong elements, bytes per hop of one call over all ranks."""
+    """Results of a measurement: times, wrong elements and bytes."""
 
-    times: dict = field(default_factory=dict)  # {contender: {op: [seconds]}}
-    wrong: dict = field(default_factory=dict)  # {contender: {op: elements}}
+    times: dict = field(default_factory=dict)  # {contender: {op: [seconds per call]}}
+    wrong: dict = field(default_factory=dict)  # {contender: {op: number of wrong elements}}
     hops: dict = field(default_factory=dict)  # {op: stats summed over ranks, mean per iteration}
     plan: list = field(default_factory=list)  # seconds of dispatches with rows of 16 bytes
-    floor: dict = field(default_factory=dict)  # {op: [seconds]}
+    floor: dict = field(default_factory=dict)  # {op: seconds}
+    in_cache: bool = False  # whether the results of a dispatch fit into the last-level caches
     rail: str = "none"
-    straight_bytes: float = 0.0  # over the links between nodes, of a round trip with a row per token and rank
+    straight_bytes: float = 0.0  # bytes between nodes of a round trip with one row per token and rank
 
     def median(self, name, op):
-        """Microseconds."""
+        """Median in microseconds."""
         return 1e6 * float(np.median(self.times[name][op]))
 
     def p99(self, name, op):
-        """Microseconds."""
+        """99th percentile in microseconds."""
         return 1e6 * float(np.percentile(self.times[name][op], 99))
 
 
@@ -58,9 +59,8 @@ class Own:
         self.buffer = moecomm.Buffer(
             comm, hidden=case.hidden, dtype=alternatives.TORCH_DTYPES[case.dtype], **options
         )
-        self.small = moecomm.Buffer(
-            comm, hidden=8, dtype=torch.bfloat16, **options
-        )  # the plan, and next to no payload
+        # Rows of 16 bytes, to measure the plan with hardly any payload.
+        self.small = moecomm.Buffer(comm, hidden=8, dtype=torch.bfloat16, **options)
         self.y = torch.empty(
             (case.tokens_of(comm.rank), case.hidden), dtype=alternatives.TORCH_DTYPES[case.dtype]
         )
@@ -68,11 +68,11 @@ class Own:
         self.out = None
 
     def prepare(self, ids, weights):
-        """The routing of the next calls."""
+        """Set the routing of the next calls."""
         self._ids, self._weights = ids, weights
 
     def poison(self, value):
-        """The piece of the window that the last dispatch used is the one that the next will use."""
+        """Overwrite the results. The next dispatch uses the same block of the arena as the last one."""
         self.y.fill_(value)
         if self.out is not None:
             self.out.x.fill_(value)
@@ -80,25 +80,25 @@ class Own:
         self.out = None
 
     def dispatch(self, x):
-        """Rows in the window."""
+        """Dispatch; return the rows in the window."""
         self.out = self.buffer.dispatch(x, self._ids, self._weights, layout=self._case.layout)
         return self.out.x
 
     def expert(self, rows, rank):
-        """The experts write where combine reads."""
+        """Compute the experts; they write to the memory that combine reads."""
         return check.expert_output(rows, rank, self.out.handle.rows)
 
     def combine(self, rows):
-        """y of this rank's tokens."""
+        """Combine; return y."""
         weights = self.out.topk_weights if self._case.layout == "expert" else None
         return self.buffer.combine(rows, self.out.handle, topk_weights=weights, out=self.y)
 
     def plan(self):
-        """A whole dispatch, plan and all, with rows of 16 bytes."""
+        """Run a dispatch with rows of 16 bytes."""
         self.small.dispatch(self._small_x, self._ids, self._weights, layout=self._case.layout)
 
     def close(self):
-        """Give the windows back."""
+        """Release the windows."""
         self.out = None
         self.buffer.close()
         self.small.close()
@@ -117,14 +117,17 @@ class Baseline:
         )
 
     def expert(self, rows, rank):
-        """In place where the baseline received them."""
+        """Compute the experts in place."""
         return check.expert_output(rows, rank, rows)
 
 
-def measure(world, case, *, baselines=(), iters=20, warmup=3, progress=lambda text: None):
-    """Measure one case's routing; collective over world, whose size is case.ranks.
+def measure(world, case, *, baselines=(), iters=20, warmup=3, cold=False, progress=lambda text: None):
+    """Measure the routing of one case. Collective over world, whose size is case.ranks.
 
-    Returns Measured (equal on every rank).
+    cold : bool
+        Evict the caches before every timed call.
+
+    Returns Measured, equal on all ranks.
     """
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.size))
     progress("making inputs")
@@ -136,7 +139,7 @@ def measure(world, case, *, baselines=(), iters=20, warmup=3, progress=lambda te
 
     sums = dict(num_experts=case.experts, size=world.size, layout=case.layout)
     node_of = [r // case.ranks_per_node for r in range(world.size)]
-    progress("working out what must come back")
+    progress("computing the expected results")
     wanted = check.combined(
         own.x,
         own.ids,
@@ -158,12 +161,12 @@ def measure(world, case, *, baselines=(), iters=20, warmup=3, progress=lambda te
         subject = Own(comm, case, world)
         result.rail = _describe_rail(comm, subject.buffer)
         contenders = [subject, *(Baseline(name, world, case) for name in baselines)]
-        floor = Floor(case, world.size)
+        floor = Floor(world, case)
+        before = Eviction(world.size) if cold else _nothing
         for contender in contenders:
             result.times[contender.name] = {op: [] for op in OPS}
             result.wrong[contender.name] = dict.fromkeys(OPS, 0)
         result.hops = {op: [] for op in OPS[:2]}
-        result.floor = {op: [] for op in OPS}
         for i in range(rounds):
             progress(f"iteration {i + 1} of {rounds}")
             keep = i >= warmup
@@ -183,10 +186,12 @@ def measure(world, case, *, baselines=(), iters=20, warmup=3, progress=lambda te
                     contender.prepare(routes)
                 contender.poison(float("nan"))
                 subject.buffer.stats()
+                before()
                 rows, dispatched = world.timed(contender.dispatch, x)
                 dispatch_stats = subject.buffer.stats()
                 wrong_rows = check.count_wrong(rows, table, index)
                 rows = contender.expert(rows, rank)
+                before()
                 y, combined = world.timed(contender.combine, rows)
                 combine_stats = subject.buffer.stats()
                 del rows
@@ -203,17 +208,19 @@ def measure(world, case, *, baselines=(), iters=20, warmup=3, progress=lambda te
                     result.hops["dispatch"].append(dispatch_stats)
                     result.hops["combine"].append(combine_stats)
             _, planned = world.timed(subject.plan)
-            rates = floor.rates(world)
+            loop = floor.measure(x, ids, weights, before=before)
+            rates = floor.rates(before=before)
             if keep:
                 result.plan.append(planned)
-                for op, seconds in floor.seconds(
+                floor.keep(
+                    loop,
                     rates,
                     dispatch_stats=result.hops["dispatch"][-1],
                     combine_stats=result.hops["combine"][-1],
                     tokens=tokens,
-                    world=world,
-                ).items():
-                    result.floor[op].append(seconds)
+                )
+        result.floor = floor.seconds()
+        result.in_cache = not cold and floor.working_set() < last_level_bytes()
         subject.close()
         comm.barrier()
     result.wrong = {
@@ -222,6 +229,10 @@ def measure(world, case, *, baselines=(), iters=20, warmup=3, progress=lambda te
     }
     result.hops = _summed(result.hops, world)
     return result
+
+
+def _nothing():
+    """Do nothing before a timed call: the caches stay warm."""
 
 
 def _summed(hops, world):
@@ -241,9 +252,9 @@ def _summed(hops, world):
 
 
 def _describe_rail(comm, buffer):
-    """How rows cross between nodes in this run."""
+    """Describe the transport between nodes."""
     if comm.num_nodes == 1:
         return "none (one node)"
-    if buffer._native.rail_is_mapped():
+    if buffer.backend.memory.native.rail_is_mapped():
         return f"{comm.rail}, memory of peers mapped (nodes share this host)"
     return f"{comm.rail}, UCX_TLS={os.environ.get('UCX_TLS', 'all')}"

@@ -1,8 +1,7 @@
-"""overlap: two micro-batches through MoE layers, one after the other against each computing while the other
-communicates.
+"""overlap: two micro-batches through MoE layers, sequentially or with overlap of computation and communication.
 
-Both ways take turns on fresh inputs and must give equal bits. Communication is what the sequential run
-spends in dispatch and combine; the hidden share is how much of that the overlapped run saves.
+Both ways alternate on fresh inputs, and their results must have equal bits. Communication is the time of the
+sequential run in dispatch and combine. The hidden share is the part of it that the overlapped run saves.
 """
 
 from __future__ import annotations
@@ -25,30 +24,32 @@ from .run import world_of
 
 
 def arguments(parser):
-    """Sizes of the layers, and of the measurement."""
-    parser.add_argument("--path", choices=("throughput", "decode"), default="throughput")
-    parser.add_argument("--nodes", type=options.ranks, default=1)
-    parser.add_argument("--ranks-per-node", type=options.ranks, default=2)
+    """Add the options of the command."""
+    parser.add_argument(
+        "--path", choices=("throughput", "decode"), default="throughput", help="path of dispatch and combine"
+    )
+    parser.add_argument("--nodes", type=options.ranks, default=1, help="number of nodes")
+    parser.add_argument("--ranks-per-node", type=options.ranks, default=2, help="ranks per node")
     parser.add_argument(
         "--tokens",
         type=options.count,
         default=0,
-        help="per rank and micro-batch; 0: 512 (throughput), 32 (decode)",
+        help="tokens per rank and micro-batch; 0: 512 (throughput), 32 (decode)",
     )
-    parser.add_argument("--hidden", type=options.tokens, default=1024)
-    parser.add_argument("--intermediate", type=options.tokens, default=256)
-    parser.add_argument("--experts", type=options.ranks, default=16)
-    parser.add_argument("--top-k", type=options.ranks, default=4)
+    parser.add_argument("--hidden", type=options.tokens, default=1024, help="elements of a token")
+    parser.add_argument("--intermediate", type=options.tokens, default=256, help="elements inside an expert")
+    parser.add_argument("--experts", type=options.ranks, default=16, help="experts over all ranks")
+    parser.add_argument("--top-k", type=options.ranks, default=4, help="picks per token")
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float32"),
         default="float32",
-        help="float32: what CPUs multiply at full speed",
+        help="dtype; CPUs multiply float32 at full speed",
     )
-    parser.add_argument("--layers", type=options.positive, default=3)
-    parser.add_argument("--threads", type=options.positive, default=1, help="of torch, per rank")
-    parser.add_argument("--iters", type=options.positive, default=20)
-    parser.add_argument("--warmup", type=options.count, default=3)
+    parser.add_argument("--layers", type=options.positive, default=3, help="number of layers")
+    parser.add_argument("--threads", type=options.positive, default=1, help="threads of torch per rank")
+    parser.add_argument("--iters", type=options.positive, default=20, help="timed iterations")
+    parser.add_argument("--warmup", type=options.count, default=3, help="iterations before them")
     parser.add_argument("--json", type=options.file_to_write, default="", help="append a line to this file")
     parser.add_argument(
         "--trace",
@@ -59,7 +60,7 @@ def arguments(parser):
 
 
 def main(args):
-    """Measure one case and print its row. 1 where the two ways differ."""
+    """Measure one case and print its row. The exit status is 1 if the results differ."""
     ranks = args.nodes * args.ranks_per_node
     if not launch.launched():
         return launch.relaunch(ranks, sys.argv[1:])
@@ -101,7 +102,7 @@ def _measure(world, comm, args):
         batches = [torch.randn(args.tokens, args.hidden).to(buffer.dtype) for _ in range(2)]
         results, communication = {}, []
         ways = {
-            "sequential": lambda: _one_after_the_other(stages, batches, communication),
+            "sequential": lambda: _run_sequentially(stages, batches, communication),
             "overlapped": lambda: two_batches(stages, *batches),
         }
         for way in sorted(ways, reverse=bool(i % 2)):
@@ -144,8 +145,8 @@ def _measure(world, comm, args):
     }
 
 
-def _one_after_the_other(stages, batches, communication):
-    """The same stages, every communication waited for at once; its seconds go to the list."""
+def _run_sequentially(stages, batches, communication):
+    """Run the stages, wait for each communication immediately, and append its seconds to `communication`."""
     states = []
     for state in batches:
         for _, stage in stages:
@@ -162,7 +163,7 @@ def _one_after_the_other(stages, batches, communication):
 
 
 def _decode_stages(moe, attention):
-    """As moe_stages, over the decode path: no moecomm code runs between a call and its hook."""
+    """Stages as in moe_stages, on the decode path. No moecomm code runs between a call and its hook."""
     buffer = moe.buffer
 
     def attend(x):

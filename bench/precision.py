@@ -1,4 +1,4 @@
-"""Error of every format on the wire, for three kinds of rows: normal, outlier-heavy, and a model's embeddings."""
+"""Errors of all wire formats, for three kinds of rows: normal, with many outliers, and embeddings of a model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ ROWS, NODES = 1024, 4
 
 
 def arguments(parser):
-    """Arguments of `python -m bench precision`."""
+    """Add the options of the command."""
     parser.add_argument(
         "--embeddings",
         type=options.file_to_read,
-        help="a .npy or .safetensors file with an embedding table [tokens, hidden]",
+        help=".npy or .safetensors file with an embedding table [tokens, hidden]",
     )
     parser.add_argument(
         "--hidden", type=options.tokens, default=7168, help="width of the random rows (default 7168)"
@@ -25,7 +25,7 @@ def arguments(parser):
 
 
 def main(args):
-    """Prints the table; without --embeddings it says so and leaves them out."""
+    """Print the table. Without --embeddings it has no embeddings."""
     generator = torch.Generator().manual_seed(0)
     kinds = {"normal": torch.randn((ROWS, args.hidden), generator=generator)}
     heavy = torch.randn((ROWS, args.hidden), generator=generator)
@@ -36,7 +36,7 @@ def main(args):
         table = load(args.embeddings)
         kinds["embeddings"] = table[:: max(1, len(table) // ROWS)][:ROWS].contiguous()
     else:
-        print("embeddings: left out, no --embeddings FILE")
+        print("embeddings: skipped, because there is no --embeddings FILE")
     print(
         f"{'rows':<14} {'format':<22} {'bits':>6} {'SNR dB':>7} {'mean |rel|':>10} {'zeros':>8}   "
         f"{f'sum of {NODES}':>9}"
@@ -53,7 +53,7 @@ def main(args):
 
 
 def snr(got, exact):
-    """Signal to noise in decibels."""
+    """Signal-to-noise ratio in decibels."""
     exact = exact.double()
     noise = (got.double() - exact).square().sum()
     return float(10 * torch.log10(exact.square().sum() / noise))
@@ -72,7 +72,7 @@ def lost(got, exact):
 
 
 def summed(x, code):
-    """(FP32 sum over NODES rows that crossed coded, exact sum): combine's last step before it rounds to the dtype."""
+    """(FP32 sum of NODES encoded rows, exact sum), as in the last step of combine before it rounds to the dtype."""
     rows = x[: len(x) // NODES * NODES].view(NODES, -1, x.shape[1])
     return sum(code(r).float() for r in rows), rows.double().sum(0)
 
@@ -90,12 +90,12 @@ def _logfmt10(x):
 
 
 def _per_row(x):
-    """One scale for the whole row: what the tiles are for."""
+    """FP8 with one scale per row, to show the benefit of tiles."""
     scales, inverse = reference_quant.tile_scales(x.float().abs().amax(1, keepdim=True))
     return reference_quant.decode_fp8(reference_quant.encode_fp8(x.float() * inverse)) * scales
 
 
-# What a format makes of FP32 rows, and its bits per element.
+# {format: (function from rows to encoded and decoded rows, function from hidden to bits per element)}
 FORMATS = {
     "bf16": (torch.Tensor.bfloat16, lambda hidden: 16),
     "fp8, scale per row": (_per_row, lambda hidden: 8 + 32 / hidden),
@@ -107,7 +107,7 @@ FORMATS = {
 
 
 def load(path):
-    """The largest table [tokens, hidden] of a .npy or .safetensors file, FP32."""
+    """Load the largest embedding table [tokens, hidden] of a .npy or .safetensors file as FP32."""
     if path.endswith(".npy"):
         table = archives.read_array("--embeddings", path)
         if table.ndim != 2 or table.dtype.kind != "f" or not table.size:
@@ -133,13 +133,13 @@ def load(path):
             file.seek(start + entry["data_offsets"][0])
             data = bytearray(file.read(entry["data_offsets"][1] - entry["data_offsets"][0]))
         table = torch.frombuffer(data, dtype=types[entry["dtype"]]).view(entry["shape"]).float()
-    except Exception as error:  # whatever a file of another kind makes of these lines
+    except Exception as error:  # any error while another kind of file is parsed
         archives.refuse(
             "--embeddings",
             path,
             "file",
             f"has no embedding table ({type(error).__name__}: {error})",
-            "a .npy or .safetensors file with one",
+            "a .npy or .safetensors file with an embedding table",
         )
     print(f"embeddings: {name} {entry['shape']} of {path}")
     return table

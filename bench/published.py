@@ -1,8 +1,8 @@
-"""`python -m bench published`: what the sim world predicts for clusters whose measurements are published.
+"""`python -m bench published`: predictions of the sim world for clusters with published measurements.
 
-At most three constants are fitted, on two rows; every other number is a prediction. The published systems are
-others' (DeepEP V1 and V2), so routing is drawn to move what they move: in decode they send one message per
-(token, expert), hence picks of a token lie on distinct ranks here, where moecomm would send one message for two.
+At most three constants are fitted, on two rows. All other numbers are predictions. The published systems are DeepEP
+V1 and V2, so the routing is chosen for the same traffic: in decode they send one message per (token, expert), while
+moecomm sends one per (token, rank). So the picks of a token are on distinct ranks here.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from moecomm import clusters, gate, options, sim
 
 HIDDEN, TOP_K = 7168, 8
 FITTED = ("launch", "rail_rate")
-FIT_ROWS = (8, 64)  # ranks of the decode rows that the constants are fitted on
+FIT_ROWS = (8, 64)  # ranks of the decode rows on which the constants are fitted
 
 
 @dataclass(frozen=True)
 class Decode:
-    """128 tokens per rank, FP8 out, BF16 back, on H800: published us of dispatch and combine."""
+    """Published us of decode dispatch (FP8) and combine (BF16) on H800, with 128 tokens per rank."""
 
     ranks: int
     dispatch: float
@@ -68,7 +68,7 @@ THROUGHPUT = [
 
 
 def decode_routing(ranks, experts=256, tokens=128):
-    """Uniform picks on distinct ranks, by rank."""
+    """Random picks on distinct ranks, by rank."""
     g = torch.Generator().manual_seed(ranks)
     per_rank = experts // ranks
     owners = torch.rand((ranks, tokens, max(ranks, TOP_K)), generator=g).argsort(-1)[..., :TOP_K] % ranks
@@ -76,7 +76,7 @@ def decode_routing(ranks, experts=256, tokens=128):
 
 
 def predict_decode(row, hardware, sms=24):
-    """(dispatch us, combine us) of a Decode row: the mean over ranks, second step in a row."""
+    """Predict (dispatch us, combine us) of a Decode row: mean over ranks, second step."""
     c = sim.Cluster(
         row.ranks,
         ranks_per_node=8,
@@ -93,7 +93,7 @@ def predict_decode(row, hardware, sms=24):
 
 
 def predict_throughput(row, hardware):
-    """(dispatch GB/s, combine GB/s, dispatch us, combine us), logical, on a reused plan."""
+    """Predict (dispatch GB/s, combine GB/s, dispatch us, combine us), with logical bytes and a reused plan."""
     g = torch.Generator().manual_seed(row.ranks)
     ids = [
         gate.group_limited_top_k(
@@ -132,7 +132,7 @@ def predict_throughput(row, hardware):
 
 
 def fit(rows=None):
-    """Hardware of the H800 table with FITTED constants that make the FIT_ROWS' errors least."""
+    """Fit the constants FITTED of the H800 table to FIT_ROWS by least squares; return the Hardware."""
     from scipy.optimize import least_squares
 
     rows = rows or [r for r in DECODE if r.ranks in FIT_ROWS]
@@ -150,13 +150,13 @@ def fit(rows=None):
 
 
 def arguments(parser):
-    """Arguments of the command."""
-    parser.add_argument("--decode-only", action="store_true", help="leave out the throughput rows (a minute)")
+    """Add the options of the command."""
+    parser.add_argument("--decode-only", action="store_true", help="skip the throughput rows (a minute)")
     parser.add_argument("--json", type=options.file_to_write, help="also write the table to this file")
 
 
 def main(args):
-    """Fit, predict, compare."""
+    """Fit, predict and compare."""
     hardware = fit()
     base = clusters.load("h800").hardware
     print(

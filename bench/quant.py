@@ -1,6 +1,4 @@
-"""Quantization against torch's own operators: contenders take turns, medians, results compared before the
-clock counts.
-"""
+"""Quantization against operators of torch: contenders alternate, times are medians, and results are compared first."""
 
 from __future__ import annotations
 
@@ -13,52 +11,55 @@ from moecomm import options, quant, reference_quant
 
 
 def arguments(parser):
-    """Arguments of `python -m bench quant`."""
+    """Add the options of the command."""
     parser.add_argument(
-        "--rows", type=options.tokens, default=1024, help="rows a multiple of 128 (default 1024)"
+        "--rows", type=options.tokens, default=1024, help="rows, a multiple of 128 (default 1024)"
     )
     parser.add_argument(
         "--hidden", type=options.tokens, default=7168, help="columns, a multiple of 128 (default 7168)"
     )
     parser.add_argument(
-        "--repeats", type=options.positive, default=15, help="turns of every contender (default 15)"
+        "--repeats", type=options.positive, default=15, help="runs of each contender (default 15)"
     )
     parser.add_argument(
-        "--threads", type=options.positive, default=1, help="torch's threads; the kernels use one (default 1)"
+        "--threads",
+        type=options.positive,
+        default=1,
+        help="threads of torch (default 1); the kernels of moecomm use one",
     )
 
 
 def main(args):
-    """Prints one line per operation: median microseconds, GB/s of the BF16 side, ratio; 1 where a result differs."""
+    """Print one line per operation: median time, GB/s of BF16, ratio. The exit status is 1 if a result differs."""
     torch.set_num_threads(args.threads)
     x = torch.randn((args.rows, args.hidden), generator=torch.Generator().manual_seed(0)).bfloat16()
     print(
         f"{'operation':<22} {'moecomm us':>10} {'torch us':>10} {'GB/s':>6} {'ratio':>6} {'#wrong':>6}   "
         f"[{args.rows}, {args.hidden}] bf16"
     )
-    wrong_in_all = 0
-    for name, own, theirs in contenders(x):
+    total_wrong = 0
+    for name, own, in_torch in contenders(x):
         wrong = sum(
             int((a.contiguous().view(torch.uint8) != b.contiguous().view(torch.uint8)).sum())
-            for a, b in zip(own(), theirs(), strict=True)
+            for a, b in zip(own(), in_torch(), strict=True)
         )
-        times = {own: [], theirs: []}
+        times = {own: [], in_torch: []}
         for _ in range(args.repeats):
             for run, taken in times.items():
                 start = time.perf_counter()
                 run()
                 taken.append(time.perf_counter() - start)
-        mine, other = (statistics.median(times[run]) for run in (own, theirs))
+        mine, other = (statistics.median(times[run]) for run in (own, in_torch))
         print(
             f"{name:<22} {1e6 * mine:>10.0f} {1e6 * other:>10.0f} {2e-9 * x.numel() / mine:>6.1f} "
             f"{other / mine:>6.1f} {wrong:>6}"
         )
-        wrong_in_all += wrong
-    return int(wrong_in_all > 0)
+        total_wrong += wrong
+    return int(total_wrong > 0)
 
 
 def contenders(x):
-    """(operation, this library, torch): functions that return the tensors to compare."""
+    """Yield (operation, function of moecomm, function of torch). The functions return the tensors to compare."""
     codes, scales = quant.quantize(x)
     coded = quant.encode_wire(x, "logfmt10")
     parts = reference_quant.encode_logfmt10(x)
@@ -92,7 +93,7 @@ def contenders(x):
 
 
 def rows_in_torch(x):
-    """What one would write: finite values, a width that 128 divides."""
+    """quantize in torch, for finite values and a width that is a multiple of 128."""
     tiles = x.float().view(x.shape[0], -1, 128)
     amax = tiles.abs().amax(-1, keepdim=True).clamp_min(448 * 2.0**-126)
     most = torch.tensor(448.0)
@@ -100,5 +101,5 @@ def rows_in_torch(x):
 
 
 def values_in_torch(codes, scales, dtype):
-    """The inverse."""
+    """The inverse of rows_in_torch."""
     return (codes.float().view(codes.shape[0], -1, 128) * scales[..., None]).view(codes.shape).to(dtype)

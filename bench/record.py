@@ -1,4 +1,4 @@
-"""record: round trips through a Buffer that records its calls, against the same while it does not, interleaved."""
+"""record: round trips with and without recording the calls of a Buffer, interleaved."""
 
 from __future__ import annotations
 
@@ -16,24 +16,20 @@ from .run import world_of
 
 
 def arguments(parser):
-    """A case and the number of iterations."""
+    """Add the options of the command."""
     cases.arguments(parser)
-    parser.set_defaults(iters=300)  # what is looked for is smaller than the noise of a few
+    parser.set_defaults(iters=300)  # the cost is smaller than the noise of a few iterations
 
 
 def cost_of(seconds, plain):
-    """Percent that the median of the ratios of neighbours lies above 1, and the 95% interval of that median
-    (bootstrap).
-    """
+    """Cost in percent, from the median of the ratios of adjacent times, and its 95% interval (bootstrap)."""
     ratios = np.array(seconds) / np.array(plain)
     medians = np.median(np.random.default_rng(0).choice(ratios, (2000, len(ratios))), axis=1)
     return tuple(100 * (np.array([np.median(ratios), *np.percentile(medians, [2.5, 97.5])]) - 1))
 
 
 def main(args):
-    """Print the medians, what recording costs, what a second run without it seems to cost (the noise), and
-    the bytes written per step.
-    """
+    """Print medians, the cost of recording, the cost of a second run without it (noise), and bytes written per step."""
     case = cases.from_args(args, "roundtrip")
     if not launch.launched():
         return launch.relaunch(case.ranks, sys.argv[1:])
@@ -41,7 +37,7 @@ def main(args):
     comm = moecomm.Communicator(world.group, ranks_per_node=case.ranks_per_node)
     inputs = make_inputs(case, comm.rank)
     with tempfile.TemporaryDirectory() as folder:
-        folder = comm._exchange(folder)[0]  # rank 0's
+        folder = comm.exchange(folder)[0]  # the folder of rank 0
         options = dict(
             hidden=case.hidden,
             num_experts=case.experts,
@@ -54,7 +50,7 @@ def main(args):
         y = torch.empty_like(inputs.x)
 
         def step(recording):
-            buf._recorder.record(recording)  # all contenders use the same memory
+            buf.backend.recorder.record(recording)  # all contenders use the same memory
             out = buf.dispatch(inputs.x, inputs.ids, inputs.weights, layout=case.layout)
             buf.combine(out.handle.rows, out.handle, out=y)
 
@@ -66,7 +62,7 @@ def main(args):
                     times[name].append(seconds)
         world.barrier()
         buf.close()
-        world.barrier()  # all have written
+        world.barrier()  # all ranks have written
         if comm.rank == 0:
             written = sum(
                 m.nbytes

@@ -1,4 +1,4 @@
-"""What a measurement becomes: table rows in the manner of nccl-tests, JSON, CSV, a chart."""
+"""Output of a measurement: table rows like those of nccl-tests, JSON, CSV, and a chart."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moecomm._native import core
 
 from .measure import OWN
 
-# The keys of a case in bench/results/latest.json; records for --json and --csv have more.
+# Keys of a case in bench/results/latest.json. Records for --json and --csv have more.
 KEYS = (
     "op",
     "routing",
@@ -34,16 +34,23 @@ KEYS = (
     "node_bytes",
     "wrong",
     "baselines",
+    "ratios",
+    "best_baseline",
     "floor_fraction",
+    "in_cache",
+    "cold",
+    "kernel",
 )
+# Keys of `cold`: the same case with evicted caches.
+COLD_KEYS = ("time_us", "p99_us", "wrong", "baselines", "ratios", "best_baseline", "floor_fraction")
 
 
 def record(case, measured):
-    """One flat dict of a case's op: KEYS and what else --json and --csv carry.
+    """Make the flat record of one op of a case, with KEYS and the further keys of --json and --csv.
 
-    Bytes are of one call over all ranks. logical_bytes: one row per token and destination rank (or pick, for the sums
-    of the expert layout), those that stay at home included; rail_bytes and node_bytes crossed between nodes
-    and inside them.
+    Bytes are those of one call over all ranks. logical_bytes counts one row per token and destination rank (per pick
+    in combine of the expert layout), including rows that stay on their rank. rail_bytes and node_bytes are sent
+    between nodes and inside nodes.
     """
     op, names = case.op, [n for n in measured.times if n != OWN]
     hops = measured.hops[op]
@@ -59,15 +66,62 @@ def record(case, measured):
         "wrong": measured.wrong[OWN][op],
         "baselines": {n: round(measured.median(n, op), 1) for n in names},
         "baselines_wrong": {n: measured.wrong[n][op] for n in names},
-        "floor_fraction": round(float(np.median(measured.floor[op])) * 1e6 / measured.median(OWN, op), 4),
+        "ratios": {n: round(measured.median(n, op) / measured.median(OWN, op), 3) for n in names},
+        "best_baseline": best_of({n: measured.median(n, op) for n in names}, measured.median(OWN, op)),
+        "floor_fraction": round(measured.floor[op] * 1e6 / measured.median(OWN, op), 4),
+        "in_cache": measured.in_cache,
+        "cold": None,
+        "kernel": kernel(),
         "plan_us": round(1e6 * float(np.median(measured.plan)), 1),
         "iterations": len(measured.times[OWN][op]),
         "rail": measured.rail,
     }
 
 
+def best_of(times, own):
+    """The fastest of {baseline: microseconds}: name, time, and ratio to the time of moecomm. None without baselines."""
+    if not times:
+        return None
+    name = min(times, key=times.__getitem__)
+    return {"name": name, "time_us": round(times[name], 1), "ratio": round(times[name] / own, 3)}
+
+
+def kernel():
+    """Row kernels of this process: the build, and the variants for sums of few and of many terms."""
+    build, few, many, *_ = core.row_kernel_choice()
+    return {"build": build, "few": few, "many": many}
+
+
+def merge(records, others):
+    """Add the baselines of another run of the same cases. Their ratios are relative to moecomm in that run."""
+    for record, other in zip(records, others, strict=True):
+        record["wrong"] += other["wrong"]
+        for key in ("baselines", "baselines_wrong", "ratios"):
+            if key in record:
+                record[key] = {**record[key], **other[key]}
+        best = min(
+            (b for b in (record["best_baseline"], other["best_baseline"]) if b),
+            key=lambda b: b["ratio"],
+            default=None,
+        )
+        record["best_baseline"] = best
+        if record.get("cold") and other.get("cold"):
+            merge([record["cold"]], [other["cold"]])
+
+
+def headline(r):
+    """One line about an op: time, ratio to the best baseline and share of the floor, with warm and cold caches."""
+    words = [f"# {r['nodes']} x {r['ranks'] // r['nodes']} {r['op']:<9} {r['time_us'] / 1e3:8.2f} ms"]
+    for name, at in (("warm", r), ("cold", r["cold"])):
+        if at:
+            best = at["best_baseline"]
+            against = f"{best['ratio']:.2f} x {best['name']} (best baseline), " if best else ""
+            words.append(f"{name}: {against}{at['floor_fraction']:.0%} of the floor")
+    return "; ".join(words) + (" (in cache)" if r["in_cache"] else "")
+
+
 def header(names):
-    """The table's head: columns and units."""
+    """Header of the table: columns and units."""
     columns = [
         "op",
         "time",
@@ -91,9 +145,7 @@ def header(names):
 
 
 def row(r):
-    """One case's record as a line of the table; a baseline's column says how many times longer it took, and
-    its time.
-    """
+    """Format a record as a line of the table. The column of a baseline has its ratio to moecomm, and its time."""
     seconds = r["time_us"] / 1e6
     mb, gbs = (lambda b: f"{b / 1e6:.2f}"), (lambda b: f"{b / 1e9 / seconds:.2f}")
     cells = [
@@ -122,16 +174,17 @@ def _cells(texts):
 
 
 def about(case, r):
-    """The lines above a case's rows."""
+    """Lines above the rows of a case."""
+    where = "; all data fits into the last-level cache" if r["in_cache"] else ""
     return (
-        f"# {case.title()}\n# rail {r['rail']}; {r['iterations']} iterations, outputs poisoned, every "
-        f"result checked; a dispatch whose rows have "
-        f"16 bytes (the plan and all but the payload) {r['plan_us']:.0f} us"
+        f"# {case.title()}\n# rail {r['rail']}; {r['iterations']} iterations, outputs overwritten, every "
+        f"result checked{where}; a dispatch with rows of 16 bytes (everything but the payload) takes "
+        f"{r['plan_us']:.0f} us"
     )
 
 
 def machine():
-    """Where this ran."""
+    """Description of this machine."""
     cpu = Path("/proc/cpuinfo").read_text().splitlines()
     model = next(
         (line.split(":", 1)[1].strip() for line in cpu if line.startswith("model name")), platform.processor()
@@ -147,7 +200,7 @@ def machine():
 
 
 def versions():
-    """What took part."""
+    """Versions of the software."""
     found = {
         "moecomm": moecomm.__version__,
         "python": platform.python_version(),
@@ -164,7 +217,7 @@ def versions():
 
 
 def write_latest(path, records):
-    """bench/results/latest.json: one object with machine, versions and cases of exactly KEYS."""
+    """Write latest.json: an object with machine, versions, and cases that have exactly KEYS."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     cases = [{k: r[k] for k in KEYS} for r in records]
@@ -174,7 +227,7 @@ def write_latest(path, records):
 
 
 def append(records, *, json_path=None, csv_path=None):
-    """One JSON object per line, one CSV row per case; nested values are flattened in the CSV."""
+    """Append one JSON object per line, and one CSV row per case with flattened nested values."""
     if json_path:
         with open(json_path, "a") as file:
             file.writelines(json.dumps(r) + "\n" for r in records)
@@ -196,7 +249,7 @@ def append(records, *, json_path=None, csv_path=None):
 
 
 def plot(path, records):
-    """A chart: one panel per routing and geometry, bars of milliseconds per op for this library and its baselines."""
+    """Write a chart: one panel per routing and geometry, with the times of moecomm and the baselines per op."""
     import matplotlib
 
     matplotlib.use("Agg")

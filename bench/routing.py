@@ -1,7 +1,7 @@
-"""Inputs of a case: every rank's tokens and the experts that they go to. Equal arguments give equal inputs.
+"""Inputs of a case: tokens and picks of each rank. Equal arguments give equal inputs.
 
-A benchmark shifts through its inputs: iteration i takes tokens i, i+1, ... So every iteration moves other
-rows by another routing, and what an earlier one left behind cannot pass for a result.
+Iteration i of a benchmark uses tokens i, i+1, ... So every iteration moves other rows with another routing, and
+results of an earlier iteration are wrong for a later one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TORCH_DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float
 
 @dataclass
 class Inputs:
-    """One rank's tokens: x [T, hidden], ids int64 [T, top_k], weights float32 [T, top_k]."""
+    """Tokens of one rank: x [T, hidden], ids int64 [T, top_k], weights float32 [T, top_k]."""
 
     x: torch.Tensor
     ids: torch.Tensor
@@ -31,10 +31,10 @@ class Inputs:
 
 
 def make_inputs(case, rank, spare=0, seed=0):
-    """Inputs of one rank for a case: its tokens and `spare` more to shift through."""
+    """Make the inputs of one rank for a case: its tokens, and `spare` more for later iterations."""
     tokens = case.tokens_of(rank) + spare
     generator = torch.Generator().manual_seed(1000003 * seed + rank)
-    router = torch.Generator().manual_seed(7919 + seed)  # the same weights on every rank
+    router = torch.Generator().manual_seed(7919 + seed)  # equal on all ranks
     is_ids = case.routing.endswith((".npy", ".npz")) or Path(case.routing).is_dir()
     if case.routing in ("uniform", "zipf") or is_ids:
         x = torch.randn((tokens, case.hidden), generator=generator)
@@ -44,7 +44,7 @@ def make_inputs(case, rank, spare=0, seed=0):
         ids, weights = read_ids(case, rank, tokens)
     elif case.routing in ("uniform", "zipf"):
         logits = torch.randn((tokens, case.experts), generator=generator)
-        if case.routing == "zipf":  # experts by popularity 1/1, 1/2, 1/3 ..., in an order of their own
+        if case.routing == "zipf":  # expert popularity 1/1, 1/2, 1/3 ..., in random order
             order = torch.randperm(case.experts, generator=router) + 1
             logits = -torch.log(
                 -torch.log(torch.rand((tokens, case.experts), generator=generator).clamp_min(1e-9))
@@ -66,10 +66,10 @@ def make_inputs(case, rank, spare=0, seed=0):
 
 
 def read_ids(case, rank, tokens):
-    """Ids (and weights) from a recording's folder or from a file: [ranks, T, top_k], or [T, top_k] dealt
-    out to the ranks.
+    """Read ids and weights from the folder of a recording, or from a file with [ranks, T, top_k] or [T, top_k].
 
-    Repeated where too short. An .npy holds ids, an .npz "ids" and perhaps "weights".
+    [T, top_k] is distributed over the ranks. Short inputs are repeated. An .npy file has ids, an .npz file "ids" and
+    optionally "weights".
     """
     if Path(case.routing).is_dir():
         return recorded_ids(case, rank, tokens)
@@ -100,7 +100,7 @@ def read_ids(case, rank, tokens):
             case.routing,
             "weights",
             f"is {weights.dtype} {list(weights.shape)}",
-            f"floats {list(ids.shape)}, as ids",
+            f"floats {list(ids.shape)} like ids",
         )
 
     def mine(array):
@@ -112,9 +112,7 @@ def read_ids(case, rank, tokens):
 
 
 def recorded_ids(case, rank, tokens):
-    """Ids and weights of a recording (moecomm.record): all plans in order; dealt out where it has another
-    number of ranks.
-    """
+    """Ids and weights of a recording: all plans in order, redistributed if it has another number of ranks."""
     recording = record.load(case.routing)
     if recording[0].header["top_k"] != case.top_k or recording[0].header["num_experts"] != case.experts:
         raise InvalidArgument(
@@ -126,7 +124,7 @@ def recorded_ids(case, rank, tokens):
     sources = [recording[rank]] if len(recording) == case.ranks else recording
     if not sum(len(i) for r in sources for i in r.ids):
         raise InvalidArgument(
-            f"--routing: {case.routing} has no tokens; expected a recording with some", op="bench"
+            f"--routing: {case.routing} has no tokens; expected a recording with tokens", op="bench"
         )
     ids = np.concatenate([i for r in sources for i in r.ids]).astype(np.int64)
     weights = np.concatenate(
@@ -148,7 +146,7 @@ def recorded_ids(case, rank, tokens):
 
 
 def text_files():
-    """Source files and docs of this machine, in an order that depends on their names alone."""
+    """Source files and docs of this machine, in an order that depends only on their names."""
     found = []
     for folder, patterns in (
         (Path(re.__file__).parents[1], ("*.py", "email/*.py", "json/*.py", "http/*.py", "asyncio/*.py")),
@@ -166,14 +164,14 @@ def text_files():
 
 
 def words_of(case, rank, tokens):
-    """A rank's words: those of text files (every rank reads others), or of the one that --routing names."""
+    """Words of a rank, from text files of this machine (different files per rank) or from the file of --routing."""
     if case.routing == "text":
         files = text_files()[rank :: case.ranks]
     else:
         files = [Path(case.routing)]
         if not files[0].is_file():
             raise InvalidArgument(
-                f"--routing: {case.routing} is no file; expected uniform, zipf, text or a file", op="bench"
+                f"--routing is {case.routing}; expected uniform, zipf, text or a file", op="bench"
             )
     words = []
     for path in files:
@@ -181,20 +179,18 @@ def words_of(case, rank, tokens):
         if len(words) >= case.ranks * tokens:
             break
     if not words:
-        raise InvalidArgument(f"--routing: {case.routing} has no words; expected a text", op="bench")
-    first = 0 if case.routing == "text" else rank * tokens  # one file is shared out
+        raise InvalidArgument(f"--routing: {case.routing} has no words; expected text", op="bench")
+    first = 0 if case.routing == "text" else rank * tokens  # ranks use different parts of one file
     return [words[(first + i) % len(words)] for i in range(tokens)]
 
 
 def tokenize(text):
-    """Words in pieces of at most eight letters, digits one by one, signs one by one."""
+    """Split text into parts of words with at most eight letters, single digits and single signs."""
     return re.findall(r"[^\W\d_]{1,8}|\d|[^\w\s]|_", text)
 
 
 def embed(words, hidden, seed=0):
-    """Hidden states [T, hidden] float32: every word has a random vector of its own; a token also feels the
-    words before it.
-    """
+    """Hidden states float32 [T, hidden]: each word has a random vector, and a token depends on the words before it."""
     vectors = {
         w: torch.randn(hidden, generator=torch.Generator().manual_seed(zlib.crc32(w.encode()) + seed))
         for w in set(words)

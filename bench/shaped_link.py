@@ -1,9 +1,9 @@
-"""Time against the speed of the link between nodes: forwarding through gateways, and one all-to-all straight across.
+"""Time against the speed of the link between nodes: forwarding through gateways, and a direct all-to-all.
 
-Nodes are network namespaces joined by a bridge; tc's token bucket limits what each sends and receives. Both contenders
-carry the same routing; straight across, a token crosses the link once per destination *rank* (gloo's
-all-to-all with this library's packing and sums), through gateways once per destination *node* (UCX over
-tcp). The time ratio should follow the ratio of the bytes. Needs root; says why where it may not make namespaces.
+Nodes are network namespaces connected by a bridge. A token bucket filter of tc limits the rate of each node in both
+directions. Both contenders have the same routing. In the direct all-to-all (gloo, with packing and sums of moecomm) a
+token crosses the link once per destination *rank*; through gateways (UCX over tcp) once per destination *node*. The
+ratio of the times should follow the ratio of the bytes. Needs root. If namespaces cannot be made, it prints why.
 """
 
 from __future__ import annotations
@@ -28,23 +28,29 @@ _BURST, _QUEUE = "256kb", "200ms"
 
 
 def arguments(parser):
-    """Sizes, and the link speeds to walk through."""
+    """Add the options of the command."""
     add = parser.add_argument
-    add("--nodes", type=int, default=2, choices=(2, 3, 4))
-    add("--ranks-per-node", type=options.ranks, default=4)
-    add("--tokens", type=options.tokens, default=512, help="per rank")
-    add("--hidden", type=options.tokens, default=7168)
-    add("--experts", type=options.count, default=0, help="0: eight per rank")
-    add("--top-k", type=options.ranks, default=8)
-    add("--gbits", type=options.numbers, default="1,2,4,8", help="link speeds in Gbit/s, each way")
-    add("--iters", type=options.positive, default=5)
-    add("--warmup", type=options.count, default=2)
-    add("--plot", type=options.file_to_write, default=str(RESULTS / "shaped_link.png"), metavar="FILE")
-    add("--tag", default="", help="of the namespaces' names; set by the command itself")
+    add("--nodes", type=int, default=2, choices=(2, 3, 4), help="number of nodes")
+    add("--ranks-per-node", type=options.ranks, default=4, help="ranks per node")
+    add("--tokens", type=options.tokens, default=512, help="tokens per rank")
+    add("--hidden", type=options.tokens, default=7168, help="elements of a token")
+    add("--experts", type=options.count, default=0, help="experts over all ranks; 0: eight per rank")
+    add("--top-k", type=options.ranks, default=8, help="picks per token")
+    add("--gbits", type=options.numbers, default="1,2,4,8", help="link speeds in Gbit/s per direction")
+    add("--iters", type=options.positive, default=5, help="timed iterations")
+    add("--warmup", type=options.count, default=2, help="iterations before them")
+    add(
+        "--plot",
+        type=options.file_to_write,
+        default=str(RESULTS / "shaped_link.png"),
+        metavar="FILE",
+        help="picture to write",
+    )
+    add("--tag", default="", help="prefix of the namespaces; set by the command itself")
 
 
 def main(args):
-    """Build the links, start the ranks, print the table. 0 also where it must be skipped."""
+    """Make the links, start the ranks and print the table. The exit status is 0 if it must be skipped."""
     if launch.launched():
         return run_rank(args)
     reason = why_not()
@@ -52,7 +58,7 @@ def main(args):
         print(f"skipped: {reason}")
         return 0
     args.tag = f"moe{os.getpid()}"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the namespaces go also when this is told to stop
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the namespaces are removed
     try:
         build(args.tag, args.nodes)
         return start(args)
@@ -65,12 +71,12 @@ def main(args):
 
 
 def namespace(tag, node):
-    """Name of a node's namespace; its only link is called `uplink`."""
+    """Name of the namespace of a node. Its only link is `uplink`."""
     return f"{tag}-{node}"
 
 
 def why_not():
-    """Why namespaces and shaped links cannot be made here; None where they can."""
+    """Reason why namespaces or limited links cannot be made, or None."""
     probe = f"moeprobe{os.getpid()}"
     try:
         ip("netns", "add", probe)
@@ -92,7 +98,7 @@ def ip(*words):
 
 
 def tc(name, device, rate):
-    """Limit what leaves a device of a namespace."""
+    """Limit the rate at which a device of a namespace sends."""
     subprocess.run(
         [
             "tc",
@@ -118,7 +124,7 @@ def tc(name, device, rate):
 
 
 def build(tag, nodes):
-    """A namespace per node, and one with the bridge between them."""
+    """Make a namespace per node, and one with the bridge between them."""
     hub = f"{tag}-hub"
     ip("netns", "add", hub)
     ip("-n", hub, "link", "add", "bridge", "type", "bridge")
@@ -135,7 +141,7 @@ def build(tag, nodes):
 
 
 def shape(tag, nodes, gbits):
-    """Limit every node's link in both directions."""
+    """Limit the link of every node in both directions."""
     for n in range(nodes):
         tc(namespace(tag, n), "uplink", f"{gbits}gbit")
         tc(f"{tag}-hub", f"port{n}", f"{gbits}gbit")
@@ -145,7 +151,7 @@ def shape(tag, nodes, gbits):
 
 
 def start(args):
-    """Every rank in its node's namespace; they meet as under torchrun. Returns the first bad exit status, or 0."""
+    """Start all ranks in the namespaces of their nodes, as torchrun does; return the first bad exit status, or 0."""
     size = args.nodes * args.ranks_per_node
     with socket.socket() as free:
         free.bind(("", 0))
@@ -186,7 +192,7 @@ def start(args):
 
 
 def run_rank(args):
-    """One rank: walk through the link speeds. 1 where a result was wrong."""
+    """Measure all link speeds, as one rank; return 1 if a result is wrong."""
     join_gloo()
     world = World.from_torch()
     case = cases.Case(
@@ -217,7 +223,7 @@ def run_rank(args):
             "\n".join(
                 [
                     f"# {case.title()}",
-                    f"# rail {measured.rail} over shaped veth links; bytes of all ranks over the links, "
+                    f"# rail {measured.rail} over limited veth links; bytes over the links of all ranks, "
                     f"dispatch and combine",
                     *table(rows),
                 ]
@@ -229,7 +235,7 @@ def run_rank(args):
 
 
 def summary(gbits, measured):
-    """One link speed's numbers."""
+    """Results of one link speed."""
     hops = measured.hops["roundtrip"]["rail"]
     return {
         "gbits": gbits,
@@ -242,7 +248,7 @@ def summary(gbits, measured):
 
 
 def table(rows):
-    """Lines of text."""
+    """Format the results as lines of text."""
     head = (
         f"# {'Gbit/s':>8} {'forwarded':>12} {'straight':>12} {'ratio':>7} "
         f"{'MB forwarded':>13} {'MB straight':>12} {'ratio':>7} {'time/bytes':>11} {'#wrong':>7}"
@@ -259,7 +265,7 @@ def table(rows):
 
 
 def plot(path, rows, case):
-    """Milliseconds against link speed, with what the bytes alone would take."""
+    """Plot the times against the link speed, with the times of the bytes alone."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,6 +1,4 @@
-"""How long the simulator itself takes: real time of a decode step of EP320 and, on request, of a round trip
-of EP64, on one core.
-"""
+"""Run time of the simulator on one core: a decode step of EP320 and, on request, a round trip of EP64."""
 
 from __future__ import annotations
 
@@ -16,37 +14,37 @@ HIDDEN, TOP_K = 7168, 8
 
 
 def arguments(parser):
-    """Arguments of `python -m bench sim`."""
-    parser.add_argument("--cluster", default="h800", help="table of the modelled hardware (default h800)")
+    """Add the options of the command."""
+    parser.add_argument("--cluster", default="h800", help="table of the modeled hardware (default h800)")
     parser.add_argument(
         "--ranks",
         type=options.ranks,
         default=320,
-        help="of the decode step, with one expert each (default 320)",
+        help="ranks of the decode step, with one expert each (default 320)",
     )
     parser.add_argument(
-        "--tokens", type=options.tokens, default=128, help="per rank, of the decode step (default 128)"
+        "--tokens", type=options.tokens, default=128, help="tokens per rank of the decode step (default 128)"
     )
     parser.add_argument(
         "--steps",
         type=options.positive,
         default=20,
-        help="timed decode steps, after one that touches the memory (default 20)",
+        help="timed decode steps, after a warmup step (default 20)",
     )
     parser.add_argument(
-        "--roundtrip", action="store_true", help="also a dispatch and combine of 64 ranks with 4096 tokens"
+        "--roundtrip",
+        action="store_true",
+        help="also time a dispatch and combine of 64 ranks with 4096 tokens",
     )
 
 
 def main(args):
-    """Prints real seconds of a step beside what it predicts; 1 where steps of the same routing do not
-    predict the same.
-    """
+    """Print the run time of a step and its prediction. The exit status is 1 if predictions of equal steps differ."""
     first, seconds, step, same = time_decode(args)
     print(
         f"decode step   EP{args.ranks}, {args.tokens} tokens, top-{TOP_K}: median "
-        f"{statistics.median(seconds):.3f} s, quickest {min(seconds):.3f}, "
-        f"slowest {max(seconds):.3f} of {len(seconds)}; the first {first:.2f}"
+        f"{statistics.median(seconds):.3f} s, fastest {min(seconds):.3f}, "
+        f"slowest {max(seconds):.3f} of {len(seconds)}; first {first:.2f}"
     )
     print(
         f"              predicts dispatch {statistics.median(step.dispatch_us):.1f} us, combine "
@@ -57,13 +55,13 @@ def main(args):
         print(f"round trip    EP64, 4096 tokens, top-{TOP_K}: {taken:.2f} s, predicts {step.total_us:.0f} us")
     print(
         f"memory        {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB at most, "
-        f"Python's part included"
+        f"including Python"
     )
     return int(not same)
 
 
 def time_decode(args):
-    """Seconds of the first step and of the others, the last Step, and whether all predicted the same."""
+    """(seconds of the first step, seconds of the others, last Step, whether all predictions are equal)."""
     cluster = sim.Cluster(
         args.ranks,
         ranks_per_node=min(8, args.ranks),
@@ -85,7 +83,7 @@ def time_decode(args):
 
 
 def time_roundtrip(args):
-    """Seconds and the Step, of a cluster made for it."""
+    """(seconds, Step) of a round trip on a new cluster."""
     cluster = sim.Cluster(
         64,
         ranks_per_node=8,
@@ -102,5 +100,5 @@ def time_roundtrip(args):
 
 
 def routing(ranks, tokens, experts):
-    """Uniform picks, the same every time: [ranks, tokens, TOP_K]."""
+    """Uniform picks [ranks, tokens, TOP_K], deterministic."""
     return torch.rand(ranks, tokens, experts, generator=torch.Generator().manual_seed(0)).topk(TOP_K).indices

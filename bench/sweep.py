@@ -1,8 +1,8 @@
-"""How cost grows: time per row against tokens at all ranks, and against ranks at the fewest and the most tokens.
+"""Scaling: time per row against the number of tokens with all ranks, and against ranks with few and many tokens.
 
-A row here is one that dispatch delivers to a rank (and combine reads there); with top-k over R ranks a token makes
-about R (1 - (1 - 1/R)^k) of them, so the time per *token* grows with the ranks while the time per row should not.
-Of the traffic, reading x and writing y are per token: the fewer rows a token has, the more they weigh ("floor/row").
+A row is one that dispatch delivers to a rank and combine reads there. With top-k over R ranks a token has about R (1
+- (1 - 1/R)^k) rows. So the time per *token* grows with the ranks, while the time per row should not. Reading x and
+writing y are traffic per token: its share per row is larger if a token has fewer rows ("floor/row").
 """
 
 from __future__ import annotations
@@ -19,19 +19,24 @@ from .world import World
 
 
 def arguments(parser):
-    """A case, and the tokens and ranks to walk through."""
+    """Add the options of the command."""
     cases.arguments(parser, cases.Case())
-    parser.add_argument("--sweep-tokens", type=options.positives, default="256,512,1024,2048,4096")
+    parser.add_argument(
+        "--sweep-tokens",
+        type=options.positives,
+        default="256,512,1024,2048,4096",
+        help="numbers of tokens per rank",
+    )
     parser.add_argument(
         "--sweep-ranks",
         type=options.positives,
         default="2,4,8",
-        help="of one node; more nodes keep --ranks-per-node",
+        help="numbers of ranks; only with one node",
     )
 
 
 def main(args):
-    """Print a line per size. 1 where a result was wrong."""
+    """Print one line per size. The exit status is 1 if a result is wrong."""
     case = cases.from_args(args, "roundtrip")
     if not launch.launched():
         return launch.relaunch(case.ranks, sys.argv[1:])
@@ -81,7 +86,7 @@ def main(args):
 
 
 def line(case, measured):
-    """One size's numbers; a row is counted once for both verbs."""
+    """Format the results of one size. A row is counted once for both verbs."""
     dispatch, combine, both = (measured.median(OWN, op) for op in OPS)
     rows = measured.hops["dispatch"]["node"]["logical_rows"]
     plan = report.record(case, measured)["plan_us"]
@@ -95,7 +100,7 @@ def line(case, measured):
 
 
 def part_of(everyone, ranks):
-    """A world of the first ranks; None on the others."""
+    """Make a World of the first ranks; None on other ranks."""
     if ranks == everyone.size:
         return everyone
     part = everyone.group.Split(0 if everyone.rank < ranks else 1, everyone.rank)
@@ -103,7 +108,7 @@ def part_of(everyone, ranks):
 
 
 def rest(everyone):
-    """A barrier at which those that have nothing to do sleep, instead of taking turns on the cores."""
+    """Barrier at which waiting ranks sleep, so that they do not use cores."""
     request = everyone.group.Ibarrier()
     while not request.Test():
         time.sleep(0.02)

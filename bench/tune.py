@@ -1,6 +1,4 @@
-"""`python -m bench tune`: measures how a call is best spread over this GPU and writes the table that
-choose_plan yields to.
-"""
+"""`python -m bench tune`: measures launch plans on this GPU and writes the table of the best ones for choose_plan."""
 
 from __future__ import annotations
 
@@ -14,22 +12,22 @@ from moecomm import cuda, options, tuning
 from . import device, device_run
 
 WARPS = (4, 6, 8, 12)
-PIECES = (1, 2, 3, 4)  # of a row, each a stage
+PIECES = (1, 2, 3, 4)  # parts of a row; each part is a stage
 
 
 def arguments(parser):
-    """As `bench device`, and where the table goes."""
+    """Add the options of `bench device` and of this command."""
     device_run.arguments(parser)
     parser.add_argument(
         "--sms", type=options.positive, nargs="+", default=[20], help="multiprocessors per rank"
     )
     parser.add_argument(
-        "--table", type=options.folder_to_write, default=str(tuning.TABLES), help="folder of the table file"
+        "--table", type=options.folder_to_write, default=str(tuning.TABLES), help="folder for the table"
     )
 
 
 def main(args):
-    """Measure every candidate, keep the fastest; returns 2 where there is no GPU."""
+    """Measure all candidates and keep the fastest. The exit status is 2 without a GPU."""
     if not device_run.ready(args):
         return 2
     torch.cuda.set_device(args.device)
@@ -53,7 +51,7 @@ def main(args):
 
 
 def traffic_of(shape, nodes, per_node):
-    """The tuning.Traffic of a benchmark's shape, as a Buffer describes it."""
+    """tuning.Traffic of a shape of the benchmark, as a Buffer makes it."""
     return tuning.Traffic(
         hidden=shape.hidden,
         num_experts=shape.experts,
@@ -67,9 +65,7 @@ def traffic_of(shape, nodes, per_node):
 
 
 def candidates(hardware, traffic, num_sms):
-    """Plans worth measuring: the chosen one, other numbers of warps, other stages, other chunks on the
-    rail; all of them fit the GPU.
-    """
+    """Launch plans to measure: the chosen one, and others with different warps, stages and chunks that fit the GPU."""
     chosen = tuning.choose_plan(hardware, traffic, num_sms)
     found = [chosen]
     if traffic.nodes > 1:

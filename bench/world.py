@@ -1,4 +1,4 @@
-"""World: the ranks of a benchmark, over mpi4py or torch.distributed: barrier, gather, and memory to compare with."""
+"""World: the ranks of a benchmark, over mpi4py or torch.distributed, with barrier, allgather and shared tables."""
 
 from __future__ import annotations
 
@@ -15,15 +15,13 @@ from moecomm._bootstrap.bootstrap import make_default_group
 
 
 def join_gloo(**how):
-    """Make torch.distributed's default group (gloo), and leave it before the interpreter ends: its threads
-    could abort the process there.
-    """
+    """Make the default group of torch.distributed (gloo), and destroy it at exit, where its threads could abort."""
     make_default_group(**how)
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
 
 class World:
-    """Rank and size, an untimed barrier and allgather, and `group`, which Communicator takes."""
+    """Rank, size, barrier and allgather of the ranks, and `group` for Communicator."""
 
     def __init__(self, group, rank, size, barrier, allgather):
         self.group, self.rank, self.size, self.barrier, self.allgather = group, rank, size, barrier, allgather
@@ -31,12 +29,12 @@ class World:
 
     @staticmethod
     def from_mpi(comm):
-        """Of an mpi4py communicator."""
+        """Make a World of an mpi4py communicator."""
         return World(comm, comm.Get_rank(), comm.Get_size(), comm.Barrier, comm.allgather)
 
     @staticmethod
     def from_torch():
-        """Of torch.distributed's default group."""
+        """Make a World of the default group of torch.distributed."""
 
         def allgather(value):
             out = [None] * dist.get_world_size()
@@ -46,7 +44,7 @@ class World:
         return World(dist.group.WORLD, dist.get_rank(), dist.get_world_size(), dist.barrier, allgather)
 
     def gloo(self):
-        """Make torch.distributed's default group (gloo) if it is not there yet."""
+        """Make the default group of torch.distributed (gloo), unless it exists."""
         if dist.is_initialized():
             return
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if self.one_host else "")
@@ -64,16 +62,14 @@ class World:
         join_gloo(store=store, rank=self.rank, world_size=self.size)
 
     def span(self, start, end):
-        """Seconds from the first rank's start to the last rank's end; the longest rank's where hosts have
-        clocks of their own.
-        """
+        """Seconds from the start of the first rank to the end of the last; on several hosts, of the slowest rank."""
         times = self.allgather((start, end))
         if self.one_host:
             return max(e for _, e in times) - min(s for s, _ in times)
         return max(e - s for s, e in times)
 
     def timed(self, work, *args):
-        """(what work(*args) returns, span): all ranks start together."""
+        """Call work(*args) on all ranks after a barrier: (its result, span)."""
         self.barrier()
         start = time.perf_counter()
         result = work(*args)
@@ -81,7 +77,7 @@ class World:
         return result, self.span(start, end)
 
     def table(self, tensor, stride):
-        """All ranks' rows [size * stride, ...]: row r of rank s at s * stride + r. One copy where there is one host."""
+        """Rows of all ranks [size * stride, ...]: row r of rank s at s * stride + r. Shared memory on one host."""
         shape = (self.size * stride, *tensor.shape[1:])
         if not self.one_host:
             table = torch.zeros(shape, dtype=tensor.dtype)

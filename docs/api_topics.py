@@ -1,6 +1,6 @@
 """What goes on which API page. docs/make_api.py reads it."""
 
-# page -> (title, what it has, names exported by moecomm, modules by the first or the last part of their dotted names)
+# page -> (title, summary, names exported by moecomm, modules by the first or the last part of their dotted names)
 TOPICS = {
     "communicator": (
         "Communicator",
@@ -8,11 +8,17 @@ TOPICS = {
         {"Communicator", "run_local"},
         {"env", "info"},
     ),
-    "buffer": ("Buffer", "Dispatch and combine.", {"Buffer"}, set()),
+    "elastic": (
+        "Elastic membership",
+        "Ranks that die, and the others that go on. [Elastic](../elastic.md) explains it.",
+        set(),
+        {"elastic"},
+    ),
+    "buffer": ("Buffer", "Dispatch and combine.", {"Buffer", "Opaque"}, set()),
     "results": (
         "Results and errors",
         "What the calls return and raise. [Errors](../errors.md) says what to do about each error.",
-        {"Dispatched", "Handle", "Pending"},
+        {"Dispatched", "Handle", "Pending", "PendingDispatch"},
         {"errors"},
     ),
     "decode": (
@@ -32,6 +38,12 @@ TOPICS = {
         "Redundant experts. [Balance](../balance.md) explains them.",
         set(),
         {"balance"},
+    ),
+    "fabric": (
+        "Fabric",
+        "Symmetric memory and one-sided requests. [One view of both networks](../fabric.md) explains them.",
+        set(),
+        {"fabric"},
     ),
     "quant": (
         "Quantization",
@@ -67,17 +79,38 @@ TOPICS = {
 # Names without an underscore that are still not for users.
 HIDDEN = {
     "arguments",
+    "in_words",
+    "Member",
+    "Lasting",
+    "Renewal",
+    "Origin",
+    "enroll",
+    "set_placement_type",
+    "buffers_of",
+    "Growing",
+    "Healthy",
+    "Next",
+    "renumber",
+    "arguments_from",
+    "require_generation",
+    "largest_nodes",
+    "verdict_of",
+    "Agreement",
+    "members",
+    "lowest",
     "main",
     "raise_failure",
     "Ticket",
     "ticket_of",
-    "number_buffer",
-    "buffer_of",
+    "name_backend",
+    "backend_of",
     "wanted",
     "Started",
     "Runtime",
     "LowLatency",
     "describe_waiting",
+    "dispatched_of",
+    "parts_in",
     "refuse",
     "require_tensor",
     "wait_before",

@@ -118,7 +118,7 @@ def is_package(module):
 
 
 def tree_of(module):
-    """The syntax tree of any module, one with an underscore included; None where there is none."""
+    """The syntax tree of a module, including private ones, or None if there is no such module."""
     path = PACKAGE / ALIASES.get(module, module).replace(".", "/")
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     return ast.parse(file.read_text()) if module and file.exists() else None
@@ -157,17 +157,24 @@ def offered(module, tree):
 
 
 def members(node, module):
-    """(kind, node) of a class's public methods and properties: its own in their order, then those of Buffer's parts."""
+    """(kind, node) of a class's public methods and properties: its own in their order, then those of its parts."""
     seen = set()
     classes = [node]
-    if node.name == "Buffer":
-        imported = origins(tree_of(module), module)
-        bases = [definition(*imported[ast.unparse(b)]) for b in node.bases if ast.unparse(b) in imported]
-        classes += [found[1] for found in bases if found is not None]
+    if node.name in ("Buffer", "Communicator"):
+        bases = [(module, node)]
+        while bases:
+            home, part = bases.pop(0)
+            imported = origins(tree_of(home), home)
+            names = [ast.unparse(b) for b in part.bases]
+            found = [definition(*imported[b]) for b in names if b in imported]
+            bases += [pair for pair in found if pair is not None]
+            classes += [pair[1] for pair in found if pair is not None]
     for each in classes:
         for item in each.body:
             if isinstance(item, ast.FunctionDef) and not item.name.startswith("_") and item.name not in seen:
                 decorators = {ast.unparse(d) for d in item.decorator_list}
+                if "overload" in decorators:
+                    continue
                 if not any(d.endswith(".setter") for d in decorators):
                     seen.add(item.name)
                     yield "property" if decorators & {"property", "cached_property"} else "method", item

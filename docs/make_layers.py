@@ -28,7 +28,11 @@ ROWS = [
         [("runtime/cpu", "threads, processes"), ("runtime/cuda", "GPUs"), ("runtime/sim", "virtual clock")],
         NATIVE,
     ),
-    ("one for all worlds", [("schedule/", "which role runs where and when")], SHARED),
+    (
+        "one for all worlds",
+        [("session/", "prepares a call"), ("schedule/", "which role runs where and when")],
+        SHARED,
+    ),
     ("one for all worlds", [("protocol/", "roles: who copies what, who signals whom, who waits")], SHARED),
     (
         "one per world",

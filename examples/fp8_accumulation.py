@@ -1,22 +1,23 @@
-"""What accumulating FP8 products with few bits costs, and what promotion to FP32 every 128 products repairs.
+"""Errors of FP8 products that are accumulated with few bits, and the effect of promotion to FP32 every 128 products.
 
-The tensor cores of one GPU generation keep about 14 bits while they add FP8 products: the 32 products of an instruction
-are shifted to the largest exponent among them, bits below the 14th are cut off, the rest is added;
-registers keep 14 bits too. How their sum joins the register the report does not say. Three readings:
-  --align all        the register is aligned like a product: every product is cut where the register ends (default)
-  --align products   the 32 are added first; their sum and the register are then aligned and cut like two products
-  --align register   the 32 are added first and their sum is added to the register exactly; the result is cut once
-This emulates that, bit for bit, for C = A B with e4m3 matrices and an inner dimension of 256 to 16384, beside
+The tensor cores of one GPU generation keep about 14 bits when they add FP8 products. The 32 products of an
+instruction are shifted to the largest exponent among them, bits below the 14th are truncated, and the rest is added.
+Registers keep 14 bits, too. The report does not say how the sum is added to the register. There are three
+interpretations:
+  --align all        the register is aligned with the 32 products, and all of them are truncated (default)
+  --align products   the products are added first; then their sum and the register are aligned and truncated
+  --align register   the products are added first; their sum is added to the register exactly, the result is truncated
+This program emulates them bit for bit, for C = A B with e4m3 matrices and an inner dimension of 256 to 16384, and
+compares them with
   promoted   the short sum is added to an FP32 register and cleared every 128 products
-  FP32       products added one by one in FP32
-and prints how far each is from the exact sum: the root mean square and the largest error, relative to the
-root mean square of C. The DeepSeek-V3 report speaks of "nearly 2%" as the maximum relative error at K =
-4096, of random matrices whose size and distribution it does not tell, nor what it is relative to: cut-off
-bits cancel where products have both signs, and add up where they do not. docs/precision.md says which
-reading comes to that.
+  FP32       the products are added one by one in FP32
+It prints the difference of each from the exact sum: the root mean square and the largest error, relative to the root
+mean square of C. The DeepSeek-V3 report states a maximum relative error of "nearly 2%" at K = 4096 for random
+matrices. It does not say their size and distribution, or what the error is relative to. Truncated bits cancel if
+products have both signs, and add up otherwise. docs/precision.md says which interpretation agrees with the report.
 
-Source: DeepSeek-V3 technical report, sections 3.3.2 (increasing accumulation precision) and 3.5.2 (how
-products are aligned).
+Source: DeepSeek-V3 technical report, sections 3.3.2 (increasing accumulation precision) and 3.5.2 (alignment of
+products).
 """
 
 import argparse
@@ -29,33 +30,28 @@ INSTRUCTION, PROMOTE_EVERY, BITS = 32, 128, 14
 
 
 def unit_of(largest):
-    """(unit, 1 / unit): the last of BITS bits of a sum that is aligned to this FP32 magnitude."""
+    """(unit, 1 / unit): value of the last of BITS bits of a sum that is aligned to this FP32 magnitude."""
     biased = (largest.abs().view(torch.int32) >> 23).clamp(BITS, 240) - BITS + 1
     return (biased << 23).view(torch.float32), (254 - biased << 23).view(torch.float32)
 
 
 def short_add(total, products, largest):
-    """One instruction: total [M, N] plus products [M, N, 32] of which `largest` is the largest magnitude,
-    in BITS bits.
-    """
+    """One instruction: total [M, N] plus products [M, N, 32] in BITS bits. `largest`: largest magnitude of products."""
     unit, inverse = unit_of(torch.maximum(largest, total.abs()))
-    aligned = (
-        torch.trunc(products * inverse[..., None]).sum(-1) + torch.trunc(total * inverse)
-    ) * unit  # exact: below 2**20 units
+    # Exact: the sum is below 2**20 units.
+    aligned = (torch.trunc(products * inverse[..., None]).sum(-1) + torch.trunc(total * inverse)) * unit
     unit, inverse = unit_of(aligned)
     return torch.trunc(aligned * inverse) * unit
 
 
 def short_add_apart(total, products, largest):
-    """The same where the products are added among themselves first: two short additions."""
+    """short_add in two additions: first the products, then their sum and total."""
     added = short_add(torch.zeros_like(total), products, largest)
     return short_add(total, added[..., None], added.abs())
 
 
 def short_add_exactly(total, products, largest):
-    """The same where the sum of the products joins the register exactly and the result is cut: addition
-    that rounds towards zero.
-    """
+    """short_add_apart with an exact second addition, whose result is rounded towards zero."""
     added = short_add(torch.zeros_like(total), products, largest)
     result = total.double() + added.double()
     mantissa, exponent = torch.frexp(result)
@@ -66,12 +62,12 @@ ALIGN = {"all": short_add, "products": short_add_apart, "register": short_add_ex
 
 
 def accumulate(a, b, sizes, add=short_add):
-    """{K: (short, promoted, fp32, exact)} of a[:, :K] @ b[:, :K].T for FP32 matrices of e4m3 values."""
+    """Compute {K: (short, promoted, fp32, exact)} of a[:, :K] @ b[:, :K].T for FP32 matrices of e4m3 values."""
     short, partial, promoted, fp32 = (torch.zeros((len(a), len(b))) for _ in range(4))
     exact = torch.zeros((len(a), len(b)), dtype=torch.float64)
     out = {}
     for k in range(0, sizes[-1], INSTRUCTION):
-        products = a[:, None, k : k + INSTRUCTION] * b[None, :, k : k + INSTRUCTION]  # exact: 4 + 4 bits
+        products = a[:, None, k : k + INSTRUCTION] * b[None, :, k : k + INSTRUCTION]  # exact: 8 bits
         largest = products.abs().amax(-1)
         short, partial = add(short, products, largest), add(partial, products, largest)
         for i in range(INSTRUCTION):
@@ -87,14 +83,14 @@ def accumulate(a, b, sizes, add=short_add):
 
 
 def errors(got, exact):
-    """(root mean square, largest) error relative to the root mean square of exact, in percent."""
+    """Errors in percent of the root mean square of `exact`: (root mean square, largest)."""
     scale = exact.square().mean().sqrt()
     error = got.double() - exact
     return 100 * float(error.square().mean().sqrt() / scale), 100 * float(error.abs().max() / scale)
 
 
 def matrices(kind, rows, k, generator):
-    """Random FP32 [rows, k] whose values are e4m3 codes: what a tensor core is fed."""
+    """Random FP32 [rows, k] with e4m3 values, the input of a tensor core."""
     x = (
         torch.randn((rows, k), generator=generator)
         if kind == "normal"
@@ -105,7 +101,7 @@ def matrices(kind, rows, k, generator):
 
 
 def plot(results, path):
-    """The largest errors against K, one panel per kind of matrix."""
+    """Plot the largest errors against K, one panel per kind of matrix."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -134,12 +130,12 @@ def main():
         "--align",
         choices=ALIGN,
         default="all",
-        help="how the sum of an instruction's products joins the register (see above)",
+        help="how the products of an instruction are added to the register",
     )
     parser.add_argument(
         "--plot",
         default="fp8_accumulation.png",
-        help="where the figure goes (default fp8_accumulation.png; '' for none)",
+        help="figure to write (default fp8_accumulation.png; '' for none)",
     )
     args = parser.parse_args()
     sizes = [256 << i for i in range(7)]

@@ -10,19 +10,19 @@ with moecomm.Communicator() as comm:
     experts = 4 * comm.size
     buf = moecomm.Buffer(comm, hidden=HIDDEN, num_experts=experts, top_k=TOP_K, max_tokens=TOKENS)
 
-    # This rank's tokens, and the experts that a router would have picked for them.
+    # This rank's tokens, and the picks of a router.
     torch.manual_seed(comm.rank)
     x = torch.randn(TOKENS, HIDDEN).bfloat16()
     topk_weights, topk_ids = torch.rand(TOKENS, experts).softmax(-1).topk(TOP_K)
 
-    # Every token travels to the ranks that own its experts ...
+    # Send every token to the ranks that own its experts.
     out = buf.dispatch(x, topk_ids, topk_weights)
     print(f"rank {comm.rank} has {len(out.x)} rows for its experts: {out.tokens_per_expert.tolist()}")
 
-    # ... where an expert would compute; this one doubles. Written into handle.rows, nothing is copied.
+    # The experts double their rows. They write to handle.rows, which combine reads without a copy.
     torch.mul(out.x, 2, out=out.handle.rows)
 
-    # Back at the token's rank: y[t] = sum of weight * row over its experts.
+    # Send the rows back: y[t] = sum of weight * row over the experts of token t.
     y = buf.combine(out.handle.rows, out.handle, topk_weights=out.topk_weights)
     expected = x.float() * 2 * topk_weights.sum(-1, keepdim=True)
     torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.02)

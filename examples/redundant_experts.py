@@ -1,9 +1,10 @@
-"""Redundant experts: skewed traffic, and a rebalance while it runs. `python examples/redundant_experts.py
-[picture.png]`
+"""Redundant experts: skewed traffic, and a rebalance during the run.
 
-DeepSeek-V3's prefill unit in small: 8 ranks on 2 nodes, each hosting 4 of 32 experts and one redundant one. Traffic is
-skewed and drifts. The monitor counts what dispatch sees; when the gain exceeds the cost of moving weights, the
-weights move in the background, and all ranks change over between the same two steps.
+    python examples/redundant_experts.py [picture.png]
+
+A small version of DeepSeek-V3's prefill unit: 8 ranks on 2 nodes, each with 4 of 32 experts and a redundant one. The
+traffic is skewed and drifts. The monitor counts the picks. If the gain of a rebalance exceeds the cost of moving the
+weights, they move in the background, and all ranks change to the new placement between the same two steps.
 """
 
 import sys
@@ -17,21 +18,19 @@ RANKS, NODES, EXPERTS, TOP_K, TOKENS, HIDDEN, STEPS = 8, 2, 32, 4, 256, 64, 60
 
 
 def traffic(rank, step):
-    """A step's tokens of one rank and the experts they go to: some far more popular than others, and slowly
-    changing.
-    """
-    same = torch.Generator().manual_seed(7)  # popularity is equal on all ranks ...
+    """Tokens, picks and weights of one rank in one step. Few experts are popular, and popularity changes slowly."""
+    same = torch.Generator().manual_seed(7)  # the popularity is equal on all ranks
     popularity = torch.randn(EXPERTS, generator=same)
     for _ in range(step // 10):
         popularity += 0.2 * torch.randn(EXPERTS, generator=same)
-    own = torch.Generator().manual_seed(step * RANKS + rank)  # ... and every rank's tokens are its own
+    own = torch.Generator().manual_seed(step * RANKS + rank)  # each rank has different tokens
     noise = -torch.log(-torch.log(torch.rand((TOKENS, EXPERTS), generator=own).clamp_min(1e-9)))
     weights, ids = (popularity + noise).topk(TOP_K)
     return torch.randn((TOKENS, HIDDEN), generator=own), ids, weights.softmax(-1)
 
 
 def serve(comm):
-    """All steps of one rank; its rows per step, and the step of the change."""
+    """Run all steps of one rank; return its rows per step, and the first step with the new placement."""
     expert_weights = torch.rand((EXPERTS, HIDDEN), generator=torch.Generator().manual_seed(1)) + 0.5
 
     placement = rebalance(
@@ -66,12 +65,12 @@ def serve(comm):
         )
         rows.append(len(out.x))
 
-        if step == 20:  # every few minutes, in real life
+        if step == 20:  # a real server does this every few minutes
             advice = monitor.advise(
                 placement,
                 seconds_per_row=2e-6,
                 bytes_per_expert=44e6,
-                bytes_per_second=50e9,  # as in the real model
+                bytes_per_second=50e9,  # values of the real model
                 batches=1000,
                 comm=comm,
                 connected=True,
@@ -85,9 +84,8 @@ def serve(comm):
                 )
             if advice.pays:
                 placement = advice.placement
-                pending = moecomm.balance.migrate(
-                    placement, weights, comm
-                )  # the steps go on by the old placement
+                # Until the migration is complete, steps use the old placement.
+                pending = moecomm.balance.migrate(placement, weights, comm)
         if pending and step == 24:
             weights = pending.wait()
             buf.use(placement)
@@ -97,7 +95,7 @@ def serve(comm):
 
 
 def draw(path, rows, changed):
-    """Rows per rank over the steps, and the heaviest rank over the mean."""
+    """Plot the rows of each rank over the steps, and the means before and after the change."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -110,7 +108,7 @@ def draw(path, rows, changed):
     left.set(
         xlabel="step",
         ylabel="rows",
-        title="Rows of every rank; dashed: the new placement is in force",
+        title="Rows of each rank; dashed: change to the new placement",
         ylim=(0, None),
     )
     bars = torch.arange(RANKS)
@@ -134,4 +132,4 @@ if __name__ == "__main__":
     assert heaviest[changed:].mean() < heaviest[:changed].mean()
     path = sys.argv[1] if len(sys.argv) > 1 else "redundant_experts.png"
     draw(path, rows, changed)
-    print(f"every result was right; picture: {path}")
+    print(f"all results are correct; picture: {path}")

@@ -1,12 +1,11 @@
-"""Trains a small Mixture-of-Experts language model on the language reference that comes with Python,
-experts spread over ranks.
+"""Trains a small Mixture-of-Experts language model on Python's language reference, with experts over several ranks.
 
     mpirun -n 4 python examples/train_moe.py
     torchrun --nproc-per-node 4 examples/train_moe.py
 
-Every rank has its part of each batch and its part of the experts; all else is replicated, its gradients are
-summed over ranks. The gate balances its experts by bias alone (plus DeepSeek-V3's tiny sequence-wise loss).
---check trains once more on one rank with the whole batches and compares the losses.
+Each rank has a part of each batch and a part of the experts. All other parameters are replicated, and their gradients
+are summed over the ranks. The gate balances the experts by its bias, plus the small sequence-wise loss of
+DeepSeek-V3. --check trains again on one rank with the whole batches and compares the losses.
 """
 
 import argparse
@@ -25,7 +24,7 @@ from moecomm.overlap import Trace
 
 
 class Block(nn.Module):
-    """Causal attention, then a MoE layer, each on normalized input and added to it."""
+    """Causal attention and a MoE layer, each with a norm and a residual."""
 
     def __init__(self, args, buffer):
         super().__init__()
@@ -39,7 +38,7 @@ class Block(nn.Module):
         self.moe = MoE(args.hidden, args.intermediate, args.experts, args.top_k, 1, buffer, gate=gate)
 
     def forward(self, x):
-        """x [B, S, hidden] -> (the same, what the gate decided)."""
+        """x [B, S, hidden] -> (output [B, S, hidden], Routing)."""
         q, k, v = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
         y, routing = self.moe(self.norms[1](x), with_routing=True)
@@ -56,7 +55,7 @@ class Model(nn.Module):
         self.norm, self.head = nn.RMSNorm(args.hidden), nn.Linear(args.hidden, 256, bias=False)
 
     def forward(self, text):
-        """text int64 [B, S] -> (logits [B, S, 256], routing of every block)."""
+        """text int64 [B, S] -> (logits [B, S, 256], Routing of each block)."""
         x = self.embedding(text) + self.position(torch.arange(text.shape[1]))
         routings = []
         for block in self.blocks:
@@ -66,7 +65,7 @@ class Model(nn.Module):
 
 
 def initial_state(args):
-    """A whole model's parameters, the same for any number of ranks: experts have global numbers."""
+    """Initial parameters of the whole model, equal for any number of ranks."""
 
     def make(comm):
         torch.manual_seed(0)
@@ -76,7 +75,7 @@ def initial_state(args):
 
 
 def make_buffer(comm, args, max_tokens):
-    """The one Buffer that all layers share; every layer's rows stay in it until its backward has run."""
+    """Make the Buffer that all layers share. It holds the rows of every layer until the backward pass."""
     shape = dict(
         hidden=args.hidden,
         num_experts=args.experts,
@@ -90,7 +89,7 @@ def make_buffer(comm, args, max_tokens):
 
 
 def sum_over_ranks(comm, tensors):
-    """Every tensor becomes its sum over ranks, in one exchange."""
+    """Replace each tensor by its sum over the ranks, with one all-reduce."""
     if comm.size == 1:
         return
     flat = torch.cat([t.flatten() for t in tensors])
@@ -99,14 +98,14 @@ def sum_over_ranks(comm, tensors):
     else:
         from mpi4py import MPI
 
-        assert MPI.COMM_WORLD.size == comm.size, "the ranks are neither torch's nor MPI's"
+        assert MPI.COMM_WORLD.size == comm.size, "expected ranks of torchrun or mpirun"
         MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, flat.numpy())
     for t, s in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         t.copy_(s.view_as(t))
 
 
 def train(comm, args, report=lambda rows: None):
-    """Returns [(step, loss, max load / mean load, share of communication)] and the picks per step, layer and expert."""
+    """Train; return [(step, loss, max load / mean load, share of communication)] and picks [step, layer, expert]."""
     text = torch.frombuffer(
         bytearray("\n".join(topics[name] for name in sorted(topics)).encode()), dtype=torch.uint8
     )
@@ -126,7 +125,7 @@ def train(comm, args, report=lambda rows: None):
         batch = torch.stack([text[s : s + args.length + 1] for s in starts.tolist()]).long()
         with Trace(buffer) as trace:
             logits, routings = model(batch[:, :-1])
-            # Sums over this rank's part, divided by the whole batch: the ranks' losses and gradients add up.
+            # Divided by the size of the whole batch, so that losses and gradients of the ranks add up.
             loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum") / (
                 args.batch * args.length
             )
@@ -158,7 +157,7 @@ def train(comm, args, report=lambda rows: None):
 
 
 def plot(path, rows, loads, alone):
-    """Loss, balance, share of communication, and the load of each expert over time."""
+    """Plot the loss, the balance, the share of communication and the load of each expert over time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -191,7 +190,7 @@ def plot(path, rows, loads, alone):
 
 
 def arguments():
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, default in dict(
         steps=120,
@@ -208,20 +207,18 @@ def arguments():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--gamma", type=float, default=0.01, help="speed of the bias update")
-    parser.add_argument("--alpha", type=float, default=1e-4, help="of the sequence-wise balance loss")
-    parser.add_argument("--check", action="store_true", help="train on one rank too, and compare the losses")
-    parser.add_argument("--plot", default="", help="a PNG")
+    parser.add_argument("--alpha", type=float, default=1e-4, help="weight of the sequence-wise balance loss")
+    parser.add_argument("--check", action="store_true", help="also train on one rank, and compare the losses")
+    parser.add_argument("--plot", default="", help="picture to write, .png")
     return parser.parse_args()
 
 
 def main():
-    """Train, print the tables, draw the picture; fails where --check finds another loss."""
+    """Train, print the tables and write the picture. Exits with an error if --check finds different losses."""
     args = arguments()
     torch.set_num_threads(1)
     if dist.is_torchelastic_launched():
-        dist.init_process_group(
-            "gloo"
-        )  # sums the gradients of what all ranks hold; the Communicator joins by it too
+        dist.init_process_group("gloo")  # for sum_over_ranks, and for the Communicator
     with moecomm.Communicator() as comm:
 
         def report(rows):
@@ -229,7 +226,7 @@ def main():
                 _, loss, balance, share = (sum(column) / len(rows) for column in zip(*rows))
                 print(f"{rows[-1][0]:>6}{loss:>10.4f}{balance:>16.2f}{100 * share:>16.1f}", flush=True)
 
-        if comm.rank == 0:  # each line is the mean of the steps since the line before
+        if comm.rank == 0:  # each line is the mean over the steps since the previous line
             print(
                 f"{comm.size} ranks, {args.experts} experts in each of {args.layers} layers, "
                 f"{args.batch * args.length} bytes per step"
@@ -250,7 +247,7 @@ def main():
                 f"difference at any step {worst:.1e}"
             )
             if worst > 2e-3:
-                raise SystemExit("the losses differ by more than rounding")
+                raise SystemExit("the losses differ by more than rounding errors")
         if args.plot:
             plot(args.plot, rows, loads, alone)
             print(f"written: {args.plot}")

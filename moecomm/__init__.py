@@ -1,6 +1,6 @@
-"""moecomm: Mixture-of-Experts token exchange: dispatch to the experts' ranks, combine the results.
+"""moecomm: Mixture-of-Experts token exchange: dispatch tokens to the ranks of their experts, combine the results.
 
-The same protocol runs between threads, processes and hosts; see docs/protocol.md for one token's way.
+The same protocol runs between threads, processes and hosts. docs/protocol.md follows one token through it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ._native import core as _core  # noqa: E402
 # nodes are joined.
 _ucx = _importlib_util.find_spec("libucx")
 _core.set_ucx_folders(
-    [_os.path.join(folder, "lib") for folder in _ucx.submodule_search_locations] if _ucx else []
+    [_os.path.join(folder, "lib") for folder in (_ucx.submodule_search_locations or ())] if _ucx else []
 )
 
 from . import _aliases  # noqa: E402
@@ -34,14 +34,18 @@ from .errors import (  # noqa: E402
     CapacityExceeded,
     ConfigMismatch,
     CorruptRow,
+    Excluded,
     InvalidArgument,
     MoecommError,
+    NoMajority,
     PeerLost,
     PeerTimeout,
+    StepInterrupted,
 )
 from .local import run_local  # noqa: E402
 from .nn import gate, overlap  # noqa: E402
-from .results import Dispatched, Handle, Pending  # noqa: E402
+from .opaque import Opaque  # noqa: E402
+from .results import Dispatched, Handle, Pending, PendingDispatch  # noqa: E402
 from .testing import reference  # noqa: E402
 
 __all__ = [
@@ -51,12 +55,17 @@ __all__ = [
     "ConfigMismatch",
     "CorruptRow",
     "Dispatched",
+    "Excluded",
     "Handle",
     "InvalidArgument",
     "MoecommError",
+    "NoMajority",
+    "Opaque",
     "PeerLost",
     "PeerTimeout",
     "Pending",
+    "PendingDispatch",
+    "StepInterrupted",
     "__version__",
     "balance",
     "gate",
@@ -71,7 +80,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """A module by its old path, which no import statement has asked for yet."""
+    """Import a module by its old path, if no import statement has done it yet."""
     if name in _aliases.ALIASES:
         return _import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

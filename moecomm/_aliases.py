@@ -1,14 +1,16 @@
-"""Module paths of before: `import moecomm.gate` imports moecomm.nn.gate, the same module object.
+"""Old module paths: `import moecomm.gate` imports moecomm.nn.gate, the same module object.
 
-They are public, so they stay. What lies in which package: docs/design.md.
+The old paths are public and stay valid. docs/design.md lists the packages.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.abc
-import importlib.machinery
 import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 ALIASES = {
     "bootstrap": "_bootstrap.bootstrap",
@@ -51,27 +53,30 @@ ALIASES = {
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the old paths. It is asked first: a folder that is left of an old path would be taken for a package."""
+    """Finds the old paths.
 
-    def find_spec(self, fullname, path=None, target=None):
-        """The spec of an alias; None for any other name."""
+    It is first in sys.meta_path, because a leftover folder of an old path would be imported as a package.
+    """
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        """Return the spec of an alias; None for other names."""
         package, _, name = fullname.partition(".")
         if package != __package__ or name not in ALIASES:
             return None
-        return importlib.machinery.ModuleSpec(fullname, self)
+        return ModuleSpec(fullname, self)
 
-    def create_module(self, spec):
-        """The module that the alias stands for."""
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Return the module of the alias."""
         module = importlib.import_module(f"{__package__}.{ALIASES[spec.name.partition('.')[2]]}")
         spec.loader_state = module.__spec__, module.__loader__
         return module
 
-    def exec_module(self, module):
-        """Nothing: it has run. Its own spec comes back, which the import of the alias has replaced."""
-        module.__spec__, module.__loader__ = module.__spec__.loader_state
+    def exec_module(self, module: ModuleType) -> None:
+        """Restore the module's own spec, which the import of the alias has replaced. The module has already run."""
+        module.__spec__, module.__loader__ = module.__spec__.loader_state  # type: ignore[union-attr]
 
 
-def install():
+def install() -> None:
     """Make the old paths importable."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

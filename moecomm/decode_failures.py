@@ -1,40 +1,39 @@
-"""What the decode path refuses when it is made, and the errors that its native failures stand for."""
+"""Checks of the decode path's sizes, and the errors of its native failures."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, NoReturn
+
 from .errors import ConfigMismatch, InvalidArgument, raise_failure
 from .refusals import made
+
+if TYPE_CHECKING:
+    from .backend import Backend
 
 _STAGES = ("over", "sent", "received", "answered", "done")
 _MAX_TOKENS = 1 << 20
 
 
 class DecodeFailures:
-    """Raises what a native failure stands for."""
+    """Raises the errors of native failures."""
 
-    def __init__(self, buffer):
-        self._buffer, self._rank = buffer, buffer.comm.rank
+    def __init__(self, backend: Backend) -> None:
+        self._backend, self._rank = backend, backend.memory.comm.rank
 
-    def __call__(self, failure, op):
-        made(self._buffer)
-        if failure.code == "invalid" and failure.detail == 3:
-            raise InvalidArgument(
-                f"{op}: topk_ids of token {failure.expected} differ from those that decode_dispatch sent; expected the same",
-                op=op,
-                rank=self._rank,
-                got=failure.got,
-            )
+    def __call__(self, failure: Any, op: str) -> NoReturn:
+        made(self._backend)
         if failure.code == "invalid" and failure.detail == 4:
-            what = f"{_STAGES[failure.got]}, where it must be {_STAGES[failure.expected]}"
+            what = f"{_STAGES[failure.got]}, but must be {_STAGES[failure.expected]}"
             raise InvalidArgument(
-                f"{op}: an earlier step of this buffer is {what}; expected its hooks to be called first, and handles to stay in the graph "
-                "that they were captured in",
+                f"{op}: an earlier step of this buffer is {what}; expected calls of its hooks first, and the use of "
+                "captured handles only in their graph",
                 op=op,
                 rank=self._rank,
             )
         if failure.code == "mismatch":
             raise ConfigMismatch(
-                f"{op} on rank {self._rank}: rank {failure.peer} called with another dtype, quant, wire or use of topk_weights",
+                f"{op} on rank {self._rank}: rank {failure.peer} called with another dtype, quant, wire or use of "
+                "topk_weights; expected the same on all ranks",
                 op=op,
                 phase=failure.phase,
                 rank=self._rank,
@@ -45,8 +44,8 @@ class DecodeFailures:
         raise_failure(failure, op=op, rank=self._rank)
 
 
-def check_decode_limits(size, num_experts, max_tokens, rank):
-    """Refuse what the decode path cannot hold.
+def check_decode_limits(size: int, num_experts: int, max_tokens: int, rank: int) -> None:
+    """Refuse sizes beyond the limits of the decode path.
 
     Raises
     ------

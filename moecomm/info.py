@@ -1,4 +1,4 @@
-"""`python -m moecomm info`: what this installation can do here, and why not what it cannot."""
+"""`python -m moecomm info`: reports what this installation supports on this machine, and why something is missing."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ._version import __version__
 
 
 def arguments(parser):
-    """No arguments."""
+    """Add the options of the command: none."""
 
 
 def worlds():
-    """{world: (available, why or why not)}"""
+    """{world: (whether it is available, details or reason)}"""
     try:
-        joined = f"nodes joined by UCX {core.ucx_version()}"
+        joined = f"UCX {core.ucx_version()} between nodes"
     except RuntimeError as error:
         joined = f"one node only: {error}"
     build, few, many, reason, _, _ = core.row_kernel_choice()
@@ -35,7 +35,7 @@ def worlds():
 
 
 def engines():
-    """{package: version or None} of what moecomm can work with."""
+    """{package: version or None} of packages that moecomm can use."""
 
     def version(package):
         try:
@@ -59,16 +59,19 @@ def engines():
 
 
 def network():
-    """NCCL in words: the library that would serve, and what this build can do with it."""
+    """Text about NCCL: the library that is found, and what this build can do with it."""
     library = nccl.find()
     if library is None:
-        return "no libnccl: nodes with GPUs on one host only"
+        return "no libnccl: all GPUs must be on one host"
     headers = cuda.native().nccl_headers() if importlib.util.find_spec("moecomm._native.cuda") else 0
     reason = nccl.refusal(library, headers, [], True)
     if headers == 0 and cuda.built().get("no_nccl"):
         reason = f"not in this build: {cuda.built()['no_nccl']}"
     where = f"NCCL {nccl.spelled(library.version)}, {'loaded by this process' if library.loaded else 'of its wheel'}"
-    return f"{where}: {reason or 'nodes on several hosts; which network (GIN type) is known when they have joined: Communicator.rail'}"
+    found = (
+        "several hosts are possible; Communicator.rail names the network (GIN type) once they are connected"
+    )
+    return f"{where}: {reason or found}"
 
 
 def main(args):
@@ -79,9 +82,8 @@ def main(args):
     print(f"  nodes with GPUs  {network()}")
     for name, version in engines().items():
         print(f"  {name:18} {version or 'not installed'}")
-    print(
-        f"  {len(os.sched_getaffinity(0))} cores; launched as rank {os.environ.get('OMPI_COMM_WORLD_RANK', os.environ.get('RANK', '0'))} "
-        f"of {os.environ.get('OMPI_COMM_WORLD_SIZE', os.environ.get('WORLD_SIZE', '1'))}"
-    )
+    rank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("RANK", "0"))
+    size = os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))
+    print(f"  {len(os.sched_getaffinity(0))} cores; launched as rank {rank} of {size}")
     for name, default, meaning in env.describe():
         print(f"  {name:24} {os.environ.get(name, default)!r:12} {meaning}")

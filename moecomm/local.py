@@ -1,4 +1,4 @@
-"""run_local: ranks as threads of this process, the quickest way to try, test and debug."""
+"""run_local: runs ranks as threads of this process, to try, test and debug."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ import threading
 from ._bootstrap import bootstrap
 
 from ._cuda import cuda
-from .communicator import Communicator, as_device, require_timeout
+from .communicator import Communicator, as_device
+from .deadlines import seconds_of
 from .errors import InvalidArgument, MoecommError
 from .shapes import as_int
 
 R = TypeVar("R")
-MOST_RANKS = 512  # rank threads that a command starts
+MOST_RANKS = 512  # limit of the rank threads that a command starts
+
+
+def _abort(comm: Communicator, rank: int) -> None:
+    """End the waits for peers on this host, because this rank has failed. Callable from any thread."""
+    comm.native.abort(rank)
+    if comm.cuda is not None:
+        comm.cuda.reach.abort()
 
 
 def run_local(
@@ -25,31 +33,39 @@ def run_local(
     *,
     ranks_per_node: int | None = None,
     device: Any = "cpu",
-    timeout: float = 30.0,
+    timeout: float | None = None,
 ) -> list[R]:
     """Run fn(comm) on `size` rank threads of this process and return the results by rank.
 
     Parameters
     ----------
     fn : callable
-        Called with a Communicator of its own in every thread.
-    size, ranks_per_node, device, timeout
-        As for Communicator. "cuda" deals the ranks out over all GPUs; "cuda:0" lets them share one.
+        Called in each thread with the Communicator of that rank.
+    size : int
+        Number of ranks.
+    ranks_per_node, device, timeout
+        As for Communicator. "cuda" distributes the ranks over all GPUs; "cuda:0" lets them share one.
+
+    Returns
+    -------
+    list
+        Results of fn by rank.
 
     Raises
     ------
     InvalidArgument
         An argument is wrong.
     Exception
-        The first exception of a rank, with its rank in a note. The other ranks are released from
-        their waits with PeerLost.
+        The first exception of a rank, with its rank in a note. The waits of the other ranks end with PeerLost.
     """
     size = as_int(size)
     if not isinstance(size, int) or size < 1:
-        raise InvalidArgument(f"size: got {size!r}; expected an int >= 1", op="run_local")
+        raise InvalidArgument(f"run_local: size is {size!r}; expected an int >= 1", op="run_local")
     if not callable(fn):
-        raise InvalidArgument(f"fn: got {fn!r}; expected a function of a Communicator", op="run_local")
-    require_timeout(timeout, "run_local")
+        raise InvalidArgument(
+            f"run_local: fn is {fn!r}; expected a function of a Communicator", op="run_local"
+        )
+    timeout = seconds_of(timeout, "run_local")
     on_gpu = as_device(device, "run_local").type == "cuda"
     if on_gpu:
         cuda.prepare_threads()
@@ -69,19 +85,22 @@ def run_local(
             comms[rank] = comm
             with cuda.own_stream(comm.device) if on_gpu else contextlib.nullcontext():
                 results[rank] = fn(comm)
-        except BaseException as error:  # noqa: BLE001 - handed to the caller
+        except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
             with lock:
                 errors.append((rank, error))
                 if world.failed is None:
                     world.failed = rank
             world.barrier.abort()
             for other in comms:
-                if other is not None and not other._closed:
-                    other._abort(rank)
+                if other is not None and not other.order.closed:
+                    _abort(other, rank)
         finally:
+            with world.changed:
+                world.ended.add(rank)
+                world.changed.notify_all()
             if not errors:
                 try:
-                    world.barrier.wait(timeout)  # nobody frees a window that another still reads
+                    world.barrier.wait(timeout)  # no rank frees a window that a peer still reads
                 except threading.BrokenBarrierError:
                     pass
 
@@ -93,11 +112,11 @@ def run_local(
             thread.start()
         for thread in threads:
             thread.join()
-    except BaseException:  # Ctrl-C: the ranks wait for nobody any more
+    except BaseException:  # Ctrl-C: end the waits of all ranks
         world.barrier.abort()
         for rank, comm in enumerate(comms):
-            if comm is not None and not comm._closed:
-                comm._abort(rank)
+            if comm is not None and not comm.order.closed:
+                _abort(comm, rank)
         for thread in threads:
             if thread.ident is not None:
                 thread.join()
@@ -106,7 +125,7 @@ def run_local(
         if comm is not None:
             comm.close()
     if errors:
-        # A rank that was released from its wait is not the cause: the first other error is.
+        # PeerLost of a rank whose wait was ended is not the cause. Prefer any other error.
         rank, error = next(
             (
                 (r, e)

@@ -1,8 +1,8 @@
 """torch.ops.moecomm: dispatch and combine as operators, with shapes for tracing and with derivatives.
 
-Buffer.dispatch and Buffer.combine go through these operators whenever a gradient is wanted or a graph is
-traced, and past them otherwise. A Buffer crosses as its number, a handle as an int64 tensor [1] on the host
-that keeps the plan alive: no operator looks at device memory to find what it needs.
+Buffer.dispatch and Buffer.combine use these operators if a gradient is required or a graph is traced. The arguments of
+an operator include a Buffer as a name, that of its Backend, and a handle as an int64 tensor [1] on the host that keeps
+the plan alive, so that no operator reads device memory to find them.
 
     dispatch        a new plan                                    backward: combine_slots
     redispatch      the same plan again                           backward: the same
@@ -10,8 +10,8 @@ that keeps the plan alive: no operator looks at device memory to find what it ne
     combine_slots   plain sum, and `back` [N] or [N, top_k]       backward: redispatch of y's and the slots' gradients
                     to the picks that the rows came from
 
-Every backward is a collective call of its own: all ranks must run them, in the same order. They do when
-they run the same model on graphs of the same shape, whatever their numbers of tokens, zero included.
+Every backward is a separate collective call: all ranks must run them in the same order. This is the case if they run
+the same model on graphs of the same shape, with any numbers of tokens, including zero.
 """
 
 from __future__ import annotations
@@ -30,81 +30,101 @@ from .refusals import Part
 from .tensors import refuse
 
 if TYPE_CHECKING:
-    from .buffer import Buffer
+    from .backend import Backend
 
 
 _numbers = itertools.count(1)
-_buffers = weakref.WeakValueDictionary()
+_backends = weakref.WeakValueDictionary()
 _tickets = weakref.WeakValueDictionary()
 
 
 class Ticket(ctypes.Structure):
-    """The memory behind a handle tensor: a number, and with it all that combine needs.
+    """The memory of a handle tensor: a number, and everything that combine needs.
 
-    A tensor made by torch.frombuffer keeps its exporter, so a plan lives exactly as long as some tensor
-    with this storage does, whoever saved it: autograd, a checkpoint or a compiled graph.
+    A tensor made by torch.frombuffer keeps its exporter alive. So a plan lives exactly as long as a tensor with this
+    storage, which autograd, a checkpoint or a compiled graph may keep.
     """
 
     _fields_ = [("number", ctypes.c_int64)]
 
-    def __init__(self, buffer: Buffer, layout: str, capacity: int | None, plan: Any, output: Any) -> None:
+    def __init__(
+        self, owner: Backend, layout: str, capacity: int | None, plan: Any, output: Any, native: Any
+    ) -> None:
         super().__init__(next(_numbers))
-        self.buffer, self.layout, self.capacity, self.plan, self.output = (
-            buffer,
-            layout,
-            capacity,
-            plan,
-            output,
-        )
+        self.owner, self.layout, self.capacity = owner, layout, capacity
+        self.plan, self.output, self.native = plan, output, native
 
     def tensor(self) -> torch.Tensor:
-        """int64 [1] on the host. Only from here on is the number known: most handles never become a tensor."""
+        """Return int64 [1] on the host. Only this call assigns the number: most handles never become a tensor."""
         _tickets[self.number] = self
         return torch.frombuffer(self, dtype=torch.int64)
 
 
 def ticket_of(handle: torch.Tensor) -> Ticket:
-    """The Ticket that an int64 tensor [1] stands for.
+    """Return the Ticket of an int64 tensor [1].
 
     Raises
     ------
     InvalidArgument
-        Its dispatch is forgotten: the tensor is a copy, and the original is gone (in a compiled graph, hooks that copy saved tensors
-        do that).
+        The dispatch is unknown: the tensor is a copy, and the original is freed (for example by hooks that copy saved
+        tensors in a compiled graph).
     """
     found = _tickets.get(int(handle))
     if found is None:
         raise InvalidArgument(
-            f"handle: number {int(handle)} is not (or no longer) the handle of a dispatch; keep the tensor that dispatch "
-            "returned, not a copy of it",
+            f"handle has number {int(handle)}, which is not (or no longer) a handle of a dispatch; keep the tensor "
+            "that dispatch returned, not a copy of it",
             op="ops",
         )
     return found
 
 
-def number_buffer(buffer: Buffer) -> int:
-    """A process-wide number under which operators find this Buffer."""
-    number = next(_numbers)
-    _buffers[number] = buffer
-    return number
+def name_backend(backend: Backend, name: str | None = None) -> str:
+    """Name a Backend for the operators of this process. `name`: that of the Backend that it replaces."""
+    backend.name = f"#{next(_numbers)}" if name is None else name
+    _backends[backend.name] = backend
+    return backend.name
 
 
-def buffer_of(number: int) -> Buffer:
-    """The Buffer with this number.
+def name_in_graph(backend: Backend) -> str:
+    """Return the name of a Backend in a graph: its shape for torch.export, whose program may run in another process."""
+    return _shape_name(backend) if torch.compiler.is_exporting() else backend.name
+
+
+def _shape_name(backend: Backend) -> str:
+    m = backend.memory
+    kind = "" if backend.router is None else " placement"
+    return f"hidden={m.hidden} num_experts={m.num_experts} top_k={m.top_k} dtype={m.dtype} ranks={m.comm.size}{kind}"
+
+
+def backend_of(name: str) -> Backend:
+    """Return the Backend with this name, or of those with this shape the one with the most tokens.
 
     Raises
     ------
     InvalidArgument
-        There is none.
+        There is none, or there are several communicators with one.
     """
-    found = _buffers.get(number)
-    if found is None:
-        raise InvalidArgument(f"buffer: {number} is the number of no living Buffer", op="ops")
-    return found
+    found = _backends.get(name)
+    if found is not None:
+        return found
+    living = [b for b in list(_backends.values()) if not b.memory.closed and _shape_name(b) == name]
+    if not living:
+        raise InvalidArgument(
+            f"buffer: no living Buffer is {name!r}; expected one made before the program runs",
+            op="ops",
+        )
+    if len({id(b.memory.comm) for b in living}) > 1:
+        raise InvalidArgument(
+            f"buffer: Buffers of several communicators are {name!r}; expected one communicator where an "
+            "exported program runs",
+            op="ops",
+        )
+    return max(living, key=lambda b: b.memory.max_tokens or 0)
 
 
 def wanted(*tensors: torch.Tensor | None) -> bool:
-    """Whether a call must go through the operators: traced or compiled, seen by a mode, or with gradients."""
+    """Whether a call must use the operators: traced or compiled, inside a mode, or with gradients."""
     if torch.is_grad_enabled():
         for t in tensors:
             if getattr(t, "requires_grad", False):
@@ -116,13 +136,11 @@ def wanted(*tensors: torch.Tensor | None) -> bool:
 
 
 def _dispatch(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignment, capacity, layer=0):
-    b = _open_buffer("dispatch", buffer)
+    b = _open_backend("dispatch", buffer)
     with Part(b, "dispatch"):
         _require_plain(b, "dispatch", x=x, topk_ids=topk_ids, topk_weights=topk_weights, scales=scales)
-        b._check_dispatch(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity)
-        out = b._dispatch_natively(
-            x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, layer=layer
-        )
+        b.checks.dispatch(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity)
+        out = b.dispatch(x, scales, topk_ids, topk_weights, layout, expert_alignment, capacity, layer=layer)
     return (
         out.x,
         x.new_empty(0, dtype=torch.float32) if scales is None else out.scales,
@@ -135,15 +153,15 @@ def _dispatch(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignmen
 
 
 def _dispatch_fake(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignment, capacity, layer=0):
-    b = buffer_of(buffer)
+    memory = backend_of(buffer).memory
     n = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
     by_rank = layout == "rank"
-    counts = topk_ids.new_empty(b.experts_per_rank, dtype=torch.int64, device=b.comm.device)
+    counts = topk_ids.new_empty(memory.experts_per_rank, dtype=torch.int64, device=memory.comm.device)
     return (
         x.new_empty(n, x.shape[1]),
         x.new_empty(0, dtype=torch.float32) if scales is None else scales.new_empty(n, scales.shape[1]),
-        x.new_empty((n, b.top_k) if by_rank else (n,), dtype=torch.float32),
-        x.new_empty((n, b.top_k) if by_rank else (0,), dtype=torch.int64),
+        x.new_empty((n, memory.top_k) if by_rank else (n,), dtype=torch.float32),
+        x.new_empty((n, memory.top_k) if by_rank else (0,), dtype=torch.int64),
         x.new_empty(n, dtype=torch.int64),
         counts,
         torch.empty_like(counts),
@@ -163,18 +181,18 @@ def _dispatch_backward(ctx, rows, _scales, weights, *_):
 
 
 def _picks_of(out):
-    """Ids (empty in the expert layout) and source of what was dispatched."""
-    return out.x.new_empty(0, dtype=torch.int64) if out.topk_ids is None else out.topk_ids, out._source
+    """Return ids (empty in the expert layout) and source of a dispatch."""
+    return out.x.new_empty(0, dtype=torch.int64) if out.topk_ids is None else out.topk_ids, out.source
 
 
 def _to_tokens(ctx, rows, weights):
-    """Gradients of received rows and weights, summed at the tokens that they came from.
+    """Sum the gradients of received rows and weights at the tokens that they came from.
 
-    The weights' gradients travel even where this rank gave none: another rank's tokens may have theirs from rows here.
+    The gradients of weights are sent even if this rank gave no weights: other ranks' tokens may have some.
     """
     (handle,) = ctx.saved_tensors
-    if ctx.quantized:  # the rows carry no gradient, the weights' gradients still travel with rows
-        rows = rows.new_zeros(rows.shape, dtype=buffer_of(ctx.buffer).dtype)
+    if ctx.quantized:  # the rows have no gradient, but the gradients of weights are sent with rows
+        rows = rows.new_zeros(rows.shape, dtype=backend_of(ctx.buffer).memory.dtype)
     x, weights = combine_slots(
         rows.contiguous(), weights.contiguous(), handle, ctx.buffer, ctx.layout, ctx.tokens
     )
@@ -185,12 +203,12 @@ def _to_tokens(ctx, rows, weights):
 
 
 def _redispatch(x, topk_weights, scales, handle, buffer, layout, num_rows):
-    b = _open_buffer("dispatch", buffer)
-    with Part(b, "dispatch", handle):
-        h = _handle_of(b, handle)
+    b = _open_backend("dispatch", buffer)
+    with Part(b, "dispatch", handle) as part:
+        h = part.handle = _handle_of(b, handle)
         _require_plain(b, "dispatch", x=x, topk_weights=topk_weights, scales=scales)
-        b._check_dispatch(x, scales, None, topk_weights, h.layout, 1, None, h)
-        out = b._dispatch_natively(x, scales, None, topk_weights, h.layout, 1, None, h)
+        b.checks.dispatch(x, scales, None, topk_weights, h.layout, 1, None, h)
+        out = b.dispatch(x, scales, None, topk_weights, h.layout, 1, None, h)
     return (
         out.x,
         x.new_empty(0, dtype=torch.float32) if scales is None else out.scales,
@@ -200,7 +218,7 @@ def _redispatch(x, topk_weights, scales, handle, buffer, layout, num_rows):
 
 
 def _redispatch_fake(x, topk_weights, scales, handle, buffer, layout, num_rows):
-    shape = (num_rows, buffer_of(buffer).top_k) if layout == "rank" else (num_rows,)
+    shape = (num_rows, backend_of(buffer).memory.top_k) if layout == "rank" else (num_rows,)
     return (
         x.new_empty(num_rows, x.shape[1]),
         x.new_empty(0, dtype=torch.float32)
@@ -227,12 +245,12 @@ def _redispatch_backward(ctx, rows, _scales, weights, *_):
 
 
 def _combine(rows, topk_weights, bias, handle, buffer, layout, num_tokens, wire=None):
-    b = _open_buffer("combine", buffer)
-    with Part(b, "combine", handle):
-        h = _handle_of(b, handle)
+    b = _open_backend("combine", buffer)
+    with Part(b, "combine", handle) as part:
+        h = part.handle = _handle_of(b, handle)
         _require_plain(b, "combine", rows=rows, topk_weights=topk_weights, bias=bias)
-        b._check_combine(rows, h, topk_weights, bias, wire=wire)
-        return b._combine_natively(rows, h, topk_weights, bias, wire=wire)
+        b.checks.combine(rows, h, topk_weights, bias, wire=wire)
+        return b.combine(rows, h, topk_weights, bias, wire=wire)
 
 
 def _combine_fake(rows, topk_weights, bias, handle, buffer, layout, num_tokens, wire=None):
@@ -268,25 +286,27 @@ def _combine_backward(ctx, y):
         None,
         None,
         None,
-    )  # the wire rounds: its derivative counts as 1
+    )  # the wire format rounds: its derivative counts as 1
 
 
 # -- combine_slots: the plain sum, and one number per row back to the pick that it came from --------------
 
 
 def _combine_slots(rows, back, handle, buffer, layout, num_tokens):
-    b = _open_buffer("combine", buffer)
-    with Part(b, "combine", handle):
-        h = _handle_of(b, handle)
+    b = _open_backend("combine", buffer)
+    with Part(b, "combine", handle) as part:
+        h = part.handle = _handle_of(b, handle)
         _require_plain(b, "combine_slots", rows=rows, back=back)
-        b._check_combine(rows, h, None, None)
-        b._check_staging("combine_slots", rows, h, back=back)
-        b._check_back(back, h)
-        return b._combine_natively(rows, h, None, None, back=back)
+        b.checks.combine(rows, h, None, None)
+        b.checks.staging("combine_slots", rows, h, back=back)
+        b.checks.back(back, h)
+        return b.combine(rows, h, None, None, back=back)
 
 
 def _combine_slots_fake(rows, back, handle, buffer, layout, num_tokens):
-    return rows.new_empty(num_tokens, rows.shape[1]), back.new_empty(num_tokens, buffer_of(buffer).top_k)
+    return rows.new_empty(num_tokens, rows.shape[1]), back.new_empty(
+        num_tokens, backend_of(buffer).memory.top_k
+    )
 
 
 def _combine_slots_context(ctx, inputs, output):
@@ -304,20 +324,27 @@ def _combine_slots_backward(ctx, y, slots):
 
 
 def _save(ctx, handle, *tensors):
-    """Save for backward. Hooks on saved tensors may keep copies (torch.autograd.graph.save_on_cpu): the ticket of the original handle
-    is then kept beside them, which a copy names as well. Not for checkpoint's hooks, which keep nothing and compute again."""
+    """Save tensors for backward.
+
+    Hooks on saved tensors may keep copies (torch.autograd.graph.save_on_cpu). Then the ticket of the original handle
+    is kept, too, because a copy refers to it. This does not apply to checkpoint's hooks, which keep no copies and
+    compute again.
+    """
     ctx.save_for_backward(handle, *tensors)
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     copied = (
         hooks is not None
         and getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint"
         and type(handle) is torch.Tensor
-    )  # no tracer's
+    )  # not one of a tracer
     ctx.ticket = _tickets.get(int(handle)) if copied else None
 
 
 def _through(backward):
-    """A backward, after which the ticket beside copies goes, unless the graph is kept. Saved tensors go in the same moment."""
+    """Return a backward that then frees the ticket kept for copies, unless the graph is kept.
+
+    Saved tensors are freed at the same time.
+    """
 
     @functools.wraps(backward)
     def run(ctx, *grads):
@@ -333,27 +360,28 @@ def _wide(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
-def _open_buffer(op, number):
-    b = buffer_of(number)
-    b._require_open(op)
-    b.comm._settle()
+def _open_backend(op, name):
+    b = backend_of(name)
+    b.memory.require_open(op)
+    b.memory.comm.order.settle()
     return b
 
 
-def _handle_of(buffer, handle):
+def _handle_of(backend, handle):
     ticket = ticket_of(handle)
-    return buffer._handle_of(ticket.layout, ticket.capacity, ticket.plan, ticket.output)
+    return backend.handle_of(ticket.layout, ticket.capacity, ticket.plan, ticket.output, ticket.native)
 
 
 def _require_plain(b, op, **tensors):
     for name, t in tensors.items():
-        b._as_tensor(op, name, t, optional=True)
+        b.checks.as_tensor(op, name, t, optional=True)
 
 
 def _refuse_vmap(name, *_):
     refuse(
         name,
-        "an argument is a tensor inside torch.func.vmap; moecomm calls have no rule for it, expected one call of all tokens",
+        "an argument is a tensor inside torch.func.vmap, which moecomm does not support; expected one call with all "
+        "tokens",
     )
 
 
@@ -365,15 +393,16 @@ def _define(name, run, fake, context, backward, schema):
     return getattr(torch.ops.moecomm, name)
 
 
-# The operators. `buffer` is Buffer.number; layout, num_rows and num_tokens repeat what the handle says, so that shapes
-# are known without it. Outputs that do not apply are empty.
+# The operators. `buffer` is Buffer.name, or for torch.export its shape; layout, num_rows and num_tokens repeat what the
+# handle says, so that shapes are known without it. Outputs that do not apply are empty.
 dispatch = _define(
     "dispatch",
     _dispatch,
     _dispatch_fake,
     _dispatch_context,
     _dispatch_backward,
-    "(Tensor x, Tensor topk_ids, Tensor? topk_weights, Tensor? scales, int buffer, str layout, int expert_alignment, int? capacity, int layer=0)"
+    "(Tensor x, Tensor topk_ids, Tensor? topk_weights, Tensor? scales, str buffer, str layout, int expert_alignment,"
+    " int? capacity, int layer=0)"
     " -> (Tensor x, Tensor scales, Tensor topk_weights, Tensor topk_ids, Tensor source, Tensor tokens_per_expert,"
     " Tensor rows_per_expert, Tensor handle)",
 )
@@ -383,7 +412,7 @@ redispatch = _define(
     _redispatch_fake,
     _redispatch_context,
     _redispatch_backward,
-    "(Tensor x, Tensor? topk_weights, Tensor? scales, Tensor handle, int buffer, str layout, SymInt num_rows)"
+    "(Tensor x, Tensor? topk_weights, Tensor? scales, Tensor handle, str buffer, str layout, SymInt num_rows)"
     " -> (Tensor x, Tensor scales, Tensor topk_weights, Tensor topk_ids, Tensor source)",
 )
 combine = _define(
@@ -392,7 +421,7 @@ combine = _define(
     _combine_fake,
     _combine_context,
     _combine_backward,
-    "(Tensor rows, Tensor? topk_weights, Tensor? bias, Tensor handle, int buffer, str layout, SymInt num_tokens,"
+    "(Tensor rows, Tensor? topk_weights, Tensor? bias, Tensor handle, str buffer, str layout, SymInt num_tokens,"
     " str? wire=None) -> Tensor",
 )
 combine_slots = _define(
@@ -401,5 +430,5 @@ combine_slots = _define(
     _combine_slots_fake,
     _combine_slots_context,
     _combine_slots_backward,
-    "(Tensor rows, Tensor back, Tensor handle, int buffer, str layout, SymInt num_tokens) -> (Tensor y, Tensor slots)",
+    "(Tensor rows, Tensor back, Tensor handle, str buffer, str layout, SymInt num_tokens) -> (Tensor y, Tensor slots)",
 )

@@ -1,6 +1,6 @@
-"""Values of command-line options: each function is a `type` for argparse, which tells what is wrong and ends with status 2.
+"""Types of command-line options. Each function is a `type` for argparse, which reports errors and exits with status 2.
 
-Files are looked at before the work begins: a result that nobody can write would come too late.
+Files are checked before the work begins, so that no result is lost because it cannot be written.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _refuse(text: str, expected: str) -> NoReturn:
 def _integer(text: str, low: int, high: int) -> int:
     try:
         value = int(text)
-    except ValueError:  # also more digits than Python reads
+    except ValueError:  # also raised for more digits than Python converts
         value = None
     if value is None or not low <= value <= high:
         _refuse(text, f"an int in {low}..{high}")
@@ -45,7 +45,7 @@ def ranks(text: str) -> int:
 
 
 def tokens(text: str) -> int:
-    """Tokens of a rank, at least one, as many as a Buffer may have."""
+    """A number of tokens per rank: at least 1, at most the limit of a Buffer."""
     return _integer(text, 1, 1 << 24)
 
 
@@ -74,21 +74,29 @@ def _real(text: str) -> float:
 
 
 def positives(text: str) -> str:
-    """Ints >= 1 with commas between them; the text itself."""
+    """A comma-separated list of ints >= 1. Returns the text."""
     for part in text.split(","):
         _integer(part, 1, 1 << 24)
     return text
 
 
 def numbers(text: str) -> str:
-    """Finite numbers > 0 with commas between them; the text itself."""
+    """A comma-separated list of finite numbers > 0. Returns the text."""
     for part in text.split(","):
         above_zero(part)
     return text
 
 
+def sizes(text: str) -> str:
+    """A comma-separated list of multiples of 8 in 8..2^30. Returns the text."""
+    for part in text.split(","):
+        if _integer(part, 8, 1 << 30) % 8:
+            _refuse(part, "a multiple of 8")
+    return text
+
+
 def geometries(text: str) -> str:
-    """Nodes x ranks per node, with commas between them; the text itself."""
+    """A comma-separated list of NODESxRANKS_PER_NODE. Returns the text."""
     for part in text.split(","):
         nodes, _, per_node = part.partition("x")
         ranks(nodes)
@@ -97,7 +105,7 @@ def geometries(text: str) -> str:
 
 
 def some_of(*names: str) -> Callable[[str], str]:
-    """A type: some of these names with commas between them; the text itself."""
+    """Make a type: a comma-separated list of these names. It returns the text."""
 
     def check(text: str) -> str:
         for part in text.split(","):
@@ -109,59 +117,59 @@ def some_of(*names: str) -> Callable[[str], str]:
 
 
 def file_to_write(text: str) -> str:
-    """A file that is there and can be written, or can be made. It is not touched."""
+    """A file that can be written or made. The file is not changed."""
     if text == "":
-        return text  # none
+        return text  # no file
     folder = os.path.dirname(text) or "."
     try:
         mode = os.stat(text).st_mode
     except FileNotFoundError:
         if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-            _refuse(text, f"a file in a folder that is there and can be written, and {folder!r} is not")
+            _refuse(text, f"a file in an existing, writable folder ({folder!r} is not)")
     except (OSError, ValueError) as error:
-        _refuse(text, f"a file that can be written ({error})")
+        _refuse(text, f"a writable file ({error})")
     else:
         if stat.S_ISDIR(mode) or not os.access(text, os.W_OK):
-            _refuse(text, "a file that can be written")
+            _refuse(text, "a writable file")
     return text
 
 
 def folder_to_write(text: str) -> str:
-    """A folder that is there and can be written, or can be made. It is not touched."""
+    """A folder that can be written or made. The folder is not changed."""
     try:
         there = os.path.exists(text)
         at = text if there else os.path.dirname(os.path.abspath(text))
         while not os.path.exists(at):
             at = os.path.dirname(at)
         if not text or "\0" in text or not os.path.isdir(at) or not os.access(at, os.W_OK | os.X_OK):
-            _refuse(text, "a folder that can be written or made")
+            _refuse(text, "a writable folder, or one that can be made")
     except ValueError as error:
         _refuse(text, f"a folder ({error})")
     return text
 
 
 def file_to_read(text: str) -> str:
-    """A regular file that can be read."""
+    """A readable regular file."""
     try:
         regular = stat.S_ISREG(os.stat(text).st_mode)
     except (OSError, ValueError) as error:
-        _refuse(text, f"a file that can be read ({error})")
+        _refuse(text, f"a readable file ({error})")
     if not regular or not os.access(text, os.R_OK):
-        _refuse(text, "a regular file that can be read")
+        _refuse(text, "a readable regular file")
     return text
 
 
 def source(*names: str) -> Callable[[str], str]:
-    """A type: one of these names, or a file or folder that can be read."""
+    """Make a type: one of these names, or a readable file or folder."""
 
     def check(text: str) -> str:
         if text not in names:
             try:
                 mode = os.stat(text).st_mode
             except (OSError, ValueError):
-                _refuse(text, f"{', '.join(names)}, or a file or folder that can be read")
+                _refuse(text, f"{', '.join(names)}, or a readable file or folder")
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or not os.access(text, os.R_OK):
-                _refuse(text, f"{', '.join(names)}, or a file or folder that can be read")
+                _refuse(text, f"{', '.join(names)}, or a readable file or folder")
         return text
 
     return check

@@ -1,20 +1,28 @@
-"""Published model shapes and deployments, so that benchmarks, tests and plans can name them."""
+"""Published model shapes and deployments, by name, for benchmarks, tests and the planner."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from .checks import require
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a model's MoE layers.
+    """Sizes of the MoE layers of a model.
 
-    hidden: elements of a row; num_experts: routed; top_k: picks per token; num_groups, top_groups, score, normalize, scale: of the
-    gate (moecomm.gate); intermediate: elements inside an expert; shared_experts: how many every token passes; moe_layers: layers
-    that have experts.
+    Attributes
+    ----------
+    hidden, intermediate : int
+        Elements of a token, and inside an expert.
+    num_experts, top_k : int
+        Routed experts, and picks per token.
+    num_groups, top_groups, score, normalize, scale
+        Parameters of the gate, see moecomm.gate.
+    shared_experts : int
+        Experts that every token visits in addition to its picks.
+    moe_layers : int
+        Number of layers with experts.
     """
 
     hidden: int
@@ -32,10 +40,17 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Deployment:
-    """Where a model's experts live: ranks in nodes, physical experts (redundant ones included), and picks per token.
+    """A deployment of a model on ranks, for Buffer(num_experts=experts, top_k=top_k, hidden=model.hidden).
 
-    experts may exceed the model's routed experts, where busy ones have copies or the shared one is treated as routed; top_k
-    then counts the shared pick too. Buffer(num_experts=experts, top_k=top_k, hidden=model.hidden).
+    Attributes
+    ----------
+    model : ModelShape
+    ranks, ranks_per_node : int
+    experts : int
+        Expert slots over all ranks. More than the routed experts of the model, if busy experts have several replicas
+        or the shared expert is routed.
+    top_k : int
+        Picks per token, including that of a routed shared expert.
     """
 
     model: ModelShape
@@ -51,21 +66,22 @@ class Deployment:
 
     @property
     def experts_per_rank(self) -> int:
-        """Physical experts of a rank."""
+        """Expert slots per rank."""
         return self.experts // self.ranks
 
 
 def shape_of(name: str) -> ModelShape:
-    """The ModelShape of this name; dashes stand for underscores.
+    """Return the ModelShape of this name. Dashes and underscores are equivalent.
 
     Raises
     ------
     InvalidArgument
-        There is none.
+        The name is unknown.
     """
-    found: Any = globals().get(name.replace("-", "_")) if isinstance(name, str) else None
+    found: ModelShape | None = globals().get(name.replace("-", "_")) if isinstance(name, str) else None
     known = sorted(n.replace("_", "-") for n, shape in globals().items() if isinstance(shape, ModelShape))
     require(isinstance(found, ModelShape), "presets", "model", name, f"one of {', '.join(known)}")
+    assert found is not None
     return found
 
 
@@ -96,8 +112,8 @@ qwen3_235b_a22b = ModelShape(hidden=4096, num_experts=128, top_k=8, intermediate
 
 # Source: DeepSeek-V3 technical report, section 3.2 (64-way expert parallelism over 8 nodes).
 deepseek_v3_training = Deployment(deepseek_v3, ranks=64, ranks_per_node=8, experts=256, top_k=8)
-# Source: section 3.4.1: 32 ranks in 4 nodes, 32 redundant experts: 8 experts and one copy on every rank.
+# Source: section 3.4.1: 32 ranks in 4 nodes and 32 redundant experts: 8 experts and a further replica on each rank.
 deepseek_v3_prefill = Deployment(deepseek_v3, ranks=32, ranks_per_node=8, experts=288, top_k=8)
-# Source: section 3.4.2: 320 ranks in 40 nodes, one expert each; 64 ranks hold redundant and shared experts, and the shared expert
-# is a ninth pick.
+# Source: section 3.4.2: 320 ranks in 40 nodes, one expert each; 64 ranks hold redundant and shared experts, and the
+# shared expert is a ninth pick.
 deepseek_v3_decode = Deployment(deepseek_v3, ranks=320, ranks_per_node=8, experts=320, top_k=9)

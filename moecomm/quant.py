@@ -1,8 +1,8 @@
-"""Low precision: FP8 with a scale per tile, and LogFMT-10, on whole tensors.
+"""Low precision on whole tensors: FP8 with one scale per tile, and LogFMT-10.
 
-Bit for bit the codes that dispatch(quant=...) and combine(wire=...) put on the wire. Values that are not
-finite become NaN, each alone; they have no part in their tile's scale. Tensors on a GPU are coded there, on the
-current stream, with the same bits.
+The codes equal bit for bit those that dispatch(quant=...) and combine(wire=...) put on the wire. Each value that is
+not finite becomes NaN and does not affect the scale of its tile. Tensors on a GPU are coded there, on the current
+stream, with the same bits.
 
 Source: DeepSeek-V3 technical report, section 3.3.2 (tiles), and "Insights into DeepSeek-V3", section 3.2 (LogFMT).
 """
@@ -24,35 +24,36 @@ _FP8 = torch.float8_e4m3fn
 _KINDS = {"f32": 1, "ue8m0": 2}
 _TILES = {(1, TILE): 0, (TILE, 1): 1, (TILE, TILE): 2}
 _WIRES = {"fp8": 1, "logfmt10": 2}
-_isa = ""  # tests name a build of the row kernels here; empty: the best one
+_isa = ""  # instruction set of the row kernels, set by tests; empty: the best that this machine has
 
 
 def quantize(
     x: torch.Tensor, *, tile: tuple[int, int] = (1, TILE), scale: str = "f32", scale_layout: str = "row"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """FP8 e4m3 codes and one scale per tile.
+    """Quantize to FP8 e4m3 codes with one scale per tile.
 
     Parameters
     ----------
     x : Tensor [R, C] bfloat16, float16 or float32
     tile : (1, 128), (128, 1) or (128, 128)
-        Rows and columns that share a scale; the last tiles may be smaller.
+        Rows and columns that share a scale. The last tiles may be smaller.
     scale : "f32" or "ue8m0"
-        amax / 448 in FP32; or the least power of two not below it, as an exponent byte, four in an int32
-        along the columns of x (along its rows for (128, 1)).
+        "f32": amax / 448 in FP32. "ue8m0": the smallest power of two that is not below it, stored as an exponent
+        byte. Four bytes form an int32, along the columns of x (along its rows for tile (128, 1)).
     scale_layout : "row" or "column"
-        Strides of the scales: "column" puts the values of one column side by side and starts every column
-        on 16 bytes, as FP8 grouped GEMMs want it.
+        Strides of the scales. "column" stores them by columns, and every column starts at a multiple of 16 bytes, as
+        FP8 grouped GEMMs require.
 
     Returns
     -------
     (codes float8_e4m3fn [R, C], scales)
-        scales are float32 [ceil(R / tile rows), ceil(C / tile columns)] or int32 with a quarter of the
-        packed dimension, rounded up. value = code * scale.
+        scales are float32 [ceil(R / tile rows), ceil(C / tile columns)], or int32 whose packed dimension is a quarter
+        of that, rounded up. value = code * scale.
 
     Raises
     ------
     InvalidArgument
+        An argument is none of these, or x requires a gradient.
 
     Source: DeepSeek-V3 technical report, section 3.3.2.
     """
@@ -93,16 +94,16 @@ def dequantize(
     tile: tuple[int, int] = (1, TILE),
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Values of FP8 codes.
+    """Convert FP8 codes back to values.
 
     Parameters
     ----------
     codes : Tensor [R, C] float8_e4m3fn
     scales : Tensor
-        As quantize gives them, of any strides; int32 scales are UE8M0.
+        As quantize returns them, with any strides. int32 scales are UE8M0.
     tile : as for quantize
     dtype : torch.dtype
-        bfloat16, float16 or float32; one rounding from the FP32 product.
+        bfloat16, float16 or float32. The FP32 product is rounded once.
 
     Returns
     -------
@@ -111,6 +112,8 @@ def dequantize(
     Raises
     ------
     InvalidArgument
+        An argument is none of these, the shape of scales does not fit codes and tile, or a tensor requires a
+        gradient.
     """
     op = "dequantize"
     codes = _check("codes", codes, op, _FP8)
@@ -134,17 +137,17 @@ def dequantize(
 def transpose_requantize(
     codes: torch.Tensor, scales: torch.Tensor, *, scale: str = "f32"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows stored in 1x128 tiles, as the weight gradient wants them: 128x1 tiles, transposed, in one pass.
+    """Transpose rows with 1x128 tiles and quantize the result in 1x128 tiles, as the weight gradient needs them.
 
-    Equal to quantize(dequantize(codes, scales).t()); no tensor of higher precision is made. With
-    power-of-two scales on both sides only what falls below a tile's smallest code is rounded twice.
+    Equal to quantize(dequantize(codes, scales).t()), in one pass and without a tensor of higher precision. If both
+    scales are powers of two, only values below the smallest code of their new tile are rounded a second time.
 
     Parameters
     ----------
     codes : Tensor [R, C] float8_e4m3fn
     scales : Tensor [R, ceil(C/128)] float32, or int32 (UE8M0)
     scale : "f32" or "ue8m0"
-        Of the result.
+        Format of the new scales.
 
     Returns
     -------
@@ -153,6 +156,7 @@ def transpose_requantize(
     Raises
     ------
     InvalidArgument
+        An argument is none of these, the shape of scales does not fit codes, or a tensor requires a gradient.
 
     Source: DeepSeek-V3 technical report, section 3.3.3 (activations stored in FP8).
     """
@@ -178,14 +182,14 @@ def transpose_requantize(
 
 
 def pack_ue8m0(scales: torch.Tensor, *, dim: int = 1) -> torch.Tensor:
-    """Powers of two as exponent bytes, four in an int32.
+    """Pack powers of two as exponent bytes, four in an int32.
 
     Parameters
     ----------
     scales : Tensor [A, B] float32
         Powers of two from 2**-126 to 2**127.
     dim : 0 or 1
-        The dimension that is packed: the lowest byte has the lowest index, missing ones are 0.
+        The dimension to pack. The lowest byte holds the scale with the lowest index; missing bytes are 0.
 
     Returns
     -------
@@ -206,13 +210,13 @@ def pack_ue8m0(scales: torch.Tensor, *, dim: int = 1) -> torch.Tensor:
 
 
 def unpack_ue8m0(packed: torch.Tensor, count: int, *, dim: int = 1) -> torch.Tensor:
-    """The inverse of pack_ue8m0.
+    """Unpack the scales that pack_ue8m0 has packed.
 
     Parameters
     ----------
     packed : Tensor int32 [A, W] (dim 1) or [W, B] (dim 0)
     count : int
-        Scales along dim.
+        Number of scales along dim.
 
     Returns
     -------
@@ -227,17 +231,16 @@ def unpack_ue8m0(packed: torch.Tensor, count: int, *, dim: int = 1) -> torch.Ten
 
 
 def encode_wire(x: torch.Tensor, wire: str) -> torch.Tensor:
-    """Rows as combine(wire=...) sends them.
+    """Encode rows as combine(wire=...) sends them.
 
     Parameters
     ----------
     x : Tensor [R, hidden] bfloat16, float16 or float32
     wire : "fp8" or "logfmt10"
-        fp8: codes, then a float32 scale per 128 channels. logfmt10: sign and 9-bit code k of the logarithm's
-        place between low and low + 510 * step, which every 128 channels have for themselves: k = 0 is zero,
-        else the value is +-2**(low + (k - 1) * step); a negative zero is NaN. low is the least log2 |x| of
-        the tile, but not below the largest - 32. Rounding picks the nearest value in linear space; subnormal
-        numbers count as zero.
+        fp8: the codes of a row, then a float32 scale per tile of 128 channels. logfmt10: a sign and a 9-bit code k
+        per value, and low and step per tile of 128 channels. k = 0 is zero; any other code is the value +-2**(low +
+        (k - 1) * step). A negative zero is NaN. low is the smallest log2 |x| of the tile, but not less than the
+        largest - 32. Values are rounded to the nearest in linear space; subnormal numbers become zero.
 
     Returns
     -------
@@ -246,8 +249,10 @@ def encode_wire(x: torch.Tensor, wire: str) -> torch.Tensor:
     Raises
     ------
     InvalidArgument
+        An argument is none of these, x requires a gradient, or rows on a GPU are not a multiple of 16 bytes.
 
-    Source: "Insights into DeepSeek-V3: Scaling Challenges and Reflections on Hardware for AI Architectures", section 3.2.
+    Source: "Insights into DeepSeek-V3: Scaling Challenges and Reflections on Hardware for AI Architectures", section
+    3.2.
     """
     op = "encode_wire"
     x = _check("x", x, op, *_DTYPES)
@@ -262,12 +267,13 @@ def encode_wire(x: torch.Tensor, wire: str) -> torch.Tensor:
 def decode_wire(
     coded: torch.Tensor, hidden: int, wire: str, *, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """Values of rows that encode_wire coded.
+    """Decode rows that encode_wire has encoded.
 
     Parameters
     ----------
     coded : Tensor uint8 [R, wire_bytes(hidden, wire)]
     hidden : int
+        Elements of a row.
     wire : "fp8" or "logfmt10"
     dtype : torch.dtype
         bfloat16, float16 or float32.
@@ -279,6 +285,7 @@ def decode_wire(
     Raises
     ------
     InvalidArgument
+        An argument is none of these, or rows on a GPU are not a multiple of 16 bytes.
     """
     op = "decode_wire"
     coded = _check("coded", coded, op, torch.uint8)
@@ -286,7 +293,9 @@ def decode_wire(
     _choose("dtype", dtype, _DTYPES, op)
     if coded.shape[1] != wire_bytes(hidden, wire):
         raise InvalidArgument(
-            f"{op}: coded has rows of {coded.shape[1]} bytes; expected {wire_bytes(hidden, wire)}", op=op
+            f"{op}: coded has rows of {coded.shape[1]} bytes; expected {wire_bytes(hidden, wire)}, "
+            f"wire_bytes({hidden}, {wire!r})",
+            op=op,
         )
     _check_wire_row("the result", coded.device, hidden * dtype.itemsize, op)
     out = torch.empty((coded.shape[0], hidden), dtype=dtype, device=coded.device)
@@ -309,6 +318,7 @@ def wire_bytes(hidden: int, wire: str) -> int:
     Raises
     ------
     InvalidArgument
+        wire is none of these.
     """
     return _native.wire_row_bytes(_choose("wire", wire, _WIRES, "wire_bytes"), hidden, 0)
 
@@ -320,7 +330,9 @@ def _run(name: str, device: torch.device, *args: Any) -> None:
             getattr(cuda.native(), name)(*args, torch.cuda.current_stream(device).cuda_stream)
         return
     if not getattr(_native, name)(*args, _isa):
-        raise InvalidArgument(f"isa: this machine has no {_isa!r}", op="quant")
+        raise InvalidArgument(
+            f"isa is {_isa!r}, which this machine lacks; expected '' or one it has", op="quant"
+        )
 
 
 def _choose(name: str, value: Any, choices: dict[Any, int], op: str) -> int:
@@ -336,22 +348,23 @@ def _check(name: str, t: Any, op: str, *dtypes: Any) -> torch.Tensor:
     refuse_gradients(op, **{name: t})
     if t.dtype not in dtypes or t.dim() != 2 or t.device.type not in ("cpu", "cuda") or not t.is_contiguous():
         raise InvalidArgument(
-            f"{op}: {name} is {'' if t.is_contiguous() else 'non-contiguous '}{t.dtype} {list(t.shape)} on {t.device}; expected "
-            f"contiguous {' or '.join(map(str, dtypes))} with two dimensions on cpu or cuda",
+            f"{op}: {name} is {'' if t.is_contiguous() else 'non-contiguous '}{t.dtype} {list(t.shape)} on {t.device}; "
+            f"expected contiguous {' or '.join(map(str, dtypes))} with two dimensions on cpu or cuda",
             op=op,
         )
-    return t
+    checked: torch.Tensor = t
+    return checked
 
 
 def _check_wire_row(name: str, device: torch.device, row_bytes: Any, op: str) -> None:
     if device.type == "cuda" and row_bytes % 16:
         raise InvalidArgument(
-            f"{op}: {name} has rows of {row_bytes} bytes; on a GPU expected a multiple of 16", op=op
+            f"{op}: {name} has rows of {row_bytes} bytes; expected a multiple of 16 on a GPU", op=op
         )
 
 
 def _as_floats(op: str, scales: torch.Tensor, codes: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
-    """Scales of any kind and strides as contiguous floats [tile rows, tile columns]."""
+    """Scales of any format and strides as contiguous floats [tile rows, tile columns]."""
     scales = plain(op, "scales", scales)
     refuse_gradients(op, scales=scales)
     shape, device = codes.shape, codes.device
@@ -363,8 +376,8 @@ def _as_floats(op: str, scales: torch.Tensor, codes: torch.Tensor, tile: tuple[i
         (torch.int32, packed),
     ):
         raise InvalidArgument(
-            f"{op}: scales is {scales.dtype} {list(scales.shape)} on {scales.device}; expected float32 {list(want)} or int32 "
-            f"{list(packed)} on {device}",
+            f"{op}: scales is {scales.dtype} {list(scales.shape)} on {scales.device}; expected float32 {list(want)} "
+            f"or int32 {list(packed)} on {device}",
             op=op,
         )
     return scales.contiguous() if scales.dtype == torch.float32 else unpack_ue8m0(scales, want[dim], dim=dim)

@@ -1,9 +1,10 @@
-"""What dispatch and combine return: Dispatched, its Handle, and Pending."""
+"""Results of calls: Dispatched, its Handle, and Pending."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import time
 from functools import cached_property
@@ -14,111 +15,161 @@ from ._cuda import cuda
 
 from . import ops
 from ._native import core
+from .elastic.verdict import require_generation
+from .errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from .buffer import Buffer
+    from .backend import Backend
+    from .first_phase import FirstPhase
+    from .opaque import Opaque
     from .communicator import Communicator
 
 
 class Dispatched:
-    """What dispatch returns; its tensors are views of the window.
+    """Result of a dispatch. Its tensors are views of the window.
 
-    .x [N, hidden], .scales [N, hidden/128] (int32 [N, hidden/512] for UE8M0) or None, .tokens_per_expert and .rows_per_expert int64
-    [experts per rank] (true and padded counts), .topk_weights [N] (expert layout) or [N, top_k],
-    .topk_ids int64 [N, top_k] local ids, -1 for picks of other ranks (rank layout, else None),
-    .source_rank, .source_token [N] (-1 on padding), .handle. With a placement, .lost_weight [T] float32: of this rank's
-    tokens, the weight of picks whose experts have no replica any more (of a plan that is used again: None).
+    Attributes
+    ----------
+    handle : Handle
+        For combine, and for later dispatches with the same plan.
+    lost_weight : Tensor float32 [T] or None
+        With a placement: for each token of this rank, the weight of its picks whose experts have no replica any more.
+        None if the plan was reused.
     """
 
-    # Fields are ordinary attributes; those that nobody has set are made of the block when they are first asked for.
+    # Fields are ordinary attributes. A field that is not set is made from the block at its first use.
     lost_weight: torch.Tensor | None = None
-    _block: Any
+    block: Any  # native memory of the fields
 
-    def __init__(self, handle: Handle, lost_weight: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, handle: Handle, lost_weight: torch.Tensor | None = None, tensors: BlockTensors | None = None
+    ) -> None:
         self.handle, self.lost_weight = handle, lost_weight
+        if tensors is not None:
+            self._tensors, self.block = tensors, tensors.block
 
     @cached_property
     def _tensors(self) -> BlockTensors:
-        b = self.handle._buffer
-        return BlockTensors(
-            self.handle, self._block, b.dtype, b._row_bytes, 0
-        )  # rows of the buffer's dtype, as they left
+        memory = self.handle.owner.memory  # by default, rows have the dtype of the buffer and no scales
+        return BlockTensors(self.handle, self.block, memory.dtype, memory.row_bytes, 0)
 
     @cached_property
     def x(self) -> torch.Tensor:
-        """Rows [N, hidden]."""
-        return self._tensors.make("x")
+        """Received rows [N, hidden]."""
+        x: torch.Tensor = self._tensors.make("x")
+        return x
 
     @cached_property
     def scales(self) -> torch.Tensor | None:
-        """Scales of quantized rows, else None: float32 [N, hidden/128], or int32 [N, hidden/512] (UE8M0), in either layout."""
-        return self._tensors.make("scales")
+        """Scales of quantized rows: float32 [N, hidden/128], or int32 [N, hidden/512] for UE8M0; otherwise None."""
+        scales: torch.Tensor | None = self._tensors.make("scales")
+        return scales
 
     @cached_property
     def topk_weights(self) -> torch.Tensor:
-        """[N] in the expert layout, [N, top_k] in the rank layout, float32; 0 where there is no pick."""
-        return self._tensors.make("weights")
+        """Weights float32: [N] in the expert layout, [N, top_k] in the rank layout. 0 without a pick of this rank."""
+        weights: torch.Tensor = self._tensors.make("weights")
+        return weights
 
     @cached_property
     def topk_ids(self) -> torch.Tensor | None:
-        """Local expert ids [N, top_k] int64, -1 elsewhere (rank layout; None in the expert layout)."""
+        """Local expert ids int64 [N, top_k], -1 for picks of other ranks. None in the expert layout."""
         return None if self.handle.layout == "expert" else self._tensors.make("ids")
 
     @cached_property
-    def _source(self) -> torch.Tensor:
-        return self._tensors.make("source")
+    def source(self) -> torch.Tensor:
+        """Source of each row, int64 [N]: rank << 32 | token. -1 on padding."""
+        source: torch.Tensor = self._tensors.make("source")
+        return source
+
+    @cached_property
+    def sides(self) -> tuple[torch.Tensor, ...]:
+        """Side tensors [N] or [N, n] of opaque rows, in the order of Opaque(rows, *sides). () for other rows."""
+        return self._tensors.sides()
 
     @property
     def source_rank(self) -> torch.Tensor:
-        """Rank that each row comes from, int64 [N]; -1 on padding."""
-        return self._source >> 32
+        """Source rank of each row, int64 [N]. -1 on padding."""
+        return self.source >> 32
 
     @property
     def source_token(self) -> torch.Tensor:
-        """Token at that rank, int64 [N]; -1 on padding."""
-        return torch.where(self._source < 0, self._source, self._source & 0xFFFFFFFF)
+        """Index of each row's token at its source, int64 [N]. -1 on padding."""
+        return torch.where(self.source < 0, self.source, self.source & 0xFFFFFFFF)
+
+    def take(self, other: Dispatched) -> None:
+        """Take over the rows and the handle of a repetition of this dispatch. The shapes are the same."""
+        if self.block is not other.block:
+            memoryview(self.block)[:] = memoryview(other.block)
+            self.handle.take(other.handle)
 
     @property
     def tokens_per_expert(self) -> torch.Tensor:
-        """True number of rows of every local expert, int64 [experts per rank]."""
-        return self.handle._counts()[0]
+        """Number of rows of each local expert without padding, int64 [experts per rank]."""
+        return self.handle.counts()[0]
+
+    @property
+    def rows_per_source(self) -> torch.Tensor:
+        """Number of rows from each source rank without padding, int64 [size]."""
+        return self.handle.count_per_rank(self.source_rank)
 
     @property
     def rows_per_expert(self) -> torch.Tensor:
-        """Rows of every local expert with padding, int64 [experts per rank]."""
-        return self.handle._counts()[1]
+        """Number of rows of each local expert with padding, int64 [experts per rank]."""
+        return self.handle.counts()[1]
+
+    def counts_as(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (tokens_per_expert, rows_per_expert) with another dtype: int32 for kernels that want it, or int64.
+
+        Raises
+        ------
+        InvalidArgument
+            dtype is another one.
+        """
+        if dtype not in (torch.int32, torch.int64):
+            raise InvalidArgument(f"dtype is {dtype}; expected torch.int32 or torch.int64", op="counts_as")
+        true, padded = self.handle.counts()
+        return true.to(dtype), padded.to(dtype)
 
 
 class Handle:
-    """What combine needs to undo a dispatch, and a dispatch needs to repeat one.
+    """Identifies a dispatch, for combine and for later dispatches with the same plan.
 
-    .rows [N, hidden]: a place in the window of the buffer's dtype for the experts' output; written
-    there and passed to combine, it is read in place. .num_rows, .num_tokens, .layout.
+    Attributes
+    ----------
+    num_rows : int
+        Received rows, N.
+    num_tokens : int
+        Tokens of this rank.
+    layout : "expert" or "rank"
     """
 
-    # What is None is made when it is first asked for.
-    _capacity: int | None = None
-    _made_plan: Any = None
-    _made_output: Any = None
+    # .owner is the Backend of the dispatch. An attribute that is None is made at its first use.
+    owner: Backend
+    capacity: int | None = None
+    made_plan: Any = None
+    made_output: Any = None
     _made_tensor: torch.Tensor | None = None
     _made_counts: Any = None
+    memory: Any = None  # native memory of the dispatch; the buffer may have larger memory now
 
     def __init__(
         self,
-        buffer: Buffer,
+        owner: Backend,
         layout: str,
         capacity: int | None,
         num_rows: int,
         num_tokens: int,
         *,
+        native: Any = None,
         plan: Any = None,
         output: Any = None,
         tensor: torch.Tensor | None = None,
         counts: Any = None,
     ) -> None:
-        self._buffer, self._capacity = buffer, capacity
+        self.owner, self.capacity, self.memory = owner, capacity, native
         self.layout, self.num_rows, self.num_tokens = layout, num_rows, num_tokens
-        self._made_plan, self._made_output, self._made_tensor, self._made_counts = (
+        self.made_plan, self.made_output, self._made_tensor, self._made_counts = (
             plan,
             output,
             tensor,
@@ -126,91 +177,182 @@ class Handle:
         )
 
     @property
-    def _plan(self) -> Any:
-        if self._made_plan is None:  # an operator's handle: its tensor stands for a ticket
+    def plan(self) -> Any:
+        """Plan for native calls."""
+        if self.made_plan is None:  # made by an operator: the tensor refers to a ticket
             ticket = ops.ticket_of(self._made_tensor)  # type: ignore[arg-type]
-            self._made_plan, self._made_output = ticket.plan, ticket.output
-        return self._made_plan
+            self.made_plan, self.made_output, self.memory = ticket.plan, ticket.output, ticket.native
+        return self.made_plan
 
     @property
-    def _output(self) -> Any:
-        return self._made_output if self._plan is not None else None
+    def output(self) -> Any:
+        """Memory of .rows for native calls."""
+        return self.made_output if self.plan is not None else None
 
     def tensor(self) -> torch.Tensor:
-        """The handle as torch.ops.moecomm.* take it: int64 [1] on the host. Keep this tensor, not a copy of it."""
+        """Return the handle as a tensor for torch.ops.moecomm.*: int64 [1] on the host. Copies of it are not valid."""
         if self._made_tensor is None:
             self._made_tensor = ops.Ticket(
-                self._buffer, self.layout, self._capacity, self._plan, self._output
+                self.owner, self.layout, self.capacity, self.plan, self.output, self.memory
             ).tensor()
         return self._made_tensor
 
-    def _counts(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(true, padded) rows of every local expert."""
+    def count_per_rank(self, ranks: torch.Tensor) -> torch.Tensor:
+        """Count how often each rank occurs in ranks int64 [N], without -1: int64 [size]. The host does not wait."""
+        counts = ranks.new_zeros(self.owner.memory.comm.size + 1)
+        return counts.index_add_(0, ranks + 1, torch.ones_like(ranks))[1:]
+
+    def take(self, other: Handle) -> None:
+        """Become the handle of a repetition of the dispatch."""
+        self.made_plan, self.made_output, self.memory = other.plan, other.output, other.memory
+        self._made_tensor = None
+        self.__dict__.pop("rows", None)
+
+    @property
+    def has_counts(self) -> bool:
+        """Whether the tensors of counts() exist already."""
+        return self._made_counts is not None
+
+    def counts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of each local expert: (without padding, with padding)."""
         if self._made_counts is None:
-            plan, n = self._plan, self._buffer.experts_per_rank
+            plan, n = self.plan, self.owner.memory.experts_per_rank
             if isinstance(plan, core.Plan):
-                self._made_counts = core.counts_of(plan, n)
+                self._made_counts = plan.counts(n)
             if self._made_counts is None:
                 self._made_counts = _counts(plan.tokens_per_expert(n)), _counts(plan.rows_per_expert(n))
-        return self._made_counts
+        counts: tuple[torch.Tensor, torch.Tensor] = self._made_counts
+        return counts
 
     @cached_property
     def rows(self) -> torch.Tensor:
-        """The experts' output, to be written: [N, hidden] in the window."""
-        return view(
-            self._output,
-            0,
-            self._buffer.dtype,
-            (self.num_rows, self._buffer.hidden),
-            self._buffer.comm.device,
-        )
+        """Window memory for the experts' output, [N, hidden] of the buffer's dtype. combine reads it in place."""
+        memory = self.owner.memory
+        return view(self.output, 0, memory.dtype, (self.num_rows, memory.hidden), memory.comm.device)
 
 
-core.return_as(Dispatched, Handle)
+def dispatched_of(owner: Backend, native: Any, layout: str, made: Any) -> Dispatched:
+    """Make the result of dispatch from that of a native try_dispatch."""
+    plan, block, output, rows, x, weights = made
+    out = Dispatched(Handle(owner, layout, None, rows, plan.tokens, native=native, plan=plan, output=output))
+    out.block = block
+    if x is not None:
+        out.x = x
+    if weights is not None:
+        out.topk_weights = weights
+    return out
 
 
-class Pending:
-    """A call that runs on the progress thread; keeps its inputs alive until it is done.
+def parts_in(handle: Handle, native: Any) -> tuple[Any, Any] | None:
+    """Return (plan, output) of a handle if they are made already and belong to this native memory, else None."""
+    if handle.made_plan is None or handle.memory is not native:
+        return None
+    return handle.made_plan, handle.made_output
 
-    .span: (begin, end) of the call there, in seconds of time.perf_counter(), once it is done.
+
+Result = TypeVar("Result")
+
+
+class Pending(Generic[Result]):
+    """An asynchronous call on the progress thread. Keeps the inputs alive until the call is done.
+
+    Attributes
+    ----------
+    span : (float, float) or None
+        Begin and end of the call in seconds of time.perf_counter(), once it is done.
     """
 
     event = None  # set in the CUDA world
 
     def __init__(
-        self, comm: Communicator, work: Callable[[], Any], keep: Any, then: Callable[[Any], Any] | None = None
+        self,
+        comm: Communicator,
+        work: Callable[[], Result],
+        keep: Any,
+        then: Callable[[Result], Any] | None = None,
     ) -> None:
         self._comm, self.span, self._keep, self._then = comm, None, keep, then
+        self._made_with = comm.native
 
-        def timed() -> Any:
+        def timed() -> Result:
             begin = time.perf_counter()
             result = work()
             self.span = begin, time.perf_counter()
             return result
 
-        self._future = comm._submit(timed)
+        self._future: Future[Result] = comm.order.submit(timed)
 
-    def wait(self) -> Any:
-        """The call's result, when it is there.
+    def wait(self) -> Result:
+        """Wait for the call and return its result.
 
         Raises
         ------
         InvalidArgument
-            It is not there, and waiting would not bring it: this is a forked child, or code that runs inside another call of the communicator.
+            The call is not done and would never be: this process is a forked child, or this code runs inside another
+            call of the communicator.
         MoecommError
-            What the call raised.
+            The error of the call.
         """
-        if not self._future.done():
-            self._comm._require_outside("wait")
-        result = self._future.result()
+        result = self._result("wait")
         then, self._keep, self._then = self._then, None, None
         if then is not None:
             then(result)
         return result
 
     def done(self) -> bool:
-        """Whether wait() would return at once."""
+        """Whether wait() would return immediately."""
         return self._future.done()
+
+    def _require_ends(self, op: str) -> None:
+        """Refuse to wait for a call that would never be done."""
+        require_generation(self._comm, op, "the call", self._made_with)
+        if not self._future.done():
+            self._comm.order.require_outside(op)
+
+    def _result(self, op: str) -> Result:
+        self._require_ends(op)
+        return self._future.result()
+
+
+class PendingDispatch(Pending["Dispatched"]):
+    """An asynchronous dispatch on the progress thread. Its counts can be known before its rows have arrived."""
+
+    def __init__(
+        self,
+        comm: Communicator,
+        work: Callable[[], Dispatched],
+        keep: Any,
+        then: Callable[[Dispatched], Any] | None,
+        first: FirstPhase,
+    ) -> None:
+        self._first = first
+        super().__init__(comm, work, keep, then)
+
+    def wait_counts(self) -> Dispatched:
+        """Wait until the number of rows is known, and return the result with its counts and shapes.
+
+        The ranks exchange counts before rows. So .tokens_per_expert, .rows_per_expert and .handle.num_rows are known
+        earlier than the rows, and .x and the other tensors have their shapes and addresses. Do not read or write
+        their contents before wait(). If no gradient is needed, this is the object that wait() returns. Callable from
+        any thread, several times, also after wait().
+
+        On a GPU the host has waited for the counts already, so this returns at once. With a capacity it does not wait
+        for them: then the current stream waits for the whole call.
+
+        Raises
+        ------
+        InvalidArgument
+            As wait.
+        MoecommError
+            The error of the call, if it has failed. If it fails later, only wait() raises the error.
+        """
+        op = "wait_counts"
+        self._require_ends(op)
+        early = self._first.wait()
+        if early is None or self._future.done():
+            whole = self._result(op)  # or its error
+            return whole if early is None else early
+        return early
 
 
 class BlockTensors:
@@ -223,37 +365,50 @@ class BlockTensors:
         dtype: torch.dtype,
         row_bytes: int,
         scale_bytes: int,
-        scale_dtype: torch.dtype = torch.float32,
+        scale_dtype: Any = torch.float32,
         scales_by_column: bool = False,
+        opaque: Opaque | None = None,
     ) -> None:
-        self._handle, self._block, self._dtype = handle, block, dtype
+        self._handle, self.block, self._dtype = handle, block, dtype
         self._row_bytes, self._scale_bytes = row_bytes, scale_bytes
-        self._scale_dtype, self._by_column = scale_dtype, scales_by_column
+        self._scale_dtype, self._by_column, self._opaque = scale_dtype, scales_by_column, opaque
         self._offsets: Any = None
 
     def make(self, name: str) -> Any:
-        """One of x, scales, weights, ids, source."""
+        """Make one of x, scales, weights, ids, source."""
         h = self._handle
-        buffer, top_k = h._buffer, () if h.layout == "expert" else (h._buffer.top_k,)
-        if name == "scales" and not self._scale_bytes:
+        memory = h.owner.memory
+        top_k, device = () if h.layout == "expert" else (memory.top_k,), memory.comm.device
+        if name == "scales" and (self._opaque is not None or not self._scale_bytes):
             return None
         index, dtype, columns = {
-            "x": (0, self._dtype, (buffer.hidden,)),
+            "x": (0, self._dtype, (memory.hidden,)),
             "scales": (1, self._scale_dtype, (self._scale_bytes // 4,)),
             "weights": (2, torch.float32, top_k),
             "ids": (3, torch.int64, top_k),
             "source": (4, torch.int64, ()),
         }[name]
         if self._offsets is None:
-            self._offsets = buffer._native.block_layout(
-                h._plan, h.num_rows, self._row_bytes, self._scale_bytes, self._by_column
+            self._offsets = h.memory.block_layout(
+                h.plan, h.num_rows, self._row_bytes, self._scale_bytes, self._by_column
             )
         if name == "scales" and self._by_column:
             column = -(-h.num_rows // 4) * 4  # columns start on 16 bytes
-            return view(self._block, self._offsets[index], dtype, (*columns, column), buffer.comm.device).t()[
-                : h.num_rows
-            ]
-        return view(self._block, self._offsets[index], dtype, (h.num_rows, *columns), buffer.comm.device)
+            return view(self.block, self._offsets[index], dtype, (*columns, column), device).t()[: h.num_rows]
+        if name == "x" and self._opaque is not None:
+            return self._opaque.unpack_rows(self._bytes(index, self._row_bytes, device))
+        return view(self.block, self._offsets[index], dtype, (h.num_rows, *columns), device)
+
+    def sides(self) -> tuple[torch.Tensor, ...]:
+        """Side tensors of opaque rows; () for other rows."""
+        if self._opaque is None:
+            return ()
+        device = self.make("source").device
+        return self._opaque.unpack_sides(self._bytes(1, self._scale_bytes, device))
+
+    def _bytes(self, index: int, columns: int, device: torch.device) -> torch.Tensor:
+        """Bytes of the block as uint8 [N, columns]."""
+        return view(self.block, self._offsets[index], torch.uint8, (self._handle.num_rows, columns), device)
 
 
 _DLPACK: dict[torch.dtype, tuple[int, int]] = {
@@ -266,20 +421,23 @@ _DLPACK: dict[torch.dtype, tuple[int, int]] = {
 
 
 def view(block: Any, offset: int, dtype: torch.dtype, shape: Any, device: torch.device) -> torch.Tensor:
-    """A tensor of one or two dimensions at an offset of a block, which lives as long as the tensor."""
+    """Make a tensor of one or two dimensions at an offset of a block. The tensor keeps the block alive."""
     if 0 in shape:
         return torch.empty(shape, dtype=dtype, device=device)
     if hasattr(block, "__cuda_array_interface__"):
-        return cuda.tensor_of(block, offset, dtype, shape)
+        on_gpu: torch.Tensor = cuda.tensor_of(block, offset, dtype, shape)
+        return on_gpu
     rows, columns = shape if len(shape) == 2 else (*shape, 0)
-    made: Any = core.tensor_at(block, offset, *_DLPACK[dtype], rows, columns) if dtype in _DLPACK else None
+    made: torch.Tensor | None = None
+    if dtype in _DLPACK:
+        made = block.tensor(offset, *_DLPACK[dtype], rows, columns)
     if made is None:
         made = torch.frombuffer(block, dtype=dtype, count=rows * max(columns, 1), offset=offset).view(shape)
     return made
 
 
 def _counts(counts: Any) -> Any:
-    """A tensor of a plan's counts, where the buffer's tensors are."""
+    """Counts of a plan as a tensor, on the device of the buffer."""
     return (
         cuda.counts_of(counts)
         if hasattr(counts, "__cuda_array_interface__")

@@ -1,12 +1,13 @@
-"""The one check of tensors that callers pass: a plain tensor with memory, or InvalidArgument that names what it is instead.
+"""Check of tensors that callers pass: each must be a plain tensor with memory.
 
-Native code reads and writes memory by address. Tensor subclasses, wrappers of function transforms and tensors whose storage was
-freed have no address, or one at which their values are not.
+Native code reads and writes memory by address. Tensor subclasses, wrappers of function transforms and tensors with
+freed storage have no address, or an address at which their values are not stored.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Any, NoReturn
 
 import torch
 from torch.autograd import forward_ad
@@ -16,43 +17,53 @@ from .errors import InvalidArgument
 _grad_enabled = torch.is_grad_enabled
 
 
-def refuse(op, what, rank=None):
-    """Raise InvalidArgument of a verb.
+def refuse(op: str, what: str, rank: int | None = None) -> NoReturn:
+    """Raise InvalidArgument for a call.
 
     Raises
     ------
     InvalidArgument
+        Always.
     """
     raise InvalidArgument(
         f"{op}: {what}" if rank is None else f"{op} on rank {rank}: {what}", op=op, rank=rank
     )
 
 
-def plain(op, name, value, *, rank=None, optional=False, written=False, traceable=False):
-    """The argument as a plain tensor; what speaks DLPack (NumPy, CuPy, JAX, ...) as a view of its memory.
+def plain(
+    op: str,
+    name: str,
+    value: Any,
+    *,
+    rank: int | None = None,
+    optional: bool = False,
+    written: bool = False,
+    traceable: bool = False,
+) -> Any:
+    """Return the argument as a plain tensor. A DLPack array (NumPy, CuPy, JAX, ...) becomes a view of its memory.
 
-    A producer on a GPU is asked for its data on the current stream of that GPU, which is the stream of this call: what it
-    still has to write there comes before the call reads it, and nothing waits for the host.
+    A DLPack producer on a GPU exports its data for the current stream of that GPU, on which the call runs. So its
+    pending writes come before the reads of the call, and the host does not wait.
 
     Parameters
     ----------
     op, name : str
-        The verb and its argument, for the error.
+        Names of the call and of the argument, for the error text.
     value : object
     rank : int, optional
-        Of the caller.
+        This rank, for the error text.
     optional : bool
-        None is allowed.
+        Allow None.
     written : bool
-        The verb writes to it.
+        The call writes to the tensor.
     traceable : bool
-        The verb goes through torch.ops.moecomm while it is traced: the tracer's own tensors pass then.
+        The call uses torch.ops.moecomm while it is traced, so tensors of the tracer are allowed.
 
     Raises
     ------
     InvalidArgument
-        It is no tensor, a subclass other than Parameter and AsyncCollectiveTensor (which is waited for), inside a function
-        transform or forward-mode AD, nested, sparse, a negated view, or without memory.
+        The value is not a tensor, is a subclass other than Parameter and AsyncCollectiveTensor (which is waited for),
+        is inside a function transform or forward-mode AD, or is nested, sparse, a negated view or without memory.
     """
     if value is None and optional:
         return None
@@ -63,28 +74,29 @@ def plain(op, name, value, *, rank=None, optional=False, written=False, traceabl
         if traceable and _is_traced(value):
             return value
         value = _unwrap(op, name, value, rank)
-    if torch.compiler.is_dynamo_compiling():  # what stands for values here is looked at by torch
+    if torch.compiler.is_dynamo_compiling():  # dynamo checks its own tensors
         return value
     _check_transforms(op, name, value, rank)
     if value.is_nested:
         refuse(op, f"{name} is a nested tensor; expected a dense one, such as its values()", rank)
     if value.layout != torch.strided:
         refuse(op, f"{name} is {value.layout}; expected a dense tensor", rank)
-    if value.is_neg():  # its memory holds the numbers without their sign
+    if value.is_neg():  # the memory has the numbers with the opposite sign
         refuse(op, f"{name} is a negated view (of a conjugate); expected its resolve_neg()", rank)
     if value.device.type in ("cpu", "cuda") and not _has_memory(value):
         refuse(
             op,
-            f"{name} is a tensor {list(value.shape)} whose storage holds {value.untyped_storage().nbytes()} bytes, so its values are not there; "
-            "expected one whose storage has not been freed or resized (FSDP frees parameters between their uses)",
+            f"{name} is a tensor {list(value.shape)} whose storage holds {value.untyped_storage().nbytes()} bytes, too "
+            "few for its values; expected a tensor whose storage has not been freed or resized (FSDP frees parameters "
+            "between their uses)",
             rank,
         )
     return value
 
 
 def wants_gradient(a: object, b: object = None) -> bool:
-    """Whether autograd would record what is computed from one of them."""
-    if _grad_enabled():  # asked on the decode path: None is not asked for an attribute that it lacks
+    """Whether autograd would record an operation on a or b."""
+    if _grad_enabled():  # on the fast path of decode: no attribute lookup on None
         return getattr(a, "requires_grad", False) or (b is not None and getattr(b, "requires_grad", False))
     return False
 
@@ -92,40 +104,40 @@ def wants_gradient(a: object, b: object = None) -> bool:
 def refuse_gradients(
     op: str, instead: str = "", *, rank: int | None = None, **tensors: torch.Tensor | None
 ) -> None:
-    """Refuse tensors whose gradient a call would drop.
+    """Refuse tensors that require a gradient, which the call would drop.
 
     Parameters
     ----------
     op : str
-        The verb, for the error.
+        Name of the call, for the error text.
     instead : str
-        What else the caller may do, beside detaching the tensor.
+        Text about what the caller can do other than detach the tensor.
     rank : int, optional
-        Of the caller.
+        This rank, for the error text.
     tensors : Tensor or None
-        By their names as arguments.
+        By the names of the arguments.
 
     Raises
     ------
     InvalidArgument
-        Gradients are on and one of the tensors requires its own.
+        Gradients are enabled and a tensor requires one.
     """
     for name, t in tensors.items():
         if wants_gradient(t):
             refuse(
                 op,
-                f"{name} requires a gradient, which {op} cannot carry; pass {name}.detach(){instead}",
+                f"{name} requires a gradient, but {op} is not differentiable; pass {name}.detach(){instead}",
                 rank,
             )
 
 
-def address(t):
-    """Where a tensor's elements begin; 0 for None, and for a tensor without elements.
+def address(t: torch.Tensor | None) -> int:
+    """Return the address of a tensor's first element. 0 for None and for a tensor without elements.
 
     Raises
     ------
     InvalidArgument
-        It has elements and no memory: 0 would mean that it is left out.
+        The tensor has elements but no memory. Address 0 would mean that it is not given.
     """
     if t is None:
         return 0
@@ -133,16 +145,16 @@ def address(t):
     if at == 0 and t.numel():
         refuse(
             "moecomm",
-            f"a tensor {t.dtype} {list(t.shape)} on {t.device} has no memory; expected one that has",
+            f"a tensor {t.dtype} {list(t.shape)} on {t.device} has no memory; expected a tensor with memory",
         )
     return at
 
 
 def _from_dlpack(op, name, value, rank, written):
-    why, readonly = (
-        "",
-        getattr(getattr(value, "flags", None), "writeable", True) is False,
-    )  # NumPy's word; torch drops it
+    why = ""
+    readonly = (
+        getattr(getattr(value, "flags", None), "writeable", True) is False
+    )  # NumPy's flag; torch drops it
     if hasattr(value, "__dlpack__"):
         try:
             value = torch.from_dlpack(value)
@@ -151,12 +163,12 @@ def _from_dlpack(op, name, value, rank, written):
     if not isinstance(value, torch.Tensor):
         refuse(op, f"{name} is a {type(value).__qualname__}; expected a tensor or a DLPack array{why}", rank)
     if written and readonly:
-        refuse(op, f"{name} is an array that may not be written to; expected one that may", rank)
+        refuse(op, f"{name} is a read-only array; expected a writable one", rank)
     return value
 
 
 def _is_traced(value):
-    """Whether it stands for a value while torch.export, make_fx or a FakeTensorMode looks on."""
+    """Whether the tensor belongs to a tracer: torch.export, make_fx or a FakeTensorMode."""
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0:
         return False
     return isinstance(
@@ -164,23 +176,23 @@ def _is_traced(value):
     )
 
 
-def _class_of(module, name):
-    """A class of a module that this process may not have imported: then nothing is one of it."""
+def class_of(module: str, name: str) -> Any:
+    """Return a class of a module, or () if the module is not imported."""
     return getattr(sys.modules.get(module), name, ())
 
 
 def _unwrap(op, name, value, rank):
-    """The plain tensor behind a subclass, where there is one."""
-    if isinstance(value, _class_of("torch.distributed._functional_collectives", "AsyncCollectiveTensor")):
+    """Return the plain tensor of a subclass, if it has one."""
+    if isinstance(value, class_of("torch.distributed._functional_collectives", "AsyncCollectiveTensor")):
         wait = _Wait.apply if value.requires_grad and torch.is_grad_enabled() else _Wait.of
         return plain(op, name, wait(value), rank=rank)
-    if isinstance(value, _class_of("torch.distributed.tensor", "DTensor")):
+    if isinstance(value, class_of("torch.distributed.tensor", "DTensor")):
         refuse(op, f"{name} is a DTensor; expected a plain tensor, such as {name}.to_local()", rank)
     if isinstance(value, torch._subclasses.FakeTensor):
         refuse(
             op,
-            f"{name} is a FakeTensor, which has no memory; expected a tensor with values, or torch.compile and torch.export around dispatch and "
-            "combine",
+            f"{name} is a FakeTensor, which has no memory; expected a tensor with values, or a dispatch or combine "
+            "inside torch.compile or torch.export",
             rank,
         )
     if value.is_nested:
@@ -190,19 +202,19 @@ def _unwrap(op, name, value, rank):
     ):
         refuse(
             op,
-            f"{name} is a {type(value).__qualname__}, a tensor subclass that need not have memory of its own; expected a plain tensor",
+            f"{name} is a {type(value).__qualname__}, a tensor subclass that may lack memory; expected a plain tensor",
             rank,
         )
-    with torch._C.DisableTorchFunctionSubclass():  # only methods differ: the memory is a tensor's
+    with torch._C.DisableTorchFunctionSubclass():  # such a subclass only changes methods, not the memory
         return value.as_subclass(torch.Tensor)
 
 
 class _Wait(torch.autograd.Function):
-    """The result of a collective that was still under way."""
+    """Waits for the result of a collective, differentiably."""
 
     @staticmethod
     def of(value):
-        """Without gradients."""
+        """Wait without gradients."""
         return value.wait()
 
     @staticmethod
@@ -215,7 +227,7 @@ class _Wait(torch.autograd.Function):
 
 
 def _check_transforms(op, name, value, rank):
-    """Refuse what function transforms made: a call moves rows of all ranks, so it cannot be batched, and its forward derivative is not defined."""
+    """Refuse tensors of function transforms. A collective call cannot be batched and has no forward derivative."""
     functorch = torch._C._functorch
     if functorch.is_functorch_wrapped_tensor(value):
         where = (
@@ -227,15 +239,15 @@ def _check_transforms(op, name, value, rank):
         )
         refuse(
             op,
-            f"{name} is a tensor inside {where}; moecomm calls have no rule for it, expected a plain tensor (gradients: backward() or "
-            "torch.autograd.grad; batches: one call of all tokens)",
+            f"{name} is a tensor inside {where}, which moecomm does not support; expected a plain tensor (for "
+            "gradients use backward() or torch.autograd.grad, for batches one call with all tokens)",
             rank,
         )
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
         refuse(
             op,
-            f"{name} is a dual tensor of forward-mode AD, whose tangent would be lost; expected a plain tensor "
-            "(torch.autograd.forward_ad.unpack_dual), or reverse mode",
+            f"{name} is a dual tensor of forward-mode AD, which moecomm does not support; expected a plain tensor "
+            "(see torch.autograd.forward_ad.unpack_dual), or use reverse mode",
             rank,
         )
 

@@ -19,7 +19,19 @@ os.environ.setdefault(
 def processes():
     """A multiprocessing context whose server has imported everything and forks a rank in no time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["survivors", "hosts", "replicated", "joining"])
+    context.set_forkserver_preload(
+        [
+            "survivors",
+            "hosts",
+            "replicated",
+            "joining",
+            "agreeing",
+            "mask_worker",
+            "lasting_worker",
+            "growing_worker",
+            "join_deaths",
+        ]
+    )
     with pytest.MonkeyPatch.context() as patch:  # the server looks for modules nowhere else
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         multiprocessing.forkserver.ensure_running()

@@ -5,6 +5,7 @@ the versions of the group `lint` in pyproject.toml, one by one: one that cannot 
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -23,8 +24,18 @@ ROOT = Path(__file__).parents[1]
 PYTHON = ["moecomm", "bench", "examples", "tests", "tools", "docs", "setup.py"]
 PAGES = sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 PROSE = [*PYTHON, "csrc", *PAGES]
-# Without banned phrases: may only grow.
-PLAIN = ["bench", "csrc", "examples", "tests", "tools", "setup.py", *PAGES]
+# Checked for banned phrases.
+PLAIN = [
+    "bench",
+    "csrc",
+    "docs",
+    "examples",
+    "moecomm",
+    "tests",
+    "tools",
+    "setup.py",
+    *(p for p in PAGES if "/" not in p),
+]
 
 
 def sources(folders, suffixes):
@@ -33,6 +44,35 @@ def sources(folders, suffixes):
     return sorted(
         str(p.relative_to(ROOT)) for p in found if not p.with_suffix(".pyx").exists() or p.suffix == ".pyx"
     )
+
+
+# Nobody subclasses a class of Cython.
+STUBTEST = [
+    "--concise",
+    "--mypy-config-file",
+    "tools/stubtest.ini",
+    "--ignore-disjoint-bases",
+    "--allowlist",
+    "tools/stubtest.txt",
+    "--ignore-unused-allowlist",
+]
+
+
+def native_modules():
+    """The extensions that are built here, whose stubs are compared with them; without that of CUDA, which needs a
+    driver to be loaded.
+    """
+    folder = ROOT / "moecomm/_native"
+    built = [p.stem for p in sorted(folder.glob("*.pyi")) if any(folder.glob(f"{p.stem}.*.so"))]
+    parts = ["shared", "cpu_world"] if "core" in built else []  # importing moecomm loads them
+    return [
+        *(f"moecomm._native.{name}" for name in built if name != "cuda"),
+        *(
+            f"moecomm._native.{name}.{p.stem}"
+            for name in parts
+            for p in sorted((folder / name).glob("*.pyi"))
+        ),
+    ]
 
 
 @dataclass(frozen=True)
@@ -49,7 +89,8 @@ def checks():
     python = [sys.executable, "-m"]
     scripts = Path(sys.executable).parent
     cpp = sources(["csrc", "tests/cpp", "tools"], {".hpp", ".cpp", ".inl", ".cu", ".cuh"})
-    cython = sources(["moecomm"], {".pyx", ".pxd", ".pxi"})
+    cython = sources(["moecomm"], {".pyx", ".pxd"})
+    stubs = native_modules()
     return [
         Check("clang-format", "clang-format", [str(scripts / "clang-format"), "--dry-run", "-Werror", *cpp]),
         Check("ruff", "ruff", [*python, "ruff", "check", "--quiet", *PYTHON]),
@@ -57,6 +98,7 @@ def checks():
         Check("cython-lint", "cython-lint", [str(scripts / "cython-lint"), *cython]),
         Check("codespell", "codespell", [*python, "codespell_lib", *PROSE]),
         Check("mypy", "mypy", [*python, "mypy"]),
+        *([Check("stubtest", "mypy", [*python, "mypy.stubtest", *STUBTEST, *stubs])] if stubs else []),
         Check("phrases", None, [sys.executable, "tools/phrases.py", *PLAIN]),
     ]
 
@@ -87,7 +129,10 @@ def run(check):
     if not is_installed(check.tool):
         return check, 0.0, None, ""
     start = time.monotonic()
-    done = subprocess.run(check.command, cwd=ROOT, capture_output=True, text=True, check=False)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # cython-lint runs pycodestyle
+    done = subprocess.run(
+        check.command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False
+    )
     return check, time.monotonic() - start, done.returncode, done.stdout + done.stderr
 
 

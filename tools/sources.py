@@ -16,7 +16,7 @@ def files(folder, suffix=".cpp"):
 
 
 BALANCE = files("balance")
-SHARED = files("runtime")  # owners that every runtime uses
+SHARED = [*files("runtime"), *files("session")]  # what every runtime uses
 ROWS = [s for s in files("fabric/cpu") if Path(s).name.startswith("rows")]
 FIBERS = files("exec")
 NCCL_HOST = "csrc/runtime/cuda/nccl.cpp", "csrc/runtime/cuda/nccl_absent.cpp"  # with NCCL, without it
@@ -27,6 +27,19 @@ QUANT = ["csrc/runtime/cpu/quant.cpp", *ROWS]
 CUDA_HOST = [*(s for s in files("runtime/cuda") if s not in NCCL_HOST), *SHARED]
 KERNELS = [s for s in files("runtime/cuda/kernels", ".cu") if not s.endswith("gin.cu")]
 GIN_KERNELS = ["csrc/runtime/cuda/kernels/gin.cu"]
+
+
+def parts(*packages):
+    """Cython modules that share the library of one extension: those of packages of moecomm/_native."""
+    return [str(p.relative_to(ROOT)) for name in packages for p in sorted((NATIVE / name).glob("*.pyx"))]
+
+
+NATIVE = ROOT / "moecomm/_native"
+PARTS = {
+    "moecomm._native.core": parts("shared", "cpu_world"),
+    "moecomm._native.cuda": parts("cuda_world"),
+    "moecomm._native.sim": parts("sim_world"),
+}
 TESTS = sorted({*CORE, *SIM})  # what every C++ test is linked with
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@
 namespace moecomm::balance {
 namespace {
 
-constexpr double kPiece = 0.95;  // of the mean rank load: an expert starts with replicas no larger than that
-constexpr double kEnough = 1.004;  // heaviest over mean that is worth no further step
-constexpr double kTied = 2e-3;     // ranks so near to the heaviest count as heaviest
+constexpr double kPiece = 0.95;    // of the mean rank load: the largest replica that an expert starts with
+constexpr double kEnough = 1.004;  // heaviest rank over mean: below it no further step is made
+constexpr double kTied = 2e-3;     // ranks within this part of the heaviest are treated as heaviest
 constexpr int kSteps = 40;
-constexpr int kExchanges = 20;  // of replicas in the forest
-constexpr int kRounds = 4;      // of the split between steps
+constexpr int kAttempts = 20;  // of Forest::fit()
+constexpr int kRounds = 4;     // of the split, between steps
 
 class Activation {
  public:
@@ -35,7 +35,8 @@ class Activation {
     mean_ = std::accumulate(load, load + r.experts, 0.0) / r.ranks;
   }
 
-  // Hot experts first, each replica on the lightest rank with room.
+  // Starts replicas, hot experts first, each on the lightest rank with room. Returns -1, or an expert without
+  // room.
   int start() {
     std::vector<int> order;
     for (int e = 0; e < r_.experts; ++e)
@@ -44,7 +45,7 @@ class Activation {
               [&](int a, int b) { return load_[a] != load_[b] ? load_[a] > load_[b] : a < b; });
     for (const int e : order)
       if (!run(best_idle(e), load_[e]) && !make_room(e)) return e;
-    // Every expert runs; the hot ones get more as long as there is room.
+    // Every expert runs now; hot experts get more replicas while there is room.
     for (const int e : order) {
       const int pieces = std::min<double>(r_.count(e), std::ceil(load_[e] / (kPiece * mean_)));
       for (int n = 1; n < pieces && run(best_idle(e), load_[e] / pieces); ++n) {}
@@ -52,14 +53,14 @@ class Activation {
     return -1;
   }
 
-  // The other way round: all replicas balance the ranks, and of these as few are kept as still do
-  // (forest.hpp). Where a rank then runs too many, those with the smallest shares stop. Nothing changes where
-  // a rank gets stuck with experts that run nowhere else.
+  // An alternative start: balances the ranks with all replicas, and keeps as few of them as still balance the
+  // ranks (forest.hpp). If a rank then runs too many, those with the smallest shares stop. The result is
+  // dropped if a rank has too many experts that run nowhere else.
   void prune() {
     split(r_, load_, nullptr, kRounds, share_.data());
     Forest forest(r_, share_.data());
     forest.prune();
-    forest.fit(limit_, kExchanges);
+    forest.fit(limit_, kAttempts);
     std::vector<uint8_t> active(share_.size());
     std::vector<int> used(r_.ranks, 0), running(r_.experts, 0);
     for (size_t i = 0; i < share_.size(); ++i) {
@@ -79,7 +80,7 @@ class Activation {
         --running[r_.expert[least]];
       }
     for (int e = 0; e < r_.experts; ++e)
-      if (running_[e] > 0 && running[e] == 0) return;  // a load so small that rounding left nothing of it
+      if (running_[e] > 0 && running[e] == 0) return;  // a load so small that rounding removed it
     std::copy(active.begin(), active.end(), active_);
     used_.swap(used);
     running_.swap(running);
@@ -90,9 +91,9 @@ class Activation {
     double least = 1e300, before = 1e300;
     Step last{0.0};
     Pouring pouring(r_, load_, active_);
-    pouring.settle(kRounds);
+    pouring.relax(kRounds);
     for (int step = 0; step <= kSteps; ++step) {
-      const double most = pouring.settle(kRounds);
+      const double most = pouring.relax(kRounds);
       if (most < least) {
         least = most;
         best.assign(active_, active_ + share_.size());
@@ -100,7 +101,7 @@ class Activation {
       if (most <= kEnough * mean_ || step == kSteps) break;
       level_ = pouring.rank_load();
       const double squares = std::inner_product(level_.begin(), level_.end(), level_.begin(), 0.0);
-      if (squares >= before) {  // the estimate was wrong: back, and not again
+      if (squares >= before) {  // the estimate was wrong: undo the step and do not try it again
         barred_[last.starts] = 1;
         take({0.0, last.stops, last.starts, last.stops_too, last.starts_too}, pouring);
         before = 1e300;
@@ -145,11 +146,11 @@ class Activation {
   }
   int running(int e) const { return running_[e]; }
 
-  // All ranks of e are full: along a shortest chain every rank passes one expert on to another of its hosts,
-  // until one has room. No chain: no choice of replicas exists.
+  // All ranks of e are full. Searches a shortest chain of ranks, along which every rank passes one expert on
+  // to another rank that hosts it, until a rank has room. Without such a chain no choice of replicas exists.
   bool make_room(int e) {
-    std::vector<int> passes(r_.ranks, -1), gets(r_.ranks, -1),
-        queue;  // per rank on the way: replica that stops here, that starts here
+    // By rank: the replica that stops so that this rank gets one, and the replica that starts here.
+    std::vector<int> passes(r_.ranks, -1), gets(r_.ranks, -1), queue;
     std::vector<char> seen(r_.ranks, 0);
     for (int i = r_.first[e]; i < r_.first[e + 1]; ++i) {
       seen[r_.rank[i]] = 1;
@@ -197,7 +198,7 @@ class Activation {
       if (i >= 0) pouring.pour(r_.expert[i]);
   }
 
-  // Ranks that share experts are equally heavy: whichever of the heaviest is relieved, all of them are.
+  // Ranks that share experts are equally heavy, so relieving any of the heaviest ranks relieves all of them.
   Step best_step(double most) const {
     Step best{1e-9 * mean_ * mean_};
     for (int h = 0; h < r_.ranks; ++h) {
@@ -218,13 +219,14 @@ class Activation {
     return best;
   }
 
-  // Of moving so much load from one rank to another.
+  // The gain of moving load from one rank to another.
   double gain(int from, int to, double moved) const {
     return 2 * moved * (level_[from] - level_[to] - moved);
   }
 
-  // Rank `to` of replica j is full: one of its experts, in k, makes place. It runs elsewhere already, or on h
-  // in exchange for i, or on a third rank, that has room or stops what it can spare.
+  // Rank `to` of replica j is full, so one of its replicas, k, must stop. Its expert runs elsewhere already,
+  // or starts on h in exchange for i, or starts on a third rank that has room or stops a replica it can
+  // spare.
   void consider_trades(Step& best, int h, int i, int j) const {
     const int to = r_.rank[j];
     for (int s = to * r_.slots_per_rank(); s < (to + 1) * r_.slots_per_rank(); ++s) {
@@ -232,7 +234,7 @@ class Activation {
       if (!active_[k]) continue;
       const double freed = level_[to] - share_[k],
                    moved = std::clamp((level_[h] - freed) / 2, 0.0, share_[i]);
-      const double relief = 2 * moved * (level_[h] - freed - moved);  // after k's share has left
+      const double relief = 2 * moved * (level_[h] - freed - moved);  // without the share of k
       if (running(f) > 1) {
         consider(best, {relief - cost_of_stopping(k), j, k});
         continue;
@@ -250,7 +252,7 @@ class Activation {
       }
     }
   }
-  // The share of k goes to the other replicas of its expert.
+  // The cost of stopping k: its share goes to the other replicas of its expert.
   double cost_of_stopping(int k) const {
     const int f = r_.expert[k], others = running(f) - 1;
     double cost = 0.0;
@@ -258,7 +260,7 @@ class Activation {
       if (active_[x] && x != k) cost -= gain(r_.rank[k], r_.rank[x], share_[k] / others);
     return cost;
   }
-  // Of every rank the replica that is missed least, if one runs elsewhere too.
+  // For every rank, the replica with the smallest share among those whose expert runs elsewhere too.
   void find_spares() {
     std::fill(spare_.begin(), spare_.end(), -1);
     for (size_t i = 0; i < share_.size(); ++i) {

@@ -1,6 +1,7 @@
-// Bins: ranks with a fixed number of slots, the expert in every slot, and the load that each rank carries.
+// Bins: ranks with a fixed number of expert slots, the expert in every slot, and the load of each rank.
 //
-// The common state of everything that places replicas. Invariant once filled: no expert twice in a rank.
+// The common state of all algorithms that place replicas. Invariant once it is filled: no rank holds an
+// expert twice.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -26,11 +27,11 @@ struct Bins {
     const int32_t* at = expert.data() + static_cast<size_t>(rank) * slots;
     return std::find(at, at + slots, e) != at + slots;
   }
-  void put(int rank, int slot, int32_t e, double piece) {
+  void put(int rank, int slot, int32_t e, double replica_load) {
     const size_t at = static_cast<size_t>(rank) * slots + slot;
-    load[rank] += piece - size[at];
+    load[rank] += replica_load - size[at];
     expert[at] = e;
-    size[at] = piece;
+    size[at] = replica_load;
   }
   void swap(int a, int i, int b, int j) {
     const size_t x = static_cast<size_t>(a) * slots + i, y = static_cast<size_t>(b) * slots + j;

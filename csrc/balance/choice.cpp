@@ -9,7 +9,7 @@
 namespace moecomm::balance {
 namespace {
 
-constexpr int kRounds = 24;  // of the split
+constexpr int kRounds = 24;  // of split()
 
 }  // namespace
 
@@ -17,9 +17,9 @@ Choice::Choice(const int32_t* physical_to_logical, int slots, int experts, int r
                int activate)
     : r_(physical_to_logical, slots, experts, ranks, nodes), mode_(mode), activate_(activate) {}
 
-Choice::Solved Choice::solve(const int32_t* total, int32_t turn) const {
+Choice::Solved Choice::solve(const int32_t* total, int32_t rotation) const {
   Solved s;
-  s.turn = turn;
+  s.rotation = rotation;
   if (!needs_all()) return s;
   const std::vector<double> load(total, total + r_.experts);
   if (activate_ > 0) {
@@ -31,7 +31,7 @@ Choice::Solved Choice::solve(const int32_t* total, int32_t turn) const {
     split(r_, load.data(), s.active.empty() ? nullptr : s.active.data(), kRounds, share.data());
     s.from.resize(r_.slots);
     s.to.resize(r_.slots);
-    runs(r_, total, share.data(), turn, s.from.data(), s.to.data());
+    runs(r_, total, share.data(), rotation, s.from.data(), s.to.data());
   }
   return s;
 }
@@ -40,7 +40,7 @@ int32_t Choice::rows(const Solved& s, int source, const int32_t* before, const i
                      int slot) const {
   const int i = r_.at_slot[slot], e = r_.expert[i];
   if (mode_ == Mode::even)
-    return even_quota(r_, i, counts[e], s.active.empty() ? nullptr : s.active.data(), s.turn + source);
+    return even_quota(r_, i, counts[e], s.active.empty() ? nullptr : s.active.data(), s.rotation + source);
   return std::max(0, std::min(before[e] + counts[e], s.to[i]) - std::max(before[e], s.from[i]));
 }
 
@@ -49,7 +49,7 @@ void Choice::route(const Solved& s, const Batch& b, int rank, const int32_t* bef
   const int own_node = rank / (r_.ranks / r_.nodes);
   if (mode_ == Mode::local)
     return route_locally(r_, b.ids, b.tokens, b.top_k, own_node, s.active.empty() ? nullptr : s.active.data(),
-                         s.turn + rank, physical);
+                         s.rotation + rank, physical);
   std::vector<int32_t> quota(r_.slots);
   for (int i = 0; i < r_.slots; ++i) quota[i] = rows(s, rank, before, b.counts, r_.slot[i]);
   route_by_quota(r_, b.ids, b.tokens, b.top_k, own_node, quota.data(), physical);

@@ -6,12 +6,12 @@
 namespace moecomm::balance {
 namespace {
 
-struct Piece {
+struct Candidate {
   double size;
   int32_t count;
   int32_t expert;
-  // A heap's top: largest piece; ties to fewer replicas, then to the lower id.
-  bool operator<(const Piece& o) const {
+  // The top of the heap: the largest replica; ties: fewer replicas, then the lower id.
+  bool operator<(const Candidate& o) const {
     if (size != o.size) return size < o.size;
     return count != o.count ? count > o.count : expert > o.expert;
   }
@@ -21,13 +21,13 @@ struct Piece {
 
 void split_hottest(const double* load, int experts, int slots, int ranks, int32_t* count) {
   std::fill(count, count + experts, 1);
-  std::vector<Piece> heap;
+  std::vector<Candidate> heap;
   for (int e = 0; e < experts; ++e)
     if (ranks > 1) heap.push_back({load[e], 1, e});
   std::make_heap(heap.begin(), heap.end());
   for (int left = slots - experts; left > 0; --left) {
     std::pop_heap(heap.begin(), heap.end());
-    Piece& p = heap.back();
+    Candidate& p = heap.back();
     count[p.expert] = ++p.count;
     p.size = load[p.expert] / p.count;
     if (p.count < ranks)

@@ -6,7 +6,7 @@
 namespace moecomm::balance {
 namespace {
 
-// A replica larger than this share of the mean rank load is worth another one.
+// An expert whose replicas are larger than this part of the mean rank load may get another replica.
 constexpr double kHot = 0.9;
 
 struct Held {
@@ -14,13 +14,13 @@ struct Held {
   int32_t expert;
 };
 
-// One round: what every rank passes on, and what it gets.
+// One round: which replica every rank gives up, and which one it gets.
 class Round {
  public:
   Round(Bins& bins, double mean)
       : b_(bins), mean_(mean), given_(bins.ranks), locked_(bins.ranks, 0), pool_(bins.ranks) {}
 
-  // Rank r passes on this slot, and `replaced` goes into the pool in its place.
+  // Rank r gives up this slot, and `replaced` goes into the pool instead of its replica.
   void lock(int r, int slot, Held replaced) {
     given_[r] = slot;
     pool_[r] = replaced;
@@ -62,7 +62,7 @@ class Round {
     }
   }
 
-  void hand_out() {
+  void redistribute() {
     const int n = b_.ranks;
     std::vector<int> ranks(n), items(n);
     std::iota(ranks.begin(), ranks.end(), 0);
@@ -76,7 +76,8 @@ class Round {
           return true;
       return false;
     };
-    // Not twice the same expert: trade with the nearest in size that suits both.
+    // A rank must not get an expert that it holds: trade with the replica of the nearest size that fits both
+    // ranks.
     for (int i = 0; i < n; ++i) {
       if (!clash(i, items[i])) continue;
       bool traded = false;
@@ -109,8 +110,8 @@ class Round {
     given_[r] = i;
     pool_[r] = {size(r, i), b_.expert[static_cast<size_t>(r) * b_.slots + i]};
   }
-  // The same while rests_ and sizes_ stay in order, in which the handing out is their sum, element by
-  // element.
+  // The same, keeping rests_ and sizes_ sorted. The loads after the redistribution are their element-wise
+  // sums.
   void give_sorted(int r, int i) {
     const double rest_before = rest(r), size_before = pool_[r].size;
     give(r, i);
@@ -122,7 +123,7 @@ class Round {
     sizes_.resize(b_.ranks);
     for (int r = 0; r < b_.ranks; ++r) {
       rests_[r] = rest(r);
-      sizes_[r] = -pool_[r].size;  // ascending too: largest first
+      sizes_[r] = -pool_[r].size;  // negative: ascending order puts the largest first
     }
     std::sort(rests_.begin(), rests_.end());
     std::sort(sizes_.begin(), sizes_.end());
@@ -133,12 +134,12 @@ class Round {
     for (; at != sorted.begin() && at[-1] > to; --at) *at = at[-1];
     *at = to;
   }
-  // The handing out, judged: the heaviest rank, and a sum that stresses heavy ranks.
+  // The quality of the redistribution: the heaviest rank, and a sum that emphasizes heavy ranks.
   Score score() const {
-    constexpr int kLanes = 4;  // independent sums: one add need not wait for the one before
+    constexpr int kLanes = 4;  // independent sums, so that an addition does not wait for the previous one
     double most[kLanes] = {}, sum[kLanes] = {};
     const double per_mean = 1 / mean_;
-    const auto look = [&](int i, int lane) {
+    const auto add = [&](int i, int lane) {
       const double carried = rests_[i] - sizes_[i];
       const double over = std::max(0.0, carried * per_mean - 1);
       most[lane] = std::max(most[lane], carried);
@@ -146,8 +147,8 @@ class Round {
     };
     int i = 0;
     for (; i + kLanes <= b_.ranks; i += kLanes)
-      for (int lane = 0; lane < kLanes; ++lane) look(i + lane, lane);
-    for (; i < b_.ranks; ++i) look(i, 0);
+      for (int lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
+    for (; i < b_.ranks; ++i) add(i, 0);
     const Score s{std::max(std::max(most[0], most[1]), std::max(most[2], most[3])),
                   (sum[0] + sum[1]) + (sum[2] + sum[3])};
     return s;
@@ -164,7 +165,7 @@ class Round {
 
 }  // namespace
 
-void exchange(const double* load, int experts, int rounds, double enough, Bins& b) {
+void improve_by_moves(const double* load, int experts, int rounds, double enough, Bins& b) {
   std::vector<int32_t> count(experts, 0);
   for (const int32_t e : b.expert) ++count[e];
   const double mean = std::accumulate(load, load + experts, 0.0) / b.ranks;
@@ -210,7 +211,7 @@ void exchange(const double* load, int experts, int rounds, double enough, Bins& 
     }
     for (const Swap& s : swaps) round.lock(s.rank, s.slot, {load[s.to] / count[s.to], s.to});
     round.choose(enough);
-    round.hand_out();
+    round.redistribute();
     if (round.failed() || b.max_load() >= before.max_load()) {
       b = before;
       return;

@@ -1,9 +1,9 @@
-// Bounded moves: a placement is improved while no rank changes more slots than a given number.
+// Bounded moves: improves a placement such that no rank changes more than a given number of slots.
 //
-// One round changes at most one slot per rank: every rank passes one replica on, and the replicas that were
-// passed on are handed out again, largest to the rank that is lightest without its own. That handing out is
-// optimal, so only the choice of what to pass on is searched. Counts change on the way: a replica of an
-// expert that can spare one is replaced, while it is in no rank, by one of an expert that has grown too hot.
+// One round changes at most one slot per rank: every rank gives up one replica, and these replicas are
+// redistributed, the largest to the rank that is lightest without its own. This redistribution is optimal, so
+// only the choice of the replicas to give up is searched. Replica counts can change too: a replica that is
+// given up, of an expert that can spare one, is replaced by a replica of an expert that has become too hot.
 #pragma once
 #include <vector>
 
@@ -11,8 +11,8 @@
 
 namespace moecomm::balance {
 
-// bins holds the placement in force; sizes and loads are set here. Makes at most `rounds` rounds and stops
-// when no rank carries more than `enough`.
-void exchange(const double* load, int experts, int rounds, double enough, Bins& bins);
+// bins has the current placement; its sizes and loads are computed here. Makes at most `rounds` rounds, and
+// stops when no rank has more load than `enough`.
+void improve_by_moves(const double* load, int experts, int rounds, double enough, Bins& bins);
 
 }  // namespace moecomm::balance

@@ -17,7 +17,7 @@ Forest::Forest(const Replicas& r, double* share)
   }
 }
 
-// A tree grows from nothing, replica by replica, largest share first.
+// Adds the replicas to an empty forest, largest share first.
 void Forest::prune() {
   const int n = static_cast<int>(runs_.size());
   std::vector<int32_t> order;
@@ -29,7 +29,7 @@ void Forest::prune() {
   const auto other = [&](int node, int i) {
     return node < r_.experts ? r_.experts + r_.rank[i] : r_.expert[i];
   };
-  // Turns the tree of this node so that it becomes the root.
+  // Makes this node the root of its tree.
   const auto reroot = [&](int node) {
     for (int via = -1; node >= 0;) {
       const int next = up_[node];
@@ -47,12 +47,13 @@ void Forest::prune() {
       up_[rank] = i;
       continue;
     }
-    // A cycle: i, and the way from e to its rank. Its replicas gain and lose in turns; i gains or loses.
-    int lost[2] = {i, -1};  // the smallest of those that lose with i, and of the others
-    int turn = 1;
-    for (int node = e; node != rank; node = other(node, up_[node]), turn = 1 - turn) {
+    // A cycle: i, and the path from e to its rank. The replicas on it alternate between two sides: one side
+    // loses what the other gains. i is on side 0.
+    int lost[2] = {i, -1};  // the replica with the smallest share on each side
+    int place = 1;
+    for (int node = e; node != rank; node = other(node, up_[node]), place = 1 - place) {
       const int k = up_[node];
-      if (lost[turn] < 0 || share_[k] < share_[lost[turn]]) lost[turn] = k;
+      if (lost[place] < 0 || share_[k] < share_[lost[place]]) lost[place] = k;
     }
     const auto fuller = [&](int a, int b) {
       return used_[r_.rank[a]] != used_[r_.rank[b]] ? used_[r_.rank[a]] > used_[r_.rank[b]]
@@ -60,14 +61,14 @@ void Forest::prune() {
     };
     const int side = fuller(lost[1], lost[0]) ? 1 : 0, leaving = lost[side];
     const double amount = share_[leaving];
-    share_[i] += side == 0 ? -amount : amount;  // exactly nothing is left of what leaves
-    turn = 1;
-    for (int node = e; node != rank; node = other(node, up_[node]), turn = 1 - turn)
-      share_[up_[node]] += turn == side ? -amount : amount;
+    share_[i] += side == 0 ? -amount : amount;  // the share of `leaving` becomes exactly 0
+    place = 1;
+    for (int node = e; node != rank; node = other(node, up_[node]), place = 1 - place)
+      share_[up_[node]] += place == side ? -amount : amount;
     runs_[leaving] = 0;
     --used_[r_.rank[leaving]];
     if (leaving == i) continue;
-    // The tree falls apart where the replica left; i joins the parts.
+    // Without the replica the tree has two parts; i joins them.
     for (int node = e; node != rank; node = other(node, up_[node]))
       if (up_[node] == leaving) {
         up_[node] = -1;
@@ -78,7 +79,7 @@ void Forest::prune() {
   }
 }
 
-// Ways from everywhere to this rank.
+// Computes up_ and least_ for the tree that contains this rank, with the rank as the root.
 void Forest::span(int root) {
   std::fill(up_.begin(), up_.end(), -1);
   std::fill(least_.begin(), least_.end(), -1);
@@ -119,18 +120,18 @@ void Forest::shift(int entering, int leaving, int root) {
   ++used_[root];
 }
 
-void Forest::fit(int limit, int exchanges) {
+void Forest::fit(int limit, int attempts) {
   const int per_rank = r_.slots_per_rank();
-  std::vector<int32_t> visited(r_.ranks, -1);  // when a rank last had room and something started there
+  std::vector<int32_t> visited(r_.ranks, -1);  // the last attempt that started a replica on this rank
   std::vector<int32_t> rooms;
-  for (int k = 0; k < exchanges; ++k) {
+  for (int k = 0; k < attempts; ++k) {
     rooms.clear();
     for (int r = 0; r < r_.ranks; ++r)
       if (used_[r] < limit) rooms.push_back(r);
     if (*std::max_element(used_.begin(), used_.end()) <= limit) return;
     std::stable_sort(rooms.begin(), rooms.end(), [&](int a, int b) { return visited[a] < visited[b]; });
-    // What starts where, such that a rank above the limit stops one; else the room moves on, to where it was
-    // not lately.
+    // Choose a replica to start so that a rank above the limit stops one. If there is none, move the free
+    // room to the rank that had it least recently.
     constexpr int kRelief = -2;
     int entering = -1, leaving = -1, root = -1, oldest = k;
     for (const int room : rooms) {

@@ -5,11 +5,11 @@
 namespace moecomm::balance {
 namespace {
 
-constexpr int kSwapsPerSlot =
-    8;  // each lightens the heaviest rank by a little; rounding must not make that endless
+constexpr int kSwapsPerSlot = 8;  // a limit: with rounding, the swaps might never end
 
 std::vector<std::pair<double, int32_t>> by_size(const double* load, const int32_t* count, int experts) {
-  std::vector<std::pair<double, int32_t>> order(experts);  // minus the size, so that equal sizes go by expert
+  std::vector<std::pair<double, int32_t>> order(
+      experts);  // (-size, expert): equal sizes are ordered by expert
   for (int e = 0; e < experts; ++e) order[e] = {-load[e] / count[e], e};
   std::sort(order.begin(), order.end());
   return order;
@@ -20,7 +20,7 @@ class Packing {
  public:
   explicit Packing(Bins& b) : b_(b), used_(b.ranks, 0), open_(b.load) {}
 
-  // Each replica goes to the lightest open rank of those preferred, else to the lightest open one.
+  // Puts each replica on the lightest preferred open rank, else on the lightest open rank.
   template <class Preferred, class Taken = void (*)(int)>
   void put(int32_t e, double piece, int replicas, Preferred preferred, Taken taken = [](int) {}) {
     int missing = 0;
@@ -37,7 +37,7 @@ class Packing {
         if (best >= 0) r = best;
       }
       b_.put(r, used_[r]++, e, piece);
-      open_[r] = kFull;  // not twice the same expert
+      open_[r] = kFull;  // a rank must not get the expert twice
       taken_.push_back(r);
       taken(r);
     }
@@ -53,8 +53,9 @@ class Packing {
   static constexpr double kFull = 1e300;  // a full rank looks infinitely heavy
   void reopen(int r) { open_[r] = used_[r] == b_.slots ? kFull : b_.load[r]; }
 
-  // The only free slots are in ranks that hold e already: move a neighbour's replica there and take its
-  // place. There is one: a full rank without e holds more experts than the other has beside e.
+  // The only free slots are on ranks that already hold e: moves another rank's replica there and takes its
+  // slot. This is always possible: a full rank without e holds more experts than the other rank has besides
+  // e.
   void put_by_moving(int32_t e, double piece) {
     for (int to = 0; to < b_.ranks; ++to) {
       if (used_[to] == b_.slots) continue;
@@ -76,17 +77,17 @@ class Packing {
   std::vector<double> open_;
 };
 
-struct Exchange {
+struct BestSwap {
   double worst;
   int rank = -1, i = 0, j = 0;
 };
 
-// The best swap between ranks h and r: the heavier of the two afterwards.
-void best_swap(const Bins& b, int h, int r, const int32_t* count, Exchange& best) {
+// Updates `best` with the best swap between ranks h and r: the one with the least load of the heavier rank.
+void best_swap(const Bins& b, int h, int r, const int32_t* count, BestSwap& best) {
   const double *x = b.size.data() + static_cast<size_t>(h) * b.slots,
                *y = b.size.data() + static_cast<size_t>(r) * b.slots;
   const double high = b.load[h], low = b.load[r];
-  if ((high + low) / 2 >= best.worst) return;  // not even an ideal swap would do
+  if ((high + low) / 2 >= best.worst) return;  // even an ideal swap would not be better
   for (int i = 0; i < b.slots; ++i) {
     for (int j = 0; j < b.slots; ++j) {
       const double moved = x[i] - y[j];
@@ -111,7 +112,7 @@ void pack_largest_first(const double* load, const int32_t* count, int experts, B
 
 void pack_connected(const double* load, const int32_t* count, int experts, Bins& b) {
   Packing packing(b);
-  std::vector<int> part(b.ranks);  // ranks joined by shared experts have the same
+  std::vector<int> part(b.ranks);  // equal for ranks that shared experts connect
   std::iota(part.begin(), part.end(), 0);
   const auto order = by_size(load, count, experts);
   for (const auto& [negative, e] : order) {
@@ -129,11 +130,11 @@ void pack_connected(const double* load, const int32_t* count, int experts, Bins&
 }
 
 void swap_down(Bins& b, double enough, const int32_t* count) {
-  const int most = kSwapsPerSlot * b.ranks * b.slots;  // less than one per slot is usual
+  const int most = kSwapsPerSlot * b.ranks * b.slots;  // usually less than one per slot is needed
   for (int swaps = 0; swaps < most; ++swaps) {
     const int h = b.heaviest();
     if (b.load[h] <= enough) return;
-    Exchange best{b.load[h] * (1 - 1e-9)};
+    BestSwap best{b.load[h] * (1 - 1e-9)};
     const int l = b.lightest();
     best_swap(b, h, l, count, best);
     for (int r = 0; r < b.ranks && best.worst > enough; ++r)

@@ -11,9 +11,10 @@ namespace {
 constexpr int kSteps = 512;          // resolution of the ledger: T / 1024
 constexpr double kPrecision = 5e-4;  // of the bisection
 constexpr int kLargeWorld = 32;      // ranks
-constexpr int kWork = 1500;          // replicas looked at while single ones are moved
+constexpr int kWork = 1500;          // limits the replicas that move_replicas() examines
 
-// For every step t the surplus of small replicas over the large ones that need them; below zero: a deficit.
+// For every step t: the surplus of small replicas over the large ones that need them. A negative value is a
+// deficit.
 class Ledger {
  public:
   void reset(double limit) {
@@ -21,8 +22,8 @@ class Ledger {
     scale_ = 2 * kSteps / limit;
     std::fill(surplus_, surplus_ + kSteps, int16_t{0});
   }
-  // Replicas of one size join (n > 0) or leave (n < 0). Rounding may hide a small deficit: the caller looks
-  // at the pairs themselves.
+  // The effect of adding (n > 0) or removing (n < 0) replicas of one size. Rounding may hide a small deficit,
+  // so the caller checks the pairs themselves.
   struct Effect {
     int from;
     int n;
@@ -63,21 +64,21 @@ class PairSearch {
   PairSearch(const double* load, const std::vector<int32_t>& by_load, int ranks)
       : load_(load), experts_(static_cast<int>(by_load.size())), ranks_(ranks), order_(by_load) {}
 
-  // Counts that meet the limit, if one of the ways to choose splits finds any. In a large world one split is
-  // little, and the first way does nearly as well as all of them.
+  // Searches counts that meet the limit, with each of the ways to choose splits. With many ranks one split
+  // changes little, and the first way is nearly as good as all of them.
   Found meet(double limit, std::vector<int32_t>& count) {
-    Found found = meet(limit, Choice::either, count);
-    for (const Choice c : {Choice::small_first, Choice::small_unless_worse})
+    Found found = meet(limit, Order::either, count);
+    for (const Order c : {Order::small_first, Order::small_unless_worse})
       if (found == Found::no && ranks_ <= kLargeWorld) found = meet(limit, c, count);
     return found;
   }
 
  private:
-  // Which splits compete: those of large replicas and of small ones; the small ones where there are any; or
-  // all, but a large one must leave clearly less.
-  enum class Choice { either, small_first, small_unless_worse };
+  // Which splits are considered: those of large and of small replicas; only the small ones, if there are any;
+  // or both, but a large one must be clearly better.
+  enum class Order { either, small_first, small_unless_worse };
 
-  Found meet(double limit, Choice choice, std::vector<int32_t>& count) {
+  Found meet(double limit, Order order, std::vector<int32_t>& count) {
     int left = 2 * ranks_;
     for (int e = 0; e < experts_; ++e) {
       const double n = std::max(1.0, std::ceil(load_[e] / limit));
@@ -90,13 +91,13 @@ class PairSearch {
     for (int e = 0; e < experts_; ++e) ledger_.add(ledger_.effect(load_[e] / count[e], count[e]));
     for (int step; (step = ledger_.first_deficit()) < kSteps; --left) {
       if (left == 0) return Found::no;
-      const int e = best_split(step, limit, choice, count);
+      const int e = best_split(step, limit, order, count);
       if (e < 0) return Found::no;
       ledger_.add(ledger_.effect(load_[e] / count[e], -count[e]));
       ++count[e];
       ledger_.add(ledger_.effect(load_[e] / count[e], count[e]));
     }
-    // What is left makes small replicas of cold experts: it can only help those that seek a partner.
+    // The remaining slots get small replicas of cold experts, which can only help as partners.
     for (int i = 0; left > 0; i = (i + 1) % experts_)
       if (count[order_[i]] < ranks_) {
         ++count[order_[i]];
@@ -105,8 +106,8 @@ class PairSearch {
     return Found::yes;
   }
 
-  // Of the splits that help at this step, the one that leaves the smallest deficits in all.
-  int best_split(int step, double limit, Choice choice, const std::vector<int32_t>& count) const {
+  // Of the splits that help at this step, the one that leaves the smallest total deficit.
+  int best_split(int step, double limit, Order order, const std::vector<int32_t>& count) const {
     int best = -1;
     double least = 1e300;
     const auto consider = [&](int e, double handicap) {
@@ -125,13 +126,13 @@ class PairSearch {
       const int e = *--it;
       if (count[e] == 1) consider(e, 1.0), ++seen;
     }
-    if (choice == Choice::small_first && best >= 0) return best;
+    if (order == Order::small_first && best >= 0) return best;
     // ... and large replicas that find no partner.
     seen = 0;
     for (int i = experts_ - 1; i >= 0 && seen < kLarge; --i) {
       const int e = order_[i];
       if (load_[e] < large) break;
-      if (load_[e] / count[e] >= large) consider(e, choice == Choice::either ? 1.0 : kClearly), ++seen;
+      if (load_[e] / count[e] >= large) consider(e, order == Order::either ? 1.0 : kClearly), ++seen;
     }
     return best;
   }
@@ -150,8 +151,8 @@ struct Replica {
   bool operator<(const Replica& o) const { return size != o.size ? size < o.size : expert < o.expert; }
 };
 
-// All replicas; rank r takes those at r and at size - 1 - r: smallest with largest, and no expert with
-// itself. Only the split experts need sorting: the others are in order by load.
+// All replicas in order: rank r takes those at r and at size - 1 - r, so the smallest with the largest, and
+// no expert twice. Only the split experts need sorting; the others are already ordered by load.
 std::vector<Replica> arrange(const double* load, const std::vector<int32_t>& by_load,
                              const std::vector<int32_t>& count) {
   std::vector<Replica> split, all;
@@ -174,7 +175,7 @@ std::vector<Replica> arrange(const double* load, const std::vector<int32_t>& by_
   for (int r = 0; r < ranks; ++r) {
     const int32_t twice = all[r].expert;
     if (twice != all[last - r].expert) continue;
-    // Trade the smaller one with the rank where that costs least.
+    // Trade the smaller one with the rank for which this costs least.
     int with = -1;
     double least = 1e300;
     for (int s = 0; s < ranks; ++s) {
@@ -182,12 +183,12 @@ std::vector<Replica> arrange(const double* load, const std::vector<int32_t>& by_
       const double worst = std::max(all[s].size + all[last - r].size, all[r].size + all[last - s].size);
       if (worst < least) least = worst, with = s;
     }
-    std::swap(all[r], all[with]);  // there is one: an expert twice in a rank is missing in another
+    std::swap(all[r], all[with]);  // it exists: if a rank has an expert twice, another rank does not have it
   }
   return all;
 }
 
-// The heaviest pair by its smaller replica's position.
+// The position of the smaller replica of the heaviest pair.
 int heaviest_pair(const std::vector<Replica>& all) {
   const int last = static_cast<int>(all.size()) - 1;
   int worst = 0;
@@ -201,8 +202,8 @@ double heaviest(const std::vector<Replica>& all) {
   return all[i].size + all[all.size() - 1 - i].size;
 }
 
-// One replica moves from an expert that can spare it to one that lightens the heaviest pair, for as long as
-// that helps. Finds what the ledger's greedy choice of splits has missed.
+// Moves one replica from an expert that can spare it to an expert that reduces the heaviest pair, as long as
+// this helps. It finds improvements that the greedy choice of splits has missed.
 void move_replicas(const double* load, const std::vector<int32_t>& by_load, int ranks, double enough,
                    std::vector<int32_t>& count) {
   std::vector<Replica> all = arrange(load, by_load, count);
@@ -253,7 +254,7 @@ void place_pairs(const double* load, int experts, double enough, Bins& bins) {
             [&](int a, int b) { return load[a] != load[b] ? load[a] < load[b] : a < b; });
   split_hottest(load, experts, 2 * ranks, ranks, count.data());
   double high = heaviest(arrange(load, by_load, count)), low = enough;
-  // Below the limit at which splitting alone takes all slots, no counts exist: low is proven up to there.
+  // Limits at which the necessary splits alone need more than all slots are impossible: a proven lower bound.
   bool proven = true;
   PairSearch search(load, by_load, ranks);
   while (high > low * (1 + kPrecision)) {

@@ -1,15 +1,16 @@
-// Two slots per rank: replica counts and placement together.
+// Placement with two slots per rank: searches replica counts and placement together.
 //
-// For given counts the best placement is known: largest replica with smallest, second largest with second
-// smallest, and so on. So only the counts are searched. A limit T on the heaviest rank can be met if for
-// every t < T/2 the replicas of at most t are as many as those of at least T - t, which need them as
-// partners: a ledger over t that a split of an expert improves in a known way. T is found by bisection.
+// For given counts the best placement is known: the largest replica with the smallest, the second largest
+// with the second smallest, and so on. So only the counts are searched. The heaviest rank can have at most
+// load T if for every t < T/2 there are as many replicas of size at most t as replicas of size at least T -
+// t, which need them as partners. A ledger over t records the difference, and a split of an expert changes it
+// in a known way. T is found by bisection.
 #pragma once
 #include "balance/bins.hpp"
 
 namespace moecomm::balance {
 
-// bins: reset to (ranks, 2). `enough`: a heaviest rank that need not get lighter.
+// bins: reset to (ranks, 2). enough: a load of the heaviest rank that needs no improvement.
 void place_pairs(const double* load, int experts, double enough, Bins& bins);
 
 }  // namespace moecomm::balance

@@ -14,13 +14,13 @@
 namespace moecomm::balance {
 namespace {
 
-// A rank that exceeds the best possible load by less than this is not worth another swap.
+// A rank that exceeds the best possible load by less than this part needs no further swap.
 constexpr double kClose = 4e-4;
-// One that exceeds it by more than this is worth other replica counts.
+// If a rank exceeds it by more than this part, other replica counts are tried.
 constexpr double kFar = 1e-3;
 constexpr int kTries = 24;  // packings with other replica counts
 
-// The node of every group: as many groups in each, the heaviest node as light as swaps make it.
+// Assigns groups to nodes: equally many to each, with swaps to make the heaviest node light.
 void groups_to_nodes(const Grid& g, const double* load, std::vector<std::vector<int32_t>>& groups_of) {
   const int per_group = g.experts / g.groups;
   std::vector<double> weight(g.groups);
@@ -45,16 +45,16 @@ void pack(const std::vector<double>& load, const std::vector<int32_t>& count, do
   swap_down(bins, target, connected ? count.data() : nullptr);
 }
 
-// Where swaps alone leave the heaviest rank too heavy, other counts may do better: an expert of that rank
-// gets a replica more, the one that suffers least a replica less, and everything is packed anew.
+// If the heaviest rank is still too heavy after swaps, other counts may be better: an expert of that rank
+// gets one replica more, the expert that suffers least gets one less, and all replicas are packed again.
 void move_replicas(const std::vector<double>& load, double target, bool connected,
                    std::vector<int32_t>& count, Bins& bins) {
   const int experts = static_cast<int>(load.size());
   Bins trial;
   for (int tries = 0; tries < kTries && bins.max_load() > target;) {
     const int h = bins.heaviest();
-    std::vector<std::pair<double, int32_t>> takers,
-        givers;  // by the load of a replica, by its load with one less
+    // Sorted by the load of a replica (largest first), and by its load with one replica less.
+    std::vector<std::pair<double, int32_t>> takers, givers;
     for (int i = 0; i < bins.slots; ++i) {
       const int32_t e = bins.expert[h * bins.slots + i];
       if (count[e] < bins.ranks) takers.push_back({-bins.size[h * bins.slots + i], e});
@@ -96,7 +96,7 @@ void groups_where_they_are(const Grid& g, const int32_t* previous,
   }
 }
 
-// Nodes are interchangeable: each set of groups goes where most of it is.
+// Nodes are interchangeable, so each set of groups is assigned to the node that has most of it already.
 void relabel_nodes(const Grid& g, const int32_t* previous, std::vector<std::vector<int32_t>>& groups_of) {
   std::vector<std::vector<int32_t>> before(g.nodes);
   groups_where_they_are(g, previous, before);
@@ -111,8 +111,8 @@ void relabel_nodes(const Grid& g, const int32_t* previous, std::vector<std::vect
   groups_of = std::move(moved);
 }
 
-// Places one node's experts (or the world's) on its ranks. `enough`: a heaviest rank that need not get
-// lighter.
+// Places the experts of one node (or of all nodes) on its ranks. enough: a load of the heaviest rank that
+// needs no improvement.
 void place_flat(const std::vector<double>& load, int ranks, int slots, double enough, bool connected,
                 Bins& bins) {
   const int experts = static_cast<int>(load.size());
@@ -147,7 +147,7 @@ void rebalance_layer(const Grid& g, const double* given, const Options& options,
     groups_to_nodes(g, load, groups_of);
     if (options.previous) relabel_nodes(g, options.previous, groups_of);
   }
-  // Heaviest node first: the others need not be better than its heaviest rank.
+  // Heaviest node first: the ranks of the other nodes need not be lighter than its heaviest rank.
   std::vector<std::vector<double>> part_load(parts);
   std::vector<std::pair<double, int>> order(parts);
   for (int n = 0; n < parts; ++n) {
@@ -172,8 +172,8 @@ void rebalance_layer(const Grid& g, const double* given, const Options& options,
     if (bounded) {
       bins.reset(ranks, slots);
       bins.expert = before;
-      exchange(part_load[n].data(), experts, options.max_moves,
-               std::max(enough, -weight / ranks * (1 + kClose)), bins);
+      improve_by_moves(part_load[n].data(), experts, options.max_moves,
+                       std::max(enough, -weight / ranks * (1 + kClose)), bins);
     } else {
       place_flat(part_load[n], ranks, slots, enough, options.connected, bins);
       if (options.previous) relabel_ranks(ranks, slots, experts, before.data(), bins.expert.data());

@@ -10,7 +10,7 @@ std::vector<int> match_places(const std::vector<int32_t>& kept, int n) {
   std::vector<int32_t> set_price(n), place_price(n, 0);
   std::vector<int> place_of(n, -1), set_at(n, -1);
   std::vector<int> unplaced;
-  for (int i = 0; i < n; ++i) {  // most sets find their favourite place free
+  for (int i = 0; i < n; ++i) {  // for most sets the best place is free
     const int32_t* row = kept.data() + static_cast<size_t>(i) * n;
     set_price[i] = -*std::max_element(row, row + n);
     for (int j = 0; j < n && place_of[i] < 0; ++j)
@@ -51,7 +51,7 @@ std::vector<int> match_places(const std::vector<int32_t>& kept, int n) {
       set_price[set_at[j]] += reached - distance[j];
       place_price[j] -= reached - distance[j];
     }
-    for (int j = end; j >= 0;) {  // take over along the path
+    for (int j = end; j >= 0;) {  // reassign along the path
       const int i = from[j], freed = place_of[i];
       place_of[i] = j;
       set_at[j] = i;

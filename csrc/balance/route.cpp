@@ -11,8 +11,8 @@ Refusal count_picks(const int64_t* ids, int tokens, int top_k, int experts, int3
     for (int k = 0; k < top_k; ++k) {
       const int64_t id = ids[static_cast<int64_t>(t) * top_k + k];
       if (id == -1) continue;
-      if (id < 0 || id >= experts) return {1, t, id};
-      if (seen[id] == t) return {2, t, id};
+      if (id < 0 || id >= experts) return {BadInput::id_out_of_range, t, id};
+      if (seen[id] == t) return {BadInput::id_twice, t, id};
       seen[id] = t;
       ++counts[id];
     }
@@ -21,7 +21,7 @@ Refusal count_picks(const int64_t* ids, int tokens, int top_k, int experts, int3
 
 namespace {
 
-// The nodes that a token visits; epochs spare the clearing.
+// The nodes that a token goes to. A token number per node avoids clearing.
 class Visits {
  public:
   explicit Visits(int nodes) : token_(nodes, -1) {}
@@ -77,7 +77,7 @@ void route_by_quota(const Replicas& r, const int64_t* ids, int tokens, int top_k
 }
 
 void route_locally(const Replicas& r, const int64_t* ids, int tokens, int top_k, int own_node,
-                   const uint8_t* active, int turn, int64_t* physical) {
+                   const uint8_t* active, int rotation, int64_t* physical) {
   Visits visits(r.nodes);
   std::vector<int32_t> rows(r.ranks, 0), covers(r.nodes);
   std::vector<int> open;
@@ -90,7 +90,7 @@ void route_locally(const Replicas& r, const int64_t* ids, int tokens, int top_k,
         if (usable(i) && visits.has(r.node(i))) return true;
       return false;
     };
-    // Nodes that cannot be avoided first, then the one that serves most of what is still open, and so on.
+    // First the nodes that cannot be avoided, then the node that serves most of the open picks, and so on.
     open.clear();
     for (int k = 0; k < top_k; ++k) {
       const int64_t e = ids[row + k];
@@ -124,7 +124,7 @@ void route_locally(const Replicas& r, const int64_t* ids, int tokens, int top_k,
       const int64_t e = ids[row + k];
       int best = -1;
       for (int n = 0; n < r.count(static_cast<int>(e)); ++n) {
-        const int i = r.first[e] + static_cast<int>((e + turn + n) % r.count(static_cast<int>(e)));
+        const int i = r.first[e] + static_cast<int>((e + rotation + n) % r.count(static_cast<int>(e)));
         if (usable(i) && visits.has(r.node(i)) && (best < 0 || rows[r.rank[i]] < rows[r.rank[best]]))
           best = i;
       }

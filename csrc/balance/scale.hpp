@@ -1,4 +1,4 @@
-// Loads in a range where sums, products and ratios of them neither overflow nor vanish.
+// Scales loads to a range in which their sums, products and ratios neither overflow nor underflow.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -6,10 +6,10 @@
 
 namespace moecomm::balance {
 
-// load[experts] times a power of two such that the largest lies in [0.5, 1). Exact, so a plan does not depend
-// on the unit in which loads are given: the solvers only compare loads. A load below 2^-300 of the largest
-// becomes 2^-300, so that products of two of them do not vanish; either way what it adds to a rank is far
-// below a rounding error. No load stays none.
+// Multiplies load[experts] by a power of two such that the largest is in [0.5, 1). This is exact, so a
+// placement does not depend on the unit of the loads: the solvers only compare loads. A load below 2^-300 of
+// the largest becomes 2^-300, so that the product of two loads does not underflow; its contribution to a rank
+// is far below a rounding error in any case. A load of 0 stays 0.
 inline std::vector<double> scaled_loads(const double* load, int experts) {
   constexpr double kLeast = 0x1p-300;
   std::vector<double> scaled(load, load + experts);

@@ -8,8 +8,8 @@
 namespace moecomm::balance {
 namespace {
 
-constexpr double kEnough = 1e-4;  // of the mean rank load: four rounds that gain less are the last
-constexpr double kBeyond = 1.6;   // how far beyond its own optimum an expert's pour goes in a round
+constexpr double kEnough = 1e-4;  // of the mean rank load: stop when four rounds gain less
+constexpr double kBeyond = 1.6;   // over-relaxation: the step of an expert relative to its own optimum
 
 }  // namespace
 
@@ -68,7 +68,7 @@ void Pouring::pour(int e, double beyond) {
   const int32_t* rank = rank_.data() + r_.first[e];
   double *share = share_.data() + r_.first[e], *level = level_.data(), sum = load_[e];
   for (int i = 0; i < n; ++i) sum += level[i] = rank_load_[rank[i]] - share[i];
-  // The water's height if it covers all ranks; those that stick out leave, until none does.
+  // The water level if it covers all ranks; ranks above it are removed until there are none.
   double height = n ? sum / n : 0.0;
   for (int covered = n;;) {
     sum = load_[e];
@@ -86,7 +86,7 @@ void Pouring::pour(int e, double beyond) {
     }
     return;
   }
-  // In that direction further, as far as no share becomes negative.
+  // A longer step in the same direction, limited so that no share becomes negative.
   double step = beyond;
   for (int i = 0; i < n; ++i) {
     const double change = std::max(0.0, height - level[i]) - share[i];
@@ -98,8 +98,8 @@ void Pouring::pour(int e, double beyond) {
   }
 }
 
-// The same for two replicas that share all tokens already, in closed form: most experts with a choice have
-// two.
+// The same in closed form for two replicas that share all tokens of the expert, which is the most common
+// case.
 void Pouring::trade(int e, double beyond) {
   double* share = share_.data() + r_.first[e];
   double &a = rank_load_[rank_[r_.first[e]]], &b = rank_load_[rank_[r_.first[e] + 1]];
@@ -110,10 +110,10 @@ void Pouring::trade(int e, double beyond) {
   b -= moved;
 }
 
-double Pouring::settle(int rounds) {
+double Pouring::relax(int rounds) {
   double before = std::numeric_limits<double>::infinity();
   for (int round = 0; round < rounds; ++round) {
-    const double beyond = round + 1 < rounds ? kBeyond : 1.0;  // the last one as exact as it can be
+    const double beyond = round + 1 < rounds ? kBeyond : 1.0;  // the last round must not overshoot
     for (const int e : choosing_) running_[e] == 2 ? trade(e, beyond) : pour(e, beyond);
     if (round % 4 != 3) continue;
     const double most = *std::max_element(rank_load_.begin(), rank_load_.end());
@@ -124,23 +124,23 @@ double Pouring::settle(int rounds) {
 }
 
 double split(const Replicas& r, const double* load, const uint8_t* active, int rounds, double* share) {
-  Pouring pouring(r, load, active);  // to begin with, everything is poured once
-  const double most = pouring.settle(rounds - 1);
+  Pouring pouring(r, load, active);  // pours every expert once
+  const double most = pouring.relax(rounds - 1);
   for (size_t i = 0; i < r.slot.size(); ++i) share[i] = pouring.share(static_cast<int>(i));
   return most;
 }
 
-void runs(const Replicas& r, const int32_t* total, const double* share, int turn, int32_t* from,
+void runs(const Replicas& r, const int32_t* total, const double* share, int rotation, int32_t* from,
           int32_t* to) {
   for (int e = 0; e < r.experts; ++e) {
     const int begin = r.first[e], n = r.count(e);
     double poured = 0.0;
     int32_t taken = 0;
-    int last = -1;  // the last replica with a share takes what rounding leaves
+    int last = -1;  // the last replica with a share takes the rounding remainder
     for (int k = 0; k < n; ++k)
-      if (share[begin + (e + turn + k) % n] > 0) last = k;
+      if (share[begin + (e + rotation + k) % n] > 0) last = k;
     for (int k = 0; k < n; ++k) {
-      const int i = begin + (e + turn + k) % n;
+      const int i = begin + (e + rotation + k) % n;
       poured += share[i];
       from[i] = taken;
       taken = last < 0    ? 0
@@ -151,12 +151,12 @@ void runs(const Replicas& r, const int32_t* total, const double* share, int turn
   }
 }
 
-int32_t even_quota(const Replicas& r, int replica, int32_t count, const uint8_t* active, int turn) {
+int32_t even_quota(const Replicas& r, int replica, int32_t count, const uint8_t* active, int rotation) {
   const int e = r.expert[replica], begin = r.first[e], n = r.count(e);
   if (active && !active[replica]) return 0;
-  int usable = 0, before = 0;  // in turn: what does not divide goes to the first ones
+  int usable = 0, before = 0;  // in rotated order: the first ones take the remainder
   for (int k = 0; k < n; ++k) {
-    const int i = begin + (e + turn + k) % n;
+    const int i = begin + (e + rotation + k) % n;
     if (i == replica) before = usable;
     usable += !active || active[i];
   }

@@ -1,5 +1,5 @@
-// Row checksum of MOECOMM_CHECK=1: order-sensitive, 8 bytes at a time (rows start on 8); for finding errors,
-// not forgers.
+// Row checksum of MOECOMM_CHECK=1. It depends on the order of the bytes and reads 8 at a time (rows are
+// 8-byte aligned). It finds errors; it does not protect against forgery.
 #pragma once
 #include <cstring>
 
@@ -21,13 +21,14 @@ MOE_OUTLINE uint64_t row_checksum(const void* row, uint64_t bytes, uint64_t seed
     mix(w);
   }
   if (i == bytes) return h;
-  uint64_t rest = 0;  // byte by byte: a GPU has no memory to copy an odd number of them to
+  uint64_t rest = 0;  // assembled in a register: on a GPU, memcpy of a variable size would need local memory
   for (int shift = 0; i < bytes; ++i, shift += 8) rest |= static_cast<uint64_t>(p[i]) << shift;
   mix(rest);
   return h;
 }
 
-// Ties a checksum to one call, source and token: a row that is left over from an earlier call is found too.
+// Ties a checksum to one call, source and token, so that a row left over from an earlier call is detected
+// too.
 MOE_HD constexpr uint64_t checksum_seed(uint64_t epoch, int rank, int64_t token) {
   return epoch << 40 ^ static_cast<uint64_t>(rank) << 24 ^ static_cast<uint64_t>(token);
 }

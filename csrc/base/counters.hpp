@@ -1,5 +1,5 @@
-// What moved, per hop. Logical rows are the rows of the routing; physical rows crossed the hop's link
-// (a row for this rank's node never enters the rail, a row for this rank never leaves it).
+// Traffic counters, per hop. Logical rows are the rows of the routing. Physical rows are those that crossed
+// the hop's link: a row for this rank's node never enters the rail, and a row for this rank never leaves it.
 #pragma once
 #include <cstdint>
 
@@ -15,11 +15,11 @@ struct HopCounters {
 struct Counters {
   HopCounters rail;
   HopCounters node;
-  uint64_t replicated_rows = 0;  // expert layout: further picks of a token on one rank, copied locally
-  uint64_t quantized_rows = 0;   // rows that dispatch made FP8: one per token that has picks
-  uint64_t staged_rows = 0;      // rows copied into the window because they were not there already
+  uint64_t replicated_rows = 0;  // expert layout: rows copied locally for a token's further picks on a rank
+  uint64_t quantized_rows = 0;   // rows that dispatch quantized: one per token that has picks
+  uint64_t staged_rows = 0;      // rows copied into the window because they were elsewhere
   uint64_t calls = 0;
-  uint64_t exchanges = 0;  // rounds of counts in which this rank waited for all others
+  uint64_t exchanges = 0;  // exchanges of counts, in which this rank waits for all others
 };
 
 }  // namespace moecomm

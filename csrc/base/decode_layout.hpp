@@ -1,21 +1,21 @@
-// Decode's memories: one function each gives every offset AND the total size.
+// The layout of decode's memory. One function per memory gives every offset AND the total size.
 //
-//   node window   of this rank: messages it has staged (node peers read them there), the packed rows of its
-//                 experts, the experts' output (node peers read it there), rows that node peers summed for it
-//   rail region   of this rank: messages and answers that ranks of other nodes put here
+//   node window   messages that this rank has staged and the output of its experts (node peers read both
+//                 here), the packed rows of its experts, and the sums that node peers wrote for it
+//   rail region   messages and answers that ranks of other nodes put here
 //
-// Everything exists twice, once per parity of the epoch. Areas behind `warm` are large and sparse: reserved,
-// and committed where they are first touched.
+// Everything exists twice, once per parity of the epoch. Areas behind `warm` are large and sparse: they are
+// reserved, and a page is committed when it is first touched.
 #pragma once
 #include "base/layout.hpp"
 
 namespace moecomm {
 
-// A pick as it travels: all of a token's picks go to every rank that wants one of them, so one staged message
-// serves them all.
+// A pick in a message. Every owner of one of a token's picks gets all of them, so that one staged message
+// serves all owners.
 struct DecodePick {
   int32_t expert;  // global, -1: none
-  float weight;    // 1 where no weights travel
+  float weight;    // 1 if no weights are sent
 };
 
 // Precedes the row in a message.
@@ -24,11 +24,11 @@ struct DecodeHeader {
   int32_t unused;
   uint64_t checksum;
   // DecodePick pick[top_k] follows
-  MOE_HD DecodePick* pick() { return reinterpret_cast<DecodePick*>(this + 1); }
-  MOE_HD const DecodePick* pick() const { return reinterpret_cast<const DecodePick*>(this + 1); }
-  // then, on 64 bytes, the row
-  MOE_HD char* row(int top_k) { return reinterpret_cast<char*>(this) + bytes(top_k); }
-  MOE_HD const char* row(int top_k) const { return reinterpret_cast<const char*>(this) + bytes(top_k); }
+  MOE_HD DecodePick* pick() { return as<DecodePick>(bytes_of(this + 1)); }
+  MOE_HD const DecodePick* pick() const { return as<DecodePick>(bytes_of(this + 1)); }
+  // then the row, 64-byte aligned
+  MOE_HD char* row(int top_k) { return bytes_of(this) + bytes(top_k); }
+  MOE_HD const char* row(int top_k) const { return bytes_of(this) + bytes(top_k); }
 
   MOE_HD static constexpr uint64_t bytes(int top_k) {
     return align_up(sizeof(DecodeHeader) + sizeof(DecodePick) * top_k, 64);
@@ -39,10 +39,10 @@ MOE_HD constexpr uint64_t decode_message_bytes(const Shape& s) {
   return decode_header_bytes(s.top_k) + align_up(s.slot_bytes(), 64);
 }
 
-// A flag says "complete", for which epoch, in which mode, and how many rows. It only grows, so it is never
-// reset.
+// A flag says that the messages (or answers) of an epoch are complete, the mode of the call, and how many
+// there are. Its value only grows, so it is never reset.
 constexpr int kFlagCountBits = 21, kFlagModeBits = 3;
-constexpr int kRefusedMode = 7;  // the rank refuses its part: the count is its Why
+constexpr int kRefusedMode = 7;  // the rank refuses its part; the count field has the reason, a Why
 constexpr int64_t kDecodeMaxTokens = int64_t{1} << (kFlagCountBits - 1);
 
 MOE_HD constexpr uint64_t make_flag(uint64_t epoch, int mode, int64_t count) {
@@ -57,24 +57,23 @@ MOE_HD constexpr int flag_mode(uint64_t flag) {
 }
 
 struct DecodeWindowLayout {
-  CounterAt sent;            // flag per parity and local rank: it has staged messages for me
+  CounterAt sent;            // flag per parity and local rank: it has staged messages for this rank
   CounterAt answered;        // flag per parity and local rank: its experts' rows may be read, or its sums
-                             // are here
+                             // have been written here
   Offset<FaultWord> faults;  // per local rank
-  Offset<int32_t> wanted;    // per parity, local rank and slot: the token that the rank finds in this slot
-  Offset<int32_t> places;    // per parity, local rank, token and k: where the row of that pick lies in
-                             // `rows`
-  Offset<int64_t> counts;    // per parity and own expert
+  Offset<int32_t> wanted;    // per parity, local rank and slot: the token of the message in this slot
+  Offset<int32_t> places;    // per parity, local rank, token and k: the index of that pick's row in `rows`
+  Offset<int64_t> counts;    // per parity and local expert
   Offset<DecodeHeader> messages;  // per parity and token, decode_message_bytes() apart
-  uint64_t warm;                  // end of what is made ready at start
+  uint64_t warm;                  // end of the memory that is committed at start
   Offset<char> sums;              // row per parity, token and k
-  Offset<char> x;                 // row per parity, own expert, size * max_tokens
-  Offset<char> scales;     // per parity and own expert: scale_bytes for each row of x, columns padded to
+  Offset<char> x;                 // row per parity, local expert, size * max_tokens
+  Offset<char> scales;     // per parity and local expert: scale_bytes for each row of x, columns padded to
                            // 16 bytes
   Offset<char> rows;       // as x
-  Offset<char> coded;      // slot per parity, rank of another node, slot and pick: answers in another
-                           // format, leaving
-  Offset<uint64_t> signs;  // checksum per parity, source rank, token and k: of the answer to that pick
+  Offset<char> coded;      // per parity, rank of another node, slot and pick: an outgoing answer in FP8 or
+                           // LogFMT
+  Offset<uint64_t> signs;  // per parity, source rank, token and k: checksum of the answer to that pick
                            // (written only when checks are on)
   uint64_t bytes;
 };
@@ -114,14 +113,14 @@ MOE_HD constexpr DecodeWindowLayout decode_window_layout(const Geometry& g, cons
 }
 
 struct DecodeRegionLayout {
-  CounterAt sent;                 // flag per parity and rank: its messages are here
-  CounterAt answered;             // flag per parity and rank: its answers are here
+  CounterAt sent;                 // flag per parity and rank: its messages have arrived
+  CounterAt answered;             // flag per parity and rank: its answers have arrived
   Offset<FaultWord> faults;       // per rank
-  Offset<FaultWord> fault_out;    // on its way out
+  Offset<FaultWord> fault_out;    // source of outgoing puts
   Offset<DecodeHeader> messages;  // per parity, rank of another node and slot
-  Offset<char> answers;           // slot per parity, token and k
-  Offset<uint64_t> signs;  // checksum per parity, rank, token and k: of its answer to that pick (written
-                           // only when checks are on)
+  Offset<char> answers;           // per parity, token and k
+  Offset<uint64_t> signs;  // per parity, rank, token and k: checksum of its answer to that pick (written only
+                           // when checks are on)
   uint64_t bytes;
 };
 

@@ -1,4 +1,5 @@
-// One function per memory gives every offset AND the total size, so the two cannot disagree.
+// The layout of a Buffer's memory. One function per memory gives every offset AND the total size, so the two
+// cannot disagree.
 //
 //   node window   mapped by all ranks of the node: counters, count tables, boards, the arena
 //   rail region   written by the rail peers only: counters, count blocks, verdicts, two staging areas
@@ -8,9 +9,10 @@
 
 namespace moecomm {
 
-// Both memories start with this line; a waiter says there which counter it sleeps on.
+// The first cache line of a node window and of a rail region. A waiting rank writes here which counter it
+// sleeps on.
 struct MemoryHeader {
-  uint64_t sleeping_on;  // offset of a counter, 0: nobody sleeps
+  uint64_t sleeping_on;  // offset of a counter; 0: the rank does not sleep
   uint64_t pad[7];
 };
 
@@ -31,10 +33,10 @@ struct Cursor {
 }  // namespace detail
 
 struct NodeLayout {
-  CounterAt counts;          // per local rank: its count tables are here (dispatch)
-  CounterAt arrive;          // per local rank: it forwarded everything it had for me (dispatch)
+  CounterAt counts;          // per local rank: its count tables have arrived (dispatch)
+  CounterAt arrive;          // per local rank: it has forwarded all its rows for this rank (dispatch)
   CounterAt ready;           // per local rank: its rows may be read (combine)
-  CounterAt done;            // per local rank: it has read my rows (combine)
+  CounterAt done;            // per local rank: it has read this rank's rows (combine)
   Offset<FaultWord> faults;  // per local rank
   Offset<Offer> offers;      // per local rank
   Offset<Verdict> verdicts;  // per local rank, as its gateway knows it (dispatch)
@@ -63,29 +65,31 @@ MOE_HD constexpr NodeLayout node_layout(const Geometry& g, const Shape& s) {
   return l;
 }
 
-// Staging area A holds rows arriving in dispatch and rows leaving in combine; area B the other two.
-// The two never overlap in time: a peer writes an area only after its owner entered the call.
+// Staging area A holds rows that arrive in dispatch and rows that leave in combine. Area B holds rows that
+// leave in dispatch and rows that arrive in combine. The two uses never overlap in time: a peer writes to an
+// area only after the area's owner has entered the call.
 struct RailLayout {
-  CounterAt enter;              // per node: the rail peer is in the call, its count block is here
-  CounterAt rows;               // per node and channel: rows landed in area A
-  CounterAt verdict;            // per node: its verdict is here
-  CounterAt back;               // per node and channel: rows landed in area B
-  Offset<Wish> wishes;          // per parity of the combines and node (combine)
-  Offset<Wish> wish_out;        // what this rank sends to its peers
-  Offset<FaultWord> faults;     // per node
-  Offset<int32_t> blocks;       // per half and node: a count block
-  Offset<int32_t> blocks_out;   // this rank's, leaving, where puts leave from here only
-  Offset<Verdict> verdicts;     // per node
-  Offset<Verdict> verdict_out;  // on its way out, as the next one (sources of puts must stay put)
+  CounterAt enter;           // per node: the rail peer is in the call, and its count block has arrived
+  CounterAt rows;            // per node and channel: rows that arrived in area A
+  CounterAt verdict;         // per node: its verdict has arrived
+  CounterAt back;            // per node and channel: rows that arrived in area B
+  Offset<Wish> wishes;       // per parity of the combine and node (combine)
+  Offset<Wish> wish_out;     // what this rank sends to its rail peers
+  Offset<FaultWord> faults;  // per node
+  Offset<int32_t> blocks;    // per half and node: a count block
+  // *_out: the sources of outgoing puts, which must not change until the puts are complete.
+  Offset<int32_t> blocks_out;  // this rank's count blocks, if puts must have their sources in the rail region
+  Offset<Verdict> verdicts;    // per node
+  Offset<Verdict> verdict_out;
   Offset<FaultWord> fault_out;
-  Offset<RowMeta> metas;      // per node and slot, also of this rank's node; meta_bytes() apart
-  Offset<RowMeta> metas_out;  // per remote node and slot, leaving
-  Offset<uint64_t> sums;      // checksum per remote node and slot of area B
+  Offset<RowMeta> metas;      // per node (this rank's node included) and slot; meta_bytes() apart
+  Offset<RowMeta> metas_out;  // per remote node and slot
+  Offset<uint64_t> sums;      // per remote node and slot of area B: checksum
   Offset<uint64_t> sums_out;
-  Offset<float> slots;  // [top_k] per remote node and slot of area B: what goes back to the picks' slots
-  Offset<float> slots_out;
-  Offset<char> own_rows;  // per channel: an FP8 row on its way to ranks of this node
-  Offset<char> area_a;    // row slots per remote node
+  Offset<float> returned;  // [top_k] per remote node and slot of area B: values returned to the picks
+  Offset<float> returned_out;
+  Offset<char> own_rows;  // per channel: an FP8 row for ranks of this node
+  Offset<char> area_a;    // per remote node: stage slots
   Offset<char> area_b;
   uint64_t bytes;
 };
@@ -111,8 +115,8 @@ MOE_HD constexpr RailLayout rail_layout(const Geometry& g, const Shape& s) {
   l.metas_out = {c.take(remote * t * meta_bytes(s.top_k))};
   l.sums = c.take<uint64_t>(remote * t);
   l.sums_out = c.take<uint64_t>(remote * t);
-  l.slots = c.take<float>(remote * t * s.top_k);
-  l.slots_out = c.take<float>(remote * t * s.top_k);
+  l.returned = c.take<float>(remote * t * s.top_k);
+  l.returned_out = c.take<float>(remote * t * s.top_k);
   l.own_rows = c.take<char>(s.channels * align_up(s.wire_bytes(Wire::fp8), 64));
   l.area_a = c.take<char>(remote * t * s.slot_bytes());
   l.area_b = c.take<char>(remote * t * s.slot_bytes());
@@ -120,10 +124,10 @@ MOE_HD constexpr RailLayout rail_layout(const Geometry& g, const Shape& s) {
   return l;
 }
 
-// Rows of another node lie at this index in its peer's per-remote-node areas.
+// The index of node `from` in the per-remote-node areas of a rank of node `at`.
 MOE_HD constexpr uint64_t remote_index(int from, int at) { return from < at ? from : from - 1; }
 
-// Words from one column of scales to the next: columns start on 16 bytes.
+// The distance between columns of scales, in words: columns are 16-byte aligned.
 MOE_HD constexpr int64_t scale_column(int64_t rows) { return (rows + 3) / 4 * 4; }
 
 // The output of one dispatch. Offsets are relative to the block.
@@ -132,8 +136,8 @@ struct BlockLayout {
   Offset<char> scales;     // [rows, scales], or by column: [scales, scale_column(rows)]
   Offset<float> weights;   // [rows] in the expert layout, [rows, top_k] in the rank layout
   Offset<int64_t> ids;     // [rows, top_k], rank layout only
-  Offset<int32_t> origin;  // [rows]: the row that holds the payload until `arrive` copies it; -1 - that row:
-                           // it is here already
+  Offset<int32_t> origin;  // [rows]: the row of this block from which `arrive` copies the payload; -1 - row:
+                           // the payload is a copy of that row and has been written already
   Offset<int64_t> source;  // [rows]: source rank << 32 | source token, -1 on padding
   Offset<uint64_t> sums;   // checksum [rows] (written only when checks are on)
   uint64_t bytes;
@@ -154,14 +158,14 @@ MOE_HD constexpr BlockLayout block_layout(uint64_t rows, const CallShape& call, 
   return l;
 }
 
-// The same, relative to the window in which the block lies at `offset`.
+// The same offsets relative to a window, with the block at `offset`.
 MOE_HD constexpr BlockLayout at_offset(BlockLayout l, uint64_t offset) {
   return {l.rows.moved(offset),   l.scales.moved(offset), l.weights.moved(offset), l.ids.moved(offset),
           l.origin.moved(offset), l.source.moved(offset), l.sums.moved(offset),    l.bytes};
 }
 
-// The experts' output of that dispatch, right behind its block: `handle.rows`, and staging for what combine
-// takes beside it.
+// The experts' output of that dispatch, right behind its block: `handle.rows`, and staging memory for the
+// values that combine sends with the rows.
 struct OutputLayout {
   Offset<char> rows;
   Offset<float> weights;  // [rows]

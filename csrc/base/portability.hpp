@@ -9,7 +9,7 @@
 #endif
 
 #define MOE_INLINE MOE_HD inline __attribute__((always_inline))
-// A call of its own: what is rarely needed must not cost its callers registers.
+// Not inlined: code that is rarely needed must not cost its callers registers.
 #define MOE_OUTLINE MOE_HD inline __attribute__((noinline))
 
 // nvcc ignores `#pragma GCC unroll`, g++ ignores `#pragma unroll`: spelled through _Pragma once.

@@ -1,12 +1,12 @@
-// What the bits of coded rows mean. The scalar functions are the definition; every world computes with
-// this text, so every world has the same bits. Nothing here calls libm: logarithm and power are
-// polynomials with a fixed order of operations. Compile without contraction of a product and a sum
-// (-ffp-contract=off, nvcc -fmad=false) and without flushing subnormals.
+// The meaning of the bits of quantized rows. The scalar functions are the definition. Every world compiles
+// the same source, so every world computes the same bits. Nothing here calls libm: logarithm and power are
+// polynomials with a fixed order of operations. Compile without fused multiply-add (-ffp-contract=off,
+// nvcc -fmad=false) and without flushing subnormals to zero.
 //
 // F is float and U uint32_t, or both are vectors of them (GCC's vector extension; comparisons then give
 // masks, and `?:` selects by lane): the CPU's row kernels are instantiations of the same functions.
 //
-// Numbers that are not finite become NaN codes, each alone: they have no part in their tile's scale.
+// A number that is not finite becomes a NaN code. It does not affect the scale of its tile.
 #pragma once
 #include "base/codes.hpp"
 
@@ -65,8 +65,8 @@ struct TileScale {
 };
 
 // f32: scale = amax / 448, inverse = 448 / amax. ue8m0: the least power of two that is not below amax / 448.
-// Magnitudes under 448 * 2^-126 share that as their amax, so that a scale is always a normal number; the
-// scale of a tile of zeros is 2^-126.
+// An amax below 448 * 2^-126 is raised to that value, so that a scale is always a normal number. The scale of
+// a tile of zeros is 2^-126.
 template <class U, class F>
 MOE_INLINE TileScale<F> tile_scale(F amax, ScaleKind kind) {
   const F least = F{} + 0x1.cp-118f, most = F{} + 448.0f;
@@ -85,10 +85,10 @@ MOE_INLINE float ue8m0_decode(uint8_t code) { return bits_as<float>(uint32_t{cod
 //
 // low = max(log2 of the least nonzero magnitude, log2 of the largest - 32); step = (log2 of the largest -
 // low) / 510. Code k in 1..511 stands for 2^(low + (k - 1) * step); 0 is zero; 0x200 (a negative zero) is
-// NaN. A value takes the nearest code in *linear* space: rounding between neighbours is unbiased where the
-// logarithm's own rounding is not. The midpoint of 2^y and 2^(y + step) lies step * ln2 / 8 code units above
-// half way (next term: < 5e-7 units), so that one subtraction does it. Below half the smallest level: zero.
-// Subnormal numbers count as zero.
+// NaN. A value takes the nearest code in *linear* space: that rounding is unbiased, whereas rounding the
+// logarithm is not. The midpoint of 2^y and 2^(y + step) is step * ln2 / 8 code units above half way (next
+// term: < 5e-7 units), so one subtraction corrects it. Values below half the smallest level become zero.
+// Subnormal numbers are treated as zero.
 
 // For positive normal numbers; |error| < 1e-7, or half a unit in the last place of the result.
 template <class U, class F>
@@ -127,7 +127,7 @@ struct LogTile {
   float step;
 };
 
-// Of the least and the largest nonzero finite normal magnitude; both 0 where a tile has none.
+// least, largest: the extreme nonzero finite normal magnitudes of a tile; both 0 if it has none.
 MOE_INLINE LogTile log_tile(float least, float largest) {
   if (largest == 0.0f) return {0.0f, 0.0f};
   const float top = log2_of<uint32_t>(largest), bottom = log2_of<uint32_t>(least);

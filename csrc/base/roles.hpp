@@ -1,5 +1,5 @@
-// Which roles there are: what a timeline names. The names, in this order, are ROLES of
-// moecomm/_native/core.pyx.
+// The roles, as timelines name them. ROLES in moecomm/_native/cpu_world/accounts.pyx has their names in the
+// same order.
 #pragma once
 #include <cstdint>
 

@@ -1,13 +1,21 @@
-// Words of the protocol as types: Geometry, DType, Status. Trivially copyable, host and device.
+// The basic types of the protocol: Geometry, DType, Status. Trivially copyable, for host and device.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "base/portability.hpp"
 
 namespace moecomm {
 
-// Where a rank sits. Nodes are consecutive blocks of ranks_per_node ranks; a rail joins the ranks of
-// the same local index across nodes.
+// The number of an enumerator, for a field that can hold enumerators of several types.
+template <class Enum>
+  requires std::is_enum_v<Enum>
+MOE_HD constexpr int32_t number(Enum e) {
+  return static_cast<int32_t>(e);
+}
+
+// A rank's position. Nodes are consecutive blocks of ranks_per_node ranks. A rail connects the ranks with the
+// same local rank in all nodes.
 struct Geometry {
   int rank = 0;
   int size = 1;
@@ -34,14 +42,14 @@ enum class Code : int32_t {
   capacity = 4,     // rows do not fit the arena or the stated capacity
   mismatch = 5,     // ranks disagree on an argument of this call
   corrupt = 6,      // MOECOMM_CHECK=1 found a row that is not what its source sent
-  interrupted = 7,  // this rank's user wanted an end while it waited
-  refused = 8,  // a rank refuses its part in this call: all ranks learn of it here, and are in step for the
-                // next one
-  out_of_step = 9,  // ranks make different calls: what one sends is not what the other waits for
+  interrupted = 7,  // the user interrupted this rank while it waited
+  refused = 8,      // a rank refuses its part in this call; all ranks get this status and stay in step
+  out_of_step = 9,  // ranks make different calls: one sends something other than its peer waits for
 };
 
-// Why a rank refuses its part in a call, as far as it travels: the detail of a `refused` status.
-enum class Why : int32_t { none = 0, arguments = 1, picks = 2, error = 3 };
+// The reason why a rank refuses its part in a call, as it is sent to peers: the detail of a `refused` status.
+// `grow`: its part does not fit the memory; all ranks allocate larger memory and repeat the call.
+enum class Why : int32_t { none = 0, arguments = 1, picks = 2, error = 3, grow = 4 };
 
 enum class Phase : int32_t {
   none,
@@ -57,9 +65,9 @@ enum class Phase : int32_t {
   flush
 };
 
-// What a role returns. `peer` is the global rank that is suspected, -1 where there is none; expected/got are
-// counter values of the wait that failed (or sizes, or checksums); `detail` says more about some codes (a
-// corrupt row's token). `reporter` is the rank that told this one, -1 where it found out itself.
+// The result of a role. `peer` is the suspected rank, or -1. `expected` and `got` are counter values of the
+// wait that failed (or sizes, or checksums). `detail` depends on the code (for a corrupt row: its token).
+// `reporter` is the rank that reported the failure to this one, or -1 if this rank detected it.
 struct Status {
   Code code = Code::ok;
   Phase phase = Phase::none;
@@ -72,26 +80,35 @@ struct Status {
   MOE_HD constexpr bool ok() const { return code == Code::ok; }
 };
 
-// Whether a failure ends the communicator: half a collective cannot be undone. What the call itself brings to
-// every rank (a mismatch, a refusal, too little room) does not.
+// Whether a failure is final: the communicator cannot be used afterwards, because half a collective cannot be
+// undone. A failure that every rank gets from the call itself (mismatch, refusal, capacity) is not final.
 MOE_HD constexpr bool is_final(const Status& s) {
   return s.code == Code::timeout || s.code == Code::lost || s.code == Code::corrupt ||
          s.code == Code::out_of_step;
 }
 
-// Details of an `invalid` status: what is wrong with ids (`expected` is the token, `got` the id), or with a
-// decode call's turn.
-enum BadInput : int32_t {
-  kIdOutOfRange = 1,
-  kIdTwice = 2,
-  kOtherIds = 3,   // than those of the dispatch
-  kOutOfTurn = 4,  // `expected` is the stage that the call needs, `got` the one that is
+// The detail of an `invalid` status: what is wrong with the ids (`expected` is the token, `got` the id), or
+// with the order of decode calls.
+enum class BadInput : int32_t {
+  none = 0,
+  id_out_of_range = 1,
+  id_twice = 2,
+  other_ids = 3,    // not the ids of the dispatch
+  out_of_turn = 4,  // decode: `expected` is the stage that the call needs, `got` the stage of the epoch
 };
 
-// Whether the call still went on to its end, so that the ranks are in step for the next one.
+MOE_HD constexpr Status bad_pick(BadInput bad, int64_t token, int64_t id) {
+  return {
+      Code::invalid, Phase::none, -1, number(bad), static_cast<uint64_t>(token), static_cast<uint64_t>(id)};
+}
+
+// The detail of a `capacity` status: what is too small.
+enum class Shortage : int32_t { bytes = 0, rows = 1 };
+
+// Whether the failed call was still completed, so that the ranks are in step for the next one.
 MOE_HD constexpr bool keeps_step(const Status& s) {
   return s.code == Code::capacity || s.code == Code::mismatch || s.code == Code::refused ||
-         (s.code == Code::invalid && s.detail != kOutOfTurn);
+         (s.code == Code::invalid && s.detail != number(BadInput::out_of_turn));
 }
 
 #define MOE_TRY(expr)                            \
@@ -100,7 +117,7 @@ MOE_HD constexpr bool keeps_step(const Status& s) {
     if (!moe_status.ok()) return moe_status;     \
   } while (0)
 
-// Every row and every table on the wire starts on 16 bytes: one vector access, one TMA unit.
+// Every row and every table that is sent is 16-byte aligned: one vector access, one TMA unit.
 MOE_HD constexpr uint64_t align16(uint64_t n) { return (n + 15) & ~uint64_t{15}; }
 MOE_HD constexpr uint64_t align_up(uint64_t n, uint64_t to) { return (n + to - 1) / to * to; }
 

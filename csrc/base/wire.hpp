@@ -1,4 +1,4 @@
-// The structures that travel or that peers read: all plain data, all offsets fixed.
+// The structures that are sent to peers or read by them. All are plain data with fixed offsets.
 #pragma once
 #include "base/offset.hpp"
 #include "base/shape.hpp"
@@ -10,44 +10,44 @@ namespace moecomm {
 // receiver's prefix sums it is the final position, so any gateway lane can place any row.
 struct Pick {
   uint16_t expert;  // within the destination node
-  uint16_t k;       // which of the token's top-k slots
+  uint16_t k;       // index among the token's top_k picks
   int32_t ordinal;
   float weight;
 };
 
-// Travels beside every row on the rail. Picks are in ascending expert order, hence ascending rank.
+// The metadata of a row, sent with it over the rail. Picks are in ascending expert order, hence in ascending
+// rank order.
 struct RowMeta {
   int32_t token;
   int32_t picks;
   uint64_t checksum;
   // Pick pick[top_k] follows
-  MOE_HD Pick* pick() { return reinterpret_cast<Pick*>(this + 1); }
-  MOE_HD const Pick* pick() const { return reinterpret_cast<const Pick*>(this + 1); }
+  MOE_HD Pick* pick() { return as<Pick>(bytes_of(this + 1)); }
+  MOE_HD const Pick* pick() const { return as<Pick>(bytes_of(this + 1)); }
 };
 MOE_HD constexpr uint64_t meta_bytes(int top_k) { return align16(sizeof(RowMeta) + sizeof(Pick) * top_k); }
 
-// Counts of one source for one node, travelling ahead of the rows in this order.
+// The count block of one source for one node, sent before the rows. The fields are indices into the block.
 struct CountLayout {
   int32_t signature = 0;  // index of the call's signature
-  int32_t cached = 1;     // 1 where the sender reuses a plan; -Why where it refuses its part in the call
-  int32_t rows = 2;       // rows for the node: one per token that wants any of its experts
-  int32_t word = 3;       // index of the call's word: its number and verb
+  int32_t cached = 1;     // 1 if the sender reuses a plan; -Why if it refuses its part in the call
+  int32_t rows = 2;       // rows for the node: one per token with a pick there
+  int32_t word = 3;       // the call's number and verb: call_word()
   int32_t experts = 0;    // first of num_experts / nodes counts
-  int32_t ranks = 0;      // first of ranks_per_node counts (rows after rank-level dedup)
+  int32_t ranks = 0;      // first of ranks_per_node counts (rows in the rank layout)
   int32_t channels = 0;   // first of `channels` row counts
-  int32_t picks =
-      0;  // first of `logical_experts` counts: picks of the source, whatever replica will serve them
-  int32_t ints = 0;  // length, a multiple of 4
+  int32_t picks = 0;  // first of `logical_experts` counts: picks of the source, before replicas are chosen
+  int32_t ints = 0;   // length, a multiple of 4
 };
 
-// All lanes: a count block, 16 bytes at a time.
+// All lanes copy a count block, 16 bytes at a time.
 template <class G>
 MOE_HD void copy_block(G g, int32_t* to, const int32_t* from, int64_t ints) {
   struct alignas(16) FourInts {
     int32_t v[4];
   };
   for (int64_t i = g.lane(); i < ints / 4; i += g.size())
-    reinterpret_cast<FourInts*>(to)[i] = reinterpret_cast<const FourInts*>(from)[i];
+    as<FourInts>(bytes_of(to))[i] = as<FourInts>(bytes_of(from))[i];
 }
 
 MOE_HD constexpr CountLayout count_layout(const Geometry& g, const Shape& s) {
@@ -60,51 +60,83 @@ MOE_HD constexpr CountLayout count_layout(const Geometry& g, const Shape& s) {
   return c;
 }
 
-// What a rank offers its node peers at the start of a dispatch: two free pieces of its arena. The low
-// one is used when the rows fit there (its pages are warm), else the largest one.
+// Two free parts of a rank's arena, which it offers to its node peers at the start of a dispatch. The low one
+// is used if the rows fit there (its pages are warm), else the largest one.
 struct Offer {
   uint64_t offset[2] = {};
   uint64_t bytes[2] = {};
+
+  MOE_HD constexpr int piece_for(uint64_t needed) const { return needed <= bytes[0] ? 0 : 1; }
 };
 
-// What a rank tells its node peers at the start of a combine.
+// What combine returns besides the rows: nothing, a value for every pick, or sums of values.
+enum class Returns : int32_t { nothing = 0, values = 1, sums = 2 };
+
+// What a rank announces to its node peers at the start of a combine.
 struct RowsBoard {
-  // Window offsets; 0: there are none.
+  // Window offsets; 0: none.
   Offset<char> rows;      // the experts' output
   Offset<float> weights;  // [rows]; none: every weight is 1
-  Offset<float> back;     // what goes back to the picks' slots: [rows], or [rows, top_k] in the rank layout;
-                          // none: zeros
+  Offset<float> back;     // values to return to the picks: [rows], or [rows, top_k] in the rank layout; none:
+                          // zeros
   Offset<uint64_t> sums;  // checksum [rows] (read only when checks are on)
-  uint64_t slots = 0;     // 1: values go back to the picks' slots in this call, 0: they do not; equal on all
-                          // ranks
-  uint64_t word = 0;      // of the call
-  uint64_t refused = 0;   // Why, where the rank refuses its part
+  Returns returns = Returns::nothing;  // equal on all ranks
+  Why refused = Why::none;             // set if the rank refuses its part
+  int32_t word = 0;                    // call_word()
+  int32_t unused = 0;
 };
 
-// What a rank tells its rail peers in a combine, when all ranks of its node have published: what it wants,
-// and its node's judgement.
-struct Wish {
-  int32_t word;      // of the call
-  uint16_t rank;     // where code is not ok: the rank that is meant
-  uint8_t code : 4;  // Code of the node: ok, or refused, or mismatch
-  uint8_t why : 4;   // Why
-  uint8_t wire : 4;  // Wire in which it wants its rows back
- uint8_t slots : 4;  // 1: values go back to the picks' slots
+// What a rank sends to its rail peers in a combine, once all ranks of its node have published: the format in
+// which it wants rows back, and its node's verdict (ok, refused, or mismatch).
+class Wish {
+ public:
+  int32_t word = 0;   // call_word()
+  uint16_t rank = 0;  // if the verdict is not ok: the rank that caused it
+
+  Wish() = default;
+  MOE_HD constexpr Wish(int32_t word, Wire wire, Returns returns)
+      : word(word),
+        code_(0),
+        why_(0),
+        wire_(static_cast<uint8_t>(wire)),
+        returns_(static_cast<uint8_t>(returns)) {}
+
+  MOE_HD constexpr Code code() const { return static_cast<Code>(code_); }
+  MOE_HD constexpr Why why() const { return static_cast<Why>(why_); }
+  MOE_HD constexpr Wire wire() const { return static_cast<Wire>(wire_); }  // of the rows that it wants back
+  MOE_HD constexpr Returns returns() const { return static_cast<Returns>(returns_); }
+  MOE_HD constexpr bool ok() const { return code() == Code::ok; }
+  MOE_HD constexpr void decide(Code code, int of_rank, Why why) {
+    rank = static_cast<uint16_t>(of_rank);
+    code_ = static_cast<uint8_t>(code);
+    why_ = static_cast<uint8_t>(why);
+  }
+
+ private:
+  uint8_t code_ : 4;
+  uint8_t why_ : 4;
+  uint8_t wire_ : 4;
+  uint8_t returns_ : 4;
 };
 static_assert(sizeof(Wish) == 8);
 
-// Which verb a call is, beside its number, in the word by which ranks know that they make the same call.
+// The verb of a call. Ranks compare words with the verb and the number of the call, to detect that they make
+// different calls.
 enum class Verb : int32_t {
   dispatch = 0,
   choose = 1,
   combine = 2,
   decode_dispatch = 3,
   decode_combine = 4,
+  multicast = 5,
+  reduce = 6,
+  differs_late = 13,
   refused_late = 14,
   unknown = 15
 };
 
-// Of the first three. `number`: announcements and combines of the Buffer so far. Only compared for equality.
+// verb: one of the first three. number: announcements and combines of the Buffer so far. Words are only
+// compared for equality.
 MOE_HD constexpr int32_t call_word(uint64_t number, Verb verb) {
   return static_cast<int32_t>(static_cast<uint32_t>(number << 2) | static_cast<uint32_t>(verb));
 }
@@ -114,44 +146,64 @@ MOE_HD constexpr int32_t verbs_detail(Verb own, Verb theirs) {
   return static_cast<int32_t>(own) | static_cast<int32_t>(theirs) << 4;
 }
 
-// The judgement of a node about a dispatch, sent over the rail behind the rows.
+// A node's decision about a dispatch, sent over the rail behind the rows.
 struct Verdict {
-  int32_t code;
-  int32_t rank;
+  Code code;
+  int32_t rank;  // if the code is not ok: the rank that caused it
   uint64_t needed;
   uint64_t available;
-  uint64_t detail;
+  int32_t detail;  // as in Status
+  int32_t unused;
+
+  MOE_HD constexpr bool ok() const { return code == Code::ok; }
 };
+MOE_HD constexpr Verdict make_verdict(Code code, int rank, int32_t detail = 0, uint64_t needed = 0,
+                                      uint64_t available = 0) {
+  return {code, rank, needed, available, detail, 0};
+}
 MOE_HD constexpr Status status_of(const Verdict& v) {
-  return {static_cast<Code>(v.code),      Phase::counts, v.rank,
-          static_cast<int32_t>(v.detail), v.needed,      v.available};
+  return {v.code, Phase::counts, v.rank, v.detail, v.needed, v.available};
 }
 
-// Where a gateway put one pick of a row: kept in the handle for combine and for cached plans.
+// Where a gateway put one pick of a row. The handle keeps it for combine and for calls that reuse the plan.
 struct Place {
   int16_t local;  // destination's local rank
-  uint16_t k;     // which of the token's top-k slots
+  uint16_t k;     // index among the token's top_k picks
   int32_t row;    // row in its block
 };
 
-// A failing rank writes this to everyone it reaches, so that nobody waits for the whole timeout.
+// A failing rank writes this to every rank that it can reach, so that they do not wait for the whole timeout.
 struct FaultWord {
-  uint64_t
-      packed;  // 0: none; else code (8 bits), suspected rank + 1 (16), reporting rank + 1 (16), detail (24)
+  // 0: none; else code (8 bits), suspected rank + 1 (16), reporting rank + 1 (16), detail (24).
+  uint64_t packed;
 };
 MOE_HD constexpr FaultWord pack_fault(const Status& s, int reporter) {
   return {static_cast<uint64_t>(s.code) | static_cast<uint64_t>(s.peer + 1) << 8 |
           static_cast<uint64_t>(reporter + 1) << 24 | static_cast<uint64_t>(s.detail) << 40};
 }
-// In the same place: "I wait, in this call": its verb, the memory that it is on and its number among the
-// communicator's calls. Not a fault.
+// The same word also says, when there is no fault, in which call the rank waits: the call's verb, the memory
+// that it uses, and its number among the communicator's calls.
 constexpr uint64_t kWaitsCode = 0xff;
 MOE_HD constexpr uint64_t waiting_word(Verb verb, uint64_t memory, uint64_t number) {
   return kWaitsCode | static_cast<uint64_t>(verb) << 8 | (memory & 0xfff) << 12 | number << 24;
 }
+constexpr uint64_t kMaskedWord = ~uint64_t{0};  // of a masked rank: no rank waits for it
 MOE_HD constexpr bool is_waiting(uint64_t word) { return (word & 0xff) == kWaitsCode; }
 MOE_HD constexpr uint64_t number_of_waiting(uint64_t word) { return word >> 24; }
 MOE_HD constexpr Verb verb_of_waiting(uint64_t word) { return static_cast<Verb>(word >> 8 & 15); }
+// Whether a peer waits in another call with the same number as this rank's call `own`. All ranks make their
+// calls in the same order, so neither rank will ever make the other's call.
+MOE_HD constexpr bool waits_elsewhere(uint64_t own, uint64_t theirs) {
+  return is_waiting(theirs) && number_of_waiting(theirs) == number_of_waiting(own) && theirs != own;
+}
+MOE_HD constexpr Status other_call(uint64_t own, uint64_t theirs, int rank, Phase phase) {
+  return {Code::out_of_step,
+          phase,
+          rank,
+          verbs_detail(verb_of_waiting(own), verb_of_waiting(theirs)),
+          own,
+          theirs};
+}
 MOE_HD constexpr Status unpack_fault(FaultWord w) {
   return {static_cast<Code>(w.packed & 0xff),
           Phase::none,

@@ -9,6 +9,9 @@
 #if !defined(__x86_64__)
 #include <ucontext.h>
 #endif
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace moecomm {
 namespace {
@@ -16,15 +19,24 @@ namespace {
 constexpr size_t kGuard = 4096;
 constexpr size_t kStack = (128u << 10) - kGuard;  // touched pages alone cost memory
 constexpr int kStacksPerChunk = 64;
-constexpr size_t kGuardedChunks =
-    64;  // every guard costs two mappings, of which a process has some ten thousand
+constexpr size_t kGuardedChunks = 64;  // a guard costs two mappings, and their number per process is limited
 thread_local Fibers* running = nullptr;  // handed to a fiber's first instruction
+
+void unmap_stacks(void* chunk) {
+  constexpr size_t kBytes = kStacksPerChunk * (kStack + kGuard);
+#if defined(__SANITIZE_ADDRESS__)
+  // Frames of fibers that have not ended leave their marks. The next mapping at this address would inherit
+  // them.
+  __asan_unpoison_memory_region(chunk, kBytes);
+#endif
+  munmap(chunk, kBytes);
+}
 
 }  // namespace
 
 #if defined(__x86_64__)
-// Saves what a call preserves, changes the stack, restores: ten instructions. ucontext would add two
-// system calls for the signal mask, which dwarf everything else here.
+// Saves the callee-saved registers, switches the stack, and restores them. ucontext would add two system
+// calls for the signal mask, which would dominate the cost of a switch.
 extern "C" void moecomm_switch_stack(void** save, void* load);
 asm(R"(
 .text
@@ -52,7 +64,7 @@ moecomm_switch_stack:
 
 namespace {
 void* first_context(void* stack, void (*entry)()) {
-  void** top = reinterpret_cast<void**>(static_cast<char*>(stack) + kStack);
+  void** top = static_cast<void**>(static_cast<void*>(static_cast<char*>(stack) + kStack));
   *--top = nullptr;  // a return address for the entry, and its alignment
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
@@ -85,7 +97,7 @@ Fibers::~Fibers() {
   for (const auto& f : fibers_) free_context(f->context);
   free_context(main_.context);
 #endif
-  for (void* chunk : chunks_) munmap(chunk, kStacksPerChunk * (kStack + kGuard));
+  for (void* chunk : chunks_) unmap_stacks(chunk);
 }
 
 void Fibers::push(Item item) {
@@ -195,8 +207,8 @@ void Fibers::switch_to(int fiber) {
   swap(&from.context, to.context);
 }
 
-// Where a fiber ends and the next one has not begun yet, that one goes on here: most never need a stack of
-// their own.
+// When a fiber ends and the next one has not started yet, the next one runs on the same stack. So most fibers
+// never need a stack of their own.
 void Fibers::entry() {
   Fibers& self = *running;
   for (;;) {

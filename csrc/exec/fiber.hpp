@@ -1,14 +1,14 @@
 // Fibers: many roles in one thread, ordered by a virtual clock.
 //
-// Whoever is earliest runs: a fiber that advances past another one gives way to it, so everything that
-// happens, happens in the order of virtual time; ties go to who came first. Nothing else decides, so a
-// run is a pure function of what the fibers do. Events are callbacks at a time; they run on the stack of
-// whoever gave way and must not advance or block.
+// The earliest fiber runs. A fiber that advances past another one yields to it, so everything happens in the
+// order of virtual time; ties are broken by the order of insertion. Nothing else has an influence, so a run
+// is a pure function of what the fibers do. Events are callbacks at a given time. They run on the stack of
+// the fiber that yielded, and must not advance or block.
 //
-// With a lead, a fiber may advance past others by up to the lead before it gives way, and fibers that it
-// starts or wakes go on before others: fewer switches, and one rank's data stays in the caches. It must then
-// meet() the others before it looks at anything that they or events write; what it does itself carries its
-// own time and is not affected.
+// With a lead, a fiber may advance past others by up to the lead before it yields, and fibers that it starts
+// or wakes run before others. This saves switches and keeps one rank's data in the caches. The fiber must
+// then call meet() before it reads anything that other fibers or events write. Its own actions carry their
+// own time and are not affected.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -27,39 +27,38 @@ class Fibers {
   Fibers(const Fibers&) = delete;
   Fibers& operator=(const Fibers&) = delete;
 
-  // From anywhere. A fiber's number is free again once its body has returned.
+  // May be called anywhere. A fiber's number is reused after its body has returned.
   int spawn(Time at, std::function<void()> body);
   void post(Time at, uint32_t event) { push({at, next_order_++, event | kEvent}); }
-  void wake(int fiber, Time at) {
-    push({at, next_order_++, static_cast<uint32_t>(fiber)});
-  }  // ends its block()
+  // Ends the fiber's block().
+  void wake(int fiber, Time at) { push({at, next_order_++, static_cast<uint32_t>(fiber)}); }
 
-  // From the running fiber.
+  // For the running fiber.
   int current() const { return current_; }
   Time now() const { return now_; }
-  Time floor() const { return floor_; }  // no fiber that can go on is behind it
-  void advance(Time to) {                // the clock moves on; others may run in between
+  Time floor() const { return floor_; }  // no fiber that can run is earlier than this
+  void advance(Time to) {                // moves the clock; other fibers may run in between
     if (to < now_) to = now_;
     if (may_go_on(to))
       now_ = to;
     else
       give_way(to);
   }
-  void meet() {  // nothing earlier than now is left to happen
+  void meet() {  // returns when everything before now() has happened
     if (!heap_.empty() && heap_[0].at < now_) give_way(now_);
   }
-  void wake_follower(int fiber, Time at) {
-    follow({at, next_order_++, static_cast<uint32_t>(fiber)});
-  }  // a role of the same rank
+  // As wake(), for a fiber of the same rank.
+  void wake_follower(int fiber, Time at) { follow({at, next_order_++, static_cast<uint32_t>(fiber)}); }
   void block() { switch_to(next()); }  // until wake()
 
-  // Runs until nobody can go on. Fibers that are still blocked then are blocked for ever, unless woken.
+  // Runs until no fiber can run. Fibers that are blocked then stay blocked unless they are woken.
   void run();
+  // Resets the clock. Only when no fiber is alive.
   void restart(Time lead) {
     now_ = floor_ = 0;
     next_order_ = 0;
     lead_ = lead;
-  }  // the clock; only when no fiber is alive
+  }
   int alive() const { return alive_; }
   uint64_t switches() const { return switches_; }
 
@@ -72,7 +71,7 @@ class Fibers {
     bool before(const Item& o) const { return at != o.at ? at < o.at : order < o.order; }
   };
   struct Fiber {
-    void* stack = nullptr;  // from its first instruction to its last
+    void* stack = nullptr;  // only while its body runs
     void* context = nullptr;
     std::function<void()> body;
   };
@@ -99,7 +98,7 @@ class Fibers {
   std::vector<std::unique_ptr<Fiber>> fibers_;
   std::vector<int> idle_;
   std::vector<Item> heap_;       // 4-ary
-  std::vector<Item> followers_;  // with a lead: in the order in which they were started or woken
+  std::vector<Item> followers_;  // with a lead: fibers in the order in which they were started or woken
   size_t next_follower_ = 0;
   std::vector<void*> chunks_;  // memory of the stacks
   std::vector<void*> idle_stacks_;

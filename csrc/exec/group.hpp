@@ -1,5 +1,5 @@
-// Group: who executes a role. Roles are SPMD: every lane of a group calls the same function, splits
-// loops by lane, and only lane 0 signals or waits. A CPU rank is one lane, a GPU warp is 32.
+// Group: the lanes that execute a role. Roles are SPMD: every lane of a group calls the same function and
+// takes its part of each loop; only lane 0 signals or waits. A CPU rank is one lane, a GPU warp has 32.
 #pragma once
 #include <concepts>
 
@@ -11,23 +11,23 @@ template <class G>
 concept Group = requires(G g, int v) {
   { g.lane() } -> std::convertible_to<int>;
   { g.size() } -> std::convertible_to<int>;
-  g.sync();                                    // all lanes meet; earlier writes of each are seen by all
-  { g.broadcast(v, 0) } -> std::same_as<int>;  // lane 0's value, after a sync
+  g.sync();                                    // a barrier; earlier writes of each lane are visible to all
+  { g.broadcast(v, 0) } -> std::same_as<int>;  // the value of lane 0; includes a sync
 };
 
-// Lane 0 runs `f`, everyone gets its Status. What lane 0 acquired is visible to all lanes.
+// Lane 0 runs `f`; all lanes get its Status. What lane 0 acquired is visible to all lanes.
 template <Group G, class F>
 MOE_HD Status leader(G g, F&& f) {
   Status s;
   if (g.lane() == 0) s = f();
-  if (g.broadcast(s.ok(), 0)) return {};  // the usual case costs one word
+  if (g.broadcast(s.ok(), 0)) return {};  // the common case broadcasts one word only
   return g.broadcast(s, 0);
 }
 
-// Each lane found something or not; everyone gets the finding of the first lane that has one.
+// All lanes get the Status of the first lane whose Status is not ok.
 template <Group G>
 MOE_HD Status first_failure(G g, const Status& mine) {
-  if constexpr (requires { g.any(true); })  // a large group asks first whether there is one at all
+  if constexpr (requires { g.any(true); })  // a large group first tests whether there is a failure
     if (!g.any(!mine.ok())) return {};
   for (int lane = 0; lane < g.size(); ++lane)
     if (!g.broadcast(mine.ok(), lane)) return g.broadcast(mine, lane);

@@ -1,4 +1,4 @@
-// The CPU's group: one lane. Every synchronisation is free.
+// The CPU's group: one lane. Synchronization costs nothing.
 #pragma once
 #include "exec/group.hpp"
 

@@ -1,5 +1,5 @@
-// A group of real threads, for tests: a missing sync() or a lane race that a warp would hide shows up
-// under ThreadSanitizer.
+// A group whose lanes are threads, for tests: ThreadSanitizer then finds a missing sync() or a race between
+// lanes that a warp would hide.
 #pragma once
 #include <barrier>
 #include <cstring>
@@ -15,12 +15,12 @@ class TeamState {
   explicit TeamState(int size) : size_(size), barrier_(size) {}
   int size() const { return size_; }
   void sync() { barrier_.arrive_and_wait(); }
-  void* slot() { return slot_; }
+  void* value() { return value_; }
 
  private:
   int size_;
   std::barrier<> barrier_;
-  alignas(64) unsigned char slot_[256];
+  alignas(64) unsigned char value_[256];
 };
 
 struct Team {
@@ -33,11 +33,11 @@ struct Team {
   template <class T>
   T broadcast(T v, int from) const {
     static_assert(sizeof(T) <= 256);
-    if (lane_ == from) std::memcpy(state->slot(), &v, sizeof(T));
+    if (lane_ == from) std::memcpy(state->value(), &v, sizeof(T));
     sync();
     T out;
-    std::memcpy(&out, state->slot(), sizeof(T));
-    sync();  // nobody overwrites the slot while another still reads it
+    std::memcpy(&out, state->value(), sizeof(T));
+    sync();  // no lane overwrites the value while another lane still reads it
     return out;
   }
 };

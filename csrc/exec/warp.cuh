@@ -8,13 +8,13 @@ struct Warp {
   static __device__ int lane() { return threadIdx.x & 31; }
   static constexpr MOE_HD int size() { return 32; }
   static __device__ void sync() { __syncwarp(); }
-  // A vote orders no memory, and whoever asks reads what other lanes have stored: the sync before it orders
-  // that.
+  // A vote does not order memory, but callers then read what other lanes have stored. The __syncwarp() orders
+  // these accesses.
   static __device__ bool any(bool v) {
     __syncwarp();
     return __any_sync(~0u, v);
   }
-  // Trivially copyable values go word by word. Shuffles order no memory: the sync before them does.
+  // Copies a trivially copyable value word by word. Shuffles do not order memory; the __syncwarp() does.
   template <class T>
   static __device__ T broadcast(T v, int from) {
     constexpr int kWords = (sizeof(T) + 3) / 4;

@@ -1,6 +1,6 @@
 // The end of dispatch.
 //
-//   arrive  (receiver)  wait for all gateways, copy rows that several own experts want, zero the padding
+//   arrive  (receiver)  wait for all gateways, copy rows that several local experts get, zero the padding
 #pragma once
 #include "protocol/forward.hpp"
 
@@ -8,8 +8,9 @@ namespace moecomm {
 
 namespace detail {
 
-// All gateways of the node have forwarded, or said why they have not. Gateways of a node that would have had
-// room still store rows here: this rank waits for them.
+// Waits until all gateways of the node have forwarded their rows, or have announced why they did not. Even
+// when the call is refused, gateways whose node had room still store rows here, so this rank waits for all of
+// them.
 template <Group G, Fabric<G> F>
 MOE_HD Status await_gateways(G g, F f, const DispatchArgs& a) {
   const Geometry& geo = a.b.geometry;
@@ -19,39 +20,40 @@ MOE_HD Status await_gateways(G g, F f, const DispatchArgs& a) {
       MOE_TRY(
           f.wait_node(a.b.node.arrive + i, a.book->dispatches, Phase::arrive, geo.rank_at(geo.node(), i)));
       const Verdict& v = f.window(geo.local(), a.b.node.verdicts)[i];
-      if (v.code != 0 && refused.ok()) refused = status_of(v);
+      if (!v.ok() && refused.ok()) refused = status_of(v);
     }
     return refused;
   });
 }
 
-// One of `parts` shares of the rows of this rank's block. Stretches of rows are dealt out in turn, one
-// stretch after another, so that many short ones are shared too.
+// Part `part` of `parts` of the rows of this rank's block. Ranges of rows are assigned to the parts
+// round-robin, and the next range continues where the last one ended, so that many short ranges are spread
+// too.
 struct BlockShare {
   const DispatchArgs& a;
   const BlockLayout& l;  // relative to the window
   char* window;
   int64_t rows;  // with padding
   int part, parts;
-  int dealt = 0;
+  int next_part = 0;
   uint64_t replicated = 0;
-  Status wrong = {};  // what this lane has found
+  Status wrong = {};  // the first corrupt row that this lane has found
 
   MOE_HD bool by_rank() const { return a.plan.call.layout == RowLayout::rank; }
-  // The first of this share's rows of [begin, end), which are dealt `length` at a time.
-  MOE_HD int64_t deal(int64_t begin, int64_t end, int64_t length) {
-    const int64_t first = begin + (part + parts - dealt) % parts * length;
-    dealt = static_cast<int>((dealt + (end - begin + length - 1) / length) % parts);
+  // The first row of this part in [begin, end), whose rows are assigned `length` at a time.
+  MOE_HD int64_t first_of(int64_t begin, int64_t end, int64_t length) {
+    const int64_t first = begin + (part + parts - next_part) % parts * length;
+    next_part = static_cast<int>((next_part + (end - begin + length - 1) / length) % parts);
     return first;
   }
 };
 
-// Rows [begin, end) are padding.
+// Clears rows [begin, end), which are padding.
 template <Group G, Fabric<G> F>
 MOE_HD void clear_rows(G g, F f, BlockShare& s, int64_t begin, int64_t end) {
   const CallShape& call = s.a.plan.call;
   const bool by_rank = s.by_rank();
-  for (int64_t r = s.deal(begin, end, 1); r < end; r += s.parts) {
+  for (int64_t r = s.first_of(begin, end, 1); r < end; r += s.parts) {
     f.zero_row(g, s.l.rows.in(s.window) + r * call.row_bytes, call.row_bytes);
     zero_scales(g, f, call, s.l.scales.in(s.window), s.rows, r);
     if (by_rank) clear_picks(g, s.window, s.l, r, s.a.b.shape.top_k);
@@ -69,13 +71,13 @@ MOE_HD void replicate_row(G g, F f, const BlockShare& s, int64_t to, int64_t fro
   copy_scales(g, f, call, s.l.scales.in(s.window), s.rows, to, from);
 }
 
-// Rows [begin, end) have come, or lie in another row of the block. As many rows at a time as there are lanes:
-// each lane looks where one of them comes from.
+// Completes rows [begin, end): those whose payload is in another row of the block are copied from there.
+// Works on as many rows at a time as there are lanes; each lane loads the origin of one.
 template <Group G, Fabric<G> F>
 MOE_HD void complete_rows(G g, F f, BlockShare& s, int64_t begin, int64_t end) {
   const bool by_rank = s.by_rank();
   const int32_t* origin = s.l.origin.in(s.window);
-  for (int64_t first = s.deal(begin, end, g.size()); first < end; first += int64_t{s.parts} * g.size()) {
+  for (int64_t first = s.first_of(begin, end, g.size()); first < end; first += int64_t{s.parts} * g.size()) {
     const int64_t mine = first + g.lane(), last = first + g.size() < end ? first + g.size() : end;
     const int32_t from = by_rank || mine >= end ? -1 : origin[mine];
     for (int64_t r = first; !by_rank && r < last; ++r) {
@@ -84,14 +86,14 @@ MOE_HD void complete_rows(G g, F f, BlockShare& s, int64_t begin, int64_t end) {
       if (o >= 0 && o != r) replicate_row(g, f, s, r, o);
     }
     if (!s.a.b.check) continue;
-    f.settle(g);
+    f.finish_rows(g);
     verify::arrived_rows(g, s.a, s.window, s.l, s.rows, first, last, s.wrong);
   }
 }
 
 }  // namespace detail
 
-// Part `part` of `parts`: the receiver's own work is shared out by rows.
+// Part `part` of `parts`: the rows of the block are divided among the groups.
 template <Group G, Fabric<G> F>
 MOE_HD Status arrive(G g, F f, const DispatchArgs& a, int part, int parts) {
   const BufferView& b = a.b;

@@ -1,17 +1,19 @@
-// Combine: the way back on the same plan.
+// Combine: sends the experts' rows back on the plan of the dispatch, and sums them.
 //
-//   publish  (expert)   "my rows may be read", to the node; when all of it have said so, "I am in the call",
-//   the wanted wire and
-//                       the node's judgement over the rail: a refusal by one rank is every rank's in this
-//                       same call
-//   reduce   (gateway)  the node's rows of a token summed in FP32, ascending rank (and expert) order, one
-//                       row per token back over the rail, coded as its source wants it     [per channel]
-//   sum      (source)   own node's rows directly, other nodes' rows from staging, ascending node order,
-//                       plus the bias; rounded once                                       [per channel]
-//   finish   (all)      nobody reads my rows any more
+//   publish  (owner)    Announces to the node that this rank's rows may be read. When all ranks of the node
+//                       have done so, it sends to the rail peers: "I am in the call", the wire format for
+//                       rows sent back to it, and the node's verdict. So a refusal by one rank is known to
+//                       every rank in this same call.
+//   reduce   (gateway)  Sums the node's rows of a token in FP32, in ascending rank (and expert) order, and
+//                       sends one row per token back over the rail, in the format that its source wants.
+//                       [per channel]
+//   sum      (source)   Sums the rows of its own node, read in place, and the other nodes' rows from staging,
+//                       in ascending node order; adds the bias; rounds once. [per channel]
+//   finish   (all)      Waits until no rank reads this rank's rows.
 #pragma once
 #include "fabric/fabric.hpp"
 #include "protocol/dispatch.hpp"
+#include "protocol/returned.hpp"
 #include "protocol/verify.hpp"
 #include "protocol/views.hpp"
 
@@ -19,8 +21,8 @@ namespace moecomm {
 
 namespace detail {
 
-// Where a rail peer's Wish lies. A peer that waits for nothing here may be one combine ahead, hence the
-// parity.
+// Where the Wish from a rail peer on `node` arrives. A peer that waits for nothing from this rank may be one
+// combine ahead, so there are two places, chosen by parity.
 MOE_HD inline Offset<Wish> wish_at(const CombineArgs& a, int node) {
   return a.b.rail.wishes + ((a.book->combines & 1) * a.b.geometry.nodes() + node);
 }
@@ -36,27 +38,20 @@ MOE_HD inline Status out_of_step(Phase phase, int rank, int32_t own, int32_t the
           static_cast<uint32_t>(theirs)};
 }
 
-// What this rank wants, and its node's judgement: the first rank that refuses, else the first that wants
-// slots where another does not.
+// This rank's Wish, with its node's verdict: the first rank that refuses, else the first rank that wants
+// other returned values than the node's first rank.
 MOE_HD inline Status judge_boards(const CombineArgs& a, Wish& mine) {
   const Geometry& geo = a.b.geometry;
-  mine = {combine_word(a), 0, 0, 0, static_cast<uint8_t>(a.wire), static_cast<uint8_t>(a.slots != nullptr)};
+  mine = Wish(combine_word(a), a.wire, a.returns());
   for (int d = 0; d < geo.ranks_per_node; ++d) {
     const RowsBoard& board = a.boards[d];
     const int rank = geo.rank_at(geo.node(), d);
-    if (static_cast<int32_t>(board.word) != mine.word)
-      return out_of_step(Phase::publish, rank, mine.word, static_cast<int32_t>(board.word));
-    Code code = Code::ok;
-    if (board.refused != 0)
-      code = Code::refused;
-    else if (board.slots != a.boards[0].slots)
-      code = Code::mismatch;
-    if (code == Code::ok || mine.code == static_cast<uint8_t>(Code::refused) ||
-        mine.code == static_cast<uint8_t>(code))
-      continue;
-    mine.rank = static_cast<uint16_t>(rank);
-    mine.code = static_cast<uint8_t>(code);
-    mine.why = static_cast<uint8_t>(board.refused);
+    if (board.word != mine.word) return out_of_step(Phase::publish, rank, mine.word, board.word);
+    if (mine.code() == Code::refused) continue;
+    if (board.refused != Why::none)
+      mine.decide(Code::refused, rank, board.refused);
+    else if (mine.ok() && board.returns != a.boards[0].returns)
+      mine.decide(Code::mismatch, rank, Why::none);
   }
   return {};
 }
@@ -66,7 +61,7 @@ MOE_HD const Wish& own_wish(F f, const CombineArgs& a) {
   return *f.rail(a.b.rail.wish_out);
 }
 
-// One lane: node n's Wish, when its rail peer is in the call.
+// One lane waits until node n's rail peer is in the call, and checks its Wish.
 template <LaneFabric F>
 MOE_HD Status await_wish(F f, const CombineArgs& a, int n, Phase phase) {
   const int rank = a.b.geometry.rail_rank(n);
@@ -75,14 +70,14 @@ MOE_HD Status await_wish(F f, const CombineArgs& a, int n, Phase phase) {
   return theirs.word == combine_word(a) ? Status{} : out_of_step(phase, rank, combine_word(a), theirs.word);
 }
 
-// Whether rows pass between this node and node n, whose Wish is here. Both sides see the same.
+// Whether this node and node n, whose Wish has arrived, send each other rows. Both nodes decide the same.
 template <LaneFabric F>
 MOE_HD bool trades(F f, const CombineArgs& a, int n) {
   const Wish &mine = own_wish(f, a), &theirs = *f.rail(wish_at(a, n));
-  return mine.code == 0 && theirs.code == 0 && mine.slots == theirs.slots;
+  return mine.ok() && theirs.ok() && mine.returns() == theirs.returns();
 }
 
-// The world's judgement, when all Wishes are here: every rank finds something, or none does.
+// The verdict of all nodes, once all Wishes have arrived. Either every rank gets a failure, or none does.
 template <LaneFabric F>
 MOE_HD Status judge_wishes(F f, const CombineArgs& a) {
   const Geometry& geo = a.b.geometry;
@@ -90,10 +85,15 @@ MOE_HD Status judge_wishes(F f, const CombineArgs& a) {
   Status found;
   for (int n = 0; n < geo.nodes() && found.code != Code::refused; ++n) {
     const Wish& w = n == geo.node() ? mine : *f.rail(wish_at(a, n));
-    if (w.code != 0 && (found.ok() || w.code == static_cast<uint8_t>(Code::refused)))
-      found = {static_cast<Code>(w.code), Phase::publish, w.rank, w.why};
-    else if (w.code == 0 && mine.code == 0 && found.ok() && w.slots != mine.slots)
-      found = {Code::mismatch, Phase::publish, geo.rail_rank(n), 0, mine.slots, w.slots};
+    if (!w.ok() && (found.ok() || w.code() == Code::refused))
+      found = {w.code(), Phase::publish, w.rank, number(w.why())};
+    else if (w.ok() && mine.ok() && found.ok() && w.returns() != mine.returns())
+      found = {Code::mismatch,
+               Phase::publish,
+               geo.rail_rank(n),
+               0,
+               static_cast<uint64_t>(mine.returns()),
+               static_cast<uint64_t>(w.returns())};
   }
   return found;
 }
@@ -117,9 +117,9 @@ MOE_HD Status publish(G g, F f, const CombineArgs& a) {
   return leader(g, [&] {
     RowsBoard* board = f.window(geo.local(), b.node.board);
     *board = a.mine;
-    board->slots = a.slots != nullptr;
-    board->word = static_cast<uint32_t>(detail::combine_word(a));
-    board->refused = static_cast<uint64_t>(a.refused);
+    board->returns = a.returns();
+    board->word = detail::combine_word(a);
+    board->refused = a.refused;
     for (int d = 0; d < geo.ranks_per_node; ++d) f.signal_node(d, b.node.ready + geo.local(), 1);
     for (int d = 0; d < geo.ranks_per_node; ++d) {
       MOE_TRY(f.wait_node(b.node.ready + d, a.book->combines, Phase::publish, geo.rank_at(geo.node(), d)));
@@ -138,7 +138,7 @@ MOE_HD Status publish(G g, F f, const CombineArgs& a) {
 
 namespace detail {
 
-// The rows that this node contributes to row i of source node n; counted as they are listed.
+// Adds the rows that this node contributes to row i of source node n to `terms`, and counts them.
 template <Group G, Fabric<G> F>
 MOE_HD void add_node_terms(G g, F f, const CombineArgs& a, int n, int i, Terms& terms) {
   const int64_t at = a.b.row_index(n, i);
@@ -151,11 +151,12 @@ MOE_HD void add_node_terms(G g, F f, const CombineArgs& a, int n, int i, Terms& 
     if (by_rank && j > 0 && place[j - 1].local == p.local) continue;  // one row per rank
     const RowsBoard board = a.boards[p.local];
     const char* window = f.window(p.local);
-    terms.add(g, board.rows.in(window) + p.row * row_bytes,
-              [&] { return board.weights ? board.weights.in(window)[p.row] : 1.0f; });
+    terms.add_weighted(g, board.rows.in(window) + p.row * row_bytes,
+                       board.weights ? board.weights.in(window) + p.row : nullptr);
     ++all;
     remote += p.local != a.b.geometry.local();
   }
+  terms.fetch_weights();
   terms.close_group();
   if (g.lane() != 0) return;
   Counters& count = f.counters();
@@ -165,32 +166,17 @@ MOE_HD void add_node_terms(G g, F f, const CombineArgs& a, int n, int i, Terms& 
   count.node.physical_bytes += remote * row_bytes;
 }
 
-// One token's values of `back` from this node's ranks, at their top-k slots; other slots are left alone.
-template <LaneFabric F>
-MOE_HD void gather_slots(F f, const CombineArgs& a, int n, int i, float* slots) {
-  const int k_max = a.b.shape.top_k;
-  const int64_t at = a.b.row_index(n, i);
-  const Place* place = a.plan.place + at * k_max;
-  const bool by_rank = a.plan.call.layout == RowLayout::rank;
-  for (int j = 0; j < a.plan.row_picks[at]; ++j) {
-    const Place p = place[j];
-    const Offset<float> back = a.boards[p.local].back;
-    const int64_t index = by_rank ? int64_t{p.row} * k_max + p.k : p.row;
-    slots[p.k] = back ? f.window(p.local, back)[index] : 0.0f;
-  }
-}
-
-// One channel on its way back to node `node`: slots [begin, end) of its rows.
+// The rows of one channel that return to node `node`: its slots [begin, end).
 struct Returning {
   int node, channel, begin, end;
   Wire wire;
   uint64_t row_bytes;
-  uint64_t there;       // slot 0 in the peer's area B
+  uint64_t there;       // index of slot 0 in the peer's area B
   Offset<char> target;  // of slot 0 in the peer's region
-  bool direct;          // stores reach the peer: rows are summed right into its staging area
-  char* rows;           // slot 0 of the sums, as they are written here
+  bool direct;          // stores reach the peer, so sums are written directly into its staging area
+  char* rows;           // slot 0 of the sums that this rank writes
   uint64_t* sums;       // their checksums
-  float* slots;         // [top_k] each
+  float* returned;      // [top_k] returned values for each
 };
 
 template <LaneFabric F>
@@ -203,7 +189,7 @@ MOE_HD Returning returning_rows(F f, const CombineArgs& a, int node, int channel
   r.channel = channel;
   r.begin = a.plan.first_row(node, channel, channels);
   r.end = a.plan.first_row(node, channel + 1, channels);
-  r.wire = static_cast<Wire>(f.rail(wish_at(a, node))->wire);
+  r.wire = f.rail(wish_at(a, node))->wire();
   r.row_bytes = b.shape.wire_bytes(r.wire);
   r.there = b.remote_row(own, node);
   r.target = b.area_b(own, node);
@@ -211,11 +197,12 @@ MOE_HD Returning returning_rows(F f, const CombineArgs& a, int node, int channel
   r.direct = straight != nullptr;
   r.rows = straight ? straight : f.rail(b.area_a(node, own));
   r.sums = f.rail(b.rail.sums_out) + here;
-  r.slots = f.rail(b.rail.slots_out) + here * b.shape.top_k;
+  r.returned = f.rail(b.rail.returned_out) + here * b.shape.top_k;
   return r;
 }
 
-// The sum of `now` as row i, with what goes beside it. In between `next` may be read ahead.
+// Writes the sum of `now` as row i, with its returned values and its checksum. The rows of `next` may be
+// prefetched.
 template <Group G, Fabric<G> F>
 MOE_HD void reduce_row(G g, F f, const CombineArgs& a, const Returning& r, int i, const Terms& now,
                        const Terms& next) {
@@ -226,14 +213,18 @@ MOE_HD void reduce_row(G g, F f, const CombineArgs& a, const Returning& r, int i
     f.reduce_rows(g, row, now, &next, no_bias, s.hidden, s.dtype);
   else
     f.reduce_encode(g, row, r.wire, now, &next, s.hidden, s.dtype);
-  g.sync();  // the list of `now` may be overwritten, that of `next` may be read
+  g.sync();  // then the list of `now` may be overwritten, and the list of `next` may be read
   if (g.lane() != 0) return;
-  if (a.slots) gather_slots(f, a, r.node, i, r.slots + int64_t{i} * s.top_k);
+  if (a.returned) {
+    float* returned = r.returned + int64_t{i} * s.top_k;
+    for (int k = 0; a.sums_back && k < s.top_k; ++k) returned[k] = 0.0f;
+    gather_returned(f, a, r.node, i, returned);
+  }
   if (a.b.check)
     r.sums[i] = row_checksum(row, r.row_bytes, checksum_seed(a.book->combines, a.b.geometry.rank, i));
 }
 
-// One lane: `rows` rows from slot `first` on, and the signal.
+// One lane puts `rows` rows from slot `first` on, and the signal.
 template <LaneFabric F>
 MOE_HD void return_chunk(F f, const CombineArgs& a, const Returning& r, int first, int rows) {
   const BufferView& b = a.b;
@@ -241,8 +232,9 @@ MOE_HD void return_chunk(F f, const CombineArgs& a, const Returning& r, int firs
   if (!r.direct)
     f.put(r.node, r.target + first * r.row_bytes, r.rows + first * r.row_bytes, rows * r.row_bytes);
   if (b.check) put(f, r.node, b.rail.sums + (r.there + first), r.sums + first, rows);
-  if (a.slots)
-    put(f, r.node, b.rail.slots + k_max * (r.there + first), r.slots + int64_t{first} * k_max, k_max * rows);
+  if (a.returned)
+    put(f, r.node, b.rail.returned + k_max * (r.there + first), r.returned + int64_t{first} * k_max,
+        k_max * rows);
   f.signal_rail(r.node, b.back_counter(b.geometry.node(), r.channel), rows);
   HopCounters& hop = f.counters().rail;
   hop.logical_rows += rows;
@@ -259,7 +251,7 @@ MOE_HD Status reduce(G g, F f, const CombineArgs& a, int node, int channel) {
   MOE_TRY(leader(g, [&] { return detail::await_wish(f, a, node, Phase::reduce); }));
   if (!detail::trades(f, a, node)) return {};
   const detail::Returning r = detail::returning_rows(f, a, node, channel);
-  // While one row is summed the next one's terms are known, so that the fabric can fetch them ahead.
+  // The terms of the next row are listed before a row is summed, so that the fabric can prefetch them.
   const auto terms_of = [&](int i) {
     Terms terms{&f.terms(i & 1)};
     if (i < r.end) detail::add_node_terms(g, f, a, node, i, terms);
@@ -284,7 +276,7 @@ MOE_HD Status reduce(G g, F f, const CombineArgs& a, int node, int channel) {
 
 namespace detail {
 
-// A call that is refused: the rows of nodes that trade with this one are still taken off the wire.
+// For a refused call: consumes the rows of nodes that still send rows to this one.
 template <Group G, Fabric<G> F>
 MOE_HD Status drop_back(G g, F f, const CombineArgs& a, int channel) {
   const BufferView& b = a.b;
@@ -301,13 +293,13 @@ MOE_HD Status drop_back(G g, F f, const CombineArgs& a, int channel) {
   });
 }
 
-// Slot `slot` of what node n sends back to this rank.
+// Slot `slot` of the rows that node n returns to this rank.
 template <LaneFabric F>
 MOE_HD const char* returned_row(F f, const CombineArgs& a, int n, int slot, uint64_t row_bytes) {
   return f.rail(a.b.area_b(n, a.b.geometry.node())) + slot * row_bytes;
 }
 
-// What makes y[t]: this node's rows, and a row from every other node that has some.
+// The terms of y[t]: this node's rows, and one row from every other node that has a pick of the token.
 template <Group G, Fabric<G> F>
 MOE_HD Terms token_terms(G g, F f, const CombineArgs& a, int t, uint64_t row_bytes) {
   const int own = a.b.geometry.node(), nodes = a.b.geometry.nodes();
@@ -325,26 +317,7 @@ MOE_HD Terms token_terms(G g, F f, const CombineArgs& a, int t, uint64_t row_byt
   return terms;
 }
 
-// One lane: the values of y[t]'s picks, at their top-k slots.
-template <LaneFabric F>
-MOE_HD void collect_slots(F f, const CombineArgs& a, int t) {
-  const BufferView& b = a.b;
-  const int own = b.geometry.node(), nodes = b.geometry.nodes();
-  const int k_max = b.shape.top_k, per_node = b.experts_per_node();
-  float* out = a.slots + int64_t{t} * k_max;
-  for (int k = 0; k < k_max; ++k) out[k] = 0.0f;
-  const int own_slot = a.plan.slot_of(t, own, nodes);
-  if (own_slot >= 0) gather_slots(f, a, own, own_slot, out);
-  const Pick* pick = a.plan.pick + int64_t{t} * k_max;
-  for (int i = 0; i < a.plan.picks[t]; ++i) {
-    const int n = pick[i].expert / per_node;
-    if (n == own) continue;
-    const uint64_t at = b.remote_row(n, own) + a.plan.slot_of(t, n, nodes);
-    out[pick[i].k] = f.rail(b.rail.slots)[at * k_max + pick[i].k];
-  }
-}
-
-// One lane: the other nodes' rows for token t are here; with checks, as they were sent.
+// One lane waits until the other nodes' rows for token t have arrived. With checks, it verifies them.
 template <LaneFabric F>
 MOE_HD Status await_token(F f, const CombineArgs& a, int channel, int t, uint64_t row_bytes) {
   const BufferView& b = a.b;
@@ -365,7 +338,7 @@ MOE_HD Status await_token(F f, const CombineArgs& a, int channel, int t, uint64_
   return {};
 }
 
-// One lane: the other nodes' rows of the channel have been read.
+// One lane records that the other nodes' rows of the channel have been read.
 MOE_HD inline void close_channel(const CombineArgs& a, int channel) {
   const BufferView& b = a.b;
   for (int n = 0; n < b.geometry.nodes(); ++n)
@@ -402,7 +375,7 @@ MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
     if (b.check && slot >= 0) MOE_TRY(verify::published_rows(g, f, a, own, slot, Phase::sum));
     const float* bias = a.bias ? a.bias + t * a.bias_stride : nullptr;
     f.reduce_rows(g, a.y + t * b.shape.combine_row_bytes(), now, &next, bias, b.shape.hidden, b.shape.dtype);
-    if (a.slots && g.lane() == 0) detail::collect_slots(f, a, t);
+    if (a.returned && g.lane() == 0) detail::collect_returned(f, a, t);
     g.sync();
     if (slot >= 0 && g.lane() == 0) {
       f.counters().rail.logical_rows += 1;
@@ -414,7 +387,7 @@ MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
   return {};
 }
 
-// Rows may be overwritten, and the block released, only after every gateway of the node has read them.
+// Rows may be overwritten, and the block freed, only after every gateway of the node has read them.
 template <Group G, Fabric<G> F>
 MOE_HD Status finish(G g, F f, const CombineArgs& a) {
   const BufferView& b = a.b;

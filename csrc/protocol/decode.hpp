@@ -1,42 +1,50 @@
-// Decode: dispatch and combine in microseconds. Everything has a fixed place that follows from (parity of the
-// epoch, source, slot), so no counts are exchanged, nothing is allocated and there is no barrier.
+// Decode: dispatch and combine with the least latency. Everything has a fixed place, computed from (parity of
+// the epoch, source, slot), so no counts are exchanged, nothing is allocated, and there is no barrier.
 //
 //   dispatch, send      decode_list, [decode_shift_slots], decode_send, decode_announce (decode_send.hpp)
 //   dispatch, receive   decode_accept, decode_number, [decode_shift_places], decode_pack (decode_receive.hpp)
-//   combine, send       decode_answer, decode_reply (decode_answer.hpp) combine, receive decode_wait_answers,
-//   decode_sum                                      (decode_sum.hpp)
+//   combine, send       decode_answer, decode_reply (decode_answer.hpp)
+//   combine, receive    decode_wait_answers, decode_sum (decode_sum.hpp)
 //
-// One group runs them one after another. Many groups share the tokens of a rank, and the messages that came,
-// as slices: each numbers its own slice from 0 and, when all have met, shifts it by what is before it.
+// One group runs them one after another. Many groups divide the tokens of a rank, and the messages that have
+// arrived, into slices: each group numbers its slice from 0. After a barrier it shifts the numbers by the
+// total of the slices before it.
 //
-// One message per token and destination rank, straight to its owner. To a rank of another node it is put
-// into that rank's region. Inside a node it stays where it was staged and the owner fetches it: the copy into
-// the packed place, which is due anyway, is then the transfer. Likewise the experts' rows: put over the rail,
-// read in place inside the node.
+// There is one message per token and owner, sent directly to the owner. It is put into the region of an owner
+// on another node. Inside a node the message stays where its source staged it, and the owner reads it there:
+// the copy to its place among the packed rows, which is necessary anyway, is then the transfer. The experts'
+// rows return in the same way: put over the rail, or read in place inside the node.
 //
 // Why no rank overwrites what a slower one still reads. Epochs are numbered 1, 2, 3, ... and alternate
-// between two sets of places. Every rank follows two rules of its own, both enforced by the runtime:
+// between two sets of places. Every rank follows two rules, both enforced by the runtime:
 //   (A) it has received dispatch e-1 before it sends dispatch e;
 //   (B) it has received combine e-2 before it sends dispatch e, if it sent that combine at all.
-// Every dispatch raises a flag at every rank, also with no message behind it. Hence, when a rank sends
+// Every dispatch raises a flag at every rank, even if no message comes with it. Hence, when a rank sends
 // dispatch e, it has the flags of e-1 from all ranks (A), so by (A) all of them have received dispatch e-2:
-//   - messages of e-2 (staged here, or put into their regions) have been read, and this rank's flags with
-//   them;
+//   - messages of e-2 (staged here, or put into their regions) and this rank's flags have been read;
 // and when it has received dispatch e, all ranks have sent e, so by (B) they have received combine e-2:
 //   - places, experts' rows, answers and sums of e-2 have been read.
-// Only then are the places written again: by decode_accept and by the experts, both behind the receipt of e,
-// and by decode_answer behind that. A weighted answer leaves from the slot of its message: its source has
-// seen the answer's flag (B), which lies behind the answer, before it fills that slot again. The argument
-// needs neither a combine per dispatch nor an even number of calls, and bounds how far a rank can run ahead:
-// one dispatch.
+// Only then are the places written again: by decode_accept and by the experts, both after the receipt of e,
+// and later by decode_answer. A weighted answer is sent from the slot of its message: its source has seen the
+// answer's flag (B), which is ordered after the answer, before it fills that slot again. The argument
+// requires neither a combine per dispatch nor an even number of calls. A rank can be at most one dispatch
+// ahead of the others.
 //
-// What the caller sees as tensors (x, scales, counts, rows) lies in one of two banks. Where the host numbers
-// the epochs, bank = parity. Where it does not (a captured graph is replayed: its tensors stay, the epochs go
-// on), a bank may serve two epochs in a row. x, scales and counts are the rank's own. The experts' rows are
-// read by node peers until they have received the combine; so a rank that gives the next epoch the same bank
-// must follow
+// What the caller sees as tensors (x, scales, counts, rows) is in one of two banks. If the host numbers the
+// epochs, bank = parity. If it does not (a captured graph is replayed: its tensors stay the same, but each
+// replay is a new epoch), two epochs in a row may use the same bank. x, scales and counts are private to the
+// rank. The experts' rows are read by node peers until they have received the combine; so a rank that uses
+// the same bank for the next epoch must also follow
 //   (C) it has received combine e-1 before it sends dispatch e, if it sent that combine at all,
-// by which the receipt of e says that the rows of e-1 have been read.
+// so that the receipt of e implies that the rows of e-1 have been read.
+//
+// Dead ranks may be masked between two steps. The view points to a table of them, in memory that a captured
+// call reads in every replay. Picks of a masked rank's experts are treated as -1, so no message is sent to it
+// and no answer of it is awaited. It gets no flag, and its number of messages is 0. Before the table is
+// written no call runs on any rank. Every remaining rank then continues from the same epoch, which is higher
+// than any that was used. So an earlier flag is never taken for that of a later step, and (A), (B) and (C)
+// hold again among the remaining ranks. A masked rank must be dead: a late put of a live rank could overwrite
+// data of another rank.
 #pragma once
 #include "base/decode_layout.hpp"
 #include "fabric/fabric.hpp"
@@ -49,9 +57,18 @@ struct DecodeView {
   DecodeWindowLayout window;
   DecodeRegionLayout region;
   bool check = false;  // MOECOMM_CHECK=1
-  int per_rank = 1;    // experts of a rank; a field since every pick of every message asks for it
-  int note_per_source = 0,
-      note_per_slot = 1;  // how notes lie: those of a source side by side, unless a world wants it otherwise
+  int per_rank = 1;    // experts of a rank; a field, because it is used for every pick of every message
+  // The strides of notes (DecodeTurn::arrived). By default the notes of one source are contiguous.
+  int note_per_source = 0, note_per_slot = 1;
+  const uint8_t* mask = nullptr;  // [R] not 0: the rank is dead and masked; null: no rank is
+
+  // Read in every call, so that a captured call skips a rank that was masked after the capture.
+  MOE_HD bool masked(int rank) const { return mask != nullptr && mask[rank] != 0; }
+  // The pick, or -1 if the owner of its expert is masked.
+  MOE_HD int64_t served(int64_t id) const {
+    return mask != nullptr && id >= 0 && id < shape.num_experts && masked(owner(static_cast<int>(id))) ? -1
+                                                                                                       : id;
+  }
 
   MOE_HD int experts_per_rank() const { return per_rank; }
   MOE_HD int first_expert() const { return geometry.rank * experts_per_rank(); }
@@ -59,7 +76,7 @@ struct DecodeView {
   MOE_HD bool near(int rank) const { return rank / geometry.ranks_per_node == geometry.node(); }
   MOE_HD int local(int rank) const { return rank % geometry.ranks_per_node; }
 
-  // Window offsets; `at` counts tokens of the rank that is meant.
+  // Window offsets.
   MOE_HD CounterAt sent_flag(int parity, int local) const {
     return window.sent + (parity * geometry.ranks_per_node + local);
   }
@@ -108,7 +125,7 @@ struct DecodeView {
   MOE_HD CounterAt remote_answered_flag(int parity, int rank) const {
     return region.answered + (parity * geometry.size + rank);
   }
-  // From rank `from` in the region of rank `at`.
+  // The message of rank `from` in the region of rank `at`.
   MOE_HD Offset<DecodeHeader> landed(int parity, int from, int at, int slot) const {
     return region.messages.moved(
         ((uint64_t(parity) * remote() + remote_rank(from, at)) * shape.max_tokens + slot) *
@@ -123,7 +140,7 @@ struct DecodeView {
 
  private:
   MOE_HD int remote() const { return geometry.size - geometry.ranks_per_node; }
-  // Index of a rank among those of other nodes, as rank `at` counts them.
+  // Index of `rank` among the ranks on other nodes than rank `at`.
   MOE_HD int remote_rank(int rank, int at) const {
     const int p = geometry.ranks_per_node;
     return rank < at / p * p ? rank : rank - p;
@@ -144,31 +161,31 @@ inline DecodeView make_decode_view(const Geometry& g, const Shape& s, bool check
                     1};
 }
 
-// What a rank remembers of one parity's epoch. Private.
+// What a rank remembers of an epoch; there is one turn per parity. Private to the rank.
 struct DecodeTurn {
   uint64_t epoch = 0;
   int32_t bank = 0;
   int32_t tokens = 0;
   int32_t mode = 0;
-  CallShape call;              // row_bytes and scales of the rows that travel
-  bool weighted = false;       // weights travel: a rank answers with one row per token
-  int32_t* ids = nullptr;      // [T, K] the picks as sent
-  int32_t* slot = nullptr;     // [T, K] slot at the pick's owner; -1 where an earlier pick has the same owner
-  int32_t* sent = nullptr;     // [R] messages for that rank
-  int32_t* got = nullptr;      // [R] messages from that rank
-  int32_t* arrived = nullptr;  // [R, max_tokens, 1 + 2 K] of every message that came: its token; which own
-                               // expert each pick is, -1: none; and, from other nodes, where its row lies
-  float* weights = nullptr;    // [T, K] of combine
-  uint64_t* sent_flag = nullptr;      // [R] what this rank last wrote into its flags there
+  CallShape call;           // row_bytes and scales of the rows that are sent
+  bool weighted = false;    // weights are sent: a rank answers with one row per token
+  int32_t* ids = nullptr;   // [T, K] the picks as sent
+  int32_t* slot = nullptr;  // [T, K] slot at the pick's owner; -1 where an earlier pick has the same owner
+  int32_t* sent = nullptr;  // [R] messages for that rank
+  int32_t* got = nullptr;   // [R] messages from that rank
+  // [R, max_tokens, 1 + 2 K] a note per message that arrived: its token; the local expert of each pick, or
+  // -1; for sources on other nodes, the place of its row.
+  int32_t* arrived = nullptr;
+  float* weights = nullptr;           // [T, K] of combine
+  uint64_t* sent_flag = nullptr;      // [R] the value that this rank last gave its flag at that rank
   uint64_t* answered_flag = nullptr;  // [R]
 
   MOE_HD int parity() const { return static_cast<int>(epoch & 1); }
-  MOE_HD bool refused() const {
-    return mode == kRefusedMode;
-  }  // by this rank: what comes is awaited, and not looked at
+  // Whether this rank refused the dispatch. It then waits for the messages of others, but does not read them.
+  MOE_HD bool refused() const { return mode == kRefusedMode; }
 };
 
-// Bytes of a turn's tables; where there is memory for them, they are placed in it.
+// Returns the bytes of a turn's tables. If memory is not null, places the tables in it.
 MOE_HD inline uint64_t place_decode_turn(const DecodeView& d, char* memory, DecodeTurn& t) {
   const uint64_t picks = uint64_t(d.shape.max_tokens) * d.shape.top_k, size = d.geometry.size;
   detail::Cursor c;
@@ -187,15 +204,28 @@ MOE_HD inline uint64_t place_decode_turn(const DecodeView& d, char* memory, Deco
   return c.at;
 }
 
+// The arguments of the roles. Like DispatchArgs they have no defaults.
 struct DecodeSendArgs {
   DecodeView d;
   DecodeTurn turn;
-  const int64_t* ids64 = nullptr;  // [T, K], one of the two
-  const int32_t* ids32 = nullptr;
-  const char* x = nullptr;         // [T, row_bytes]; [T, H] of the buffer's dtype where this side quantizes
-  const char* scales = nullptr;    // [T, scale_bytes] or null
-  const float* weights = nullptr;  // [T, K] or null: then none travel
-  Why refused = Why::none;         // this rank sends nothing and tells the others so
+  const int64_t* ids64;  // [T, K], one of the two
+  const int32_t* ids32;
+  const char* x;         // [T, row_bytes]; [T, H] of the buffer's dtype if quantizes()
+  const char* scales;    // [T, scale_bytes] or null
+  const float* weights;  // [T, K] or null: none are sent
+  Why refused;           // set: this rank sends nothing and announces that it refuses
+
+  MOE_HD constexpr DecodeSendArgs(const DecodeView& d, const DecodeTurn& turn, const int64_t* ids64,
+                                  const int32_t* ids32, const char* x, const char* scales,
+                                  const float* weights, Why refused)
+      : d(d),
+        turn(turn),
+        ids64(ids64),
+        ids32(ids32),
+        x(x),
+        scales(scales),
+        weights(weights),
+        refused(refused) {}
 
   MOE_HD bool quantizes() const { return turn.call.scales != ScaleKind::none && scales == nullptr; }
 };
@@ -203,38 +233,46 @@ struct DecodeSendArgs {
 struct DecodeReceiveArgs {
   DecodeView d;
   DecodeTurn turn;
+
+  MOE_HD constexpr DecodeReceiveArgs(const DecodeView& d, const DecodeTurn& turn) : d(d), turn(turn) {}
 };
 
 struct DecodeCombineArgs {
   DecodeView d;
   DecodeTurn turn;
-  int32_t mode = 0;            // of the answers
-  Wire wire = Wire::plain;     // of those that cross between nodes
-  const char* rows = nullptr;  // packed, [E/R, R * max_tokens, H]
-  char* y = nullptr;           // [T, H]
-  Why refused = Why::none;     // this rank has no answers and tells the others so
+  int32_t mode;      // of the answers
+  Wire wire;         // of the answers that cross nodes
+  const char* rows;  // packed, [E/R, R * max_tokens, H]
+  char* y;           // [T, H]
+  Why refused;       // set: this rank sends no answers and announces that it refuses
+
+  MOE_HD constexpr DecodeCombineArgs(const DecodeView& d, const DecodeTurn& turn, int32_t mode, Wire wire,
+                                     const char* rows, char* y, Why refused)
+      : d(d), turn(turn), mode(mode), wire(wire), rows(rows), y(y), refused(refused) {}
 };
 
 namespace detail {
 
-// What a flag of `rank` says that is not what this rank's own says.
+// The failure when the flag of `rank` has another mode than this rank's call.
 MOE_HD inline Status other_mode(uint64_t flag, int mode, Phase phase, int rank) {
   if (flag_mode(flag) == kRefusedMode) return {Code::refused, phase, rank, flag_count(flag)};
   return {
       Code::mismatch, phase, rank, 0, static_cast<uint64_t>(mode), static_cast<uint64_t>(flag_mode(flag))};
 }
 
-// Found on the way, while the other ranks are still awaited: the first refusal, else the last mismatch.
+// Keeps a failure that is found while other ranks are still awaited: the first refusal, else the last
+// mismatch.
 MOE_HD inline void keep_finding(Status& found, const Status& s) {
   if (keeps_step(s) && found.code != Code::refused) found = s;
 }
 
+// The note about the message of `source` in `slot`.
 MOE_HD inline int32_t* arrived(const DecodeView& d, const DecodeTurn& turn, int source, int slot) {
   return turn.arrived +
          (int64_t{source} * d.note_per_source + int64_t{slot} * d.note_per_slot) * (1 + 2 * d.shape.top_k);
 }
 
-// The message of `source` in `slot`, which is about `token`: in its window, or landed in this rank's region.
+// The message of `source` in `slot`, for its token `token`: in the source's window or in this rank's region.
 template <LaneFabric F>
 MOE_HD DecodeHeader* decode_message(F f, const DecodeView& d, const DecodeTurn& turn, int source, int slot,
                                     int token) {
@@ -242,8 +280,8 @@ MOE_HD DecodeHeader* decode_message(F f, const DecodeView& d, const DecodeTurn& 
   return f.window(d.local(source), d.message(turn.parity(), token));
 }
 
-// Where the rows of a token's picks lie here: indices of rows in both banks. Node peers read them; of others
-// they are private.
+// The places of the rows of a token's picks on this rank, as row indices over both banks. Node peers read the
+// places of their tokens; those for ranks of other nodes are private.
 template <LaneFabric F>
 MOE_HD int32_t* decode_places(F f, const DecodeView& d, const DecodeTurn& turn, int source, int32_t* note) {
   if (!d.near(source)) return note + 1 + d.shape.top_k;
@@ -251,7 +289,7 @@ MOE_HD int32_t* decode_places(F f, const DecodeView& d, const DecodeTurn& turn, 
          int64_t{note[0]} * d.shape.top_k;
 }
 
-// What many groups have counted before group `part`, of one field.
+// The sum of one field of `counts` over the groups before group `part`.
 MOE_HD inline int32_t sum_before(const int32_t* counts, int64_t stride, int part) {
   int32_t before = 0;
   MOE_UNROLL(16)

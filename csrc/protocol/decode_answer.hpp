@@ -1,10 +1,10 @@
 // Decode combine, the owner's side, for one source: decode_answer for slices of its messages, then
-// decode_reply, the flag.
+// decode_reply, which sends the flag.
 //
-// Plain answers: a row per pick. Inside a node they stay where the experts wrote them and the source reads
-// them there; to other nodes each is put into its place, straight from where it lies, or coded first.
-// Weighted answers: one row per token, the weighted sum of its picks here in their order, rounded (or coded)
-// once.
+// Plain answers: one row per pick. Inside a node the rows stay where the experts wrote them, and the source
+// reads them there. To other nodes each row is put, quantized first if the wire format requires it. Weighted
+// answers: one row per token, the weighted sum of its picks on this rank in the order of the picks, rounded
+// (or quantized) once.
 #pragma once
 #include "protocol/decode.hpp"
 #include "protocol/decode_verify.hpp"
@@ -21,7 +21,7 @@ MOE_HD Terms one_row(G g, F f, const char* row) {
   return terms;
 }
 
-// The picks of a message whose experts are here, weighted.
+// The weighted rows of the picks of a message whose experts are on this rank.
 template <Group G, Fabric<G> F>
 MOE_HD Terms picked_rows(G g, F f, const DecodeCombineArgs& a, const DecodeHeader* header,
                          const int32_t* experts, const int32_t* places) {
@@ -30,14 +30,15 @@ MOE_HD Terms picked_rows(G g, F f, const DecodeCombineArgs& a, const DecodeHeade
   Terms terms{&f.terms(0)};
   for (int k = 0; k < d.shape.top_k; ++k)
     if (experts[k] >= 0)
-      terms.add(g, a.rows + (places[k] - bank) * d.shape.combine_row_bytes(),
-                [&] { return header->pick()[k].weight; });
+      terms.add_weighted(g, a.rows + (places[k] - bank) * d.shape.combine_row_bytes(),
+                         &header->pick()[k].weight);
+  terms.fetch_weights();
   terms.close_group();
   return terms;
 }
 
-// dst = the sum of the terms, rounded to the buffer's dtype or coded. The caller syncs before the list is
-// built again.
+// dst = the sum of the terms, rounded to the buffer's dtype or quantized. The caller syncs before it builds
+// the list again.
 template <Group G, Fabric<G> F>
 MOE_HD void store_answer(G g, F f, const DecodeCombineArgs& a, char* dst, const Terms& terms, Wire wire) {
   const Shape& s = a.d.shape;
@@ -51,7 +52,7 @@ MOE_HD void store_answer(G g, F f, const DecodeCombineArgs& a, char* dst, const 
   g.sync();
 }
 
-// One lane: what the source will find, which is where decode_answer left it, signed.
+// One lane writes the checksums of the answers, which are where decode_answer left them.
 template <LaneFabric F>
 MOE_HD void sign_answers(F f, const DecodeCombineArgs& a, int source) {
   const DecodeView& d = a.d;
@@ -134,15 +135,15 @@ MOE_HD void decode_answer(G g, F f, const DecodeCombineArgs& a, int source, int 
   hop.physical_bytes += source != me ? answers * answer_bytes : 0;
 }
 
-// After all of a source's answers, or instead of them where this rank refuses its part; nothing where the
-// source sent nothing.
+// Sends the flag after all answers to a source, or the refusal instead of them. No flag is sent to a source
+// that sent no messages.
 template <Group G, Fabric<G> F>
 MOE_HD void decode_reply(G g, F f, const DecodeCombineArgs& a, int source) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;
   const int parity = turn.parity();
   const bool refuses = a.refused != Why::none;
-  if (d.check) f.settle(g);
+  if (d.check) f.finish_rows(g);
   g.sync();
   if (g.lane() == 0 && turn.got[source] > 0) {
     if (d.check && !refuses) detail::sign_answers(f, a, source);

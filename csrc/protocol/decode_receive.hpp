@@ -1,10 +1,11 @@
-// Decode dispatch, the owner's side. Sources come in ascending order, a source's messages in that of their
-// slots.
+// Decode dispatch, the owner's side. Sources are processed in ascending order, and the messages of a source
+// in the order of their slots.
 //
 //   decode_accept         waits for the source's flag
-//   decode_number         messages [begin, end): notes what they are about; gives each row the next place of
-//   its expert decode_shift_places   what was numbered from 0 in slices: behind the slices before decode_pack
-//   copies the rows there; checked, it ends at the first that is wrong
+//   decode_number         messages [begin, end): writes a note about each; gives each row the next place of
+//                         its expert
+//   decode_shift_places   shifts the places of a slice, numbered from 0, behind those of the slices before
+//   decode_pack           copies the rows to their places; with checks, it ends at the first corrupt row
 #pragma once
 #include "protocol/decode.hpp"
 #include "protocol/decode_verify.hpp"
@@ -12,7 +13,8 @@
 
 namespace moecomm {
 
-// `got`: messages of the source. Kept for the answers by whoever accepts its first part.
+// `got` out: the number of messages of the source, 0 if it is masked. The group with part 0 keeps it for the
+// answers.
 template <Group G, Fabric<G> F>
 MOE_HD Status decode_accept(G g, F f, const DecodeReceiveArgs& a, int source, int& got, int part = 0) {
   const DecodeView& d = a.d;
@@ -23,9 +25,14 @@ MOE_HD Status decode_accept(G g, F f, const DecodeReceiveArgs& a, int source, in
   const Status s = leader(g, [&] {
     const CounterAt at =
         d.near(source) ? d.sent_flag(parity, d.local(source)) : d.remote_sent_flag(parity, source);
+    if (d.masked(source)) {
+      if (part == 0) turn.got[source] = 0;
+      return Status{};
+    }
     MOE_TRY(d.near(source) ? f.wait_node(at, at_least, Phase::arrive, source)
                            : f.wait_rail(at, at_least, Phase::arrive, source));
-    // Its next value comes two epochs later, which this rank's receipt precedes: the word is at rest.
+    // The flag does not change now: the source writes its next value two epochs later, after this rank's
+    // receipt.
     const uint64_t flag = *(d.near(source) ? f.window(own, at) : f.rail(at));
     count = turn.refused() || flag_mode(flag) == kRefusedMode ? 0 : flag_count(flag);
     if (part == 0) turn.got[source] = count;
@@ -37,7 +44,7 @@ MOE_HD Status decode_accept(G g, F f, const DecodeReceiveArgs& a, int source, in
   return s;
 }
 
-// `counts` [own experts]: rows before these messages; afterwards with theirs too.
+// `counts` [local experts], in and out: rows before these messages; then including their rows.
 template <Group G, Fabric<G> F, class Count>
 MOE_HD void decode_number(G g, F f, const DecodeReceiveArgs& a, int source, int begin, int end,
                           Count* counts) {
@@ -48,7 +55,7 @@ MOE_HD void decode_number(G g, F f, const DecodeReceiveArgs& a, int source, int 
   const int32_t bank = static_cast<int32_t>(turn.bank * d.packed_rows());
   const int32_t* wanted =
       d.near(source) ? f.window(d.local(source), d.wanted(turn.parity(), d.geometry.local())) : nullptr;
-  // Headers may be far away: each lane fetches some.
+  // Headers may be in a peer's memory, so the lanes load them in parallel.
   for (int i = begin + g.lane(); i < end; i += g.size()) {
     int32_t* note = detail::arrived(d, turn, source, i);
     const DecodeHeader* header = detail::decode_message(f, d, turn, source, i, wanted ? wanted[i] : 0);
@@ -59,7 +66,8 @@ MOE_HD void decode_number(G g, F f, const DecodeReceiveArgs& a, int source, int 
     }
   }
   g.sync();
-  // Lane owns experts: their rows follow (source rank, source token) without atomics.
+  // Each lane handles its own subset of the experts, so rows follow (source rank, source token) without
+  // atomics.
   for (int i = begin; i < end; ++i) {
     int32_t* note = detail::arrived(d, turn, source, i);
     int32_t* places = detail::decode_places(f, d, turn, source, note);
@@ -72,8 +80,8 @@ MOE_HD void decode_number(G g, F f, const DecodeReceiveArgs& a, int source, int 
   g.sync();
 }
 
-// Slice `part` of `parts`, messages [begin, end) of `source`; `counts` [parts, own experts] is what each
-// slice has.
+// Slice `part` of `parts`, messages [begin, end) of `source`. `counts` [parts, local experts]: the counts of
+// each slice.
 template <Group G, Fabric<G> F>
 MOE_HD void decode_shift_places(G g, F f, const DecodeReceiveArgs& a, int source, int begin, int end,
                                 const int32_t* counts, int part, int parts) {
@@ -107,19 +115,23 @@ MOE_HD Status decode_pack(G g, F f, const DecodeReceiveArgs& a, int source, int 
     const int32_t* places = detail::decode_places(f, d, turn, source, note);
     const DecodeHeader* message = detail::decode_message(f, d, turn, source, i, note[0]);
     const char* row = message->row(k_max);
+    char** targets = f.targets();
     int copies = 0;
     for (int k = 0; k < k_max; ++k) {
       const int e = note[1 + k];
       if (e < 0) continue;
       const int64_t place = places[k] - bank;
-      f.copy_row(g, x + place * call.row_bytes, row, call.row_bytes);
+      if (copies % g.size() == g.lane()) targets[copies] = x + place * call.row_bytes;
       detail::put_scales(g, f, call, f.window(own, d.scales(turn.bank, e)), per_expert, place % per_expert,
                          row + align16(call.row_bytes));
       ++copies;
     }
+    g.sync();
+    f.spread_row(g, targets, copies, row, call.row_bytes);  // reads the row once, maybe over a link
+    g.sync();                                               // then the targets may be overwritten
     replicated += copies - 1;
     if (!d.check) continue;
-    f.settle(g);
+    f.finish_rows(g);
     MOE_TRY(leader(g, [&] { return verify::packed_rows(f, a, source, message, note, places); }));
   }
   if (g.lane() == 0) f.counters().replicated_rows += replicated;

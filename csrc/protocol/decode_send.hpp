@@ -1,9 +1,9 @@
 // Decode dispatch, the source's side.
 //
-//   decode_list          tokens [begin, end): checks the picks; numbers the messages of every destination
-//   decode_shift_slots   what was numbered from 0 in slices: behind the slices before
-//   decode_send          each row read once, staged with its header, put to the remote ranks that want it
-//   decode_announce      after all slices: the flag, with the number of messages behind it
+//   decode_list          tokens [begin, end): checks the picks; numbers the messages to every owner
+//   decode_shift_slots   shifts the slots of a slice, numbered from 0, behind those of the slices before
+//   decode_send          reads each row once, stages it with its header, puts it to its owners on other nodes
+//   decode_announce      after all slices: the flag, with the number of messages before it
 #pragma once
 #include "protocol/decode.hpp"
 #include "protocol/decode_verify.hpp"
@@ -12,29 +12,38 @@
 
 namespace moecomm {
 
-// Touches nothing that a peer reads: a bad pick ends the call before anything moves. `sent` [R]: messages per
-// destination.
+// Checks the caller's picks of tokens [begin, end) and copies them to the turn.
 template <Group G>
-MOE_HD Status decode_list(G g, const DecodeSendArgs& a, int begin, int end, int32_t* sent) {
-  const DecodeView& d = a.d;
-  const DecodeTurn& turn = a.turn;
-  const int k_max = d.shape.top_k, size = d.geometry.size;
+MOE_HD Status decode_check_picks(G g, const DecodeSendArgs& a, int begin, int end) {
+  const int k_max = a.d.shape.top_k;
   Status bad;
   for (int t = begin + g.lane(); t < end && bad.ok(); t += g.size()) {
-    int32_t* ids = turn.ids + int64_t{t} * k_max;
+    int32_t* ids = a.turn.ids + int64_t{t} * k_max;
     for (int k = 0; k < k_max && bad.ok(); ++k) {
       const int64_t at = int64_t{t} * k_max + k;
       const int64_t id = a.ids64 ? a.ids64[at] : a.ids32[at];
       ids[k] = static_cast<int32_t>(id);
       if (id == -1) continue;
-      if (id < 0 || id >= d.shape.num_experts) bad = bad_pick(kIdOutOfRange, t, id);
+      if (id < 0 || id >= a.d.shape.num_experts) bad = bad_pick(BadInput::id_out_of_range, t, id);
       for (int j = 0; j < k && bad.ok(); ++j)
-        if (ids[j] == id) bad = bad_pick(kIdTwice, t, id);
+        if (ids[j] == id) bad = bad_pick(BadInput::id_twice, t, id);
     }
+    for (int k = 0; k < k_max && a.d.mask != nullptr && bad.ok(); ++k)
+      ids[k] = static_cast<int32_t>(a.d.served(ids[k]));
   }
-  MOE_TRY(first_failure(g, bad));
+  return first_failure(g, bad);
+}
 
-  // Lane owns destination ranks, so slots follow token order without atomics.
+// Writes nothing that a peer reads: an invalid pick ends the call before anything moves. `sent` [R] out:
+// messages per owner.
+template <Group G>
+MOE_HD Status decode_list(G g, const DecodeSendArgs& a, int begin, int end, int32_t* sent) {
+  const DecodeView& d = a.d;
+  const DecodeTurn& turn = a.turn;
+  const int k_max = d.shape.top_k, size = d.geometry.size;
+  MOE_TRY(decode_check_picks(g, a, begin, end));
+
+  // Each lane handles its own subset of the owners, so slots follow token order without atomics.
   for (int r = g.lane(); r < size; r += g.size()) sent[r] = 0;
   for (int t = begin; t < end; ++t) {
     const int32_t* ids = turn.ids + int64_t{t} * k_max;
@@ -50,7 +59,7 @@ MOE_HD Status decode_list(G g, const DecodeSendArgs& a, int begin, int end, int3
   return {};
 }
 
-// Slice `part` of `parts`, tokens [begin, end); `sent` [parts, R] is what decode_list has counted of each.
+// Slice `part` of `parts`, tokens [begin, end). `sent` [parts, R]: the counts of decode_list for each slice.
 template <Group G>
 MOE_HD void decode_shift_slots(G g, const DecodeSendArgs& a, int begin, int end, const int32_t* sent,
                                int part, int parts) {
@@ -62,7 +71,7 @@ MOE_HD void decode_shift_slots(G g, const DecodeSendArgs& a, int begin, int end,
     if (part == parts - 1) turn.sent[r] = before + sent[int64_t{part} * size + r];
     for (int64_t i = int64_t{begin} * k_max; i < int64_t{end} * k_max && before > 0; ++i)
       if (turn.ids[i] >= 0 && d.owner(turn.ids[i]) == r && turn.slot[i] >= 0)
-        turn.slot[i] += before;  // another lane's are not looked at
+        turn.slot[i] += before;  // only picks of this lane's owners
   }
   g.sync();
 }
@@ -97,7 +106,7 @@ MOE_HD void decode_send(G g, F f, const DecodeSendArgs& a, int begin, int end) {
     g.sync();
     if (g.lane() != 0) continue;
     header->token = t;
-    if (d.check)  // of what the caller gave, where it goes as it is
+    if (d.check)  // of the caller's rows, if they are sent unchanged
       header->checksum = verify::message_checksum(
           d, turn, header, me, t, a.quantizes() ? row : x,
           a.quantizes() ? row + align16(turn.call.row_bytes) : a.scales + t * turn.call.scale_bytes, 1);
@@ -119,7 +128,8 @@ MOE_HD void decode_send(G g, F f, const DecodeSendArgs& a, int begin, int end) {
   g.sync();
 }
 
-// To every parts-th rank. A rank that refuses its part says so instead, and keeps its epochs in step.
+// Sends the flag to every parts-th rank that is not masked. A rank that refuses its part sends the refusal as
+// its flag, so that its epochs stay in step.
 template <Group G, Fabric<G> F>
 MOE_HD void decode_announce(G g, F f, const DecodeSendArgs& a, Why refused, int part = 0, int parts = 1) {
   const DecodeView& d = a.d;
@@ -129,6 +139,7 @@ MOE_HD void decode_announce(G g, F f, const DecodeSendArgs& a, Why refused, int 
   if (g.lane() == 0)
     for (int step = part; step < size; step += parts) {
       const int r = (me + 1 + step) % size;  // this rank last; no two ranks start with the same one
+      if (d.masked(r)) continue;
       const uint64_t flag = refused == Why::none
                                 ? make_flag(turn.epoch, turn.mode, turn.sent[r])
                                 : make_flag(turn.epoch, kRefusedMode, static_cast<int64_t>(refused));

@@ -1,8 +1,8 @@
 // Decode combine, the source's side.
 //
-//   decode_wait_answers  all ranks that own an expert of one of its tokens; or of tokens [begin, end) alone
-//   decode_sum           tokens [begin, end): y[t] = sum of weight * row in top-k order, in FP32; weighted
-//                        answers: their sum, in the order of each rank's first pick
+//   decode_wait_answers  waits for all owners of its tokens' picks, or of the picks of tokens [begin, end)
+//   decode_sum           tokens [begin, end): y[t] = sum of weight * row in top-k order, in FP32. Weighted
+//                        answers are summed in the order of each owner's first pick.
 #pragma once
 #include "protocol/decode.hpp"
 #include "protocol/decode_verify.hpp"
@@ -11,8 +11,7 @@ namespace moecomm {
 
 namespace detail {
 
-// One lane. A mismatch or a refusal is found on the way: it still waits for the other flags, so the
-// ranks stay in step.
+// One lane. After a mismatch or a refusal it still waits for the other flags, so that the ranks stay in step.
 template <LaneFabric F>
 MOE_HD Status wait_answer(F f, const DecodeCombineArgs& a, int rank, Status& found) {
   const DecodeView& d = a.d;
@@ -52,7 +51,7 @@ MOE_HD Status decode_wait_answers(G g, F f, const DecodeCombineArgs& a, int begi
 
 namespace detail {
 
-// The rows that make y[t]; counted where this rank fetches them itself.
+// The terms of y[t]. Counts the rows that this rank reads from node peers.
 template <Group G, Fabric<G> F>
 MOE_HD Terms decode_terms(G g, F f, const DecodeCombineArgs& a, int t) {
   const DecodeView& d = a.d;
@@ -64,7 +63,7 @@ MOE_HD Terms decode_terms(G g, F f, const DecodeCombineArgs& a, int t) {
   int32_t fetched_place = 0;
   for (int k = 0; k < k_max; ++k) {
     const int64_t at = int64_t{t} * k_max + k;
-    // Places may be far away: each lane fetches one.
+    // Places may be in a peer's memory, so the lanes load them in parallel.
     if (!turn.weighted && k % g.size() == 0 && k + g.lane() < k_max) {
       const int expert = turn.ids[at + g.lane()], owner = expert < 0 ? me : d.owner(expert);
       if (expert >= 0 && d.near(owner))
@@ -73,17 +72,18 @@ MOE_HD Terms decode_terms(G g, F f, const DecodeCombineArgs& a, int t) {
     const int64_t place = g.broadcast(fetched_place, k % g.size());
     if (turn.ids[at] < 0 || (turn.weighted && turn.slot[at] < 0)) continue;
     const int r = d.owner(turn.ids[at]);
-    const auto weight = [&] { return turn.weighted ? 1.0f : turn.weights[at]; };
+    const float* weight = turn.weighted ? nullptr : turn.weights + at;
     if (!d.near(r)) {
       terms.add_wire(g, f.rail(d.answer(parity, t, k)), a.wire, d.shape.hidden, weight);
     } else if (turn.weighted) {
-      terms.add(g, f.window(d.geometry.local(), d.sum(parity, t, k)), weight);
+      terms.add_weighted(g, f.window(d.geometry.local(), d.sum(parity, t, k)), weight);
     } else {
-      terms.add(g, f.window(d.local(r), d.rows(0)) + place * row_bytes, weight);
+      terms.add_weighted(g, f.window(d.local(r), d.rows(0)) + place * row_bytes, weight);
       ++fetched;
       from_peers += r != me;
     }
   }
+  terms.fetch_weights();
   terms.close_group();
   if (g.lane() != 0) return terms;
   HopCounters& hop = f.counters().node;
@@ -98,7 +98,7 @@ MOE_HD Terms decode_terms(G g, F f, const DecodeCombineArgs& a, int t) {
 
 namespace detail {
 
-// One lane: token t's answers are what their owners signed.
+// One lane verifies the answers to token t against their owners' checksums.
 template <LaneFabric F>
 MOE_HD Status verify_answers(F f, const DecodeCombineArgs& a, int t) {
   const DecodeView& d = a.d;
@@ -130,7 +130,7 @@ MOE_HD Status decode_sum(G g, F f, const DecodeCombineArgs& a, int begin, int en
   const float* no_bias = nullptr;
   for (int t = begin; t < end && a.d.check; ++t)
     MOE_TRY(leader(g, [&] { return detail::verify_answers(f, a, t); }));
-  // While one row is summed the next one's terms are known, so that the fabric can fetch them ahead.
+  // The terms of the next row are listed before a row is summed, so that the fabric can prefetch them.
   const auto terms_of = [&](int t) {
     return t < end ? detail::decode_terms(g, f, a, t) : Terms{&f.terms(t & 1)};
   };

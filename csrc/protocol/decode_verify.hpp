@@ -1,22 +1,20 @@
-// MOECOMM_CHECK=1 in decode: what its roles verify beyond their flags.
+// MOECOMM_CHECK=1 in decode: the additional checks of its roles.
 //
-//   dispatch  the message's header carries a checksum of its picks and of the row with its scales; the owner
-//   verifies each
-//             packed copy of the row against it
-//   combine   the owner signs every answer, whichever way it goes: a row that stays in place, a sum, a row
-//   that crosses the
-//             rail; the source verifies before it adds
+//   dispatch  The header of a message has a checksum of its picks and of the row with its scales. The owner
+//             verifies each packed copy of the row against it.
+//   combine   The owner writes a checksum of every answer: of a row that is read in place, of a sum, and of a
+//             row that crosses the rail. The source verifies it before it adds the row.
 //
-// As in verify.hpp a seed ties each checksum to one epoch, rank and token, so what was left over in a place
-// from an earlier epoch is as wrong as what is damaged.
+// As in verify.hpp, a seed ties each checksum to one epoch, rank and token, so that data left over from an
+// earlier epoch is detected like damaged data.
 #pragma once
 #include "protocol/decode.hpp"
 #include "protocol/verify.hpp"
 
 namespace moecomm::verify {
 
-// Of a message of `source`: its picks, and a row with its scales wherever those two are; `step`: words from
-// one scale to the next.
+// The checksum of a message of `source`: its picks, and the row and scales at the given addresses. step:
+// words from one scale to the next.
 MOE_HD inline uint64_t message_checksum(const DecodeView& d, const DecodeTurn& turn,
                                         const DecodeHeader* header, int source, int token, const char* row,
                                         const char* scales, int64_t step) {
@@ -25,12 +23,12 @@ MOE_HD inline uint64_t message_checksum(const DecodeView& d, const DecodeTurn& t
   return wire_checksum(turn.call, row, scales, step, seed);
 }
 
-// A damaged header must not lead a role astray before the checksum is compared.
+// A damaged header must not cause an access out of range before the checksum is verified.
 MOE_HD inline int32_t token_in_range(const DecodeView& d, int32_t token) {
   return token >= 0 && token < d.shape.max_tokens ? token : 0;
 }
 
-// The packed copies of a message's row; a message without a pick of this rank is none that was sent to it.
+// Verifies the packed copies of a message's row. A message without a pick for this rank is corrupt as well.
 template <LaneFabric F>
 MOE_HD Status packed_rows(F f, const DecodeReceiveArgs& a, int source, const DecodeHeader* header,
                           const int32_t* note, const int32_t* places) {
@@ -60,7 +58,7 @@ MOE_HD inline uint64_t answer_checksum(const DecodeTurn& turn, const char* answe
   return row_checksum(answer, bytes, checksum_seed(turn.epoch, owner, pick));
 }
 
-// The source's side, one lane: the answer to pick k of token t, which lies at `answer`.
+// One lane of the source verifies the answer to pick k of token t, which is at `answer`.
 template <LaneFabric F>
 MOE_HD Status answered_row(F f, const DecodeCombineArgs& a, int t, int k, int owner, const char* answer) {
   const DecodeView& d = a.d;

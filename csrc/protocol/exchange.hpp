@@ -1,21 +1,21 @@
-// Counts travel, positions follow: before a row moves, every rank knows where it will lie.
+// The exchange of counts. From the counts every rank computes the final place of every row.
 //
-//   announce  (source)   count blocks to the rail peers: "I am in the call, this is what I will send"
-//   relay     (gateway)  pass each source's count block to every rank of the node, with my arena offer
-//   place     (all)      prefix sums: the final row of everything that my rail's sources send to my node
+//   announce  (source)   sends count blocks to the rail peers: "I am in the call, and will send these rows"
+//   relay     (gateway)  passes each source's count block to every rank of the node, with its arena offer
+//   place     (all)      prefix sums: the final row of everything that this rail's sources send to this node
 #pragma once
 #include "fabric/fabric.hpp"
 #include "protocol/verify.hpp"
 
 namespace moecomm {
 
-// Which half of the memory for count blocks the latest announcement uses: with two halves nobody writes to
-// one that somebody may still read, however soon the next exchange follows.
+// Which half of the memory for count blocks the latest announcement uses. A dispatch that exchanges twice
+// alternates between two halves, so that the next exchange never overwrites a half that a rank still reads.
 MOE_HD inline int count_half(const DispatchArgs& a) {
   return a.b.shape.count_halves() == 1 ? 0 : static_cast<int>(a.book->blocks % 2);
 }
 
-// What the announcement carries: [N, ints], as it is until the call is over.
+// The count blocks that are announced: [N, ints]. They must not change until the call has completed.
 MOE_HD inline int32_t* blocks_of(const DispatchArgs& a) { return a.asked ? a.asked : a.plan.blocks; }
 
 namespace detail {
@@ -26,9 +26,9 @@ MOE_HD inline int32_t exchange_word(const DispatchArgs& a) {
 
 }  // namespace detail
 
-// begins: it is the first, mostly the only one of its dispatch. A rank that refuses its part announces that,
-// and no rows: it goes on with the roles of a rank without tokens, so that its peers come to the end of the
-// call.
+// begins: this is the first announcement of a dispatch (most have only one). A rank that refuses its part
+// announces the refusal and no rows. It then executes the roles of a rank without tokens, so that its peers
+// can complete the call.
 template <Group G, Fabric<G> F>
 MOE_HD void announce(G g, F f, const DispatchArgs& a, Why refused, bool begins = true) {
   const BufferView& b = a.b;
@@ -53,7 +53,7 @@ MOE_HD void announce(G g, F f, const DispatchArgs& a, Why refused, bool begins =
   if (!F::kPutsFromAnywhere && nodes > 1) {
     int32_t* out = f.rail(b.rail.blocks_out + half);
     copy_block(g, out, blocks, nodes * b.count.ints);
-    f.settle(g);
+    f.finish_rows(g);
     blocks = out;
   }
   if (g.lane() == 0)
@@ -67,7 +67,7 @@ MOE_HD void announce(G g, F f, const DispatchArgs& a, Why refused, bool begins =
 
 namespace detail {
 
-// The count block of node n's rail peer, once it is here.
+// Waits for the count block of node n's rail peer.
 template <Group G, Fabric<G> F>
 MOE_HD Status await_block(G g, F f, const DispatchArgs& a, int n, const int32_t*& block) {
   const BufferView& b = a.b;
@@ -109,7 +109,7 @@ MOE_HD Status relay(G g, F f, const DispatchArgs& a, Offer offer) {
   return {};
 }
 
-// Everyone's blocks of the latest exchange are here.
+// Waits until the count blocks of all ranks for the latest exchange have arrived.
 template <Group G, Fabric<G> F>
 MOE_HD Status await_counts(G g, F f, const DispatchArgs& a) {
   const Geometry& geo = a.b.geometry;
@@ -122,9 +122,9 @@ MOE_HD Status await_counts(G g, F f, const DispatchArgs& a) {
 
 namespace detail {
 
-// The first rank that refuses its part; else the first that calls otherwise than this one does. All ranks
-// find one, or none does. A rank whose word is another one makes another call: nothing of this one can be
-// expected from it.
+// The verdict on the call: the first rank that refuses its part permanently; else the first that needs larger
+// memory; else the first whose call differs from this rank's. Either all ranks find the same refusal, or none
+// does. A rank with another call word makes another call and will never take part in this one.
 MOE_HD inline Verdict agreement(const DispatchArgs& a, char* window) {
   const CountLayout& count = a.b.count;
   const int32_t word = exchange_word(a), signature = a.plan.call.signature();
@@ -132,19 +132,21 @@ MOE_HD inline Verdict agreement(const DispatchArgs& a, char* window) {
   for (int s = 0; s < a.b.geometry.size; ++s) {
     const int32_t* table = table_of(a, window, s);
     if (table[count.word] != word)
-      return {static_cast<int32_t>(Code::out_of_step), s, static_cast<uint32_t>(word),
-              static_cast<uint32_t>(table[count.word]),
-              static_cast<uint64_t>(verbs_detail(verb_of(word), Verb::unknown))};
-    if (table[count.cached] < 0 && found.code != static_cast<int32_t>(Code::refused))
-      found = {static_cast<int32_t>(Code::refused), s, 0, 0, static_cast<uint64_t>(-table[count.cached])};
-    if (found.code == 0 && (table[count.signature] != signature || table[count.cached] != a.cached))
-      found = {static_cast<int32_t>(Code::mismatch), s, 0, 0, 0};
+      return make_verdict(Code::out_of_step, s, verbs_detail(verb_of(word), Verb::unknown),
+                          static_cast<uint32_t>(word), static_cast<uint32_t>(table[count.word]));
+    const Why why = table[count.cached] < 0 ? static_cast<Why>(-table[count.cached]) : Why::none;
+    const bool grows = found.detail == number(Why::grow) && why != Why::grow;
+    if (why != Why::none && (found.code != Code::refused || grows))
+      found = make_verdict(Code::refused, s, number(why));
+    if (found.ok() && (table[count.signature] != signature || table[count.cached] != a.cached))
+      found = make_verdict(Code::mismatch, s);
   }
   return found;
 }
 
-// Prefix sums over sources and experts: where the rows of every source of my rail begin, in every rank of
-// the node. Lanes own experts (or ranks) of the node, then ranks, then experts again; ends with a sync.
+// Prefix sums over sources and experts: where the rows of each source of this rail begin, on every rank of
+// the node. The lanes divide the experts, then the ranks, then the experts (or ranks) of the node. Ends with
+// a sync.
 template <Group G>
 MOE_HD void place_rows(G g, const DispatchArgs& a, char* window) {
   const BufferView& b = a.b;
@@ -158,7 +160,7 @@ MOE_HD void place_rows(G g, const DispatchArgs& a, char* window) {
     for (int s = 0; s < geo.size; ++s) rows += table_of(a, window, s)[field];
     return rows;
   };
-  // The first row of `field` is known; those of the sources follow in ascending order.
+  // `row` is the first row of `field`. The rows of the sources follow in ascending order.
   const auto follow = [&](int field, int index, int stride, int32_t row) {
     for (int s = 0; s < geo.size; ++s) {
       if (s % p == geo.local()) a.base[s / p * stride + index] = row;
@@ -196,11 +198,12 @@ MOE_HD Status place(G g, F f, const DispatchArgs& a) {
   MOE_TRY(await_counts(g, f, a));
   char* window = f.window(geo.local());
   Verdict verdict = detail::agreement(a, window);
-  if (verdict.code == static_cast<int32_t>(Code::out_of_step)) return status_of(verdict);
+  if (verdict.code == Code::out_of_step) return status_of(verdict);
   if (b.check && g.lane() == 0)
     for (int s = 0; s < geo.size; ++s) verify::keep_announced(a, detail::table_of(a, window, s), s);
-  if (!a.cached && verdict.code == 0) detail::place_rows(g, a, window);
-  // What will come over the rail is known even where the call is refused: it is taken off the wire then.
+  if (!a.cached && verdict.ok()) detail::place_rows(g, a, window);
+  // Even if the call is refused, rows may arrive over the rail. Their number is known, so they can be
+  // consumed.
   for (int n = g.lane(); n < nodes; n += g.size()) {
     const int32_t* rows = detail::table_of(a, window, geo.rail_rank(n)) + b.count.channels;
     int32_t* first = a.plan.channel_first + n * (channels + 1);
@@ -217,14 +220,15 @@ MOE_HD Status place(G g, F f, const DispatchArgs& a) {
       const int64_t rows = call.capacity >= 0 ? call.capacity : a.plan.rank_rows[d];
       const BlockLayout block = block_layout(rows, call, b.shape.top_k);
       a.needed[d] = block.bytes + output_layout(rows, b.shape).bytes;
-      const int piece = a.needed[d] <= a.offers[d].bytes[0] ? 0 : 1;
+      const int piece = a.offers[d].piece_for(a.needed[d]);
       a.target[d] = at_offset(block, a.offers[d].offset[piece]);
-      if (verdict.code != 0) continue;
-      const int32_t code = static_cast<int32_t>(Code::capacity), rank = geo.rank_at(geo.node(), d);
+      if (!verdict.ok()) continue;
+      const int rank = geo.rank_at(geo.node(), d);
       if (a.plan.rank_rows[d] > rows)
-        verdict = {code, rank, static_cast<uint64_t>(a.plan.rank_rows[d]), static_cast<uint64_t>(rows), 1};
+        verdict = make_verdict(Code::capacity, rank, number(Shortage::rows), a.plan.rank_rows[d], rows);
       else if (a.needed[d] > a.offers[d].bytes[piece])
-        verdict = {code, rank, a.needed[d], a.offers[d].bytes[piece], 0};
+        verdict = make_verdict(Code::capacity, rank, number(Shortage::bytes), a.needed[d],
+                               a.offers[d].bytes[piece]);
     }
     *a.verdict = verdict;
   }

@@ -1,8 +1,7 @@
 // The node hop of dispatch.
 //
-//   forward           (gateway)  each row to its final place in the windows of the ranks that want it
-//                                                                                              [per channel]
-//   announce_arrival  (gateway)  "I have forwarded everything", with the world's verdict
+//   forward           (gateway)  copies each row to its final places in its owners' windows   [per channel]
+//   announce_arrival  (gateway)  announces "I have forwarded everything", with the verdict of all nodes
 #pragma once
 #include "fabric/fabric.hpp"
 #include "protocol/quantize.hpp"
@@ -12,7 +11,7 @@ namespace moecomm {
 
 namespace detail {
 
-// Rank layout: no pick yet. The picks follow after a sync.
+// Rank layout: sets all picks of a row to -1. The picks are written after a sync.
 template <Group G>
 MOE_HD void clear_picks(G g, char* window, const BlockLayout& l, int64_t row, int k_max) {
   for (int k = g.lane(); k < k_max; k += g.size()) {
@@ -21,14 +20,14 @@ MOE_HD void clear_picks(G g, char* window, const BlockLayout& l, int64_t row, in
   }
 }
 
-// One channel of the rows of source node `node`'s rail peer: slots [begin, end). Loops divide by the geometry
-// once, here.
+// The rows of one channel from the rail peer on node `node`: slots [begin, end). Values that need a division
+// by the geometry are computed once, here.
 struct Incoming {
   int node, channel, source;
   int begin, end;
   int per_rank, per_node;  // experts
-  bool remote;             // the rows came over the rail; else they are where this rank's caller has them
-  bool coding;             // this rank makes them FP8
+  bool remote;             // the rows came over the rail; else they are in this rank's `x`
+  bool coding;             // this rank quantizes them to FP8
   uint64_t stride, meta_size;
   const RowMeta* metas;
   const char* area;
@@ -55,7 +54,7 @@ MOE_HD Incoming incoming_rows(F f, const DispatchArgs& a, int node, int channel)
   return in;
 }
 
-// Rows up to `end` have landed.
+// Waits until the rows up to `end` have arrived.
 template <Group G, Fabric<G> F>
 MOE_HD Status wait_chunk(G g, F f, const DispatchArgs& a, const Incoming& in, int end) {
   if (!in.remote) return {};
@@ -66,7 +65,7 @@ MOE_HD Status wait_chunk(G g, F f, const DispatchArgs& a, const Incoming& in, in
   });
 }
 
-// A row's payload and its scales (null: it has none), before it is forwarded.
+// A row's payload and its scales (null: none), before it is forwarded.
 struct SourceRow {
   const char* payload;
   const char* scales;
@@ -84,8 +83,8 @@ MOE_HD SourceRow source_row(G g, F f, const DispatchArgs& a, const Incoming& in,
   return {row, scales};
 }
 
-// The final place of every pick of row i, kept for combine; where a plan is reused, as it was. Ends with a
-// sync.
+// Computes the final place of every pick of row i and keeps it for combine. A reused plan has the places
+// already. Ends with a sync.
 template <Group G>
 MOE_HD const Place* locate_picks(G g, const DispatchArgs& a, const Incoming& in, int i, const RowMeta* meta) {
   const BufferView& b = a.b;
@@ -108,13 +107,13 @@ MOE_HD const Place* locate_picks(G g, const DispatchArgs& a, const Incoming& in,
   return place;
 }
 
-// Rows that a gateway has forwarded: to ranks of the node, and of those to others than itself.
+// Counts of the rows that a gateway has forwarded.
 struct Forwarded {
-  uint64_t rows = 0, left = 0;
+  uint64_t rows = 0, left = 0;  // to any rank of the node; to ranks other than itself
 };
 
-// Lists the places that the payload goes to in f.targets(), and writes its scales there. Returns how many.
-// Ends with a sync.
+// Lists the addresses that the payload is copied to in f.targets(), and writes its scales beside them.
+// Returns their number. Ends with a sync.
 template <Group G, Fabric<G> F>
 MOE_HD int list_targets(G g, F f, const DispatchArgs& a, const Place* place, int picks, const char* scales,
                         Forwarded& done) {
@@ -142,7 +141,8 @@ MOE_HD int list_targets(G g, F f, const DispatchArgs& a, const Place* place, int
   return copies;
 }
 
-// What lies beside the payload of every pick: weights, ids, where the payload is, whose it is.
+// Writes the values beside the payload of every pick: weights, ids, the origin of the payload, and its
+// source.
 template <Group G, Fabric<G> F>
 MOE_HD void write_row_meta(G g, F f, const DispatchArgs& a, const Incoming& in, const RowMeta* meta,
                            const Place* place, uint64_t checksum) {
@@ -178,23 +178,23 @@ MOE_HD void forward_row(G g, F f, const DispatchArgs& a, const Incoming& in, int
   const uint64_t checksum = in.coding ? verify::source_checksum(a, row.payload, meta->token) : meta->checksum;
   f.spread_row(g, f.targets(), copies, row.payload, a.plan.call.row_bytes);
   write_row_meta(g, f, a, in, meta, place, checksum);
-  g.sync();  // the targets may be overwritten
+  g.sync();  // then the targets may be overwritten
 }
 
 }  // namespace detail
 
-// Rows of source node `node`'s rail peer, one channel. Every row is read once and written once per rank, or
-// once per pick where a further copy costs no link.
+// Forwards one channel of the rows of the rail peer on node `node`. Every row is read once. It is written
+// once per owner, or once per pick if a further copy crosses no link.
 template <Group G, Fabric<G> F>
 MOE_HD Status forward(G g, F f, const DispatchArgs& a, int node, int channel) {
   const BufferView& b = a.b;
   const detail::Incoming in = detail::incoming_rows(f, a, node, channel);
-  const bool refused = a.verdict->code != 0;
+  const bool refused = !a.verdict->ok();
   detail::Forwarded done;
   for (int chunk = in.begin; chunk < in.end; chunk += b.shape.chunk_rows) {
     const int chunk_end = chunk + b.shape.chunk_rows < in.end ? chunk + b.shape.chunk_rows : in.end;
     MOE_TRY(detail::wait_chunk(g, f, a, in, chunk_end));
-    if (refused) continue;  // the rows are taken off the wire, and dropped: no place was given to them
+    if (refused) continue;  // the rows are consumed and dropped, since they have no final place
     if (b.check && in.remote)
       MOE_TRY(verify::rail_rows(g, a, in.metas, in.area, in.stride, chunk, chunk_end, in.source));
     for (int i = chunk; i < chunk_end; ++i) detail::forward_row(g, f, a, in, i, done);
@@ -212,7 +212,7 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int node, int channel) {
   return {};
 }
 
-// After a gateway's last channel: what it knows of the whole world's verdict, then "all forwarded".
+// After a gateway's last channel: announces the verdict of all nodes and that all rows are forwarded.
 template <Group G, Fabric<G> F>
 MOE_HD Status announce_arrival(G g, F f, const DispatchArgs& a) {
   const BufferView& b = a.b;
@@ -223,7 +223,7 @@ MOE_HD Status announce_arrival(G g, F f, const DispatchArgs& a) {
       if (n == geo.node()) continue;
       MOE_TRY(f.wait_rail(b.rail.verdict + n, a.book->dispatches, Phase::forward, geo.rail_rank(n)));
       const Verdict& theirs = f.rail(b.rail.verdicts)[n];
-      if (all.code == 0) all = theirs;
+      if (all.ok()) all = theirs;
     }
     for (int d = 0; d < geo.ranks_per_node; ++d) {
       f.window(d, b.node.verdicts)[geo.local()] = all;

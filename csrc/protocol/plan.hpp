@@ -1,24 +1,20 @@
-// Plan: from topk_ids to the final place of every row. Source side; touches private memory only.
+// The source's part of the plan: from topk_ids to ordinals and stage slots. Touches private memory only.
 //
-//   sort_picks      every token's picks in ascending expert order; refuses bad ids before anything moves
-//   number_channel  ordinals and staging slots of one channel's rows, going on from the counts of the
-//                   channels before it
+//   sort_picks      every token's picks in ascending expert order; refuses invalid ids before anything moves
+//   number_channel  ordinals and stage slots of one channel's rows, continued from the counts of the channels
+//                   before it
 //   count_picks     the whole plan by one group, channel after channel
-//   number_apart,   the same by many groups at once: every channel numbered from 0, prefix sums of all the
-//   sum_channels,   counts over the channels, every channel shifted by what is before it
-//   shift_channel
+//   number_apart,   the same by many groups at once: numbers every channel from 0, computes prefix sums of
+//   sum_channels,   the counts over the channels, and shifts the numbers of every channel by the counts
+//   shift_channel   before it
 //
-// Lanes own tokens in the first and experts/ranks/nodes in the second, so there are no atomics and the
-// result is a pure function of the input.
+// The lanes divide the tokens in sort_picks, and the experts, ranks or nodes in number_channel. So there are
+// no atomics, and the result is a pure function of the input.
 #pragma once
 #include "exec/group.hpp"
 #include "protocol/views.hpp"
 
 namespace moecomm {
-
-MOE_HD inline Status bad_pick(BadInput why, int token, int64_t id) {
-  return {Code::invalid, Phase::none, -1, why, static_cast<uint64_t>(token), static_cast<uint64_t>(id)};
-}
 
 template <Group G>
 MOE_HD Status sort_picks(G g, const DispatchArgs& a, int begin, int end) {
@@ -32,14 +28,14 @@ MOE_HD Status sort_picks(G g, const DispatchArgs& a, int begin, int end) {
       const int64_t id = a.ids64 ? a.ids64[at] : a.ids32[at];
       if (id == -1) continue;
       if (id < 0 || id >= a.b.shape.num_experts) {
-        bad = bad_pick(kIdOutOfRange, t, id);
+        bad = bad_pick(BadInput::id_out_of_range, t, id);
         break;
       }
       int i = n++;
       for (; i > 0 && pick[i - 1].expert > id; --i) pick[i] = pick[i - 1];
       pick[i].expert = static_cast<uint16_t>(id);
       pick[i].k = static_cast<uint16_t>(k);
-      if (i > 0 && pick[i - 1].expert == id) bad = bad_pick(kIdTwice, t, id);
+      if (i > 0 && pick[i - 1].expert == id) bad = bad_pick(BadInput::id_twice, t, id);
     }
     a.plan.picks[t] = static_cast<uint8_t>(n);
     if (!bad.ok()) break;
@@ -47,8 +43,8 @@ MOE_HD Status sort_picks(G g, const DispatchArgs& a, int begin, int end) {
   return first_failure(g, bad);
 }
 
-// `counts` [N, ints] in the order of the count blocks: rows of the channels before this one; afterwards
-// with this one's rows too.
+// `counts` [N, ints], in and out, with the fields of count blocks: rows of the channels before this one; then
+// including the rows of this one.
 template <Group G>
 MOE_HD void number_channel(G g, const DispatchArgs& a, int channel, int32_t* counts) {
   const BufferView& b = a.b;
@@ -59,7 +55,7 @@ MOE_HD void number_channel(G g, const DispatchArgs& a, int channel, int32_t* cou
             end = channel_begin(plan.tokens, channel + 1, b.shape.channels);
   const bool by_rank = plan.call.layout == RowLayout::rank;
 
-  // Lane owns experts e with e % size == lane (one lane owns all of them).
+  // A lane handles the experts e with e % size == lane.
   for (int t = begin; t < end; ++t) {
     Pick* pick = plan.pick + int64_t{t} * k_max;
     for (int i = 0; i < plan.picks[t]; ++i) {
@@ -70,7 +66,7 @@ MOE_HD void number_channel(G g, const DispatchArgs& a, int channel, int32_t* cou
       ++n;
     }
   }
-  // Lane owns destination ranks: rows after dedup, and their ordinals in the rank layout.
+  // A lane handles a subset of the owner ranks: rows in the rank layout, and their ordinals.
   for (int t = begin; t < end; ++t) {
     Pick* pick = plan.pick + int64_t{t} * k_max;
     int32_t* n = nullptr;
@@ -85,7 +81,7 @@ MOE_HD void number_channel(G g, const DispatchArgs& a, int channel, int32_t* cou
       if (by_rank) pick[i].ordinal = *n - 1;
     }
   }
-  // Lane owns destination nodes: staging slots in token order.
+  // A lane handles a subset of the nodes: stage slots in token order.
   for (int node = g.lane(); node < nodes; node += g.size()) {
     int32_t& next = counts[node * b.count.ints + b.count.rows];
     for (int t = begin; t < end; ++t) {
@@ -99,7 +95,7 @@ MOE_HD void number_channel(G g, const DispatchArgs& a, int channel, int32_t* cou
 
 namespace detail {
 
-// A channel's rows for a node lie in its slots [before, after).
+// The rows of a channel for a node are in stage slots [before, after).
 MOE_HD inline void set_channel(const DispatchArgs& a, int node, int channel, int32_t before, int32_t after) {
   int32_t* first = a.plan.send_first + node * (a.b.shape.channels + 1);
   if (channel == 0) first[0] = before;
@@ -126,7 +122,7 @@ MOE_HD void count_picks(G g, const DispatchArgs& a) {
   g.sync();
 }
 
-// -- by many groups: `apart` [C, N, ints] is scratch, one row per channel; all groups meet between the steps
+// -- by many groups: `apart` [C, N, ints] is scratch with one row per channel; a barrier separates the steps
 
 template <Group G>
 MOE_HD void number_apart(G g, const DispatchArgs& a, int channel, int32_t* apart) {
@@ -138,8 +134,8 @@ MOE_HD void number_apart(G g, const DispatchArgs& a, int channel, int32_t* apart
   g.sync();
 }
 
-// Entries part, part + parts, ... of the count blocks: totals, and in `apart` what is before every channel.
-// Lanes own stretches of the channels.
+// Entries part, part + parts, ... of the count blocks: writes the totals, and to `apart` the counts before
+// every channel. The lanes divide the channels into contiguous ranges.
 template <Group G>
 MOE_HD void sum_channels(G g, const DispatchArgs& a, int32_t* apart, int part, int parts) {
   const BufferView& b = a.b;

@@ -1,16 +1,17 @@
-// FP8 rows in dispatch: made by `send` out of the rows that the caller gave, read once, without a tensor
-// between.
+// Quantization of rows to FP8 in dispatch. `send` reads the caller's rows once and needs no intermediate
+// tensor.
 //
-// A token's row is quantized on its way to the first of the other nodes that want it; what goes to further
-// nodes, and to this rank's node, is copied from there. Only where no other node wants it does `forward`
-// quantize it, into a row of the channel's own, and copy it from there to the ranks of the node.
+// A token's row is quantized into the staging area of the first other node that it is sent to. Rows for
+// further nodes, and for this rank's node, are copied from there. If the token is sent to no other node,
+// `forward` quantizes it into a row that belongs to the channel, and copies it from there to the ranks of the
+// node.
 #pragma once
 #include "fabric/fabric.hpp"
 #include "protocol/views.hpp"
 
 namespace moecomm {
 
-// A row's size on the rail in this call; slots are dense so that neighbouring rows go in one put.
+// A row's size on the rail in this call. Slots are contiguous, so that adjacent rows are sent in one put.
 MOE_HD inline uint64_t wire_stride(const CallShape& c) {
   return align16(c.row_bytes) + align16(c.scale_bytes);
 }
@@ -21,7 +22,7 @@ MOE_HD inline bool quantizes(const DispatchArgs& a) {
 
 namespace detail {
 
-// The token's FP8 row in the staging area of one of the first `steps` - 1 nodes after this rank's, or null.
+// The token's FP8 row in the staging area for one of the first `steps` - 1 nodes after this rank's, or null.
 template <LaneFabric F>
 MOE_HD const char* staged_row(F f, const DispatchArgs& a, int t, int steps) {
   const BufferView& b = a.b;
@@ -42,28 +43,28 @@ MOE_HD void quantize_token(G g, F f, const DispatchArgs& a, int t, char* row) {
   if (g.lane() == 0) ++f.counters().quantized_rows;
 }
 
-// Fills the token's slot for the node that is `step` after this rank's.
+// Fills the token's slot for the node `step` after this rank's node.
 template <Group G, Fabric<G> F>
 MOE_HD void stage_quantized(G g, F f, const DispatchArgs& a, int t, int step, char* row) {
   if (const char* earlier = staged_row(f, a, t, step))
     f.copy_row(g, row, earlier, wire_stride(a.plan.call));
   else
     quantize_token(g, f, a, t, row);
-  if (a.b.check) g.sync();  // its checksum is next
+  if (a.b.check) g.sync();  // the caller computes its checksum next
 }
 
-// The token's FP8 row for this rank's node; valid after a sync until the next call for this channel.
+// The token's FP8 row for this rank's node. It is valid after a sync, until the next call for this channel.
 template <Group G, Fabric<G> F>
 MOE_HD const char* own_quantized(G g, F f, const DispatchArgs& a, int t, int channel) {
   if (const char* staged = staged_row(f, a, t, a.b.geometry.nodes())) return staged;
   char* row = f.rail(a.b.rail.own_rows) + channel * align_up(a.b.shape.wire_bytes(Wire::fp8), 64);
-  g.sync();  // all lanes have copied the row before
+  g.sync();  // all lanes have copied the previous row
   quantize_token(g, f, a, t, row);
   return row;
 }
 
-// Scales of one row into a block of `rows` rows: side by side, or each into its column. `step`: words from
-// one scale in `from` to the next.
+// Writes the scales of one row into a block of `rows` rows, either contiguously or each into its column.
+// step: words from one scale in `from` to the next.
 template <Group G, Fabric<G> F>
 MOE_HD void put_scales(G g, F f, const CallShape& call, char* scales, int64_t rows, int64_t row,
                        const char* from, int64_t step = 1) {

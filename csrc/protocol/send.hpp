@@ -1,7 +1,7 @@
 // The rail hop of dispatch.
 //
-//   send   (source)   rows into the rail peers' staging, a signal per chunk                    [per channel]
-//   judge  (all)      does everything fit? the verdict follows the rows over the rail
+//   send   (source)   puts rows into the rail peers' staging areas, with a signal per chunk [per channel]
+//   judge  (all)      sends the node's verdict over the rail, behind the rows
 #pragma once
 #include "fabric/fabric.hpp"
 #include "protocol/quantize.hpp"
@@ -11,7 +11,7 @@ namespace moecomm {
 
 namespace detail {
 
-// All lanes: the picks of token t that a node gets. Picks are sorted, so a node's are neighbours.
+// All lanes write the picks of token t for one node. Picks are sorted, so those of a node are adjacent.
 template <Group G>
 MOE_HD void write_meta(G g, const DispatchArgs& a, RowMeta* meta, uint64_t checksum, int t, int node) {
   const BufferView& b = a.b;
@@ -32,15 +32,15 @@ MOE_HD void write_meta(G g, const DispatchArgs& a, RowMeta* meta, uint64_t check
   meta->checksum = checksum;
 }
 
-// One channel's rows on their way to node `node`: neighbouring rows leave in one put (a run), chunk_rows of
-// them under one signal (a chunk).
+// The rows of one channel that are sent to node `node`. Adjacent rows are sent in one put (a run), and one
+// signal announces chunk_rows of them (a chunk).
 struct Outgoing {
-  int node, channel, step;  // node is `step` behind this one
-  bool coding;              // this rank makes the rows FP8
-  bool dense;               // they leave from where the caller has them
+  int node, channel, step;  // node = this node + step
+  bool coding;              // this rank quantizes the rows to FP8
+  bool dense;               // they are sent from the caller's memory
   uint64_t stride, meta_size;
-  char* staged;    // slot 0 of what leaves
-  RowMeta* metas;  // likewise
+  char* staged;    // slot 0 of the outgoing rows
+  RowMeta* metas;  // and of their metadata
   int run_token = 0, run_slot = 0, run = 0;
   int chunk_slot = 0, chunk = 0;
 };
@@ -63,7 +63,7 @@ MOE_HD Outgoing outgoing_rows(F f, const DispatchArgs& a, int step, int channel)
   return out;
 }
 
-// All lanes: token t's row into slot `slot` of the staging area, unless it leaves from where it is.
+// All lanes copy token t's row to `row` in the staging area, unless rows are sent from the caller's memory.
 template <Group G, Fabric<G> F>
 MOE_HD void stage_row(G g, F f, const DispatchArgs& a, const Outgoing& out, int t, char* row) {
   const CallShape& call = a.plan.call;
@@ -85,7 +85,7 @@ MOE_HD void put_run(G g, F f, const DispatchArgs& a, Outgoing& out) {
   out.run = 0;
 }
 
-// Lane 0 puts what is left of the chunk, its metadata, and the signal.
+// Lane 0 puts the rest of the chunk, its metadata, and the signal.
 template <Group G, Fabric<G> F>
 MOE_HD void close_chunk(G g, F f, const DispatchArgs& a, Outgoing& out) {
   g.sync();
@@ -125,7 +125,7 @@ MOE_HD void send_to_node(G g, F f, const DispatchArgs& a, Outgoing out, int begi
   close_chunk(g, f, a, out);
 }
 
-// Rows for this node skip the rail: this rank is their gateway and reads them where they are.
+// Rows for this node skip the rail: this rank is their gateway and reads them from `x`.
 template <Group G, Fabric<G> F>
 MOE_HD void note_local_rows(G g, F f, const DispatchArgs& a, int begin, int end) {
   const int own = a.b.geometry.node(), nodes = a.b.geometry.nodes();
@@ -145,8 +145,8 @@ MOE_HD void note_local_rows(G g, F f, const DispatchArgs& a, int begin, int end)
 
 }  // namespace detail
 
-// One channel's rows to every node. The enter signal of the rail peer (seen in relay) says that its
-// staging is free again, so the rows may leave at once.
+// Sends one channel's rows to every node. The enter signal of a rail peer (awaited in relay) means that its
+// staging area is free again, so the rows may be sent at once.
 template <Group G, Fabric<G> F>
 MOE_HD void send(G g, F f, const DispatchArgs& a, int channel) {
   const int begin = channel_begin(a.plan.tokens, channel, a.b.shape.channels);
@@ -157,7 +157,7 @@ MOE_HD void send(G g, F f, const DispatchArgs& a, int channel) {
   g.sync();
 }
 
-// The node's verdict goes behind the rows, so every rank of the world learns it in this same call.
+// The node's verdict is sent behind the rows, so that every rank gets it in this same call.
 template <Group G, Fabric<G> F>
 MOE_HD void judge(G g, F f, const DispatchArgs& a) {
   const BufferView& b = a.b;

@@ -1,13 +1,13 @@
-// MOECOMM_CHECK=1: what the roles verify beyond their counters.
+// MOECOMM_CHECK=1: the additional checks of the roles.
 //
-//   dispatch  a checksum travels with every row; the gateway verifies it after the rail, the receiver after
-//   the
-//             node hop. The receiver also holds the rows against the counts that were announced to it.
-//   combine   every rank signs its rows when it publishes them, and whoever reads them verifies; a reduced
-//             row carries a checksum over the rail.
+//   dispatch  Every row is sent with a checksum. The gateway verifies it after the rail hop, the receiver
+//             after the node hop. The receiver also compares the rows with the counts that were announced to
+//             it.
+//   combine   Every rank writes checksums of its rows when it publishes them, and each reader verifies them.
+//             A reduced row is sent over the rail with a checksum.
 //
-// A seed ties each checksum to one call, source and token, so a row that was left over from an earlier call
-// is as wrong as a damaged one. A failed check is a `corrupt` status: peer is the row's source, detail its
+// A seed ties each checksum to one call, source and token, so that a row left over from an earlier call is
+// detected like a damaged one. A failed check gives a `corrupt` status: peer is the row's source, detail its
 // token.
 #pragma once
 #include "base/checksum.hpp"
@@ -16,7 +16,7 @@
 
 namespace moecomm::verify {
 
-// Payload and scales of a row; `step`: words from one scale to the next.
+// The checksum of a row's payload and scales. step: words from one scale to the next.
 MOE_HD inline uint64_t wire_checksum(const CallShape& call, const char* row, const char* scales, int64_t step,
                                      uint64_t seed) {
   uint64_t sum = row_checksum(row, call.row_bytes, seed);
@@ -25,7 +25,7 @@ MOE_HD inline uint64_t wire_checksum(const CallShape& call, const char* row, con
   return sum;
 }
 
-// The same where the scales follow the row, as in staging areas.
+// The same for scales that follow the row, as in staging areas.
 MOE_HD inline uint64_t wire_checksum(const CallShape& call, const char* row, uint64_t seed) {
   return wire_checksum(call, row, row + align16(call.row_bytes), 1, seed);
 }
@@ -34,8 +34,8 @@ MOE_HD inline Status wrong_row(Phase phase, int source, int64_t token, uint64_t 
   return {Code::corrupt, phase, source, static_cast<int32_t>(token), want, got};
 }
 
-// How many rows of each source this rank will receive, kept because the count tables belong to the next call
-// as soon as this one has arrived.
+// Keeps how many rows of each source this rank will receive. The count tables may be overwritten by the next
+// call as soon as the rows of this one have arrived.
 MOE_HD inline void keep_announced(const DispatchArgs& a, const int32_t* table, int source) {
   const BufferView& b = a.b;
   const int per_rank = b.experts_per_rank(), d = b.geometry.local();
@@ -46,7 +46,7 @@ MOE_HD inline void keep_announced(const DispatchArgs& a, const int32_t* table, i
       a.plan.announced[e * b.geometry.size + source] = table[b.count.experts + d * per_rank + e];
 }
 
-// Rows [begin, end) of one channel as they came off the rail.
+// Verifies rows [begin, end) of one channel as they arrived over the rail.
 template <Group G>
 MOE_HD Status rail_rows(G g, const DispatchArgs& a, const RowMeta* metas, const char* area, uint64_t stride,
                         int begin, int end, int source) {
@@ -61,7 +61,8 @@ MOE_HD Status rail_rows(G g, const DispatchArgs& a, const RowMeta* metas, const 
   return first_failure(g, wrong);
 }
 
-// Every place of a block holds a row of the source whose turn it is.
+// Verifies that the rows of a block are in the announced order of sources, and in token order for each
+// source.
 MOE_HD inline Status announced_rows(const DispatchArgs& a, const char* window, const BlockLayout& l) {
   const int64_t* source = l.source.in(window);
   const int size = a.b.geometry.size,
@@ -82,8 +83,8 @@ MOE_HD inline Status announced_rows(const DispatchArgs& a, const char* window, c
   return {};
 }
 
-// Rows [begin, end) of a block of `rows` are as they were sent; none of them is padding. Keeps the first
-// finding.
+// Verifies rows [begin, end) of a block of `rows` rows; none of them is padding. `wrong` keeps the first
+// failure.
 template <Group G>
 MOE_HD void arrived_rows(G g, const DispatchArgs& a, const char* window, const BlockLayout& l, int64_t rows,
                          int64_t begin, int64_t end, Status& wrong) {
@@ -101,7 +102,7 @@ MOE_HD void arrived_rows(G g, const DispatchArgs& a, const char* window, const B
   }
 }
 
-// Combine: signatures of the rows that this rank publishes.
+// Combine: writes checksums of the rows that this rank publishes.
 template <Group G, Fabric<G> F>
 MOE_HD void sign_rows(G g, F f, const CombineArgs& a) {
   const Geometry& geo = a.b.geometry;
@@ -112,7 +113,7 @@ MOE_HD void sign_rows(G g, F f, const CombineArgs& a) {
     sums[r] = row_checksum(rows + r * bytes, bytes, checksum_seed(a.book->combines, geo.rank, r));
 }
 
-// One published row, before it is read into a sum: `token` is the token of `source` that it belongs to.
+// Verifies one published row before it is summed. `token`: the source's token that it belongs to.
 template <LaneFabric F>
 MOE_HD Status published_row(F f, const CombineArgs& a, Place p, Phase phase, int64_t token) {
   const uint64_t bytes = a.b.shape.combine_row_bytes();
@@ -124,7 +125,7 @@ MOE_HD Status published_row(F f, const CombineArgs& a, Place p, Phase phase, int
   return want == got ? Status{} : wrong_row(phase, rank, token, want, got);
 }
 
-// What this node contributes to row i of source node n, before it is summed.
+// Verifies the rows that this node contributes to row i of source node n, before they are summed.
 template <Group G, Fabric<G> F>
 MOE_HD Status published_rows(G g, F f, const CombineArgs& a, int n, int i, Phase phase) {
   const int64_t at = a.b.row_index(n, i);
@@ -135,7 +136,7 @@ MOE_HD Status published_rows(G g, F f, const CombineArgs& a, int n, int i, Phase
   return first_failure(g, wrong);
 }
 
-// Of token t's row, where checks are on: as it was staged, or as the caller gave it.
+// The checksum of token t's row, as it was staged or as the caller has it; 0 if checks are off.
 MOE_HD inline uint64_t source_checksum(const DispatchArgs& a, const char* staged, int t) {
   if (!a.b.check) return 0;
   const CallShape& call = a.plan.call;

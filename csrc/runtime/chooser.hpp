@@ -1,4 +1,4 @@
-// A batch's choice of replicas by the counts of all ranks, as run_dispatch and run_exchange want it.
+// Chooser: chooses the replicas of a batch by the counts of all ranks, for run_dispatch and run_exchange.
 #pragma once
 #include <algorithm>
 #include <functional>
@@ -6,12 +6,12 @@
 
 #include "balance/choice.hpp"
 #include "protocol/views.hpp"
-#include "runtime/calls.hpp"
+#include "session/calls.hpp"
 
 namespace moecomm {
 
-// What the exchange carries: this rank's picks of logical experts, the same block to every node
-// (DispatchArgs::asked).
+// Fills the count blocks of the exchange with this rank's picks of logical experts, the same block for every
+// node (DispatchArgs::asked).
 inline void fill_asked(const BufferView& view, const DispatchCall& call, std::vector<int32_t>& asked) {
   const int nodes = view.geometry.nodes();
   asked.assign(static_cast<size_t>(nodes) * view.count.ints, 0);
@@ -22,13 +22,13 @@ inline void fill_asked(const BufferView& view, const DispatchCall& call, std::ve
 
 class Chooser {
  public:
-  // turn: equal on all ranks, whatever calls they made that were refused.
-  Chooser(const BufferView& view, const DispatchCall& call, uint64_t turn)
+  // rotation: see Choice::solve(). It must be equal on all ranks, even if calls were refused before.
+  Chooser(const BufferView& view, const DispatchCall& call, uint64_t rotation)
       : rows_follow(call.choice->rows_follow() && call.shape.layout == RowLayout::expert),
         view_(view),
         choice_(*call.choice),
         call_(call),
-        turn_(static_cast<int32_t>(turn & 0xffffff)),
+        rotation_(static_cast<int32_t>(rotation & 0xffffff)),
         experts_(choice_.replicas().experts) {}
 
   template <class Picks>
@@ -37,14 +37,14 @@ class Chooser {
     before_.resize(static_cast<size_t>(size + 1) * experts_);
     for (int s = 0; s < size; ++s)
       std::transform(before(s), before(s) + experts_, picks_of(s), before(s + 1), std::plus<>());
-    solved_ = choice_.solve(before(size), turn_);
+    solved_ = choice_.solve(before(size), rotation_);
     std::transform(before(me + 1), before(me + 1) + experts_, before(me), call_.counted, std::minus<>());
     choice_.route(solved_, {call_.ids64, call_.tokens, view_.shape.top_k, call_.counted}, me, before(me),
                   call_.slots);
     std::copy(before(size), before(size) + experts_, call_.counted);
   }
 
-  // Of a source, for this rank's node.
+  // Computes the rows of a source for every expert slot of this rank's node.
   void rows_to(int source, int32_t* rows) {
     const int n = view_.experts_per_node(), first = view_.geometry.node() * n;
     counts_.resize(experts_);
@@ -62,9 +62,9 @@ class Chooser {
   const BufferView& view_;
   const balance::Choice& choice_;
   const DispatchCall& call_;
-  int32_t turn_;
+  int32_t rotation_;
   int experts_;
-  std::vector<int32_t> before_;  // [size + 1, experts] picks of the ranks before each
+  std::vector<int32_t> before_;  // [size + 1, experts] picks of the ranks before each rank
   std::vector<int32_t> counts_;
   balance::Choice::Solved solved_;
 };

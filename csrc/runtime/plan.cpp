@@ -27,7 +27,7 @@ uint64_t place_plan(const BufferView& b, char* m, PlanView& view) {
 }
 
 Plan::Plan(const BufferView& b) {
-  memory_.reset(new char[place_plan(b, nullptr, view)]);  // not cleared: every call writes what it reads
+  memory_.reset(new char[place_plan(b, nullptr, view)]);  // not cleared: every call writes before it reads
   place_plan(b, memory_.get(), view);
   const uint64_t n = b.geometry.nodes(), p = b.geometry.ranks_per_node;
   target.resize(p);

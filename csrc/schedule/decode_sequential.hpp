@@ -1,4 +1,4 @@
-// Decode's four phases as one rank of the CPU runs them.
+// Decode's four phases, as a sequence of roles on one lane.
 #pragma once
 #include "protocol/decode_answer.hpp"
 #include "protocol/decode_receive.hpp"
@@ -8,7 +8,7 @@
 
 namespace moecomm {
 
-// Every own expert's count, at zero.
+// Sets the count of every local expert to zero.
 template <Group G, Fabric<G> F>
 int64_t* decode_clear_counts(G g, F f, const DecodeReceiveArgs& a) {
   int64_t* counts = f.window(a.d.geometry.local(), a.d.counts(a.turn.bank));
@@ -25,8 +25,8 @@ Status run_decode_send(G g, F f, const DecodeSendArgs& a) {
   return {};
 }
 
-// A source that disagrees about the call, or refuses its part, is found here; the others are still awaited
-// (rule A of decode.hpp).
+// Detects sources that make the call with other arguments or refuse their part. It still waits for all other
+// sources (rule A of decode.hpp).
 template <Group G, Fabric<G> F>
 Status run_decode_receive(G g, F f, const DecodeReceiveArgs& a) {
   Status found;

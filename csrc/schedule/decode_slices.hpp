@@ -1,67 +1,71 @@
-// One rank's decode as many groups that run at once. World-blind like the protocol.
+// The schedule of one rank's decode on many concurrent groups. Independent of the world, like the protocol. A
+// `|` is a barrier of all groups (meet).
 //
-//   dispatch, send      list a slice of the tokens | meet | shift its slots, send it | meet | announce to
-//   some ranks dispatch, receive   accept and number a part of a source's messages | meet | shift their
-//   places, pack them combine, send       check the ids, answer a part of a source's messages | meet | reply
-//   to some sources combine, receive    wait for what a slice of the tokens needs, sum it
+//   dispatch, send      list a slice of the tokens | shift its slots, send it | announce to some ranks
+//   dispatch, receive   accept and number a part of a source's messages | shift their places, pack them
+//   combine, send       check the ids, answer a part of a source's messages | reply to some sources
+//   combine, receive    wait for what a slice of the tokens needs, sum it
 //
-// Which epoch a call is about is read from the rank's own memory, not told by the host: a captured graph is
-// replayed any number of times, and every replay is a new epoch. The host names a dispatch by a ticket; the
-// clock knows the epochs of the last two tickets. All groups read the clock when a call begins; the first of
-// them writes it when all have met.
+// The epoch of a call is read from the rank's own memory and not passed by the host: a captured graph may be
+// replayed any number of times, and every replay is a new epoch. The host identifies a dispatch by a ticket;
+// the clock has the epochs of the last two tickets. All groups read the clock when a call begins. The first
+// group writes it after the barrier.
 #pragma once
 #include "protocol/decode_answer.hpp"
 #include "protocol/decode_receive.hpp"
 #include "protocol/decode_send.hpp"
+#include "protocol/decode_stage.hpp"
 #include "protocol/decode_sum.hpp"
 #include "protocol/plan.hpp"
 
 namespace moecomm {
 
-enum class DecodeStage : int32_t { idle = 0, sent = 1, received = 2, answered = 3, done = 4 };
-
 // In the rank's own memory, zero at first.
 struct DecodeClock {
   struct Turn {
     uint64_t ticket;
-    DecodeStage stage;  // the first group's alone
+    DecodeStage stage;  // only the first group uses it
     int32_t bank;
   };
   uint64_t epoch;           // of the latest dispatch
   Turn turn[2];             // by parity
-  uint64_t refused = 0;     // the latest epoch whose dispatch a rank has refused, as far as this one knows
+  uint64_t refused = 0;     // the latest epoch whose dispatch any rank has refused, as far as this rank knows
   uint64_t unanswered = 0;  // the latest epoch whose combine this rank has refused
 };
 
-// All groups of the rank meet: what each did before is seen by all after. Status of a failed or late one.
+// A barrier of all groups of the rank: earlier writes of each group are visible to all. Returns the Status of
+// a failed or late group.
 template <class Meeting, class G>
 concept GroupMeeting = requires(Meeting meeting, G g) {
   { meeting.meet(g) } -> std::same_as<Status>;
 };
 
-// Equal for all groups of a call. In `turn`, what the host knows: not the epoch, nor the tables.
+// The state that a rank keeps between calls, in its own memory.
+struct DecodeMemory {
+  DecodeClock* clock;
+  char* tables;          // for both parities: see place_decode_turn
+  uint64_t table_bytes;  // for one parity
+  int32_t* apart;        // scratch: decode_scratch_ints
+};
+
+// Equal for all groups of a call. args.turn has only what the host knows: neither the epoch nor the tables.
 struct DecodeDispatchWork {
   DecodeSendArgs args;
-  uint64_t ticket = 0;
-  DecodeClock* clock = nullptr;
-  char* tables = nullptr;    // of both parities, place_decode_turn's
-  uint64_t table_bytes = 0;  // of one
-  int32_t* apart = nullptr;  // scratch, decode_scratch_ints
-  bool sends = true, receives = true;
+  DecodeMemory memory;
+  uint64_t ticket;
+  bool sends, receives;
 };
 
 struct DecodeCombineWork {
   DecodeCombineArgs args;
-  uint64_t ticket = 0;
-  DecodeClock* clock = nullptr;
-  char* tables = nullptr;
-  uint64_t table_bytes = 0;
-  const int64_t* ids64 = nullptr;  // [T, K] must be those of the dispatch; one of the two
-  const int32_t* ids32 = nullptr;
-  const float* weights = nullptr;  // null: 1
-  const char* staged = nullptr;    // the experts' rows where they are not in the window: those that are there
-                                   // are copied to args.rows
-  bool answers = true, sums = true;
+  DecodeMemory memory;
+  uint64_t ticket;
+  const int64_t*
+      ids64;  // [T, K]; must be the ids of the dispatch; in ids64 or in ids32, the other one is null
+  const int32_t* ids32;
+  const float* weights;  // null: 1
+  const char* staged;    // the experts' rows if they are not in the window; they are then copied to args.rows
+  bool answers, sums;
 };
 
 MOE_HD constexpr uint64_t decode_scratch_ints(const Geometry& g, const Shape& s, int groups) {
@@ -71,25 +75,19 @@ MOE_HD constexpr uint64_t decode_scratch_ints(const Geometry& g, const Shape& s,
 
 namespace detail {
 
-// Messages of a source in a slice: fewer make more slices to add up.
+// The least number of messages of a source in a slice. Smaller slices would mean more counts to add up.
 constexpr int kMessagesPerSlice = 8;
 
-MOE_HD inline Status out_of_turn(DecodeStage needed, DecodeStage is) {
-  return {
-      Code::invalid, Phase::none, -1, kOutOfTurn, static_cast<uint64_t>(needed), static_cast<uint64_t>(is)};
-}
-
-// Rules A, B and C of decode.hpp for the dispatch of `epoch` into `bank`.
+// Checks rules A, B and C of decode.hpp for the dispatch of `epoch` into `bank`.
 MOE_HD inline Status check_turns(const DecodeClock& clock, uint64_t epoch, int bank) {
   const DecodeClock::Turn &last = clock.turn[(epoch - 1) & 1], &before = clock.turn[epoch & 1];
-  if (last.stage == DecodeStage::sent) return out_of_turn(DecodeStage::received, last.stage);
-  if (before.stage == DecodeStage::answered) return out_of_turn(DecodeStage::done, before.stage);
-  if (last.stage == DecodeStage::answered && last.bank == bank)
-    return out_of_turn(DecodeStage::done, last.stage);
+  if (!keeps_rule_a(last.stage)) return out_of_turn(DecodeStage::received, last.stage);
+  if (!keeps_rule_b(before.stage)) return out_of_turn(DecodeStage::done, before.stage);
+  if (!keeps_rule_c(last.stage, last.bank == bank)) return out_of_turn(DecodeStage::done, last.stage);
   return {};
 }
 
-// The first group alone looks at stages.
+// Only the first group reads and writes stages.
 template <Group G>
 MOE_HD Status expect_stage(G g, int index, DecodeClock* clock, uint64_t epoch, DecodeStage needed) {
   if (index != 0) return {};
@@ -109,21 +107,24 @@ MOE_HD inline int parts_of_source(const DecodeView& d, int groups) {
   return parts < 1 ? 1 : parts < most ? parts : most;
 }
 
+MOE_HD inline int parts_of_tokens(const DecodeTurn& turn, int groups) {
+  return turn.tokens < 1 ? 1 : turn.tokens < groups ? turn.tokens : groups;
+}
+
 template <Group G, Fabric<G> F, GroupMeeting<G> Meeting>
 MOE_HD Status send_seat(G g, F f, Meeting meeting, const DecodeDispatchWork& w, const DecodeSendArgs& a,
-                        int index, int groups, Status& bad, bool& refused) {
-  const int size = a.d.geometry.size, tokens = a.turn.tokens,
-            parts = tokens < 1        ? 1
-                    : tokens < groups ? tokens
-                                      : groups;
-  const int begin = channel_begin(tokens, index, parts), end = channel_begin(tokens, index + 1, parts);
-  if (index == 0) MOE_TRY(leader(g, [&] { return check_turns(*w.clock, a.turn.epoch, a.turn.bank); }));
-  if (index < parts) bad = decode_list(g, a, begin, end, w.apart + int64_t{index} * size);
-  if (!bad.ok() && g.lane() == 0) w.clock->refused = a.turn.epoch;
-  MOE_TRY(meeting.meet(g));  // nothing moves before every pick is found good
-  refused = a.refused != Why::none || w.clock->refused == a.turn.epoch;
+                        int index, int groups, bool& refused) {
+  const int size = a.d.geometry.size, parts = parts_of_tokens(a.turn, groups);
+  const int begin = channel_begin(a.turn.tokens, index, parts),
+            end = channel_begin(a.turn.tokens, index + 1, parts);
+  if (index == 0) MOE_TRY(leader(g, [&] { return check_turns(*w.memory.clock, a.turn.epoch, a.turn.bank); }));
+  if (index < parts && !decode_list(g, a, begin, end, w.memory.apart + int64_t{index} * size).ok() &&
+      g.lane() == 0)
+    w.memory.clock->refused = a.turn.epoch;
+  MOE_TRY(meeting.meet(g));  // nothing moves before all picks have been checked
+  refused = a.refused != Why::none || w.memory.clock->refused == a.turn.epoch;
   if (index < parts && !refused) {
-    decode_shift_slots(g, a, begin, end, w.apart, index, parts);
+    decode_shift_slots(g, a, begin, end, w.memory.apart, index, parts);
     decode_send(g, f, a, begin, end);
   }
   MOE_TRY(meeting.meet(g));
@@ -133,15 +134,15 @@ MOE_HD Status send_seat(G g, F f, Meeting meeting, const DecodeDispatchWork& w, 
                                            : Why::picks,
                   index, groups);
   if (index == 0 && g.lane() == 0) {
-    w.clock->epoch = a.turn.epoch;
-    w.clock->turn[a.turn.parity()] = {w.ticket, DecodeStage::sent, a.turn.bank};
+    w.memory.clock->epoch = a.turn.epoch;
+    w.memory.clock->turn[a.turn.parity()] = {w.ticket, DecodeStage::sent, a.turn.bank};
   }
   if (g.lane() == 0 && index == 0) ++f.counters().calls;
   return {};
 }
 
-// A source that disagrees about the call, or refuses its part, is found by its parts; the others are still
-// received (rule A).
+// Detects sources that make the call with other arguments or refuse their part. The messages of the other
+// sources are still received (rule A).
 template <Group G, Fabric<G> F, GroupMeeting<G> Meeting>
 MOE_HD Status receive_seat(G g, F f, Meeting meeting, const DecodeDispatchWork& w, const DecodeReceiveArgs& a,
                            int index, int groups) {
@@ -150,7 +151,7 @@ MOE_HD Status receive_seat(G g, F f, Meeting meeting, const DecodeDispatchWork& 
             slices = d.geometry.size * parts;
   Status found;
   for (int i = index; i < slices; i += groups) {
-    int32_t* counts = w.apart + int64_t{i} * per_rank;
+    int32_t* counts = w.memory.apart + int64_t{i} * per_rank;
     for (int e = g.lane(); e < per_rank; e += g.size()) counts[e] = 0;
     g.sync();
     int got = 0;
@@ -164,41 +165,36 @@ MOE_HD Status receive_seat(G g, F f, Meeting meeting, const DecodeDispatchWork& 
       decode_number(g, f, a, source, channel_begin(got, part, parts), channel_begin(got, part + 1, parts),
                     counts);
   }
-  if (found.code == Code::refused && g.lane() == 0) w.clock->refused = a.turn.epoch;
+  if (found.code == Code::refused && g.lane() == 0) w.memory.clock->refused = a.turn.epoch;
   MOE_TRY(meeting.meet(g));
-  const bool refused = a.turn.refused() || w.clock->refused == a.turn.epoch;  // nobody answers it then
-  set_stage(g, index, w.clock, a.turn.epoch, refused ? DecodeStage::done : DecodeStage::received);
+  // There is no combine for a refused dispatch.
+  const bool refused = a.turn.refused() || w.memory.clock->refused == a.turn.epoch;
+  set_stage(g, index, w.memory.clock, a.turn.epoch, refused ? DecodeStage::done : DecodeStage::received);
   for (int i = index; i < slices && found.ok() && !refused; i += groups) {
     const int source = i / parts, part = i % parts, got = a.turn.got[source];
     const int begin = channel_begin(got, part, parts), end = channel_begin(got, part + 1, parts);
-    decode_shift_places(g, f, a, source, begin, end, w.apart, i, slices);
+    decode_shift_places(g, f, a, source, begin, end, w.memory.apart, i, slices);
     MOE_TRY(decode_pack(g, f, a, source, begin, end));
   }
   return found;
 }
 
-// The ids are those of the dispatch; keeps the weights for the sums.
+// Checks that the ids are those of the dispatch, and keeps the weights for the sums.
 template <Group G>
 MOE_HD Status take_weights(G g, const DecodeCombineWork& w, const DecodeTurn& turn, int k_max, int index,
                            int groups) {
   Status bad;
-  const int64_t picks = int64_t{turn.tokens} * k_max;
-  for (int64_t i = int64_t{index} * g.size() + g.lane(); i < picks && bad.ok();
-       i += int64_t{groups} * g.size()) {
+  const int picks = turn.tokens * k_max;  // fewer than 2^30: both banks have a place for each
+  for (int i = index * g.size() + g.lane(); i < picks && bad.ok(); i += groups * g.size()) {
     const int64_t id = w.ids64 ? w.ids64[i] : w.ids32[i];
-    if (id != turn.ids[i])
-      bad = {Code::invalid,
-             Phase::none,
-             -1,
-             kOtherIds,
-             static_cast<uint64_t>(i / k_max),
-             static_cast<uint64_t>(id)};
+    if (id != turn.ids[i] && w.args.d.served(id) != turn.ids[i])
+      bad = bad_pick(BadInput::other_ids, i / k_max, id);
     turn.weights[i] = w.weights ? w.weights[i] : 1.0f;
   }
   return first_failure(g, bad);
 }
 
-// Every groups-th row of every own expert, into the window.
+// Copies every groups-th row of every local expert into the window.
 template <Group G, Fabric<G> F>
 MOE_HD void stage_rows(G g, F f, const DecodeCombineWork& w, const DecodeTurn& turn, int index, int groups) {
   const DecodeView& d = w.args.d;
@@ -214,22 +210,15 @@ MOE_HD void stage_rows(G g, F f, const DecodeCombineWork& w, const DecodeTurn& t
     }
 }
 
-// An id that is not the dispatch's. A Status would take registers through all of combine.
-struct OtherId {
-  int64_t id = 0;
-  int32_t token = -1;  // -1: there is none
-};
-
 template <Group G, Fabric<G> F, GroupMeeting<G> Meeting>
 MOE_HD Status answer_seat(G g, F f, Meeting meeting, const DecodeCombineWork& w, DecodeCombineArgs& a,
-                          int index, int groups, OtherId& other) {
+                          int index, int groups) {
   const DecodeView& d = a.d;
   const int size = d.geometry.size, parts = parts_of_source(d, groups);
-  MOE_TRY(expect_stage(g, index, w.clock, a.turn.epoch, DecodeStage::received));
-  if (a.refused == Why::none)
-    if (const Status bad = take_weights(g, w, a.turn, d.shape.top_k, index, groups); !bad.ok())
-      other = OtherId{static_cast<int64_t>(bad.got), static_cast<int32_t>(bad.expected)};
-  if (other.token >= 0 && g.lane() == 0) w.clock->unanswered = a.turn.epoch;
+  MOE_TRY(expect_stage(g, index, w.memory.clock, a.turn.epoch, DecodeStage::received));
+  if (a.refused == Why::none && !take_weights(g, w, a.turn, d.shape.top_k, index, groups).ok() &&
+      g.lane() == 0)
+    w.memory.clock->unanswered = a.turn.epoch;
   if (w.staged) {
     stage_rows(g, f, w, a.turn, index, groups);
     MOE_TRY(meeting.meet(g));
@@ -240,11 +229,11 @@ MOE_HD Status answer_seat(G g, F f, Meeting meeting, const DecodeCombineWork& w,
       decode_answer(g, f, a, source, channel_begin(got, i % parts, parts),
                     channel_begin(got, i % parts + 1, parts));
     }
-  MOE_TRY(meeting.meet(g));  // answers count from their flag on: ids that are wrong are found before
-  if (w.clock->unanswered == a.turn.epoch && a.refused == Why::none) a.refused = Why::picks;
+  MOE_TRY(meeting.meet(g));  // no flag is sent before all ids have been checked
+  if (w.memory.clock->unanswered == a.turn.epoch && a.refused == Why::none) a.refused = Why::picks;
   for (int step = 1 + index; step <= size; step += groups)
     decode_reply(g, f, a, (d.geometry.rank + step) % size);
-  set_stage(g, index, w.clock, a.turn.epoch, DecodeStage::answered);
+  set_stage(g, index, w.memory.clock, a.turn.epoch, DecodeStage::answered);
   if (g.lane() == 0 && index == 0) ++f.counters().calls;
   return {};
 }
@@ -254,10 +243,10 @@ MOE_HD Status sum_seat(G g, F f, const DecodeCombineWork& w, const DecodeCombine
                        int groups) {
   const int tokens = a.turn.tokens, begin = channel_begin(tokens, index, groups),
             end = channel_begin(tokens, index + 1, groups);
-  MOE_TRY(expect_stage(g, index, w.clock, a.turn.epoch, DecodeStage::answered));
+  MOE_TRY(expect_stage(g, index, w.memory.clock, a.turn.epoch, DecodeStage::answered));
   Status s = decode_wait_answers(g, f, a, begin, end);
   if (s.ok() && a.refused == Why::none) s = decode_sum(g, f, a, begin, end);
-  if (s.ok() || keeps_step(s)) set_stage(g, index, w.clock, a.turn.epoch, DecodeStage::done);
+  if (s.ok() || keeps_step(s)) set_stage(g, index, w.memory.clock, a.turn.epoch, DecodeStage::done);
   return s;
 }
 
@@ -267,44 +256,45 @@ template <Group G, Fabric<G> F, GroupMeeting<G> Meeting>
 MOE_HD Status decode_dispatch_seat(G g, F f, Meeting meeting, const DecodeDispatchWork& w, int index,
                                    int groups) {
   DecodeTurn turn = w.args.turn;
-  turn.epoch = w.clock->epoch + (w.sends ? 1 : 0);
-  place_decode_turn(w.args.d, w.tables + turn.parity() * w.table_bytes, turn);
-  Status bad;
+  turn.epoch = w.memory.clock->epoch + (w.sends ? 1 : 0);
+  place_decode_turn(w.args.d, w.memory.tables + turn.parity() * w.memory.table_bytes, turn);
   bool refused = false;
+  DecodeSendArgs a = w.args;
+  a.turn = turn;
   if (w.sends) {
-    DecodeSendArgs a = w.args;
-    a.turn = turn;
-    MOE_TRY(detail::send_seat(g, f, meeting, w, a, index, groups, bad, refused));
+    MOE_TRY(detail::send_seat(g, f, meeting, w, a, index, groups, refused));
     if (refused) turn.mode = kRefusedMode;
   } else {
-    MOE_TRY(detail::expect_stage(g, index, w.clock, turn.epoch, DecodeStage::sent));
+    MOE_TRY(detail::expect_stage(g, index, w.memory.clock, turn.epoch, DecodeStage::sent));
   }
-  if (!w.receives && !refused)
-    return {};  // a rank that refuses its part does so to the end: a hook would not come
+  // After a refusal the receive phase runs now, because the caller gets no hook to run it later.
+  if (!w.receives && !refused) return {};
   const Status s = detail::receive_seat(g, f, meeting, w, DecodeReceiveArgs{w.args.d, turn}, index, groups);
-  return bad.ok() || is_final(s) ? s : bad;
+  if (!refused) return s;  // a final failure follows from the refusal
+  // The group with the invalid pick searches it again, because keeping it through the call takes registers.
+  const int parts = detail::parts_of_tokens(a.turn, groups);
+  if (index >= parts) return s;
+  const Status bad = decode_check_picks(g, a, channel_begin(a.turn.tokens, index, parts),
+                                        channel_begin(a.turn.tokens, index + 1, parts));
+  return bad.ok() ? s : bad;
 }
 
 template <Group G, Fabric<G> F, GroupMeeting<G> Meeting>
 MOE_HD Status decode_combine_seat(G g, F f, Meeting meeting, const DecodeCombineWork& w, int index,
                                   int groups) {
   DecodeCombineArgs a = w.args;
-  const uint64_t latest = w.clock->epoch;
-  a.turn.epoch = w.clock->turn[latest & 1].ticket == w.ticket ? latest : latest - 1;
-  if (w.clock->turn[a.turn.epoch & 1].ticket != w.ticket || a.turn.epoch == 0)
-    return detail::out_of_turn(DecodeStage::received, DecodeStage::idle);
-  place_decode_turn(a.d, w.tables + a.turn.parity() * w.table_bytes, a.turn);
-  detail::OtherId other;
-  if (w.answers) MOE_TRY(detail::answer_seat(g, f, meeting, w, a, index, groups, other));
+  const uint64_t latest = w.memory.clock->epoch;
+  a.turn.epoch = w.memory.clock->turn[latest & 1].ticket == w.ticket ? latest : latest - 1;
+  if (w.memory.clock->turn[a.turn.epoch & 1].ticket != w.ticket || a.turn.epoch == 0)
+    return out_of_turn(DecodeStage::received, DecodeStage::idle);
+  place_decode_turn(a.d, w.memory.tables + a.turn.parity() * w.memory.table_bytes, a.turn);
+  if (w.answers) MOE_TRY(detail::answer_seat(g, f, meeting, w, a, index, groups));
   if (!w.sums && a.refused == Why::none) return {};
   const Status s = detail::sum_seat(g, f, w, a, index, groups);
-  if (other.token < 0 || is_final(s)) return s;
-  return {Code::invalid,
-          Phase::none,
-          -1,
-          kOtherIds,
-          static_cast<uint64_t>(other.token),
-          static_cast<uint64_t>(other.id)};
+  if (a.refused == w.args.refused) return s;  // the ids were those of the dispatch
+  const Status other =                        // looked for again, as the bad pick of a dispatch
+      detail::take_weights(g, w, a.turn, a.d.shape.top_k, index, groups);
+  return other.ok() ? s : other;
 }
 
 }  // namespace moecomm

@@ -1,26 +1,26 @@
-// The calls of one rank run as many concurrent groups: which group does which role, and who waits for whom
-// inside the rank. World-blind like the protocol, so that threads on a CPU can run it under ThreadSanitizer.
+// The schedule of one rank's call on many concurrent groups: which group executes which role, and which
+// groups wait for each other inside the rank. It is independent of the world, like the protocol, so that
+// threads on a CPU can run it under ThreadSanitizer.
 //
-// Seats  worker 0 .. workers-1 move rows; seat `workers` is the coordinator, which talks to other ranks about
-// the
-//        call as a whole (announce, relay, place, judge; publish, finish). Channel c belongs to worker c mod
-//        senders.
-// Gates  count groups that have come to a point of the call; they order the seats of one rank:
+// Seats  A group's seat says what it does. Seats 0 .. workers-1 are workers, which move rows. Seat `workers`
+//        is the coordinator, which communicates with other ranks about the call as a whole (announce, relay,
+//        place, judge; publish, finish). Channel c belongs to worker c mod senders.
+// Gates  A gate counts the groups that have reached a point of the call. Gates order the seats of one rank:
 //
 //   workers      number_apart -> [numbered] -> sum_channels -> [totals] -> shift_channel -> [shifted]
 //   coordinator  [totals] announce, relay [shifted] -> [entered] -> place -> [placed] -> judge
 //   senders      [entered] send, then [placed] forward of the rows of this rank's node
 //   forwarders   [placed] forward of other nodes' rows as they land
-//   all          -> [forwarded]; coordinator announce_arrival; then everybody: arrive
+//   all          -> [forwarded]; coordinator announce_arrival; then all seats: arrive
 //
 //   coordinator  publish -> [published];  workers: reduce, sum -> [reduced];  coordinator finish
 //
-// A worker that meets a bad pick arrives at [refused] before it arrives at [numbered]: the rank refuses its
-// part then, and goes on as one without tokens.
+// A worker that finds an invalid pick arrives at [refused] before it arrives at [numbered]. The rank then
+// refuses its part and continues as a rank without tokens.
 //
-// Nobody waits for a gate that needs a seat which waits for another rank's same gate, except through the
-// protocol's own waits: the order above is the cpu world's order of roles, with independent ones side by
-// side.
+// The gates add no deadlock: the order above is the order of roles in the cpu world
+// (schedule/sequential.hpp), with independent roles side by side. Ranks wait for each other only in the
+// protocol's own waits.
 #pragma once
 #include "protocol/combine.hpp"
 #include "protocol/dispatch.hpp"
@@ -41,22 +41,24 @@ enum class Gate : int {
   count
 };
 
-// Arrivals of a whole call; the gates are 0 when it begins.
-//   arrive(g, gate)         all lanes; what the group did comes before
-//   wait(g, gate, groups)   all lanes; Status of a failed or late rank
-//   open(g, gate)           all lanes: whether a group has come there; of one that comes before what the
-//   caller has waited for
+// The gates of one call; they are 0 when it begins. All lanes of a group call these functions.
+//   arrive(g, gate)         counts the group; its earlier writes are visible to groups that wait for the gate
+//   wait(g, gate, groups)   waits until `groups` groups have arrived; Status of a failed or late rank
+//   open(g, gate)           whether any group has arrived. Only for a gate at which groups arrive before they
+//                           arrive at a gate that the caller has waited for
+//   note(g, bad)            records an invalid argument of this rank, before its peers are told
 template <class Gates, class G>
 concept CallGates = requires(Gates gates, G g, Gate gate) {
   gates.arrive(g, gate);
   { gates.wait(g, gate, 0) } -> std::same_as<Status>;
   { gates.open(g, gate) } -> std::same_as<bool>;
+  gates.note(g, Status{});
 };
 
 struct Seat {
   int index = 0;
   int workers = 1;
-  int senders = 1;  // the first of the workers; the rest forward other nodes' rows. One node: all of them
+  int senders = 1;  // the first workers; the rest forward other nodes' rows. One node: all workers
 
   MOE_HD bool coordinates() const { return index == workers; }
 };
@@ -64,7 +66,7 @@ struct Seat {
 struct DispatchWork {
   DispatchArgs args;
   Offer offer;
-  int32_t* apart = nullptr;  // scratch [C, N, ints]
+  int32_t* apart;  // scratch [C, N, ints]
 };
 
 namespace detail {
@@ -88,7 +90,7 @@ MOE_HD Status coordinate_dispatch(G g, F f, Gates gates, const DispatchWork& w, 
   return announce_arrival(g, f, a);
 }
 
-// `bad`: this worker's own bad pick.
+// `bad` out: an invalid pick that this worker found.
 template <Group G, CallGates<G> Gates>
 MOE_HD Status make_plan(G g, Gates gates, const DispatchWork& w, Seat seat, Status& bad) {
   const DispatchArgs& a = w.args;
@@ -99,7 +101,10 @@ MOE_HD Status make_plan(G g, Gates gates, const DispatchWork& w, Seat seat, Stat
     g.sync();
     if (bad.ok()) number_apart(g, a, c, w.apart);
   }
-  if (!bad.ok()) gates.arrive(g, Gate::refused);
+  if (!bad.ok()) {
+    gates.note(g, bad);
+    gates.arrive(g, Gate::refused);
+  }
   gates.arrive(g, Gate::numbered);
   MOE_TRY(gates.wait(g, Gate::numbered, seat.workers));
   const bool refused = gates.open(g, Gate::refused);
@@ -113,7 +118,7 @@ MOE_HD Status make_plan(G g, Gates gates, const DispatchWork& w, Seat seat, Stat
 
 }  // namespace detail
 
-// `placed` runs on the coordinator, all lanes, when the number of this rank's rows is known.
+// All lanes of the coordinator call `placed` when the number of this rank's rows is known.
 template <Group G, Fabric<G> F, CallGates<G> Gates, class Placed>
 MOE_HD Status dispatch_seat(G g, F f, Gates gates, const DispatchWork& w, Seat seat, Placed placed) {
   const DispatchArgs& a = w.args;
@@ -137,13 +142,13 @@ MOE_HD Status dispatch_seat(G g, F f, Gates gates, const DispatchWork& w, Seat s
       MOE_TRY(gates.wait(g, Gate::placed, 1));
       for (int i = first; i < (nodes - 1) * channels; i += forwarders)
         MOE_TRY(forward(g, f, a, (own + nodes - 1 - i / channels) % nodes,
-                        i % channels));  // who sends to this node first comes first
+                        i % channels));  // starts with the node that sends to this one first
     }
     gates.arrive(g, Gate::forwarded);
   }
   const Status s = arrive(g, f, a, seat.index, seat.workers + 1);
   if (!plans || s.ok() || is_final(s) || !gates.open(g, Gate::refused)) return s;
-  return bad;  // of the worker that has found it: what the call says of this rank is less than that
+  return bad;  // more precise than the call's status, which only says that this rank refused
 }
 
 template <Group G, Fabric<G> F, CallGates<G> Gates>

@@ -1,7 +1,9 @@
-// One rank's calls as a sequence of roles. On the CPU a rank is one lane: roles run one after another,
-// in an order in which nobody waits for something that comes later on another rank. Puts are
-// asynchronous and waits keep the network moving, so the hops still overlap.
+// The schedule of one rank's call as a sequence of roles. On the CPU a rank is one lane, and its roles run
+// one after another. The order is such that no rank waits for something that another rank does only later.
+// Puts are asynchronous, and waits make progress on the network, so the hops still overlap.
 #pragma once
+#include <concepts>
+
 #include "protocol/combine.hpp"
 #include "protocol/dispatch.hpp"
 #include "protocol/plan.hpp"
@@ -20,9 +22,10 @@ Status plan_rows(G g, F f, const DispatchArgs& a) {
   });
 }
 
-// From the exchange of counts on. tables: what is still to do before they can be read.
-template <Group G, Fabric<G> F, class Tables>
-Status move_rows(G g, F f, const DispatchArgs& a, bool sends, Tables tables) {
+// The roles after the exchange of counts. tables() completes the count tables before they are read. placed()
+// is called when every row has its place, before this rank waits for rows, unless the call is refused.
+template <Group G, Fabric<G> F, class Tables, class Placed>
+Status move_rows(G g, F f, const DispatchArgs& a, bool sends, Tables tables, Placed placed) {
   const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
   for (int c = 0; c < channels && sends; ++c) timed(g, f, RoleKind::send, [&] { send(g, f, a, c); });
   MOE_TRY(timed(g, f, RoleKind::counts, [&] {
@@ -31,7 +34,8 @@ Status move_rows(G g, F f, const DispatchArgs& a, bool sends, Tables tables) {
     judge(g, f, a);
     return Status{};
   }));
-  // A node sends to the one behind it first, so its predecessor's rows are the first to come.
+  if (a.verdict->ok()) placed();
+  // A node first sends to the next node, so the rows of the previous node are the first to arrive.
   for (int step = 0; step < nodes; ++step)
     for (int c = 0; c < channels; ++c)
       MOE_TRY(
@@ -44,9 +48,14 @@ Status move_rows(G g, F f, const DispatchArgs& a, bool sends, Tables tables) {
 
 }  // namespace detail
 
-// A rank with bad picks refuses its part.
-template <Group G, Fabric<G> F>
-Status run_dispatch(G g, F f, const DispatchArgs& a, Offer offer) {
+// For calls whose counts are not needed before the rows have arrived.
+struct CountsNotAsked {
+  void operator()() const {}
+};
+
+// A rank with bad picks refuses its part. placed: as in detail::move_rows.
+template <Group G, Fabric<G> F, std::invocable Placed = CountsNotAsked>
+Status run_dispatch(G g, F f, const DispatchArgs& a, Offer offer, Placed placed = {}) {
   Status bad;
   if (!a.cached && a.refused == Why::none) bad = detail::plan_rows(g, f, a);
   const Why refused = bad.ok() ? a.refused : Why::picks;
@@ -54,12 +63,12 @@ Status run_dispatch(G g, F f, const DispatchArgs& a, Offer offer) {
     announce(g, f, a, refused);
     return relay(g, f, a, offer);
   }));
-  const Status s = detail::move_rows(g, f, a, refused == Why::none, [] { return Status{}; });
+  const Status s = detail::move_rows(g, f, a, refused == Why::none, [] { return Status{}; }, placed);
   return bad.ok() || is_final(s) ? s : bad;
 }
 
-// One exchange of a.asked and nothing else; picks(source) is good within use(picks), and until another
-// exchange.
+// One exchange of a.asked and nothing else. The counts that picks(source) returns are valid until use(picks)
+// returns.
 template <Group G, Fabric<G> F, class Use>
 Status run_exchange(G g, F f, DispatchArgs a, Use use) {
   a.alone = true;
@@ -67,15 +76,17 @@ Status run_exchange(G g, F f, DispatchArgs a, Use use) {
   MOE_TRY(relay(g, f, a, {}));
   MOE_TRY(await_counts(g, f, a));
   char* window = f.window(a.b.geometry.local());
-  if (const Verdict v = detail::agreement(a, window); v.code != 0) return status_of(v);
+  if (const Verdict v = detail::agreement(a, window); !v.ok()) return status_of(v);
   use([&](int source) { return picks_of(a, window, source); });
   return {};
 }
 
-// A dispatch by picks of logical experts, whose slots depend on everyone's: a.asked carries this rank's. The
-// chooser writes the slots to a.ids64 when it gets the picks of all: choose(picks of source), rows_follow,
-// rows_to(source, counts). move(args, sends, tables) does what follows, as detail::move_rows.
+// A dispatch by picks of logical experts, whose expert slots depend on the picks of all ranks. a.asked has
+// this rank's counts. The chooser has choose(picks of source), which writes the expert slots to a.ids64 once
+// the counts of all ranks are known, rows_follow, and rows_to(source, counts). move(args, sends, tables) does
+// the rest, like detail::move_rows.
 template <Group G, Fabric<G> F, class Chooser, class Move>
+  requires(!std::invocable<Move>)
 Status run_dispatch(G g, F f, DispatchArgs a, Offer offer, Chooser&& chooser, Move move) {
   MOE_TRY(timed(g, f, RoleKind::announce, [&] {
     announce(g, f, a, Why::none);
@@ -83,8 +94,8 @@ Status run_dispatch(G g, F f, DispatchArgs a, Offer offer, Chooser&& chooser, Mo
   }));
   MOE_TRY(timed(g, f, RoleKind::counts, [&] { return await_counts(g, f, a); }));
   char* window = f.window(a.b.geometry.local());
-  // Where ranks called differently all know it now, and those that have not chosen send nothing.
-  const bool agreed = detail::agreement(a, window).code == 0;
+  // If the calls differ, all ranks know it now. They make no choice and send nothing.
+  const bool agreed = detail::agreement(a, window).ok();
   if (agreed) {
     MOE_TRY(leader(g, [&] {
       return timed(g, f, RoleKind::plan, [&] {
@@ -106,10 +117,11 @@ Status run_dispatch(G g, F f, DispatchArgs a, Offer offer, Chooser&& chooser, Mo
   });
 }
 
-template <Group G, Fabric<G> F, class Chooser>
-Status run_dispatch(G g, F f, const DispatchArgs& a, Offer offer, Chooser&& chooser) {
+template <Group G, Fabric<G> F, class Chooser, std::invocable Placed = CountsNotAsked>
+  requires(!std::invocable<Chooser>)
+Status run_dispatch(G g, F f, const DispatchArgs& a, Offer offer, Chooser&& chooser, Placed placed = {}) {
   return run_dispatch(g, f, a, offer, chooser, [&](const DispatchArgs& chosen, bool sends, auto tables) {
-    return detail::move_rows(g, f, chosen, sends, tables);
+    return detail::move_rows(g, f, chosen, sends, tables, placed);
   });
 }
 

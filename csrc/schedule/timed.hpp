@@ -1,4 +1,4 @@
-// Timelines: when the roles of a rank's calls ran.
+// Timelines: records when the roles of a rank's calls ran.
 #pragma once
 #include <chrono>
 
@@ -7,7 +7,7 @@
 
 namespace moecomm {
 
-// One role of a call; where the fabric keeps a timeline and somebody traces, the role's span goes there.
+// Runs one role of a call. If the fabric has a timeline and tracing is on, the role's span is recorded there.
 template <Group G, Fabric<G> F, class Work>
 auto timed(G g, F f, RoleKind role, Work work) {
   if constexpr (requires { f.timeline(); }) {

@@ -14,11 +14,11 @@ def main(comm):
     x = torch.randn(TOKENS, HIDDEN).bfloat16()
     topk_weights, topk_ids = torch.rand(TOKENS, EXPERTS).softmax(-1).topk(TOP_K)
 
-    recv, hook = buf.decode_dispatch(x, topk_ids, quant=None)  # sends, and returns at once
+    recv, hook = buf.decode_dispatch(x, topk_ids, quant=None)  # sends, and returns immediately
     # Compute something else here. moecomm runs no code until the hook is called.
     hook()  # waits for the rows of all ranks
 
-    for expert, count in enumerate(recv.counts.tolist()):  # the experts: each doubles its rows
+    for expert, count in enumerate(recv.counts.tolist()):  # each expert doubles its rows
         torch.mul(recv.x[expert, :count], 2, out=recv.handle.rows[expert, :count])
 
     y, hook = buf.decode_combine(recv.handle.rows, topk_ids, topk_weights, recv.handle)

@@ -10,7 +10,7 @@ with moecomm.Communicator() as comm:
     buf = moecomm.Buffer(
         comm, hidden=HIDDEN, num_experts=EXPERTS, top_k=TOP_K, max_tokens=TOKENS, dtype=torch.float32
     )
-    torch.manual_seed(0)  # the gate is replicated: it starts with the same weights on all ranks
+    torch.manual_seed(0)  # the gate is replicated: its initial weights must be equal on all ranks
     layer = moecomm.nn.MoE(HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, buffer=buf)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
 

@@ -17,9 +17,8 @@ with moecomm.Communicator(ranks_per_node=2) as comm:  # without ranks_per_node: 
     # A token crosses to the other node once, although two of its experts are there.
     crossed = buf.stats()["rail"]["physical_rows"]
 
-    y = buf.combine(
-        out.x, out.handle
-    )  # experts that change nothing, weights of 1: the sum of four equal rows
+    # The experts change nothing, and all weights are 1: y is the sum of four equal rows.
+    y = buf.combine(out.x, out.handle)
     assert (y == 4 * x).all()
     print(f"rank {comm.rank}, node {comm.node}: {TOKENS} tokens, {crossed} rows sent to the other node")
     comm.barrier()

@@ -21,7 +21,7 @@ def main(comm):
     out = buf.dispatch(x, topk_ids, topk_weights)
     arrived = out.x[:, 0].tolist()
 
-    # The experts: expert e multiplies its rows by e + 1.
+    # Expert e multiplies its rows by e + 1.
     first = comm.rank * buf.experts_per_rank
     factor = torch.arange(first, first + buf.experts_per_rank) + 1.0
     rows = out.x * factor.repeat_interleave(out.tokens_per_expert)[:, None]

@@ -1,16 +1,23 @@
-"""How ranks find each other before they share memory: everyone's bytes and a meeting, over what is there.
+"""Bootstraps: how ranks find each other and exchange bytes before they share memory.
 
-A bootstrap is used when communicators and buffers are made, in barrier, and when experts migrate; never on the data path.
+A bootstrap serves constructors, barriers and the migration of experts. It is never on the data path.
 
-What listens where. Every rank that is a process listens on one UNIX socket with a random name in the abstract namespace, which any process of the
-same network namespace can call, and, only where ranks are in several network namespaces (hosts), on one TCP port that the kernel chooses, bound to one IP
-address: that of MOECOMM_SOCKET_IFNAME, else of GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME, else the one on the way to MASTER_ADDR, that of the host name, or that
-of the default route. Both are open from Communicator() until the last communicator that came of it is closed. Who calls must sign (HMAC-SHA256) with a random
-token of 32 bytes of the rank that is called, and is answered with a signature by its own token; tokens travel once, through the caller's group (a torch
-group's store, MPI, or the store at MASTER_ADDR), and whoever can read that can join. What follows is neither encrypted nor signed: on TCP a network is
-trusted not to change it. It is JSON, checked as it is read; nothing of it is executed. Rank 0 also holds a torch TCPStore at MASTER_PORT, on every
-interface and without authentication, where a world is found by RANK and WORLD_SIZE (or by Slurm's variables), torch's default group is not
-initialized, and no agent of torchrun holds one. UCX's and NCCL's own ports are not these.
+Sockets. Every rank that is a process listens on a UNIX socket with a random name in the abstract namespace, which every
+process of the same network namespace can reach. If ranks are in several network namespaces (hosts), each rank also
+listens on a TCP port that the kernel chooses, bound to one IP address. The address is the first that exists of: the
+interface in MOECOMM_SOCKET_IFNAME; that in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME; the interface that routes to
+MASTER_ADDR; the address of the host name; the interface of the default route. The sockets are open from Communicator()
+until the last communicator made from it is closed.
+
+Authentication. Every rank has a random token of 32 bytes. A caller signs its first message (HMAC-SHA256) with the token
+of the rank that it calls. The answer is signed with the token of the caller. Tokens travel once, through the caller's
+group (the store of a torch group, MPI, or the store at MASTER_ADDR); a process that can read them can join. Later
+messages are neither encrypted nor signed: the TCP network must be trusted. They are JSON and are checked when they are
+read; nothing in them is executed.
+
+Rank 0 also holds a torch TCPStore at MASTER_PORT, on every interface and without authentication, if the world is found
+by RANK and WORLD_SIZE (or by the variables of Slurm), the default group of torch is not initialized, and no agent of
+torchrun holds a store. UCX and NCCL open ports of their own.
 """
 
 from __future__ import annotations
@@ -25,59 +32,75 @@ from .mesh import Mesh
 
 
 class Alone:
-    """One rank."""
+    """The bootstrap of a single rank."""
 
     rank, size, threads, complaint = 0, 1, False, None
 
-    def allgather(self, data, op="bootstrap"):  # noqa: ARG002 - nobody can be late
-        """Everyone's bytes by rank."""
+    def allgather(self, data, op="bootstrap"):  # noqa: ARG002 - no other rank can be late
+        """Return the bytes of all ranks, by rank."""
         return [data]
 
-    def subset(self, ranks):  # noqa: ARG002 - there is one
-        """A bootstrap of these ranks; collective over them alone."""
+    def subset(self, ranks):  # noqa: ARG002 - there is one rank
+        """Return a bootstrap of these ranks. Collective over them only."""
         return Alone()
 
+    def is_broken(self):
+        """Return False: there is no other rank to lose."""
+        return False
+
+    def a_lost_rank(self):
+        """Return None: there is no other rank to lose."""
+
+    def agree(self, report, *, go_on=False, minority=False, timeout=None):  # noqa: ARG002 - there is one rank
+        """Return {rank: its report}, as GenerationMesh.agree."""
+        return {0: report}
+
     def refuse(self, ranks, why):
-        """Nobody to tell."""
+        """Do nothing: there is no other rank."""
 
     def interrupt(self, why):
-        """Nobody to tell."""
+        """Do nothing: there is no other rank."""
 
     def close(self):
-        """Nothing to close."""
+        """Do nothing: there are no connections."""
 
 
 class ThreadWorld:
-    """What the rank threads of one run_local share."""
+    """The state that the rank threads of one run_local share."""
 
-    def __init__(self, size, timeout):
+    def __init__(self, size, timeout, whole=None, numbers=None):
         self.size, self.timeout = size, timeout
+        self.whole, self.numbers = (
+            whole or self,
+            numbers or range(size),
+        )  # the world of run_local, and its ranks
+        self.ended = set()  # ranks whose function has returned or raised; of the whole world
         self.barrier = threading.Barrier(size)
         self.cards = [None] * size
         self.failed = None  # rank whose function raised first
-        self.kept = []  # windows stay mapped until every rank thread has ended
+        self.kept = []  # windows, which stay mapped until every rank thread has ended
         self.changed = threading.Condition()
-        self.parts = {}  # worlds of some of the ranks, by their names
-        self.arrived = {}  # name of a part -> ranks that have come to make it
-        self.refusals = {}  # rank -> [(ranks that it told, text)]: parts that it has refused to make
+        self.parts = {}  # name of a part -> ThreadWorld of some of the ranks
+        self.arrived = {}  # name of a part -> ranks that have called subset for it
+        self.refusals = {}  # rank -> texts of its refusals to make a part
 
 
 class Thread:
-    """One rank thread of run_local."""
+    """The bootstrap of one rank thread of run_local."""
 
     threads, complaint = True, None
 
     def __init__(self, world, rank):
         self._world, self.rank, self.size = world, rank, world.size
-        self._subsets = {}  # how often this rank has made each
-        self._heard = {}  # how many refusals of a rank it knows
+        self._subsets = {}  # ranks of a part -> number of times that this rank has made it
+        self._heard = {}  # rank -> number of its refusals that this rank has raised
 
     def keep(self, owner):
-        """Keep memory that other rank threads reach by pointer until all of them have ended."""
+        """Keep an owner of memory alive until all rank threads have ended: they reach it by pointer."""
         self._world.kept.append(owner)
 
     def allgather(self, data, op="bootstrap"):
-        """Everyone's bytes by rank; op: the call that needs them, for the messages of errors."""
+        """Return the bytes of all ranks, by rank. op names the call in error messages."""
         self._world.cards[self.rank] = data
         self._meet(op)
         out = list(self._world.cards)
@@ -85,13 +108,14 @@ class Thread:
         return out
 
     def subset(self, ranks):
-        """A bootstrap of these ranks; collective over them alone."""
+        """Return a bootstrap of these ranks. Collective over them only."""
         world, ranks = self._world, tuple(ranks)
         self._subsets[ranks] = self._subsets.get(ranks, 0) + 1
         name = ranks, self._subsets[ranks]
         deadline = time.monotonic() + world.timeout
         with world.changed:
-            part = world.parts.setdefault(name, ThreadWorld(len(ranks), world.timeout))
+            numbers = [world.numbers[r] for r in ranks]
+            part = world.parts.setdefault(name, ThreadWorld(len(ranks), world.timeout, world.whole, numbers))
             come = world.arrived.setdefault(name, set())
             come.add(self.rank)
             world.changed.notify_all()
@@ -105,7 +129,7 @@ class Thread:
                         )
                 if world.failed is not None:
                     raise PeerLost(
-                        f"bootstrap on rank {self.rank}: rank {world.failed} has left with an exception",
+                        f"bootstrap on rank {self.rank}: rank {world.failed} has ended with an exception",
                         op="bootstrap",
                         rank=self.rank,
                         peer=world.failed,
@@ -114,7 +138,8 @@ class Thread:
                 if left <= 0:
                     absent = [r for r in ranks if r not in come]
                     raise PeerTimeout(
-                        f"bootstrap on rank {self.rank}: ranks {absent} have not come within {world.timeout} s",
+                        f"bootstrap on rank {self.rank}: ranks {absent} have not made the same call within "
+                        f"{world.timeout} s",
                         op="bootstrap",
                         rank=self.rank,
                         peer=absent[0],
@@ -122,14 +147,20 @@ class Thread:
                 world.changed.wait(min(left, 0.1))
         return Thread(part, ranks.index(self.rank))
 
-    def refuse(self, ranks, why):  # noqa: ARG002 - whoever waits for this rank looks
-        """Tell those ranks that this one makes no part with them."""
+    def refuse(self, ranks, why):  # noqa: ARG002 - ranks that wait for this one read the refusal
+        """Tell these ranks that this rank does not make a part with them."""
         with self._world.changed:
             self._world.refusals.setdefault(self.rank, []).append(why)
             self._world.changed.notify_all()
 
+    def has_ended(self, rank, seconds):
+        """Whether a rank thread has left its function, or does so meanwhile: nothing of it runs any more."""
+        whole, number = self._world.whole, self._world.numbers[rank]
+        with whole.changed:
+            return whole.changed.wait_for(lambda: number in whole.ended, seconds)
+
     def interrupt(self, why):
-        """The exception that this rank thread leaves with releases the others."""
+        """Do nothing: the exception of this rank thread ends the waits of the others."""
 
     def _meet(self, op):
         try:
@@ -138,32 +169,38 @@ class Thread:
             failed = self._world.failed
             if failed is not None:
                 raise PeerLost(
-                    f"{op} on rank {self.rank}: rank {failed} has left with an exception",
+                    f"{op} on rank {self.rank}: rank {failed} has ended with an exception",
                     op=op,
                     rank=self.rank,
                     peer=failed,
                 ) from None
             raise PeerTimeout(
-                f"{op} on rank {self.rank}: not every rank came within {self._world.timeout} s",
+                f"{op} on rank {self.rank}: not every rank made the call within {self._world.timeout} s",
                 op=op,
                 rank=self.rank,
             ) from None
 
     def close(self):
-        """Nothing to close."""
+        """Do nothing: there are no connections."""
 
 
 def find(group, timeout):
-    """The bootstrap for a group: a torch ProcessGroup or one-dimensional DeviceMesh, an mpi4py Comm, "alone", or None for what the environment says.
+    """Return the bootstrap of a group. None: the group that the environment describes.
 
-    .complaint: None, or the InvalidArgument that this rank has to raise: once the others can learn of it.
+    .complaint of the result is None, or the InvalidArgument that this rank must raise as soon as it can report it to
+    the other ranks.
+
+    Parameters
+    ----------
+    group : torch ProcessGroup, one-dimensional DeviceMesh, mpi4py Comm, "alone" or None
+    timeout : float
 
     Raises
     ------
     InvalidArgument
-        The group is of no known kind; the environment says nothing that can be followed, or contradicts itself.
+        The group has an unknown type. The environment is incomplete or contradictory.
     PeerTimeout, PeerLost
-        A rank has not come, or is gone.
+        A rank did not make the call within the timeout, or has ended.
     """
     if group is None:
         return _from_environment(timeout)
@@ -180,8 +217,9 @@ def find(group, timeout):
         if hasattr(group, "get_group") and hasattr(group, "mesh_dim_names"):
             if group.ndim != 1:
                 raise InvalidArgument(
-                    f"group: got a DeviceMesh of {group.ndim} dimensions {group.mesh_dim_names or tuple(group.shape)}; expected one of one "
-                    'dimension, the ranks among which experts are spread (mesh["ep"], say)',
+                    f"group is a DeviceMesh of {group.ndim} dimensions "
+                    f"{group.mesh_dim_names or tuple(group.shape)}; expected one dimension, that of the ranks among "
+                    'which experts are distributed; pass one of its dimensions, for example mesh["ep"]',
                     op="Communicator",
                 )
             group = group.get_group()
@@ -189,12 +227,13 @@ def find(group, timeout):
             return _joined(groups.of_torch(group, timeout), timeout)
     if isinstance(group, int) and _is_no_member(group):
         raise InvalidArgument(
-            "group: got torch's GroupMember.NON_GROUP_MEMBER: this process is no member; expected only members to make a Communicator of a "
-            "group",
+            "group is GroupMember.NON_GROUP_MEMBER of torch: this process is not a member of the group; expected only "
+            "members to make its Communicator",
             op="Communicator",
         )
     raise InvalidArgument(
-        f'group: got {type(group).__qualname__}; expected a torch ProcessGroup, a one-dimensional DeviceMesh, an mpi4py Comm, "alone" or None',
+        f"group is a {type(group).__qualname__}; expected a torch ProcessGroup, a one-dimensional DeviceMesh, "
+        'an mpi4py Comm, "alone" or None',
         op="Communicator",
     )
 
@@ -212,9 +251,8 @@ def _joined(group, timeout):
 def _from_environment(timeout):
     import torch.distributed as dist
 
-    choice = os.environ.get(
-        "MOECOMM_GROUP", "auto"
-    )  # a wrong one is refused with the other variables, on every rank
+    # An invalid value is refused with the other variables, on every rank.
+    choice = os.environ.get("MOECOMM_GROUP", "auto")
     if choice == "alone":
         return Alone()
     if choice in ("auto", "torch") and dist.is_available() and dist.is_initialized():
@@ -230,8 +268,8 @@ def _from_environment(timeout):
         return boot
     if choice == "torch":
         raise InvalidArgument(
-            "MOECOMM_GROUP: got 'torch', and torch.distributed's default group is not initialized; expected init_process_group() before "
-            "Communicator()",
+            "MOECOMM_GROUP is 'torch', but the default group of torch.distributed is not initialized; call "
+            "init_process_group() before Communicator()",
             op="Communicator",
         )
     said = launch.claims() if choice in ("auto", "env", "mpi") else [c for c in [launch.slurm()] if c]
@@ -239,7 +277,8 @@ def _from_environment(timeout):
         said = [c for c in said if c.kind == choice]
         if not said:
             raise InvalidArgument(
-                f"MOECOMM_GROUP: got {choice!r}, and no variable of such a launcher is set; expected a launcher, or {launch.HOW}",
+                f"MOECOMM_GROUP is {choice!r}, but no variable of such a launcher is set; start the ranks with one, or "
+                f"{launch.HOW}",
                 op="Communicator",
             )
     launch.require_agreement(said)
@@ -247,7 +286,7 @@ def _from_environment(timeout):
 
 
 def _launched(said, timeout):
-    """The bootstrap for what launchers say, who agree."""
+    """Return the bootstrap for the claims of launchers, which agree."""
     rank, size = (
         next((getattr(c, name) for c in said if getattr(c, name) is not None), None)
         for name in ("rank", "size")
@@ -268,16 +307,16 @@ def _launched(said, timeout):
                 return groups.connect(groups.Mpi(comm, timeout), timeout)
         elif where is None:
             raise InvalidArgument(
-                f"group: {said[0]} says that this process is one of several, and there is no mpi4py to join them; expected pip install mpi4py, "
-                f"or MASTER_ADDR and MASTER_PORT in the environment of all. Otherwise {launch.HOW}",
+                f"group is None, and {said[0]} says that this process is one of several, but mpi4py is missing; run "
+                f"pip install mpi4py, or set MASTER_ADDR and MASTER_PORT for all ranks. Otherwise {launch.HOW}",
                 op="Communicator",
             )
     if where is not None:
         return groups.connect(groups.of_store(*where, rank, size, timeout), timeout)
     missing = "rank and size" if rank is None or size is None else "MASTER_ADDR and MASTER_PORT"
     raise InvalidArgument(
-        f"group: this process would be alone in what looks like a launched job: {', '.join(map(str, said))} is set, and {missing} cannot be "
-        f"known; {launch.HOW}",
+        f"group is None, and {', '.join(map(str, said))} is set, so this process seems to be part of a launched job, "
+        f"but its {missing} are unknown; {launch.HOW}",
         op="Communicator",
     )
 
@@ -285,16 +324,20 @@ def _launched(said, timeout):
 def _mpi_world():
     try:
         from mpi4py import MPI
-    except (ImportError, RuntimeError):  # none, or one without a libmpi
+    except (ImportError, RuntimeError):  # no mpi4py, or one without a libmpi
         return None
     return MPI.COMM_WORLD
 
 
 def make_default_group(**how):
-    """torch.distributed's default group over gloo, of which nothing is left when it is destroyed; init_process_group's arguments."""
+    """Initialize the default group of torch.distributed over gloo, so that destroying it frees everything.
+
+    how: arguments of init_process_group.
+    """
     import torch.distributed as dist
 
-    # Defaults of its functions are the default group of the moment it is imported, kept for ever: the group would outlive its end.
+    # Functions of this module have the default group of the moment of its import as a default argument. Imported later,
+    # it would keep the group alive forever.
     import torch.distributed.nn.functional  # noqa: F401
 
     dist.init_process_group("gloo", **how)

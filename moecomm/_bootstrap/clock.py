@@ -6,21 +6,21 @@ import select
 import time
 
 _POLL = 0.1  # seconds between two looks at the clock
-_STOPPED = 1.0  # a poll that took this much longer: this process was stopped, and nobody else is late
+_STOPPED = 1.0  # seconds; a poll that takes longer by this means that this process was stopped, not that a peer is late
 
 
 class Clock:
-    """A deadline that a stop of this very process (SIGSTOP, a debugger) moves on."""
+    """A deadline. If this process is stopped (SIGSTOP, a debugger), it moves by the length of the stop."""
 
     def __init__(self, seconds):
         self._end = time.monotonic() + seconds
 
     def passed(self):
-        """Whether it is over."""
+        """Whether the deadline has passed."""
         return time.monotonic() > self._end
 
     def poll(self, reading, writing=()):
-        """Wait until a descriptor is ready, for a moment at most."""
+        """Wait until a descriptor is ready, at most 0.1 seconds."""
         poller = select.poll()
         for fd in {*reading, *writing} - {-1}:
             poller.register(

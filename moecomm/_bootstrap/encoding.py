@@ -1,4 +1,4 @@
-"""How ranks write the values that they exchange while objects are made: JSON, with bytes as base64. Nothing that is read is executed."""
+"""The encoding of values that ranks exchange in constructors: JSON, with bytes as base64. Decoding executes nothing."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ import json
 
 from ..errors import InvalidArgument, MoecommError
 
-_BYTES = (
-    "base64"  # the one key of a dictionary that stands for bytes; dictionaries of values are written as pairs
-)
+# The only key of a JSON object: it stands for bytes, or for a dictionary as a list of pairs.
+_BYTES = "base64"
 _DICT = "pairs"
 _DEEPEST = 32
 
 
 def _to_json(value, depth=0):
     if depth > _DEEPEST:
-        raise TypeError("it is nested too deeply")
+        raise TypeError(f"it is nested more than {_DEEPEST} deep")
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, int):
@@ -31,7 +30,7 @@ def _to_json(value, depth=0):
     if isinstance(value, dict):
         return {_DICT: [[_to_json(k, depth + 1), _to_json(v, depth + 1)] for k, v in value.items()]}
     raise TypeError(
-        f"a {type(value).__qualname__} is none of None, bool, int, float, str, bytes, list, tuple and dict"
+        f"it has a {type(value).__qualname__}; expected None, bool, int, float, str, bytes, list, tuple or dict"
     )
 
 
@@ -49,12 +48,12 @@ def _from_json(value):
 
 
 def encode(value):
-    """The bytes of a value. Tuples arrive as lists.
+    """Return a value as bytes. decode returns tuples as lists.
 
     Raises
     ------
     InvalidArgument
-        It holds something that cannot be exchanged.
+        The value has a part of another type.
     """
     try:
         return json.dumps(_to_json(value), separators=(",", ":")).encode("utf-8", "surrogatepass")
@@ -65,18 +64,19 @@ def encode(value):
 
 
 def decode(data):
-    """The value of encode's bytes.
+    """Return the value that encode has turned into these bytes.
 
     Raises
     ------
     MoecommError
-        They are no such bytes.
+        The bytes are not those of encode.
     """
     try:
         return _from_json(json.loads(bytes(data).decode("utf-8", "surrogatepass")))
     except (TypeError, ValueError, KeyError, AttributeError, RecursionError, binascii.Error) as error:
         raise MoecommError(
-            f"a peer sent {len(data)} bytes that are no value of moecomm's ({error}); do all ranks run the same version?",
+            f"a peer sent {len(data)} bytes that are not an encoded value ({error}); expected the same version of "
+            "moecomm on all ranks",
             op="exchange",
             phase="connect",
         ) from error

@@ -1,4 +1,4 @@
-"""The caller's groups, as far as they are needed: every rank's card, once. Everything later goes over sockets of our own."""
+"""The caller's groups. They exchange the card of every rank once; everything later goes over sockets of moecomm."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import time
 
 from .clock import Clock
 from ..errors import InvalidArgument, MoecommError, PeerLost, PeerTimeout
-from .mesh import Mesh
+from .generations import GenerationMesh
 from .sockets import Endpoint
 
-_SLOT = 1024  # bytes of a card, at most, where all have the same size
-_abandoned = []  # buffers and requests of exchanges that did not end: MPI may still write to them
+_SLOT = 1024  # bytes for a card in an exchange of equal sizes
+_abandoned = []  # (request, buffers) of exchanges that did not end; MPI may still write to them
 
 
 def _late(rank, absent, timeout):
@@ -26,7 +26,8 @@ def _late(rank, absent, timeout):
         else f"ranks {', '.join(map(str, absent[:16]))} have"
     )
     return PeerTimeout(
-        f"Communicator on rank {rank}: {who} not come within {timeout} s; expected every rank of the group to make its Communicator",
+        f"Communicator on rank {rank}: {who} not made its Communicator within {timeout} s; expected every rank of "
+        "the group to make one",
         op="Communicator",
         phase="connect",
         rank=rank,
@@ -35,7 +36,7 @@ def _late(rank, absent, timeout):
 
 
 def _aside(work, timeout, late):
-    """work()'s result, on a thread of its own: Ctrl-C is answered, and the deadline holds, while a library waits inside."""
+    """Return work(), run in another thread, so that Ctrl-C and the deadline work while a library waits inside."""
     outcome = []
 
     def run():
@@ -56,16 +57,16 @@ def _aside(work, timeout, late):
 
 
 class Store:
-    """A torch store that all ranks reach; the caller's group's, or one of a launcher's."""
+    """A torch store that all ranks reach: that of the caller's group, or that of a launcher."""
 
     def __init__(self, store, rank, size, timeout, host=None):
         self._store, self.rank, self.size, self._timeout, self._host = store, rank, size, timeout, host
         self._call = (
-            None  # which of this rank's Communicators this is: counted in the store, where all see the same
+            None  # number of this Communicator on this rank; the store counts, so all ranks have the same one
         )
 
     def gather(self, what, text):
-        """Everyone's text by rank."""
+        """Return the texts of all ranks, by rank."""
         clock, absent = Clock(self._timeout), []
 
         def work():
@@ -75,7 +76,7 @@ class Store:
             self._store.set(keys[self.rank], text)
             pause, left = 0.001, list(range(self.size))
             while True:
-                if self._store.check([keys[r] for r in left[:64]]):  # in pieces, by rank
+                if self._store.check([keys[r] for r in left[:64]]):  # in pieces, in the order of ranks
                     left = left[64:]
                     if not left:
                         return [
@@ -98,7 +99,8 @@ class Store:
                 work,
                 self._timeout + 2.0,
                 lambda: PeerTimeout(
-                    f"Communicator on rank {self.rank}: the group's store has not answered within {self._timeout} s",
+                    f"Communicator on rank {self.rank}: the store of the group has not answered within {self._timeout} "
+                    "s",
                     op="Communicator",
                     phase="connect",
                     rank=self.rank,
@@ -109,8 +111,8 @@ class Store:
             raise
         except (RuntimeError, ValueError, OSError) as error:
             raise PeerLost(
-                f"Communicator on rank {self.rank}: the group's store is gone ({error}); "
-                f"{'its host' if self._host is None else f'rank {self._host}, which holds it,'} has ended, as a rule",
+                f"Communicator on rank {self.rank}: the store of the group is gone ({error}), probably because "
+                f"{'its host' if self._host is None else f'rank {self._host}, which holds it,'} has ended",
                 op="Communicator",
                 phase="connect",
                 rank=self.rank,
@@ -127,8 +129,8 @@ class Objects:
         self._dist, self._group, self._timeout = dist, group, timeout
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
-    def gather(self, what, text):  # noqa: ARG002 - collectives come in order
-        """Everyone's text by rank."""
+    def gather(self, what, text):  # noqa: ARG002 - collective calls match by their order
+        """Return the texts of all ranks, by rank."""
         out = [None] * self.size
         try:
             _aside(
@@ -155,8 +157,8 @@ class Mpi:
         self._comm, self._timeout = comm, timeout
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
 
-    def gather(self, what, text):  # noqa: ARG002 - collectives come in order
-        """Everyone's text by rank."""
+    def gather(self, what, text):  # noqa: ARG002 - collective calls match by their order
+        """Return the texts of all ranks, by rank."""
         mine, everyone = bytearray(text.encode().ljust(_SLOT)), bytearray(_SLOT * self.size)
         request, clock = self._comm.Iallgather(mine, everyone), Clock(self._timeout)
         try:
@@ -175,19 +177,20 @@ class Mpi:
 
 
 def of_torch(group, timeout):
-    """The Store of a torch ProcessGroup, else what gathers objects over it.
+    """Return the Store of a torch ProcessGroup, or Objects if it has no store.
 
     Raises
     ------
     InvalidArgument
-        This rank does not belong to it.
+        This rank is not a member.
     """
     import torch.distributed as dist
 
     rank = dist.get_rank(group)
     if rank < 0:
         raise InvalidArgument(
-            "group: this process is no member of that torch group; expected only its members to make a Communicator of it",
+            "group is a torch group of which this process is not a member; expected only members to make its "
+            "Communicator",
             op="Communicator",
         )
     try:
@@ -196,7 +199,8 @@ def of_torch(group, timeout):
         return Objects(group, timeout)
     if store is None:
         return Objects(group, timeout)
-    # Under init_process_group's env:// and tcp:// the first global rank holds it; torchrun's agent does, where it has started the ranks.
+    # With env:// and tcp:// of init_process_group, global rank 0 holds the store. If torchrun has started the ranks,
+    # its agent may hold it.
     first = (
         None
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -205,16 +209,18 @@ def of_torch(group, timeout):
     return Store(store, rank, dist.get_world_size(group), timeout, first)
 
 
-_stores = {}  # kept: rank 0's is the server, and later Communicators of the other ranks look for it
+_stores = {}  # kept alive: rank 0's store is the server, and later Communicators of other ranks connect to it
 
 
 def of_store(host, port, rank, size, timeout):
-    """A Store at an address: of torchrun's agent, where that has started the ranks, else rank 0 holds it.
+    """Return the Store at an address. The agent of torchrun holds it if it has started the ranks, else rank 0.
 
     Raises
     ------
-    PeerTimeout, MoecommError
-        It is not there in time; rank 0 cannot listen.
+    PeerTimeout
+        There is no store within the timeout.
+    MoecommError
+        Rank 0 cannot listen at the address.
     """
     import torch.distributed as dist
 
@@ -236,8 +242,8 @@ def of_store(host, port, rank, size, timeout):
 
     def late():
         return PeerTimeout(
-            f"Communicator on rank {rank}: there is no store at {host}:{port} (MASTER_ADDR and MASTER_PORT) within {timeout} s; expected "
-            f"{'the agent of torchrun' if agent else 'rank 0'} to hold one",
+            f"Communicator on rank {rank}: no store has answered at {host}:{port} (MASTER_ADDR and MASTER_PORT) within "
+            f"{timeout} s; expected {'the agent of torchrun' if agent else 'rank 0'} to hold one",
             op="Communicator",
             phase="connect",
             rank=rank,
@@ -253,7 +259,8 @@ def of_store(host, port, rank, size, timeout):
             if rank or agent:
                 raise late() from error
             raise MoecommError(
-                f"Communicator on rank 0: no store can be held at {host}:{port} (MASTER_ADDR and MASTER_PORT): {error}",
+                f"Communicator on rank 0: cannot hold a store at {host}:{port} (MASTER_ADDR and MASTER_PORT): {error}; "
+                "expected a free port of this host",
                 op="Communicator",
                 phase="connect",
                 rank=rank,
@@ -262,14 +269,14 @@ def of_store(host, port, rank, size, timeout):
 
 
 def connect(group, timeout):
-    """The Mesh of a group's ranks: their cards through the group, then sockets.
+    """Return the Mesh of the ranks of a group. The group exchanges their cards; then they connect sockets.
 
     Raises
     ------
     InvalidArgument
-        Ranks are on several hosts and one has no address for the others.
+        Ranks are on several hosts, and one has no address for the others.
     PeerTimeout, PeerLost
-        A rank has not come, or is gone.
+        A rank has not made the call within the timeout, or has ended.
     """
     point = Endpoint()
     point.enter()
@@ -284,6 +291,6 @@ def connect(group, timeout):
         for r, (_, why) in enumerate(everyone):
             if why is not None:
                 raise InvalidArgument(f"{why} (rank {r})", op="Communicator", rank=group.rank, peer=r)
-        return Mesh(point, [card for card, _ in everyone], range(group.size), group.rank, timeout)
+        return GenerationMesh(point, [card for card, _ in everyone], range(group.size), group.rank, timeout)
     finally:
         point.leave()

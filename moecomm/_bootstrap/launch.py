@@ -1,4 +1,4 @@
-"""What the environment says about this process: which launcher has started it, its rank, and how many there are."""
+"""Launchers: the rank and size of this process in the environment variables of the launcher that has started it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from ..errors import InvalidArgument
 
 HOW = (
-    'pass the group: Communicator(torch.distributed.group.WORLD), Communicator(mpi4py.MPI.COMM_WORLD) or Communicator("alone"); or set '
-    "MOECOMM_GROUP to torch, env, mpi, slurm or alone"
+    "pass the group: Communicator(torch.distributed.group.WORLD), Communicator(mpi4py.MPI.COMM_WORLD) or "
+    'Communicator("alone"); or set MOECOMM_GROUP to torch, env, mpi, slurm or alone'
 )
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What one launcher says: by which variables, rank and size (None: it does not say)."""
+    """The rank and size from the variables of one launcher. None: there is no such variable."""
 
     kind: str  # env: RANK and WORLD_SIZE, as torchrun sets them; mpi; slurm
     source: str
@@ -23,10 +23,12 @@ class Claim:
     size: int | None
 
     def __str__(self):
-        return f"{self.source} ({'rank ' + str(self.rank) if self.rank is not None else 'no rank'} of {self.size if self.size is not None else '?'})"
+        rank = "no rank" if self.rank is None else f"rank {self.rank}"
+        return f"{self.source} ({rank} of {'?' if self.size is None else self.size})"
 
 
-# (kind, rank, size) by the variables of each launcher, innermost first. Slurm comes apart: other launchers run inside its steps.
+# (kind, variable of the rank, variable of the size) of each launcher, the innermost first. Slurm is apart, because
+# other launchers run inside its steps.
 _LAUNCHERS = (
     ("env", "RANK", "WORLD_SIZE"),
     ("mpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -36,10 +38,10 @@ _LAUNCHERS = (
     ("mpi", "FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
     ("mpi", "PALS_RANKID", "PALS_SIZE"),
 )
-# Set by launchers that say no size: they are asked through MPI.
+# Variables of launchers without one for the size. MPI knows the size.
 _SIGNS = (("mpi", "PMIX_RANK"), ("mpi", "MPI_LOCALNRANKS"))
 _RAY = "RAY_RAYLET_PID"  # set in every worker process of Ray
-# Steps of Slurm that are no parallel job: an interactive shell, the batch script and its like.
+# The first step id of Slurm for special steps: an interactive shell, the batch script. They are not parallel jobs.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 
@@ -52,14 +54,17 @@ def _number(e, name):
         value = -1
     if value < 0:
         raise InvalidArgument(
-            f"{name}: got {e[name]!r} in the environment; expected an integer >= 0, or none of it. Otherwise {HOW}",
+            f"{name} is {e[name]!r} in the environment; expected an integer >= 0, or no such variable. Otherwise {HOW}",
             op="Communicator",
         )
     return value
 
 
 def slurm(e=os.environ):
-    """srun's Claim, or None: the shell of salloc and the batch script have variables of the job as well, and are not several."""
+    """Return the Claim of srun, or None.
+
+    The shell of salloc and the batch script also have variables of the job, but they are single processes.
+    """
     step = e.get("SLURM_STEP_ID", e.get("SLURM_STEPID", ""))
     if not step.isdigit() or int(step) >= _FIRST_SPECIAL_STEP or "SLURM_PROCID" not in e:
         return None
@@ -72,7 +77,7 @@ def slurm(e=os.environ):
 
 
 def claims(e=os.environ):
-    """What every launcher says that has left something in the environment; Slurm only where nobody else does."""
+    """Return the Claims of all launchers with variables in the environment; Slurm only if no other has a size."""
     found = []
     for kind, rank, size in _LAUNCHERS:
         present = [name for name in (rank, size) if name in e]
@@ -100,26 +105,27 @@ def require_agreement(said):
     Raises
     ------
     InvalidArgument
-        It names both.
+        Two claims differ. The message names both.
     """
     for name in ("size", "rank"):
         known = [c for c in said if getattr(c, name) is not None]
         for other in known[1:]:
             if getattr(other, name) != getattr(known[0], name):
                 raise InvalidArgument(
-                    f"group: {known[0]} and {other} contradict each other; expected one world. To choose, {HOW}",
+                    f"group is None, and {known[0]} and {other} contradict each other; expected equal ranks and sizes. "
+                    f"To choose one, {HOW}",
                     op="Communicator",
                 )
     for c in said:
         if c.rank is not None and c.size is not None and c.rank >= c.size:
             raise InvalidArgument(
-                f"group: {c} is no rank of its world; expected a rank below the size. To choose, {HOW}",
+                f"group is None, and {c} is invalid; expected a rank below the size. To choose another group, {HOW}",
                 op="Communicator",
             )
 
 
 def meeting_point(e, claim):
-    """(host, port) where a store can be reached: MASTER_ADDR and MASTER_PORT, or what Slurm lets one know; None where nothing is said."""
+    """Return (host, port) of the store: MASTER_ADDR and MASTER_PORT, or values derived from Slurm; else None."""
     if "MASTER_ADDR" in e and "MASTER_PORT" in e:
         return e["MASTER_ADDR"], _number(e, "MASTER_PORT")
     if claim.kind != "slurm":
@@ -132,13 +138,13 @@ def meeting_point(e, claim):
         )
     if not host:
         return None
-    # A port of this step's own, below those that the kernel gives away.
+    # A different port for each step, below the range of ephemeral ports.
     step = int(e.get("SLURM_STEP_ID", e.get("SLURM_STEPID", "0")))
     return host, _number(e, "MASTER_PORT") or 15000 + (int(e.get("SLURM_JOB_ID", "0")) * 31 + step) % 15000
 
 
 def first_host(nodes):
-    """The first host of Slurm's compressed list: node[07-12,20],other3 begins with node07."""
+    """Return the first host of a compressed list of Slurm: node07 for node[07-12,20],other3."""
     head, bracket, rest = nodes.partition("[")
     if "," in head or not bracket:
         return head.split(",")[0]

@@ -1,4 +1,4 @@
-"""Sockets between ranks: where a rank listens, how others reach it, and how both ends know each other."""
+"""Sockets between ranks: a rank listens at its Endpoint, and a Line is one authenticated connection."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ import weakref
 from ..env import Environment
 from ..errors import InvalidArgument
 
-_open = weakref.WeakSet()  # every living Line and Endpoint, for a forked child to close
-_MOST_STRANGERS = 4096
+_open = weakref.WeakSet()  # all living Lines and Endpoints; a forked child closes them
+_MOST_STRANGERS = (
+    4096  # connections that have not sent their first message; the oldest are dropped above this number
+)
 
 
 def network_identity():
-    """Equal where abstract UNIX sockets meet: one kernel and one network namespace."""
+    """Return an identity of the kernel and network namespace: abstract UNIX sockets connect ranks with equal ones."""
     with open("/proc/sys/kernel/random/boot_id") as f:
         return f"{f.read().strip()}/{os.readlink('/proc/self/ns/net')}"
 
 
 def _address_of(interface):
-    """The IP address of a network interface, IPv4 before IPv6; None where it has none."""
+    """Return the IP address of a network interface, IPv4 before IPv6, or None."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s, contextlib.suppress(OSError):
         packed = fcntl.ioctl(s.fileno(), 0x8915, struct.pack("256s", interface.encode()[:15]))  # SIOCGIFADDR
         return socket.inet_ntoa(packed[20:24])
@@ -42,33 +44,33 @@ def _address_of(interface):
 
 
 def _route_to(host):
-    """The address of this host that packets to the other one carry; None where there is no route."""
+    """Return the source address of packets from this host to another one, or None if there is no route."""
     with contextlib.suppress(OSError):
         for family, kind, _, _, address in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
             with socket.socket(family, kind) as s, contextlib.suppress(OSError):
-                s.connect(address)  # of a datagram socket: nothing is sent
+                s.connect(address)  # connecting a datagram socket sends nothing
                 return s.getsockname()[0]
     return None
 
 
 def own_address():
-    """The one IP address of this host at which ranks of other hosts reach it.
+    """Return the IP address at which ranks of other hosts reach this host.
 
-    MOECOMM_SOCKET_IFNAME says the interface, else GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME; else it is the one on the way to MASTER_ADDR,
-    the one that the host name stands for, or the one of the default route.
+    The interface is the first that exists of: MOECOMM_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME; the one
+    that routes to MASTER_ADDR; that of the host name; that of the default route.
 
     Raises
     ------
     InvalidArgument
-        The interface has no address, or there is none besides the loopback.
+        The named interface has no address, or this host has only loopback addresses.
     """
     named = Environment().socket_ifname
     if named:
         address = _address_of(named)
         if address is None:
             raise InvalidArgument(
-                f"MOECOMM_SOCKET_IFNAME: got {named!r}; expected an interface of this host with an IP address (it has "
-                f"{', '.join(n for _, n in socket.if_nameindex())})",
+                f"MOECOMM_SOCKET_IFNAME is {named!r}; expected an interface of this host with an IP address (the host "
+                f"has {', '.join(n for _, n in socket.if_nameindex())})",
                 op="Communicator",
             )
         return address
@@ -87,14 +89,14 @@ def own_address():
         if address is not None and not address.startswith("127.") and address != "::1":
             return address
     raise InvalidArgument(
-        "this host has no IP address besides the loopback's, and there are ranks on other hosts; expected MOECOMM_SOCKET_IFNAME=<the "
-        "interface that joins the hosts>",
+        "this host has only loopback addresses, but there are ranks on other hosts; expected an interface that reaches "
+        "them; set MOECOMM_SOCKET_IFNAME to its name",
         op="Communicator",
     )
 
 
 def listen(ip=None):
-    """(socket, address): on an abstract UNIX address, or on a free TCP port of one IP address."""
+    """Listen at an abstract UNIX address, or at a free TCP port of an IP address. Return (socket, address)."""
     if ip is None:
         address = "moecomm-" + secrets.token_hex(16)
         s = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -104,7 +106,7 @@ def listen(ip=None):
         where = (ip, 0)
     try:
         s.bind(where)
-        s.listen(4096)  # the kernel takes less where it allows less
+        s.listen(4096)  # the kernel lowers this to its limit
         s.setblocking(False)
     except OSError:
         s.close()
@@ -112,17 +114,17 @@ def listen(ip=None):
     return s, address if ip is None else list(s.getsockname()[:2])
 
 
-class Refused(Exception):  # noqa: N818 - not an error: what a connection attempt may find
-    """Nobody listens there any more."""
+class Refused(Exception):  # noqa: N818 - a possible result of a connection attempt
+    """No process listens at the address."""
 
 
 def dial(address):
-    """A socket that is being connected, or None: ask again later.
+    """Start to connect to an address. Return the socket, or None if the caller must try again later.
 
     Raises
     ------
     Refused
-        Nobody listens there.
+        No process listens at the address.
     """
     unix = isinstance(address, str)
     s = socket.socket(
@@ -142,66 +144,69 @@ def dial(address):
 
 
 def _keep_alive(s):
-    """A host that vanishes is noticed within half a minute, even where nothing is sent."""
+    """Detect within half a minute that the host of the peer is gone, even if nothing is sent."""
     s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     s.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, seconds in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
         s.setsockopt(socket.IPPROTO_TCP, option, seconds)
 
 
-_HEAD = struct.Struct(
-    "<IBQI"
-)  # bytes of the frame behind these four, kind, number of the exchange, rank that it comes from
-HELLO, WELCOME, VALUE, DONE, LOST, FAILED, BYE = range(7)
+# Head of a frame: length of the rest in bytes, kind, number of the exchange, rank of origin.
+_HEAD = struct.Struct("<IBQI")
+# Kinds: call, answer to a call, bytes of an exchange, all bytes received, rank lost, rank failed, mesh closed,
+# agreement.
+HELLO, WELCOME, VALUE, DONE, LOST, FAILED, BYE, AGREE = range(8)
 LARGEST = 1 << 30  # bytes of a frame
+_UNREACHABLE = (errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN)
 
 
 class Line:
-    """One connected socket: frames in both directions, never blocking.
+    """A connected socket that carries frames in both directions and never blocks.
 
-    .gone: the other end has closed it or is dead. What it sent before has been read.
+    .gone: the peer has closed the connection or has ended, and everything that it sent has been read. .cut: the peer is
+    unreachable, but may still run. .known: the peer has sent its first message.
     """
 
     def __init__(self, s):
         s.setblocking(False)
-        self.socket, self.gone, self.known = s, False, False
+        self.socket, self.gone, self.known, self.cut = s, False, False, False
         self._in, self._out = bytearray(), bytearray()
         if s.family != socket.AF_UNIX:
             _keep_alive(s)
         _open.add(self)
 
     def put(self, kind, number, origin, payload=b""):
-        """Queue a frame and send what the kernel takes."""
+        """Queue a frame, and send what the kernel accepts."""
         if not self.gone:
             self._out += _HEAD.pack(_HEAD.size - 4 + len(payload), kind, number, origin) + payload
             self.flush()
 
     def flush(self):
-        """Send what the kernel takes."""
+        """Send what the kernel accepts."""
         while self._out and not self.gone:
             try:
                 del self._out[: self.socket.send(self._out[: 1 << 20], socket.MSG_NOSIGNAL)]
             except (BlockingIOError, InterruptedError):
                 return
             except OSError as error:
-                if error.errno in (errno.ENOTCONN, errno.EAGAIN):  # the connection is still being made
+                if error.errno in (errno.ENOTCONN, errno.EAGAIN):  # not connected yet
                     return
                 self._read_all()
                 self.gone = True
 
     @property
     def pending(self):
-        """Bytes that wait to be sent."""
+        """Number of bytes that are not sent yet."""
         return 0 if self.gone else len(self._out)
 
     def frames(self, most=None):
-        """[(kind, number, origin, payload)] of all that has come, or of the first few."""
+        """Return the received frames, at most `most`: [(kind, number, origin, payload)]."""
         self._read_all()
         found, at = [], 0
         while len(found) != most and len(self._in) - at >= _HEAD.size:
             length, kind, number, origin = _HEAD.unpack_from(self._in, at)
             if not _HEAD.size - 4 <= length <= LARGEST:
-                self.gone = True  # no peer of ours
+                self.gone = True  # the sender is not a rank of moecomm
                 break
             if len(self._in) - at < 4 + length:
                 break
@@ -218,7 +223,7 @@ class Line:
                 return
             except OSError as error:
                 if error.errno != errno.ENOTCONN:
-                    self.gone = True
+                    self.gone, self.cut = True, error.errno in _UNREACHABLE
                 return
             if not data:
                 self.gone = True
@@ -230,11 +235,11 @@ class Line:
         self.socket.close()
 
     def ended(self):
-        """Whether the other end is gone or has sent that it failed; keeps what it has sent."""
+        """Whether the peer is gone or has reported a failure. Received frames stay in the buffer."""
         return self.failure() is not None or self.gone
 
     def failure(self):
-        """The payload of FAILED, where it has come; keeps what has been sent."""
+        """Return the payload of a received FAILED frame, or None. Received frames stay in the buffer."""
         self._read_all()
         at = 0
         while len(self._in) - at >= _HEAD.size:
@@ -245,34 +250,38 @@ class Line:
         return None
 
     def end(self):
-        """Close it behind what was put last. What was not read would make TCP drop that."""
+        """Close the connection after the last queued frame. Read first: TCP drops queued data if data is unread."""
         self._read_all()
         self.close()
 
 
 class Endpoint:
-    """Where one rank listens, for as long as a communicator of it lives: further communicators of the same ranks connect here, too.
+    """The listening sockets of one rank. They stay open as long as a mesh of it lives, and all its meshes use them.
 
-    A connection begins with a hello: who it is, for which communicator, and a signature with the token of the rank that it goes to. The answer is
-    signed with the token of the one that called. Tokens went through the caller's group; they never travel here.
+    A connection begins with a HELLO frame: the caller, the name of the mesh, and a signature with the token of the
+    called rank. The answer is signed with the token of the caller. The caller's group has exchanged the tokens; they
+    are never sent here.
+
+    .waiting: (name of a mesh, caller) -> [(HELLO, Line)] for meshes that this rank is not making yet. .refusals:
+    (identity of a mesh, caller) -> [(identity of the failure, text, begun)] of ranks that refused to make a part of it.
+    .settled: identities of failures that a call on this rank has raised; later reports of them are ignored.
     """
 
     def __init__(self):
         self.network, self.token = network_identity(), secrets.token_bytes(32)
         self.lock = threading.Lock()
         self.users = 0
-        self.waiting = {}  # (name of a mesh, caller) -> [(its hello, Line)]: for a mesh that is not being made here yet
-        self.refusals = {}  # (identity of a mesh, caller) -> [(identity of the failure, text, begun)]: that rank has refused to make a part of it
-        self.settled = (
-            set()
-        )  # identities of the failures that a call here has raised: news of them that comes later is no news
-        self._strangers = []  # lines that have not said hello
+        self.waiting = {}
+        self.refusals = {}
+        self.settled = set()
+        self._over = set()  # names of meshes that will not be made
+        self._strangers = []  # Lines without a HELLO so far
         unix, self._unix_address = listen()
         self.listening, self._tcp_address = [unix], None
         _open.add(self)
 
     def listen_beyond(self, networks):
-        """Listen on TCP too, where ranks are elsewhere.
+        """Also listen on TCP if a rank is in another network namespace.
 
         Raises
         ------
@@ -284,16 +293,16 @@ class Endpoint:
             self.listening.append(tcp)
 
     def card(self):
-        """What the other ranks need to know: network identity, addresses and token."""
+        """Return [network identity, UNIX address, TCP address, token], which the other ranks need."""
         return [self.network, self._unix_address, self._tcp_address, self.token.hex()]
 
     def address_in(self, card):
-        """Where this rank reaches the one of that card."""
+        """Return the address at which this rank reaches the rank with this card."""
         network, unix, tcp, _ = card
         return unix if network == self.network else tcp
 
     def greet(self):
-        """Take every connection that waits, and every hello that has come. The caller holds .lock."""
+        """Accept all waiting connections, and read their HELLO frames. The caller holds .lock."""
         for s in self.listening:
             with contextlib.suppress(BlockingIOError, InterruptedError, ConnectionError):
                 while True:
@@ -318,7 +327,7 @@ class Endpoint:
             genuine = same(hello.pop("signature"), sign(self.token, hello))
         except (ValueError, KeyError, TypeError, AttributeError):
             genuine = False
-        if not genuine:
+        if not genuine or name in self._over:
             line.close()
         elif refused is not None:
             self.refusals.setdefault((name, caller), []).append(
@@ -330,9 +339,10 @@ class Endpoint:
             self.waiting.setdefault((name, caller), []).append((hello, line))
 
     def forget(self, parent, exchanges):
-        """Drop the calls of ranks that had begun fewer exchanges of the parent than this rank has completed. The caller holds .lock.
+        """Drop the calls of ranks that had begun fewer exchanges of the parent than this rank has completed.
 
-        Such a rank has taken part in an exchange since, so the attempt to which its call belongs has ended.
+        Such a rank has taken part in an exchange since, so its call belongs to an attempt that has ended. The caller
+        holds .lock.
         """
         for queue in self.waiting.values():
             for hello, line in list(queue):
@@ -342,8 +352,18 @@ class Endpoint:
         for (name, _), queue in self.refusals.items():
             queue[:] = [refusal for refusal in queue if name != parent or refusal[2] >= exchanges]
 
+    def end(self, name):
+        """Close all present and future calls for a mesh that will not be made."""
+        with self.lock:
+            self._over.add(name)
+            for line in self.take(name, name):
+                line.close()
+
     def living(self, parent, but):
-        """[(hello, Line)] of those who wait for other parts of a mesh than `but`; who has given up is forgotten. The caller holds .lock."""
+        """Return [(HELLO, Line)] of ranks that wait for other parts of a mesh than `but`, and drop ended calls.
+
+        The caller holds .lock.
+        """
         found = []
         for (name, _), queue in self.waiting.items():
             for hello, line in list(queue):
@@ -357,7 +377,10 @@ class Endpoint:
         return found
 
     def take(self, name, parent):
-        """The lines of all who have called for a mesh so far; drops those that failed to make another part of its parent. The caller holds .lock."""
+        """Remove and return the Lines of the calls for a mesh. Drop ended calls for other parts of its parent.
+
+        The caller holds .lock.
+        """
         self.greet()
         self.living(parent, name)
         return [
@@ -367,21 +390,21 @@ class Endpoint:
         ]
 
     def fileno_list(self):
-        """Descriptors on which something may come."""
+        """Return the descriptors to poll."""
         return [s.fileno() for s in self.listening] + [line.socket.fileno() for line in self._strangers]
 
     def enter(self):
-        """One more mesh uses it."""
+        """Count a mesh that uses the endpoint."""
         self.users += 1
 
     def leave(self):
-        """One mesh less; the last one closes it."""
+        """Remove a mesh. The last one closes the endpoint."""
         self.users -= 1
         if self.users <= 0:
             self.close()
 
     def close(self):
-        """Listen no more."""
+        """Close the listening sockets and all waiting connections."""
         for s in self.listening:
             s.close()
         for line in [*self._strangers, *(line for queue in self.waiting.values() for _, line in queue)]:
@@ -390,7 +413,7 @@ class Endpoint:
 
 
 def sign(token, fields):
-    """Proof that one knows the token."""
+    """Return a signature of the fields. It proves that the sender knows the token."""
     return hmac.new(token, json.dumps(fields, sort_keys=True).encode(), hashlib.sha256).hexdigest()
 
 
@@ -400,7 +423,7 @@ def same(a, b):
 
 
 def _in_forked_child():
-    """A child that kept the sockets would hide the death of its parent from the peers."""
+    """Close the sockets in a forked child. Open copies would hide the end of the parent process from the peers."""
     for thing in list(_open):
         thing.close()
 

@@ -1,1 +1,1 @@
-"""The cuda world: GPUs, NCCL, and how a call is spread over an SM."""
+"""The cuda world: buffers and calls on GPUs, NCCL, and launch plans."""

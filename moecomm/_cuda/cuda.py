@@ -1,11 +1,11 @@
-"""The cuda world: whether it can be used here, windows on GPUs, and how calls meet streams.
+"""The cuda world: whether it is available, windows on GPUs, and stream semantics.
 
-Buffers of a communicator with device="cuda" are those of the cpu world in every respect but these: tensors live on
-the GPU; calls are kernels on the caller's current stream; with a `capacity` nothing waits for the host, so calls
-may be captured into CUDA graphs (call each of them once before); a failure of such a call is raised by a later one.
+Buffers of a communicator with device="cuda" behave as in the cpu world, with these differences. Tensors are on the GPU.
+Calls are kernels on the current stream. With a `capacity`, no call waits for the host, so calls can be captured in CUDA
+graphs, after each was called once. A failure of such a call is raised by a later call.
 
-A piece of the window is free again when the last tensor on it is dropped: use the tensors on the stream of the
-buffer's calls, or synchronize before dropping them. What a captured call uses stays its own (Buffer.release_captured).
+A block of the arena is free when the last tensor that views it is dropped: use these tensors on the stream of the
+buffer's calls, or synchronize before dropping them. Memory of a captured call is kept (see Buffer.release_captured).
 """
 
 from __future__ import annotations
@@ -22,63 +22,67 @@ from pathlib import Path
 
 import torch
 
-from . import nccl, tuning
+from . import nccl, streams, tuning
 from .._native import core
 from ..env import Environment
 from ..errors import InvalidArgument
-from .exclusive import Exclusive
 
 
 def built():
-    """What setup.py noted: no_cuda and no_nccl, why that is not in this build, or None."""
+    """Return the notes of setup.py: no_cuda and no_nccl are the reasons why a part is not in this build, or None."""
     note = Path(core.__file__).parent / "built.json"
     return json.loads(note.read_text()) if note.exists() else {}
 
 
 def why_not():
-    """None where the cuda world can be used here, else the reason."""
+    """Return the reason why the cuda world cannot be used here, or None."""
     if importlib.util.find_spec("moecomm._native.cuda") is None:
-        return f"this build has no CUDA extension: {built().get('no_cuda') or 'it was left out'}, when moecomm was built (set CUDA_HOME and build again)"
+        reason = built().get("no_cuda") or "it was left out"
+        return f"this build has no CUDA extension ({reason}); set CUDA_HOME and build moecomm again"
     if not torch.cuda.is_available():
-        return f"torch {torch.__version__} sees no GPU"
+        return f"torch {torch.__version__} finds no GPU"
     return None
 
 
 def require(op):
-    """Refuse where the cuda world cannot be used.
+    """Refuse device="cuda" if the cuda world cannot be used here.
 
     Raises
     ------
     InvalidArgument
-        It cannot, with the reason.
+        The cuda world cannot be used; the message has the reason.
     """
     reason = why_not()
     if reason is not None:
-        raise InvalidArgument(f"device: got 'cuda'; {reason} (python -m moecomm info)", op=op)
+        raise InvalidArgument(
+            f"{op}: device is 'cuda', but {reason}; expected a usable GPU (python -m moecomm info shows the state), or "
+            "device='cpu'",
+            op=op,
+        )
 
 
 def native():
-    """The extension module. Loaded on first use: it needs a driver."""
+    """Return the extension module. It is loaded at its first use, because it needs a driver."""
     return importlib.import_module("moecomm._native.cuda")
 
 
 def prepare_threads():
-    """For rank threads that share a GPU: their kernels must run at once, so their streams need queues of their own.
+    """Give each stream a hardware queue of its own, so that kernels of rank threads on one GPU run concurrently.
 
-    Takes effect before the process first touches the GPU.
+    This has an effect only before the process uses the GPU for the first time.
     """
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 def spread_over_gpus(device, rank):
-    """The GPU of a rank thread: the named one, else rank modulo the number of GPUs."""
+    """Return the GPU of a rank thread: the given one, else rank modulo the number of GPUs."""
     require("run_local")
     device = torch.device(device)
     return device if device.index is not None else torch.device("cuda", rank % torch.cuda.device_count())
 
 
 def refuse_capture(op, comm, name, why):
-    """Refuse what cannot be part of a CUDA graph, while one is captured.
+    """Refuse a feature that cannot be part of a CUDA graph while one is captured.
 
     Raises
     ------
@@ -86,7 +90,8 @@ def refuse_capture(op, comm, name, why):
     """
     if torch.cuda.is_current_stream_capturing():
         raise InvalidArgument(
-            f"{op}: a CUDA graph is captured, and the buffer has {name}: {why}, which no replay would do; expected a buffer without it",
+            f"{op}: a CUDA graph is captured, but the buffer has {name}, and {why}, which a replay does not do; "
+            f"expected a buffer without {name}, or a call outside the capture",
             op=op,
             rank=comm.rank,
         )
@@ -94,7 +99,10 @@ def refuse_capture(op, comm, name, why):
 
 @contextlib.contextmanager
 def own_stream(device):
-    """A rank thread's current stream: on the default one, kernels of several ranks would run after each other, and wait for each other."""
+    """Context of a rank thread with a stream of its own.
+
+    On the default stream, kernels of several ranks would run one after the other, although they wait for each other.
+    """
     stream = torch.cuda.Stream(device)
     with torch.cuda.device(device), torch.cuda.stream(stream):
         yield stream
@@ -102,63 +110,64 @@ def own_stream(device):
 
 
 def fabric_of(threads, hosts, ipc, wanted="auto"):
-    """How ranks with GPUs reach each other: "threads", "ipc" or "nccl".
+    """Return how ranks access each other's windows on GPUs: "threads", "ipc" or "nccl".
 
     Parameters
     ----------
     threads : bool
-        Whether they are threads of one process.
+        Whether the ranks are threads of one process.
     hosts : sequence
         The host of every rank.
     ipc : sequence of bool
-        Whether each rank shares memory with its host's other ranks by CUDA IPC. Where not, NCCL shares it by VMM handles.
+        By rank: whether CUDA IPC works with all other ranks of its host. Otherwise NCCL shares memory by VMM handles.
     wanted : str
         MOECOMM_CUDA_FABRIC.
 
     Raises
     ------
     InvalidArgument
-        What is wanted does not go.
+        wanted is unknown, or impossible for these ranks.
     """
     if wanted not in ("auto", "ipc", "nccl"):
         raise InvalidArgument(
-            f"MOECOMM_CUDA_FABRIC: got {wanted!r}; expected auto, ipc or nccl", op="Communicator"
+            f"MOECOMM_CUDA_FABRIC is {wanted!r}; expected auto, ipc or nccl", op="Communicator"
         )
     if threads:
         if wanted != "auto":
             raise InvalidArgument(
-                f"MOECOMM_CUDA_FABRIC: got {wanted!r}; rank threads reach each other by pointer, expected auto",
+                f"MOECOMM_CUDA_FABRIC is {wanted!r}, but ranks are threads of one process; expected auto",
                 op="Communicator",
             )
         return "threads"
     if wanted == "ipc" and len(set(hosts)) > 1:
         raise InvalidArgument(
-            "MOECOMM_CUDA_FABRIC: got 'ipc' with ranks on several hosts; expected auto or nccl",
+            "MOECOMM_CUDA_FABRIC is 'ipc', but ranks are on several hosts; expected auto or nccl",
             op="Communicator",
         )
     if wanted == "ipc" and not all(ipc):
         raise InvalidArgument(
-            f"MOECOMM_CUDA_FABRIC: got 'ipc', which rank {list(ipc).index(False)} cannot use with its host's other ranks (does each process see all GPUs?); "
-            "expected auto or nccl",
+            f"MOECOMM_CUDA_FABRIC is 'ipc', but CUDA IPC does not work between rank {list(ipc).index(False)} and the "
+            "other ranks of its host; expected auto or nccl, or processes that each see all GPUs of the host",
             op="Communicator",
         )
     return "nccl" if wanted == "nccl" or len(set(hosts)) > 1 or not all(ipc) else "ipc"
 
 
 def reach_of(comm, hosts):
-    """How the ranks of this communicator reach each other's windows: the extension's Reach. Collective.
+    """Make the native Reach, by which the ranks of a communicator access each other's windows. Collective.
 
     Raises
     ------
     InvalidArgument
-        The NCCL that is here cannot join them, with its version and what is expected.
+        NCCL is needed and cannot be used; the message has its version and the expected one.
     PeerTimeout
-        A rank does not come.
+        A rank does not make the call within the timeout.
     """
-    make, device = native().Reach, comm._gpu
-    threads = comm._bootstrap.threads
+    make, device = native().Reach, comm.gpu
+    threads = comm.bootstrap.threads
     ipc = [True] * comm.size if threads else _ipc_opens(comm, device, hosts)
     fabric = fabric_of(threads, hosts, ipc, Environment().cuda_fabric)
+    comm.maps_peers = fabric != "nccl"
     if fabric == "nccl":
         gpu = str(torch.cuda.get_device_properties(comm.device).uuid)
         return nccl.join(
@@ -168,86 +177,103 @@ def reach_of(comm, hosts):
             device,
             gpu,
             len(set(hosts)) > 1,
-            comm._exchange,
+            comm.collective.exchange,
             comm.timeout,
         )
     return make.threads(device) if fabric == "threads" else make.processes(device)
 
 
 def _ipc_opens(comm, device, hosts):
-    """By rank: whether it exports memory by CUDA IPC and opens that of all ranks of its host. It does not where each process sees its own GPU alone."""
+    """Return, by rank, whether CUDA IPC works with all ranks of its host. Collective.
+
+    It does not work if each process sees only its own GPU.
+    """
     samples = []
 
     def handle():
         samples.append(native().IpcSample(device))
         return samples[0].handle()
 
-    handles = comm._everywhere("Communicator", handle)
+    handles = comm.collective.everywhere("Communicator", handle)
     here = [r for r, host in enumerate(hosts) if host == hosts[comm.rank] and r != comm.rank]
-    opens = comm._everywhere(
+    opens = comm.collective.everywhere(
         "Communicator",
         lambda: bool(handles[comm.rank]) and all(handles[r] and samples[0].opens(handles[r]) for r in here),
     )
-    comm._exchange(None)  # the sample is mapped nowhere any more
+    comm.collective.exchange(None)  # until no rank maps the sample any more
     return opens
 
 
-_communicators = weakref.WeakSet()  # of this process, with buffers on GPUs
+_communicators = weakref.WeakSet()  # communicators of this process that have buffers on GPUs
 
 
 def _wanted_here(gpu):
-    """{a name of a communicator of this process: multiprocessors that its kernels may hold of this GPU at once}.
+    """Return {name of a communicator of this process: multiprocessors of this GPU that its kernels may occupy}.
 
-    Kernels of one communicator run after each other, so that is the most that one of its open buffers takes.
+    Kernels of one communicator run one after the other, so this is the largest num_sms of its open buffers.
     """
     process = f"{socket.gethostname()}:{os.getpid()}"
     wanted = {}
     for comm in list(_communicators):
-        sizes = [b.num_sms for b in list(comm._buffers) if not getattr(b, "_closed", False)]
-        if sizes and comm._gpu_name == gpu and not comm._closed:
+        sizes = [b.num_sms for b in list(comm.cuda.buffers) if not b.closed]
+        if sizes and comm.cuda.gpu_name == gpu and not comm.order.closed:
             wanted[f"{process}:{id(comm)}"] = max(sizes)
     return wanted
 
 
-def plan_of(buffer, *, hidden, num_experts, top_k, max_tokens, dtype, channels):
-    """The tuning.Plan of a buffer on its communicator's GPU. Collective.
+def share_of(memory, op="Buffer"):
+    """Reserve num_sms multiprocessors for a buffer or a domain. Collective.
+
+    Returns (tuning.Hardware of the communicator's GPU, number of ranks that share it).
 
     Raises
     ------
     InvalidArgument
-        The ranks on this GPU want more multiprocessors than it has, those of all their open buffers counted: kernels of
-        different ranks wait for each other, so all must run at once.
+        The open buffers of all ranks on a GPU need more multiprocessors than it has. Kernels of different ranks wait
+        for each other, so all of them must run at the same time.
     """
-    comm, num_sms = buffer.comm, buffer.num_sms
+    comm, num_sms = memory.comm, memory.num_sms
 
     def held():
         with torch.cuda.device(comm.device):
             limits, name = native().device_limits(), torch.cuda.get_device_name()
-            comm._gpu_name = gpu = str(torch.cuda.get_device_properties(comm.device).uuid)
+            comm.cuda.gpu_name = gpu = str(torch.cuda.get_device_properties(comm.device).uuid)
         _communicators.add(comm)
-        comm._buffers.add(buffer)
-        return gpu, *limits, name, _wanted_here(gpu), list(comm._reach.retired())
+        comm.cuda.buffers.add(memory)
+        return gpu, *limits, name, _wanted_here(gpu), list(comm.cuda.reach.retired())
 
-    sharing = comm._everywhere("Buffer", held)
+    sharing = comm.collective.everywhere(op, held)
     gpu, shared_bytes, sms, name, *_ = sharing[comm.rank]
-    comm._reach.release(sorted(set.intersection(*(set(gone) for *_, gone in sharing))))
-    for rank, (other, _, its_sms, its_name, *_) in enumerate(
-        sharing
-    ):  # on every rank alike: all refuse, or none
+    comm.cuda.reach.release(sorted(set.intersection(*(set(gone) for *_, gone in sharing))))
+    for rank, (other, _, its_sms, its_name, *_) in enumerate(sharing):  # all ranks refuse, or none
         wanted = {}
         for there, _, _, _, theirs, _ in sharing:
             if there == other:
                 wanted.update(theirs)
         if sum(wanted.values()) > its_sms:
-            comm._buffers.discard(buffer)
+            comm.cuda.buffers.discard(memory)
             raise InvalidArgument(
-                f"Buffer: num_sms is {num_sms} on each of the ranks that share {its_name}, {sum(wanted.values())} in all; expected at most its "
-                f"{its_sms}, since their kernels wait for each other. The largest open buffer of every communicator of these ranks' "
-                "processes counts: give fewer num_sms, or close() buffers that are not used any more",
-                op="Buffer",
+                f"{op}: num_sms is {num_sms}, and the communicators of the ranks that share {its_name} need "
+                f"{sum(wanted.values())} multiprocessors together; expected at most {its_sms}, because their kernels "
+                "wait for each other. The largest num_sms of each communicator's open buffers counts; pass a smaller "
+                "num_sms, or close() unused buffers",
+                op=op,
                 rank=comm.rank,
                 peer=rank,
             )
+    return tuning.hardware_of(name, sms, shared_bytes), sum(other == gpu for other, *_ in sharing)
+
+
+def plan_of(memory, *, hidden, num_experts, top_k, max_tokens, dtype, channels):
+    """Return the launch plan (tuning.Plan) of a BufferMemory on its communicator's GPU. Collective.
+
+    Raises
+    ------
+    InvalidArgument
+        As share_of.
+    """
+    comm = memory.comm
+    hardware, shared_gpu = share_of(memory)
     traffic = tuning.Traffic(
         hidden=hidden,
         num_experts=num_experts,
@@ -256,21 +282,27 @@ def plan_of(buffer, *, hidden, num_experts, top_k, max_tokens, dtype, channels):
         ranks=comm.size,
         ranks_per_node=comm.ranks_per_node,
         row_bytes=hidden * dtype.itemsize,
-        shared_gpu=sum(other == gpu for other, *_ in sharing),
+        shared_gpu=shared_gpu,
     )
-    plan = tuning.plan_for(tuning.hardware_of(name, sms, shared_bytes), traffic, num_sms)
+    plan = tuning.plan_for(hardware, traffic, memory.num_sms)
     return plan if channels is None else tuning.replace(plan, channels=channels)
 
 
-class NativeBuffer:
-    """What Buffer calls: the extension's buffer, on the current stream, with one call at a time in stream order."""
+def domain_plan_of(domain):
+    """Return the launch plan (tuning.Plan) of a Domain on its communicator's GPU. Collective. Raises as share_of."""
+    return tuning.domain_plan(share_of(domain, "Domain")[0], domain.num_sms)
+
+
+class NativeBuffer(streams.OnStreams):
+    """The native buffer of the cuda world. Its calls are enqueued on the current stream, one at a time."""
 
     def __init__(self, comm, plan, hidden, dtype, num_experts, top_k, max_tokens, arena_bytes, check):
-        self._device = comm.device
+        super().__init__(comm, native().Failure)
         self._buffer = native().Buffer(
             (comm.rank, comm.size, comm.ranks_per_node),
-            comm._reach,
-            comm._gpu,
+            comm.cuda.reach,
+            comm.gpu_calls.native,
+            comm.gpu,
             hidden,
             dtype,
             num_experts,
@@ -284,70 +316,40 @@ class NativeBuffer:
             plan.stages,
             comm.timeout,
         )
-        self._comm, self._bounds = comm, (comm.timeout, comm.rank)
-        self._calls = Exclusive(comm.rank)
         for name in (
             "card",
+            "fault",
             "connected",
             "owns",
             "block_layout",
             "window",
             "arena",
             "counters",
-            "fault",
             "captured_bytes",
             "release_captured",
         ):
             setattr(self, name, getattr(self._buffer, name))
 
     def connect(self, cards):
-        """As the cpu world's; NCCL's windows wait for every rank."""
+        """As in the cpu world. With NCCL it waits for every rank."""
         timeout, rank = self._bounds
         nccl.bounded(lambda: self._buffer.connect(cards), timeout, what="connecting a window", rank=rank)
 
     def release(self):
-        """Waits for a call of another thread; a call that this thread is inside keeps the memory until its end."""
+        """Release the memory after a running call of another thread, or after the call that this thread is inside."""
         self._calls.after_call(self._buffer.release)
 
     def take_counters(self):
-        """As the cpu world's."""
+        """As in the cpu world."""
         with self._calls.call("stats"):
             return self._buffer.take_counters()
 
     def trace(self, on):
-        """Kernels keep no timeline of their roles."""
+        """Do nothing: kernels record no timeline."""
 
     def take_timeline(self):
-        """As the cpu world's."""
+        """As in the cpu world."""
         return []
-
-    def stream(self):
-        """The current stream, as the native code takes it."""
-        return torch.cuda.current_stream(self._device).cuda_stream
-
-    def enqueue(self, op, call, *args):
-        """call(*args, stream) on the current stream, behind the communicator's earlier calls. Where one of them has failed for good, its
-        Failure instead."""
-        with self._calls.call(op):
-            return self._enqueue(self._comm, call, *args)
-
-    def _enqueue(self, comm, call, *args):
-        broken = comm._native.broken()
-        if broken is not None:
-            return broken
-        stream = torch.cuda.current_stream(self._device)
-        capturing = torch.cuda.is_current_stream_capturing()
-        before, done = comm._latest
-        if before is not None and stream != before and not capturing:
-            stream.wait_event(
-                done
-            )  # two kernels of a rank could each keep the other's blocks, or another rank's, from running
-        result = call(*args, stream.cuda_stream)
-        if isinstance(result, native().Failure):
-            comm._native.note(result)
-        if not capturing:
-            comm._latest = stream, stream.record_event()
-        return result
 
     def dispatch(
         self,
@@ -366,16 +368,18 @@ class NativeBuffer:
         scale_kind=0,
         scales_by_column=False,
         chosen=None,
+        routing=0,
     ):
-        """As the cpu world's, but that replicas are chosen before: `chosen` is None."""
+        """As in the cpu world, but the host chooses replicas before: `chosen` is None."""
         if capacity < 0 and plan is None and torch.cuda.is_current_stream_capturing():
             raise InvalidArgument(
-                "dispatch: capacity is None while a graph is captured; expected a number of rows, since nothing can wait for the "
-                "host there",
+                "dispatch: capacity is None while a CUDA graph is captured; expected a number of rows, because a "
+                "replay cannot wait for the host",
                 op="dispatch",
             )
         return self.enqueue(
             "dispatch",
+            self._buffer,
             self._buffer.dispatch,
             x,
             scales,
@@ -391,79 +395,27 @@ class NativeBuffer:
             plan,
             scale_kind,
             scales_by_column,
+            routing,
         )
 
     def refuse(self, verb, _, why):
-        """Take this rank's part in a call that it refuses: None, or the Failure with which not all ranks could be told."""
-        return self.enqueue(verb, self._buffer.refuse, verb, why)
+        """Take part in a call that this rank refuses. Return a Failure if it could not be reported to all ranks."""
+        return self.enqueue(verb, None, self._buffer.refuse, verb, why)
 
-    def combine(self, rows, weights, y, bias, bias_stride, plan, output, back=0, slots=0, wire=0):
-        """As the cpu world's."""
-        return self.enqueue(
-            "combine",
-            self._buffer.combine,
-            rows,
-            weights,
-            y,
-            bias,
-            bias_stride,
-            plan,
-            output,
-            back,
-            slots,
-            wire,
-        )
-
-
-class Pending:
-    """A call on the communicator's own stream; keeps its inputs alive until it is waited for.
-
-    .event: after the call; a stream that reads the result waits for it, as wait() makes the current stream do.
-    """
-
-    span = None
-
-    def __init__(self, comm, work, keep, then=None):
-        caller = torch.cuda.current_stream(comm.device)
-        if comm._stream is None:
-            comm._stream = torch.cuda.Stream(
-                comm.device, priority=-1
-            )  # before the blocks of a long kernel that has not started them all
-        comm._stream.wait_stream(caller)
-        with torch.cuda.stream(comm._stream):
-            self._result = work()
-            self.event = comm._stream.record_event()
-        self._comm, self._device, self._keep, self._then = comm, comm.device, keep, then
-
-    def wait(self):
-        """The call's result, after which the current stream may use it. The host does not wait.
-
-        Raises
-        ------
-        InvalidArgument
-            This is a forked child.
-        """
-        self._comm._require_here("wait")
-        torch.cuda.current_stream(self._device).wait_event(self.event)
-        then, self._keep, self._then = self._then, None, None
-        if then is not None:
-            then(self._result)
-        return self._result
-
-    def done(self):
-        """Whether the GPU is through with the call."""
-        return self.event.query()
+    def combine(self, *call):
+        """As in the cpu world, with all arguments."""
+        return self.enqueue("combine", self._buffer, self._buffer.combine, *call)
 
 
 def memory_of(area):
-    """A piece of device memory that the extension describes, as a tensor that keeps it."""
+    """Return a piece of device memory as a tensor. The tensor keeps it alive."""
     dtype = {"|u1": torch.uint8, "<i8": torch.int64}[area.__cuda_array_interface__["typestr"]]
-    with torch._C.DisableTorchFunction():  # torch.set_default_device would have a copy made there
+    with torch._C.DisableTorchFunction():  # otherwise torch.set_default_device would cause a copy
         return torch.as_tensor(area, dtype=dtype, device=None)
 
 
 class _Piece:
-    """Some bytes of a block, which keeps it: a tensor of them begins at its storage's beginning, as compilers expect."""
+    """A range of bytes of a block, which it keeps alive. Compilers expect a tensor at the beginning of its storage."""
 
     def __init__(self, block, offset, count):
         self._block, whole = block, block.__cuda_array_interface__
@@ -475,10 +427,10 @@ class _Piece:
 
 
 def tensor_of(block, offset, dtype, shape):
-    """A tensor of this shape at an offset (bytes) of a Block, which lives as long as the tensor."""
+    """Return a tensor at an offset (in bytes) of a Block. The tensor keeps the Block alive."""
     return memory_of(_Piece(block, offset, dtype.itemsize * math.prod(shape))).view(dtype).view(shape)
 
 
 def counts_of(counts):
-    """A copy of int64 counts in a plan, made on the current stream: the plan's memory is used again later."""
+    """Return a copy of int64 counts of a plan, made on the current stream. The memory of the plan is reused later."""
     return memory_of(counts).clone()

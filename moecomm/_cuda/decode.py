@@ -1,8 +1,9 @@
-"""The decode path of the cuda world: what moecomm.decode calls, on the current stream.
+"""The decode path of the cuda world, on the current stream.
 
-Each phase is one kernel, or both of a verb where return_hook is False; between the two nothing of ours runs on the GPU.
-The kernels number the epochs in device memory, so a captured graph may be replayed any number of times. A graph must be
-whole: the hooks of what was sent before it are called before the capture, and handles do not cross its ends.
+Each phase is one kernel; with return_hook=False, one kernel does both phases of a verb. Between the phases, no moecomm
+code runs on the GPU. Kernels count the epochs in device memory, so a captured graph can be replayed any number of
+times. A graph must contain complete steps: call the hooks of earlier steps before the capture, and do not use a handle
+both inside and outside of the graph.
 """
 
 from __future__ import annotations
@@ -10,63 +11,34 @@ from __future__ import annotations
 from . import cuda, nccl
 
 
-class DecodeReceived:
-    """What decode_dispatch returns; see moecomm.decode.DecodeReceived."""
-
-    def __init__(self, handle, x, scales, counts):
-        self.handle, self.x, self.scales, self.counts = handle, x, scales, counts
-
-
-class DecodeHandle:
-    """What decode_combine needs; see moecomm.decode.DecodeHandle."""
-
-    def __init__(self, decode, epoch, tokens, weights_travel, rows):
-        self.decode, self.epoch, self.tokens, self.weights_travel, self.rows = (
-            decode,
-            epoch,
-            tokens,
-            weights_travel,
-            rows,
-        )
-        self._keep = None
-
-    def receive_dispatch(self):
-        """The hook of decode_dispatch: enqueued on the current stream."""
-        self.decode._run("decode_dispatch", self.decode._native.dispatch_receive, self.epoch)
-
-    def receive_combine(self):
-        """The hook of decode_combine: enqueued on the current stream."""
-        self.decode._run("decode_combine", self.decode._native.combine_receive, self.epoch)
-        self._keep = None
-
-
 class NativeDecode:
-    """As the cpu world's core.Decode, on streams."""
+    """As core.Decode of the cpu world, on streams."""
 
-    def __init__(self, buffer, dtype, fail):
-        comm = buffer.comm
-        self._buffer, self._fail = buffer._native, fail
+    def __init__(self, memory, dtype):
+        comm = memory.comm
+        self._buffer = memory.native
         self._native = cuda.native().Decode(
             (comm.rank, comm.size, comm.ranks_per_node),
-            comm._reach,
-            comm._gpu,
-            buffer.hidden,
+            comm.cuda.reach,
+            comm.gpu_calls.native,
+            comm.gpu,
+            memory.hidden,
             dtype,
-            buffer.num_experts,
-            buffer.top_k,
-            buffer.decode_max_tokens,
-            buffer._check,
-            buffer._plan.spread(),
-            buffer._plan.stages,
+            memory.num_experts,
+            memory.top_k,
+            memory.decode_max_tokens,
+            memory.check,
+            memory.plan.spread(),
+            memory.plan.stages,
             comm.timeout,
         )
-        self._current = [None, None]
+        self.in_extension = self._native
         self._bounds = comm.timeout, comm.rank
-        for name in ("card", "window", "area", "counters", "take_counters"):
+        for name in ("card", "window", "area", "counters", "take_counters", "fault", "rest", "mask"):
             setattr(self, name, getattr(self._native, name))
 
     def connect(self, cards):
-        """As the cpu world's; NCCL's windows wait for every rank."""
+        """As in the cpu world. With NCCL it waits for every rank."""
         timeout, rank = self._bounds
         nccl.bounded(
             lambda: self._native.connect(cards),
@@ -76,83 +48,45 @@ class NativeDecode:
         )
 
     def connected(self):
-        """Nothing is left to do."""
+        """Do nothing: connect has completed the connection."""
 
     def trace(self, on):
-        """Kernels keep no timeline of their roles."""
+        """Do nothing: kernels record no timeline."""
 
     def take_timeline(self):
-        """As the cpu world's."""
+        """As in the cpu world."""
         return []
 
     @property
     def scale_area(self):
-        """Bytes from one expert's scales to the next one's."""
+        """Distance between the scales of two experts in bytes."""
         return self._native.scale_area
 
-    def hold(self, x, scales, counts, rows):
-        """The tensors that dispatches hand out."""
-        self._x, self._scales, self._counts, self._rows = x, scales, counts, rows
-
     def _run(self, op, call, *args):
-        failure = self._buffer.enqueue(op, call, *args)
-        if failure is not None:
-            self._fail(failure, op)
+        return self._buffer.enqueue(op, self._native, call, *args)
 
     def try_dispatch(self, *_):
-        """None: tensors are always looked at in Python."""
+        """Return None: tensors on a GPU are always checked in Python."""
 
     def try_combine(self, *_):
-        """None: tensors are always looked at in Python."""
+        """Return None: tensors on a GPU are always checked in Python."""
 
-    def dispatch(self, x, scales, ids, ids_are_int32, weights, weighted, tokens, quant, by_column, receive):
-        """(DecodeReceived, hook or None)"""
-        self._run(
-            "decode_dispatch",
-            self._native.dispatch,
-            x,
-            scales,
-            ids,
-            ids_are_int32,
-            weights,
-            weighted,
-            tokens,
-            quant,
-            by_column,
-            receive,
-        )
-        epoch = self._native.epoch
-        bank = epoch % 2
-        handle = DecodeHandle(self, epoch, tokens, weighted, self._rows[bank])
-        received = DecodeReceived(
-            handle,
-            self._x[2 * (quant > 0) + bank],
-            self._scales[2 * (quant + 2 * by_column) + bank],
-            self._counts[bank],
-        )
-        return received, None if receive else handle.receive_dispatch
+    def dispatch(self, *call):
+        """As in the cpu world. Return (epoch, tokens) or a Failure."""
+        failure = self._run("decode_dispatch", self._native.dispatch, *call)
+        return failure or (self._native.epoch, call[6])
 
-    def combine(self, handle, rows, rows_at, ids, ids_are_int32, weights, wire, out, y, receive):
-        """(out, hook or None)"""
-        self._run(
-            "decode_combine",
-            self._native.combine,
-            handle.epoch,
-            rows_at,
-            ids,
-            ids_are_int32,
-            weights,
-            wire,
-            y,
-            receive,
-        )
-        if receive:
-            return out, None
-        handle._keep = rows, out
-        self._current[handle.epoch % 2] = (
-            handle  # a phase that a later dispatch catches up on finds its memory
-        )
-        return out, handle.receive_combine
+    def dispatch_receive(self, epoch):
+        """As in the cpu world."""
+        return self._run("decode_dispatch", self._native.dispatch_receive, epoch)
+
+    def combine(self, *call):
+        """As in the cpu world. Return True or a Failure."""
+        return self._run("decode_combine", self._native.combine, *call) or True
+
+    def combine_receive(self, epoch):
+        """As in the cpu world."""
+        return self._run("decode_combine", self._native.combine_receive, epoch)
 
     @property
     def epoch(self):
@@ -161,8 +95,8 @@ class NativeDecode:
 
     def refuse(self, verb, epoch, why):
         """As NativeBuffer.refuse."""
-        return self._buffer.enqueue(verb, self._native.refuse, verb, epoch, why)
+        return self._buffer.enqueue(verb, None, self._native.refuse, verb, epoch, why)
 
     def stage(self, epoch):
-        """0 its places are used by a later epoch, 1 sent, 2 received, 3 answered, 4 done."""
+        """State of an epoch: 0: a later epoch uses its memory, 1: sent, 2: received, 3: sent back, 4: summed."""
         return self._native.stage(epoch, self._buffer.stream())

@@ -1,4 +1,4 @@
-"""Exclusive: the calls of one object run one at a time; a call from within one of them is refused."""
+"""Exclusive: the calls of one object run one at a time. A call inside another call is refused."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from ..errors import InvalidArgument
 
 
 class Exclusive:
-    """Runs a rank's calls of one object one at a time, from whatever threads they come."""
+    """Runs the calls of one object one at a time, from any thread."""
 
     def __init__(self, rank):
         self._lock, self._running, self._put_off, self._rank = threading.RLock(), None, [], rank
 
     @contextlib.contextmanager
     def call(self, op):
-        """A call named op. Waits for those of other threads.
+        """Context of a call named op. Waits for calls of other threads.
 
         Raises
         ------
         InvalidArgument
-            This thread is inside a call already: a signal handler or a finalizer runs in the middle of it.
+            This thread is inside another call: this code is a signal handler or a finalizer.
         """
         with self._lock:
             if self._running is not None:
                 raise InvalidArgument(
-                    f"{op}: this thread is inside {self._running} of the same buffer, in whose middle this code runs (a signal handler, "
+                    f"{op}: this thread is inside {self._running} of the same buffer (this code is a signal handler or "
                     f"a finalizer); expected {op} after that call has returned",
                     op=op,
                     rank=self._rank,
@@ -40,7 +40,7 @@ class Exclusive:
                     self._put_off.pop(0)()
 
     def after_call(self, work):
-        """work() when no call runs any more: now, or at the end of the call that this thread is inside."""
+        """Run work when no call is running: now, or at the end of the call that this thread is inside."""
         with self._lock:
             if self._running is None:
                 work()

@@ -1,11 +1,11 @@
-"""NCCL in the cuda world: which library serves, what it must be able to do, and how its world is joined.
+"""NCCL in the cuda world: the library, its required version, and the construction of its communicator.
 
-The library is the one that this process has loaded (torch's, as a rule), else that of NCCL's wheel; a second one beside
-torch's is never loaded. Its version decides what is possible:
+The library is the one that this process has loaded (usually that of torch), else that of NCCL's wheel. A second library
+beside that of torch is never loaded. Features by version:
 
-    2.29    windows that ranks of a host, or of an NVLink domain, load and store
+    2.29    windows with loads and stores between the ranks of a host or of an NVLink domain
     2.30    several ranks on one GPU, with NCCL_MULTI_RANK_GPU_ENABLE=1
-    that of this build's headers, or newer: the network between nodes (GIN)
+    version of the headers of this build, or newer: the network between nodes (GIN)
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pathlib import Path
 
 from ..errors import InvalidArgument, MoecommError, PeerTimeout
 
-WINDOWS = 22900  # version codes, as NCCL counts
+WINDOWS = 22900  # version code of NCCL
 SHARED_GPU = 23000
 
 
 @dataclass(frozen=True)
 class Library:
-    """A libnccl: its path, its version code, and whether this process had loaded it before it was looked for."""
+    """A libnccl: its path, its version code, and whether this process had loaded it before moecomm."""
 
     path: str
     version: int
@@ -33,25 +33,25 @@ class Library:
 
 
 def spelled(version):
-    """A version code in words: 23203 is 2.32.3."""
+    """Return a version code as text: 2.32.3 for 23203."""
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
 def loaded_path(maps="/proc/self/maps"):
-    """The libnccl that is mapped into this process, or None."""
+    """Return the path of the libnccl that this process has loaded, or None."""
     with open(maps) as lines:
         paths = (line.split(maxsplit=5)[5].strip() for line in lines if "libnccl.so" in line)
         return next(iter(paths), None)
 
 
 def wheel_path():
-    """The libnccl of NCCL's wheel (nvidia-nccl-cu13, -cu12), or None."""
+    """Return the path of the libnccl of NCCL's wheel (nvidia-nccl-cu13 or -cu12), or None."""
     found = (Path(folder) / "nvidia/nccl/lib/libnccl.so.2" for folder in sys.path)
     return next((str(path) for path in found if path.exists()), None)
 
 
 def find():
-    """The Library to use, or None."""
+    """Return the Library to use, or None."""
     before = loaded_path()
     path = before or wheel_path()
     if path is None:
@@ -63,7 +63,7 @@ def find():
 
 
 def sharing(gpus):
-    """The first ranks that share a GPU, given every rank's GPU; none where each has its own."""
+    """Return the first ranks that share a GPU, or []. gpus: the GPU of every rank."""
     for gpu in gpus:
         ranks = [r for r, other in enumerate(gpus) if other == gpu]
         if len(ranks) > 1:
@@ -72,54 +72,58 @@ def sharing(gpus):
 
 
 def refusal(library, headers, gpus, several_hosts, environment=os.environ):
-    """Why this library cannot carry such a world, with what is expected instead; None where it can.
+    """Return why this library cannot connect these ranks, with the expected one, or None if it can.
 
     Parameters
     ----------
     library : Library or None
     headers : int
-        Version code of the headers in this build, 0: none.
+        Version code of the headers of this build; 0: none.
     gpus : sequence
-        Every rank's GPU, by any name that is its own.
+        A unique name of every rank's GPU.
     several_hosts : bool
-        Whether nodes are joined by a network.
+        Whether ranks are on several hosts.
     environment : mapping, optional
     """
     if headers == 0:
-        return "this build has no NCCL: expected its headers (pip install nvidia-nccl-cu13, or NCCL_HOME) when moecomm is built"
+        return (
+            "this build has no NCCL; expected its headers at build time (pip install nvidia-nccl-cu13, or set "
+            "NCCL_HOME); build moecomm again"
+        )
     if library is None:
-        return "there is no libnccl: expected one that torch has loaded, or NCCL's wheel (pip install nvidia-nccl-cu13)"
-    have = f"NCCL {spelled(library.version)} ({library.path}, {'loaded already' if library.loaded else 'of the wheel'})"
+        return "there is no libnccl; expected one that torch has loaded, or NCCL's wheel (pip install nvidia-nccl-cu13)"
+    origin = "loaded already" if library.loaded else "of the wheel"
+    have = f"NCCL {spelled(library.version)} ({library.path}, {origin})"
     if library.version < WINDOWS:
-        return f"{have} has no windows that kernels reach; expected {spelled(WINDOWS)} or newer"
+        return f"{have} has no windows for kernels; expected {spelled(WINDOWS)} or newer"
     ranks = sharing(gpus)
     if ranks and library.version < SHARED_GPU:
         return (
-            f"ranks {ranks} share a GPU, and {have} takes one rank per GPU; expected a GPU for each, or NCCL {spelled(SHARED_GPU)} or newer "
-            "with NCCL_MULTI_RANK_GPU_ENABLE=1"
+            f"ranks {ranks} share a GPU, but {have} allows one rank per GPU; expected a GPU for each rank, or NCCL "
+            f"{spelled(SHARED_GPU)} or newer with NCCL_MULTI_RANK_GPU_ENABLE=1"
         )
     if ranks and environment.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
         return (
-            f"ranks {ranks} share a GPU; expected NCCL_MULTI_RANK_GPU_ENABLE=1 in the environment of all ranks (and NCCL_NVLS_ENABLE=0), "
-            f"with which {have} allows it"
+            f"ranks {ranks} share a GPU, which {have} allows only with NCCL_MULTI_RANK_GPU_ENABLE=1; set it in the "
+            "environment of all ranks, and NCCL_NVLS_ENABLE=0"
         )
     if several_hosts and library.version < headers:
         return (
-            f"{have} is older than the headers that this build's network kernels were compiled with; expected {spelled(headers)} or newer, "
-            "or a build with the older headers"
+            f"{have} is older than the headers with which the network kernels of this build were compiled; expected "
+            f"{spelled(headers)} or newer, or a build with older headers"
         )
     return None
 
 
 def bounded(call, timeout, *, what, rank):
-    """call()'s result, on a thread of its own: NCCL waits for every rank without a deadline.
+    """Return call(), run in another thread with a deadline: NCCL waits for every rank without one.
 
     Raises
     ------
     PeerTimeout
-        It has not returned in time; it is left alone.
+        The call has not returned within the timeout. Its thread goes on.
     InvalidArgument, MoecommError
-        What NCCL refuses, what fails.
+        NCCL has refused the call, or the call has failed.
     """
     outcome = []
 
@@ -134,7 +138,7 @@ def bounded(call, timeout, *, what, rank):
     thread.join(timeout)
     if not outcome:
         raise PeerTimeout(
-            f"NCCL on rank {rank}: {what} took more than {timeout} s: not every rank has come",
+            f"NCCL on rank {rank}: {what} took more than {timeout} s; expected every rank to make the same call",
             op="Communicator",
             phase="connect",
             rank=rank,
@@ -152,37 +156,38 @@ def bounded(call, timeout, *, what, rank):
 
 
 def join(native, rank, geometry, device, gpu, several_hosts, exchange, timeout):
-    """The extension's Reach over a new NCCL world of these ranks. Collective.
+    """Make the native Reach over a new NCCL communicator of these ranks. Collective.
 
     Parameters
     ----------
     native : module
         The extension.
     rank, geometry, device, gpu
-        This rank, (rank, size, ranks per node), the index of its GPU and that GPU's own name.
+        This rank; (rank, size, ranks per node); the index of its GPU; a unique name of that GPU.
     several_hosts : bool
     exchange : callable
-        Everybody's values by rank, given one's own: how rank 0's unique id comes to all.
+        Takes the value of this rank and returns the values of all ranks. It distributes rank 0's unique id.
     timeout : float
 
     Raises
     ------
     InvalidArgument
-        The library that is here cannot do it, with its version and what is expected.
+        NCCL cannot be used; the message has its version and the expected one.
     PeerTimeout
-        A rank does not come.
+        A rank does not make the call within the timeout.
     """
     library = find()
     everyone = exchange((gpu, None if library is None else library.version))
     reason = refusal(library, native.nccl_headers(), [name for name, _ in everyone], several_hosts)
     versions = [version for _, version in everyone]
     if reason is None and len(set(versions)) > 1:
-        reason = f"ranks have NCCL {', '.join('none' if v is None else spelled(v) for v in versions)}; expected one version"
+        names = ", ".join("none" if v is None else spelled(v) for v in versions)
+        reason = f"the versions of NCCL by rank are {names}; expected one version"
     reasons = exchange(reason)
     for other, why in enumerate(reasons):
         if why is not None:
             raise InvalidArgument(
-                f"Communicator: device is 'cuda' over NCCL; on rank {other} {why}",
+                f"Communicator: device is 'cuda', which needs NCCL between these ranks; on rank {other}, {why}",
                 op="Communicator",
                 rank=rank,
                 peer=other,
@@ -197,12 +202,15 @@ def join(native, rank, geometry, device, gpu, several_hosts, exchange, timeout):
     [name, why] = exchange((name, why))[0]
     if why is not None:
         raise MoecommError(
-            f"Communicator: NCCL on rank 0 makes no world: {why}",
+            f"Communicator: NCCL on rank 0 could not make a unique id: {why}",
             op="Communicator",
             phase="connect",
             rank=rank,
             peer=0,
         )
     return bounded(
-        lambda: native.Reach.nccl(path, geometry, device, name), timeout, what="joining the world", rank=rank
+        lambda: native.Reach.nccl(path, geometry, device, name),
+        timeout,
+        what="making its communicator",
+        rank=rank,
     )

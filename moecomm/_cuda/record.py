@@ -1,7 +1,7 @@
-"""Recording in the cuda world: what is noted about a call is on its way while the host goes on.
+"""Recording in the cuda world. The data of a call is copied asynchronously; the host does not wait.
 
-Copies of the picks and of the counters are made on the call's stream, its times are those of events there; all of them become
-rows of the recording when the GPU has come to them.
+The picks and counters are copied on the stream of the call, and its times are those of events on this stream. They
+become rows of the recording when the GPU has completed them.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from ..tracing.recorder import Segments
 from ..shapes import QUANTS, SCALE_DTYPES
 
 NOTHING = (0,) * len(HOPS)
-QUANT_OF = dict(zip(SCALE_DTYPES, QUANTS))  # what rows with such scales are
+QUANT_OF = dict(zip(SCALE_DTYPES, QUANTS))  # dtype of the scales -> quantization of the rows
 
-_MOST_WAITING = 64  # notes; then the host waits for the oldest
+_MOST_WAITING = 64  # notes that wait for the GPU; above this number, the host waits for the oldest
 
 
 class DeviceRecorder:
-    """One rank's recording of calls on a GPU: as Recorder, but the host notes them, around every call."""
+    """The recording of one rank's calls on a GPU. As Recorder, but Python reports each call to it."""
 
-    def __init__(self, path, buffer):
-        self._comm, self._native, self._notes = buffer.comm, buffer._native, _Notes()
-        self._calls = _Calls(buffer.top_k, ids_dtype(buffer.num_experts))
+    def __init__(self, path, memory):
+        self._comm, self._native, self._notes = memory.comm, memory.native, _Notes()
+        self._calls = _Calls(memory.top_k, ids_dtype(memory.num_experts))
         self._plans, self._decoding, self._next_plan = {}, [0, 0], 0
         self.forget_counts()
-        self.segments = Segments(path, buffer, self._calls)
+        self.segments = Segments(path, memory, self._calls)
         self._finalizer = weakref.finalize(self, _close, self._notes, self.segments)
 
     def start(self):
-        """An event on the current stream, at a call's begin or end.
+        """Record an event on the current stream, at the begin or end of a call.
 
         Raises
         ------
         InvalidArgument
-            A graph is captured.
+            A CUDA graph is captured.
         """
-        cuda.refuse_capture("record", self._comm, "record=", "it notes every call")
+        cuda.refuse_capture("record", self._comm, "record=", "a recording notes every call on the host")
         return _event()
 
     def forget_counts(self):
-        """The buffer's counters were reset."""
+        """Note that the counters of the buffer were reset."""
         self._counted, self._decode_counted = NOTHING, NOTHING
 
     def dispatch(self, began, plan, ids, weights, tokens, layout, alignment, capacity, coding):
-        """A dispatch has ended; ids None: it reused the plan."""
+        """Record a dispatch that has ended. ids None: it reused the plan."""
         ended = self.start()
         if ids is not None:
             self._plans[id(plan)] = self._add_picks(ids, weights)
@@ -72,11 +72,11 @@ class DeviceRecorder:
         )
 
     def combine(self, began, plan, tokens, weighted, layout, coding):
-        """A combine has ended."""
+        """Record a combine that has ended."""
         self._add("combine", plan, True, tokens, weighted, layout, 1, None, coding, began, self.start())
 
     def decode_dispatch(self, decode, x, ids, weights, quant, scale_layout, return_hook):
-        """Decode.dispatch, recorded."""
+        """Run and record Decode.dispatch."""
         began = self.start()
         received, hook = decode.dispatch(x, ids, weights, quant, scale_layout, True)
         ended = self.start()
@@ -89,7 +89,7 @@ class DeviceRecorder:
         return received, self._second("decode_receive", decode, hook, plan, handle.tokens, return_hook)
 
     def decode_combine(self, decode, rows, ids, weights, handle, wire, return_hook, out):
-        """Decode.combine, recorded."""
+        """Run and record Decode.combine."""
         began = self.start()
         y, hook = decode.combine(rows, ids, weights, handle, wire, True, out)
         ended = self.start()
@@ -101,11 +101,11 @@ class DeviceRecorder:
         return y, self._second("decode_sum", decode, hook, plan, handle.tokens, return_hook)
 
     def close(self):
-        """Write what is left."""
+        """Write the rest of the recording."""
         self._finalizer()
 
     def _second(self, op, decode, hook, plan, tokens, return_hook):
-        """A hook that records itself; None where it has run."""
+        """Return a hook that records itself, or run it and return None."""
         hook = partial(self._receive, op, decode, hook, plan, tokens)
         return hook if return_hook else hook()
 
@@ -166,7 +166,7 @@ class DeviceRecorder:
 
 
 class _Calls:
-    """Calls that the host has noted: a source of segments. Kernels keep no timeline."""
+    """The recorded calls, for the segments of the recording. There are no phases: kernels record no timeline."""
 
     def __init__(self, top_k, ids):
         self._top_k, self._ids, self._lock = top_k, ids, threading.Lock()
@@ -186,7 +186,7 @@ class _Calls:
             self.nbytes += CALL.itemsize
 
     def take(self):
-        """(calls, phases, ids, weights) since the last time."""
+        """Return (calls, phases, ids, weights) since the last take."""
         with self._lock:
             taken = getattr(self, "_rows", []), getattr(self, "_parts", ([], []))
             self._rows, self._parts, self.nbytes = [], ([], []), 0
@@ -200,7 +200,7 @@ class _Calls:
 
 
 class _Notes:
-    """Work for when an event has happened, in order; and the time of events by this process's clock."""
+    """Functions to run after CUDA events, in order. They get the times of events by the clock of this process."""
 
     def __init__(self):
         self._waiting = deque()
@@ -223,7 +223,10 @@ class _Notes:
         work(self._time_of)
 
     def _time_of(self, event):
-        """Nanoseconds of time.perf_counter_ns; from one event to the next, as an event's own time is a float of milliseconds."""
+        """Return the time of an event in nanoseconds of time.perf_counter_ns.
+
+        Times are added from event to event, because CUDA returns differences as a float of milliseconds.
+        """
         self._last_ns += round(1e6 * self._last.elapsed_time(event))
         self._last = event
         return self._last_ns
@@ -244,6 +247,6 @@ def _close(notes, segments):
         notes.finish()
     except (
         Exception
-    ) as error:  # the GPU has failed: what it had not come to is not recorded, and everything is released
+    ) as error:  # the GPU has failed: incomplete calls are not recorded, and all memory is released
         segments.fail(error)
     segments.close()

@@ -1,4 +1,4 @@
-"""How a call is spread over a GPU: a pure function from the hardware and the traffic, and measured tables that override it."""
+"""Launch plans: a pure function of hardware and traffic, and tables of measured plans that override it."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from math import comb
 from pathlib import Path
 
 TABLES = Path(__file__).parents[1] / "tables"
-_WARP_BYTES = 2304  # of shared memory beside its stages; an upper bound of the kernels' own count
+_WARP_BYTES = 2304  # upper bound of the shared memory that a warp needs in addition to its stages
 _MAX_STAGES = 4
 _MAX_WARPS = 12
-_CHUNKS = 4  # of a channel's rows to a node, at least: while one crosses, the one before is forwarded
+_CHUNKS = (
+    4  # minimum number of chunks of a channel's rows to a node: one is sent while the one before is forwarded
+)
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """A GPU and its links. Bandwidths in GB/s, one direction; shared memory in bytes."""
+    """A GPU and its links. Bandwidths are in GB/s in one direction, and shared memory is in bytes."""
 
     name: str
     sms: int
@@ -25,13 +27,16 @@ class Hardware:
     memory: float  # device memory, read plus written
     node_link: float  # to other GPUs of the node
     rail_link: float  # to other nodes
-    sm_read: float = 100.0  # what one multiprocessor moves
+    sm_read: float = 100.0  # by one multiprocessor
     sm_write: float = 50.0
+    sm_gather: float = (
+        35.0  # reading peers' rows to sum them: 48 KB in flight, over a link with 1.4 us latency
+    )
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a call moves: sizes of a layer, how its ranks are laid out, and the kernels' bytes per row."""
+    """The traffic of a call: sizes of the layer, numbers of ranks and nodes, and bytes of a row."""
 
     hidden: int
     num_experts: int
@@ -40,22 +45,23 @@ class Traffic:
     ranks: int
     ranks_per_node: int
     row_bytes: int
-    groups: int = 1  # the gate picks its experts within `top_groups` of these groups
+    groups: int = 1  # the gate picks experts in `top_groups` of these groups
     top_groups: int = 1
-    shared_gpu: int = 1  # ranks that share a GPU
+    shared_gpu: int = 1  # number of ranks that share a GPU
 
     @property
     def nodes(self):
-        """Nodes of the world."""
+        """Number of nodes."""
         return self.ranks // self.ranks_per_node
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a call is spread over a GPU.
+    """A launch plan: how a call uses a GPU.
 
-    num_sms multiprocessors with `warps` warps on each; `senders` of these send before they forward (0: all); tokens in
-    `channels` slices; a warp copies through `stages` stages of stage_bytes; chunk_bytes of rows cross the rail under one signal.
+    .num_sms: multiprocessors. .warps: warps on each. .channels: slices of the tokens. .senders: warps that send before
+    they forward; 0: all. .stages, .stage_bytes: buffers through which a warp copies rows. .chunk_bytes: bytes of rows
+    that cross the rail with one signal.
     """
 
     num_sms: int
@@ -67,7 +73,7 @@ class Plan:
     chunk_bytes: int = 1 << 18
 
     def spread(self):
-        """The numbers that all kernels take: (sms, warps, senders, stage bytes)."""
+        """Return the numbers that all kernels need: (sms, warps, senders, stage bytes)."""
         return self.num_sms, self.warps, self.senders, self.stage_bytes
 
 
@@ -80,15 +86,15 @@ HARDWARE = {
 
 
 def expected_parts(parts, num_experts, top_k, groups=1, top_groups=1):
-    """Parts (nodes or ranks) that hold an expert of a token, on average.
+    """Return the average number of parts (nodes or ranks) that own an expert of a token.
 
-    The experts lie in `parts` equal parts; the gate picks top_k distinct ones, uniformly within top_groups of
-    `groups` uniformly chosen groups. Where a group lies within one part, or holds whole parts, that is exact.
+    Each of `parts` parts has the same number of experts. The gate picks top_k distinct experts, uniformly within
+    top_groups of `groups` uniformly chosen groups. The result is exact if a group is in one part, or has whole parts.
 
     Raises
     ------
     ValueError
-        A size is not positive, or the picks do not fit.
+        A size is not positive, or top_k is larger than the number of experts in top_groups groups.
     """
     if (
         min(parts, num_experts, top_k, groups, top_groups) < 1
@@ -96,18 +102,19 @@ def expected_parts(parts, num_experts, top_k, groups=1, top_groups=1):
         or top_k * groups > num_experts * top_groups
     ):
         raise ValueError(
-            f"expected 1 <= top_k <= experts in {top_groups} of {groups} groups; got top_k {top_k}, {num_experts} experts, {parts} parts"
+            f"top_k is {top_k} with {num_experts} experts and {parts} parts; expected 1 <= top_k <= experts in "
+            f"{top_groups} of {groups} groups"
         )
 
-    def missed(total, own, picks):  # no pick among `own` of `total`
+    def missed(total, own, picks):  # probability of no pick among `own` of `total` experts
         return comb(total - own, picks) / comb(total, picks)
 
     if groups == 1:
         return parts * (1 - missed(num_experts, num_experts // parts, top_k))
     per_group, open_experts = num_experts // groups, num_experts * top_groups // groups
-    if parts >= groups:  # a part lies within one group
+    if parts >= groups:  # a part is in one group
         return parts * top_groups / groups * (1 - missed(open_experts, num_experts // parts, top_k))
-    per_part = groups // parts  # a part holds whole groups: how many of its groups are open
+    per_part = groups // parts  # a part has whole groups: sum over the number of its chosen groups
     hit = sum(
         comb(per_part, n)
         * comb(groups - per_part, top_groups - n)
@@ -119,10 +126,11 @@ def expected_parts(parts, num_experts, top_k, groups=1, top_groups=1):
 
 
 def traffic_per_token(t):
-    """Rows per token of one rank, on average: dict of rail (to other nodes), node (to ranks of the gateways' nodes), read, written.
+    """Return the average number of rows per token of one rank: a dict of rail, node, read, written.
 
-    Read and written count what a rank's kernels move through its multiprocessors, for dispatch: a row is read once to
-    be sent, once by each gateway, and written once per rank and once more per further pick.
+    rail: to other nodes. node: from gateways to ranks of their nodes. read, written: through the multiprocessors of a
+    rank in dispatch. A row is read once to be sent and once by each gateway; it is written once per rank, and once for
+    every further pick.
     """
     nodes = expected_parts(t.nodes, t.num_experts, t.top_k, t.groups, t.top_groups)
     ranks = expected_parts(t.ranks, t.num_experts, t.top_k, t.groups, t.top_groups)
@@ -133,20 +141,20 @@ def traffic_per_token(t):
 
 
 def fits(hardware, warps, stage_bytes, stages=3):
-    """Whether these warps with their stages have room in a multiprocessor's shared memory."""
+    """Whether the stages of these warps fit in the shared memory of a multiprocessor."""
     return warps * (_WARP_BYTES + stages * stage_bytes) <= hardware.shared_bytes
 
 
 def choose_plan(hardware, traffic, num_sms=None):
-    """How to spread dispatch and combine of this traffic over this GPU.
+    """Return the launch plan for dispatch and combine with this traffic on this GPU.
 
     Parameters
     ----------
     hardware : Hardware
     traffic : Traffic
     num_sms : int, optional
-        Given by the user: everything else follows from it. None: as many as the slowest link can use, a quarter
-        more, an even number, at most what the ranks on this GPU leave to each.
+        From the user. None: the number that the slowest link can use, plus a quarter, rounded up to an even number, and
+        at most an equal share of the GPU for each of its ranks.
 
     Returns
     -------
@@ -155,7 +163,7 @@ def choose_plan(hardware, traffic, num_sms=None):
     rows = traffic_per_token(traffic)
     share = max(2, hardware.sms // traffic.shared_gpu // 2 * 2)
     if num_sms is None:
-        # Rows per second that the links let through; the multiprocessors must keep up with reading and writing.
+        # Rows per second that the links allow; the multiprocessors must read and write at this rate.
         limits = [hardware.memory / traffic.shared_gpu / (rows["read"] + rows["written"])]
         if traffic.nodes > 1:
             limits.append(hardware.rail_link / rows["rail"])
@@ -163,12 +171,15 @@ def choose_plan(hardware, traffic, num_sms=None):
             limits.append(hardware.node_link / rows["node"])
         rate = min(limits)
         wanted = 1.25 * max(
-            rate * rows["read"] / hardware.sm_read, rate * rows["written"] / hardware.sm_write
+            rate * rows["read"] / hardware.sm_read,
+            rate * rows["written"] / hardware.sm_write,
+            rate * (rows["node"] + rows["rail"]) / hardware.sm_gather,  # in combine
         )
         num_sms = min(share, max(2, 2 * -(-int(wanted + 0.999) // 2)))
     warps = min(_MAX_WARPS, max(4, hardware.shared_bytes // (_WARP_BYTES + 3 * 2048)))
     room = hardware.shared_bytes // warps - _WARP_BYTES
-    # A row in as few equal pieces as three stages have room for: whole 128 bytes. A fourth where there is room: one more load is under way.
+    # Divide a row into the smallest number of equal pieces that fit in three stages, in multiples of 128 bytes. A
+    # fourth stage, if it fits, allows one more load in flight.
     largest = room // 3 // 128 * 128
     pieces = -(-traffic.row_bytes // largest)
     stage_bytes = -(-traffic.row_bytes // pieces // 128) * 128
@@ -177,7 +188,7 @@ def choose_plan(hardware, traffic, num_sms=None):
     workers = num_sms * warps - 1
     if traffic.nodes == 1:
         senders = 0
-    else:  # sending and forwarding rows of this rank's node, against forwarding those of other nodes
+    else:  # rows that this node's ranks send and forward, and rows of other nodes that they forward
         own, other = (
             rows["rail"] + rows["node"] / traffic.nodes,
             rows["node"] * (traffic.nodes - 1) / traffic.nodes,
@@ -196,18 +207,21 @@ def choose_plan(hardware, traffic, num_sms=None):
 
 
 def _chunk_bytes(hardware, traffic, rail_rows, channels):
-    """What the rail carries in a microsecond, about what a signal costs, in whole rows; fewer where a channel has few rows."""
+    """Return the bytes that the rail carries in a microsecond, about the cost of a signal, in whole rows.
+
+    The result is smaller if a channel has few rows.
+    """
     if traffic.nodes == 1:
         return Plan.chunk_bytes
-    to_a_node = traffic.max_tokens * rail_rows / (traffic.nodes - 1) / channels  # rows of a channel
+    to_a_node = traffic.max_tokens * rail_rows / (traffic.nodes - 1) / channels  # rows of one channel
     rows = max(1, min(round(1e3 * hardware.rail_link / traffic.row_bytes), int(to_a_node / _CHUNKS)))
     return rows * traffic.row_bytes
 
 
 def load_table(name):
-    """{key: Plan} of the table file for a GPU of this name; empty where there is none.
+    """Return {key: Plan} from the table of a GPU of this name, or {} if there is no table.
 
-    A key is what `key_of` makes of a Traffic and a number of multiprocessors.
+    Keys are results of key_of.
     """
     path = TABLES / f"{name.replace(' ', '_')}.json"
     if not path.exists():
@@ -216,7 +230,7 @@ def load_table(name):
 
 
 def save_table(name, plans, folder=TABLES):
-    """Write {key: Plan} as the table of a GPU of this name; returns the path."""
+    """Write {key: Plan} as the table of a GPU of this name. Return the path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name.replace(' ', '_')}.json"
     path.write_text(json.dumps({key: asdict(plan) for key, plan in sorted(plans.items())}, indent=1) + "\n")
@@ -224,8 +238,9 @@ def save_table(name, plans, folder=TABLES):
 
 
 def key_of(traffic, num_sms):
-    """Under which name a table keeps the plan for this traffic."""
-    return f"{traffic.nodes}x{traffic.ranks_per_node} hidden {traffic.hidden} row {traffic.row_bytes} top {traffic.top_k} sms {num_sms}"
+    """Return the key of the plan for this traffic in a table."""
+    nodes = f"{traffic.nodes}x{traffic.ranks_per_node}"
+    return f"{nodes} hidden {traffic.hidden} row {traffic.row_bytes} top {traffic.top_k} sms {num_sms}"
 
 
 _override = None
@@ -233,7 +248,7 @@ _override = None
 
 @contextlib.contextmanager
 def overriding(choose):
-    """For measurements: meanwhile plans are choose(hardware, traffic)."""
+    """Context in which plan_for returns choose(hardware, traffic). For measurements."""
     global _override
     before, _override = _override, choose
     try:
@@ -243,7 +258,7 @@ def overriding(choose):
 
 
 def plan_for(hardware, traffic, num_sms=None, table=None):
-    """The table's plan where it has one, else choose_plan's."""
+    """Return the plan of the table if it has one for this traffic, else that of choose_plan."""
     if _override is not None:
         return _override(hardware, traffic)
     chosen = choose_plan(hardware, traffic, num_sms)
@@ -251,7 +266,21 @@ def plan_for(hardware, traffic, num_sms=None, table=None):
     return chosen if found is None else found
 
 
+def domain_plan(hardware, num_sms):
+    """Return the launch plan of the verbs of a Domain: every warp is a channel, with stages for long rows."""
+    warps, stages = 4, 3
+    room = (hardware.shared_bytes // warps - _WARP_BYTES) // stages // 128 * 128
+    return Plan(
+        num_sms=min(num_sms, hardware.sms),
+        warps=warps,
+        channels=warps * num_sms,
+        senders=0,
+        stage_bytes=min(16384, room),
+        stages=stages,
+    )
+
+
 def hardware_of(name, sms, shared_bytes):
-    """The known GPU of this name with what the device itself says, or a cautious guess for an unknown one."""
+    """Return the Hardware of a GPU: known or cautiously guessed bandwidths, with the sizes that the device reports."""
     known = HARDWARE.get(name, Hardware(name, sms, shared_bytes, 1500.0, 25.0, 25.0))
     return replace(known, sms=sms, shared_bytes=shared_bytes)

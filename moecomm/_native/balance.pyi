@@ -10,6 +10,9 @@ def rebalance(
     max_moves: int = ...,
     connected: bool = ...,
 ) -> object: ...
+def prefetch(
+    load: np.ndarray, table: np.ndarray, nodes: int, spare: int, most: int, placement: np.ndarray
+) -> object: ...
 
 class Replicas:
     experts: int

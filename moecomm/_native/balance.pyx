@@ -1,14 +1,17 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
 # distutils: language=c++
-"""The balance core, thinly: marshal, release the GIL, one call per layer. moecomm.balance documents and validates."""
-from libc.stdint cimport int32_t, uint8_t
+"""The native balance code: convert arguments, release the GIL, make one call per layer.
+
+moecomm.balance documents and validates.
+"""
+from libc.stdint cimport int32_t, int64_t, uint8_t
 
 from moecomm._native cimport balanceapi as core
 
 
 def rebalance(const double[:, ::1] load, int32_t[:, ::1] placement, int groups, int nodes, int ranks,
               const int32_t[:, ::1] previous=None, int max_moves=-1, bint connected=False):
-    """Fill placement [L, slots] with the expert of every slot, from load [L, experts]."""
+    """Write the expert of every slot to placement [L, slots], from load [L, experts]."""
     cdef core.Grid grid
     cdef core.Options options
     cdef Py_ssize_t layer
@@ -24,8 +27,25 @@ def rebalance(const double[:, ::1] load, int32_t[:, ::1] placement, int groups, 
             core.rebalance_layer(grid, &load[layer, 0], options, &placement[layer, 0])
 
 
+def prefetch(const double[::1] load, const int32_t[:, ::1] table, int nodes, int spare, int64_t most,
+             int32_t[:, ::1] placement):
+    """Write placement [ranks, slots] of one layer from its load [experts]. Return the number of copies that move."""
+    cdef core.PrefetchShape shape
+    cdef core.Prefetch* layer
+    cdef int64_t copies
+    shape.experts, shape.ranks, shape.nodes = <int32_t>load.shape[0], <int32_t>table.shape[0], nodes
+    shape.slots, shape.spare = <int32_t>table.shape[1], spare
+    with nogil:
+        layer = new core.Prefetch(shape, &load[0], &table[0, 0])
+        try:
+            copies = layer.lowest(most, &placement[0, 0])
+        finally:
+            del layer
+    return copies
+
+
 cdef class Replicas:
-    """The replicas of one layer by expert; `first` [E + 1] indexes slot [n] and rank [n]."""
+    """The replicas of one layer, ordered by expert. `first` [E + 1] indexes slot [n] and rank [n]."""
     cdef core.CppReplicas* r
     cdef readonly int experts, ranks, count
 
@@ -49,7 +69,7 @@ cdef class Replicas:
         return list(self.r.rank)
 
     def split(self, const double[::1] load, double[::1] share, const uint8_t[::1] active=None, int rounds=24):
-        """Fill share [replicas] with the fractional tokens of every replica; the heaviest rank's load."""
+        """Write the fractional tokens of every replica to share [replicas]. Return the largest load of a rank."""
         cdef double most
         cdef const uint8_t* mask = NULL
         if active is not None:
@@ -59,12 +79,12 @@ cdef class Replicas:
         return most
 
     def runs(self, const int32_t[::1] total, const double[::1] share, int turn, int32_t[::1] first, int32_t[::1] last):
-        """Fill first and last [replicas]: the run of its expert's tokens that each replica takes, of total [E]."""
+        """Write the range of its expert's tokens, of total [E], for each replica to first and last [replicas]."""
         with nogil:
             core.runs(self.r[0], &total[0], &share[0], turn, &first[0], &last[0])
 
     def activate(self, const double[::1] load, int limit, uint8_t[::1] active):
-        """Fill active [replicas] with at most `limit` ones per rank; -1, or an expert that no choice can run."""
+        """Write at most `limit` ones per rank to active [replicas]. Return -1, or an expert that no choice can run."""
         cdef int stuck
         with nogil:
             stuck = core.activate_replicas(self.r[0], &load[0], limit, &active[0])

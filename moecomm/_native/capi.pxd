@@ -1,5 +1,5 @@
-# The C++ runtime as Cython sees it: declarations only.
-from libc.stdint cimport int16_t, int32_t, int64_t, uint32_t, uint64_t
+# Declarations of the C++ runtime for Cython.
+from libc.stdint cimport int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libcpp cimport bool
 from libcpp.memory cimport shared_ptr, unique_ptr
 from libcpp.string cimport string
@@ -140,8 +140,21 @@ cdef extern from "balance/choice.hpp" namespace "moecomm::balance" nogil:
         optimal
 
     cdef cppclass Choice:
-        Choice(const int32_t* physical_to_logical, int slots, int experts, int ranks, int nodes, Mode mode, int activate) except +
+        Choice(const int32_t* physical_to_logical, int slots, int experts, int ranks, int nodes, Mode mode,
+               int activate) except +
         bool needs_all()
+
+cdef extern from "fabric/cpu/waits.hpp" namespace "moecomm" nogil:
+    cdef cppclass WaitEntry "moecomm::Waits::Entry":
+        uint64_t count, nanoseconds
+        int64_t progress
+
+    cdef cppclass Waits:
+        int ranks()
+        const WaitEntry& of(int rank)
+        int waiting_for()
+        int64_t since()
+        Phase phase()
 
 cdef extern from "runtime/cpu/communicator.hpp" namespace "moecomm" nogil:
     cdef enum class RailKind(int):
@@ -157,12 +170,19 @@ cdef extern from "runtime/cpu/communicator.hpp" namespace "moecomm" nogil:
     cdef cppclass Communicator:
         Geometry geometry()
         CallLock& calls()
-        Communicator(Geometry, bool threads, RailKind rail, double timeout) except +
+        Communicator(Geometry, bool threads, RailKind rail, double timeout, bool patient,
+                     Communicator* previous) except +
+        void prepare_next() except +
         string card() except +
         void connect(const vector[string]&) except +
         void abort(int rank)
+        uint64_t calls_begun()
+        const Waits& waits()
         Status broken()
         void mark_broken(const Status&)
+        void leave_calls(int peer)
+        int ended(int milliseconds) except +
+        bool has_ended(int rank, int milliseconds) except +
 
 cdef extern from "runtime/memory.hpp" namespace "moecomm" nogil:
     cdef cppclass Memory:
@@ -180,8 +200,14 @@ cdef extern from "runtime/memory.hpp" namespace "moecomm" nogil:
         uint64_t capacity()
 
 cdef extern from "runtime/plan.hpp" namespace "moecomm" nogil:
+    cdef struct Pick:
+        uint16_t expert
+        uint16_t k
+
     cdef cppclass PlanView:
         int32_t tokens
+        uint8_t* picks
+        Pick* pick
         int64_t* tokens_per_expert
         int64_t* rows_per_expert
         int64_t* rank_rows
@@ -229,9 +255,18 @@ cdef extern from "runtime/cpu/recording.hpp" namespace "moecomm" nogil:
         Recording(int top_k, int num_experts)
         uint64_t bytes()
 
-cdef extern from "runtime/cpu/buffer.hpp" namespace "moecomm" nogil:
-    bool ends_late(const Status&)
+cdef extern from "runtime/cpu/first_phase.hpp" namespace "moecomm" nogil:
+    cdef enum class FirstPhaseState "moecomm::FirstPhase::State"(int):
+        running
+        placed
+        over
 
+    cdef cppclass FirstPhase:
+        void begin() except +
+        void end() except +
+        FirstPhaseState wait_for(int milliseconds) except +
+
+cdef extern from "runtime/cpu/buffer.hpp" namespace "moecomm" nogil:
     cdef cppclass DispatchCall:
         const char* x
         const char* scales
@@ -251,7 +286,8 @@ cdef extern from "runtime/cpu/buffer.hpp" namespace "moecomm" nogil:
         const float* weights
         const float* back
         char* y
-        float* slots
+        float* returned
+        bool sums_back
         const float* bias
         int64_t bias_stride
         Wire wire
@@ -264,6 +300,7 @@ cdef extern from "runtime/cpu/buffer.hpp" namespace "moecomm" nogil:
         shared_ptr[Plan] new_plan() except +
         int64_t local_rows(const Plan&)
         Status dispatch(const DispatchCall&, Plan&, shared_ptr[Block]&, shared_ptr[Block]&) except +
+        Status dispatch(const DispatchCall&, Plan&, shared_ptr[Block]&, shared_ptr[Block]&, FirstPhase*) except +
         Status combine(const CombineCall&, Plan&, const Block&) except +
         Status choose(const DispatchCall&) except +
         Status refuse_combine(Why) except +
@@ -281,7 +318,16 @@ cdef extern from "runtime/cpu/buffer.hpp" namespace "moecomm" nogil:
         @staticmethod
         uint64_t bytes(const Geometry&, const Shape&)
 
-    shared_ptr[Buffer] make_buffer "moecomm::make_owned<moecomm::Buffer>"(shared_ptr[Communicator], Shape, bool check) except +
+    shared_ptr[Buffer] make_buffer "moecomm::make_owned<moecomm::Buffer>"(
+        shared_ptr[Communicator], Shape, bool check) except +
+
+cdef extern from "protocol/decode_stage.hpp" namespace "moecomm" nogil:
+    cdef enum class DecodeStage(int32_t):
+        idle
+        sent
+        received
+        answered
+        done
 
 cdef extern from "runtime/cpu/decode.hpp" namespace "moecomm" nogil:
     cdef cppclass DecodeDispatchCall:
@@ -317,8 +363,10 @@ cdef extern from "runtime/cpu/decode.hpp" namespace "moecomm" nogil:
         Status combine(const DecodeCombineCall&)
         Status combine_receive(uint64_t epoch)
         Status refuse_combine(uint64_t epoch, Why)
+        uint64_t rest() except +
+        void mask(const vector[uint8_t]&, uint64_t latest, uint64_t calls) except +
         uint64_t epoch()
-        int stage(uint64_t epoch)
+        DecodeStage stage(uint64_t epoch)
         void trace(bool)
         vector[RoleSpan] take_timeline() except +
         void record(shared_ptr[Recording])
@@ -338,7 +386,8 @@ cdef extern from "runtime/cpu/decode.hpp" namespace "moecomm" nogil:
         @staticmethod
         uint64_t bytes(const Geometry&, const Shape&)
 
-    shared_ptr[Decode] make_decode "moecomm::make_owned<moecomm::Decode>"(shared_ptr[Communicator], Shape, bool check) except +
+    shared_ptr[Decode] make_decode "moecomm::make_owned<moecomm::Decode>"(
+        shared_ptr[Communicator], Shape, bool check) except +
 
 cdef extern from "runtime/cpu/decode_floor.hpp" namespace "moecomm" nogil:
     cdef cppclass DecodeFloor:
@@ -376,8 +425,10 @@ cdef extern from "fabric/cpu/ucx_library.hpp" namespace "moecomm":
 
 cdef extern from "runtime/cpu/tools.hpp" namespace "moecomm" nogil:
     void gather_rows(char* dst, const char* src, const int64_t* index, int64_t rows, uint64_t row_bytes, bool stream)
-    void sum_rows(char* dst, const char* src, const int64_t* index, const float* weights, int64_t tokens, int terms, int64_t hidden, DType dtype)
-    int64_t count_different(const char* got, const char* want, const int64_t* index, int64_t rows, int64_t row_elements, int64_t element_bytes)
+    void sum_rows(char* dst, const char* src, const int64_t* index, const float* weights, int64_t tokens, int terms,
+                  int64_t hidden, DType dtype)
+    int64_t count_different(const char* got, const char* want, const int64_t* index, int64_t rows,
+                            int64_t row_elements, int64_t element_bytes)
 
     cdef cppclass RateProbe:
         RateProbe(int64_t bytes) except +

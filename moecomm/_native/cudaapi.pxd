@@ -1,11 +1,12 @@
-# The CUDA runtime as Cython sees it: declarations only.
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+# Declarations of the C++ runtime of the cuda world for Cython.
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool
 from libcpp.memory cimport shared_ptr, unique_ptr
 from libcpp.string cimport string
 from libcpp.vector cimport vector
 
 from moecomm._native cimport capi
+from moecomm._native.domainrows cimport DomainShape, GroupCall, Rows
 
 cdef extern from "runtime/cuda/kernels/launch.hpp" namespace "moecomm::cuda" nogil:
     cdef cppclass Spread:
@@ -42,10 +43,19 @@ cdef extern from "runtime/cuda/window.hpp" namespace "moecomm::cuda" nogil:
         uint64_t offset()
         uint64_t bytes()
 
+cdef extern from "runtime/cuda/calls.hpp" namespace "moecomm::cuda" nogil:
+    cdef cppclass DeviceCalls:
+        DeviceCalls(int device) except +
+        void make_board(const capi.Geometry&, DeviceReach&) except +
+        string card() except +
+        void connect(const vector[string]&) except +
+        capi.Status fault() except +
+
 cdef extern from "runtime/cuda/nccl.hpp" namespace "moecomm::cuda" nogil:
     int nccl_headers_ "moecomm::cuda::nccl_headers"()
     string nccl_unique_id_ "moecomm::cuda::nccl_unique_id"(const string& library) except +
-    shared_ptr[DeviceReach] reach_nccl(const string& library, const capi.Geometry&, int device, const string& unique_id) except +
+    shared_ptr[DeviceReach] reach_nccl(const string& library, const capi.Geometry&, int device,
+                                       const string& unique_id) except +
 
 cdef extern from "runtime/plan.hpp" namespace "moecomm" nogil:
     cdef cppclass PlanView:
@@ -67,25 +77,26 @@ cdef extern from "runtime/cuda/buffer.hpp" namespace "moecomm::cuda" nogil:
         void* stream
 
     cdef cppclass DeviceBuffer:
-        DeviceBuffer(capi.Geometry, capi.Shape, bool check, int device, shared_ptr[DeviceReach], Spread, double timeout) except +
+        DeviceBuffer(capi.Geometry, capi.Shape, bool check, int device, shared_ptr[DeviceReach],
+                     shared_ptr[DeviceCalls], Spread, double timeout) except +
         string card() except +
         void connect(const vector[string]&) except +
         shared_ptr[DevicePlan] new_plan() except +
-        capi.Status dispatch(const DeviceDispatchCall&, const shared_ptr[DevicePlan]&, shared_ptr[DeviceBlock]&, shared_ptr[DeviceBlock]&) except +
-        capi.Status combine(const DeviceCombineCall&, const shared_ptr[DevicePlan]&, const shared_ptr[DeviceBlock]&) except +
+        capi.Status dispatch(const DeviceDispatchCall&, const shared_ptr[DevicePlan]&, shared_ptr[DeviceBlock]&,
+                             shared_ptr[DeviceBlock]&) except +
+        capi.Status combine(const DeviceCombineCall&, const shared_ptr[DevicePlan]&,
+                            const shared_ptr[DeviceBlock]&) except +
         uint64_t captured_bytes()
         void release_captured()
         capi.Status refuse_combine(capi.Why, DevicePlan&, void* stream) except +
-        capi.Status fault() except +
+        capi.Status late_fault() except +
+        capi.Status ended() except +
         capi.Counters take_counters() except +
         const capi.Counters* counters()
         const capi.Arena& arena()
         const DeviceWindow& window()
 
 cdef extern from "schedule/decode_slices.hpp" namespace "moecomm" nogil:
-    cdef enum class DecodeStage(int32_t):
-        idle
-
     cdef cppclass DecodeView:
         uint64_t packed_rows()
         int experts_per_rank()
@@ -102,7 +113,8 @@ cdef extern from "runtime/cuda/decode.hpp" namespace "moecomm::cuda" nogil:
         void* stream
 
     cdef cppclass DeviceDecode:
-        DeviceDecode(capi.Geometry, capi.Shape, bool check, int device, shared_ptr[DeviceReach], Spread, double timeout) except +
+        DeviceDecode(capi.Geometry, capi.Shape, bool check, int device, shared_ptr[DeviceReach],
+                     shared_ptr[DeviceCalls], Spread, double timeout) except +
         string card() except +
         void connect(const vector[string]&) except +
         capi.Status dispatch(const DeviceDecodeDispatch&) except +
@@ -110,9 +122,13 @@ cdef extern from "runtime/cuda/decode.hpp" namespace "moecomm::cuda" nogil:
         capi.Status combine(const DeviceDecodeCombine&) except +
         capi.Status combine_receive(uint64_t epoch, void* stream) except +
         capi.Status refuse_combine(uint64_t epoch, capi.Why, void* stream) except +
-        capi.Status fault() except +
+        capi.Status late_fault() except +
+        capi.Status ended() except +
+        uint64_t rest() except +
+        uint64_t calls() except +
+        void mask(const vector[uint8_t]&, uint64_t latest, uint64_t calls) except +
         uint64_t epoch()
-        DecodeStage stage(uint64_t epoch, void* stream) except +
+        capi.DecodeStage stage(uint64_t epoch, void* stream) except +
         char* x(int bank)
         char* scales(int bank)
         char* rows(int bank)
@@ -122,14 +138,37 @@ cdef extern from "runtime/cuda/decode.hpp" namespace "moecomm::cuda" nogil:
         capi.Counters take_counters() except +
         const capi.Counters* counters()
 
+cdef extern from "runtime/cuda/domain.hpp" namespace "moecomm::cuda" nogil:
+    cdef cppclass DeviceDomain:
+        DeviceDomain(capi.Geometry, DomainShape, int device, shared_ptr[DeviceReach], shared_ptr[DeviceCalls], Spread,
+                     double timeout) except +
+        string card() except +
+        void connect(const vector[string]&) except +
+        capi.Status write(int rank, const vector[Rows]&, int counter, void* stream) except +
+        capi.Status read(int rank, const vector[Rows]&, void* stream) except +
+        capi.Status signal(int rank, int counter, uint64_t add, void* stream) except +
+        capi.Status wait(int source, int counter, uint64_t at_least, void* stream) except +
+        capi.Status fence(void* stream) except +
+        capi.Status multicast(const vector[GroupCall]&, capi.Why, void* stream) except +
+        capi.Status reduce(const vector[GroupCall]&, capi.Why, void* stream) except +
+        uint64_t counter(int source, int counter) except +
+        bool from_window_only()
+        const shared_ptr[DeviceWindow]& window()
+        uint64_t heap()
+        capi.Counters take_counters(vector[uint64_t]&) except +
+
 cdef extern from "runtime/cuda/kernels/quant_launch.hpp" namespace "moecomm" nogil:
     cdef enum class TileShape(int32_t):
         row
 
 cdef extern from "runtime/cuda/kernels/quant_launch.hpp" namespace "moecomm::cuda" nogil:
-    int launch_quantize(char* codes, float* scales, const char* x, int64_t rows, int64_t columns, capi.DType, TileShape, capi.ScaleKind, void* stream)
-    int launch_dequantize(char* x, const char* codes, const float* scales, int64_t rows, int64_t columns, capi.DType, TileShape, void* stream)
-    int launch_transpose_requantize(char* dst, float* dst_scales, const char* src, const float* src_scales, int64_t rows, int64_t columns, capi.ScaleKind,
-                                    void* stream)
-    int launch_encode_rows(char* coded, const char* x, int64_t rows, int64_t hidden, capi.DType, capi.Wire, void* stream)
-    int launch_decode_rows(char* x, const char* coded, int64_t rows, int64_t hidden, capi.DType, capi.Wire, void* stream)
+    int launch_quantize(char* codes, float* scales, const char* x, int64_t rows, int64_t columns, capi.DType, TileShape,
+                        capi.ScaleKind, void* stream)
+    int launch_dequantize(char* x, const char* codes, const float* scales, int64_t rows, int64_t columns, capi.DType,
+                          TileShape, void* stream)
+    int launch_transpose_requantize(char* dst, float* dst_scales, const char* src, const float* src_scales,
+                                    int64_t rows, int64_t columns, capi.ScaleKind, void* stream)
+    int launch_encode_rows(char* coded, const char* x, int64_t rows, int64_t hidden, capi.DType, capi.Wire,
+                           void* stream)
+    int launch_decode_rows(char* x, const char* coded, int64_t rows, int64_t hidden, capi.DType, capi.Wire,
+                           void* stream)

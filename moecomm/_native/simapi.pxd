@@ -1,4 +1,4 @@
-# The simulated world as Cython sees it: declarations only.
+# Declarations of the C++ simulator for Cython.
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libcpp cimport bool
 from libcpp.string cimport string
@@ -44,7 +44,7 @@ cdef extern from "fabric/sim/net.hpp" namespace "moecomm" nogil:
         LinkCount rail_sent
         LinkCount node_moved
 
-    cdef enum class Did(int32_t):
+    cdef enum class LogKind(int32_t):
         role
         wait
         put
@@ -56,7 +56,7 @@ cdef extern from "fabric/sim/net.hpp" namespace "moecomm" nogil:
     cdef struct LogLine:
         uint64_t begin
         uint64_t end
-        Did did
+        LogKind kind
         Phase phase
         int32_t rank
         int32_t channel
@@ -80,11 +80,11 @@ cdef extern from "fabric/sim/net.hpp" namespace "moecomm" nogil:
         const vector[RoleState]& stuck_roles()
 
 cdef extern from "fabric/sim/mutant.hpp" namespace "moecomm" nogil:
-    cdef enum class Flaw(int32_t):
+    cdef enum class Mutant(int32_t):
         none
 
     cdef cppclass Mutation:
-        Flaw flaw
+        Mutant mutant
         Phase phase
         bool chosen
 
@@ -121,6 +121,7 @@ cdef extern from "runtime/sim/world.hpp" namespace "moecomm" nogil:
         decode_combine
         decode_sum
         choose
+        decode_mask
 
     cdef cppclass DecodeView:
         uint64_t x(int parity)
@@ -148,6 +149,7 @@ cdef extern from "runtime/sim/world.hpp" namespace "moecomm" nogil:
         uint32_t routing
         Why refused
         bool strays
+        bool absent
 
     cdef cppclass SimCall:
         SimVerb verb

@@ -1,13 +1,13 @@
-"""Migration: the weights of changed slots travel through a dispatch of their own, beside the running layers.
+"""Migration: moves the weights of changed slots while the layers keep running.
 
-Every rank knows all moves, so nothing is announced: a slot's bytes are cut into rows, a row's only pick is the
-rank that needs it, and rows of one source arrive in the order in which they were sent. Weights on a GPU move on a stream of their own.
+Every rank knows all moves, so ranks exchange no metadata. In the cpu world an expert is multicast to the ranks that
+need it (multicast.py). On a GPU its bytes are the rows of a dispatch (rows.py) on a separate stream.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,65 +16,77 @@ from .._cuda import cuda
 from ..checks import require
 from ..results import Pending
 from ..tensors import plain
-from ..buffer import Buffer
+from .multicast import MulticastMover
+from .rows import RowMover
 
 if TYPE_CHECKING:
     from ..communicator import Communicator
     from .placement import Placement
 
-_ROW_BYTES = 1 << 16
-_ROWS_PER_ROUND = 128  # of one source, so that a round's window stays small
-
 
 def migrate(placement: Placement, weights: Sequence[Any], comm: Communicator) -> Migrating:
-    """Move the weights of changed slots to where a placement wants them, in the background. Collective.
+    """Move the weights of changed slots to their ranks in a new placement, in the background. Collective.
 
     Parameters
     ----------
     placement : Placement
-        The new placement. Its .moves say what changes.
+        The new placement. Its .moves list the changes.
     weights : sequence over the layers of Tensor, list or dict of Tensors, each [slots of this rank, ...] on comm.device
-        Laid out by the previous placement, to which .moves refer. They are only read. A slot has equal size on all ranks.
+        Weights in the slots of the previous placement. They are only read. The bytes of a slot must be equal on all
+        ranks.
     comm : Communicator
-        Of the placement's ranks. The migration uses a duplicate, so layers may run meanwhile.
+        Has the ranks of the placement. The migration runs on a duplicate, so layers may use comm meanwhile.
 
     Returns
     -------
     Pending
-        .wait() returns the new weights in the same form. Tensors of layers that do not change on this rank are the
-        old ones. Call Buffer.use(placement) on every rank between the same batches to serve batches by them.
+        .wait() returns the new weights in the same form. Layers that do not change on this rank keep their tensors.
+        To use the new weights, call Buffer.use(placement) on all ranks between the same two batches.
 
     Raises
     ------
     InvalidArgument
-        comm or weights do not fit.
+        comm has another number of ranks, or weights do not match the placement.
     ConfigMismatch
-        Ranks disagree about the placement or the size of a slot.
+        Ranks disagree about the placement or the bytes of a slot.
 
     Source: DeepSeek-V3 technical report, section 3.4.1 (rearranging experts during serving).
     """
     return Migrating(Migration(placement, weights, comm))
 
 
-class Migrating(Pending):
-    """A migration under way. .version: of the placement that the new weights are for; .layers_done: layers that are complete."""
+class Migrating(Pending[list[Any]]):
+    """A migration under way.
 
-    def __init__(self, migration):
+    Attributes
+    ----------
+    version : int
+        Version of the new placement.
+    layers_done : int
+        Number of complete layers.
+    """
+
+    def __init__(self, migration: Migration) -> None:
         self.version, self._migration = migration.placement.version, migration
         super().__init__(migration.comm, migration.run, migration)
 
     @property
-    def layers_done(self):
-        """Layers whose new weights are here, of placement.num_layers."""
+    def traffic(self) -> dict[str, Any] | None:
+        """Rows and bytes moved by this rank per hop, as in Buffer.stats() or Domain.stats(); None until the end."""
+        return self._migration.traffic
+
+    @property
+    def layers_done(self) -> int:
+        """Number of layers whose new weights are complete on this rank."""
         return self._migration.layers_done
 
-    def wait(self):
-        """The new weights, laid out as the old ones, when every rank has all of its own.
+    def wait(self) -> list[Any]:
+        """Wait until all ranks have their new weights; return this rank's, in the form of the old ones.
 
         Raises
         ------
         PeerLost, PeerTimeout
-            A rank did not complete its part. The old weights are as they were, and stay in force.
+            A rank did not complete its part. The old weights are unchanged and remain in use.
         """
         try:
             return super().wait()
@@ -83,47 +95,37 @@ class Migrating(Pending):
 
 
 class Migration:
-    """One rank's part. Construction is collective and happens in the caller's thread; run() in the background."""
+    """One rank's part. Construction is collective, in the caller's thread; run() executes in the background."""
 
-    def __init__(self, placement, weights, comm):
+    def __init__(self, placement: Placement, weights: Sequence[Any], comm: Communicator) -> None:
         op = "migrate"
         require(hasattr(comm, "ranks_per_node"), op, "comm", type(comm).__qualname__, "a Communicator")
-        comm._require_open(op)
+        comm.order.require_open(op)
         self.placement, self.weights = placement, weights
         self.layers_done, self._closed = 0, False
+        self.traffic: dict[str, Any] | None = None
         per_rank, me = placement.slots_per_rank, comm.rank
-        same = comm._everywhere(
-            op, lambda: self._check(op, comm)
-        )  # what is wrong on one rank is raised on all
-        comm._require_equal(op, same)
-        self._slot_bytes = same[me]["slot_bytes"]
-        self._caller = torch.cuda.current_stream(comm.device) if comm._gpu is not None else None
+        # An argument that is wrong on one rank raises on all ranks.
+        same = comm.collective.everywhere(op, lambda: self._check(op, comm))
+        comm.collective.require_equal(op, same)
+        slot_bytes = same[me]["slot_bytes"]
+        self._caller = torch.cuda.current_stream(comm.device) if comm.gpu is not None else None
         self._begin = self._caller and self._caller.record_event()
-        # All moves of a layer, by source rank, in the order of the table: what leaves and arrives is read from it.
-        self._moves = [[] for _ in range(placement.num_layers)]
-        for layer, slot, _, source in placement.moves.tolist():
-            self._moves[layer].append(
-                (source // per_rank, slot // per_rank, source % per_rank, slot % per_rank)
-            )
-        self._row_bytes = min(_ROW_BYTES, max(16, -(-max(self._slot_bytes) // 16) * 16))
+        # Moves of each layer, by slot: (slot, expert that it gets, slot that has the expert).
+        self._moves: list[list[tuple[int, int, int]]] = [[] for _ in range(placement.num_layers)]
+        for layer, slot, expert, source in placement.moves.tolist():
+            self._moves[layer].append((slot, expert, source))
         self._rank = me
         self.comm = comm.duplicate()
+        mover: Any = MulticastMover if self._caller is None else RowMover
         try:
-            self._buffer = Buffer(
-                self.comm,
-                hidden=self._row_bytes // 4,
-                num_experts=comm.size,
-                top_k=1,
-                max_tokens=_ROWS_PER_ROUND,
-                dtype=torch.float32,
-                num_sms=2,
-            )
+            self._mover = mover(self.comm, slot_bytes, per_rank)
         except BaseException:
             self.comm.close()
             raise
 
-    def _check(self, op, comm):
-        """What must be equal on all ranks; refuses what does not fit."""
+    def _check(self, op: str, comm: Communicator) -> dict[str, Any]:
+        """Check the arguments; return the values that must be equal on all ranks."""
         placement, weights, per_rank = self.placement, self.weights, self.placement.slots_per_rank
         require(
             placement.num_ranks == comm.size,
@@ -176,32 +178,33 @@ class Migration:
         return {"version": placement.digest, "slot_bytes": slot_bytes}
 
     @staticmethod
-    def _tensors(entry):
-        """A layer's tensors in a fixed order."""
+    def _tensors(entry: Any) -> list[torch.Tensor]:
+        """The tensors of a layer, in a fixed order."""
         if isinstance(entry, torch.Tensor):
             return [entry]
         return list(entry.values()) if isinstance(entry, dict) else list(entry)
 
     @staticmethod
-    def _like(entry, tensors):
-        """The tensors in the form of the entry."""
+    def _like(entry: Any, tensors: list[torch.Tensor]) -> Any:
+        """The tensors as a tensor, dict or list like `entry`."""
         if isinstance(entry, torch.Tensor):
             return tensors[0]
         return dict(zip(entry, tensors)) if isinstance(entry, dict) else type(entry)(tensors)
 
-    def run(self):
-        """Move layer after layer; the new weights once every rank has its own."""
+    def run(self) -> list[Any]:
+        """Move one layer after the other; return the new weights when all ranks have theirs."""
         new = []
-        with self._aside():
+        with self._own_stream():
             for layer in range(self.placement.num_layers):
                 new.append(self._move_layer(layer))
                 self.layers_done = layer + 1
-            self._dispatch(self._no_rows(), [])  # done everywhere, or an error everywhere
+            self._mover.finish()
+        self.traffic = self._mover.stats()
         return new
 
     @contextlib.contextmanager
-    def _aside(self):
-        """On a GPU: a stream of its own, which begins where the caller's was and is through at the end."""
+    def _own_stream(self) -> Iterator[None]:
+        """On a GPU, run on a separate stream, after the caller's earlier work, and wait for it at the end."""
         if self._caller is None:
             yield
             return
@@ -209,71 +212,26 @@ class Migration:
             stream.wait_event(self._begin)
             yield
 
-    def _no_rows(self):
-        return torch.empty((0, self._row_bytes), dtype=torch.uint8, device=self.comm.device)
-
-    def _move_layer(self, layer):
-        moves, entry = self._moves[layer], self.weights[layer]
+    def _move_layer(self, layer: int) -> Any:
+        moves, entry, per_rank = self._moves[layer], self.weights[layer], self.placement.slots_per_rank
         old = self._tensors(entry)
-        arrivals = [m for m in moves if m[1] == self._rank]
         if not moves:
             return entry
-        tensors = [t.clone() for t in old] if arrivals else old  # the running layers read the old ones
-        for t in tensors if arrivals and self._caller else ():
-            t.record_stream(self._caller)  # which will read the new ones
-        rows_per_slot = -(-self._slot_bytes[layer] // self._row_bytes)
-        local = [m for m in arrivals if m[0] == self._rank]
-        remote = [m for m in moves if m[0] != m[1]]
-        for _, _, source, slot in local:
-            for t, o in zip(tensors, old):
-                t[slot] = o[source]
-        leaving = [m for m in remote if m[0] == self._rank]
-        most = max((sum(m[0] == r for m in remote) for r in range(self.comm.size)), default=0) * rows_per_slot
-        pieces = {m: [] for m in remote if m[1] == self._rank}
-        expected = {
-            r: [m for m in pieces if m[0] == r for _ in range(rows_per_slot)] for r in range(self.comm.size)
-        }
-        for first in range(0, most, _ROWS_PER_ROUND):
-            rows, to = self._cut(old, leaving, rows_per_slot, first)
-            for source, row in self._dispatch(rows, to):
-                pieces[expected[source].pop(0)].append(row)
-        for (_, _, _, slot), parts in pieces.items():
-            self._paste(torch.cat(parts), [t[slot] for t in tensors])
+        arrivals = [m for m in moves if m[0] // per_rank == self._rank]
+        tensors = [t.clone() for t in old] if arrivals else old  # layers still read the old tensors
+        if arrivals and self._caller is not None:
+            for t in tensors:
+                t.record_stream(self._caller)  # the caller's stream will read the new tensors
+        for slot, _, source in arrivals:
+            if source // per_rank == self._rank:
+                for t, o in zip(tensors, old):
+                    t[slot % per_rank] = o[source % per_rank]
+        self._mover.move(moves, old, tensors, layer)
         return self._like(entry, tensors)
 
-    def _cut(self, tensors, leaving, rows_per_slot, first):
-        """Rows [first, first + a round) of all that leaves, and their destinations."""
-        rows, to = [], []
-        for i in range(first, min(first + _ROWS_PER_ROUND, len(leaving) * rows_per_slot)):
-            _, dest, source, _ = leaving[i // rows_per_slot]
-            if not rows or i % rows_per_slot == 0:
-                flat = torch.cat([t[source].reshape(-1).view(torch.uint8) for t in tensors])
-                flat = torch.nn.functional.pad(flat, (0, rows_per_slot * self._row_bytes - len(flat))).view(
-                    rows_per_slot, -1
-                )
-            rows.append(flat[i % rows_per_slot])
-            to.append(dest)
-        return torch.stack(rows) if rows else self._no_rows(), to
-
-    def _dispatch(self, rows, to):
-        """One round: (source rank, row) of everything that arrives, by source and in its order."""
-        x = rows.view(torch.float32).view(-1, self._row_bytes // 4)
-        out = self._buffer.dispatch(
-            x, torch.tensor(to, dtype=torch.int64, device=x.device).view(-1, 1), layout="rank"
-        )
-        return list(zip(out.source_rank.tolist(), out.x.view(torch.uint8).clone()))
-
-    @staticmethod
-    def _paste(data, targets):
-        at = 0
-        for t in targets:
-            n = t.numel() * t.element_size()
-            t.copy_(data[at : at + n].view(t.dtype).view(t.shape))
-            at += n
-
-    def close(self):
-        """Release the window and the communicator, once nothing runs any more."""
+    def close(self) -> None:
+        """Release the mover's memory and the duplicate communicator. Call it when nothing runs any more."""
         if not self._closed:
             self._closed = True
-            self._buffer.close()
+            self._mover.close()
             self.comm.close()

@@ -1,4 +1,4 @@
-"""Placement: which expert every slot of every rank holds, and the static plan that finds a good one."""
+"""Placement: which expert each slot of each rank holds. rebalance computes a placement from the load."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import torch
 
 from .._native import balance as native
 from ..checks import MOST_EXPERTS, flag, integer, integers, reals, require
+from ..elastic.renewed import set_placement_type
+from ..errors import InvalidArgument
+from .budget import Paid, within_budget
 from .migration import Migrating, migrate
 from .replicas import ReplicaRouter
 
@@ -23,18 +26,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Which logical expert every slot holds, for all layers. Immutable; equal on every rank.
+    """Which logical expert each slot holds, in all layers. Immutable, and equal on all ranks.
 
-    physical_to_logical int64 [L, P]; logical_to_physical int64 [L, E, X], ascending slots, then -1; replica_count
-    int64 [L, E]; num_ranks, num_nodes; version, counted up from placement to placement; moves int64 [M, 4], what
-    changed against the previous placement: (layer, slot, logical expert that it gets, slot that had it before: in the
-    same node where there is one); partial: experts may be without any slot, their ranks
-    were lost.
+    Attributes
+    ----------
+    physical_to_logical : Tensor int64 [L, P]
+        The logical expert of each slot.
+    logical_to_physical : Tensor int64 [L, E, X]
+        The slots of each logical expert, ascending, then -1.
+    replica_count : Tensor int64 [L, E]
+        Number of slots of each logical expert.
+    num_experts, num_ranks, num_nodes : int
+    version : int
+        Each new placement has the version of the previous one plus 1.
+    moves : Tensor int64 [M, 4]
+        Changes against the previous placement: (layer, slot, logical expert that it gets, slot that had it before).
+        That slot is in the same node if possible.
+    partial : bool
+        Logical experts may have no slot, because their ranks were lost.
+    paid : Paid or None
+        Costs of the moves, if rebalance was given a budget.
 
     Raises
     ------
     InvalidArgument
-        A slot holds no expert of the model, an expert has no slot, a rank holds an expert twice, or an argument is of another type.
+        A slot holds an expert that does not exist, an expert has no slot, a rank holds an expert twice, or an
+        argument has the wrong type.
 
     Source: DeepSeek-V3 technical report, sections 3.4.1 and 3.4.2 (redundant experts).
     """
@@ -46,10 +63,11 @@ class Placement:
     version: int = 0
     previous: InitVar[Placement | None] = None
     partial: bool = False
+    paid: Paid | None = field(default=None, repr=False, compare=False)
     logical_to_physical: torch.Tensor = field(init=False, repr=False)
     replica_count: torch.Tensor = field(init=False, repr=False)
     moves: torch.Tensor = field(init=False, repr=False)
-    # Buffer takes the router from the placement that it is given, so that it need not import this package.
+    # Buffer takes the router class from its placement, so it need not import this package.
     router_type: ClassVar[type[ReplicaRouter]] = ReplicaRouter
 
     def __post_init__(self, previous: Placement | None) -> None:
@@ -135,33 +153,39 @@ class Placement:
 
     @property
     def num_layers(self) -> int:
-        """Layers L."""
+        """Number of layers, L."""
         return self.physical_to_logical.shape[0]
 
     @property
     def num_slots(self) -> int:
-        """Slots P over all ranks."""
+        """Number of slots over all ranks, P."""
         return self.physical_to_logical.shape[1]
 
     @property
     def slots_per_rank(self) -> int:
-        """Slots of one rank."""
+        """Number of slots of one rank."""
         return self.num_slots // self.num_ranks
 
     @property
     def digest(self) -> str:
-        """A few characters that are equal where version and table are."""
+        """Short string of the version and a checksum of the table, to compare placements across ranks."""
         return f"{self.version}-{zlib.crc32(self.physical_to_logical.numpy().tobytes()):08x}"
 
     def rank_load(self, load: ArrayLike) -> torch.Tensor:
-        """Load of every rank if each expert's load is split evenly over its replicas.
+        """Return the load of each rank if the load of each expert is split evenly over its replicas.
 
-        load : array [L, E]. Returns float64 [L, ranks].
+        Parameters
+        ----------
+        load : array [L, E]
+
+        Returns
+        -------
+        Tensor float64 [L, ranks]
 
         Raises
         ------
         InvalidArgument
-            load has another shape, or is no array of numbers.
+            load has another shape or is not an array of numbers.
         """
         load = torch.from_numpy(reals("rank_load", "load", load))
         require(
@@ -175,27 +199,41 @@ class Placement:
         return share.view(self.num_layers, self.num_ranks, -1).sum(-1)
 
     def balancedness(self, load: ArrayLike) -> float:
-        """Mean over layers of mean/max rank load, 1.0 at best; a layer without load counts as balanced."""
-        load = torch.from_numpy(_finite("balancedness", "load", load))
+        """Return mean rank load / max rank load, averaged over layers: 1.0 at best, and for a layer without load.
+
+        Parameters
+        ----------
+        load : array [L, E]
+        """
+        load = torch.from_numpy(finite_load("balancedness", "load", load))
         largest = load.max(1, keepdim=True).values if load.dim() == 2 and load.numel() else load
-        rank = self.rank_load(
-            load / torch.where(largest > 0, largest, 1.0)
-        )  # of loads up to 1: no sum overflows, no quotient vanishes
+        # Scaled to a maximum of 1, so that no sum overflows and no quotient underflows.
+        rank = self.rank_load(load / torch.where(largest > 0, largest, 1.0))
         highest = rank.max(1).values
         return float(
             torch.where(highest > 0, rank.mean(1) / torch.where(highest > 0, highest, 1.0), 1.0).mean()
         )
 
     def surviving(self, alive: Sequence[int], *, num_nodes: int = 1) -> Placement:
-        """This placement on the ranks that are left, numbered anew in ascending order; they keep their slots.
+        """Return this placement restricted to the surviving ranks, which are renumbered in ascending order.
 
-        alive : ranks of this placement. num_nodes : of the surviving world. Returns a Placement with `partial` set, whose
-        .replica_count is 0 for experts that no survivor holds.
+        Survivors keep their slots. The result is partial: its .replica_count is 0 for experts that no survivor holds.
+
+        Parameters
+        ----------
+        alive : sequence of int
+            Ranks of this placement that survive.
+        num_nodes : int
+            Number of nodes of the surviving ranks.
+
+        Returns
+        -------
+        Placement
 
         Raises
         ------
         InvalidArgument
-            alive is empty or names a rank that does not exist.
+            alive is empty or contains a rank that does not exist.
         """
         ranks = integers(
             "surviving", "alive", sorted(alive) if isinstance(alive, (set, frozenset, range)) else alive
@@ -206,7 +244,7 @@ class Placement:
             "surviving",
             "alive",
             alive,
-            f"a list of ranks in 0..{self.num_ranks - 1}",
+            f"a list with at least one rank, all in 0..{self.num_ranks - 1}",
         )
         table = self.physical_to_logical.view(self.num_layers, self.num_ranks, -1)[:, alive].reshape(
             self.num_layers, -1
@@ -214,7 +252,7 @@ class Placement:
         return Placement(table, self.num_experts, len(alive), num_nodes, self.version, partial=True)
 
     def migrate(self, weights: Sequence[Any], comm: Communicator) -> Migrating:
-        """The same as moecomm.balance.migrate(self, weights, comm). Collective.
+        """Call moecomm.balance.migrate(self, weights, comm). Collective.
 
         Raises
         ------
@@ -240,7 +278,7 @@ class Placement:
         changed = (before.physical_to_logical != self.physical_to_logical).nonzero()
         layer, slot = changed.T
         expert = self.physical_to_logical[layer, slot]
-        # Sources take turns, those in the slot's own node first.
+        # Prefer sources in the same node, and rotate over them.
         sources = before.logical_to_physical[layer, expert]
         per_node = self.num_slots // self.num_nodes
         far = (sources // per_node != (slot // per_node)[:, None]).long() + 2 * (sources < 0)
@@ -250,8 +288,11 @@ class Placement:
         return torch.stack([layer, slot, expert, sources.gather(1, chosen).flatten()], 1)
 
 
-def _finite(op: str, name: str, load: ArrayLike) -> np.ndarray:
-    """Loads as float64 on the host."""
+set_placement_type(Placement)
+
+
+def finite_load(op: str, name: str, load: ArrayLike) -> np.ndarray:
+    """Loads as a float64 array on the host. Refuses negative numbers, NaN and infinity."""
     found: np.ndarray = reals(op, name, load)
     wrong = ~(np.isfinite(found) & (found >= 0))
     require(not wrong.any(), op, name, float(found[wrong][0]) if wrong.any() else 0.0, "finite numbers >= 0")
@@ -268,26 +309,34 @@ def rebalance(
     previous: Placement | None = None,
     max_moves: int | None = None,
     connected: bool = False,
+    bytes_per_expert: int | Sequence[int] | None = None,
+    budget: int | None = None,
 ) -> Placement:
-    """A placement that balances the ranks under this load. Deterministic; releases the GIL.
+    """Compute a placement that balances this load over the ranks. Deterministic; releases the GIL.
 
     Parameters
     ----------
     load : array or Tensor [L, E]
-        Tokens (or any measure, >= 0) per layer and logical expert.
+        Tokens, or any measure >= 0, per layer and logical expert.
     num_replicas : int
-        Slots P per layer over all ranks, a multiple of num_ranks, num_experts <= P.
+        Number of slots P per layer over all ranks: a multiple of num_ranks, and at least the number of experts.
     num_groups : int
-        Consecutive experts form groups whose replicas stay in one node, as node-limited routing wants; 1: no such limit.
+        Consecutive experts form groups. All replicas of a group are in one node, as node-limited routing requires.
+        1: no such restriction.
     num_nodes, num_ranks : int
-        num_nodes divides num_ranks and, where num_groups > 1, num_groups.
+        num_nodes must divide num_ranks and, if num_groups > 1, num_groups.
     previous : Placement, optional
-        In force now. Ranks are relabelled so that most replicas stay; the result's .moves say what changes.
+        The current placement. Ranks are relabeled so that most replicas stay. .moves of the result lists the changes.
     max_moves : int, optional
-        Most slots that change on any rank in a layer; needs previous. A group stays on its node then.
+        Limit of the slots that change per rank and layer. Needs previous. Groups then stay in their nodes.
     connected : bool
-        Spread replicated experts so that they join all ranks (of a node, with groups): the split at run time
-        (replicas="optimal") can then move load from any rank to any other. From three slots per rank on.
+        Distribute the replicated experts so that they connect all ranks (with groups: all ranks of a node). Then the
+        split at run time (replicas="optimal") can move load from any rank to any other. Needs three slots per rank.
+    bytes_per_expert : int, or a sequence of L ints, optional
+        Bytes of the weights of one expert. Needs previous and budget.
+    budget : int, optional
+        Limit of the bytes that the migration moves over all links and layers. .paid of the result contains its costs
+        and the balance that it reaches.
 
     Returns
     -------
@@ -296,12 +345,12 @@ def rebalance(
     Raises
     ------
     InvalidArgument
-        A shape or number does not fit, or load is negative or not finite.
+        A shape or number does not fit, or load contains a negative number, NaN or infinity.
 
-    Source: DeepSeek-V3 technical report, section 3.4.1; rebalancing every few minutes from online statistics.
+    Source: DeepSeek-V3 technical report, section 3.4.1 (rebalancing from online statistics).
     """
     op = "rebalance"
-    load = _finite(op, "load", load)
+    load = finite_load(op, "load", load)
     require(load.ndim == 2 and load.size > 0, op, "load", list(load.shape), "[layers, experts]")
     experts = load.shape[1]
     require(experts <= MOST_EXPERTS, op, "load", list(load.shape), f"at most {MOST_EXPERTS} experts")
@@ -347,8 +396,8 @@ def rebalance(
         )
         if parts > 1:
             node_of = previous.logical_to_physical // (num_replicas // num_nodes)
-            home = node_of[:, :, :1].reshape(load.shape[0], num_groups, -1)
-            together = (home == home[..., :1]).all() and (
+            first_node = node_of[:, :, :1].reshape(load.shape[0], num_groups, -1)
+            together = (first_node == first_node[..., :1]).all() and (
                 (node_of == node_of[:, :, :1]) | (previous.logical_to_physical < 0)
             ).all()
             require(
@@ -356,49 +405,38 @@ def rebalance(
             )
         before = np.ascontiguousarray(previous.physical_to_logical.numpy(), dtype=np.int32)
     if max_moves is not None:
-        require(previous is not None, op, "max_moves", max_moves, "None without previous")
+        require(previous is not None, op, "max_moves", max_moves, "None, because previous is None")
         max_moves = integer(op, "max_moves", max_moves, 0)
-    out = np.empty((load.shape[0], num_replicas), dtype=np.int32)
-    native.rebalance(
-        load, out, num_groups, num_nodes, num_ranks, before, -1 if max_moves is None else max_moves, connected
-    )
-    return Placement(
-        torch.from_numpy(out),
-        experts,
-        num_ranks,
-        num_nodes,
-        0 if previous is None else previous.version + 1,
-        previous,
-    )
+    version = 0 if previous is None else previous.version + 1
+
+    def solve(limit: int | None) -> Placement:
+        out = np.empty((load.shape[0], num_replicas), dtype=np.int32)
+        native.rebalance(
+            load, out, num_groups, num_nodes, num_ranks, before, -1 if limit is None else limit, connected
+        )
+        return Placement(torch.from_numpy(out), experts, num_ranks, num_nodes, version, previous)
+
+    if budget is None and bytes_per_expert is None:
+        return solve(max_moves)
+    if previous is None:
+        raise InvalidArgument(
+            f"{op}: previous is None; expected a Placement, because a budget is given", op=op
+        )
+    budget = integer(op, "budget", budget, 0, (1 << 62) - 1)
+    sizes = sizes_of(op, bytes_per_expert, load.shape[0])
+    table, paid = within_budget(torch.from_numpy(load), previous, solve, sizes, budget, max_moves)
+    return Placement(table, experts, num_ranks, num_nodes, version, previous, paid=paid)
 
 
-def rebalance_experts(
-    weight: ArrayLike, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The static plan with the signature that serving engines already call.
-
-    Parameters
-    ----------
-    weight : Tensor [L, E]
-        Load statistics of the logical experts.
-    num_replicas, num_groups, num_nodes, num_gpus : int
-        Slots, groups, nodes, ranks; groups stay in a node where num_nodes divides num_groups, else anything goes.
-
-    Returns
-    -------
-    (physical_to_logical [L, P], logical_to_physical [L, E, X] with -1, replica_count [L, E]), all int64
-
-    Raises
-    ------
-    InvalidArgument
-        As rebalance.
-    """
-    num_groups, num_nodes = (
-        integer("rebalance", name, value, 1, MOST_EXPERTS)
-        for name, value in dict(num_groups=num_groups, num_nodes=num_nodes).items()
-    )
-    groups = num_groups if num_groups % num_nodes == 0 else 1
-    p = rebalance(
-        weight, num_replicas=num_replicas, num_groups=groups, num_nodes=num_nodes, num_ranks=num_gpus
-    )
-    return p.physical_to_logical, p.logical_to_physical, p.replica_count
+def sizes_of(op: str, bytes_per_expert: Any, layers: int) -> list[int]:
+    """Bytes of one expert in each layer."""
+    if isinstance(bytes_per_expert, (list, tuple)):
+        require(
+            len(bytes_per_expert) == layers,
+            op,
+            "bytes_per_expert",
+            bytes_per_expert,
+            f"one int per layer, {layers}",
+        )
+        return [integer(op, "bytes_per_expert", n, 0, 1 << 48) for n in bytes_per_expert]
+    return [integer(op, "bytes_per_expert", bytes_per_expert, 0, 1 << 48)] * layers

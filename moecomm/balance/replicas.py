@@ -1,6 +1,8 @@
-"""Replica choice: from a batch's logical picks to the slots that serve them, inside dispatch."""
+"""Replica routing: maps the logical picks of a batch to expert slots, inside dispatch."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import zlib
 
@@ -17,32 +19,41 @@ MODES = ("local", "even", "optimal")
 
 
 class ReplicaRouter:
-    """The replica choice of one Buffer. Construction is each rank's own; check comes first.
+    """Chooses the replicas for one Buffer. Call check first. Construction is not collective.
 
     Parameters
     ----------
     comm : Communicator
     placement : Placement
-        Of comm.size ranks.
+        For comm.size ranks.
     mode : "local", "even" or "optimal"
-        local: per token as few nodes as possible, then the least loaded rank, from this source's own picks.
-        even: this source's tokens of an expert evenly over its replicas. optimal: the split that makes the heaviest
-        rank lightest for this batch, from the picks of all sources, which travel in the dispatch's own exchange of counts;
-        the split itself every rank computes alike. All three keep a token in few nodes where they can choose.
+        local: sends each token to as few nodes as possible, then to the least loaded rank, based on this source's
+        picks alone. even: splits this source's tokens for an expert evenly over its replicas. optimal: minimizes the
+        load of the heaviest rank for this batch, based on the picks of all sources. dispatch exchanges them together
+        with its counts, and every rank computes the same split. All modes prefer few nodes per token among equal
+        choices.
     activate : int, optional
-        Slots of a rank that may run in one batch; the choice of them is from the picks of all ranks too.
+        Number of slots per rank that may run in one batch. They are chosen from the picks of all ranks.
     renormalize : bool
-        Scale the weights of a token that lost picks so that they sum to what they did.
+        Scale the remaining weights of a token that lost picks, so that their sum does not change.
     monitor : LoadMonitor, optional
-        Gets the counts of every batch.
+        Receives the counts of every batch.
 
     Raises
     ------
     InvalidArgument
-        `activate` slots per rank cannot run all experts.
+        `activate` slots per rank are too few to run all experts.
     """
 
-    def __init__(self, comm, placement, mode, activate=None, renormalize=False, monitor=None):
+    def __init__(
+        self,
+        comm: Any,
+        placement: Any,
+        mode: str,
+        activate: int | None = None,
+        renormalize: bool = False,
+        monitor: Any = None,
+    ) -> None:
         self.comm, self.mode, self.activate, self.renormalize, self.monitor = (
             comm,
             mode,
@@ -50,16 +61,17 @@ class ReplicaRouter:
             renormalize,
             monitor,
         )
-        self.decoding = [None, None]  # physical ids of the two decode epochs
-        self._take(placement)
+        self.decoding: list[Any] = [None, None]  # slot ids of the two decode epochs
+        self._adopt(placement)
 
     @staticmethod
-    def check(comm, placement, num_experts, mode, activate, monitor):
-        """Refuse arguments of a Buffer that do not go together.
+    def check(comm: Any, placement: Any, num_experts: Any, mode: Any, activate: Any, monitor: Any) -> None:
+        """Refuse arguments of a Buffer that contradict each other.
 
         Raises
         ------
         InvalidArgument
+            An argument does not fit the placement or the communicator.
         """
         op = "Buffer"
         require(
@@ -67,9 +79,11 @@ class ReplicaRouter:
             op,
             "num_experts",
             num_experts,
-            f"the placement's {placement.num_experts} logical experts",
+            f"{placement.num_experts}, the logical experts of the placement",
         )
-        require(placement.num_ranks == comm.size, op, "placement", placement, f"one of {comm.size} ranks")
+        require(
+            placement.num_ranks == comm.size, op, "placement", placement, f"a Placement for {comm.size} ranks"
+        )
         require(mode in MODES, op, "replicas", mode, "one of " + ", ".join(map(repr, MODES)))
         per_rank = placement.slots_per_rank
         require(
@@ -89,20 +103,21 @@ class ReplicaRouter:
         )
 
     @property
-    def logical_experts(self):
-        """Experts whose picks all ranks tell each other; 0 where each chooses by its own."""
+    def logical_experts(self) -> int:
+        """Number of logical experts whose counts all ranks exchange; 0 if each rank chooses from its own picks."""
         return self.placement.num_experts if self._choices[0].needs_all else 0
 
-    def use(self, placement):
-        """As Buffer.use.
+    def use(self, placement: Any) -> None:
+        """Switch to another placement, as Buffer.use.
 
         Raises
         ------
         InvalidArgument, ConfigMismatch
+            As Buffer.use.
         """
         old = self.placement
 
-        def check():
+        def check() -> dict[str, Any]:
             table = getattr(placement, "physical_to_logical", None)
             fits = isinstance(table, torch.Tensor) and table.shape == old.physical_to_logical.shape
             require(
@@ -110,20 +125,20 @@ class ReplicaRouter:
                 "use",
                 "placement",
                 placement,
-                f"a Placement like {old}",
+                f"a Placement of the same layers, slots and experts as {old}",
             )
             return {"placement": placement.digest}
 
-        self.comm._settle()  # everyone comes here, so every batch before this is over everywhere
-        self.comm._require_equal("use", self.comm._everywhere("use", check))
-        self._take(placement)
+        self.comm.order.settle()  # when all ranks are here, all ranks have completed every earlier batch
+        self.comm.collective.require_equal("use", self.comm.collective.everywhere("use", check))
+        self._adopt(placement)
 
-    def _take(self, placement):
+    def _adopt(self, placement: Any) -> None:
         tables = [np.ascontiguousarray(row) for row in placement.physical_to_logical.to(torch.int32).numpy()]
         shape = placement.num_experts, placement.num_ranks, self.comm.num_nodes
         if self.activate is not None:
             for layer, table in enumerate(tables):
-                stuck = native.Replicas(table, *shape).activate(
+                stuck: Any = native.Replicas(table, *shape).activate(
                     np.ones(placement.num_experts), self.activate, np.empty(len(table), dtype=np.uint8)
                 )
                 require(
@@ -131,7 +146,7 @@ class ReplicaRouter:
                     "Buffer",
                     "activate",
                     self.activate,
-                    f"room to run expert {stuck} of layer {layer} beside the others on its ranks",
+                    f"enough slots to also run expert {stuck} of layer {layer}",
                 )
         self.placement, self._choices = (
             placement,
@@ -142,12 +157,13 @@ class ReplicaRouter:
         ]
         self._lost = (placement.replica_count == 0).to(self.comm.device) if placement.partial else None
 
-    def require_layer(self, op, layer):
+    def require_layer(self, op: str, layer: Any) -> None:
         """Refuse a layer that the placement does not have.
 
         Raises
         ------
         InvalidArgument
+            layer is not an index of a layer.
         """
         require(
             isinstance(layer, int) and 0 <= layer < len(self._choices),
@@ -157,24 +173,24 @@ class ReplicaRouter:
             f"0..{len(self._choices) - 1}",
         )
 
-    def request(self, topk_ids, layer):
-        """The ReplicaRequest of one batch: logical ids [T, K] of a layer, for a native call that chooses their slots."""
+    def request(self, topk_ids: torch.Tensor, layer: int) -> ReplicaRequest:
+        """Make the ReplicaRequest for the logical ids [T, K] of a batch. A native call fills in their slots."""
         return ReplicaRequest(
             topk_ids, self._choices[layer], self._routing[layer], self.placement.num_experts
         )
 
-    def record(self, request, layer):
-        """Tell the monitor what a batch counted."""
+    def record(self, request: ReplicaRequest, layer: int) -> None:
+        """Pass the counts of a batch to the monitor."""
         if self.monitor is not None:
             self.monitor.record(layer, request.counted, everywhere=self.logical_experts > 0)
 
-    def choose_for_decode(self, buffer, topk_ids, layer):
-        """Physical ids of a decode batch. Decode exchanges no counts; where the choice needs them they take an exchange of their own.
+    def choose_for_decode(self, backend: Any, topk_ids: torch.Tensor, layer: int) -> torch.Tensor:
+        """Return the slot ids of a decode batch. If the choice needs the counts of all ranks, exchange them first.
 
         Raises
         ------
         InvalidArgument
-            As dispatch, or the placement is partial: decode has no place to report lost weight.
+            As dispatch. Also if the placement is partial, because decode cannot report lost weight.
         """
         op = "decode_dispatch"
         require(
@@ -182,36 +198,38 @@ class ReplicaRouter:
             op,
             "placement",
             self.placement,
-            "a complete one: lost weight is reported by dispatch only",
+            "a complete placement (only dispatch reports lost weight)",
         )
         self.require_layer(op, layer)
-        self.comm._settle()
-        return self.choose(buffer, op, topk_ids, layer)
+        self.comm.order.settle()
+        return self.choose(backend, op, topk_ids, layer)
 
-    def choose(self, buffer, op, topk_ids, layer):
-        """Physical ids of a batch, by an exchange of its own.
+    def choose(self, backend: Any, op: str, topk_ids: torch.Tensor, layer: int) -> torch.Tensor:
+        """Return the slot ids of a batch, with a separate exchange of counts if the choice needs one.
 
-        The host chooses: ids on a GPU come here first, behind what their stream has in flight.
+        The host makes the choice: ids on a GPU are copied to it first, after the earlier work of their stream.
 
         Raises
         ------
         InvalidArgument
-            As dispatch, or a CUDA graph is captured.
+            As dispatch. Also during the capture of a CUDA graph.
         """
-        if self.comm._gpu is not None:
+        if self.comm.gpu is not None:
             cuda.refuse_capture(op, self.comm, "placement", "the host chooses the replicas of every batch")
         request = self.request(topk_ids, layer)
-        if self.logical_experts:  # else each rank chooses by itself
-            made(buffer)
-        failure = buffer._choosing_native.choose(request.ids.data_ptr(), len(request.ids), request.native)
+        if self.logical_experts:  # else the choice is local
+            made(backend)
+        failure = backend.choosing.choose(request.ids.data_ptr(), len(request.ids), request.native)
         if failure is not None:
-            buffer._fail(op, failure)
-        chosen(buffer)
+            backend.fail(op, failure)
+        chosen(backend)
         self.record(request, layer)
         return request.slots.to(topk_ids.device)
 
-    def account(self, topk_ids, weights, layer):
-        """(weights, lost): what lost picks weighed per token, float32 [T]; the weights of the others, scaled up if asked."""
+    def account(
+        self, topk_ids: torch.Tensor, weights: torch.Tensor | None, layer: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(weights, lost): the weights, renormalized if requested, and the lost weight per token, float32 [T]."""
         if self._lost is None:
             return weights, torch.zeros(len(topk_ids), device=topk_ids.device, dtype=torch.float32)
         given = (
@@ -228,12 +246,12 @@ class ReplicaRouter:
 
 
 class ReplicaRequest:
-    """Logical ids in, slots out: a native call that is given .native fills .slots, int64 [T, K], and .counted, int32 [E].
+    """Logical ids in, slot ids out. A native call that gets .native fills .slots int64 [T, K] and .counted int32 [E].
 
-    .counted are the picks per logical expert: of all ranks where the choice needs them, else of this one.
+    .counted are the picks per logical expert, of all ranks if the choice needs them, else of this rank.
     """
 
-    def __init__(self, topk_ids, choice, routing, experts):
+    def __init__(self, topk_ids: torch.Tensor, choice: Any, routing: int, experts: int) -> None:
         self.ids = topk_ids.detach().to("cpu", torch.int64).contiguous()
         self.slots = torch.empty_like(self.ids)
         self.counted = np.empty(experts, dtype=np.int32)

@@ -1,1 +1,1 @@
-"""moecomm inside other libraries, one module for each; importing one needs that library."""
+"""Integrations of moecomm with other libraries, one module per library. Importing a module needs its library."""

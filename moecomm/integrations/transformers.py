@@ -1,6 +1,6 @@
 """Expert parallelism of Hugging Face transformers (>= 5.23) over moecomm.
 
-Importing this registers the implementation "moecomm":
+Importing this module registers the implementation "moecomm":
 
     import moecomm.integrations.transformers
     from transformers import AutoModelForCausalLM
@@ -9,7 +9,8 @@ Importing this registers the implementation "moecomm":
     model = AutoModelForCausalLM.from_pretrained(name, distributed_config=DistributedConfig(
         tp_size=8, ep_size=8, ep_implementation="moecomm"))
 
-Routers that balance by a bias need it in float32, also where the model is cast after loading (model.bfloat16()):
+A router that balances its experts by a bias needs the bias in float32. If the model is cast after loading, for
+example by model.bfloat16(), call this first:
 
     moecomm.gate.keep_float32(model, "e_score_correction_bias")
 """
@@ -25,23 +26,25 @@ from ..communicator import Communicator
 
 
 class _Exchange:
-    """What the layers of one expert group share: a Communicator, and a Buffer per shape."""
+    """Shared by the layers of one expert group: a Communicator, and one Buffer per shape."""
 
     def __init__(self, group):
         self._group, self._comm, self._buffers = group, None, {}
         self.layers = 0
 
     def buffer(self, options, **shape):
-        """The Buffer for these rows; made when first asked for, on all ranks of the group."""
+        """Return the Buffer for this shape. The first call for a shape makes it, on all ranks of the group."""
         if self._comm is None:
             self._comm = Communicator(
                 self._group, ranks_per_node=options["ranks_per_node"], timeout=options["timeout"]
             )
         key = tuple(sorted(shape.items(), key=lambda item: item[0]))
         if key not in self._buffers:
-            shape["max_tokens"] = options["max_tokens"]
-            # Training holds the rows of every layer, and those of a recomputed one.
-            arena = Buffer.arena_hint(self._comm, **shape, dispatches=self.layers + 2)
+            arena = None  # the arena grows with the calls
+            if options["max_tokens"] is not None:
+                shape["max_tokens"] = options["max_tokens"]
+                # Training keeps the rows of every layer alive, plus those of a recomputed one.
+                arena = Buffer.arena_hint(self._comm, **shape, dispatches=self.layers + 2)
             self._buffers[key] = Buffer(self._comm, **shape, arena_bytes=arena)
         return self._buffers[key]
 
@@ -56,14 +59,14 @@ _exchanges = {}
 
 
 class MoecommEP(EPImplementation):
-    """Tokens to the ranks of their experts and back by dispatch and combine, one row per token and rank.
+    """Sends tokens to their experts and back with dispatch and combine, one row per token and rank.
 
-    Differentiable in hidden states and routing weights. Ranks may hold different numbers of tokens, also
-    none; ranks that share a batch (tensor parallelism) take a slice of it each and gather the results.
+    Differentiable in hidden states and routing weights. Ranks may have different numbers of tokens, including none.
+    With tensor parallelism, the ranks that share a batch take one slice each and gather the results.
     """
 
     options = dict(  # noqa: RUF012 - a subclass replaces the whole table
-        max_tokens=4096, ranks_per_node=None, timeout=30.0
+        max_tokens=None, ranks_per_node=None, timeout=None
     )
 
     def __init__(self, experts, ep_mesh, tp_mesh):
@@ -73,7 +76,19 @@ class MoecommEP(EPImplementation):
         self._exchange.layers += 1
 
     def __call__(self, hidden_states, top_k_index, top_k_weights):
-        """[T, hidden], global ids [T, top_k], weights [T, top_k] -> the experts' weighted sum [T, hidden]."""
+        """Compute the weighted sum of the experts' outputs.
+
+        Parameters
+        ----------
+        hidden_states : Tensor [T, hidden]
+        top_k_index : Tensor [T, top_k]
+            Global expert ids.
+        top_k_weights : Tensor [T, top_k]
+
+        Returns
+        -------
+        Tensor [T, hidden]
+        """
         tokens = hidden_states.shape[0]
         x, ids, weights = (self._slice(t) for t in (hidden_states, top_k_index, top_k_weights))
         buffer = self._exchange.buffer(
@@ -85,12 +100,12 @@ class MoecommEP(EPImplementation):
         )
         out = buffer.dispatch(x.contiguous(), ids.contiguous(), weights.float().contiguous(), layout="rank")
         received, count = out.x, out.x.shape[0]
-        local = torch.where(
-            out.topk_ids < 0, self.num_local_experts, out.topk_ids
-        )  # how transformers says "skip"
+        # transformers marks a pick to skip with the id num_local_experts.
+        local = torch.where(out.topk_ids < 0, self.num_local_experts, out.topk_ids)
         row_weights = out.topk_weights.to(x.dtype)
         if count == 0:
-            # One row of zeros, of which nothing is kept: backward then finds the experts and both exchanges here too.
+            # Without rows, backward would skip the experts and both collective calls on this rank. Compute one row of
+            # zeros and drop it.
             received, local, row_weights = (
                 received.sum(0, keepdim=True),
                 local.new_zeros(1, 1),
@@ -117,15 +132,16 @@ class MoecommEP(EPImplementation):
         ).full_tensor()
 
 
-def register(name="moecomm", *, max_tokens=4096, ranks_per_node=None, timeout=30.0):
-    """Make the implementation known under a name; called once on import, again to change what it uses.
+def register(name="moecomm", *, max_tokens=None, ranks_per_node=None, timeout=None):
+    """Register the implementation under a name. The import registers "moecomm"; call again to change its options.
 
     Parameters
     ----------
     name : str
         For DistributedConfig(ep_implementation=name).
-    max_tokens : int
-        Most tokens that a rank brings to one layer call (its slice, where ranks share a batch).
+    max_tokens : int, optional
+        Maximum number of tokens of a rank in one call of a layer; with tensor parallelism, of its slice. Default:
+        memory grows with the calls.
     ranks_per_node, timeout
         As for Communicator.
     """
@@ -136,9 +152,9 @@ def register(name="moecomm", *, max_tokens=4096, ranks_per_node=None, timeout=30
 
 
 def close():
-    """Release all buffers and communicators that models have made; they cannot run afterwards.
+    """Release all buffers and communicators that models have made. The models cannot run afterwards.
 
-    Local, before the group ends.
+    Local. Call it before the process group is destroyed.
     """
     for exchange in _exchanges.values():
         exchange.close()

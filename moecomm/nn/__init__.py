@@ -1,5 +1,7 @@
-"""Layers over dispatch and combine: MoE, experts, gates, and two micro-batches that overlap."""
+"""Layers on top of dispatch and combine: MoE layer, experts, gates, and the overlap of two micro-batches."""
 
-from .layer import Experts, MoE, SwiGLU
+from .experts import Experts
+from .layer import MoE, SwiGLU
+from .parallel import clip_grad_norm_, exclude_experts
 
-__all__ = ["Experts", "MoE", "SwiGLU"]
+__all__ = ["Experts", "MoE", "SwiGLU", "clip_grad_norm_", "exclude_experts"]

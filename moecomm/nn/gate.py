@@ -1,4 +1,4 @@
-"""Gates: which experts a token goes to, and with what weights. Plain torch, differentiable through the weights."""
+"""Gates choose the experts of each token and their weights. Plain torch, differentiable through the weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from ..errors import InvalidArgument
 
 
 class Routing(NamedTuple):
-    """What a gate decides: topk_ids int64 [T, top_k], topk_weights float32 [T, top_k], affinities float32 [T, E]."""
+    """The result of a gate: topk_ids int64 [T, top_k], topk_weights float32 [T, top_k], affinities float32 [T, E].
+
+    If the tokens are float64, the affinities are float64 too.
+    """
 
     topk_ids: torch.Tensor
     topk_weights: torch.Tensor
@@ -30,42 +33,43 @@ def group_limited_top_k(
     bias: torch.Tensor | None = None,
     group_terms: int = 2,
 ) -> torch.Tensor:
-    """Ids of the top_k experts of each token, taken from its top_groups best groups of experts.
+    """Choose the top_k experts of each token from its top_groups best groups of experts.
 
     Parameters
     ----------
     affinities : Tensor [T, E]
     top_k, num_groups, top_groups : int
-        Experts form num_groups consecutive groups; where a group's experts lie on one node, a token goes
+        Experts form num_groups consecutive groups. If the experts of each group are on one node, a token goes
         to at most top_groups nodes.
     bias : Tensor [E], optional
-        Added for choosing only.
+        Added to the affinities for the choice only, not for the weights.
     group_terms : int
         A group's score is the sum of this many of its highest affinities (bias included): 2 in DeepSeek-V3, 1 in V2.
 
     Returns
     -------
     Tensor [T, top_k] int64
-        In descending order of biased affinity.
+        Expert ids, in descending order of biased affinity.
 
     Raises
     ------
     InvalidArgument
-        Groups do not divide the experts, or the chosen groups hold fewer than top_k experts.
+        num_groups does not divide the number of experts, or the chosen groups hold fewer than top_k experts.
 
-    Source: DeepSeek-V3 technical report, section 2.1.2, "auxiliary-loss-free load balancing" and "node-limited routing".
+    Source: DeepSeek-V3 technical report, section 2.1.2, "auxiliary-loss-free load balancing" and "node-limited
+    routing".
     """
     tokens, experts = affinities.shape
     if not 1 <= top_k <= experts:
-        raise InvalidArgument(f"top_k: got {top_k}; expected 1..{experts}", op="gate")
+        raise InvalidArgument(f"top_k is {top_k}; expected 1..{experts}, the number of experts", op="gate")
     if num_groups < 1 or experts % num_groups:
         raise InvalidArgument(
-            f"num_groups: got {num_groups}; expected a divisor of the {experts} experts", op="gate"
+            f"num_groups is {num_groups}; expected a divisor of the {experts} experts", op="gate"
         )
     per_group = experts // num_groups
     if not 1 <= top_groups <= num_groups or top_groups * per_group < top_k:
         raise InvalidArgument(
-            f"top_groups: got {top_groups}; expected 1..{num_groups}, holding at least top_k = {top_k} experts",
+            f"top_groups is {top_groups}; expected 1..{num_groups}, with at least top_k = {top_k} experts in them",
             op="gate",
         )
     scores = affinities if bias is None else affinities + bias
@@ -89,7 +93,7 @@ def sigmoid_gate(
     normalize: bool = True,
     scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """DeepSeek-V3's gate: sigmoid affinities, group-limited top-k, weights normalized over the chosen experts.
+    """Route as DeepSeek-V3 does: sigmoid affinities, group-limited top-k, weights normalized over the chosen experts.
 
     Parameters
     ----------
@@ -97,8 +101,9 @@ def sigmoid_gate(
     top_k, num_groups, top_groups, bias
         As for group_limited_top_k.
     normalize : bool
-        Weights of a token sum to scale.
+        Normalize the weights of each token, so that they sum to scale.
     scale : float
+        Factor of the weights.
 
     Returns
     -------
@@ -123,16 +128,20 @@ def softmax_gate(
     normalize: bool = True,
     scale: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax affinities over all experts and top-k: Mixtral and Qwen3 normalize over the chosen ones, DeepSeek-V2-Lite does not.
+    """Route by softmax affinities over all experts, and top-k.
+
+    Mixtral and Qwen3 normalize the weights over the chosen experts; DeepSeek-V2-Lite does not.
 
     Parameters
     ----------
     logits : Tensor [T, E]
     top_k, num_groups, top_groups
-        As for group_limited_top_k; a group's score is its highest affinity (DeepSeek-V2).
+        As for group_limited_top_k. The score of a group is its highest affinity, as in DeepSeek-V2.
     normalize : bool
-        Weights of a token sum to scale; that equals a softmax over the chosen logits alone.
+        Normalize the weights of each token, so that they sum to scale. This equals a softmax over the logits of the
+        chosen experts alone.
     scale : float
+        Factor of the weights.
 
     Returns
     -------
@@ -173,12 +182,17 @@ def _choose(
 
 
 def count_picks(topk_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """How often each expert is picked: int64 [num_experts]; -1 counts nowhere.
+    """Count the picks of each expert.
 
     Parameters
     ----------
     topk_ids : Tensor [..., top_k] int64
+        -1 is not counted.
     num_experts : int
+
+    Returns
+    -------
+    Tensor [num_experts] int64
     """
     ids = topk_ids.flatten() + 1
     return torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device).scatter_add_(
@@ -188,32 +202,32 @@ def count_picks(topk_ids: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 @torch.no_grad()
 def update_bias(bias: torch.Tensor, counts: torch.Tensor, speed: float) -> torch.Tensor:
-    """Lower the bias of overloaded experts by speed and raise that of underloaded ones, in place, after a training step.
+    """Lower the bias of overloaded experts and raise that of underloaded ones, in place, after a training step.
 
     Parameters
     ----------
     bias : Tensor [E] float32 or float64
     counts : Tensor [E]
-        Picks of each expert in the whole batch: of all ranks.
+        Picks of each expert in the whole batch, over all ranks.
     speed : float
-        Gamma: 0.001 for most of DeepSeek-V3's training.
+        The step, called gamma in the report. DeepSeek-V3 was mostly trained with 0.001.
 
     Returns
     -------
     Tensor [E]
-        bias.
+        The tensor `bias` itself.
 
     Raises
     ------
     InvalidArgument
-        bias has a dtype in which a step of this size is rounded away.
+        bias is neither float32 nor float64: narrower types round the steps away.
 
     Source: DeepSeek-V3 technical report, section 2.1.2, "auxiliary-loss-free load balancing".
     """
     if bias.dtype not in (torch.float32, torch.float64):
         raise InvalidArgument(
-            f"update_bias: bias is {bias.dtype}, which loses steps of {speed}; expected float32 or float64 "
-            "(keep_float32 keeps a module's bias so)",
+            f"update_bias: bias is {bias.dtype}, which rounds steps of {speed} away; expected float32 or float64 "
+            "(call keep_float32 on the module before it is cast)",
             op="update_bias",
         )
     counts = counts.to(torch.float64)
@@ -221,22 +235,22 @@ def update_bias(bias: torch.Tensor, counts: torch.Tensor, speed: float) -> torch
 
 
 def balance_loss(affinities: torch.Tensor, topk_ids: torch.Tensor, alpha: float) -> torch.Tensor:
-    """The complementary balance loss of each sequence, averaged over sequences.
+    """Compute DeepSeek-V3's sequence-wise balance loss, averaged over sequences.
 
     Parameters
     ----------
     affinities : Tensor [..., S, E]
-        Of S tokens of a sequence; differentiable.
+        Affinities of the S tokens of each sequence; differentiable.
     topk_ids : Tensor [..., S, top_k] int64
-        The picks; -1 counts nowhere.
+        The picks; -1 is not counted.
     alpha : float
-        0.0001 in DeepSeek-V3.
+        Factor of the loss; 0.0001 in DeepSeek-V3.
 
     Returns
     -------
     Tensor []
         alpha * sum over experts of (fraction of picks, times E) * (mean normalized affinity), in float32 or wider.
-        Without tokens it is 0, and its gradient exists.
+        Without tokens it is 0 and still differentiable.
 
     Source: DeepSeek-V3 technical report, equations 17 to 20.
     """
@@ -248,10 +262,10 @@ def balance_loss(affinities: torch.Tensor, topk_ids: torch.Tensor, alpha: float)
     )
     affinities = affinities.to(
         torch.promote_types(affinities.dtype, torch.float32)
-    )  # bfloat16 counts to 256 only
+    )  # bfloat16 cannot count beyond 256
     picked = torch.zeros(len(ids), experts + 1, dtype=affinities.dtype, device=ids.device)
     picked.scatter_add_(1, ids.flatten(1) + 1, torch.ones_like(ids, dtype=affinities.dtype).flatten(1))
-    # Sums over at least one token and one sequence: the mean of nothing would be NaN.
+    # The divisors are at least 1: the mean of zero tokens would be NaN.
     fraction = picked[:, 1:] * (experts / (top_k * max(length, 1)))
     share = (affinities / (affinities.sum(-1, keepdim=True) + 1e-20)).sum(1) / max(length, 1)
     return alpha * (fraction * share).sum() / max(sequences, 1)
@@ -260,14 +274,13 @@ def balance_loss(affinities: torch.Tensor, topk_ids: torch.Tensor, alpha: float)
 def _apply_keeping(
     names: Iterable[str], apply: Callable[..., Any], module: nn.Module, fn: Any, recurse: bool
 ) -> nn.Module:
-    """Module._apply, after which the named tensors are float32 again, with the bits that they had before."""
+    """Call Module._apply, then restore the named tensors to float32 with the bits from before the call."""
     before = {name: getattr(module, name).data for name in names}
     apply(module, fn, recurse)
     for name, value in before.items():
         now = getattr(module, name)
-        if (
-            now.dtype != torch.float32
-        ):  # a move and a cast are one function: what the cast rounded away comes from before it
+        # One call may move and cast, so the exact value is taken from before the call.
+        if now.dtype != torch.float32:
             now.data = (
                 torch.empty_like(now, dtype=torch.float32)
                 if value.is_meta
@@ -277,14 +290,14 @@ def _apply_keeping(
 
 
 def _widen(name: str, module: nn.Module, _: Any = None) -> None:
-    """Make a tensor of a module float32, where a load has assigned one of another dtype."""
+    """Convert a tensor of a module to float32, if a load has assigned one of another dtype."""
     value = getattr(module, name)
     if value.dtype != torch.float32:
         value.data = value.data.to(torch.float32)
 
 
 class _Keeping:
-    """Takes the place of a module's _apply. A class, so that the module can be copied and pickled."""
+    """Replaces a module's _apply. It is a class so that the module can be copied and pickled."""
 
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module, self.name = module, name
@@ -296,20 +309,20 @@ class _Keeping:
 def keep_float32(model: nn.Module, name: str) -> int:
     """Keep every buffer or parameter of this name in float32 through .to(dtype), .half(), .bfloat16() and loading.
 
-    Steps of update_bias are lost in a narrower type. Gate does this for its own bias; call it for routers of other libraries
-    (transformers: keep_float32(model, "e_score_correction_bias")), before the first cast.
+    A narrower type loses the small steps of update_bias. Gate protects its own bias. Call this function for routers
+    of other libraries, before the first cast; for transformers: keep_float32(model, "e_score_correction_bias").
 
     Parameters
     ----------
     model : torch.nn.Module
-        It and its submodules are searched.
+        This module and all its submodules are searched.
     name : str
-        Of the attribute; what is not float32 yet is converted now.
+        Name of the attribute. A tensor that is not float32 is converted now.
 
     Returns
     -------
     int
-        Modules that have it.
+        Number of modules that have such a tensor.
     """
     found = 0
     for module in model.modules():
@@ -323,7 +336,9 @@ def keep_float32(model: nn.Module, name: str) -> int:
 
 
 class Gate(nn.Module):
-    """A gate with parameters: weight [E, hidden], and a bias [E] for choosing only (score="sigmoid"), always float32.
+    """A gate with parameters: weight [E, hidden] and, for score="sigmoid", a bias [E] that is always float32.
+
+    The bias takes part in the choice of experts only, not in the weights.
 
     Parameters
     ----------
@@ -335,7 +350,7 @@ class Gate(nn.Module):
     Raises
     ------
     InvalidArgument
-        score is neither; the rest as group_limited_top_k, when called.
+        score is neither of the two. A call raises it as group_limited_top_k does.
 
     Source: DeepSeek-V3 technical report, section 2.1.2.
     """
@@ -356,7 +371,7 @@ class Gate(nn.Module):
     ) -> None:
         super().__init__()
         if score not in ("sigmoid", "softmax"):
-            raise InvalidArgument(f"score: got {score!r}; expected 'sigmoid' or 'softmax'", op="Gate")
+            raise InvalidArgument(f"score is {score!r}; expected 'sigmoid' or 'softmax'", op="Gate")
         self.num_experts, self.top_k, self.score = num_experts, top_k, score
         self.num_groups, self.top_groups, self.normalize, self.scale = (
             num_groups,
@@ -379,13 +394,14 @@ class Gate(nn.Module):
 
     def _load_from_state_dict(self, *how: Any) -> None:
         super()._load_from_state_dict(*how)
-        if self.bias is not None:  # load_state_dict(assign=True) takes the tensor as it is
+        if self.bias is not None:  # load_state_dict(assign=True) assigns the tensor without a cast
             _widen("bias", self)
 
     def forward(self, x: torch.Tensor) -> Routing:
-        """Routing of tokens x [T, hidden]; computed in float32, under autocast too."""
+        """Route tokens x [T, hidden]. Computes in float32, also under autocast, or in float64 if x is float64."""
+        wide = torch.float64 if x.dtype is torch.float64 else torch.float32
         with torch.autocast(x.device.type, enabled=False):
-            logits = nn.functional.linear(x.float(), self.weight.float())
+            logits = nn.functional.linear(x.to(wide), self.weight.to(wide))
         sigmoid = self.score == "sigmoid"
         affinities = logits.sigmoid() if sigmoid else logits.softmax(-1)
         ids, weights = _choose(
@@ -398,14 +414,14 @@ class Gate(nn.Module):
             self.scale,
             2 if sigmoid else 1,
         )
-        return Routing(ids, weights, affinities)
+        return Routing(ids, weights.float(), affinities)
 
     def update_bias(self, counts: torch.Tensor, speed: float) -> torch.Tensor:
-        """As the function of this name, on this gate's bias."""
+        """Call the function update_bias on this gate's bias."""
         return update_bias(self.bias, counts, speed)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
-        """What print(gate) says."""
+        """Text of print(gate)."""
         return (
             f"{self.weight.shape[1]}, num_experts={self.num_experts}, top_k={self.top_k}, score={self.score!r}, "
             f"groups={self.top_groups}/{self.num_groups}, normalize={self.normalize}, scale={self.scale}"

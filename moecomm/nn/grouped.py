@@ -1,17 +1,20 @@
-"""Matrix products of consecutive groups of rows with one matrix per group: what experts compute.
+"""Grouped matrix products, as experts need them: consecutive groups of rows, with one matrix per group.
 
-torch.nn.functional.grouped_mm where torch has it for these operands; else an operator that multiplies group
-by group. Both trace without looking at the group sizes.
+Uses torch.nn.functional.grouped_mm if torch supports these operands, else an operator that multiplies group by group.
+Tracing depends on the group sizes in neither case.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from ..tensors import plain
 
 
-def grouped_mm(x, w, ends):
+def grouped_mm(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """y[rows of group g] = x[rows of group g] @ w[g].
 
     Parameters
@@ -19,7 +22,8 @@ def grouped_mm(x, w, ends):
     x : Tensor [N, K]
     w : Tensor [G, K, M]
     ends : Tensor [G] int64
-        Where each group ends, ascending; rows after the last end must be zero and stay zero.
+        Row index after the last row of each group, ascending. Rows after the last group must be zero; their results
+        are zero.
 
     Returns
     -------
@@ -28,17 +32,19 @@ def grouped_mm(x, w, ends):
     x, w, ends = (
         plain("grouped_mm", name, t, traceable=True) for name, t in (("x", x), ("w", w), ("ends", ends))
     )
-    if _torch_has_it(x, w):
-        # To the last row, so that all rows are defined.
+    if _torch_supports(x, w):
+        # The last group reaches to the last row, so that grouped_mm defines all rows.
         offsets = torch.cat([ends[:-1], ends.new_full((1,), x.shape[0])]).to(
             device=x.device, dtype=torch.int32
         )
-        return torch.nn.functional.grouped_mm(x, w, offs=offsets)
-    return torch.ops.moecomm.grouped_mm(x, w, ends)
+        y: torch.Tensor = torch.nn.functional.grouped_mm(x, w, offs=offsets)
+    else:
+        y = torch.ops.moecomm.grouped_mm(x, w, ends)
+    return y
 
 
-def grouped_mm_into(out, x, w, ends):
-    """The same product written to `out` [N, M]; not differentiable. Rows after the last end are not written."""
+def grouped_mm_into(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Write the same product to `out` [N, M]. Not differentiable. Rows after the last group are not written."""
     first = 0
     for g, end in enumerate(ends.tolist()):
         torch.mm(x[first:end], w[g], out=out[first:end])
@@ -46,24 +52,25 @@ def grouped_mm_into(out, x, w, ends):
     return out
 
 
-def _torch_has_it(x, w):
+def _torch_supports(x: torch.Tensor, w: torch.Tensor) -> bool:
     if not hasattr(torch.nn.functional, "grouped_mm") or not all(
         n * x.element_size() % 16 == 0 for n in w.shape[1:]
     ):
         return False
-    kinds = (
+    # torch traces grouped_mm in bfloat16 only.
+    dtypes = (
         (torch.bfloat16,) if torch.compiler.is_compiling() else (torch.bfloat16, torch.float16, torch.float32)
-    )  # what torch can trace
-    return x.dtype in kinds
+    )
+    return x.dtype in dtypes
 
 
-def _mm(x, w, ends):
+def _mm(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     y = x.new_zeros(x.shape[0], w.shape[2])
     grouped_mm_into(y, x, w, ends)
     return y
 
 
-def _outer(x, y, ends):
+def _outer(x: torch.Tensor, y: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     w = x.new_zeros(len(ends), x.shape[1], y.shape[1])
     first = 0
     for g, end in enumerate(ends.tolist()):
@@ -72,7 +79,7 @@ def _outer(x, y, ends):
     return w
 
 
-def _mm_backward(ctx, y):
+def _mm_backward(ctx: Any, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
     x, w, ends = ctx.saved_tensors
     return (
         torch.ops.moecomm.grouped_mm(y, w.transpose(1, 2), ends),
@@ -81,7 +88,7 @@ def _mm_backward(ctx, y):
     )
 
 
-def _outer_backward(ctx, w):
+def _outer_backward(ctx: Any, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
     x, y, ends = ctx.saved_tensors
     return (
         torch.ops.moecomm.grouped_mm(y, w.transpose(1, 2), ends),
@@ -90,7 +97,9 @@ def _outer_backward(ctx, w):
     )
 
 
-def _define(name, run, fake, backward):
+def _define(
+    name: str, run: Callable[..., Any], fake: Callable[..., Any], backward: Callable[..., Any]
+) -> None:
     op = torch.library.custom_op(
         f"moecomm::{name}", run, mutates_args=(), schema="(Tensor x, Tensor w, Tensor ends) -> Tensor"
     )
@@ -99,7 +108,7 @@ def _define(name, run, fake, backward):
 
 
 _define("grouped_mm", _mm, lambda x, w, ends: x.new_empty(x.shape[0], w.shape[2]), _mm_backward)
-# The adjoint in w: the product of x's and y's rows of each group.
+# The gradient of w: x^T y over the rows of each group.
 _define(
     "grouped_outer",
     _outer,

@@ -1,25 +1,24 @@
-"""Layers: MoE, with its experts spread over the ranks of a Buffer."""
+"""MoE layer whose experts are distributed over the ranks of a Buffer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..errors import InvalidArgument
+from .experts import Experts
 from .gate import Gate
-from .grouped import grouped_mm, grouped_mm_into
 from ..tensors import plain
 
 if TYPE_CHECKING:
     from ..buffer import Buffer
-    from ..results import Pending
+    from ..results import Dispatched, Pending
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): the shared experts of a layer, as one.
+    """down(silu(gate(x)) * up(x)): all shared experts of a layer as one module.
 
     Parameters
     ----------
@@ -35,113 +34,40 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> [..., hidden]."""
-        return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Experts(nn.Module):
-    """SwiGLU experts first .. first + count - 1 of a layer, multiplied as groups.
-
-    In a state_dict each has its own keys with its global number (`12.gate_proj.weight`, `12.up_proj.weight`,
-    `12.down_proj.weight`), so the dicts of all ranks together are one checkpoint that any number of ranks can load:
-    a rank takes its own experts and leaves the others.
-
-    Parameters
-    ----------
-    hidden, intermediate, count, first : int
-    dtype : torch.dtype, optional
-    """
-
-    def __init__(
-        self, hidden: int, intermediate: int, count: int, first: int = 0, *, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.intermediate, self.count, self.first = intermediate, count, first
-        made: Any = dict(dtype=dtype or torch.get_default_dtype(), device=torch.get_default_device())
-        self.gate_up = nn.Parameter(torch.empty(count, 2 * intermediate, hidden, **made))
-        self.down = nn.Parameter(torch.empty(count, hidden, intermediate, **made))
-        nn.init.normal_(self.gate_up, std=hidden**-0.5)
-        nn.init.normal_(self.down, std=intermediate**-0.5)
-
-    def forward(
-        self, x: torch.Tensor, rows_per_expert: torch.Tensor, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Rows [N, hidden] in expert order -> [N, hidden].
-
-        Parameters
-        ----------
-        x : Tensor [N, hidden]
-            Rows after those of the last expert are zero.
-        rows_per_expert : Tensor [count] int64
-        out : Tensor [N, hidden], optional
-            Where the result goes; without gradients only.
-        """
-        ends = rows_per_expert.cumsum(0)
-        gate, up = grouped_mm(x, self.gate_up.transpose(1, 2), ends).chunk(2, -1)
-        inner, down = nn.functional.silu(gate) * up, self.down.transpose(1, 2)
-        return grouped_mm(inner, down, ends) if out is None else grouped_mm_into(out, inner, down, ends)
-
-    def _own(self, prefix: str) -> Iterator[tuple[str, torch.Tensor, tuple[Any, ...]]]:
-        for i in range(self.count):
-            name = f"{prefix}{self.first + i}."
-            yield f"{name}gate_proj.weight", self.gate_up, (i, slice(0, self.intermediate))
-            yield f"{name}up_proj.weight", self.gate_up, (i, slice(self.intermediate, None))
-            yield f"{name}down_proj.weight", self.down, (i,)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: Any) -> None:
-        for key, parameter, at in self._own(prefix):
-            destination[key] = (parameter if keep_vars else parameter.detach())[at]
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: Any,
-        missing_keys: Any,
-        unexpected_keys: Any,
-        error_msgs: Any,
-    ) -> None:
-        for key, parameter, at in self._own(prefix):
-            if key not in state_dict:
-                missing_keys.append(key)
-            elif state_dict[key].shape != parameter[at].shape:
-                error_msgs.append(
-                    f"size mismatch for {key}: {list(state_dict[key].shape)}, expected {list(parameter[at].shape)}"
-                )
-            else:
-                with torch.no_grad():
-                    parameter[at].copy_(state_dict[key])
-
-    def extra_repr(self) -> str:
-        """What print(experts) says."""
-        return f"{self.gate_up.shape[2]}, intermediate={self.intermediate}, experts {self.first}..{self.first + self.count - 1}"
+        y: torch.Tensor = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
 
 
 class MoE(nn.Module):
-    """A Mixture-of-Experts layer: gate, dispatch, this rank's experts, combine, plus the shared experts.
+    """A Mixture-of-Experts layer: gate, dispatch, this rank's experts, combine, plus shared experts.
 
     Parameters
     ----------
     hidden, intermediate : int
-        Elements of a token and inside an expert.
+        Elements of a token, and inside an expert.
     num_experts, top_k : int
-        Over all ranks, as for Buffer.
+        Experts over all ranks, and picks per token, as for Buffer.
     shared_experts : int
-        How many every token passes beside its picks; 0: none.
+        Number of experts that every token visits in addition to its picks.
     buffer : Buffer
-        For hidden, num_experts and top_k; its dtype is that of tokens and experts. Layers of one shape may share it.
+        Made for the same hidden, num_experts and top_k. Its dtype is that of tokens and experts. Layers of one shape
+        may share it.
     gate : Module, optional
-        Called with tokens [T, hidden], returns topk_ids, topk_weights and whatever else. None: moecomm.gate.Gate.
+        Called with tokens [T, hidden]; returns topk_ids and topk_weights, and possibly more. Default:
+        moecomm.gate.Gate.
     capacity : int, optional
-        Static number of rows that this rank's experts compute (Buffer.dispatch); needed by torch.compile(fullgraph=True)
-        and CUDA graphs.
+        Static number of rows that this rank's experts compute, as for Buffer.dispatch. torch.compile(fullgraph=True)
+        and CUDA graphs need it.
     expert_alignment : int
         As for Buffer.dispatch.
+    mesh : DeviceMesh, "communicator" or None
+        The experts' parameters are DTensors, Shard(0) over this mesh, whose ranks are the Communicator's.
+        "communicator": the mesh that the Communicator was made with, if it was. None: plain parameters.
 
     Raises
     ------
     InvalidArgument
-        The buffer is for another shape.
+        buffer is missing or was made for another shape; mesh has other ranks than its Communicator.
 
     Source: DeepSeek-V3 technical report, section 2.1.2.
     """
@@ -158,6 +84,7 @@ class MoE(nn.Module):
         gate: nn.Module | None = None,
         capacity: int | None = None,
         expert_alignment: int = 1,
+        mesh: Any = "communicator",
     ) -> None:
         super().__init__()
         for name, value in {"hidden": hidden, "num_experts": num_experts, "top_k": top_k}.items():
@@ -176,20 +103,26 @@ class MoE(nn.Module):
             buffer.experts_per_rank,
             buffer.comm.rank * buffer.experts_per_rank,
             dtype=buffer.dtype,
+            num_experts=num_experts,
+            mesh=_mesh_of(mesh, buffer),
         )
         self.shared_experts = (
             SwiGLU(hidden, shared_experts * intermediate, dtype=buffer.dtype) if shared_experts else None
         )
 
     def forward(self, x: torch.Tensor, with_routing: bool = False) -> Any:
-        """[..., hidden] -> [..., hidden]. Collective; ranks may hold different numbers of tokens, also none.
+        """Compute the layer. Collective. Ranks may have different numbers of tokens, including none.
 
         Parameters
         ----------
         x : Tensor [..., hidden] of the buffer's dtype
-            Under torch.autocast of any dtype: the layer computes in the buffer's.
+            Under torch.autocast it may have any dtype: the layer computes in the buffer's dtype.
         with_routing : bool
-            Also return what the gate returned (for a balance loss, counts or a bias update).
+            Also return the gate's result, for a balance loss, counts or a bias update.
+
+        Returns
+        -------
+        Tensor [..., hidden], or (Tensor [..., hidden], result of the gate)
         """
         x = plain("MoE", "x", x, traceable=True)
         if torch.is_autocast_enabled(x.device.type):
@@ -205,9 +138,10 @@ class MoE(nn.Module):
 
     def start_dispatch(
         self, tokens: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
-    ) -> Pending:
-        """A Pending of this layer's dispatch, on the progress thread."""
-        return self._dispatch(tokens, topk_ids, topk_weights, async_op=True)
+    ) -> Pending[Dispatched]:
+        """Start this layer's dispatch on the progress thread and return its Pending."""
+        pending: Pending[Dispatched] = self._dispatch(tokens, topk_ids, topk_weights, async_op=True)
+        return pending
 
     def _dispatch(
         self, tokens: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, **how: Any
@@ -225,11 +159,38 @@ class MoE(nn.Module):
         self, tokens: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
     ) -> torch.Tensor:
         out = self._dispatch(tokens, topk_ids, topk_weights)
-        # Without gradients the experts write where combine reads; else their output is staged once.
+        # Without gradients the experts write directly to the memory that combine reads. Else combine copies once.
         in_place = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
         rows = self.experts(out.x, out.rows_per_expert, out.handle.rows if in_place else None)
         return self.buffer.combine(rows, out.handle, topk_weights=out.topk_weights)
 
     def extra_repr(self) -> str:
-        """What print(layer) says."""
+        """Text of print(layer)."""
         return f"ranks={self.buffer.comm.size}, capacity={self.capacity}, expert_alignment={self.expert_alignment}"
+
+
+def _mesh_of(mesh: Any, buffer: Buffer) -> Any:
+    """The DeviceMesh of a layer's experts, or None."""
+    comm = buffer.comm
+    if isinstance(mesh, str) and mesh == "communicator":
+        mesh = comm.mesh
+    if mesh is None:
+        return None
+    if not hasattr(mesh, "get_local_rank") or mesh.ndim != 1:
+        dimensions = getattr(mesh, "ndim", None)
+        what = repr(mesh) if dimensions is None else f"a DeviceMesh of {dimensions} dimensions"
+        raise InvalidArgument(
+            f'MoE: mesh is {what}; expected a DeviceMesh of one dimension, "communicator" or None',
+            op="MoE",
+            rank=comm.rank,
+        )
+    got = mesh.size(), mesh.get_local_rank(), mesh.device_type
+    expected = comm.size, comm.rank, comm.device.type
+    for name, value, wanted in zip(("size", "rank here", "device"), got, expected, strict=True):
+        if value != wanted:
+            raise InvalidArgument(
+                f"MoE: the {name} of mesh is {value}; expected that of the Communicator, {wanted}",
+                op="MoE",
+                rank=comm.rank,
+            )
+    return mesh

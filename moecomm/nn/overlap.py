@@ -1,8 +1,8 @@
-"""Overlap: one micro-batch computes while the other communicates; and traces that show it.
+"""Overlap of two micro-batches: one computes while the other communicates. Trace records when each ran.
 
-A layer is a sequence of stages, callables from state to state. A stage that starts a communication returns at once with
-something to wait for (a Pending, or Started around a hook of the decode path); two_batches then lets the other batch
-compute until that one communicates too.
+A layer is a sequence of stages. A stage is a callable from a state to the next state. A stage that starts a
+communication returns immediately, with an object to wait for: a Pending, or a Started around a hook of the decode
+path. two_batches then runs the other batch until it has started a communication as well.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
 
 
 class Started:
-    """A communication that is under way, and what its end makes of the state.
+    """A communication that is under way, and the function that turns its result into the next state.
 
     Parameters
     ----------
     pending : Pending or callable
-        Waited for by .wait(), or by calling it (a hook of the decode path).
+        The communication. A callable, such as a hook of the decode path, is called to complete it.
     then : callable, optional
-        From what that returns to the next state; None: it is the next state.
+        Maps the result to the next state. None: the result is the next state.
     """
 
     def __init__(self, pending: Any, then: Callable[[Any], Any] | None = None) -> None:
         self._pending, self._then = pending, then
 
     def wait(self) -> Any:
-        """The next state, when the communication is complete."""
+        """Wait until the communication is complete; return the next state."""
         result = self._pending.wait() if hasattr(self._pending, "wait") else self._pending()
         return result if self._then is None else self._then(result)
 
     @property
     def span(self) -> tuple[float, float] | None:
-        """(begin, end) of the call where it ran, in seconds of time.perf_counter(); None for a hook."""
+        """(begin, end) of the call on the progress thread, in seconds of time.perf_counter(); None for a hook."""
         return getattr(self._pending, "span", None)
 
 
@@ -57,24 +57,25 @@ def two_batches(
     *,
     trace: Trace | None = None,
 ) -> tuple[Any, Any]:
-    """Run two micro-batches through the same stages, each computing while the other communicates.
+    """Run two micro-batches through the same stages, so that one computes while the other communicates.
 
-    Whoever has started a communication gives way; the other goes on until it has started one too. The order in which
-    communications start depends on the stages alone, so it is the same on all ranks. Differentiable where the stages are.
+    A batch runs until it has started a communication; then the other batch runs. The order in which communications
+    start depends only on the stages, so it is the same on all ranks. Differentiable if all stages are.
 
     Parameters
     ----------
     layer_stages : sequence of callables, or of (name, callable)
-        Called as stage(state) -> state, or -> something with wait() -> state. Those of several layers, one after the other.
+        stage(state) returns the next state, or an object whose wait() returns it. For several layers, give the stages
+        of one layer after those of another.
     batch_a, batch_b : object
-        The first states.
+        The initial states.
     trace : Trace, optional
-        Takes every stage's span.
+        Records the span of every stage.
 
     Returns
     -------
     (object, object)
-        The last states.
+        The final states.
 
     Raises
     ------
@@ -103,7 +104,7 @@ def two_batches(
 
 
 class _Lane:
-    """One micro-batch on its way through the stages."""
+    """One micro-batch and its position in the stages."""
 
     def __init__(self, name: str, state: Any, stages: Any, trace: Trace | None) -> None:
         self.state, self._name, self._stages, self._trace = state, name, stages, trace
@@ -115,7 +116,7 @@ class _Lane:
         return self._started is None and self._next == len(self._stages)
 
     def advance(self) -> None:
-        """Wait for what is under way, then compute until something is under way again."""
+        """Wait for the communication under way, then run stages until one starts another communication."""
         if self._started is not None:
             name, started = self._started
             with _range(self._trace, "wait", f"{self._name}: {name}"):
@@ -137,18 +138,18 @@ class _Lane:
 def moe_stages(
     moe: MoE, attention: Callable[[Any], Any] | None = None
 ) -> list[tuple[str, Callable[[Any], Any]]]:
-    """The stages of one layer around a moecomm.nn.MoE: attention, dispatch, experts, combine, each with its residual.
+    """Stages of one transformer layer with a moecomm.nn.MoE: attention, dispatch, experts, combine, with residuals.
 
     Parameters
     ----------
     moe : moecomm.nn.MoE
     attention : callable, optional
-        From x [T, hidden] to what is added to it.
+        Maps x [T, hidden] to the update that is added to x.
 
     Returns
     -------
     list of (str, callable)
-        From x [T, hidden] to x [T, hidden]. The shared experts run while the rows travel back.
+        Together they map x [T, hidden] to x [T, hidden]. The shared experts run while combine sends the rows back.
     """
     buffer = moe.buffer
 
@@ -174,9 +175,9 @@ def moe_stages(
 
 
 class Trace:
-    """What ran when on this rank: stages, calls on the progress thread, and the roles inside all calls of some buffers.
+    """Time spans of this rank: stages, calls on the progress thread, and the roles inside the calls of given buffers.
 
-    A context manager. Stages are torch.profiler.record_function ranges too, so that they appear in its traces.
+    A context manager. Stages are torch.profiler.record_function ranges as well, so they appear in profiler traces.
 
     Parameters
     ----------
@@ -186,7 +187,7 @@ class Trace:
     Raises
     ------
     InvalidArgument
-        A buffer has a recording of its own (Buffer(..., record=PATH)), which holds its roles.
+        A buffer already records its roles to a file: it was made with record=PATH.
     """
 
     def __init__(self, *buffers: Buffer) -> None:
@@ -195,36 +196,36 @@ class Trace:
 
     def __enter__(self) -> Trace:
         for buffer in self._buffers:
-            if buffer._recorder is not None:
+            if buffer.backend.recorder is not None:
                 raise InvalidArgument(
-                    "Trace: a buffer records its calls and their roles already; expected one without record=",
+                    "Trace: a buffer records its roles to a file already; expected a Buffer made without record=",
                     op="Trace",
                 )
-            _trace(buffer, True)
+            buffer.backend.memory.trace(True)
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._collect()
         for buffer in self._buffers:
-            _trace(buffer, False)
+            buffer.backend.memory.trace(False)
 
     def _collect(self) -> None:
         for buffer in self._buffers:
-            for native in _natives(buffer):
+            for native in buffer.backend.memory.natives():
                 for role, begin, end in native.take_timeline():
                     self.add("roles", role, begin, end)
 
     def add(self, track: str, name: str, begin: float, end: float) -> None:
-        """Take a span: begin and end in seconds of time.perf_counter()."""
+        """Add a span; begin and end are in seconds of time.perf_counter()."""
         self._events.append((track, name, begin, end))
 
     def add_call(self, name: str, span: tuple[float, float] | None) -> None:
-        """Take the span of a call on the progress thread, where it has one."""
+        """Add the span of a call on the progress thread. A call without a span is ignored."""
         if span is not None:
             self.add("progress thread", name, *span)
 
     def spans(self, track: str | None = None) -> list[tuple[str, str, float, float]]:
-        """[(track, name, begin, end)] of one track or all, by begin."""
+        """[(track, name, begin, end)] of one track, or of all, sorted by begin."""
         self._collect()
         return sorted((e for e in self._events if track in (None, e[0])), key=lambda e: e[2])
 
@@ -235,10 +236,13 @@ class Trace:
         ----------
         path : str or Path
         comm : Communicator, optional
-            Collective then: rank 0 writes the spans of all ranks. They share a time axis where they share a host.
+            Makes the call collective: rank 0 writes the spans of all ranks. Only the clocks of ranks on one host
+            agree.
         """
         everyone = (
-            {0: self.spans()} if comm is None else dict(enumerate(comm._exchange(self.spans(), "save")))
+            {0: self.spans()}
+            if comm is None
+            else dict(enumerate(comm.collective.exchange(self.spans(), "save")))
         )
         if comm is not None and comm.rank:
             return
@@ -265,16 +269,6 @@ class Trace:
                 )
         with open(path, "w") as file:
             json.dump({"traceEvents": events, "displayTimeUnit": "ms"}, file)
-
-
-def _natives(buffer: Buffer) -> list[Any]:
-    return [buffer._native] if buffer._decode is None else [buffer._native, buffer._decode.native]
-
-
-def _trace(buffer: Buffer, on: bool) -> None:
-    buffer._tracing = on  # a decode path that is made later asks
-    for native in _natives(buffer):
-        native.trace(on)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A cluster on a laptop: ranks of the sim world with virtual time, and what is built on it (exploration, planner)."""
+"""Simulation of a cluster in one process: ranks of the sim world on a virtual clock, exploration and planner."""
 
 from .program import MODES, Choosing, Program
 from .world import (

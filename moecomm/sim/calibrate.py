@@ -1,8 +1,8 @@
-"""`python -m moecomm calibrate`: measures this machine for the sim world, and checks its predictions.
+"""`python -m moecomm calibrate`: fits the sim world to this machine and checks its predictions.
 
-Rank threads of the cpu world, one per core, run dispatch, combine and decode at some sizes; the constants of
-sim.Hardware that matter to them are fitted; then other sizes are predicted and measured. The constants go to
-a table that `moecomm.clusters.load` reads.
+Rank threads of the cpu world, one per core, run dispatch, combine and decode at some sizes. The constants of
+sim.Hardware that affect these times are fitted. Then other sizes are predicted and measured. The constants are
+written to a table that `moecomm.clusters.load` reads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FIT_TOKENS, TEST_TOKENS = (128, 1024), (192, 384, 768)
 
 
 def routing(ranks, tokens):
-    """Uniform picks by rank."""
+    """Random uniform picks, int64 [tokens, TOP_K], for each rank."""
     g = torch.Generator().manual_seed(tokens)
     return [
         torch.rand((tokens, EXPERTS_PER_RANK * ranks), generator=g, dtype=torch.float32, device="cpu")
@@ -36,7 +36,7 @@ def routing(ranks, tokens):
 
 
 def measure(ranks, sizes, repeats):
-    """{tokens: us of OPS}: medians over repeats (sizes interleaved) of the mean over ranks."""
+    """{tokens: us of each of OPS}: mean over ranks, then median over repeats. The sizes are interleaved."""
 
     def run(comm):
         world = {
@@ -82,7 +82,7 @@ def measure(ranks, sizes, repeats):
 
 
 def predict(ranks, tokens, hardware):
-    """us of OPS."""
+    """Predicted time of each of OPS, in us."""
     c = Cluster(
         ranks,
         hidden=HIDDEN,
@@ -102,7 +102,7 @@ def predict(ranks, tokens, hardware):
     return np.array([dispatch, combine, step.dispatch_us.mean(), step.combine_us.mean()])
 
 
-# Memory is the link between ranks of one machine: as fast as a core copies.
+# The link between ranks of one machine is memory. Its rate is set high: the copying core limits it.
 START = Hardware(
     node_rate=1000.0,
     node_latency=200.0,
@@ -119,7 +119,7 @@ FITTED = ("launch", "plan_token", "sm_read", "sm_write")
 
 
 def fit(ranks, measured):
-    """Hardware with FITTED constants that make the errors of `measured` least."""
+    """Fit the constants FITTED to the measured times by least squares; return the Hardware."""
     from scipy.optimize import least_squares
 
     def hardware(log):
@@ -135,7 +135,7 @@ def fit(ranks, measured):
 
 
 def arguments(parser):
-    """Arguments of the command."""
+    """Add the options of the command."""
     parser.add_argument(
         "--ranks",
         type=options.ranks,
@@ -147,12 +147,13 @@ def arguments(parser):
 
 
 def main(args):
-    """Measure, fit, predict, compare."""
+    """Measure, fit, predict and compare."""
     require(args.ranks <= local.MOST_RANKS, "calibrate", "--ranks", args.ranks, f"at most {local.MOST_RANKS}")
     measured = measure(args.ranks, sorted({*FIT_TOKENS, *TEST_TOKENS}), args.repeats)
     hardware = fit(args.ranks, {t: measured[t] for t in FIT_TOKENS})
     print(
-        f"{args.ranks} rank threads, hidden {HIDDEN}, {EXPERTS_PER_RANK} experts per rank, top {TOP_K}, bf16; fitted at {FIT_TOKENS} tokens: "
+        f"{args.ranks} rank threads, hidden {HIDDEN}, {EXPERTS_PER_RANK} experts per rank, top {TOP_K}, bf16; "
+        f"fitted at {FIT_TOKENS} tokens: "
         + ", ".join(f"{name} {getattr(hardware, name):.4g}" for name in FITTED)
     )
     print(f"{'tokens':>8} {'':16} {'measured us':>12} {'predicted us':>12} {'error %':>8}")
@@ -166,6 +167,7 @@ def main(args):
     if args.out:
         with open(args.out, "w") as file:
             file.write(
-                f'description = "this machine, {args.ranks} rank threads; python -m moecomm calibrate"\nranks_per_node = {args.ranks}\n\n[hardware]\n'
+                f'description = "this machine, {args.ranks} rank threads; python -m moecomm calibrate"\n'
+                f"ranks_per_node = {args.ranks}\n\n[hardware]\n"
             )
             file.writelines(f"{name} = {value}\n" for name, value in asdict(hardware).items())

@@ -1,4 +1,4 @@
-"""Clusters: tables of hardware that the sim world and the planner take by name, in moecomm/tables/clusters/*.toml."""
+"""Hardware tables of clusters, by name, for the sim world and the planner. Files: moecomm/tables/clusters/*.toml."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parents[1] / "tables" / "clusters"
 
 @dataclass(frozen=True)
 class Cluster:
-    """A kind of cluster: its name, what it is in words, ranks that share memory, and rates and delays (sim.Hardware)."""
+    """A type of cluster: name, description, ranks per node, and the rates and delays of its links (sim.Hardware)."""
 
     name: str
     description: str
@@ -31,37 +31,35 @@ class Cluster:
 
 
 def names():
-    """Names that load() knows."""
+    """Names of the tables that load() finds."""
     return sorted(file.stem for file in FOLDER.glob("*.toml"))
 
 
 def load(name):
-    """A Cluster by name, or from a .toml file of the same form.
+    """Load a Cluster by name, or from a .toml file of the same format.
 
     Raises
     ------
     InvalidArgument
-        There is no such table, or it holds something else than a cluster.
+        The table does not exist or does not describe a cluster.
     """
     path = Path(_path("cluster", "name", name))
     path = path if path.name.endswith(".toml") else FOLDER / f"{name}.toml"
     if path.parent == FOLDER and path.stem not in names():
         raise InvalidArgument(
-            f"cluster: got {spelled(name)}; expected one of {', '.join(names())}, or a .toml file",
+            f"cluster is {spelled(name)}; expected one of {', '.join(names())}, or a .toml file",
             op="clusters",
         )
     text = read_text("cluster", path)
     try:
         table = tomllib.loads(text)
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a TOMLDecodeError is a ValueError; so is a number that Python does not read
+    # ValueError covers TOMLDecodeError and numbers that are too long for Python.
+    except (ValueError, RecursionError) as error:
         refuse(
             "cluster",
             path,
             "file",
-            f"is no TOML ({type(error).__name__}: {error})",
+            f"is not TOML ({type(error).__name__}: {error})",
             "a table as in moecomm/tables/clusters",
         )
     hardware = table.get("hardware", {})
@@ -81,8 +79,8 @@ def load(name):
     if not isinstance(per_node, int) or isinstance(per_node, bool) or not 1 <= per_node <= 65535:
         refuse("cluster", path, "ranks_per_node", f"is {spelled(per_node)}", "an int in 1..65535")
     if not isinstance(description, str):
-        refuse("cluster", path, "description", f"is {spelled(description)}", "a text")
+        refuse("cluster", path, "description", f"is {spelled(description)}", "a string")
     try:
         return Cluster(path.stem, description, per_node, Hardware(**hardware))
     except InvalidArgument as error:
-        refuse("cluster", path, "hardware", f"is wrong ({error})", "numbers that the simulation can use")
+        refuse("cluster", path, "hardware", f"is invalid ({error})", "values that sim.Hardware accepts")

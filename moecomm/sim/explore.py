@@ -1,9 +1,9 @@
-"""`python -m moecomm explore`: random schedules of small worlds, hunting deadlocks and reordering bugs.
+"""`python -m moecomm explore`: runs random schedules of small worlds to find deadlocks and ordering bugs.
 
-A program (a few calls with random routing on a small world) runs once calmly; its results are compared with
-the oracle. Then it runs under chaos: delays and pauses are drawn, puts land late and out of order, stores
-become visible as late as the Fabric contract allows. Whatever hangs, fails or delivers other bits is cut
-down and printed: the seeds, the fewest perturbations, who waits for whom, and the trace.
+A program is a few calls with random routing on a small world. It runs once on the undisturbed schedule, and its
+results are compared with the oracle. Then it runs on random schedules: delays and pauses are random, puts land late
+and out of order, and stores become visible as late as the Fabric contract allows. A run that hangs, fails or returns
+other bits is a finding. It is reduced and printed: seeds, smallest number of perturbations, waiting ranks and trace.
 """
 
 from __future__ import annotations
@@ -12,276 +12,17 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
-import random
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
 from .. import options
-
 from ..testing import reference
-from ..balance import Placement
+from . import _programs as programs
+from ._worlds import build, random_world
 from .mutations import MUTATIONS
-from . import MODES, SCHEDULES, Choosing, Cluster, describe_waiting
-
-
-@dataclass(frozen=True)
-class World:
-    """A small world and the calls that it makes. `rounds` are drawn from `seed`, whatever the other fields are."""
-
-    seed: int
-    nodes: int
-    ranks_per_node: int
-    channels: int
-    experts_per_rank: int
-    top_k: int
-    tokens: int  # most of a rank
-    rounds: int
-    decode: bool = False
-    schedule: str = "roles"
-    hidden: int = 16
-    choice: bool = False  # of replicas, by everyone's picks
-
-    @property
-    def size(self):
-        """Ranks."""
-        return self.nodes * self.ranks_per_node
-
-    @property
-    def kind(self):
-        """What its programs are about."""
-        return "decode" if self.decode else "choice" if self.choice else "dispatch"
-
-    def __str__(self):
-        return (
-            f"{self.kind} on {self.schedule} in {self.nodes} node(s) x {self.ranks_per_node} rank(s), {self.channels} channel(s), {self.experts_per_rank} expert(s) per rank, "
-            f"top {self.top_k}, up to {self.tokens} tokens, {self.rounds} round(s), program seed {self.seed}"
-        )
-
-
-@dataclass
-class Calls:
-    """A cluster with payload and the native program of a World."""
-
-    world: World
-    cluster: Cluster
-    program: object
-    pairs: list = field(default_factory=list)  # what the oracle needs, per dispatch
-    refusals: random.Random = None
-
-
-def random_world(seed, kind=None):
-    """The world of a program seed; of a kind, if told."""
-    r = random.Random(seed)
-    nodes, per_node = r.choice([(1, 2), (1, 4), (2, 1), (2, 2), (2, 2), (3, 1), (2, 3), (3, 2), (4, 2)])
-    experts = r.randint(1, 3)
-    drawn = r.random()  # whatever is told, so that the rest stays
-    decode = kind == "decode" if kind else drawn < 0.4
-    world = World(
-        seed,
-        nodes,
-        per_node,
-        r.randint(1, 3),
-        experts,
-        min(r.randint(1, 4), experts * nodes * per_node),
-        r.choice([r.randint(1, 7), r.randint(1, 7), r.randint(17, 40)]),
-        r.randint(2, 3) if not decode else r.randint(3, 6),
-        decode,
-        r.choice(("roles", "lane") if decode else ("roles", "lane", "seats", "seats")),
-    )
-    choice = kind == "choice" if kind else not decode and r.random() < 0.3
-    return (
-        replace(world, choice=choice, rounds=world.rounds + 1, schedule=r.choice(SCHEDULES))
-        if choice
-        else world
-    )
-
-
-def _rows(tokens, hidden, scaled, g):
-    """(xs, scales): random rows of every rank, quantized or not."""
-    if not scaled:
-        return [
-            torch.randn((t, hidden), generator=g, dtype=torch.float32, device="cpu").to(torch.bfloat16)
-            for t in tokens
-        ], None
-    return (
-        [
-            torch.randint(1, 100, (t, hidden), generator=g, dtype=torch.uint8, device="cpu").view(
-                torch.float8_e4m3fn
-            )
-            for t in tokens
-        ],
-        [torch.rand((t, -(-hidden // 128)), generator=g, dtype=torch.float32, device="cpu") for t in tokens],
-    )
-
-
-def build(world):
-    """The Calls of a world: a pure function of it."""
-    r, g = random.Random(world.seed + 1), torch.Generator().manual_seed(world.seed)
-    num_experts, hidden = world.size * world.experts_per_rank, world.hidden
-    rows = world.size * world.tokens * min(world.top_k, world.experts_per_rank)
-    cluster = Cluster(
-        world.size,
-        ranks_per_node=world.ranks_per_node,
-        hidden=hidden,
-        num_experts=num_experts,
-        top_k=world.top_k,
-        max_tokens=world.tokens,
-        channels=world.channels,
-        num_sms=2,
-        payload=True,
-        decode=world.decode,
-        schedule=world.schedule,
-        placement=_placement(world, r) if world.choice else None,
-        arena_bytes=-(-3 * (rows * (4 * hidden + 12 * world.top_k + 128) + 1024) // 4096) * 4096,
-    )
-    calls = Calls(world, cluster, cluster.program(), refusals=random.Random(world.seed + 2))
-    for number in range(world.rounds):
-        layout = r.choice(["expert", "expert", "rank"])
-        alignment = r.choice([1, 1, 3]) if layout == "expert" else 1
-        tokens = [r.choice([0, world.tokens, r.randint(0, world.tokens)]) for _ in range(world.size)]
-        ids = [
-            torch.rand(
-                (t, cluster.logical_experts or num_experts), generator=g, dtype=torch.float32, device="cpu"
-            ).argsort(1)[:, : world.top_k]
-            for t in tokens
-        ]
-        ids = [
-            i.masked_fill(torch.rand(i.shape, generator=g, dtype=torch.float32, device="cpu") < 0.2, -1)
-            for i in ids
-        ]
-        weights = [
-            torch.rand((t, world.top_k), generator=g, dtype=torch.float32, device="cpu") for t in tokens
-        ]
-        capacity = r.choice([None, None, rows + world.experts_per_rank * (alignment - 1) + 3, 1])
-        xs, scales = _rows(tokens, hidden, r.random() < 0.3, g)
-        if world.decode:
-            _decode_round(calls, r, xs, ids, weights, scales, number)
-            continue
-        choosing = _choose(calls, r, ids) if world.choice else None
-        refused = capacity == 1 or (choosing is not None and choosing.routings is not None)
-        handle = number % 2
-        quant = None if scales is not None else r.choice([None, None, "fp8", "fp8_ue8m0"])
-        wire = r.choice([None, None, "fp8", "logfmt10"])
-        shape = {"layout": layout, "expert_alignment": alignment, "capacity": capacity, "choosing": choosing}
-        calls.program.dispatch(
-            ids,
-            weights,
-            xs=xs,
-            scales=scales,
-            quant=quant,
-            handle=handle,
-            before_ns=r.choice([0, 0, 20_000]),
-            **shape,
-        )
-        refused = _refuse(calls) or refused
-        if quant is None and not refused:
-            calls.pairs.append((xs, ids, weights, scales, shape))
-        again = r.random() < 0.3
-        echo_weights = layout == "expert" and r.random() < 0.7
-        calls.program.combine(handle=handle, echo_weights=echo_weights, wire=wire, keep=again)
-        if not refused:
-            _refuse(calls)
-        if again:  # the rows are still there: once more, from the same place
-            calls.program.combine(handle=handle, echo_weights=echo_weights, wire=wire, flip=1)
-        if r.random() < 0.3 and not refused:  # the plan is reused with other rows
-            fresh = [
-                torch.randn((t, hidden), generator=g, dtype=torch.float32, device="cpu").to(torch.bfloat16)
-                for t in tokens
-            ]
-            calls.program.dispatch(xs=fresh, handle=handle, **{**shape, "choosing": None})
-            calls.program.combine(handle=handle, flip=2)
-    if (
-        world.ranks_per_node == 1
-        and not world.decode
-        and not world.choice
-        and world.schedule != "seats"
-        and calls.refusals.random() < 0.3
-    ):
-        _stray(calls, xs, ids)
-    return calls
-
-
-def _refuse(calls):
-    """Perhaps some ranks refuse their parts in the call that was appended last: whether they do."""
-    r, size = calls.refusals, calls.world.size
-    refused = r.random() < 0.12
-    if refused:
-        calls.program.refuse(r.sample(range(size), r.choice([1, 1, 1, r.randint(1, size), size])))
-    return refused
-
-
-def _stray(calls, xs, ids):
-    """The program's end: one rank makes another call than its peers, which no rank of another node can go on from."""
-    calls.program.dispatch(ids, xs=[x.new_zeros(x.shape, dtype=torch.bfloat16) for x in xs])
-    if calls.refusals.random() < 0.5:
-        calls.program.combine()
-    calls.program.refuse([calls.refusals.randrange(calls.world.size)], strays=True)
-
-
-def _placement(world, r):
-    """Experts dealt out in turn, so that no rank has one twice: from as few as a rank or a token needs to one for most slots."""
-    slots, fewest = world.size * world.experts_per_rank, max(world.top_k, world.experts_per_rank)
-    experts = r.randint(fewest, max(fewest, slots * 3 // 4))
-    deck = r.sample(range(experts), experts)
-    table = [deck[slot % experts] for slot in range(slots)]
-    return Placement(torch.tensor([table], dtype=torch.int64, device="cpu"), experts, world.size, world.nodes)
-
-
-def _choose(calls, r, ids):
-    """The Choosing of a round, None for a plain dispatch; before it, perhaps some choices by themselves."""
-    w = calls.world
-
-    def draw():
-        mode = r.choice(MODES)
-        return {
-            "mode": mode,
-            "activate": r.choice([None, w.experts_per_rank] if mode == "optimal" else [w.experts_per_rank]),
-        }
-
-    for _ in range(r.choice([0, 0, 1, 2])):
-        calls.program.choose(ids, Choosing(**draw(), routings=_odd_one(w, r) if r.random() < 0.1 else None))
-        _refuse(calls)
-    if r.random() < 0.2:
-        return None
-    return Choosing(
-        **draw(), routings=_odd_one(w, r, plain=w.schedule != "seats") if r.random() < 0.15 else None
-    )
-
-
-def _odd_one(world, r, plain=False):
-    """One rank that chooses by another layer, or does not choose at all."""
-    routings = [1] * world.size
-    routings[r.randrange(world.size)] = r.choice([0, 2]) if plain else 2
-    return routings
-
-
-def _decode_round(calls, r, xs, ids, weights, scales, number):
-    """A decode dispatch, perhaps without its receive phase, and perhaps a combine."""
-    p, travel = calls.program, r.random() < 0.4
-    quant = None if scales is not None else r.choice([None, None, "fp8"])
-    p.decode_dispatch(
-        ids,
-        weights if travel else None,
-        xs=xs,
-        scales=scales,
-        quant=quant,
-        before_ns=r.choice([0, 0, 20_000]),
-    )
-    if quant is None:
-        calls.pairs.append((xs, ids, weights, scales, {"travel": travel}))
-    _refuse(calls)
-    if r.random() < 0.2:
-        return  # the next dispatch receives this one, its rows are not answered
-    p.decode_hook()
-    if r.random() < 0.8:
-        p.decode_combine(
-            None if travel else weights, flip=number % 3, wire=r.choice([None, None, "fp8", "logfmt10"])
-        )
-        _refuse(calls)
-        if r.random() < 0.8:
-            p.decode_hook()
+from . import describe_waiting
 
 
 def _same(a, b):
@@ -289,15 +30,20 @@ def _same(a, b):
 
 
 def check_calm_decode(calls):
-    """As check_calm, for decode."""
+    """Like check_calm, for decode."""
     c = calls.cluster
     for xs, ids, weights, scales, how in calls.pairs:
         c.reset()
+        masked = how["masked"]
+        left = [rank for rank in range(c.size) if rank not in masked]
+        got = c.decode_dispatch(xs, ids, weights if how["travel"] else None, scales=scales, masked=masked)
+        if masked:
+            xs, ids, weights, scales = programs.without(masked, c, xs, ids, weights, scales)
         want = reference.decode_dispatch(
             xs, ids, num_experts=c.num_experts, max_tokens=c.max_tokens, scales=scales
         )
-        got = c.decode_dispatch(xs, ids, weights if how["travel"] else None, scales=scales)
-        for rank, (g, w) in enumerate(zip(got, want)):
+        for rank in left:
+            g, w = got[rank], want[rank]
             same = _same(g.counts, w.counts)
             for e, n in enumerate(w.counts.tolist()):
                 same = same and _same(g.x[e, :n].contiguous(), w.x[e, :n].contiguous())
@@ -307,17 +53,19 @@ def check_calm_decode(calls):
             assert same, f"{calls.world}: calm decode dispatch differs from the oracle on rank {rank}"
         if scales is None:
             rows = [w.x for w in want]
-            ys = c.decode_combine(rows, None if how["travel"] else weights, num_tokens=[len(x) for x in xs])
+            ys = c.decode_combine(
+                rows, None if how["travel"] else weights, num_tokens=[len(x) for x in xs], masked=masked
+            )
             expected = reference.decode_combine(
                 rows, ids, weights, num_experts=c.num_experts, weights_travel=how["travel"]
             )
-            assert all(_same(y, e) for y, e in zip(ys, expected)), (
+            assert all(_same(ys[rank], expected[rank]) for rank in left), (
                 f"{calls.world}: calm decode combine differs from the oracle"
             )
 
 
 def check_calm(calls):
-    """The calm schedule of every dispatch equals the oracle; raises AssertionError where not."""
+    """Raise AssertionError unless every dispatch equals the oracle on the undisturbed schedule."""
     c = calls.cluster
     for xs, ids, weights, scales, shape in calls.pairs:
         c.reset()
@@ -353,7 +101,7 @@ def check_calm(calls):
 
 
 def check_choice(calls, ids, choosing):
-    """Every pick has a slot that holds its expert, and all ranks have counted all picks; raises AssertionError where not."""
+    """Raise AssertionError unless every pick got a slot of its expert and all ranks have counted all picks."""
     c = calls.cluster
     picks = torch.cat([i.flatten() for i in ids])
     counted = torch.bincount(picks[picks >= 0], minlength=c.logical_experts)
@@ -365,19 +113,19 @@ def check_choice(calls, ids, choosing):
         )
 
 
-def explore_world(world, schedules, *, first_seed=0, flaw="none", phase="none", chosen=False, oracle=True):
-    """Run `schedules` schedules of a world; returns the native finding as a dict, `world` added."""
+def explore_world(world, schedules, *, first_seed=0, mutant="none", phase="none", chosen=False, oracle=True):
+    """Run `schedules` schedules of a world. Returns a dict: the result of the native code, and `world`."""
     calls = build(world)
     if oracle:
         (check_calm_decode if world.decode else check_calm)(calls)
 
     def explore():
-        return calls.cluster._native.explore(
-            calls.program._native, flaw, phase, chosen, first_seed, schedules
+        return calls.cluster.native.explore(
+            calls.program.native, mutant, phase, chosen, first_seed, schedules
         )
 
-    # A flawed protocol may also read what it should not: that ends a process, and is as good as found.
-    found = explore() if flaw == "none" else _in_child(explore)
+    # A mutant may read invalid memory and crash. A crash counts as a finding.
+    found = explore() if mutant == "none" else _in_child(explore)
     if found is None:
         found = {
             "found": True,
@@ -395,23 +143,32 @@ def explore_world(world, schedules, *, first_seed=0, flaw="none", phase="none", 
 
 
 def _in_child(fn):
-    """fn's result from a forked process, None where that died."""
+    """Call fn in a forked process; return its result, None if the process died. Raises what fn raises."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(read)
-        faulthandler.disable()  # a crash is an answer here
+        faulthandler.disable()  # a crash is an expected result
+        try:
+            result = fn(), None
+        except Exception as error:
+            result = None, error
         with os.fdopen(write, "wb") as out:
-            pickle.dump(fn(), out)
+            pickle.dump(result, out)
         os._exit(0)
     os.close(write)
     with os.fdopen(read, "rb") as data:
         result = data.read()
-    return pickle.loads(result) if os.waitpid(pid, 0)[1] == 0 else None
+    if os.waitpid(pid, 0)[1] != 0:
+        return None
+    found, error = pickle.loads(result)
+    if error is not None:
+        raise error
+    return found
 
 
-def shrink(found, *, flaw="none", phase="none", schedules=300):
-    """Smaller worlds that fail too: the finding with the shortest trace."""
+def shrink(found, *, mutant="none", phase="none", schedules=300):
+    """Search smaller worlds that fail too; return the finding with the shortest trace."""
     best = found
     progress = True
     while progress:
@@ -431,19 +188,19 @@ def shrink(found, *, flaw="none", phase="none", schedules=300):
             else []
         )
         for candidate in smaller:
-            again = explore_world(candidate, schedules, flaw=flaw, phase=phase, oracle=False)
-            if again["found"] and 0 < len(again["log"]) < len(
-                best["log"]
-            ):  # 0: it crashed, which shows nothing
+            again = explore_world(candidate, schedules, mutant=mutant, phase=phase, oracle=False)
+            # A crash has an empty trace: it is no better finding.
+            if again["found"] and 0 < len(again["log"]) < len(best["log"]):
                 best, progress = again, True
                 break
     return best
 
 
 def report(found):
-    """A finding in words."""
+    """Describe a finding as text."""
     lines = [
-        f"{found['what']}: call {found['call']}, rank {found['rank']}; schedule seed {found['seed']}, {found['perturbations']} perturbation(s)",
+        f"{found['what']}: call {found['call']}, rank {found['rank']}; schedule seed {found['seed']}, "
+        f"{found['perturbations']} perturbation(s)",
         f"  world: {found['world']}",
     ]
     lines += [f"  {describe_waiting(w)}" for w in found["stuck"]]
@@ -463,7 +220,7 @@ def report(found):
 
 
 def _work(job):
-    """A worker's share of the worlds: the first finding, or None."""
+    """Explore one worker's share of the worlds; return its first finding, or None."""
     seeds, kind, per_world, total, current = job
     torch.set_num_threads(1)
     for seed in seeds:
@@ -481,12 +238,12 @@ def _process(job, findings):
 
 
 def run(schedules, *, first_seed=0, kind=None, per_world=250, workers=None):
-    """Explore `schedules` schedules (of a kind of programs) with `workers` processes; returns (schedules run, first finding or None).
+    """Explore `schedules` schedules with `workers` processes. Returns (schedules run, first finding or None).
 
     Raises
     ------
     RuntimeError
-        A worker died; names the program seed that it was at.
+        A worker died. The text names its exit status and the seed of its program.
     """
     workers = workers or len(os.sched_getaffinity(0))
     context = multiprocessing.get_context("spawn")
@@ -500,28 +257,31 @@ def run(schedules, *, first_seed=0, kind=None, per_world=250, workers=None):
         process.join()
         if process.exitcode:
             raise RuntimeError(
-                f"explore: a worker died with status {process.exitcode} at program seed {job[4].value}"
+                f"explore: a worker process died with exit status {process.exitcode} at program seed {job[4].value}; "
+                f"run it again with --seed {job[4].value} --workers 1"
             )
     results = [findings.get() for _ in processes]
     return total.value, next((f for f in results if f), None)
 
 
 def arguments(parser):
-    """Arguments of the command."""
-    parser.add_argument("--schedules", type=options.positive, default=100_000)
-    parser.add_argument("--seed", type=options.count, default=0, help="of the first program")
-    parser.add_argument("--kind", choices=("dispatch", "decode", "choice"), help="of programs; default: all")
-    parser.add_argument("--per-world", type=options.positive, default=250, help="schedules of each program")
+    """Add the options of the command."""
+    parser.add_argument("--schedules", type=options.positive, default=100_000, help="number of schedules")
+    parser.add_argument("--seed", type=options.count, default=0, help="seed of the first program")
+    parser.add_argument(
+        "--kind", choices=("dispatch", "decode", "mask", "choice"), help="programs; default: all"
+    )
+    parser.add_argument("--per-world", type=options.positive, default=250, help="schedules per program")
     parser.add_argument("--workers", type=options.ranks, default=None, help="processes; default: all cores")
     parser.add_argument(
         "--mutations",
         action="store_true",
-        help="first break the protocol in every known way: each must be found",
+        help="first run every mutant of the protocol; exploration must find each",
     )
 
 
-def find_mutation(flaw, phase, kind, *, schedules_per_world=100, worlds=200, first_seed=0):
-    """(schedules until it was found, finding), or (schedules, None)."""
+def find_mutation(mutant, phase, kind, *, schedules_per_world=100, worlds=200, first_seed=0):
+    """Explore a mutant until it is found. Returns (schedules run, finding or None)."""
     run_so_far = 0
     chosen = kind == "chosen"
     for world in (
@@ -529,7 +289,9 @@ def find_mutation(flaw, phase, kind, *, schedules_per_world=100, worlds=200, fir
         for seed in range(first_seed, first_seed + worlds)
         if (w := random_world(seed)).kind == ("choice" if chosen else kind)
     ):
-        found = explore_world(world, schedules_per_world, flaw=flaw, phase=phase, chosen=chosen, oracle=False)
+        found = explore_world(
+            world, schedules_per_world, mutant=mutant, phase=phase, chosen=chosen, oracle=False
+        )
         run_so_far += found["schedules"]
         if found["found"]:
             return run_so_far, found
@@ -537,11 +299,11 @@ def find_mutation(flaw, phase, kind, *, schedules_per_world=100, worlds=200, fir
 
 
 def main(args):
-    """Explore; status 1 where something was found, or a mutation was not."""
+    """Explore. The exit status is 1 if there is a finding, or if a mutant was not found."""
     missed = 0
     if args.mutations:
-        for name, flaw, phase, kind in MUTATIONS:
-            n, found = find_mutation(flaw, phase, kind)
+        for name, mutant, phase, kind in MUTATIONS:
+            n, found = find_mutation(mutant, phase, kind)
             missed += found is None
             print(
                 f"  {name:48} "
@@ -560,5 +322,5 @@ def main(args):
         print(report(found))
         small = shrink(found)
         if small is not found:
-            print("the shortest trace found:\n" + report(small))
+            print("the finding with the shortest trace:\n" + report(small))
     return 1 if found is not None or missed else 0

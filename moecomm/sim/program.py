@@ -1,4 +1,4 @@
-"""What the ranks of a simulated cluster do, call after call."""
+"""Program: the sequence of calls that the ranks of a simulated cluster make."""
 
 from __future__ import annotations
 
@@ -11,23 +11,32 @@ from ..errors import InvalidArgument
 from ..shapes import QUANTS, WIRES
 from ..tensors import address, plain
 
-MODES = ("local", "even", "optimal")  # by the numbers of balance::Mode
+MODES = ("local", "even", "optimal")  # in the order of balance::Mode
 
 
 class Choosing:
-    """How a batch's replicas are chosen, for Program.dispatch and Program.choose, and what was chosen when the last of them ran.
+    """How Program.dispatch and Program.choose choose the replicas of a batch, and the result of the last run.
 
-    mode, activate : as Buffer's `replicas` and `activate`, such that the choice needs the picks of all ranks
-    routings : int by rank, optional
-        Where they differ the call is a mismatch; 0: this rank makes a plain dispatch, its ids name slots.
-    slots : list of int64 Tensor [T, top_k] by rank, what was chosen
-    counted : list of int32 Tensor [logical experts] by rank, picks of all ranks
+    Parameters
+    ----------
+    mode, activate
+        As `replicas` and `activate` of Buffer. The choice must need the picks of all ranks.
+    routings : list of int by rank, optional
+        If they differ, the call is a mismatch. 0: the rank makes a plain dispatch, and its ids are slots.
+
+    Attributes
+    ----------
+    slots : list of Tensor int64 [T, top_k] by rank
+        The chosen slots.
+    counted : list of Tensor int32 [logical experts] by rank
+        Picks of all ranks.
     """
 
     def __init__(self, mode="optimal", activate=None, routings=None):
         if mode not in MODES or (mode != "optimal" and activate is None):
             raise InvalidArgument(
-                f"Choosing: mode is {mode!r}, activate is {activate!r}; expected a choice that needs the picks of all ranks",
+                f"Choosing: mode is {mode!r} and activate is {activate!r}; expected mode 'optimal', or 'local' or "
+                "'even' with activate (a choice that needs the picks of all ranks)",
                 op="Choosing",
             )
         self.mode, self.activate, self.routings, self.slots, self.counted = (
@@ -38,27 +47,30 @@ class Choosing:
             None,
         )
 
-    def _begin(self, program, topk_ids, experts, alone):
-        self.slots = [torch.empty_like(ids) for ids in topk_ids]
-        self.counted = [torch.zeros(experts, dtype=torch.int32, device="cpu") for _ in topk_ids]
-        routings = self.routings or [1] * len(topk_ids)
-        parts = [
-            (_address(self.slots, r), self.counted[r].data_ptr(), routing) if routing else (0, 0, 0)
-            for r, routing in enumerate(routings)
-        ]
-        program.choose(MODES.index(self.mode), self.activate or 0, parts, alone, (self.slots, self.counted))
+
+def _begin_choice(choosing, program, topk_ids, experts, alone):
+    """Add a choice of replicas to a native program. It writes choosing.slots and .counted."""
+    choosing.slots = [torch.empty_like(ids) for ids in topk_ids]
+    choosing.counted = [torch.zeros(experts, dtype=torch.int32, device="cpu") for _ in topk_ids]
+    routings = choosing.routings or [1] * len(topk_ids)
+    slots, counted = choosing.slots, choosing.counted
+    parts = [
+        (_address(slots, r), counted[r].data_ptr(), routing) if routing else (0, 0, 0)
+        for r, routing in enumerate(routings)
+    ]
+    program.choose(MODES.index(choosing.mode), choosing.activate or 0, parts, alone, (slots, counted))
 
 
 class Program:
-    """Calls that every rank makes, each as soon as it has finished the one before: ranks drift apart, as in real life."""
+    """Calls that every rank makes. A rank starts each call when it has finished the one before, without a barrier."""
 
     def __init__(self, cluster):
         self._cluster = cluster
-        self._native = native.Program()
+        self.native = native.Program()
         self.calls = []
 
     def __len__(self):
-        return len(self._native)
+        return len(self.native)
 
     def dispatch(
         self,
@@ -75,10 +87,13 @@ class Program:
         choosing=None,
         before_ns=0.0,
     ):
-        """Append a dispatch. topk_ids None: the handle's plan is reused; with choosing they name logical experts. before_ns: the rank
-        computes before the call."""
+        """Append a dispatch.
+
+        topk_ids None reuses the plan of the handle. With `choosing`, topk_ids are logical experts. before_ns is the
+        time that each rank computes before the call.
+        """
         parts, coding, keep = self._sources(topk_ids, topk_weights, xs, scales, quant)
-        self._native.dispatch(
+        self.native.dispatch(
             handle,
             parts,
             layout == "rank",
@@ -89,13 +104,13 @@ class Program:
             keep,
         )
         if choosing:
-            choosing._begin(self._native, keep[0], self._cluster.logical_experts, False)
+            _begin_choice(choosing, self.native, keep[0], self._cluster.logical_experts, False)
         self.calls.append("dispatch")
 
     def choose(self, topk_ids, choosing):
-        """Append the choice of a batch's replicas by itself, as decode makes it."""
+        """Append a separate choice of replicas, as decode makes it."""
         ids = [_contiguous(t, torch.int64) for t in topk_ids]
-        self._native.dispatch(
+        self.native.dispatch(
             0,
             [(len(t), _address(ids, r), 0, 0, 0) for r, t in enumerate(ids)],
             False,
@@ -108,7 +123,7 @@ class Program:
             0.0,
             ids,
         )
-        choosing._begin(self._native, ids, self._cluster.logical_experts, True)
+        _begin_choice(choosing, self.native, ids, self._cluster.logical_experts, True)
         self.calls.append("choose")
 
     def combine(
@@ -125,8 +140,11 @@ class Program:
         echo_weights=False,
         before_ns=0.0,
     ):
-        """Append a combine. rows None: the experts hand back what they received, the bits `flip` of
-        every byte turned; echo_weights: weighted by what came with the rows; keep: the handle stays for another combine."""
+        """Append a combine.
+
+        rows None: the experts return the rows that they received, each byte XORed with `flip`. echo_weights: the rows
+        are weighted with the weights that came with them. keep: the handle remains valid for another combine.
+        """
         c = self._cluster
         rows = rows and [_contiguous(t, c.dtype) for t in rows]
         weights = topk_weights and [_contiguous(t, torch.float32) for t in topk_weights]
@@ -141,7 +159,7 @@ class Program:
             )
             for r in range(c.size)
         ]
-        self._native.combine(
+        self.native.combine(
             handle, parts, keep, flip, WIRES[wire], echo_weights, before_ns, (rows, weights, bias, ys)
         )
         self.calls.append("combine")
@@ -149,19 +167,25 @@ class Program:
     def decode_dispatch(
         self, topk_ids, topk_weights=None, *, xs=None, scales=None, quant=None, before_ns=0.0
     ):
-        """Append the send phase of a decode dispatch; with topk_weights they travel, and experts' ranks sum what they send back."""
+        """Append the send phase of a decode dispatch.
+
+        With topk_weights the weights travel with the tokens, and each owner rank sums its rows of a token in combine.
+        """
         parts, coding, keep = self._sources(topk_ids, topk_weights, xs, scales, quant)
-        self._native.decode_dispatch(parts, *coding, before_ns, keep)
+        self.native.decode_dispatch(parts, *coding, before_ns, keep)
         self.calls.append("decode_dispatch")
 
     def decode_combine(
         self, topk_weights=None, *, rows=None, ys=None, flip=0, wire=None, earlier=False, before_ns=0.0
     ):
-        """Append the send phase of the decode combine of the last decode dispatch; earlier: of the one before. rows, ys, flip: as for combine."""
+        """Append the send phase of a decode combine, of the last decode dispatch or, with `earlier`, the one before.
+
+        rows, ys, flip: as for combine.
+        """
         c = self._cluster
         weights = topk_weights and [_contiguous(t, torch.float32) for t in topk_weights]
         rows = rows and [_contiguous(t, c.dtype) for t in rows]
-        self._native.decode_combine(
+        self.native.decode_combine(
             [(_address(rows, r), _address(weights, r), _address(ys, r)) for r in range(c.size)],
             earlier,
             flip,
@@ -172,23 +196,44 @@ class Program:
         self.calls.append("decode_combine")
 
     def decode_hook(self, *, after_combine=None, earlier=False):
-        """Append a receive phase: of the last decode_combine (after_combine) or decode_dispatch; None: whichever came last; earlier: of the one before."""
+        """Append a receive phase.
+
+        after_combine: of the last decode_combine (True), decode_dispatch (False), or the later of the two (None).
+        earlier: of the call before that.
+        """
         if after_combine is None:
             after_combine = (
                 next(call for call in reversed(self.calls) if call.startswith("decode_")) == "decode_combine"
             )
-        self._native.decode_hook(self._cluster.size, after_combine, earlier)
+        self.native.decode_hook(self._cluster.size, after_combine, earlier)
         self.calls.append("hook")
 
+    def decode_mask(self, ranks):
+        """Append a mask, if there are ranks: they are dead, and the others go on without them.
+
+        Picks of their experts count as -1 from here on. A step that the mask interrupts has no result.
+        """
+        if ranks:
+            self.native.decode_mask(self._cluster.size, list(ranks))
+            self.calls.append("mask")
+
+    def leave_out(self, ranks):
+        """Let these ranks not make the call that was appended last."""
+        self.native.leave_out(list(ranks))
+
     def refuse(self, ranks, *, strays=False):
-        """In the call that was appended last these ranks refuse their parts, and all ranks learn of it; strays: they make another call instead (a
-        combine for a dispatch, or the reverse), with which no rank can go on."""
-        self._native.refuse(list(ranks), strays)
+        """Let these ranks refuse the call that was appended last. All ranks learn of it.
+
+        strays: they make another call instead, combine for dispatch or the reverse, after which no rank can continue.
+        """
+        self.native.refuse(list(ranks), strays)
 
     def _sources(self, topk_ids, topk_weights, xs, scales, quant):
         c = self._cluster
         if c.payload and xs is None:
-            raise InvalidArgument("sim.dispatch: xs is None; a cluster with payload needs rows", op="sim")
+            raise InvalidArgument(
+                "sim.dispatch: xs is None; expected a list of rows, because the cluster has payload", op="sim"
+            )
         if topk_ids is None:
             parts = [(0, 0, 0, _address(xs, r), _address(scales, r)) for r in range(c.size)]
         else:
@@ -196,7 +241,8 @@ class Program:
             for r, t in enumerate(topk_ids):
                 if t.dim() != 2 or t.shape[1] != c.top_k or t.shape[0] > c.max_tokens:
                     raise InvalidArgument(
-                        f"sim.dispatch: topk_ids of rank {r} is {list(t.shape)}; expected [T <= {c.max_tokens}, {c.top_k}]",
+                        f"sim.dispatch: topk_ids of rank {r} is {list(t.shape)}; "
+                        f"expected [T <= {c.max_tokens}, {c.top_k}]",
                         op="sim",
                     )
             parts = [
@@ -209,10 +255,10 @@ class Program:
                 )
                 for r in range(c.size)
             ]
-        # Quantized rows come with their scales, "given" without payload; or the call quantizes them.
+        # Rows are already quantized if they have scales or, without payload, if quant is "given".
         given = scales is not None or quant == "given"
         kind = 1 if given else QUANTS[quant]
-        coding = (c.hidden if kind else c._row_bytes, 4 * scale_words(c.hidden, kind), kind, given)
+        coding = (c.hidden if kind else c.row_bytes, 4 * scale_words(c.hidden, kind), kind, given)
         return parts, coding, (topk_ids, topk_weights, xs, scales)
 
 
@@ -226,5 +272,5 @@ def _contiguous(t, dtype):
 
 
 def _address(tensors, rank):
-    # An empty tensor has address 0, which would mean "left out".
+    # An empty tensor has address 0, which means "not given" in native code.
     return 0 if tensors is None else address(tensors[rank]) or 1

@@ -1,7 +1,7 @@
-"""The sim world: the same protocol, every role a fiber on a virtual clock. Hundreds of ranks in one process.
+"""The sim world: the same protocol, with every role a fiber on a virtual clock. Hundreds of ranks in one process.
 
-With payload it moves real rows, and its results equal those of the cpu world bit for bit; without, it
-predicts times and counts at a scale that no one machine holds.
+With payload it moves real rows, and its results equal those of the cpu world bit for bit. Without payload it predicts
+times and counts for clusters that are too large for one machine.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ..testing.reference import DecodeReceived, Received
 from ..shapes import DTYPES, arena_size, check_shape
 from .program import Program
 
-# How far roles of large worlds (more than STRICT_TOKENS tokens in all) run ahead of the clock unless told otherwise:
-# times change by a few percent at most, since many ranks share every link.
+# Default of lead_ns for worlds with more than STRICT_TOKENS tokens over all ranks: how far a role runs ahead of the
+# clock. Times change by a few percent at most, because many ranks share every link.
 LEAD_NS, DECODE_LEAD_NS = 2_000.0, 50_000.0
 STRICT_TOKENS = 10_000
 RATES = ("node_rate", "rail_rate", "sm_read", "sm_write")  # of Hardware; the others are times
@@ -29,20 +29,29 @@ SCHEDULES = ("roles", "lane", "seats")
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a cluster is made of. Rates in GB/s (each direction), times in ns.
+    """Rates and delays of a cluster. Rates in GB/s per direction, times in ns.
 
-    node_rate, node_latency : load/store domain inside a node (NVLink), per rank
-    rail_rate, rail_latency, rail_message : network, per rank; the NIC's time per message
-    sm_read, sm_write : row operations of one multiprocessor
-    put : a role's time to post a put or a signal
-    poll : from a counter's change to the waiter's next instruction
-    launch : start of a kernel
-    plan_token : counting the picks of one token
+    Attributes
+    ----------
+    node_rate, node_latency : float
+        Loads and stores inside a node (NVLink), per rank.
+    rail_rate, rail_latency, rail_message : float
+        Network between nodes, per rank. rail_message is the time of the NIC per message.
+    sm_read, sm_write : float
+        Rates at which one multiprocessor reads and writes rows.
+    put : float
+        Time of a role to post a put or a signal.
+    poll : float
+        Time from the change of a counter to the next instruction of the waiting role.
+    launch : float
+        Time to start a kernel.
+    plan_token : float
+        Time to count the picks of one token.
 
     Raises
     ------
     InvalidArgument
-        A value is no number, or one that the virtual clock cannot hold.
+        A value is not a number or is out of range.
     """
 
     node_rate: float = 160.0
@@ -50,7 +59,9 @@ class Hardware:
     rail_rate: float = 50.0
     rail_latency: float = 2500.0
     rail_message: float = 5.0
-    sm_read: float = 200.0  # what DeepEP V2 plans its multiprocessors with, as the next one; the others are assumed, see tables/clusters
+    # sm_read and sm_write are the rates with which DeepEP V2 chooses its number of multiprocessors. The sources of
+    # the other values are in tables/clusters.
+    sm_read: float = 200.0
     sm_write: float = 50.0
     put: float = 50.0
     poll: float = 200.0
@@ -69,12 +80,18 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Step:
-    """One simulated dispatch and combine.
+    """Result of one simulated dispatch and combine.
 
-    dispatch_us, combine_us : float64 [ranks], each rank's time in the call
-    total_us : float, from the first rank's start to the last rank's end
-    stats : per rank, as Buffer.stats()
-    links : per rank, bytes that crossed its links and picoseconds that they were busy
+    Attributes
+    ----------
+    dispatch_us, combine_us : array float64 [ranks]
+        Time of each rank in the call.
+    total_us : float
+        From the start of the first rank to the end of the last.
+    stats : list of dict, by rank
+        As Buffer.stats().
+    links : list of dict, by rank
+        As Cluster.links(): bytes that crossed the links, and picoseconds that they were busy.
     """
 
     dispatch_us: np.ndarray
@@ -90,20 +107,22 @@ class Cluster:
     Parameters
     ----------
     size, ranks_per_node : int
+        Number of ranks, and of ranks per node. Default: one node.
     hidden, num_experts, top_k, max_tokens, dtype, num_sms, channels
-        As for Buffer; channels None: one per multiprocessor.
+        As for Buffer. Default of channels: one per multiprocessor.
     hardware : Hardware
     payload : bool
-        Rows are really moved. Without, only times and counts are right.
+        Move real rows. Without payload only times and counts are valid.
     decode : bool
-        With the decode path.
+        Make the decode path as well.
     schedule : "roles", "lane" or "seats"
-        How a rank runs dispatch and combine: every role of every channel side by side; one after another, as the cpu world
-        does (decode too); or in the cuda world's seats, ordered by its gates.
+        How a rank runs dispatch and combine. "roles": every role of every channel concurrently. "lane": one role
+        after another, as the cpu world does (decode too). "seats": as the warps of the cuda world do.
     arena_bytes : int, optional
         As for Buffer.
     placement : moecomm.balance.Placement, optional
-        Experts are its slots then, and dispatches may choose replicas in its first layer by the picks of all ranks.
+        Experts are the slots of this placement. Dispatches may choose replicas, in its first layer, from the picks of
+        all ranks.
 
     Raises
     ------
@@ -163,12 +182,13 @@ class Cluster:
         self.hardware, self.payload, self.decode_path = hardware, payload, decode
         if placement is not None and (placement.num_slots, placement.num_ranks) != (num_experts, size):
             raise InvalidArgument(
-                f"Cluster: placement is {placement}; expected one of {size} ranks and num_experts = {num_experts} slots",
+                f"Cluster: placement is {placement}; "
+                f"expected a Placement of {size} ranks and num_experts = {num_experts} slots",
                 op="Cluster",
             )
         self.placement, self.logical_experts = placement, placement.num_experts if placement else 0
         arena_bytes = arena_bytes or arena_size(size, hidden, num_experts, top_k, max_tokens, dtype)
-        self._native = native.Cluster(
+        self.native = native.Cluster(
             size,
             ranks_per_node,
             num_sms,
@@ -187,41 +207,47 @@ class Cluster:
             placement.physical_to_logical[0].tolist() if placement else [],
             self.logical_experts,
         )
-        self._row_bytes = hidden * dtype.itemsize
+        self.row_bytes = hidden * dtype.itemsize
 
-    # -- programs: what every rank does, call after call --------------------------------------------
+    # -- programs: sequences of calls ---------------------------------------------------------------
 
     def program(self):
-        """An empty Program for this cluster."""
+        """Return an empty Program for this cluster."""
         return Program(self)
 
     def reset(self, seed=None, lead_ns=0.0):
-        """A clean start of clock, windows and counters. With a seed, what the Fabric contract leaves open is drawn from it.
+        """Reset clock, windows and counters.
 
-        lead_ns: a role may run ahead of others by that much virtual time before it gives way. 0 follows the clock
-        strictly; some microseconds are many times faster in real time, and share links in turns of that length.
+        Parameters
+        ----------
+        seed : int, optional
+            Draw at random everything that the Fabric contract leaves open, for example the order of puts.
+        lead_ns : float
+            Virtual time by which a role may run ahead of the others. 0 follows the clock strictly. Some microseconds
+            make the simulation many times faster, and make roles share links in slices of that length.
         """
-        self._native.reset(seed, lead_ns)
+        self.native.reset(seed, lead_ns)
 
     def run(self, program):
-        """Run a Program to its end; the windows keep what it left.
+        """Run a Program to its end. The windows keep their contents.
 
         Returns
         -------
         float64 [calls, ranks, 2]
-            Begin and end of every call on every rank, in us of virtual time.
+            Begin and end of each call on each rank, in us of virtual time.
 
         Raises
         ------
         MoecommError
-            A call failed; names the call, the rank, and every role that waited when nobody could go on.
+            A call failed. The text names the call, the rank and, after a deadlock, all waiting roles.
         """
         times = np.empty((len(program), self.size, 2), dtype=np.uint64)
-        for call, rank, code, phase, peer, expected, got in self._native.run(program._native, times):
-            waiting = "; ".join(describe_waiting(w) for w in self._native.stuck())
+        for call, rank, code, phase, peer, expected, got in self.native.run(program.native, times):
+            waiting = "; ".join(describe_waiting(w) for w in self.native.stuck())
             raise MoecommError(
-                f"sim: call {call} of rank {rank} ended with {code} in phase {phase} (peer {peer}, expected {expected}, got {got})"
-                + (f". Nobody could go on: {waiting}" if waiting else ""),
+                f"sim: call {call} of rank {rank} ended with {code} in phase {phase} "
+                f"(peer {peer}, expected {expected}, got {got})"
+                + (f". Deadlock: {waiting}" if waiting else ""),
                 op="sim",
                 phase=phase,
                 rank=rank,
@@ -245,12 +271,12 @@ class Cluster:
         scales=None,
         choosing=None,
     ):
-        """Dispatch of the whole world: arguments are lists by rank. Needs payload.
+        """Dispatch on all ranks. Arguments are lists by rank. Needs payload.
 
         Returns
         -------
         list of reference.Received
-            Copies of what every rank received.
+            Copies of the rows that each rank received.
         """
         p = self.program()
         p.dispatch(
@@ -270,22 +296,23 @@ class Cluster:
         ]
 
     def combine(self, rows, *, topk_weights=None, bias=None, num_tokens):
-        """Combine of the whole world after dispatch(): lists by rank. Returns y by rank."""
+        """Combine on all ranks after dispatch(). Arguments are lists by rank. Returns y by rank."""
         ys = [torch.full((t, self.hidden), float("nan"), dtype=self.dtype, device="cpu") for t in num_tokens]
         p = self.program()
         p.combine(rows=rows, topk_weights=topk_weights, bias=bias, ys=ys)
         self.run(p)
         return ys
 
-    def decode_dispatch(self, xs, topk_ids, topk_weights=None, *, scales=None):
-        """Decode dispatch of the whole world, both phases; lists by rank. Returns a list of reference.DecodeReceived (copies)."""
+    def decode_dispatch(self, xs, topk_ids, topk_weights=None, *, scales=None, masked=()):
+        """Decode dispatch, both phases, on all ranks but dead ones, which the others mask first. Lists by rank."""
         p = self.program()
+        p.decode_mask(masked)
         p.decode_dispatch(topk_ids, topk_weights, xs=xs, scales=scales)
         p.decode_hook()
         self.run(p)
         received = []
         for rank in range(self.size):
-            address, rows, x, at_scales, counts = self._native.packed(rank)
+            address, rows, x, at_scales, counts = self.native.packed(rank)
             experts, columns = self.num_experts // self.size, 0 if scales is None else scales[rank].shape[1]
             per_expert = rows // experts
             received.append(
@@ -299,34 +326,45 @@ class Cluster:
             )
         return received
 
-    def decode_combine(self, rows, topk_weights=None, *, num_tokens):
-        """Decode combine of the whole world after decode_dispatch(), both phases; lists by rank. Returns y by rank."""
+    def decode_combine(self, rows, topk_weights=None, *, num_tokens, masked=()):
+        """Decode combine on all ranks after decode_dispatch(), both phases. Lists by rank. Returns y by rank."""
         ys = [torch.full((t, self.hidden), float("nan"), dtype=self.dtype, device="cpu") for t in num_tokens]
         p = self.program()
         p.decode_combine(topk_weights, rows=rows, ys=ys)
+        p.leave_out(masked)
         p.decode_hook()
+        p.leave_out(masked)
         self.run(p)
         return ys
 
     def stats(self):
-        """By rank, the counters that Buffer.stats() has, since the last reset()."""
-        return [self._native.counters(r) for r in range(self.size)]
+        """Counters of each rank since the last reset(), as in Buffer.stats()."""
+        return [self.native.counters(r) for r in range(self.size)]
 
     def links(self):
-        """By rank: {rail, node}: rows, row_bytes, other_bytes, messages; busy: picoseconds by link. Since the last reset()."""
-        return [self._native.links(r) for r in range(self.size)]
+        """Traffic of each rank since the last reset().
 
-    # -- the fast path ------------------------------------------------------------------------------
+        Returns
+        -------
+        list of dict, by rank
+            "rail" and "node" each have rows, row_bytes, other_bytes and messages. "busy" has picoseconds by link.
+        """
+        return [self.native.links(r) for r in range(self.size)]
+
+    # -- times of one step --------------------------------------------------------------------------
 
     def step(self, topk_ids, *, quant=None, layout="expert", lead_ns=None):
-        """Times of one dispatch and combine of this routing.
+        """Simulate one dispatch and combine of this routing; return the Step.
 
         Parameters
         ----------
         topk_ids : list of int64 Tensor [T, top_k] by rank, or one Tensor [ranks, T, top_k]
         quant : None, "given", "fp8" or "fp8_ue8m0"
-            Rows of dispatch: of the buffer's dtype, quantized before, or by the call. Combine carries the buffer's dtype.
-        lead_ns : as for reset(); None: chosen by the size
+            Format of the rows of dispatch. None: the buffer's dtype. "given": already quantized. Otherwise the call
+            quantizes them. Combine always sends the buffer's dtype.
+        layout : "expert" or "rank"
+        lead_ns : float, optional
+            As for reset(). Default: depends on the number of tokens.
         """
         self.reset(lead_ns=_lead(topk_ids, LEAD_NS) if lead_ns is None else lead_ns)
         p = self.program()
@@ -339,16 +377,18 @@ class Cluster:
         )
 
     def decode_step(self, topk_ids, *, quant="fp8", steps=1, lead_ns=None):
-        """Times of decode_dispatch and decode_combine, each with its receive phase, of this routing.
+        """Simulate decode_dispatch and decode_combine with both receive phases; return the Step.
 
         Parameters
         ----------
-        topk_ids : as for step()
+        topk_ids
+            As for step().
         quant : "fp8" or None
-            Rows of dispatch; combine carries the buffer's dtype.
+            Format of the rows of dispatch. Combine sends the buffer's dtype.
         steps : int
-            How many in a row, without a barrier; the last one is reported.
-        lead_ns : as for reset(); None: chosen by the size
+            Number of steps without a barrier between them. The result is that of the last one.
+        lead_ns : float, optional
+            As for reset(). Default: depends on the number of tokens.
         """
         self.reset(lead_ns=_lead(topk_ids, DECODE_LEAD_NS) if lead_ns is None else lead_ns)
         p = self.program()
@@ -369,14 +409,14 @@ class Cluster:
     # -- inside -------------------------------------------------------------------------------------
 
     def _received(self, rank, handle, layout, dtype, scale_columns):
-        address, n, (rows, scales, weights, ids, source) = self._native.block(rank, handle)
+        address, n, (rows, scales, weights, ids, source) = self.native.block(rank, handle)
 
         def view(offset, dtype, *shape):
             return _copy(address + offset, dtype, *shape)
 
         by_rank = layout == "rank"
         origin = view(source, torch.int64, n)
-        tokens, padded = self._native.plan(rank, handle)
+        tokens, padded = self.native.plan(rank, handle)
         return Received(
             view(rows, dtype, n, self.hidden),
             view(scales, torch.float32, n, scale_columns) if scale_columns else None,
@@ -390,9 +430,12 @@ class Cluster:
 
 
 def describe_waiting(w):
-    """One waiting role in words."""
+    """Describe a waiting role as text."""
     channel = f"[{w['channel']}]" if w["channel"] >= 0 else ""
-    return f"rank {w['rank']} {w['role']}{channel} waits for rank {w['peer']} in phase {w['phase']} (counter >= {w['at_least']})"
+    return (
+        f"rank {w['rank']} {w['role']}{channel} waits for rank {w['peer']} in phase {w['phase']} "
+        f"(counter >= {w['at_least']})"
+    )
 
 
 def _lead(topk_ids, large):

@@ -1,1 +1,1 @@
-"""The oracle: what dispatch, combine and quantization must return, in slow and obvious torch."""
+"""The oracle: slow, obvious torch code that computes the results of dispatch, combine and quantization."""

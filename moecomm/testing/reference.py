@@ -1,7 +1,7 @@
-"""The oracle: dispatch and combine of a whole world, in slow and obvious torch. Every test compares with it.
+"""The oracle: dispatch and combine of all ranks in slow, obvious torch code, for tests to compare with.
 
-It sees all ranks at once (lists indexed by rank) and moves nothing. Dispatch must equal it bit for bit,
-combine too: it rounds where the protocol rounds.
+Arguments and results of all ranks are lists indexed by rank; nothing is sent. dispatch and combine of moecomm must
+equal the oracle bit for bit, because it rounds where the protocol rounds.
 """
 
 from __future__ import annotations
@@ -15,11 +15,18 @@ import torch
 
 @dataclass
 class Received:
-    """What one rank holds after a dispatch.
+    """Result of a dispatch on one rank.
 
-    x [N, hidden], scales [N, hidden/128] or None, topk_weights [N] (expert layout) or [N, top_k] (rank
-    layout), topk_ids int64 [N, top_k] (rank layout, else None), tokens_per_expert and rows_per_expert
-    int64 [experts per rank], source_rank and source_token int64 [N], -1 on padding.
+    Attributes
+    ----------
+    x : Tensor [N, hidden]
+    scales : Tensor [N, hidden/128] or None
+    topk_weights : Tensor float32 [N] (expert layout) or [N, top_k] (rank layout)
+    topk_ids : Tensor int64 [N, top_k] (rank layout), else None
+    tokens_per_expert, rows_per_expert : Tensor int64 [experts per rank]
+        Rows of each expert without and with padding.
+    source_rank, source_token : Tensor int64 [N]
+        -1 on padding.
     """
 
     x: torch.Tensor
@@ -43,19 +50,22 @@ def dispatch(
     capacity: int | None = None,
     scales: Sequence[torch.Tensor] | None = None,
 ) -> list[Received]:
-    """What every rank receives.
+    """Compute what every rank receives from Buffer.dispatch.
 
     Parameters
     ----------
-    xs, topk_ids, topk_weights, scales : list of Tensor
-        By rank: [T, hidden], [T, top_k], [T, top_k] or None for ones, [T, hidden/128] or None.
+    xs, topk_ids : list of Tensor [T, hidden], [T, top_k], by rank
+    topk_weights : list of Tensor [T, top_k] by rank, optional
+        Default: ones.
+    scales : list of Tensor [T, hidden/128] by rank, optional
     num_experts, layout, expert_alignment, capacity
         As for Buffer and Buffer.dispatch.
 
     Returns
     -------
     list of Received
-        Rows in order (local expert, source rank, source token), or (source rank, source token).
+        By rank. Rows are ordered by (local expert, source rank, source token) in the expert layout, and by (source
+        rank, source token) in the rank layout.
     """
     size, top_k = len(xs), topk_ids[0].shape[1]
     per_rank = num_experts // size
@@ -143,28 +153,28 @@ def combine(
     bias: Sequence[torch.Tensor] | None = None,
     wire: Any = None,
 ) -> list[torch.Tensor]:
-    """What every rank gets back.
+    """Compute what every rank gets from Buffer.combine.
 
     Parameters
     ----------
-    rows : list of Tensor [N, hidden]
-        The experts' output by rank.
-    received : list of Received
-        Of the dispatch that is undone.
-    num_tokens : list of int
-        Tokens of every rank.
+    rows : list of Tensor [N, hidden] by rank
+        Output of the experts.
+    received : list of Received by rank
+        Result of the dispatch.
+    num_tokens : list of int by rank
+        Number of tokens.
     ranks_per_node : int
-        A node's rows are summed first, and rounded to the rows' dtype where they cross the rail.
-    topk_weights, bias : list of Tensor or None
-        [N] per rank (expert layout), [hidden] or [T, hidden] per rank.
-    wire : callable or list of callables, optional
-        Applied to a node's FP32 sum that crosses the rail, in place of the rounding to dtype; by source rank. See
-        reference_quant.wire.
+        Each node sums its rows first. The sums of other nodes are rounded to the dtype of the rows.
+    topk_weights : list of Tensor [N] by rank, optional
+        Only for the expert layout.
+    bias : list of Tensor [hidden] or [T, hidden] by rank, optional
+    wire : callable or list of callables by source rank, optional
+        Applied to the FP32 sum of another node in place of the rounding, see reference_quant.wire.
 
     Returns
     -------
-    list of Tensor [T, hidden]
-        Ascending expert within ascending rank within ascending node; FP32 (FP64 for float64).
+    list of Tensor [T, hidden] by rank
+        Summed in FP32 (FP64 for float64), by ascending node, then rank, then expert.
     """
     size = len(rows)
     dtype, hidden = rows[0].dtype, rows[0].shape[1]
@@ -200,10 +210,15 @@ def combine(
 
 @dataclass
 class DecodeReceived:
-    """What one rank holds after a decode dispatch.
+    """Result of a decode dispatch on one rank.
 
-    x [experts per rank, size * max_tokens, hidden] and scales [.., hidden/128] or None (zero behind the rows),
-    counts int64 [experts per rank].
+    Attributes
+    ----------
+    x : Tensor [experts per rank, size * max_tokens, hidden]
+        Zero after the rows of each expert.
+    scales : Tensor [experts per rank, size * max_tokens, hidden/128] or None
+    counts : Tensor int64 [experts per rank]
+        Number of rows.
     """
 
     x: torch.Tensor
@@ -214,7 +229,7 @@ class DecodeReceived:
 def _decode_places(
     topk_ids: Sequence[torch.Tensor], num_experts: int
 ) -> tuple[dict[tuple[int, int, int], tuple[int, int, int]], list[int]]:
-    """(rank, local expert, position) of every pick: {(source, t, k): ...}, in order (source rank, source token)."""
+    """({(source, token, k): (rank, local expert, position)} of every pick, number of rows of every expert)."""
     per_rank = num_experts // len(topk_ids)
     filled, places = [0] * num_experts, {}
     for source, ids in enumerate(topk_ids):
@@ -234,18 +249,18 @@ def decode_dispatch(
     max_tokens: int,
     scales: Sequence[torch.Tensor] | None = None,
 ) -> list[DecodeReceived]:
-    """What every rank receives from Buffer.decode_dispatch.
+    """Compute what every rank receives from Buffer.decode_dispatch.
 
     Parameters
     ----------
-    xs, topk_ids, scales : list of Tensor
-        By rank: [T, hidden], [T, top_k], [T, hidden/128] or None.
+    xs, topk_ids : list of Tensor [T, hidden], [T, top_k], by rank
+    scales : list of Tensor [T, hidden/128] by rank, optional
     num_experts, max_tokens : int
         As for Buffer.
 
     Returns
     -------
-    list of DecodeReceived
+    list of DecodeReceived by rank
     """
     size = len(xs)
     places, filled = _decode_places(topk_ids, num_experts)
@@ -277,25 +292,25 @@ def decode_combine(
     ranks_per_node: int | None = None,
     wire: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """What every rank gets back from Buffer.decode_combine.
+    """Compute what every rank gets from Buffer.decode_combine.
 
     Parameters
     ----------
-    rows : list of Tensor [experts per rank, size * max_tokens, hidden]
-        The experts' output by rank, laid out as DecodeReceived.x.
-    topk_ids, topk_weights : list of Tensor [T, top_k]
-        By source rank.
+    rows : list of Tensor [experts per rank, size * max_tokens, hidden] by rank
+        Output of the experts, in the layout of DecodeReceived.x.
+    topk_ids, topk_weights : list of Tensor [T, top_k] by source rank
     weights_travel : bool
-        A rank sums its rows of a token and rounds; those sums are added in the order of each rank's first pick.
+        Each owner rank sums its weighted rows of a token and rounds the sum. The source adds these sums in the order
+        of each rank's first pick.
     ranks_per_node : int, optional
-        None: one node.
+        Default: one node.
     wire : callable, optional
-        Applied to what crosses between nodes: a row, or a rank's FP32 sum in place of its rounding.
+        Applied to data that crosses between nodes: to a row, or to the FP32 sum of a rank in place of its rounding.
 
     Returns
     -------
-    list of Tensor [T, hidden]
-        Ascending k, in FP32 (FP64 for float64), rounded once.
+    list of Tensor [T, hidden] by rank
+        Summed by ascending k in FP32 (FP64 for float64) and rounded once.
     """
     places, _ = _decode_places(topk_ids, num_experts)
     dtype, hidden = rows[0].dtype, rows[0].shape[2]
@@ -309,7 +324,7 @@ def decode_combine(
     for source, ids in enumerate(topk_ids):
         y = torch.zeros((len(ids), hidden), dtype=dtype, device="cpu")
         for t in range(len(ids)):
-            terms: dict[int, torch.Tensor] = {}  # by rank, in the order of first picks
+            terms: dict[int, torch.Tensor] = {}  # by rank, in the order of each rank's first pick
             total = None
             for k in range(ids.shape[1]):
                 if (source, t, k) not in places:

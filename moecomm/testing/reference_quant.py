@@ -1,6 +1,6 @@
-"""The oracle of moecomm.quant: the same codes in slow and obvious torch; the kernels equal it bit for bit.
+"""The oracle of moecomm.quant: slow, obvious torch code whose results equal those of the kernels bit for bit.
 
-Every step is one rounded FP32 operation, in the order of csrc/base/quantize.hpp.
+Every step is one FP32 operation with rounding, in the order of csrc/base/quantize.hpp.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 
 TILE = 128
 _FP8 = torch.float8_e4m3fn
-# Wire of combine: logarithm and power as polynomials, highest power first.
+# Polynomials of the logarithm and of the power for LogFMT, highest power first.
 _LOG2 = (
     -0.145757511,
     0.236882478,
@@ -37,7 +37,7 @@ def _float(bits):
 
 
 def encode_fp8(x):
-    """FP32 to e4m3 codes: nearest even, finite values saturate at 448, everything else is NaN (0x7f)."""
+    """FP32 to e4m3 codes: round to nearest even. Finite values saturate at 448; all others become NaN (0x7f)."""
     codes = x.clamp(-448, 448).to(_FP8).view(torch.uint8)
     return torch.where(torch.isfinite(x), codes, torch.full_like(codes, 0x7F)).view(_FP8)
 
@@ -60,12 +60,12 @@ def tile_scales(amax, scale="f32"):
 
 
 def _spread(scales, shape, tile):
-    """Scales of tiles, repeated to one per element."""
+    """Repeat the scales of tiles to one scale per element."""
     return scales.repeat_interleave(tile[0], 0).repeat_interleave(tile[1], 1)[: shape[0], : shape[1]]
 
 
 def quantize(x, tile=(1, TILE), scale="f32"):
-    """(codes [R, C], scales f32 of the tiles) for tiles of tile[0] rows and tile[1] columns."""
+    """Quantize in tiles of tile[0] rows and tile[1] columns: (codes [R, C], float32 scales of the tiles)."""
     x = _f32(x)
     rows, columns = x.shape
     finite = x.abs().masked_fill(~torch.isfinite(x), 0.0)
@@ -76,12 +76,12 @@ def quantize(x, tile=(1, TILE), scale="f32"):
 
 
 def dequantize(codes, scales, tile=(1, TILE), dtype=torch.float32):
-    """The values of codes with f32 scales."""
+    """Values of codes with float32 scales."""
     return (decode_fp8(codes) * _spread(scales, codes.shape, tile)).to(dtype)
 
 
 def transpose_requantize(codes, scales, scale="f32"):
-    """[R, C] in 1x128 tiles to [C, R] in 1x128 tiles."""
+    """Transpose [R, C] with 1x128 tiles to [C, R] with 1x128 tiles."""
     return quantize(dequantize(codes, scales).t().contiguous(), (1, TILE), scale)
 
 
@@ -113,7 +113,7 @@ def _tiled(x):
 
 
 def encode_logfmt10(x):
-    """(codes int32 [R, tiles, 128], low [R, tiles], step [R, tiles]) of rows; the last tile is filled with zeros."""
+    """Encode rows: (codes int32 [R, tiles, 128], low [R, tiles], step [R, tiles]). The last tile is zero-padded."""
     x = _tiled(x)
     a = x.abs()
     finite = torch.isfinite(x)
@@ -135,7 +135,7 @@ def encode_logfmt10(x):
 
 
 def decode_logfmt10(codes, low, step, hidden):
-    """FP32 rows [R, hidden] of encode_logfmt10's result."""
+    """Decode the result of encode_logfmt10 to FP32 rows [R, hidden]."""
     k = codes & 0x1FF
     values = exp2((k - 1).to(torch.float32) * step[..., None] + low[..., None])
     values = torch.where(codes >= 0x200, -values, values)
@@ -144,7 +144,7 @@ def decode_logfmt10(codes, low, step, hidden):
 
 
 def pack_logfmt10(codes, low, step):
-    """The bytes of a row on the wire, uint8 [R, tiles * 168] and zeros up to a multiple of 16."""
+    """Bytes of rows on the wire: uint8 [R, tiles * 168], zero-padded to a multiple of 16."""
     rows, tiles, _ = codes.shape
     low_bits = (codes & 0xFF).to(torch.uint8).view(rows, -1)
     quarter = (codes >> 8).view(rows, tiles, 4, 32)
@@ -155,13 +155,13 @@ def pack_logfmt10(codes, low, step):
 
 
 def pack_fp8(codes, scales):
-    """The bytes of a row on the wire: codes and f32 scales, each filled with zeros up to a multiple of 16."""
+    """Bytes of rows on the wire: codes, then float32 scales, each zero-padded to a multiple of 16."""
     parts = codes.view(torch.uint8), scales.contiguous().view(torch.uint8)
     return torch.cat([torch.nn.functional.pad(p, (0, -p.shape[1] % 16)) for p in parts], 1)
 
 
 def wire(name):
-    """For reference.combine(wire=...): what an FP32 row [hidden] is worth after it crossed the rail as `name`."""
+    """Function for reference.combine(wire=...): an FP32 row [hidden] after encoding and decoding as `name`."""
 
     def fp8(row):
         return dequantize(*quantize(row[None]))[0]

@@ -1,1 +1,1 @@
-"""What calls did: recordings, their replay, timelines."""
+"""Recordings of calls, their replay, and timelines."""

@@ -1,7 +1,7 @@
-"""NumPy archives from anywhere: read into memory only where they are what they say, never as pickles, never larger than the file.
+"""Safe reading of NumPy archives from untrusted sources: no pickles, and never more memory than the size of the file.
 
-np.load believes a file's header: one that claims 2**60 elements ends in a MemoryError, other damage in one of a dozen exceptions.
-Here every failure is an InvalidArgument that names the file and the array in it.
+np.load trusts the header of a file: a header that claims 2**60 elements raises MemoryError, and other damage raises
+one of a dozen exceptions. Here every failure is an InvalidArgument that names the file and the array.
 """
 
 from __future__ import annotations
@@ -25,29 +25,32 @@ def refuse(op, file, field, got, expected):
     Raises
     ------
     InvalidArgument
+        Always.
     """
     raise InvalidArgument(f"{op}: {str(file)!r}: {field} {got}; expected {expected}", op=op)
 
 
 def read_archive(op, file, names, optional=()):
-    """{name: array} of an .npz as np.savez writes it: the arrays `names`, and those of `optional` that are there.
+    """Read an .npz file as np.savez writes it: {name: array} of all `names`, and of those in `optional` that exist.
 
     Raises
     ------
     InvalidArgument
-        There is no such file, or it is damaged, compressed or holds other arrays.
+        The file does not exist, is damaged or compressed, or contains other arrays.
     """
     with _opened(op, file) as opened:
         size = os.fstat(opened.fileno()).st_size
         try:
             archive = zipfile.ZipFile(opened)
             found = {m.filename.removesuffix(".npy"): m for m in archive.infolist()}
-        except Exception as error:  # zipfile promises BadZipFile, and raises more than that
+        except Exception as error:  # zipfile raises more than the documented BadZipFile
             refuse(
                 op, file, "archive", f"cannot be read ({type(error).__name__}: {error})", "an .npz archive"
             )
         if not set(names) <= set(found) <= {*names, *optional} or len(found) != len(archive.infolist()):
-            refuse(op, file, "archive", f"holds {spelled(sorted(found))}", f"the arrays {', '.join(names)}")
+            refuse(
+                op, file, "archive", f"contains {spelled(sorted(found))}", f"the arrays {', '.join(names)}"
+            )
         arrays = {}
         for name, member in found.items():
             if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
@@ -55,12 +58,12 @@ def read_archive(op, file, names, optional=()):
                     op,
                     file,
                     name,
-                    f"says it has {member.file_size} bytes in a file of {size}",
+                    f"claims {member.file_size} bytes in a file of {size}",
                     "an uncompressed archive, as np.savez writes it",
                 )
             try:
-                raw = archive.read(member)  # its checksum is verified
-            except Exception as error:  # as above
+                raw = archive.read(member)  # verifies the checksum
+            except Exception as error:  # see above
                 refuse(
                     op, file, name, f"cannot be read ({type(error).__name__}: {error})", "an undamaged array"
                 )
@@ -69,35 +72,35 @@ def read_archive(op, file, names, optional=()):
 
 
 def read_array(op, file):
-    """The array of an .npy file.
+    """Read the array of an .npy file.
 
     Raises
     ------
     InvalidArgument
-        There is no such file, or it holds something else.
+        The file does not exist or does not contain an array.
     """
     with _opened(op, file) as opened:
         return _array(op, file, "array", opened.read())
 
 
 def read_text(op, file):
-    """The text of a file, UTF-8; what is not becomes a replacement character.
+    """Read a text file in UTF-8. Invalid bytes become replacement characters.
 
     Raises
     ------
     InvalidArgument
-        There is no such file, or it cannot be read.
+        The file does not exist or cannot be read.
     """
     with _opened(op, file) as opened:
         return opened.read().decode(errors="replace")
 
 
 def _opened(op, file):
-    """A regular file, opened to be read: a pipe or a device would never end."""
+    """Open a regular file for reading. Refuses pipes and devices, which might never end."""
     try:
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError, TypeError) as error:
-        refuse(op, file, "file", f"cannot be opened ({error})", "a file that can be read")
+        refuse(op, file, "file", f"cannot be opened ({error})", "a readable file")
     about = os.fstat(fd)
     if not stat.S_ISREG(about.st_mode) or about.st_size > _MOST_BYTES:
         os.close(fd)
@@ -113,24 +116,24 @@ def _array(op, file, name, raw):
             version
         ]
         shape, fortran, dtype = read(data)
-    except Exception as error:  # whatever a damaged header makes of NumPy's parser
+    except Exception as error:  # NumPy's parser raises various exceptions for a damaged header
         refuse(
             op,
             file,
             name,
-            f"has no header of an array ({type(error).__name__}: {error})",
+            f"has an invalid header ({type(error).__name__}: {error})",
             "an array in NumPy's format",
         )
     start = data.tell()
     count = 1
-    for n in shape:  # Python's integers: nothing overflows
+    for n in shape:  # Python integers do not overflow
         count *= n
     if dtype.hasobject or min(shape, default=0) < 0 or count * dtype.itemsize != len(raw) - start:
         refuse(
             op,
             file,
             name,
-            f"says it is {dtype} {list(shape)}, with {len(raw) - start} bytes",
-            "as many bytes as its shape takes, and no objects",
+            f"claims to be {dtype} {list(shape)} but has {len(raw) - start} bytes",
+            "the number of bytes of its shape, and no objects",
         )
     return np.frombuffer(raw, dtype, count, start).reshape(shape, order="F" if fortran else "C").copy()

@@ -1,6 +1,6 @@
-"""Checks of a recording's segments: what passes can be dealt out, routed, simulated and replayed without another look.
+"""Checks of the segments of a recording. Later code, such as replay and simulation, relies on them.
 
-A recording may be damaged, or come from somebody else. Every refusal names the file and the field.
+A recording may be damaged, or come from an untrusted source. Every refusal names the file and the field.
 """
 
 from __future__ import annotations
@@ -19,29 +19,31 @@ from ..shapes import DTYPES, QUANTS, WIRES, arena_size, check_shape
 _OP = "recording"
 _MOST_TEXT = 65536  # characters of a header
 _MOST_HIDDEN = 1 << 20
-_MOST_BYTES = 1 << 48  # what a call may say it moved, and a rank's arena
+_MOST_BYTES = 1 << 48  # limit of the bytes that a call claims to have moved, and of a rank's arena
 _DTYPES = {str(d).removeprefix("torch."): d for d in DTYPES}
 _PARTS = ("header", "calls", "phases", "ids", "weights")
-# What every rank takes part in; decode hooks are each rank's own.
+# Decode hooks are local.
 COLLECTIVE = ("dispatch", "combine", "decode_dispatch", "decode_combine")
 
 
 def header_of(file):
-    """The header of a segment, as dict.
+    """Read the header of a segment as a dict.
 
     Raises
     ------
     InvalidArgument
+        The file or its header is damaged.
     """
     return _header(file, read_archive(_OP, file, _PARTS)["header"])
 
 
 def segment_of(file):
-    """{name: array} of a segment, each checked by itself; header is a dict.
+    """Read a segment: {name: array}, each checked separately; "header" is a dict.
 
     Raises
     ------
     InvalidArgument
+        The file or one of its arrays is damaged.
     """
     parts = read_archive(_OP, file, _PARTS)
     parts["header"] = header = _header(file, parts["header"])
@@ -75,19 +77,18 @@ def segment_of(file):
 
 
 def sequence(file, rank):
-    """Check one rank's calls one after the other: plans are made before they are used, and picks and weights are there for all.
+    """Check the sequence of one rank's calls.
+
+    Every plan must be made before it is used, and every token must have picks and, where recorded, weights.
 
     Raises
     ------
     InvalidArgument
+        The sequence is impossible.
     """
     calls = rank.calls
-    made, live, next_ids, next_weights = (
-        [],
-        {},
-        0,
-        0,
-    )  # live: the two decode steps whose memory is in use, and how far they are
+    made, next_ids, next_weights = [], 0, 0
+    live = {}  # {plan: state} of the two decode steps whose memory is in use
     columns = [calls[name].tolist() for name in ("op", "plan", "tokens", "cached", "weighted", "layout")]
     for i, (op, plan, tokens, cached, weighted, layout) in enumerate(zip(*columns)):
         if cached != (op == "combine") and op != "dispatch":
@@ -135,18 +136,18 @@ def sequence(file, rank):
                     _OP,
                     file,
                     f"calls[{i}]",
-                    f"combines a step that is {live[plan]}{' and whose weights have travelled' * weighted}",
-                    "one that has been received and not combined, weighted once",
+                    f"combines a step that is {live[plan]}{' and has sent its weights already' * weighted}",
+                    "a step that has been received and not combined, with weights in one call only",
                 )
-            live[plan] = "answered"
+            live[plan] = "combined"
         elif op == "decode_sum":
-            if live[plan] not in ("answered", "summed"):
+            if live[plan] not in ("combined", "summed"):
                 refuse(
                     _OP,
                     file,
                     f"calls[{i}]",
                     f"sums a step that is {live[plan]}",
-                    "one that has been combined",
+                    "a step that has been combined",
                 )
             live[plan] = "summed"
         if weighted and not cached and op in ("dispatch", "decode_dispatch", "decode_combine"):
@@ -163,11 +164,14 @@ def sequence(file, rank):
 
 
 def together(files, ranks):
-    """Cut all ranks' calls to what every one of them has written, and check that they were the same calls. files: one of each rank.
+    """Truncate all ranks to the calls that every rank has written, and check that the calls agree.
+
+    files : one file of each rank, for error texts.
 
     Raises
     ------
     InvalidArgument
+        Ranks have different headers or made different calls.
     """
     for file, r in zip(files, ranks):
         if {**r.header, "rank": 0, "version": ""} != {**ranks[0].header, "rank": 0, "version": ""}:
@@ -176,27 +180,27 @@ def together(files, ranks):
                 file,
                 "header",
                 f"is {spelled(r.header)}",
-                f"what rank 0 says, {spelled(ranks[0].header)}",
+                f"the header of rank 0, {spelled(ranks[0].header)}",
             )
-    count = min(len(r.calls) for r in ranks)  # where a process was killed, what all ranks have written
+    count = min(len(r.calls) for r in ranks)  # a killed process may have written fewer calls
     collective = [np.isin(r.calls["op"][:count], COLLECTIVE) for r in ranks]
-    done = np.array(
+    before = np.array(
         [np.concatenate([[0], c.cumsum()]) for c in collective]
-    )  # calls that need everyone, before each
-    count = int(np.flatnonzero((done == done[0]).all(0))[-1])
-    for file, r, mine in zip(files, ranks, collective):
+    )  # collective calls before each call
+    count = int(np.flatnonzero((before == before[0]).all(0))[-1])
+    for file, r, own in zip(files, ranks, collective):
         r.calls = r.calls[:count]
         for name in ("op", "plan", "cached", "layout", "alignment", "capacity"):
-            ours, first = r.calls[name][mine[:count]], ranks[0].calls[name][collective[0][:count]]
-            if (ours != first).any():
+            found, first = r.calls[name][own[:count]], ranks[0].calls[name][collective[0][:count]]
+            if (found != first).any():
                 refuse(
                     _OP,
                     file,
                     f"calls.{name}",
-                    f"differs from rank 0's in collective call {int((ours != first).argmax())}",
+                    f"differs from rank 0 in collective call {int((found != first).argmax())}",
                     "the same calls on every rank",
                 )
-    # A rank without tokens had no weights to note.
+    # A rank without tokens records no weights, even if the call has some on other ranks.
     if len({tuple(r.calls["op"]) for r in ranks}) == 1:
         weighted = np.any([r.calls["weighted"] for r in ranks], axis=0)
         for r in ranks:
@@ -217,10 +221,10 @@ def _header(file, array):
             file,
             "header",
             f"cannot be read ({type(error).__name__}: {spelled(str(error))})",
-            "a text in JSON",
+            "JSON text",
         )
     if not isinstance(header, dict):
-        refuse(_OP, file, "header", f"is {spelled(header)}", "an object in JSON")
+        refuse(_OP, file, "header", f"is {spelled(header)}", "a JSON object")
     if header.get("format") != FORMAT or isinstance(header["format"], bool):
         wrong("format", header.get("format"), f"{FORMAT}")
     ints = dict(
@@ -241,7 +245,7 @@ def _header(file, array):
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         wrong("dtype", dtype, f"one of {', '.join(_DTYPES)}")
     if not isinstance(header.get("version"), str):
-        wrong("version", header.get("version"), "a text")
+        wrong("version", header.get("version"), "a string")
     if header["rank"] >= header["size"]:
         wrong("rank", header["rank"], f"less than size, {header['size']}")
     if header["size"] % header["ranks_per_node"]:
@@ -250,10 +254,10 @@ def _header(file, array):
     try:
         check_shape(header["size"], *shape, _DTYPES[dtype], 20, header["channels"], header["rank"])
     except InvalidArgument as error:
-        refuse(_OP, file, "header", f"is no Buffer ({error})", "what a Buffer can be made of")
+        refuse(_OP, file, "header", f"describes no valid Buffer ({error})", "valid arguments of a Buffer")
     needed = arena_size(header["size"], *shape, _DTYPES[dtype])
     if needed >= _MOST_BYTES:
-        refuse(_OP, file, "header", f"asks for {needed} bytes", f"a Buffer of less than {_MOST_BYTES}")
+        refuse(_OP, file, "header", f"needs {needed} bytes", f"a Buffer of less than {_MOST_BYTES} bytes")
     return {name: header[name] for name in ("format", "version", *ints, "dtype")}
 
 
@@ -273,10 +277,12 @@ def _check_calls(file, calls, header):
     }
     for op in OPS:
         known = ["" if c is None else c for c in codings.get(op, [None])]
-        usable = known[:1] if header["dtype"] == "float64" else known  # those rows travel as they are
+        usable = known[:1] if header["dtype"] == "float64" else known  # float64 rows are never quantized
         all_of((calls["op"] != op) | np.isin(calls["coding"], usable), "coding", f"one of {usable} in {op}")
     quantized = np.isin(calls["op"], ("dispatch", "decode_dispatch")) & (calls["coding"] != "")
-    all_of(~quantized | (header["hidden"] % 16 == 0), "coding", "none where hidden is no multiple of 16")
+    all_of(
+        ~quantized | (header["hidden"] % 16 == 0), "coding", "none, because hidden is not a multiple of 16"
+    )
     all_of(
         (calls["tokens"] >= 0) & (calls["tokens"] <= header["max_tokens"]),
         "tokens",
@@ -287,7 +293,7 @@ def _check_calls(file, calls, header):
     all_of((calls["capacity"] >= -1) & (calls["capacity"] < 1 << 31), "capacity", "-1 (none) or 0..2**31-1")
     all_of(calls["phases"] >= 0, "phases", "a number >= 0")
     all_of(calls["begin_ns"] >= 0, "begin_ns", "nanoseconds >= 0")
-    all_of(calls["end_ns"] >= calls["begin_ns"], "end_ns", "a time that is not before begin_ns")
+    all_of(calls["end_ns"] >= calls["begin_ns"], "end_ns", "a time not before begin_ns")
     for name in HOPS:
         all_of(calls[name] < _MOST_BYTES, name, f"less than {_MOST_BYTES}")
 
@@ -309,7 +315,7 @@ def _check_ids(file, ids, num_experts):
 
 
 def picks_error(ids, num_experts):
-    """(field, what it is, expected) of the first row of ids [T, top_k] that is no token's picks, or None."""
+    """Find the first row of ids [T, top_k] with invalid picks: (field, text of the value, expected), or None."""
     wrong = (ids < -1) | (ids >= num_experts)
     if wrong.any():
         row, column = np.argwhere(wrong)[0].tolist()
@@ -318,12 +324,12 @@ def picks_error(ids, num_experts):
     twice = (ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)
     if twice.any():
         row = int(np.argwhere(twice)[0][0])
-        return f"ids[{row}]", f"is {ids[row].tolist()}", "distinct experts in a token"
+        return f"ids[{row}]", f"is {ids[row].tolist()}", "distinct experts per token"
     return None
 
 
 def _shown(column, i):
     try:
         return spelled(column[i].item())
-    except ValueError:  # a text that is none
-        return "no text"
+    except ValueError:  # an invalid Unicode string
+        return "not a valid string"

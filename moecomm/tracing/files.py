@@ -1,8 +1,8 @@
-"""The files of a recording: made by nobody else, followed through no link, readable by their owner alone.
+"""Creates the files of a recording safely: uses no file of another user, follows no link; only the owner can read.
 
-A recording's folder may be one that others can write to, and the names of its files are known in advance. So every file is made
-with O_EXCL and O_NOFOLLOW, relative to a folder that was opened once; only segments of earlier recordings are ever removed, and
-a foreign file under a segment's name is refused before anything is written.
+The folder of a recording may be writable by others, and the names of its files are predictable. So every file is made
+with O_EXCL and O_NOFOLLOW, relative to a folder that is opened once. Only segments of earlier recordings are removed.
+A foreign file with the name of a segment is refused before anything is written.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from ..errors import InvalidArgument
 
 SEGMENT = re.compile(r"rank-(\d{5})\.(\d{3,9})\.npz")
 _PARTIAL = re.compile(r"rank-(\d{5})\.(\d{3,9})\.([0-9a-f]{16}\.)?partial")
-_HEAD = 1024  # bytes of a segment that show whose it is
-_MEMBER = b"header.npy"  # the first one of the archive ...
-_TEXT = '{"format"'.encode("utf-32-le")  # ... and how its text begins
+_HEAD = 1024  # bytes of a file that identify it as a segment
+_MEMBER = b"header.npy"  # first member of the archive
+_TEXT = '{"format"'.encode("utf-32-le")  # begin of that member's text
 
 
 class Folder:
-    """A recording's folder as one rank writes to it. Files are made in it even where its path means another one by now."""
+    """The folder of a recording, opened by one rank. It stays the same folder, even if its path changes meaning."""
 
     def __init__(self, path, rank, size):
         self.path, self._rank, self._size = path, rank, size
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def close(self):
-        """Twice is fine."""
+        """Close the folder. May be called repeatedly."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
     def earlier(self):
-        """Names of what this rank removes before it writes: segments of an earlier recording, whole or not.
+        """Names of the files that this rank must remove first: complete and partial segments of an earlier recording.
 
         Raises
         ------
         InvalidArgument
-            There is a file of such a name that no recording has written.
+            A file has the name of a segment but was not written by a recording of this user.
         """
         found = []
         for name in sorted(os.listdir(self._fd)):
@@ -52,8 +52,8 @@ class Folder:
                 continue
             if not self._is_ours(name):
                 raise InvalidArgument(
-                    f"Buffer: record is {str(self.path)!r}, which holds {name!r}, and no recording of yours has written that; expected an "
-                    "empty folder, or one with an earlier recording, which is replaced",
+                    f"Buffer: record is {str(self.path)!r}, which contains {name!r}, a file that no recording of this "
+                    "user has written; expected an empty folder, or one with an earlier recording to replace",
                     op="Buffer",
                     rank=self._rank,
                 )
@@ -61,24 +61,26 @@ class Folder:
         return found
 
     def remove(self, names):
-        """Remove files of `earlier`."""
+        """Remove the files that `earlier` has returned."""
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=self._fd)
 
     def try_to_write(self):
-        """Make a file and remove it. Raises OSError."""
+        """Make a file and remove it. Raises OSError if the folder cannot be written."""
         name, file = self._make(0)
         file.close()
         os.unlink(name, dir_fd=self._fd)
 
     def write(self, number, save):
-        """save(file) as segment `number`, or the next one that is free: a reader sees whole segments only. Returns the number.
+        """Write a segment with save(file); return its number: `number`, or the next one that is free.
+
+        Readers see complete segments only.
 
         Raises
         ------
         OSError
-            Of the first thing that fails; the unfinished file is gone.
+            The file cannot be written. The incomplete file has been removed.
         """
         partial, file = self._make(number)
         try:
@@ -88,7 +90,7 @@ class Folder:
                 with contextlib.suppress(FileExistsError):
                     self._publish(partial, f"rank-{self._rank:05d}.{free:03d}.npz")
                     return free
-            raise FileExistsError("every segment's name is taken")
+            raise FileExistsError("all names of segments are in use")
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(partial, dir_fd=self._fd)
@@ -102,12 +104,11 @@ class Folder:
 
     def _publish(self, partial, name):
         try:
-            os.link(
-                partial, name, src_dir_fd=self._fd, dst_dir_fd=self._fd, follow_symlinks=False
-            )  # never over another file
+            # Unlike rename, link never replaces a file.
+            os.link(partial, name, src_dir_fd=self._fd, dst_dir_fd=self._fd, follow_symlinks=False)
         except FileExistsError:
             raise
-        except OSError:  # a file system without hard links
+        except OSError:  # the file system has no hard links
             if name in os.listdir(self._fd):
                 raise FileExistsError(name) from None
             os.rename(partial, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
@@ -115,7 +116,7 @@ class Folder:
     def _is_ours(self, name):
         try:
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._fd)
-        except OSError:  # a link, a socket, or nothing that this user may read
+        except OSError:  # a link, a socket, or not readable for this user
             return False
         try:
             about = os.fstat(fd)
@@ -124,17 +125,17 @@ class Folder:
             head = os.read(fd, _HEAD)
         finally:
             os.close(fd)
-        empty = not head and name.endswith(".partial")  # killed before the first byte
+        empty = not head and name.endswith(".partial")  # the process was killed before it wrote anything
         return empty or (head[:2] == b"PK" and _MEMBER in head[:64] and _TEXT in head)
 
 
 def open_folder(path, rank, size):
-    """The Folder of a recording, made where it is missing; nothing in it is changed.
+    """Open the Folder of a recording; make it if it does not exist. Changes no file.
 
     Raises
     ------
     InvalidArgument
-        It cannot be made or written to, or holds what a recording would have to replace and has not written.
+        The folder cannot be made or written, or contains a foreign file with the name of a segment.
     """
     path, folder = checked_path("Buffer", "record", path), None
     try:
@@ -146,7 +147,7 @@ def open_folder(path, rank, size):
         return folder
     except OSError as error:
         why = InvalidArgument(
-            f"Buffer: record is {path!r}; expected a folder that can be written ({error})",
+            f"Buffer: record is {path!r}; expected a writable folder ({error})",
             op="Buffer",
             rank=rank,
         )

@@ -1,4 +1,4 @@
-"""What the arrays of a recording's segments look like; moecomm.record says what they mean."""
+"""Dtypes of the arrays in the segments of a recording. moecomm.record describes their meaning."""
 
 from __future__ import annotations
 
@@ -20,25 +20,22 @@ DECODE_OPS = ("decode_dispatch", "decode_receive", "decode_combine", "decode_sum
 CALL = np.dtype(
     [
         ("op", "U15"),  # dispatch | combine | one of DECODE_OPS
-        (
-            "plan",
-            "i8",
-        ),  # number of the dispatch that it belongs to, counted over those whose picks are recorded
-        ("cached", "?"),  # a dispatch that reuses its plan
+        ("plan", "i8"),  # index of the plan, counted over the dispatches whose picks are recorded
+        ("cached", "?"),  # a combine, or a dispatch that reuses its plan
         ("tokens", "i4"),
-        ("weighted", "?"),  # weights travel (dispatch), are applied (combine)
+        ("weighted", "?"),  # a dispatch that sends weights, or a combine that applies them
         ("layout", "U6"),
         ("alignment", "i4"),
         ("capacity", "i8"),  # -1: none
-        ("coding", "U9"),  # of a dispatch's rows (quant=), of a combine's between nodes (wire=); "": none
+        ("coding", "U9"),  # quant= of a dispatch, wire= of a combine; "": none
         ("begin_ns", "i8"),  # time.perf_counter_ns of this process
         ("end_ns", "i8"),
-        ("phases", "i4"),  # how many records of `phases` are this call's
+        ("phases", "i4"),  # number of records in `phases` that belong to this call
         *((name, "u8") for name in HOPS),
     ]
 )
-OPS = ("dispatch", "combine", *DECODE_OPS)  # by the numbers of the C++ RecordedOp
-# C++ RecordedCall and RoleSpan.
+OPS = ("dispatch", "combine", *DECODE_OPS)  # in the order of RecordedOp in C++
+# RecordedCall and RoleSpan of C++.
 NATIVE_CALL = np.dtype(
     [
         *((name, "i8") for name in ("plan", "capacity", "begin", "end", "spans")),
@@ -54,5 +51,5 @@ PHASE = np.dtype([("role", "U8"), ("begin", "f8"), ("end", "f8")])  # seconds of
 
 
 def ids_dtype(num_experts):
-    """Of recorded picks."""
+    """Dtype of recorded picks."""
     return np.int16 if num_experts <= 32768 else np.int32

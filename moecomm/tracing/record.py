@@ -1,16 +1,18 @@
-"""Recording: what a Buffer was asked to do, compactly, so that it can be done again elsewhere.
+"""Recording: stores the calls of a Buffer in compact files, so that they can be replayed elsewhere.
 
-Buffer(..., record=PATH) writes into the folder PATH, for every rank, files rank-RRRRR.SSS.npz (segments S of one
-sequence), each a NumPy archive of
+With Buffer(..., record=PATH) every rank writes files rank-RRRRR.SSS.npz (rank R, segment S) to the folder PATH. Each
+file is a NumPy archive of
 
-    header   text: JSON of the format's version, the geometry and the buffer's arguments
-    calls    one record per call, see CALL in record_format; a decode call is two, its send and its receive phase
-    phases   one record per role of a dispatch or combine, see PHASE there, call after call
-    ids      int16 or int32 [sum of tokens, top_k]: the picks of every dispatch that made a plan and of every
+    header   text: JSON with the version of the format, the geometry and the arguments of the Buffer
+    calls    one record per call, see CALL in format.py; a decode call has two, for its send and its receive phase
+    phases   one record per role of a dispatch or combine, see PHASE in format.py, in the order of the calls
+    ids      int16 or int32 [sum of tokens, top_k]: picks of every dispatch that made a plan and of every
              decode_dispatch, in order
-    weights  float32 [sum of tokens, top_k]: of those that had some and of every decode_combine that had some, in order
+    weights  float32 [sum of tokens, top_k]: weights of these calls and of every decode_combine, in order, for the
+    calls
+             that had weights
 
-Payload is not recorded: what a call costs depends on the routing alone. moecomm.replay runs a recording again.
+Payload is not recorded, because the cost of a call depends on the routing alone. moecomm.replay replays a recording.
 """
 
 from __future__ import annotations
@@ -49,7 +51,17 @@ OP = "replay"
 
 @dataclass
 class RankRecording:
-    """One rank's part: header dict, calls (array of CALL), phases (array of PHASE), ids [tokens, top_k] and weights by plan number (None: none)."""
+    """One rank of a recording.
+
+    Attributes
+    ----------
+    header : dict
+    calls, phases : array of CALL, of PHASE
+    ids : list of array [tokens, top_k]
+        Picks, by plan.
+    weights : list of array float32 [tokens, top_k] or None
+        Weights, by plan.
+    """
 
     header: dict
     calls: np.ndarray
@@ -59,21 +71,22 @@ class RankRecording:
 
 
 def load(path):
-    """A recording, by rank: the calls that all ranks have written. Nothing in its files is believed: what load returns can be run.
+    """Load a recording: the calls that all ranks have written. The files may be untrusted; everything is checked.
 
     Parameters
     ----------
     path : path-like
-        The folder that was given to Buffer.
+        The folder of the recording: record= of Buffer.
 
     Returns
     -------
-    list of RankRecording
+    list of RankRecording, by rank
 
     Raises
     ------
     InvalidArgument
-        There is no recording, a rank's part is missing, the format is another one, or a file is damaged; names the file and the field.
+        The folder has no recording, a rank or a segment is missing, the format has another version, or a file is
+        damaged. The text names the file and the field.
     """
     path = Path(checked_path(OP, "path", path))
     segments = {}
@@ -82,19 +95,19 @@ def load(path):
             segments.setdefault(int(match[1]), {})[int(match[2])] = path / file
     if not segments:
         raise InvalidArgument(
-            f"recording: {str(path)!r} holds no rank-*.npz; expected a folder that Buffer(..., record=PATH) wrote",
+            f"recording: {str(path)!r} contains no rank-*.npz; expected a folder that Buffer(..., record=PATH) wrote",
             op=OP,
         )
     size = header_of(min(segments[min(segments)].items())[1])["size"]
     if len(segments) != size or max(segments) != size - 1:
         raise InvalidArgument(
-            f"recording: {str(path)!r} holds {len(segments)} ranks; expected ranks 0..{size - 1}", op=OP
+            f"recording: {str(path)!r} contains {len(segments)} ranks; expected ranks 0..{size - 1}", op=OP
         )
     ranks = [_load_rank(rank, segments[rank]) for rank in range(size)]
     together([file for files in segments.values() for _, file in sorted(files.items())[:1]], ranks)
     for r in ranks:
         r.phases = r.phases[: r.calls["phases"].sum(dtype=np.int64)]
-        _deal_out(r)
+        _split_by_plan(r)
     return ranks
 
 
@@ -103,17 +116,19 @@ def _files(path):
         return os.listdir(path)
     except OSError as error:
         raise InvalidArgument(
-            f"recording: {str(path)!r} cannot be read ({error}); expected a folder that Buffer(..., record=PATH) wrote",
+            f"recording: {str(path)!r} cannot be read ({error}); "
+            "expected a folder that Buffer(..., record=PATH) wrote",
             op=OP,
         ) from None
 
 
 def _load_rank(rank, files):
-    """The RankRecording of one rank's segments, each checked by itself and all of them together; ids and weights still in one piece."""
+    """Load and check all segments of one rank. ids and weights of the result are not yet split by plan."""
     if sorted(files) != list(range(len(files))):
         missing = min(set(range(len(files))) - set(files))
         raise InvalidArgument(
-            f"recording: segment {missing:03d} of rank {rank} is missing beside {files[max(files)].name!r}; expected all from 000 on",
+            f"recording: segment {missing:03d} of rank {rank} is missing, though {files[max(files)].name!r} exists; "
+            "expected all segments from 000 on",
             op=OP,
         )
     parts = [segment_of(files[n]) for n in range(len(files))]
@@ -125,7 +140,7 @@ def _load_rank(rank, files):
                 files[n],
                 "header",
                 f"is {part['header']}",
-                f"rank {rank}, and what {files[0].name} says",
+                f"the header of {files[0].name}, with rank {rank}",
             )
     whole = RankRecording(
         first, *(np.concatenate([p[name] for p in parts]) for name in ("calls", "phases", "ids", "weights"))
@@ -134,8 +149,8 @@ def _load_rank(rank, files):
     return whole
 
 
-def _deal_out(rank):
-    """Cut ids and weights into those of each plan."""
+def _split_by_plan(rank):
+    """Split ids and weights by plan."""
     of_plan_ids, of_plan_weights, at, weights_at = [], [], 0, 0
     for call in rank.calls[
         np.isin(rank.calls["op"], ("dispatch", "decode_dispatch", "decode_combine")) & ~rank.calls["cached"]

@@ -1,7 +1,7 @@
-"""Recorder: what a Buffer was asked to do goes into a folder while it goes on; moecomm.record says what the files hold.
+"""Recorder: writes the calls of a Buffer to a folder while the Buffer is in use. moecomm.record describes the files.
 
-A recording that cannot be written, a full disk say, ends there and is reported once, as a RecordingIncomplete warning: the Buffer
-works on, and close() releases everything in any case.
+If a recording cannot be written, for example because the disk is full, it ends, and a RecordingIncomplete warning is
+given once. The Buffer keeps working, and close() still releases everything.
 """
 
 from __future__ import annotations
@@ -28,59 +28,61 @@ LOOK_SECONDS, FLUSH_SECONDS = 0.5, 60.0
 
 
 def check_folder(path, rank, size):
-    """Make sure that this rank can record there; nothing of an earlier recording is removed yet.
+    """Check that this rank can record to the folder. Removes nothing of an earlier recording.
 
     Raises
     ------
     InvalidArgument
+        As open_folder.
     """
     open_folder(path, rank, size).close()
 
 
 class Recorder:
-    """One rank's recording. Made by Buffer after check_folder.
+    """The recording of one rank. Made by Buffer after check_folder.
 
-    The native calls note what they do; a thread of its own writes it when there is a full segment, at least every FLUSH_SECONDS, and
-    close() or the end of the process what is left. A process that is killed loses what was not written yet.
+    Native calls store their records in memory. A separate thread writes them when a segment is full, and at least
+    every FLUSH_SECONDS. close(), or the end of the process, writes the rest. A killed process loses its unwritten
+    records.
     """
 
-    def __init__(self, path, buffer):
-        self._source = NativeCalls(buffer._native, buffer.top_k, buffer.num_experts)
+    def __init__(self, path, memory):
+        self._source = NativeCalls(memory.native, memory.top_k, memory.num_experts)
         self.record(True)
-        self.segments = Segments(path, buffer, self._source)
+        self.segments = Segments(path, memory, self._source)
         self._finalizer = weakref.finalize(self, self.segments.close)
 
     def record(self, on):
-        """Go on recording dispatch and combine, or pause."""
+        """Continue recording dispatch and combine, or pause."""
         self._source.record(on)
 
     def record_decode(self, native):
-        """The decode path is there: its calls are recorded too."""
+        """Record the calls of the decode path as well, from its creation on."""
         native.record(self._source.recording)
 
     def close(self):
-        """Write what is left."""
+        """Write the rest and end the recording."""
         self._finalizer()
 
 
 class NativeCalls:
-    """What a native buffer of the host notes: a source of segments."""
+    """Records of a native host buffer: a source of segments."""
 
     def __init__(self, native, top_k, num_experts):
         self._native, self._top_k, self._ids = native, top_k, ids_dtype(num_experts)
         self.recording = core.Recording(top_k, num_experts)
 
     def record(self, on):
-        """Go on, or pause."""
+        """Continue recording, or pause."""
         self._native.record(self.recording if on else None)
 
     @property
     def nbytes(self):
-        """Of what take() would give."""
+        """Bytes that take() would return."""
         return self.recording.nbytes
 
     def take(self):
-        """(calls, phases, ids, weights) since the last time."""
+        """Take the records since the last call: (calls, phases, ids, weights)."""
         calls, ids, weights, spans = self._native.take(self.recording)
         native, timeline = np.frombuffer(calls, NATIVE_CALL), np.frombuffer(spans, NATIVE_SPAN)
         rows, phases = np.zeros(len(native), CALL), np.zeros(len(timeline), PHASE)
@@ -109,10 +111,13 @@ class NativeCalls:
 
 
 class Segments:
-    """Takes segments from a source and writes them, in a thread; apart from Recorder so that the end of the process can still write."""
+    """Writes the segments of a source in a thread.
 
-    def __init__(self, path, buffer, source):
-        comm = buffer.comm
+    Separate from Recorder, so that the finalizer of Recorder can still write at the end of the process.
+    """
+
+    def __init__(self, path, memory, source):
+        comm = memory.comm
         self._path, self._rank, self.source = str(path), comm.rank, source
         self._header = dict(
             format=FORMAT,
@@ -120,12 +125,12 @@ class Segments:
             rank=comm.rank,
             size=comm.size,
             ranks_per_node=comm.ranks_per_node,
-            hidden=buffer.hidden,
-            num_experts=buffer.num_experts,
-            top_k=buffer.top_k,
-            max_tokens=buffer.max_tokens,
-            dtype=str(buffer.dtype).removeprefix("torch."),
-            channels=buffer.channels,
+            hidden=memory.hidden,
+            num_experts=memory.num_experts,
+            top_k=memory.top_k,
+            max_tokens=memory.max_tokens,
+            dtype=str(memory.dtype).removeprefix("torch."),
+            channels=memory.channels,
         )
         self._lock, self._closed, self._number, self._process = (
             threading.Lock(),
@@ -143,7 +148,7 @@ class Segments:
         written = time.monotonic()
         while not self._closed.wait(LOOK_SECONDS):
             if self._failure is not None:
-                self._take()  # nobody will want it, and memory must not grow
+                self._discard()  # the recording has failed: keep memory from growing
             elif (
                 self.source.nbytes >= SEGMENT_BYTES
                 or self.source.nbytes
@@ -154,8 +159,8 @@ class Segments:
                 self._report(raising=False)
 
     def close(self):
-        """Write what is left, and release everything. Warns where the recording is incomplete, unless that was said."""
-        if os.getpid() != self._process:  # a forked child ends: the recording is its parent's
+        """Write the rest and release everything. Warns once if the recording is incomplete."""
+        if os.getpid() != self._process:  # the end of a forked child: the recording belongs to its parent
             return
         self._closed.set()
         self.write()
@@ -165,8 +170,8 @@ class Segments:
         self._report()
 
     def write(self):
-        """Take what there is and write it; the first segment also where there is nothing. Never raises: see close."""
-        with self._lock, self._fails_once():  # one segment after the other
+        """Write the present records, if there are any; the first segment is written in any case. Never raises."""
+        with self._lock, self._fails_once():  # the lock keeps the segments in order
             if self._failure is not None or not self.source.nbytes and self._number:
                 return
             calls, phases, ids, weights = self.source.take()
@@ -179,7 +184,7 @@ class Segments:
             )
 
     def fail(self, error):
-        """The recording ends here, and this is why."""
+        """End the recording because of this error."""
         if self._failure is None:
             self._failure = error
 
@@ -187,10 +192,10 @@ class Segments:
     def _fails_once(self):
         try:
             yield
-        except Exception as error:  # a full disk, a folder that is gone: whatever it is, the Buffer must go on and be released
+        except Exception as error:  # in any case, the Buffer must keep working and be released
             self.fail(error)
 
-    def _take(self):
+    def _discard(self):
         with self._lock, self._fails_once():
             self.source.take()
 
@@ -199,12 +204,13 @@ class Segments:
             return
         text = (
             f"Buffer: the recording in {self._path!r} ends early on rank {self._rank}, after {self._number} segments "
-            f"({type(self._failure).__name__}: {self._failure}); replay reads what was written, the Buffer itself is not affected"
+            f"({type(self._failure).__name__}: {self._failure}); the written segments can be replayed, and the Buffer "
+            "keeps working"
         )
         try:
             warnings.warn(RecordingIncomplete(text), stacklevel=2)
             self._reported = True
-        except RecordingIncomplete:  # warnings are errors here
+        except RecordingIncomplete:  # the warnings filter turns warnings into errors
             if raising:
                 self._reported = True
                 raise

@@ -1,7 +1,7 @@
-"""`python -m moecomm replay PATH`: run a recording again, in the cpu or the sim world, and compare what moved.
+"""`python -m moecomm replay PATH`: replays a recording in the cpu or the sim world and compares the traffic.
 
-With the recorded number of ranks, rows and bytes per hop must be equal to the digit. With another number, every
-step's tokens are dealt out anew; then they differ, as they would have.
+With the recorded number of ranks, rows and bytes per hop must be equal. With another number the tokens of every step
+are redistributed over the ranks, so rows and bytes differ.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..local import MOST_RANKS, run_local
 
 @dataclass
 class Script:
-    """What every rank does: geometry, buffer arguments, calls (rows of record.CALL by call number), picks by plan and rank."""
+    """The calls of all ranks: geometry, arguments of the Buffer, calls, and picks and weights by plan and rank."""
 
     size: int
     ranks_per_node: int
@@ -34,29 +34,37 @@ class Script:
 
     @property
     def dtype(self):
-        """Of the rows in combine."""
+        """Dtype of the rows in combine."""
         return getattr(torch, self.buffer["dtype"])
 
 
 @dataclass
 class Replayed:
-    """traffic: uint64 [ranks, hops of record.HOPS] summed over all calls; seconds: float64 [calls], of the slowest rank."""
+    """Result of a replay.
+
+    Attributes
+    ----------
+    traffic : array uint64 [ranks, len(record.HOPS)]
+        Sum over all calls.
+    seconds : array float64 [calls]
+        Time of the slowest rank.
+    """
 
     traffic: np.ndarray
     seconds: np.ndarray
 
 
 def script_of(ranks, size=None):
-    """The Script of a recording (record.load), dealt out to `size` ranks where that differs.
+    """Make the Script of a recording (record.load). If `size` differs, redistribute the tokens over `size` ranks.
 
     Raises
     ------
     InvalidArgument
-        There are no calls, or the experts do not divide over that many ranks.
+        There are no calls, or the number of experts is not a multiple of size.
     """
     if not len(ranks[0].calls):
         raise InvalidArgument(
-            "recording: there is no call that all ranks have written; expected one at least", op="replay"
+            "recording: no call has been written by all ranks; expected at least one", op="replay"
         )
     header = ranks[0].header
     buffer = {
@@ -69,24 +77,24 @@ def script_of(ranks, size=None):
         for p in range(len(ids))
     ]
     script = Script(header["size"], header["ranks_per_node"], buffer, calls, ids, weights)
-    return script if size in (None, script.size) else _dealt(script, size)
+    return script if size in (None, script.size) else _redistributed(script, size)
 
 
-def _dealt(script, size):
+def _redistributed(script, size):
     if size < 1 or script.buffer["num_experts"] % size:
         raise InvalidArgument(
-            f"--ranks: got {size}; expected a divisor of the {script.buffer['num_experts']} experts",
+            f"--ranks is {size}; expected a divisor of the {script.buffer['num_experts']} experts",
             op="replay",
         )
     _require_one_order(script, "--ranks", size)
     per_node = next(p for p in range(min(script.ranks_per_node, size), 0, -1) if size % p == 0)
 
-    def deal(parts):
+    def split(parts):
         return None if parts[0] is None else list(torch.cat(parts).tensor_split(size))
 
     ids, weights = (
-        [deal(p) for p in script.ids],
-        [deal(_all_or_none(p, "--ranks", size) or [None]) or [None] * size for p in script.weights],
+        [split(p) for p in script.ids],
+        [split(_all_or_none(p, "--ranks", size) or [None]) or [None] * size for p in script.weights],
     )
     calls = np.repeat(script.calls[:, :1], size, axis=1)
     for call in calls:
@@ -97,16 +105,17 @@ def _dealt(script, size):
 
 
 def on_cpu(script):
-    """Run a Script with rank threads; rows are random. Returns Replayed.
+    """Replay a Script with rank threads and random rows. Returns Replayed.
 
     Raises
     ------
     InvalidArgument
-        More ranks than a process can hold.
+        The Script has more ranks than run_local allows.
     """
     if script.size > MOST_RANKS:
         raise InvalidArgument(
-            f"--ranks: got {script.size}; the cpu world runs every rank as a thread, expected at most {MOST_RANKS}, or --world sim",
+            f"--ranks is {script.size}; expected at most {MOST_RANKS}, because the cpu world runs every rank as a "
+            "thread, or --world sim",
             op="replay",
         )
 
@@ -157,11 +166,10 @@ def on_cpu(script):
                         quant=coding,
                     )
                 for old in [p for p in outs if p < plan and p not in script.calls["plan"][len(spans) :]]:
-                    del outs[old]  # no later call needs it
+                    del outs[old]  # not used by later calls
             spans.append((began, time.perf_counter()))
-        traffic = np.array(buf._native.counters(), np.uint64)
-        if buf._decode is not None:
-            traffic += np.array(buf._decode.native.counters(), np.uint64)
+        natives = buf.backend.memory.natives()
+        traffic = np.sum([np.array(native.counters(), np.uint64) for native in natives], axis=0)
         comm.barrier()
         buf.close()
         return traffic, spans
@@ -172,12 +180,12 @@ def on_cpu(script):
 
 
 def on_sim(script, hardware=None):
-    """Run a Script in the sim world, without payload. Returns Replayed; its times are virtual.
+    """Replay a Script in the sim world, without payload. Returns Replayed, with times of the virtual clock.
 
     Raises
     ------
     InvalidArgument
-        Ranks did what one program for all cannot say.
+        The ranks made calls that differ in a way that the sim world cannot replay.
     """
     from ..sim import Cluster, Hardware
 
@@ -191,11 +199,12 @@ def on_sim(script, hardware=None):
         **dict(script.buffer, dtype=script.dtype),
     )
     program = cluster.program()
-    last = -1  # decode dispatch; phases of the one before it may follow
+    last = -1  # plan of the last decode dispatch; phases of the one before may follow it
     for call, coding in zip(script.calls[:, 0], script.calls["coding"]):
         if len(set(coding)) > 1:
             raise InvalidArgument(
-                f"--world: got 'sim'; a call's ranks ask for codings {sorted(set(coding))}, which only cpu replays",
+                f"--world is 'sim'; expected 'cpu', because ranks used different codings in one call: "
+                f"{sorted(set(coding))}",
                 op="replay",
             )
         op, plan = str(call["op"]), int(call["plan"])
@@ -242,12 +251,12 @@ def on_sim(script, hardware=None):
 
 
 def _all_or_none(weights, name, value):
-    """Weights of a plan by rank, or None where no rank gave some."""
+    """Weights of a plan by rank, or None if no rank has weights."""
     given = [w is not None for w in weights]
     if any(given) and not all(given):
         raise InvalidArgument(
-            f"{name}: got {value!r}; in this recording rank {given.index(False)} gave no weights where others did, which only the recorded "
-            "ranks in the cpu world can replay",
+            f"{name} is {value!r}; expected the recorded number of ranks in the cpu world, because rank "
+            f"{given.index(False)} had no weights in a call in which other ranks had",
             op="replay",
         )
     return weights if all(given) else None
@@ -256,28 +265,28 @@ def _all_or_none(weights, name, value):
 def _require_one_order(script, name, value):
     if (script.calls["op"] != script.calls["op"][:, :1]).any():
         raise InvalidArgument(
-            f"{name}: got {value!r}; in this recording ranks call their decode hooks in different orders, which only the recorded ranks "
-            "in the cpu world can replay",
+            f"{name} is {value!r}; expected the recorded number of ranks in the cpu world, because ranks called their "
+            "decode hooks in different orders",
             op="replay",
         )
 
 
 def recorded(script):
-    """What the recording itself says, as Replayed; its times are those of the slowest rank's clock."""
+    """The traffic and times in the recording, as Replayed."""
     traffic = np.stack([script.calls[name].sum(0) for name in record.HOPS], axis=1)
     return Replayed(traffic, (script.calls["end_ns"] - script.calls["begin_ns"]).max(1) / 1e9)
 
 
 def arguments(parser):
-    """Options of the command."""
+    """Add the options of the command."""
     parser.add_argument("path", help="the folder that Buffer(..., record=PATH) wrote")
-    parser.add_argument("--world", choices=("cpu", "sim"), default="cpu")
-    parser.add_argument("--ranks", type=options.ranks, help="another number of ranks than the recorded one")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--world", choices=("cpu", "sim"), default="cpu", help="where to replay")
+    parser.add_argument("--ranks", type=options.ranks, help="number of ranks; default: as recorded")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def main(args):
-    """Replay, print the comparison; 1 where rows or bytes differ though the ranks are the recorded ones."""
+    """Replay and print the comparison. The exit status is 1 if rows or bytes differ on the recorded ranks."""
     original = script_of(record.load(args.path))
     script = script_of(record.load(args.path), args.ranks)
     was, now = recorded(original), (on_cpu if args.world == "cpu" else on_sim)(script)
@@ -318,6 +327,6 @@ def main(args):
         if equal
         else "rows or bytes DIFFER"
         if same_ranks
-        else "the ranks are not the recorded ones: rows and bytes differ as they must"
+        else "the number of ranks is not the recorded one, so rows and bytes differ"
     )
     return 0 if equal or not same_ranks else 1

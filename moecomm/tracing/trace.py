@@ -1,7 +1,7 @@
 """Timelines of roles as Chrome/Perfetto JSON: one process per rank, one track per role and channel.
 
-From the sim world (virtual time) and the cpu world (real time) with the same names, so that the two can be laid
-side by side in ui.perfetto.dev or chrome://tracing.
+The sim world (virtual time) and the cpu world (real time) use the same names, so their timelines can be compared in
+ui.perfetto.dev or chrome://tracing.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from .. import options
 from .._native import core
 from ..checks import require
 
-MOST_TOKENS = 1 << 20  # of all ranks
+MOST_TOKENS = 1 << 20  # over all ranks
 ROLES = core.ROLES  # tracks from top to bottom
 
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of a role's time: rank, role, channel (-1: the role has none), what it did, begin and end in us."""
+    """A time span of a role: rank, role, channel (-1: none), name, begin and end in us."""
 
     rank: int
     role: str
@@ -32,18 +32,18 @@ class Span:
 
 @contextlib.contextmanager
 def recording(cluster):
-    """While inside, a sim.Cluster keeps what its roles do; spans_of_cluster() reads it, reset() forgets it."""
-    cluster._native.set_log(True)
+    """Context in which a sim.Cluster logs its roles. spans_of_cluster() reads the log; reset() clears it."""
+    cluster.native.set_log(True)
     try:
         yield cluster
     finally:
-        cluster._native.set_log(False)
+        cluster.native.set_log(False)
 
 
 def spans_of_cluster(cluster):
-    """Spans of a sim.Cluster: every role, and inside it the waits, named after the phase and the rank that is waited for."""
+    """Spans of a sim.Cluster: every role and, inside it, its waits. A wait is named after its peer and phase."""
     spans = []
-    for line in cluster._native.log():
+    for line in cluster.native.log():
         if line["did"] == "role" and line["role"] != "rank":
             name = line["role"]
         elif line["did"] in ("wait", "give_up"):
@@ -57,14 +57,14 @@ def spans_of_cluster(cluster):
 
 
 def spans_of_buffers(trace, rank=0):
-    """Spans of this rank's buffers, from an overlap.Trace: the cpu world runs the channels of a role one after another."""
+    """Spans of this rank's buffers, from an overlap.Trace. The cpu world runs the channels of a role sequentially."""
     return [
         Span(rank, role, -1, role, begin * 1e6, end * 1e6) for _, role, begin, end in trace.spans("roles")
     ]
 
 
 def save(path, spans):
-    """Write spans of any ranks as Chrome/Perfetto JSON. Time starts with the first span."""
+    """Write spans as Chrome/Perfetto JSON. Time starts at the first span."""
     start = min((s.begin for s in spans), default=0.0)
     tracks = sorted(
         {(s.rank, s.role, s.channel) for s in spans},
@@ -98,17 +98,17 @@ def save(path, spans):
 
 
 def arguments(parser):
-    """Arguments of the command."""
+    """Add the options of the command."""
     parser.add_argument("out", type=options.file_to_write, help="file to write, .json")
-    parser.add_argument("--world", choices=("sim", "cpu"), default="sim")
+    parser.add_argument("--world", choices=("sim", "cpu"), default="sim", help="where to run")
     parser.add_argument(
-        "--cluster", default="h800", help="sim world: a name of `moecomm.clusters`, or a .toml file"
+        "--cluster", default="h800", help="in the sim world: name in moecomm.clusters, or a .toml file"
     )
-    parser.add_argument("--ranks", type=options.ranks, default=16)
-    parser.add_argument("--ranks-per-node", type=options.ranks, default=8)
-    parser.add_argument("--model", default="deepseek_v3", help="a shape of moecomm.presets")
-    parser.add_argument("--tokens", type=options.tokens, default=64, help="per rank")
-    parser.add_argument("--decode", action="store_true", help="the decode path")
+    parser.add_argument("--ranks", type=options.ranks, default=16, help="number of ranks")
+    parser.add_argument("--ranks-per-node", type=options.ranks, default=8, help="ranks per node")
+    parser.add_argument("--model", default="deepseek_v3", help="name of a shape in moecomm.presets")
+    parser.add_argument("--tokens", type=options.tokens, default=64, help="tokens per rank")
+    parser.add_argument("--decode", action="store_true", help="trace the decode path")
 
 
 def main(args):

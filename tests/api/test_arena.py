@@ -1,4 +1,4 @@
-"""The arena's promise: what arena_hint says is there, in whatever order pieces of whatever size come and go."""
+"""The guarantee of arena_hint: pieces of any size fit, in any order of taking and freeing them."""
 
 import gc
 import random
@@ -11,30 +11,30 @@ import moecomm
 
 SHAPE = dict(
     hidden=512, num_experts=4, top_k=2, max_tokens=64
-)  # the worst case is far larger than what a piece has on top
+)  # the worst case is far larger than the overhead of a piece
 
 
 def worst(rank, tokens):
-    """Tokens all of whose picks go to rank 0."""
+    """Return tokens whose picks all go to rank 0."""
     return torch.full((tokens, 512), float(rank + 1)).bfloat16(), torch.tensor([0, 1]).repeat(tokens, 1)
 
 
 def parts(out, which):
-    """What somebody keeps of a dispatch: a piece stays as long as any part of it."""
+    """Return what a program may keep of a dispatch: a piece stays as long as any part of it."""
     return {"all": out, "rows": out.x, "handle": out.handle, "output": out.handle.rows}[which]
 
 
 @pytest.mark.parametrize("dispatches", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 2])
 def test_any_order_keeps_the_promise(either_world, size, dispatches):  # noqa: F811
-    """Fewer than `dispatches` are held: then the next one fits, whatever its size."""
+    """While fewer than `dispatches` pieces are held, the next one of any size fits."""
 
     def main(comm):
         buf = moecomm.Buffer(
             comm, **SHAPE, arena_bytes=moecomm.Buffer.arena_hint(comm, **SHAPE, dispatches=dispatches)
         )
         for seed in range(12):
-            r, held = random.Random(seed), []  # the same on every rank
+            r, held = random.Random(seed), []  # equal on all ranks
             for _ in range(12):
                 while len(held) >= dispatches or (held and r.random() < 0.3):
                     del held[r.randrange(len(held))]
@@ -51,14 +51,14 @@ def test_any_order_keeps_the_promise(either_world, size, dispatches):  # noqa: F
                 del out, rows
             held.clear()
             gc.collect()
-            assert buf._native.arena()[:2] == (0, 0)
+            assert buf.backend.memory.native.arena()[:2] == (0, 0)
         comm.barrier()
 
     moecomm.run_local(main, size)
 
 
 def test_loop_holds_two():
-    """out = buf.dispatch(...) in a loop: the earlier result lives until the later one is there."""
+    """out = buf.dispatch(...) in a loop: the earlier result lives until the next one exists."""
     buf = moecomm.Buffer(moecomm.Communicator(), **{**SHAPE, "max_tokens": 128})
     for tokens in (100, 128, 128, 1, 128, 64, 128, 127, 128):
         out = buf.dispatch(*worst(0, tokens))
@@ -66,10 +66,12 @@ def test_loop_holds_two():
 
 
 def test_small_ones_share_and_large_ones_span():
-    """Beyond the promise: many small dispatches beside each other, and one that is larger than the worst
-    case of tokens.
+    """Small pieces share the space of one, and a large one uses the space of several.
+
+    Also beyond the guarantee: an arena of fixed size does not grow.
     """
-    buf = moecomm.Buffer(moecomm.Communicator(), **SHAPE)
+    comm = moecomm.Communicator()
+    buf = moecomm.Buffer(comm, **SHAPE, arena_bytes=moecomm.Buffer.arena_hint(comm, **SHAPE))
     held = [buf.dispatch(*worst(0, 3)) for _ in range(24)]
     assert len({out.x.data_ptr() for out in held}) == 24
     with pytest.raises(moecomm.CapacityExceeded):

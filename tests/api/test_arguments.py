@@ -1,5 +1,6 @@
-"""Bad arguments: every message names argument, value and expectation; nothing moved, and the buffer works
-afterwards.
+"""Invalid arguments: each message names the argument, the value and the expectation.
+
+No data moves, and the buffer stays usable.
 """
 
 import numpy as np
@@ -14,7 +15,7 @@ NAN = float("nan")
 
 
 def good(rank):
-    """Inputs that are right."""
+    """Return valid inputs."""
     g = torch.Generator().manual_seed(rank)
     return (
         torch.randn((T, H), generator=g).bfloat16(),
@@ -29,7 +30,7 @@ def ids_with(value, at=(1, 1)):
     return ids
 
 
-# name: (change of the good (x, ids, weights) and of the options, what the message says)
+# name: (change of the valid (x, ids, weights) and of the options, pattern of the message)
 DISPATCH = {
     "x dtype": (
         lambda x, i, w: ((x.float(), i, w), {}),
@@ -102,7 +103,7 @@ DISPATCH = {
     ),
     "weights NaN": (
         lambda x, i, w: ((x, i, w * NAN), dict(check=True)),
-        r"topk_weights holds NaN; expected numbers",
+        r"topk_weights has NaN; expected numbers",
     ),
     "layout": (
         lambda x, i, w: ((x, i, w), dict(layout="token")),
@@ -152,7 +153,7 @@ COMBINE = {
     ),
     "weights NaN": (
         lambda r, w: ((r,), dict(topk_weights=w * NAN, check=True)),
-        r"topk_weights holds NaN; expected numbers",
+        r"topk_weights has NaN; expected numbers",
     ),
     "bias shape": (
         lambda r, w: ((r,), dict(bias=torch.zeros(3))),
@@ -171,7 +172,7 @@ COMBINE = {
         lambda r, w: (lambda more: ((more[: len(r)],), dict(out=more[len(r) - 1 : len(r) + T - 1])))(
             torch.cat([r, r.new_zeros(T, H)])
         ),
-        r"out shares memory with rows; expected memory of its own",
+        r"out shares memory with rows; expected separate memory",
     ),
     "out in bias": (
         lambda r, w: (
@@ -181,13 +182,13 @@ COMBINE = {
     ),
     "out read-only": (
         lambda r, w: ((r,), dict(out=np.broadcast_to(np.zeros(H, dtype=np.float32), (T, H)))),
-        r"out is an array that may not be written to",
+        r"out is a read-only array",
     ),
 }
 
 
 def refused(op, pattern, rank, call):
-    """The call is refused with a message of this form; the error's fields are filled."""
+    """Assert that the call is refused with this message, and that the fields of the error are set."""
     with pytest.raises(moecomm.InvalidArgument, match=f"{op}.*{pattern}|{pattern}") as raised:
         call()
     assert isinstance(raised.value, ValueError) and raised.value.op == op and raised.value.rank == rank
@@ -195,9 +196,7 @@ def refused(op, pattern, rank, call):
 
 @pytest.fixture(scope="module")
 def refusals():
-    """Everything above on one buffer of two ranks, good calls between: {name: None or what went wrong},
-    from both ranks.
-    """
+    """Try all of the above on one buffer of two ranks, with valid calls between; return {name: None or the fault}."""
 
     def main(comm):
         buf = moecomm.Buffer(comm, hidden=H, num_experts=E, top_k=K, max_tokens=8)
@@ -217,7 +216,7 @@ def refusals():
                 assert s["rail"]["logical_rows"] == s["node"]["logical_rows"] == s["staged_rows"] == 0, (
                     f"something moved: {s}"
                 )
-                out = buf.dispatch(x, ids, weights)  # usable, and right
+                out = buf.dispatch(x, ids, weights)  # usable, and correct
                 assert_same(out.x, expected[0], "rows")
                 assert_same(
                     buf.combine(out.x.clone(), out.handle, topk_weights=out.topk_weights), expected[1], "y"
@@ -237,7 +236,7 @@ def refusals():
         attempt(
             "tokens of a handle",
             "dispatch",
-            r"x has 3 tokens; the handle's plan is for 4",
+            r"x has 3 tokens; expected 4, as in the plan",
             lambda: buf.dispatch(x[:3], None, weights[:3], handle=first.handle),
         )
         attempt(
@@ -252,18 +251,18 @@ def refusals():
             r"layout, expert_alignment and capacity come from the handle",
             lambda: buf.dispatch(x, handle=first.handle, capacity=3),
         )
-        other = moecomm.Buffer(comm, hidden=H, num_experts=E, top_k=K, max_tokens=8)
+        other = moecomm.Buffer(comm, hidden=H, num_experts=2 * E, top_k=K, max_tokens=8)
         theirs = other.dispatch(x, ids, weights).handle
         attempt(
-            "handle of another buffer",
+            "handle of another shape",
             "combine",
-            r"handle belongs to another buffer; expected one of this",
+            r"handle belongs to a buffer of another communicator or shape",
             lambda: buf.combine(theirs.rows, theirs),
         )
         attempt(
-            "handle of another buffer",
+            "handle of another shape",
             "dispatch",
-            r"handle belongs to another buffer; expected one of this",
+            r"handle belongs to a buffer of another communicator or shape",
             lambda: buf.dispatch(x, handle=theirs),
         )
         by_rank = buf.dispatch(x, ids, weights, layout="rank")
@@ -287,8 +286,8 @@ NAMES = (
         ("dispatch", "tokens of a handle"),
         ("dispatch", "ids and handle"),
         ("dispatch", "layout of a handle"),
-        ("combine", "handle of another buffer"),
-        ("dispatch", "handle of another buffer"),
+        ("combine", "handle of another shape"),
+        ("dispatch", "handle of another shape"),
         ("combine", "weights of the rank layout"),
     ]
 )
@@ -303,7 +302,7 @@ def test_refused(refusals, op, name):
 
 
 def test_one_rank_alone_may_be_wrong():
-    """It goes on when all have learned it."""
+    """The other ranks continue once all ranks know of the refusal."""
 
     def main(comm):
         buf = moecomm.Buffer(comm, hidden=H, num_experts=E, top_k=K, max_tokens=8)
@@ -354,16 +353,22 @@ def test_use_after_close():
 
 
 def test_what_has_no_business_there():
-    """Kinds of things that never fit, on the shortest way of a call and on the long one."""
+    """Objects that are never valid, in the fast path of a call and in the slow one."""
     comm = moecomm.Communicator()
     shape = dict(hidden=H, num_experts=E, top_k=K, max_tokens=8)
+    refused(
+        "Buffer",
+        "comm is a NoneType; expected a Communicator",
+        None,
+        lambda: moecomm.Buffer(None, **shape),
+    )
+    refused(
+        "size_hint",
+        "size is None; expected a number of ranks, or a Communicator",
+        None,
+        lambda: moecomm.Buffer.size_hint(None, **shape),
+    )
     for make in (moecomm.Buffer, moecomm.Buffer.size_hint):
-        refused(
-            "Buffer",
-            "comm is a NoneType; expected a Communicator",
-            None,
-            lambda make=make: make(None, **shape),
-        )
         refused("Buffer", "dtype is \\[1\\]", 0, lambda make=make: make(comm, **shape, dtype=[1]))
     refused("shrink", "alive is \\['a'\\]; expected ranks", 0, lambda: comm.shrink("a"))
     buf = moecomm.Buffer(comm, **shape)

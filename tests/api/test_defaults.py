@@ -1,21 +1,22 @@
-"""Programs that set torch's default dtype or default device get the same results: the library's own tensors
-do not follow them.
-"""
+"""torch's default dtype and default device do not change the results or the library's own tensors."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import moecomm
 from moecomm import quant, sim
+from moecomm._cuda import cuda
 from moecomm.balance import LoadMonitor, rebalance
 from moecomm.nn import MoE
 
 
 @contextlib.contextmanager
 def defaults(dtype=torch.float32, device="cpu"):
-    """torch's defaults for a while."""
+    """Set torch's defaults for a while."""
     torch.set_default_dtype(dtype)
     torch.set_default_device(device)
     try:
@@ -35,7 +36,7 @@ WEIGHTS = torch.rand(4, 2)
 
 
 def lost(comm):
-    """Weights and results where experts 1 and 2 have no replica any more."""
+    """Return weights and results when experts 1 and 2 have no replicas left."""
     placement = rebalance([[1.0, 1.0, 1.0, 1.0]], num_replicas=4, num_ranks=2).surviving([0])
     buf = moecomm.Buffer(comm, **SHAPE, placement=placement, renormalize=True, monitor=LoadMonitor(1, 4))
     out = buf.dispatch(X, IDS)
@@ -56,7 +57,7 @@ def test_lost_experts(dtype, device):
 
 
 def calls(buf):
-    """What the verbs return for fixed inputs."""
+    """Return the results of all verbs for fixed inputs."""
     out = buf.dispatch(X, IDS, WEIGHTS)
     yield out.x
     yield out.topk_weights
@@ -93,7 +94,7 @@ def test_verbs(dtype, device):
 
 @EVERY
 def test_simulated_and_oracle(dtype, device):
-    """The simulator, the oracle and replica tables stay on the CPU, with the dtypes that they document."""
+    """The simulator, the oracle and replica tables stay on the CPU and have the documented dtypes."""
     with defaults(dtype, device):
         cluster = sim.Cluster(
             2, hidden=64, num_experts=4, top_k=2, max_tokens=4, payload=True, dtype=torch.float32
@@ -107,7 +108,7 @@ def test_simulated_and_oracle(dtype, device):
 
 
 def test_layer_is_made_as_torch_makes_layers():
-    """Parameters follow the defaults, as those of torch's own layers do; the balancing bias is float32."""
+    """Parameters follow the defaults like those of torch's layers. The balancing bias is float32."""
     buf = moecomm.Buffer(moecomm.Communicator(), **SHAPE)
     with defaults(torch.float64, "meta"):
         layer = MoE(64, 32, 4, 2, buffer=buf)
@@ -117,3 +118,21 @@ def test_layer_is_made_as_torch_makes_layers():
         and layer.gate.bias.dtype == torch.float32
         and layer.experts.down.dtype == torch.float32
     )
+
+
+def test_no_default_device_sees_the_memory_of_a_gpu():
+    """A default device is a mode that rewrites torch's constructors: it would copy a GPU's memory elsewhere. The look
+    at that memory passes such modes by, and fails here only because there is no GPU.
+    """
+    seen = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    described = {"shape": (16,), "typestr": "|u1", "data": (256, False), "version": 2}
+    area = SimpleNamespace(__cuda_array_interface__=described)
+    with Mode(), contextlib.suppress(RuntimeError):
+        cuda.memory_of(area)
+    assert seen == []

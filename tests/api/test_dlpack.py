@@ -1,5 +1,6 @@
-"""Arrays of other libraries, in and out: no copy, the same results as tensors, and a producer on a GPU is
-asked for the right stream.
+"""Arrays of other libraries as inputs and outputs.
+
+There is no copy, the results equal those of tensors, and a producer on a GPU gets the right stream.
 """
 
 from types import SimpleNamespace
@@ -11,22 +12,16 @@ from worlds import assert_same
 
 import moecomm
 from moecomm import cuda
-from moecomm.arguments import Arguments
+from moecomm.arguments import Checks
 
 T, H, K, E = 7, 64, 3, 8
 
 
-class Taker(Arguments):
-    """What takes arguments, on rank 0."""
-
-    comm = SimpleNamespace(rank=0)
-
-
-take = Taker()._as_tensor
+take = Checks(SimpleNamespace(comm=SimpleNamespace(rank=0))).as_tensor  # on rank 0
 
 
 def inputs(rank):
-    """f32 rows, ids and weights of one rank: NumPy has no bfloat16."""
+    """Return float32 rows, ids and weights of one rank: NumPy has no bfloat16."""
     g = torch.Generator().manual_seed(rank)
     return (
         torch.randn((T, H), generator=g),
@@ -37,7 +32,7 @@ def inputs(rank):
 
 
 class Producer:
-    """Speaks DLPack and nothing else; remembers how it was asked."""
+    """Supports only DLPack, and records the requests."""
 
     def __init__(self, tensor, device=(1, 0)):
         self.tensor, self.device, self.asked = tensor, device, []
@@ -61,7 +56,7 @@ def test_numpy_arrays_are_views():
 
 
 def test_numpy_in_and_out():
-    """dispatch and combine of NumPy arrays, `out` written in place, equal those of tensors bit for bit."""
+    """dispatch and combine of NumPy arrays, with `out` written in place, equal those of tensors bit for bit."""
 
     def main(comm):
         x, ids, weights, bias = inputs(comm.rank)
@@ -122,10 +117,10 @@ def test_a_producer_on_the_host_is_asked_for_no_stream():
         assert len(producer.asked) == 1 and producer.asked[0].get("stream") is None
 
 
-# In the array API the legacy default stream is 1, the per-thread one 2, any other its handle.
+# In the array API the legacy default stream is 1, the per-thread stream 2, and any other its handle.
 @pytest.mark.parametrize("current,expected", [(0, 1), (2, 2), (4660, 4660)])
 def test_a_producer_on_a_gpu_is_asked_for_the_call_s_stream(monkeypatch, current, expected):
-    """It says that it is on GPU 3; what it hands over lies on the host, as there is no GPU here."""
+    """The producer reports GPU 3, but its data is on the host, as there is no GPU here."""
     asked_for = []
 
     def current_stream(device=None):
@@ -153,9 +148,7 @@ NO_GPU = cuda.why_not()
 
 @pytest.mark.skipif(NO_GPU is not None, reason=f"needs a GPU: {NO_GPU}")
 def test_cupy_in_and_out():
-    """CuPy's arrays on a stream of their own, written just before the call; results as CuPy arrays of the
-    same memory.
-    """
+    """Dispatch CuPy arrays just written on their own stream; get results as CuPy arrays of the same memory."""
     cp = pytest.importorskip("cupy")
 
     def main(comm):
@@ -172,7 +165,7 @@ def test_cupy_in_and_out():
             late *= cp.from_dlpack(x)
             out = buf.dispatch(
                 late, cp.from_dlpack(ids), cp.from_dlpack(weights)
-            )  # CuPy's own stream is still busy with it
+            )  # CuPy's stream still uses it
         assert_same(out.x, want, "x")
         rows = cp.from_dlpack(out.x)
         assert rows.data.ptr == out.x.data_ptr()

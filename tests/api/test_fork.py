@@ -1,6 +1,4 @@
-"""Forked children of a rank (workers of a DataLoader, for one): what they read and write of its windows,
-and what they are told.
-"""
+"""Forked children of a rank, such as DataLoader workers: they may use tensors of its windows, but make no calls."""
 
 import json
 import os
@@ -20,7 +18,7 @@ IDS = torch.tensor([[0, 3]] * 8)
 
 @pytest.fixture
 def world():
-    """(buffer, a dispatch, what decode_dispatch returns) of one rank alone."""
+    """Return (buffer, a dispatch, the result of decode_dispatch) of a single rank."""
     comm = moecomm.Communicator()
     buf = moecomm.Buffer(comm, hidden=64, num_experts=4, top_k=2, max_tokens=8, decode=True)
     out = buf.dispatch(torch.arange(8 * 64).view(8, 64).bfloat16(), IDS, torch.ones(8, 2))
@@ -30,7 +28,7 @@ def world():
 
 
 def in_child(work):
-    """What work() returns in a forked child, by JSON."""
+    """Return the result of work() in a forked child, by JSON."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -50,7 +48,7 @@ def in_child(work):
 
 
 def refusal(call):
-    """The text of the InvalidArgument that call() raises."""
+    """Return the text of the InvalidArgument that call() raises."""
     try:
         call()
     except moecomm.InvalidArgument as error:
@@ -106,13 +104,13 @@ def test_calls_hooks_and_pendings_are_refused_in_a_child(world):
     )
     assert all(text and "parent process" in text for text in texts), texts
     pending.wait()
-    waiting = Pending(buf.comm, lambda: time.sleep(0.5), ())  # under way
+    waiting = Pending(buf.comm, lambda: time.sleep(0.5), ())  # in progress
     assert "parent process" in in_child(lambda: refusal(waiting.wait))
-    hook()  # the parent goes on
+    hook()  # the parent continues
 
 
 def test_a_child_ends_like_any_process(world):
-    """It closes what it inherited, or leaves it to the interpreter, and makes a world of its own."""
+    """A child closes the inherited objects, or leaves them to the interpreter, and makes its own world."""
     buf, _out, _ = world
 
     def work():

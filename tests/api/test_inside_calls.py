@@ -1,6 +1,6 @@
-"""What user code may do in the middle of a call: from signal handlers, other threads, hooks and finalizers.
+"""User code during a call: signal handlers, other threads, hooks and finalizers.
 
-Never a crash, never a deadlock.
+It must never crash or deadlock.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ WORLDS = {"node": (2, {}), "tcp": (1, {"UCX_TLS": "tcp,self"})}
 
 
 def run(processes, folder, world, scenario, *arguments):
-    """What both ranks have seen."""
+    """Return the observations of both ranks."""
     per_node, environment = WORLDS[world]
     ranks = [
         processes.Process(
@@ -43,7 +43,7 @@ def run(processes, folder, world, scenario, *arguments):
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_call_from_a_signal_handler_is_refused(processes, tmp_path, world):
-    """It would wait for the call that the handler runs in, which goes on afterwards as if nothing had been."""
+    """The call would wait for the call that the handler interrupts, which then continues normally."""
     refused = run(processes, tmp_path, world, "every_verb")[0]
     for verb, tried in refused.items():
         assert len(tried) == 8, f"in {verb}: {tried}"
@@ -85,8 +85,8 @@ def test_close_in_the_middle_of_a_call(processes, tmp_path, world, verb, thread,
                 f"rank {rank}: {s}"
             )
         assert s["rows"] and s["after"] < s["before"], f"rank {rank}: {s}"
-    if thread:  # it waited for the call
-        assert seen[0]["close_seconds"] > inside_calls.LATE / 3, seen[0]
+    if thread:  # it waited for the call, which ends after rank 1 has come
+        assert seen[0]["closed"] > seen[1]["called"], seen
 
 
 def test_the_garbage_collector_runs_in_the_middle_of_a_call(processes, tmp_path):
@@ -96,7 +96,7 @@ def test_the_garbage_collector_runs_in_the_middle_of_a_call(processes, tmp_path)
 
 def test_a_handler_closes_and_leaves(processes, tmp_path):
     left, other = run(processes, tmp_path, "node", "leave")
-    assert left == {"exit": 7, "closed": "closed"}
+    assert left == {"exit": 7, "closed": True}
     assert other["error"]["type"] == "PeerLost" and other["error"]["peer"] == 0, other
 
 
@@ -118,7 +118,7 @@ def test_a_hook_of_a_rank_thread_closes_the_buffer():
 
 
 def test_threads_share_a_buffer():
-    """One rank alone, so no order of calls has to be kept: every result is right, of dispatch, combine and decode."""
+    """With a single rank, any order of calls is valid: all results of dispatch, combine and decode must be correct."""
     comm = moecomm.Communicator()
     buf = moecomm.Buffer(
         comm, hidden=64, num_experts=4, top_k=2, max_tokens=8, arena_bytes=1 << 20, decode=True
@@ -134,7 +134,9 @@ def test_threads_share_a_buffer():
             if not (out.x == number).all() or not (y == 2 * number).all():
                 wrong.append((number, step))
             handle = buf.decode_dispatch(x, ids, quant=None, return_hook=False)[0].handle
-            with contextlib.suppress(moecomm.InvalidArgument):  # other threads have made two dispatches since
+            with contextlib.suppress(
+                moecomm.InvalidArgument
+            ):  # other threads have made two dispatches since then
                 buf.decode_combine(handle.rows, ids, None, handle, return_hook=False)
 
     threads = [threading.Thread(target=work, args=(n + 1,)) for n in range(3)]
@@ -168,14 +170,12 @@ def test_the_interpreter_ends_with_a_call_under_way():
 
 
 def test_cuda_calls_from_within_a_call_are_refused(gpu):  # noqa: F811
-    """Code that runs in the middle of a launch (a signal handler) gets an error; closing there waits for
-    the call's end.
-    """
+    """Code that runs during a launch (a signal handler) gets an error; close() waits for the end of the call."""
 
     def main(comm):
         buf = moecomm.Buffer(comm, hidden=64, num_experts=2, top_k=2, max_tokens=8, num_sms=2)
         x, ids = torch.ones(8, 64).bfloat16(), torch.tensor([[0, 1]] * 8)
-        native, refused = buf._native, []
+        native, refused = buf.backend.memory.native, []
         enqueue = native._enqueue
 
         def interrupted(call, *args):

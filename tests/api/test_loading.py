@@ -1,4 +1,4 @@
-"""Batches from DataLoader workers, forked and spawned, around a training loop on rank threads and on processes."""
+"""Batches from forked and spawned DataLoader workers, in a training loop on rank threads and on processes."""
 
 import json
 import re
@@ -12,12 +12,12 @@ import moecomm
 
 @pytest.fixture(scope="module")
 def expected():
-    """The losses by rank, without workers."""
+    """Return the losses by rank, without workers."""
     return moecomm.run_local(lambda comm: train(comm, None), 2, ranks_per_node=1, timeout=60)
 
 
 def assert_close(losses, expected):
-    """torch splits its sums by the number of threads."""
+    """Compare losses; torch's sums depend on the number of threads."""
     for mine, theirs in zip(losses, expected, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
 
@@ -39,7 +39,7 @@ def test_processes(method, expected):
 @pytest.mark.parametrize(
     "method,error,message",
     [
-        ("fork", moecomm.InvalidArgument, "the parent process's; a forked child cannot use it"),
+        ("fork", moecomm.InvalidArgument, "the parent process"),
         ("spawn", TypeError, "a Communicator belongs to its process and cannot be pickled"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Arguments of constructors and of run_local, the environment, and what is refused in copies and pickles."""
+"""Arguments of constructors and of run_local, the environment, and objects that cannot be copied or pickled."""
 
 import copy
 import pickle
@@ -17,8 +17,8 @@ H, K, E = 64, 2, 8
 @pytest.mark.parametrize(
     "name,value,expectation",
     [
-        ("hidden", 12, "a row of a multiple of 16 bytes"),
-        ("hidden", 0, "a row of"),
+        ("hidden", 12, "a multiple of 16 bytes per row"),
+        ("hidden", 0, "16 bytes per row"),
         ("num_experts", 7, "a multiple of the 2 ranks"),
         ("top_k", 33, r"1\.\."),
         ("top_k", 0, r"1\.\."),
@@ -26,9 +26,10 @@ H, K, E = 64, 2, 8
         ("dtype", torch.int8, "one of torch.bfloat16"),
         ("channels", 1025, r"1\.\.1024"),
         ("num_sms", 3, "an even int"),
+        ("num_sms", 0, "an even int >= 2"),
         ("arena_bytes", -1, r"bytes, 1\.\."),
         ("arena_bytes", 1.5, r"bytes, 1\.\."),
-        ("hidden", 64.0, "a row of"),
+        ("hidden", 64.0, "16 bytes per row"),
     ],
 )
 def test_buffer_arguments(name, value, expectation):
@@ -48,14 +49,14 @@ def test_buffer_arguments(name, value, expectation):
 @pytest.mark.parametrize(
     "options,message",
     [
-        (dict(group="world"), "group: got str; expected a torch ProcessGroup"),
-        (dict(timeout=0), "timeout: got 0; expected seconds > 0"),
-        (dict(timeout=float("inf")), "timeout: got inf; expected.*every wait ends"),
-        (dict(timeout=None), "timeout: got None"),
-        (dict(timeout="5"), "timeout: got '5'"),
-        (dict(ranks_per_node=2), "ranks_per_node: got 2; expected a divisor of the 1 ranks"),
-        (dict(ranks_per_node="all"), "ranks_per_node: got 'all'"),
-        (dict(device="mps"), "device: got mps"),
+        (dict(group="world"), "group is a str; expected a torch ProcessGroup"),
+        (dict(timeout=0), "timeout is 0; expected seconds > 0"),
+        (dict(timeout=float("inf")), "timeout is inf; expected seconds > 0"),
+        (dict(timeout=float("nan")), "timeout is nan"),
+        (dict(timeout="5"), "timeout is '5'"),
+        (dict(ranks_per_node=2), "ranks_per_node is 2; expected a divisor of the 1 ranks"),
+        (dict(ranks_per_node="all"), "ranks_per_node is 'all'"),
+        (dict(device="mps"), "device is mps"),
     ],
 )
 def test_communicator_arguments(options, message):
@@ -69,15 +70,15 @@ def test_communicator_arguments(options, message):
         ("CHANNELS", "many", "channels of a Buffer"),
         ("CHANNELS", "-1", "channels of a Buffer"),
         ("RAIL", "foo", "auto"),
-        ("CHECK", "maybe", "1: a checksum"),
-        ("POPULATE_BYTES", "1GB", "bytes of every window"),
+        ("CHECK", "maybe", "1: every row has a checksum"),
+        ("POPULATE_BYTES", "1GB", "bytes of each window"),
         ("ISA", "sse9", "avx512 | avx2 | base"),
     ],
 )
 def test_environment(monkeypatch, name, value, expectation):
     monkeypatch.setenv(f"MOECOMM_{name}", value)
     with pytest.raises(
-        moecomm.InvalidArgument, match=f"MOECOMM_{name}: got '{value}'; expected .*{re.escape(expectation)}"
+        moecomm.InvalidArgument, match=f"MOECOMM_{name} is '{value}'; expected .*{re.escape(expectation)}"
     ):
         moecomm.Communicator()
 
@@ -85,13 +86,13 @@ def test_environment(monkeypatch, name, value, expectation):
 @pytest.mark.parametrize(
     "options,message",
     [
-        (dict(size=0), "size: got 0"),
-        (dict(size="2"), "size: got '2'"),
-        (dict(fn=None), "fn: got None; expected a function"),
-        (dict(timeout=-1), "timeout: got -1"),
-        (dict(timeout="x"), "timeout: got 'x'"),
-        (dict(device="toaster"), "device: got 'toaster'; expected cpu or cuda"),
-        (dict(ranks_per_node=3), "ranks_per_node: got 3"),
+        (dict(size=0), "size is 0"),
+        (dict(size="2"), "size is '2'"),
+        (dict(fn=None), "fn is None; expected a function"),
+        (dict(timeout=-1), "timeout is -1"),
+        (dict(timeout="x"), "timeout is 'x'"),
+        (dict(device="toaster"), "device is 'toaster'; expected cpu or cuda"),
+        (dict(ranks_per_node=3), "ranks_per_node is 3"),
     ],
 )
 def test_run_local_arguments(options, message):
@@ -113,7 +114,7 @@ def test_integers_of_numpy():
 
 
 def test_copies_share_and_nothing_is_pickled():
-    """A layer that is copied deeply (an average of weights, say) keeps its Buffer."""
+    """A deep copy of a layer (for averaged weights, for example) keeps its Buffer."""
     comm = moecomm.Communicator()
     layer = moecomm.nn.MoE(
         H, 8, E, K, 1, moecomm.Buffer(comm, hidden=H, num_experts=E, top_k=K, max_tokens=8)

@@ -1,4 +1,4 @@
-"""The arena: tensors hold their piece of the window, garbage collection gives it back, a full arena says so."""
+"""The arena: tensors hold their piece of the window, garbage collection frees it, and a full arena is an error."""
 
 import gc
 import os
@@ -12,7 +12,7 @@ import moecomm
 
 
 def one(comm, **options):
-    """A small buffer and one rank's inputs."""
+    """Return a small buffer and the inputs of one rank."""
     buf = moecomm.Buffer(
         comm, **{**dict(hidden=64, num_experts=4 * comm.size, top_k=2, max_tokens=16), **options}
     )
@@ -21,9 +21,9 @@ def one(comm, **options):
 
 
 def held(buf):
-    """(bytes, pieces) of the arena that something still refers to."""
+    """Return (bytes, pieces) of the arena that are still in use."""
     gc.collect()
-    return buf._native.arena()[:2]
+    return buf.backend.memory.native.arena()[:2]
 
 
 def test_tensors_hold_their_piece_and_give_it_back():
@@ -33,7 +33,7 @@ def test_tensors_hold_their_piece_and_give_it_back():
         outs = [buf.dispatch(x + i, ids) for i in range(3)]
         copies = [out.x.clone() for out in outs]
         assert held(buf)[1] >= 3
-        later = [buf.dispatch(x + 10, ids) for _ in range(2)]  # lives beside them
+        later = [buf.dispatch(x + 10, ids) for _ in range(2)]  # in other pieces
         for i, (out, copy) in enumerate(zip(outs, copies, strict=True)):
             assert_same(out.x, copy, f"rows of dispatch {i}")
         kept = outs[1].x[3:5]
@@ -41,7 +41,7 @@ def test_tensors_hold_their_piece_and_give_it_back():
         comm.barrier()
         del outs, later, out
         assert held(buf)[1] == 1, "a view of a view holds the piece"
-        for i in range(4):  # nobody writes over it
+        for i in range(4):  # no call overwrites it
             buf.dispatch(x - i, ids)
         assert_same(kept, expected, "the view")
         del kept
@@ -56,7 +56,7 @@ def test_dispatch_returns_views_of_the_window():
         buf, x, ids = one(comm)
         out = buf.dispatch(x, ids)
         first = out.x.data_ptr()
-        for tensor in (out.topk_weights, out.handle.rows):  # all in the one piece that the dispatch took
+        for tensor in (out.topk_weights, out.handle.rows):  # all in the piece of this dispatch
             assert first < tensor.data_ptr() < first + held(buf)[0]
         comm.barrier()
 
@@ -77,7 +77,7 @@ def test_a_full_arena_names_size_holder_and_argument():
         keep.clear()
         gc.collect()
         comm.barrier()
-        out = buf.dispatch(x, ids)  # usable afterwards
+        out = buf.dispatch(x, ids)  # still usable
         y = buf.combine(out.handle.rows.copy_(out.x), out.handle)
         comm.barrier()
         return x, y
@@ -90,7 +90,7 @@ def test_a_small_capacity_names_rows_and_argument():
     def main(comm):
         buf, x, ids = one(comm)
         ids = torch.zeros_like(ids)
-        ids[:, 1] = -1  # all 16 tokens of all ranks to expert 0
+        ids[:, 1] = -1  # all 16 tokens of all ranks pick expert 0
         with pytest.raises(moecomm.CapacityExceeded) as raised:
             buf.dispatch(x, ids, capacity=16 * comm.size - 1)
         assert (raised.value.peer, raised.value.expected, raised.value.got) == (
@@ -113,7 +113,7 @@ def test_tensors_outlive_buffer_and_communicator():
         expected = out.x.clone()
         comm.barrier()
         buf.close()
-        buf.close()  # may be called twice
+        buf.close()  # a second call is valid
         return out.x, expected
 
     for got, expected in moecomm.run_local(main, 3):
@@ -153,14 +153,16 @@ def test_cupy_goes_in_through_dlpack():
         with pytest.raises(moecomm.InvalidArgument, match=r"on cuda.*expected.*on cpu"):
             buf.dispatch(
                 cupy.asarray(x.float().numpy()), ids
-            )  # the cpu world takes no device memory, and says so
+            )  # the cpu world uses no device memory, and reports that
 
     moecomm.run_local(main, 1)
 
 
 def test_a_thousand_steps_leave_nothing_behind():
-    """All kinds of calls on two buffers in turn, then worlds and buffers that come and go: no descriptor,
-    no mapping, no piece of an arena is left.
+    """A thousand steps leak nothing.
+
+    All kinds of calls on two buffers, then worlds and buffers that are made and closed: no file descriptor, mapping
+    or piece of an arena is left.
     """
 
     def held():
@@ -184,7 +186,7 @@ def test_a_thousand_steps_leave_nothing_behind():
             received, _ = buf.decode_dispatch(x, ids, return_hook=False)
             buf.decode_combine(received.handle.rows, ids, None, received.handle, return_hook=False)
             del out, received
-        assert all(buf._native.arena()[:2] == (0, 0) for buf in bufs)
+        assert all(buf.backend.memory.native.arena()[:2] == (0, 0) for buf in bufs)
         comm.barrier()
 
     moecomm.run_local(lambda comm: main(comm, 2), 2, ranks_per_node=1)
@@ -193,7 +195,7 @@ def test_a_thousand_steps_leave_nothing_behind():
     for _ in range(10):
         moecomm.run_local(lambda comm: main(comm, 1), 2, ranks_per_node=1)
     comm = moecomm.Communicator()
-    for number in range(20):  # closed, or just dropped
+    for number in range(20):  # closed, or only dropped
         buf = moecomm.Buffer(comm, hidden=64, num_experts=8, top_k=2, max_tokens=16)
         if number % 2:
             buf.close()

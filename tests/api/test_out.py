@@ -1,4 +1,4 @@
-"""`out` of combine and decode_combine must not be memory that a call still reads, on this rank or on its peers."""
+"""`out` of combine and decode_combine must not overlap memory that the call still reads, on any rank."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ SHAPE = dict(hidden=H, num_experts=E, top_k=K, max_tokens=T, dtype=torch.float32
 
 
 def inputs(rank):
-    """Two picks per token, one on either rank, so that every rank gets T rows of each."""
+    """Return inputs with two picks per token, one on each rank, so that every rank gets T rows of each."""
     g = torch.Generator().manual_seed(rank)
     return (
         torch.randn((T, H), generator=g),
@@ -21,7 +21,7 @@ def inputs(rank):
 
 
 def refused(what, call):
-    """InvalidArgument that says so."""
+    """Assert that the call raises an InvalidArgument with this message."""
     with pytest.raises(moecomm.InvalidArgument, match=what):
         call()
 
@@ -39,7 +39,7 @@ def test_combine(either_world):  # noqa: F811
         def combine(**how):
             return buf.combine(how.pop("rows", rows), out.handle, **how)
 
-        # A bias, or async_op, takes the call past the fast path.
+        # A bias, or async_op, selects the slow path.
         for more in ({}, {"topk_weights": row_weights}, {"bias": torch.zeros(H)}, {"async_op": True}):
             for where in (
                 out.handle.rows[:T],
@@ -49,21 +49,21 @@ def test_combine(either_world):  # noqa: F811
                 received.x[0, :T],
                 received.handle.rows[0, :T],
             ):
-                refused("out lies in a window of this buffer", lambda: combine(out=where, **more))
+                refused("out is in a window of this buffer", lambda: combine(out=where, **more))
             refused("out shares memory with rows", lambda: combine(out=rows[T:], **more))
         aliased = torch.cat([row_weights, torch.zeros(T * H - len(row_weights))]).view(T, H)
         refused(
             "out shares memory with topk_weights",
             lambda: combine(out=aliased, topk_weights=aliased.view(-1)[: 2 * T]),
         )
-        # Rows from elsewhere are staged in handle.rows: what else is read must not be there.
+        # Other rows are first copied to handle.rows, so that other inputs must not overlap it.
         inside = out.handle.rows.view(-1)[: 2 * T]
         inside.copy_(row_weights)
         refused(
-            "topk_weights lies in handle.rows, to which rows are copied", lambda: combine(topk_weights=inside)
+            "topk_weights is in handle.rows, to which rows are copied", lambda: combine(topk_weights=inside)
         )
-        refused("bias lies in handle.rows", lambda: combine(bias=out.handle.rows[0]))
-        # Everything above moved nothing; a window of another buffer is the caller's to use.
+        refused("bias is in handle.rows", lambda: combine(bias=out.handle.rows[0]))
+        # The calls above moved no data. A window of another buffer is valid.
         place = other.dispatch(x, ids, weights).handle.rows[:T]
         y = combine(topk_weights=row_weights, out=place)
         assert y.data_ptr() == place.data_ptr()
@@ -81,7 +81,7 @@ def test_decode_combine(either_world):  # noqa: F811
         out = buf.dispatch(x, ids)
 
         def step():
-            """A step whose experts hand back what they got; a refused combine ends it."""
+            """Run a step whose experts return their input; a refused combine ends it."""
             received, _ = buf.decode_dispatch(x, ids, quant=None, return_hook=False)
             rows = received.x.clone()
             received.handle.rows.copy_(rows)
@@ -99,7 +99,7 @@ def test_decode_combine(either_world):  # noqa: F811
                 for place in places:
                     received, handle, rows = step()
                     refused(
-                        "out lies in a window|out shares memory with rows",
+                        "out is in a window|out shares memory with rows",
                         lambda: buf.decode_combine(
                             rows if apart else handle.rows, ids, weights, handle, out=place(received), **more
                         ),

@@ -1,6 +1,6 @@
-"""Tensors that are not what they seem: subclasses, transforms, tensors without memory.
+"""Unsupported tensors: subclasses, transforms, tensors without memory.
 
-Each is refused by name, in every verb.
+Each is refused by name, in all verbs.
 """
 
 import functools
@@ -33,14 +33,14 @@ X, IDS, WEIGHTS = (
 
 @functools.cache
 def mesh():
-    """A group of this process alone."""
+    """A mesh of only this process."""
     dist.init_process_group("gloo", init_method="file://" + tempfile.mktemp(), rank=0, world_size=1)
     return init_device_mesh("cpu", (1,))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def group():
-    """The group ends with the module."""
+    """A process group for this module."""
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -48,14 +48,14 @@ def group():
 
 
 def freed(t):
-    """As FSDP leaves parameters between their uses."""
+    """Free the storage, as FSDP does with parameters between uses."""
     t = t.clone()
     t.untyped_storage().resize_(0)
     return t
 
 
 def short(t):
-    """Its storage ends before its last element."""
+    """Return a tensor whose storage ends before its last element."""
     t = t.clone()
     t.untyped_storage().resize_(t.nbytes - 4)
     return t
@@ -76,11 +76,11 @@ KINDS = {
 
 
 def verbs(buf):
-    """(name, arguments, call) of every verb; call(**arguments)."""
+    """Return (name, arguments, call) of all verbs; call(**arguments)."""
     out = buf.dispatch(X, IDS, WEIGHTS)
     received, _ = buf.decode_dispatch(X, IDS, quant=None, return_hook=False)
     codes, scales = quant.quantize(X)
-    number, handle = buf.number, out.handle.tensor()
+    name, handle = buf.name, out.handle.tensor()
     yield "dispatch", dict(x=X, topk_ids=IDS, topk_weights=WEIGHTS), buf.dispatch
     yield "dispatch", dict(scales=scales), lambda scales: buf.dispatch((codes, scales), IDS)
     yield (
@@ -124,20 +124,20 @@ def verbs(buf):
         "moecomm",
         dict(x=X, topk_ids=IDS, topk_weights=WEIGHTS),
         lambda x, topk_ids, topk_weights: torch.ops.moecomm.dispatch(
-            x, topk_ids, topk_weights, None, number, "expert", 1, None
+            x, topk_ids, topk_weights, None, name, "expert", 1, None
         ),
     )
     yield (
         "moecomm",
         dict(rows=out.x.clone(), topk_weights=out.topk_weights.clone()),
         lambda rows, topk_weights: torch.ops.moecomm.combine(
-            rows, topk_weights, None, handle, number, "expert", 8
+            rows, topk_weights, None, handle, name, "expert", 8
         ),
     )
 
 
 def refused(match, call, name, argument):
-    """The call raises InvalidArgument that says so and names the argument."""
+    """Assert that the call raises an InvalidArgument with this message that names the argument."""
     with pytest.raises(moecomm.InvalidArgument, match=match) as error:
         call()
     assert argument in str(error.value), f"{name}: {error.value}"
@@ -150,21 +150,21 @@ def test_refused_in_every_verb(match):
         for argument, value in arguments.items():
             try:
                 odd = KINDS[match](value)
-            except (TypeError, RuntimeError):  # torch makes none of this dtype or shape
+            except (TypeError, RuntimeError):  # torch cannot make one with this dtype or shape
                 continue
             if name == "moecomm" and not match.startswith(
                 "storage"
-            ):  # torch's dispatcher takes them apart before
+            ):  # torch's dispatcher has replaced them before
                 continue
             refused(match, lambda: call(**{**arguments, argument: odd}), f"{name}({argument}=)", argument)
-    out = buf.dispatch(X, IDS, WEIGHTS)  # and it goes on
+    out = buf.dispatch(X, IDS, WEIGHTS)  # still usable
     torch.testing.assert_close(
         buf.combine(out.x, out.handle, topk_weights=out.topk_weights), X * WEIGHTS.sum(1, keepdim=True)
     )
 
 
 def tried(transform, call, value):
-    """The call inside a transform of one argument."""
+    """Make the call inside a transform of one argument."""
     if transform == "dual":
         with forward_ad.dual_level():
             return call(forward_ad.make_dual(value, torch.ones_like(value)))
@@ -206,7 +206,7 @@ def test_transforms_are_refused_by_name(transform):
                 "vmap",
                 "dual",
                 "dual under no_grad",
-            ):  # torch's own refusal: its operators know no other rule
+            ):  # torch refuses it first: its operators have no rule for it
                 continue
             refused(
                 TRANSFORMS[transform],
@@ -217,7 +217,7 @@ def test_transforms_are_refused_by_name(transform):
 
 
 def test_plain_tensors_beside_transforms_pass():
-    """A forward-mode level, or a transform of something else, does not concern tensors without tangents."""
+    """A level of forward mode, or a transform of another tensor, does not affect tensors without tangents."""
     buf = moecomm.Buffer(moecomm.Communicator(), **SHAPE)
     want = X * WEIGHTS.sum(1, keepdim=True)
 
@@ -235,13 +235,11 @@ def test_plain_tensors_beside_transforms_pass():
 
 
 class Renamed(torch.Tensor):
-    """A subclass with memory: only its methods could differ."""
+    """A subclass with memory and the default operators."""
 
 
 def test_tensors_with_memory_pass():
-    """Parameter, a subclass without __torch_dispatch__, and a collective's result that is waited for, with
-    its gradient.
-    """
+    """Parameters, subclasses without __torch_dispatch__ and awaited results of collectives are valid."""
     buf = moecomm.Buffer(moecomm.Communicator(), **SHAPE, arena_bytes=1 << 20)
     want = X * WEIGHTS.sum(1, keepdim=True)
 
@@ -277,7 +275,7 @@ def test_storage_that_ends_early():
 
 
 def test_own_memory_under_a_fake_mode():
-    """Under FakeTensorMode the results of decode and quant would have no memory: refused, not written to address 0."""
+    """Under FakeTensorMode, results of decode and quant have no memory: refused, not written to address 0."""
     buf = moecomm.Buffer(moecomm.Communicator(), **SHAPE)
     received, _ = buf.decode_dispatch(X, IDS, quant=None, return_hook=False)
     with FakeTensorMode():
@@ -292,7 +290,7 @@ def test_own_memory_under_a_fake_mode():
 
 
 def test_refused_on_a_gpu(emulated):  # noqa: F811
-    """The cuda world asks the same question."""
+    """The cuda world makes the same check."""
 
     def body(comm):
         buf = moecomm.Buffer(comm, **SHAPE)

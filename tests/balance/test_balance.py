@@ -1,4 +1,4 @@
-"""The static plan: complete placements, known optima, bounded moves, the traps, and typed errors."""
+"""The static placement: complete tables, known optima, bounded moves, special cases, and typed errors."""
 
 import itertools
 
@@ -14,17 +14,17 @@ from moecomm.balance import Placement, rebalance, rebalance_experts
 
 
 def lognormal(layers, experts, sigma=1.0, seed=0):
-    """Loads [layers, experts]."""
+    """Make loads [layers, experts]."""
     return np.random.default_rng(seed).lognormal(0, sigma, (layers, experts))
 
 
 def sets_of(placement):
-    """Experts of every (layer, rank), as sorted lists."""
+    """Return the experts of every (layer, rank), as sorted lists."""
     return placement.physical_to_logical.view(placement.num_layers, placement.num_ranks, -1).sort(-1).values
 
 
 def check_tables(p):
-    """The three tables say the same."""
+    """The three tables agree."""
     layers, slots = p.physical_to_logical.shape
     for layer in range(layers):
         for e in range(p.num_experts):
@@ -70,7 +70,7 @@ def test_groups_stay_in_their_node():
 
 
 def test_quality_where_it_is_known():
-    """Enough room for swaps: within 0.1 % of the mean. Node loads bound what groups allow."""
+    """With enough freedom for swaps: within 0.1 % of the mean. Node loads limit placements with groups."""
     load = lognormal(4, 256)
     assert rebalance(load, num_replicas=288, num_ranks=32).balancedness(load) > 0.999
     groups = np.sort(load.reshape(4, 8, 32).sum(2), 1)
@@ -105,8 +105,9 @@ def test_two_slots_per_rank_against_the_integer_program(experts, ranks, sigma, n
 
 
 def test_one_slot_per_rank_is_optimal_and_moves_little():
-    """320 ranks, 256 experts and a shared one that every token picks: as good as splitting the hottest, and
-    most ranks keep theirs.
+    """320 ranks, 256 experts and a shared one that every token picks.
+
+    The placement is as good as splitting the hottest experts, and most ranks keep their experts.
     """
     load = lognormal(6, 256)
     load = np.concatenate([load, load.sum(1, keepdims=True) / 8], 1)
@@ -159,7 +160,7 @@ def test_an_expert_hotter_than_all_ranks_has_one_replica_on_each():
 
 
 def test_leftover_replicas_go_to_cold_experts():
-    """No expert exceeds the mean of 3.75: splitting a hot one would only take the place of small partners."""
+    """No expert exceeds the mean of 3.75: replicas of a hot expert would only displace small ones."""
     load = np.array([[3.5, 3.5, 3.5, 3.5, 0.5, 0.5]])
     p = rebalance(load, num_replicas=8, num_ranks=4)
     assert p.replica_count.tolist() == [[1, 1, 1, 1, 2, 2]] and p.balancedness(load) == 1.0
@@ -215,11 +216,31 @@ def test_the_signature_that_engines_call():
         )
     named = rebalance_experts(
         weight=(weight * 100).long(), num_replicas=24, num_groups=4, num_nodes=2, num_gpus=4
-    )  # as counts, too
+    )  # also with moves as counts
     assert [t.shape[:2] for t in named] == [(2, 24), (2, 16), (2, 16)]
     assert rebalance_experts(weight, 24, 1, 2, 4)[0].shape == (2, 24), (
         "groups that do not divide over the nodes: no such limit"
     )
+
+
+@pytest.mark.parametrize("slots, groups, nodes, ranks, experts", [(72, 1, 1, 8, 8), (80, 4, 2, 8, 16)])
+def test_a_rank_with_more_slots_than_experts_holds_some_twice(slots, groups, nodes, ranks, experts):
+    """EPLB accepts this, so rebalance does; Placement, which dispatch uses, does not."""
+    weight = torch.from_numpy(lognormal(3, experts))
+    physical, logical, count = rebalance_experts(weight, slots, groups, nodes, ranks)
+    assert {t.dtype for t in (physical, logical, count)} == {torch.int64} and (count.sum(1) == slots).all()
+    own = experts // nodes if groups > 1 else experts
+    for layer in range(3):
+        for rank, held in enumerate(physical[layer].view(ranks, -1).tolist()):
+            assert len(set(held)) == own and len(held) == slots // ranks, f"rank {rank} holds all it can"
+            again = held[own:]
+            assert again[0] == max(set(held), key=lambda e: weight[layer, e]), "the heaviest comes first"
+        for e in range(experts):
+            places = (physical[layer] == e).nonzero().flatten().tolist()
+            got = logical[layer, e].tolist()
+            assert got == places + [-1] * (len(got) - len(places)) and len(places) == count[layer, e]
+    with pytest.raises(moecomm.InvalidArgument, match="multiple of the"):
+        rebalance_experts(weight, slots + 1, groups, nodes, ranks)
 
 
 @pytest.mark.parametrize(

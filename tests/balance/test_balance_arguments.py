@@ -1,6 +1,4 @@
-"""Odd arguments of placements, rebalance, advise and LoadMonitor: a typed error that names the argument,
-whatever was passed.
-"""
+"""Invalid arguments of placements, rebalance, advise and LoadMonitor: a typed error names the argument."""
 
 import warnings
 
@@ -31,7 +29,7 @@ def record(**changes):
     LoadMonitor(2, 3).record(**(dict(layer=0, counts=[1, 2, 3]) | changes))
 
 
-CALLS = {  # function of one changed argument, and which of EVERY may be fine
+CALLS = {  # function of one changed argument, and the values that are valid
     "rebalance": (
         lambda **c: rebalance(**(dict(load=np.ones((2, 3)), num_replicas=4, num_ranks=2) | c)),
         (
@@ -92,7 +90,7 @@ NAMES = {
     "function,argument", [(f, a) for f, (_, arguments) in CALLS.items() for a in arguments]
 )
 def test_odd_values(function, argument):
-    """Fine, or refused by name; at least half of them are refused."""
+    """Each value is valid or refused by name; at least half of them are refused."""
     refused, call = 0, CALLS[function][0]
     for value in EVERY:
         try:
@@ -124,7 +122,7 @@ def test_odd_values(function, argument):
     ],
 )
 def test_loads_of_any_dtype(dtype):
-    """Also those that NumPy does not know, and those that want a gradient."""
+    """Also dtypes that NumPy lacks, and tensors that require a gradient."""
     load = torch.tensor([[1, 2, 4, 8]]).to(dtype)
     load = load.requires_grad_() if dtype.is_floating_point and dtype.itemsize > 1 else load
     want = rebalance(np.array([[1.0, 2, 4, 8]]), num_replicas=6, num_ranks=2)
@@ -137,9 +135,7 @@ def test_loads_of_any_dtype(dtype):
 
 @pytest.mark.parametrize("exponent", [-1074, -1063, -997, -664, 515, 664, 997, 1019])
 def test_loads_of_any_magnitude(exponent):
-    """One, two and more slots per rank, with and without a previous placement; how balanced a plan is does
-    not depend on the unit.
-    """
+    """The balance does not depend on the unit of the loads, for any number of slots, with or without previous."""
     load, unit = np.random.default_rng(0).integers(1, 9, (3, 12)).astype(np.float64), 2.0**exponent
     for slots in (1, 2, 3):
         ranks = 16 // slots + (slots == 3)
@@ -151,7 +147,7 @@ def test_loads_of_any_magnitude(exponent):
 
 
 def test_a_half_life_without_end():
-    """So long that nothing decays: the advice is finite."""
+    """With a half-life so long that nothing decays, the advice is finite."""
     monitor = LoadMonitor(2, 3, half_life=1e300)
     for _ in range(5):
         monitor.record(0, [9, 1, 1])
@@ -162,7 +158,7 @@ def test_a_half_life_without_end():
 
 
 def test_what_is_wrong_on_one_rank_is_raised_on_all():
-    """Nobody waits for a rank that was refused."""
+    """No rank waits for a rank that has refused."""
 
     def main(comm):
         monitor = LoadMonitor(2, 3)
@@ -171,7 +167,7 @@ def test_what_is_wrong_on_one_rank_is_raised_on_all():
             moecomm.InvalidArgument, match=r"advise: bytes_per_second is a Unprintable.*rank 1"
         ):
             advise(monitor, comm=comm, bytes_per_second=Unprintable() if comm.rank == 1 else 1e9)
-        return advise(monitor, comm=comm).before  # and the communicator still works
+        return advise(monitor, comm=comm).before  # the communicator still works
 
     before = moecomm.run_local(main, 2, timeout=60)
     assert before[0] == before[1]

@@ -1,4 +1,4 @@
-"""The choices within a batch, as functions: splits against linear programs, and which replicas run."""
+"""Choices within a batch, as functions: splits compared with linear programs, and the active replicas."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from moecomm.balance import rebalance
 
 
 def hosted(load, ranks, per_rank, **options):
-    """The native index of a placement for this load [E]."""
+    """Return the native index of a placement for this load [E]."""
     table = (
         rebalance(load[None], num_replicas=ranks * per_rank, num_ranks=ranks, **options)
         .physical_to_logical[0]
@@ -23,7 +23,7 @@ def hosted(load, ranks, per_rank, **options):
 
 
 def loads(experts, sigma, seed):
-    """Two loads [E]: one, and the same after some drift."""
+    """Return two loads [E]: one, and the same after some drift."""
     g = np.random.default_rng(seed)
     load = g.lognormal(0, sigma, experts)
     return load, load * g.lognormal(0, 0.3, experts)
@@ -53,7 +53,7 @@ def test_split_is_the_linear_program(ranks, per_rank, sigma, seed, connected, so
     later[g.random(experts) < 0.1] = 0.0
     r = hosted(load, ranks, per_rank, connected=connected)
     active = (g.random(r.count) < (0.7 if some else 1.0)).astype(np.uint8)
-    active[np.array(r.first[:-1])] = 1  # every expert runs
+    active[np.array(r.first[:-1])] = 1  # every expert is active
     share = np.full(r.count, np.nan)
     most = r.split(later, share, active if some else None, rounds=400)
     assert (share >= 0).all() and (share[active == 0] == 0).all()
@@ -65,7 +65,7 @@ def test_split_is_the_linear_program(ranks, per_rank, sigma, seed, connected, so
 
 
 def test_load_passes_along_a_chain_within_the_usual_rounds():
-    """Every rank shares an expert with the next, and the surplus of the first half has to reach the other one."""
+    """Each rank shares an expert with the next, and the surplus of the first half must reach the second half."""
     ranks = 16
     table = np.array(
         [e for r in range(ranks) for e in (r, 15 + r if r else 31, 16 + r if r < 15 else 32)], dtype=np.int32
@@ -79,7 +79,7 @@ def test_load_passes_along_a_chain_within_the_usual_rounds():
 
 
 def test_a_placement_from_a_sample_splits_evenly():
-    """A batch's counts against a placement from an eighth of it: whatever sampling got wrong, the split repairs."""
+    """The placement is computed from 1/8 of the batch: the split corrects its errors."""
     g = np.random.default_rng(0)
     chance = g.lognormal(0, 1, 256)
     chance /= chance.sum()
@@ -92,7 +92,7 @@ def test_a_placement_from_a_sample_splits_evenly():
 
 
 def room_for_all(replicas, load, limit):
-    """Whether every expert with load can run somewhere while no rank runs more than `limit`: a maximum flow."""
+    """Tell by a maximum flow whether all experts with load fit while no rank runs more than `limit` experts."""
     experts, ranks = len(load), replicas.ranks
     source, sink = experts + ranks, experts + ranks + 1
     wanted = [e for e in range(experts) if load[e] > 0]
@@ -137,7 +137,7 @@ def test_what_runs_is_within_the_limit_and_serves_every_expert(ranks, per_rank, 
 
 @pytest.mark.parametrize("ranks,per_rank,experts", [(32, 16, 256), (8, 6, 30), (12, 6, 40)])
 def test_few_replicas_do_as_well_as_all(ranks, per_rank, experts):
-    """Where all may run, those of a forest do, and they balance like all."""
+    """If all replicas may be active, those of a forest balance as well as all of them."""
     load, later = loads(experts, 0.7, ranks)
     r = hosted(load, ranks, per_rank)
     active = np.empty(r.count, dtype=np.uint8)
@@ -158,7 +158,7 @@ def test_nine_of_sixteen_run_and_balance_all_the_same():
 
 
 def test_what_runs_balances_perfectly_where_a_forest_fits():
-    """Five experts on two ranks that may run three each: six replicas, which is as many as a forest has."""
+    """Five experts on two ranks with at most three active each: six replicas, the number of edges in a forest."""
     table = np.array([0, 1, 2, 4, 0, 1, 3, 4], dtype=np.int32)
     r, active, share = Replicas(table, 5, 2, 1), np.empty(8, dtype=np.uint8), np.empty(8)
     load = np.array([5.0, 3.0, 1.0, 2.0, 1.0])

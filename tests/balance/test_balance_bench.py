@@ -1,4 +1,4 @@
-"""The benchmark's parts for balance, and the example as a user runs it."""
+"""The parts of the balance benchmark, and the example as run by a user."""
 
 import itertools
 import os
@@ -48,7 +48,7 @@ def test_integer_program_against_all_counts():
 
 
 def test_linear_program_of_a_split():
-    replicas = Replicas(np.array([0, 1, 0, 2], dtype=np.int32), 3, 2, 1)  # expert 0 on both ranks
+    replicas = Replicas(np.array([0, 1, 0, 2], dtype=np.int32), 3, 2, 1)  # expert 0 is on both ranks
     assert balance_baseline.best_split(np.array([4.0, 1.0, 3.0]), replicas) == pytest.approx(4.0)
     assert balance_baseline.best_split(np.array([4.0, 9.0, 1.0]), replicas) == pytest.approx(9.0)
 
@@ -63,7 +63,7 @@ def test_rows_say_whether_targets_are_reached():
 
 
 def test_recorded_loads_are_of_text_that_follows(monkeypatch):
-    """In small: the model learns, its gates' picks are all counted, and two stretches of text differ."""
+    """A small run: the model learns, all picks of its gates are counted, and two pieces of text differ."""
     for name, value in dict(STEPS=80, TOKENS=256, READINGS=2, WINDOW=4).items():
         monkeypatch.setattr(balance_recorded, name, value)
     loads, before, after = balance_recorded.readings.__wrapped__()
@@ -135,5 +135,5 @@ def test_example_rebalances_while_it_runs(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "worth it" in done.stdout and "every result was right" in done.stdout
+    assert "worth it" in done.stdout and "all results are correct" in done.stdout
     assert picture.read_bytes()[:4] == b"\x89PNG"

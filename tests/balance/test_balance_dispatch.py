@@ -1,4 +1,4 @@
-"""Dispatch by logical ids: every pick reaches one slot that holds its expert, and the rest is what the oracle says."""
+"""Dispatch by logical ids: every pick reaches one slot of its expert, and all results equal the oracle's."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("either_world")
 
 
 def best_split(load, placement):
-    """The lightest heaviest rank for fractional tokens: a linear program."""
+    """Minimum load of the heaviest rank for fractional tokens, by a linear program."""
     from scipy.optimize import linprog
 
     slots, ranks = placement.num_slots, placement.num_ranks
@@ -67,7 +67,7 @@ def test_even_splits_every_source_evenly():
 
 
 def test_local_visits_few_nodes():
-    """Never more nodes than greedy cover finds, never fewer than needed; better than an even split."""
+    """Between the minimum number of nodes and that of a greedy cover, and better than an even split."""
     size, nodes = 6, 3
     world = skewed_world(size, 50, seed=2)
     p = placed(world[1], size, nodes, per_rank=5)
@@ -102,7 +102,7 @@ def test_activate_limits_what_runs_on_a_rank(mode):
 
 
 def test_activate_refuses_what_cannot_run():
-    table = torch.tensor([[0, 1, 2, 0, 3, 1]])  # rank 0 alone holds expert 2 beside 0 and 1
+    table = torch.tensor([[0, 1, 2, 0, 3, 1]])  # only rank 0 has expert 2
     Placement(table, 4, 2)
 
     def rank_main(comm):
@@ -160,7 +160,7 @@ def test_gradients_follow():
 
 
 def test_a_shared_expert_is_one_more_expert():
-    """Every token picks it; its replicas are on all ranks, so nobody has more of it than the others."""
+    """Every token picks it, and all ranks have replicas, so all ranks get an equal share."""
     size = 4
     xs, ids, weights = skewed_world(size, 32)
     ids = [torch.cat([i[:, :3], torch.full((len(i), 1), EXPERTS)], 1) for i in ids]
@@ -326,3 +326,16 @@ def test_advice_weighs_gain_against_bytes():
     assert late.gain == pytest.approx(saved * 1e-6 * 10**6, rel=0.05)
     monitor.reset()
     assert monitor.load().sum() == 0
+
+
+def test_a_copy_of_a_monitor_keeps_its_counts():
+    monitor, draw = LoadMonitor(2, 8, window=2), np.random.default_rng()
+    first, second = draw.integers(0, 100, (2, 8)), draw.integers(1, 100, (2, 8))
+    for layer in range(2):
+        monitor.record(layer, first[layer], everywhere=True)
+    taken = monitor.copy()
+    for layer in range(2):
+        monitor.record(layer, second[layer], everywhere=True)
+    assert np.array_equal(taken.load(weighted=False).numpy(), first) and taken.batches.tolist() == [1, 1]
+    taken.record(0, second[0], everywhere=True)
+    assert monitor.batches.tolist() == [2, 2]

@@ -1,6 +1,4 @@
-"""How replicas are chosen by the counts of all ranks without an exchange of their own, and what happens
-where that goes wrong.
-"""
+"""The choice of replicas by the counts of all ranks, without an extra exchange, and its failures."""
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ OTHER = {"replicas": "even", "activate": 4}
 
 
 def buffer(comm, placement, mode, **options):
-    """A Buffer of the worlds here."""
+    """Make a Buffer for these worlds."""
     return moecomm.Buffer(
         comm,
         hidden=32,
@@ -29,7 +27,7 @@ def buffer(comm, placement, mode, **options):
 
 
 def on_ranks(fn, world, placement, mode, nodes=2, **options):
-    """fn(buf, x, ids, weights) on every rank; what each returned."""
+    """Run fn(buf, x, ids, weights) on all ranks; return their results."""
 
     def rank_main(comm):
         buf = buffer(comm, placement, mode, **options)
@@ -41,7 +39,7 @@ def on_ranks(fn, world, placement, mode, nodes=2, **options):
 
 
 def exchanges(buf, call):
-    """Rounds of counts that the call makes."""
+    """Number of count rounds of a call."""
     buf.stats()
     call()
     return buf.stats()["exchanges"]
@@ -49,7 +47,7 @@ def exchanges(buf, call):
 
 @pytest.mark.parametrize("nodes", [1, 2, 4])
 def test_optimal_exchanges_as_often_as_local(nodes):
-    """Once, in the dispatch's own round; a repeated plan and a static capacity change nothing."""
+    """One round, in the dispatch; a repeated plan and a static capacity need no more."""
     world = skewed_world(SIZE, TOKENS, seed=nodes)
     p = placed(world[1], SIZE, nodes, per_rank=6)
 
@@ -69,7 +67,7 @@ def test_optimal_exchanges_as_often_as_local(nodes):
     }
     assert counted["local", None] == [[1, 1, 1, 0]] * SIZE
     for (mode, activate), got in counted.items():
-        # Token by token is the one choice that a rank cannot work out for the others.
+        # Only a choice token by token is unknown to other ranks.
         assert got == ([[2, 2, 1, 0]] * SIZE if mode == "local" and activate else counted["local", None]), (
             mode,
             activate,
@@ -78,7 +76,7 @@ def test_optimal_exchanges_as_often_as_local(nodes):
 
 @pytest.mark.parametrize("mode,rounds", [("local", 1), ("even", 1), ("optimal", 2)])
 def test_the_rank_layout_tells_its_rows_in_a_second_round(mode, rounds):
-    """A row per (token, rank): how many there are does not follow from picks per expert."""
+    """One row per (token, rank): their number does not follow from the picks per expert."""
     world = skewed_world(SIZE, TOKENS, seed=3)
     p = placed(world[1], SIZE, 2)
 
@@ -104,7 +102,7 @@ def test_the_rank_layout_tells_its_rows_in_a_second_round(mode, rounds):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("activate", [None, 4])
 def test_decode_chooses_in_a_round_of_its_own_where_it_must(mode, activate):
-    """Decode announces nothing, so there is nothing to travel with."""
+    """Decode announces no counts, so its choice needs an extra round."""
     world = skewed_world(SIZE, 6, seed=1)
     p = placed(world[1], SIZE, 2, per_rank=6)
 
@@ -121,7 +119,7 @@ def test_decode_chooses_in_a_round_of_its_own_where_it_must(mode, activate):
                         0
                     ].clone()
                 )
-                if step % 2:  # both kinds of call in turn
+                if step % 2:  # both kinds of call
                     buf.dispatch(x, ids)
 
             counted.append(exchanges(buf, decode))
@@ -137,7 +135,7 @@ def test_decode_chooses_in_a_round_of_its_own_where_it_must(mode, activate):
 
 
 def test_decode_by_all_counts_balances_the_step():
-    """The slots of a decode step are the optimal split of its own picks."""
+    """The slots of a decode step are the optimal split of its picks."""
     world = skewed_world(SIZE, TOKENS, seed=11)
     p = placed(skewed_world(SIZE, TOKENS, seed=12)[1], SIZE, connected=True)
 
@@ -165,7 +163,7 @@ def test_the_same_calls_choose_the_same(mode):
         for x, y in zip(a, b):
             assert all(torch.equal(s, t) for s, t in zip(x, y))
     for step in range(3):
-        physical_ids([r[step] for r in first], p, world[1])  # whole batches, whatever the turn
+        physical_ids([r[step] for r in first], p, world[1])  # whole batches, for any state of the rotation
 
 
 @pytest.mark.parametrize("mode", ["local", "optimal"])
@@ -228,7 +226,7 @@ def test_ranks_must_choose_by_the_same_rules(what):
 
 
 def test_one_ranks_bad_ids_can_be_given_again():
-    """All ranks learn of them in that call; nothing has moved, and turns stay together."""
+    """All ranks get the error in that call, no data moves, and the rotation of replicas stays equal on all ranks."""
     world = skewed_world(SIZE, TOKENS, seed=4)
 
     def twice(buf, x, ids, weights):
@@ -253,7 +251,7 @@ def test_one_ranks_bad_ids_can_be_given_again():
 
 
 def test_every_row_is_verified_against_counts_that_were_derived(monkeypatch):
-    """MOECOMM_CHECK=1 holds the rows that arrive against the counts that the choice implies."""
+    """With MOECOMM_CHECK=1, received rows are compared with the counts that the choice implies."""
     monkeypatch.setenv("MOECOMM_CHECK", "1")
     world = skewed_world(SIZE, TOKENS, seed=6)
     for mode in MODES:
@@ -261,7 +259,7 @@ def test_every_row_is_verified_against_counts_that_were_derived(monkeypatch):
 
 
 def test_gradients_reach_through_few_active_replicas():
-    """activate=n: the same gradients as without any choice."""
+    """activate=n gives the same gradients as no choice."""
     world = skewed_world(SIZE, 12, seed=9)
     p = placed(world[1], SIZE, 2, per_rank=7, connected=True)
 
@@ -290,7 +288,7 @@ def test_a_plan_is_repeated_without_another_choice():
     def repeat(buf, x, ids, weights):
         first = buf.dispatch(x, ids, weights)
         kept = first.x.clone()
-        buf.dispatch(x, ids, weights)  # another turn
+        buf.dispatch(x, ids, weights)  # another state of the rotation
         return kept, buf.dispatch(x, handle=first.handle).x.clone()
 
     for r, (first, again) in enumerate(on_ranks(repeat, world, placed(world[1], SIZE, 2), "optimal")):
@@ -317,7 +315,7 @@ def test_what_was_submitted_goes_by_the_placement_of_its_time():
 
 
 def test_gradients_follow_the_weights_that_are_left():
-    """Experts 2 and 7 have no replica; the weights of the other picks are scaled up, and gradients know of it."""
+    """Experts 2 and 7 have no replica; other weights are scaled up, and gradients include the scale."""
     xs, ids, weights = skewed_world(SIZE, TOKENS, seed=13)
     table = torch.tensor([[e for e in range(EXPERTS) if e not in (2, 7)] + [0, 1]])
     p = moecomm.balance.Placement(table, EXPERTS, SIZE, 2, partial=True)
@@ -351,7 +349,7 @@ def test_gradients_follow_the_weights_that_are_left():
 
 
 def test_the_choice_is_part_of_a_compiled_graph():
-    """One graph, without a break: the operator chooses."""
+    """One graph without a break: the operator makes the choice."""
     xs, ids, weights = skewed_world(2, TOKENS, seed=14)
 
     def compiled(comm):

@@ -1,4 +1,4 @@
-"""A rank's process is killed; the others are told, shrink, and serve the next step from the replicas that are left."""
+"""A rank's process is killed; the others get an error, shrink, and serve the next step with the remaining replicas."""
 
 import json
 import signal
@@ -9,7 +9,7 @@ from replicated import SIZE, TIMEOUT, batch
 
 
 def run(processes, folder, *arguments, victim):
-    """What the survivors saw, by rank."""
+    """Return the observations of the survivors by rank."""
     ranks = [
         processes.Process(target=replicated.main, args=(str(folder), r, *arguments)) for r in range(SIZE)
     ]

@@ -1,4 +1,4 @@
-"""The benchmark's own parts: inputs, routes, the fast check against the oracle, what is written."""
+"""The parts of the benchmark: inputs, routes, the fast check against the oracle, output."""
 
 import argparse
 import json
@@ -11,17 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench_records import a_record, small
 from worlds import assert_same, random_world
 
 from bench import cases, check, launch, report, routing, shaped_link
 from bench.baselines import Routes
 from moecomm import Buffer, InvalidArgument, options, reference, run_local
-
-
-def small(**changes):
-    """A case that takes no time."""
-    return replace(cases.Case(nodes=2, ranks_per_node=2, tokens=9, hidden=16, experts=16, top_k=4), **changes)
-
 
 # -- inputs ----------------------------------------------------------------------------------------
 
@@ -91,7 +86,7 @@ def test_words():
 def test_fast_check_equals_the_oracle(layout, dtype):
     size, per_node, experts, top_k = 4, 2, 12, 5
     xs, ids, weights = random_world(size, [70, 0, 3, 9], 32, experts, top_k, dtype, seed=3)
-    xs[0][0], xs[0][1] = -0.0, 1e-7  # signs of zero and small values survive
+    xs[0][0], xs[0][1] = -0.0, 1e-7  # signs of zero and small values must survive
     want = reference.dispatch(xs, ids, weights, num_experts=experts, layout=layout)
     rows = []
     for rank in range(size):
@@ -100,7 +95,7 @@ def test_fast_check_equals_the_oracle(layout, dtype):
         assert_same(token, want[rank].source_token, "source token")
         rows.append(check.expert_output(want[rank].x, rank, torch.empty_like(want[rank].x)))
     row_weights = [w.topk_weights for w in want] if layout == "expert" else None
-    for nodes_of in (per_node, size):  # forwarded by node, and straight
+    for nodes_of in (per_node, size):  # forwarded per node, and direct
         expected = reference.combine(
             rows, want, [len(x) for x in xs], ranks_per_node=nodes_of, topk_weights=row_weights
         )
@@ -160,25 +155,6 @@ def test_routes_send_a_token_once_per_rank(layout):
 # -- what is written ---------------------------------------------------------------------------------
 
 
-def a_record(**changes):
-    """A record with made-up numbers."""
-    hop = dict(logical_rows=1, physical_rows=1, logical_bytes=10, physical_bytes=5)
-    from bench.measure import OPS, Measured
-
-    times = {
-        name: {op: [1e-3, 2e-3, 3e-3] for op in OPS}
-        for name in ("moecomm", "tuned-mpi", "tuned-gloo", "torch-gloo")
-    }
-    measured = Measured(
-        times=times,
-        wrong={n: dict.fromkeys(OPS, 0) for n in times},
-        plan=[1e-4],
-        hops={op: {"rail": hop, "node": hop} for op in OPS},
-        floor={op: [1e-3] for op in OPS},
-    )
-    return report.record(small(**changes), measured)
-
-
 def test_latest_json_has_exactly_its_keys(tmp_path):
     records = [a_record(op=op) for op in ("dispatch", "combine", "roundtrip")]
     report.write_latest(tmp_path / "new" / "latest.json", records)
@@ -201,7 +177,12 @@ def test_latest_json_has_exactly_its_keys(tmp_path):
             "node_bytes",
             "wrong",
             "baselines",
+            "ratios",
+            "best_baseline",
             "floor_fraction",
+            "in_cache",
+            "cold",
+            "kernel",
         }
         assert set(case["baselines"]) == {"tuned-mpi", "tuned-gloo", "torch-gloo"}
         assert case["time_us"] == 2000.0 and case["floor_fraction"] == 0.5 and case["ranks"] == 4
@@ -255,7 +236,7 @@ def test_families_are_the_ones_that_make_bench_promises():
 
 
 def bench(*words, timeout=100):
-    """Run `python -m bench`; its standard output."""
+    """Run `python -m bench`; return its standard output."""
     root = Path(__file__).parents[2]
     env = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMIX_", "PMI_", "PRTE_"))}
     done = subprocess.run(
@@ -272,7 +253,7 @@ def bench(*words, timeout=100):
 
 
 def needs_mpi():
-    """mpi4py and an mpirun are extras."""
+    """mpi4py and an mpirun are optional."""
     pytest.importorskip("mpi4py")
     if shutil.which(launch.mpirun(1)[0]) is None:
         pytest.skip("no mpirun is installed")
@@ -314,8 +295,9 @@ def test_a_case_launches_itself_and_verifies_all(tmp_path):
 
 
 def test_a_recording_feeds_a_case(tmp_path):
-    """--routing with the folder of a recording: rows and bytes are those of its picks, dealt out where it
-    has another number of ranks.
+    """--routing with the folder of a recording uses its rows and bytes.
+
+    If the number of ranks differs, the picks are distributed over the ranks.
     """
     needs_mpi()
     xs, ids, weights = random_world(4, 12, 64, 16, 4, seed=3)
@@ -329,7 +311,7 @@ def test_a_recording_feeds_a_case(tmp_path):
     run_local(main, 4, ranks_per_node=2)
     case = small(routing=str(tmp_path / "trace"))
     got = [routing.make_inputs(case, rank, spare=5) for rank in range(4)]
-    for rank in range(4):  # 14 tokens of 12: the last two are the first two again
+    for rank in range(4):  # 14 of 12 tokens: the last two repeat the first two
         assert torch.equal(got[rank].ids, ids[rank].repeat(2, 1)[:14]) and torch.equal(
             got[rank].weights, weights[rank].repeat(2, 1)[:14]
         )
@@ -369,7 +351,7 @@ def test_a_recording_feeds_a_case(tmp_path):
         and all(r["wrong"] == 0 and r["routing"] == case.routing for r in records.values())
         and text
     )
-    # An iteration shifts through the 12 tokens and moves all of them.
+    # An iteration rotates the 12 tokens and moves all of them.
     owners = [[set(t[t >= 0].tolist()) for t in i // 4] for i in ids]
     assert records["dispatch"]["logical_bytes"] == 128 * sum(len(o) for own in owners for o in own)
     assert records["dispatch"]["rail_bytes"] == 128 * sum(

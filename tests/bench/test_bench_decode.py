@@ -1,4 +1,4 @@
-"""The decode benchmark: its fast check is the oracle, and it runs."""
+"""The decode benchmark: its fast check equals the oracle, and it runs."""
 
 import json
 import subprocess

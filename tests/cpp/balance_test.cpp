@@ -1,4 +1,5 @@
-// The balance core: every placement is complete and free of duplicates, and good where the optimum is known.
+// csrc/balance: every placement is complete and has no duplicates, and is near the optimum where that is
+// known.
 #include <cmath>
 #include <numeric>
 #include <random>
@@ -15,6 +16,7 @@
 #include "loads.hpp"
 
 using namespace moecomm::balance;
+using moecomm::BadInput;
 
 namespace {
 
@@ -84,13 +86,13 @@ TEST(one_slot_per_rank_is_optimal_and_near_the_previous) {
       needed += std::max(0, n - count[e]);
       changed += std::max(0, best[e] - count[e]);
     }
-    CHECK_EQ(changed, needed);  // no replica moves that the optimum does not ask for
+    CHECK_EQ(changed, needed);  // no unnecessary moves
     CHECK_EQ(std::accumulate(best.begin(), best.end(), 0), slots);
   }
 }
 
-// Two slots per rank, all counts tried: a tiny world is the hardest for the search, one replica is a lot
-// there.
+// Two slots per rank, compared with all possible counts. Few ranks are the hardest case for the search,
+// because one replica matters much.
 TEST(pairs_against_all_counts) {
   double excess = 0;
   const int experts = 6, ranks = 5;
@@ -111,7 +113,7 @@ TEST(pairs_against_all_counts) {
         double most = 0;
         for (int r = 0; r < ranks; ++r) {
           const auto &low = pieces[r], &high = pieces[2 * ranks - 1 - r];
-          if (low.second == high.second) return;  // would need a trade that costs something
+          if (low.second == high.second) return;  // would need a trade that increases the load
           most = std::max(most, low.first + high.first);
         }
         best = std::min(best, most);
@@ -131,7 +133,7 @@ TEST(pairs_against_all_counts) {
   CHECK(excess / 40 <= 0.02);
 }
 
-TEST(relabelling_a_permutation_keeps_everything) {
+TEST(relabeling_a_permutation_keeps_everything) {
   std::mt19937 engine(1);
   const int ranks = 24, slots = 3, experts = 72;
   std::vector<int32_t> before(ranks * slots), shuffled;
@@ -147,7 +149,7 @@ TEST(relabelling_a_permutation_keeps_everything) {
 
 namespace {
 
-// Slots for a random load, and another load some time later.
+// A placement for a random load, and another load at a later time.
 struct Layer {
   Replicas replicas;
   std::vector<double> load;
@@ -190,15 +192,14 @@ TEST(split_shares_are_whole_and_at_their_minimum) {
         lowest = std::min(lowest, level[r.rank[i]]);
       }
       CHECK(std::abs(sum - load[e]) < 1e-6 * (1 + load[e]));
-      // What the minimum of the squares means: no expert puts load on a rank while another of its ranks is
-      // lower.
+      // At the minimum of the squares no expert has load on a rank while another of its ranks is lower.
       for (int i = r.first[e]; i < r.first[e + 1]; ++i)
         if (share[i] > 0.02 * most) CHECK(level[r.rank[i]] <= lowest + 0.02 * most);
     }
   }
 }
 
-// Rows of every source and slot, [sources, slots].
+// The rows of every source and slot, [sources, slots].
 std::vector<int32_t> rows_of_all(const Choice& choice, const Choice::Solved& solved,
                                  const std::vector<int32_t>& counts, int sources) {
   const int experts = choice.replicas().experts, slots = choice.replicas().slots;
@@ -246,11 +247,11 @@ TEST(rows_of_all_sources_make_the_split) {
             if (mode == Mode::even) CHECK(high - low <= 1);
           }
         for (int i = 0; i < r.slots && mode == Mode::optimal; ++i)
-          CHECK(std::abs(sum[i] - share[i]) <= 1.0 + 1e-6);  // rounding, nothing else
+          CHECK(std::abs(sum[i] - share[i]) <= 1.0 + 1e-6);  // only rounding
       }
 }
 
-// What every rank works out about every other one is what that one does.
+// What every rank computes about every other rank is what that rank does.
 TEST(rows_that_follow_are_those_that_are_routed) {
   const int sources = 4, tokens = 40, top_k = 4;
   std::mt19937 engine(3);
@@ -265,7 +266,8 @@ TEST(rows_that_follow_are_those_that_are_routed) {
     for (int s = 0; s < sources; ++s) {
       for (int i = 0; i < tokens * top_k; ++i)
         ids[s].push_back(engine() % 9 == 0 ? -1 : engine() % (r.experts / top_k) * top_k + i % top_k);
-      CHECK_EQ(count_picks(ids[s].data(), tokens, top_k, r.experts, counts.data() + s * r.experts).code, 0);
+      CHECK(count_picks(ids[s].data(), tokens, top_k, r.experts, counts.data() + s * r.experts).bad ==
+            BadInput::none);
       for (int e = 0; e < r.experts; ++e) total[e] += counts[s * r.experts + e];
     }
     const Choice::Solved solved = choice.solve(total.data(), round);
@@ -279,7 +281,7 @@ TEST(rows_that_follow_are_those_that_are_routed) {
         CHECK_EQ(physical[i] < 0 ? int64_t{-1} : int64_t{table[physical[i]]}, ids[s][i]);
         if (physical[i] >= 0) ++routed[physical[i]];
       }
-      if (s == 0 || round % 2 == 0)  // even: the rank says where the turn begins
+      if (s == 0 || round % 2 == 0)  // Mode::even: the rank changes the rotation
         for (int p = 0; p < r.slots; ++p) CHECK_EQ(routed[p], rows[s * r.slots + p]);
       for (int e = 0; e < r.experts; ++e) before[e] += counts[s * r.experts + e];
     }
@@ -294,7 +296,7 @@ TEST(routes_keep_to_quotas_and_refuse_bad_ids) {
   for (int t = 0; t < tokens; ++t)
     for (int k = 0; k < top_k; ++k) ids[t * top_k + k] = k == 3 && t % 7 == 0 ? -1 : (engine() % 16) * 4 + k;
   std::vector<int32_t> counts(r.experts), quota(r.slot.size());
-  CHECK_EQ(count_picks(ids.data(), tokens, top_k, r.experts, counts.data()).code, 0);
+  CHECK(count_picks(ids.data(), tokens, top_k, r.experts, counts.data()).bad == BadInput::none);
   for (int i = 0; i < r.slots; ++i) quota[i] = even_quota(r, i, counts[r.expert[i]], nullptr, 1);
   for (bool by_quota : {true, false}) {
     if (by_quota)
@@ -306,14 +308,14 @@ TEST(routes_keep_to_quotas_and_refuse_bad_ids) {
     if (by_quota) CHECK_EQ(*std::max_element(quota.begin(), quota.end()), 0);
   }
   ids[21] = 64;
-  CHECK_EQ(count_picks(ids.data(), tokens, top_k, r.experts, counts.data()).code, 1);
+  CHECK(count_picks(ids.data(), tokens, top_k, r.experts, counts.data()).bad == BadInput::id_out_of_range);
   ids[21] = ids[22];
   const Refusal twice = count_picks(ids.data(), tokens, top_k, r.experts, counts.data());
-  CHECK_EQ(twice.code, 2);
+  CHECK(twice.bad == BadInput::id_twice);
   CHECK_EQ(twice.token, 5);
 }
 
-// All choices tried: a layer that can run within the limit is never refused.
+// Compared with all choices: a layer that can run within the limit is never refused.
 TEST(activation_finds_a_choice_where_there_is_one) {
   std::mt19937 engine(3);
   int possible = 0, impossible = 0;

@@ -2,14 +2,14 @@
 //
 //   #include "check.hpp"
 //   TEST(rows_are_aligned) {
-//     CHECK(align16(17) == 32);            // goes on after a failure
+//     CHECK(align16(17) == 32);            // continues after a failure
 //     CHECK_EQ(align16(17), 32u);          // the same, and prints both values
-//     REQUIRE(p != nullptr);               // leaves the test (only on the test's own thread)
-//     SKIP("this machine has no AVX-512"); // leaves the test, which counts as skipped
+//     REQUIRE(p != nullptr);               // ends the test (only on the test's own thread)
+//     SKIP("this machine has no AVX-512"); // ends the test, which counts as skipped
 //   }
 //
-// Checks may be made from any thread. `NAME_test [PART...]` runs the tests whose name contains a PART; the
-// last line says 'N passed, N failed' and the exit status is 0 only if none failed and at least one ran.
+// Checks may be made on any thread. `NAME_test [PART...]` runs the tests whose names contain a PART. The last
+// line is 'N passed, N failed'. The exit status is 0 only if none failed and at least one ran.
 #pragma once
 #include <atomic>
 #include <cstdio>
@@ -45,7 +45,8 @@ struct Registration {
   Registration(const char* name, std::function<void()> body) { tests().push_back({name, std::move(body)}); }
 };
 
-// The first failures of a test are printed, the rest counted: a wrong row is wrong in thousands of places.
+// Only the first failures of a test are printed, because a wrong row is wrong in thousands of places. The
+// rest are counted.
 inline void fail(const char* file, int line, const std::string& what) {
   static std::mutex mutex;
   const int n = failures().fetch_add(1);
@@ -110,7 +111,7 @@ inline int run(int argc, char** argv) {
   static void name();                                                \
   static const check::Registration name##_registration(#name, name); \
   static void name()
-// One body under many parameters: TEST_CASES(name, values) { use `value` }
+// One body with many parameters: TEST_CASES(name, values) { use `value` }
 #define TEST_CASES(name, values)                                      \
   static void name(const std::decay_t<decltype((values)[0])>& value); \
   static const check::Registration name##_registration(#name, [] {    \

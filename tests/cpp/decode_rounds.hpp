@@ -1,8 +1,9 @@
-// Cases of decode in whole worlds and what one rank does in an epoch: every row and every sum compared with
-// the definition. A Runner says who executes a rank's four phases, and from where they know their epoch.
+// Test cases of decode with all ranks, and what one rank does in an epoch. Every row and every sum is
+// compared with the definition. A Runner executes a rank's four phases and determines their epoch.
 #pragma once
 #include "check.hpp"
 #include "schedule/decode_sequential.hpp"
+#include "session/decode_arguments.hpp"
 #include "world.hpp"
 
 namespace world {
@@ -14,14 +15,14 @@ struct DecodeCase {
   int top_k = 3, experts_per_rank = 3, hidden = 40;
   int epochs = 7;
   int groups = 0;        // concurrent groups per rank; 0: one
-  int captured = 0;      // steps of a graph that is replayed: tickets and banks repeat. 0: banks alternate
-  bool overlap = false;  // a combine is sent behind the next dispatch
+  int captured = 0;      // steps of a replayed graph, in which tickets and banks repeat; 0: banks alternate
+  bool overlap = false;  // a combine is sent after the next dispatch
   int squad = 1;         // warps of a group
 };
 
 constexpr int kDecodeTokens = 5;
 
-// One rank's memories, in plain heap memory.
+// The memory of one rank, on the heap.
 struct DecodeSeat {
   DecodeSeat(const Geometry& g, const Shape& s, bool check)
       : view(make_decode_view(g, s, check)),
@@ -46,7 +47,7 @@ struct DecodeSeat {
   HostState host;
   LoopbackRail loopback;
   Watch watch;
-  std::vector<char*> regions;  // by rank, null in this rank's node
+  std::vector<char*> regions;  // by rank; null for ranks of this node
   DecodeTurn turns[2];
   uint64_t table_bytes;
   std::vector<char> tables;
@@ -68,7 +69,7 @@ inline std::vector<std::unique_ptr<DecodeSeat>> make_decode_seats(const DecodeCa
   return seats;
 }
 
-// One rank runs its phases one after another, as the cpu world does, and numbers its epochs itself.
+// One rank runs its phases one after another, like the cpu world, and numbers its epochs itself.
 struct SoloDecode {
   DecodeTurn& turn(DecodeSeat& me, int epoch) {
     me.turns[epoch & 1].epoch = epoch;
@@ -128,7 +129,7 @@ class DecodeRank {
   void run(Runner& runner, const std::vector<std::vector<Input>>& inputs);
 
  private:
-  // Of a step: the numbers by which a captured call names its dispatch and its tensors.
+  // Of a step: the ticket and the bank that a captured call contains.
   uint64_t ticket(int epoch) const { return 1 + (c_.captured ? (epoch - 1) % c_.captured : epoch - 1); }
   int bank(int epoch) const { return c_.captured ? (epoch - 1) % c_.captured % 2 : epoch & 1; }
   const DecodeTurn& turn(int epoch) const { return turns_[epoch & 1]; }
@@ -136,34 +137,33 @@ class DecodeRank {
   template <class Runner>
   bool send(Runner& runner, int epoch, const Input& own) {
     DecodeTurn& turn = turns_[epoch & 1] = runner.turn(me_, epoch);
+    DecodeDispatchCall call;
+    call.ids64 = own.ids.data();
+    call.x = own.x.data();
+    call.weights = c_.weighted ? own.weights.data() : nullptr;
+    call.tokens = own.tokens;
+    call.weighted = c_.weighted;
+    call.quant = c_.quantized ? ScaleKind::f32 : ScaleKind::none;
+    open_turn(turn, me_.view, turn.epoch, call);
     turn.bank = bank(epoch);
-    turn.tokens = own.tokens;
-    turn.weighted = c_.weighted;
-    turn.mode = 1;
-    turn.call.row_bytes = c_.quantized ? c_.hidden : c_.hidden * 2;
-    turn.call.scales = c_.quantized ? ScaleKind::f32 : ScaleKind::none;
-    turn.call.scale_bytes = 4 * scale_words(c_.hidden, turn.call.scales);
     std::memset(me_.window.data.get() + me_.view.x(turn.bank), 0xee,
                 me_.view.packed_rows() * me_.view.shape.combine_row_bytes());
-    DecodeSendArgs args{me_.view, turn};
-    args.ids64 = own.ids.data();
-    args.x = own.x.data();
-    args.weights = c_.weighted ? own.weights.data() : nullptr;
+    const DecodeSendArgs args = make_decode_send_args(me_.view, turn, call);
     return CHECK_EQ(runner.send(me_, c_, args, ticket(epoch)).code, Code::ok);
   }
   template <class Runner>
   bool receive(Runner& runner, int epoch, const std::vector<Input>& in) {
-    return CHECK_EQ(runner.receive(me_, c_, DecodeReceiveArgs{me_.view, turn(epoch)}).code, Code::ok) &&
+    return CHECK_EQ(runner.receive(me_, c_, make_decode_receive_args(me_.view, turn(epoch))).code,
+                    Code::ok) &&
            received_is_right(epoch, in);
   }
   bool received_is_right(int epoch, const std::vector<Input>& in);  // and runs the experts
   DecodeCombineArgs combine_args(int epoch) {
-    return {me_.view,
-            turn(epoch),
-            2,
-            c_.wire,
-            me_.window.data.get() + me_.view.rows(bank(epoch)),
-            y_[epoch & 1].data()};
+    DecodeCombineCall call;
+    call.wire = c_.wire;
+    call.y = y_[epoch & 1].data();
+    return make_decode_combine_args(me_.view, turn(epoch), make_decode_answer(turn(epoch), call),
+                                    me_.window.data.get() + me_.view.rows(bank(epoch)));
   }
   template <class Runner>
   bool answer(Runner& runner, int epoch, const Input& own) {
@@ -176,7 +176,8 @@ class DecodeRank {
            sums_are_right(epoch, own);
   }
   bool sums_are_right(int epoch, const Input& own);
-  // What a row of rank `from` is worth where it is summed: rounded, or coded on its way between nodes.
+  // Replaces a row of rank `from` by its values when it is summed: rounded, or in the wire format between
+  // nodes.
   void cross(std::vector<float>& row, int from) const {
     const Wire wire = me_.view.near(from) ? Wire::plain : c_.wire;
     for (int at = 0; at < c_.hidden; at += kTile)
@@ -193,7 +194,7 @@ template <class Runner>
 void DecodeRank::run(Runner& runner, const std::vector<std::vector<Input>>& inputs) {
   const int rank = me_.view.geometry.rank;
   const auto own = [&](int epoch) -> const Input& { return inputs[epoch - 1][rank]; };
-  int pending = 0;  // the epoch whose combine is still to be sent
+  int pending = 0;  // the epoch whose combine has not been sent yet
   for (int e = 1; e <= c_.epochs; ++e) {
     if (rank == 0 && e % 7 == 3)
       std::this_thread::sleep_for(std::chrono::milliseconds(2));  // the others run ahead
@@ -203,7 +204,7 @@ void DecodeRank::run(Runner& runner, const std::vector<std::vector<Input>>& inpu
     if (pending && !sum(runner, pending, own(pending))) return;
     pending = 0;
     if (e % 3 == 0) continue;  // no combine this time
-    // Not where the next epoch has the same bank: rule (C).
+    // By rule (C) not if the next epoch has the same bank.
     if (c_.overlap && e < c_.epochs && bank(e) != bank(e + 1)) {
       pending = e;
     } else if (!answer(runner, e, own(e)) || !sum(runner, e, own(e))) {
@@ -261,13 +262,13 @@ inline bool DecodeRank::sums_are_right(int epoch, const Input& own) {
       int rank;
       std::vector<float> sum;
     };
-    std::vector<Part> parts;  // by rank where weights travel, else all in one
+    std::vector<Part> parts;  // by rank if weights are sent, else one part
     for (int k = 0; k < k_max; ++k) {
       const int e = static_cast<int>(own.ids[t * k_max + k]);
       if (e < 0) continue;
       std::vector<float> term(c_.hidden);
       for (int i = 0; i < c_.hidden; ++i) term[i] = expert_value(epoch, e, r, t, i);
-      // Each row crosses alone where weights do not travel.
+      // Each row is sent separately if weights are not sent.
       if (!c_.weighted && !d.near(d.owner(e)) && c_.wire != Wire::plain) cross(term, d.owner(e));
       const float weight = own.weights[t * k_max + k];
       const int key = c_.weighted ? d.owner(e) : 0;
@@ -304,7 +305,7 @@ void run_decode_case(const DecodeCase& c, std::vector<Runner> runners) {
   for (int e = 1; e <= c.epochs; ++e) {
     inputs.emplace_back();
     for (int r = 0; r < size; ++r) inputs.back().push_back(make_decode_input(c, r, e));
-    // A captured step has one number of tokens for ever.
+    // The number of tokens of a captured step is fixed.
     if (c.captured && e > c.captured)
       for (int r = 0; r < size; ++r) {
         Input& now = inputs[e - 1][r];

@@ -1,4 +1,4 @@
-// The runtime's Decode in a steady state: it allocates nothing.
+// The runtime's Decode allocates nothing in a steady state.
 #include <cstdlib>
 #include <new>
 #include <thread>

@@ -1,5 +1,5 @@
-// Decode of whole worlds: one lane or a team of lanes per rank, or many groups that share its slices, epochs
-// of both parities without a pause between them, every row compared with the definition.
+// Decode with all ranks: one lane or a team of lanes per rank, or many groups that divide its work into
+// slices. Epochs of both parities follow without a pause, and every row is compared with the definition.
 #include "decode_rounds.hpp"
 #include "schedule/decode_slices.hpp"
 
@@ -26,51 +26,37 @@ struct HostMeeting {
   }
 };
 
-// A rank as the cuda world runs it: many groups at once that meet; the epoch is the rank's own to know.
+// A rank with the schedule of the cuda world: many concurrent groups with a barrier. The rank keeps the epoch
+// itself.
 class ManyDecode {
  public:
   DecodeTurn turn(DecodeSeat&, int) { return {}; }
   Status send(DecodeSeat& me, const DecodeCase& c, const DecodeSendArgs& a, uint64_t ticket) {
-    return dispatch(me, c, DecodeDispatchWork{.args = a, .ticket = ticket, .sends = true, .receives = false});
+    return dispatch(me, c, {a, memory(me, c), ticket, true, false});
   }
   Status receive(DecodeSeat& me, const DecodeCase& c, const DecodeReceiveArgs& a) {
-    DecodeDispatchWork work{};
-    work.sends = false;
-    work.args.d = a.d;
-    work.args.turn = a.turn;
-    return dispatch(me, c, work);
+    return dispatch(me, c, {make_decode_send_args(a.d, a.turn, {}), memory(me, c), 0, false, true});
   }
   Status answer(DecodeSeat& me, const DecodeCase& c, const DecodeCombineArgs& a, const Input& in,
                 uint64_t ticket) {
-    return combine(me, c,
-                   DecodeCombineWork{.args = a,
-                                     .ticket = ticket,
-                                     .ids64 = in.ids.data(),
-                                     .weights = in.weights.data(),
-                                     .answers = true,
-                                     .sums = false});
+    return combine(
+        me, c, {a, memory(me, c), ticket, in.ids.data(), nullptr, in.weights.data(), nullptr, true, false});
   }
   Status sum(DecodeSeat& me, const DecodeCase& c, const DecodeCombineArgs& a, uint64_t ticket) {
-    return combine(me, c, DecodeCombineWork{.args = a, .ticket = ticket, .answers = false, .sums = true});
+    return combine(me, c, {a, memory(me, c), ticket, nullptr, nullptr, nullptr, nullptr, false, true});
   }
 
  private:
-  template <class Work>
-  void place(DecodeSeat& me, const DecodeCase& c, Work& work) {
-    work.clock = &clock_;
-    work.tables = me.tables.data();
-    work.table_bytes = me.table_bytes;
+  DecodeMemory memory(DecodeSeat& me, const DecodeCase& c) {
     apart_.resize(decode_scratch_ints(me.view.geometry, me.view.shape, c.groups));
+    return {&clock_, me.tables.data(), me.table_bytes, apart_.data()};
   }
-  Status dispatch(DecodeSeat& me, const DecodeCase& c, DecodeDispatchWork work) {
-    place(me, c, work);
-    work.apart = apart_.data();
+  Status dispatch(DecodeSeat& me, const DecodeCase& c, const DecodeDispatchWork& work) {
     return each_group(me, c, [&](auto g, auto f, HostMeeting meeting, int i) {
       return decode_dispatch_seat(g, f, meeting, work, i, c.groups);
     });
   }
-  Status combine(DecodeSeat& me, const DecodeCase& c, DecodeCombineWork work) {
-    place(me, c, work);
+  Status combine(DecodeSeat& me, const DecodeCase& c, const DecodeCombineWork& work) {
     return each_group(me, c, [&](auto g, auto f, HostMeeting meeting, int i) {
       return decode_combine_seat(g, f, meeting, work, i, c.groups);
     });
@@ -99,7 +85,7 @@ class ManyDecode {
 
  public:
   ManyDecode() = default;
-  ManyDecode(const ManyDecode&) {}  // a rank that has not begun
+  ManyDecode(const ManyDecode&) {}  // a copy has its initial state
 };
 
 const std::vector<DecodeCase> kCases = {
@@ -138,8 +124,8 @@ TEST_CASES(groups_share_a_rank, kShared) {
   run_decode_case(value, std::vector<ManyDecode>(value.nodes * value.per_node));
 }
 
-// Graphs of one and of three steps, replayed: no replay begins with the parity of the one before it, and
-// banks meet themselves.
+// Replayed graphs of one and of three steps: every replay begins with another parity than the previous one,
+// and the same bank is used twice in a row.
 const std::vector<DecodeCase> kReplayed = {
     {.epochs = 303, .groups = 3, .captured = 3},
     {.nodes = 1, .per_node = 3, .epochs = 303, .groups = 2, .captured = 3, .overlap = true},
@@ -151,7 +137,7 @@ TEST_CASES(a_captured_graph_is_replayed, kReplayed) {
   run_decode_case(value, std::vector<ManyDecode>(value.nodes * value.per_node));
 }
 
-// What the rules forbid is refused before anything moves.
+// A call that violates a rule is refused before anything moves.
 TEST(out_of_turn) {
   DecodeClock clock{};
   const auto needs = [&](uint64_t epoch, int bank) { return detail::check_turns(clock, epoch, bank); };
@@ -162,7 +148,7 @@ TEST(out_of_turn) {
   CHECK(needs(2, 0).ok() && needs(2, 1).ok());
   clock.turn[1].stage = DecodeStage::answered;
   CHECK(needs(2, 0).ok());
-  CHECK_EQ(needs(2, 1).detail, kOutOfTurn);  // (C)
+  CHECK_EQ(needs(2, 1).detail, number(BadInput::out_of_turn));  // (C)
   clock = {2, {{8, DecodeStage::received, 0}, {7, DecodeStage::answered, 1}}};
   CHECK_EQ(needs(3, 1).expected, static_cast<uint64_t>(DecodeStage::done));  // (B)
 }

@@ -1,6 +1,6 @@
-// Decode over the cuda world's own fabric, squads, meetings and schedule: every lane is a thread, over an
-// emulated copy engine; between nodes by stores, and over an emulated network. Only what the GPU's compiler
-// and hardware do is missing.
+// Decode with the fabric, squads, barriers and schedule of the cuda world. Every lane is a thread, over an
+// emulated copy engine; nodes are connected by stores or by an emulated network. Only the GPU's compiler and
+// hardware are not tested.
 #include "fabric/cuda/ptx.cuh"  // the emulated one, before anything that includes it
 
 #include "decode_rounds.hpp"
@@ -12,60 +12,42 @@ using namespace world;
 
 namespace {
 
-// A rank's device state; one block of c.groups squads of c.squad warps. `gin` is the network that all ranks
-// share.
+// A rank's device state, with one block of c.groups squads of c.squad warps. gin: the network of all ranks.
 template <class Rail>
 class DeviceDecode {
  public:
   static constexpr uint32_t kStage = 256;
 
   explicit DeviceDecode(std::shared_ptr<emulated::Gin> gin = nullptr) : gin_(std::move(gin)) {}
-  DeviceDecode(const DeviceDecode& other) : gin_(other.gin_) {}  // a rank that has not begun
+  DeviceDecode(const DeviceDecode& other) : gin_(other.gin_) {}  // a copy has its initial state
 
   DecodeTurn turn(DecodeSeat&, int) { return {}; }
   Status send(DecodeSeat& me, const DecodeCase& c, const DecodeSendArgs& a, uint64_t ticket) {
-    DecodeDispatchWork work{};
-    work.args = a;
-    work.ticket = ticket;
-    work.receives = false;
-    return dispatch(me, c, work);
+    return dispatch(me, c, {a, memory(me, c), ticket, true, false});
   }
   Status receive(DecodeSeat& me, const DecodeCase& c, const DecodeReceiveArgs& a) {
-    DecodeDispatchWork work{};
-    work.args.d = a.d;
-    work.args.turn = a.turn;
-    work.sends = false;
-    return dispatch(me, c, work);
+    return dispatch(me, c, {make_decode_send_args(a.d, a.turn, {}), memory(me, c), 0, false, true});
   }
   Status answer(DecodeSeat& me, const DecodeCase& c, const DecodeCombineArgs& a, const Input& in,
                 uint64_t ticket) {
-    return combine(me, c,
-                   {.args = a,
-                    .ticket = ticket,
-                    .ids64 = in.ids.data(),
-                    .weights = in.weights.data(),
-                    .answers = true,
-                    .sums = false});
+    return combine(
+        me, c, {a, memory(me, c), ticket, in.ids.data(), nullptr, in.weights.data(), nullptr, true, false});
   }
   Status sum(DecodeSeat& me, const DecodeCase& c, const DecodeCombineArgs& a, uint64_t ticket) {
-    return combine(me, c, {.args = a, .ticket = ticket, .answers = false, .sums = true});
+    return combine(me, c, {a, memory(me, c), ticket, nullptr, nullptr, nullptr, nullptr, false, true});
   }
 
  private:
-  Status dispatch(DecodeSeat& me, const DecodeCase& c, DecodeDispatchWork work) {
+  DecodeMemory memory(DecodeSeat& me, const DecodeCase& c) {
     apart_.resize(decode_scratch_ints(me.view.geometry, me.view.shape, c.groups));
-    work.clock = &clock_;
-    work.tables = me.tables.data();
-    work.table_bytes = me.table_bytes;
-    work.apart = apart_.data();
+    return {&clock_, me.tables.data(), me.table_bytes, apart_.data()};
+  }
+  Status dispatch(DecodeSeat& me, const DecodeCase& c, const DecodeDispatchWork& work) {
     return each_squad(me, c, [&](Squad g, auto f, auto meeting, int i) {
       return decode_dispatch_seat(g, f, meeting, work, i, c.groups);
     });
   }
-  Status combine(DecodeSeat& me, const DecodeCase& c, DecodeCombineWork work) {
-    work.clock = &clock_;
-    work.tables = me.tables.data();
-    work.table_bytes = me.table_bytes;
+  Status combine(DecodeSeat& me, const DecodeCase& c, const DecodeCombineWork& work) {
     return each_squad(me, c, [&](Squad g, auto f, auto meeting, int i) {
       return decode_combine_seat(g, f, meeting, work, i, c.groups);
     });
@@ -98,7 +80,8 @@ class DeviceDecode {
     call.timeout_ns = 100'000'000'000;
     call.gates = &met_;
     std::vector<Heap> shared;
-    for (int i = 0; i < c.groups; ++i) shared.emplace_back(align_up(warp_shared_bytes(kStage), 4096));
+    for (int i = 0; i < c.groups; ++i)
+      shared.emplace_back(align_up(c.squad * warp_shared_bytes(kStage), 4096));  // a piece per warp
     emulated::run_block(c.groups * c.squad, c.squad, [&] {
       const int squad = static_cast<int>(threadIdx.x) / 32 / c.squad;
       char* own = shared[squad].data.get();
@@ -143,7 +126,7 @@ TEST_CASES(device_decode, kCases) {
   run_decode_case(value, std::vector<DeviceDecode<LoopbackDeviceRail>>(value.nodes * value.per_node));
 }
 
-// All groups' puts to a rank come before the one signal that announces them.
+// The puts of all groups to a rank are ordered before the one signal that announces them.
 TEST_CASES(gin_decode, kCases) {
   const int size = value.nodes * value.per_node;
   if (value.nodes == 1) return;

@@ -1,10 +1,11 @@
-// The cuda world's decode runtime on a CPU: its calls, what they catch up on, graphs that are captured and
-// replayed. A kernel is one block of two warps, every lane a thread.
+// The decode runtime of the cuda world on a CPU: its calls, the phases that the rules run later, and graphs
+// that are captured and replayed. A kernel is one block of two warps, and every lane is a thread.
 #include "fabric/cuda/ptx.cuh"  // the emulated one, before anything that includes it
 
 #include <cuda_runtime_api.h>
 
 #include "check.hpp"
+#include "runtime/cuda/calls.cpp"
 #include "runtime/cuda/decode.cpp"
 #include "runtime/cuda/kernels/seat.cuh"
 #include "runtime/cuda/memory.cpp"
@@ -22,7 +23,7 @@ int run_decode(const Launch& launch, void* stream, Seat seat) {
   as_stream(stream)->enqueue([launch, seat] {
     std::vector<std::unique_ptr<char, void (*)(void*)>> shared;
     const int squads = launch.call.spread.warps / launch.squad;
-    const size_t bytes = align_up(warp_shared_bytes(launch.call.spread.stage_bytes), 4096);
+    const size_t bytes = align_up(launch.squad * warp_shared_bytes(launch.call.spread.stage_bytes), 4096);
     for (int i = 0; i < squads; ++i)
       shared.emplace_back(static_cast<char*>(std::aligned_alloc(4096, bytes)), std::free);
     emulated::run_block(launch.call.spread.warps, launch.squad, [&] {
@@ -38,6 +39,10 @@ int run_decode(const Launch& launch, void* stream, Seat seat) {
   return cudaSuccess;
 }
 
+const DomainKernels& loopback_domain_kernels() {
+  static const DomainKernels none{};
+  return none;
+}
 const DecodeKernels& loopback_decode_kernels() {
   static const DecodeKernels kernels{
       [] { return static_cast<int>(cudaSuccess); },
@@ -58,14 +63,15 @@ namespace {
 
 constexpr int kSize = 2, kTokens = 2, kHidden = 16;
 
-// One rank: its experts give back what they get, so a token's sum is the sum of its weights times itself.
+// One rank. Its experts return their input, so the result of a token is the token times the sum of its
+// weights.
 struct Rank {
   Rank(int rank, int per_node)
       : decode(
             {rank, kSize, per_node},
             Shape{
                 .hidden = kHidden, .dtype = DType::f32, .num_experts = 4, .top_k = 2, .max_tokens = kTokens},
-            false, 0, cuda::reach_threads(0),
+            false, 0, cuda::reach_threads(0), std::make_shared<cuda::DeviceCalls>(0),
             cuda::Spread{.sms = 1, .warps = 2, .senders = 0, .stage_bytes = 256}, 60.0) {}
 
   Status send(bool receive = false) {
@@ -110,13 +116,13 @@ struct Rank {
 
   cuda::DeviceDecode decode;
   emulated::Stream stream;
-  alignas(16) float x[kTokens * kHidden];  // as any tensor is
+  alignas(16) float x[kTokens * kHidden];  // aligned like a tensor
   alignas(16) float y[kTokens * kHidden];
   float weights[4] = {0.5f, 0.25f, 0.5f, 0.25f};
   int64_t ids[4] = {0, 3, 2, 1};
 };
 
-// work(rank) on a thread per rank, all connected.
+// Runs work(rank) on a thread per rank, with all ranks connected.
 template <class Work>
 void on_ranks(int per_node, Work work) {
   std::vector<std::unique_ptr<Rank>> ranks;
@@ -146,7 +152,7 @@ TEST_CASES(three_captured_steps_are_replayed, kPerNode) {
       me.check_sums();
     }
     me.fill(9);
-    me.step();  // and on without the graph
+    me.step();  // and continue without the graph
     me.check_sums();
     CHECK(me.decode.fault().ok());
   });
@@ -176,7 +182,7 @@ TEST(a_capture_must_be_whole) {
     me.stream.capture = 3;
     const Status refused = me.send();
     CHECK_EQ(refused.code, Code::invalid);
-    CHECK_EQ(refused.detail, kOutOfTurn);
+    CHECK_EQ(refused.detail, number(BadInput::out_of_turn));
     CHECK(me.stream.end_capture().empty());
     CHECK(me.decode.dispatch_receive(sent, &me.stream).ok());
     me.stream.capture = 4;
@@ -197,7 +203,7 @@ TEST(a_bad_id_is_told_by_the_next_call) {
     me.ids[1] = 3;
     const Status told = me.send();
     CHECK_EQ(told.code, Code::invalid);
-    CHECK_EQ(told.detail, kIdOutOfRange);
+    CHECK_EQ(told.detail, number(BadInput::id_out_of_range));
     CHECK_EQ(told.got, uint64_t{4});
     me.step();
     me.check_sums();

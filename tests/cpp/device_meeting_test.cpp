@@ -1,4 +1,4 @@
-// Rank threads start kernels together: the cuda world's own windows, over device memory that is the heap's.
+// Rank threads start kernels together: the windows of the cuda world, with heap memory as device memory.
 #include <cuda_runtime_api.h>
 
 #include <atomic>
@@ -14,6 +14,10 @@ const Kernels& loopback_kernels() {
   static const Kernels none{};
   return none;
 }
+const DomainKernels& loopback_domain_kernels() {
+  static const DomainKernels none{};
+  return none;
+}
 const DecodeKernels& loopback_decode_kernels() {
   static const DecodeKernels none{};
   return none;
@@ -27,8 +31,8 @@ namespace {
 
 constexpr int kRanks = 3;
 
-struct Ranks {
-  Ranks() {
+struct Cards {
+  Cards() {
     std::vector<std::string> cards;
     for (int r = 0; r < kRanks; ++r) {
       reach.push_back(cuda::reach_threads(0));
@@ -51,14 +55,15 @@ double seconds_of(const std::function<void()>& work) {
 }  // namespace
 
 TEST(none_starts_before_all_are_ready_and_none_goes_on_before_all_have_started) {
-  Ranks ranks;
+  Cards ranks;
   std::atomic<int> ready{0}, started{0};
   std::vector<std::jthread> threads;
   for (int r = 0; r < kRanks; ++r)
     threads.emplace_back([&, r] {
       for (int call = 0; call < 50; ++call) {
         if (call % kRanks == r)
-          std::this_thread::sleep_for(std::chrono::milliseconds(1));  // another one is the last each time
+          std::this_thread::sleep_for(
+              std::chrono::milliseconds(1));  // another rank is the last one each time
         ++ready;
         const Status s = ranks.windows[r]->start_together(&ranks.streams[r], 60.0, [&] {
           CHECK(ready >= kRanks * (call + 1));
@@ -72,19 +77,19 @@ TEST(none_starts_before_all_are_ready_and_none_goes_on_before_all_have_started) 
 }
 
 TEST(a_rank_that_does_not_come_is_left_to_the_kernels) {
-  Ranks ranks;
+  Cards ranks;
   int started = 0;
   const auto start = [&] {
     CHECK(ranks.windows[0]->start_together(&ranks.streams[0], 0.1, [&] { ++started; }).ok());
   };
   const double first = seconds_of(start), second = seconds_of(start);
   CHECK(first >= 0.1);
-  CHECK(second < 0.1);  // it is not waited for again
+  CHECK(second < 0.1);  // the ranks do not wait for it again
   CHECK_EQ(started, 2);
 }
 
 TEST(who_waits_is_told_when_a_rank_has_failed) {
-  Ranks ranks;
+  Cards ranks;
   std::jthread fails([&] {
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
     ranks.reach[0]->abort();
@@ -94,8 +99,8 @@ TEST(who_waits_is_told_when_a_rank_has_failed) {
   CHECK_EQ(s.peer, 1);
 }
 
-TEST(nobody_waits_for_a_rank_that_has_left) {
-  Ranks ranks;
+TEST(no_rank_waits_for_a_rank_that_has_left) {
+  Cards ranks;
   for (int r = 1; r < kRanks; ++r) ranks.windows[r]->leave();
   int started = 0;
   for (int call = 0; call < 3; ++call)
@@ -118,7 +123,7 @@ TEST(memory_of_a_gpu_that_this_process_does_not_see_is_not_opened) {
 }
 
 TEST(what_is_captured_does_not_run_and_waits_for_nobody) {
-  Ranks ranks;
+  Cards ranks;
   int started = 0;
   ranks.streams[0].capture = 5;
   CHECK(ranks.windows[0]->start_together(&ranks.streams[0], 60.0, [&] { ++started; }).ok());

@@ -1,5 +1,5 @@
-// Whole tensors in FP8 tiles by the cuda world's own text, every lane a thread: the codes and scales of the
-// CPU's row kernels, whatever the type, the kind of tile and the number of rows and columns.
+// Quantization of whole tensors to FP8 tiles by the code of the cuda world, with a thread per lane: it gives
+// the codes and scales of the CPU's row kernels for every type, kind of tile, and number of rows and columns.
 #include <random>
 
 #include "fabric/cuda/ptx.cuh"  // the emulated one, before anything that includes it
@@ -19,7 +19,7 @@ struct Case {
   int64_t rows = 3, columns = 264;
 };
 
-// A matrix whose rows start on 16 bytes where they can.
+// A matrix whose rows are 16-byte aligned if possible.
 struct Tensor {
   explicit Tensor(uint64_t bytes) : memory(bytes + 64) {}
   char* data() { return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64; }
@@ -54,7 +54,7 @@ uint64_t scale_count(const Case& c, TileShape tile) {
   return tiles_of(c.rows) * (tile == TileShape::column ? c.columns : tiles_of(c.columns));
 }
 
-// work(squad) on one squad of four warps.
+// Runs work(squad) on one squad of four warps.
 template <class Work>
 void on_squad(Work&& work) {
   static uint32_t words[16];

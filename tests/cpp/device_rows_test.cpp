@@ -1,5 +1,5 @@
-// The device fabric's row operations, run by 32 threads over an emulated copy engine: the bits of the CPU's
-// row kernels, whatever the type, the number of terms, their groups and codes; copies of every length.
+// The row operations of the device fabric, run by 32 threads over an emulated copy engine: they give the bits
+// of the CPU's row kernels for every type, number of terms, grouping and wire format. Copies of every length.
 #include <random>
 
 #include "fabric/cuda/ptx.cuh"  // the emulated one, before anything that includes it
@@ -13,7 +13,7 @@ using namespace moecomm;
 namespace {
 
 using Bytes = std::vector<char>;
-// Rows start on 16 bytes.
+// Rows are 16-byte aligned.
 struct Rows {
   explicit Rows(uint64_t bytes) : memory(bytes + 64) {}
   char* data() { return memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64; }
@@ -22,7 +22,7 @@ struct Rows {
 
 constexpr uint32_t kStage = 256;
 
-// work(warp, fabric) on one warp with scratch of its own.
+// Runs work(warp, fabric) on one warp with its own scratch memory.
 template <class Work>
 void on_warp(Work&& work) {
   alignas(128) static char shared[warp_shared_bytes(kStage)];
@@ -31,9 +31,9 @@ void on_warp(Work&& work) {
   emulated::run_warp([&] {
     const Warp g;
     WarpScratch* scratch = WarpScratch::open(g, shared, kStage);
-    const DeviceFabric<LoopbackDeviceRail> fabric{&links, LoopbackDeviceRail{region}, scratch, ~uint64_t{0}};
+    const DeviceFabric<LoopbackDeviceRail> fabric{&links, LoopbackDeviceRail{region}, scratch};
     work(g, fabric);
-    fabric.settle(g);
+    fabric.finish_rows(g);
     if (g.lane() == 0) CHECK(emulated::engine().loads.empty() && emulated::engine().groups.empty());
   });
 }
@@ -80,7 +80,7 @@ std::vector<Case> cases() {
   return all;
 }
 
-// Terms of a case: some coded; groups end at random, and at the end.
+// The terms of a case: some are quantized; groups end at random, and at the last term.
 struct List {
   explicit List(const Case& c, std::mt19937_64& random) : rows(c.terms, Rows(8 * c.hidden + 4096)) {
     terms.store = &store;
@@ -176,7 +176,7 @@ TEST(copies) {
     for (int b = 0; b < 4112; ++b) from.back().data()[b] = static_cast<char>(random());
     to.emplace_back(3 * 4112 + 128);
   }
-  // Many operations in a row, no pause between them: stages are used again while stores are under way.
+  // Many operations without a pause between them: stages are reused while stores are in flight.
   on_warp([&](Warp g, auto fabric) {
     for (int i = 0; i < 60; ++i) {
       const uint64_t bytes = lengths[i % lengths.size()];

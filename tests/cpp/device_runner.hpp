@@ -1,5 +1,5 @@
-// Runs a rank's calls through the cuda world's own fabric, gates and schedule: every warp is 32 threads, over
-// an emulated copy engine. Only what the GPU's compiler and hardware do is missing.
+// Runs a rank's calls with the fabric, gates and schedule of the cuda world: every warp is 32 threads, over
+// an emulated copy engine. Only the GPU's compiler and hardware are not tested.
 #pragma once
 #include "fabric/cuda/ptx.cuh"  // the emulated one, before anything that includes it
 
@@ -8,8 +8,8 @@
 
 namespace world {
 
-// A rank's device state: links, gates, a piece of shared memory per warp. `network` is what the rail finds
-// its peers by.
+// A rank's device state: links, gates, and shared memory for each warp. network: DeviceLinks::network of
+// every rank.
 template <class Rail>
 struct DeviceRunner {
   static constexpr uint32_t kStage = 256;
@@ -33,7 +33,7 @@ struct DeviceRunner {
     const Geometry& g = me.host.geometry;
     std::vector<char*> regions;
     for (int n = 0; n < g.nodes(); ++n) regions.push_back(w.rank(g.rail_rank(n)).region.data.get());
-    uint64_t same_device = 0x5;  // further copies cross a link on their way to odd local ranks
+    uint64_t same_device = 0x5;  // further copies to odd local ranks cross a link
     uint64_t gates[static_cast<int>(Gate::count)] = {}, failed[3] = {};
     FaultRecord faults[kFaultRecords] = {};
     Counters counters;
@@ -50,7 +50,7 @@ struct DeviceRunner {
                   .region_peers = g.nodes(),
                   .own_peer = g.node(),
                   .failed = failed,
-                  .faults = faults,
+                  .faults = {faults, faults + 1},
                   .counters = &counters};
     call.spread = {
         .sms = 1, .warps = c.workers + 1, .senders = c.senders, .stage_bytes = kStage, .stages = c.stages};

@@ -1,5 +1,5 @@
-// Whole worlds over the cuda world's own fabric, gates and schedule, between ranks that map each other's
-// memory.
+// Dispatch and combine with the fabric, gates and schedule of the cuda world, between ranks that map each
+// other's memory.
 #include "device_runner.hpp"
 
 using namespace world;

@@ -1,5 +1,5 @@
-// Few replicas that balance like all: what a Forest may change, what it must keep, and what activation makes
-// of it.
+// Forest: few replicas that balance the ranks as well as all replicas. Tests what it may change and must
+// preserve, and what activation does with it.
 #include <cmath>
 #include <functional>
 #include <numeric>
@@ -20,7 +20,7 @@ struct World {
   std::vector<double> load, share;
 };
 
-// Shares that balance the ranks: a placement for one load, split for another one.
+// Shares that balance the ranks: a placement for one load, with a split for another load.
 World balanced(int ranks, int per_rank, int experts, uint32_t seed, bool connected) {
   std::mt19937 engine(seed);
   std::normal_distribution<double> normal;
@@ -78,7 +78,8 @@ int above(const std::vector<int>& used, int limit) {
   return sum;
 }
 
-// No change may touch what experts have and ranks carry; what does not run has nothing; and no cycle is left.
+// Changes preserve the load of experts and ranks; replicas that do not run have no share; and no cycle
+// remains.
 void check_forest(const World& w, const Forest& f, const std::vector<double>& share) {
   const Replicas& r = w.replicas;
   CHECK(near(sums(r.expert, r.experts, share), w.load));
@@ -98,8 +99,8 @@ void check_forest(const World& w, const Forest& f, const std::vector<double>& sh
   }
 }
 
-// Experts 0 and 1 on ranks 0 and 1, and each rank has experts of its own: a cycle of four replicas. `spare`:
-// experts that rank 0 has to itself, the other one has three.
+// Experts 0 and 1 on ranks 0 and 1 form a cycle of four replicas, and each rank also has other experts.
+// spare: the number of other experts of rank 0; rank 1 has three.
 World cycle(int spare, std::array<double, 4> shares) {
   std::vector<int32_t> table{0, 1, 2, 3, 4, 0, 1, 5, 6, 7};
   World w{Replicas(table.data(), 10, 8, 2, 1), std::vector<double>(8, 0.0), std::vector<double>(10, 0.0)};
@@ -129,20 +130,20 @@ TEST(prune_keeps_every_sum_and_leaves_no_cycle) {
     check_forest(w, f, share);
     const std::vector<uint8_t> after = running(f, w.replicas);
     for (size_t i = 0; i < after.size(); ++i) {
-      CHECK(before[i] || !after[i]);  // nothing starts
+      CHECK(before[i] || !after[i]);  // no replica starts
       stopped += before[i] - after[i];
     }
     std::vector<double> again = share;
     Forest g(w.replicas, again.data());
     g.prune();
-    CHECK(again == share);  // a forest has nothing to prune
+    CHECK(again == share);  // a forest is not changed
   }
   CHECK(stopped > 500);
 }
 
 TEST(prune_relieves_the_fuller_rank) {
-  // One way round, replicas 0 of expert 0 and 1 of expert 1 give, the other way the other two: the smallest
-  // of those that give stops.
+  // In one direction replica 0 of expert 0 and replica 1 of expert 1 lose load, in the other direction the
+  // other two. The smallest of those that lose load stops.
   for (const bool first_is_fuller : {true, false}) {
     World w = cycle(first_is_fuller ? 3 : 0, {3, 4, 2, 1});  // rank 0 has 3 and 2, rank 1 has 4 and 1
     Forest f(w.replicas, w.share.data());
@@ -181,14 +182,14 @@ TEST(fit_keeps_every_sum_and_makes_one_exchange_at_a_time) {
       CHECK_EQ(started, ended);
       CHECK(started <= 1);
       const std::vector<int> full = per_rank(w.replicas, now);
-      CHECK(above(full, limit) <= before);  // what starts does so where there is room
+      CHECK(above(full, limit) <= before);  // replicas start only on ranks with room
       runs = now;
     }
   }
 }
 
-// With no room to spare most of what is above the limit still finds a place; with one more per rank all of it
-// does.
+// Without spare room most replicas above the limit still find a place; with one more slot per rank all of
+// them do.
 TEST(fit_brings_ranks_down_to_the_limit) {
   for (const int spare : {0, 1}) {
     int before = 0, after = 0;
@@ -222,8 +223,8 @@ TEST(fit_changes_nothing_where_all_fits) {
   }
 }
 
-// What runs then: within the limit, every expert somewhere, and the ranks nearly as even as if all ran:
-// exactly so where a forest fits, and as near as it gets where the limit is below that.
+// The active replicas: within the limit, every expert runs somewhere, and the ranks are nearly as balanced as
+// with all replicas: exactly if a forest fits, else as well as the limit allows.
 TEST(activation_balances_within_the_limit) {
   struct Shape {
     int ranks, hosted, experts, limit;
@@ -262,7 +263,7 @@ TEST(activation_runs_an_expert_whose_load_shows_nowhere) {
     World w = balanced(12, 8, 50, seed, true);
     const Replicas& r = w.replicas;
     const int e = r.shared[seed % r.shared.size()];
-    w.load[e] = 1e-30;  // adds nothing to what a rank carries
+    w.load[e] = 1e-30;  // negligible in the load of a rank
     std::vector<uint8_t> active(r.slots);
     CHECK_EQ(activate(r, w.load.data(), 6, active.data()), -1);
     CHECK(std::accumulate(active.begin() + r.first[e], active.begin() + r.first[e + 1], 0) >= 1);

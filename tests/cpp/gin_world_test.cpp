@@ -1,6 +1,6 @@
-// The GIN rail's own text over an emulated network that is as free as GIN's rules allow: whole worlds of
-// several nodes deliver every bit, and many groups' puts come before the one signal that follows them on
-// their stream.
+// The code of the GIN rail over an emulated network that uses all freedom that GIN's rules allow: dispatch
+// and combine over several nodes deliver every bit, and the puts of many groups are ordered before the signal
+// that follows them on their stream.
 #include <barrier>
 
 #include "device_runner.hpp"
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kContexts = 4;
 
-// What every rank of a world of one window finds its peers by.
+// The DeviceLinks::network of every rank, for one window.
 struct Network {
   Network(const std::vector<char*>& bases, const Geometry& any, uint64_t seed, int flags = kGinWindowFlags)
       : gin(any.size, kContexts, seed), window{bases, flags}, of_rank(any.size) {
@@ -30,7 +30,7 @@ struct Network {
   std::vector<GinNetwork> of_rank;
 };
 
-// Attaches itself to a world in its first call.
+// Sets itself up in its first call.
 struct GinRunner {
   Status dispatch(World& w, int r, const Case& c, const DispatchWork& work) {
     return at(w, c).dispatch(w, r, c, work);
@@ -81,8 +81,8 @@ std::vector<Case> cases() {
   return all;
 }
 
-// Four groups of rank 0 put to rank 1, meet, and one of them signals; rank 1 looks at the data when it sees
-// the signal. How often it was not complete.
+// Four groups of rank 0 put to rank 1, and after a barrier one of them signals. Rank 1 checks the data when
+// it sees the signal. Returns how often the data was incomplete.
 int incomplete_after_signal(bool one_stream, int rounds, int flags = kGinWindowFlags) {
   constexpr int kGroups = 4, kBytes = 64;
   int incomplete = 0;
@@ -125,7 +125,7 @@ TEST_CASES(gin_worlds, cases()) {
 
 TEST(one_signal_after_many_groups) {
   CHECK_EQ(incomplete_after_signal(true, 50), 0);
-  CHECK(incomplete_after_signal(false, 50) > 25);                          // what the stream is for
+  CHECK(incomplete_after_signal(false, 50) > 25);                          // without a shared stream
   CHECK(incomplete_after_signal(true, 50, NCCL_WIN_COLL_SYMMETRIC) > 25);  // and strict ordering
 }
 

@@ -1,4 +1,4 @@
-// Layouts: parts do not overlap, everything starts where it must, the total holds all of it.
+// Layouts: parts do not overlap, are aligned, and are within the total size.
 #include <algorithm>
 
 #include "base/layout.hpp"
@@ -86,8 +86,8 @@ TEST_CASES(rail_regions, cases()) {
                   {l.metas_out.value, rows * meta_bytes(s.top_k), 16},
                   {l.sums.value, 8 * rows, 8},
                   {l.sums_out.value, 8 * rows, 8},
-                  {l.slots.value, 4 * rows * s.top_k, 4},
-                  {l.slots_out.value, 4 * rows * s.top_k, 4},
+                  {l.returned.value, 4 * rows * s.top_k, 4},
+                  {l.returned_out.value, 4 * rows * s.top_k, 4},
                   {l.area_a.value, rows * s.slot_bytes(), 16},
                   {l.area_b.value, rows * s.slot_bytes(), 16}},
                  l.bytes);

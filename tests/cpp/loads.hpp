@@ -1,4 +1,4 @@
-// Loads and grids that the tests of the balance core share, and what every placement must satisfy.
+// Loads and grids for the tests of csrc/balance, and the conditions that every placement must satisfy.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -20,7 +20,7 @@ inline std::vector<double> lognormal(int n, double sigma, uint32_t seed) {
   return load;
 }
 
-// The heaviest rank's load over the mean; checks what every placement must satisfy.
+// The heaviest rank's load over the mean. Checks the conditions that every placement must satisfy.
 inline double heaviest(const Grid& g, const std::vector<double>& load,
                        const std::vector<int32_t>& placement) {
   std::vector<int> count(g.experts, 0);

@@ -1,5 +1,5 @@
-// The balance core with loads of any magnitude: byte counts that were never reset, averages that decayed to
-// almost nothing.
+// csrc/balance with loads of any magnitude: byte counts that were never reset, averages that decayed to
+// almost zero.
 #include <cfloat>
 #include <cmath>
 

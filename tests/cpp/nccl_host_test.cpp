@@ -1,6 +1,6 @@
-// The cuda world's own use of NCCL on the host, over an NCCL that notes what it is told: windows that signals
-// add to are strictly ordered, and what was made ends in the order that NCCL wants, without waiting for
-// another rank.
+// The use of NCCL by the host code of the cuda world, over an NCCL that records its calls: windows with
+// counters are strictly ordered, and objects are destroyed in the order that NCCL requires, without waiting
+// for another rank.
 #include "fabric/cuda/gin.hpp"  // the emulated NCCL, before anything that includes it
 
 #include <cuda_runtime_api.h>
@@ -16,7 +16,7 @@
 
 namespace {
 
-// What the emulated NCCL knows, and what was done with it.
+// The state of the emulated NCCL, and its recorded calls.
 struct State {
   int per_node = 1;
   std::vector<std::unique_ptr<ncclWindow_vidmem>> windows;
@@ -121,12 +121,17 @@ const Kernels& loopback_kernels() {
   static const Kernels none{};
   return none;
 }
+const DomainKernels& loopback_domain_kernels() {
+  static const DomainKernels none{};
+  return none;
+}
 const DecodeKernels& loopback_decode_kernels() {
   static const DecodeKernels none{};
   return none;
 }
 const Kernels& gin_kernels() { return loopback_kernels(); }
 const DecodeKernels& gin_decode_kernels() { return loopback_decode_kernels(); }
+const DomainKernels& gin_domain_kernels() { return loopback_domain_kernels(); }
 
 }  // namespace moecomm::cuda
 
@@ -136,7 +141,7 @@ using Events = std::vector<std::string>;
 
 namespace {
 
-// Rank 0 of two nodes of two; hosts joined by a network, or one host whose memory NCCL maps.
+// Rank 0 of two nodes with two ranks: hosts connected by a network, or one host whose memory NCCL maps.
 std::shared_ptr<device::DeviceReach> join(bool network) {
   state = {};
   state.per_node = network ? 2 : 4;
@@ -170,7 +175,7 @@ TEST(networks_end_before_windows_and_windows_before_memory) {
   auto reach = join(true);
   auto rail = connected(*reach), world = connected(*reach, device::Peers::world);
   rail.reset();
-  CHECK(state.ended.empty());  // closing a buffer is a rank's own affair, giving up a window is not
+  CHECK(state.ended.empty());  // closing a buffer is local, but deregistering a window is collective
   reach.reset();
   CHECK(state.ended.empty());  // a window is left
   world.reset();
@@ -184,7 +189,7 @@ TEST(memory_comes_back_when_all_ranks_have_closed_a_window) {
   b.reset();
   a.reset();
   CHECK((reach->retired() == std::vector<int>{0, 1}));
-  reach->release({1});  // another rank still has the first one
+  reach->release({1});  // another rank still uses the first one
   CHECK((state.ended == Events{"deregister", "free"}));
   CHECK((reach->retired() == std::vector<int>{0}));
   bool refused = false;

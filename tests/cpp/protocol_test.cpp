@@ -1,12 +1,12 @@
-// Dispatch and combine of whole worlds: one lane or a team of lanes per rank, several rounds without a pause
-// between them, every byte compared with the independent check in world.hpp.
+// Dispatch and combine with all ranks: one lane or a team of lanes per rank, several rounds without a pause
+// between them, and every byte compared with the oracle in world.hpp.
 #include "rounds.hpp"
 
 using namespace world;
 
 namespace {
 
-// A rank is one group, or the groups and gates of the cuda world's schedule.
+// A rank is one group, or has the groups and gates of the cuda world's schedule.
 struct HostRunner {
   Status dispatch(World& w, int r, const Case& c, const DispatchWork& work) {
     RankState& me = w.rank(r);
@@ -113,7 +113,7 @@ std::vector<Case> features(int lanes) {
   return all;
 }
 
-// Ids that depend on everyone's picks.
+// Ids that depend on the picks of all ranks.
 std::vector<Case> chosen(int lanes) {
   std::vector<Case> all;
   for (const auto& [nodes, per_node] : kGeometries) {
@@ -139,7 +139,7 @@ std::vector<Case> chosen(int lanes) {
   return all;
 }
 
-// The same as the cuda world schedules it.
+// The same with the schedule of the cuda world.
 std::vector<Case> seated(std::vector<Case> cases, int workers, int senders) {
   for (Case& c : cases) {
     c.workers = workers;

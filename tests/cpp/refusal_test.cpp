@@ -1,6 +1,5 @@
-// Calls that are not the same on all ranks: a number that is not that of the others, a verb that is not
-// theirs. Every rank of a world of one rank per node finds it by the words of its peers, before any row is
-// taken for another call's.
+// Ranks make different calls: another number, or another verb. With one rank per node, every rank detects it
+// by the call words of its peers, before a row is used in the wrong call.
 #include "rounds.hpp"
 
 using namespace world;
@@ -13,26 +12,17 @@ Shape small() {
   return s;
 }
 
-// A call with no tokens by rank r, given to run(args).
+// Passes the arguments of a call of rank r without tokens to run(args).
 template <class Run>
 Status of_nothing(World& w, int r, Run run) {
   RankState& me = w.rank(r);
   Plan plan(me.view);
-  Verdict verdict{};
   const int64_t none = 0;
-  DispatchArgs a;
-  a.b = me.view;
-  plan.view.tokens = 0;
-  plan.view.call.row_bytes = me.view.shape.combine_row_bytes();
-  a.plan = plan.view;
-  a.book = &me.book;
-  a.ids64 = &none;
-  a.base = plan.base.data();
-  a.offers = plan.offers.data();
-  a.target = plan.target.data();
-  a.first = plan.first.data();
-  a.needed = plan.needed.data();
-  a.verdict = &verdict;
+  DispatchCall call;
+  call.ids64 = &none;
+  call.shape.row_bytes = me.view.shape.combine_row_bytes();
+  open_plan(plan.view, call);
+  const DispatchArgs a = make_dispatch_args(me.view, plan.view, &me.book, plan.scratch(), call, nullptr);
   me.begin();
   return run(a);
 }
@@ -46,12 +36,7 @@ Status dispatch_nothing(World& w, int r) {
 Status refused_combine(World& w, int r) {
   RankState& me = w.rank(r);
   std::vector<RowsBoard> boards(me.view.geometry.ranks_per_node);
-  CombineArgs a;
-  a.b = me.view;
-  a.book = &me.book;
-  a.boards = boards.data();
-  a.mine = {};
-  a.refused = Why::error;
+  const CombineArgs a = make_refused_combine_args(me.view, &me.book, boards.data(), Why::error);
   me.begin();
   return run_combine(Lane{}, me.fabric(), a);
 }
@@ -62,7 +47,7 @@ TEST(a_number_that_is_not_the_others) {
   World w(3, 1, small(), false);
   w.each([&](int r) {
     CHECK_EQ(dispatch_nothing(w, r).code, Code::ok);
-    if (r == 1) {  // has counted a call that the others have not made, and announces the one after it
+    if (r == 1) {  // it has counted a call that the others have not made, and announces the next one
       ++w.rank(r).book.enter;
       of_nothing(w, r, [&](const DispatchArgs& a) {
         count_picks(Lane{}, a);

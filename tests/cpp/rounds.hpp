@@ -1,8 +1,9 @@
-// Cases of whole worlds and what one rank does in a round of one: several rounds without a pause between
-// them, every byte compared with the independent check in world.hpp.
+// Test cases with all ranks, and what one rank does in a round. There are several rounds without a pause
+// between them, and every byte is compared with the oracle in world.hpp.
 #pragma once
 #include "check.hpp"
 #include "seats.hpp"
+#include "session/arguments.hpp"
 #include "world.hpp"
 
 namespace world {
@@ -11,19 +12,19 @@ struct Case {
   int nodes = 2, per_node = 2, lanes = 0;
   RowLayout layout = RowLayout::expert;
   int alignment = 1;
-  int spare = -1;  // static capacity: spare rows beyond those of the fullest rank; -1: none
+  int spare = -1;  // with a capacity: spare rows beyond those of the fullest rank; -1: no capacity
   int top_k = 3, experts_per_rank = 3, channels = 2, hidden = 40;
   DType type = DType::bf16;
   bool quantized = false, check = false, weights = true;
-  ScaleKind fused = ScaleKind::none;  // rows are quantized on their way out
-  bool by_column = false;             // their scales at the receiver
+  ScaleKind fused = ScaleKind::none;  // dispatch quantizes the rows
+  bool by_column = false;             // layout of their scales at the receiver
   Wire wire = Wire::plain;            // of combine, on two of three ranks
   int skew = 0;                       // 1: all tokens to one expert, 2: odd ranks are empty
   int rounds = 3;
   int chunk_rows = 16, stages = 3;
-  int workers = 0, senders = 0;  // concurrent groups per rank beside a coordinator; 0: one group
-  int chosen = 0;  // ids become known when everyone's picks are: 1, and with them what others send; 2, which
-                   // takes another exchange
+  int workers = 0, senders = 0;  // concurrent groups per rank besides a coordinator; 0: one group
+  int chosen = 0;  // ids depend on the picks of all ranks. 1: what other ranks send follows from these; 2: it
+                   // needs another exchange
 };
 
 inline bool has_codes(const Case& c) { return c.quantized || c.fused != ScaleKind::none; }
@@ -83,7 +84,7 @@ inline std::vector<Input> make_inputs(const Case& c, int max_tokens, uint64_t se
   return all;
 }
 
-// Picks of every id by one source.
+// The number of picks of every id by one source.
 inline std::vector<int32_t> picks_by(const Input& in, int experts) {
   std::vector<int32_t> picks(experts, 0);
   for (const int64_t id : in.ids)
@@ -91,14 +92,14 @@ inline std::vector<int32_t> picks_by(const Input& in, int experts) {
   return picks;
 }
 
-// The part of a choice of replicas: holds what the exchange brought against the inputs, and hands out the ids
-// then.
+// Stands in for a choice of replicas: compares the counts of the exchange with the inputs, and then sets the
+// ids.
 struct Chooser {
   const std::vector<Input>& in;
   const Geometry& geometry;
   int experts;
   bool rows_follow;
-  std::vector<int64_t>& ids;  // out; noise until then
+  std::vector<int64_t>& ids;  // out; random before
   int rank;
 
   template <class Picks>
@@ -116,63 +117,55 @@ struct Chooser {
   }
 };
 
-// What one rank does in one round; called on the rank's thread.
+// One round of one rank, on the rank's thread.
 template <class Runner>
 void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int r, int round,
                const std::vector<Input>& in, Plan& plan) {
   RankState& me = w.rank(r);
   const Geometry& g = me.host.geometry;
   const bool cached =
-      round == c.rounds - 1 && round > 0;  // the last round repeats the plan of the one before it
+      round == c.rounds - 1 && round > 0;  // the last round reuses the plan of the previous one
   std::vector<Expected> expected;
   int64_t most = 0;
   for (int d = 0; d < w.size(); ++d) {
     expected.push_back(expected_rows(in, d, c.experts_per_rank, c.top_k, c.layout, c.alignment));
     most = std::max<int64_t>(most, expected[d].rows.size());
   }
-  Verdict verdict{};
-  DispatchArgs a;
-  a.b = me.view;
-  if (!cached) {
-    plan.view.tokens = in[r].tokens;
-    plan.view.call = CallShape{.layout = c.layout,
-                               .alignment = c.alignment,
-                               .capacity = c.spare < 0 ? -1 : most + c.spare,
-                               .row_bytes = has_codes(c) ? uint64_t(c.hidden) : shape.combine_row_bytes(),
-                               .scale_bytes = scale_bytes(c),
-                               .scales = c.quantized ? ScaleKind::f32 : c.fused,
-                               .scales_by_column = c.by_column};
-  }
-  a.plan = plan.view;
-  a.book = &me.book;
-  a.cached = cached;
-  a.ids64 = in[r].ids.data();
-  a.x = in[r].x.data();
-  a.scales = c.quantized ? in[r].scales.data() : nullptr;
-  a.weights = c.weights ? in[r].weights.data() : nullptr;
-  a.base = plan.base.data();
-  a.offers = plan.offers.data();
-  a.target = plan.target.data();
-  a.first = plan.first.data();
-  a.needed = plan.needed.data();
-  a.verdict = &verdict;
+  DispatchCall asked;
+  asked.cached = cached;
+  asked.tokens = in[r].tokens;
+  asked.ids64 = in[r].ids.data();
+  asked.x = in[r].x.data();
+  asked.scales = c.quantized ? in[r].scales.data() : nullptr;
+  asked.weights = c.weights ? in[r].weights.data() : nullptr;
+  asked.shape = CallShape{.layout = c.layout,
+                          .alignment = c.alignment,
+                          .capacity = c.spare < 0 ? -1 : most + c.spare,
+                          .row_bytes = has_codes(c) ? uint64_t(c.hidden) : shape.combine_row_bytes(),
+                          .scale_bytes = scale_bytes(c),
+                          .scales = c.quantized ? ScaleKind::f32 : c.fused,
+                          .scales_by_column = c.by_column};
+  open_plan(plan.view, asked);
+  const DispatchArgs a = make_dispatch_args(me.view, plan.view, &me.book, plan.scratch(), asked, nullptr);
   std::memset(me.window.data.get() + me.view.node.arena, 0xee,
-              shape.arena_bytes);  // nothing is held: all of it is free
+              shape.arena_bytes);  // no part is held
   me.begin();
   const Offer offer = me.arena.offer();
   std::vector<int32_t> apart(c.channels * c.nodes * me.view.count.ints);
   const DispatchWork work{a, offer, apart.data()};
   std::vector<int64_t> slots(in[r].ids.size(), 1 << 20);
-  std::vector<int32_t> asked;
-  const auto choosing = [&](DispatchArgs by_choice) {
+  std::vector<int32_t> picks;
+  const auto choosing = [&] {
     const std::vector<int32_t> mine = picks_by(in[r], shape.num_experts);
-    asked.assign(c.nodes * me.view.count.ints, 0);
+    picks.assign(c.nodes * me.view.count.ints, 0);
     for (int n = 0; n < c.nodes; ++n)
-      std::copy(mine.begin(), mine.end(), asked.begin() + n * me.view.count.ints + me.view.count.picks);
-    by_choice.asked = asked.data();
-    by_choice.ids64 = slots.data();
+      std::copy(mine.begin(), mine.end(), picks.begin() + n * me.view.count.ints + me.view.count.picks);
+    DispatchCall made = asked;
+    made.ids64 = slots.data();
+    const DispatchArgs by_choice =
+        make_dispatch_args(me.view, plan.view, &me.book, plan.scratch(), made, picks.data());
     Chooser chooser{in, g, shape.num_experts, c.chosen == 1, slots, r};
-    if (round % 2) {  // also an exchange by itself
+    if (round % 2) {  // also an exchange without a dispatch
       const Status alone = execute(c.lanes, [&](auto group) {
         return run_exchange(group, me.fabric(), by_choice, [&](auto picks_of) {
           if (group.lane() == 0) chooser.choose(picks_of);
@@ -184,7 +177,7 @@ void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int 
     return execute(c.lanes,
                    [&](auto group) { return run_dispatch(group, me.fabric(), by_choice, offer, chooser); });
   };
-  const Status s = c.chosen && !cached ? choosing(a) : runner.dispatch(w, r, c, work);
+  const Status s = c.chosen && !cached ? choosing() : runner.dispatch(w, r, c, work);
   if (!CHECK_EQ(s.code, Code::ok)) return;
 
   const CallShape& call = plan.view.call;
@@ -229,7 +222,7 @@ void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int 
     }
   }
 
-  // Experts: the value of every output row depends on its rank, its index and the round.
+  // The value of every row of the experts' output depends on its rank, its index and the round.
   const auto output_of = [&](int rank, int row, int64_t i) {
     return rounded(value_of(rank + 100 * round, row, i), c.type);
   };
@@ -244,17 +237,13 @@ void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int 
   std::vector<float> bias(c.hidden);
   for (int h = 0; h < c.hidden; ++h) bias[h] = value_of(7, 7, h);
   std::vector<RowsBoard> boards(c.per_node);
-  CombineArgs b;
-  b.b = me.view;
-  b.plan = plan.view;
-  b.book = &me.book;
-  b.mine.rows = o.rows.moved(output);
-  if (weigh) b.mine.weights = l.weights.moved(plan.target[g.local()].rows);
-  b.mine.sums = o.sums.moved(output);
-  b.boards = boards.data();
-  b.y = y.data();
-  b.bias = bias.data();
-  b.wire = wire_of(c, r);
+  CombineCall made;
+  made.y = y.data();
+  made.bias = bias.data();
+  made.wire = wire_of(c, r);
+  const Offset<float> out_weights = weigh ? l.weights.moved(plan.target[g.local()].rows) : Offset<float>{};
+  const RowsBoard board = make_board(o.rows.moved(output), out_weights, {}, o.sums.moved(output));
+  const CombineArgs b = make_combine_args(me.view, plan.view, &me.book, boards.data(), board, made);
   me.begin();
   const Status back = runner.combine(w, r, c, b);
   if (!CHECK_EQ(back.code, Code::ok)) return;
@@ -274,7 +263,7 @@ void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int 
   }
 }
 
-// The rounds of a case; a Runner says who executes a rank's calls.
+// Runs the rounds of a case. A Runner executes a rank's calls.
 template <class Runner>
 void run_case(const Case& c, Runner runner) {
   const int max_tokens = 19, size = c.nodes * c.per_node;
@@ -293,7 +282,7 @@ void run_case(const Case& c, Runner runner) {
   std::vector<std::vector<Input>> inputs;
   for (int round = 0; round < c.rounds; ++round) {
     inputs.push_back(make_inputs(c, max_tokens, round * 31 + size));
-    // A repeated plan moves new rows and weights between the same places.
+    // A reused plan moves new rows and weights to the same places.
     if (round == c.rounds - 1 && round > 0)
       for (int r = 0; r < size; ++r) {
         Input fresh = inputs[round - 1][r];

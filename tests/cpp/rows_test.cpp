@@ -1,6 +1,6 @@
-// Sums of rows: every variant of every build of the kernels this machine has against scalar code, bit for
-// bit, whatever the length of a row, the number of terms and their groups, weights, a bias, and where the
-// result goes. Nothing outside the row is written.
+// Sums of rows: every variant of every build of the kernels that this machine can run is compared bit for bit
+// with scalar code, for many row lengths, numbers of terms, groupings, weights, biases and destinations.
+// Nothing outside the row is written.
 #include <stdlib.h>
 
 #include <cmath>
@@ -22,7 +22,7 @@ using Half = __fp16;  // older compilers have no _Float16 here
 using Half = _Float16;
 #endif
 
-// Of this machine.
+// The variants that this machine can run.
 std::vector<const char*> variants() {
   std::vector<const char*> found;
   for (const RowKernels* kernels : row_kernel_variants()) found.push_back(kernels->name);
@@ -47,7 +47,7 @@ float element(const char* row, int64_t i, DType type) {
   }
 }
 
-// Rounded to nearest even, as it lies in memory; every NaN is the same one.
+// Rounded to nearest even, as stored in memory; every NaN is the same one.
 uint32_t rounded(float v, DType type) {
   if (std::isnan(v)) return ~0u;
   if (type == DType::f32) return read<uint32_t>(reinterpret_cast<const char*>(&v));
@@ -94,7 +94,7 @@ TEST_CASES(sums_equal_scalar_code, variants()) {
     const DType type = kTypes[pick(3)];
     const int bytes = type == DType::f32 ? 4 : 2, count = pick(9), offset = 16 * pick(5);
     const int64_t hidden = (16 / bytes) * (1 + pick(90)), begin = hidden > kTile && pick(2) ? kTile : 0;
-    // Any bits (NaN, infinities, subnormals), or small numbers whose sums meet ties of the rounding.
+    // Random bits (NaN, infinities, subnormals), or small numbers whose sums are ties of the rounding.
     std::vector<char> rows(count * hidden * bytes);
     const bool any = pick(2);
     for (size_t i = 0; i < rows.size(); i += bytes) {
@@ -182,7 +182,7 @@ TEST(a_file_that_is_not_ours_is_not_believed) {
   for (size_t n : {size_t{0}, size_t{5}, good.find("few") + 3, good.find("many")})
     CHECK(!believed(good.substr(0, n)));
   CHECK(!believed("other " + good));
-  CHECK(!believed(good + "few nobody/4\n"));
+  CHECK(!believed(good + "few nothing/4\n"));
   CHECK(!believed(good + "time avx2/1 x\n"));
   CHECK(!believed(good + std::string(10000, ' ')));
   CHECK(believed(good));

@@ -1,5 +1,6 @@
-// A rank as the cuda world runs it: several groups at once, ordered by gates. Each group is a Lane or a Team
-// with lists and counters of its own; the gates are atomics, so ThreadSanitizer sees what they order.
+// A rank with the schedule of the cuda world: several concurrent groups, ordered by gates. Each group is a
+// Lane or a Team with its own lists and counters. The gates are atomics, so ThreadSanitizer knows the order
+// that they establish.
 #pragma once
 #include <array>
 
@@ -8,8 +9,7 @@
 
 namespace world {
 
-// Copies inside a node cross a link on the way to odd local ranks: `arrive` replicates there, gateways
-// elsewhere.
+// Copies to odd local ranks cross a link, so `arrive` replicates rows there. Elsewhere the gateways do.
 struct SeatFabric : HostFabric<LoopbackRail> {
   static constexpr bool replicates(int local) { return local % 2 == 0; }
 };
@@ -39,6 +39,8 @@ struct HostGates {
   bool open(G, Gate gate) const {
     return (*counts)[static_cast<int>(gate)].load(std::memory_order_acquire) > 0;
   }
+  template <class G>
+  void note(G, const Status&) const {}  // its seat returns it
 };
 
 // role(group, fabric, gates, seat) on workers + 1 groups; the first Status by seat that is not ok.

@@ -1,5 +1,5 @@
-// MOECOMM_CHECK=1 at the receiver: rows are held against the announced counts. (Damage on the way is tested
-// from Python.)
+// MOECOMM_CHECK=1 at the receiver: rows are compared with the announced counts. (Tests in Python cover
+// damaged rows.)
 #include "protocol/verify.hpp"
 #include "check.hpp"
 #include "exec/lane.hpp"
@@ -11,8 +11,8 @@ namespace {
 
 constexpr uint64_t kEpoch = 9;
 
-// Rank 1 of 2, two experts: expert 0 has two rows of rank 0 and one of rank 1, then a padding row; expert 1
-// one row of rank 1.
+// Rank 1 of 2 with two experts: expert 0 has two rows of rank 0, one of rank 1, and a padding row; expert 1
+// has one row of rank 1.
 struct Received {
   Received() {
     for (int s = 0; s < 2; ++s) {
@@ -24,9 +24,6 @@ struct Received {
     const int64_t sources[5] = {0, 4, int64_t{1} << 32 | 3, -1, int64_t{1} << 32 | 2};
     for (int r = 0; r < 5; ++r) put(r, sources[r], kEpoch);
     book.dispatches = kEpoch;
-    args.b = view;
-    args.plan = plan.view;
-    args.book = &book;
   }
   void put(int row, int64_t source, uint64_t epoch) {
     for (int i = 0; i < 16; ++i) block[layout.rows + 16 * row + i] = static_cast<char>(source * 7 + i);
@@ -35,8 +32,9 @@ struct Received {
         row_checksum(block.data() + layout.rows + 16 * row, 16,
                      checksum_seed(epoch, static_cast<int>(source >> 32), source & 0xffffffff));
   }
-  // As the receiver does: all places first, then the rows without the padding.
+  // Like the receiver: first all places, then the rows without the padding.
   Status verify() {
+    const DispatchArgs args = make_dispatch_args(view, plan.view, &book, plan.scratch(), {}, nullptr);
     Status wrong = verify::announced_rows(args, block.data(), layout);
     verify::arrived_rows(Lane{}, args, block.data(), layout, 5, 0, 3, wrong);
     verify::arrived_rows(Lane{}, args, block.data(), layout, 5, 4, 5, wrong);
@@ -50,7 +48,6 @@ struct Received {
   BlockLayout layout = block_layout(5, call, 2);
   std::vector<char> block = std::vector<char>(layout.bytes);
   Book book;
-  DispatchArgs args;
 };
 
 }  // namespace
@@ -59,7 +56,7 @@ TEST(sound_rows_pass) { CHECK(Received().verify().ok()); }
 
 TEST(a_row_of_another_source_in_its_place) {
   Received r;
-  r.put(1, int64_t{1} << 32 | 1, kEpoch);  // the second row of rank 0 never came
+  r.put(1, int64_t{1} << 32 | 1, kEpoch);  // the second row of rank 0 is missing
   const Status s = r.verify();
   CHECK_EQ(s.code, Code::corrupt);
   CHECK_EQ(s.phase, Phase::counts);
@@ -78,7 +75,7 @@ TEST(the_same_row_twice) {
 
 TEST(a_row_of_an_earlier_call) {
   Received r;
-  r.put(4, int64_t{1} << 32 | 2, kEpoch - 1);  // sound in itself
+  r.put(4, int64_t{1} << 32 | 2, kEpoch - 1);  // of an earlier epoch; its checksum is correct
   const Status s = r.verify();
   CHECK_EQ(s.code, Code::corrupt);
   CHECK_EQ(s.phase, Phase::arrive);

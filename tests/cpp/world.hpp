@@ -1,9 +1,9 @@
-// A whole world in one process, for protocol tests: every rank has a node window and a rail region in plain
-// heap memory (so that AddressSanitizer sees every step outside) and a thread; a rank is one Lane or a Team
-// of lanes.
+// All ranks of a job in one process, for protocol tests. Every rank has a thread, and a node window and a
+// rail region in heap memory, so that AddressSanitizer detects every access out of bounds. A rank is one Lane
+// or a Team of lanes.
 //
-// `expected_rows` and `expected_sum` are the independent check: they follow the definition of dispatch and
-// combine token by token and share no code with the protocol.
+// `expected_rows` and `expected_sum` are the oracle: they follow the definition of dispatch and combine token
+// by token and share no code with the protocol.
 #pragma once
 #include <bit>
 #include <cmath>
@@ -87,7 +87,7 @@ class World {
   int size() const { return static_cast<int>(ranks_.size()); }
   RankState& rank(int r) { return *ranks_[r]; }
 
-  // fn(rank) on one thread per rank.
+  // Runs fn(rank) on one thread per rank.
   template <class Fn>
   void each(Fn&& fn) {
     std::vector<std::jthread> threads;
@@ -98,7 +98,7 @@ class World {
   std::vector<std::unique_ptr<RankState>> ranks_;
 };
 
-// lanes 0: a Lane; otherwise a Team of that many threads.
+// lanes: 0 for a Lane, else the number of threads of a Team.
 template <class Role>
 Status execute(int lanes, Role&& role) {
   return lanes == 0 ? role(Lane{}) : run_team(lanes, [&](Team t) { return role(t); });
@@ -123,7 +123,7 @@ inline void store(char* row, int64_t i, DType t, float v) {
 }
 inline float rounded(float v, DType t) { return t == DType::bf16 ? bf16_to_float(float_to_bf16(v)) : v; }
 
-// A value that no other (rank, row, channel) is likely to have.
+// A value that is unlikely to be the same for another (rank, row, channel).
 inline float value_of(uint64_t a, uint64_t b, uint64_t c) {
   uint64_t h = (a * 0x9E3779B97F4A7C15ull) ^ (b * 0xC2B2AE3D27D4EB4Full) ^ (c * 0x165667B19E3779F9ull);
   h = (h ^ h >> 29) * 0xBF58476D1CE4E5B9ull;
@@ -133,16 +133,16 @@ inline float value_of(uint64_t a, uint64_t b, uint64_t c) {
 struct Input {
   int tokens = 0;
   std::vector<char> x, scales;
-  std::vector<char> arriving, arriving_scales;  // what receivers get of x and scales
+  std::vector<char> arriving, arriving_scales;  // x and scales as receivers get them
   std::vector<int64_t> ids;
   std::vector<float> weights;
 };
 
-// -- the independent check ------------------------------------------------------------------------------
+// -- the oracle -----------------------------------------------------------------------------------------
 
 struct Wanted {  // one row of a receiver; token -1: padding
   int source = -1, token = -1;
-  std::vector<int> slots;  // top-k slots of the token that it serves
+  std::vector<int> slots;  // indices of the token's picks that it serves
 };
 
 struct Expected {
@@ -182,8 +182,8 @@ inline Expected expected_rows(const std::vector<Input>& in, int rank, int per_ra
 }
 
 // y[t] of a source rank: nodes ascending, ranks ascending in a node, rows ascending in a rank. row(rank,
-// index, h) is the expert output's value, weight(rank, index) its factor; cross(part) makes of a node's sums
-// what the rail does.
+// index, h) is the value of the experts' output, weight(rank, index) its weight. cross(part) applies the wire
+// format of the rail to a node's sum.
 template <class RowValue, class RowWeight, class Cross>
 std::vector<float> expected_sum(const std::vector<Expected>& all, int source, int t, int per_node,
                                 const std::vector<float>& bias, RowValue&& row, RowWeight&& weight,
@@ -211,7 +211,7 @@ std::vector<float> expected_sum(const std::vector<Expected>& all, int source, in
   return total;
 }
 
-// -- codes, by the scalar definitions -----------------------------------------------------------------------
+// -- quantization, by the scalar definitions ------------------------------------------------------------
 
 // FP8 codes of n elements that share a scale; returns the scale.
 inline float scalar_fp8(const float* v, int n, ScaleKind kind, uint8_t* codes) {
@@ -222,7 +222,7 @@ inline float scalar_fp8(const float* v, int n, ScaleKind kind, uint8_t* codes) {
   return s.scale;
 }
 
-// What n elements of one tile are worth behind the rail.
+// Replaces n elements of one tile by their values after the rail.
 inline void scalar_cross(float* v, int n, Wire wire, DType type) {
   if (wire == Wire::plain) {
     for (int i = 0; i < n; ++i) v[i] = rounded(v[i], type);

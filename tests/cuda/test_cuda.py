@@ -1,6 +1,4 @@
-"""The cuda world's decode path, quantization and streams, on a GPU, and as far as it goes on an emulated
-one (tests/support/emulated_gpu.py).
-"""
+"""The cuda world's decode path, quantization and streams, on a real GPU or tests/support/emulated_gpu.py."""
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ HIDDEN, EXPERTS_PER_RANK, TOP_K, MAX_TOKENS = 512, 4, 4, 16
 
 
 def make_buffer(comm, dtype=torch.bfloat16):
-    """A buffer for the worlds here, with the decode path's memory."""
+    """Make a buffer with the decode path for these worlds."""
     return moecomm.Buffer(
         comm,
         hidden=HIDDEN,
@@ -29,7 +27,7 @@ def make_buffer(comm, dtype=torch.bfloat16):
 
 
 def make_world(size, seed, tokens=MAX_TOKENS):
-    """Random inputs on the host; ranks have different numbers of tokens, one of them none."""
+    """Make random inputs on the host; ranks have different numbers of tokens, and one has none."""
     return random_world(
         size,
         [0 if r == 1 else tokens - 2 * r for r in range(size)],
@@ -41,13 +39,13 @@ def make_world(size, seed, tokens=MAX_TOKENS):
 
 
 def coded(x, scheme):
-    """(codes, scales) by the oracle, scales packed as they travel."""
+    """Return (codes, scales) of the oracle, with scales packed as in a message."""
     codes, scales = reference_quant.quantize(x, scale="ue8m0" if scheme == "fp8_ue8m0" else "f32")
     return codes, quant.pack_ue8m0(scales) if scheme == "fp8_ue8m0" else scales
 
 
 def oracle_of(world, scheme, *, ranks_per_node, weights_travel=False, wire=None):
-    """(what every rank receives, the experts' rows, the sums)."""
+    """Return (received data of every rank, output rows of the experts, sums)."""
     xs, ids, weights = world
     experts = EXPERTS_PER_RANK * len(xs)
     rows = [coded(x, scheme) for x in xs] if scheme else [(x, None) for x in xs]
@@ -72,7 +70,7 @@ def oracle_of(world, scheme, *, ranks_per_node, weights_travel=False, wire=None)
 
 
 def expect_received(recv, want, what):
-    """Every row that is there, its scales and the counts."""
+    """Compare all received rows, their scales and the counts with the oracle."""
     assert_same(recv.counts.cpu(), want.counts, f"{what}: counts")
     for e, n in enumerate(want.counts.tolist()):
         assert_same(recv.x[e, :n].cpu(), want.x[e, :n], f"{what}: x of expert {e}")
@@ -85,7 +83,7 @@ def expect_received(recv, want, what):
 @pytest.mark.parametrize("weights_travel", [False, True])
 @pytest.mark.parametrize("wire", [None, "fp8", "logfmt10"])
 def test_decode_steps(gpu, nodes, per_node, scheme, weights_travel, wire):  # noqa: F811
-    """Epochs of both parities, hooks called late, rows in place and staged, outputs poisoned."""
+    """Epochs of both parities, late hooks, rows in place and staged, outputs filled with garbage."""
     size = nodes * per_node
     worlds = [make_world(size, seed=10 * size + n) for n in range(5)]
     expected = [
@@ -128,7 +126,7 @@ def test_decode_steps(gpu, nodes, per_node, scheme, weights_travel, wire):  # no
 @real_gpu
 @pytest.mark.parametrize("nodes,per_node", [(1, 2), (2, 1)])
 def test_three_captured_steps_replayed_101_times(nodes, per_node):
-    """An odd number of epochs per replay and in all: the epochs are the device's.
+    """An odd number of epochs per replay and over all replays: the epochs are counted on the device.
 
     Inputs change in place between replays.
     """
@@ -158,7 +156,7 @@ def test_three_captured_steps_replayed_101_times(nodes, per_node):
                 recv.handle.rows.copy_(recv.x.to(torch.float32) * (r + 1) / 4)
                 buf.decode_combine(recv.handle.rows, ids, weights, recv.handle, return_hook=False, out=y)
 
-        run()  # once before it is captured
+        run()  # one run before the capture
         graph, _ = captured(comm, run)
         last = None
         for n in range(101):
@@ -178,7 +176,7 @@ def test_three_captured_steps_replayed_101_times(nodes, per_node):
                     rows[e, :count].cpu(), want[r].x[e, :count], f"rank {r}, step {s}: x of expert {e}"
                 )
             assert_same(ys[s].cpu(), sums[r], f"rank {r}, step {s}: y")
-        # And on without the graph.
+        # Continue without the graph.
         x, ids, _weights = inputs[0]
         recv, _ = buf.decode_dispatch(x, ids, quant=None, return_hook=False)
         expect_received(
@@ -194,7 +192,7 @@ def test_three_captured_steps_replayed_101_times(nodes, per_node):
 
 @real_gpu
 def test_a_capture_must_be_whole():
-    """What was sent before it and not received ends it with an error that says so; handles do not cross its ends."""
+    """A message sent before a capture and received in it is refused; handles do not cross the ends of a capture."""
 
     def rank_main(comm):
         buf = make_buffer(comm)
@@ -202,7 +200,7 @@ def test_a_capture_must_be_whole():
         recv, hook = buf.decode_dispatch(x, ids, quant=None)
         graph = torch.cuda.CUDAGraph()
         with (
-            pytest.raises(moecomm.InvalidArgument, match="hooks to be called first"),
+            pytest.raises(moecomm.InvalidArgument, match="calls of its hooks first"),
             torch.cuda.graph(graph, capture_error_mode="thread_local"),
         ):
             buf.decode_dispatch(x, ids, quant=None)
@@ -217,18 +215,17 @@ def test_a_capture_must_be_whole():
     moecomm.run_local(rank_main, 1, ranks_per_node=1, device="cuda:0")
 
 
-def test_bad_ids_are_told_by_the_next_call(gpu):  # noqa: F811
-    """The kernel refuses before anything moves; the buffer stays usable."""
+def test_bad_ids_are_told_when_the_host_waits(gpu):  # noqa: F811
+    """The kernel refuses before any data moves; the buffer stays usable."""
 
     def rank_main(comm):
         buf = make_buffer(comm)
         x, ids, _ = (t[0].to(comm.device) for t in make_world(1, seed=4))
         bad = ids.clone()
         bad[0, 0] = EXPERTS_PER_RANK
-        buf.decode_dispatch(x, bad, quant=None, return_hook=False)
-        torch.cuda.current_stream().synchronize()
         with pytest.raises(moecomm.InvalidArgument, match="out of range in token 0"):
-            buf.decode_dispatch(x, ids, quant=None, return_hook=False)
+            buf.decode_dispatch(x, bad, quant=None, return_hook=False)
+            comm.synchronize()
         recv, _ = buf.decode_dispatch(x, ids, quant=None, return_hook=False)
         expect_received(
             recv,
@@ -243,16 +240,15 @@ def test_bad_ids_are_told_by_the_next_call(gpu):  # noqa: F811
 
 
 def test_a_missing_rank_times_out_in_decode(gpu):  # noqa: F811
-    """The kernel ends by its own deadline and the error names the suspect; the context survives."""
+    """The kernel ends at its own deadline, the error names the suspected rank, and the CUDA context survives."""
 
     def rank_main(comm):
         buf = make_buffer(comm)
         if comm.rank == 0:
             x, ids, _ = (t[0].to(comm.device) for t in make_world(2, seed=5))
-            buf.decode_dispatch(x, ids, return_hook=False)
-            torch.cuda.current_stream().synchronize()
             with pytest.raises(moecomm.PeerTimeout) as caught:
                 buf.decode_dispatch(x, ids, return_hook=False)
+                comm.synchronize()
             assert caught.value.peer == 1
             assert float(torch.ones(3, device=comm.device).sum()) == 3
 
@@ -261,8 +257,9 @@ def test_a_missing_rank_times_out_in_decode(gpu):  # noqa: F811
 
 @real_gpu
 def test_async_op_orders_the_callers_stream():
-    """The call starts after what the caller's stream has in flight, and wait() makes that stream wait for
-    the call's event, not the host.
+    """The call starts after the current work of the caller's stream.
+
+    wait() makes that stream wait for the call's event, without blocking the host.
     """
     size = 2
     xs, ids, weights = make_world(size, seed=6)
@@ -285,17 +282,17 @@ def test_async_op_orders_the_callers_stream():
         caller = torch.cuda.current_stream()
         x, i, w = (torch.zeros_like(t[r], device=comm.device) for t in (xs, ids, weights))
         ready = [t[r].to(comm.device) for t in (xs, ids, weights)]
-        buf.dispatch(*ready, capacity=100)  # kernels and memory are there before streams are held up
+        buf.dispatch(*ready, capacity=100)  # load kernels and memory before streams are delayed
         caller.synchronize()
         comm.barrier()
-        torch.cuda._sleep(200_000_000)  # the inputs are not there yet: only the caller's stream knows when
+        torch.cuda._sleep(200_000_000)  # the inputs are not complete yet: only the caller's stream knows when
         for to, now in zip((x, i, w), ready, strict=True):
             to.copy_(now)
         pending = buf.dispatch(x, i, w, capacity=100, async_op=True)
-        assert isinstance(pending.event, torch.cuda.Event) and not pending.done()  # behind the caller's sleep
+        assert isinstance(pending.event, torch.cuda.Event) and not pending.done()  # after the caller's sleep
         out = pending.wait()
-        assert not caller.query()  # wait() did not stop the host
-        snapshot = out.x.clone()  # on the caller's stream, behind the event
+        assert not caller.query()  # wait() did not block the host
+        snapshot = out.x.clone()  # on the caller's stream, after the event
         out.handle.rows.copy_(snapshot.float() * (r + 1) / 4)
         y = torch.full(xs[r].shape, float("nan"), dtype=torch.bfloat16, device=comm.device)
         combined = buf.combine(
@@ -313,7 +310,7 @@ def test_async_op_orders_the_callers_stream():
 
 
 def same_tensors(got, want, what):
-    """Equal bits; any NaN equals any other."""
+    """Compare bits; any NaN equals any other."""
     for g, w in zip(got, want, strict=True):
         g = g.cpu()
         assert g.shape == w.shape and g.dtype == w.dtype and g.stride() == w.stride(), what
@@ -371,7 +368,7 @@ def test_quantization_equals_the_cpu(dtype, shape):
 
 
 def test_rows_that_start_between_16_bytes_are_refused(gpu):  # noqa: F811
-    """A view into the middle of a tensor: named before anything moves, and the buffer stays usable."""
+    """A view into the middle of a tensor is refused by name before any data moves, and the buffer stays usable."""
 
     def rank_main(comm):
         buf = make_buffer(comm)
@@ -382,15 +379,21 @@ def test_rows_that_start_between_16_bytes_are_refused(gpu):  # noqa: F811
             return room[1:].view(t.shape).copy_(t)
 
         for verb in (buf.dispatch, buf.decode_dispatch):
-            with pytest.raises(moecomm.InvalidArgument, match="x starts 2 bytes behind a multiple of 16"):
+            with pytest.raises(
+                moecomm.InvalidArgument, match="x must be 16-byte aligned, but its address is 2 mod 16"
+            ):
                 verb(shifted(x), ids, quant=None)
         out = buf.dispatch(x, ids)
-        with pytest.raises(moecomm.InvalidArgument, match="out starts 2 bytes"):
+        with pytest.raises(
+            moecomm.InvalidArgument, match="out must be 16-byte aligned, but its address is 2 mod 16"
+        ):
             buf.combine(out.handle.rows, out.handle, out=shifted(x))
-        y = buf.combine(shifted(out.x), out.handle)  # staged: these may lie anywhere
+        y = buf.combine(shifted(out.x), out.handle)  # copied first, so any alignment is valid
         assert_same(buf.combine(out.handle.rows.copy_(out.x), out.handle).cpu(), y.cpu(), "y")
         recv, _ = buf.decode_dispatch(x, ids, quant=None, return_hook=False)
-        with pytest.raises(moecomm.InvalidArgument, match="rows starts 2 bytes"):
+        with pytest.raises(
+            moecomm.InvalidArgument, match="rows must be 16-byte aligned, but its address is 2 mod 16"
+        ):
             buf.decode_combine(shifted(recv.x), ids, weights, recv.handle)
         comm.barrier()
         buf.close()

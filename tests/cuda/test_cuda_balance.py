@@ -1,6 +1,6 @@
-"""Placements, migration and recordings with tensors on a GPU, real or emulated.
+"""Placements, migration and recordings with tensors on a real or emulated GPU.
 
-In breadth, on the emulated one: test_balance_*.py, test_record.py.
+More cases run on the emulated GPU in test_balance_*.py and test_record.py.
 """
 
 import numpy as np
@@ -19,7 +19,7 @@ TABLE = [[0, 1, 2, 3, 4, 0, 5, 6, 1, 7, 2, 5]]
 
 
 def whole_numbers(size, seed):
-    """(xs, ids, shares) by rank, so that sums are exact in any order."""
+    """Return (xs, ids, shares) by rank with whole numbers, so that sums are exact in any order."""
     g = torch.Generator().manual_seed(seed)
     xs = torch.randint(-3, 4, (size, TOKENS, HIDDEN), generator=g).float()
     ids = torch.rand((size, TOKENS, EXPERTS), generator=g).argsort(-1)[..., :TOP_K].contiguous()
@@ -30,11 +30,12 @@ SCALE = torch.randint(-4, 5, (EXPERTS, HIDDEN), generator=torch.Generator().manu
 
 
 def serve(comm, buf, local, batch, renormalized=False):
-    """One batch through the experts (x * local[slot]), its sum and lost weight compared with what the
-    experts that are left make of it.
+    """Run one batch through the experts (x * local[slot]).
+
+    Its sum and its lost weight are compared with the sum over the remaining experts.
     """
     x, ids, shares = (t[comm.rank].to(comm.device) for t in batch)
-    here, scale = (buf._replica_router.placement.replica_count[0] > 0).to(comm.device), SCALE.to(comm.device)
+    here, scale = (buf.backend.router.placement.replica_count[0] > 0).to(comm.device), SCALE.to(comm.device)
     out = buf.dispatch(x, ids, shares)
     y = buf.combine(
         out.x * torch.repeat_interleave(local, out.tokens_per_expert, 0),
@@ -52,12 +53,12 @@ def serve(comm, buf, local, batch, renormalized=False):
 
 
 def weights_of(comm, placement):
-    """This rank's slots [S, H]."""
+    """Return the weights of this rank's slots, [S, H]."""
     return SCALE[placement.physical_to_logical[0].view(comm.size, -1)[comm.rank]].to(comm.device)
 
 
 def make(comm, placement, **options):
-    """A buffer with this placement."""
+    """Make a buffer with this placement."""
     return moecomm.Buffer(
         comm,
         hidden=HIDDEN,
@@ -72,7 +73,7 @@ def make(comm, placement, **options):
 
 
 def run(main, nodes):
-    """main(comm) on rank threads."""
+    """Run main(comm) on rank threads."""
     return moecomm.run_local(main, SIZE, ranks_per_node=SIZE // nodes, device="cuda:0", timeout=20.0)
 
 
@@ -99,7 +100,7 @@ def test_replicas(nodes, options):
 
 
 def test_decode_by_logical_ids():
-    """Each pick reaches a slot that holds its expert: the experts multiply by their own number."""
+    """Each pick reaches a slot of its expert: each expert multiplies by its number."""
 
     def main(comm):
         placement = Placement(torch.tensor(TABLE), EXPERTS, SIZE, 2)
@@ -157,7 +158,7 @@ def test_what_is_left_after_a_rank_is_lost(renormalize):
         remaining = placement.surviving(alive, num_nodes=left.num_nodes)
         buf = make(left, remaining, renormalize=renormalize)
         batch = [t[alive] for t in whole_numbers(SIZE, 2)]
-        batch[1][..., 0] = 0  # an expert that is there, so that every token keeps some weight
+        batch[1][..., 0] = 0  # an expert with a replica, so that every token keeps some weight
         batch[1][..., 1:] = torch.tensor([3, 5])
         serve(left, buf, weights_of(comm, placement), batch, renormalized=renormalize)
         left.barrier()
@@ -166,7 +167,7 @@ def test_what_is_left_after_a_rank_is_lost(renormalize):
 
 
 def test_recording(tmp_path):
-    """Picks as they were when the call was made, times of the GPU, traffic per call."""
+    """A recording has the picks at the time of the call, times of the GPU, and traffic per call."""
     xs, ids, weights = random_world(SIZE, [5, 0, 9, 7], HIDDEN, EXPERTS, TOP_K, seed=1)
 
     def main(comm):
@@ -176,7 +177,7 @@ def test_recording(tmp_path):
         )
         x, i, w = (t[r].to(comm.device, copy=True) for t in (xs, ids, weights))
         out = buf.dispatch(x, i, w, capacity=80)
-        i.fill_(-1)  # behind the call
+        i.fill_(-1)  # after the call
         buf.combine(out.x, out.handle)
         recv, hook = buf.decode_dispatch(x, ids[r].to(comm.device), quant=None)
         hook()

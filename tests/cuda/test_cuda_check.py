@@ -1,6 +1,4 @@
-"""MOECOMM_CHECK=1 in the cuda world, over an emulated GPU: every mode works under it, and damage is named
-as in the cpu world.
-"""
+"""MOECOMM_CHECK=1 in the cuda world, on an emulated GPU: all modes work, and corrupt rows are named."""
 
 import random
 
@@ -13,7 +11,7 @@ from worlds import random_world
 
 import moecomm
 
-HIDDEN, TOKENS = 512, 5  # rows of 1024 bytes: through the copy engine
+HIDDEN, TOKENS = 512, 5  # rows of 1024 bytes use the copy engine
 
 
 @pytest.fixture(autouse=True)
@@ -22,13 +20,13 @@ def check_mode(monkeypatch):
 
 
 def run(main, size, per_node):
-    """main(comm) on rank threads of one GPU."""
+    """Run main(comm) on rank threads of one GPU."""
     return moecomm.run_local(main, size, ranks_per_node=per_node, device="cuda:0", timeout=20.0)
 
 
 @pytest.mark.parametrize("size,per_node", [(1, 1), (2, 2), (4, 2)])
 def test_rows_are_signed_and_verified(emulated, size, per_node):  # noqa: F811
-    """Rows in place and staged, weights beside them and none, both layouts, other wires."""
+    """Rows in place and staged, with and without weights, both layouts, other wire formats."""
 
     def main(comm):
         for layout in ("expert", "rank"):
@@ -51,7 +49,7 @@ def test_rows_are_signed_and_verified(emulated, size, per_node):  # noqa: F811
 
 
 def test_decode_is_verified(emulated):  # noqa: F811
-    """Two ways to send by two ways to answer."""
+    """Two ways to send, and two ways to answer."""
     worlds = [random_world(2, [TOKENS, 2], 128, 8, 4, seed=i) for i in range(4)]
 
     def main(comm):
@@ -72,8 +70,8 @@ def test_decode_is_verified(emulated):  # noqa: F811
     run(main, 2, 1)
 
 
-def everybody_raises(main, size, per_node):
-    """main(comm) on every rank, then calls until each knows: the CorruptRow of each, by rank."""
+def all_ranks_raise(main, size, per_node):
+    """Run main(comm) on all ranks, then calls until all ranks raise; return the CorruptRow of each rank."""
 
     def one(comm):
         with pytest.raises(moecomm.CorruptRow) as raised:
@@ -98,7 +96,7 @@ def assert_named(errors, *, source, destination, token, phase):
 
 
 def test_a_damaged_row_of_dispatch(emulated):  # noqa: F811
-    """Rank 0 writes its rows into rank 1's window; one of them goes wrong."""
+    """Rank 0 writes its rows to rank 1's window, and one of them is damaged."""
 
     def main(comm):
         buf = moecomm.Buffer(
@@ -111,16 +109,16 @@ def test_a_damaged_row_of_dispatch(emulated):  # noqa: F811
         buf.dispatch(x[:tokens], ids[:tokens], capacity=2 * TOKENS)
         return lambda: buf.dispatch(x[:tokens], ids[:tokens], capacity=2 * TOKENS)
 
-    assert_named(everybody_raises(main, 2, 2), source=0, destination=1, token=2, phase="arrive")
+    assert_named(all_ranks_raise(main, 2, 2), source=0, destination=1, token=2, phase="arrive")
 
 
 def pieces(buf):
-    """Bulk stores of a row."""
-    return -(-buf.hidden * buf.dtype.itemsize // buf._plan.stage_bytes)
+    """Number of bulk stores per row."""
+    return -(-buf.hidden * buf.dtype.itemsize // buf.backend.memory.plan.stage_bytes)
 
 
 def test_a_damaged_sum_of_combine(emulated):  # noqa: F811
-    """Rank 1 sums rows for rank 0's tokens and puts the sums over the rail; one of them goes wrong."""
+    """Rank 1 sums rows for rank 0's tokens and sends the sums over the rail; one of them is damaged."""
 
     def main(comm):
         buf = moecomm.Buffer(
@@ -134,11 +132,11 @@ def test_a_damaged_sum_of_combine(emulated):  # noqa: F811
         buf.combine(out.x, out.handle)
         return lambda: buf.dispatch(x[:tokens], ids[:tokens])
 
-    assert_named(everybody_raises(main, 2, 1), source=1, destination=0, token=0, phase="sum")
+    assert_named(all_ranks_raise(main, 2, 1), source=1, destination=0, token=0, phase="sum")
 
 
 def test_a_damaged_row_of_decode(emulated):  # noqa: F811
-    """Rank 1 packs what came from rank 0; one row goes wrong."""
+    """Rank 1 packs the rows of rank 0; one row is damaged."""
 
     def main(comm):
         buf = moecomm.Buffer(
@@ -156,4 +154,4 @@ def test_a_damaged_row_of_decode(emulated):  # noqa: F811
         step()
         return step
 
-    assert_named(everybody_raises(main, 2, 2), source=0, destination=1, token=0, phase="arrive")
+    assert_named(all_ranks_raise(main, 2, 2), source=0, destination=1, token=0, phase="arrive")

@@ -1,4 +1,4 @@
-"""Captured calls whose results are dropped, as a model's forward does: replays write where nobody else was let in."""
+"""Captured calls whose results are dropped, as in a model's forward: replays write only to memory kept for them."""
 
 import gc
 
@@ -13,12 +13,12 @@ HIDDEN, TOKENS, CAPACITY = 128, 6, 40
 
 
 def run(main):
-    """main(comm) on one rank of an emulated GPU."""
+    """Run main(comm) on one rank of an emulated GPU."""
     moecomm.run_local(main, 1, ranks_per_node=1, device="cuda:0", timeout=20.0)
 
 
 def make(comm, **more):
-    """A buffer, x, ids that want every expert, weights."""
+    """Return a buffer, x, ids that pick all experts, and weights."""
     buf = moecomm.Buffer(comm, hidden=HIDDEN, num_experts=2, top_k=2, max_tokens=TOKENS, num_sms=2, **more)
     return (
         buf,
@@ -29,9 +29,7 @@ def make(comm, **more):
 
 
 def step_of(buf, x, ids, weights, y, path):
-    """A dispatch and a combine that keep nothing but y, and what torch allocates meanwhile: that lies in a
-    graph's own pool.
-    """
+    """Return a dispatch and a combine that keep only y, and torch's allocations between them, in the graph's pool."""
     eager = buf.dispatch(x, ids, weights, capacity=CAPACITY) if path in ("cached", "combine") else None
     pool = []
 
@@ -94,8 +92,10 @@ def test_a_replay_leaves_what_later_calls_return_alone(emulated, path):  # noqa:
 
 
 def test_what_graphs_hold_is_counted_and_released(emulated):  # noqa: F811
-    """Every capture keeps its own pieces: they run out by name, and come back when the caller says that no
-    graph is replayed.
+    """Each capture keeps its own pieces.
+
+    A lack of pieces is reported by name, and they are freed when the caller declares that no graph is replayed any
+    more.
     """
 
     def main(comm):

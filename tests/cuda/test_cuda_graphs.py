@@ -1,5 +1,7 @@
-"""Captures on the emulated GPU: what is launched is kept and replayed as often as wanted; what a replay
-cannot do is refused. On a GPU, with torch's graphs: tests/cuda/test_device_bench.py, tests/cuda/test_cuda.py."""
+"""Captures on the emulated GPU: recorded launches are replayed, and calls that cannot be captured are refused.
+
+On a GPU, with torch's graphs: tests/cuda/test_device_bench.py, tests/cuda/test_cuda.py.
+"""
 
 import pytest
 import torch
@@ -14,34 +16,35 @@ HIDDEN, TOKENS, CAPACITY = 64, 6, 40
 
 
 def make(comm, **more):
-    """A buffer with two experts per rank."""
+    """Make a buffer with two experts per rank."""
     return moecomm.Buffer(
         comm, hidden=HIDDEN, num_experts=2 * comm.size, top_k=2, max_tokens=TOKENS, num_sms=2, **more
     )
 
 
 def run(main, nodes, per_node):
-    """main(comm) on rank threads."""
+    """Run main(comm) on rank threads."""
     return moecomm.run_local(main, nodes * per_node, ranks_per_node=per_node, device="cuda:0", timeout=20.0)
 
 
 @pytest.mark.parametrize("nodes,per_node", [(1, 2), (2, 1)])
 def test_three_steps_are_captured_and_replayed_101_times(emulated, nodes, per_node):  # noqa: F811
-    """Dispatch and combine, three of each in a graph; inputs change in place, outputs are poisoned before
-    every replay.
+    """A graph has three dispatches and combines.
+
+    Inputs change in place, and outputs are filled with garbage before every replay.
     """
     xs, ids, weights = random_world(nodes * per_node, TOKENS, HIDDEN, 2 * nodes * per_node, 2, seed=4)
 
     def main(comm):
         buf, r = make(comm), comm.rank
-        assert isinstance(buf._native, cuda.NativeBuffer)
+        assert isinstance(buf.backend.memory.native, cuda.NativeBuffer)
         x, y = xs[r].clone(), [torch.empty_like(xs[r]) for _ in range(3)]
 
         def step(i):
             out = buf.dispatch(x, ids[r], weights[r], capacity=CAPACITY)
             buf.combine(
                 out.x, out.handle, topk_weights=out.topk_weights, out=y[i]
-            )  # the experts return what they get
+            )  # the experts return their input
             return out
 
         step(0)
@@ -77,7 +80,7 @@ def test_three_steps_are_captured_and_replayed_101_times(emulated, nodes, per_no
 
 
 def test_decode_is_captured_and_replayed(emulated):  # noqa: F811
-    """Two steps in a graph: the banks are the capture's, the epochs go on with every replay."""
+    """A graph has two steps. The banks belong to the capture, and each replay advances the epochs."""
     xs, ids, weights = random_world(2, TOKENS, HIDDEN, 4, 2, seed=5)
 
     def main(comm):
@@ -112,7 +115,7 @@ def test_decode_is_captured_and_replayed(emulated):  # noqa: F811
 
 
 def test_what_needs_the_host_is_refused(emulated, tmp_path):  # noqa: F811
-    """Before anything is enqueued: the capture goes on without it."""
+    """The call is refused before any work is enqueued, and the capture continues without it."""
 
     def main(comm):
         x, ids = torch.randn((TOKENS, HIDDEN)).bfloat16(), torch.tensor([[0, 1]] * TOKENS)
@@ -123,22 +126,22 @@ def test_what_needs_the_host_is_refused(emulated, tmp_path):  # noqa: F811
             for call, why in (
                 (
                     lambda: plain.dispatch(x, ids),
-                    "dispatch: capacity is None while a graph is captured; expected a number of rows",
+                    "dispatch: capacity is None while a CUDA graph is captured; expected a number of rows",
                 ),
                 (
                     lambda: recording.dispatch(x, ids, capacity=CAPACITY),
-                    "captured, and the buffer has record=: it notes every call",
+                    "captured, but the buffer has record=, and a recording notes every call",
                 ),
-                (lambda: recording.decode_dispatch(x, ids), "captured, and the buffer has record="),
+                (lambda: recording.decode_dispatch(x, ids), "captured, but the buffer has record="),
                 (
                     lambda: placed.dispatch(x, ids, capacity=CAPACITY),
-                    "captured, and the buffer has placement: the host chooses the replicas",
+                    "captured, but the buffer has placement, and the host chooses the replicas",
                 ),
-                (lambda: placed.decode_dispatch(x, ids), "captured, and the buffer has placement"),
+                (lambda: placed.decode_dispatch(x, ids), "captured, but the buffer has placement"),
             ):
                 with pytest.raises(moecomm.InvalidArgument, match=why):
                     call()
-            out = placed.dispatch(x, handle=handle)  # its replicas are chosen
+            out = placed.dispatch(x, handle=handle)  # its replicas are already chosen
         out.x.zero_()
         graph.replay()
         assert_same(out.x.sort(0).values, x.repeat(2, 1).sort(0).values, "by the handle")

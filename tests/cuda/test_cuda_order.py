@@ -1,8 +1,8 @@
-"""Asynchronous calls of the cuda world, their order: Pending's own code over streams that run in any order CUDA allows.
+"""The order of asynchronous calls in the cuda world: Pending on streams that run in any order that CUDA allows.
 
-A stream here is a queue of work; what its head waits for decides whether it may run, and a seed decides
-which of those that may run does. That is all that CUDA promises of streams and events. The same calls on a
-GPU: tests/cuda/test_cuda.py.
+A stream here is a queue of work. Its first item is ready unless it waits for an event, and a seed chooses one of the
+ready streams. CUDA promises no other order of streams and events. The same calls run on a GPU in
+tests/cuda/test_cuda.py.
 """
 
 import random
@@ -11,12 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moecomm import cuda
+from moecomm._cuda import streams
+from moecomm._cuda.state import CudaState
 from moecomm.calls import Calls
+from moecomm.first_phase import take_first_phase
+from moecomm.hooks import Hooks
 
 
 class Event:
-    """Happens when its stream comes to it."""
+    """Complete once its stream has reached it."""
 
     happened = False
 
@@ -25,7 +28,7 @@ class Event:
 
 
 class Stream:
-    """Work in order; an Event that it waits for holds up what comes behind."""
+    """Runs work in order; the work after an Event waits for it."""
 
     def __init__(self, machine):
         self.machine, self.queue = machine, []
@@ -50,14 +53,14 @@ class Stream:
 
 
 class Machine:
-    """The streams of a GPU, and which of them is current."""
+    """The streams of a GPU, with a current one."""
 
     def __init__(self):
         self.streams = []
         self.current = Stream(self)
 
     def run(self, choose):
-        """Until all are empty."""
+        """Run until all streams are empty."""
         while any(s.queue for s in self.streams):
             able = [s for s in self.streams if s.queue and (s.queue[0][0] is None or s.queue[0][0].happened)]
             assert able, "streams wait for each other"
@@ -73,26 +76,25 @@ def machine(monkeypatch):
     return m
 
 
-class Buffer(Calls):
-    """Calls of a communicator on a GPU."""
-
-    def __init__(self):
-        self.comm, self._hooks = (
-            SimpleNamespace(device=torch.device("cuda"), _gpu=0, _stream=None, _require_here=lambda op: None),
-            {},
-        )
-
-    def _require_open(self, op):
-        """It is."""
+def calls_on_a_gpu():
+    """Return Calls of a communicator on a GPU, and their Hooks."""
+    comm = SimpleNamespace(
+        device=torch.device("cuda"),
+        gpu=0,
+        cuda=CudaState(None, torch.device("cuda")),
+        order=SimpleNamespace(require_here=lambda op: None),
+        gpu_calls=SimpleNamespace(look=lambda op: None),
+    )
+    backend = SimpleNamespace(memory=SimpleNamespace(comm=comm, require_open=lambda op: None), hooks=Hooks())
+    return Calls(backend), backend.hooks
 
 
 @pytest.mark.parametrize("seed", range(50))
 def test_the_callers_stream_is_ordered_before_and_after(machine, seed):
-    """Two calls in flight: each reads what the caller's stream wrote before it, and the caller reads each
-    after wait().
-    """
-    memory, seen, hooked, buf = {"x": 0, "a": 0, "b": 0}, [], [], Buffer()
-    buf.register_hook("post_dispatch", hooked.append)
+    """Two calls in flight: each reads the earlier writes of the caller's stream, and wait() orders their results."""
+    memory, seen, hooked = {"x": 0, "a": 0, "b": 0}, [], []
+    calls, hooks = calls_on_a_gpu()
+    hooks.register("post_dispatch", hooked.append)
 
     def write(name, value):
         machine.current.queue.append(
@@ -100,25 +102,46 @@ def test_the_callers_stream_is_ordered_before_and_after(machine, seed):
         )
 
     def call(result, x):
-        assert machine.current is machine.streams[1]  # beside the caller's, which may compute meanwhile
-        write(result, lambda: 10 * memory[x])  # enqueued on the stream that is current, as kernels are
+        assert machine.current is machine.streams[1]  # not the caller's stream, which may run other work
+        write(result, lambda: 10 * memory[x])  # on the current stream, like a kernel
         return result
 
     write("x", 1)
-    first = buf._call("dispatch", lambda x: call("a", x), True, False, "x")
-    second = buf._call("combine", lambda x, handle: call("b", x), True, False, "a", None)
+    first = calls.run("dispatch", lambda x: call("a", x), True, False, "x")
+    second = calls.run("combine", lambda x, handle: call("b", x), True, False, "a", None)
     assert (
-        isinstance(first, cuda.Pending)
+        isinstance(first, streams.Pending)
         and not first.done()
         and machine.current is machine.streams[0]
         and not hooked
     )
-    assert first.wait() == "a" and hooked == ["a"]  # the host has waited for nothing
+    assert first.wait() == "a" and hooked == ["a"]  # the host has not waited
     machine.current.queue.append((None, lambda: seen.append(memory["a"])))
     assert second.wait() == "b"
     machine.current.queue.append((None, lambda: seen.append(memory["b"])))
-    write("x", 2)  # behind both calls: they must not see it
+    write("x", 2)  # after both calls, which must not see it
     assert seen == [] and not first.event.query()
     machine.run(random.Random(seed).choice)
     assert seen == [10, 100] and first.done() and second.done()
-    assert len(machine.streams) == 2  # one stream of the communicator's own serves all calls
+    assert len(machine.streams) == 2  # the communicator uses one stream for all its calls
+
+
+@pytest.mark.parametrize("capacity,counts", [(None, False), (9, False), (None, True)])
+def test_counts_do_not_wait_for_the_rows(machine, capacity, counts):
+    """The current stream waits for the whole call only if the host does not know the counts, or they come behind it."""
+    calls, _ = calls_on_a_gpu()
+    out = SimpleNamespace(handle=SimpleNamespace(capacity=capacity, has_counts=counts))
+
+    def dispatch(_):
+        machine.current.queue.append((None, lambda: None))
+        return take_first_phase().finish(out)
+
+    pending = calls.run("dispatch", dispatch, True, False, "x")
+    assert isinstance(pending, streams.PendingDispatch) and take_first_phase() is None
+    before = len(machine.current.queue)
+    assert pending.wait_counts() is out and not pending.done()
+    waits = [event for event, _ in machine.current.queue[before:]]
+    assert waits == ([] if capacity is None and not counts else [pending.event])
+    assert pending.wait() is out
+    assert machine.current.queue[-1][0] is pending.event
+    machine.run(random.Random(1).choice)

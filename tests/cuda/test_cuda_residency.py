@@ -1,6 +1,4 @@
-"""Kernels of ranks that share a GPU wait for each other: what may be in flight at once always fits, or is
-refused by name.
-"""
+"""Kernels of ranks on one GPU wait for each other: concurrent kernels must fit, else they are refused by name."""
 
 import gc
 
@@ -14,29 +12,27 @@ HIDDEN, TOKENS = 64, 4  # the emulated GPU has 132 multiprocessors
 
 
 def make(comm, num_sms, **more):
-    """A buffer with one expert per rank."""
+    """Make a buffer with one expert per rank."""
     return moecomm.Buffer(
         comm, hidden=HIDDEN, num_experts=comm.size, top_k=1, max_tokens=TOKENS, num_sms=num_sms, **more
     )
 
 
 def run(main, size):
-    """main(comm) on rank threads of one GPU."""
+    """Run main(comm) on rank threads of one GPU."""
     moecomm.run_local(main, size, ranks_per_node=size, device="cuda:0", timeout=20.0)
 
 
 def test_buffers_of_all_communicators_are_counted(emulated):  # noqa: F811
-    """Of a communicator its largest open one, whose kernels run after each other; over all communicators
-    and ranks the sum.
-    """
+    """Kernels of one communicator run in sequence, so its largest open buffer counts. The sum must fit."""
 
     def main(comm):
         other = comm.shrink(range(comm.size))
         first, small = make(comm, 40), make(comm, 20)
-        for _ in range(2):  # on every rank, and nothing is left of a refusal
+        for _ in range(2):  # on all ranks, and a refusal leaves nothing behind
             with pytest.raises(
                 moecomm.InvalidArgument,
-                match=r"num_sms is 30 on each of the ranks that share .*, 140 in all; expected at most its 132",
+                match=r"num_sms is 30, .* that share .* need 140 multiprocessors together; expected at most 132",
             ):
                 make(other, 30)
         make(other, 26).close()
@@ -62,7 +58,7 @@ def test_a_dropped_buffer_counts_no_more(emulated):  # noqa: F811
 
 
 def test_calls_of_a_communicator_run_after_each_other(emulated):  # noqa: F811
-    """Two buffers on two streams, and an asynchronous call: each waits for the one before it."""
+    """Two buffers on two streams, and an asynchronous call: each waits for the call before it."""
 
     def main(comm):
         a, b = make(comm, 2), make(comm, 2, decode=True)
@@ -75,21 +71,19 @@ def test_calls_of_a_communicator_run_after_each_other(emulated):  # noqa: F811
         )
         for i in range(6):
             stream = streams[i % 2]
-            before = comm._latest[1]
+            before = comm.cuda.latest[1]
             with emulated.stream(stream):
                 calls[i % 3]()
-            assert (before in stream.waited) == (i > 0) and comm._latest[0] is stream
-        before = comm._latest[1]
+            assert (before in stream.waited) == (i > 0) and comm.cuda.latest[0] is stream
+        before = comm.cuda.latest[1]
         a.dispatch(x, ids, capacity=8, async_op=True).wait()
-        assert before in comm._stream.waited and comm._stream.priority < 0
+        assert before in comm.cuda.stream.waited and comm.cuda.stream.priority < 0
 
     run(main, 1)
 
 
 def test_nothing_ends_the_capture_of_another_thread(emulated):  # noqa: F811
-    """Making and dropping buffers, calls that wait for the host, refusals, counters: all beside a capture
-    in the default mode.
-    """
+    """During a capture in the default mode, another thread makes and drops buffers, waits and reads counters."""
 
     def main(comm):
         x, ids = torch.randn(TOKENS, HIDDEN).bfloat16(), torch.zeros((TOKENS, 1), dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""deep_ep's drop-in over the cuda world, on an emulated GPU: the same results."""
+"""The drop-in for deep_ep in the cuda world, on an emulated GPU: results are the same."""
 
 import deep_ep_elastic
 import deep_ep_hybrid
@@ -19,7 +19,7 @@ CHECKS = {
 @pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize("check", CHECKS)
 def test_emulated_gpu(emulated, check, nodes):  # noqa: F811 - the fixture
-    """Every verb of the interface, in one node and over two."""
+    """All verbs of the interface, on one node and on two."""
     moecomm.run_local(
         lambda comm: CHECKS[check](comm, nodes), 2, ranks_per_node=2 // nodes, device="cuda:0", timeout=100.0
     )

@@ -1,7 +1,4 @@
-"""What can be tested of the cuda world without a GPU: its benchmark's oracle, its candidates, its refusals.
-
-And on one: everything.
-"""
+"""The GPU benchmark: its oracle, its candidates and its refusals without a GPU; all of it with one."""
 
 import json
 import os
@@ -24,7 +21,7 @@ SHAPE = device.Shape(tokens=29, hidden=16, experts=32, top_k=4, groups=8, top_gr
 
 @pytest.mark.parametrize("nodes,per_node", [(1, 4), (2, 2), (4, 1)])
 def test_world_equals_the_oracle(nodes, per_node):
-    """The benchmark's quick expectations in torch are the slow oracle's."""
+    """The fast expectations of the benchmark equal those of the slow oracle."""
     size = nodes * per_node
     world = device.World(SHAPE, size, "cpu")
     xs, ids, weights = list(world.x), list(world.ids), list(world.weights)
@@ -51,9 +48,7 @@ def test_world_equals_the_oracle(nodes, per_node):
 
 
 def test_what_torch_does_in_turns_is_the_same_work():
-    """Its rows are those that the ranks receive, one after another; its sums are combine's but for the
-    order of terms.
-    """
+    """torch does the same work: its rows are the received rows, its sums equal those of combine except for rounding."""
     world = device.World(SHAPE, 4, "cpu")
     permuter = device_torch.Permuter(world)
     rows = permuter.dispatch()
@@ -125,7 +120,7 @@ def test_refusals_say_why():
     ):
         with pytest.raises(
             moecomm.InvalidArgument,
-            match=r"device: got 'cuda'; (this build has no CUDA extension|torch .* sees no GPU)",
+            match=r"device is 'cuda', but (this build has no CUDA extension|torch .* finds no GPU)",
         ):
             make()
     with pytest.raises(moecomm.InvalidArgument, match="expected cpu or cuda"):
@@ -133,7 +128,7 @@ def test_refusals_say_why():
 
 
 def test_a_failed_section_leaves_the_others_rows(monkeypatch, tmp_path):
-    """Sections are processes: one that fails keeps its rows so far, one that hangs is ended, and the report says so."""
+    """Sections are processes. A failed one keeps its rows so far, one that hangs is ended, and both are reported."""
     row = {
         "call": "dispatch bf16",
         "nodes": 1,
@@ -166,7 +161,7 @@ def test_a_failed_section_leaves_the_others_rows(monkeypatch, tmp_path):
     report = json.loads((tmp_path / "device.json").read_text())
     assert report["rows"] == [row, row] and report["failures"] == {
         "2x4": "exit status 1",
-        "decode": "not done in 120 s",
+        "decode": "not finished in 120 s",
     }
     said = (tmp_path / "device.md").read_text()
     assert (
@@ -174,13 +169,11 @@ def test_a_failed_section_leaves_the_others_rows(monkeypatch, tmp_path):
         and "| dispatch bf16 | 1x8 | 16 | 10.0 | 2000 | 50% | 0 |" in said
         and "4000 GB/s" in said
     )
-    assert "combine: 25 us against 10, 2.50 times as long" in said
+    assert "combine: 25 us against 10 us, 2.50 times as long" in said
     assert not list(tmp_path.glob("device.*x*.json"))
     args.minutes = 0
     assert device_run.run_all(args, tmp_path) == 1
-    assert set(json.loads((tmp_path / "device.json").read_text())["failures"].values()) == {
-        "no time was left"
-    }
+    assert set(json.loads((tmp_path / "device.json").read_text())["failures"].values()) == {"no time left"}
 
 
 @pytest.mark.parametrize("command", ["device", "tune"])
@@ -200,7 +193,7 @@ def test_benchmarks_say_why(command):
 @pytest.mark.parametrize("nodes,per_node", [(1, 8), (2, 4), (4, 2)])
 @pytest.mark.parametrize("call", device.CALLS)
 def test_necessary_bytes_by_hand(nodes, per_node, call):
-    """Row by row over every token's picks: each read and each write once."""
+    """Row by row over the picks of every token: each read and each write counts once."""
     shape = device.Shape(tokens=3, hidden=256, experts=64, top_k=4, groups=8, top_groups=4)
     world = device.World(shape, nodes * per_node, "cpu")
     plain, coded = 2 * 256, 256 + 4 * 2
@@ -216,9 +209,7 @@ def test_necessary_bytes_by_hand(nodes, per_node, call):
 
 
 def test_one_call_measures_everything_in_less_than_eight_minutes(tmp_path, monkeypatch):
-    """Every geometry with every number of multiprocessors, three calls each; decode of 1 to 128 tokens;
-    what stands beside them.
-    """
+    """One run has all geometries and numbers of multiprocessors, decode of 1 to 128 tokens, and the comparisons."""
     parser = ArgumentParser()
     device_run.arguments(parser)
     args = parser.parse_args(["--out", str(tmp_path)])
@@ -283,7 +274,7 @@ def test_graphs_replay():
         x, i, w = (t[comm.rank].to(comm.device) for t in (xs, ids, weights))
         buf = moecomm.Buffer(comm, hidden=512, num_experts=8, top_k=4, max_tokens=32, num_sms=2)
         call = lambda: [buf.dispatch(x, i, w, capacity=100) for _ in range(3)]  # noqa: E731
-        call()  # once before it is captured
+        call()  # one call before the capture
         graph, outs = device.captured(comm, call)
         for n in range(101):
             x.copy_((xs[comm.rank].float() * (n + 1)).bfloat16())
@@ -299,7 +290,7 @@ def test_graphs_replay():
 
 
 def test_a_missing_rank_times_out(gpu):  # noqa: F811
-    """The kernel ends by its own deadline, the context survives, and the error names the suspect."""
+    """The kernel ends at its own deadline, the CUDA context survives, and the error names the suspected rank."""
 
     def rank_main(comm):
         buf = moecomm.Buffer(comm, hidden=64, num_experts=4, top_k=2, max_tokens=4, num_sms=2)

@@ -1,5 +1,7 @@
-"""NCCL in the cuda world, as far as it can be tested without a GPU: which library, its version's rules, how
-the world is joined. And on one GPU: two nodes.
+"""NCCL in the cuda world.
+
+Without a GPU: the choice of the library, the rules for its version, and the start of the world. With one GPU: two
+nodes.
 """
 
 import importlib.util
@@ -45,7 +47,7 @@ def test_the_loaded_library_is_found(tmp_path):
 
 @pytest.mark.skipif(WHEEL is None, reason="NCCL's wheel is not installed")
 def test_a_loaded_library_comes_before_the_wheel():
-    """In a process of its own: what is loaded stays loaded."""
+    """This runs in a separate process, because a loaded library stays loaded."""
     code = (
         "from moecomm import nccl\nfirst = nccl.find()\nassert not first.loaded and first.version > 20000\n"
         "second = nccl.find()\nassert second.loaded and (second.path, second.version) == (first.path, "
@@ -74,7 +76,7 @@ MULTI = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
     "have,headers,gpus,several,environment,expected",
     [
         (library(23203), HEADERS, "ab", False, {}, None),
-        (library(22907), HEADERS, "ab", False, {}, None),  # windows suffice where memory is the rail
+        (library(22907), HEADERS, "ab", False, {}, None),  # windows are enough if memory is the rail
         (library(23203), HEADERS, "ab", True, {}, None),
         (library(23300), HEADERS, "ab", True, {}, None),
         (library(23203), HEADERS, "aa", True, MULTI, None),
@@ -85,9 +87,9 @@ MULTI = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
             "ab",
             False,
             {},
-            "there is no libnccl: expected one that torch has loaded, or NCCL's wheel",
+            "there is no libnccl; expected one that torch has loaded, or NCCL's wheel",
         ),
-        (library(23203), 0, "ab", False, {}, "this build has no NCCL: expected its headers"),
+        (library(23203), 0, "ab", False, {}, "this build has no NCCL; expected its headers"),
         (
             library(22809),
             HEADERS,
@@ -102,7 +104,7 @@ MULTI = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
             "aba",
             False,
             MULTI,
-            r"ranks \[0, 2\] share a GPU, and NCCL 2\.29\.7 .* one rank per GPU; expected a GPU for each, "
+            r"ranks \[0, 2\] share a GPU, but NCCL 2\.29\.7 .* one rank per GPU; expected a GPU for each rank, "
             r"or NCCL 2\.30\.0",
         ),
         (
@@ -111,7 +113,7 @@ MULTI = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
             "aa",
             False,
             {},
-            r"ranks \[0, 1\] share a GPU; expected NCCL_MULTI_RANK_GPU_ENABLE=1",
+            r"ranks \[0, 1\] share a GPU, which .* allows only with NCCL_MULTI_RANK_GPU_ENABLE=1",
         ),
         (
             library(23203),
@@ -119,7 +121,7 @@ MULTI = {"NCCL_MULTI_RANK_GPU_ENABLE": "1"}
             "aa",
             False,
             {"NCCL_MULTI_RANK_GPU_ENABLE": "0"},
-            "expected NCCL_MULTI_RANK_GPU_ENABLE=1",
+            "only with NCCL_MULTI_RANK_GPU_ENABLE=1",
         ),
         (
             library(23107, False),
@@ -157,10 +159,10 @@ def test_choice_of_fabric(threads, hosts, ipc, wanted, expected):
 @pytest.mark.parametrize(
     "threads,hosts,ipc,wanted,message",
     [
-        (True, [None], [True], "nccl", "got 'nccl'; rank threads reach each other by pointer"),
-        (False, ["h", "i"], [True] * 2, "ipc", "ranks on several hosts"),
-        (False, ["h"] * 2, [True, False], "ipc", "which rank 1 cannot use with its host's other ranks"),
-        (False, ["h"], [True], "mpi", "got 'mpi'; expected auto, ipc or nccl"),
+        (True, [None], [True], "nccl", "is 'nccl', but ranks are threads of one process"),
+        (False, ["h", "i"], [True] * 2, "ipc", "ranks are on several hosts"),
+        (False, ["h"] * 2, [True, False], "ipc", "CUDA IPC does not work between rank 1"),
+        (False, ["h"], [True], "mpi", "is 'mpi'; expected auto, ipc or nccl"),
     ],
 )
 def test_fabrics_that_do_not_go(threads, hosts, ipc, wanted, message):
@@ -169,7 +171,7 @@ def test_fabrics_that_do_not_go(threads, hosts, ipc, wanted, message):
 
 
 def test_memory_that_a_peer_cannot_open_is_not_shared_by_ipc(monkeypatch):
-    """Every process exports, but rank 2 sees its own GPU alone: whoever shares a host with it goes by NCCL."""
+    """All processes can export, but rank 2 sees only its own GPU, so its host uses NCCL."""
 
     def sample(rank):
         return SimpleNamespace(handle=lambda: b"memory of %d" % rank, opens=lambda handle: rank != 2)
@@ -194,7 +196,7 @@ def test_the_variable_has_a_meaning():
 
 
 class FakeNccl:
-    """The extension as `join` sees it: worlds by unique id, entered when all ranks have come."""
+    """A fake extension for `join`: a world is entered once all ranks with its unique id have called."""
 
     def __init__(self, size):
         self.size, self.made, self.worlds, self.lock = size, 0, {}, threading.Lock()
@@ -221,7 +223,7 @@ class FakeNccl:
 def joined(
     fake, monkeypatch, size=4, gpus=None, version=lambda rank: 23203, enters=lambda rank: True, timeout=3.0
 ):
-    """join() on `size` rank threads; by rank the world, or the error."""
+    """Call join() on `size` rank threads; return the world or the error by rank."""
     local = threading.local()
     monkeypatch.setattr(nccl, "find", lambda: library(version(local.rank)))
 
@@ -245,7 +247,7 @@ def joined(
                 comm.rank % 2,
                 gpu,
                 True,
-                comm._exchange,
+                comm.collective.exchange,
                 timeout,
             )
         except moecomm.MoecommError as error:
@@ -267,7 +269,7 @@ def test_a_rank_that_does_not_come(monkeypatch):
     for error in (found[0], found[2]):
         assert (
             isinstance(error, moecomm.PeerTimeout)
-            and "joining the world took more than 0.5 s" in str(error)
+            and "making its communicator took more than 0.5 s" in str(error)
             and error.op == "Communicator"
         )
 
@@ -277,13 +279,13 @@ def test_one_rank_s_reason_reaches_all(monkeypatch):
     for error in joined(fake, monkeypatch, size=2, version=lambda rank: 23203 if rank else 22809):
         assert (
             isinstance(error, moecomm.InvalidArgument)
-            and "on rank 0 NCCL 2.28.9" in str(error)
+            and "on rank 0, NCCL 2.28.9" in str(error)
             and error.peer == 0
         )
     for error in joined(fake, monkeypatch, size=2, version=lambda rank: 23203 + rank):
         assert isinstance(
             error, moecomm.InvalidArgument
-        ) and "ranks have NCCL 2.32.3, 2.32.4; expected one version" in str(error)
+        ) and "the versions of NCCL by rank are 2.32.3, 2.32.4; expected one version" in str(error)
     monkeypatch.delenv("NCCL_MULTI_RANK_GPU_ENABLE", raising=False)
     for error in joined(fake, monkeypatch, size=2, gpus=["one", "one"]):
         assert isinstance(error, moecomm.InvalidArgument) and "ranks [0, 1] share a GPU" in str(error)
@@ -309,7 +311,7 @@ def test_what_fails_keeps_its_kind():
 
 @pytest.mark.skipif(not BUILT, reason="this build has no CUDA extension")
 def test_a_library_without_windows_is_refused_by_name(tmp_path):
-    """An old libnccl: it has the functions of its time."""
+    """An old libnccl has only the functions of its version."""
     source = tmp_path / "old.c"
     names = (
         "ncclGetVersion",
@@ -349,7 +351,7 @@ NO_GPU = cuda.why_not()
 @pytest.mark.skipif(NO_GPU is not None, reason=f"needs a GPU: {NO_GPU}")
 @pytest.mark.parametrize("fabric", ["ipc", "nccl"])
 def test_two_nodes_of_processes_on_one_gpu(fabric):
-    """Four processes as two nodes: every result is the oracle's, over CUDA IPC and over NCCL's windows."""
+    """Four processes as two nodes: all results equal the oracle, over CUDA IPC and over NCCL's windows."""
     command = [
         sys.executable,
         "-m",

@@ -1,6 +1,4 @@
-"""What setup.py asks before it builds the CUDA world: which compiler, for which GPUs, where NCCL's headers
-are; and how the answer is told later.
-"""
+"""The setup of the CUDA build: compiler, GPU architectures, NCCL's headers, and the later report of these."""
 
 import os
 import stat
@@ -62,7 +60,7 @@ def test_words_that_are_no_architectures(word):
 
 
 def toolkit(folder, release, headers=True):
-    """A CUDA_HOME whose compiler says that it is of this release."""
+    """Make a CUDA_HOME with a compiler of this release."""
     (folder / "bin").mkdir(parents=True)
     compiler = folder / "bin/nvcc"
     compiler.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.88'\n")
@@ -102,7 +100,7 @@ def test_why_there_is_no_toolkit(tmp_path, monkeypatch):
 
 
 def nccl_folder(root, version, device=True):
-    """Headers as NCCL's wheel has them, under a folder of packages."""
+    """Make headers in the layout of NCCL's wheel, in a folder of packages."""
     include = root / "nvidia/nccl/include"
     include.mkdir(parents=True)
     (include / "nccl.h").write_text(f"#define NCCL_VERSION_CODE {version}\n")
@@ -113,7 +111,7 @@ def nccl_folder(root, version, device=True):
 
 @pytest.mark.parametrize("where", ["path", "environment", "active", "home"])
 def test_where_nccl_s_headers_are_found(where, tmp_path, monkeypatch):
-    """Also from a build that pip isolates: its sys.path has nothing of the environment that asked for it."""
+    """Also in an isolated build of pip, whose sys.path lacks the calling environment."""
     packages = tmp_path / f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
     include = nccl_folder(packages, nccl_headers.OLDEST)
     monkeypatch.setattr(sys, "path", [str(packages)] if where == "path" else ["/isolated"])
@@ -158,8 +156,8 @@ def test_info_says_what_was_left_out_and_why(monkeypatch, capsys):
     assert info.main(None) in (None, 0)
     said = capsys.readouterr().out
     assert (
-        "world cuda  no   this build has no CUDA extension: nvcc was found neither on PATH nor in "
-        "CUDA_HOME, when moecomm was built" in said
+        "world cuda  no   this build has no CUDA extension (nvcc was found neither on PATH nor in CUDA_HOME); "
+        "set CUDA_HOME" in said
     )
     assert (
         "nodes with GPUs  NCCL 2.32.3, of its wheel: not in this build: NCCL headers were not found" in said

@@ -1,6 +1,4 @@
-"""MOECOMM_CHECK=1 in decode: every mode works under it, and a row that is damaged, left over or changed too
-late is named on every rank.
-"""
+"""MOECOMM_CHECK=1 in decode: all modes work, and a damaged, stale or modified row is named on every rank."""
 
 import itertools
 import threading
@@ -23,7 +21,7 @@ def check_mode(monkeypatch):
 
 
 def inputs(comm, to):
-    """A buffer, and every token of every rank for two experts of rank `to`."""
+    """Make a buffer, and inputs in which every token of every rank picks two experts of rank `to`."""
     buf = moecomm.Buffer(
         comm,
         hidden=HIDDEN,
@@ -41,8 +39,8 @@ def inputs(comm, to):
     )
 
 
-def everybody_raises(main):
-    """main(comm) on every rank, then steps until each knows: the CorruptRow of each, by rank."""
+def all_ranks_raise(main):
+    """Run main(comm) on all ranks, then steps until all ranks raise; return the CorruptRow of each rank."""
 
     def one(comm):
         with pytest.raises(moecomm.CorruptRow) as raised:
@@ -64,14 +62,14 @@ def assert_named(errors, *, source, destination, token, phase, op):
             destination,
             token,
         ), f"{rank}: {e}"
-        assert f"source rank {source}, token {token}, destined for rank {destination}" in str(e)
+        assert f"source rank {source}, token {token}, for rank {destination}" in str(e)
     assert (errors[destination].op, errors[destination].phase) == (op, phase)
     assert errors[destination].expected != errors[destination].got
 
 
 @pytest.mark.parametrize("weights_travel", [False, True])
 def test_every_mode_works(weights_travel):
-    """Five ways to send by three ways to answer, on one buffer: places of one mode are used by the next."""
+    """Five ways to send and three ways to answer, on one buffer: the modes reuse the same positions."""
     modes = list(itertools.product(QUANTS, WIRES, [False, True]))
     worlds = [
         random_world(SIZE, [(r + i) % (TOKENS + 1) for r in range(SIZE)], HIDDEN, 4 * SIZE, 4, seed=i)
@@ -113,14 +111,14 @@ def test_a_copy_that_goes_wrong(quant, scale_layout, destination):
         tokens = TOKENS if comm.rank == 0 else 0
         if comm.rank == destination:
             copies = 2 if quant and scale_layout == "row" else 1  # a row, and its scales beside it
-            buf._decode.native.set_fault("copy", "damage", passes=5 * copies)
+            buf.backend.memory.decode.native.set_fault("copy", "damage", passes=5 * copies)
         buf.decode_dispatch(
             x[:tokens], ids[:tokens], quant=quant, scale_layout=scale_layout, return_hook=False
         )
         return buf, x, ids
 
     assert_named(
-        everybody_raises(main),
+        all_ranks_raise(main),
         source=0,
         destination=destination,
         token=2,
@@ -132,8 +130,9 @@ def test_a_copy_that_goes_wrong(quant, scale_layout, destination):
 @pytest.mark.parametrize("quant", [None, "fp8", "fp8_ue8m0"])
 @pytest.mark.parametrize("action", ["damage", "omit"])
 def test_a_wrong_message_between_nodes(quant, action):
-    """Rank 1's fourth message is damaged, or never leaves: in its place lies that of two steps before,
-    which was sound then.
+    """Rank 1's fourth message is damaged or missing.
+
+    A missing message leaves the message of two steps before in its place, which was valid then.
     """
 
     def main(comm):
@@ -141,30 +140,30 @@ def test_a_wrong_message_between_nodes(quant, action):
         for _ in range(2):
             buf.decode_dispatch(x, ids, quant=quant, return_hook=False)
         if comm.rank == 1:
-            buf._decode.native.set_fault("put", action, passes=3)
+            buf.backend.memory.decode.native.set_fault("put", action, passes=3)
         buf.decode_dispatch(x, ids, quant=quant, return_hook=False)
         return buf, x, ids
 
     assert_named(
-        everybody_raises(main), source=1, destination=3, token=3, phase="arrive", op="decode_dispatch"
+        all_ranks_raise(main), source=1, destination=3, token=3, phase="arrive", op="decode_dispatch"
     )
 
 
 def test_wrong_scales():
-    """Only the scales of rank 0's second row, where they are packed."""
+    """Only the scales of rank 0's second row are damaged, in the packed rows."""
 
     def main(comm):
         buf, x, ids, _ = inputs(comm, 1)
         tokens = TOKENS if comm.rank == 0 else 0
         if comm.rank == 1:
-            buf._decode.native.set_fault(
+            buf.backend.memory.decode.native.set_fault(
                 "copy", "damage", passes=2 * 2 + 1
             )  # row, scales, row, scales | row, scales
         buf.decode_dispatch(x[:tokens], ids[:tokens], return_hook=False)
         return buf, x, ids
 
     assert_named(
-        everybody_raises(main), source=0, destination=1, token=1, phase="arrive", op="decode_dispatch"
+        all_ranks_raise(main), source=0, destination=1, token=1, phase="arrive", op="decode_dispatch"
     )
 
 
@@ -172,7 +171,7 @@ def test_wrong_scales():
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("action", ["damage", "omit"])
 def test_a_wrong_answer_between_nodes(wire, weights_travel, action):
-    """Rank 3's answer to the third token of rank 0 is damaged, or never leaves and an older one lies in its place."""
+    """Rank 3's answer to the third token of rank 0 is damaged, or missing: then an older answer is in its place."""
 
     def main(comm):
         buf, x, ids, weights = inputs(comm, 3)
@@ -190,7 +189,9 @@ def test_a_wrong_answer_between_nodes(wire, weights_travel, action):
             for e, n in enumerate(recv.counts.tolist()):
                 recv.handle.rows[e, :n] = recv.x[e, :n]
             if strike and comm.rank == 3:  # one answer per token, or per pick
-                buf._decode.native.set_fault("put", action, passes=2 if weights_travel else 2 * 2)
+                buf.backend.memory.decode.native.set_fault(
+                    "put", action, passes=2 if weights_travel else 2 * 2
+                )
             buf.decode_combine(
                 recv.handle.rows,
                 ids,
@@ -203,12 +204,12 @@ def test_a_wrong_answer_between_nodes(wire, weights_travel, action):
         step(0), step(1), step(2, strike=True)
         return buf, x, ids
 
-    assert_named(everybody_raises(main), source=3, destination=0, token=2, phase="sum", op="decode_combine")
+    assert_named(all_ranks_raise(main), source=3, destination=0, token=2, phase="sum", op="decode_combine")
 
 
 @pytest.mark.parametrize("staged", [False, True])
 def test_rows_that_change_while_they_are_being_summed(staged):
-    """Rank 1's rows change behind its combine's send: rank 0, which reads them in place, finds the row."""
+    """Rank 1's rows change after its combine has sent: rank 0, which reads them in place, detects the row."""
     answered, changed = threading.Event(), threading.Event()
 
     def main(comm):
@@ -227,4 +228,4 @@ def test_rows_that_change_while_they_are_being_summed(staged):
         answered.set()
         return buf, x, ids
 
-    assert_named(everybody_raises(main), source=1, destination=0, token=3, phase="sum", op="decode_combine")
+    assert_named(all_ranks_raise(main), source=1, destination=0, token=3, phase="sum", op="decode_combine")

@@ -1,4 +1,4 @@
-"""The decode path over rank threads, against the oracle, bit for bit; order and lateness."""
+"""The decode path on rank threads, against the oracle, bit for bit; order and delays."""
 
 import time
 
@@ -16,7 +16,7 @@ GEOMETRIES = [(1, 1), (2, 1), (1, 3), (3, 2), (2, 4)]  # nodes x ranks per node
 
 
 def worlds_of(size, steps, hidden=64, top_k=4, dtype=torch.bfloat16, most=8, seed=0):
-    """Random worlds with changing numbers of tokens, 0 to most."""
+    """Make random worlds with changing numbers of tokens, from 0 to the maximum."""
     top_k = min(top_k, 4 * size)
     return [
         random_world(
@@ -81,7 +81,7 @@ def test_rows_of_every_kind(hidden, top_k, dtype):
 @pytest.mark.parametrize("scale_layout", ["row", "column"])
 @pytest.mark.parametrize("scheme", ["fp8", "fp8_ue8m0"])
 def test_quantized_on_the_way_out(scheme, scale_layout):
-    size, hidden = 4, 720  # six tiles, the last one short
+    size, hidden = 4, 720  # six tiles, the last one partial
     worlds = worlds_of(size, 4, hidden)
 
     def main(comm):
@@ -161,8 +161,9 @@ def test_random_sequences(geometry, steps):
 
 @pytest.mark.parametrize("per_node,steps", [(2, 10_000), (4, 1000), (1, 1000)])
 def test_ten_thousand_steps(per_node, steps):
-    """Changing routing without a pause; every row says which step, source and token it is, and carries a
-    checksum of that.
+    """The routing changes in every step.
+
+    Every row contains its step, source and token, and their checksum.
     """
     size, most, top_k, routings = 4, 3, 3, 97
     rng = np.random.default_rng(per_node)
@@ -173,7 +174,7 @@ def test_ten_thousand_steps(per_node, steps):
     ]
 
     def labels(step, source, token):
-        """[.., 4] int64: one row of 32 bytes."""
+        """Return labels, [.., 4] int64: one row of 32 bytes."""
         step, source, token = np.broadcast_arrays(step, source, token)
         return np.stack(
             [
@@ -225,7 +226,7 @@ def test_ten_thousand_steps(per_node, steps):
                 )
                 rows[e, : len(token)] = small[(step + 7 * source + 3 * token + 5 * (2 * r + e)) % 61, None]
             if step % 5 == 4:
-                continue  # no combine: epochs lose their evenness
+                continue  # no combine: the two directions differ in their epochs
             sums[:] = -1
             _, hook = buf.decode_combine(recv.handle.rows, ids[i], ones[:n], recv.handle, out=y[:n])
             hook()
@@ -238,7 +239,7 @@ def test_ten_thousand_steps(per_node, steps):
 
 @pytest.mark.parametrize("late", [0, 3])
 def test_a_rank_is_late(late):
-    """By 100 ms, at every phase in turn: the others wait, and nothing is lost or mixed up."""
+    """A delay of 100 ms in each phase: the others wait, and no rows are lost or mixed up."""
     worlds = worlds_of(4, 5)
 
     def main(comm):
@@ -262,7 +263,7 @@ def test_a_rank_is_late(late):
 
 
 def test_a_fast_rank_never_runs_over_a_slow_one():
-    """Dispatches alone, at random speeds: what a slow rank reads two epochs later is still what was sent to it."""
+    """Only dispatches, at random speeds: a slow rank still reads the right rows two epochs later."""
     worlds = worlds_of(4, 12)
 
     def main(comm):
@@ -280,7 +281,7 @@ def test_a_fast_rank_never_runs_over_a_slow_one():
 
 
 def test_a_step_allocates_nothing_and_decides_nothing():
-    """Outputs are the same memory every second step whatever the routing; the buffer reserves what its hint says."""
+    """Outputs use the same memory every second step for any routing; the buffer reserves as much as its hint."""
     worlds = worlds_of(4, 8)
 
     def main(comm):
@@ -309,7 +310,7 @@ def test_a_step_allocates_nothing_and_decides_nothing():
 
 
 def test_counters_count():
-    """Messages once per token and rank, answers once per pick, or per token and rank where weights travel."""
+    """Messages: one per token and rank. Answers: one per pick, or with weights one per token and rank."""
     size, per_node = 4, 2
     world = random_world(size, 8, 64, 4 * size, 6, seed=1)
     header, row = 64, 128
@@ -355,9 +356,7 @@ def test_counters_count():
 
 
 def test_memory_follows_ranks_tokens_and_row_bytes():
-    """What other ranks' messages take is proportional to ranks * max_tokens * row bytes; 320 ranks are a
-    matter of arithmetic.
-    """
+    """The memory for other ranks' messages is proportional to ranks * max_tokens * row bytes, up to 320 ranks."""
     from moecomm._native import core
 
     def region(size, tokens, hidden):
@@ -386,7 +385,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def test_results_do_not_depend_on_the_fast_path(monkeypatch):
-    """Tensors that DLPack's table does not read (here: a subclass) take the long way to the same bits."""
+    """Tensors that DLPack's table cannot read (here: a subclass) use the slow path, with the same bits."""
 
     class Plain(torch.Tensor):
         pass

@@ -1,4 +1,4 @@
-"""What decode's verbs are given by other libraries and under torch's modes."""
+"""Inputs of the decode verbs from other libraries, and under torch's modes."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ SHAPE = dict(hidden=64, num_experts=4, top_k=2, max_tokens=5, dtype=torch.float3
 
 
 def step(buf, x, ids, weights, out=None):
-    """(received rows, counts, y) of one step whose experts double."""
+    """Return (received rows, counts, y) of one step whose experts multiply by two."""
     received, _ = buf.decode_dispatch(x, ids, quant=None, return_hook=False)
     rows = received.handle.rows.copy_(received.x * 2)
     y, _ = buf.decode_combine(rows, ids, weights, received.handle, return_hook=False, out=out)
@@ -103,7 +103,7 @@ def test_the_result_has_memory_of_its_own(in_place):
     rows = received.handle.rows if in_place else received.handle.rows.clone()
     for out, said in [
         (rows[1, :5], "out shares memory with rows"),
-        (np.broadcast_to(np.float32(0), (5, 64)), "out is an array that may not be written to"),
+        (np.broadcast_to(np.float32(0), (5, 64)), "out is a read-only array"),
     ]:
         with pytest.raises(moecomm.InvalidArgument, match=f"decode_combine on rank 0: {said}"):
             buf.decode_combine(rows, ids, weights, received.handle, out=out)
@@ -118,7 +118,7 @@ def test_the_result_has_memory_of_its_own(in_place):
 
 @pytest.mark.parametrize("with_out", [True, False])
 def test_gradients_are_refused(with_out):
-    """The decode path has no backward: what requires a gradient is named by its rank, and the peers are told."""
+    """The decode path has no backward. An input that requires a gradient is named, and the peers get an error."""
     xs, ids, weights = random_world(2, 5, 64, 4, 2, dtype=torch.float32, seed=7)
 
     def main(comm):
@@ -134,8 +134,9 @@ def test_gradients_are_refused(with_out):
             with pytest.raises(moecomm.InvalidArgument) as error:
                 call(*args, **options)
             if r == 0:
-                assert f"{name} requires a gradient, which {op} cannot carry; pass {name}.detach()" in str(
-                    error.value
+                assert (
+                    f"{name} requires a gradient, but {op} is not differentiable; pass {name}.detach()"
+                    in str(error.value)
                 )
                 assert "dispatch and combine" in str(error.value)
             else:
@@ -165,7 +166,7 @@ def test_gradients_are_refused(with_out):
                 out=out,
             )
 
-        for _ in range(2):  # the window has left the graph, on both parities
+        for _ in range(2):  # the window is free of the graph, in both parities
             assert_same(step(buf, xs[r], ids[r], weights[r], out)[2], want, "y")
         with torch.no_grad():
             y = step(buf, wanting(xs[r]), ids[r], wanting(weights[r]), out)[2]
@@ -175,7 +176,7 @@ def test_gradients_are_refused(with_out):
 
 
 def test_gradients_are_refused_with_a_placement():
-    """Before replicas are chosen: the monitor does not count a batch that was refused."""
+    """The refusal comes before replicas are chosen: the monitor does not count a refused batch."""
     (x,), (ids,), _ = random_world(1, 5, 64, 4, 2, dtype=torch.float32, seed=8)
     placement = moecomm.balance.rebalance(
         torch.ones(1, 4), num_replicas=4, num_groups=1, num_nodes=1, num_ranks=1

@@ -1,9 +1,10 @@
-"""The decode path where something is wrong: bad arguments, ranks that disagree, ranks that die."""
+"""Errors of the decode path: invalid arguments, ranks that disagree, ranks that die."""
 
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def test_misuse_is_refused_and_the_buffer_stays_good():
             refused(match, lambda: call(recv))
             refused(
                 "combined already", lambda: buf.decode_combine(recv.handle.rows, ids, weights, recv.handle)
-            )  # a refusal is the step's end
+            )  # a refusal ends the step
 
         recv, hook = buf.decode_dispatch(xs, ids, quant=None)
         refused("has not been received", lambda: buf.decode_combine(recv.x, ids, weights, recv.handle))
@@ -127,16 +128,18 @@ def test_ranks_that_disagree_learn_it_together(per_node):
 @pytest.mark.parametrize("per_node", [4, 2])
 def test_a_rank_thread_leaves_between_send_and_receive(per_node):
     world = random_world(4, 4, 64, 16, 3, seed=4, masked=0)
-    seen = {}
+    seen, received = {}, threading.Barrier(4)
 
     def main(comm):
         buf = make_buffer(comm, world)
         xs, ids, weights = (part[comm.rank] for part in world)
         check_step(comm, buf, world)
         recv, hook = buf.decode_dispatch(xs, ids, quant=None)
+        if comm.rank != 1:
+            hook()
+        received.wait(60)  # a lost rank ends the calls of all others, those that wait for another rank too
         if comm.rank == 1:
             raise RuntimeError("leaves")
-        hook()  # what it sent is complete
         started = time.monotonic()
         try:
             buf.decode_combine(recv.x, ids, weights, recv.handle)[1]()
@@ -146,13 +149,13 @@ def test_a_rank_thread_leaves_between_send_and_receive(per_node):
             found = None, None, 0
         with pytest.raises(moecomm.PeerLost):  # it stays broken
             buf.decode_dispatch(xs, ids, quant=None, return_hook=False)
-        seen[comm.rank] = found  # last: a rank that failed above is missing below
+        seen[comm.rank] = found  # written last: a failed rank is missing below
 
     with pytest.raises(RuntimeError, match="leaves"):
         moecomm.run_local(main, 4, ranks_per_node=per_node, timeout=20)
     assert sorted(seen) == [0, 2, 3]
     for kind, op, seconds in seen.values():
-        assert kind is moecomm.PeerLost and op == "decode_combine" and seconds < 15  # of a timeout of 20
+        assert kind is moecomm.PeerLost and op == "decode_combine" and seconds < 15  # with a timeout of 20
 
 
 VICTIM = """

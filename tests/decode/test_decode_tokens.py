@@ -1,4 +1,4 @@
-"""decode_max_tokens: the decode path's memory has a size of its own, in every world."""
+"""decode_max_tokens: a separate size for the decode path's memory, in every world."""
 
 import pytest
 from decode_steps import check_step
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("either_world")
 
 
 def make(comm, **more):
-    """A buffer for many tokens, of which few are decoded."""
+    """Make a buffer for many tokens, of which decode uses few."""
     options = dict(
         hidden=HIDDEN,
         num_experts=2 * comm.size,

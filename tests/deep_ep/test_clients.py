@@ -1,18 +1,17 @@
-"""Clients of deep_ep over moecomm's drop-in, unchanged: results and all gradients equal those of a single process.
+"""Clients of deep_ep on moecomm's drop-in, unmodified: results and all gradients equal those of a single process.
 
-They have an environment of their own (`make clients`), so that they are not a dependency of all other tests.
+They have a separate environment (`make clients`), so that the other tests do not depend on them.
 """
 
-import os
-import re
+import json
 import subprocess
-from pathlib import Path
+import sys
 
 import pytest
+from clients import ROOT, assert_client, run_clients
 
-ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-clients" / "bin" / "python"
-# Largest difference allowed: probabilities travel in float32.
+# Largest allowed difference: probabilities are sent as float32.
 CLIENTS = {"megatron_deepep": 5e-6, "megatron_hybridep": 5e-6, "megatron_layer": 1e-5, "torchtitan_v2": 2e-5}
 
 
@@ -23,32 +22,28 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
-    """({(client, ranks): largest difference}, all that was told) of one process, whose imports take longer
-    than all else.
-    """
-    done = subprocess.run(
-        [
-            PYTHON,
-            "-W",
-            "ignore",
-            ROOT / "tests" / "support" / "clients_worker.py",
-            tmp_path_factory.mktemp("clients"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-        env=dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1"),
-    )
-    return dict(re.findall(r"^(\w+ \d) (\S+)$", done.stdout, re.M)), done.stdout[-2000:] + done.stderr[-6000:]
+    """Return what run_clients does."""
+    return run_clients(PYTHON, "clients_worker.py", tmp_path_factory.mktemp("clients"))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("client", CLIENTS)
 def test_client(said, client, ranks):
-    """What the client computes over ranks, forward and backward, beside one process (of Megatron's layer:
-    its own dispatcher).
-    """
-    differences, all_of_it = said
-    assert differences.get(f"{client} {ranks}", "None") != "None", all_of_it
-    assert float(differences[f"{client} {ranks}"]) <= CLIENTS[client]
+    """The client on several ranks, forward and backward, agrees with one process or with Megatron's own dispatcher."""
+    assert_client(said, client, ranks, CLIENTS[client])
+
+
+def test_the_benchmark_of_clients(tmp_path):
+    """A small run: all dispatchers agree, and each row reports it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench", "clients", "--ranks", "2", "--tokens", "16", "--hidden", "32",
+         "--experts", "4", "--top-k", "2", "--iters", "1", "--json", str(tmp_path / "rows.jsonl")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    row = json.loads((tmp_path / "rows.jsonl").read_text())
+    assert set(row["ms"]) == {"alltoall", "allgather", "flex"} and max(row["difference"].values()) <= 1e-5

@@ -1,4 +1,4 @@
-"""docs/deep_ep.md: its table has every public name of the drop-in. tests/docs runs its code."""
+"""docs/deep_ep.md: its table has all public names of the drop-in. tests/docs runs its code."""
 
 import inspect
 import re
@@ -11,7 +11,7 @@ TEXT = (ROOT / "docs" / "deep_ep.md").read_text()
 
 
 def test_every_public_name_is_in_the_table():
-    """Names of the package, and methods and properties of its classes; and none that is not there."""
+    """The table has the names of the package, and the methods and properties of its classes, and no others."""
     first = " ".join(line.split("|")[1] for line in TEXT.splitlines() if line.startswith("| `"))
     named = {
         name for name in re.findall(r"`([\w.]+)`", first) if name not in ("fused_dispatch", "fused_combine")

@@ -1,6 +1,4 @@
-"""deep_ep's ElasticBuffer over moecomm: both layouts, with and without the host's knowledge, on threads and
-processes.
-"""
+"""deep_ep's ElasticBuffer on moecomm: both layouts, with and without counts on the host, on threads and processes."""
 
 import deep_ep_elastic
 import deep_ep_oracle
@@ -20,12 +18,12 @@ def test_rank_threads(size, nodes):
 
 
 def test_process_group(processes, tmp_path):
-    """The same over a torch ProcessGroup."""
+    """The same with a torch ProcessGroup."""
     deep_ep_oracle.run_processes(processes, tmp_path, 2, "check_elastic")
 
 
 def with_elastic(fn, size=1, **how):
-    """fn(ElasticBuffer, rank) on every rank."""
+    """Run fn(ElasticBuffer, rank) on all ranks."""
     how = {"num_bytes": 1, **how}
     return moecomm.run_local(lambda comm: fn(deep_ep.ElasticBuffer(comm, **how), comm.rank), size)
 
@@ -46,17 +44,19 @@ REFUSED = {
     "do_zero_padding is set": lambda: with_elastic(
         lambda b, r: b.dispatch(X, IDS, num_experts=2, do_zero_padding=True)
     ),
-    "previous_event is given without": lambda: with_elastic(
+    "expected allocate_on_comm_stream=True": lambda: with_elastic(
         lambda b, r: b.dispatch(X, IDS, num_experts=2, previous_event=b.capture())
     ),
-    "topk_idx is given with a handle": lambda: with_elastic(
+    "topk_idx is given; expected None": lambda: with_elastic(
         lambda b, r: b.dispatch(X, IDS, handle=b.dispatch(X, IDS, num_experts=2)[3])
     ),
-    "do_expand is True and": lambda: with_elastic(
+    "do_expand is True; expected": lambda: with_elastic(
         lambda b, r: b.dispatch(X, do_expand=True, handle=b.dispatch(X, IDS, num_experts=2)[3])
     ),
     "handle is a NoneType": lambda: with_elastic(lambda b, r: b.combine(X, None)),
-    "linked lists": lambda: with_elastic(lambda b, r: b.dispatch(X, IDS, num_experts=2)[3].recv_src_metadata),
+    "combine kernel": lambda: with_elastic(
+        lambda b, r: b.dispatch(X, IDS, num_experts=2)[3].recv_src_metadata
+    ),
     "engram_write": lambda: with_elastic(lambda b, r: b.engram_write()),
     "pp_send": lambda: with_elastic(lambda b, r: b.pp_send(1)),
     "all_gather": lambda: with_elastic(lambda b, r: b.all_gather()),
@@ -66,13 +66,13 @@ REFUSED = {
 
 @pytest.mark.parametrize("said", REFUSED)
 def test_refused(said):
-    """A typed error names the argument, what it is, and what was expected."""
+    """A typed error names the argument, its value, and the expectation."""
     with pytest.raises(moecomm.InvalidArgument, match=said):
         REFUSED[said]()
 
 
 def test_sizes_and_sms():
-    """Sizes of the shape without a call; multiprocessors even and positive, with links that nobody measured too."""
+    """Sizes from the shape without a call; multiprocessors are even and positive, also for unknown links."""
 
     def look(b, rank):
         assert (

@@ -1,6 +1,4 @@
-"""deep_ep's HybridEPBuffer over moecomm: dispatch and combine in token and in expert order, on threads and
-processes.
-"""
+"""deep_ep's HybridEPBuffer on moecomm: dispatch and combine by token and by expert, on threads and processes."""
 
 import deep_ep_hybrid
 import deep_ep_oracle
@@ -20,12 +18,12 @@ def test_rank_threads(size, nodes):
 
 
 def test_process_group(processes, tmp_path):
-    """The same over a torch ProcessGroup."""
+    """The same with a torch ProcessGroup."""
     deep_ep_oracle.run_processes(processes, tmp_path, 2, "check_hybrid")
 
 
 def with_hybrid(fn, size=1):
-    """fn(HybridEPBuffer, rank) on every rank."""
+    """Run fn(HybridEPBuffer, rank) on all ranks."""
     return moecomm.run_local(lambda comm: fn(deep_ep.HybridEPBuffer(comm, 64, 4, 2), comm.rank), size)
 
 
@@ -44,27 +42,29 @@ REFUSED = {
     "use_fp8 is set": lambda: with_hybrid(
         lambda b, r: b.dispatch_with_permute(hidden=X, routing_map=MAP, use_fp8=True)
     ),
-    "given with a handle": lambda: with_hybrid(
+    "because a handle is given": lambda: with_hybrid(
         lambda b, r: b.dispatch(X, routing_map=MAP, handle=b.dispatch(X, routing_map=MAP)[3])
     ),
     "from the other dispatch": lambda: with_hybrid(
         lambda b, r: b.combine_with_unpermute(hidden=X, handle=b.dispatch(X, routing_map=MAP)[3])
     ),
     "handle is a NoneType": lambda: with_hybrid(lambda b, r: b.combine(X)),
-    "only hybrid-ep's kernels": lambda: with_hybrid(lambda b, r: b.dispatch(X, routing_map=MAP)[3][0].shape),
+    "belongs to hybrid-ep's kernels": lambda: with_hybrid(
+        lambda b, r: b.dispatch(X, routing_map=MAP)[3][0].shape
+    ),
     "ids from 0 to 7": lambda: deep_ep.hybrid_ep_buffer.indices_to_map(torch.tensor([[0, 7]]), None, 1, 4),
 }
 
 
 @pytest.mark.parametrize("said", REFUSED)
 def test_refused(said):
-    """A typed error names the argument, what it is, and what was expected."""
+    """A typed error names the argument, its value, and the expectation."""
     with pytest.raises(moecomm.InvalidArgument, match=said):
         REFUSED[said]()
 
 
 def test_more_than_the_constructor_says():
-    """Tokens and rows grow the configuration, equally on all ranks."""
+    """More tokens and rows enlarge the configuration, equally on all ranks."""
 
     def grow(b, rank):
         assert b.dispatch(torch.zeros(5 + rank, 128), routing_map=torch.ones(5 + rank, 4).bool())[

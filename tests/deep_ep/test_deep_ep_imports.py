@@ -1,4 +1,4 @@
-"""The ways in which a program finds moecomm where it imports deep_ep."""
+"""All ways to make a program that imports deep_ep use moecomm."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ ours.install()
 
 
 def run(program, first_path=None):
-    """What the program prints."""
+    """Return the output of the program."""
     paths = [p for p in (first_path, os.getcwd(), os.environ.get("PYTHONPATH")) if p]
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -48,10 +48,8 @@ def run(program, first_path=None):
 
 
 def test_three_ways_in(capsys):
-    """install(), install(force=True) where another deep_ep is imported, and the folder that `python -m
-    moecomm deep-ep-path` names.
-    """
+    """install(), install(force=True) after another deep_ep, and the folder of `python -m moecomm deep-ep-path`."""
     said = run(REAL + CHECKS)
-    assert "deep_ep is imported already" in said and "imported" in said.splitlines()
+    assert "deep_ep has been imported already" in said and "imported" in said.splitlines()
     assert moecomm_main(["deep-ep-path"]) == 0
     assert capsys.readouterr().out.strip() == deep_ep.path() and "imported" in run(CHECKS, deep_ep.path())

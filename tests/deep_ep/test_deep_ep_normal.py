@@ -1,6 +1,4 @@
-"""deep_ep's Buffer over moecomm: results of the normal and the low-latency verbs, on rank threads and on
-processes, one node and two.
-"""
+"""deep_ep's Buffer on moecomm: the normal and low-latency verbs, on rank threads and processes, one node and two."""
 
 import deep_ep_oracle
 import pytest
@@ -12,7 +10,7 @@ from moecomm.integrations import deep_ep
 
 @pytest.mark.parametrize("size,nodes", [(1, 1), (2, 1), (4, 2), (4, 4)])
 def test_normal_mode_of_rank_threads(size, nodes):
-    """Layout, dispatch and combine equal the contract in one node, and over nodes."""
+    """Layout, dispatch and combine equal the contract in one node, and between nodes."""
     moecomm.run_local(
         lambda comm: deep_ep_oracle.check_normal(comm, comm.rank, size, nodes),
         size,
@@ -22,7 +20,7 @@ def test_normal_mode_of_rank_threads(size, nodes):
 
 @pytest.mark.parametrize("size,nodes", [(1, 1), (2, 1), (4, 2)])
 def test_low_latency_of_rank_threads(size, nodes):
-    """Every format, hooks, zero copy, counters and masks."""
+    """All formats, hooks, zero copy, counters and masks."""
     moecomm.run_local(
         lambda comm: deep_ep_oracle.check_low_latency(comm, comm.rank, size),
         size,
@@ -32,12 +30,12 @@ def test_low_latency_of_rank_threads(size, nodes):
 
 @pytest.mark.parametrize("size,check", [(2, "check_normal"), (4, "check_normal"), (2, "check_low_latency")])
 def test_process_groups(processes, tmp_path, size, check):
-    """The same over a torch ProcessGroup, by way of install()."""
+    """The same with a torch ProcessGroup, after install()."""
     deep_ep_oracle.run_processes(processes, tmp_path, size, check)
 
 
 def test_results_may_live_for_ever():
-    """More results are held than any arena had room for at first: none is refused, and none changes."""
+    """More results are held than the first arena can contain: none is refused, and none changes."""
 
     def hold(comm):
         buffer = deep_ep.Buffer(comm)
@@ -61,14 +59,14 @@ def test_results_may_live_for_ever():
 
 
 def test_a_refusal_reaches_the_peers():
-    """One rank's wrong argument is an error on every rank in that very call, and the next call is right."""
+    """One rank's invalid argument is an error on all ranks in that call, and the next call is correct."""
 
     def refuse(comm):
         buffer = deep_ep.Buffer(comm)
         x, ids = torch.full((4, 64), float(comm.rank + 1)).bfloat16(), torch.arange(2).repeat(4, 1)
         bad = ids + 9 if comm.rank == 1 else ids
         per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, 2)
-        with pytest.raises(moecomm.InvalidArgument, match="topk_idx holds ids from 9 to 10"):
+        with pytest.raises(moecomm.InvalidArgument, match="topk_idx contains ids from 9 to 10"):
             buffer.dispatch(x, None, per_rank, None, in_rank, per_expert, bad, torch.ones(4, 2))
         with pytest.raises(moecomm.ConfigMismatch, match="num_worst_tokens is"):
             buffer.dispatch(

@@ -21,7 +21,7 @@ REFUSED = {
     "enable_shrink=False": lambda: with_buffer(
         lambda b: b.low_latency_clean_mask_buffer(), low_latency_mode=True
     ),
-    "cannot be masked": lambda: with_buffer(
+    "there was no low_latency_dispatch": lambda: with_buffer(
         lambda b: b.low_latency_update_mask_buffer(0, True), enable_shrink=True
     ),
     "use_nvfp4 is given": lambda: with_buffer(
@@ -47,12 +47,12 @@ REFUSED = {
         ),
         low_latency_mode=True,
     ),
-    "x has 5 tokens": lambda: with_buffer(
+    "expected an int of at least 5": lambda: with_buffer(
         lambda b: b.low_latency_dispatch(torch.zeros(5, 64).bfloat16(), torch.zeros(5, 1).long(), 4, 4),
         low_latency_mode=True,
     ),
     "num_tokens_per_rank is None": lambda: with_buffer(lambda b: b.dispatch(torch.zeros(1, 8))),
-    "not the layout of topk_idx": lambda: with_buffer(
+    "does not match topk_idx": lambda: with_buffer(
         lambda b: b.dispatch(
             torch.zeros(1, 8),
             None,
@@ -75,7 +75,7 @@ REFUSED = {
     "previous_event is a int": lambda: with_buffer(
         lambda b: b.get_dispatch_layout(torch.zeros(1, 1).long(), 4, previous_event=3)
     ),
-    "got retries": lambda: deep_ep.configure(retries=3),
+    "no option retries": lambda: deep_ep.configure(retries=3),
     "expected a plain torch.Tensor": lambda: with_buffer(
         lambda b: b.get_dispatch_layout(torch.zeros(1, 1).long().as_subclass(Own), 4)
     ),
@@ -83,18 +83,18 @@ REFUSED = {
 
 
 class Own(torch.Tensor):
-    """A subclass of Tensor, whose memory may be anything."""
+    """A subclass of Tensor, which may have no memory."""
 
 
 @pytest.mark.parametrize("said", REFUSED)
 def test_refused(said):
-    """A typed error names the argument, what it is, and what was expected."""
+    """A typed error names the argument, its value, and the expectation."""
     with pytest.raises(moecomm.InvalidArgument, match=said):
         REFUSED[said]()
 
 
 def test_an_opaque_handle_says_so():
-    """deep_ep's tuples of kernel tensors are not made up."""
+    """deep_ep's tuples of kernel tensors are not emulated."""
 
     def look(buffer):
         out = buffer.dispatch(

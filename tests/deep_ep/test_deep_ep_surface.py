@@ -1,4 +1,4 @@
-"""deep_ep's names, arguments and defaults, in order; the three ways to import them; and what is refused, by name."""
+"""deep_ep's names, arguments and defaults, in order; the three ways to import them; and refused arguments."""
 
 import inspect
 
@@ -17,7 +17,7 @@ V2_EVENTS = [
     ("async_with_compute_stream", False),
     ("allocate_on_comm_stream", False),
 ]
-# Every verb: (argument, default) in deep_ep's order; those of its forks are keyword-only and stand behind.
+# All verbs: (argument, default) in deep_ep's order. Arguments of its forks are keyword-only and come last.
 VERBS = {
     "Config": [
         ("num_sms", 20),
@@ -237,14 +237,14 @@ VERBS = {
 
 
 def find(name):
-    """The object with a dotted name."""
+    """Return the object with a dotted name."""
     found = deep_ep
     for part in name.split("."):
         found = getattr(found, part)
     return found
 
 
-KEYWORDS = {  # of verbs that take nothing else
+KEYWORDS = {  # keywords of verbs without other arguments
     "HybridEPBuffer.dispatch_with_permute": {
         "hidden": REQUIRED,
         "topk_idx": NONE,
@@ -293,7 +293,7 @@ KEYWORDS = {  # of verbs that take nothing else
 
 @pytest.mark.parametrize("name", VERBS)
 def test_arguments(name):
-    """Names, order and defaults are deep_ep's; what is added is keyword-only; nothing else is taken."""
+    """Names, order and defaults equal deep_ep's; additions are keyword-only; other keywords are refused."""
     parameters = [p for p in inspect.signature(find(name)).parameters.values() if p.name != "self"]
     assert [(p.name, p.default) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == VERBS[name]
     assert {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} == KEYWORDS.get(name, {})
@@ -301,7 +301,7 @@ def test_arguments(name):
 
 
 def test_unknown_keywords_are_errors():
-    """A misspelt keyword is no silent default."""
+    """A misspelt keyword is an error."""
     with pytest.raises(TypeError, match="num_mxa"):
         deep_ep.Config(num_mxa_nvl_chunked_send_tokens=3)
     with pytest.raises(TypeError, match="num_nvl_peers"):
@@ -309,7 +309,7 @@ def test_unknown_keywords_are_errors():
 
 
 def test_attributes():
-    """What callers read of a Buffer; statics that callers may replace."""
+    """Attributes that callers read of a Buffer; statics that callers may replace."""
 
     def look(buffer):
         assert (
@@ -340,11 +340,11 @@ def test_attributes():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deep_ep.Buffer, "get_dispatch_config", staticmethod(lambda ranks: "mine"))
         with pytest.raises(moecomm.InvalidArgument, match="config is a str"):
-            with_buffer(lambda b: b.dispatch(torch.zeros(1, 8), handle=1))
+            with_buffer(lambda b: b.dispatch(torch.zeros(1, 8)))
 
 
 def test_events():
-    """None when synchronous; usable as `with`, also in the call form; hooks run once, behind a wait."""
+    """None when synchronous; usable as `with`, also in the call form; hooks run once, after a wait."""
     ran = []
     event = deep_ep.EventOverlap(deep_ep.EventHandle(), (torch.ones(1),))
     event.register_hook_after_wait(lambda: ran.append(1))
@@ -359,7 +359,7 @@ def test_events():
 
 
 def test_size_hints():
-    """Bytes, on one node and over several, that grow with the shape."""
+    """Size hints in bytes, on one node and several, which grow with the shape."""
     config = deep_ep.Config(num_sms=24, num_max_nvl_chunked_recv_tokens=512)
     assert config.get_nvl_buffer_size_hint(14336, 8) > config.get_nvl_buffer_size_hint(7168, 8) > 0
     assert config.get_rdma_buffer_size_hint(14336, 8) == 0 < config.get_rdma_buffer_size_hint(14336, 16)

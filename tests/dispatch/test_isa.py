@@ -1,6 +1,6 @@
-"""Every build of the row kernels end to end: worlds equal to the oracle, and the same bits from all builds.
+"""All builds of the row kernels, end to end: worlds equal the oracle, and all builds give the same bits.
 
-MOECOMM_ISA=avx2 python tests/dispatch/test_isa.py      one build: its name, and a digest of everything that came out
+`MOECOMM_ISA=avx2 python tests/dispatch/test_isa.py` runs one build; prints its name and a digest of all results.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ import moecomm
 from moecomm._native import core
 
 ROOT = Path(__file__).parents[2]
-# Tokens and widths that fill vectors, leave rests, and have tiles that are not full.
+# Tokens and widths with full vectors, remainders, and partial tiles.
 TOKENS, WIDTHS = [7, 0, 12, 3], [16, 144, 1040]
 
 
 def cases():
-    """Every dtype and layout; every code and wire; random ones."""
+    """All dtypes and layouts; all codes and wire formats; random cases."""
     for dtype, layout, hidden in itertools.product(DTYPES, ["expert", "rank"], WIDTHS):
         yield Case(
             ranks_per_node=2,
@@ -55,7 +55,7 @@ def cases():
 
 
 def decode(comm, hidden, dtype):
-    """What decode steps of every coding put out."""
+    """Return the results of decode steps with every encoding."""
     worlds = [random_world(4, [5, 0, 8, 2], hidden, 16, 4, dtype, seed=seed) for seed in range(6)]
     buf = moecomm.Buffer(
         comm,
@@ -69,7 +69,7 @@ def decode(comm, hidden, dtype):
     )
     for i, world in enumerate(worlds):
         if i == 3:
-            buf._decode.native.set_stream_threshold(0)  # stores past the caches from here on
+            buf.backend.memory.decode.native.set_stream_threshold(0)  # use streaming stores for all sizes
         yield check_step(
             comm,
             buf,
@@ -81,7 +81,7 @@ def decode(comm, hidden, dtype):
 
 
 def everything(comm):
-    """The bits of all of it on one rank."""
+    """Return the bits of all results on one rank."""
     out = []
     for case in cases():
         out += check_case(comm, case)
@@ -91,7 +91,7 @@ def everything(comm):
 
 
 def digest():
-    """Of all ranks' bits, NaN and all."""
+    """Return a digest of all ranks' bits, including NaN."""
     found = hashlib.sha256()
     for rank in moecomm.run_local(everything, 4, ranks_per_node=2, timeout=60):
         for t in rank:
@@ -106,7 +106,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def builds():
-    """{name: (what it said, how it ended)} of every build, one process each."""
+    """Run each build in a process; return {name: (output, exit status)}."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")])
     running = {
         isa: subprocess.Popen(

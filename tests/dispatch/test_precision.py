@@ -1,4 +1,4 @@
-"""The emulated tensor core against exact arithmetic, and the commands behind docs/precision.md."""
+"""The emulated tensor core compared with exact arithmetic, and the commands of docs/precision.md."""
 
 import argparse
 import importlib.util
@@ -25,7 +25,7 @@ def example():
 
 
 def cut(x, bits, largest):
-    """x towards zero to the unit of a sum of BITS bits whose largest magnitude is `largest`, as rationals."""
+    """Truncate x to the unit of a sum with BITS bits and largest magnitude `largest`, as rationals."""
     exponent = 0
     while Fraction(2) ** exponent > largest:
         exponent -= 1
@@ -36,7 +36,7 @@ def cut(x, bits, largest):
 
 
 def test_short_add_is_what_it_says(example):
-    """Every term cut to 14 bits at the largest exponent, added exactly, the sum cut again."""
+    """Each term is truncated to 14 bits at the largest exponent, the sum is exact, and is truncated again."""
     products = example.matrices("normal", 64, 128, torch.Generator().manual_seed(3))
     products = (products[:8, None] * products[None, 8:16])[..., :32].contiguous()
     total = torch.randn((8, 8), generator=torch.Generator().manual_seed(4)) * 2.0 ** torch.arange(-8, 24, 4)
@@ -50,7 +50,7 @@ def test_short_add_is_what_it_says(example):
 
 
 def test_products_may_be_aligned_apart(example):
-    """Products cut to 14 bits at the largest of them, their sum and the total cut at the larger of the two."""
+    """Products are truncated to 14 bits at the largest one; their sum and the total at the larger of the two."""
     products = example.matrices("normal", 64, 128, torch.Generator().manual_seed(5))
     products = (products[:8, None] * products[None, 8:16])[..., :32].contiguous()
     total = torch.randn((8, 8), generator=torch.Generator().manual_seed(6)) * 2.0 ** torch.arange(-8, 24, 4)
@@ -69,7 +69,7 @@ def test_products_may_be_aligned_apart(example):
 
 
 def test_the_register_may_be_cut_alone(example):
-    """The sum of the products added to the register without loss, the result cut to 14 bits."""
+    """The sum of the products is added to the register exactly, and the result is truncated to 14 bits."""
     products = example.matrices("normal", 64, 128, torch.Generator().manual_seed(7))
     products = (products[:8, None] * products[None, 8:16])[..., :32].contiguous()
     total = torch.randn((8, 8), generator=torch.Generator().manual_seed(8)) * 2.0 ** torch.arange(-8, 24, 4)
@@ -96,7 +96,7 @@ def test_promotion_stops_the_error_from_growing(example):
 
 
 def test_commands(capsys, tmp_path):
-    """Both tables print, and no result of the microbenchmark differs from torch's."""
+    """Both tables are printed, and all results of the microbenchmark equal torch's."""
     import numpy as np
 
     np.save(tmp_path / "table.npy", np.random.default_rng(0).standard_normal((1100, 384), dtype=np.float32))

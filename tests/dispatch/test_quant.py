@@ -1,4 +1,4 @@
-"""moecomm.quant against its torch oracle, bit for bit, in every build of the row kernels."""
+"""moecomm.quant compared with its torch oracle, bit for bit, in every build of the row kernels."""
 
 import math
 
@@ -27,7 +27,7 @@ def isa(request, monkeypatch):
 
 
 def tensor(shape, dtype, seed, special=True):
-    """Random values over many magnitudes; rows of zeros, subnormals, infinities and NaN among them."""
+    """Make random values of many magnitudes, with rows of zeros, subnormals, infinities and NaN."""
     g = torch.Generator().manual_seed(seed)
     spread = 5 if dtype == torch.float16 else 40
     x = torch.randn(shape, generator=g) * torch.exp2(spread * (torch.rand(shape, generator=g) - 0.5))
@@ -40,7 +40,7 @@ def tensor(shape, dtype, seed, special=True):
 
 
 def assert_equal(got, want, what=""):
-    """Equal bits; any NaN equals any other."""
+    """Compare bits; any NaN equals any other."""
     assert got.shape == want.shape and got.dtype == want.dtype, (
         f"{what}: {got.dtype} {tuple(got.shape)}, expected {want.dtype} {tuple(want.shape)}"
     )
@@ -115,10 +115,8 @@ def test_wire_rows_equal_the_oracle(dtype):
         )
 
 
-def test_every_code_and_its_neighbours():
-    """All 256 codes, the midpoints between them, and the floats beside those: torch's cast where it does
-    not overflow.
-    """
+def test_every_code_and_its_neighbors():
+    """All 256 codes, the midpoints between them, and their neighbors equal torch's cast where it does not overflow."""
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     numbers = codes.float()[~codes.float().isnan()].sort().values
     middle = (numbers[1:] + numbers[:-1]) / 2
@@ -129,7 +127,7 @@ def test_every_code_and_its_neighbours():
             *(torch.nextafter(middle, torch.full_like(middle, to)) for to in (-math.inf, math.inf)),
         ]
     )
-    # A 448 in the tile makes its scale exactly 1.
+    # A 448 in the tile sets its scale to exactly 1.
     rows = torch.cat([torch.full((len(x), 1), 448.0), x[:, None], torch.zeros((len(x), 14))], 1)
     got, scales = quant.quantize(rows)
     assert (scales == 1).all()
@@ -138,7 +136,7 @@ def test_every_code_and_its_neighbours():
 
 
 def test_values_that_are_not_finite_stay_alone():
-    """NaN and infinity become NaN, with every code and scale of the others as if they were zero."""
+    """NaN and infinity become NaN; codes and scales of the other values are as if they were zero."""
     x = torch.linspace(-3, 5, 256).view(1, -1)
     bad = x.clone()
     bad[0, [3, 70, 200]] = torch.tensor([math.nan, math.inf, -math.inf])
@@ -160,7 +158,7 @@ def test_zero_and_subnormal_rows():
     codes, scales = quant.quantize(x)
     assert (scales == 2.0**-126).all() and (codes[0].float() == 0).all()
     assert_equal(quant.dequantize(codes, scales), oracle.dequantize(*oracle.quantize(x)))
-    # Half the smallest code times the smallest scale, or half a unit of three bits of mantissa.
+    # Half the smallest code times the smallest scale, or half a unit of three mantissa bits.
     assert (
         (quant.dequantize(codes, scales) - x).abs() <= torch.maximum(torch.tensor(2.0**-136), x.abs() / 16)
     ).all()
@@ -168,7 +166,7 @@ def test_zero_and_subnormal_rows():
 
 
 def test_scales_at_the_ends_of_the_range():
-    most = 0.96 * torch.finfo(torch.float32).max  # what rounds to 2**128 overflows
+    most = 0.96 * torch.finfo(torch.float32).max  # values that round to 2**128 overflow
     x = torch.tensor([[most, -most] + 14 * [1.0], [448.0, 1.0] + 14 * [0.5], [449.0, 2.0] + 14 * [0.25]])
     for scale in ("f32", "ue8m0"):
         codes, scales = quant.quantize(x, scale=scale)
@@ -184,7 +182,7 @@ def test_scales_at_the_ends_of_the_range():
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 40), st.sampled_from(DTYPES), st.integers(0, 2**31), st.data())
 def test_any_bits(rows, sixteenths, dtype, seed, data):
-    """Random bit patterns, any magnitudes; every kernel against the oracle."""
+    """Random bit patterns of any magnitude; every kernel is compared with the oracle."""
     columns = 16 * sixteenths - data.draw(st.integers(0, 15))
     g = torch.Generator().manual_seed(seed)
     width = torch.int16 if dtype.itemsize == 2 else torch.int32
@@ -209,7 +207,7 @@ def test_any_bits(rows, sixteenths, dtype, seed, data):
 
 
 def test_logfmt10_picks_the_nearest_level_in_linear_space():
-    """Against float64 and brute force over all 511 levels of a tile, except where two levels are equally near."""
+    """Compared with brute force in float64 over all 511 levels of a tile, except for ties."""
     x = tensor((8, 128), torch.float32, 5, special=False)
     _, low, step = oracle.encode_logfmt10(x)
     got = quant.decode_wire(quant.encode_wire(x, "logfmt10"), 128, "logfmt10").double()
@@ -230,7 +228,7 @@ def test_logfmt10_polynomials():
 
 
 def test_logfmt10_rounding_is_unbiased():
-    """The mean error over uniformly distributed values is far below the step; rounding the logarithm is not."""
+    """The mean error over uniform values is far below the step; rounding the logarithm would be biased."""
     x = torch.rand((64, 128), generator=torch.Generator().manual_seed(1), dtype=torch.float32) + 0.02
     error = quant.decode_wire(quant.encode_wire(x, "logfmt10"), 128, "logfmt10").double() - x.double()
     assert abs(error.mean()) < 4 * error.std() / math.sqrt(x.numel())
@@ -285,7 +283,7 @@ def test_gradients_are_refused(op):
     wanting = [*args[:-1], args[-1].clone().requires_grad_()]
     with pytest.raises(
         moecomm.InvalidArgument,
-        match=rf"^{op}: {name} requires a gradient, which {op} cannot carry; pass {name}\.detach\(\)",
+        match=rf"^{op}: {name} requires a gradient, but {op} is not differentiable; pass {name}\.detach\(\)",
     ):
         call(*wanting)
     with torch.no_grad():

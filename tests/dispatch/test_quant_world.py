@@ -1,4 +1,4 @@
-"""FP8 rows in dispatch and coded rows in combine, over rank threads, against the oracle, bit for bit."""
+"""FP8 rows in dispatch and coded rows in combine, on rank threads, against the oracle, bit for bit."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ PER_RANK, TOP_K = 3, 4
 
 
 def quantized(x, scheme):
-    """(codes, scales) by the oracle, scales packed as they travel."""
+    """Return (codes, scales) of the oracle, with scales packed as in a message."""
     codes, scales = oracle.quantize(x, scale="ue8m0" if scheme == "fp8_ue8m0" else "f32")
     return codes, quant.pack_ue8m0(scales) if scheme == "fp8_ue8m0" else scales
 
@@ -56,7 +56,7 @@ def check_dispatch(
     alignment=1,
     channels=None,
 ):
-    """Fused quantization delivers what the oracle delivers of rows that it quantized beforehand."""
+    """Fused quantization gives the oracle's result for rows quantized before the call."""
     xs, ids, weights = world
     coded = [quantized(x, scheme) for x in xs]
     want = reference.dispatch(
@@ -90,7 +90,7 @@ def check_dispatch(
                     and out.scales.data_ptr() % 16 == 0
                 )
             stats.append(buf.stats())
-        # Rows that come quantized arrive the same.
+        # Rows quantized before the call arrive equal.
         out = buf.dispatch(
             coded[r],
             ids[r],
@@ -146,7 +146,7 @@ def test_dtypes_and_widths(dtype, hidden):
 
 
 def test_fp8_halves_the_bytes():
-    """Rail and node bytes of dispatch, exactly: a code per element and four bytes per 128, against two per element."""
+    """Exact bytes of dispatch on both hops: per 128 elements, 128 + 4 bytes instead of 256."""
     world = make_world(4, 7168, seed=3, tokens=8)
     xs, ids, weights = world
 
@@ -173,13 +173,13 @@ def test_fp8_halves_the_bytes():
 
 
 def test_checked_rows(monkeypatch):
-    """MOECOMM_CHECK=1: the checksum is that of the FP8 row, wherever it was made."""
+    """MOECOMM_CHECK=1: the checksum covers the FP8 row, on whichever rank it was made."""
     monkeypatch.setenv("MOECOMM_CHECK", "1")
     check_dispatch(make_world(6, seed=11), 6, 2, "fp8")
 
 
 def check_combine(world, size, per_node, wires, layout="expert", bias=None, channels=None):
-    """Every rank gets its rows back as it asked; one rank's wire is nobody else's."""
+    """Every rank gets its rows in its own wire format, independently of the others."""
     xs, ids, weights = world
     hidden, dtype = xs[0].shape[1], xs[0].dtype
     want = reference.dispatch(xs, ids, weights, num_experts=PER_RANK * size, layout=layout)
@@ -280,7 +280,7 @@ def test_one_node_ignores_the_wire():
 
 
 def test_wires_under_checks_and_gradients(monkeypatch):
-    """MOECOMM_CHECK=1 sums up the coded row; a gradient passes the wire as if it were not there."""
+    """MOECOMM_CHECK=1 covers the coded row; gradients ignore the wire format."""
     monkeypatch.setenv("MOECOMM_CHECK", "1")
     check_combine(make_world(4, seed=9), 4, 2, ["logfmt10", "fp8", "logfmt10", None])
     world = make_world(4, seed=9)

@@ -1,4 +1,4 @@
-"""Random worlds over rank threads, drawn by hypothesis, against the oracle bit for bit."""
+"""Random worlds on rank threads, drawn by hypothesis, against the oracle bit for bit."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ cases = st.composite(lambda draw: make_case(lambda options: draw(st.sampled_from
 
 
 def run(case, **options):
-    """The case on rank threads; by rank, the bits that came out."""
+    """Run the case on rank threads; return the bits of the results by rank."""
     return moecomm.run_local(
         lambda comm: check_case(comm, case, **options), case.size, ranks_per_node=case.ranks_per_node
     )
@@ -79,7 +79,7 @@ def test_large_rows_are_streamed_past_the_caches():
         results = []
         for threshold in (0, 1 << 40):
             buf = moecomm.Buffer(comm, hidden=4096, num_experts=8, top_k=4, max_tokens=64)
-            buf._native.set_stream_threshold(threshold)
+            buf.backend.memory.native.set_stream_threshold(threshold)
             out = buf.dispatch(x, ids)
             results.append((out.x.clone(), buf.combine(out.x.clone(), out.handle)))
         comm.barrier()

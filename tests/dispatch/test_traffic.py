@@ -1,4 +1,4 @@
-"""Counters prove the deduplication: what crosses a hop is what the routing needs, row for row."""
+"""Counters prove the deduplication: the rows on each hop are exactly those that the routing needs."""
 
 import pytest
 import torch
@@ -10,11 +10,11 @@ HIDDEN, TOP_K, PER_RANK = 64, 6, 4
 
 
 def expected_rows(ids, size, per_node):
-    """By rank: rows of the rail and node hops of dispatch, then of combine, (logical, physical) each.
+    """Return the (logical, physical) rows of the rail and node hops of dispatch, then of combine, by rank.
 
-    Dispatch: one row per token and destination node on the rail; one row per token and destination rank on
-    the node hop, counted at the gateway. Combine: one reduced row per token and node back, counted where it
-    leaves the rail (or stays in the node); the gateway reads one row per pick on the node hop.
+    Dispatch: one row per token and destination node on the rail; one row per token and destination rank on the node
+    hop, counted at the gateway. Combine: one reduced row per token and node, counted at the end of the rail (or in
+    the node); the gateway reads one row per pick on the node hop.
     """
     out = [
         {
@@ -95,7 +95,7 @@ def test_one_row_per_token_and_node_then_one_per_rank(nodes, per_node):
 
 
 def test_a_token_for_every_expert_crosses_each_hop_once():
-    """16 picks of one token on one other node: one row over the rail, one to each rank there, one row back."""
+    """16 picks of one token on another node: one row over the rail, one to each rank there, one row back."""
 
     def main(comm):
         buf = moecomm.Buffer(comm, hidden=HIDDEN, num_experts=32, top_k=16, max_tokens=1)

@@ -1,15 +1,16 @@
-"""Every code block of the documents runs, and prints what the page says.
+"""Every code block of the documentation runs, and prints the output on the page.
 
-python blocks of a page run in order in one fresh process. console blocks run afterwards, in a folder of the page's own:
-lines that start with `$ ` are commands, the lines below them are their output. A comment before a block changes that:
+python blocks of a page run in order in one fresh process. console blocks run afterwards, in a separate folder per
+page: lines that start with `$ ` are commands, the lines below them are their output. A comment before a block changes
+this:
 
-<!-- output -->          a text block: what the python block before it prints
-<!-- file: NAME -->      a python block: it is saved under this name for console blocks; a file of that name in the
+<!-- output -->          a text block: the output of the python block before it
+<!-- file: NAME -->      a python block: it is saved under this name for console blocks; a file with that name in the
                          repository must be equal
-<!-- any order -->       a console block: the lines of its output may come in any order
+<!-- any order -->       a console block: its output may have its lines in any order
 <!-- not run: REASON --> the block does not run; the reasons are listed below
 
-In an output `...` stands for any text within a line, and a line with only `...` for any number of lines.
+In an output, `...` stands for any text within a line, and a line with only `...` for any number of lines.
 """
 
 import json
@@ -28,6 +29,9 @@ from doc_pages import ROOT, name_of
 REASONS = {
     "needs a GPU",
     "needs a cluster",
+    "needs a slow rank",
+    "needs processes",
+    "needs ranks that die",
     "needs root",
     "installs packages",
     "takes minutes",
@@ -45,12 +49,12 @@ PAGES = [page for page in doc_pages.WRITTEN if doc_pages.blocks(page)]
 
 
 def runs(block):
-    """Whether a block is run."""
+    """Tell whether a block is run."""
     return block.marked("not run") is None
 
 
 def commands(block):
-    """[(command, expected output or None)] of a console block."""
+    """Return [(command, expected output or None)] of a console block."""
     found = []
     for line in block.text.splitlines():
         if line.startswith("$ "):
@@ -63,7 +67,7 @@ def commands(block):
 
 
 def matches(expected, said, any_order=False):
-    """Whether an output is the expected one, in which `...` stands for anything."""
+    """Tell whether an output matches the expected one, in which `...` stands for any text."""
     wanted, got = expected.strip().splitlines(), said.strip().splitlines()
     if any_order:
         wanted, got = sorted(wanted), sorted(got)
@@ -75,13 +79,13 @@ def matches(expected, said, any_order=False):
 
 
 def environment():
-    """Where `python` and `moecomm` are this environment's, and the checkout can be imported."""
+    """The environment variables in which `python` and `moecomm` are those of this environment and checkout."""
     paths = [os.path.dirname(sys.executable), os.environ["PATH"]]
     return os.environ | SETTINGS | {"PATH": os.pathsep.join(paths), "PYTHONPATH": str(ROOT)}
 
 
 def execute(command, folder):
-    """The output of a shell command; raises where it fails."""
+    """Return the output of a shell command; raise an error if it fails."""
     done = subprocess.run(
         ["bash", "-ec", command],
         cwd=folder,
@@ -96,7 +100,7 @@ def execute(command, folder):
 
 
 def execute_loaded(argv, folder, processes):
-    """The same in a process that has loaded moecomm: most of the time of a small program is that of loading torch."""
+    """Run a command in a process that has already loaded torch and moecomm, which takes most of the time."""
     out = folder / "out.txt"
     process = processes.Process(target=doc_runner.run, args=(argv, str(folder), environment(), str(out)))
     process.start()
@@ -109,7 +113,7 @@ def execute_loaded(argv, folder, processes):
 
 
 def run_python(page, folder, processes):
-    """Runs the python blocks; what was expected and printed instead, by line."""
+    """Run the python blocks; return the differences from the expected output, by line."""
     wanted, expected = [], {}
     for block in doc_pages.blocks(page):
         if block.language == "python" and runs(block) and block.marked("file") is None:
@@ -120,18 +124,18 @@ def run_python(page, folder, processes):
         return
     (folder / "blocks.json").write_text(json.dumps(wanted))
     execute_loaded(["blocks", name_of(page)], folder, processes)
-    said = json.loads((folder / "said.json").read_text())
+    said = json.loads((folder / "outputs.json").read_text())
     for at, block in expected.items():
         assert matches(block.text, said[at]), f"{name_of(page)}:{block.line}: printed\n{said[at]}"
 
 
 def run_console(page, folder, processes):
-    """Runs the commands, and compares what they print."""
+    """Run the commands, and compare their output."""
     for block in doc_pages.blocks(page):
         name = block.marked("file")
         if name is not None and "/" not in name:
             (folder / name).write_text(block.text)
-    exported = []  # `export` lasts for the page
+    exported = []  # `export` applies to the rest of the page
     for block in doc_pages.blocks(page):
         if block.language == "console" and runs(block):
             for command, expected in commands(block):
@@ -149,7 +153,7 @@ def run_console(page, folder, processes):
 
 @pytest.fixture(scope="session")
 def pages(request, tmp_path_factory, processes):
-    """{page: the outcome of running it}, two pages at a time: most of the time is that of starting processes."""
+    """Run all pages, two at a time; return {page: outcome}. Most of the time is needed to start processes."""
 
     def run(page):
         folder = folders[page]
@@ -160,7 +164,7 @@ def pages(request, tmp_path_factory, processes):
     wanted = {item.callspec.params["page"] for item in request.session.items if "runs_as_it" in item.name}
     folders = {
         page: tmp_path_factory.mktemp(page.stem) for page in PAGES if page in wanted
-    }  # not for threads
+    }  # not usable by threads
     with ThreadPoolExecutor(2) as pool:
         yield {page: pool.submit(run, page) for page in PAGES if page in wanted}
 
@@ -171,7 +175,7 @@ def test_page_runs_as_it_stands(page, pages):
 
 
 def left_out():
-    """(where, reason, block) of the blocks that do not run."""
+    """Return (place, reason, block) of the blocks that do not run."""
     for page in PAGES:
         for block in doc_pages.blocks(page):
             if not runs(block):
@@ -179,7 +183,7 @@ def left_out():
 
 
 def test_blocks_that_do_not_run_say_why(record_property):
-    """And what they name exists: a target of make, a file."""
+    """Each such block has a reason, and the make targets and files in it exist."""
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     for where, reason, block in left_out():
         print(f"{where}: not run: {reason}")
@@ -196,7 +200,7 @@ def test_blocks_that_do_not_run_say_why(record_property):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_blocks_have_a_form_that_can_run(page):
-    """A known language; commands after `$ `; programs that are equal to the file they name."""
+    """A block has a known language, commands after `$ `, and equals the file that it names."""
     for block in doc_pages.blocks(page):
         where = f"{name_of(page)}:{block.line}"
         assert block.language in LANGUAGES, where
@@ -208,7 +212,7 @@ def test_blocks_have_a_form_that_can_run(page):
 
 @pytest.mark.parametrize("page", [p for p in doc_pages.WRITTEN if p.name != "errors.md"], ids=name_of)
 def test_code_is_fenced(page):
-    """No block of code is hidden in indentation; docs/errors.md indents the texts of errors."""
+    """No code block is only indented; docs/errors.md indents the texts of errors."""
     text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.M | re.S)
     assert re.findall(r"(?<=\n\n) {4}(?![-*\d|])\S.*", text) == []
 

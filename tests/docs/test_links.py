@@ -1,4 +1,4 @@
-"""Links and anchors of the documents lead somewhere, and every page of docs/ is in the site's navigation."""
+"""Links and anchors of the documentation are valid, and every page of docs/ is in the site's navigation."""
 
 import re
 import sys
@@ -14,7 +14,7 @@ PAGES = doc_pages.WRITTEN + doc_pages.GENERATED
 
 
 def broken(page):
-    """The links of a page that lead nowhere."""
+    """Return the invalid links of a page."""
     found = []
     for target, anchor in doc_pages.links(page):
         there = (page.parent / target).resolve() if target else page
@@ -27,7 +27,7 @@ def broken(page):
 
 @pytest.mark.parametrize("page", doc_pages.WRITTEN, ids=name_of)
 def test_pages_use_plain_words(page):
-    """No phrase of tools/phrases.py, which says what to write instead."""
+    """No page has a phrase of tools/phrases.py, which lists replacements."""
     assert phrases.hits(page) == []
 
 
@@ -51,7 +51,7 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_the_index_leads_to_every_page():
-    """Each page for readers is one link away from docs/index.md; the API has an index of its own."""
+    """Each page for readers is one link away from docs/index.md; the API has its own index."""
     index = ROOT / "docs" / "index.md"
     linked = {(index.parent / target).resolve() for target, _ in doc_pages.links(index)}
     pages = [p for p in doc_pages.WRITTEN if p not in (index, ROOT / "README.md")]
@@ -59,7 +59,7 @@ def test_the_index_leads_to_every_page():
 
 
 def test_the_architecture_has_every_folder():
-    """The table and the picture of docs/architecture.md know every folder of csrc."""
+    """The table and the picture of docs/architecture.md have all folders of csrc."""
     folders = {p.name for p in (ROOT / "csrc").iterdir() if p.is_dir()}
     table = re.findall(r"^\| `csrc/(\w+)/`", (ROOT / "docs" / "architecture.md").read_text(), re.M)
     picture = re.findall(r">(\w+)/(?:\w+)?<", (ROOT / "docs" / "layers.svg").read_text())

@@ -1,8 +1,10 @@
-"""Suites for mpirun: every rank runs the same tests; a failure on one rank fails them all, and rank 0 reports.
+"""Suites for mpirun: all ranks run the same tests.
 
-    mpirun -n 4 python -m pytest --with-mpi tests/mpi
+A failure on one rank fails all of them, and rank 0 reports it.
 
-Ranks other than 0 are silent unless something failed on them.
+mpirun -n 4 python -m pytest --with-mpi tests/mpi
+
+Ranks other than 0 print nothing unless a test failed on them.
 """
 
 import os
@@ -15,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")))
 
 
-@pytest.hookimpl(trylast=True)  # the reporter registers in its own configure
+@pytest.hookimpl(trylast=True)  # the reporter registers in its own configure hook
 def pytest_configure(config):
     if RANK and config.getoption("--with-mpi", default=False):
         reporter = config.pluginmanager.get_plugin("terminalreporter")
@@ -24,7 +26,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_call(item):
-    """Ranks agree on the outcome before the next test begins."""
+    """Make ranks agree on the outcome before the next test begins."""
     result = yield
     if item.get_closest_marker("mpi") is None:
         return
@@ -45,7 +47,7 @@ def pytest_runtest_call(item):
 
 @pytest.fixture
 def world():
-    """MPI.COMM_WORLD."""
+    """Return MPI.COMM_WORLD."""
     from mpi4py import MPI
 
     return MPI.COMM_WORLD

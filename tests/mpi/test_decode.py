@@ -1,4 +1,4 @@
-"""The decode path over processes: shared memory inside a node, UCX straight to every rank of the other nodes."""
+"""The decode path on processes: shared memory inside a node, UCX to all ranks of the other nodes."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_decode(world):
 
 
 def test_many_steps_keep_apart(world):
-    """Rows of a thousand steps without a pause; every row names its step and source."""
+    """A thousand steps without a pause; every row contains its step and source."""
     per_node = world.size // 2 if world.size % 2 == 0 else 1
     with moecomm.Communicator(world, ranks_per_node=per_node, timeout=20) as comm:
         buf = moecomm.Buffer(

@@ -1,4 +1,4 @@
-"""deep_ep's drop-in over an mpi4py communicator: Buffer(group=None, comm=...), and the other interfaces' group."""
+"""The drop-in for deep_ep over an mpi4py communicator: Buffer(group=None, comm=...), and the other interfaces."""
 
 import deep_ep_elastic
 import deep_ep_oracle
@@ -9,7 +9,7 @@ from moecomm.integrations import deep_ep
 
 @pytest.fixture
 def nodes():
-    """Two nodes, where there are enough ranks."""
+    """Two nodes, if there are enough ranks."""
     from mpi4py import MPI
 
     count = 2 if MPI.COMM_WORLD.size % 2 == 0 else 1

@@ -1,4 +1,4 @@
-"""Migration and shrink over processes: shared memory inside a node, UCX between nodes."""
+"""Migration and shrink on processes: shared memory inside a node, UCX between nodes."""
 
 import migrating as suite
 import pytest
@@ -30,7 +30,7 @@ def test_layers_run_while_weights_move_and_after_a_rank_has_left(world, per_node
             left = comm.shrink([0, 1, 2])
             survivors = suite.make_buffer(left, new.surviving([0, 1, 2], num_nodes=left.num_nodes))
             out = survivors.dispatch(xs[r], ids[r][0].contiguous())
-            gone = survivors._replica_router.placement.replica_count[0] == 0
+            gone = survivors.backend.router.placement.replica_count[0] == 0
             assert_same(out.lost_weight, gone[ids[r][0]].sum(1).float(), "lost weight")
             left.barrier()
             survivors.close()

@@ -1,4 +1,4 @@
-"""Ranks that disagree learn it together: ConfigMismatch on every rank, naming the argument and the ranks."""
+"""Ranks that disagree all raise ConfigMismatch, which names the argument and the ranks."""
 
 import time
 
@@ -35,9 +35,7 @@ def test_buffer_arguments(world, name, value):
 
 
 def refused_everywhere(world, make, *patterns):
-    """make(whether this is the rank that is wrong) raises InvalidArgument on every rank, at once, and names
-    that rank.
-    """
+    """Check that make(True on the wrong rank) raises InvalidArgument on all ranks at once, and names that rank."""
     last, began = world.size - 1, time.monotonic()
     with pytest.raises(moecomm.InvalidArgument) as raised:
         make(world.rank == last)
@@ -60,7 +58,7 @@ def refused_everywhere(world, make, *patterns):
     ],
 )
 def test_wrong_arguments_of_one_rank(world, name, value):
-    """Not only a disagreement: a value that no buffer can have, on one rank alone."""
+    """One rank alone has an invalid value, which no buffer can have."""
     with moecomm.Communicator(world, timeout=20) as comm:
         refused_everywhere(
             world,
@@ -85,7 +83,7 @@ def test_wrong_arguments_of_one_communicator(world, options):
     [("RAIL", "foo"), ("CHECK", "maybe"), ("CHANNELS", "-1"), ("POPULATE_BYTES", "1GB"), ("ISA", "sse9")],
 )
 def test_wrong_environment_of_one_rank(world, monkeypatch, name, value):
-    """The world and every Buffer read it; with the variable corrected the ranks work again."""
+    """The world and all Buffers read it; with the correct variable the ranks work again."""
 
     def with_variable(make):
         def on(wrong):
@@ -95,7 +93,7 @@ def test_wrong_environment_of_one_rank(world, monkeypatch, name, value):
 
         return on
 
-    expected = f"MOECOMM_{name}: got '{value}'; expected "
+    expected = f"MOECOMM_{name} is '{value}'; expected "
     refused_everywhere(world, with_variable(lambda: moecomm.Communicator(world, timeout=20)), expected)
     monkeypatch.delenv(f"MOECOMM_{name}", raising=False)
     with moecomm.Communicator(world, timeout=20) as comm:
@@ -142,6 +140,6 @@ def test_options_of_a_call(world, option):
         x, ids = torch.randn(4, 64).bfloat16(), torch.tensor([[0, 23]] * 4)
         with pytest.raises(moecomm.ConfigMismatch, match="layout, expert_alignment, capacity"):
             buf.dispatch(x, ids, **(option if comm.rank == 1 else {}))
-        out = buf.dispatch(x, ids)  # usable afterwards
+        out = buf.dispatch(x, ids)  # still usable
         assert int(out.tokens_per_expert.sum()) == (4 * comm.size if comm.rank in (0, comm.size - 1) else 0)
         comm.barrier()

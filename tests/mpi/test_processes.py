@@ -1,4 +1,4 @@
-"""What processes do beside calling: fork, be interrupted, ask for what the network or the memory does not give."""
+"""Processes that fork, are interrupted, or lack a network or memory."""
 
 import gc
 import os
@@ -19,7 +19,7 @@ X, IDS = torch.ones(4, 64).bfloat16(), torch.tensor([[0, 23], [12, 1], [-1, 5], 
 
 @pytest.mark.parametrize("child_does", ["use", "close", "drop"])
 def test_a_forked_child_harms_nobody(world, child_does):
-    """As a DataLoader's worker: it inherits everything, uses nothing, and collects what it inherited."""
+    """Like a DataLoader's worker, the child inherits everything, uses nothing, and frees the inherited objects."""
     comm = moecomm.Communicator(world, ranks_per_node=1, timeout=TIMEOUT)
     buf = moecomm.Buffer(comm, **SHAPE)
     kept = buf.dispatch(X, IDS).x
@@ -51,7 +51,7 @@ def test_a_forked_child_harms_nobody(world, child_does):
 
 
 def test_ctrl_c_ends_a_wait(world, ctrl_c):
-    """The rank that waits raises KeyboardInterrupt at once; the others learn that it left."""
+    """The waiting rank raises KeyboardInterrupt at once; the others raise PeerLost."""
     with moecomm.Communicator(world, timeout=TIMEOUT) as comm:
         buf = moecomm.Buffer(comm, **SHAPE)
         began = time.monotonic()
@@ -68,7 +68,7 @@ def test_ctrl_c_ends_a_wait(world, ctrl_c):
 
 
 def test_no_transport_between_nodes(world, monkeypatch):
-    """Every rank raises at once, and says what UCX_TLS lacks."""
+    """All ranks raise at once, and the error names the transport missing from UCX_TLS."""
     monkeypatch.setenv("UCX_TLS", "posix,self")
     with pytest.raises(
         moecomm.MoecommError, match=r"UCX cannot connect to rank \d.*UCX_TLS is posix,self; expected.*tcp"

@@ -1,4 +1,4 @@
-"""The case classes of the rank-thread suites again, over processes: shared memory inside a node, UCX between nodes."""
+"""The cases of the rank-thread suites on processes: shared memory inside a node, UCX between nodes."""
 
 import random
 import time
@@ -15,13 +15,13 @@ TIMEOUT = 20.0
 
 
 def node_sizes(size):
-    """All ways to cut the world into nodes of equal size."""
+    """Return all ways to split the world into nodes of equal size."""
     return [p for p in range(1, size + 1) if size % p == 0]
 
 
 def test_edges(world):
     size = world.size
-    tokens = [(5 * r + 3) % 11 * (r != 1) for r in range(size)]  # rank 1 is empty
+    tokens = [(5 * r + 3) % 11 * (r != 1) for r in range(size)]  # rank 1 has no tokens
     for per_node in node_sizes(size):
         base = Case(ranks_per_node=per_node, tokens=tokens)
         with moecomm.Communicator(world, ranks_per_node=per_node, timeout=TIMEOUT) as comm:
@@ -77,7 +77,7 @@ def test_the_rail_is_taken_between_nodes(world):
 
 
 def test_communicators_and_buffers_come_and_go(world):
-    """Nothing leaks from one to the next; several live at a time."""
+    """Communicators and buffers are made and closed without leaks; several exist at a time."""
     for _ in range(3):
         with (
             moecomm.Communicator(world, ranks_per_node=1, timeout=TIMEOUT) as a,
@@ -98,7 +98,7 @@ def test_a_part_of_the_world(world):
 
 
 def test_closing_waits_for_what_is_under_way(world):
-    """Rank 0 closes while its own asynchronous dispatch still waits for the others."""
+    """Rank 0 closes while its asynchronous dispatch still waits for the others."""
     with moecomm.Communicator(world, timeout=TIMEOUT) as comm:
         buf = moecomm.Buffer(comm, hidden=64, num_experts=world.size, top_k=1, max_tokens=4)
         x, ids = torch.ones(4, 64).bfloat16(), torch.full((4, 1), world.size - 1)

@@ -1,4 +1,4 @@
-"""Gates against a slow version that shares no code with them, and the published shapes."""
+"""Gates against an independent slow version, and the published configurations."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ from moecomm import gate, presets
 
 
 def slow_gate(logits, top_k, *, score, num_groups, top_groups, bias, normalize, scale):
-    """One token after the other, in Python floats: list of (ids, weights)."""
+    """Process one token after the other, in Python floats; return a list of (ids, weights)."""
     result = []
     for row in logits.tolist():
         if score == "sigmoid":
@@ -90,7 +90,7 @@ def test_gradient_reaches_the_logits_through_the_weights():
 
 
 def test_bias_update_balances_a_skewed_router():
-    """The load of every expert comes near the mean by bias updates alone."""
+    """Bias updates alone bring the load of every expert close to the mean."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(2048, 16, generator=generator) + torch.linspace(-1, 1, 16)
     bias = torch.zeros(16)
@@ -166,7 +166,7 @@ def test_presets_are_the_published_shapes():
 
 
 class Router(torch.nn.Module):
-    """Of another library: its bias is a buffer or a parameter."""
+    """A router of another library: its bias is a buffer or a parameter."""
 
     def __init__(self, parameter):
         super().__init__()
@@ -189,9 +189,9 @@ CASTS = {
 
 @pytest.mark.parametrize("cast", CASTS)
 def test_bias_stays_float32(cast):
-    """Casts of a model leave the balancing bias as it is, bit by bit; its weight follows.
+    """Casts of a model keep the balancing bias bit for bit, and cast its weight.
 
-    Likewise routers that keep_float32 was told of.
+    This also holds for other routers after keep_float32.
     """
     model = torch.nn.ModuleList(
         [gate.Gate(8, 4, 1), Router(False), Router(True), gate.Gate(8, 4, 1, score="softmax")]
@@ -217,7 +217,7 @@ def test_bias_keeps_moving_after_a_cast():
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_bias_through_a_state_dict(assign):
-    """As it was saved; and float32 where a checkpoint holds another dtype."""
+    """Loading restores the saved bias, in float32 even if the checkpoint has another dtype."""
     first = torch.nn.ModuleList([gate.Gate(8, 4, 1), Router(False)]).bfloat16()
     first[0].bias.normal_()
     again = torch.nn.ModuleList([gate.Gate(8, 4, 1), Router(False)])
@@ -230,7 +230,7 @@ def test_bias_through_a_state_dict(assign):
 
 
 def test_bias_is_made_on_another_device():
-    """A model built on meta, cast there and given memory later."""
+    """A model made on the meta device, cast there, and given memory later."""
     with torch.device("meta"):
         model = gate.Gate(8, 4, 1)
     model = model.bfloat16().to_empty(device="cpu")
@@ -243,7 +243,7 @@ def test_bias_is_made_on_another_device():
 
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0, 4), (0, 5, 4)])
 def test_balance_loss_without_tokens(shape):
-    """A rank that got no tokens has a loss of zero that takes part in backward."""
+    """A rank without tokens has a loss of zero with a gradient."""
     affinities = torch.rand(shape, requires_grad=True)
     loss = gate.balance_loss(affinities, torch.zeros((*shape[:-1], 2), dtype=torch.int64), 1e-4)
     loss.backward()
@@ -255,3 +255,12 @@ def test_balance_loss_counts_beyond_bfloat16():
     affinities, ids = torch.full((600, 2), 0.5), torch.zeros(600, 1, dtype=torch.int64)
     want = gate.balance_loss(affinities, ids, 1.0)
     torch.testing.assert_close(gate.balance_loss(affinities.bfloat16(), ids, 1.0), want)
+
+
+def test_gate_of_float64_tokens():
+    """The choice is made in float64, which distinguishes two experts that are equal in float32. Weights are float32."""
+    module = gate.Gate(2, 3, 1).double()
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([[1.0, 0], [1.0 + 1e-12, 0], [0, 0]], dtype=torch.float64))
+    ids, weights, affinities = module(torch.tensor([[1.0, 0]], dtype=torch.float64))
+    assert (ids.tolist(), weights.dtype, affinities.dtype) == ([[1]], torch.float32, torch.float64)

@@ -1,4 +1,4 @@
-"""The MoE layer: against a dense computation, compiled, checkpointed between numbers of ranks."""
+"""The MoE layer: compared with a dense computation, compiled, and checkpoints between numbers of ranks."""
 
 import os
 import re
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def dense(layer, state, x):
-    """The layer with all experts of a checkpoint, one token after the other."""
+    """Compute the layer with all experts of a checkpoint, one token after the other."""
     ids, weights, _ = layer.gate(x)
     y = layer.shared_experts(x) if layer.shared_experts is not None else torch.zeros_like(x)
     rows = []
@@ -34,7 +34,7 @@ def dense(layer, state, x):
 
 
 def checkpoint_of(seed, dtype):
-    """A whole layer's state, as one rank has it."""
+    """Return the state of a whole layer, in the form of a single rank."""
 
     def make(comm):
         torch.manual_seed(seed)
@@ -58,7 +58,7 @@ def make_layer(comm, state, dtype, **options):
     "options", [{}, {"expert_alignment": 4}, {"capacity": 64}], ids=["plain", "padded", "capacity"]
 )
 def test_layer_equals_dense_experts(size, tokens, options):
-    """Output and all gradients, float64, and the same output without gradients (written in place)."""
+    """Output and all gradients in float64, and the same output without gradients (written in place)."""
     dtype = torch.float64
     state = checkpoint_of(1, dtype)
     xs = [torch.randn(t, HIDDEN, dtype=dtype, generator=torch.Generator().manual_seed(t)) for t in tokens]
@@ -76,7 +76,7 @@ def test_layer_equals_dense_experts(size, tokens, options):
         return layer, x, leaf, x2
 
     def finish(results):
-        # The dense gradients of all ranks' tokens together, per expert.
+        # The dense gradients of the tokens of all ranks, per expert.
         layer = results[0][0]
         leaf = results[0][2]
         total = sum(dense(layer, leaf, x2).square().sum() for _, _, _, x2 in results)
@@ -104,7 +104,7 @@ def test_a_checkpoint_of_eight_ranks_loads_with_four_and_one():
     dtype = torch.float32
 
     def save(comm):
-        torch.manual_seed(comm.rank)  # every rank's experts differ
+        torch.manual_seed(comm.rank)  # experts differ between ranks
         buffer = moecomm.Buffer(
             comm, hidden=HIDDEN, num_experts=EXPERTS, top_k=TOP_K, max_tokens=4, dtype=dtype
         )
@@ -144,7 +144,7 @@ def test_a_checkpoint_of_eight_ranks_loads_with_four_and_one():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_grouped_mm(dtype):
-    """torch's and moecomm's, with empty groups and rows after the last one; moecomm's derivatives to second order."""
+    """torch's and moecomm's grouped_mm, with empty groups and trailing rows; moecomm's derivatives to second order."""
     g = torch.Generator().manual_seed(0)
     ends = torch.tensor([0, 3, 3, 7])
     x, w = torch.randn(9, 16, generator=g).to(dtype), torch.randn(4, 16, 8, generator=g).to(dtype)
@@ -168,9 +168,7 @@ def test_grouped_mm(dtype):
     [("aot_eager", torch.float32), ("aot_eager", torch.bfloat16), ("inductor", torch.float32)],
 )
 def test_compiled_layer_equals_eager(backend, dtype):
-    """torch.compile(fullgraph=True, dynamic=False) in capacity mode, forward and backward, and no second
-    compilation.
-    """
+    """torch.compile(fullgraph=True, dynamic=False) in capacity mode, forward and backward, compiled once."""
     state = checkpoint_of(2, dtype)
     x = torch.randn(7, HIDDEN, generator=torch.Generator().manual_seed(3)).to(dtype)
 
@@ -197,7 +195,7 @@ def test_compiled_layer_equals_eager(backend, dtype):
 
 
 def test_compiled_layers_over_processes():
-    """Two compiled layers on two ranks with different numbers of tokens: forward and backward of both exchange rows."""
+    """Two compiled layers on two ranks with different numbers of tokens: both exchange rows in forward and backward."""
     command = [
         "mpirun",
         "--allow-run-as-root",
@@ -224,7 +222,7 @@ def test_compiled_layers_over_processes():
 
 
 def test_without_capacity_only_dispatch_breaks_the_graph():
-    """The number of rows is data: the one break, which torch's own setting removes."""
+    """The number of rows is data: it causes the only graph break, which a setting of torch removes."""
     state = checkpoint_of(4, torch.float32)
 
     def run(comm):
@@ -274,7 +272,7 @@ def test_bad_buffers_are_named():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
 def test_autocast_leaves_the_layer_alone(dtype, given):
-    """Tokens come in whatever autocast made of them; gate, experts and exchange compute as without it."""
+    """Tokens have the dtype of autocast; gate, experts and exchange compute as without it."""
 
     def run(comm):
         buffer = moecomm.Buffer(

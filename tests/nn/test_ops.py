@@ -1,4 +1,4 @@
-"""The operators: derivatives against finite differences and against plain torch, shapes when traced, checkpoints."""
+"""The operators: derivatives compared with finite differences and plain torch, traced shapes, checkpoints."""
 
 import itertools
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("either_world")
     ids=["expert", "rank", "padded", "capacity", "rank-capacity"],
 )
 def test_gradients_equal_plain_torch(nodes, per_node, tokens, how):
-    """x, topk_weights, the experts' parameters and the bias, float64, also where a rank has no tokens."""
+    """x, topk_weights, the experts' parameters and the bias in float64, also if a rank has no tokens."""
     size, hidden = nodes * per_node, 8
     world = random_world(
         size, tokens, hidden, 4 * size, 3, dtype=torch.float64, seed=size + len(how), masked=0.3
@@ -83,7 +83,7 @@ def test_gradcheck(layout):
         row_weights = torch.rand(n, requires_grad=True) if layout == "expert" else None
         bias = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
 
-        def weighted(f):  # f32 weights enter linearly, so a wide step is exact up to their rounding
+        def weighted(f):  # float32 weights enter linearly, so a wide step is exact except for rounding
             return (
                 dict(eps=2.0**-4, atol=1e-4, rtol=1e-4, fast_mode=False, nondet_tol=0.0)
                 if f
@@ -94,48 +94,48 @@ def test_gradcheck(layout):
             return [t for t in buf_dispatch(a, w) if t.is_floating_point() and t.numel()]
 
         def buf_dispatch(a, w):
-            return ops.dispatch(a, ids, w, None, buf.number, layout, 1, None)[0:3]
+            return ops.dispatch(a, ids, w, None, buf.name, layout, 1, None)[0:3]
 
         check = torch.autograd.gradcheck
         assert check(lambda a: dispatched(a, weights), (x64,), **weighted(False))
         assert check(
-            lambda a: ops.redispatch(a, None, None, handle, buf.number, layout, n)[0],
+            lambda a: ops.redispatch(a, None, None, handle, buf.name, layout, n)[0],
             (x64,),
             **weighted(False),
         )
         assert check(
-            lambda r: ops.combine(r, row_weights, None, handle, buf.number, layout, 3),
+            lambda r: ops.combine(r, row_weights, None, handle, buf.name, layout, 3),
             (rows,),
             **weighted(False),
         )
         assert check(
-            lambda r: ops.combine_slots(r, back.detach(), handle, buf.number, layout, 3)[0],
+            lambda r: ops.combine_slots(r, back.detach(), handle, buf.name, layout, 3)[0],
             (rows,),
             **weighted(False),
         )
         assert check(
-            lambda b: ops.combine(rows.detach(), None, b, handle, buf.number, layout, 3),
+            lambda b: ops.combine(rows.detach(), None, b, handle, buf.name, layout, 3),
             (bias,),
             eps=2.0**-8,
             atol=1e-3,
         )
         assert torch.autograd.gradgradcheck(
-            lambda a: ops.redispatch(a, None, None, handle, buf.number, layout, n)[0], (x64,)
+            lambda a: ops.redispatch(a, None, None, handle, buf.name, layout, n)[0], (x64,)
         )
         assert torch.autograd.gradgradcheck(
-            lambda r: ops.combine(r, row_weights, None, handle, buf.number, layout, 3), (rows,)
+            lambda r: ops.combine(r, row_weights, None, handle, buf.name, layout, 3), (rows,)
         )
-        # float32 inputs: gradcheck warns about them; the functions are linear in them, so the wide step is exact.
+        # gradcheck warns about float32 inputs; the functions are linear in them, so the wide step is exact.
         wide = weighted(True)
         assert check(lambda w: dispatched(x, w)[1].double(), (w32,), **wide)
         assert check(
-            lambda b: ops.combine_slots(rows.detach(), b, handle, buf.number, layout, 3)[1].double(),
+            lambda b: ops.combine_slots(rows.detach(), b, handle, buf.name, layout, 3)[1].double(),
             (back,),
             **wide,
         )
         if row_weights is not None:
             assert check(
-                lambda w: ops.combine(rows.detach(), w, None, handle, buf.number, layout, 3),
+                lambda w: ops.combine(rows.detach(), w, None, handle, buf.name, layout, 3),
                 (row_weights,),
                 **wide,
             )
@@ -145,9 +145,7 @@ def test_gradcheck(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_backward_moves_what_the_forward_of_the_other_moves(layout):
-    """Backward of dispatch is combine and backward of combine is dispatch on the same plan, bit for bit,
-    bf16, two nodes.
-    """
+    """The backward of dispatch is a combine with the same plan and vice versa, bit for bit; bf16, two nodes."""
     size, experts = 4, 8
     world = random_world(size, [5, 3, 0, 7], 64, experts, 3, seed=11)
     xs, ids, weights = world
@@ -200,7 +198,7 @@ def test_in_place_rows_and_repeated_handles_are_differentiable():
         buf = make_buffer(comm, world, 4)
         x = xs[comm.rank].clone().requires_grad_()
         out = buf.dispatch(x, ids[comm.rank], weights[comm.rank])
-        out.handle.rows.copy_(out.x * 3)  # written in the window
+        out.handle.rows.copy_(out.x * 3)  # written to the window
         y = buf.combine(out.handle.rows, out.handle, topk_weights=out.topk_weights)
         (first,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
         staged = buf.stats()["staged_rows"]
@@ -213,12 +211,12 @@ def test_in_place_rows_and_repeated_handles_are_differentiable():
         assert_same(first, second, "gradient of x")
         assert staged == len(out.x), (
             staged
-        )  # the gradient's rows of dispatch; the experts' were read in place
+        )  # the gradient's rows of dispatch; the experts' rows were read in place
         del out, again, y, first, second
         import gc
 
         gc.collect()
-        assert buf._native.arena()[1] == 0, "something still holds a piece of the window"
+        assert buf.backend.memory.native.arena()[1] == 0, "something still holds a piece of the window"
 
     moecomm.run_local(run, 2)
 
@@ -246,8 +244,8 @@ def test_without_gradients_the_operators_are_not_called(monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("capacity", [None, 12])
 def test_opcheck(layout, capacity, monkeypatch):
-    """Schemas, fake shapes and traced derivatives agree with what the operators do."""
-    # The handles of two calls differ; opcheck compares outputs, so here all have one number (and equal plans).
+    """Schemas, fake shapes and traced derivatives match the operators."""
+    # opcheck compares outputs, and handles of two calls differ, so here all have one number (and equal plans).
     monkeypatch.setattr(ops, "_numbers", itertools.repeat(-2))
     monkeypatch.setattr(ops, "_tickets", {})
     world = random_world(1, 5, 8, 4, 2, dtype=torch.float32, seed=8)
@@ -266,7 +264,7 @@ def test_opcheck(layout, capacity, monkeypatch):
         grad = [t.clone().requires_grad_() for t in (x, weights)]
         torch.library.opcheck(
             ops.dispatch.default,
-            (grad[0], ids, grad[1], None, buf.number, layout, 1, capacity),
+            (grad[0], ids, grad[1], None, buf.name, layout, 1, capacity),
             **(need if capacity else dict(test_utils=need["test_utils"][:3])),
         )
         out = buf.dispatch(x, ids, weights, layout=layout, capacity=capacity)
@@ -274,14 +272,14 @@ def test_opcheck(layout, capacity, monkeypatch):
         rows, back = out.x.clone().requires_grad_(), out.topk_weights.clone().requires_grad_()
         bias = torch.randn(8, requires_grad=True)
         torch.library.opcheck(
-            ops.redispatch.default, (grad[0], grad[1], None, handle, buf.number, layout, n), **need
+            ops.redispatch.default, (grad[0], grad[1], None, handle, buf.name, layout, n), **need
         )
         torch.library.opcheck(
             ops.combine.default,
-            (rows, back if layout == "expert" else None, bias, handle, buf.number, layout, 5),
+            (rows, back if layout == "expert" else None, bias, handle, buf.name, layout, 5),
             **need,
         )
-        torch.library.opcheck(ops.combine_slots.default, (rows, back, handle, buf.number, layout, 5), **need)
+        torch.library.opcheck(ops.combine_slots.default, (rows, back, handle, buf.name, layout, 5), **need)
 
     moecomm.run_local(run, 1)
 
@@ -331,7 +329,7 @@ def test_async_calls_are_differentiable_and_hooks_run():
 @pytest.mark.parametrize("nodes,per_node", [(1, 2), (2, 1), (2, 2), (3, 1)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_of_some_ranks_have_their_gradients(nodes, per_node, layout):
-    """Rank 0 gives no weights: its experts' share of the other ranks' gradients still travels."""
+    """Rank 0 gives no weights: its experts still contribute to the gradients of the other ranks."""
     size = nodes * per_node
     world = random_world(
         size, 5, 16, 2 * size, 3 if size > 1 else 2, dtype=torch.float32, seed=13, masked=0.2
@@ -370,14 +368,14 @@ def test_ranks_that_disagree_about_slots_learn_it(nodes, per_node, odd, either_w
         rows, handle = out.x.clone(), out.handle.tensor()
         try:
             if comm.rank == odd:
-                ops.combine(rows, None, None, handle, buf.number, "expert", 5)
+                ops.combine(rows, None, None, handle, buf.name, "expert", 5)
             else:
-                ops.combine_slots(rows, out.topk_weights.clone(), handle, buf.number, "expert", 5)
+                ops.combine_slots(rows, out.topk_weights.clone(), handle, buf.name, "expert", 5)
         except moecomm.ConfigMismatch as error:
             assert "combine_slots" in str(error) and error.op == "combine" and error.rank == comm.rank
             again = buf.dispatch(
                 xs[comm.rank], ids[comm.rank], weights[comm.rank]
-            )  # every rank has learned it, so they are in step
+            )  # all ranks have the error, so they are in step
             assert torch.equal(again.x, rows)
             assert torch.equal(buf.combine(again.x, again.handle), buf.combine(rows, out.handle))
             return True

@@ -1,4 +1,4 @@
-"""Checkpoints over the operators, and handles that were copied."""
+"""Activation checkpointing of the operators, and copied handles."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def _mlp(buf, ids, how):
 @pytest.mark.parametrize("policy", ["recompute", "save"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_checkpointing(policy, layout):
-    """Whole recomputation, and a selective policy that keeps what was communicated; both give the plain gradients."""
+    """Full recomputation, and a selective policy that keeps communicated tensors; both give the plain gradients."""
     world = random_world(2, 6, 16, 4, 2, dtype=torch.float64, seed=9)
     xs, ids, weights = world
     ours = {ops.dispatch.default, ops.combine.default}
@@ -60,7 +60,7 @@ def test_checkpointing(policy, layout):
         y = checkpoint(block, *kept, use_reentrant=False, **more)
         y.square().sum().backward()
         calls = buf.stats()["calls"]
-        # Recomputing stops once all that backward needs is there; a saved dispatch is not made twice.
+        # Recomputation stops once backward has its inputs; a saved dispatch is not repeated.
         assert calls == 4 if policy == "save" else 5 <= calls <= 6, calls
         for a, b in zip(plain, kept, strict=True):
             assert_same(b.grad, a.grad, "gradient")
@@ -76,8 +76,8 @@ def test_a_copied_handle_is_refused():
         buf = make_buffer(comm, world, 2)
         copy = buf.dispatch(x, ids).handle.tensor().clone()
         with pytest.raises(moecomm.InvalidArgument, match="handle of a dispatch"):
-            ops.combine(torch.zeros(6, 16), None, None, copy, buf.number, "expert", 3)
+            ops.combine(torch.zeros(6, 16), None, None, copy, buf.name, "expert", 3)
         with pytest.raises(moecomm.InvalidArgument, match="no living Buffer"):
-            ops.dispatch(x, ids, None, None, -1, "expert", 1, None)
+            ops.dispatch(x, ids, None, None, "#0", "expert", 1, None)
 
     moecomm.run_local(run, 1)

@@ -1,6 +1,4 @@
-"""Two micro-batches through the same layers: the results of one after the other, and communication while
-Python computes.
-"""
+"""Two micro-batches through the same layers: results equal the sequential ones, and communication overlaps."""
 
 import json
 import os
@@ -54,7 +52,7 @@ def test_two_batches_equal_one_after_the_other(size, per_node):
         (want[0].square().sum() + want[1].square().sum()).backward()
         (got[0].square().sum() + got[1].square().sum()).backward()
         for mine, theirs in zip(leaves[1], leaves[0], strict=True):
-            # Summed in another order; what nearly cancels is off by a part of what was summed.
+            # Sums in another order: the error is relative to the terms, not to a sum that nearly cancels.
             torch.testing.assert_close(
                 mine.grad, theirs.grad, rtol=1e-4, atol=1e-6 * float(theirs.grad.norm())
             )
@@ -105,7 +103,7 @@ def test_the_schedule_gives_way_when_a_batch_communicates():
 
 
 def test_communication_proceeds_while_python_computes():
-    """No rank waits, every rank computes, and the calls still complete."""
+    """No rank waits, all ranks compute, and the calls still complete."""
 
     def run(comm):
         buffer = moecomm.Buffer(
@@ -161,7 +159,7 @@ def test_traces_hold_stages_calls_and_roles(tmp_path):
         for _, name, begin, end in trace.spans("roles"):
             assert any(b - 1e-3 <= begin <= end <= e + 1e-3 for _, _, b, e in spans), name
         buffer.dispatch(torch.zeros(1, HIDDEN), torch.tensor([[0, 1]]))
-        assert buffer._native.take_timeline() == [], "tracing has ended"
+        assert buffer.backend.memory.native.take_timeline() == [], "tracing has ended"
         trace.save(path, comm)
 
     moecomm.run_local(run, 2, ranks_per_node=1)
@@ -185,9 +183,7 @@ def test_stages_appear_in_torch_profiler():
 
 
 def test_decode_overlaps_through_its_hooks():
-    """Attention of one micro-batch against dispatch, experts and combine of the other, several steps, equal
-    to plain decoding.
-    """
+    """Attention of one micro-batch overlaps the layer of the other; results equal plain decoding."""
 
     def run(comm):
         buffer = moecomm.Buffer(

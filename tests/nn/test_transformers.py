@@ -1,6 +1,6 @@
-"""moecomm inside Hugging Face transformers: a DeepseekV3 over ranks equals the one in a single process; equal routers.
+"""moecomm in Hugging Face transformers: a DeepseekV3 on several ranks equals the one in a single process.
 
-transformers has an environment of its own (`make transformers`), so that it is not a dependency of all other tests.
+transformers has a separate environment (`make transformers`), so that the other tests do not depend on it.
 """
 
 import os
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(*command):
-    """What the worker prints on its last line."""
+    """Return the last line of the worker's output."""
     done = subprocess.run(
         [PYTHON, *command],
         capture_output=True,
@@ -36,20 +36,21 @@ def run(*command):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder with the model and what a single process computes; and the line about routers."""
+    """Return a folder with the model and the results of a single process, and the line about routers."""
     folder = tmp_path_factory.mktemp("deepseek")
     return folder, run(str(ROOT / "tests" / "support" / "transformers_worker.py"), "single", str(folder))
 
 
 def test_gate_equals_the_router(model):
-    """The same experts and weights as DeepseekV3TopkRouter with the same parameters."""
+    """The gate picks the same experts and weights as DeepseekV3TopkRouter with the same parameters."""
     assert float(re.fullmatch(r"router (\S+)", model[1])[1]) <= 1e-6
 
 
 @pytest.mark.parametrize("ranks,arrangement", [(2, "shared"), (4, "split")])
 def test_model_over_ranks_equals_a_single_process(model, ranks, arrangement):
-    """Logits within 1e-6 in float32, gradients of all parameters; ranks that share a batch, and ranks with
-    batches of their own.
+    """Logits within 1e-6 in float32, and gradients of all parameters.
+
+    Ranks share a batch, or have different batches.
     """
     said = run(
         "-m",
@@ -63,3 +64,24 @@ def test_model_over_ranks_equals_a_single_process(model, ranks, arrangement):
     )
     logits, grads, scale = map(float, re.fullmatch(r"logits (\S+) grads (\S+) of (\S+)", said).groups())
     assert logits <= 1e-6 and grads <= 1e-6 < scale, said
+
+
+@pytest.fixture(scope="module")
+def losses(model):
+    """Return the losses that Trainer logs in one process."""
+    return _losses(model[0])
+
+
+def _losses(folder, ranks=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    worker = str(ROOT / "tests" / "support" / "transformers_worker.py")
+    said = run(*launcher[: 0 if ranks == 1 else None], worker, "trainer", str(folder))
+    return [float(word) for word in said.split()[1:]]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_trainer_over_ranks_learns_what_one_process_learns(model, losses, ranks):
+    """Hugging Face's Trainer, unmodified: experts split over ranks, all other parameters sharded (FSDP2), clipped."""
+    got = _losses(model[0], ranks)
+    assert len(got) == len(losses) == 5 and len(set(losses)) == 5
+    assert max(abs(a - b) for a, b in zip(got, losses, strict=True)) <= 1e-5, (got, losses)

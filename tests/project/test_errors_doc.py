@@ -1,4 +1,4 @@
-"""docs/errors.md: every error has a section, and its texts are those that are really raised."""
+"""docs/errors.md: every error has a section, and its texts equal the raised ones."""
 
 import inspect
 import re
@@ -21,7 +21,7 @@ def section(name):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_every_error_has_a_section(name):
-    """With its text, the cause and what to do; and a line in the table."""
+    """Each section has the text, the cause and the remedy; the table has a line."""
     own = section(name)
     assert "\n    " in own and "**Cause.**" in own and "**What to do.**" in own
     assert name == "MoecommError" or f"[`{name}`](#{name.lower()})" in TEXT
@@ -46,10 +46,12 @@ def test_no_section_too_many():
         ("refused", "dispatch", "counts", 1),
         ("out_of_step", "dispatch", "counts", 0 | 2 << 4),
         ("out_of_step", "dispatch", "counts", 14 << 4),
+        ("out_of_step", "combine", "publish", 2 | 13 << 4),
+        ("out_of_step", "decode_dispatch", "arrive", 3 | 13 << 4),
     ],
 )
 def test_texts_are_the_real_ones(code, op, phase, detail):
-    """What raise_failure says, with N for numbers, stands under the error's own heading."""
+    """The text of raise_failure, with N for numbers, is in the section of the error."""
     failure = SimpleNamespace(code=code, phase=phase, peer=1, expected=7, got=3, detail=detail, reporter=-1)
     with pytest.raises(errors.MoecommError) as raised:
         errors.raise_failure(failure, op=op, rank=0)
@@ -69,5 +71,5 @@ def test_the_text_of_a_rank_that_was_away_is_the_real_one():
 
 
 def same(text):
-    """A text with N for numbers."""
+    """Replace the numbers of a text by N."""
     return re.sub(r"0x(N|[0-9a-f]+)|\d+", lambda m: "0xN" if m[0].startswith("0x") else "N", text.strip())

@@ -1,4 +1,4 @@
-"""Module paths of before import the same modules as the new ones."""
+"""Old module paths import the same modules as the new ones."""
 
 import importlib
 import subprocess

@@ -1,4 +1,4 @@
-"""What SECURITY.md claims, where it can be tested: who listens where, whose memory is open to whom."""
+"""The testable claims of SECURITY.md: open ports, and access to memory."""
 
 import json
 import os
@@ -45,7 +45,7 @@ memfds = [
     if os.path.exists(f"/proc/self/fd/{fd}") and "memfd:moecomm" in os.readlink(f"/proc/self/fd/{fd}")
 ]
 mine, stranger = os.getpid(), None
-if os.geteuid() == 0 and memfds:   # somebody else on this host
+if os.geteuid() == 0 and memfds:   # act as another user of this host
     read, write = os.pipe()
     if os.fork() == 0:
         os.setgroups([]); os.setgid(65534); os.setuid(65534)
@@ -67,7 +67,7 @@ comm.close()
 
 
 def world(tmp_path, per_node, **env):
-    """What two ranks report."""
+    """Return the reports of two ranks."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("UCX_")} | {
         "PYTHONPATH": str(ROOT),
         **env,
@@ -88,7 +88,7 @@ def world(tmp_path, per_node, **env):
 
 
 def addresses(ports):
-    """Dotted addresses of /proc/net/tcp's hexadecimal ones."""
+    """Convert hexadecimal addresses of /proc/net/tcp to dotted ones."""
     return [
         socket.inet_ntoa(struct.pack("<I", int(port.partition(":")[0], 16)))
         for port in ports
@@ -97,14 +97,14 @@ def addresses(ports):
 
 
 def test_one_node(tmp_path):
-    """No TCP port, and windows that another user cannot open."""
+    """There is no TCP port, and another user cannot open the windows."""
     for rank in world(tmp_path, 2):
         assert rank["ports"] == [] and rank["rail"] == "none" and rank["memfds"] >= 1
         assert rank["closed"] == "0o0" and rank["stranger"] in (None, "PermissionError")
 
 
 def test_two_nodes_on_the_loopback(tmp_path):
-    """UCX_NET_DEVICES narrows where UCX listens; UCX_TLS which segments there are."""
+    """UCX_NET_DEVICES limits the interfaces on which UCX listens; UCX_TLS limits the segments."""
     for rank in world(tmp_path, 1, UCX_NET_DEVICES="lo", UCX_TLS="^sysv,posix"):
         assert (
             rank["rail"] == "ucx"
@@ -115,7 +115,7 @@ def test_two_nodes_on_the_loopback(tmp_path):
 
 
 def test_two_nodes_as_they_come(tmp_path):
-    """One port per interface, never the wildcard address: what is said is what is open."""
+    """One port per interface, never the wildcard address, as documented."""
     for rank in world(tmp_path, 1):
         found = addresses(rank["ports"])
         assert "127.0.0.1" in found and "0.0.0.0" not in found and len(found) == len(set(found))

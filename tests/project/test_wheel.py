@@ -1,6 +1,4 @@
-"""The wheel, installed into a fresh environment that has no compiler on its path: what a user gets from a
-package index.
-"""
+"""The wheel, installed in a fresh environment without a compiler, like an installation from a package index."""
 
 import os
 import re
@@ -20,7 +18,7 @@ BASE = Path(sys.executable).parent  # launchers of the test environment; it has 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """A wheel of this checkout; objects that are built already are not built again."""
+    """Make a wheel of this checkout, without rebuilding built objects."""
     folder = tmp_path_factory.mktemp("dist")
     done = subprocess.run(
         [
@@ -45,13 +43,13 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """run(command, ...) in an environment that has the wheel, and torch and the launchers of this one."""
+    """Return run(command, ...) in an environment with the wheel, and the torch and launchers of this one."""
     home = tmp_path_factory.mktemp("installed")
     venv.create(home / "env", with_pip=False)
     packages = next((home / "env/lib").glob("python*")) / "site-packages"
     (packages / "base.pth").write_text(
         "\n".join(site.getsitepackages())
-    )  # its .pth files are not read: the checkout stays unknown
+    )  # its .pth files are not read, so the checkout is not importable
     subprocess.run(
         [
             sys.executable,
@@ -104,6 +102,7 @@ def test_what_is_in_it(wheel):
         "moecomm/bench/__main__.py",
         "moecomm/tables/clusters/h800.toml",
         "moecomm/_native/core.pyi",
+        "moecomm/_native/cpu_world/buffer.pyi",
         "moecomm/py.typed",
     ):
         assert name in names, name
@@ -150,7 +149,7 @@ def test_commands(installed):
 
 
 def test_bench(installed):
-    """Two nodes of two ranks; verified as every benchmark is."""
+    """Two nodes of two ranks, verified like every benchmark."""
     if not (BASE / "mpirun").exists():
         pytest.skip("mpirun is not installed")
     said = installed(
@@ -191,7 +190,7 @@ except moecomm.MoecommError as error:
 
 @pytest.mark.parametrize("without", ["", "sys.modules['libucx'] = None"], ids=["wheel", "none"])
 def test_ucx_is_found_when_nodes_are_joined(without, tmp_path):
-    """Without UCX a world of one node works, and one of two nodes says what to install, on both ranks."""
+    """Without UCX, one node works, and two nodes raise an error on both ranks that names the package to install."""
     script = tmp_path / "nodes.py"
     script.write_text(NODES.replace("{without}", without))
     said = subprocess.run(
@@ -205,7 +204,7 @@ def test_ucx_is_found_when_nodes_are_joined(without, tmp_path):
     if not without:
         assert said.count("joined 2") == 2, said
     else:
-        found_anyway = said.count("joined 2") == 2  # the system's own UCX
+        found_anyway = said.count("joined 2") == 2  # the system's UCX
         assert found_anyway or said.count("pip install libucx-cu12 or libucx-cu13") == 2, said
         alone = (
             "import sys; sys.modules['libucx'] = None\nimport moecomm\n"
@@ -222,7 +221,7 @@ def test_ucx_is_found_when_nodes_are_joined(without, tmp_path):
 
 
 def test_every_extra_is_described():
-    """docs/install.md has a row for every extra, and none that does not exist."""
+    """docs/install.md has exactly one row for each extra."""
     extras = re.findall(
         r"^(\w+) = \[",
         re.search(

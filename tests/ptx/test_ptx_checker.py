@@ -1,6 +1,4 @@
-"""tools/ptx's checker of memory order: programs that are in order pass, and each of them with one thing
-less does not.
-"""
+"""The checker of memory order in tools/ptx: ordered programs pass, and fail if one operation is removed."""
 
 import pytest
 import torch
@@ -43,7 +41,7 @@ RIGHT = dict(
 
 
 def found(tmp_path, body, sizes=(4, 8, 4), **more):
-    """What the checker says under a few schedules."""
+    """Return the checker's findings under some schedules."""
     path = write(tmp_path / "k.machine", kernel("k", body, len(sizes)))
     said = set()
     for seed in SEEDS:
@@ -89,7 +87,7 @@ def test_a_message_with_less_than_that(tmp_path, change):
 
 
 def test_a_chain_of_three_carries_what_the_first_has_done(tmp_path):
-    """Block 1 hears block 0 and tells block 2: release is cumulative."""
+    """Block 1 waits for block 0 and signals block 2: release is cumulative."""
     body = """mov.u32 %r3, %tid.x;
 setp.ne.s32 %p1, %r3, 0;
 @%p1 bra $Lend;
@@ -109,7 +107,7 @@ $Lend:"""
     assert found(tmp_path, body, sizes=(4, 8), blocks=3) == {None}
 
 
-# Lane 0 stores 16 bytes, the engine takes them to shared memory and on; the last lane reads them.
+# Lane 0 stores 16 bytes, the copy engine moves them to shared memory and on, and the last lane reads them.
 BULK = """mov.u32 %r3, %tid.x;
 mov.u32 %r10, stage;
 add.s32 %r11, %r10, 128;
@@ -160,9 +158,7 @@ def test_bulk_copies_in_order(tmp_path):
 )
 def test_bulk_copies_with_less_than_that(tmp_path, change, what):
     said = found(tmp_path, BULK.format(**{**BULK_RIGHT, **change}), sizes=(16, 16))
-    assert any(text and what in text for text in said), (
-        said
-    )  # under some schedule: a load may have landed at once
+    assert any(text and what in text for text in said), said  # in some schedule: a load may complete at once
 
 
 def test_shared_memory_that_nobody_has_written(tmp_path):

@@ -1,5 +1,6 @@
-"""The kernels that nvcc makes, on tools/ptx's machine: those of quantization here; `make ptx-check` runs
-the cuda world's tests over the rest.
+"""Kernels compiled by nvcc, on the machine of tools/ptx.
+
+The quantization kernels run here; `make ptx-check` runs the cuda world's tests on the others.
 """
 
 import os
@@ -28,7 +29,7 @@ def stream():
 
 
 def values(shape, dtype):
-    """Of many magnitudes, with zeros, infinities and NaN."""
+    """Make values of many magnitudes, with zeros, infinities and NaN."""
     g = torch.Generator().manual_seed(shape[0])
     x = torch.randn(shape, generator=g) * torch.exp2(5 * (torch.rand(shape, generator=g) - 0.5))
     x[torch.rand(shape, generator=g) < 0.05] = 0.0
@@ -46,7 +47,7 @@ def same(a, b, what):
 
 
 def on_both(monkeypatch, call):
-    """What the CPU's code and the kernels make of the same call: the kernels are given the CPU's tensors."""
+    """Run a call with the CPU code and with the kernels, which get the CPU's tensors."""
     want = call()
     monkeypatch.setattr(
         quant, "_run", lambda name, device, *args: getattr(gpu().native, name)(*args, stream()), raising=True

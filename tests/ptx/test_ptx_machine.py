@@ -195,6 +195,7 @@ def copy(
     fence="fence.proxy.async.global;",
     read="cp.async.bulk.wait_group.read 0;",
     end="cp.async.bulk.wait_group 0;",
+    made="fence.proxy.async.shared::cta;",
 ):
     """A kernel whose lane 0 moves 1024 bytes through the copy engine, twice."""
     twice = ""
@@ -226,7 +227,7 @@ mov.u32 %r10, stage;
 add.s32 %r11, %r10, 128;
 mbarrier.init.shared::cta.b64 [%r10], 1;
 fence.mbarrier_init.release.cluster;
-fence.proxy.async.shared::cta;
+{made}
 ld.acquire.gpu.global.u64 %rd7, [%rd2];
 {twice}{end}
 fence.proxy.async.global;
@@ -247,6 +248,8 @@ def test_bulk_copies(tmp_path, seed):
         (dict(expect="1040"), "an mbarrier that never ends its phase"),
         (dict(expect="1008"), "more bytes have come than the mbarrier expects"),
         (dict(fence=""), "without a proxy fence between"),
+        (dict(made=""), "no proxy fence is behind its making"),
+        (dict(made="fence.proxy.async.global;"), "no proxy fence is behind its making"),
         (dict(read=""), "into a stage that a store still reads"),
         (dict(end=""), "a release while bulk stores are under way"),
         (dict(wait=False), "."),
@@ -278,3 +281,47 @@ $Lend:"""
         count = longs(1)
         assert alone(tmp_path, body, count, blocks=40, seed=seed) is None
         assert count.item() == 40
+
+
+# Block 1 reads a word, waits for block 0's signal, and reads the word again.
+STALE = """setp.ne.s32 %p1, %r1, 0;
+@%p1 bra $Lreader;
+$Lready:
+ld.relaxed.gpu.global.u64 %rd5, [%rd1+8];
+setp.eq.s64 %p2, %rd5, 0;
+@%p2 bra $Lready;
+st.global.u64 [%rd0], 7;
+red.release.gpu.global.add.u64 [%rd4], 1;
+bra $Lend;
+$Lreader:
+ld.global.u64 %rd6, [%rd0];
+add.s64 %rd8, %rd1, 8;
+red.relaxed.gpu.global.add.u64 [%rd8], 1;
+$Lpoll:
+{wait}
+setp.eq.s64 %p2, %rd5, 0;
+@%p2 bra $Lpoll;
+ld.global.u64 %rd7, [%rd0];
+mov.u32 %r3, %tid.x;
+mul.wide.u32 %rd9, %r3, 8;
+add.s64 %rd9, %rd2, %rd9;
+st.global.u64 [%rd9], %rd7;
+$Lend:"""
+
+
+@pytest.mark.parametrize(
+    "wait,seen",
+    [
+        ("ld.acquire.gpu.global.u64 %rd5, [%rd4];", {7}),
+        ("ld.acquire.cta.global.u64 %rd5, [%rd4];", {0, 7}),
+        ("ld.relaxed.gpu.global.u64 %rd5, [%rd4];", {0, 7}),
+    ],
+)
+def test_a_load_may_return_an_old_value_until_an_acquire(tmp_path, wait, seen):
+    body = "mov.u64 %rd4, %rd1;\n" + STALE.format(wait=wait)
+    found = set()
+    for seed in range(1, 12):
+        word, flags, out = longs(1), longs(2), longs(32)
+        assert alone(tmp_path, body, word, flags, out, blocks=2, seed=seed) is None
+        found.update(out.tolist())
+    assert found == seen

@@ -1,4 +1,4 @@
-"""Every opcode that tools/ptx runs, against arithmetic of Python's whole numbers and fractions."""
+"""All opcodes of tools/ptx compared with arithmetic on Python's integers and fractions."""
 
 import math
 import random
@@ -15,7 +15,7 @@ LANES, BLOCKS = 32, 4
 OF_TYPE = {"16": "%rs", "32": "%r", "64": "%rd", "f32": "%f", "f64": "%fd"}
 SKIPPED = re.compile(
     r"ld\.|st\.|atom|red\.|bra|ret|exit|call|bar|fence|membar|mbarrier|cp\.|shfl|vote|cvta"
-)  # tests/ptx/test_ptx_machine.py has these
+)  # tested in tests/ptx/test_ptx_machine.py
 ARITHMETIC = sorted(name for name in FORMS if not SKIPPED.match(name))
 
 
@@ -28,7 +28,7 @@ def f64(bits):
 
 
 def bits32(value):
-    """Of the nearest float, ties to even; one NaN."""
+    """Return the bits of the nearest float, ties to even; one NaN."""
     if isinstance(value, Fraction):
         value = nearest(value)
     if value != value:
@@ -40,7 +40,7 @@ def bits32(value):
 
 
 def nearest(value):
-    """The float32 next to a fraction; rounding twice would be wrong."""
+    """Return the float32 nearest to a fraction; rounding twice would be wrong."""
     if abs(value) >= Fraction(2) ** 128 - Fraction(2) ** 103:
         return math.copysign(math.inf, value)
     if value == 0:
@@ -49,7 +49,7 @@ def nearest(value):
     while abs(value) >= Fraction(2) ** (exponent + 1):
         exponent += 1
     unit = Fraction(2) ** (max(exponent, -126) - 23)
-    return math.copysign(float(round(value / unit) * unit), value)  # round() is to even
+    return math.copysign(float(round(value / unit) * unit), value)  # round() rounds to even
 
 
 def signed(v, width):
@@ -58,7 +58,7 @@ def signed(v, width):
 
 
 def value(v, t):
-    """Bits as a value of a PTX type."""
+    """Return bits as a value of a PTX type."""
     if t == "f32":
         return f32(v)
     if t == "f64":
@@ -131,7 +131,7 @@ def inserted(a, b, at, length, width):
 
 
 def converted(d, s, v):
-    """cvt's result as bits."""
+    """Return the result of cvt as bits."""
     if d[0] in "us" and s[0] in "us":
         return value(v, s)
     if s == "f16":
@@ -162,7 +162,7 @@ def converted(d, s, v):
 
 
 def oracle(name, a, b, c, d, p, q):
-    """(bits, width) of what an opcode makes of registers a to d and predicates p and q."""
+    """Return (bits, width) of an opcode's result from registers a to d and predicates p and q."""
     parts = name.split(".")
     op, t = parts[0], parts[-1]
     if op == "cvt":
@@ -200,7 +200,7 @@ def oracle(name, a, b, c, d, p, q):
         }
         try:
             r = with_nan[op]()
-        except OverflowError:  # of Python's doubles
+        except OverflowError:  # of Python's floats
             r = math.inf
         return (bits32(r), 32) if t == "f32" else (struct.unpack("<Q", struct.pack("<d", r))[0], 64)
     if op in ("shl", "shr"):
@@ -229,7 +229,7 @@ def oracle(name, a, b, c, d, p, q):
 
 
 def types_of(name):
-    """(type of the result, types of the sources) as names of registers."""
+    """Return (type of the result, types of the sources) as names of registers."""
     parts = name.split(".")
     t = parts[-1]
 
@@ -255,7 +255,7 @@ def types_of(name):
 
 
 def body(name):
-    """The opcode between loads and a store of 8 bytes; sources a to d lie 32 bytes apart for each thread."""
+    """Return the opcode between loads and a store of 8 bytes; sources a to d are 32 bytes apart for each thread."""
     form = FORMS[name]
     made, sources = types_of(name)
     lines = [
@@ -333,7 +333,7 @@ INTERESTING = [
 
 
 def sources(name, seed):
-    """Numbers that reach the edges of every width."""
+    """Return numbers at the limits of every width."""
     r = random.Random(seed)
     picks = [
         lambda: r.choice(INTERESTING),
@@ -384,6 +384,6 @@ def test_opcodes(module, group):
 def test_the_machine_and_the_table_of_opcodes_have_the_same_operations():
     ours = {form.op for form in FORMS.values()} | set(EXTRA) | {"copy.local"}
     theirs = set(library().ptx_operations().decode().split())
-    spaces = {op for op in theirs if re.match(r"(ld|st)\.(local|param)\.", op)}  # the operand chooses these
+    spaces = {op for op in theirs if re.match(r"(ld|st)\.(local|param)\.", op)}  # the operand selects these
     assert not {op for op in ours - theirs if not op.startswith(("st.param", "ld.local", "st.local"))}
     assert not theirs - ours - spaces

@@ -1,6 +1,4 @@
-"""The order of memory of the compiled kernels: small worlds under tools/ptx's checker, whose lanes, warps
-and blocks run in random order.
-"""
+"""Memory order of the compiled kernels: small worlds under the checker of tools/ptx, in random order."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What the environment says about the world: launchers' variables, hosts, devices, namespaces."""
+"""The world from the environment: variables of launchers, hosts, devices, namespaces."""
 
 import contextlib
 import json
@@ -44,8 +44,8 @@ def free_port():
         (
             {"RANK": "{rank}", "WORLD_SIZE": "2"},
             False,
-            "would be alone in what looks like a launched job: RANK and WORLD_SIZE .* MASTER_ADDR and "
-            "MASTER_PORT cannot be known",
+            "RANK and WORLD_SIZE .* seems to be part of a launched job, but its MASTER_ADDR and "
+            "MASTER_PORT are unknown",
         ),
         (
             {**ENV, "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"},
@@ -86,27 +86,27 @@ def test_communicator_without_a_group(processes, tmp_path, environment, initiali
             None,
         ),  # the shell of salloc
         ({"PMI_RANK": "1", "PMI_SIZE": "4", "MOECOMM_GROUP": "alone"}, None),
-        ({"RANK": "0"}, "RANK .*looks|launched job: RANK"),
-        ({"WORLD_SIZE": "4"}, "launched job: WORLD_SIZE"),
-        ({"RAY_RAYLET_PID": "1"}, "launched job: RAY_RAYLET_PID"),
+        ({"RANK": "0"}, "RANK .* seems to be part of a launched job"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE .* seems to be part of a launched job"),
+        ({"RAY_RAYLET_PID": "1"}, "RAY_RAYLET_PID .* seems to be part of a launched job"),
         (
             {"RANK": "0", "WORLD_SIZE": "2", "OMPI_COMM_WORLD_SIZE": "4"},
             "RANK and WORLD_SIZE .* and OMPI_COMM_WORLD_SIZE .* contradict",
         ),
         ({"RANK": "0", "WORLD_SIZE": "2", "PMI_RANK": "1", "PMI_SIZE": "2"}, "contradict"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "is no rank of its world"),
-        ({"RANK": "zero", "WORLD_SIZE": "2"}, "RANK: got 'zero'"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "expected a rank below the size"),
+        ({"RANK": "zero", "WORLD_SIZE": "2"}, "RANK is 'zero'"),
         (
             {"SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "0"},
-            "launched job: SLURM_PROCID",
+            "SLURM_PROCID .* seems to be part of a launched job",
         ),
-        ({"MOECOMM_GROUP": "torch"}, "default group is not initialized"),
+        ({"MOECOMM_GROUP": "torch"}, "default group of torch.distributed is not initialized"),
         ({"MOECOMM_GROUP": "slurm"}, "no variable of such a launcher"),
-        ({"MOECOMM_GROUP": "all"}, "MOECOMM_GROUP: got 'all'"),
+        ({"MOECOMM_GROUP": "all"}, "MOECOMM_GROUP is 'all'"),
     ],
 )
 def test_alone(monkeypatch, environment, error):
-    """One rank where nobody says otherwise; never by mistake."""
+    """Without any launcher there is one rank; never by mistake."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     if error is None:
@@ -138,7 +138,7 @@ def test_first_host(nodes, first):
 
 
 def test_a_mesh_of_devices(tmp_path):
-    """One dimension is a group; more are refused by name."""
+    """A mesh of one dimension is a group; others are refused by name."""
     dist = torch.distributed
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -154,9 +154,9 @@ def test_a_mesh_of_devices(tmp_path):
 
 
 def test_two_pid_namespaces(tmp_path):
-    """Process numbers of one mean nothing in the other: such ranks are two nodes.
+    """PIDs of one namespace are invalid in the other, so these ranks are two nodes.
 
-    Were they taken for one, the window's nonce would tell.
+    If they were treated as one node, the nonce of the window would reveal it.
     """
     unshare = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
     try:

@@ -1,5 +1,4 @@
-"""Ranks that die or stop, for real: every survivor raises in time and says why, nothing is left behind, and the
-survivors go on in a new world."""
+"""Ranks that die or stop: all survivors raise the right error in time, leak nothing, and continue in a new world."""
 
 import json
 import os
@@ -20,7 +19,7 @@ MODES = {
     "both": dict(ranks_per_node=2, environment={}),
     "tcp": dict(ranks_per_node=2, environment={"UCX_TLS": "tcp,self"}),
 }
-# Where the victim is when it happens: the point, and how often it is passed before.
+# Where the victim fails: the point, and the number of passes before.
 MOMENTS = {
     "before the plan": ("before", 0),
     "on the rail": ("put", 2),
@@ -30,12 +29,12 @@ MOMENTS = {
 
 
 def shared_memory_files():
-    """Names in /dev/shm that are ours or UCX's."""
+    """Names in /dev/shm that belong to moecomm or UCX."""
     return {name for name in os.listdir("/dev/shm") if name.startswith(("moecomm", "ucx"))}
 
 
 def run(processes, folder, *, point, action, passes=0, kill_after=None, ranks_per_node, environment):
-    """Results of the survivors by rank."""
+    """Return the results of the survivors by rank."""
     before = shared_memory_files()
     fault = {"point": point, "action": action, "passes": passes}
     ranks = [
@@ -59,7 +58,7 @@ def run(processes, folder, *, point, action, passes=0, kill_after=None, ranks_pe
                 p.join(max(0, deadline - time.monotonic()))
                 assert p.exitcode == 0, f"rank {r} ended with {p.exitcode} (None: it hangs)"
     finally:
-        for p in ranks:  # a stopped victim, or whatever hangs
+        for p in ranks:  # a stopped victim, or a rank that hangs
             p.kill()
             p.join()
     assert shared_memory_files() <= before
@@ -67,7 +66,7 @@ def run(processes, folder, *, point, action, passes=0, kill_after=None, ranks_pe
 
 
 def check(seen, *, lost):
-    """Every survivor raised what it should, in time, and named the victim."""
+    """Check that all survivors raised the right error in time and named the victim."""
     for rank, s in seen.items():
         e = s["error"]
         where = f"rank {rank}: {e}"
@@ -79,7 +78,7 @@ def check(seen, *, lost):
         assert e["peer"] is not None, where
         if lost:
             assert e["peer"] == VICTIM, where
-            assert s["seconds"] < survivors.TIMEOUT, where  # told at once, not at the deadline
+            assert s["seconds"] < survivors.TIMEOUT, where  # reported at once, not at the deadline
         assert s["seconds"] < survivors.TIMEOUT + 2, where
         assert s["again"]["type"] == e["type"] and s["again_seconds"] < 0.5, where
         assert s["close_seconds"] < 2 and s["idle_cpu"] < 0.25 and s["closed_cpu"] < 0.15, f"rank {rank}: {s}"
@@ -108,7 +107,7 @@ def test_stop(processes, tmp_path, moment, mode):
 
 @pytest.mark.parametrize("milliseconds", [1, 7, 23])
 def test_kill_at_any_moment(processes, tmp_path, milliseconds):
-    """No hook: a busy rank is killed from outside."""
+    """A busy rank is killed from outside, without a hook."""
     check(
         run(
             processes,
@@ -123,7 +122,7 @@ def test_kill_at_any_moment(processes, tmp_path, milliseconds):
 
 
 def test_ctrl_c_ends_rank_threads(ctrl_c):
-    """The main thread waits for rank threads that wait for each other: it raises, and none of them is left."""
+    """The main thread waits for rank threads that wait for each other: it raises an error, and all threads end."""
 
     def main(comm):
         buf = moecomm.Buffer(comm, hidden=16, num_experts=2, top_k=1, max_tokens=1)

@@ -1,4 +1,4 @@
-"""The ways to start a world, as a user would: alone, mpirun of Open MPI and of MPICH, torchrun."""
+"""All ways to start a world: alone, mpirun of Open MPI and of MPICH, torchrun."""
 
 import sys
 
@@ -23,9 +23,9 @@ def test_hello_by_mpirun():
 
 
 def test_mpi_may_be_imported_first(tmp_path):
-    """Open MPI brings a UCX of its own, and a process has room for one: whoever is imported first.
+    """Open MPI brings its own UCX, and a process can load only one: the first import decides.
 
-    The rail runs on either.
+    The rail works with both.
     """
     late = tmp_path / "late.py"
     late.write_text(
@@ -47,8 +47,10 @@ def test_cases_by_torchrun():
 
 
 def test_a_world_makes_no_group_of_torch(tmp_path):
-    """Threads of such a group abort the process when they let go of a tensor while the interpreter ends;
-    and the caller may want to make the group itself.
+    """moecomm makes no torch group.
+
+    Threads of such a group abort the process if they free a tensor while the interpreter ends, and the caller may
+    want to make the group.
     """
     worker = tmp_path / "worker.py"
     worker.write_text(
@@ -68,7 +70,7 @@ def test_a_world_makes_no_group_of_torch(tmp_path):
 
 
 def test_mpich():
-    """mpi4py finds the MPICH wheel, and a world comes up under its mpiexec."""
+    """mpi4py finds the MPICH wheel, and a world starts under its mpiexec."""
     if not (MPICH / "mpiexec").exists():
         pytest.skip("MPICH: not installed (make mpich)")
     launcher = [MPICH / "mpiexec", "-n", 4, MPICH / "python"]

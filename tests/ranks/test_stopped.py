@@ -1,6 +1,4 @@
-"""A rank that is stopped for longer than the timeout and continued: it says that it was the late one, and
-its process lives on.
-"""
+"""A rank is stopped for longer than the timeout and continued: its error says that it was late, and it lives on."""
 
 import json
 import os
@@ -14,7 +12,7 @@ WORLDS = {"node": (4, {}), "tcp": (2, {"UCX_TLS": "tcp,self"})}
 
 
 class World:
-    """Four ranks in processes of their own."""
+    """Four rank processes."""
 
     def __init__(self, processes, folder, kind, moment):
         self.folder = folder
@@ -37,7 +35,7 @@ class World:
             time.sleep(0.01)
 
     def results(self):
-        """What every rank has seen."""
+        """Return the observations of all ranks."""
         deadline = time.monotonic() + 40
         for r, p in enumerate(self.ranks):
             p.join(max(0, deadline - time.monotonic()))
@@ -70,7 +68,7 @@ def test_a_stopped_rank_blames_itself(processes, tmp_path, moments):
             seen = world.results()
             victim = seen[stopped.VICTIM]
             assert victim["type"] == "PeerTimeout" and victim["peer"] == stopped.VICTIM, f"{kind}: {victim}"
-            assert "this rank did not look at its peers for" in victim["text"] and victim["reporter"] not in (
+            assert "this rank made no progress for" in victim["text"] and victim["reporter"] not in (
                 None,
                 stopped.VICTIM,
             ), f"{kind}: {victim}"

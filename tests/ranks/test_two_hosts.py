@@ -1,4 +1,4 @@
-"""Two hosts: network namespaces joined by a veth pair, four ranks in each, the rail over UCX/tcp."""
+"""Two hosts: network namespaces connected by a veth pair, with four ranks each and UCX/tcp between them."""
 
 import json
 import multiprocessing
@@ -13,13 +13,13 @@ SIZE = 8
 
 
 def ip(*arguments, check=True):
-    """Run `ip`; its CompletedProcess."""
+    """Run `ip`; return its CompletedProcess."""
     return subprocess.run(["ip", *map(str, arguments)], check=check, capture_output=True, text=True)
 
 
 @pytest.fixture
 def namespaces():
-    """Two namespaces, a link called `wire` in each."""
+    """Make two namespaces, each with a link called `wire`."""
     names = [f"moecomm-{os.getpid()}-{side}" for side in "ab"]
     try:
         first = ip("netns", "add", names[0], check=False)
@@ -55,9 +55,7 @@ def namespaces():
             any("state UP" not in ip("-n", name, "link", "show", "wire").stdout for name in names)
             and time.monotonic() < deadline
         ):
-            time.sleep(
-                0.02
-            )  # UCX looks for a route when it starts, and the kernel is slow to see the carrier
+            time.sleep(0.02)  # UCX looks for a route when it starts, and the kernel detects the carrier late
         yield names
     finally:
         for name in names:
@@ -65,7 +63,7 @@ def namespaces():
 
 
 def run(processes, folder, namespaces, *, cut):
-    """What every rank saw."""
+    """Return the observations of all ranks."""
     ranks = [
         processes.Process(target=hosts.main, args=(str(folder), namespaces[r * 2 // SIZE], r, SIZE, cut))
         for r in range(SIZE)

@@ -1,4 +1,4 @@
-"""Cluster tables: every shipped one loads, and a wrong one says what is wrong."""
+"""Cluster tables: all shipped ones load, and an invalid one gives an error."""
 
 import re
 
@@ -13,7 +13,7 @@ from moecomm.clusters import tomllib
 def test_shipped(name):
     cluster = clusters.load(name)
     assert cluster.name == name and cluster.description and cluster.ranks_per_node in (8, 72)
-    # A node's links are faster than the rail: what the two hops are for.
+    # The links inside a node are faster than the rail, which is the reason for two hops.
     assert cluster.hardware.node_rate > cluster.hardware.rail_rate > 0
 
 
@@ -22,7 +22,7 @@ def test_all_families_are_there():
 
 
 def test_wrong_tables(tmp_path):
-    with pytest.raises(moecomm.InvalidArgument, match="got 'nonsuch'; expected one of b200"):
+    with pytest.raises(moecomm.InvalidArgument, match="is 'nonsuch'; expected one of b200"):
         clusters.load("nonsuch")
     file = tmp_path / "mine.toml"
     file.write_text("ranks_per_node = 4\n[hardware]\nrail_rat = 3.0\n")
@@ -34,7 +34,7 @@ def test_wrong_tables(tmp_path):
 
 @pytest.mark.parametrize("name", clusters.names())
 def test_every_value_says_where_it_is_from(name):
-    """A comment beside or right above it: its source, or that it is assumed or fitted."""
+    """A comment names the source of every value, or says that it is assumed or fitted."""
     above, found = "", set()
     for line in (clusters.FOLDER / f"{name}.toml").read_text().splitlines():
         if line.startswith("#"):

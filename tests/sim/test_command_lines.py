@@ -1,6 +1,4 @@
-"""Command lines: an odd number, path or name ends with status 2 and one line that says which option and
-what was expected.
-"""
+"""Command lines: an invalid number, path or name gives status 2 and one line with the option and the expectation."""
 
 import argparse
 import importlib
@@ -28,9 +26,10 @@ FREE = {
     "--model",
     "--device",
     "--tag",
+    "commit",
     "path",
     "--ceiling",
-}  # names that are looked up later, paths of commands' own readers
+}  # names that are checked later, paths with their own readers
 MAIN = {"moecomm": command.main, "bench": bench.__main__.main}
 
 
@@ -42,8 +41,9 @@ def actions(module, name):
 
 @pytest.mark.parametrize("where,name,module", COMMANDS, ids=str)
 def test_every_option_checks_its_value(where, name, module, capsys):
-    """Whatever takes a value has a type of moecomm.options, or choices; and what is no such value is
-    refused by the option's name.
+    """Every option with a value has a type of moecomm.options, or choices.
+
+    An invalid value is refused with the option's name.
     """
     _parser, found = actions(module, name)
     for action in found:
@@ -61,6 +61,7 @@ def test_every_option_checks_its_value(where, name, module, capsys):
             options.above_zero,
             options.share,
             options.positives,
+            options.sizes,
             options.numbers,
             options.geometries,
         )
@@ -78,7 +79,7 @@ def test_every_option_checks_its_value(where, name, module, capsys):
             "é",
         ]:
             if text == "/nonsuch/a/b" and action.type is options.folder_to_write:
-                continue  # root can make that one
+                continue  # root can make that folder
             given = [f"{option}={text}"] if action.option_strings else [text]
             with pytest.raises((SystemExit, argparse.ArgumentError)) as refused:
                 MAIN[where]([name, *given])
@@ -161,10 +162,11 @@ def test_odd_lines(where, line, expected, tmp_path, capsys):
 
 
 def test_permissions():
-    """A folder that may not be written to, a file that may not be read; as nobody, where root runs the
-    tests: root may do everything.
+    """Unwritable folders and unreadable files.
+
+    Tests under root use another user, because root may read and write everything.
     """
-    home = tempfile.TemporaryDirectory()  # pytest's own folders are closed to nobody
+    home = tempfile.TemporaryDirectory()  # other users cannot enter pytest's folders
     tmp_path = Path(home.name)
     tmp_path.chmod(0o755)
     (tmp_path / "open").write_text("words")
@@ -220,7 +222,7 @@ def test_permissions():
 def test_routing_from_odd_files(name, make, tmp_path):
     make(tmp_path / name)
     case = Case(ranks_per_node=2, experts=8, top_k=2, tokens=4, hidden=64, routing=str(tmp_path / name))
-    with pytest.raises(moecomm.InvalidArgument, match=f"{name}|holds no rank"):
+    with pytest.raises(moecomm.InvalidArgument, match=f"{name}|contains no rank"):
         routing.make_inputs(case, 0)
 
 
@@ -248,7 +250,7 @@ def test_routing_from_files(tmp_path):
     ],
 )
 def test_odd_questions(argument):
-    """The planner from Python: fine, or refused by name."""
+    """The planner from Python: arguments are valid, or refused by name."""
     for value in EVERY:
         try:
             ask(**(dict(model="deepseek-v3", cluster="h800", ranks=16, tokens=8) | {argument: value}))

@@ -1,4 +1,4 @@
-"""Random schedules: exploration finds every known flaw and nothing else, and shrinks what it finds."""
+"""Random schedules: exploration finds all known mutants and nothing else, and shrinks its findings."""
 
 import pytest
 
@@ -13,25 +13,27 @@ def test_exploration_finds_nothing():
 
 
 def test_refused_call_is_over_for_every_gateway():
-    """A program that once failed: a gateway with room forwarded rows of a refused call to a rank that had
-    left it on another gateway's word.
+    """A program that once failed.
+
+    A gateway with space forwarded rows of a refused call to a rank that had already left the call.
     """
     found = explore.explore_world(explore.random_world(102397, "dispatch"), 1000)
     assert not found["found"], explore.report(found)
 
 
 def test_refused_choice_leaves_no_put_behind():
-    """A program that fails where a refused exchange does not wait for its puts: the next call's
-    announcement arrives first, and stands for this one's.
+    """A program that fails if a refused exchange does not wait for its puts.
+
+    The next call's announcement arrives first, and is taken for the current one.
     """
     found = explore.explore_world(explore.random_world(500201, "choice"), 1000)
     assert not found["found"], explore.report(found)
 
 
-@pytest.mark.parametrize("name,flaw,phase,kind", explore.MUTATIONS, ids=[m[0] for m in explore.MUTATIONS])
-def test_exploration_finds(name, flaw, phase, kind):
+@pytest.mark.parametrize("name,mutant,phase,kind", explore.MUTATIONS, ids=[m[0] for m in explore.MUTATIONS])
+def test_exploration_finds(name, mutant, phase, kind):
     """Every known bug is found, and its report names the schedule."""
-    schedules, found = explore.find_mutation(flaw, phase, kind)
+    schedules, found = explore.find_mutation(mutant, phase, kind)
     assert found is not None, f"{name}: not found in {schedules} schedules"
     print(f"{name}: found in schedule {schedules}: {found['what']}")
     text = explore.report(found)
@@ -43,21 +45,22 @@ def test_exploration_finds(name, flaw, phase, kind):
 @pytest.mark.parametrize(
     "name",
     [
-        "a rank that is not told",
-        "count off by one: a row too many awaited",
-        "decode: a rank that is not told",
+        "missing signal",
+        "count off by one: forward waits for one row more",
+        "decode: missing signal",
         "decode: missing acquire: answers",
         "window reused too early: experts' rows",
-        "decode: a put that is left out",
+        "decode: missing put",
     ],
 )
 def test_a_finding_is_shrunk(name):
-    """A smaller world with a shorter trace, which fails again from what the report says: its seed, its
-    trace, who waits for whom.
+    """The result is a smaller world with a shorter trace.
+
+    It fails again from the seed, the trace and the waits in the report.
     """
-    _, flaw, phase, kind = next(m for m in explore.MUTATIONS if m[0] == name)
-    _, found = explore.find_mutation(flaw, phase, kind)
-    small = explore.shrink(found, flaw=flaw, phase=phase)
+    _, mutant, phase, kind = next(m for m in explore.MUTATIONS if m[0] == name)
+    _, found = explore.find_mutation(mutant, phase, kind)
+    small = explore.shrink(found, mutant=mutant, phase=phase)
     assert 0 < len(small["log"]) < len(found["log"]), "this mutant's first finding is not the shortest"
     was, now = found["world"], small["world"]
     assert (
@@ -68,12 +71,12 @@ def test_a_finding_is_shrunk(name):
         )
         and now.seed == was.seed
     )
-    again = explore.explore_world(now, 1, first_seed=small["seed"], flaw=flaw, phase=phase, oracle=False)
+    again = explore.explore_world(now, 1, first_seed=small["seed"], mutant=mutant, phase=phase, oracle=False)
     assert again["found"] and {**again, "schedules": 0} == {**small, "schedules": 0}, (
         "the schedule of that seed is another one"
     )
     assert not explore.explore_world(now, 50, first_seed=small["seed"])["found"], (
-        "it fails without the flaw, too"
+        "it fails without the mutant, too"
     )
     lines = explore.report(small).splitlines()
     assert (
@@ -97,8 +100,8 @@ def test_a_finding_is_shrunk(name):
 
 
 def test_a_crash_is_no_short_trace(monkeypatch):
-    """A smaller world that ends its process shows nothing: the finding stays the one that has a trace."""
+    """A smaller world that crashes its process gives no trace: the finding keeps the larger world."""
     _, found = explore.find_mutation("skip_signal", "none", "dispatch")
     monkeypatch.setattr(explore, "_in_child", lambda explore: None)
-    assert explore.explore_world(found["world"], 1, flaw="skip_signal")["what"] == "crash"
-    assert explore.shrink(found, flaw="skip_signal") is found
+    assert explore.explore_world(found["world"], 1, mutant="skip_signal")["what"] == "crash"
+    assert explore.shrink(found, mutant="skip_signal") is found

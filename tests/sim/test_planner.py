@@ -1,4 +1,4 @@
-"""The planner: questions from names, predictions that follow the bytes, reports that hold what they say."""
+"""The planner: questions by name, predictions that follow the bytes, consistent reports."""
 
 import json
 import os
@@ -41,28 +41,28 @@ def test_published_deployments_are_found():
     "wrong,said",
     [
         (dict(model="gpt-9"), "model is 'gpt-9'; expected one of deepseek-v2-lite"),
-        (dict(cluster="abacus"), "cluster: got 'abacus'"),
+        (dict(cluster="abacus"), "cluster is 'abacus'"),
         (dict(ranks=0), "ep is 0"),
         (dict(tokens=0), "tokens is 0"),
-        (dict(slots_per_rank=1, ranks=64), "slots_per_rank: got 1"),
+        (dict(slots_per_rank=1, ranks=64), "slots_per_rank is 1"),
     ],
 )
 def test_errors(wrong, said):
     with pytest.raises(moecomm.InvalidArgument, match=said.replace("(", r"\(")):
         ask(**{**dict(model="deepseek-v3", cluster="h800", ranks=32, tokens=16), **wrong})
-    with pytest.raises(moecomm.InvalidArgument, match="routing: got 'nowhere'"):
+    with pytest.raises(moecomm.InvalidArgument, match="routing is 'nowhere'"):
         predict(ask("deepseek-v3", "h800", 8, 4, routing="nowhere"))
 
 
 def test_a_wrong_argument_is_told_like_one(capsys):
-    """By the commands too: their usage, what was wrong and what was expected; no traceback."""
+    """Also by the commands: their usage, the error and the expectation, without a traceback."""
     with pytest.raises(SystemExit) as ended:
         command.main(["plan", "--model", "deepseek-v3", "--cluster", "abacus", "--ep", "8", "--tokens", "4"])
     said = capsys.readouterr().err
     assert (
         ended.value.code == 2
         and "usage: python -m moecomm plan" in said
-        and "cluster: got 'abacus'; expected one of" in said
+        and "cluster is 'abacus'; expected one of" in said
     )
 
 
@@ -77,7 +77,7 @@ def test_routing_keeps_the_node_limit():
 
 
 def test_copies_share_the_load():
-    """Busy experts get the spare slots: the busiest rank of a skewed routing has less than without."""
+    """Busy experts get the spare slots: the busiest rank of a skewed routing has less load than without them."""
     few = ask("deepseek-v3", "h800", 32, 64, decode=False, routing="zipf", slots_per_rank=8)
     many = ask("deepseek-v3", "h800", 32, 64, decode=False, routing="zipf", slots_per_rank=9)
 
@@ -107,7 +107,7 @@ def test_more_bytes_take_longer():
 
 
 def recorded(path):
-    """Records one dispatch of two ranks with the gate of deepseek-v2-lite; its picks by rank."""
+    """Record one dispatch of two ranks with the gate of deepseek-v2-lite; return its picks by rank."""
     shape = presets.deepseek_v2_lite
     ids = [torch.rand(6, shape.num_experts).topk(shape.top_k).indices for _ in range(2)]
 
@@ -169,7 +169,7 @@ SMALL = ("--model", "deepseek-v2-lite", "--cluster", "h100", "--ep", "8", "--tok
 
 
 def plan(*words, stderr=subprocess.PIPE):
-    """Starts `python -m moecomm plan` on a small question."""
+    """Start `python -m moecomm plan` on a small question."""
     return subprocess.Popen(
         [sys.executable, "-m", "moecomm", "plan", *SMALL, *words],
         cwd=Path(__file__).parents[2],
@@ -180,7 +180,7 @@ def plan(*words, stderr=subprocess.PIPE):
 
 
 def answer(process):
-    """(what it wrote, what it wrote to stderr), of a process that ends well."""
+    """Return (stdout, stderr) of a process that must succeed."""
     out, err = process.communicate(timeout=100)
     assert process.returncode == 0, f"{out}\n{err}"
     return out, err
@@ -188,8 +188,9 @@ def answer(process):
 
 @pytest.mark.parametrize("routing", ["zipf", "recorded"])
 def test_command_line(tmp_path, routing):
-    """JSON that parses and nothing beside it, a page that loads nothing, the bound on a step; no progress
-    bar where nobody looks.
+    """Valid JSON only, a page without external resources, and the bound of a step.
+
+    Without a terminal there is no progress bar.
     """
     if routing == "recorded":
         recorded(tmp_path / "trace")
@@ -225,7 +226,7 @@ def test_routing_matters(capsys):
 
 
 def test_progress_bar_is_for_terminals():
-    """Through a pseudo-terminal the bar shows and goes again; what is printed is the same as without one."""
+    """On a pseudo-terminal the bar is shown and removed; the printed output is the same as without it."""
     words = ("--routing", "zipf")
     ours, its = pty.openpty()
     process = plan(*words, stderr=its)
@@ -234,13 +235,13 @@ def test_progress_bar_is_for_terminals():
     while reading:
         try:
             piece = os.read(ours, 4096)
-        except OSError:  # how Linux says that nobody has the terminal open any more
+        except OSError:  # Linux reports a terminal without readers like this
             piece = b""
         shown, reading = shown + piece, piece != b""
     os.close(ours)
     out, _ = answer(process)
     bars = re.findall(r"\r\x1b\[K\[(#*) *\] (\d+)/(\d+) ([^\r]*)", shown.decode())
-    assert bars[0][3] == "the question itself" and {b[3].split()[0] for b in bars[1:]} == {
+    assert bars[0][3] == "question" and {b[3].split()[0] for b in bars[1:]} == {
         "sms",
         "node_limit",
         "precision",
@@ -261,7 +262,7 @@ def test_sweeps_repeat_the_question_itself():
 
 @pytest.mark.parametrize("ranks,tokens", [(320, 128), (32, 4096)], ids=["decode", "prefill"])
 def test_the_docs_say_what_the_planner_says(ranks, tokens):
-    """docs/planning.md: its tables, and the bytes that leave a rank."""
+    """docs/planning.md: its tables, and the bytes sent by a rank."""
     p = predict(ask("deepseek-v3", "h800", ranks, tokens))
     text = " ".join((Path(__file__).parents[2] / "docs/planning.md").read_text().split())
     if ranks == 320:

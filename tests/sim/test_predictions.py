@@ -1,4 +1,4 @@
-"""The sim world's predictions for published clusters stay where docs/simulation.md says they are."""
+"""Predictions for published clusters stay within the errors in docs/simulation.md."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ import pytest
 from bench import published
 from moecomm import clusters
 
-# What `python -m bench published` fits on the decode rows EP8 and EP64.
+# The fit of `python -m bench published` to the decode rows EP8 and EP64.
 FITTED = {"launch": 23_940.0, "rail_rate": 50.1}
 
 
@@ -17,7 +17,7 @@ def hardware():
 
 
 def test_decode_rows():
-    """Median error of the rows that were not fitted within 10%, worst within 20%."""
+    """The median error of the rows that were not fitted is within 10%, the worst within 20%."""
     errors = [
         100 * (predicted / measured - 1)
         for row in published.DECODE
@@ -28,7 +28,7 @@ def test_decode_rows():
 
 
 def test_fit_rows_are_the_fit():
-    """The constants above are those that the fit would find: no change of one of them makes the fitted rows better."""
+    """The constants above are optimal: no change of one of them improves the fitted rows."""
 
     def cost(hw):
         return sum(
@@ -48,6 +48,6 @@ def test_fit_rows_are_the_fit():
 
 @pytest.mark.parametrize("row", published.THROUGHPUT[:1], ids=lambda row: f"{row.system} EP{row.ranks}")
 def test_throughput_rows(row):
-    """Without any fit on throughput: within 20%."""
+    """Without a fit on throughput: within 20%."""
     got = published.predict_throughput(row, hardware())[:2]
     assert np.all(np.abs(np.array(got) / (row.dispatch, row.combine) - 1) < 0.2), got

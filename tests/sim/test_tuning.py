@@ -1,4 +1,4 @@
-"""choose_plan is a pure function: what it promises for every hardware and shape, and the numbers behind it."""
+"""choose_plan is a pure function: its guarantees for any hardware and shape, and its numbers."""
 
 import itertools
 
@@ -66,7 +66,7 @@ TRAFFIC = dict(
 def test_traffic_of_one_node():
     rows = traffic_per_token(Traffic(ranks=8, ranks_per_node=8, **TRAFFIC))
     assert rows["rail"] == 0
-    assert rows["written"] == pytest.approx(8)  # every pick is a row at the end
+    assert rows["written"] == pytest.approx(8)  # every pick ends as a row
     assert 3.5 < rows["node"] <= 4  # four groups, one per rank
 
 
@@ -101,7 +101,7 @@ def test_every_plan_fits(name, nodes, per_node, hidden, top_k, tokens, num_sms, 
 
 
 def test_more_nodes_need_fewer_multiprocessors():
-    """The rail is the bottleneck; what it lets through keeps fewer multiprocessors busy as rows stay less often."""
+    """The rail is the bottleneck; with more nodes it needs fewer multiprocessors."""
     sms = [
         choose_plan(HARDWARE["NVIDIA H800"], Traffic(ranks=8 * n, ranks_per_node=8, **TRAFFIC)).num_sms
         for n in (1, 2, 4, 8)
@@ -126,7 +126,7 @@ def test_a_fourth_stage_where_there_is_room():
 
 
 def test_chunks_follow_the_rail():
-    """About what the rail carries in a microsecond; less where a channel has few rows, and always whole rows."""
+    """A chunk is about a microsecond of the rail, or less for channels with few rows, and has whole rows."""
     hardware = HARDWARE["NVIDIA H200"]
     many = Traffic(ranks=16, ranks_per_node=8, **TRAFFIC)
     chunk = choose_plan(hardware, many, 4).chunk_bytes

@@ -1,7 +1,7 @@
-"""Random cases: every option of dispatch and combine, on any world, against the oracle, bit for bit.
+"""Random cases: all options of dispatch and combine, in any world, against the oracle, bit for bit.
 
-`make_case(choose, size)` asks `choose(list)` for everything, so hypothesis, a seeded random generator and the
-mpirun suites draw from one description.
+`make_case(choose, size)` gets each value from `choose(list)`, so that hypothesis, a seeded random generator and the
+mpirun suites share one description.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 @dataclass
 class Case:
-    """One random world and how it is used; equal on every rank."""
+    """One random world and the options of its calls. Equal on all ranks."""
 
     ranks_per_node: int
     tokens: list  # by rank
@@ -29,22 +29,22 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     layout: str = "expert"
     alignment: int = 1
-    capacity: str = "none"  # none | exact (the fullest rank's rows) | spare (five more)
-    routing: str = "random"  # random | one_expert | one_rank | masked (no token picks anything)
-    quantized: bool = False  # fp8 rows with scales
-    quant: str | None = None  # rows become fp8 on their way
+    capacity: str = "none"  # none | exact (rows of the fullest rank) | spare (five more)
+    routing: str = "random"  # random | one_expert | one_rank | masked (no picks)
+    quantized: bool = False  # FP8 rows with scales
+    quant: str | None = None  # dispatch quantizes rows to FP8
     scale_layout: str = "row"
-    wire: str | None = None  # of combine
+    wire: str | None = None  # wire format of combine
     channels: int | None = None
-    weights: bool = True  # topk_weights travel
+    weights: bool = True  # dispatch sends topk_weights
     combine_weights: str = (
         "arrived"  # none | arrived (views of the window) | other (a function of them, staged)
     )
     bias: str = "none"  # none | row | matrix
-    in_place: bool = True  # the experts write handle.rows
+    in_place: bool = True  # the experts write to handle.rows
     async_op: bool = False
     ids: torch.dtype = torch.int64
-    reuse: int = 0  # further dispatches on the first one's handle
+    reuse: int = 0  # number of further dispatches with the first handle
     seed: int = 0
     size: int = field(init=False)
 
@@ -53,12 +53,12 @@ class Case:
 
     @property
     def num_experts(self):
-        """Over all ranks."""
+        """Number of experts over all ranks."""
         return self.size * self.experts_per_rank
 
 
 def make_case(choose, size=None, ranks_per_node=None):
-    """A Case of which every field is chosen by choose(list)."""
+    """Make a Case; choose(list) selects the value of each field."""
     if size is None:
         ranks_per_node = choose([1, 2, 3])
         size = ranks_per_node * choose([1, 2, 3])
@@ -97,25 +97,25 @@ def make_case(choose, size=None, ranks_per_node=None):
 
 
 def routing_of(case):
-    """topk_ids by rank."""
+    """Make topk_ids by rank."""
     g = torch.Generator().manual_seed(case.seed)
     ids = [random_ids(t, case.top_k, case.num_experts, g) for t in case.tokens]
     if case.routing == "masked":
         return [torch.full_like(i, -1) for i in ids]
     last = case.num_experts - 1
-    if case.routing == "one_expert":  # every token to the last expert, in any of its slots
+    if case.routing == "one_expert":  # each token picks the last expert, in any slot
         return [
             torch.full_like(i, -1).scatter_(1, torch.randint(case.top_k, (len(i), 1), generator=g), last)
             for i in ids
         ]
-    if case.routing == "one_rank":  # every token to as many experts of the last rank as it may pick
+    if case.routing == "one_rank":  # each token picks as many experts of the last rank as possible
         first = case.num_experts - case.experts_per_rank
         return [torch.where(i >= first, i, -1) for i in ids]
     return ids
 
 
 def payload_of(case, round):
-    """(xs, scales or None, weights or None) by rank. Rows of dispatch are random bits, NaN and all."""
+    """Make (xs, scales or None, weights or None) by rank. Rows of dispatch are random bits, including NaN."""
     g = torch.Generator().manual_seed(1000 * case.seed + round)
     item = 1 if case.quantized else case.dtype.itemsize
     raw = [
@@ -134,7 +134,7 @@ def payload_of(case, round):
 
 
 def arriving(case, payload):
-    """The same as it arrives: rows that are quantized on their way are FP8 rows."""
+    """Return the payload as received: quantized rows are FP8 rows."""
     xs, _scales, weights = payload
     if case.quant is None:
         return payload
@@ -147,7 +147,7 @@ def arriving(case, payload):
 
 
 def expert_rows(want, case, round):
-    """What the experts of every rank put out: random rows, the same on whichever rank they are computed."""
+    """Make the experts' output on all ranks: random rows that do not depend on the rank."""
     out = []
     for rank, w in enumerate(want):
         g = torch.Generator().manual_seed(77 * case.seed + 13 * rank + round)
@@ -158,7 +158,7 @@ def expert_rows(want, case, round):
 def check_case(comm, case, rounds=2):
     """Run the case on this rank and compare everything with the oracle.
 
-    Returns the bits: out.x and y of every round.
+    Returns the bits of out.x and y of every round.
     """
     ids = routing_of(case)
     first = arriving(case, payload_of(case, 0))
@@ -215,7 +215,7 @@ def check_case(comm, case, rounds=2):
 
 
 def check_combine(buf, case, out, want, round, ids):
-    """The way back, into a poisoned tensor; returns it."""
+    """Run combine into a tensor filled with NaN; return it."""
     r, rows = buf.comm.rank, expert_rows(want, case, round)
     kind = case.combine_weights if case.layout == "expert" else "none"
     # Any function of the weights is allowed; this one is not the identity and needs no rounding.

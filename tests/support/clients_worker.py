@@ -1,28 +1,26 @@
-"""Clients of deep_ep on moecomm's drop-in: run by test_clients.py with the Python that has them.
+"""Clients of deep_ep on moecomm's drop-in. test_clients.py runs this with the Python that has them installed.
 
-python clients_worker.py FOLDER     imports once, then forks the ranks; a line "CLIENT RANKS largest-difference" each
+`python clients_worker.py FOLDER` imports everything once, forks the ranks, and prints one line per run: CLIENT RANKS
+largest-difference.
 """
 
-import os
 import sys
-import traceback
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from forked_ranks import over_ranks
 
-import moecomm
 from moecomm.integrations import deep_ep
 
 EXPERTS, TOP_K, HIDDEN, TOKENS = 8, 3, 32, 21
 
 
 class Problem:
-    """Experts that are matrices, tokens of every rank, and what a single process computes of all of them."""
+    """Matrices as experts, tokens of all ranks, and the results of a single process."""
 
     def __init__(self, size, dtype):
         g = torch.Generator().manual_seed(0)
-        tokens = [TOKENS - 4 * r for r in range(size)]  # ranks differ
+        tokens = [TOKENS - 4 * r for r in range(size)]  # different on each rank
         self.w = torch.randn((EXPERTS, HIDDEN, HIDDEN), generator=g, dtype=torch.float64) * 0.2
         self.x = [torch.randn((t, HIDDEN), generator=g, dtype=torch.float64).to(dtype) for t in tokens]
         self.ids = [torch.rand((t, EXPERTS), generator=g).argsort(1)[:, :TOP_K].contiguous() for t in tokens]
@@ -45,7 +43,7 @@ class Problem:
         )
 
     def mine(self, rank, size):
-        """Leaves of a rank: tokens, probabilities, its experts."""
+        """Return a rank's leaf tensors: tokens, probabilities, its experts."""
         local = slice(rank * EXPERTS // size, (rank + 1) * EXPERTS // size)
         return (
             self.x[rank].clone().requires_grad_(),
@@ -54,7 +52,7 @@ class Problem:
         ), local
 
     def compare(self, rank, local, y, leaves):
-        """The largest difference of the result and of all gradients."""
+        """Return the largest difference of the result and of all gradients."""
         x, p, w = leaves
         pairs = [
             (y, self.y[rank]),
@@ -66,7 +64,7 @@ class Problem:
 
 
 def megatron_deepep(rank, size):
-    """Megatron's fused_a2a over Buffer, forward and backward, twice: the second time by events."""
+    """Run Megatron's fused_a2a on Buffer, forward and backward, twice: the second time with events."""
     from megatron.core.transformer.moe import fused_a2a
 
     problem, worst = Problem(size, torch.float64), 0.0
@@ -86,9 +84,7 @@ def megatron_deepep(rank, size):
 
 
 def megatron_hybridep(rank, size):
-    """Megatron's fused_a2a over HybridEPBuffer, with and without a budget of rows, and with more tokens
-    than at first.
-    """
+    """Run Megatron's fused_a2a on HybridEPBuffer, with and without a row budget, then with more tokens."""
     from megatron.core.transformer.moe import fused_a2a
 
     problem, worst = Problem(size, torch.float64), 0.0
@@ -113,10 +109,10 @@ def megatron_hybridep(rank, size):
 
 
 def torchtitan_v2(rank, size):
-    """torchtitan's deepep over ElasticBuffer: the compact layout with gradients, and the expanded one of inference."""
+    """Run torchtitan's deepep on ElasticBuffer: the compact layout with gradients, the expanded layout of inference."""
     from torchtitan.distributed.deepep import deepep
 
-    for name in ("dispatch", "combine"):  # there they are registered for GPUs alone
+    for name in ("dispatch", "combine"):  # torchtitan registers them only for GPUs
         torch.library.impl(deepep._lib, name, "CPU")(getattr(deepep, f"_{name}_op_impl"))
     problem = Problem(size, torch.float32)
     deepep.get_buffer(dist.group.WORLD, hidden=HIDDEN, num_max_tokens_per_rank=TOKENS + 3, num_topk=TOP_K)
@@ -144,8 +140,9 @@ def torchtitan_v2(rank, size):
 
 
 def megatron_layer(rank, size):
-    """Megatron's MoELayer by its flex dispatcher over both interfaces, against its own allgather on gloo:
-    output and all gradients.
+    """Run Megatron's MoELayer with its flex dispatcher on both interfaces.
+
+    The output and all gradients are compared with its own allgather dispatcher on gloo.
     """
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -153,10 +150,10 @@ def megatron_layer(rank, size):
     from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.core.transformer.transformer_config import TransformerConfig
 
-    torch.cuda.current_device = lambda: "cpu"  # the layer asks for a GPU where its tensors shall lie
+    torch.cuda.current_device = lambda: "cpu"  # the layer allocates tensors on torch's current GPU
     moe_utils.te_general_gemm = getattr(
         moe_utils, "te_general_gemm", None
-    )  # Megatron 0.16.1 names it only where TransformerEngine is
+    )  # Megatron 0.16.1 defines it only if TransformerEngine is installed
     parallel_state.initialize_model_parallel(expert_model_parallel_size=size)
     results = {}
     for name, how in (
@@ -211,40 +208,8 @@ CLIENTS = {
 }
 
 
-def one_rank(client, rank, size, folder):
-    """A forked rank: joins the others, runs the client, writes its largest difference."""
-    moecomm.bootstrap.make_default_group(
-        init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=120)
-    )
-    worst = CLIENTS[client](rank, size)
-    dist.barrier()
-    with open(f"{folder}/{rank}", "w") as f:
-        f.write(repr(worst))
-
-
-def over_ranks(client, size, folder):
-    """The largest difference on any of the ranks, which are forked; None where one failed, which tells why
-    on stderr.
-    """
-    os.mkdir(folder)
-    ranks = []
-    for rank in range(size):
-        ranks.append(os.fork())
-        if ranks[-1] == 0:
-            status = 1
-            try:
-                one_rank(client, rank, size, folder)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(status)
-    failed = [rank for rank, pid in enumerate(ranks) if os.waitpid(pid, 0)[1]]
-    return None if failed else max(float(open(f"{folder}/{rank}").read()) for rank in range(size))
-
-
 def main(folder):
-    """Every client over 2 and 4 ranks, from one process that has imported everything."""
+    """Run all clients on 2 and 4 ranks, from one process that has imported everything."""
     torch.set_num_threads(1)
     deep_ep.configure(timeout=120.0)
     deep_ep.install()
@@ -253,7 +218,7 @@ def main(folder):
 
     for client in CLIENTS:
         for size in (2, 4):
-            print(client, size, over_ranks(client, size, f"{folder}/{client}{size}"), flush=True)
+            print(client, size, over_ranks(CLIENTS[client], size, f"{folder}/{client}{size}"), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A compiled MoE layer on several ranks: run by test_nn.py under mpirun.
+"""A compiled MoE layer on several ranks. test_nn.py runs this with mpirun.
 
-Prints on every rank how far it is from eager.
+Prints the difference from eager on every rank.
 """
 
 import torch
@@ -21,7 +21,7 @@ with moecomm.Communicator() as comm:
     compiled = torch.compile(layers, fullgraph=True, dynamic=False, backend="aot_eager")
 
     def gradients(f, x):
-        """y and all gradients."""
+        """Return y and all gradients."""
         layers.zero_grad()
         x = x.clone().requires_grad_()
         y = f(x)

@@ -1,4 +1,4 @@
-"""A program for torchrun on machines with GPUs: dispatch and combine between processes, against the oracle.
+"""For torchrun on machines with GPUs: dispatch and combine between processes, against the oracle.
 
 torchrun --nproc-per-node 4 tests/support/cuda_worker.py [ranks per node]
 """

@@ -10,7 +10,7 @@ from moecomm import quant, reference, reference_quant
 
 
 def make_buffer(comm, world, **arguments):
-    """A buffer that the world's steps fit into."""
+    """Make a buffer with space for the steps of the world."""
     xs, ids, _ = world
     options = dict(
         hidden=xs[0].shape[1],
@@ -24,7 +24,7 @@ def make_buffer(comm, world, **arguments):
 
 
 def coded(x, scheme):
-    """(codes, scales) by the oracle, scales packed as they travel."""
+    """Return (codes, scales) of the oracle, with scales packed as in a message."""
     codes, scales = reference_quant.quantize(x, scale="ue8m0" if scheme == "fp8_ue8m0" else "f32")
     return codes, quant.pack_ue8m0(scales) if scheme == "fp8_ue8m0" else scales
 
@@ -40,7 +40,10 @@ def check_dispatch(
     return_hook=True,
     scale_layout="row",
 ):
-    """decode_dispatch of one random world; returns what it returned, and the oracle's. prepared: x comes quantized."""
+    """Check decode_dispatch of one random world; return its result and that of the oracle.
+
+    With `prepared`, x is quantized before the call.
+    """
     xs, ids, weights = world
     r = comm.rank
     rows = [coded(x, scheme) for x in xs] if scheme else [(x, None) for x in xs]
@@ -72,13 +75,13 @@ def check_dispatch(
 
 
 def check_step(comm, buf, world, *, in_place=True, wire=None, weights_travel=False, return_hook=True, **how):
-    """Dispatch, experts, combine. Every output is poisoned first. Returns y."""
+    """Run dispatch, experts and combine, with outputs filled with NaN before; return y."""
     xs, ids, weights = world
     r, dtype = comm.rank, xs[0].dtype
     recv, want = check_dispatch(
         comm, buf, world, weights_travel=weights_travel, return_hook=return_hook, **how
     )
-    # Experts: something that depends on the row and the rank, the same everywhere.
+    # Experts: a function of the row and the rank, computed equally by all ranks.
     rows = [(w.x.to(torch.float32) * (rank + 1) / 4).to(dtype) for rank, w in enumerate(want)]
     expected = reference.decode_combine(
         rows,

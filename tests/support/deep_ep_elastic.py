@@ -1,4 +1,4 @@
-"""What deep_ep's ElasticBuffer must give, in slow torch, and what one rank of its tests does."""
+"""The contract of deep_ep's ElasticBuffer in plain torch, and a rank's checks against it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moecomm.integrations import deep_ep
 
 
 def expanded(ids, num_experts, size, rank, alignment):
-    """[(source rank, token, pick) or None for padding] of a rank's rows, and the true rows per local expert."""
+    """Return [(source rank, token, pick), or None for padding] of a rank's rows, and the real rows per local expert."""
     local, rows, counts = num_experts // size, [], []
     for e in range(rank * local, (rank + 1) * local):
         here = [
@@ -25,13 +25,13 @@ def expanded(ids, num_experts, size, rank, alignment):
 
 
 def pick(values, rows):
-    """values[rank][token] of every row; zeros on padding."""
+    """Return values[rank][token] of every row, and zeros for padding."""
     nothing = torch.zeros(values[0].shape[1:], dtype=values[0].dtype)
     return torch.stack([values[r[0]][r[1]] if r else nothing for r in rows]) if rows else values[0][:0]
 
 
 def check(group, rank, size, nodes=1):
-    """Both layouts with and without the host's knowledge, cached plans, combine, weights, biases and counts."""
+    """Check both layouts, with and without counts on the host: cached plans, combine, weights, biases and counts."""
     experts, k, most = 4 * size, 3, 20
     buffer = deep_ep.ElasticBuffer(group, num_max_tokens_per_rank=most, hidden=256)
     assert buffer.num_bytes % (2 << 20) == 0 and (
@@ -48,7 +48,7 @@ def check(group, rank, size, nodes=1):
         xs, ids, weights = random_world(size, tokens, 256, experts, k, seed=seed, masked=0.3)
         ids = [
             i.masked_fill(i >= 2 * size, -1) if seed == 1 else i for i in ids
-        ]  # skew: nothing for the upper half
+        ]  # skew: no picks in the upper half
         for sync in (True, False):
             check_plain(buffer, rank, size, nodes, xs, ids, weights, experts, most, sync)
             check_expanded(buffer, rank, size, xs, ids, weights, experts, most, sync)
@@ -56,7 +56,7 @@ def check(group, rank, size, nodes=1):
 
 
 def check_plain(buffer, rank, size, nodes, xs, ids, weights, experts, most, sync):
-    """One row per token and rank."""
+    """Check the layout with one row per token and rank."""
     x, local = xs[rank], experts // size
     arrived = arrivals(ids, weights, experts, size)
     want, stats = arrived[rank], torch.full((local,), 5, dtype=torch.int32)
@@ -105,13 +105,13 @@ def check_plain(buffer, rank, size, nodes, xs, ids, weights, experts, most, sync
 
 
 def check_expanded(buffer, rank, size, xs, ids, weights, experts, most, sync):
-    """One row per token and local expert, padded."""
+    """Check the layout with one row per token and local expert, padded."""
     x, local, k = xs[rank], experts // size, ids[0].shape[1]
     rows, counts = expanded(ids, experts, size, rank, 8)
     fp8 = [v.to(torch.float8_e4m3fn) for v in xs]
     sf = [
         torch.arange(len(v) * 8, dtype=torch.int32).view(-1, 8) * 5 + r for r, v in enumerate(xs)
-    ]  # MXFP8: per 32, packed
+    ]  # MXFP8: a scale per 32 elements, packed
     (recv_x, recv_sf), recv_ids, recv_weights, handle, event = buffer.dispatch(
         (fp8[rank], sf[rank]),
         ids[rank],

@@ -1,4 +1,4 @@
-"""What deep_ep's HybridEPBuffer must give, in slow torch, and what one rank of its tests does."""
+"""The contract of deep_ep's HybridEPBuffer in plain torch, and a rank's checks against it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from moecomm.integrations import deep_ep
 
 
 def check(group, rank, size, nodes=1):
-    """Both dispatches by ids and by maps, budgets and overflow, cached plans, FP8 rows, combine and what
-    comes back of the probabilities.
+    """Check both dispatches, with ids and with maps.
+
+    Covers budgets and overflow, cached plans, FP8 rows, combine, and the probabilities that combine returns.
     """
     experts, local, most = 4 * size, 4, 20
     per_node = local * size // nodes
@@ -30,7 +31,7 @@ def check(group, rank, size, nodes=1):
             deep_ep.hybrid_ep_buffer.indices_to_map(i, w, len(i), experts)
             for i, w in zip(ids, weights, strict=True)
         ]
-        for t in range(len(ids[rank])):  # picks as a map
+        for t in range(len(ids[rank])):  # the picks as a map
             assert maps[rank][0][t].nonzero().view(-1).tolist() == sorted(
                 e for e in ids[rank][t].tolist() if e >= 0
             )
@@ -46,7 +47,7 @@ def check(group, rank, size, nodes=1):
 
 
 def check_tokens(buffer, rank, size, xs, ids, weights, maps, experts, per_node):
-    """One row per token and rank."""
+    """Check the dispatch with one row per token and rank."""
     arrived, local = arrivals(ids, weights, experts, size), experts // size
     want, here = arrived[rank], slice(rank * local, (rank + 1) * local)
     first = rank * local % per_node
@@ -73,7 +74,7 @@ def check_tokens(buffer, rank, size, xs, ids, weights, maps, experts, per_node):
 
 
 def check_permuted(buffer, rank, size, xs, ids, maps, experts):
-    """One row per token and expert."""
+    """Check the dispatch with one row per token and expert."""
     rows, counts = expanded(ids, experts, size, rank, 4)
     n, padded = len(rows), [-(-c // 4) * 4 for c in counts]
     held = (ids[rank] >= 0).sum(1, keepdim=True).double()
@@ -126,7 +127,7 @@ def check_permuted(buffer, rank, size, xs, ids, maps, experts):
     assert_same(token, pick([c[0] for c in codes], packed), "FP8 token")
     assert_same(scales.contiguous(), pick([c[1] for c in codes], packed), "scaling factors")
     token, recv_probs, _, per_expert, handle = (
-        buffer.dispatch_with_permute(  # too small for somebody, unless there is no token
+        buffer.dispatch_with_permute(  # too small for some rank, unless there are no tokens
             hidden=xs[rank],
             routing_map=maps[rank][0],
             probs=maps[rank][1],

@@ -1,6 +1,4 @@
-"""deep_ep's contract in slow and obvious torch, and what one rank of its tests does; run by rank threads
-and by processes.
-"""
+"""The contract of deep_ep in plain torch, and the checks of one rank against it, for rank threads and processes."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from moecomm.integrations import deep_ep
 
 
 class Arrived(NamedTuple):
-    """What one rank receives: one row per (source rank, source token) that picks an expert here."""
+    """Rows that one rank receives: one per (source rank, source token) with a pick on this rank."""
 
     sources: list
     ids: torch.Tensor
@@ -25,7 +23,7 @@ class Arrived(NamedTuple):
 
 
 def arrivals(ids, weights, num_experts, size):
-    """Arrived of every rank, from all ranks' [T, K] picks."""
+    """Return Arrived of every rank from the [T, K] picks of all ranks."""
     local, out = num_experts // size, []
     for r in range(size):
         sources = [
@@ -55,12 +53,12 @@ def arrivals(ids, weights, num_experts, size):
 
 
 def rows_of(values, arrived):
-    """values[rank][token] of every arrived row."""
+    """Return values[rank][token] of every received row."""
     return torch.stack([values[s][t] for s, t in arrived.sources]) if arrived.sources else values[0][:0]
 
 
 def summed(rows, arrived, tokens, rank):
-    """float64 [tokens, ...]: the sum over all ranks' rows of this rank's tokens."""
+    """Sum the rows of all ranks for the tokens of this rank: float64 [tokens, ...]."""
     y = torch.zeros((tokens, *rows[0].shape[1:]), dtype=torch.float64)
     for there, values in zip(arrived, rows, strict=True):
         for i, (s, t) in enumerate(there.sources):
@@ -70,7 +68,7 @@ def summed(rows, arrived, tokens, rank):
 
 
 def assert_close(got, want, what):
-    """Equal but for the rounding of the result's dtype."""
+    """Assert that values are equal up to the rounding of the result's dtype."""
     error = (got.double() - want).abs().max().item() if got.numel() else 0.0
     limit = {torch.bfloat16: 2**-6, torch.float16: 2**-8, torch.float32: 1e-5, torch.float64: 1e-12}[
         got.dtype
@@ -81,7 +79,7 @@ def assert_close(got, want, what):
 
 
 def layout_and_dispatch(buffer, x, ids, weights, num_experts, **more):
-    """dispatch as every caller makes it: by the layout of the ids."""
+    """Call get_dispatch_layout and dispatch, as clients do."""
     per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids, num_experts)
     return buffer.dispatch(
         x,
@@ -96,8 +94,9 @@ def layout_and_dispatch(buffer, x, ids, weights, num_experts, **more):
 
 
 def check_normal(group, rank, size, nodes=1):
-    """Every result of layout, dispatch and combine on random worlds with skew, empty ranks, -1, growth,
-    FP8, bytes and cached plans.
+    """Check layout, dispatch and combine on random worlds.
+
+    Covers skew, empty ranks, -1, growth, FP8, bytes and cached plans.
     """
     buffer = deep_ep.Buffer(group, 1 << 20, 0)
     for seed, tokens, dtype, experts, k in (
@@ -109,14 +108,14 @@ def check_normal(group, rank, size, nodes=1):
         xs, ids, weights = random_world(size, tokens, 256, experts, k, dtype, seed, masked=0.3)
         ids = [
             i.masked_fill(i >= experts // 2, -1) if seed == 2 else i for i in ids
-        ]  # skew: nothing for the upper half
+        ]  # skew: no picks in the upper half
         check_one(buffer, rank, size, nodes, xs, ids, weights, experts)
         check_formats(buffer, rank, size, xs, ids, weights, experts)
     check_without_ids(buffer, rank, size)
 
 
 def check_one(buffer, rank, size, nodes, xs, ids, weights, experts):
-    """One world through layout, dispatch, cached dispatch, worst-case dispatch and combine."""
+    """Run one world through layout, dispatch, cached dispatch, worst-case dispatch and combine."""
     x, mine, w = xs[rank], ids[rank], weights[rank]
     arrived, k, local = arrivals(ids, weights, experts, size), mine.shape[1], experts // size
     want = arrived[rank]
@@ -190,7 +189,7 @@ def check_one(buffer, rank, size, nodes, xs, ids, weights, experts):
 
 
 def check_formats(buffer, rank, size, xs, ids, weights, experts):
-    """FP8 pairs that the core knows, and rows and scales that it does not; on a cached plan too."""
+    """Check FP8 pairs that moecomm's core supports, and opaque rows and scales, also with a cached plan."""
 
     def scaled(value, columns, dtype):
         return (torch.arange(len(value) * columns).view(len(value), columns) * 7 % 251 + value.shape[0]).to(
@@ -200,7 +199,7 @@ def check_formats(buffer, rank, size, xs, ids, weights, experts):
     fp8 = [v.to(torch.float8_e4m3fn) for v in xs]
     by_column = [
         scaled(v, 1, torch.int32).as_strided((len(v), 1), (1, len(v))) for v in fp8
-    ]  # as FP8 GEMMs want scales
+    ]  # the scale layout of FP8 GEMMs
     formats = [
         list(zip((v.view(torch.int8) for v in fp8), by_column, strict=True)),
         [(v, scaled(v, 2, torch.float32) + r) for r, v in enumerate(fp8)],
@@ -227,7 +226,7 @@ def check_formats(buffer, rank, size, xs, ids, weights, experts):
 
 
 def check_without_ids(buffer, rank, size):
-    """Rows that go where is_token_in_rank says; the list is what callers counted."""
+    """Check rows sent by is_token_in_rank. The returned list has the counts that the callers passed."""
     g = torch.Generator().manual_seed(5)
     xs = [torch.randn((6 + r, 32), generator=g).bfloat16() for r in range(size)]
     where = [torch.rand((len(x), size), generator=g) < 0.5 for x in xs]
@@ -250,7 +249,7 @@ def check_without_ids(buffer, rank, size):
 
 
 def dequantized(rows, scales):
-    """float32 of FP8 rows [.., H] with a scale per 128 (f32, or four UE8M0 in an int32)."""
+    """Dequantize FP8 rows [.., H] with a scale per 128 elements (float32, or four UE8M0 in an int32) to float32."""
     if scales.dtype == torch.int32:
         exponents = scales.clone(memory_format=torch.contiguous_format).view(torch.uint8)[
             ..., : -(-rows.shape[-1] // 128)
@@ -260,7 +259,7 @@ def dequantized(rows, scales):
 
 
 def check_low_latency(group, rank, size):
-    """Every format and way to wait of the low-latency verbs."""
+    """Check all formats and all ways to wait of the low-latency verbs."""
     experts, k, most, hidden = 4 * size, 3, 12, 512
     local = experts // size
     buffer = deep_ep.Buffer(group, low_latency_mode=True, enable_shrink=True)
@@ -331,7 +330,7 @@ def check_low_latency(group, rank, size):
             buffer.get_next_low_latency_combine_buffer(handle).copy_(answer)
             answer = torch.empty(0)
         factor = (weights[rank] * (ids[rank] >= 0) * (1 + ids[rank] % 4)).sum(1, keepdim=True).double()
-        for turn in range(1 if zero_copy else 2):  # a handle may be combined again
+        for turn in range(1 if zero_copy else 2):  # a handle can be combined again
             out = torch.full(xs[rank].shape, float("nan"), dtype=torch.bfloat16) if turn else None
             y, _, hook = buffer.low_latency_combine(
                 answer, ids[rank], weights[rank], handle, logfmt, zero_copy, return_recv_hook=hooked, out=out
@@ -350,39 +349,39 @@ def check_low_latency(group, rank, size):
 
 
 def main(folder, rank, size, check):
-    """One process of a test: checks[check] over a gloo group."""
+    """Run a check of this module in one process, in a gloo group."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     moecomm.bootstrap.make_default_group(
         init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=60)
     )
-    deep_ep.configure(timeout=100.0)  # the machine may be busy
+    deep_ep.configure(timeout=100.0)  # a loaded machine is slow
     deep_ep.install()
     import deep_ep as installed
 
     assert installed is deep_ep
-    globals()[check](torch.distributed.group.WORLD, rank, size)  # a check_ of this module
+    globals()[check](torch.distributed.group.WORLD, rank, size)  # a check_ function of this module
     torch.distributed.barrier()
     deep_ep.shutdown()
     torch.distributed.destroy_process_group()
 
 
 def check_elastic(group, rank, size):
-    """As deep_ep_elastic.check."""
+    """Run deep_ep_elastic.check."""
     import deep_ep_elastic
 
     deep_ep_elastic.check(group, rank, size)
 
 
 def check_hybrid(group, rank, size):
-    """As deep_ep_hybrid.check."""
+    """Run deep_ep_hybrid.check."""
     import deep_ep_hybrid
 
     deep_ep_hybrid.check(group, rank, size)
 
 
 def run_processes(processes, folder, size, check):
-    """check(group, rank, size) of this module in processes of their own, over gloo."""
+    """Run check(group, rank, size) of this module in separate processes, over gloo."""
     ranks = [processes.Process(target=main, args=(str(folder), r, size, check)) for r in range(size)]
     for p in ranks:
         p.start()
@@ -397,5 +396,5 @@ def run_processes(processes, folder, size, check):
 
 
 def with_buffer(fn, **how):
-    """fn(Buffer) on one rank."""
+    """Call fn(Buffer) on one rank."""
     return moecomm.run_local(lambda comm: fn(deep_ep.Buffer(comm, **how)), 1)[0]

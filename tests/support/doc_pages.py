@@ -13,7 +13,7 @@ COMMENT = re.compile(r"<!-- ([^>]*) -->\s*\Z")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, its text, the line it starts at, and the comment right before it."""
+    """A fenced block: its language, its text, its first line, and the comment right before it."""
 
     language: str
     text: str
@@ -21,17 +21,17 @@ class Block:
     mark: str
 
     def marked(self, kind):
-        """What follows `kind: ` in the comment; None where the comment is another one."""
+        """Return the text after `kind: ` in the comment, or None if the comment is of another kind."""
         return self.mark.removeprefix(f"{kind}: ") if self.mark.startswith(f"{kind}: ") else None
 
 
 def name_of(page):
-    """The path of a page in the repository."""
+    """Return the path of a page in the repository."""
     return page.relative_to(ROOT).as_posix() if page.is_relative_to(ROOT) else page.name
 
 
 def blocks(page):
-    """The fenced blocks of a page, in order."""
+    """Return the fenced blocks of a page, in order."""
     text = page.read_text()
     found = []
     for match in FENCE.finditer(text):
@@ -44,12 +44,12 @@ def blocks(page):
 
 
 def prose(page):
-    """The text of a page without its fenced blocks and code spans."""
+    """Return the text of a page without its fenced blocks and code spans."""
     return re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text()))
 
 
 def links(page):
-    """(target, anchor) of the links and pictures of a page that stay in the repository."""
+    """Yield (target, anchor) of the links and pictures of a page that point into the repository."""
     for to in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if not re.match(r"[a-z]+:", to):
             target, _, anchor = to.partition("#")
@@ -57,7 +57,7 @@ def links(page):
 
 
 def anchors(page):
-    """The anchors of a page's headings, as MkDocs and code hosts make them."""
+    """Yield the anchors of a page's headings, in the form of MkDocs and code hosts."""
     for heading in re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.M):
         text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading)
         yield re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", text).strip().lower())

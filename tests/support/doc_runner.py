@@ -1,4 +1,4 @@
-"""Runs programs of the documents in processes that have torch and moecomm loaded already."""
+"""Runs the programs of the documentation in processes that have already loaded torch and moecomm."""
 
 import contextlib
 import io
@@ -10,7 +10,7 @@ import traceback
 
 
 def run(argv, folder, environment, out):
-    """Run `python FILE ...`, `moecomm ...` or `blocks PAGE` in a folder. What it prints goes to the file `out`."""
+    """Run `python FILE ...`, `moecomm ...` or `blocks PAGE` in a folder. Output goes to the file `out`."""
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -44,13 +44,13 @@ def run(argv, folder, environment, out):
 
 
 def run_blocks(page):
-    """Run the blocks in blocks.json one after the other; what each printed goes to said.json."""
-    said, names = [], {"__name__": "__main__"}
+    """Run the blocks in blocks.json in order; write the output of each to outputs.json."""
+    outputs, names = [], {"__name__": "__main__"}
     with open("blocks.json") as file:
         blocks = json.load(file)
     for line, text in blocks:
         with contextlib.redirect_stdout(io.StringIO()) as out:
             exec(compile("\n" * line + text, page, "exec"), names)
-        said.append(out.getvalue())
-    with open("said.json", "w") as file:
-        json.dump(said, file)
+        outputs.append(out.getvalue())
+    with open("outputs.json", "w") as file:
+        json.dump(outputs, file)

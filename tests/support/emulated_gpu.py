@@ -1,16 +1,16 @@
-"""A GPU that is not there: the cuda world's extension over emulated memory, streams and lanes, and the part
-of torch.cuda that moecomm uses. Its tensors lie on the CPU; everything else is the cuda world: its Python,
-its runtime, its kernels' own text.
+"""An emulated GPU: the cuda world's extension on emulated memory, streams and lanes.
 
-A kernel runs while it is launched, every lane a fiber of the launching rank's thread, so a stream is at its
-end whenever Python has it, unless it is captured. What only a GPU does (the order of memory, streams that
-run by themselves) is not here.
+It also replaces the part of torch.cuda that moecomm uses. Its tensors are on the CPU. The rest is the real cuda
+world: its Python code, its runtime and the source of its kernels.
 
-    python tests/support/emulated_gpu.py      builds it, into build/emulated
+A kernel runs during its launch, each lane as a fiber of the launching rank's thread. A stream is therefore always
+idle when Python code runs, unless it is captured. The emulation has neither a GPU's memory order nor concurrent
+streams.
 
-With EMULATED_KERNELS=ptx in the environment the kernels are what nvcc has made of that text, run by
-tools/ptx: with EMULATED_SEED=n under a random schedule, with EMULATED_ORDER=1 under its checker of memory
-order (docs/ptx.md).
+python tests/support/emulated_gpu.py      # builds it, into build/emulated
+
+With EMULATED_KERNELS=ptx in the environment, tools/ptx runs the kernels as compiled by nvcc: EMULATED_SEED=n selects
+a random schedule, EMULATED_ORDER=1 the checker of memory order (docs/ptx.md).
 """
 
 import contextlib
@@ -59,28 +59,10 @@ INCLUDES = (
 
 
 def build():
-    """The path of the extension, compiled where something is newer than it."""
+    """Return the path of the extension; compile it if a source is newer."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    cython, library = FOLDER / "cuda.cpp", FOLDER / ("cuda_ptx.so" if PTX else "cuda.so")
-    if not is_fresh(
-        cython, [p for p in (ROOT / "moecomm/_native").iterdir() if p.suffix in (".pyx", ".pxi", ".pxd")]
-    ):
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "cython",
-                "-3",
-                "--cplus",
-                "--module-name",
-                "moecomm._native.cuda",
-                "moecomm/_native/cuda.pyx",
-                "-o",
-                str(cython),
-            ],
-            check=True,
-            cwd=ROOT,
-        )
+    library = FOLDER / ("cuda_ptx.so" if PTX else "cuda.so")
+    cython = translate()
     ucx = Path(importlib.util.find_spec("libucx").origin).parent
     flags = [
         "-std=c++20",
@@ -94,7 +76,7 @@ def build():
         f"-I{sysconfig.get_path('include')}",
     ]
     objects, running = [], []
-    for source in (cython, *SOURCES, *(() if PTX else TEXT)):
+    for source in (*cython, *SOURCES, *(() if PTX else TEXT)):
         objects.append(FOLDER / f"{source.parent.name}_{source.stem}.o")
         made = objects[-1].with_suffix(".d")
         needs = made.read_text().replace("\\\n", " ").split(":", 1)[1].split() if made.exists() else []
@@ -130,19 +112,32 @@ def build():
     return library
 
 
+def translate():
+    """The C++ that Cython makes of the extension and of its parts."""
+    written = [p for p in (ROOT / "moecomm/_native").rglob("*") if p.suffix in (".pyx", ".pxd")]
+    modules = ["moecomm/_native/cuda.pyx", *sources.PARTS["moecomm._native.cuda"]]
+    made = {path: FOLDER / f"{path.removesuffix('.pyx').replace('/', '.')}.cpp" for path in modules}
+    for path, cpp in made.items():
+        if not is_fresh(cpp, written):
+            name = ["--module-name", cpp.name.removesuffix(".cpp")]
+            command = [sys.executable, "-m", "cython", "-3", "--cplus", *name, path, "-o", str(cpp)]
+            subprocess.run(command, check=True, cwd=ROOT)
+    return list(made.values())
+
+
 def ptx_build():
-    """tools/ptx/build.py."""
+    """Load tools/ptx/build.py."""
     sys.path.insert(0, str(ROOT / "tools"))
     return importlib.import_module("ptx.build")
 
 
 def is_fresh(made, sources):
-    """Whether a file is there and none of its sources is newer."""
+    """Tell whether a file exists and is newer than its sources."""
     return made.exists() and all(s.exists() and s.stat().st_mtime <= made.stat().st_mtime for s in sources)
 
 
 class Event:
-    """Of the emulated GPU: happens when it is recorded."""
+    """An event of the emulated GPU: it is complete when it is recorded."""
 
     def __init__(self, enable_timing=False):
         self.at = None
@@ -154,14 +149,14 @@ class Event:
         return True
 
     def synchronize(self):
-        """Nothing to wait for."""
+        """Do nothing: the event is complete."""
 
     def elapsed_time(self, later):
         return 1e3 * (later.at - self.at)
 
 
 class Stream:
-    """Of the emulated GPU."""
+    """A stream of the emulated GPU."""
 
     def __init__(self, gpu, priority=0):
         self.gpu, self.cuda_stream, self.capturing = gpu, gpu.calls.emulated_stream(), False
@@ -177,14 +172,14 @@ class Stream:
         self.waited.append(event)
 
     def wait_stream(self, other):
-        """It is at its end."""
+        """Do nothing: the stream is idle."""
 
     def synchronize(self):
-        """It is at its end."""
+        """Do nothing: the stream is idle."""
 
 
 class Gpu:
-    """One of them. `pending` counts what has been captured."""
+    """One emulated GPU. `pending` counts the captured launches."""
 
     def __init__(self, library):
         self.native = load(library)
@@ -218,7 +213,7 @@ class Gpu:
 
     @contextlib.contextmanager
     def any_order(self, seed):
-        """Blocks, warps and lanes run in an order that the seed chooses."""
+        """Run blocks, warps and lanes in an order chosen by the seed."""
         self.calls.emulated_order(seed << 32 | 1)
         try:
             yield
@@ -227,7 +222,7 @@ class Gpu:
 
     @contextlib.contextmanager
     def captured_elsewhere(self):
-        """While another thread captures in the default mode: gives what says how many calls were refused for it."""
+        """Capture in the default mode in another thread; yields a function that returns the number of refused calls."""
         self.calls.emulated_refused_calls()
         self.calls.emulated_global_captures(1)
         try:
@@ -236,12 +231,12 @@ class Gpu:
             self.calls.emulated_global_captures(-1)
 
     def damage(self, passes):
-        """Of the bulk stores that this thread's kernels make from here on, one writes a wrong bit."""
+        """Make one of the following bulk stores of this thread's kernels write a wrong bit."""
         self.calls.emulated_damage(passes)
 
     @contextlib.contextmanager
     def capture(self):
-        """Keeps what is launched on the current stream; the graph's .replay() runs it."""
+        """Record the launches on the current stream; .replay() of the graph runs them."""
         stream, graph = self.current_stream(), SimpleNamespace()
         self.captures += 1
         self.calls.emulated_begin_capture(stream.cuda_stream, self.captures)
@@ -256,12 +251,12 @@ class Gpu:
 
 @functools.cache
 def the_gpu():
-    """Built and loaded once in a process."""
+    """Return the emulated GPU, which is built and loaded once per process."""
     return Gpu(build())
 
 
 def load(library):
-    """The extension as a module of its own."""
+    """Load the extension as a separate module."""
     spec = importlib.util.spec_from_file_location("moecomm._native.cuda", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -269,13 +264,13 @@ def load(library):
 
 
 def memory_of(area):
-    """As cuda.memory_of, of memory that lies on the CPU."""
+    """Like cuda.memory_of, for memory on the CPU."""
     described = area.__cuda_array_interface__
     kind, (count,) = {"|u1": ctypes.c_uint8, "<i8": ctypes.c_int64}[described["typestr"]], described["shape"]
     if not count:
         return torch.empty(0, dtype=torch.uint8)
     array = (kind * count).from_address(described["data"][0])
-    array.kept = area  # as long as a tensor has the array
+    array.kept = area  # keeps the area as long as a tensor uses the array
     return torch.frombuffer(array, dtype={ctypes.c_uint8: torch.uint8, ctypes.c_int64: torch.int64}[kind])
 
 
@@ -285,7 +280,7 @@ REASON = f"needs a GPU: {NO_GPU}"
 
 @pytest.fixture(params=["real", "emulated"])
 def gpu(request, monkeypatch):
-    """For tests that run on either: the emulated one, or None."""
+    """The emulated GPU, or None, for tests that run with both."""
     if request.param == "real" and NO_GPU is not None:
         pytest.skip(REASON)
     return install(monkeypatch) if request.param == "emulated" else None
@@ -293,20 +288,20 @@ def gpu(request, monkeypatch):
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """For tests that count on what only the emulated one does."""
+    """The emulated GPU, for tests that depend on the emulation."""
     return install(monkeypatch)
 
 
 @pytest.fixture(params=["cpu", "emulated"])
 def either_world(request, monkeypatch):
-    """For tests of the cpu world whose run_local is to mean the cuda world too."""
+    """Makes run_local of a CPU test also run the cuda world."""
     if request.param == "emulated":
         install(monkeypatch)
         monkeypatch.setattr(moecomm, "run_local", functools.partial(moecomm.run_local, device="cuda:0"))
     return request.param
 
 
-real_gpu = pytest.mark.skipif(NO_GPU is not None, reason=REASON)  # for tests that it cannot run
+real_gpu = pytest.mark.skipif(NO_GPU is not None, reason=REASON)  # for tests that the emulation cannot run
 
 
 def install(
@@ -319,22 +314,24 @@ def install(
         senders=min(1, traffic.nodes - 1),
     ),
 ):
-    """Put the GPU in place, by a pytest.MonkeyPatch; `spread` chooses plans: few warps, since all of them
-    are fibers.
+    """Install the emulated GPU with a pytest.MonkeyPatch.
+
+    `spread` chooses plans with few warps, since each lane is a fiber.
     """
     gpu = the_gpu()
     construct = Communicator.__init__
 
     def on_the_cpu(comm, *args, **more):
         construct(comm, *args, **more)
-        if comm._gpu is not None:
-            comm.device = torch.device("cpu")  # where its tensors lie
+        if comm.gpu is not None:
+            comm.device = torch.device("cpu")  # the device of its tensors
 
     patch.setattr(Communicator, "__init__", on_the_cpu)
     patch.setattr(cuda, "why_not", lambda: None)
     patch.setattr(cuda, "native", lambda: gpu.native)
     patch.setattr(cuda, "memory_of", memory_of)
     patch.setattr(tuning, "_override", spread)
+    patch.setattr(tuning, "domain_plan", lambda hardware, num_sms: tuning.Plan(1, 3, 3, 0, 512))
     patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     for name, value in dict(
         current_stream=gpu.current_stream,

@@ -1,6 +1,4 @@
-"""What one rank of the two-host tests does, in a process of its own inside a network namespace (see
-test_two_hosts.py).
-"""
+"""The program of one rank process of test_two_hosts.py, in a network namespace."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ CLONE_NEWNET, CLONE_NEWNS, MS_REC, MS_PRIVATE, MNT_DETACH = 0x40000000, 0x000200
 
 
 def enter(namespace):
-    """From here on this process has the namespace's network, and a /sys that shows it."""
+    """Move this process into the network namespace, with a matching /sys."""
     libc = ctypes.CDLL(None, use_errno=True)
 
     def do(name, *arguments):
@@ -38,7 +36,7 @@ def enter(namespace):
 
 
 def main(folder, namespace, rank, size, cut):
-    """Cases against the oracle; then, with cut, calls until the link is gone. Writes FOLDER/RANK.json."""
+    """Run cases against the oracle; with `cut`, run calls until the link fails. Writes FOLDER/RANK.json."""
     enter(namespace)
     os.environ.update(UCX_TLS="tcp,self", UCX_NET_DEVICES="wire", GLOO_SOCKET_IFNAME="wire")
     folder, seen = Path(folder), {}
@@ -83,6 +81,6 @@ def main(folder, namespace, rank, size, cut):
         seen["close_seconds"] = time.monotonic() - began
     (folder / f"{rank}.json").write_text(json.dumps(seen))
     if cut:
-        os._exit(0)  # gloo would wait for the link
+        os._exit(0)  # gloo would wait for the failed link
     comm.barrier()
     comm.close()

@@ -1,6 +1,4 @@
-"""Ranks whose user code runs in the middle of a call: signal handlers, other threads, finalizers (see
-test_inside_calls.py).
-"""
+"""The program of one rank of test_inside_calls.py: signal handlers, other threads and finalizers run during a call."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ LATE = 0.3  # seconds for which rank 0 waits in every call
 
 
 def inputs(rank):
-    """x and ids, known to all."""
+    """Return x and ids, equal on all ranks."""
     g = torch.Generator().manual_seed(rank)
     return torch.randn(8, 64, generator=g).bfloat16(), torch.rand(8, 8, generator=g).argsort(1)[
         :, :2
@@ -30,7 +28,7 @@ def inputs(rank):
 
 
 class World:
-    """This rank's communicator, buffer and verbs; `interrupt` is called in the middle of every call of rank 0."""
+    """Communicator, buffer and verbs of this rank. `interrupt` runs during every call of rank 0."""
 
     def __init__(self, folder, rank, per_node):
         self.rank = rank
@@ -67,12 +65,14 @@ class World:
         assert torch.equal(self.buf.dispatch(self.x, self.ids, async_op=True).wait().x, self.rows)
 
     def meet(self, verb, interrupt=None, thread=False):
-        """The verb, to which rank 1 comes late; interrupt() runs meanwhile on rank 0, in a signal handler
-        or a thread.
+        """Call the verb; rank 1 calls it late.
+
+        Meanwhile interrupt() runs on rank 0, in a signal handler or a thread.
         """
         self.comm.barrier()
         if self.rank == 1:
             time.sleep(LATE)
+            self.called = time.monotonic()
             return getattr(self, verb)()
         worker = None
         if interrupt is not None and thread:
@@ -91,7 +91,7 @@ VERBS = ("dispatch", "combine", "decode_dispatch", "decode_combine", "decode_hoo
 
 
 def attempts(world, refused):
-    """Try everything of the library from where this is called; what happens goes to `refused`."""
+    """Try all calls of the library from here; collect the errors in `refused`."""
     buf = world.buf
     for what, call in {
         "dispatch": lambda: buf.dispatch(world.x, world.ids),
@@ -103,7 +103,7 @@ def attempts(world, refused):
         "decode_dispatch": lambda: buf.decode_dispatch(world.x, world.ids, quant=None),
         "async": lambda: buf.dispatch(world.x, world.ids, async_op=True).wait(),
     }.items():
-        if what == "async" and refused:  # a call would be left under way that the other rank does not make
+        if what == "async" and refused:  # rank 1 does not make this call, so it would never complete
             continue
         try:
             call()
@@ -113,7 +113,7 @@ def attempts(world, refused):
 
 
 def every_verb(world):
-    """Calls from a signal handler in every verb."""
+    """Make calls from a signal handler during every verb."""
     refused = {}
     for n, verb in enumerate(VERBS):
         tried = refused[f"{n} {verb}"] = ["no async"]
@@ -123,7 +123,7 @@ def every_verb(world):
 
 
 def pending(world):
-    """A handler waits for an asynchronous call that cannot begin before the call it runs in has ended."""
+    """A handler waits for an asynchronous call that cannot begin before the running call has ended."""
     seen = {}
 
     def interrupt():
@@ -140,25 +140,26 @@ def pending(world):
 
 
 def windows():
-    """How many windows are mapped here."""
+    """Number of windows mapped in this process."""
     return sum("memfd:moecomm" in line for line in open("/proc/self/maps"))
 
 
 def close(world, verb, thread, everything):
-    """The buffer (and the communicator) is closed in the middle of a call: that call has its result, and
-    the next one is refused.
+    """Close the buffer (and the communicator) during a call.
+
+    That call returns its result, and the next call is refused.
     """
     seen = {"before": windows()}
 
     def interrupt():
-        began = time.monotonic()
         world.buf.close()
         if everything:
             world.comm.close()
-        seen["close_seconds"] = time.monotonic() - began
+        seen["closed"] = time.monotonic()
 
     world.meet(verb, interrupt if world.rank == 0 else None, thread)
     if world.rank == 1:
+        seen["called"] = world.called
         world.buf.close()
     for name in ("dispatch", "asynchronous"):
         try:
@@ -173,7 +174,7 @@ def close(world, verb, thread, everything):
 
 
 def collect(world):
-    """The last reference to another buffer of the communicator goes in a signal handler."""
+    """A signal handler drops the last reference to another buffer of the communicator."""
     other = moecomm.Buffer(world.comm, **SHAPE)
     other.dispatch(world.x, world.ids)
     box = {"other": other}
@@ -192,7 +193,7 @@ def collect(world):
 
 
 def leave(world):
-    """A handler that closes everything and ends the process, as one for SIGTERM does."""
+    """A handler closes everything and ends the process, like a SIGTERM handler."""
     seen = {}
 
     def interrupt():
@@ -206,7 +207,7 @@ def leave(world):
         seen["exit"] = error.code
     except moecomm.MoecommError as error:
         seen["error"] = describe(error)
-    seen["closed"] = world.comm._closed
+    seen["closed"] = bool(world.comm.order.closed)
     return seen
 
 
@@ -222,7 +223,7 @@ def hook(world):
 
 
 def main(folder, rank, per_node, environment, scenario, *arguments):
-    """One scenario on one rank. Writes FOLDER/RANK.json."""
+    """Run one scenario on one rank. Writes FOLDER/RANK.json."""
     os.environ.update(environment)
     folder = Path(folder)
     world = World(folder, rank, per_node)

@@ -1,4 +1,4 @@
-"""What one rank of the bootstrap's tests does, in a process of its own (see test_bootstrap.py)."""
+"""The program of one rank process of test_bootstrap.py."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import moecomm
 from moecomm import mesh
 from moecomm.balance import rebalance
 
-TIMEOUT = 60.0  # no error of a death may come near it
+TIMEOUT = 60.0  # much longer than the errors of a death take
 BUFFER = dict(hidden=64, num_experts=12, top_k=2, max_tokens=8)
 
 
 def group(folder, name, rank, size):
-    """A gloo group that would wait for half an hour."""
+    """Make a gloo group with a timeout of half an hour."""
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/{name}",
@@ -35,7 +35,7 @@ def group(folder, name, rank, size):
 
 
 def attempt(call):
-    """{error, seconds} of a call; error is None where there was none."""
+    """Return {error, seconds} of a call; error is None if it succeeds."""
     began = time.monotonic()
     try:
         call()
@@ -46,7 +46,7 @@ def attempt(call):
 
 
 def tables(seed, size):
-    """Two placements, the second one made from the first."""
+    """Return two placements, the second one made from the first."""
 
     def load(s):
         return torch.rand((1, 12), generator=torch.Generator().manual_seed(s)) + 0.1
@@ -56,7 +56,7 @@ def tables(seed, size):
 
 
 def migrate(comm):
-    """One migration to its end."""
+    """Run one migration."""
     _, new = tables(1, comm.size)
     new.migrate([torch.zeros(6, 8)], comm).wait()
 
@@ -71,7 +71,7 @@ VERBS = {
 
 
 def die_in_exchange(number):
-    """From here on: this process kills itself in its exchange of that number; 0: while it connects."""
+    """Make this process kill itself in its exchange with this number; 0: while it connects."""
     seen, real = [], mesh.Mesh._allgather
     if number == 0:
         mesh.Mesh._answer = lambda self, callers: os.kill(os.getpid(), signal.SIGKILL)
@@ -86,7 +86,7 @@ def die_in_exchange(number):
 
 
 def killed(folder, rank, size, verb, victim, number):
-    """The victim kills itself inside the verb."""
+    """Kill the victim inside the verb."""
     folder = Path(folder)
     if verb != "Communicator":
         comm = moecomm.Communicator(group(folder, "store", rank, size), ranks_per_node=1, timeout=TIMEOUT)
@@ -103,7 +103,7 @@ def killed(folder, rank, size, verb, victim, number):
     if verb != "Communicator":
         left = comm.shrink(
             [r for r in range(size) if r != victim]
-        )  # the survivors need neither the dead rank nor the torch group
+        )  # the survivors use neither the dead rank nor the torch group
         left.barrier()
         seen["left"] = [left.rank, left.size]
     (folder / f"{rank}.json").write_text(json.dumps(seen))
@@ -111,14 +111,14 @@ def killed(folder, rank, size, verb, victim, number):
 
 
 def late(folder, rank, size):
-    """Rank 1 comes to nothing in time."""
+    """Let rank 1 arrive late at every call."""
     folder, seen = Path(folder), {}
     world = group(folder, "store", rank, size)
     comms = {verb: moecomm.Communicator(world, ranks_per_node=1, timeout=TIMEOUT) for verb in VERBS}
     for comm in comms.values():
         comm.barrier()
     for comm in comms.values():
-        comm._bootstrap._timeout = 0.75  # only now: a loaded machine may need longer for what went before
+        comm.bootstrap._timeout = 0.75  # set only here: a loaded machine may need longer for the calls before
     calls = {
         "Communicator": lambda: moecomm.Communicator(world, ranks_per_node=1, timeout=0.75),
         **{v: (lambda v=v: VERBS[v](comms[v])) for v in VERBS},
@@ -135,7 +135,7 @@ def late(folder, rank, size):
 
 
 def interrupted(folder, rank, size):
-    """Ctrl-C at rank 0, which waits for rank 1."""
+    """Send Ctrl-C to rank 0, which waits for rank 1."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     folder, seen = Path(folder), {}
     comm = moecomm.Communicator(group(folder, "store", rank, size), ranks_per_node=1, timeout=TIMEOUT)
@@ -156,12 +156,12 @@ def interrupted(folder, rank, size):
 
 
 def parts(folder, rank, size):
-    """Ranks that belong to different numbers of torch groups; many duplicates; parts that ranks disagree about."""
+    """Use ranks in different numbers of torch groups, many duplicates, and splits on which ranks disagree."""
     folder, seen = Path(folder), {}
     world = group(folder, "store", rank, size)
-    dist.new_group([0, 1])  # ranks 0 and 1 are in one more than the others
+    dist.new_group([0, 1])  # ranks 0 and 1 are in one more group than the others
     comm = moecomm.Communicator(world, ranks_per_node=2, timeout=TIMEOUT)
-    dist.destroy_process_group()  # what follows does not need it
+    dist.destroy_process_group()  # not needed any more
 
     def held():
         return [len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))]
@@ -194,7 +194,7 @@ def parts(folder, rank, size):
 
 
 def found(folder, rank, size, environment, initialized):
-    """Communicator() in an environment; its rank and size, or the error."""
+    """Make a Communicator() from the environment; write its rank and size, or the error."""
     folder, seen = Path(folder), {}
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
@@ -206,7 +206,7 @@ def found(folder, rank, size, environment, initialized):
         with moecomm.Communicator(timeout=30.0) as comm:
             seen["world"] = [comm.rank, comm.size]
             comm.barrier()
-        with moecomm.Communicator(timeout=30.0) as comm:  # and once more
+        with moecomm.Communicator(timeout=30.0) as comm:  # the second time
             comm.barrier()
 
     seen |= attempt(join)
@@ -214,8 +214,16 @@ def found(folder, rank, size, environment, initialized):
     os._exit(0)
 
 
+def with_timeout(folder, rank, size, texts):
+    """Make a Communicator() with a MOECOMM_TIMEOUT that differs between ranks; write the error."""
+    os.environ["MOECOMM_TIMEOUT"] = texts[rank]
+    world = group(folder, "store", rank, size)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(attempt(lambda: moecomm.Communicator(world))))
+    os._exit(0)
+
+
 def apart(folder, rank):
-    """One of two ranks, each in a pid namespace of its own; then they take themselves for processes of one."""
+    """Run one of two ranks in separate PID namespaces, then let both believe that they share one."""
     folder, rank, seen = Path(folder), int(rank), {}
     world = group(folder, "store", rank, 2)
 
@@ -235,7 +243,7 @@ def apart(folder, rank):
 
 
 def run(processes, folder, size, main, *arguments, without=None):
-    """What every rank has written, by rank."""
+    """Start the ranks; return the output of each."""
     ranks = [processes.Process(target=main, args=(str(folder), r, size, *arguments)) for r in range(size)]
     for p in ranks:
         p.start()

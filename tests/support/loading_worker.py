@@ -1,6 +1,6 @@
-"""A training loop whose batches come from DataLoader workers.
+"""A training loop with batches from DataLoader workers.
 
-mpirun -n 2 python tests/support/loading_worker.py fork|spawn     prints each rank's losses
+mpirun -n 2 python tests/support/loading_worker.py fork|spawn     # prints the losses of each rank
 """
 
 import sys
@@ -12,7 +12,7 @@ import moecomm
 
 
 class Tokens(Dataset):
-    """Regression data made by index; `comm` is what a careless dataset keeps."""
+    """Regression data made by index. `comm` is a communicator that the dataset uses by mistake."""
 
     def __init__(self, rank, comm=None):
         self.rank, self.comm = rank, comm
@@ -28,10 +28,10 @@ class Tokens(Dataset):
 
 
 def train(comm, method, careless=False):
-    """The losses of two epochs; method None: no workers."""
+    """Return the losses of two epochs; without workers if method is None."""
     buf = moecomm.Buffer(comm, hidden=16, num_experts=4, top_k=2, max_tokens=8, dtype=torch.float32)
     layer = moecomm.nn.MoE(16, 32, 4, 2, 1, buf)
-    generator = torch.Generator().manual_seed(comm.rank)  # torch's own is shared by rank threads
+    generator = torch.Generator().manual_seed(comm.rank)  # rank threads share torch's default generator
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.3, generator=generator)
     optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)

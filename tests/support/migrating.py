@@ -1,4 +1,4 @@
-"""A model of three layers whose experts have replicas, for tests that move its weights."""
+"""A model of three layers whose experts have replicas, for tests of migration."""
 
 import torch
 
@@ -9,7 +9,7 @@ EXPERTS, TOP_K, HIDDEN, LAYERS, TOKENS = 8, 3, 16, 3, 12
 
 
 def model(seed=0):
-    """Whole numbers, so that sums are exact in any order: (weights [L, E, H], xs by rank, ids by (rank, layer))."""
+    """Return (weights [L, E, H], xs by rank, ids by (rank, layer)). Whole numbers make sums exact in any order."""
     g = torch.Generator().manual_seed(seed)
     weights = torch.randint(-4, 5, (LAYERS, EXPERTS, HIDDEN), generator=g).float()
     xs = torch.randint(-3, 4, (4, TOKENS, HIDDEN), generator=g).float()
@@ -18,7 +18,7 @@ def model(seed=0):
 
 
 def placements():
-    """One, and another for other loads: every layer changes."""
+    """Return two placements for different loads. They differ in every layer."""
     old = rebalance(
         torch.rand(LAYERS, EXPERTS, generator=torch.Generator().manual_seed(1)) + 0.1,
         num_replicas=12,
@@ -35,31 +35,29 @@ def placements():
 
 
 def local_weights(weights, placement, rank):
-    """A rank's slots of every layer: a dict of two tensors of different type."""
+    """Return the weights in a rank's slots of every layer: a dict of two tensors with different dtypes."""
     n = placement.slots_per_rank
     slots = placement.physical_to_logical[:, rank * n : (rank + 1) * n]
     return [dict(w=weights[i, s].clone(), half=weights[i, s, :5].bfloat16()) for i, s in enumerate(slots)]
 
 
 def forward(buf, local, x, ids):
-    """All layers: each row times its expert's weights, summed."""
+    """Run all layers: each row times its expert's weights, summed."""
     ys = []
     for layer in range(LAYERS):
         out = buf.dispatch(x, ids[layer].contiguous(), layer=layer)
         scale = torch.repeat_interleave(local[layer]["w"], out.tokens_per_expert, 0)
         ys.append(buf.combine(out.x * scale, out.handle))
-    return (
-        torch.stack(ys) + 0.0
-    )  # no negative zeros: which of two zeros comes first is the replicas' business
+    return torch.stack(ys) + 0.0  # no negative zeros: the sign of a zero depends on the choice of replicas
 
 
 def dense(weights, x, ids):
-    """The same without any world."""
+    """Run all layers without moecomm."""
     return torch.stack([(x[:, None] * weights[layer][ids[layer]]).sum(1) for layer in range(LAYERS)]) + 0.0
 
 
 def make_buffer(comm, placement, **options):
-    """A buffer for the model."""
+    """Make a buffer for the model."""
     return moecomm.Buffer(
         comm,
         hidden=HIDDEN,

@@ -1,6 +1,4 @@
-"""Damaged recordings and cluster tables, by seed: bit flips, truncations, swapped and odd fields, huge
-counts, wrong types.
-"""
+"""Damaged recordings and cluster tables by seed: bit flips, truncations, swapped fields, odd and huge values."""
 
 from __future__ import annotations
 
@@ -55,7 +53,7 @@ ODD = (
 
 
 def good_recording(folder):
-    """Two ranks, both paths: plans that are reused, both layouts, a quantized call, weights that travel."""
+    """Record two ranks with both paths: reused plans, both layouts, a quantized call, weights that dispatch sends."""
     xs, ids, weights = random_world(SIZE, [3, 4], HIDDEN, EXPERTS, TOP_K, seed=7)
 
     def main(comm):
@@ -65,7 +63,7 @@ def good_recording(folder):
         )
         out = buf.dispatch(xs[r], ids[r], weights[r])
         buf.combine(out.handle.rows, out.handle, topk_weights=out.topk_weights)
-        buf._recorder.segments.write()
+        buf.backend.recorder.segments.write()
         again = buf.dispatch(xs[r], handle=out.handle, quant="fp8")
         buf.combine(again.handle.rows, again.handle)
         by_rank = buf.dispatch(xs[r], ids[r], layout="rank", capacity=40)
@@ -80,14 +78,16 @@ def good_recording(folder):
 
 
 def damage(folder, rng):
-    """Make one change in one file of a recording, or the same in those of all ranks; returns a description."""
+    """Make one change in one file of a recording, or in one file of each rank; return a description."""
     files = sorted(f for f in folder.glob("rank-*.npz") if f.is_file())
     if not files:
         return "nothing is left"
     file = rng.choice(files)
     kind = rng.choice(["raw", "calls", "calls", "calls", "array", "array", "header", "header", "claim"])
     changed = [file]
-    if kind in ("calls", "array", "header") and rng.random() < 0.5:  # what each rank by itself believes
+    if (
+        kind in ("calls", "array", "header") and rng.random() < 0.5
+    ):  # each rank's file is consistent by itself
         changed = files if kind == "header" else [f for f in files if f.name[-8:] == file.name[-8:]]
     state, what = rng.getstate(), ""
     for one in changed:
@@ -101,7 +101,7 @@ def _damage_one(file, kind, files, rng):
         with np.load(file) as archive:
             parts = {name: archive[name].copy() for name in archive.files}
         json.loads(str(parts["header"]))
-    except Exception:  # damaged already
+    except Exception:  # already damaged
         kind = "raw"
     if kind == "raw":
         return _raw(file, files, rng)
@@ -266,7 +266,7 @@ def _header(parts, rng):
 
 
 def _claim(file, parts, rng):
-    """An array's own header says that it is larger, or something else, than it is."""
+    """Write a wrong shape in an array's own header."""
     name, shape = (
         rng.choice(["ids", "weights", "phases", "calls"]),
         rng.choice([(2**60,), (2**31, 2**31), (-1,), (0,), (10**9, 2), (2**63,), (1, 1, 1, 1)]),
@@ -285,7 +285,7 @@ def _claim(file, parts, rng):
     try:
         with open(file, "wb") as out:
             np.savez(out, **parts)
-    except Exception as error:  # a claim that NumPy itself does not write
+    except Exception as error:  # NumPy itself refuses to write this shape
         return f"{name} claims {shape}: not written ({type(error).__name__})"
     finally:
         np.lib.format.header_data_from_array_1_0 = np.lib._format_impl.header_data_from_array_1_0 = real
@@ -293,14 +293,14 @@ def _claim(file, parts, rng):
 
 
 def damaged_copy(good, folder, rng):
-    """(folder, what was changed) of a fresh copy."""
+    """Make a fresh copy and damage it; return (folder, description)."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(good, folder)
     return "; ".join(damage(folder, rng) for _ in range(rng.choice([1, 1, 1, 2])))
 
 
 def damaged_table(text, rng):
-    """(text or bytes, what) of a cluster's table with one thing changed."""
+    """Make one change in a cluster's table; return (text or bytes, description)."""
     lines = text.splitlines()
     how = rng.choice(
         ["value", "value", "value", "value", "flip", "cut", "key", "twice", "deep", "drop", "binary", "type"]

@@ -1,9 +1,8 @@
-"""Feeds damaged recordings or cluster tables to everything that reads them: argv: kind, first seed, number,
-a folder to work in.
+"""Feeds damaged recordings or cluster tables to all their readers.
 
-Prints what each mutant is before it is tried, so that the last line names the one that killed the process.
-An alarm ends what does not end; anything but success and a typed error that names the file is a traceback
-and a failure.
+Arguments: kind, first seed, number of mutants, work folder. It prints each mutant before it is tried, so that the
+last line names the one that killed the process. An alarm ends a reader that hangs. Any outcome except success and a
+typed error that names the file is a failure with a traceback.
 """
 
 import contextlib
@@ -21,11 +20,11 @@ import moecomm
 from moecomm import clusters, record, replay, sim
 from moecomm.__main__ import main as command
 
-SECONDS = 60  # of a mutant; one takes some milliseconds
+SECONDS = 60  # limit per mutant; one takes some milliseconds
 
 
 def read(folder, seed):
-    """Outcome of one recording: everything that it can be used for."""
+    """Use a recording in all ways; return the outcome."""
     try:
         ranks = record.load(folder)
         script = replay.script_of(ranks)
@@ -39,14 +38,14 @@ def read(folder, seed):
         if seed % 5 == 0:
             replay.on_cpu(script)
     except (moecomm.PeerTimeout, moecomm.PeerLost):
-        raise  # somebody waited: the calls of the ranks do not fit each other
+        raise  # a rank waited: the calls of the ranks do not match
     except moecomm.MoecommError as error:
         return type(error).__name__
     return "replayed"
 
 
 def read_table(file):
-    """Outcome of one table."""
+    """Use a cluster's table; return the outcome."""
     try:
         machine = clusters.load(file)
     except moecomm.InvalidArgument as error:
@@ -60,7 +59,7 @@ def read_table(file):
 
 
 def main(kind, first, number, folder):
-    """Returns the exit status."""
+    """Try all mutants; return the exit status."""
     good, outcomes = folder / "good", Counter()
     if kind == "recording":
         mutants.good_recording(good)

@@ -1,6 +1,4 @@
-"""Values that nobody should pass, for every check of an argument: each must be refused by a typed error
-that names it.
-"""
+"""Invalid values for the check of every argument: each must be refused by a typed error that names the argument."""
 
 import math
 
@@ -9,7 +7,7 @@ import torch
 
 
 class Unprintable:
-    """Its repr raises, and so does its conversion to anything."""
+    """Its repr and every conversion raise."""
 
     def __repr__(self):
         raise RuntimeError("no repr")
@@ -76,7 +74,7 @@ EVERY = (*NUMBERS, *OTHERS, *ARRAYS)
 
 
 def label(value):
-    """A short name for a test's id."""
+    """Return a short name for a test's id."""
     try:
         return f"{type(value).__name__}-{str(value)[:12]}".replace("\n", " ")
     except Exception:

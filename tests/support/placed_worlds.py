@@ -1,4 +1,4 @@
-"""Worlds whose experts are placed with replicas: skewed loads, and dispatch by logical ids against the oracle."""
+"""Worlds with replicated experts: skewed loads, and dispatch by logical ids against the oracle."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ EXPERTS, TOP_K = 12, 4
 
 
 def skewed_world(size, tokens, seed=0, experts=EXPERTS, top_k=TOP_K, hidden=32):
-    """A random world whose picks follow Zipf's law."""
+    """Make a random world whose picks follow Zipf's law."""
     xs, _, weights = random_world(size, tokens, hidden, experts, top_k, seed=seed)
     g = torch.Generator().manual_seed(seed)
     chance = 1.0 / torch.arange(1, experts + 1)
@@ -27,13 +27,13 @@ def skewed_world(size, tokens, seed=0, experts=EXPERTS, top_k=TOP_K, hidden=32):
 
 
 def load_of(ids, experts=EXPERTS):
-    """Picks per expert of all ranks, [1, E]."""
+    """Return the picks per expert of all ranks, [1, E]."""
     every = torch.cat([i.flatten() for i in ids])
     return torch.bincount(every[every >= 0], minlength=experts)[None].double()
 
 
 def placed(ids, size, nodes=1, per_rank=None, experts=EXPERTS, **options):
-    """A placement of two spare slots per rank for this load (none on a single rank)."""
+    """Make a placement for this load with two spare slots per rank (none on a single rank)."""
     return rebalance(
         load_of(ids, experts) + 1,
         num_replicas=size * (per_rank or min(experts, experts // size + 2)),
@@ -44,7 +44,7 @@ def placed(ids, size, nodes=1, per_rank=None, experts=EXPERTS, **options):
 
 
 def physical_ids(outs, placement, ids):
-    """What each source must have sent, read from what every rank received: [T, K] per source, -1 elsewhere."""
+    """Infer from the received rows the physical ids that each source sent: [T, K] per source, -1 elsewhere."""
     sent = [torch.full_like(i, -1) for i in ids]
     for rank, (source, token, counts) in enumerate(outs):
         slot = rank * placement.slots_per_rank + torch.repeat_interleave(
@@ -52,14 +52,14 @@ def physical_ids(outs, placement, ids):
         )
         for s, t, p in zip(source.tolist(), token.tolist(), slot.tolist()):
             expert = int(placement.physical_to_logical[0, p])
-            k = ids[s][t].tolist().index(expert)  # the token did pick it
+            k = ids[s][t].tolist().index(expert)  # the token picks this expert
             assert sent[s][t, k] == -1, "a pick is served once"
             sent[s][t, k] = p
     return sent
 
 
 def run(world, placement, mode, nodes=1, **options):
-    """Dispatch and combine on every rank, against the oracle; the physical ids and rows per rank."""
+    """Run dispatch and combine on all ranks against the oracle; return the physical ids and rows per rank."""
     xs, ids, weights = world
     size = len(xs)
 

@@ -1,4 +1,4 @@
-"""Single PTX kernels on tools/ptx's machine, for tests of its operations."""
+"""Single PTX kernels on the machine of tools/ptx, for tests of its operations."""
 
 import ctypes
 import functools
@@ -23,14 +23,14 @@ REGISTERS = """.reg .pred %p<20>;
 
 @functools.cache
 def library():
-    """Built and loaded once in a process."""
+    """Return the library, which is built and loaded once per process."""
     found = ctypes.CDLL(str(build.machine()))
     found.ptx_run.restype = found.ptx_operations.restype = ctypes.c_char_p
     return found
 
 
 def kernel(name, body, parameters=2):
-    """A kernel of pointers, which %rd0 and up have; %r0 is the thread of the grid."""
+    """Make a kernel of pointers in %rd0 and up; %r0 is the thread's index in the grid."""
     heads = ",\n".join(f".param .u64 {name}_param_{k}" for k in range(parameters))
     loads = "".join(f"ld.param.u64 %rd{k}, [{name}_param_{k}];\n" for k in range(parameters))
     return (
@@ -41,13 +41,13 @@ def kernel(name, body, parameters=2):
 
 
 def write(path, *kernels):
-    """The translation of a module."""
+    """Translate a module."""
     path.write_text(assemble(parse(HEAD + "".join(kernels))))
     return path
 
 
 def run(path, name, tensors, blocks=1, threads=32, shared=4096, seed=0, check=False):
-    """What is wrong, or None; tensors are on the CPU. check: the order of memory, too."""
+    """Run a kernel on CPU tensors; return the error or None. With `check`, also check the order of memory."""
     count = len(tensors)
     pointers = (ctypes.c_uint64 * count)(*(t.data_ptr() for t in tensors))
     sizes = (ctypes.c_uint64 * count)(*(t.numel() * t.element_size() for t in tensors))

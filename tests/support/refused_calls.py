@@ -1,4 +1,4 @@
-"""Calls that one rank of a world refuses, and what every rank must see; for rank threads and for processes."""
+"""Calls that one rank of a world refuses, and the errors on all ranks; for rank threads and for processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HIDDEN, TOKENS, TOP_K = 16, 6, 2
 
 
 class Step:
-    """A world's buffer on one rank, and right calls on it that are compared with the oracle."""
+    """A world's buffer on one rank, and valid calls on it that are compared with the oracle."""
 
     def __init__(self, comm, **more):
         self.comm, self.experts, self.seed = comm, 4 * comm.size, 0
@@ -34,7 +34,7 @@ class Step:
         )
 
     def next_inputs(self):
-        """x, ids and weights of this rank: other ones in every call, so that rows of another step would be seen."""
+        """Return x, ids and weights of this rank. They differ in every call, so that stale rows are detected."""
         self.seed += 1
         self.world = random_world(
             self.comm.size, TOKENS, HIDDEN, self.experts, TOP_K, seed=self.seed, masked=0
@@ -42,7 +42,7 @@ class Step:
         return tuple(part[self.comm.rank] for part in self.world)
 
     def dispatch(self):
-        """A right dispatch, compared."""
+        """Run a valid dispatch and compare it."""
         x, ids, weights = self.next_inputs()
         out = self.buf.dispatch(x, ids, weights)
         self.want = reference.dispatch(*self.world, num_experts=self.experts)
@@ -50,7 +50,7 @@ class Step:
         return out
 
     def round_trip(self):
-        """A right dispatch and combine, compared."""
+        """Run a valid dispatch and combine, and compare them."""
         out = self.dispatch()
         rows = [w.x * (r + 1) for r, w in enumerate(self.want)]
         y = self.buf.combine(rows[self.comm.rank], out.handle)
@@ -60,13 +60,13 @@ class Step:
         assert_same(y, expected[self.comm.rank], f"rank {self.comm.rank}: y")
 
     def decode(self):
-        """A right decode step, compared."""
+        """Run a valid decode step and compare it."""
         self.next_inputs()
         check_step(self.comm, self.buf, self.world)
 
 
 def refuse(step, wrong, right, refusing, why="arguments"):
-    """One call: `wrong` on the refusing ranks, `right` on all others. Every rank raises what it must, in this call."""
+    """Run one call: `wrong` on the refusing ranks, `right` on the others. It must raise an error on all ranks."""
     rank = step.comm.rank
     call = wrong if rank in refusing else right
     try:
@@ -82,14 +82,14 @@ def refuse(step, wrong, right, refusing, why="arguments"):
                 and why in str(error)
             ), error
         return
-    except ZeroDivisionError:  # of the caller's own code
+    except ZeroDivisionError:  # raised by the caller's code
         assert rank in refusing
         return
     raise AssertionError(f"rank {rank}: no error")
 
 
 def _wrong_dispatches(step):
-    """name: (a call that is refused, what its peers read of it)."""
+    """Return {name: (a refused call, the reason that its peers report)}."""
     x, ids, weights = step.next_inputs()
     out_of_range, twice = ids.clone(), ids.clone()
     out_of_range[3, 1], twice[2, 1] = step.experts, twice[2, 0]
@@ -115,7 +115,7 @@ def _wrong_dispatches(step):
         "later": (lambda: buf.dispatch(x, out_of_range, async_op=True).wait(), "topk_ids"),
         "a hook": (hooked, "an error"),
         "an operator": (
-            lambda: ops.dispatch(x.float(), ids, None, None, buf.number, "expert", 1, None),
+            lambda: ops.dispatch(x.float(), ids, None, None, buf.name, "expert", 1, None),
             "arguments",
         ),
         "a gradient": (lambda: buf.dispatch(x.clone().requires_grad_(), ids[:2]), "arguments"),
@@ -158,7 +158,7 @@ def _wrong_combines(step, out):
         "later": (lambda: buf.combine(rows, None, async_op=True), "arguments"),
         "a hook": (hooked, "an error"),
         "an operator": (
-            lambda: ops.combine(rows, None, None, torch.tensor([123456789]), buf.number, "expert", TOKENS),
+            lambda: ops.combine(rows, None, None, torch.tensor([123456789]), buf.name, "expert", TOKENS),
             "arguments",
         ),
     }
@@ -206,14 +206,14 @@ DECODE_COMBINES = ("rows", "other ids", "handle", "wire")
 
 
 def refused_dispatch(step, name, refusing):
-    """One wrong dispatch of this name, while the others' is right."""
+    """Refuse one dispatch with this name while the others' calls are valid."""
     wrong, why = _wrong_dispatches(step)[name]
     x, ids, weights = (part[step.comm.rank] for part in step.world)
     refuse(step, wrong, lambda: step.buf.dispatch(x, ids, weights), refusing, why)
 
 
 def refused_redispatch(step, refusing):
-    """The plan is reused by all but those that refuse."""
+    """Reuse the plan on all ranks except the refusing ones."""
     out = step.dispatch()
     x = step.next_inputs()[0]
     refuse(
@@ -225,13 +225,13 @@ def refused_redispatch(step, refusing):
 
 
 def refused_combine(step, name, refusing, *, slots=False):
-    """One wrong combine of this name, while the others' is right."""
+    """Refuse one combine with this name while the others' calls are valid."""
     out = step.dispatch()
     wrong, why = _wrong_combines(step, out)[name]
     rows, weights = out.x.clone(), out.topk_weights.clone()
     ticket = out.handle.tensor()
     right = (
-        (lambda: ops.combine_slots(rows, weights, ticket, step.buf.number, "expert", TOKENS))
+        (lambda: ops.combine_slots(rows, weights, ticket, step.buf.name, "expert", TOKENS))
         if slots
         else (lambda: step.buf.combine(rows, out.handle))
     )
@@ -239,7 +239,7 @@ def refused_combine(step, name, refusing, *, slots=False):
 
 
 def refused_decode_dispatch(step, name, refusing):
-    """One wrong decode_dispatch of this name, while the others' is right, hook included."""
+    """Refuse one decode_dispatch with this name while the others' calls are valid, including the hook."""
     wrong, why = _wrong_decode_dispatches(step)[name]
     x, ids, _ = (part[step.comm.rank] for part in step.world)
 
@@ -250,7 +250,7 @@ def refused_decode_dispatch(step, name, refusing):
 
 
 def refused_decode_combine(step, name, refusing):
-    """One wrong decode_combine of this name, while the others' is right, hook included.
+    """Refuse one decode_combine with this name while the others' calls are valid, including the hook.
 
     All ranks have tokens for all.
     """
@@ -273,7 +273,7 @@ def refused_decode_combine(step, name, refusing):
 
 
 def main(folder, rank, size, per_node, refusing):
-    """In a process of its own: every verb is refused once, and every next call is right. Writes FOLDER/RANK.json."""
+    """Refuse every verb once in a process; each next call must be correct. Writes FOLDER/RANK.json."""
     os.environ["MOECOMM_RAIL"] = "auto"
     comm = moecomm.Communicator(join(folder, "world", rank, size), ranks_per_node=per_node, timeout=120)
     seen = {}

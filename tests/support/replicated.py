@@ -1,6 +1,4 @@
-"""What one rank of a test with replicated experts and a killed rank does, in a process of its own (see
-test_balance_lost_rank.py).
-"""
+"""The program of one rank process of test_balance_lost_rank.py: replicated experts, and one rank that is killed."""
 
 from __future__ import annotations
 
@@ -17,14 +15,12 @@ import moecomm
 from moecomm.balance import Placement, rebalance
 
 SIZE, EXPERTS, TOP_K, HIDDEN, TOKENS, TIMEOUT = 4, 8, 3, 16, 12, 8.0
-# Rank 1 alone has experts 3 and 4, rank 3 alone has 7; what else they hold lives elsewhere too.
-TABLE = [
-    [0, 1, 2, 3, 4, 0, 5, 6, 1, 7, 2, 5]
-] * 2  # two layers; steps use the first one, migrations move both
+# Only rank 1 has experts 3 and 4, and only rank 3 has 7. The other experts have replicas elsewhere.
+TABLE = [[0, 1, 2, 3, 4, 0, 5, 6, 1, 7, 2, 5]] * 2  # two layers; steps use the first, migrations move both
 
 
 class Mortal(list):
-    """A rank's weights: when the first layer has moved, reading the second one kills the process."""
+    """A rank's weights. Once the first layer has moved, reading the second one kills the process."""
 
     def __getitem__(self, layer):
         if layer == 1:
@@ -33,7 +29,7 @@ class Mortal(list):
 
 
 def batch(rank, step):
-    """(x, ids, shares) of whole numbers, so that sums are exact in any order."""
+    """Return (x, ids, shares) with whole numbers, so that sums are exact in any order."""
     g = torch.Generator().manual_seed(100 * step + rank)
     x = torch.randint(-3, 4, (TOKENS, HIDDEN), generator=g).float()
     ids = torch.rand((TOKENS, EXPERTS), generator=g).argsort(-1)[:, :TOP_K].contiguous()
@@ -41,7 +37,7 @@ def batch(rank, step):
 
 
 class Serving:
-    """Steps of one rank; every result is compared with what the experts that are left make of it."""
+    """Steps of one rank. Every result is compared with the sum over the remaining experts."""
 
     def __init__(self, comm, placement, local, mode, original_rank):
         self.scale = torch.randint(
@@ -65,7 +61,7 @@ class Serving:
         self.here, self.rank = placement.replica_count[0] > 0, original_rank
 
     def step(self, number):
-        """One batch; the weight that it lost."""
+        """Run one batch; return the lost weight."""
         x, ids, shares = batch(self.rank, number)
         out = self.buf.dispatch(x, ids, shares)
         y = self.buf.combine(
@@ -82,7 +78,7 @@ class Serving:
 
 
 def main(folder, rank, ranks_per_node, victim, mode, moment):
-    """Serve until the victim is killed, then on what is left, at once. Writes FOLDER/RANK.json."""
+    """Serve until the victim is killed, then continue with the survivors. Writes FOLDER/RANK.json."""
     folder, seen = Path(folder), {}
     comm = moecomm.Communicator(
         join(folder, "first", rank, SIZE), ranks_per_node=ranks_per_node, timeout=TIMEOUT
@@ -112,11 +108,11 @@ def main(folder, rank, ranks_per_node, victim, mode, moment):
                     "no rank takes a migration for complete that another one has not ended"
                 )
                 assert all(map(torch.equal, serving.local, before)), "the old weights are only read"
-                assert serving.buf._replica_router.placement is placement
+                assert serving.buf.backend.router.placement is placement
         elif rank == victim and moment == "between steps":
             os.kill(os.getpid(), signal.SIGKILL)
         elif rank == victim:
-            serving.buf._native.set_fault(point="copy", action="kill", passes=5)
+            serving.buf.backend.memory.native.set_fault(point="copy", action="kill", passes=5)
         while True:
             serving.step(number)
             number += 1
@@ -125,7 +121,7 @@ def main(folder, rank, ranks_per_node, victim, mode, moment):
         alive = [r for r in range(SIZE) if r != error.peer]
     left = comm.shrink(alive)
     serving = Serving(left, placement.surviving(alive, num_nodes=left.num_nodes), serving.local, mode, rank)
-    seen["lost"] = [serving.step(3)]  # the batch that failed, again
+    seen["lost"] = [serving.step(3)]  # repeat the failed batch
     seen["recovered"] = time.monotonic() - began
     seen["lost"] += [serving.step(n) for n in range(4, 7)]
     left.barrier()

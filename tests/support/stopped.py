@@ -1,4 +1,4 @@
-"""What one rank of a test of stopped and continued ranks does, in a process of its own (see test_stopped.py)."""
+"""The program of one rank process of test_stopped.py: ranks are stopped and continued."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ SIZE, VICTIM, TIMEOUT, PAUSE = 4, 1, 2.0, 1.0
 
 
 def main(folder, rank, per_node, moment, environment):
-    """Round trips until the parent stops the victim: busy ones, one that the victim waits in, or none.
-
-    Writes FOLDER/RANK.json.
-    """
+    """Run round trips until the parent stops the victim: busy, waiting, or between calls. Writes FOLDER/RANK.json."""
     os.environ.update(environment)
     folder = Path(folder)
     comm = moecomm.Communicator(join(folder, "first", rank, SIZE), ranks_per_node=per_node, timeout=TIMEOUT)
@@ -38,7 +35,7 @@ def main(folder, rank, per_node, moment, environment):
     if rank == VICTIM:
         (folder / "armed").touch()
     if moment == "between" and rank == VICTIM:
-        os.kill(os.getpid(), signal.SIGSTOP)  # before the parent's
+        os.kill(os.getpid(), signal.SIGSTOP)  # before the parent does
     elif moment == "inside" and rank != VICTIM:
         time.sleep(PAUSE)
     try:

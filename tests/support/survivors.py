@@ -1,4 +1,4 @@
-"""What one rank of a failure test does, in a process of its own (see test_failures.py)."""
+"""The program of one rank process of test_failures.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOKENS, HIDDEN, TIMEOUT = 24, 64, 6.0
 
 
 def join(folder, name, rank, size):
-    """A gloo group over a file that all ranks of the host see."""
+    """Make a gloo group over a file on the host."""
     torch.distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder}/{name}",
@@ -31,13 +31,13 @@ def join(folder, name, rank, size):
 
 
 def cpu_seconds():
-    """CPU time of this process so far, all threads."""
+    """CPU time of this process, all threads."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime + used.ru_stime
 
 
 def describe(error):
-    """An error's fields, as the parent reads them."""
+    """Return the fields of an error for the parent."""
     return {
         "type": type(error).__name__,
         "text": str(error),
@@ -49,7 +49,7 @@ def describe(error):
 
 
 def main(folder, rank, size, ranks_per_node, victim, fault, environment):
-    """Run until the victim fails, say what was seen, then go on without it. Writes FOLDER/RANK.json."""
+    """Run until the victim fails, write the observations, then continue without it. Writes FOLDER/RANK.json."""
     os.environ.update(environment)
     folder = Path(folder)
     seen = {}
@@ -75,7 +75,7 @@ def main(folder, rank, size, ranks_per_node, victim, fault, environment):
         if fault["point"] == "before":
             os.kill(os.getpid(), signal.SIGKILL if fault["action"] == "kill" else signal.SIGSTOP)
         elif fault["point"] != "random":
-            buf._native.set_fault(**fault)
+            buf.backend.memory.native.set_fault(**fault)
     try:
         while True:
             round_trip()
@@ -86,7 +86,7 @@ def main(folder, rank, size, ranks_per_node, victim, fault, environment):
         seen["seconds"] = time.monotonic() - began
     began = time.monotonic()
     try:
-        buf.dispatch(x, ids)  # the communicator is broken: it says so at once
+        buf.dispatch(x, ids)  # the communicator is broken: it raises at once
     except moecomm.MoecommError as error:
         seen["again"] = describe(error)
         seen["again_seconds"] = time.monotonic() - began

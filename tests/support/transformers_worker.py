@@ -1,8 +1,12 @@
-"""A tiny DeepseekV3 in one process or over ranks: run by test_transformers.py with the Python that has transformers.
+"""A tiny DeepseekV3 in one process or over ranks, for test_transformers.py. Needs transformers.
 
-python transformers_worker.py single FOLDER            makes the model, its logits and gradients, and
-                                                       routers to compare with
-torchrun ... transformers_worker.py shared|split FOLDER   the same model over ranks: prints the largest differences
+`python transformers_worker.py single FOLDER` makes the model, its logits and gradients, and compares routers.
+
+`torchrun ... transformers_worker.py shared|split FOLDER` runs the same model over ranks and prints the largest
+differences.
+
+`transformers_worker.py trainer FOLDER` runs the same model in Hugging Face's Trainer, over ranks under torchrun, and
+prints its losses.
 """
 
 import os
@@ -48,7 +52,7 @@ def text(batch):
 
 
 def single(folder):
-    """Model, logits and gradients; and moecomm's gate beside the router of the same weights."""
+    """Make the model, its logits and gradients; compare moecomm's gate with a router of the same weights."""
     torch.manual_seed(0)
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**CONFIG)).float()
     with torch.no_grad():
@@ -57,7 +61,7 @@ def single(folder):
                 parameter.normal_(std=0.2)
             if name.endswith("e_score_correction_bias"):
                 parameter.normal_(std=0.1)
-                parameter[2:4] = -10.0  # nobody picks these: rank 1 of 4 gets no row at all
+                parameter[2:4] = -10.0  # no token picks these: rank 1 of 4 gets no rows
     model.save_pretrained(folder)
     model = DeepseekV3ForCausalLM.from_pretrained(folder)
     out = model(text(6), labels=text(6))
@@ -100,7 +104,7 @@ def single(folder):
 
 
 def distributed(arrangement, folder):
-    """The largest difference of logits and of gradients from the single process."""
+    """Run the model over ranks; print the largest difference of logits and gradients from the single process."""
     import moecomm.integrations.transformers as integration
 
     dist.init_process_group("gloo")
@@ -108,7 +112,7 @@ def distributed(arrangement, folder):
     integration.register(max_tokens=64)
     sizes = dict(tp_size=size) if arrangement == "shared" else dict(fsdp_size=size)
     config = DistributedConfig(**sizes, ep_size=size, ep_implementation="moecomm")
-    # The eager experts leave no trace for autograd where no row comes; the others are torch's grouped matmul.
+    # Without rows, the eager experts have no autograd graph. The other experts are torch's grouped matmul.
     experts = "eager" if arrangement == "split" else "grouped_mm"
     model = DeepseekV3ForCausalLM.from_pretrained(
         folder, distributed_config=config, experts_implementation=experts
@@ -140,11 +144,73 @@ def distributed(arrangement, folder):
         print(f"logits {max(w[0] for w in worst):.3e} grads {max(w[1] for w in worst):.3e} of {scale:.3e}")
     integration.close()
     dist.destroy_process_group()
-    # Caches of DTensor keep torch's groups, and gloo's threads with them: one that still held a tensor
-    # would abort the interpreter's end.
+    # Caches of DTensor keep torch's groups and gloo's threads. A tensor held by them would abort the
+    # shutdown of the interpreter.
     sys.stdout.flush()
     os._exit(0)
 
 
+class Sentences(torch.utils.data.Dataset):
+    """Token ids, generated in every process, equal in all."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, i):
+        ids = torch.randint(64, (10,), generator=torch.Generator().manual_seed(i))
+        return {"input_ids": ids, "labels": ids}
+
+
+def trainer(folder):
+    """Run a few steps of Trainer, which splits the batches over ranks; print the losses."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    import moecomm.integrations.transformers as integration
+
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    options = {}
+    if size > 1:
+        dist.init_process_group("gloo")
+        options["distributed_config"] = DistributedConfig(
+            fsdp_size=size, ep_size=size, ep_implementation="moecomm"
+        )
+    model = DeepseekV3ForCausalLM.from_pretrained(folder, experts_implementation="eager", **options)
+    losses = []
+
+    class Keep(TrainerCallback):
+        """Keep the losses that Trainer logs."""
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            """Keep the loss of one step."""
+            if "loss" in logs:
+                losses.append(logs["loss"])
+
+    arguments = TrainingArguments(
+        output_dir=f"{folder}/trainer{size}",
+        use_cpu=True,
+        max_steps=5,
+        per_device_train_batch_size=4 // size,
+        logging_steps=1,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        max_grad_norm=1.0,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        seed=0,
+    )
+    Trainer(model=model, args=arguments, train_dataset=Sentences(), callbacks=[Keep()]).train()
+    if os.environ.get("RANK", "0") == "0":
+        print("losses", *losses)
+    integration.close()
+    sys.stdout.flush()
+    os._exit(0)  # as in distributed()
+
+
 if __name__ == "__main__":
-    single(sys.argv[2]) if sys.argv[1] == "single" else distributed(*sys.argv[1:3])
+    if sys.argv[1] == "single":
+        single(sys.argv[2])
+    elif sys.argv[1] == "trainer":
+        trainer(sys.argv[2])
+    else:
+        distributed(*sys.argv[1:3])

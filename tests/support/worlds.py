@@ -1,4 +1,4 @@
-"""Random inputs and the comparison with the oracle, shared by all suites."""
+"""Random inputs, and the comparison with the oracle, for all suites."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from moecomm import reference
 
 
 def random_ids(tokens, top_k, num_experts, generator, masked=0.2):
-    """Distinct picks per token, some of them -1."""
+    """Make distinct picks per token, some of them -1."""
     ids = torch.rand((tokens, num_experts), generator=generator).argsort(1)[:, :top_k]
     return ids.masked_fill(torch.rand(ids.shape, generator=generator) < masked, -1)
 
 
 def random_world(size, tokens, hidden, num_experts, top_k, dtype=torch.bfloat16, seed=0, masked=0.2):
-    """(xs, ids, weights) by rank; `tokens` is a count or a list of them."""
+    """Make (xs, ids, weights) by rank; `tokens` is a count or a list of counts."""
     g = torch.Generator().manual_seed(seed)
     counts = [tokens] * size if isinstance(tokens, int) else tokens
     xs = [torch.randn((t, hidden), generator=g).to(dtype) for t in counts]
@@ -25,14 +25,14 @@ def random_world(size, tokens, hidden, num_experts, top_k, dtype=torch.bfloat16,
 
 
 def bits(t):
-    """A tensor as integers, so that NaN equals NaN and -0 differs from 0."""
+    """View a tensor as integers, so that NaN equals NaN and -0 differs from 0."""
     return t.contiguous().view(
         {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
     )
 
 
 def assert_same(got, want, what):
-    """Equal shapes, dtypes and bits."""
+    """Assert equal shapes, dtypes and bits."""
     assert got.shape == want.shape and got.dtype == want.dtype, (
         f"{what}: {got.dtype} {tuple(got.shape)}, expected {want.dtype} {tuple(want.shape)}"
     )
@@ -41,7 +41,7 @@ def assert_same(got, want, what):
 
 
 def assert_received(out, want, rank):
-    """A Dispatched equals the oracle's Received in every field."""
+    """Assert that a Dispatched equals the oracle's Received in every field."""
     for name in (
         "x",
         "scales",
@@ -74,7 +74,7 @@ def round_trip(
     channels=None,
     max_tokens=None,
 ):
-    """Dispatch and combine one random world on this rank, compared with the oracle. Returns the buffer's stats."""
+    """Dispatch and combine one random world on this rank; compare with the oracle; return the buffer's stats."""
     xs, ids, weights = world
     rank, hidden, dtype = comm.rank, xs[0].shape[1], xs[0].dtype
     want = reference.dispatch(
@@ -104,7 +104,7 @@ def round_trip(
         capacity=capacity,
     )
     assert_received(out, want[rank], rank)
-    # Experts: something that depends on the row and the rank, the same everywhere.
+    # Experts: a function of the row and the rank, computed equally by all ranks.
     rows = [(w.x.to(torch.float32) * (r + 1) / 4).to(dtype) for r, w in enumerate(want)]
     row_weights = [w.topk_weights for w in want] if with_weights and layout == "expert" else None
     expected = reference.combine(

@@ -1,6 +1,4 @@
-"""500 damaged recordings and cluster tables: each one works or is refused by name, and none kills or holds
-up the process.
-"""
+"""500 damaged recordings and cluster tables: each works or is refused by name, without a crash or a hang."""
 
 import contextlib
 import json
@@ -46,7 +44,7 @@ def test_mutants(kind, first, number, tmp_path):
     assert ran.returncode == 0, f"mutant {said[-1:]}: status {ran.returncode}\n{ran.stderr[-3000:]}"
     outcomes = json.loads(said[-1].partition(" ")[2])
     assert sum(outcomes.values()) == number
-    # Most damage is found, and some does none: both are tried.
+    # Most damage is detected; some is harmless.
     assert (
         outcomes["refused"] > number / 2
         and outcomes.get("replayed", 0) + outcomes.get("simulated", 0) > number / 20
@@ -65,7 +63,7 @@ def recording(tmp_path):
 
 @contextlib.contextmanager
 def change(recording, name="rank-00000.000.npz"):
-    """Parts of a segment, written back at the end."""
+    """Change parts of a segment, which are written back at the end."""
     with np.load(recording / name) as archive:
         parts = {k: archive[k].copy() for k in archive.files}
     yield parts
@@ -127,7 +125,7 @@ def test_a_field_of_a_call(recording, field, value):
         ("dtype", [], "one of"),
         ("format", 1, "2"),
         ("format", float("nan"), "2"),
-        ("version", 3, "text"),
+        ("version", 3, "string"),
         ("rank", 1, "rank 0"),
     ],
 )
@@ -152,8 +150,8 @@ def test_a_field_of_the_header(recording, field, value, expected):
         (lambda p: p["phases"]["begin"].__setitem__(0, np.nan), "begin"),
         (lambda p: p["phases"]["role"].__setitem__(0, "x"), "role"),
         (lambda p: p.update(calls=p["calls"][:0], phases=p["phases"][:0]), "plan"),
-        (lambda p: p.pop("ids"), "holds"),
-        (lambda p: p.update(more=p["ids"]), "holds"),
+        (lambda p: p.pop("ids"), "contains"),
+        (lambda p: p.update(more=p["ids"]), "contains"),
     ],
 )
 def test_an_array(recording, damage, expected):
@@ -164,7 +162,7 @@ def test_an_array(recording, damage, expected):
 
 
 def test_claims_are_not_believed(tmp_path):
-    """An array that says it has 2**60 elements takes no memory."""
+    """An array with a claimed size of 2**60 elements allocates no memory."""
     file = tmp_path / "a.npy"
     np.save(file, np.zeros(4))
     raw = file.read_bytes()
@@ -173,7 +171,7 @@ def test_claims_are_not_believed(tmp_path):
     )
     assert file.read_bytes() != raw
     with pytest.raises(
-        moecomm.InvalidArgument, match=r"--x: .*a.npy.*says it is float64.*1152921504606846976"
+        moecomm.InvalidArgument, match=r"--x: .*a.npy.*claims to be float64.*1152921504606846976"
     ):
         archives.read_array("--x", file)
     np.savez_compressed(tmp_path / "a.npz", ids=np.zeros(1 << 20))
@@ -184,5 +182,5 @@ def test_claims_are_not_believed(tmp_path):
 def test_more_ranks_than_threads(recording):
     script = replay.script_of(record.load(recording))
     script.size = 4096
-    with pytest.raises(moecomm.InvalidArgument, match=r"--ranks: got 4096.*512"):
+    with pytest.raises(moecomm.InvalidArgument, match=r"--ranks is 4096.*512"):
         replay.on_cpu(script)

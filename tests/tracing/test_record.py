@@ -1,4 +1,4 @@
-"""Recording and replay: what was moved moves again, to the digit, in the cpu and the sim world."""
+"""Recording and replay: the same traffic, exactly, in the cpu and the sim world."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ SIZE, PER_NODE, HIDDEN, EXPERTS, TOP_K = 4, 2, 64, 16, 4
 
 @pytest.fixture
 def recording(tmp_path):
-    """Two layers' worth of calls: two plans, one of them reused, both layouts, combine with and without weights."""
+    """Record two layers of calls: two plans, one reused, both layouts, combine with and without weights."""
     worlds = [random_world(SIZE, [5, 0, 9, 7], HIDDEN, EXPERTS, TOP_K, seed=s) for s in (1, 2)]
 
     def main(comm):
@@ -63,7 +63,7 @@ def test_what_is_recorded(recording, either_world):  # noqa: F811
         assert r.calls["coding"].tolist() == ["", "", "fp8", "logfmt10", "", ""]
         assert (r.calls["end_ns"] > r.calls["begin_ns"]).all()
         assert r.calls["phases"].sum() == len(r.phases)
-        if either_world == "cpu":  # kernels keep no timeline
+        if either_world == "cpu":  # kernels record no timeline
             assert (r.calls["phases"] > 0).all()
             first = r.phases[: r.calls["phases"][0]]
             assert (
@@ -93,7 +93,7 @@ def test_replay_on_other_ranks(recording, world, capsys):
     assert command.main(["replay", str(recording[0]), "--world", world, "--ranks", "2", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["ranks"] == 2 and not said["equal"]
-    # One node of two ranks: nothing crosses the rail.
+    # One node of two ranks: no row crosses the rail.
     assert said["replayed"]["rail_physical_rows"] == 0 < said["replayed"]["node_physical_rows"]
 
 
@@ -109,7 +109,7 @@ def test_a_changed_recording_is_found(recording, capsys):
 
 
 def test_segments(recording, monkeypatch, either_world):  # noqa: F811
-    """A recording in many files reads like one; a thread writes what is full, or old."""
+    """A recording in many files reads like one; a thread writes full or old segments."""
     path, whole = recording[0], record.load(recording[0])
     monkeypatch.setattr(recorder, "SEGMENT_BYTES", 1)
     monkeypatch.setattr(recorder, "LOOK_SECONDS", 0.001)
@@ -117,7 +117,7 @@ def test_segments(recording, monkeypatch, either_world):  # noqa: F811
 
     def wait_until_taken(buf):
         deadline = time.monotonic() + 20
-        while buf._recorder.segments.source.nbytes and time.monotonic() < deadline:
+        while buf.backend.recorder.segments.source.nbytes and time.monotonic() < deadline:
             time.sleep(0.001)
 
     def main(comm):
@@ -135,14 +135,14 @@ def test_segments(recording, monkeypatch, either_world):  # noqa: F811
     moecomm.run_local(main, SIZE, ranks_per_node=PER_NODE)
     assert (
         len(list(path.glob("rank-00001.*.npz"))) == 4 or either_world != "cpu"
-    )  # one per call; on a GPU what it has come to
+    )  # one file per call; on a GPU one per flush
     for a, b in zip(record.load(path), whole):
         assert len(b.calls) == 6 and len(a.calls) == 4
         assert all(np.array_equal(i, j) for i, j in zip(a.ids, b.ids))
 
 
 def test_a_killed_process_leaves_what_it_wrote(tmp_path):
-    """Whole segments, up to the last call that every rank has written: they replay."""
+    """Whole segments, up to the last call that all ranks have written, can be replayed."""
     code = f"""
 import os, torch, moecomm
 def main(comm):
@@ -151,7 +151,7 @@ def main(comm):
         out = buf.dispatch(torch.zeros(4, 64).bfloat16(), torch.tensor([[step, 4 + step]] * 4))
         buf.combine(out.handle.rows, out.handle)
         if step < 2 or comm.rank == 0:
-            buf._recorder.segments.write()
+            buf.backend.recorder.segments.write()
     comm.barrier()
     os.kill(os.getpid(), 9)
 moecomm.run_local(main, 2)
@@ -165,9 +165,7 @@ moecomm.run_local(main, 2)
 
 @pytest.fixture
 def decode_recording(tmp_path):
-    """Decode steps: weights that travel and that do not, a receive phase left out, the phases of two steps
-    interleaved.
-    """
+    """Record decode steps: with and without weights, without a receive phase, and two steps interleaved."""
 
     def main(comm):
         r = comm.rank
@@ -179,7 +177,9 @@ def decode_recording(tmp_path):
         recv, hook = buf.decode_dispatch(x, ids)
         hook()
         buf.decode_combine(recv.handle.rows, ids, weights, recv.handle, return_hook=False)
-        buf.decode_dispatch(x, ids.flip(0), topk_weights=weights, quant=None)  # never received by hand
+        buf.decode_dispatch(
+            x, ids.flip(0), topk_weights=weights, quant=None
+        )  # without a separate receive call
         first, _ = buf.decode_dispatch(x, ids, quant=None, return_hook=False)
         _, finish = buf.decode_combine(first.handle.rows, ids, weights, first.handle, wire="fp8")
         second, hook = buf.decode_dispatch(x, ids, topk_weights=weights, quant="fp8_ue8m0")
@@ -200,7 +200,7 @@ def decode_recording(tmp_path):
 
 
 def test_decode_is_recorded(decode_recording):
-    """Every phase is a call with its times; picks, weights and what moved are there."""
+    """Each phase is a call with its times; picks, weights and traffic are recorded."""
     path, ran = decode_recording
     for r, (ids, weights, stats) in zip(record.load(path), ran):
         assert r.calls["op"].tolist() == [
@@ -260,10 +260,10 @@ def test_decode_replay_moves_the_same(decode_recording, world, capsys):
 
 
 def test_errors(tmp_path):
-    with pytest.raises(moecomm.InvalidArgument, match=r"recording: .*holds no rank"):
+    with pytest.raises(moecomm.InvalidArgument, match=r"recording: .*contains no rank"):
         record.load(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(moecomm.InvalidArgument, match=r"record is .*expected a folder"):
+    with pytest.raises(moecomm.InvalidArgument, match=r"record is .*expected a writable folder"):
         moecomm.Buffer(
             moecomm.Communicator(), hidden=64, num_experts=4, top_k=2, max_tokens=4, record=tmp_path / "file"
         )

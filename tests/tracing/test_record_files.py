@@ -1,6 +1,4 @@
-"""Files of a recording: only what a recording made is ever removed, no link is followed, and a full disk
-stops nothing else.
-"""
+"""Files of a recording: only files of a recording are removed, links are not followed, a full disk is harmless."""
 
 import json
 import os
@@ -53,11 +51,11 @@ def test_files_are_their_owners(comm, tmp_path):
 
 
 def test_an_earlier_recording_is_replaced(comm, tmp_path):
-    """Also what is left of one that was killed; files with other names stay."""
+    """Also the files of a killed recording; files with other names stay."""
     folder = tmp_path / "rec"
     first = buffer(comm, folder)
     step(first)
-    first._recorder.segments.write()
+    first.backend.recorder.segments.write()
     step(first)
     first.close()
     assert len(list(folder.iterdir())) == 2
@@ -92,7 +90,7 @@ def test_files_of_somebody_else_are_refused(comm, tmp_path, name, make):
     make(folder / name)
     before = sorted((f.name, f.lstat().st_mode, f.lstat().st_size) for f in folder.iterdir())
     with pytest.raises(
-        moecomm.InvalidArgument, match=f"record is .*holds '{name}'.*expected an empty folder"
+        moecomm.InvalidArgument, match=f"record is .*contains '{name}'.*expected an empty folder"
     ):
         buffer(comm, folder)
     assert sorted((f.name, f.lstat().st_mode, f.lstat().st_size) for f in folder.iterdir()) == before
@@ -101,7 +99,7 @@ def test_files_of_somebody_else_are_refused(comm, tmp_path, name, make):
 
 
 def test_files_that_appear_meanwhile_are_not_touched(comm, tmp_path):
-    """Links with the names of the old partial file, the next segment and a dangling one."""
+    """Links named like the partial file or the next segment, also dangling ones, stay unchanged."""
     folder, victim = tmp_path / "rec", tmp_path / "victim"
     victim.write_text("precious")
     buf = buffer(comm, folder)
@@ -115,7 +113,7 @@ def test_files_that_appear_meanwhile_are_not_touched(comm, tmp_path):
 
 
 def test_a_folder_that_was_swapped(comm, tmp_path):
-    """Another folder under the recording's path, or a new working folder, gets nothing."""
+    """Another folder under the recording's path, or a new working folder, gets no files."""
     folder = tmp_path / "rec"
     buf = buffer(comm, folder)
     step(buf)
@@ -180,7 +178,7 @@ for how in ("close", "segments", "error"):
     with warnings.catch_warnings(record=how != "error") as caught:
         warnings.simplefilter("error" if how == "error" else "always")
         if how == "segments":
-            buf._recorder.segments.write()
+            buf.backend.recorder.segments.write()
         for _ in range(2):
             try:
                 buf.close()
@@ -196,7 +194,7 @@ print(json.dumps(results))
 
 
 def test_a_full_disk(tmp_path):
-    """Everything is released, nothing half written stays, and it is said once; also where warnings are errors."""
+    """Everything is released, no partial file stays, and there is one warning, also if warnings are errors."""
     ran = subprocess.run(
         [sys.executable, "-c", SCRIPT, tmp_path],
         capture_output=True,
@@ -216,18 +214,18 @@ def test_a_full_disk(tmp_path):
 
 
 def test_what_was_written_before_is_kept(comm, tmp_path, monkeypatch):
-    """A recording that ends early replays up to there, and memory does not grow any more."""
+    """A recording that ends early can be replayed to its end, and memory stops growing."""
     folder = tmp_path / "rec"
     buf = buffer(comm, folder)
     step(buf)
-    buf._recorder.segments.write()
+    buf.backend.recorder.segments.write()
     monkeypatch.setattr(
-        buf._recorder.segments._folder,
+        buf.backend.recorder.segments._folder,
         "_make",
         lambda number: (_ for _ in ()).throw(OSError(28, "No space left on device")),
     )
     step(buf)
-    buf._recorder.segments.write()
+    buf.backend.recorder.segments.write()
     step(buf)
     with pytest.warns(RecordingIncomplete, match="after 1 segments .*No space left"):
         buf.close()
@@ -259,11 +257,11 @@ print(sorted(os.listdir({str(tmp_path)!r})))
 
 
 def test_the_gpus_recorder(either_world, tmp_path, monkeypatch):  # noqa: F811
-    """In both worlds: a recording that fails is said once, and the buffer is released."""
+    """In both worlds, a failed recording gives one warning, and the buffer is released."""
 
     def main(comm):
         buf = moecomm.Buffer(comm, hidden=64, num_experts=8, top_k=2, max_tokens=8, record=tmp_path / "rec")
-        segments = buf._recorder.segments
+        segments = buf.backend.recorder.segments
         segments._folder.close()
         step(buf)
         comm.barrier()

@@ -7,7 +7,13 @@ import time
 
 from ptx import build
 
-TESTS = ("test_ptx_kernels.py", "test_ptx_order.py", "test_cuda*.py")
+TESTS = (
+    "test_ptx_kernels.py",
+    "test_ptx_order.py",
+    "test_ptx_edges.py",
+    "test_ptx_performance.py",
+    "test_cuda*.py",
+)
 
 
 def check():
@@ -25,12 +31,16 @@ def check():
         flush=True,
     )
     tests = [str(path) for pattern in TESTS for path in sorted((build.ROOT / "tests").rglob(pattern))]
-    return subprocess.run(
+    build.COSTS.unlink(missing_ok=True)
+    status = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", "not real", *tests, *sys.argv[2:]],
         cwd=build.ROOT,
         env={**os.environ, "EMULATED_KERNELS": "ptx"},
         check=False,
     ).returncode
+    if build.COSTS.exists():
+        print(build.COSTS.read_text())
+    return status
 
 
 def main():
@@ -46,8 +56,7 @@ def main():
     from ptx import mutants
 
     words = [w for w in sys.argv[2:] if w != "--single"]
-    mutants.run(only=words[0] if words else None, single="--single" in sys.argv)
-    return 0
+    return bool(mutants.run(only=words[0] if words else None, single="--single" in sys.argv))
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ class Assembler:
                 row[11] = starts[row.pop()]
         n = len(self.constants)
         head = [
-            f"machine 1 {len(self.rows)} {self.slots + n} {self.predicates} {self.locals} {self.shared_bytes}"
+            f"machine 2 {len(self.rows)} {self.slots + n} {self.predicates} {self.locals} {self.shared_bytes}"
         ]
         head += [f"file {k} {v}" for k, v in sorted(self.module.files.items())]
         head += [f"constant {self.slots - 2 - slot} {bits}" for bits, slot in self.constants.items()]
@@ -112,6 +112,8 @@ class Assembler:
             *row[:4],
             *(self.slots - 2 - r if r < -1 and kind else r for r, kind in zip(row[4:11], row[14])),
             *row[11:14],
+            sum(1 << k for k, kind in enumerate(row[14]) if kind is True),
+            sum(1 << k for k, kind in enumerate(row[14]) if kind == "w"),
         ]
 
 
@@ -256,7 +258,8 @@ class Body:
         return None, self.source(base, "u64", line), offset
 
     def emit(self, i):
-        """One row: operation, order, scope, guard, seven places, integer, PTX line, source; which places are slots."""
+        """One row: operation, order, scope, guard, seven places, integer, PTX line, source; which places are
+        slots that are read (True) or written ("w")."""
         form, owner = self.form(i), self.owner
         op, places, integer = form.op, [], 0
         slots = []
@@ -275,7 +278,7 @@ class Body:
                 form = FORMS["ret"]
         for letter, text in zip(form.operands, i.operands):
             if letter == "d":
-                put(self.slot_of[text] if text != "_" else -1, False)
+                put(self.slot_of[text] if text != "_" else -1, "w")
             elif letter == "D":
                 put(self.pred_of[text], False)
             elif letter == "s":
@@ -284,7 +287,7 @@ class Body:
                 put(self.predicate(text, i.line), False)
             elif letter == "2":
                 value, _, valid = text.partition("|")
-                put(self.slot_of[value], False)
+                put(self.slot_of[value], "w")
                 put(self.pred_of[valid] if valid else -1, False)
             elif letter == "x":
                 if text != "_":
@@ -318,7 +321,7 @@ class Body:
                         else self.slot_of[v]
                         if letter == "V"
                         else self.source(v, form.type, i.line),
-                        letter == "v",
+                        letter == "v" or "w",
                     )
         if op == "barrier" and len(places) == 1:
             put(SPECIAL["%ntid.x"], True)
@@ -352,13 +355,13 @@ class Body:
         to, what = i.operands
         width = int(i.opcode[-2:])
         if what == "%globaltimer":
-            return "globaltimer", [self.slot_of[to]], [False], 0
+            return "globaltimer", [self.slot_of[to]], ["w"], 0
         if what.startswith("{"):
             values = [v.strip() for v in what.strip("{} ").split(",")]
             return (
                 f"pack.{len(values)}",
                 [self.slot_of[to], *(self.source(v, "u64", i.line) for v in values)],
-                [False, *[True] * len(values)],
+                ["w", *[True] * len(values)],
                 width // len(values),
             )
         if to.startswith("{"):
@@ -366,13 +369,13 @@ class Body:
             return (
                 f"unpack.{len(values)}",
                 [self.source(what, "u64", i.line), *(-1 if v == "_" else self.slot_of[v] for v in values)],
-                [True, *[False] * len(values)],
+                [True, *["w"] * len(values)],
                 width // len(values),
             )
         if what in self.parameters:
             if not self.f.entry:
                 raise PtxError(i.line, "the address of a function's parameter")
-            return "mov.param", [self.slot_of[to]], [False], self.parameters[what]
+            return "mov.param", [self.slot_of[to]], ["w"], self.parameters[what]
         return None
 
     def call(self, i):

@@ -19,11 +19,12 @@ from ptx.assembler import assemble  # noqa: E402
 from ptx.parser import parse  # noqa: E402
 
 FOLDER = ROOT / "build/ptx"
-KERNELS = ("kernels", "decode", "quant")
+KERNELS = ("kernels", "decode", "domain", "quant")
+COSTS = FOLDER / "costs.txt"  # the table that tests/ptx/test_ptx_performance.py has measured
 RUNTIME = ROOT / "tools/ptx/runtime"
 MACHINE = tuple(
     RUNTIME / f"{name}.cpp"
-    for name in ("arithmetic", "async", "checker", "exports", "load", "memory", "schedule")
+    for name in ("arithmetic", "async", "checker", "costs", "exports", "load", "memory", "schedule")
 )
 GLUE = RUNTIME / "driver.cpp", RUNTIME / "launches.cpp"  # to the cuda world's host code
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))

@@ -174,8 +174,9 @@ def _memory():
             ordered = dict(order=order or "relaxed", scope=scope or "gpu")
             middle = f".{order}.{scope}" if order else ""
             for t in ("u32", "u64"):
-                forms[f"atom{middle}.global.add.{t}"] = Form(f"atom.add.{t}", "dms", t, **ordered)
-                forms[f"atom{middle}.global.cas.b{t[1:]}"] = Form(f"atom.cas.{t}", "dmss", t, **ordered)
+                for space in (".global", ""):  # generic addresses are those of global memory here
+                    forms[f"atom{middle}{space}.add.{t}"] = Form(f"atom.add.{t}", "dms", t, **ordered)
+                    forms[f"atom{middle}{space}.cas.b{t[1:]}"] = Form(f"atom.cas.{t}", "dmss", t, **ordered)
                 if order in ("", "relaxed", "release"):
                     forms[f"red{middle}.global.add.{t}"] = Form(f"red.add.{t}", "ms", t, **ordered)
     return forms
@@ -195,7 +196,7 @@ def _meetings():
         "call.uni": Form("call", "c"),
         "call": Form("call", "c"),
         "fence.proxy.async.global": Form("fence.proxy", ""),
-        "fence.proxy.async": Form("fence.proxy", ""),
+        "fence.proxy.async": Form("fence.proxy.both", ""),
         "fence.proxy.async.shared::cta": Form("fence.proxy.shared", ""),
         "fence.mbarrier_init.release.cluster": Form("fence.mbarrier_init", ""),
         "mbarrier.init.shared::cta.b64": Form("mbarrier.init", "ms"),

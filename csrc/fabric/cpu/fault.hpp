@@ -1,6 +1,6 @@
-// Faults on purpose, so that tests can meet them: when a rank comes to a point of a call for the n-th time, a
-// row is damaged or left out, or the process stops or dies. Armed by Buffer::set_fault; a call that has none
-// pays one comparison per operation.
+// Injected faults, for tests: when a rank passes a point of a call for the n-th time, a row is damaged or
+// omitted, or the process is stopped or killed. Buffer::set_fault arms a fault. Without one, an operation
+// costs one comparison more.
 #pragma once
 #include <csignal>
 #include <cstdint>
@@ -17,10 +17,10 @@ struct Fault {
   Point point = Point::none;
   Action action = Action::damage;
   Phase phase = Phase::none;  // of a wait
-  int64_t passes = 0;         // how often the point is passed unharmed
+  int64_t passes = 0;         // how often the point is passed before the fault strikes
   std::vector<char> damaged;  // the source of a damaged put must outlive it
 
-  // True when the operation at hand is the one; processes end here.
+  // True if the fault applies to this operation. `stop` and `kill` act here.
   bool strikes(Point p, Phase in = Phase::none) {
     if (p != point || (p == Point::wait && in != phase) || passes-- != 0) return false;
     point = Point::none;

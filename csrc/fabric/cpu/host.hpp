@@ -1,5 +1,5 @@
-// HostFabric: the Fabric of the cpu and team worlds. Node windows are mapped memory; the rail is a type
-// parameter (loopback between rank threads, UCX between processes), so nothing here is virtual.
+// HostFabric: the Fabric of the cpu and team worlds. Node windows are mapped memory. The rail is a type
+// parameter (loopback between rank threads, UCX between processes), so no call is virtual.
 #pragma once
 #include <sched.h>
 
@@ -11,30 +11,17 @@
 
 namespace moecomm {
 
-// What the peers of put() are reached by. None of it throws or blocks.
-template <class Rail>
-concept HostRail = requires(Rail& rail, const char* source) {
-  rail.put(0, uint64_t{}, source, uint64_t{});      // (peer, offset there, source, bytes)
-  rail.signal(0, uint64_t{}, uint64_t{});           // (peer, counter, add)
-  { rail.reach(0) } -> std::same_as<char*>;         // the peer's region where stores get there, else null
-  { rail.progress() } -> std::same_as<bool>;        // whether something moved
-  { rail.lost(0) } -> std::same_as<int>;            // the rank, where its link is gone; else -1
-  { rail.flush_poll() } -> std::same_as<bool>;      // whether all puts and signals are complete
-  { Rail::kNetwork } -> std::convertible_to<bool>;  // true: nothing wakes a waiter when a put lands
-};
-
 namespace detail {
 
 using Clock = std::chrono::steady_clock;
 
-// What waiting costs: look a few times, then give the core away (on a busy machine the peer needs it
-// to do what we wait for), then sleep until woken. Sleeps are bounded so that dead peers are noticed.
-constexpr int kLooks = 16;
+// A wait first polls a few times, then yields the core (on a busy machine the peer may need it), then sleeps
+// until it is woken. Sleeps are bounded, so that dead peers are noticed.
+constexpr int kPolls = 16;
 constexpr int kYields = 1000;
-constexpr std::chrono::milliseconds kYielding{
-    5};                              // at most: on a busy machine one yield may take longer than this
-constexpr int64_t kNap = 5'000'000;  // ns; woken earlier by the signal itself
-constexpr int64_t kNapWithNetwork = 100'000;  // ns; nothing wakes us when a put lands from the network
+constexpr std::chrono::milliseconds kYielding{5};  // a limit: on a busy machine one yield can take very long
+constexpr int64_t kSleep = 5'000'000;              // ns; the signal wakes the rank earlier
+constexpr int64_t kSleepWithNetwork = 100'000;     // ns; a put from the network does not wake the rank
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -42,19 +29,14 @@ inline void relax() {
 #endif
 }
 
+// The rest of a wait, after the first few polls. began: now.
 template <HostRail Rail>
-Status wait_counter(HostState& s, Rail& rail, char* memory, CounterAt at, uint64_t at_least, Phase phase,
-                    int peer) {
+Status wait_longer(HostState& s, Rail& rail, char* memory, CounterAt at, uint64_t at_least, Phase phase,
+                   int peer, Clock::time_point began) {
   Counter& c = counter_at(memory, at.value);
   const auto arrived = [&] { return c.load(std::memory_order_acquire) >= at_least; };
-  s.fault.strikes(Fault::Point::wait, phase);
-  if (arrived()) return {};
-  for (int i = 0; i < kLooks; ++i) {
-    relax();
-    if (arrived()) return {};
-  }
-  Clock::time_point next_check = Clock::now();
-  s.look(next_check);
+  Clock::time_point next_check = began;
+  s.check_absence(next_check);
   const Clock::time_point sleepy = next_check + kYielding;
   for (int i = 0; i < kYields && next_check < sleepy; ++i, next_check = Clock::now()) {
     rail.progress();
@@ -65,7 +47,7 @@ Status wait_counter(HostState& s, Rail& rail, char* memory, CounterAt at, uint64
     const bool moved = rail.progress();
     if (arrived()) return {};
     const Clock::time_point now = Clock::now();
-    s.look(now);
+    s.check_absence(now);
     if (now >= next_check) {
       next_check = now + std::chrono::milliseconds(5);
       const int dead = s.watch->lost(peer), unreachable = dead < 0 ? rail.lost(peer) : -1;
@@ -74,10 +56,10 @@ Status wait_counter(HostState& s, Rail& rail, char* memory, CounterAt at, uint64
         return self;
       if (interrupted && interrupted())
         return {Code::interrupted, phase, s.geometry.rank, 0, at_least, c.load()};
-      // Arrived data wins over a dead peer: what a rank sent before it died is still complete.
+      // Arrived data takes precedence over a failure: what a rank sent before it died is complete.
       if (Status fault = reported_fault(s); !fault.ok() && !arrived()) {
         if (fault.code == Code::timeout)
-          return settle_timeout(s, rail, {Code::timeout, phase, peer, 0, at_least, c.load()});
+          return blame_timeout(s, rail, {Code::timeout, phase, peer, 0, at_least, c.load()});
         fault.phase = phase;
         if (fault.code != Code::corrupt) {
           fault.expected = at_least;
@@ -88,15 +70,52 @@ Status wait_counter(HostState& s, Rail& rail, char* memory, CounterAt at, uint64
       if (const Status other = other_call(s, phase); !other.ok() && !arrived()) return other;
       if (const int lost = std::max(dead, unreachable); lost >= 0 && !arrived())
         return {Code::lost, phase, lost, 0, at_least, c.load()};
+      s.check_beat(peer, now);
       if (now >= s.deadline)
-        return settle_timeout(s, rail, {Code::timeout, phase, peer, 0, at_least, c.load()});
+        return blame_timeout(s, rail, {Code::timeout, phase, peer, 0, at_least, c.load()});
     }
     if (moved) continue;
     sleeping_at(memory).store(at.value, std::memory_order_seq_cst);
     const uint64_t seen = c.load(std::memory_order_seq_cst);
-    if (seen < at_least) futex_sleep(c, seen, Rail::kNetwork ? kNapWithNetwork : kNap);
+    if (seen < at_least) futex_sleep(c, seen, Rail::kNetwork ? kSleepWithNetwork : kSleep);
     sleeping_at(memory).store(0, std::memory_order_relaxed);
   }
+}
+
+// Waits until the sources of all puts may be overwritten and the bytes of all gets have arrived. For a failed
+// peer UCX completes the operations with an error.
+template <HostRail Rail>
+Status drain(HostState& s, Rail& rail, Phase phase, int peer) {
+  for (Clock::time_point now; !rail.drained();) {
+    if (!rail.progress()) sched_yield();
+    if (rail.drained()) break;
+    s.check_absence(now = Clock::now());
+    if (interrupted && interrupted()) return {Code::interrupted, phase, s.geometry.rank, 0, 1, 0};
+    if (const int dead = s.watch->lost(peer); dead >= 0) return {Code::lost, phase, dead, 0, 1, 0};
+    s.check_beat(peer, now);
+    if (now >= s.deadline) return blame_timeout(s, rail, {Code::timeout, phase, peer, 0, 1, 0});
+  }
+  if (const int lost = rail.lost(peer); lost >= 0) return {Code::lost, phase, lost, 0, 1, 0};
+  return {};
+}
+
+template <HostRail Rail>
+Status wait_counter(HostState& s, Rail& rail, char* memory, CounterAt at, uint64_t at_least, Phase phase,
+                    int peer) {
+  Counter& c = counter_at(memory, at.value);
+  const auto arrived = [&] { return c.load(std::memory_order_acquire) >= at_least; };
+  s.fault.strikes(Fault::Point::wait, phase);
+  if (arrived()) return {};
+  for (int i = 0; i < kPolls; ++i) {
+    relax();
+    if (arrived()) return {};
+  }
+  const Clock::time_point began = Clock::now();
+  Waits* const waits = s.call ? s.call->waits : nullptr;
+  if (waits) waits->begin(peer, phase, began);
+  const Status status = wait_longer(s, rail, memory, at, at_least, phase, peer, began);
+  if (waits) waits->end(peer, began, status.ok());
+  return status;
 }
 
 }  // namespace detail
@@ -132,6 +151,11 @@ struct HostFabric {
     else
       rail_link->put(peer, offset, src, bytes);
   }
+  void get(int peer, char* to, uint64_t offset, uint64_t bytes) const {
+    rail_link->get(peer, to, offset, bytes);
+  }
+  // peer: the rank to blame if the deadline passes.
+  Status drain(Phase phase, int peer) const { return detail::drain(*s, *rail_link, phase, peer); }
   void signal_rail(int peer, CounterAt counter, uint64_t add) const {
     if (s->stream) s->kernels->fence();
     rail_link->signal(peer, counter.value, add);
@@ -149,7 +173,7 @@ struct HostFabric {
   }
 
   // Lanes take contiguous slices on 64-byte boundaries.
-  template <class G>
+  template <Group G>
   void copy_row(G g, char* dst, const char* src, uint64_t bytes) const {
     const uint64_t slice = align_up((bytes + g.size() - 1) / g.size(), 64);
     const uint64_t begin = slice * g.lane();
@@ -164,21 +188,21 @@ struct HostFabric {
     else
       s->kernels->copy(dst + begin, src + begin, n);
   }
-  template <class G>
+  template <Group G>
   void spread_row(G g, char* const* targets, int count, const char* src, uint64_t bytes) const {
     for (int i = 0; i < count; ++i) copy_row(g, targets[i], src, bytes);
   }
-  template <class G>
-  void settle(G g) const {
+  template <Group G>
+  void finish_rows(G g) const {
     g.sync();
   }
-  // Shared memory: a row that is in the caches is written again faster than its first copy is read back.
+  // In shared memory, writing a cached row again is faster than reading its first copy back.
   static constexpr bool replicates(int) { return true; }
-  template <class G>
+  template <Group G>
   void zero_row(G g, char* dst, uint64_t bytes) const {
     if (g.lane() == 0) s->kernels->zero(dst, bytes);
   }
-  template <class G>
+  template <Group G>
   void reduce_rows(G g, char* dst, const Terms& terms, const Terms* next, const float* bias, int64_t hidden,
                    DType type) const {
     s->fault.strikes(Fault::Point::reduce);
@@ -186,13 +210,13 @@ struct HostFabric {
     if (begin < end)
       s->kernels->reduce(dst, terms, ahead(g, next), bias, begin, end, type, s->stream && g.size() == 1);
   }
-  template <class G>
+  template <Group G>
   void reduce_encode(G g, char* dst, Wire wire, const Terms& terms, const Terms* next, int64_t hidden,
                      DType type) const {
     const auto [begin, end] = tiles_of_lane(g, hidden);
     if (begin < end) s->kernels->reduce_encode(dst, wire, terms, ahead(g, next), begin, end, hidden, type);
   }
-  template <class G>
+  template <Group G>
   void quantize_row(G g, char* codes, char* scales, const char* row, int64_t hidden, DType type,
                     ScaleKind kind) const {
     const auto [begin, end] = tiles_of_lane(g, hidden);
@@ -205,12 +229,12 @@ struct HostFabric {
 
  private:
   // Other lanes may still be writing the list of the next row.
-  template <class G>
+  template <Group G>
   static const Terms* ahead(G g, const Terms* next) {
     return g.size() == 1 ? next : nullptr;
   }
   // Lanes take contiguous runs of whole tiles.
-  template <class G>
+  template <Group G>
   static std::pair<int64_t, int64_t> tiles_of_lane(G g, int64_t hidden) {
     const int64_t slice = static_cast<int64_t>(align_up((hidden + g.size() - 1) / g.size(), kTile));
     return {slice * g.lane(), std::min(slice * (g.lane() + 1), hidden)};

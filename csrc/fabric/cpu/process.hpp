@@ -1,6 +1,6 @@
-// Which process an owner belongs to. A forked child inherits the objects of its parent, but neither their
-// threads nor their mappings, and it shares the parent's connections: destructors ask first, and in a child
-// they leave everything alone.
+// Process: remembers which process created an object. A forked child inherits the objects of its parent, but
+// neither their threads nor their mappings, and it shares the parent's connections. So destructors call
+// is_here() and release nothing in a child.
 #pragma once
 #include <pthread.h>
 
@@ -13,8 +13,8 @@ class Process {
   bool is_here() const { return forks_ == forks(); }
 
  private:
-  // How many forks lie between the process that loaded this library and this one. A data path can ask for
-  // that, unlike for getpid().
+  // Number of forks between the process that loaded this library and this one. Unlike getpid() it needs no
+  // system call, so that a data path can use it.
   static unsigned forks() {
     static std::atomic<unsigned> count{0};
     static const int watched = pthread_atfork(nullptr, nullptr, [] { ++count; });

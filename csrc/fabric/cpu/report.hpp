@@ -1,17 +1,18 @@
-// How a failing rank tells the others, and how ranks whose time is up agree on whom to blame: each says whom
-// it waits for, and the one that waits for nobody is the culprit.
+// How a failing rank reports the failure to the others, and how ranks whose deadline has passed agree on the
+// culprit: each reports the rank that it waits for, and the rank that waits for no other is the culprit.
 #pragma once
 #include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 
+#include "fabric/cpu/host_rail.hpp"
 #include "fabric/cpu/host_state.hpp"
 
 namespace moecomm {
 
-// To every rank of the node and every peer of the rail: one word each, in this rank's own place there.
-template <class Rail>
+// Writes a word to every rank of the node and every peer of the rail, at this rank's place there.
+template <HostRail Rail>
 void publish_word(HostState& s, Rail& rail, FaultWord word) {
   const Geometry& g = s.geometry;
   for (int d = 0; d < g.ranks_per_node; ++d)
@@ -24,12 +25,12 @@ void publish_word(HostState& s, Rail& rail, FaultWord word) {
     if (s.peer_ranks[i] >= 0) rail.put(i, (s.region_faults + s.own_peer).value, out, sizeof(FaultWord));
 }
 
-template <class Rail>
+template <HostRail Rail>
 void publish_fault(HostState& s, Rail& rail, const Status& status) {
   publish_word(s, rail, pack_fault(status, status.reporter < 0 ? s.geometry.rank : status.reporter));
 }
 
-// visit(rank that wrote it, the word) for every word that is here.
+// Calls visit(rank that wrote it, word) for every word that has arrived.
 template <class Visit>
 void each_word(const HostState& s, Visit&& visit) {
   const auto read = [](char* memory, Offset<FaultWord> at) {
@@ -43,7 +44,7 @@ void each_word(const HostState& s, Visit&& visit) {
     if (const FaultWord w = read(s.rail_region, s.region_faults + i); w.packed) visit(s.peer_ranks[i], w);
 }
 
-// The same for every report of a fault.
+// Calls visit(rank that wrote it, status) for every reported failure.
 template <class Visit>
 void each_report(const HostState& s, Visit&& visit) {
   each_word(s, [&](int writer, FaultWord w) {
@@ -51,59 +52,51 @@ void each_report(const HostState& s, Visit&& visit) {
   });
 }
 
-// This rank waits for long: whether another one does so in another call, where it should be in this one. All
-// ranks make their calls in the same order, so neither will come to the other's.
+// For a rank that waits for long: the failure if another rank waits in another call, else ok.
 inline Status other_call(const HostState& s, Phase phase) {
   if (!s.call || !s.call->word) return {};
-  if (!s.call->told) {
-    s.call->told = true;
-    s.call->tell(s.call->word);
+  if (!s.call->announced) {
+    s.call->announced = true;
+    s.call->announce(s.call->word);
   }
   Status found;
   const uint64_t own = s.call->word;
   each_word(s, [&](int writer, FaultWord w) {
-    if (is_waiting(w.packed) && number_of_waiting(w.packed) == number_of_waiting(own) && w.packed != own &&
-        found.ok())
-      found = {Code::out_of_step,
-               phase,
-               writer,
-               verbs_detail(verb_of_waiting(own), verb_of_waiting(w.packed)),
-               own,
-               w.packed};
+    if (found.ok() && waits_elsewhere(own, w.packed)) found = other_call(own, w.packed, writer, phase);
   });
   return found;
 }
 
-// The first report that is here, else ok.
+// The first failure that has been reported to this rank, else ok.
 inline Status reported_fault(const HostState& s) {
   Status first;
-  each_report(s, [&](int, const Status& said) {
-    if (first.ok()) first = said;
+  each_report(s, [&](int, const Status& reported) {
+    if (first.ok()) first = reported;
   });
   return first;
 }
 
-// A rank that has said that it waited too long for this one, or that this one is gone; -1: none has.
+// A rank that has reported that this rank missed its deadline or is lost; -1: none.
 inline int given_up_by(const HostState& s) {
   int who = -1;
-  each_report(s, [&](int writer, const Status& said) {
-    if (who < 0 && writer != s.geometry.rank && said.peer == s.geometry.rank &&
-        (said.code == Code::timeout || said.code == Code::lost))
+  each_report(s, [&](int writer, const Status& reported) {
+    if (who < 0 && writer != s.geometry.rank && reported.peer == s.geometry.rank &&
+        (reported.code == Code::timeout || reported.code == Code::lost))
       who = writer;
   });
   return who;
 }
 
-// Where others have ended without this rank, since it was away: a timeout whose peer is this rank, and whose
-// detail is for how many milliseconds. Else ok. A rank that names this one has waited a whole timeout: where
-// this one has waited much less, it came late. unreachable: a peer whose connection is gone although nobody
-// saw it die, or -1.
+// If other ranks gave up because this rank was absent: a timeout whose peer is this rank and whose detail is
+// the length of the absence in milliseconds. Else ok. A rank that blames this one has waited a whole timeout;
+// if this rank has waited much less, it came late. unreachable: a peer whose connection is gone although its
+// process was not seen to end, or -1.
 inline Status own_absence(const HostState& s, Phase phase, int unreachable, uint64_t expected, uint64_t got) {
   if (!s.was_away() && !s.came_late()) return {};
   int by = given_up_by(s);
   if (by < 0 && s.was_away()) by = unreachable;
   if (by < 0) return {};
-  constexpr int64_t kMost = (1 << 24) - 1;  // what a FaultWord holds
+  constexpr int64_t kMost = (1 << 24) - 1;  // the most that a FaultWord can hold
   const int64_t away = (s.was_away() ? s.absent : s.between) / std::chrono::milliseconds(1);
   return {Code::timeout,
           phase,
@@ -114,10 +107,10 @@ inline Status own_absence(const HostState& s, Phase phase, int unreachable, uint
           by};
 }
 
-// This rank waits for `mine.peer` and its time, or another rank's, is up. Reports cross for a moment; then
-// the chain of "I wait for" is followed to its end.
-template <class Rail>
-Status settle_timeout(HostState& s, Rail& rail, Status mine) {
+// Finds the culprit when this rank waits for `mine.peer` and its deadline, or another rank's, has passed.
+// Waits a moment for the reports of other ranks, and follows the chain of "I wait for" to its end.
+template <HostRail Rail>
+Status blame_timeout(HostState& s, Rail& rail, Status mine) {
   publish_fault(s, rail, mine);
   const auto enough = std::chrono::steady_clock::now() + std::chrono::milliseconds(300);
   int suspect = mine.peer;
@@ -125,8 +118,8 @@ Status settle_timeout(HostState& s, Rail& rail, Status mine) {
     int next = mine.peer, from = -1;
     for (int step = 0; step < s.geometry.size; ++step) {
       int further = -1;
-      each_report(s, [&](int writer, const Status& said) {
-        if (writer == next && said.peer >= 0 && said.peer != writer) further = said.peer;
+      each_report(s, [&](int writer, const Status& reported) {
+        if (writer == next && reported.peer >= 0 && reported.peer != writer) further = reported.peer;
       });
       if (further < 0 || further == s.geometry.rank) break;
       from = next;

@@ -28,8 +28,7 @@ extern const SumVariant kVariants[kSumVariants];
 
 namespace {
 
-// Every build that this machine can run, and every variant of it as kernels of their own. The best build
-// first.
+// Every build that this machine can run, the best one first, with kernels for each of its variants.
 struct Build {
   const RowKernels* kernels;
   RowKernels variants[kSumVariants];

@@ -5,7 +5,7 @@
 #include "fabric/cpu/rows.hpp"
 
 #pragma GCC target("avx2,f16c")
-#include "base/quantize.hpp"  // behind the target: its functions are inlined into this one
+#include "base/quantize.hpp"  // after the pragma, because its functions are inlined into the kernels
 #define MOE_VECTOR 32
 namespace moecomm::rows_avx2 {
 #define MOE_NAME(variant) "avx2" variant

@@ -22,15 +22,15 @@ constexpr int kManyTerms = 8;
 constexpr uint64_t kRowBytes = 2 * kHidden;
 constexpr const char* kMagic = "moecomm row kernels 1";
 constexpr int kProcesses =
-    5;  // measure, each on top of what was found before: one of them meets a quiet moment
+    5;  // processes that measure and keep the least times; one of them has a quiet machine
 
 // CPUs whose best variant is known: vendor, family and model as /proc/cpuinfo gives them.
 struct KnownCpu {
   const char *cpu, *few, *many;
 };
 constexpr KnownCpu kKnownCpus[] = {
-    {"GenuineIntel 6 143", "avx512/1+next",
-     "avx512/1+next"},  // Sapphire Rapids: 4 lines took 3 times as long
+    // Sapphire Rapids: 4 lines took 3 times as long.
+    {"GenuineIntel 6 143", "avx512/1+next", "avx512/1+next"},
 };
 
 std::string cpu_name(bool by_number) {
@@ -51,14 +51,14 @@ std::string cpu_name(bool by_number) {
   return by_number ? numbers : name.empty() ? numbers : name + " (" + numbers + ")";
 }
 
-// Of this thread alone: other ranks may start at the same time on the same cores.
+// CPU time of this thread: other ranks may start at the same time on the same cores.
 double now() {
   timespec t;
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
   return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
 }
 
-// Rows to sum, in more memory than the second-level cache holds. Their places do not repeat soon.
+// Rows to sum, in more memory than the second-level cache holds. A place is not reused soon.
 class Rows {
  public:
   Rows() : source_(new char[kBytes]), to_(new char[kBytes / 4 + 64]) {
@@ -80,7 +80,7 @@ class Rows {
         place_ = (place_ + 37) % kRows;  // coprime to kRows
       }
     }
-    char* to = to_.get() + (64 - reinterpret_cast<uintptr_t>(to_.get()) % 64) % 64;
+    char* to = to_.get() + (64 - address_of(to_.get()) % 64) % 64;
     const double start = now();
     for (int s = 0; s < kSums; ++s) {
       sum(to + written_ * kRowBytes, lists[s], &lists[s + 1], nullptr, 0, kHidden, DType::bf16, true);
@@ -112,7 +112,7 @@ std::string file_of(const std::string& folder, const std::string& cpu) {
   return folder + name;
 }
 
-// The whole of a small file that belongs to this user; empty where there is none.
+// The contents of a small file that belongs to this user; empty if there is none.
 std::string read_own_file(const std::string& path) {
   const int fd = open(path.c_str(), O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
   if (fd < 0) return "";
@@ -125,7 +125,7 @@ std::string read_own_file(const std::string& path) {
   return n > 0 && n < static_cast<ssize_t>(sizeof text) ? std::string(text, n) : "";
 }
 
-// False, with errno, where it cannot be kept.
+// Returns false and sets errno if the file cannot be written.
 bool write_own_file(const std::string& folder, const std::string& path, const std::string& text) {
   for (size_t at = folder.find('/', 1);; at = folder.find('/', at + 1)) {
     if (mkdir(folder.substr(0, at).c_str(), 0700) != 0 && errno != EEXIST) return false;
@@ -148,7 +148,7 @@ bool is_variant(const std::string& name, const std::string& build) {
          (build.empty() || name.rfind(build + "/", 0) == 0);
 }
 
-// Whether the text is a choice for this CPU, among variants that this process may use.
+// Reads a choice. False if it is not for this CPU, or names variants that this process cannot use.
 bool parse(const std::string& text, const std::string& build, RowKernelChoice& choice) {
   std::istringstream lines(text);
   std::string magic, cpu, key, name;
@@ -185,7 +185,7 @@ std::string text_of(const RowKernelChoice& choice) {
   return text.str();
 }
 
-// The fastest; an earlier one where it is as fast as that but for noise.
+// The first variant whose time is within noise of the fastest.
 std::string fastest(const std::vector<RowKernelTime>& times, double RowKernelTime::* of) {
   double best = times[0].*of;
   for (const RowKernelTime& time : times) best = std::min(best, time.*of);
@@ -201,8 +201,8 @@ std::vector<RowKernelTime> time_row_kernels(const std::vector<const RowKernels*>
   Rows rows;
   std::vector<RowKernelTime> times;
   for (const RowKernels* variant : variants) times.push_back({variant->name, 1e18, 1e18});
-  // The least time counts: whatever else runs on the machine only adds to it. Variants that are far behind
-  // after some rounds leave their time to the others.
+  // The least time counts, because other load on the machine can only add to it. Variants that are far behind
+  // after some rounds are not measured any more.
   constexpr int kLeastRounds = 3;
   constexpr double kFar = 1.3;
   double few = 1e18, many = 1e18;
@@ -245,7 +245,7 @@ RowKernelChoice choose_row_kernels(const std::string& folder, const char* build,
     choice.reason = "measured before: " + path;
     return choice;
   }
-  // The baseline build is for CPUs that have no other.
+  // The baseline build is only for CPUs that can run no other.
   std::vector<const RowKernels*> candidates;
   for (const RowKernels* kernels : row_kernel_variants()) {
     const std::string name = kernels->name;

@@ -16,7 +16,7 @@ std::vector<std::string>& folders() {
   return list;
 }
 
-// One UCX per process: a second copy would fight the first one over signals and memory hooks.
+// One UCX per process: a second copy would conflict with the first one over signals and memory hooks.
 void* open_library(std::string& tried) {
   if (void* loaded = dlopen(kName, RTLD_NOW | RTLD_NOLOAD)) return loaded;
   for (const std::string& folder : folders()) {
@@ -36,7 +36,7 @@ void* library() {
   handle = open_library(tried);
   if (handle) return handle;
   const char* why = dlerror();
-  throw std::runtime_error("nodes are joined by UCX, and libucp.so.0 was not found (looked for: " + tried +
+  throw std::runtime_error("several nodes need UCX, but libucp.so.0 was not found (searched: " + tried +
                            "the system's libraries; " + (why ? why : "") +
                            "): pip install libucx-cu12 or libucx-cu13, or install UCX 1.15 or newer");
 }
@@ -58,16 +58,17 @@ void require_ucx() { library(); }
 
 }  // namespace moecomm
 
-// UCX's functions under their names, hidden in this library. Each looks for the real one once. UcxContext's
-// constructor calls require_ucx() before anything else, so those on the data path, which must not throw, find
-// it.
+// UCX's functions under their own names, hidden in this library. Each one looks up the real function once.
+// UcxContext's constructor calls require_ucx() first, so the lookup cannot fail on the data path, which must
+// not throw.
 #define MOE_UCX(result, name, parameters, ...)                      \
   extern "C" result name parameters {                               \
     static auto* const call = moecomm::find<decltype(name)>(#name); \
     return call(__VA_ARGS__);                                       \
   }
 
-// Whoever was compiled with newer headers asks for what is used here, so that older libraries serve too.
+// Requests the version that this code needs, not that of the headers it was compiled with, so that older
+// libraries work too.
 extern "C" ucs_status_t ucp_init_version(unsigned, unsigned, const ucp_params_t* params,
                                          const ucp_config_t* config, ucp_context_h* context) {
   static auto* const call = moecomm::find<decltype(ucp_init_version)>("ucp_init_version");
@@ -99,6 +100,10 @@ MOE_UCX(ucs_status_ptr_t, ucp_put_nbx,
         (ucp_ep_h endpoint, const void* source, size_t bytes, uint64_t address, ucp_rkey_h key,
          const ucp_request_param_t* param),
         endpoint, source, bytes, address, key, param)
+MOE_UCX(ucs_status_ptr_t, ucp_get_nbx,
+        (ucp_ep_h endpoint, void* buffer, size_t bytes, uint64_t address, ucp_rkey_h key,
+         const ucp_request_param_t* param),
+        endpoint, buffer, bytes, address, key, param)
 MOE_UCX(ucs_status_t, ucp_request_check_status, (void* request), request)
 MOE_UCX(void, ucp_request_free, (void* request), request)
 MOE_UCX(ucs_status_t, ucp_mem_map,

@@ -7,21 +7,40 @@
 namespace moecomm {
 
 UcxLine::UcxLine(UcxContext& context, int rank, uint64_t address, ucp_rkey_h rkey, uint64_t counter_bytes)
-    : context_(context), rank_(rank), address_(address), rkey_(rkey), signalled_(counter_bytes / 8) {}
+    : context_(context), rank_(rank), address_(address), rkey_(rkey), signaled_(counter_bytes / 8) {}
 
 void UcxLine::put(uint64_t offset, const void* src, uint64_t bytes) noexcept {
   if (!open()) return;
   issued_ = true;
   ucp_request_param_t param{};
-  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK;
-  param.cb.send = [](void* request, ucs_status_t, void*) { ucp_request_free(request); };
-  const ucs_status_ptr_t r =
-      ucp_put_nbx(context_.endpoint(rank_), src, bytes, address_ + offset, rkey_, &param);
-  if (UCS_PTR_IS_ERR(r)) context_.fail(rank_);
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
+  param.user_data = this;
+  param.cb.send = [](void* request, ucs_status_t, void* line) { completed(request, line); };
+  started(ucp_put_nbx(context_.endpoint(rank_), src, bytes, address_ + offset, rkey_, &param));
+}
+
+void UcxLine::get(void* to, uint64_t offset, uint64_t bytes) noexcept {
+  if (!open()) return;
+  issued_ = true;
+  ucp_request_param_t param{};
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
+  param.user_data = this;
+  param.cb.send = [](void* request, ucs_status_t, void* line) { completed(request, line); };
+  started(ucp_get_nbx(context_.endpoint(rank_), to, bytes, address_ + offset, rkey_, &param));
+}
+
+void UcxLine::started(void* request) noexcept {
+  if (UCS_PTR_IS_PTR(request)) ++in_flight_;
+  if (UCS_PTR_IS_ERR(request)) context_.fail(rank_);
+}
+
+void UcxLine::completed(void* request, void* line) noexcept {
+  --static_cast<UcxLine*>(line)->in_flight_;
+  ucp_request_free(request);
 }
 
 void UcxLine::signal(uint64_t counter, uint64_t add) noexcept {
-  const uint64_t value = signalled_[counter / 8] += add;
+  const uint64_t value = signaled_[counter / 8] += add;
   const auto same =
       std::find_if(waiting_.begin(), waiting_.end(), [&](const auto& s) { return s.first == counter; });
   if (same != waiting_.end())
@@ -31,7 +50,7 @@ void UcxLine::signal(uint64_t counter, uint64_t add) noexcept {
   if (!flushing_) flush();
 }
 
-bool UcxLine::settle() noexcept {
+bool UcxLine::flush_poll() noexcept {
   if (!flushing_ && issued_) flush();
   return (!flushing_ && !issued_) || !open();
 }

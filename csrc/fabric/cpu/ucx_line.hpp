@@ -1,13 +1,13 @@
-// The way to one peer's region: puts, and signals that must not overtake them.
+// UcxLine: the connection to one peer's region. It sends puts, and signals that must not overtake them.
 //
 // UCX orders the puts of an endpoint only by a fence, and its fence may wait for the peer without a bound. So
-// a signal that has puts before it goes behind a flush of the endpoint, which is asynchronous: when the flush
-// is complete, the signal is put. Signals that come meanwhile wait for the next flush together. A signal is
-// the counter's new value (UCX's tcp transport has no atomics under peer error handling, and a counter has
-// one writer).
+// a signal with puts before it first starts a flush of the endpoint, which is asynchronous, and is put when
+// the flush is complete. Signals that are issued during the flush wait together for the next one. A signal is
+// put as the counter's new value, since UCX's tcp transport has no atomics with peer error handling, and
+// since a counter has only one writer.
 //
-// All calls and callbacks under the communicator's lock. Shared: it outlives its region where UCX still holds
-// it.
+// All calls and callbacks hold the communicator's lock. Lines are shared, because a line outlives its region
+// while UCX still uses it.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -25,10 +25,12 @@ class UcxLine {
   UcxLine& operator=(const UcxLine&) = delete;
 
   void put(uint64_t offset, const void* src, uint64_t bytes) noexcept;
+  void get(void* to, uint64_t offset, uint64_t bytes) noexcept;
   void signal(uint64_t counter, uint64_t add) noexcept;
-  // True when all of it is complete at the peer; starts what is missing for that.
-  bool settle() noexcept;
-  void close() noexcept;  // gives the key back; nothing may be put any more
+  int64_t in_flight() const noexcept { return open() ? in_flight_ : 0; }  // puts and gets of callers' memory
+  // Whether all puts and signals are complete at the peer. Starts a flush if one is needed.
+  bool flush_poll() noexcept;
+  void close() noexcept;  // releases the key; no put may follow
   int rank() const { return rank_; }
 
  private:
@@ -36,6 +38,8 @@ class UcxLine {
     UcxLine* line;
     uint64_t value;
   };  // the source of a signal's put
+  void started(void* request) noexcept;  // request: the result of a put or get
+  static void completed(void* request, void* line) noexcept;
   using Signals = std::vector<std::pair<uint64_t, uint64_t>>;  // (counter, value)
   void flush() noexcept;
   void flushed(bool ok) noexcept;
@@ -46,11 +50,12 @@ class UcxLine {
   int rank_;
   uint64_t address_;
   ucp_rkey_h rkey_;
-  std::vector<uint64_t> signalled_;  // value of each of the peer's counters that this rank writes
-  bool issued_ = false;              // something was issued that no flush covers yet
+  std::vector<uint64_t> signaled_;  // value of each of the peer's counters that this rank writes
+  bool issued_ = false;             // an operation was issued that no flush covers yet
   bool flushing_ = false;
-  Signals behind_;   // the flush under way
-  Signals waiting_;  // for the next one
+  int64_t in_flight_ = 0;
+  Signals behind_;   // wait for the current flush
+  Signals waiting_;  // wait for the next flush
   std::vector<std::unique_ptr<Cell>> cells_;
   std::vector<Cell*> idle_;
 };

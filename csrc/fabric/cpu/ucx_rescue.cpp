@@ -11,7 +11,7 @@ namespace {
 struct sigaction before;
 
 void on_abort(int) {
-  if (rescue_point) siglongjmp(*rescue_point, 1);  // this thread's abort() has called it
+  if (rescue_point) siglongjmp(*rescue_point, 1);  // the abort() came from work() on this thread
   sigaction(SIGABRT, &before, nullptr);
   raise(SIGABRT);
 }
@@ -22,7 +22,7 @@ void watch_aborts() {
   [[maybe_unused]] static const int installed = [] {
     struct sigaction action{};
     action.sa_handler = on_abort;
-    action.sa_flags = SA_NODEFER;  // the handler may be left by a jump
+    action.sa_flags = SA_NODEFER;  // because the handler may exit by a jump
     sigemptyset(&action.sa_mask);
     return sigaction(SIGABRT, &action, &before);
   }();
@@ -32,7 +32,7 @@ void after_rescue() {
   sigset_t abort_signal;
   sigemptyset(&abort_signal);
   sigaddset(&abort_signal, SIGABRT);
-  pthread_sigmask(SIG_UNBLOCK, &abort_signal, nullptr);  // where another handler came first
+  pthread_sigmask(SIG_UNBLOCK, &abort_signal, nullptr);  // another handler may have blocked it
 }
 
 }  // namespace moecomm::detail

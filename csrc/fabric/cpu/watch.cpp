@@ -4,17 +4,20 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <cerrno>
+
 namespace moecomm {
 
-// A pidfd stays bound to its process: no confusion with a later process of the same number.
+// A pidfd stays bound to its process, so a later process with the same number cannot be mistaken for it.
 void Watch::add(int rank, int pid) {
   if (pid == static_cast<int>(getpid())) return;
   const int fd = static_cast<int>(syscall(SYS_pidfd_open, pid, 0));
-  if (fd >= 0) peers_.push_back({rank, fd});
+  if (fd >= 0 || errno == ESRCH) peers_.push_back({rank, fd});
 }
 
 Watch::~Watch() {
-  for (const Peer& p : peers_) close(p.pidfd);
+  for (const Peer& p : peers_)
+    if (p.pidfd >= 0) close(p.pidfd);
 }
 
 int Watch::lost(int peer) const noexcept {
@@ -22,8 +25,29 @@ int Watch::lost(int peer) const noexcept {
   for (const Peer& p : peers_) {
     if (p.rank != peer) continue;
     pollfd fd{p.pidfd, POLLIN, 0};
-    if (poll(&fd, 1, 0) > 0) return p.rank;
+    if (p.pidfd < 0 || poll(&fd, 1, 0) > 0) return p.rank;
   }
+  return -1;
+}
+
+bool Watch::has_ended(int peer, int milliseconds) const {
+  for (const Peer& p : peers_) {
+    if (p.rank != peer) continue;
+    pollfd fd{p.pidfd, POLLIN, 0};
+    return p.pidfd < 0 || poll(&fd, 1, milliseconds) > 0;
+  }
+  return false;
+}
+
+int Watch::ended(int milliseconds) const {
+  std::vector<pollfd> fds;
+  for (const Peer& p : peers_) {
+    if (p.pidfd < 0) return p.rank;
+    fds.push_back({p.pidfd, POLLIN, 0});
+  }
+  poll(fds.data(), fds.size(), milliseconds);
+  for (size_t i = 0; i < fds.size(); ++i)
+    if (fds[i].revents) return peers_[i].rank;
   return -1;
 }
 

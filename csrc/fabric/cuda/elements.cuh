@@ -1,8 +1,9 @@
-// Elements of rows in registers: 16 bytes a lane, unpacked to FP32 (FP64 for f64 rows) and packed again with
-// the roundings of the CPU's row kernels, so that both worlds have equal bits. Compile with -fmad=false.
+// Elements of rows in registers: 16 bytes per lane, unpacked to FP32 (FP64 for f64 rows) and packed with the
+// rounding of the CPU's row kernels, so that both worlds give the same bits. Compile with -fmad=false.
 #pragma once
 #include <cuda_fp16.h>
 
+#include "base/offset.hpp"
 #include "base/quantize.hpp"
 #include "fabric/cuda/ptx.cuh"
 
@@ -19,7 +20,7 @@ struct DeviceBF16 {
       v[2 * i + 1] = __uint_as_float(w[i] & 0xffff0000u);
     }
   }
-  // Round to nearest even; NaN becomes the quiet NaN 0x7fc0.
+  // Rounds to nearest even. NaN becomes the quiet NaN 0x7fc0.
   static __device__ uint32_t half_of(float v) {
     const uint32_t u = __float_as_uint(v), rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     return (u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded & 0xffffu;
@@ -27,6 +28,12 @@ struct DeviceBF16 {
   static __device__ uint4 pack(const float* v) {
     return {half_of(v[0]) | half_of(v[1]) << 16, half_of(v[2]) | half_of(v[3]) << 16,
             half_of(v[4]) | half_of(v[5]) << 16, half_of(v[6]) | half_of(v[7]) << 16};
+  }
+  static __device__ float load_one(const char* p) {
+    return __uint_as_float(uint32_t{*Offset<volatile uint16_t>{}.in(p)} << 16);
+  }
+  static __device__ void store_one(char* p, float v) {
+    *Offset<uint16_t>{}.in(p) = static_cast<uint16_t>(half_of(v));
   }
 };
 
@@ -46,6 +53,12 @@ struct DeviceF16 {
     return {half_of(v[0]) | half_of(v[1]) << 16, half_of(v[2]) | half_of(v[3]) << 16,
             half_of(v[4]) | half_of(v[5]) << 16, half_of(v[6]) | half_of(v[7]) << 16};
   }
+  static __device__ float load_one(const char* p) {
+    return __half2float(__ushort_as_half(*Offset<volatile unsigned short>{}.in(p)));
+  }
+  static __device__ void store_one(char* p, float v) {
+    *Offset<uint16_t>{}.in(p) = static_cast<uint16_t>(half_of(v));
+  }
 };
 
 struct DeviceF32 {
@@ -60,6 +73,8 @@ struct DeviceF32 {
   static __device__ uint4 pack(const float* v) {
     return {__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])};
   }
+  static __device__ float load_one(const char* p) { return *Offset<volatile float>{}.in(p); }
+  static __device__ void store_one(char* p, float v) { *Offset<float>{}.in(p) = v; }
 };
 
 struct DeviceF64 {
@@ -73,9 +88,11 @@ struct DeviceF64 {
     return {static_cast<uint32_t>(__double2loint(v[0])), static_cast<uint32_t>(__double2hiint(v[0])),
             static_cast<uint32_t>(__double2loint(v[1])), static_cast<uint32_t>(__double2hiint(v[1]))};
   }
+  static __device__ double load_one(const char* p) { return *Offset<volatile double>{}.in(p); }
+  static __device__ void store_one(char* p, double v) { *Offset<double>{}.in(p) = v; }
 };
 
-// work(T{}) for the element type of `type`.
+// Calls work(T{}) with the element type of `type`.
 template <class Work>
 __device__ void with_element(DType type, Work&& work) {
   switch (type) {
@@ -86,8 +103,8 @@ __device__ void with_element(DType type, Work&& work) {
   }
 }
 
-// Eight elements from e on, zeros beyond the row. Rows are whole 16 bytes, so only f32 rows may end in the
-// middle.
+// Loads eight elements from e on, and zeros beyond the row. Rows are multiples of 16 bytes, so only an f32
+// row may end within the eight.
 template <class T>
 __device__ void load_eight(const char* row, int64_t e, int64_t hidden, float* v) {
   MOE_UNROLL(8)

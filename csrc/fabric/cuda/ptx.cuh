@@ -1,13 +1,13 @@
-// The instructions that C++ has no word for. Scopes: .gpu between warps of one rank, .sys between ranks.
+// PTX instructions that C++ cannot express. Scopes: .gpu between warps of one rank, .sys between ranks.
 //
-// Bulk copies are made by the copy engine, in another proxy than ordinary loads and stores: the engine sees
-// what threads wrote, and threads see what it wrote, only across fence.proxy.async.
+// The copy engine makes bulk copies in another proxy than that of ordinary loads and stores: the engine sees
+// writes of threads, and threads see its writes, only across fence.proxy.async.
 #pragma once
 #include <cstdint>
 
 namespace moecomm::ptx {
 
-// Whether the copy engine is there; else a warp copies through its registers.
+// Whether there is a copy engine; else a warp copies through its registers.
 #if __CUDA_ARCH__ >= 900
 constexpr bool kBulk = true;
 #else
@@ -24,21 +24,33 @@ __device__ inline uint64_t load_acquire_gpu(const uint64_t* p) {
   asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
   return v;
 }
+// For polling a word that grows. Unlike an acquire it does not invalidate the multiprocessor's cache, so a
+// wait polls with it and acquires once at the end.
+__device__ inline uint64_t load_relaxed_sys(const uint64_t* p) {
+  uint64_t v;
+  asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ inline uint64_t load_relaxed_gpu(const uint64_t* p) {
+  uint64_t v;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return v;
+}
 __device__ inline void add_release_sys(uint64_t* p, uint64_t v) {
   asm volatile("red.release.sys.global.add.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
 __device__ inline void add_release_gpu(uint64_t* p, uint64_t v) {
   asm volatile("red.release.gpu.global.add.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
-__device__ inline uint64_t fetch_add_acq_rel_gpu(uint64_t* p, uint64_t v) {
+__device__ inline uint64_t fetch_add_release_gpu(uint64_t* p, uint64_t v) {
   uint64_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;" : "=l"(before) : "l"(p), "l"(v) : "memory");
+  asm volatile("atom.release.gpu.global.add.u64 %0, [%1], %2;" : "=l"(before) : "l"(p), "l"(v) : "memory");
   return before;
 }
 __device__ inline void store_release_sys(uint64_t* p, uint64_t v) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p), "l"(v) : "memory");
 }
-// `threads` threads of the block meet at barrier `id` (1..15).
+// A barrier of `threads` threads of the block, with barrier number `id` (1..15).
 __device__ inline void block_barrier(int id, int threads) {
   asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -48,7 +60,7 @@ __device__ inline uint64_t nanoseconds() {
   return t;
 }
 
-// 16 bytes. Written by peers or by the engine: never through the read-only (.nc) path.
+// Loads 16 bytes. Peers or the engine may have written them, so the read-only (.nc) path must not be used.
 __device__ inline uint4 load16(const void* p) {
   uint4 v;
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -76,7 +88,7 @@ __device__ inline void barrier_init(uint64_t* barrier) {
           shared_address(barrier))
       : "memory");
 }
-// Global to shared; the barrier's phase ends when all bytes have come.
+// Copies from global to shared memory. The phase of the barrier completes when all bytes have arrived.
 __device__ inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(bytes)
@@ -97,14 +109,14 @@ __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
         : "r"(shared_address(barrier)), "r"(parity)
         : "memory");
 }
-// Shared to global; a group is what was stored since the last commit.
+// Copies from shared to global memory. The copies since the last commit form a bulk group.
 __device__ inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
                "r"(shared_address(shared)), "r"(bytes)
                : "memory");
 }
 __device__ inline void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// At most kPending groups still read shared memory.
+// Waits until at most kPending bulk groups still read shared memory.
 template <int kPending>
 __device__ inline void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");

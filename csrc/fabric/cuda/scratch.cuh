@@ -1,27 +1,29 @@
-// A group's own piece of shared memory: lists, counters, and the stages of its copy pipeline.
+// A group's part of shared memory: lists, counters, and the stages of its copy pipeline.
 #pragma once
 #include "base/counters.hpp"
 #include "base/offset.hpp"
 #include "base/terms.hpp"
+#include "exec/group.hpp"
 #include "fabric/cuda/ptx.cuh"
 
 namespace moecomm {
 
-// Rows pass through in pieces of a stage; with several stages the loads of one piece overlap the stores of
+// Rows are copied in pieces of one stage. With several stages the load of one piece overlaps the stores of
 // others.
-constexpr int kStages = 3;  // unless a call says otherwise
+constexpr int kStages = 3;  // the default
 constexpr int kMaxStages = 4;
+constexpr int kSquadStages = 8;  // the most, if several warps share a pipeline
 
-// The stages of a warp's pipeline and which of them comes next. Lane 0's alone.
+// The stages of a warp's pipeline, and which of them is next. Only lane 0 uses it.
 struct Pipeline {
-  uint64_t barrier[kMaxStages];
+  uint64_t barrier[kSquadStages];
   char* stages;
   uint32_t stage_bytes;
   int32_t count;  // of stages, at least 2
   int32_t next;
   uint32_t parity;  // bit i: phase of stage i
 
-  // src to every target, in pieces. On return src has been read; the stores may be under way.
+  // Copies src to every target, in pieces. On return src has been read; the stores may still be in flight.
   template <class Target>
   __device__ void copy(const char* src, uint64_t bytes, int targets, Target&& target) {
     const uint32_t piece = stage_bytes, pieces = static_cast<uint32_t>((bytes + piece - 1) / piece);
@@ -33,7 +35,7 @@ struct Pipeline {
     int slot = next;
     for (uint32_t i = 0, loaded = 0; i < pieces; ++i) {
       for (; loaded < pieces && loaded < i + all - 1; ++loaded, slot = after(slot)) {
-        // This stage's stores are older than the newest group: all but that one have read their stages.
+        // The stores of this stage are not in the newest group, so they have read the stage after this wait.
         ptx::bulk_wait_read<1>();
         ptx::bulk_load(stages + slot * piece, src + uint64_t{loaded} * piece, size_of(loaded),
                        &barrier[slot]);
@@ -54,21 +56,27 @@ struct alignas(128) WarpScratch {
   char* targets[kMaxTopK];
   Counters counters;
   Pipeline pipe;
-  uint32_t words[16];             // of a Squad's broadcasts
-  bool unflushed;                 // a put of this warp may still be read by its network
+  uint32_t words[16];             // for broadcasts of a Squad
+  bool unflushed;                 // the network may still read the source of a put of this warp
   bool late;                      // the rank had failed when the group began
-  alignas(64) char request[128];  // where such a rail builds its requests
+  uint64_t deadline;              // of its waits, by %globaltimer
+  uint64_t call_word;             // waiting_word() of the call; 0: it is not announced
+  uint64_t tell_at;               // when to announce it, if this group still waits for another rank then
+  uint64_t groups;                // number of groups of the call
+  alignas(64) char request[128];  // where a network rail builds its requests
 
-  // A group's piece of shared memory, made ready; once per kernel, by all lanes. `failed`: as DeviceLinks';
-  // one lane looks for all.
-  template <class G>
+  // Initializes a group's part of shared memory. All lanes call it once per kernel. failed:
+  // DeviceLinks::failed; one lane reads it for all.
+  template <Group G>
   static __device__ WarpScratch* open(G g, char* shared, uint32_t stage_bytes, int stages = kStages,
                                       const uint64_t* failed = nullptr) {
     WarpScratch* scratch = Offset<WarpScratch>{}.in(shared);
     if (g.lane() == 0) {
       scratch->counters = {};
       scratch->unflushed = false;
-      scratch->late = failed && ptx::load_acquire_gpu(failed) != 0;
+      scratch->deadline = ~uint64_t{0};
+      scratch->call_word = 0;
+      scratch->late = failed && ptx::load_relaxed_gpu(failed) != 0;
       scratch->pipe.stages = shared + sizeof(WarpScratch);
       scratch->pipe.stage_bytes = stage_bytes;
       scratch->pipe.count = stages;
@@ -81,7 +89,13 @@ struct alignas(128) WarpScratch {
   }
 };
 
-static_assert(sizeof(WarpScratch) <= 2304);  // moecomm.tuning counts on it
+static_assert(sizeof(WarpScratch) <= 2304);  // moecomm.tuning relies on this
+
+// The stages of a squad's one pipeline: as many as fit into the parts of its warps.
+MOE_HD constexpr int squad_stages(int warps, uint32_t stage_bytes, int stages) {
+  const int room = static_cast<int>((warps - 1) * (sizeof(WarpScratch) / stage_bytes + stages)) + stages;
+  return warps == 1 || room < stages ? stages : room < kSquadStages ? room : kSquadStages;
+}
 
 MOE_HD constexpr uint32_t warp_shared_bytes(uint32_t stage_bytes, int stages = kStages) {
   return sizeof(WarpScratch) + stages * stage_bytes;

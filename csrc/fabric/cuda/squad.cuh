@@ -1,4 +1,5 @@
-// Several warps of a block as one group: short calls (decode) spread a row over more lanes than a warp has.
+// Squad: several warps of a block as one group, for short calls (decode), which divide a row among more lanes
+// than a warp has.
 #pragma once
 #include "exec/warp.cuh"
 #include "fabric/cuda/ptx.cuh"
@@ -6,7 +7,7 @@
 namespace moecomm {
 
 struct Squad {
-  int first;  // warp of the block; the squad has the block's barrier first + 1 to itself
+  int first;  // first warp in the block; only this squad uses barrier first + 1 of the block
   int warps;
   uint32_t* words;  // shared memory of the squad, 64 bytes
 
@@ -42,7 +43,7 @@ struct Squad {
     sync();
     MOE_UNROLL(16)
     for (int i = 0; i < kWords; ++i) copy[i] = words[i];
-    sync();  // nobody overwrites the words while another still reads them
+    sync();  // no lane overwrites the words while another lane still reads them
     T out;
     memcpy(&out, copy, sizeof(T));
     return out;

@@ -1,6 +1,6 @@
-// Whole tensors in and out of FP8 tiles. Matrices are row-major and may have any number of columns: `whole`
-// says that rows start and end on 16 bytes, else elements are moved one by one. The codes are
-// base/quantize.hpp's.
+// Conversion of whole tensors to and from FP8 tiles. Matrices are row-major with any number of columns.
+// `whole`: rows are multiples of 16 bytes; else elements are copied one by one. base/quantize.hpp defines the
+// codes.
 #pragma once
 #include "fabric/cuda/reduce.cuh"
 #include "fabric/cuda/squad.cuh"
@@ -18,8 +18,7 @@ struct Matrix {
   }
 };
 
-// -- eight neighbours of a row
-// --------------------------------------------------------------------------------------
+// -- eight adjacent elements of a row ------------------------------------------------------------------
 
 template <class Unit>
 __device__ uint4 gather_units(const char* p, int64_t units) {
@@ -28,8 +27,7 @@ __device__ uint4 gather_units(const char* p, int64_t units) {
   MOE_UNROLL(8)
   for (int i = 0; i < static_cast<int>(16 / sizeof(Unit)); ++i)
     if (i < units)
-      w[i / kPerWord] |= uint32_t{*reinterpret_cast<const volatile Unit*>(p + i * sizeof(Unit))}
-                         << i % kPerWord * 16;
+      w[i / kPerWord] |= uint32_t{*as<const volatile Unit>(p + i * sizeof(Unit))} << i % kPerWord * 16;
   return {w[0], w[1], w[2], w[3]};
 }
 
@@ -39,9 +37,7 @@ __device__ void scatter_units(char* p, uint4 v, int64_t units) {
   constexpr int kPerWord = 4 / sizeof(Unit);
   MOE_UNROLL(8)
   for (int i = 0; i < static_cast<int>(16 / sizeof(Unit)); ++i)
-    if (i < units)
-      *reinterpret_cast<Unit*>(p + i * sizeof(Unit)) =
-          static_cast<Unit>(w[i / kPerWord] >> i % kPerWord * 16);
+    if (i < units) *as<Unit>(p + i * sizeof(Unit)) = static_cast<Unit>(w[i / kPerWord] >> i % kPerWord * 16);
 }
 
 template <int kBytes>
@@ -85,12 +81,11 @@ __device__ inline EightBytes load_codes(const char* row, int64_t e, const Matrix
   uint32_t code[8];
   MOE_UNROLL(8)
   for (int i = 0; i < 8; ++i)
-    code[i] = e + i < m.columns ? uint32_t{*reinterpret_cast<const volatile uint8_t*>(row + e + i)} : 0u;
+    code[i] = e + i < m.columns ? uint32_t{*as<const volatile uint8_t>(row + e + i)} : 0u;
   return pack_bytes(code);
 }
 
-// -- tiles of rows: a warp takes two of them, 256 columns from `base`
-// --------------------------------------------------
+// -- tiles of rows: a warp processes two, 256 columns from `base` on -----------------------------------
 
 template <class T>
 __device__ void quantize_rows(char* codes, char* scales, const char* x, const Matrix& m, ScaleKind kind,
@@ -103,15 +98,14 @@ __device__ void quantize_rows(char* codes, char* scales, const char* x, const Ma
   if (lane % 16 || tile >= tiles) return;
   char* own = scales + row * 4 * scale_words(m.columns, kind);
   if (kind == ScaleKind::f32) {
-    reinterpret_cast<float*>(own)[tile] = scale;
+    as<float>(own)[tile] = scale;
   } else {
     own[tile] = static_cast<char>(ue8m0_encode(scale));
-    for (int64_t i = tile + 1; tile + 1 == tiles && i % 4; ++i) own[i] = 0;  // the last int32 is whole
+    for (int64_t i = tile + 1; tile + 1 == tiles && i % 4; ++i) own[i] = 0;  // pads the last int32
   }
 }
 
-// -- tiles of columns: a warp takes 256 columns of a block of rows
-// ------------------------------------------------------
+// -- tiles of columns: a warp processes 256 columns of a block of rows ---------------------------------
 
 template <class T>
 __device__ void quantize_columns(char* codes, float* scales, const char* x, const Matrix& m, ScaleKind kind,
@@ -144,10 +138,9 @@ __device__ void quantize_columns(char* codes, float* scales, const char* x, cons
   }
 }
 
-// -- squares: a squad takes one, half a warp a row of it
-// -----------------------------------------------------------------
+// -- squares: a squad processes one, half a warp a row of it --------------------------------------------
 
-// The largest of all lanes' values; `words` of the squad.
+// The largest value of all lanes. Uses the `words` of the squad.
 __device__ inline uint32_t squad_max(Squad g, uint32_t v) {
   v = half_max(v);
   const uint32_t other = __shfl_xor_sync(~0u, v, 16);
@@ -186,8 +179,7 @@ __device__ void quantize_square(Squad g, char* codes, float* scales, const char*
   }
 }
 
-// -- and back
-// ------------------------------------------------------------------------------------------------------------
+// -- dequantization -------------------------------------------------------------------------------------
 
 template <class T>
 __device__ void dequantize_rows(char* x, const char* codes, const float* scales, const Matrix& m,
@@ -206,11 +198,10 @@ __device__ void dequantize_rows(char* x, const char* codes, const float* scales,
   store_any_eight<T>(x + row * m.columns * T::kBytes, e, m, v);
 }
 
-// -- 1x128 tiles to 1x128 tiles of the transposed matrix: a squad of four warps takes a square
-// -----------------------------
+// -- 1x128 tiles to 1x128 tiles of the transposed matrix: a squad of four warps processes a square ------
 
 struct TransposeScratch {
-  static constexpr int kPitch = 132;  // neighbouring rows start in neighbouring banks
+  static constexpr int kPitch = 132;  // adjacent rows start in adjacent banks
   char in[kTile * kPitch];
   char out[kTile * kPitch];
   uint32_t words[16];
@@ -226,12 +217,12 @@ __device__ inline void transpose_square(Squad g, TransposeScratch& shared, char*
   for (int r = g.lane() / 16; r < rows; r += g.size() / 16) {
     const int c = g.lane() % 16 * 8;
     const EightBytes codes = load_codes(src + (first_row + r) * m.columns, first_column + c, m);
-    auto* to = reinterpret_cast<uint32_t*>(shared.in + r * kPitch + c);
+    auto* to = as<uint32_t>(shared.in + r * kPitch + c);
     to[0] = codes.low;
     to[1] = codes.high;
   }
   g.sync();
-  const int c = g.lane();  // a column each
+  const int c = g.lane();  // one column per lane
   const auto value = [&](int r) {
     const uint32_t code = static_cast<uint8_t>(shared.in[r * kPitch + c]);
     return e4m3_decode<float>(code) * src_scales[(first_row + r) * tiles + tile];
@@ -247,7 +238,7 @@ __device__ inline void transpose_square(Squad g, TransposeScratch& shared, char*
     MOE_UNROLL(4)
     for (int i = 0; i < 4; ++i)
       if (r + i < rows) word |= e4m3_encode<uint32_t>(value(r + i) * s.inverse) << 8 * i;
-    *reinterpret_cast<uint32_t*>(shared.out + c * kPitch + r) = word;
+    *as<uint32_t>(shared.out + c * kPitch + r) = word;
   }
   if (c < columns) dst_scales[(first_column + c) * m.row_blocks() + block] = s.scale;
   g.sync();
@@ -255,14 +246,12 @@ __device__ inline void transpose_square(Squad g, TransposeScratch& shared, char*
     char* to = dst + (first_column + i) * m.rows + first_row;
     const int r = g.lane() % 32 * 4;
     if (m.rows % 4 == 0) {
-      if (r < rows)
-        *reinterpret_cast<uint32_t*>(to + r) =
-            *reinterpret_cast<const uint32_t*>(shared.out + i * kPitch + r);
+      if (r < rows) *as<uint32_t>(to + r) = *as<uint32_t>(shared.out + i * kPitch + r);
     } else {
       for (int j = r; j < r + 4 && j < rows; ++j) to[j] = shared.out[i * kPitch + j];
     }
   }
-  g.sync();  // the scratch may be filled again
+  g.sync();  // then the scratch may be overwritten
 }
 
 }  // namespace moecomm

@@ -1,12 +1,12 @@
-// Chaos: the source of everything that a schedule may do differently. A pure function of its seed.
+// Chaos: the random decisions that make schedules differ. A pure function of its seed.
 #pragma once
 #include "exec/fiber.hpp"
 #include "fabric/sim/links.hpp"
 
 namespace moecomm {
 
-// Off: delays are as given. On: they are drawn, until `budget` of them have been; the rest is as given
-// again, which is how a failing schedule is cut down to the perturbations that matter.
+// Off: delays have their usual values. On: up to `budget` delays are drawn at random, and all later ones have
+// their usual values. Reducing the budget reduces a failing schedule to the perturbations that matter.
 class Chaos {
  public:
   Chaos() = default;
@@ -18,7 +18,7 @@ class Chaos {
 
   uint64_t below(uint64_t n) { return n ? next() % n : 0; }
 
-  // How long something takes that would take `usual`: often a little, sometimes many times as long.
+  // The delay of something that usually takes `usual`: often short, sometimes many times as long.
   Time delay(Time usual) {
     if (!perturb()) return usual;
     switch (next() & 7) {
@@ -32,7 +32,7 @@ class Chaos {
       default: return below(picoseconds(300'000));
     }
   }
-  // A rank that does nothing for a while: rarely, at any step.
+  // A rare pause of a rank, at any step.
   Time pause() { return on_ && (next() & 63) == 0 && perturb() ? below(picoseconds(100'000)) : 0; }
   bool coin() { return on_ && (next() & 1); }
 

@@ -1,5 +1,6 @@
-// When counters change, for roles that may be ahead of the clock: a signal is entered when it is issued,
-// together with the time at which it lands, so a wait knows when it ends without an event for every signal.
+// The times at which counters change, for roles that may be ahead of the clock. A signal is entered when it
+// is issued, with the time at which it arrives. So a wait knows when it ends, without an event for every
+// signal.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -10,7 +11,7 @@ namespace moecomm {
 
 class CounterTimes {
  public:
-  // `counters` of every rank, side by side.
+  // counters: number of counters per rank.
   void resize(int ranks, uint64_t counters) {
     per_rank_ = counters;
     last_.resize(uint64_t(ranks) * counters);
@@ -21,8 +22,9 @@ class CounterTimes {
     idle_.clear();
   }
 
-  // The counter grows by `add` at `at`, or with its last change if that is later: signals of one writer are
-  // ordered. No role is behind `floor`. True: somebody waits for the counter.
+  // Adds `add` to the counter at time `at`, or at the time of its last change if that is later, because the
+  // signals of one writer are ordered. No role is earlier than `floor`. Returns whether a role waits for the
+  // counter.
   bool enter(int rank, uint64_t counter, uint64_t add, Time at, Time floor) {
     Step& last = step(rank, counter);
     int32_t older = -1;
@@ -35,9 +37,9 @@ class CounterTimes {
     last = {at, last.value + add, older, last.waiters};
     return last.waiters > 0;
   }
-  // As far as it has been entered.
+  // The value after all entered signals.
   uint64_t value(int rank, uint64_t counter) { return step(rank, counter).value; }
-  // When the counter, which is entered with at_least or more, came to at_least.
+  // The time at which the counter reached at_least. Its entered value must be at_least or more.
   Time reached(int rank, uint64_t counter, uint64_t at_least) {
     const Step* s = &step(rank, counter);
     while (s->older >= 0 && older_[s->older].value >= at_least) s = &older_[s->older];
@@ -49,7 +51,7 @@ class CounterTimes {
   struct Step {
     Time at = 0;
     uint64_t value = 0;
-    int32_t older = -1;  // in older_: the change before it, unless every role is past that
+    int32_t older = -1;  // index in older_ of the previous change; -1: none that a role can still see
     int32_t waiters = 0;
   };
   Step& step(int rank, uint64_t counter) { return last_[rank * per_rank_ + counter]; }

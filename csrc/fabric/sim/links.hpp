@@ -1,4 +1,4 @@
-// What the simulated links are made of: a cluster's rates, and how its resources are shared.
+// The model of the simulated links: a cluster's rates, and how its resources are shared.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace moecomm {
 
-// Times in nanoseconds, rates in bytes per nanosecond (GB/s), each direction.
+// Times in nanoseconds, rates in bytes per nanosecond (GB/s) in each direction.
 struct Hardware {
   double node_rate = 160;  // load/store domain inside a node, per rank
   double node_latency = 800;
@@ -26,7 +26,7 @@ struct Hardware {
 constexpr double kPicosecondsPerNanosecond = 1000.0;
 inline Time picoseconds(double ns) { return static_cast<Time>(ns * kPicosecondsPerNanosecond + 0.5); }
 
-// What one rate makes of bytes. Most transfers are as long as the one before.
+// The duration of a transfer at one rate. Keeps the last result, because most transfers have the same length.
 class Rate {
  public:
   explicit Rate(double bytes_per_ns) : rate_(bytes_per_ns) {}
@@ -44,13 +44,14 @@ class Rate {
   Time time_ = 0;
 };
 
-// A resource that one user has at a time: a link, a NIC, a multiprocessor's copy engine. Users do not ask in
-// the order in which they come (messages are announced when they are sent, not when they arrive; roles run
-// ahead), so a queue would let a late one hold up an early one. Time is cut into bins; a user takes what is
-// left of the bins from its arrival on. Those who ask in turn, row by row, share it fairly.
+// A resource that serves one user at a time: a link, a NIC, a multiprocessor's row operations. Requests are
+// not made in the order of their start times (messages are announced when they are sent, not when they
+// arrive, and roles run ahead), so in a queue a later user could delay an earlier one. Therefore time is
+// divided into bins, and a user takes the free time of the bins from its arrival on. Users that alternate,
+// row by row, share the resource fairly.
 class Calendar {
  public:
-  // When `work` that comes at `from` is done.
+  // Reserves `work` from time `from` on. Returns when it is done.
   Time take(Time from, Time work) {
     busy_ += work;
     uint64_t bin = find(from / kBin);
@@ -67,7 +68,7 @@ class Calendar {
       bin = find(bin + 1);
     }
   }
-  // Whoever takes something at about `from` will look there soon.
+  // A hint that take() will be called soon with about this start time.
   void expect(Time from) const {
     const uint64_t bin = from / kBin - first_;
     if (bin < bins_.size()) __builtin_prefetch(&bins_[bin]);
@@ -82,15 +83,15 @@ class Calendar {
   static constexpr Time kBin = 1u << 20;  // ps: about a microsecond
   static constexpr uint32_t kFull = 1u << 31;
   static constexpr uint64_t kMargin =
-      16;  // bins before the first that was asked for, and more than asked for behind
+      16;  // additional bins, before the first requested one and behind the last
 
-  // The first bin from `bin` on that has room.
+  // The first bin from `bin` on that is not full.
   uint64_t find(uint64_t bin) {
     reach(bin);
     while (at(bin) & kFull) {
       const uint64_t after = at(bin) & ~kFull;
       reach(after);
-      if (at(after) & kFull) at(bin) = at(after);  // every visit halves the way for the next one
+      if (at(after) & kFull) at(bin) = at(after);  // path halving: later searches are shorter
       bin = after;
     }
     return bin;
@@ -105,8 +106,8 @@ class Calendar {
     if (bin - first_ >= bins_.size()) bins_.resize(bin - first_ + kMargin, 0);
   }
 
-  std::vector<uint32_t> bins_;  // ps that are used; of a full one, kFull and a bin behind it
-  uint64_t first_ = 0;          // of bins_
+  std::vector<uint32_t> bins_;  // used ps; for a full bin: kFull and the number of a later bin
+  uint64_t first_ = 0;          // number of the first bin in bins_
   Time busy_ = 0;
 };
 

@@ -9,9 +9,10 @@ namespace moecomm {
 namespace {
 
 constexpr uint64_t kSignalBytes = 8;
-constexpr uint64_t kPrivateBytes = uint64_t{1} << 34;  // addresses for inputs and outputs that hold no bytes
+constexpr uint64_t kPrivateBytes = uint64_t{1} << 34;  // addresses for inputs and outputs without payload
 
-// Zeros, committed where they are touched; `dense`: most of what is touched lies together.
+// Reserves zeroed memory; pages are committed when they are touched. dense: the touched bytes are mostly
+// contiguous.
 char* reserve(uint64_t bytes, bool dense) {
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED)
@@ -43,14 +44,14 @@ SimNet::SimNet(Geometry world, std::vector<SimSpace> spaces, Hardware hardware, 
   detail::Cursor c;
   for (SimSpace& s : spaces_) {
     s.window_at = c.take(s.window_bytes, 4096);
-    s.region_at = c.take(s.region_bytes, 4096);
+    s.region_at = s.one_memory ? s.window_at : c.take(s.region_bytes, 4096);
     for (SimSpace::Records* r : {&s.window_records, &s.region_records}) {
-      if (payload) r->end = r->begin;  // everything lies where the layout says
+      if (payload) r->end = r->begin;  // all records are where the layout puts them
       r->by_stride = Divisor(r->stride);
     }
     SimSpace::Records &own = s.window_records, &landed = s.region_records;
     own.at = c.take((own.end - own.begin) / own.stride * own.kept + own.stride,
-                    4096);  // the last one's rest has an address too
+                    4096);  // the rest of the last record needs an address too
     landed.by_source = Divisor(landed.per_source);
     landed.sources = (landed.end - landed.begin) / landed.stride / landed.per_source;
     landed.ranks = world.size;
@@ -116,7 +117,7 @@ void SimNet::start(int rank, const char* name, int channel, int sm, std::functio
     const Time begin = fibers_.now();
     r.body();
     r.body = nullptr;
-    log({begin, fibers_.now(), Did::role, Phase::none, r.rank, r.channel, -1, r.name, 0, 0});
+    log({begin, fibers_.now(), LogKind::role, Phase::none, r.rank, r.channel, -1, r.name, 0, 0});
   });
   if (static_cast<size_t>(fiber) >= roles_.size()) roles_.resize(fiber + 1);
   if (!roles_[fiber]) roles_[fiber] = std::make_unique<Role>();
@@ -131,7 +132,7 @@ void SimNet::start(int rank, const char* name, int channel, int sm, std::functio
 void SimNet::run() {
   fibers_.run();
   while (fibers_.alive() > 0) {
-    // Nobody can go on: remember who waits for whom, then let the waits fail so that every role returns.
+    // A deadlock: keep the states of the waiting roles, then let their waits fail so that every role returns.
     std::vector<int> blocked;
     for (SimRank& r : ranks_) {
       for (const auto& w : r.waiting) blocked.push_back(w.fiber);
@@ -143,7 +144,7 @@ void SimNet::run() {
       roles_[fiber]->given_up = true;
       fibers_.wake(fiber, fibers_.now());
     }
-    if (blocked.empty()) {  // roles that gave up have left others of their rank waiting
+    if (blocked.empty()) {  // other roles of the ranks still wait for roles that gave up
       blocked.swap(parked_);
       for (int fiber : blocked) {
         roles_[fiber]->given_up = true;
@@ -176,8 +177,8 @@ void SimNet::put(int space, int to_peer, uint64_t offset, const char* src, uint6
   } else {
     to.rail_in.expect(begin + rail_latency_);
     const Time work = std::max(rail_rate_.time(bytes), message_);
-    const Time left =
-        from.rail_out.take(std::max(begin, r.stores), work);  // behind the rows that this role has under way
+    // After the rows that this role has in flight.
+    const Time left = from.rail_out.take(std::max(begin, r.stores), work);
     landed = to.rail_in.take(left - work + rail_latency_, work);
   }
   r.puts.note(peer, landed);
@@ -192,7 +193,7 @@ void SimNet::put(int space, int to_peer, uint64_t offset, const char* src, uint6
   } else if (spaces_[space].region_records.has(offset)) {
     spaces_[space].region_records.sent_from(peer, offset) = const_cast<char*>(src);
   }
-  log({begin, landed, Did::put, Phase::none, r.rank, r.channel, peer, r.name, offset, bytes});
+  log({begin, landed, LogKind::put, Phase::none, r.rank, r.channel, peer, r.name, offset, bytes});
   fibers_.advance(begin + put_ + chaos_.pause());
 }
 
@@ -208,7 +209,7 @@ void SimNet::signal_rail(int space, int to_peer, uint64_t counter, uint64_t add,
   from.rail_sent.other_bytes += kSignalBytes;
   ++from.rail_sent.messages;
   count(counters_[space].rail, landed, peer, region(space, peer), counter, add);
-  log({begin, landed, Did::signal_rail, Phase::none, r.rank, r.channel, peer, r.name, counter, add});
+  log({begin, landed, LogKind::signal_rail, Phase::none, r.rank, r.channel, peer, r.name, counter, add});
   fibers_.advance(begin + put_ + chaos_.pause());
 }
 
@@ -223,12 +224,11 @@ void SimNet::signal_node(int space, int local, uint64_t counter, uint64_t add) {
     ++from.node_moved.messages;
   }
   count(counters_[space].node, landed, peer, window(space, peer), counter, add);
-  log({begin, landed, Did::signal_node, Phase::none, r.rank, r.channel, peer, r.name, counter, add});
+  log({begin, landed, LogKind::signal_node, Phase::none, r.rank, r.channel, peer, r.name, counter, add});
   fibers_.advance(begin + put_ + chaos_.pause());
 }
 
-// A role's rows that are still under way on links.
-void SimNet::settle() {
+void SimNet::finish_rows() {
   const Role& r = role();
   fibers_.advance(std::max(fibers_.now(), *std::max_element(r.flight, r.flight + Role::kInFlight)));
 }
@@ -298,7 +298,7 @@ void SimNet::wake_waiting(int rank, const uint64_t* counter, uint64_t value, Tim
   for (size_t i = 0; i < waiting.size();) {
     const SimRank::Waiting& w = waiting[i];
     if (w.counter == counter && value >= w.at_least) {
-      // One that is ahead of the clock comes to what is there already.
+      // A waiting role that is ahead of the clock continues at its own time.
       const Time since = roles_[w.fiber]->since;
       fibers_.wake(w.fiber, changed < since ? since : changed + chaos_.delay(poll_));
       waiting[i] = waiting.back();
@@ -315,11 +315,10 @@ Status SimNet::wait(CounterTimes& times, char* memory, uint64_t offset, uint64_t
   const uint64_t which = offset / 8;
   Role& r = role();
   const Time begin = fibers_.now();
-  if (at_once())
-    *counter =
-        times.value(r.rank, which);  // the role may look at it itself, but not before it has waited for it
+  // The role may read the counter itself, but only after it has waited for it.
+  if (at_once()) *counter = times.value(r.rank, which);
   if (*counter >= at_least) {
-    if (!at_once()) return {};  // also for one that is ahead of the clock: it landed in its past
+    if (!at_once()) return {};  // correct also if the role is ahead of the clock: the change is in its past
     const Time reached = times.reached(r.rank, which, at_least);
     if (reached <= begin) return {};
     fibers_.advance(reached + poll_);
@@ -335,8 +334,8 @@ Status SimNet::wait(CounterTimes& times, char* memory, uint64_t offset, uint64_t
     times.watch(r.rank, which, -1);
     if (at_once()) *counter = times.value(r.rank, which);
   }
-  log({begin, fibers_.now(), r.given_up ? Did::give_up : Did::wait, phase, r.rank, r.channel, peer, r.name,
-       offset, at_least});
+  log({begin, fibers_.now(), r.given_up ? LogKind::give_up : LogKind::wait, phase, r.rank, r.channel, peer,
+       r.name, offset, at_least});
   return r.given_up ? Status{Code::timeout, phase, peer, 0, at_least, *counter} : Status{};
 }
 
@@ -382,7 +381,7 @@ void SimNet::zero_row(char* dst, uint64_t bytes) {
   row_operation(role(), 0, bytes, 0);
 }
 
-// When the terms that lie on other ranks are here.
+// Takes the time to fetch the terms from other ranks and to sum them.
 void SimNet::sum_operation(const Terms& terms, int64_t hidden, DType type, uint64_t written) {
   Role& r = role();
   LinkCount& moved = ranks_[r.rank].node_moved;

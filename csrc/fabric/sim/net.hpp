@@ -1,13 +1,14 @@
-// SimNet and SimFabric: the Fabric of the sim world. All ranks live in one process and one thread; a role
-// is a fiber, and everything that it does to memory or links takes virtual time on modelled resources.
+// SimNet and SimFabric: the Fabric of the sim world. All ranks run in one process and one thread. A role is a
+// fiber, and all its accesses to memory and links take virtual time on modeled resources.
 //
-// Visibility is as weak as the Fabric contract allows: a put lands later than it was issued (its source
-// is read on landing, unless chaos takes it at once), a row stored into another rank's window may appear
+// Visibility is as weak as the Fabric contract allows: a put arrives later than it was issued (its source is
+// read on arrival, unless chaos reads it at once), a row stored into another rank's window may become visible
 // as late as the signal that releases it, and only what the contract orders is ordered.
 //
-// Without payload the row bytes are not touched; counters, tables and metadata are, since the protocol
-// steers by them. Times and counts do not change. What is put is there at once then, and counters count at
-// once, with their time: that the protocol lets nobody look earlier is what payload and chaos are for.
+// Without payload, row bytes are neither read nor written, but counters, tables and metadata are, because the
+// protocol depends on them. Times and counts are the same as with payload. Then puts are visible at once, and
+// counters change at once, together with the time of the change. Runs with payload and chaos check that the
+// protocol never reads anything earlier.
 #pragma once
 #include <cstring>
 #include <memory>
@@ -24,7 +25,7 @@
 
 namespace moecomm {
 
-// What crossed a rank's links, counted where it crosses: independent of the protocol's own counters.
+// The traffic on a rank's links, counted by the links: independent of the protocol's own counters.
 struct LinkCount {
   uint64_t row_bytes = 0;    // rows: puts into staging areas; row operations between ranks of a node
   uint64_t rows = 0;         // node hop: row operations that crossed
@@ -32,7 +33,7 @@ struct LinkCount {
   uint64_t messages = 0;
 };
 
-// Division by a number that stays, for dividends whose product with it is below 2^64.
+// Division by a constant, for dividends whose product with it is below 2^64.
 class Divisor {
  public:
   explicit Divisor(uint64_t by = 1) : magic_(by > 1 ? ~uint64_t{0} / by + 1 : 0) {}
@@ -44,21 +45,22 @@ class Divisor {
   uint64_t magic_;
 };
 
-// A node window and a rail region, of every rank: what one Reach is in the cpu world. A cluster has one for
-// dispatch and combine and one for decode.
+// A node window and a rail region of every rank: the counterpart of a Reach in the cpu world. A cluster has
+// one space for dispatch and combine, and one for decode.
 struct SimSpace {
-  // Records of which only the first bytes are metadata. Without payload the rest would lie untouched between
-  // them and spread them over as many pages; they are kept side by side instead. Those that were put into a
-  // region are not even copied: a table says where the sender has them, who leaves them alone until they have
-  // been read. It is one for all ranks, since few of each one's many slots are filled.
+  // Records of which only the first bytes are metadata. Without payload the rest is never touched, and would
+  // spread the metadata over many pages. So only the metadata of a window's records is stored, contiguously.
+  // Records that are put into a region are not even copied: a table has their addresses at the sender, which
+  // does not change them until they have been read. All ranks share one table, because few of a rank's many
+  // slots are filled.
   struct Records {
     uint64_t begin = 0, end = 0;  // offsets
     uint64_t stride = 1;
-    uint64_t kept = 0;        // of a window
-    uint64_t per_source = 1;  // of a region: consecutive records of one source
+    uint64_t kept = 0;        // window: stored bytes of a record
+    uint64_t per_source = 1;  // region: consecutive records of one source
     // Set by SimNet:
-    uint64_t at = 0;        // of a window: offset in a rank's memory
-    char** sent = nullptr;  // of a region: by slot, rank and source, where the sender has the record
+    uint64_t at = 0;        // window: offset in a rank's memory
+    char** sent = nullptr;  // region: by slot, rank and source, the address of the record at the sender
     uint64_t sources = 0, ranks = 0;
     Divisor by_stride, by_source;
 
@@ -77,12 +79,13 @@ struct SimSpace {
     uint64_t sent_bytes() const { return sources * per_source * ranks * sizeof(char*); }
   };
   uint64_t window_bytes = 0;
-  uint64_t window_counters = 0;  // bytes at its start that hold counters and faults
+  uint64_t window_counters = 0;  // bytes of counters and faults at its beginning
   uint64_t region_bytes = 0;
   uint64_t region_counters = 0;
-  uint64_t region_rows = 0;  // puts from here on carry rows
+  uint64_t region_rows = 0;  // puts to this offset or behind carry rows
   Records window_records, region_records;
-  bool peers_are_ranks = false;  // how the fabric's peers are numbered: by node (the rail) or by rank
+  bool one_memory = false;       // the window is also the rail region
+  bool peers_are_ranks = false;  // peers are numbered by rank; else by node
   uint64_t window_at = 0;        // offsets in a rank's memory; set by SimNet
   uint64_t region_at = 0;
 };
@@ -93,7 +96,7 @@ struct SimRank {
   Calendar node_out, node_in, rail_out, rail_in;
   std::vector<Calendar> sms;  // row operations
   LinkCount rail_sent, node_moved;
-  Time landed = 0;  // every put of this rank has landed by then
+  Time landed = 0;  // when the last put of this rank arrives
   struct Waiting {
     int fiber;
     const uint64_t* counter;
@@ -102,19 +105,19 @@ struct SimRank {
   std::vector<Waiting> waiting;
 };
 
-// A line of the log: what a role did, from `begin` to `end`.
-enum class Did : int32_t { role, wait, put, signal_rail, signal_node, landed, give_up };
+// A line of the log: an action of a role, from `begin` to `end`.
+enum class LogKind : int32_t { role, wait, put, signal_rail, signal_node, landed, give_up };
 struct LogLine {
   Time begin, end;
-  Did did;
+  LogKind kind;
   Phase phase;
   int32_t rank, channel, peer;
   const char* role;
-  uint64_t offset, value;  // counter or place, and bytes or the value waited for
+  uint64_t offset, value;  // of the counter or put; the number of bytes, the addend or the awaited value
 };
 
-// When a role's puts have landed, by rank. Noted in turn; sorted by rank where there are many and somebody
-// asks.
+// When a role's puts arrive, by rank. They are only appended to a list; a long list is sorted by rank when it
+// is first queried.
 class PutTimes {
  public:
   explicit PutTimes(int ranks = 0) : ranks_(ranks) {}
@@ -153,12 +156,12 @@ class PutTimes {
   }
   int ranks_;
   std::vector<Note> notes_;
-  std::vector<Time> last_;  // empty until somebody asks
+  std::vector<Time> last_;  // by rank; empty until the first query of a long list
 };
 
-// What a role has under way; all of it ends with the role.
+// The state of a role.
 struct RoleState {
-  static constexpr int kInFlight = 4;  // rows that it may have under way on a link
+  static constexpr int kInFlight = 4;  // the most rows that it may have in flight on a link
   static constexpr int kAllSms = -1;
 
   const char* name = "";
@@ -167,8 +170,8 @@ struct RoleState {
   int sm = kAllSms;
   int next_flight = 0;
   Time flight[kInFlight] = {};
-  Time stores = 0;        // its stores to other ranks are visible by then
-  uint64_t at_least = 0;  // what it waits for
+  Time stores = 0;        // when its stores to other ranks are visible
+  uint64_t at_least = 0;  // the value that it waits for
   Time since = 0;
   Phase phase = Phase::none;
   int peer = -1;
@@ -187,7 +190,7 @@ struct Role : RoleState {
     body = std::move(run);
     puts.clear(ranks);
   }
-  // Its next signals come after what the other stored and put.
+  // Orders its next signals after the stores and puts of another role.
   void comes_after(Time other_stores, const PutTimes& other_puts) {
     stores = std::max(stores, other_stores);
     puts.add(other_puts);
@@ -197,25 +200,23 @@ struct Role : RoleState {
 class SimNet {
  public:
   static constexpr int kPoison = 0xA5;
-  static constexpr uint64_t kSkew =
-      7 * 4096 + 192;  // equal offsets of ranks fall into different sets of the caches and of the TLB
+  // The same offset on different ranks must not map to the same sets of the caches and the TLB.
+  static constexpr uint64_t kSkew = 7 * 4096 + 192;
 
   SimNet(Geometry world, std::vector<SimSpace> spaces, Hardware hardware, int num_sms, bool payload);
   ~SimNet();
   SimNet(const SimNet&) = delete;
   SimNet& operator=(const SimNet&) = delete;
 
-  // A clean start: clock, counters, links. `lead` in nanoseconds: how far roles may run ahead. With payload,
-  // staging holds what no call would leave there, and the rest of the windows (metadata and blocks) bytes of
-  // `poison`.
+  // Resets the clock, counters and links. lead: how far roles may run ahead, in nanoseconds. With payload,
+  // staging areas are filled with kPoison, and the rest of the windows (metadata and blocks) with `poison`.
   void reset(Chaos chaos, double lead = 0, int poison = kPoison);
 
   void start(int rank, const char* name, int channel, int sm, std::function<void()> body);
-  void run();  // until every role has ended; waits that nobody would end give up
+  void run();  // until every role has ended; in a deadlock the waits give up
   bool stuck() const { return !stuck_.empty(); }
-  const std::vector<RoleState>& stuck_roles() const {
-    return stuck_;
-  }  // as they were when nobody could go on
+  // The states of the waiting roles when the deadlock was found.
+  const std::vector<RoleState>& stuck_roles() const { return stuck_; }
 
   Fibers& fibers() { return fibers_; }
   Role& role() { return *roles_[fibers_.current()]; }
@@ -237,7 +238,7 @@ class SimNet {
   int owner_of(const void* p) { return owner(p, role().rank); }
   char* private_memory(int r) const { return memory(r) + private_at_; }
 
-  // Fibers that wait for something inside their rank, and return without it where nobody can go on.
+  // For fibers that wait for something inside their rank. In a deadlock they return without it.
   void park(int fiber) {
     parked_.push_back(fiber);
     roles_[fiber]->given_up = false;
@@ -256,7 +257,7 @@ class SimNet {
   }
   const std::vector<LogLine>& log_lines() const { return log_; }
 
-  // The Fabric's verbs, for the role that runs.
+  // The operations of the Fabric, for the running role.
   void put(int space, int peer, uint64_t offset, const char* src, uint64_t bytes);
   void signal_rail(int space, int peer, uint64_t counter, uint64_t add, bool ordered = true);
   void signal_node(int space, int local, uint64_t counter, uint64_t add);
@@ -266,8 +267,8 @@ class SimNet {
   Status wait_node(int space, uint64_t counter, uint64_t at_least, Phase phase, int peer) {
     return wait(counters_[space].node, window(space, role().rank), counter, at_least, phase, peer);
   }
-  void settle();  // until the row operations of this role are complete
-  void flush();   // until all puts of this rank have landed
+  void finish_rows();  // until the row operations of this role are complete
+  void flush();        // until all puts of this rank have arrived
   void copy_row(char* dst, const char* src, uint64_t bytes);
   void zero_row(char* dst, uint64_t bytes);
   void reduce_rows(char* dst, const Terms& terms, const Terms* next, const float* bias, int64_t hidden,
@@ -296,8 +297,8 @@ class SimNet {
   void land(uint32_t event);
   uint32_t new_landing();
   void post_bytes(Time at, int rank, char* dst, const char* src, uint64_t bytes, bool keep_now);
-  // Whose memory it is, seen from rank `me`: where no load or store of its reaches it is what has been put to
-  // it.
+  // The rank whose memory this is, as seen from rank `me`. Memory outside its node that it reads (records at
+  // their sender) counts as its own, because it was put to it.
   int owner(const void* p, int me) const {
     const uint64_t offset = static_cast<uint64_t>(static_cast<const char*>(p) - base_);
     if (offset >= bytes_) return me;
@@ -324,7 +325,7 @@ class SimNet {
   Fibers fibers_;
   Chaos chaos_;
   int num_sms_;
-  char* base_ = nullptr;  // every rank's window, rail region and private room, at rank << shift_
+  char* base_ = nullptr;  // every rank's window, rail region and private memory, at rank << shift_
   uint64_t bytes_ = 0;
   int shift_ = 0;
   uint64_t private_at_ = 0;
@@ -341,7 +342,7 @@ class SimNet {
 };
 
 struct SimFabric {
-  static constexpr bool kPutsFromAnywhere = false;  // as on the GPU: puts leave from registered memory
+  static constexpr bool kPutsFromAnywhere = false;  // as on a GPU: sources of puts must be registered memory
   SimNet* net;
   int me;
   int space;
@@ -371,33 +372,33 @@ struct SimFabric {
   Status wait_node(CounterAt counter, uint64_t at_least, Phase phase, int peer) const {
     return net->wait_node(space, counter.value, at_least, phase, peer);
   }
-  template <class G>
+  template <Group G>
   void copy_row(G, char* dst, const char* src, uint64_t bytes) const {
     net->copy_row(dst, src, bytes);
   }
-  template <class G>
+  template <Group G>
   void spread_row(G, char* const* targets, int count, const char* src, uint64_t bytes) const {
     for (int i = 0; i < count; ++i) net->copy_row(targets[i], src, bytes);
   }
-  template <class G>
-  void settle(G) const {
-    net->settle();
+  template <Group G>
+  void finish_rows(G) const {
+    net->finish_rows();
   }
-  template <class G>
+  template <Group G>
   void zero_row(G, char* dst, uint64_t bytes) const {
     net->zero_row(dst, bytes);
   }
-  template <class G>
+  template <Group G>
   void reduce_rows(G, char* dst, const Terms& terms, const Terms* next, const float* bias, int64_t hidden,
                    DType type) const {
     net->reduce_rows(dst, terms, next, bias, hidden, type);
   }
-  template <class G>
+  template <Group G>
   void reduce_encode(G, char* dst, Wire wire, const Terms& terms, const Terms* next, int64_t hidden,
                      DType type) const {
     net->reduce_encode(dst, wire, terms, next, hidden, type);
   }
-  template <class G>
+  template <Group G>
   void quantize_row(G, char* codes, char* scales, const char* row, int64_t hidden, DType type,
                     ScaleKind kind) const {
     net->quantize_row(codes, scales, row, hidden, type, kind);

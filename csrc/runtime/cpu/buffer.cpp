@@ -10,6 +10,8 @@
 #include "exec/lane.hpp"
 #include "runtime/chooser.hpp"
 #include "schedule/sequential.hpp"
+#include "session/arguments.hpp"
+#include "session/staging.hpp"
 
 namespace moecomm {
 namespace {
@@ -19,8 +21,8 @@ uint64_t env_bytes(const char* name, uint64_t otherwise) {
   return text ? std::strtoull(text, nullptr, 10) : otherwise;
 }
 
-// The first balanced dispatches should meet warm pages; what an extreme routing needs beyond is committed
-// when it is first touched.
+// Bytes of the window to populate at start, so that the first balanced dispatches cause no page faults. Pages
+// that only an extreme routing needs are committed when they are first touched.
 uint64_t warm_bytes(const BufferView& view) {
   const Shape& s = view.shape;
   const uint64_t usual = 4ull * s.max_tokens * s.top_k * s.combine_row_bytes();
@@ -68,102 +70,79 @@ void Buffer::begin_call(Verb verb, uint64_t bytes_moved) {
   ++reach_.host().counters.calls;
 }
 
-bool Buffer::ask(const DispatchCall& call, DispatchArgs& a, Status& bad) {
+bool Buffer::ask(const DispatchCall& call, DispatchCall& made, Status& bad) {
   const balance::Choice& choice = *call.choice;
   const balance::Refusal refusal = balance::count_picks(call.ids64, call.tokens, view_.shape.top_k,
                                                         choice.replicas().experts, call.counted);
-  if (refusal.code != 0) {
-    bad = bad_pick(static_cast<BadInput>(refusal.code), refusal.token, refusal.id);
-    a.refused = Why::picks;
-    a.ids64 = nullptr;
+  if (refusal.bad != BadInput::none) {
+    bad = bad_pick(refusal.bad, refusal.token, refusal.id);
+    made.refused = Why::picks;
+    made.ids64 = nullptr;
     return false;
   }
-  a.ids64 = call.slots;
+  made.ids64 = call.slots;
   if (!choice.needs_all()) {
     choice.route(choice.solve(nullptr, ++turn_), {call.ids64, call.tokens, view_.shape.top_k, call.counted},
                  view_.geometry.rank, nullptr, call.slots);
     return false;
   }
   fill_asked(view_, call, asked_);
-  a.asked = asked_.data();
   return true;
 }
 
 Status Buffer::choose(const DispatchCall& call) {
   const CallScope scope(comm_->calls(), "choose");
   if (!scope.entered()) return {Code::interrupted};
-  DispatchArgs a;
-  a.b = view_;
-  a.book = &book_;
-  a.plan.call = call.shape;
-  a.refused = call.refused;
+  DispatchCall made = call;
   Status bad;
-  if (call.refused == Why::none && !ask(call, a, bad) && !call.choice->needs_all())
-    return bad;  // each rank by itself
+  if (call.refused == Why::none && !ask(call, made, bad) && !call.choice->needs_all())
+    return bad;  // the other ranks are not involved
   begin_call(Verb::choose, 0);
-  if (a.refused == Why::none) {
+  const bool chooses = made.refused == Why::none;
+  if (!chooses) asked_.assign(size_t(view_.geometry.nodes()) * view_.count.ints, 0);
+  const DispatchArgs a = make_exchange_args(view_, &book_, call.shape, made.refused, asked_.data());
+  if (chooses) {
     Chooser chooser(view_, call, book_.counts);
     return reach_.run(true, [&](auto fabric) {
       return run_exchange(Lane{}, fabric, a, [&](auto picks_of) { chooser.choose(picks_of); });
     });
   }
-  asked_.assign(size_t(view_.geometry.nodes()) * view_.count.ints, 0);
-  a.asked = asked_.data();
   const Status s =
       reach_.run(true, [&](auto fabric) { return run_exchange(Lane{}, fabric, a, [](auto) {}); });
   return bad.ok() ? s : bad;
 }
 
 Status Buffer::dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Block>& out,
-                        std::shared_ptr<Block>& output) {
+                        std::shared_ptr<Block>& output, FirstPhase* first) {
   const CallScope scope(comm_->calls(), "dispatch");
   if (!scope.entered()) return {Code::interrupted};
   Recording::Span recorded(recording_.get(), RecordedOp::dispatch, reach_.host().counters);
-  Verdict verdict{};
-  DispatchArgs a;
-  a.b = view_;
-  a.book = &book_;
-  a.cached = call.cached;
-  a.refused = call.refused;
-  if (call.refused != Why::none) {
-    plan.view.tokens = 0;
-    plan.view.call = {};
-  } else if (!call.cached) {
-    plan.view.tokens = call.tokens;
-    plan.view.call = call.shape;
-    plan.owner = this;
-  } else {
-    plan.view.call.row_bytes = call.shape.row_bytes;
-    plan.view.call.scale_bytes = call.shape.scale_bytes;
-    plan.view.call.scales = call.shape.scales;
-    plan.view.call.scales_by_column = call.shape.scales_by_column;
-  }
-  a.plan = plan.view;
-  a.ids64 = call.ids64;
-  a.ids32 = call.ids32;
-  a.x = call.x;
-  a.scales = call.scales;
-  a.weights = call.weights;
-  a.base = plan.base.data();
-  a.first = plan.first.data();
-  a.offers = plan.offers.data();
-  a.target = plan.target.data();
-  a.needed = plan.needed.data();
-  a.verdict = &verdict;
   const uint64_t copies = std::min<uint64_t>(view_.shape.top_k, view_.geometry.size);
   begin_call(Verb::dispatch, call.shape.row_bytes * call.tokens * copies);
-  const Offer offer = arena_->offer();
+  DispatchCall made = call;
   Status s, bad;
-  if (call.choice && !call.cached && call.refused == Why::none && ask(call, a, bad)) {
+  const bool asks = call.choice && !call.cached && call.refused == Why::none && ask(call, made, bad);
+  if (made.refused == Why::none && !call.cached) plan.owner = this;
+  open_plan(plan.view, made);
+  const DispatchArgs a =
+      make_dispatch_args(view_, plan.view, &book_, plan.scratch(), made, asks ? asked_.data() : nullptr);
+  const Offer offer = arena_->offer();
+  const auto placed = [&] {
+    const uint64_t rows = static_cast<uint64_t>(local_rows(plan));
+    const HeldPiece held = hold(reach_.window(), arena_, piece_of(view_, plan.view.call, rows, offer));
+    out = held.block;
+    output = held.output;
+    if (first) first->placed();
+  };
+  if (asks) {
     Chooser chooser(view_, call, book_.dispatches);
-    s = reach_.run(true, [&](auto fabric) { return run_dispatch(Lane{}, fabric, a, offer, chooser); });
+    s = reach_.run(true,
+                   [&](auto fabric) { return run_dispatch(Lane{}, fabric, a, offer, chooser, placed); });
   } else {
-    if (!bad.ok()) a.plan.tokens = 0;
-    s = reach_.run(true, [&](auto fabric) { return run_dispatch(Lane{}, fabric, a, offer); });
+    s = reach_.run(true, [&](auto fabric) { return run_dispatch(Lane{}, fabric, a, offer, placed); });
   }
   if (!bad.ok()) return bad;
   if (!s.ok()) return s;
-  const int me = view_.geometry.local();
   const CallShape& shape = plan.view.call;
   if (recorded) {
     if (!call.cached)
@@ -179,25 +158,14 @@ Status Buffer::dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Bl
     recorded.call.by_rank = shape.layout == RowLayout::rank;
     recorded.end();
   }
-  const uint64_t rows = local_rows(plan);
-  const uint64_t first = block_layout(rows, shape, view_.shape.top_k).bytes;
-  arena_->expect(plan.needed[me]);
-  out = std::make_shared<Block>(reach_.window(), arena_, plan.target[me].rows, first);
-  output =
-      std::make_shared<Block>(reach_.window(), arena_, plan.target[me].rows + first, plan.needed[me] - first);
   return s;
 }
 
 Status Buffer::refuse_combine(Why why) {
   const CallScope scope(comm_->calls(), "combine");
   if (!scope.entered()) return {Code::interrupted};
-  CombineArgs a;
   std::vector<RowsBoard> boards(view_.geometry.ranks_per_node);
-  a.b = view_;
-  a.book = &book_;
-  a.boards = boards.data();
-  a.mine = {};
-  a.refused = why;
+  const CombineArgs a = make_refused_combine_args(view_, &book_, boards.data(), why);
   begin_call(Verb::combine, 0);
   return reach_.run(true, [&](auto fabric) { return run_combine(Lane{}, fabric, a); });
 }
@@ -207,46 +175,19 @@ Status Buffer::combine(const CombineCall& call, Plan& plan, const Block& output)
   if (!scope.entered()) return {Code::interrupted};
   Recording::Span recorded(recording_.get(), RecordedOp::combine, reach_.host().counters);
   const uint64_t rows = local_rows(plan);
-  const OutputLayout l = output_layout(rows, view_.shape);
-  CombineArgs a;
-  std::vector<RowsBoard> boards(view_.geometry.ranks_per_node);
-  a.b = view_;
-  a.plan = plan.view;
-  a.book = &book_;
-  a.boards = boards.data();
-  a.wire = call.wire;
-  a.y = call.y;
-  a.slots = call.slots;
-  a.bias = call.bias;
-  a.bias_stride = call.bias_stride;
-  begin_call(Verb::combine, rows * view_.shape.combine_row_bytes());
-  const Memory& window = *reach_.window();
-  HostState& host = reach_.host();
-  const auto offset_of = [&](const void* p) -> int64_t {
-    const char* c = static_cast<const char*>(p);
-    const bool inside = c >= window.data() && c < window.data() + window.bytes();
-    return inside ? c - window.data() : -1;
-  };
-  int64_t at = offset_of(call.rows);
-  if (at < 0) {
-    at = output.offset() + l.rows;
-    if (rows)
-      (host.stream ? host.kernels->stream : host.kernels->copy)(window.data() + at, call.rows,
-                                                                rows * view_.shape.combine_row_bytes());
-    host.counters.staged_rows += rows;
-  }
-  a.mine.rows = {static_cast<uint64_t>(at)};
-  const auto in_window = [&](const float* values, uint64_t count, Offset<float> staging) -> Offset<float> {
-    if (!values) return {};
-    if (const int64_t there = offset_of(values); there >= 0) return {static_cast<uint64_t>(there)};
-    const Offset<float> at = staging.moved(output.offset());
-    std::memcpy(window.data() + at.value, values, count * 4);
-    return at;
-  };
   const bool by_rank = plan.view.call.layout == RowLayout::rank;
-  a.mine.sums = l.sums.moved(output.offset());
-  a.mine.weights = in_window(call.weights, rows, l.weights);
-  a.mine.back = in_window(call.back, rows * (by_rank ? view_.shape.top_k : 1), l.back);
+  begin_call(Verb::combine, rows * view_.shape.combine_row_bytes());
+  HostState& host = reach_.host();
+  char* window = reach_.window()->data();
+  const RowsBoard board = place_rows(
+      view_, plan.view.call, call, window, output.offset(), rows,
+      [&](uint64_t at, const char* from, uint64_t bytes) {
+        (host.stream ? host.kernels->stream : host.kernels->copy)(window + at, from, bytes);
+        host.counters.staged_rows += rows;
+      },
+      [&](uint64_t at, const float* from, uint64_t count) { std::memcpy(window + at, from, count * 4); });
+  std::vector<RowsBoard> boards(view_.geometry.ranks_per_node);
+  const CombineArgs a = make_combine_args(view_, plan.view, &book_, boards.data(), board, call);
   const Status s = reach_.run(true, [&](auto fabric) { return run_combine(Lane{}, fabric, a); });
   if (recorded && s.ok()) {
     recorded.call.plan = plan.recorded;

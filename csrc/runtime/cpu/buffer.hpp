@@ -1,53 +1,55 @@
-// Buffer: owns a rank's windows and runs its calls. One lock per Communicator: calls do not interleave.
+// Buffer: owns a rank's window and rail region, and runs its calls. Calls hold the Communicator's lock, so
+// they do not interleave.
 #pragma once
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "runtime/calls.hpp"
 #include "runtime/cpu/communicator.hpp"
+#include "runtime/cpu/first_phase.hpp"
 #include "runtime/cpu/reach.hpp"
 #include "runtime/cpu/recording.hpp"
 #include "runtime/memory.hpp"
 #include "runtime/plan.hpp"
+#include "session/calls.hpp"
 
 namespace moecomm {
 
 class Buffer {
  public:
   Buffer(std::shared_ptr<Communicator> comm, Shape shape, bool check);
-  static uint64_t bytes(const Geometry& g, const Shape& s);  // of node window and rail region
+  static uint64_t bytes(const Geometry& g, const Shape& s);  // of node window and rail region together
 
   std::string card() const { return reach_.card(); }
   void connect(const std::vector<std::string>& cards) { reach_.connect(cards); }
   bool rail_is_mapped() const { return reach_.rail_is_mapped(); }
-  void connected() { reach_.connected(); }  // after a barrier: everybody has mapped everything
+  void connected() { reach_.connected(); }  // call after a barrier, when all ranks have mapped all memory
 
   std::shared_ptr<Plan> new_plan() { return pool_->get(); }
-  // On ok, `out` holds the dispatched rows and `output` the place for the experts' rows.
+  // On success `out` has the dispatched rows, and `output` is the memory for the experts' output. With
+  // `first`, both and the plan's counts are available once it reports `placed`, while the rows are still in
+  // flight.
   Status dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Block>& out,
-                  std::shared_ptr<Block>& output);
+                  std::shared_ptr<Block>& output, FirstPhase* first = nullptr);
   Status combine(const CombineCall& call, Plan& plan, const Block& output);
-  // In the place of a combine: this rank takes no part but to tell the others. (A dispatch says it in its
-  // call.)
+  // Replaces a combine: this rank only announces that it refuses its part. (For a dispatch: Tokens::refused.)
   Status refuse_combine(Why why);
-  // The slots of a batch that goes on another way: an exchange of counts by itself where the choice needs
-  // those of all ranks.
+  // Chooses the expert slots of a batch without a dispatch. Exchanges counts if the choice needs those of all
+  // ranks.
   Status choose(const DispatchCall& call);
-  int64_t local_rows(const Plan& plan) const {  // of the dispatch's result here
-    return plan.view.call.capacity >= 0 ? plan.view.call.capacity
-                                        : plan.view.rank_rows[view_.geometry.local()];
+  int64_t local_rows(const Plan& plan) const {  // of the dispatch's result at this rank
+    return moecomm::local_rows(view_, plan.view);
   }
 
   Communicator& comm() const { return *comm_; }
   const BufferView& view() const { return view_; }
   const Arena& arena() const { return *arena_; }
-  const Memory& window() const { return *reach_.window(); }  // which peers read
-  Counters counters();                                       // since the last take_counters
-  Counters take_counters();                                  // and reset
-  void trace(bool on);                                       // keep a timeline of roles, or drop it
+  const Memory& window() const { return *reach_.window(); }
+  Counters counters();       // since the last take_counters()
+  Counters take_counters();  // and resets them
+  void trace(bool on);       // starts a timeline of roles, or drops it
   std::vector<RoleSpan> take_timeline();
-  // Keep a recording of the calls and their roles; null: none. It is taken apart only between two calls.
+  // Sets the recording of calls and their roles; null: none. Segments are taken only between two calls.
   void record(std::shared_ptr<Recording> recording);
   Recording::Segment take(Recording& recording);
   void set_stream_threshold(uint64_t bytes) { stream_threshold_ = bytes; }
@@ -57,9 +59,10 @@ class Buffer {
 
  private:
   void begin_call(Verb verb, uint64_t bytes_moved);
-  // Counts the picks of call.choice. True: all ranks' picks are needed, and `a` asks for them; false: the
-  // slots are chosen, or the picks are bad.
-  bool ask(const DispatchCall& call, DispatchArgs& a, Status& bad);
+  // Counts the picks of a call with a choice, and sets up `made`, the same call by expert slots. Returns true
+  // if the picks of all ranks are needed; asked_ then has this rank's. Returns false if the slots have been
+  // chosen, or if a pick is invalid and the rank refuses its part.
+  bool ask(const DispatchCall& call, DispatchCall& made, Status& bad);
 
   std::shared_ptr<Communicator> comm_;
   BufferView view_;
@@ -69,7 +72,7 @@ class Buffer {
   Book book_;
   std::vector<uint64_t> book_counts_;
   std::vector<int32_t> asked_;  // DispatchArgs::asked
-  int32_t turn_ = 0;            // batches whose replicas this rank has chosen by itself
+  int32_t turn_ = 0;            // number of batches whose replicas this rank has chosen by itself
   std::shared_ptr<Recording> recording_;
   uint64_t stream_threshold_ = 7u << 20;
 };

@@ -29,7 +29,7 @@ bool CallLock::any_released() {
   return !released_.empty();
 }
 
-// Destroys what was released meanwhile: destructors of these objects expect the lock.
+// Destroys the objects that were released during the call, while the lock is held, and unlocks.
 void CallLock::leave() {
   for (;;) {
     std::vector<std::shared_ptr<void>> now;
@@ -43,8 +43,8 @@ void CallLock::leave() {
   mutex_.unlock();
 }
 
-// Who releases an object while this thread is the owner leaves it to this thread, which looks once more after
-// it has let go.
+// A thread that releases an object while this thread owns the lock leaves the object to this thread. So check
+// again after unlocking.
 void CallLock::unlock() {
   leave();
   while (any_released() && mutex_.try_lock()) {
@@ -58,14 +58,14 @@ void CallLock::wait() {
 }
 
 void CallLock::destroy(std::shared_ptr<void> object) {
-  if (!is_here()) return;  // who held the lock is not here
+  if (!is_here()) return;  // a forked child: the owner of the lock may not exist here
   {
     std::lock_guard lock(released_mutex_);
     released_.push_back(std::move(object));
   }
   while (!mutex_.try_lock()) {
-    if (owner_.load() != std::thread::id()) return;  // its end destroys
-    std::this_thread::yield();                       // the rail's thread, for a moment
+    if (owner_.load() != std::thread::id()) return;  // the end of that call destroys it
+    std::this_thread::yield();                       // the thread of the rail holds the lock briefly
   }
   enter("the end of a call");
   unlock();

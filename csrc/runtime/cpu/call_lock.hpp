@@ -1,6 +1,6 @@
-// CallLock: the calls of a communicator run one at a time. It knows which thread is inside a call, since
-// while a rank waits, the language binding may run code of the user's on that thread (a signal handler, the
-// garbage collector): a call from there would wait for itself, and what is released there is still in use.
+// CallLock: lets the calls of a communicator run one at a time. It knows which thread is inside a call,
+// because while a rank waits, the language binding may run user code on that thread (a signal handler, the
+// garbage collector). A call from that code would deadlock, and objects released there may still be in use.
 #pragma once
 #include <atomic>
 #include <memory>
@@ -15,28 +15,27 @@ namespace moecomm {
 
 class CallLock {
  public:
-  // Waits for the call that is running, which its own timeout bounds. The thread is not inside a call
+  // Waits for the running call, which is bounded by its own timeout. The thread must not be inside a call
   // already.
   void lock(const char* op = "a call");
-  // As lock(). False: the user wanted an end meanwhile, and the lock is not held.
+  // As lock(). False: the user interrupted the wait, and the lock is not held.
   bool lock_unless_interrupted(const char* op);
   void unlock();
-  // Waits until no other thread is inside a call; or until the user wants an end.
+  // Waits until no other thread is inside a call, or until the user interrupts.
   void wait();
 
-  bool is_here() const {
-    return process_.is_here();
-  }  // false: a forked child's copy, which nothing may wait for
-  // The call that this thread is inside; null: none.
+  // False: this is a forked child's copy, which must never be waited for.
+  bool is_here() const { return process_.is_here(); }
+  // The call that this thread is in; null: none.
   const char* running() const {
     return is_here() && owner_.load(std::memory_order_relaxed) == std::this_thread::get_id() ? op_ : nullptr;
   }
 
-  // Destroys `object`, whose destructor needs this lock: now, or at the end of the call that is running.
-  // Never waits for a call. The caller keeps the lock's owner alive.
+  // Destroys `object`, whose destructor needs this lock: now, or at the end of the running call. Never waits
+  // for a call. The caller keeps the owner of this lock alive.
   void destroy(std::shared_ptr<void> object);
 
-  // For a thread that runs no call and destroys nothing (the rail's).
+  // For a thread that runs no calls and destroys no objects (that of the rail).
   std::timed_mutex& mutex() { return mutex_; }
 
  private:
@@ -48,10 +47,10 @@ class CallLock {
   std::atomic<std::thread::id> owner_{};
   const char* op_ = nullptr;  // of the owner
   std::mutex released_mutex_;
-  std::vector<std::shared_ptr<void>> released_;  // what the end of the call destroys
+  std::vector<std::shared_ptr<void>> released_;  // destroyed at the end of the call
 };
 
-// A call, from begin to end.
+// Holds the lock for the duration of a call.
 class CallScope {
  public:
   CallScope(CallLock& lock, const char* op) : lock_(lock), entered_(lock.lock_unless_interrupted(op)) {}
@@ -60,14 +59,14 @@ class CallScope {
   }
   CallScope(const CallScope&) = delete;
   CallScope& operator=(const CallScope&) = delete;
-  bool entered() const { return entered_; }  // false: the user wanted an end before it began
+  bool entered() const { return entered_; }  // false: the user interrupted before the call began
 
  private:
   CallLock& lock_;
   bool entered_;
 };
 
-// Makes a T(comm, ...) that is destroyed under its communicator's lock, from whatever thread lets go of it
+// Makes a T(comm, ...) that is destroyed with its communicator's lock held, whichever thread releases it
 // last.
 template <class T, class Comm, class... Args>
 std::shared_ptr<T> make_owned(std::shared_ptr<Comm> comm, Args&&... args) {

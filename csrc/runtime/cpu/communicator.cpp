@@ -12,10 +12,11 @@
 namespace moecomm {
 namespace {
 
-// What every rank tells the others first; its UCX address follows.
+// The first thing that every rank sends to the others; its UCX address follows.
 struct Card {
   int32_t pid;
-  uint64_t host;  // equal where pids mean the same process: one kernel, one pid namespace
+  int32_t beat;   // Beats::fd(), or -1
+  uint64_t host;  // equal if pids mean the same processes: one kernel and one pid namespace
 };
 
 uint64_t host_identity() {
@@ -35,18 +36,38 @@ Card read_card(const std::string& text) {
 
 }  // namespace
 
-Communicator::Communicator(Geometry geometry, bool threads, RailKind rail, double timeout_seconds)
-    : geometry_(geometry), threads_(threads), rail_(rail), timeout_(timeout_seconds) {
-  call_.tell = [this](uint64_t word) {
+Communicator::Communicator(Geometry geometry, bool threads, RailKind rail, double timeout_seconds,
+                           bool patient, Communicator* previous)
+    : geometry_(geometry),
+      threads_(threads),
+      rail_(rail),
+      timeout_(timeout_seconds),
+      populates_lazily_(previous != nullptr),
+      waits_(geometry.size) {
+  call_.waits = &waits_;
+  call_.announce = [this](uint64_t word) {
     std::lock_guard lock(reaches_mutex_);
-    for (Reach* reach : reaches_) reach->tell({word});
+    for (Reach* reach : reaches_) reach->publish({word});
   };
-  if (rail == RailKind::ucx) ucx_ = std::make_unique<UcxContext>(calls_.mutex(), geometry.size);
+  if (patient && geometry.size > 1) beats_ = std::make_unique<Beats>();
+  if (rail != RailKind::ucx) return;
+  if (previous) {
+    std::lock_guard lock(previous->spare_mutex_);  // another thread may be making it
+    ucx_ = std::move(previous->spare_);
+  }
+  if (!ucx_ || !ucx_->is_here()) ucx_ = std::make_unique<UcxContext>();
+  ucx_->enter(calls_.mutex(), geometry.size);
+}
+
+void Communicator::prepare_next() {
+  std::lock_guard lock(spare_mutex_);
+  if (rail_ == RailKind::ucx && !spare_) spare_ = std::make_unique<UcxContext>();
 }
 
 std::string Communicator::card() const {
   Card c{};
   c.pid = getpid();
+  c.beat = beats_ ? beats_->fd() : -1;
   c.host = host_identity();
   std::string card(bytes_of(&c), sizeof(c));
   if (ucx_) card += ucx_->address();
@@ -54,10 +75,16 @@ std::string Communicator::card() const {
 }
 
 void Communicator::connect(const std::vector<std::string>& cards) {
-  // Also the ranks of other nodes that are processes of this host: not every transport tells that they died.
+  // Also watches ranks of other nodes that are processes on this host: not every transport reports their
+  // death.
   const Card mine = read_card(cards[geometry_.rank]);
+  here_.assign(geometry_.size, threads_);
   for (int r = 0; r < geometry_.size && !threads_; ++r)
-    if (const Card c = read_card(cards[r]); c.host == mine.host && mine.host != 0) watch_.add(r, c.pid);
+    if (const Card c = read_card(cards[r]); c.host == mine.host && mine.host != 0) {
+      here_[r] = true;
+      watch_.add(r, c.pid);
+      if (beats_ && r != geometry_.rank && c.beat >= 0) beats_->add(r, c.pid, c.beat);
+    }
   if (!ucx_) return;
   for (const std::string& card : cards) ucx_addresses_.push_back(card.substr(sizeof(Card)));
   for (int n = 0; n < geometry_.nodes(); ++n)
@@ -67,9 +94,13 @@ void Communicator::connect(const std::vector<std::string>& cards) {
 
 void Communicator::reach(int rank) { ucx_->connect(rank, ucx_addresses_[rank]); }
 
-uint64_t Communicator::join(Reach* reach) {
+void Communicator::join(Reach* reach) {
   std::lock_guard lock(reaches_mutex_);
   reaches_.push_back(reach);
+}
+
+uint64_t Communicator::number() {
+  std::lock_guard lock(reaches_mutex_);
   return ++reach_number_;
 }
 
@@ -81,6 +112,13 @@ void Communicator::leave(Reach* reach) {
 void Communicator::mark_broken(const Status& why) {
   std::lock_guard lock(broken_mutex_);
   if (broken_.ok()) broken_ = why;
+}
+
+void Communicator::leave_calls(int peer) {
+  if (!broken().ok() || !calls_.is_here()) return;
+  std::lock_guard lock(calls_);
+  std::lock_guard all(reaches_mutex_);
+  for (Reach* reach : reaches_) reach->report({Code::lost, Phase::none, peer});
 }
 
 Status Communicator::broken() const {

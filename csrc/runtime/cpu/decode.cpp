@@ -1,5 +1,6 @@
 #include "runtime/cpu/decode.hpp"
 
+#include <algorithm>
 #include <cstring>
 
 #include "exec/lane.hpp"
@@ -22,13 +23,6 @@ ReachPlan reach_plan(const DecodeView& d) {
   return p;
 }
 
-// A failure with which ranks are not in step any more.
-Status in_step(const Status& s) { return keeps_step(s) ? Status{} : s; }
-
-// What must be equal on all ranks, as the mode bits of a flag: how rows are coded, and whether weights
-// travel.
-int mode_of(int code, bool weighted) { return code | (weighted ? 4 : 0); }
-
 }  // namespace
 
 uint64_t Decode::bytes(const Geometry& g, const Shape& s) {
@@ -43,58 +37,36 @@ Decode::Decode(std::shared_ptr<Communicator> comm, Shape shape, bool check)
   }
 }
 
-Decode::Stage Decode::stage(uint64_t epoch) const {
-  const Turn& t = turns_[epoch & 1];
-  return t.view.epoch == epoch ? t.stage : Stage::idle;
-}
-
 Status Decode::dispatch(const DecodeDispatchCall& call, uint64_t& epoch) {
   const CallScope scope(reach_.comm().calls(), "decode_dispatch");
   if (!scope.entered()) return {Code::interrupted};
   Recording::Span span(recording_.get(), RecordedOp::decode_dispatch, reach_.host().counters);
   reach_.comm().begin_call(Verb::decode_dispatch, reach_.number());
-  Turn& next = turn(epoch_ + 1);
-  // Rules A and B. What a call of two epochs ago has come to is told by its hook: this one goes on, in step
-  // with those of the others.
-  if (Turn& last = turn(epoch_); last.stage == Stage::sent) MOE_TRY(in_step(receive(last)));
-  if (next.stage == Stage::answered) MOE_TRY(in_step(sum(next)));
+  MOE_TRY(order_.before_dispatch([&](uint64_t e) { return in_step(receive(turn(e))); },
+                                 [&](uint64_t e) { return in_step(sum(turn(e))); }));
+  order_.open();
+  Turn& next = turn(order_.next());
   next.outcome = {};
-  next.stage = Stage::idle;
   DecodeTurn& t = next.view;
-  t.epoch = epoch_ + 1;
-  t.bank = t.parity();
-  t.tokens = call.refused == Why::none ? call.tokens : 0;
-  t.weighted = call.weighted;
-  t.mode = call.refused == Why::none ? mode_of(static_cast<int>(call.quant), t.weighted) : kRefusedMode;
-  t.call.scales = call.quant;
-  t.call.scales_by_column = call.scales_by_column;
-  t.call.row_bytes = call.quant == ScaleKind::none ? view_.shape.combine_row_bytes() : view_.shape.hidden;
-  t.call.scale_bytes = 4 * scale_words(view_.shape.hidden, call.quant);
-  DecodeSendArgs a;
-  a.d = view_;
-  a.turn = t;
-  a.ids64 = call.ids64;
-  a.ids32 = call.ids32;
-  a.x = call.x;
-  a.scales = call.scales;
-  a.weights = call.weights;
-  a.refused = call.refused;
-  reach_.begin(false);  // staged rows are read by others next: they stay in the caches
+  open_turn(t, view_, order_.next(), call);
+  DecodeSendArgs a = make_decode_send_args(view_, t, call);
+  reach_.begin(false);  // peers read the staged rows next, so keep them in the caches
   const Status bad = reach_.run(false, [&](auto fabric) {
     return timed(Lane{}, fabric, RoleKind::list, [&] { return decode_list(Lane{}, a, 0, t.tokens, t.sent); });
   });
-  if (bad.code == Code::invalid) {  // the others learn it by this epoch's flags
-    a.refused = Why::picks;
-    t.mode = kRefusedMode;
+  if (bad.code == Code::invalid) {  // this epoch's flags announce the refusal to the other ranks
+    DecodeDispatchCall made = call;
+    made.refused = Why::picks;
+    open_turn(t, view_, order_.next(), made);
+    a = make_decode_send_args(view_, t, made);
   } else {
     MOE_TRY(bad);
   }
-  a.turn = t;
   MOE_TRY(reach_.run(false, [&](auto fabric) { return run_decode_send(Lane{}, fabric, a); }));
   ++reach_.host().counters.calls;
-  epoch = ++epoch_;
-  next.stage = Stage::sent;
-  if (a.refused != Why::none) return bad;  // the epoch's flags are awaited by rule A
+  order_.sent();
+  epoch = order_.latest();
+  if (a.refused != Why::none) return bad;  // by rule (A) the next dispatch waits for this epoch's flags
   if (span) {
     span.call.plan = recording_->decode_plan[t.parity()] =
         recording_->add_picks(call.ids64, call.ids32, call.weights, call.tokens);
@@ -103,14 +75,14 @@ Status Decode::dispatch(const DecodeDispatchCall& call, uint64_t& epoch) {
     span.call.weighted = call.weights != nullptr;
     span.end();
   }
-  return call.receive ? recorded(RecordedOp::decode_receive, epoch_, &Decode::receive) : Status{};
+  return call.receive ? recorded(RecordedOp::decode_receive, epoch, &Decode::receive) : Status{};
 }
 
 Status Decode::receive(Turn& t) {
-  DecodeReceiveArgs a{view_, t.view};
+  const DecodeReceiveArgs a = make_decode_receive_args(view_, t.view);
   reach_.begin(streams(t, t.view.call.row_bytes));
   const Status s = reach_.run(false, [&](auto fabric) { return run_decode_receive(Lane{}, fabric, a); });
-  t.stage = !s.ok() ? Stage::idle : t.view.refused() ? Stage::done : Stage::received;
+  order_.received(t.view.epoch, s.ok(), t.view.refused());
   return t.outcome = s;
 }
 
@@ -118,10 +90,10 @@ Status Decode::dispatch_receive(uint64_t epoch) {
   const CallScope scope(reach_.comm().calls(), "the hook of decode_dispatch");
   if (!scope.entered()) return {Code::interrupted};
   return recorded(RecordedOp::decode_receive, epoch,
-                  stage(epoch) == Stage::sent ? &Decode::receive : nullptr);
+                  stage(epoch) == DecodeStage::sent ? &Decode::receive : nullptr);
 }
 
-// Only the rows that are there, not the whole sparse tensor.
+// Copies only the rows that exist, not the whole sparse tensor.
 void Decode::stage_rows(const Turn& t, const char* rows) {
   const uint64_t row_bytes = view_.shape.combine_row_bytes(),
                  per_expert = decode_rows_per_expert(view_.geometry, view_.shape);
@@ -134,23 +106,25 @@ void Decode::stage_rows(const Turn& t, const char* rows) {
   }
 }
 
-// No answers, but word of it; those of others are awaited by rule B.
+// Announces the refusal instead of answers. By rule (B) the answers of other ranks are still awaited.
 Status Decode::refuse_combine(Turn& t, Why why) {
   reach_.begin(false);
-  t.refused = why;
-  DecodeCombineArgs a{view_, t.view, 0, Wire::plain, nullptr, nullptr, why};
+  DecodeCombineCall refused;
+  refused.refused = why;
+  t.answer = make_decode_answer(t.view, refused);
+  const DecodeCombineArgs a = make_decode_combine_args(view_, t.view, t.answer, nullptr);
   MOE_TRY(reach_.run(false, [&](auto fabric) { return run_decode_combine_send(Lane{}, fabric, a); }));
-  t.stage = Stage::answered;
+  order_.answered(t.view.epoch);
   return {};
 }
 
 Status Decode::refuse_combine(uint64_t epoch, Why why) {
   const CallScope scope(reach_.comm().calls(), "decode_combine");
   if (!scope.entered()) return {Code::interrupted};
-  if (stage(epoch) != Stage::sent && stage(epoch) != Stage::received) return {};
+  if (stage(epoch) != DecodeStage::sent && stage(epoch) != DecodeStage::received) return {};
   reach_.comm().begin_call(Verb::decode_combine, reach_.number());
-  if (stage(epoch) == Stage::sent) MOE_TRY(in_step(receive(turn(epoch))));
-  return stage(epoch) == Stage::received ? refuse_combine(turn(epoch), why) : Status{};
+  if (stage(epoch) == DecodeStage::sent) MOE_TRY(in_step(receive(turn(epoch))));
+  return stage(epoch) == DecodeStage::received ? refuse_combine(turn(epoch), why) : Status{};
 }
 
 Status Decode::combine(const DecodeCombineCall& call) {
@@ -159,33 +133,27 @@ Status Decode::combine(const DecodeCombineCall& call) {
   Recording::Span span(recording_.get(), RecordedOp::decode_combine, reach_.host().counters);
   reach_.comm().begin_call(Verb::decode_combine, reach_.number());
   Turn& t = turn(call.epoch);
-  if (const Stage now = stage(call.epoch); now != Stage::received)  // another thread was faster
-    return {Code::invalid, Phase::none, -1, 4, Stage::received, static_cast<uint64_t>(now)};
+  if (const DecodeStage now = stage(call.epoch);
+      now != DecodeStage::received)  // another thread made the combine first
+    return out_of_turn(DecodeStage::received, now);
   const int64_t picks = int64_t{t.view.tokens} * view_.shape.top_k;
   for (int64_t i = 0; i < picks; ++i)
-    if (const int64_t id = call.ids64 ? call.ids64[i] : call.ids32[i]; id != t.view.ids[i]) {
+    if (const int64_t id = call.ids64 ? call.ids64[i] : call.ids32[i]; view_.served(id) != t.view.ids[i]) {
       MOE_TRY(refuse_combine(t, Why::picks));
-      return {Code::invalid,
-              Phase::none,
-              -1,
-              3,
-              static_cast<uint64_t>(i / view_.shape.top_k),
-              static_cast<uint64_t>(id)};
+      return bad_pick(BadInput::other_ids, i / view_.shape.top_k, id);
     }
   for (int64_t i = 0; i < picks; ++i) t.view.weights[i] = call.weights ? call.weights[i] : 1.0f;
   reach_.begin(streams(t, view_.shape.combine_row_bytes()));
-  t.combine_mode = mode_of(static_cast<int>(call.wire), t.view.weighted);
-  t.wire = call.wire;
-  t.y = call.y;
-  t.refused = Why::none;
-  DecodeCombineArgs a{view_, t.view, t.combine_mode, t.wire, call.rows, nullptr};
-  if (!t.view.weighted && call.rows != rows(t.view.parity())) {
-    stage_rows(t, call.rows);
-    a.rows = rows(t.view.parity());
+  t.answer = make_decode_answer(t.view, call);
+  const char* rows = call.rows;
+  if (!t.view.weighted && rows != this->rows(t.view.parity())) {
+    stage_rows(t, rows);
+    rows = this->rows(t.view.parity());
   }
+  const DecodeCombineArgs a = make_decode_combine_args(view_, t.view, t.answer, rows);
   MOE_TRY(reach_.run(false, [&](auto fabric) { return run_decode_combine_send(Lane{}, fabric, a); }));
   ++reach_.host().counters.calls;
-  t.stage = Stage::answered;
+  order_.answered(t.view.epoch);
   if (span) {
     if (call.weights) recording_->add_weights(call.weights, t.view.tokens);
     span.call.plan = recording_->decode_plan[t.view.parity()];
@@ -198,23 +166,25 @@ Status Decode::combine(const DecodeCombineCall& call) {
 }
 
 Status Decode::sum(Turn& t) {
-  DecodeCombineArgs a{view_, t.view, t.combine_mode, t.wire, nullptr, t.y, t.refused};
+  const DecodeCombineArgs a = make_decode_combine_args(view_, t.view, t.answer, nullptr);
   reach_.begin(false);
   const Status s =
       reach_.run(true, [&](auto fabric) { return run_decode_combine_receive(Lane{}, fabric, a); });
-  t.stage = Stage::done;
+  order_.summed(t.view.epoch);
   return t.outcome = s;
 }
 
 Status Decode::combine_receive(uint64_t epoch) {
   const CallScope scope(reach_.comm().calls(), "the hook of decode_combine");
   if (!scope.entered()) return {Code::interrupted};
-  return recorded(RecordedOp::decode_sum, epoch, stage(epoch) == Stage::answered ? &Decode::sum : nullptr);
+  return recorded(RecordedOp::decode_sum, epoch,
+                  stage(epoch) == DecodeStage::answered ? &Decode::sum : nullptr);
 }
 
-// A receive phase; null: it has run already, by one of the rules.
+// Runs and records a receive phase. phase is null if one of the rules has run it already.
 Status Decode::recorded(RecordedOp op, uint64_t epoch, Status (Decode::*phase)(Turn&)) {
   Recording::Span span(recording_.get(), op, reach_.host().counters);
+  if (lost_ >= 0 && epoch <= before_mask_) return {Code::lost, Phase::none, lost_};  // no result after a mask
   Turn& t = turn(epoch);
   const Status s = phase ? (this->*phase)(t) : t.view.epoch == epoch ? t.outcome : Status{};
   if (span && s.ok()) {
@@ -223,6 +193,23 @@ Status Decode::recorded(RecordedOp op, uint64_t epoch, Status (Decode::*phase)(T
     span.end();
   }
   return s;
+}
+
+// The next epoch, because a dispatch that failed may already have sent some of its flags.
+uint64_t Decode::rest() {
+  std::lock_guard lock(reach_.comm().calls());
+  return order_.next();
+}
+
+void Decode::mask(const std::vector<uint8_t>& masked, uint64_t latest, uint64_t calls) {
+  std::lock_guard lock(reach_.comm().calls());
+  lost_ = static_cast<int>(std::find(masked.begin(), masked.end(), 1) - masked.begin());
+  before_mask_ = order_.latest();
+  masked_ = masked;
+  view_.mask = masked_.data();
+  order_.drop();
+  order_.skip_to(latest);
+  reach_.continue_without(lost_, calls);
 }
 
 void Decode::trace(bool on) {

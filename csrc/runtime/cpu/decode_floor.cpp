@@ -16,7 +16,7 @@ DecodeFloor::DecodeFloor(Decode& decode, const char* x, char* y)
             k_max = view_.shape.top_k;
   const uint64_t header = decode_header_bytes(k_max);
   const HostState& host = reach_.host();
-  const auto places = [&](int owner, int token) {  // of this rank's picks there
+  const auto places = [&](int owner, int token) {  // the places of this rank's picks at the owner
     return view_.places(parity, own).in(host.windows[view_.local(owner)]) + int64_t{token} * k_max;
   };
   stores_.resize(turn_.tokens);
@@ -46,7 +46,7 @@ DecodeFloor::DecodeFloor(Decode& decode, const char* x, char* y)
       const DecodeHeader* message = detail::decode_message(memory, view_, turn_, s, i, note[0]);
       for (int k = 0; k < k_max; ++k) {
         if (note[1 + k] < 0) continue;
-        const int64_t place = rows[k];  // in both banks
+        const int64_t place = rows[k];  // an index over both banks
         packed_.push_back({host.windows[own] + view_.x(0) + place * row_bytes_, message->row(k_max)});
         if (!view_.near(s))
           answers_.push_back({s, view_.answer(parity, note[0], k),
@@ -55,7 +55,7 @@ DecodeFloor::DecodeFloor(Decode& decode, const char* x, char* y)
     }
 }
 
-template <class F>
+template <Fabric<Lane> F>
 void DecodeFloor::signal(F f, int rank, bool answer) {
   const int parity = turn_.parity(), me = view_.geometry.rank, own = view_.geometry.local();
   uint64_t& last = (answer ? turn_.answered_flag : turn_.sent_flag)[rank];
@@ -69,7 +69,7 @@ void DecodeFloor::signal(F f, int rank, bool answer) {
                   add);
 }
 
-template <class F>
+template <Fabric<Lane> F>
 Status DecodeFloor::wait(F f, int rank, bool answer) {
   const int parity = turn_.parity(), local = view_.local(rank);
   const uint64_t at_least = make_flag(turn_.epoch, 0, 0);
@@ -80,7 +80,7 @@ Status DecodeFloor::wait(F f, int rank, bool answer) {
                      at_least, Phase::arrive, rank);
 }
 
-template <class F>
+template <Fabric<Lane> F>
 Status DecodeFloor::dispatch(F f) {
   const int size = view_.geometry.size;
   for (const Copy& c : staged_) f.copy_row(Lane{}, c.to, c.from, row_bytes_);
@@ -93,7 +93,7 @@ Status DecodeFloor::dispatch(F f) {
   return {};
 }
 
-template <class F>
+template <Fabric<Lane> F>
 Status DecodeFloor::combine(F f) {
   const Shape& shape = view_.shape;
   const int size = view_.geometry.size;
@@ -125,7 +125,7 @@ Status DecodeFloor::run(int steps) {
   reach_.begin(false);
   const Status s = reach_.run(true, [&](auto fabric) {
     for (int i = 0; i < steps; ++i) {
-      turn_.epoch += 2;  // the flags of one parity are enough: every step writes the same bytes
+      turn_.epoch += 2;  // one parity is enough, since every step writes the same bytes
       MOE_TRY(dispatch(fabric));
       MOE_TRY(combine(fabric));
     }

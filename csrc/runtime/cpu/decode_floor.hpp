@@ -1,20 +1,20 @@
-// DecodeFloor: what a decode step costs at least. For benchmarks: the copies, puts, flags and sums of one
-// step that was made, again and again, with every address known before: no routing, no checks, no Python.
+// DecodeFloor: the least cost of a decode step, for benchmarks. It repeats the copies, puts, flags and sums
+// of one executed step with addresses that are computed in advance, without routing, checks or Python.
 #pragma once
 #include <vector>
 
+#include "exec/lane.hpp"
 #include "runtime/cpu/decode.hpp"
 
 namespace moecomm {
 
 class DecodeFloor {
  public:
-  // Of the decode's last step, whose rows went from x and came back to y; every rank makes one of the same
-  // step. Then the Decode is given other calls only after run() and latency() were called equally often on
-  // all ranks.
+  // Repeats the last step of `decode`, which dispatched x and combined into y. Every rank constructs one for
+  // the same step. Call the Decode again only after all ranks have called run() and latency() equally often.
   DecodeFloor(Decode& decode, const char* x, char* y);
   Status run(int steps);
-  // Rank 0 and the last rank send each other one message `rounds` times; the others return at once.
+  // Rank 0 and the last rank send each other one message `rounds` times. Other ranks return at once.
   Status latency(int rounds);
 
  private:
@@ -29,19 +29,19 @@ class DecodeFloor {
     uint64_t bytes;
   };
 
-  template <class F>
+  template <Fabric<Lane> F>
   Status dispatch(F f);
-  template <class F>
+  template <Fabric<Lane> F>
   Status combine(F f);
-  template <class F>
+  template <Fabric<Lane> F>
   void signal(F f, int rank, bool answer);
-  template <class F>
+  template <Fabric<Lane> F>
   Status wait(F f, int rank, bool answer);
 
   Decode& decode_;
   Reach& reach_;
   DecodeView view_;
-  DecodeTurn turn_;  // its flags are the decode's own
+  DecodeTurn turn_;  // a copy that shares its tables and flags with the decode
   char* y_;
   uint64_t row_bytes_;
   std::vector<Copy> staged_, packed_;

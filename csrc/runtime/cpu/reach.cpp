@@ -1,5 +1,6 @@
 #include "runtime/cpu/reach.hpp"
 
+#include <cstdlib>
 #include <cstring>
 #include <random>
 #include <stdexcept>
@@ -7,7 +8,7 @@
 namespace moecomm {
 namespace {
 
-// What peers need to reach this rank's memories; under UCX the region's key follows.
+// What peers need to access this rank's memory. With UCX the region's key follows.
 struct Card {
   int32_t pid;
   int32_t fd;
@@ -38,12 +39,17 @@ Reach::Reach(std::shared_ptr<Communicator> comm, ReachPlan plan)
   window_ = Memory::create(plan_.window_bytes + sizeof(Nonce));
   nonce_ = random_nonce();
   std::memcpy(window_->data() + plan_.window_bytes, nonce_.data(), sizeof(Nonce));
-  window_->populate(plan_.warm_bytes);
+  if (!comm_->populates_lazily()) window_->populate(plan_.warm_bytes);
   if (comm_->rail() == RailKind::ucx) {
     std::lock_guard lock(comm_->calls());  // the rail's thread uses the same worker
-    region_ = std::make_unique<UcxRegion>(*comm_->ucx(), plan_.region_bytes, plan_.region_counters);
+    region_ = plan_.one_memory
+                  ? std::make_unique<UcxRegion>(*comm_->ucx(), window_, window_->data(), plan_.region_bytes,
+                                                plan_.region_counters)
+                  : std::make_unique<UcxRegion>(*comm_->ucx(), plan_.region_bytes, plan_.region_counters);
     host_.rail_region = static_cast<char*>(region_->data());
     ucx_rail_.attach(comm_->ucx(), region_.get());
+  } else if (plan_.one_memory) {
+    host_.rail_region = window_->data();
   } else {
     own_rail_ = Memory::create(plan_.region_bytes);
     own_rail_->populate(plan_.region_bytes);
@@ -57,9 +63,10 @@ Reach::Reach(std::shared_ptr<Communicator> comm, ReachPlan plan)
   host_.own_peer = plan_.own;
   host_.watch = &comm_->watch();
   host_.call = &comm_->call();
+  host_.beats = comm_->beats();
 }
 
-// Puts of a call that did not wait for them are on their way still: peers may be waiting for what they carry.
+// Puts of a call that did not wait for them may still be in flight, and peers may wait for them.
 Reach::~Reach() {
   comm_->leave(this);
   if (!region_ || !comm_->ucx()->is_here()) return;
@@ -74,13 +81,35 @@ std::string Reach::card() const {
   Card c{};
   std::memcpy(&c.pid, comm_->card().data(), 4);
   c.fd = window_->fd();
-  c.window = reinterpret_cast<uint64_t>(window_->data());
-  c.rail = reinterpret_cast<uint64_t>(host_.rail_region);
+  c.window = address_of(window_->data());
+  c.rail = address_of(host_.rail_region);
   c.bytes = window_->bytes();
   c.nonce = nonce_;
   std::string card(bytes_of(&c), sizeof(c));
   if (region_) card += region_->key();
   return card;
+}
+
+// With one_memory, maps the memory of ranks of other nodes on this host, like that of node peers.
+std::vector<char*> Reach::map_peers_on_host(const std::vector<std::string>& cards) {
+  std::vector<char*> mapped(plan_.peers.size(), nullptr);
+  const char* setting = std::getenv("MOECOMM_UCX_DIRECT");
+  if (!plan_.one_memory || comm_->threads() || (setting && std::strcmp(setting, "0") == 0)) return mapped;
+  for (size_t i = 0; i < plan_.peers.size(); ++i) {
+    const int rank = plan_.peers[i];
+    if (rank < 0 || !comm_->on_this_host(rank)) continue;
+    const Card c = read_card(cards[rank]);
+    std::shared_ptr<Memory> memory;
+    try {
+      memory = Memory::map(c.pid, c.fd, c.bytes);
+    } catch (const std::runtime_error&) {
+      continue;  // it belongs to another user: use the network
+    }
+    if (std::memcmp(memory->data() + c.bytes - sizeof(Nonce), c.nonce.data(), sizeof(Nonce)) != 0) continue;
+    peers_.push_back(memory);
+    mapped[i] = memory->data();
+  }
+  return mapped;
 }
 
 void Reach::connect(const std::vector<std::string>& cards) {
@@ -91,15 +120,15 @@ void Reach::connect(const std::vector<std::string>& cards) {
     if (rank == g.rank) {
       host_.windows[local] = window_->data();
     } else if (comm_->threads()) {
-      host_.windows[local] = reinterpret_cast<char*>(c.window);
+      host_.windows[local] = memory_at(c.window);
     } else {
       peers_.push_back(Memory::map(c.pid, c.fd, c.bytes));
       if (std::memcmp(peers_.back()->data() + c.bytes - sizeof(Nonce), c.nonce.data(), sizeof(Nonce)) != 0)
         throw std::runtime_error(
             "descriptor " + std::to_string(c.fd) + " of process " + std::to_string(c.pid) +
             " is not the window of rank " + std::to_string(rank) +
-            ": that process is another one here (ranks of a node must share a pid namespace)");
-      peers_.back()->populate(plan_.warm_bytes);
+            ": this pid is another process here (ranks of a node must share a pid namespace)");
+      if (!comm_->populates_lazily()) peers_.back()->populate(plan_.warm_bytes);
       host_.windows[local] = peers_.back()->data();
     }
   }
@@ -109,25 +138,38 @@ void Reach::connect(const std::vector<std::string>& cards) {
     std::lock_guard lock(comm_->calls());
     for (int rank : plan_.peers)
       if (rank >= 0) comm_->reach(rank);
-    region_->attach(plan_.peers, keys);
+    region_->attach(plan_.peers, keys, map_peers_on_host(cards));
   } else {
     std::vector<char*> regions;
     for (int rank : plan_.peers)
-      regions.push_back(rank < 0 ? nullptr : reinterpret_cast<char*>(read_card(cards[rank]).rail));
+      regions.push_back(rank < 0 ? nullptr : memory_at(read_card(cards[rank]).rail));
     loopback_.attach(regions);
   }
+  comm_->join(this);
 }
 
 void Reach::connected() {
-  window_->share_with_children();  // from here on tensors view it
-  number_ = comm_->join(this);
+  window_->share_with_children();  // tensors may view it from here on
+  number_ = comm_->number();
 }
 
-void Reach::tell(FaultWord word) {
+void Reach::publish(FaultWord word) {
   if (region_)
     publish_word(host_, ucx_rail_, word);
   else
     publish_word(host_, loopback_, word);
+}
+
+void Reach::continue_without(int peer, uint64_t calls) {
+  comm_->mark_broken({Code::lost, Phase::none, peer});
+  comm_->skip_calls_to(calls);
+  continues_ = true;
+  broken_ = {};
+  const Geometry& g = host_.geometry;
+  for (int i = 0; i < g.ranks_per_node; ++i)
+    counter_at(host_.windows[g.local()], (host_.window_faults + i).value).store(0, std::memory_order_release);
+  for (int i = 0; i < static_cast<int>(host_.peer_ranks.size()); ++i)
+    counter_at(host_.rail_region, (host_.region_faults + i).value).store(0, std::memory_order_release);
 }
 
 bool Reach::rail_is_mapped() const {
@@ -148,33 +190,39 @@ void Reach::begin(bool stream) {
 }
 
 Status Reach::flush() {
+  if (!region_) return {};
   while (!region_->flush_poll()) {
     comm_->ucx()->progress();
     sched_yield();
     if (interrupted && interrupted()) return {Code::interrupted, Phase::flush, host_.geometry.rank, 0, 1, 0};
-    host_.look(std::chrono::steady_clock::now());
-    // UCX completes what was meant for a failed peer, with an error, so a peer that has left does no harm
-    // here.
-    if (host_.looked < host_.deadline) continue;
+    host_.check_absence(std::chrono::steady_clock::now());
+    // UCX completes the operations for a failed peer with an error, so a peer that has left does not block
+    // this loop.
+    host_.check_beat(region_->slow_rank(), host_.checked);
+    if (host_.checked < host_.deadline) continue;
     if (const Status self = own_absence(host_, Phase::flush, -1, 1, 0); !self.ok()) return self;
-    return settle_timeout(host_, ucx_rail_, {Code::timeout, Phase::flush, region_->slow_rank(), 0, 1, 0});
+    return blame_timeout(host_, ucx_rail_, {Code::timeout, Phase::flush, region_->slow_rank(), 0, 1, 0});
   }
   return {};
 }
 
-// Tells everyone within reach, so that they raise now instead of at their own deadline.
+// Reports a failure to all peers within reach, so that they raise now and not at their own deadline.
 void Reach::report_fault(const Status& s) {
   if (s.code == Code::out_of_step)
-    comm_->call().tell(pack_fault(s, s.reporter < 0 ? host_.geometry.rank : s.reporter)
-                           .packed);  // others may wait elsewhere
+    // Through every Reach, because other ranks may wait in another call.
+    comm_->call().announce(pack_fault(s, s.reporter < 0 ? host_.geometry.rank : s.reporter).packed);
+  report(s);
+  if (region_) comm_->ucx()->abandon();
+}
+
+void Reach::report(const Status& s) {
   if (!region_) return publish_fault(host_, loopback_, s);
   publish_fault(host_, ucx_rail_, s);
-  // A peer that is gone or stopped never takes its word: the others have had time enough then.
+  // Bounded, because a peer that is lost or stopped never completes its puts.
   const auto enough = std::chrono::steady_clock::now() + std::chrono::milliseconds(100);
   while (!region_->flush_poll() && std::chrono::steady_clock::now() < enough) {
     if (!comm_->ucx()->progress()) sched_yield();
   }
-  comm_->ucx()->abandon();
 }
 
 }  // namespace moecomm

@@ -1,6 +1,6 @@
-// Reach: the two memories of a rank that others see (node window and rail region), theirs as far as this
-// rank reaches them, and how a call runs over both. A Buffer has one for dispatch and combine, decode its
-// own.
+// Reach: the memory of a rank that peers access (node window and rail region), the memory of peers that this
+// rank can access, and the execution of calls over both. A Buffer has one Reach for dispatch and combine, and
+// decode has another one.
 #pragma once
 #include <array>
 #include <chrono>
@@ -17,21 +17,22 @@
 
 namespace moecomm {
 
-// How large the memories are, and where in them the runtime finds what it needs itself.
+// The sizes of both memories, and the offsets of the parts that the runtime itself uses.
 struct ReachPlan {
   uint64_t window_bytes = 0;
   Offset<FaultWord> window_faults;  // per local rank
-  uint64_t warm_bytes = 0;          // of every window mapping: pages made ready at start
+  uint64_t warm_bytes = 0;          // of every window mapping: populated at start
   uint64_t region_bytes = 0;
-  uint64_t region_counters = 0;     // counters lie in the first region_counters bytes
+  uint64_t region_counters = 0;     // counters are in the first region_counters bytes
   Offset<FaultWord> region_faults;  // per region peer
-  Offset<FaultWord> fault_out;      // on its way out
-  std::vector<int> peers;           // the fabric's peers by index: their ranks, -1: not over the region
+  Offset<FaultWord> fault_out;      // source of outgoing puts
+  std::vector<int> peers;           // ranks of the fabric's peers by index; -1: not reached over the region
   int own = 0;                      // this rank's index among the peers
+  bool one_memory = false;          // the window is also the rail region, with the same offsets and size
 };
 
-// Lies at the end of every window and travels in its card: whoever maps a window sees that it is the one that
-// was meant.
+// A random number at the end of every window and in its card. A rank that maps a window compares the two, to
+// detect that it has mapped the wrong memory.
 using Nonce = std::array<uint64_t, 2>;
 
 class Reach {
@@ -41,7 +42,8 @@ class Reach {
   Reach(const Reach&) = delete;
   Reach& operator=(const Reach&) = delete;
 
-  // Collective in three steps: construct, connect with everyone's card, connected after a barrier.
+  // Constructed collectively in three steps: construct, connect() with the cards of all ranks, and after a
+  // barrier connected(). A card is what peers need to access this rank's memory.
   std::string card() const;
   void connect(const std::vector<std::string>& cards);
   void connected();
@@ -51,37 +53,48 @@ class Reach {
   Communicator& comm() const { return *comm_; }
   HostState& host() { return host_; }
 
-  uint64_t number() const { return number_; }  // among the communicator's; equal on all ranks
-  void tell(FaultWord word);                   // to everyone within reach
+  uint64_t number() const { return number_; }  // of this Reach in its communicator; equal on all ranks
+  void publish(FaultWord word);                // to all peers that it reaches
+  void report(const Status& s);                // publishes a failure, and waits a moment until it is sent
 
-  void trace(bool on);  // keep a timeline of roles, or drop it
+  void trace(bool on);  // starts a timeline of roles, or drops it
   std::vector<RoleSpan> take_timeline() { return std::exchange(timeline_, {}); }
 
-  // stream: the call moves more than the caches hold.
+  // Waits until all puts and signals so far are complete at the peers. Only after begin().
+  Status flush();
+
+  // The final failure of its calls. After continue_without() it is independent of the communicator's.
+  Status broken() const { return continues_ ? broken_ : comm_->broken(); }
+  // Continues without masked ranks, while no rank is in a call. peer: one of the masked ranks. calls: the
+  // number of the latest call, equal on all remaining ranks.
+  void continue_without(int peer, uint64_t calls);
+
+  // Begins a call. stream: it moves more than the caches hold.
   void begin(bool stream);
-  // Runs call(fabric). drain: also waits until the sources of its puts may be overwritten. A failure that
-  // is final is told to everyone within reach and to the communicator.
+  // Runs call(fabric). drain: also waits until the sources of its puts may be overwritten. A final failure is
+  // reported to all peers within reach and to the communicator.
   template <class Call>
   Status run(bool drain, Call&& call) {
-    if (const Status broken = comm_->broken(); !broken.ok()) return broken;
+    if (const Status broken = this->broken(); !broken.ok()) return broken;
     Status s = region_ ? call(HostFabric<UcxRail>{&host_, &ucx_rail_})
                        : call(HostFabric<LoopbackRail>{&host_, &loopback_});
-    if (!comm_->calls().is_here())
-      return s;  // a signal handler forked, and its child came back into the call: it is no rank
-    if (region_ && drain && !is_final(s) &&
-        s.code != Code::interrupted)  // a refused call's puts too: others may not have read them yet
+    // A signal handler forked, and its child returned into the call. The child is not a rank.
+    if (!comm_->calls().is_here()) return s;
+    // Also after a refused call, whose puts may not have been read yet.
+    if (region_ && drain && !is_final(s) && s.code != Code::interrupted)
       if (const Status unread = flush(); !unread.ok()) s = unread;
-    Status told = s;
-    if (s.code == Code::interrupted) told.code = Code::lost;  // this rank, as the others see it
-    if (is_final(told)) {
-      report_fault(told);
-      comm_->mark_broken(told);
+    Status reported = s;
+    if (s.code == Code::interrupted) reported.code = Code::lost;  // for the other ranks, this rank is lost
+    if (is_final(reported)) {
+      report_fault(reported);
+      comm_->mark_broken(reported);
+      broken_ = reported;
     }
     return s;
   }
 
  private:
-  Status flush();
+  std::vector<char*> map_peers_on_host(const std::vector<std::string>& cards);
   void report_fault(const Status& s);
 
   std::shared_ptr<Communicator> comm_;
@@ -89,10 +102,12 @@ class Reach {
   std::shared_ptr<Memory> window_;
   Nonce nonce_{};
   std::vector<std::shared_ptr<Memory>> peers_;
-  std::shared_ptr<Memory> own_rail_;  // loopback; under UCX the region owns its memory
+  std::shared_ptr<Memory> own_rail_;  // for loopback; with UCX the region owns its memory
   std::unique_ptr<UcxRegion> region_;
   HostState host_;
   uint64_t number_ = 0;
+  bool continues_ = false;  // without masked ranks, although the communicator is broken
+  Status broken_;           // its own failure, if it continues
   std::vector<RoleSpan> timeline_;
   LoopbackRail loopback_;
   UcxRail ucx_rail_;

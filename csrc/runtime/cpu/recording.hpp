@@ -1,6 +1,6 @@
-// Recording: what a rank's Buffer was asked to do and what it moved, in memory, until somebody takes a
-// segment to write it (moecomm/tracing/format.py, which also describes it). Buffer and Decode add to it,
-// under the lock of their calls.
+// Recording: the calls of a rank's Buffer and what they moved. They are kept in memory until a segment is
+// taken to be written to a file (moecomm/tracing/format.py, which also describes the fields). Buffer and
+// Decode add to it while they hold the lock of their calls.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -22,7 +22,7 @@ enum class RecordedOp : int32_t {
 };
 
 struct RecordedCall {
-  int64_t plan = -1;  // number of the dispatch that it belongs to, among those whose picks are recorded
+  int64_t plan = -1;  // number of its dispatch, among the dispatches whose picks are recorded
   int64_t capacity = -1;
   int64_t begin = 0, end = 0;  // ns of the steady clock
   uint64_t spans = 0;          // of roles, since the segment began
@@ -31,7 +31,7 @@ struct RecordedCall {
   RecordedOp op = RecordedOp::dispatch;
   int32_t tokens = 0;
   int32_t alignment = 1;
-  int32_t coding = 0;  // a ScaleKind of a dispatch's rows, a Wire of a combine's
+  int32_t coding = 0;  // the ScaleKind of a dispatch, the Wire of a combine
   int32_t cached = 0, weighted = 0, by_rank = 0, unused = 0;
 };
 
@@ -41,7 +41,7 @@ class Recording {
  public:
   struct Segment {
     std::vector<RecordedCall> calls;
-    std::vector<int16_t> ids16;  // of every dispatch that made a plan, call after call; one of the two
+    std::vector<int16_t> ids16;  // of every dispatch that made a plan; ids16 or ids32 is used
     std::vector<int32_t> ids32;
     std::vector<float> weights;
     std::vector<RoleSpan> spans;
@@ -49,7 +49,7 @@ class Recording {
 
   Recording(int top_k, int num_experts) : top_k_(top_k), wide_(num_experts > 32768) {}
 
-  // Around a call: what `counters` count in between is what it moved.
+  // Records one call. The change of `counters` during the span is what the call moved.
   class Span;
 
   int64_t add_picks(const int64_t* ids64, const int32_t* ids32, const float* weights, int tokens) {
@@ -65,9 +65,8 @@ class Recording {
   }
 
   std::vector<RoleSpan>& spans() { return now_.spans; }
-  uint64_t bytes() const {
-    return bytes_.load(std::memory_order_relaxed);
-  }  // of the segment; from any thread
+  // Bytes of the segment; may be called on any thread.
+  uint64_t bytes() const { return bytes_.load(std::memory_order_relaxed); }
   Segment take() {
     bytes_ = 0;
     return std::exchange(now_, {});

@@ -63,7 +63,7 @@ void RateProbe::write() {
 
 uint64_t RateProbe::read() {
   typedef uint64_t Line __attribute__((vector_size(64)));
-  const Line* at = reinterpret_cast<const Line*>(memory_->data());
+  const Line* at = static_cast<const Line*>(static_cast<const void*>(memory_->data()));
   Line sum[4] = {};
   for (int64_t i = 0; i < rows_ * kRow / 64; i += 4)
     for (int j = 0; j < 4; ++j) sum[j] ^= at[i + j];

@@ -1,5 +1,5 @@
-// The library's packing and reduction, a comparison and memory passes, for benchmarks: a baseline that swaps
-// only the transport packs and sums with the same code.
+// Tools for benchmarks: the library's own packing and reduction, so that a baseline differs only in the
+// transport; a comparison; and passes over memory.
 #pragma once
 #include <memory>
 
@@ -15,17 +15,17 @@ void gather_rows(char* dst, const char* src, const int64_t* index, int64_t rows,
 // weights may be null.
 void sum_rows(char* dst, const char* src, const int64_t* index, const float* weights, int64_t tokens,
               int terms, int64_t hidden, DType type);
-// Elements of got[i] whose bits differ from want[index[i]], over all rows.
+// The number of elements of got[i] whose bits differ from want[index[i]], over all rows.
 int64_t count_different(const char* got, const char* want, const int64_t* index, int64_t rows,
                         int64_t row_elements, int64_t element_bytes);
 
-// Passes over memory of the kind that windows are made of: what the traffic floor's two rates are measured
-// with.
+// Passes over memory that is allocated like a window. They measure the two rates from which the least time of
+// a traffic pattern is computed.
 class RateProbe {
  public:
   explicit RateProbe(int64_t bytes);  // whole rows of 14336 bytes are used
   int64_t bytes() const { return rows_ * kRow; }
-  void write();     // streamed stores from a row in the cache
+  void write();     // non-temporal stores from a row in the cache
   uint64_t read();  // every byte loaded once
 
  private:

@@ -10,11 +10,14 @@
 #include <thread>
 #include <utility>
 
+#include "session/arguments.hpp"
+#include "session/staging.hpp"
+
 namespace moecomm::cuda {
 namespace {
 
 constexpr int kGates = static_cast<int>(Gate::count);
-constexpr size_t kUuid = 16;  // bytes of a GPU's name
+constexpr size_t kUuid = 16;  // bytes of a GPU's UUID
 cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
 }  // namespace
@@ -24,10 +27,12 @@ uint64_t DeviceBuffer::bytes(const Geometry& g, const Shape& s) {
 }
 
 DeviceBuffer::DeviceBuffer(Geometry geometry, Shape shape, bool check, int device,
-                           std::shared_ptr<DeviceReach> reach, Spread spread, double timeout_seconds)
+                           std::shared_ptr<DeviceReach> reach, std::shared_ptr<DeviceCalls> calls,
+                           Spread spread, double timeout_seconds)
     : view_(make_view(geometry, shape, check)),
       device_(device),
       reach_(std::move(reach)),
+      calls_(std::move(calls)),
       kernels_(reach_->kernels()),
       spread_(spread),
       timeout_(timeout_seconds) {
@@ -65,16 +70,16 @@ DeviceBuffer::DeviceBuffer(Geometry geometry, Shape shape, bool check, int devic
   links_.region_peers = static_cast<int32_t>(n);
   links_.own_peer = geometry.node();
   links_.failed = gates_ + kGates;
-  links_.faults = records();
+  calls_->introduce(links_, refusals());
   links_.counters = counters.in(s);
-  pool_->idle.push_back(make_plan());  // ahead, since a stream that is being captured allows no allocation
+  pool_->idle.push_back(make_plan());  // in advance, because memory cannot be allocated during a capture
 }
 
 DeviceBuffer::~DeviceBuffer() = default;
 
 std::string DeviceBuffer::card() const {
   cudaDeviceProp properties;
-  require(cudaGetDeviceProperties(&properties, device_), "asking for the GPU's identity");
+  require(cudaGetDeviceProperties(&properties, device_), "reading the GPU's UUID");
   static_assert(sizeof(properties.uuid) == kUuid);
   return std::string(properties.uuid.bytes, kUuid) + window_->card();
 }
@@ -100,6 +105,7 @@ void DeviceBuffer::connect(const std::vector<std::string>& cards) {
     regions.push_back(there ? there + view_.node.bytes : nullptr);
   }
   links_.network = window_->network();
+  number_ = calls_->join();
   links_.region_offset = view_.node.bytes;
   require(cudaMemcpy(links_.windows, windows.data(), 8 * windows.size(), cudaMemcpyHostToDevice),
           "writing the windows");
@@ -126,12 +132,7 @@ std::unique_ptr<DevicePlan> DeviceBuffer::make_plan() {
   char* m = plan->memory->data();
   place_plan(view_, view.in(m), plan->view);
   plan->apart = apart.in(m);
-  plan->base = base.in(m);
-  plan->first = first.in(m);
-  plan->offers = offers.in(m);
-  plan->target = target.in(m);
-  plan->needed = needed.in(m);
-  plan->verdict = verdict.in(m);
+  plan->scratch = {base.in(m), first.in(m), offers.in(m), target.in(m), needed.in(m), verdict.in(m)};
   plan->boards = boards.in(m);
   plan->owner = this;
   return plan;
@@ -156,59 +157,43 @@ std::shared_ptr<DevicePlan> DeviceBuffer::new_plan() {
   });
 }
 
-Call DeviceBuffer::begin(void* stream) {
+// Begins a call. awaited: the host waits for its result.
+Call DeviceBuffer::begin(void* stream, Verb verb, bool awaited) {
   require(cudaMemsetAsync(gates_, 0, 8 * (kGates + 3), as_stream(stream)), "opening a call");
-  ++calls_;
+  ++made_;
   Call call;
   call.links = links_;
+  if (awaited) call.links.own = nullptr;
   call.spread = spread_;
   call.timeout_ns = static_cast<uint64_t>(timeout_ * 1e9);
   call.gates = gates_;
+  call.verb = verb;
+  call.memory = number_;
+  call.begins = true;
+  call.awaited = awaited;
   return call;
 }
 
-Status DeviceBuffer::fault() {
-  const bool sound = broken_.ok();
-  const Status s = take_fault(records(), broken_);
-  if (sound && !broken_.ok()) window_->leave();
-  return s;
-}
-
-// Of calls for which no host has waited: a refusal that is found so late, or a mismatch of combines, leaves
-// the ranks out of step. Those that have gone on are told, since they may wait for this one.
-Status DeviceBuffer::late_fault(void* stream) {
-  const Status s = fault();
-  const bool refused = s.code == Code::refused;
-  if (!refused && !ends_late(s)) return s;
-  window_->leave();
-  broken_ = refused ? refused_late(s) : s;
-  const Geometry& g = view_.geometry;
-  for (int r = 0; r < g.size && refused; ++r) {
-    if (r == g.rank || (r / g.ranks_per_node != g.node() && r % g.ranks_per_node != g.local())) continue;
-    const bool near = r / g.ranks_per_node == g.node();
-    window_->tell(r,
-                  near ? (view_.node.faults + g.local()).value
-                       : view_.node.bytes + (view_.rail.faults + g.node()).value,
-                  pack_fault(broken_, g.rank), stream);
-  }
-  return broken_;
+// Starts a kernel together with all other ranks.
+Status DeviceBuffer::start(void* stream, const std::function<void()>& launch) {
+  return calls_->start_together(*window_, stream, timeout_, launch);
 }
 
 Status DeviceBuffer::wait_placed(uint64_t ticket, void* stream) {
-  auto& ready = *reinterpret_cast<std::atomic<uint64_t>*>(&placed().ticket);
+  std::atomic_ref ready(placed().ticket);
   // The kernel has its own deadline; this one is for a kernel that never starts.
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(2 * timeout_ + 1);
   while (ready.load(std::memory_order_acquire) != ticket) {
-    std::this_thread::yield();  // the driver is asked, too, and other ranks' threads want it
+    std::this_thread::yield();  // the loop also calls the driver, which other ranks' threads need
     if (const Status s = fault(); !s.ok()) return s;
     const cudaError_t e = cudaStreamQuery(as_stream(stream));
     if (e != cudaErrorNotReady && e != cudaSuccess) require(e, "dispatch");
     if (std::chrono::steady_clock::now() >= deadline)
-      return broken_ = {Code::timeout, Phase::counts, -1, 0, ticket, ready.load()};
+      return calls_->break_with({Code::timeout, Phase::counts, -1, 0, ticket, ready.load()});
   }
-  if (placed().verdict == 0) return {};
-  require(cudaStreamSynchronize(as_stream(stream)),
-          "dispatch");  // every rank finishes the call before it refuses it
+  if (placed().verdict == Code::ok) return {};
+  // Every rank completes a refused call.
+  require(cudaStreamSynchronize(as_stream(stream)), "dispatch");
   return fault();
 }
 
@@ -216,103 +201,58 @@ Status DeviceBuffer::dispatch(const DeviceDispatchCall& call, const std::shared_
                               std::shared_ptr<DeviceBlock>& out, std::shared_ptr<DeviceBlock>& output) {
   DevicePlan& plan = *owned;
   const OnDevice on(device_);
-  if (const Status s = late_fault(call.stream); !s.ok()) return s;
-  if (call.refused != Why::none) {
-    plan.view.tokens = 0;
-    plan.view.call = {};
-  } else if (!call.cached) {
-    plan.view.tokens = call.tokens;
-    plan.view.call = call.shape;
-  } else {
-    plan.view.call.row_bytes = call.shape.row_bytes;
-    plan.view.call.scale_bytes = call.shape.scale_bytes;
-    plan.view.call.scales = call.shape.scales;
-    plan.view.call.scales_by_column = call.shape.scales_by_column;
-  }
-  DispatchLaunch launch;
-  DispatchArgs& a = launch.work.args;
-  a.b = view_;
-  a.plan = plan.view;
-  a.book = book_;
-  a.cached = call.cached;
-  a.refused = call.refused;
-  a.ids64 = call.ids64;
-  a.ids32 = call.ids32;
-  a.x = call.x;
-  a.scales = call.scales;
-  a.weights = call.weights;
-  a.base = plan.base;
-  a.first = plan.first;
-  a.offers = plan.offers;
-  a.target = plan.target;
-  a.needed = plan.needed;
-  a.verdict = plan.verdict;
-  launch.work.apart = plan.apart;
-  launch.work.offer = arena_->offer();
+  if (const Status s = late_fault(); !s.ok()) return s;
+  open_plan(plan.view, call);
+  const Offer offer = arena_->offer();
+  const DispatchWork work{make_dispatch_args(view_, plan.view, book_, plan.scratch, call, nullptr), offer,
+                          plan.apart};
   const CallShape& shape = plan.view.call;
-  const bool known = shape.capacity >= 0 || call.cached || call.refused != Why::none;
-  if (!known) {
-    launch.placed = &placed();
-    launch.ticket = ++ticket_;
-  }
-  MOE_TRY(window_->start_together(call.stream, timeout_, [&] {
-    launch.call = begin(call.stream);
+  const bool refused = call.refused != Why::none, known = shape.capacity >= 0 || call.cached || refused;
+  const uint64_t ticket = known ? 0 : ++ticket_;
+  MOE_TRY(start(call.stream, [&] {
+    const DispatchLaunch launch{begin(call.stream, Verb::dispatch, !known || refused), work,
+                                known ? nullptr : &placed(), ticket};
     require(kernels_.dispatch(launch, call.stream), "starting dispatch");
   }));
 
-  if (call.refused != Why::none) return settled(call.stream);
+  if (refused) return await_refusal(call.refused, call.stream);
   int64_t rows = call.cached ? plan.num_rows : shape.capacity;
   if (!known) {
-    if (const Status s = wait_placed(launch.ticket, call.stream); !s.ok()) return s;
+    if (const Status s = wait_placed(ticket, call.stream); !s.ok()) return s;
     rows = placed().rows;
   }
-  // The rule by which every gateway of the node chooses the piece (place).
-  const uint64_t first = block_layout(rows, shape, view_.shape.top_k).bytes,
-                 needed = first + output_layout(rows, view_.shape).bytes;
-  const int piece = needed <= launch.work.offer.bytes[0] ? 0 : 1;
-  if (needed > launch.work.offer.bytes[piece]) {  // all ranks have refused the call by then
+  const Piece piece = piece_of(view_, shape, rows, offer);
+  if (!piece.fits()) {  // all ranks have refused the call
     require(cudaStreamSynchronize(as_stream(call.stream)), "dispatch");
     const Status s = fault();
-    return s.ok() ? Status{Code::capacity,
-                           Phase::counts,
-                           view_.geometry.rank,
-                           0,
-                           needed,
-                           launch.work.offer.bytes[piece]}
-                  : s;
+    return s.ok()
+               ? Status{Code::capacity, Phase::counts, view_.geometry.rank, 0, piece.bytes, piece.available}
+               : s;
   }
   plan.num_rows = rows;
-  arena_->expect(needed);
-  const uint64_t offset = launch.work.offer.offset[piece];
-  out = std::make_shared<DeviceBlock>(window_, arena_, offset, first);
-  output = std::make_shared<DeviceBlock>(window_, arena_, offset + first, needed - first);
+  const HeldPiece held = hold(window_, arena_, piece);
+  out = held.block;
+  output = held.output;
   if (capture_of(call.stream)) captured_.keep(owned, {out, output});
   return {};
 }
 
-// The end of a call that this rank refuses: what it says of itself is nothing new.
-Status DeviceBuffer::settled(void* stream) {
+// Waits for a call that this rank refuses. The caller knows this rank's own refusal, so only a final failure
+// is reported; if the rank needs larger memory, also the permanent refusal of another rank.
+Status DeviceBuffer::await_refusal(Why why, void* stream) {
   require(cudaStreamSynchronize(as_stream(stream)), "refusing a call");
   const Status s = fault();
-  return is_final(s) ? s : Status{};
+  return is_final(s) || why == Why::grow ? s : Status{};
 }
 
 Status DeviceBuffer::refuse_combine(Why why, DevicePlan& plan, void* stream) {
   const OnDevice on(device_);
-  if (const Status s = late_fault(stream); !s.ok()) return s;
-  CombineLaunch launch;
-  CombineArgs& a = launch.args;
-  a.b = view_;
-  a.plan = plan.view;
-  a.book = book_;
-  a.boards = plan.boards;
-  a.mine = {};
-  a.refused = why;
-  MOE_TRY(window_->start_together(stream, timeout_, [&] {
-    launch.call = begin(stream);
-    require(kernels_.combine(launch, stream), "refusing combine");
+  if (const Status s = late_fault(); !s.ok()) return s;
+  const CombineArgs a = make_refused_combine_args(view_, book_, plan.boards, why);
+  MOE_TRY(start(stream, [&] {
+    require(kernels_.combine({begin(stream, Verb::combine, true), a}, stream), "refusing combine");
   }));
-  return settled(stream);
+  return await_refusal(why, stream);
 }
 
 Status DeviceBuffer::combine(const DeviceCombineCall& call, const std::shared_ptr<DevicePlan>& owned,
@@ -320,44 +260,24 @@ Status DeviceBuffer::combine(const DeviceCombineCall& call, const std::shared_pt
   const DevicePlan& plan = *owned;
   const DeviceBlock& output = *owned_output;
   const OnDevice on(device_);
-  if (const Status s = late_fault(call.stream); !s.ok()) return s;
+  if (const Status s = late_fault(); !s.ok()) return s;
   const uint64_t rows = plan.num_rows;
-  const OutputLayout l = output_layout(rows, view_.shape);
-  // In the window already, or staged there once.
-  const auto in_window = [&](const void* p, uint64_t bytes, uint64_t staging) -> uint64_t {
-    if (!p) return 0;
-    const char* c = static_cast<const char*>(p);
-    if (c >= window_->data() && c < window_->data() + view_.node.bytes) return c - window_->data();
-    const uint64_t at = output.offset() + staging;
-    if (bytes)
-      require(
-          cudaMemcpyAsync(window_->data() + at, p, bytes, cudaMemcpyDeviceToDevice, as_stream(call.stream)),
-          "staging rows");
-    return at;
+  const auto stage = [&](uint64_t at, const void* from, uint64_t bytes) {
+    require(
+        cudaMemcpyAsync(window_->data() + at, from, bytes, cudaMemcpyDeviceToDevice, as_stream(call.stream)),
+        "staging rows");
   };
-  CombineLaunch launch;
-  CombineArgs& a = launch.args;
-  a.b = view_;
-  a.plan = plan.view;
-  a.book = book_;
-  a.boards = plan.boards;
-  a.wire = call.wire;
-  a.y = call.y;
-  a.slots = call.slots;
-  a.bias = call.bias;
-  a.bias_stride = call.bias_stride;
-  const uint64_t per_row = plan.view.call.layout == RowLayout::rank ? view_.shape.top_k : 1;
-  a.mine.rows = {rows ? in_window(call.rows, rows * view_.shape.combine_row_bytes(), l.rows)
-                      : output.offset()};
-  if (rows && a.mine.rows == output.offset() + l.rows && call.rows != window_->data() + a.mine.rows)
-    staged_rows_ += rows;
-  a.mine.sums = l.sums.moved(output.offset());
-  a.mine.weights = {in_window(call.weights, rows * 4, l.weights.value)};
-  a.mine.back = {in_window(call.back, rows * 4 * per_row, l.back.value)};
+  const RowsBoard board = place_rows(
+      view_, plan.view.call, call, window_->data(), output.offset(), rows,
+      [&](uint64_t at, const char* from, uint64_t bytes) {
+        stage(at, from, bytes);
+        staged_rows_ += rows;
+      },
+      [&](uint64_t at, const float* from, uint64_t count) { stage(at, from, count * 4); });
+  const CombineArgs a = make_combine_args(view_, plan.view, book_, plan.boards, board, call);
   if (capture_of(call.stream)) captured_.keep(owned, {owned_output});
-  return window_->start_together(call.stream, timeout_, [&] {
-    launch.call = begin(call.stream);
-    require(kernels_.combine(launch, call.stream), "starting combine");
+  return start(call.stream, [&] {
+    require(kernels_.combine({begin(call.stream, Verb::combine, false), a}, call.stream), "starting combine");
   });
 }
 
@@ -367,7 +287,7 @@ Counters DeviceBuffer::take_counters() {
   Counters c;
   require(cudaMemcpy(&c, links_.counters, sizeof(c), cudaMemcpyDeviceToHost), "reading counters");
   require(cudaMemset(links_.counters, 0, sizeof(c)), "resetting counters");
-  c.calls += std::exchange(calls_, 0);
+  c.calls += std::exchange(made_, 0);
   c.staged_rows += std::exchange(staged_rows_, 0);
   return c;
 }

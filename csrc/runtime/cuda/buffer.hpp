@@ -1,5 +1,5 @@
-// DeviceBuffer: a rank's windows on a GPU, and its calls as kernels on the caller's stream. Kernels see views
-// of what this object owns; they are valid while it lives.
+// DeviceBuffer: a rank's memory on a GPU, and its calls as kernels on the caller's stream. Kernels get views
+// of the memory that this object owns; the views are valid as long as the object.
 #pragma once
 #include <memory>
 #include <mutex>
@@ -7,30 +7,26 @@
 #include <string>
 #include <vector>
 
-#include "runtime/calls.hpp"
+#include "runtime/cuda/calls.hpp"
 #include "runtime/cuda/window.hpp"
 #include "runtime/plan.hpp"
+#include "session/calls.hpp"
 
 namespace moecomm::cuda {
 
 // A plan in device memory, with the scratch of the call that makes it.
 struct DevicePlan {
   PlanView view;
+  DispatchScratch scratch{};
   int32_t* apart = nullptr;
-  int32_t* base = nullptr;
-  int32_t* first = nullptr;
-  Offer* offers = nullptr;
-  BlockLayout* target = nullptr;
-  uint64_t* needed = nullptr;
-  Verdict* verdict = nullptr;
   RowsBoard* boards = nullptr;
-  int64_t num_rows = 0;  // as the host knows it: received, or the capacity
+  int64_t num_rows = 0;  // as known to the host: the received rows, or the capacity
   const void* owner = nullptr;
   std::shared_ptr<DeviceMemory> memory;
 };
 
-// What captured calls use. A graph may be replayed after the last handle and tensor of its calls are gone,
-// and writes there again: until clear() nobody else gets these plans and pieces.
+// Keeps the plans and blocks of captured calls. A graph may be replayed, and then writes to them again, after
+// the last handle and tensor of its calls are freed. So no other call gets them until clear().
 class Captured {
  public:
   void keep(const std::shared_ptr<DevicePlan>& plan,
@@ -59,49 +55,54 @@ using DeviceCombineCall = OnStream<CombineCall>;
 class DeviceBuffer {
  public:
   DeviceBuffer(Geometry geometry, Shape shape, bool check, int device, std::shared_ptr<DeviceReach> reach,
-               Spread spread, double timeout_seconds);
+               std::shared_ptr<DeviceCalls> calls, Spread spread, double timeout_seconds);
   ~DeviceBuffer();
   static uint64_t bytes(const Geometry& g, const Shape& s);
 
-  // Collective: exchange cards, connect, meet in a barrier before the first call.
+  // Collective: exchange cards, connect(), then a barrier before the first call.
   std::string card() const;
   void connect(const std::vector<std::string>& cards);
 
   std::shared_ptr<DevicePlan> new_plan();
-  // Enqueues on the call's stream. Without a capacity it also waits until the number of rows is known; with
-  // one it returns at once, and a failure is found by a later call or by fault(). What a captured call uses
-  // is kept until release_captured().
+  // Enqueues a kernel on the call's stream. Without a capacity it also waits until the number of rows is
+  // known. With a capacity it returns at once, and ended() or a later call reports a failure. The memory of a
+  // captured call is kept until release_captured().
   Status dispatch(const DeviceDispatchCall& call, const std::shared_ptr<DevicePlan>& plan,
                   std::shared_ptr<DeviceBlock>& out, std::shared_ptr<DeviceBlock>& output);
   Status combine(const DeviceCombineCall& call, const std::shared_ptr<DevicePlan>& plan,
                  const std::shared_ptr<DeviceBlock>& output);
   uint64_t captured_bytes() const { return captured_.bytes(); }
   void release_captured() { captured_.clear(); }
-  // In the place of a combine: this rank takes no part but to tell the others. (A dispatch says it in its
-  // call.) Waits for the stream.
+  // Replaces a combine: this rank only announces that it refuses its part. (For a dispatch: Tokens::refused.)
+  // Waits for the stream.
   Status refuse_combine(Why why, DevicePlan& plan, void* stream);
-  // What kernels have reported so far. A final failure stays; others are forgotten once told.
-  Status fault();
-  Counters take_counters();                                     // waits for the device; and resets
+  Status fault() { return calls_->fault(refusals()); }
+  // The same, for calls that no host waited for.
+  Status late_fault() { return calls_->late_fault(refusals(), false); }
+  // After a call that no host waits for: the failure that kernels have reported so far, unless the next call
+  // reports it.
+  Status ended() { return calls_->late_fault(refusals(), true); }
+  Counters take_counters();                                     // waits for the device and resets them
   const Counters* counters() const { return links_.counters; }  // in device memory; kernels add to them
 
   const Arena& arena() const { return *arena_; }
-  const DeviceWindow& window() const { return *window_; }  // which peers read
+  const DeviceWindow& window() const { return *window_; }
   const Shape& shape() const { return view_.shape; }
   const Spread& spread() const { return spread_; }
 
  private:
-  Call begin(void* stream);
+  Call begin(void* stream, Verb verb, bool awaited);
+  Status start(void* stream, const std::function<void()>& launch);
   Status wait_placed(uint64_t ticket, void* stream);
-  Status late_fault(void* stream);
-  Status settled(void* stream);
+  Status await_refusal(Why why, void* stream);
   std::unique_ptr<DevicePlan> make_plan();
   Placed& placed() const { return *Offset<Placed>{}.in(pinned_->data()); }
-  FaultRecord* records() const { return Offset<FaultRecord>{64}.in(pinned_->data()); }
+  FaultRecord* refusals() const { return Offset<FaultRecord>{64}.in(pinned_->data()); }
 
   BufferView view_;
   int device_;
   std::shared_ptr<DeviceReach> reach_;
+  std::shared_ptr<DeviceCalls> calls_;
   const Kernels& kernels_;
   Spread spread_;
   double timeout_;
@@ -111,10 +112,11 @@ class DeviceBuffer {
   std::unique_ptr<Pinned> pinned_;
   DeviceLinks links_;
   Book* book_ = nullptr;
-  uint64_t* gates_ = nullptr;  // the gates, then the three words that DeviceLinks::failed names
+  uint64_t* gates_ = nullptr;  // the gates, then the three words of DeviceLinks::failed
   uint64_t ticket_ = 0;
-  uint64_t calls_ = 0, staged_rows_ = 0;  // since take_counters; what graphs replay is not among them
-  Status broken_;
+  uint64_t made_ = 0,
+           staged_rows_ = 0;  // calls and staged rows since take_counters(), without replays of graphs
+  uint64_t number_ = 0;       // from DeviceCalls::join()
   Captured captured_;
 
   struct Pool {

@@ -11,10 +11,6 @@ namespace {
 
 cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
-// What must be equal on all ranks, as the mode bits of a flag: how rows are coded, and whether weights
-// travel.
-int mode_of(int code, bool weighted) { return code | (weighted ? 4 : 0); }
-
 }  // namespace
 
 uint64_t DeviceDecode::bytes(const Geometry& g, const Shape& s) {
@@ -22,32 +18,34 @@ uint64_t DeviceDecode::bytes(const Geometry& g, const Shape& s) {
 }
 
 DeviceDecode::DeviceDecode(Geometry geometry, Shape shape, bool check, int device,
-                           std::shared_ptr<DeviceReach> reach, Spread spread, double timeout_seconds)
+                           std::shared_ptr<DeviceReach> reach, std::shared_ptr<DeviceCalls> calls,
+                           Spread spread, double timeout_seconds)
     : view_(make_decode_view(geometry, shape, check)),
       device_(device),
       reach_(std::move(reach)),
+      calls_(std::move(calls)),
       kernels_(reach_->decode_kernels()),
       spread_(spread),
       timeout_(timeout_seconds) {
   const OnDevice on(device);
   require(kernels_.prepare(), "loading the kernels (built for another architecture?)");
   window_ = reach_->window(bytes(geometry, shape), Peers::world);
-  pinned_ = std::make_unique<Pinned>(kFaultRecords * sizeof(FaultRecord));
-  table_bytes_ = place_decode_turn(view_, nullptr, turns_[0].view);
+  pinned_ = std::make_unique<Pinned>(sizeof(FaultRecord));
+  const uint64_t table_bytes = place_decode_turn(view_, nullptr, turns_[0].view);
   const uint64_t size = geometry.size, p = geometry.ranks_per_node;
   detail::Cursor c;
   const auto met = c.take<uint64_t>(4);
   const auto clock = c.take<DecodeClock>(1);
   const auto windows = c.take<char*>(p), regions = c.take<char*>(size);
   const auto counters = c.take<Counters>(1);
-  const auto tables = c.take<char>(2 * table_bytes_);
+  const auto mask = c.take<uint8_t>(size);
+  const auto tables = c.take<char>(2 * table_bytes);
   const auto apart = c.take<int32_t>(decode_scratch_ints(geometry, shape, spread.sms * spread.warps));
   state_ = DeviceMemory::create(device, c.at);
   char* s = state_->data();
   met_ = met.in(s);
-  clock_ = clock.in(s);
-  tables_ = tables.in(s);
-  apart_ = apart.in(s);
+  view_.mask = mask_ = mask.in(s);
+  memory_ = {clock.in(s), tables.in(s), table_bytes, apart.in(s)};
   links_.geometry = geometry;
   links_.windows = windows.in(s);
   links_.regions = regions.in(s);
@@ -58,7 +56,7 @@ DeviceDecode::DeviceDecode(Geometry geometry, Shape shape, bool check, int devic
   links_.region_peers = geometry.size;
   links_.own_peer = geometry.rank;
   links_.failed = met_ + 1;
-  links_.faults = records();
+  calls_->introduce(links_, refusals());
   links_.counters = counters.in(s);
 }
 
@@ -73,193 +71,208 @@ void DeviceDecode::connect(const std::vector<std::string>& cards) {
     regions.push_back(there ? there + view_.window.bytes : nullptr);
   }
   links_.network = window_->network();
+  number_ = calls_->join();
   require(cudaMemcpy(links_.windows, windows.data(), 8 * windows.size(), cudaMemcpyHostToDevice),
           "writing the windows");
   require(cudaMemcpy(links_.regions, regions.data(), 8 * regions.size(), cudaMemcpyHostToDevice),
           "writing the regions");
 }
 
-Status DeviceDecode::fault() {
-  const bool sound = broken_.ok();
-  const Status s = take_fault(records(), broken_);
-  if (s.ok() || !sound) return s;
-  if (!broken_.ok()) window_->leave();
-  for (Turn& t : turns_) t.stage = DecodeStage::idle;
-  unclean_ = true;
+// After a failure no epoch is open.
+Status DeviceDecode::noted(const Status& s) {
+  if (s.ok() || broken_) return s;
+  broken_ = is_final(s);
+  order_.drop();
+  reset_barrier_ = true;
   return s;
 }
 
-// As DeviceBuffer::late_fault.
-Status DeviceDecode::late_fault(void* stream) {
-  Status s = fault();
-  if (s.code != Code::refused) return s;
-  s = refused_late(s);
-  const Geometry& g = view_.geometry;
-  for (int r = 0; r < g.size; ++r)
-    if (r != g.rank)
-      window_->tell(r,
-                    view_.near(r) ? (view_.window.faults + g.local()).value
-                                  : view_.window.bytes + (view_.region.faults + g.rank).value,
-                    pack_fault(s, g.rank), stream);
-  window_->leave();
-  return broken_ = s;
-}
+Status DeviceDecode::fault() { return noted(calls_->fault(refusals())); }
+Status DeviceDecode::ended() { return noted(calls_->late_fault(refusals(), true)); }
+Status DeviceDecode::late_fault() { return noted(calls_->late_fault(refusals(), false)); }
 
 DecodeStage DeviceDecode::stage(uint64_t epoch, void* stream) const {
-  const Turn& t = turns_[epoch & 1];
-  return t.epoch == epoch && t.capture == capture_of(stream) ? t.stage : DecodeStage::idle;
+  return order_.stage(epoch, capture_of(stream));
 }
 
-Call DeviceDecode::begin(void* stream) {
-  if (unclean_) require(cudaMemsetAsync(met_, 0, 8 * 4, as_stream(stream)), "opening a call");
-  unclean_ = false;
+// begins: the launch begins a call; else it is the second phase of one. awaited: the host waits for the
+// result.
+Call DeviceDecode::begin(void* stream, Verb verb, bool begins, bool awaited) {
+  if (reset_barrier_) require(cudaMemsetAsync(met_, 0, 8 * 4, as_stream(stream)), "opening a call");
+  reset_barrier_ = false;
   Call call;
   call.links = links_;
+  if (awaited) call.links.own = nullptr;
   call.spread = spread_;
   call.timeout_ns = static_cast<uint64_t>(timeout_ * 1e9);
   call.gates = met_;
+  call.verb = verb;
+  call.memory = number_;
+  call.begins = begins;
+  call.awaited = awaited;
   return call;
 }
 
-int DeviceDecode::squad(const Turn& t) const {
-  return squad_of(spread_, std::max(t.view.tokens, view_.geometry.size));
+int DeviceDecode::squad(const DecodeTurn& t) const {
+  return squad_of(spread_, std::max(t.tokens, view_.geometry.size));
 }
 
-Status DeviceDecode::launch(Turn& t, DecodeDispatchWork work, void* stream) {
-  work.args.d = view_;
-  work.args.turn = t.view;
-  work.ticket = t.epoch;
-  work.clock = clock_;
-  work.tables = tables_;
-  work.table_bytes = table_bytes_;
-  work.apart = apart_;
-  const auto start = [&] {
-    require(kernels_.dispatch({begin(stream), squad(t), work}, stream), "starting decode dispatch");
-  };
-  if (work.sends)
-    MOE_TRY(window_->start_together(stream, timeout_, start));
-  else
-    start();  // waits for what others have started
-  t.stage = work.receives ? DecodeStage::received : DecodeStage::sent;
+// A launch that only waits for kernels that other ranks have already started need not start together with
+// theirs.
+Status DeviceDecode::start(void* stream, bool together, const std::function<void()>& launch) {
+  if (together) return calls_->start_together(*window_, stream, timeout_, launch);
+  launch();
   return {};
 }
 
-Status DeviceDecode::launch(Turn& t, DecodeCombineWork work, void* stream) {
-  work.args.d = view_;
-  work.args.turn = t.view;
-  work.args.mode = t.combine_mode;
-  work.args.wire = t.wire;
-  work.args.y = t.y;
-  work.ticket = t.epoch;
-  work.clock = clock_;
-  work.tables = tables_;
-  work.table_bytes = table_bytes_;
-  const auto start = [&] {
-    require(kernels_.combine({begin(stream), squad(t), work}, stream), "starting decode combine");
-  };
-  if (work.answers)
-    MOE_TRY(window_->start_together(stream, timeout_, start));
-  else
-    start();
-  t.stage = work.sums ? DecodeStage::done : DecodeStage::answered;
+Status DeviceDecode::launch(const DecodeDispatchWork& work, void* stream) {
+  MOE_TRY(start(stream, work.sends, [&] {
+    const Call call = begin(stream, Verb::decode_dispatch, work.sends, work.args.refused != Why::none);
+    require(kernels_.dispatch({call, squad(work.args.turn), work}, stream), "starting decode dispatch");
+  }));
+  if (work.sends) order_.sent();
+  if (work.receives) order_.received(work.ticket, true, work.args.turn.refused());
+  return {};
+}
+
+Status DeviceDecode::launch(const DecodeCombineWork& work, void* stream) {
+  MOE_TRY(start(stream, work.answers, [&] {
+    const Call call = begin(stream, Verb::decode_combine, work.answers, work.args.refused != Why::none);
+    require(kernels_.combine({call, squad(work.args.turn), work}, stream), "starting decode combine");
+  }));
+  if (work.answers) order_.answered(work.ticket);
+  if (work.sums) order_.summed(work.ticket);
   return {};
 }
 
 Status DeviceDecode::dispatch(const DeviceDecodeDispatch& call) {
   const OnDevice on(device_);
-  MOE_TRY(late_fault(call.stream));
+  MOE_TRY(late_fault());
   const uint64_t capture = capture_of(call.stream);
-  for (Turn& t : turns_) {
-    if (t.capture == capture) continue;
-    // Its kernels are not in this graph; what an earlier capture left open is that graph's own fault.
-    if (t.capture == 0 && (t.stage == DecodeStage::sent || t.stage == DecodeStage::answered))
-      return detail::out_of_turn(t.stage == DecodeStage::sent ? DecodeStage::received : DecodeStage::done,
-                                 t.stage);
-    t.stage = DecodeStage::idle;
-  }
-  if (Turn& last = turn(epoch_); last.stage == DecodeStage::sent)
-    MOE_TRY(dispatch_receive(last.epoch, call.stream));  // rule A
-  Turn& t = turn(epoch_ + 1);
-  if (t.stage == DecodeStage::answered) MOE_TRY(combine_receive(t.epoch, call.stream));  // rule B
-  t.epoch = ++epoch_;
-  t.capture = capture;
-  t.view.bank = static_cast<int32_t>(epoch_ & 1);
-  t.view.tokens = call.refused == Why::none ? call.tokens : 0;
-  t.view.weighted = call.weighted;
-  t.view.mode =
-      call.refused == Why::none ? mode_of(static_cast<int>(call.quant), call.weighted) : kRefusedMode;
-  t.view.call.scales = call.quant;
-  t.view.call.scales_by_column = call.scales_by_column;
-  t.view.call.row_bytes =
-      call.quant == ScaleKind::none ? view_.shape.combine_row_bytes() : view_.shape.hidden;
-  t.view.call.scale_bytes = 4 * scale_words(view_.shape.hidden, call.quant);
-  DecodeDispatchWork work;
-  work.args.ids64 = call.ids64;
-  work.args.ids32 = call.ids32;
-  work.args.x = call.x;
-  work.args.scales = call.scales;
-  work.args.weights = call.weights;
-  work.args.refused = call.refused;
-  work.receives = call.receive;
-  if (call.refused == Why::none) return launch(t, work, call.stream);
-  work.receives = true;
-  MOE_TRY(launch(t, work, call.stream));
-  t.stage = DecodeStage::done;
-  return settled(call.stream);
+  MOE_TRY(order_.enter(capture));
+  MOE_TRY(order_.before_dispatch([&](uint64_t e) { return dispatch_receive(e, call.stream); },
+                                 [&](uint64_t e) { return combine_receive(e, call.stream); }));
+  order_.open(capture);
+  DecodeTurn& t = turn(order_.next()).view;
+  open_turn(t, view_, order_.next(), call);
+  const bool refused = call.refused != Why::none;
+  const DecodeDispatchWork work{.args = make_decode_send_args(view_, t, call),
+                                .memory = memory_,
+                                .ticket = t.epoch,
+                                .sends = true,
+                                .receives = call.receive || refused};
+  MOE_TRY(launch(work, call.stream));
+  return refused ? await_refusal(call.stream) : Status{};
 }
 
-// The end of a call that this rank refuses.
-Status DeviceDecode::settled(void* stream) {
+// Waits for a call that this rank refuses. Returns only a final failure.
+Status DeviceDecode::await_refusal(void* stream) {
   require(cudaStreamSynchronize(as_stream(stream)), "refusing a call");
   const Status s = fault();
   return is_final(s) ? s : Status{};
 }
 
+// A step from before a mask has no result.
+Status DeviceDecode::before_mask(uint64_t epoch) const {
+  return lost_ >= 0 && epoch <= before_mask_ ? Status{Code::lost, Phase::none, lost_} : Status{};
+}
+
+// The next epoch, because a dispatch that failed may already have sent some of its flags.
+uint64_t DeviceDecode::rest() {
+  const OnDevice on(device_);
+  require(cudaDeviceSynchronize(), "waiting for the calls before a mask");
+  DecodeClock clock;
+  require(cudaMemcpy(&clock, memory_.clock, sizeof(clock), cudaMemcpyDeviceToHost), "reading the epoch");
+  return clock.epoch + 1;
+}
+
+void DeviceDecode::mask(const std::vector<uint8_t>& masked, uint64_t latest, uint64_t calls) {
+  const OnDevice on(device_);
+  lost_ = static_cast<int>(std::find(masked.begin(), masked.end(), 1) - masked.begin());
+  before_mask_ = order_.latest();
+  const DecodeClock clock{.epoch = latest, .turn = {}};
+  const Geometry& g = view_.geometry;
+  require(cudaMemcpy(memory_.clock, &clock, sizeof(clock), cudaMemcpyHostToDevice), "moving the epoch");
+  require(cudaMemcpy(mask_, masked.data(), masked.size(), cudaMemcpyHostToDevice), "writing the mask");
+  require(cudaMemset(met_, 0, 8 * 4), "clearing what has failed");
+  require(cudaMemset(view_.window.faults.in(window_->data()), 0, sizeof(FaultWord) * g.ranks_per_node),
+          "clearing what has failed");
+  require(
+      cudaMemset(view_.region.faults.in(window_->data() + view_.window.bytes), 0, sizeof(FaultWord) * g.size),
+      "clearing what has failed");
+  require(cudaDeviceSynchronize(), "writing the mask");
+  std::atomic_ref(refusals()->code).store(0, std::memory_order_release);
+  order_.drop();
+  reset_barrier_ = broken_ = false;
+  calls_->continue_without(masked, calls);
+}
+
 Status DeviceDecode::dispatch_receive(uint64_t epoch, void* stream) {
   const OnDevice on(device_);
-  MOE_TRY(late_fault(stream));
+  MOE_TRY(late_fault());
+  MOE_TRY(before_mask(epoch));
   if (stage(epoch, stream) != DecodeStage::sent) return {};
-  DecodeDispatchWork work;
-  work.sends = false;
-  return launch(turn(epoch), work, stream);
+  const DecodeTurn& t = turn(epoch).view;
+  return launch(DecodeDispatchWork{.args = make_decode_send_args(view_, t, {}),
+                                   .memory = memory_,
+                                   .ticket = t.epoch,
+                                   .sends = false,
+                                   .receives = true},
+                stream);
 }
 
 Status DeviceDecode::refuse_combine(uint64_t epoch, Why why, void* stream) {
   const OnDevice on(device_);
-  MOE_TRY(late_fault(stream));
+  MOE_TRY(late_fault());
   if (stage(epoch, stream) == DecodeStage::sent) MOE_TRY(dispatch_receive(epoch, stream));
   if (stage(epoch, stream) != DecodeStage::received) return {};
-  DecodeCombineWork work;
-  work.args.refused = why;
-  MOE_TRY(launch(turn(epoch), work, stream));
-  return settled(stream);
+  DeviceDecodeCombine call;
+  call.refused = why;
+  call.receive = true;
+  call.stream = stream;
+  MOE_TRY(answer(turn(epoch), call));
+  return await_refusal(stream);
 }
 
 Status DeviceDecode::combine(const DeviceDecodeCombine& call) {
   const OnDevice on(device_);
-  MOE_TRY(late_fault(call.stream));
-  Turn& t = turn(call.epoch);
-  t.combine_mode = mode_of(static_cast<int>(call.wire), t.view.weighted);
-  t.wire = call.wire;
-  t.y = call.y;
-  DecodeCombineWork work;
+  MOE_TRY(late_fault());
+  return answer(turn(call.epoch), call);
+}
+
+Status DeviceDecode::answer(Turn& t, const DeviceDecodeCombine& call) {
+  t.answer = make_decode_answer(t.view, call);
   char* own = rows(t.view.bank);
-  work.staged = !t.view.weighted && call.rows != own ? call.rows : nullptr;
-  work.args.rows = work.staged ? own : call.rows;
-  work.ids64 = call.ids64;
-  work.ids32 = call.ids32;
-  work.weights = call.weights;
-  work.sums = call.receive;
-  return launch(t, work, call.stream);
+  const bool staged = !t.view.weighted && call.rows != own && call.refused == Why::none;
+  return launch(
+      DecodeCombineWork{.args = make_decode_combine_args(view_, t.view, t.answer, staged ? own : call.rows),
+                        .memory = memory_,
+                        .ticket = t.view.epoch,
+                        .ids64 = call.ids64,
+                        .ids32 = call.ids32,
+                        .weights = call.weights,
+                        .staged = staged ? call.rows : nullptr,
+                        .answers = true,
+                        .sums = call.receive},
+      call.stream);
 }
 
 Status DeviceDecode::combine_receive(uint64_t epoch, void* stream) {
   const OnDevice on(device_);
-  MOE_TRY(late_fault(stream));
+  MOE_TRY(late_fault());
+  MOE_TRY(before_mask(epoch));
   if (stage(epoch, stream) != DecodeStage::answered) return {};
-  DecodeCombineWork work;
-  work.answers = false;
-  return launch(turn(epoch), work, stream);
+  const Turn& t = turn(epoch);
+  return launch(DecodeCombineWork{.args = make_decode_combine_args(view_, t.view, t.answer, nullptr),
+                                  .memory = memory_,
+                                  .ticket = t.view.epoch,
+                                  .ids64 = nullptr,
+                                  .ids32 = nullptr,
+                                  .weights = nullptr,
+                                  .staged = nullptr,
+                                  .answers = false,
+                                  .sums = true},
+                stream);
 }
 
 Counters DeviceDecode::take_counters() {

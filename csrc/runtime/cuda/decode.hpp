@@ -1,17 +1,19 @@
 // DeviceDecode: a rank's decode memory on a GPU, and its four phases as kernels on the caller's stream.
 //
-// The kernels number the epochs (schedule/decode_slices.hpp); this object numbers its own calls, gives each
-// dispatch its number as ticket and alternates the banks, so that what is captured into a graph stays right
-// in every replay. A capture must be whole: nothing that was sent before it may still be unreceived, and
-// handles do not cross its ends.
+// The kernels number the epochs (schedule/decode_slices.hpp). This object numbers its own calls, gives each
+// dispatch its number as ticket, and alternates the banks, so that a captured call is correct in every
+// replay. A capture must be self-contained: every dispatch before it must have been received, and a handle
+// can be used only on one side of its beginning and end.
 #pragma once
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "runtime/calls.hpp"
+#include "runtime/cuda/calls.hpp"
 #include "runtime/cuda/kernels/decode_launch.hpp"
 #include "runtime/cuda/window.hpp"
+#include "session/decode_arguments.hpp"
+#include "session/turns.hpp"
 
 namespace moecomm::cuda {
 
@@ -21,58 +23,67 @@ using DeviceDecodeCombine = OnStream<DecodeCombineCall>;
 class DeviceDecode {
  public:
   DeviceDecode(Geometry geometry, Shape shape, bool check, int device, std::shared_ptr<DeviceReach> reach,
-               Spread spread, double timeout_seconds);
+               std::shared_ptr<DeviceCalls> calls, Spread spread, double timeout_seconds);
   static uint64_t bytes(const Geometry& g, const Shape& s);
 
-  // Collective: exchange cards, connect, meet in a barrier before the first call.
+  // Collective: exchange cards, connect(), then a barrier before the first call.
   std::string card() const { return window_->card(); }
   void connect(const std::vector<std::string>& cards);
 
-  // All enqueue and return; what kernels report is found by a later call or by fault().
-  Status dispatch(const DeviceDecodeDispatch& call);      // on ok, epoch() is the new dispatch
-  Status dispatch_receive(uint64_t epoch, void* stream);  // nothing where it is received already
-  Status combine(const DeviceDecodeCombine& call);        // the caller has looked at stage(): received
+  // All functions enqueue kernels and return. ended() or a later call reports their failures.
+  Status dispatch(const DeviceDecodeDispatch& call);      // on success epoch() is that of the new dispatch
+  Status dispatch_receive(uint64_t epoch, void* stream);  // no-op if it has been received already
+  Status combine(const DeviceDecodeCombine& call);        // the caller has checked that stage() is received
   Status combine_receive(uint64_t epoch, void* stream);
-  // In the place of a combine, as DeviceBuffer::refuse_combine; nothing where the epoch is not open for one.
+  // Replaces a combine, like DeviceBuffer::refuse_combine. Does nothing if the epoch is not open for a
+  // combine.
   Status refuse_combine(uint64_t epoch, Why why, void* stream);
-  Status fault();  // a final failure stays; others are forgotten once told
+  Status fault();
+  Status late_fault();
+  Status ended();  // as DeviceBuffer's
 
-  uint64_t epoch() const { return epoch_; }
-  DecodeStage stage(uint64_t epoch, void* stream) const;  // as the calls were made
+  // To continue without dead ranks, like Decode of the cpu world. Captured graphs stay valid and read the
+  // mask.
+  uint64_t rest();                                     // waits for the device
+  uint64_t calls() const { return calls_->number(); }  // the number of the latest one
+  void mask(const std::vector<uint8_t>& masked, uint64_t latest, uint64_t calls);
+
+  uint64_t epoch() const { return order_.latest(); }
+  DecodeStage stage(uint64_t epoch,
+                    void* stream) const;  // by the calls that were made, not by their progress
   bool weighted(uint64_t epoch) const { return turns_[epoch & 1].view.weighted; }
 
-  // Memory of a bank, for tensors: as long as this object lives.
+  // The memory of tensors, by bank. Valid as long as this object.
   char* x(int bank) const { return window_->data() + view_.x(bank); }
   char* scales(int bank) const { return window_->data() + view_.scales(bank, 0); }
   char* rows(int bank) const { return window_->data() + view_.rows(bank); }
   char* counts(int bank) const { return window_->data() + view_.counts(bank).value; }
   const DeviceWindow& window() const { return *window_; }
   const DecodeView& view() const { return view_; }
-  Counters take_counters();                                     // waits for the device; and resets
+  Counters take_counters();                                     // waits for the device and resets them
   const Counters* counters() const { return links_.counters; }  // in device memory; kernels add to them
 
  private:
   struct Turn {
-    DecodeTurn view;     // what the host knows: not the epoch of the kernels, nor tables
-    uint64_t epoch = 0;  // of this object, and the ticket
-    DecodeStage stage = DecodeStage::idle;
-    uint64_t capture = 0;  // of the stream when it was dispatched; 0: none
-    int32_t combine_mode = 0;
-    Wire wire = Wire::plain;
-    char* y = nullptr;
+    DecodeTurn view;  // without tables; its epoch is this object's count, which is the ticket
+    DecodeAnswer answer{};
   };
   Turn& turn(uint64_t epoch) { return turns_[epoch & 1]; }
-  Call begin(void* stream);
-  Status late_fault(void* stream);
-  Status settled(void* stream);
-  Status launch(Turn& t, DecodeDispatchWork work, void* stream);
-  Status launch(Turn& t, DecodeCombineWork work, void* stream);
-  int squad(const Turn& t) const;
-  FaultRecord* records() const { return Offset<FaultRecord>{}.in(pinned_->data()); }
+  Call begin(void* stream, Verb verb, bool begins, bool awaited);
+  Status noted(const Status& s);
+  Status await_refusal(void* stream);
+  Status before_mask(uint64_t epoch) const;
+  Status start(void* stream, bool together, const std::function<void()>& launch);
+  Status launch(const DecodeDispatchWork& work, void* stream);
+  Status launch(const DecodeCombineWork& work, void* stream);
+  Status answer(Turn& t, const DeviceDecodeCombine& call);
+  int squad(const DecodeTurn& t) const;
+  FaultRecord* refusals() const { return Offset<FaultRecord>{}.in(pinned_->data()); }
 
   DecodeView view_;
   int device_;
   std::shared_ptr<DeviceReach> reach_;
+  std::shared_ptr<DeviceCalls> calls_;
   const DecodeKernels& kernels_;
   Spread spread_;
   double timeout_;
@@ -80,15 +91,16 @@ class DeviceDecode {
   std::shared_ptr<DeviceMemory> state_;
   std::unique_ptr<Pinned> pinned_;
   DeviceLinks links_;
-  DecodeClock* clock_ = nullptr;
-  uint64_t* met_ = nullptr;  // the count of the meetings, then the three words that DeviceLinks::failed names
-  char* tables_ = nullptr;
-  uint64_t table_bytes_ = 0;
-  int32_t* apart_ = nullptr;
-  Turn turns_[2];
-  uint64_t epoch_ = 0;
-  bool unclean_ = false;  // a call has failed: meetings are out of step
-  Status broken_;
+  uint8_t* mask_ = nullptr;   // DecodeView::mask
+  int lost_ = -1;             // a masked rank
+  uint64_t before_mask_ = 0;  // the latest ticket from before the mask
+  uint64_t* met_ = nullptr;   // the count of the barrier, then the three words of DeviceLinks::failed
+  DecodeMemory memory_{};
+  DecodeTurns order_;
+  Turn turns_[2];               // by parity
+  bool reset_barrier_ = false;  // a call has failed, so the count of the barrier must be reset
+  bool broken_ = false;         // by a final failure
+  uint64_t number_ = 0;         // from DeviceCalls::join()
 };
 
 }  // namespace moecomm::cuda

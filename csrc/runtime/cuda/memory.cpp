@@ -18,7 +18,7 @@ uint64_t capture_of(void* stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long id = 0;
   require(cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &id),
-          "asking whether a stream is captured");
+          "querying the capture of a stream");
   return status == cudaStreamCaptureStatusActive ? id : 0;
 }
 
@@ -33,7 +33,7 @@ BesideCaptures::~BesideCaptures() {
 }
 
 OnDevice::OnDevice(int device) {
-  require(cudaGetDevice(&before_), "asking for the current device");
+  require(cudaGetDevice(&before_), "querying the current device");
   if (before_ == device)
     before_ = -1;
   else
@@ -45,7 +45,7 @@ OnDevice::~OnDevice() {
 
 namespace {
 
-// On a stream of its own: the default one, or the whole device, may be busy with kernels that wait for this
+// Uses a new stream: the default stream, or the whole device, may be busy with kernels that wait for this
 // rank.
 void clear(void* p, uint64_t bytes) {
   cudaStream_t stream;
@@ -80,7 +80,7 @@ DeviceMemory::~DeviceMemory() {
   const BesideCaptures beside;
   int before = 0;
   if (cudaGetDevice(&before) != cudaSuccess || cudaSetDevice(device_) != cudaSuccess)
-    return;  // the driver is gone already
+    return;  // the driver has been shut down
   if (opened_)
     cudaIpcCloseMemHandle(data_);
   else
@@ -107,16 +107,20 @@ Pinned::~Pinned() {
   cudaFreeHost(data_);
 }
 
-Status take_fault(FaultRecord* faults, Status& broken) {
+Code reported(FaultRecord* record) {
+  return static_cast<Code>(std::atomic_ref(record->code).load(std::memory_order_acquire));
+}
+
+Status take_fault(std::initializer_list<FaultRecord*> records, Status& broken) {
   if (!broken.ok()) return broken;
-  for (FaultRecord* record : {faults + 1, faults}) {
-    auto& code = *reinterpret_cast<std::atomic<uint64_t>*>(&record->code);
-    if (code.load(std::memory_order_acquire) == 0) continue;
+  for (FaultRecord* record : {records.begin()[1], records.begin()[0]}) {
+    if (!record || reported(record) == Code::ok) continue;
+    std::atomic_ref code(record->code);
     const Status s = record->status;
     if (is_final(s))
       broken = s;
     else
-      code.store(0, std::memory_order_release);  // a kernel may write the next one from here on
+      code.store(0, std::memory_order_release);  // from here on a kernel may write the next record
     return s;
   }
   return {};

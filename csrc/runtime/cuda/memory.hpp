@@ -2,6 +2,7 @@
 // kernels write).
 #pragma once
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <string>
 
@@ -9,15 +10,15 @@
 
 namespace moecomm::cuda {
 
-// Throws std::runtime_error with CUDA's own words.
+// Throws std::runtime_error with CUDA's error text, if there is an error.
 void require(int error, const char* what);
 
-// The capture that a stream is part of, 0: none.
+// The capture that a stream is part of; 0: none.
 uint64_t capture_of(void* stream);
 
-// Other threads may be capturing graphs; the calls of this thread have no part in them. Without this, calls
-// that a capture must not see (an allocation, a question to a stream) are refused here and end the other
-// thread's capture.
+// Keeps this thread's CUDA calls out of graph captures of other threads. Without it, calls that are not
+// allowed during a capture (an allocation, a stream query) fail here and invalidate the capture of the other
+// thread.
 class BesideCaptures {
  public:
   BesideCaptures();
@@ -29,7 +30,7 @@ class BesideCaptures {
   int mode_;
 };
 
-// Makes a device current for a scope, beside captures.
+// Makes a device current for a scope, outside of captures.
 class OnDevice {
  public:
   explicit OnDevice(int device);
@@ -37,16 +38,16 @@ class OnDevice {
 
  private:
   BesideCaptures beside_;
-  int before_;  // -1: it was current already
+  int before_;  // the previous device; -1: it was current already
 };
 
-// Making memory waits for nothing but itself: kernels of other ranks may run on this device and wait for this
+// Allocation never waits for other work on the device: kernels of other ranks may run on it and wait for this
 // rank.
 class DeviceMemory {
  public:
   static std::shared_ptr<DeviceMemory> create(int device, uint64_t bytes);  // zero-filled
-  static std::shared_ptr<DeviceMemory> open(
-      int device, const std::string& handle);  // another process's, by export_handle()
+  // The memory of another process; handle: from its export_handle().
+  static std::shared_ptr<DeviceMemory> open(int device, const std::string& handle);
   ~DeviceMemory();
   DeviceMemory(const DeviceMemory&) = delete;
   DeviceMemory& operator=(const DeviceMemory&) = delete;
@@ -64,10 +65,12 @@ class DeviceMemory {
   bool opened_;
 };
 
-// What kernels have reported: what is final first, and for ever; a refusal once.
-Status take_fault(FaultRecord* faults, Status& broken);
+// The failure that kernels have reported in the records of DeviceLinks. A final failure comes first and is
+// returned by every call; another failure is returned once.
+Status take_fault(std::initializer_list<FaultRecord*> records, Status& broken);
+Code reported(FaultRecord* record);
 
-// Zero-filled; every device sees it at the same address.
+// Zero-filled host memory that every device can access at the same address.
 class Pinned {
  public:
   explicit Pinned(uint64_t bytes);

@@ -14,9 +14,9 @@
 namespace moecomm::cuda {
 namespace {
 
-constexpr int kContexts = 16;  // streams that a network keeps apart; a wish
+constexpr int kContexts = 16;  // requested number of independent streams of a network
 
-// What is called of libnccl, by its headers' types.
+// The functions of libnccl that are used, with the types of its headers.
 class Library {
  public:
   explicit Library(const std::string& path) {
@@ -61,8 +61,8 @@ class Library {
   decltype(&ncclDevCommDestroy) destroy_network;
 };
 
-// A communicator. The ranks that load and store each other's windows are its LSA team: a run of consecutive
-// ranks.
+// An NCCL communicator. Its LSA team is the consecutive ranks that access each other's windows by loads and
+// stores.
 class NcclReach final : public DeviceReach, public std::enable_shared_from_this<NcclReach> {
  public:
   NcclReach(const std::string& library, const Geometry& geometry, int device, const std::string& unique_id)
@@ -81,8 +81,8 @@ class NcclReach final : public DeviceReach, public std::enable_shared_from_this<
     for (int n = 0; n < geometry.nodes(); ++n) by_memory_ &= lsa_index(geometry.rail_rank(n)) >= 0;
     if (!by_memory_) choose_network();
   }
-  // The order that NCCL wants: networks, then the windows that they know, then memory. Nothing of it waits
-  // for another rank: abort() is local, unlike a farewell, and ends the windows that are left.
+  // NCCL requires this order: networks, then the windows that they use, then memory. None of it waits for
+  // another rank: abort() is local, unlike a regular destruction, and also ends the remaining windows.
   ~NcclReach() override {
     for (auto& network : networks_)
       if (network && comm_) library.destroy_network(comm_, &*network);
@@ -94,6 +94,9 @@ class NcclReach final : public DeviceReach, public std::enable_shared_from_this<
   const Kernels& kernels() const override { return by_memory_ ? loopback_kernels() : gin_kernels(); }
   const DecodeKernels& decode_kernels() const override {
     return by_memory_ ? loopback_decode_kernels() : gin_decode_kernels();
+  }
+  const DomainKernels& domain_kernels() const override {
+    return by_memory_ ? loopback_domain_kernels() : gin_domain_kernels();
   }
   std::string rail() const override {
     return by_memory_ ? "memory" : type_ == NCCL_GIN_TYPE_GDAKI ? "NCCL GIN (IBGDA)" : "NCCL GIN (proxy)";
@@ -122,8 +125,8 @@ class NcclReach final : public DeviceReach, public std::enable_shared_from_this<
     }
   }
   int number_window() { return windows_++; }
-  // Of a window that has ended. NCCL places windows equally on all ranks as long as all register and give up
-  // the same ones in the same order; ranks close their buffers when they like.
+  // Retires a window. NCCL places windows at the same offset on all ranks only if all ranks register and
+  // deregister the same windows in the same order, but ranks may close their buffers in any order.
   void retire(int number, ncclWindow_t window, char* data) {
     std::lock_guard lock(mutex_);
     retired_[number] = {window, data};
@@ -131,7 +134,7 @@ class NcclReach final : public DeviceReach, public std::enable_shared_from_this<
 
   ncclComm_t comm() const { return comm_; }
   bool by_memory() const { return by_memory_; }
-  // A rank's place in the LSA team, -1: not in it.
+  // A rank's index in the LSA team; -1: not in it.
   int lsa_index(int rank) const {
     const int away = rank - geometry.rank, index = lsa_.rank + away / lsa_.stride;
     return away % lsa_.stride == 0 && index >= 0 && index < lsa_.nRanks ? index : -1;
@@ -143,7 +146,8 @@ class NcclReach final : public DeviceReach, public std::enable_shared_from_this<
     ncclDevCommRequirements wanted = NCCL_DEV_COMM_REQUIREMENTS_INITIALIZER;
     wanted.ginContextCount = kContexts;
     wanted.ginType = type_;
-    // NCCL's own rails join ranks of the same place in the LSA teams: ours, where a node is a team.
+    // NCCL's rails connect ranks with the same index in their LSA teams. They are moecomm's rails if a node
+    // is a team.
     wanted.ginConnectionType = peers == Peers::rail && lsa_.nRanks == geometry.ranks_per_node
                                    ? NCCL_GIN_CONNECTION_RAIL
                                    : NCCL_GIN_CONNECTION_FULL;
@@ -160,7 +164,7 @@ class NcclReach final : public DeviceReach, public std::enable_shared_from_this<
  private:
   void choose_network() {
     ncclCommProperties p = NCCL_COMM_PROPERTIES_INITIALIZER;
-    library.require(library.properties(comm_, &p), "asking for its properties");
+    library.require(library.properties(comm_, &p), "querying the communicator's properties");
     const bool any =
         p.deviceApiSupport && (p.ginType != NCCL_GIN_TYPE_NONE || p.railedGinType != NCCL_GIN_TYPE_NONE);
     if (any && p.ginSupport[NCCL_GIN_TYPE_GDAKI])
@@ -185,7 +189,7 @@ class NcclReach final : public DeviceReach, public std::enable_shared_from_this<
     char* data;
   };
   std::map<int, Retired> retired_;
-  int windows_ = 0;  // registered so far
+  int windows_ = 0;  // number of windows registered so far
   mutable std::mutex mutex_;
 };
 
@@ -243,7 +247,7 @@ class NcclWindow final : public DeviceWindow {
   std::shared_ptr<NcclReach> reach_;
   Peers peers_;
   ncclWindow_t window_ = nullptr;
-  int number_ = -1;  // among the registered ones
+  int number_ = -1;  // its number among the registered windows
   std::shared_ptr<DeviceMemory> network_;
 };
 

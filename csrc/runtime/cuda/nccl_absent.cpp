@@ -1,4 +1,4 @@
-// In builds that found no headers of NCCL.
+// Replaces nccl.cpp in builds without NCCL's headers.
 #include <stdexcept>
 
 #include "runtime/cuda/nccl.hpp"

@@ -10,14 +10,6 @@
 
 namespace moecomm::cuda {
 
-void DeviceWindow::tell(int rank, uint64_t offset, FaultWord word, void* stream) {
-  char* there = at(rank);
-  if (there && !capture_of(stream))
-    require(cudaMemcpyAsync(there + offset, &word, sizeof(word), cudaMemcpyHostToDevice,
-                            static_cast<cudaStream_t>(stream)),
-            "telling a failure");
-}
-
 Status DeviceWindow::start_together(void* stream, double seconds, const std::function<void()>& start) {
   const bool runs = capture_of(stream) == 0;
   if (runs) MOE_TRY(meet(seconds));
@@ -72,7 +64,12 @@ class ThreadWindow final : public MappedWindow {
     for (const std::string& card : cards) all_.push_back(*read(card).meetings);
   }
 
-  void leave() override { *meetings_ = uint64_t{1} << 63; }  // as if it had come to all that there will be
+  void continue_without(const std::vector<uint8_t>& masked, uint64_t time) override {
+    masked_ = masked;
+    late_ = false;
+    *meetings_ = (uint64_t{1} << 63) + (time << 40);  // equal on all remaining ranks, and higher than before
+  }
+  void leave() override { *meetings_ = uint64_t{1} << 63; }  // as if it had come to all future barriers
 
  private:
   struct Card {
@@ -82,7 +79,7 @@ class ThreadWindow final : public MappedWindow {
   };
   static Card read(const std::string& card) {
     Card c;
-    if (card.size() != sizeof(c)) throw std::invalid_argument("a peer's card has another size");
+    if (card.size() != sizeof(c)) throw std::invalid_argument("a peer's card has the wrong size");
     std::memcpy(&c, card.data(), sizeof(c));
     return c;
   }
@@ -92,7 +89,7 @@ class ThreadWindow final : public MappedWindow {
                                                             std::chrono::duration<double>(seconds));
     const uint64_t round = meetings_->fetch_add(1) + 1;
     for (size_t rank = 0; rank < all_.size() && !late_; ++rank)
-      while (all_[rank]->load() < round && !late_) {
+      while (!(rank < masked_.size() && masked_[rank]) && all_[rank]->load() < round && !late_) {
         if (abandoned_->load())
           return {Code::lost, Phase::none, static_cast<int32_t>(rank), 0, round, all_[rank]->load()};
         const auto now = Clock::now();
@@ -105,19 +102,20 @@ class ThreadWindow final : public MappedWindow {
     return {};
   }
 
-  std::shared_ptr<Counter> meetings_ = std::make_shared<Counter>(0);  // that this rank has come to
-  std::vector<std::shared_ptr<Counter>> all_;                         // every rank's
+  std::shared_ptr<Counter> meetings_ = std::make_shared<Counter>(0);  // barriers that this rank has come to
+  std::vector<std::shared_ptr<Counter>> all_;                         // the counters of all ranks
+  std::vector<uint8_t> masked_;  // by rank, not 0: masked, and not waited for
   std::shared_ptr<std::atomic<bool>> abandoned_;
-  bool late_ = false;  // a rank has not come: this one does not wait again
+  bool late_ = false;  // a rank did not come in time: do not wait again
   char* map(const std::string& card) override {
     const Card c = read(card);
     if (c.device != device_) {
       const OnDevice on(device_);
       const cudaError_t e = cudaDeviceEnablePeerAccess(c.device, 0);
       if (e == cudaErrorPeerAccessAlreadyEnabled)
-        cudaGetLastError();  // forget it
+        cudaGetLastError();  // clears it
       else
-        require(e, "reaching a peer's GPU");
+        require(e, "enabling access to a peer's GPU");
     }
     return c.data;
   }
@@ -125,7 +123,7 @@ class ThreadWindow final : public MappedWindow {
 
 class IpcWindow final : public MappedWindow {
  public:
-  // Whole 2 MiB: the driver shares memory by these, whatever else lies in them.
+  // A multiple of 2 MiB: the driver shares memory in such units, together with other data in them.
   IpcWindow(int device, uint64_t bytes) : MappedWindow(device, align_up(bytes, uint64_t{2} << 20)) {}
   std::string card() const override { return memory_->export_handle(); }
 
@@ -165,7 +163,7 @@ class IpcReach final : public DeviceReach {
 
 namespace {
 
-// Whole 2 MiB, as windows are.
+// 2 MiB, because windows are multiples of it.
 class Sample final : public IpcSample {
  public:
   explicit Sample(int device) : device_(device), memory_(DeviceMemory::create(device, uint64_t{2} << 20)) {
@@ -203,14 +201,5 @@ std::shared_ptr<IpcSample> ipc_sample(int device) { return std::make_shared<Samp
 
 std::shared_ptr<DeviceReach> reach_threads(int device) { return std::make_shared<ThreadReach>(device); }
 std::shared_ptr<DeviceReach> reach_processes(int device) { return std::make_shared<IpcReach>(device); }
-
-DeviceBlock::DeviceBlock(std::shared_ptr<DeviceWindow> window, std::shared_ptr<Arena> arena, uint64_t offset,
-                         uint64_t bytes)
-    : window_(std::move(window)), arena_(std::move(arena)), offset_(offset), bytes_(bytes) {
-  arena_->take(offset, bytes);
-}
-DeviceBlock::~DeviceBlock() {
-  if (bytes_) arena_->release(offset_);
-}
 
 }  // namespace moecomm::cuda

@@ -1,6 +1,6 @@
-// DeviceWindow: a rank's symmetric memory on its GPU (its node window, then its rail region), and where that
-// of its peers lies. DeviceReach: how the ranks of a communicator reach each other, by which windows come to
-// be.
+// DeviceWindow: a rank's symmetric memory on its GPU (its node window, then its rail region), and the
+// addresses of its peers' windows. DeviceReach: how the ranks of a communicator access each other's memory.
+// It makes the windows.
 //
 //   threads   ranks of one process: by pointer
 //   ipc       processes of one host: CUDA IPC
@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "runtime/cuda/kernels/decode_launch.hpp"
+#include "runtime/cuda/kernels/domain_launch.hpp"
 #include "runtime/cuda/kernels/launch.hpp"
 #include "runtime/cuda/memory.hpp"
 #include "runtime/memory.hpp"
@@ -27,34 +28,34 @@ class DeviceWindow {
   char* data() const { return data_; }
   uint64_t bytes() const { return bytes_; }
 
-  // Collective: exchange cards, then connect. Peers are rank by rank as the cards are; `rank` is this one.
+  // Collective: exchange cards, then connect(). The cards are those of all peers in order; `rank` is this
+  // rank's index among them.
   virtual std::string card() const = 0;
   virtual void connect(int rank, const std::vector<std::string>& cards) = 0;
-  // After connect(): where a rank's window lies here, null where loads and stores do not reach it.
+  // After connect(): the local address of a rank's window; null if loads and stores cannot reach it.
   virtual char* at(int rank) = 0;
-  // What rail kernels find their network by, in device memory; null for kernels that need none.
+  // The network for rail kernels, in device memory; null if they need none.
   virtual const void* network() const { return nullptr; }
 
-  // start() enqueues a kernel that waits for the same one of every other rank. Rank threads of one process
-  // share a device's context, where allocations, frees, the loading of a kernel or a full queue of the
-  // hardware may wait for whatever runs; so they start together: none before all are ready, and none goes on
-  // before all have started. A rank that does not come within `seconds` is left to the kernels, which
-  // name it. Nothing of this where a graph is captured.
+  // start() enqueues a kernel that waits for the same kernel of every other rank. Rank threads of one process
+  // share a device context, in which an allocation, a free, the loading of a kernel or a full hardware queue
+  // may wait for a running kernel. So they start together: none before all are ready, and none continues
+  // before all have started. If a rank does not come within `seconds`, the kernels start anyway and report
+  // it. During a capture the ranks do not wait for each other.
   Status start_together(void* stream, double seconds, const std::function<void()>& start);
-  void tell(int rank, uint64_t offset, FaultWord word,
-            void* stream);  // into its memory, where stores reach it; not while a graph is captured
-  virtual void leave() {}   // this rank starts nothing here any more: nobody waits for it
+  virtual void leave() {}  // this rank starts no further kernel, so no rank waits for it
+  // Continues without masked ranks (by rank, not 0: masked). time: how often this has been called.
+  virtual void continue_without(const std::vector<uint8_t>&, uint64_t) {}
 
  protected:
   DeviceWindow() = default;
-  virtual Status meet(double) {
-    return {};
-  }  // of the hosts of rank threads; a Status where they have been told to give up
+  // A barrier of rank threads on the host. Returns a failure after abort().
+  virtual Status meet(double) { return {}; }
   char* data_ = nullptr;
   uint64_t bytes_ = 0;
 };
 
-enum class Peers { rail, world };  // whom a window's puts name by index: one rank per node, or every rank
+enum class Peers { rail, world };  // the peers of put() by index: the ranks of the rail, or all ranks
 
 class DeviceReach {
  public:
@@ -63,45 +64,32 @@ class DeviceReach {
                                                Peers peers = Peers::rail) = 0;  // zero-filled; local
   virtual const Kernels& kernels() const { return loopback_kernels(); }
   virtual const DecodeKernels& decode_kernels() const { return loopback_decode_kernels(); }
-  virtual std::string rail() const { return "memory"; }  // what carries rows between nodes
-  // Windows that are gone here, by numbers that are equal on all ranks; their memory is kept until release()
-  // of those that are gone on every rank, or until this object ends.
+  virtual const DomainKernels& domain_kernels() const { return loopback_domain_kernels(); }
+  virtual std::string rail() const { return "memory"; }  // how rows cross nodes, for users
+  // Windows that this rank has closed, by numbers that are equal on all ranks. Their memory is kept until
+  // release(), which is called with those that all ranks have closed, or until this object is destroyed.
   virtual std::vector<int> retired() const { return {}; }
   virtual void release(const std::vector<int>&) {}
-  virtual void abort() {
-  }  // from any thread: ends waits for peers on the host; no window can be made any more
+  // May be called on any thread: ends waits for peers on the host. No window can be made afterwards.
+  virtual void abort() {}
 };
 
 std::shared_ptr<DeviceReach> reach_threads(int device);
 std::shared_ptr<DeviceReach> reach_processes(int device);
 
-// Memory to try CUDA IPC with: a GPU's memory may be exported and yet not opened by a process that does not
-// see that GPU.
+// A sample of memory to test CUDA IPC: memory that a GPU can export may still not open in a process that
+// cannot see that GPU.
 class IpcSample {
  public:
   virtual ~IpcSample() = default;
-  virtual std::string handle() const = 0;  // for another process; empty where this GPU exports nothing
-  virtual bool opens(const std::string& handle) const = 0;  // another process's
+  virtual std::string handle() const = 0;  // for another process; empty if this GPU cannot export memory
+  virtual bool opens(
+      const std::string& handle) const = 0;  // whether the handle of another process opens here
 };
 std::shared_ptr<IpcSample> ipc_sample(int device);
 
-// As Block, in a window on a GPU. A piece that is released may be taken by the next call at once: its users
-// must have been enqueued on the stream of that call, or have finished.
-class DeviceBlock {
- public:
-  DeviceBlock(std::shared_ptr<DeviceWindow> window, std::shared_ptr<Arena> arena, uint64_t offset,
-              uint64_t bytes);
-  ~DeviceBlock();
-  DeviceBlock(const DeviceBlock&) = delete;
-  DeviceBlock& operator=(const DeviceBlock&) = delete;
-  char* data() const { return window_->data() + offset_; }
-  uint64_t offset() const { return offset_; }
-  uint64_t bytes() const { return bytes_; }
-
- private:
-  std::shared_ptr<DeviceWindow> window_;
-  std::shared_ptr<Arena> arena_;
-  uint64_t offset_, bytes_;
-};
+// A released block may be reused by the next call at once. So its users must have been enqueued on the stream
+// of that call, or must have finished.
+using DeviceBlock = HeldPart<DeviceWindow>;
 
 }  // namespace moecomm::cuda

@@ -1,5 +1,5 @@
-// The roles that one rank runs side by side: what warps are in a kernel, fibers here. Milestone and Crew are
-// what they meet at inside the rank; what passes between ranks is the Fabric's business.
+// Concurrent roles of one rank: fibers here, warps in a kernel. Milestone and Crew synchronize them inside
+// the rank; the Fabric handles everything between ranks.
 #pragma once
 #include <memory>
 #include <vector>
@@ -9,12 +9,12 @@
 
 namespace moecomm {
 
-// A number that only grows, and roles that wait for it. They may be ahead of the clock, or behind whoever
-// opened it.
+// A number that only grows, and the roles that wait for it. A waiting role may be ahead of the clock, or
+// behind the role that opened the milestone.
 class Milestone {
  public:
   explicit Milestone(SimNet& net) : net_(net) {}
-  // Calls come in the order of time.
+  // Calls must be in the order of time.
   void open(uint64_t reached) {
     const Time now = net_.fibers().now();
     if (times_.size() < reached) times_.resize(reached, now);
@@ -29,7 +29,7 @@ class Milestone {
       }
     }
   }
-  // False: nobody could go on, and the caller was told to give up (only where it may).
+  // Returns false only with may_give_up, if there was a deadlock and the wait was given up.
   bool wait(uint64_t until, bool may_give_up = false) {
     Fibers& fibers = net_.fibers();
     if (times_.size() >= until) {
@@ -50,7 +50,7 @@ class Milestone {
     Time since;
   };
   SimNet& net_;
-  std::vector<Time> times_;  // when n was reached, at n - 1
+  std::vector<Time> times_;  // at n - 1: the time at which n was reached
   std::vector<Waiting> waiting_;
 };
 
@@ -58,14 +58,14 @@ class Crew {
  public:
   Crew(SimNet& net, int rank) : net_(net), rank_(rank), puts_(net.size()) {}
 
-  // `role` returns a Status. Returns the member's number.
+  // Starts role(), which returns a Status. Returns the number of the member.
   template <class R>
   int start(const char* name, int channel, R role) {
     const int number = static_cast<int>(members_.size());
     members_.push_back(std::make_unique<Member>(net_));
     net_.start(rank_, name, channel, channel, [this, member = members_.back().get(), role] {
       member->status = role();
-      net_.settle();
+      net_.finish_rows();
       stores_ = std::max(stores_, net_.role().stores);
       puts_.add(net_.role().puts);
       member->ended.open(1);
@@ -76,11 +76,11 @@ class Crew {
     return number;
   }
 
-  // From another role of the rank: what the member wrote is seen afterwards.
+  // Called by another role of the rank: afterwards the member's writes are visible to it.
   void wait_for(int member) { members_[member]->ended.wait(1); }
 
-  // All members have ended: what they wrote and put comes before the caller's next signal. The first failure,
-  // if any.
+  // Waits until all members have ended. Their writes and puts are ordered before the caller's next signal.
+  // Returns the first failure, if any.
   Status join() {
     Fibers& fibers = net_.fibers();
     if (count_ == members_.size()) {
@@ -106,11 +106,11 @@ class Crew {
   SimNet& net_;
   int rank_;
   std::vector<std::unique_ptr<Member>> members_;
-  uint64_t count_ = 0;  // that have ended
-  Time stores_ = 0;     // theirs
+  uint64_t count_ = 0;  // members that have ended
+  Time stores_ = 0;     // when their stores are visible
   PutTimes puts_;
   Time last_end_ = 0;
-  int joiner_ = -1;  // a fiber
+  int joiner_ = -1;  // the fiber in join()
   Time since_ = 0;
 };
 

@@ -1,120 +1,106 @@
-// SimDecode: one simulated rank's decode state. Keeps the rules (A) and (B) of protocol/decode.hpp, as the
-// cpu world's Decode does, so a program may leave out a receive phase or a combine.
+// SimDecode: the decode state of one simulated rank. It uses session/turns.hpp, so a program may leave out a
+// receive phase or a combine.
 #pragma once
 #include <memory>
 #include <vector>
 
 #include "runtime/sim/decode_run.hpp"
+#include "runtime/sim/rules.hpp"
+#include "session/decode_arguments.hpp"
+#include "session/turns.hpp"
 
 namespace moecomm {
 
-struct SimDecodeDispatch {
-  int32_t tokens = 0;
-  const int64_t* ids = nullptr;
-  const float* weights = nullptr;  // they travel, where given
-  const char* x = nullptr;
-  const char* scales = nullptr;
-  CallShape shape;
-  Why refused = Why::none;
-};
-
 class SimDecode {
  public:
-  enum class Stage { idle, sent, received, answered, done };
-  static constexpr int kSpace = 1;  // its memories among the net's spaces
+  static constexpr int kSpace = 1;  // index of its memory among the net's spaces
 
   SimDecode(SimNet& net, const DecodeView& view, int workers);
 
-  // As new. The tables are large and mostly untouched: without `poison` only what counts from 0 is cleared.
+  // Restores the initial state. The tables are large and mostly untouched, so without `poison` only the flags
+  // are cleared.
   void reset(bool poison);
 
-  template <class F>
-  Status dispatch(F f, const SimDecodeDispatch& call) {
-    MOE_TRY(in_step(receive(f, epoch_)));                  // rule A
-    if (epoch_ > 0) MOE_TRY(in_step(sum(f, epoch_ - 1)));  // rule B
-    DecodeTurn& t = begin(call);
-    DecodeSendArgs a;
-    a.d = view_;
-    a.turn = t;
-    a.ids64 = call.ids;
-    a.x = call.x;
-    a.scales = call.scales;
-    a.weights = call.weights;
-    a.refused = call.refused;
+  template <Fabric<Lane> F>
+  Status dispatch(F f, const DecodeDispatchCall& call) {
+    MOE_TRY(order_.before_dispatch([&](uint64_t e) { return in_step(receive(f, e)); },
+                                   [&](uint64_t e) { return in_step(sum(f, e)); }, rules_of(f)));
+    order_.open();
+    DecodeTurn& t = turn(order_.next());
+    open_turn(t, view_, order_.next(), call, rules_of(f));
+    const DecodeSendArgs a = make_decode_send_args(view(rules_of(f), Rule::mask_picks), t, call);
     MOE_TRY(sim_decode_send(net_, f, a, workers_));
-    stages_[t.parity()] = Stage::sent;
+    order_.sent();
     return {};
   }
 
-  // At once where it has been received already.
-  template <class F>
+  // Returns at once if it has been received already.
+  template <Fabric<Lane> F>
   Status receive(F f, uint64_t epoch) {
-    if (stage(epoch) != Stage::sent) return {};
-    const Status s = sim_decode_receive(net_, f, DecodeReceiveArgs{view_, turn(epoch)}, workers_);
-    stages_[epoch & 1] = !s.ok() ? Stage::idle : turn(epoch).refused() ? Stage::done : Stage::received;
+    if (stage(epoch) != DecodeStage::sent) return {};
+    const Status s = sim_decode_receive(
+        net_, f, make_decode_receive_args(view(rules_of(f), Rule::skip_masked), turn(epoch)), workers_);
+    order_.received(epoch, s.ok(), turn(epoch).refused());
     return s;
   }
 
-  // The experts' rows are in place.
-  template <class F>
-  Status combine(F f, uint64_t epoch, const float* weights, Wire wire, char* y, Why refused) {
+  // The experts' rows must be in place.
+  template <Fabric<Lane> F>
+  Status combine(F f, const DecodeCombineCall& call) {
+    const uint64_t epoch = call.epoch;
     DecodeTurn& t = turn(epoch);
-    refused_[epoch & 1] = refused;
+    DecodeAnswer& answer = answers_[epoch & 1] = make_decode_answer(t, call, rules_of(f));
     const int64_t picks = int64_t{t.tokens} * view_.shape.top_k;
-    for (int64_t i = 0; i < picks; ++i) t.weights[i] = weights ? weights[i] : 1.0f;
-    y_[epoch & 1] = y;
-    wire_[epoch & 1] = wire;
-    MOE_TRY(sim_decode_combine_send(net_, f,
-                                    DecodeCombineArgs{view_, t, mode_of(wire, t.weighted), wire,
-                                                      memory() + view_.rows(t.parity()), nullptr, refused},
-                                    workers_));
-    stages_[epoch & 1] = Stage::answered;
+    for (int64_t i = 0; i < picks; ++i) t.weights[i] = call.weights ? call.weights[i] : 1.0f;
+    MOE_TRY(
+        sim_decode_combine_send(net_, f, make_decode_combine_args(view_, t, answer, call.rows), workers_));
+    order_.answered(epoch);
     return {};
   }
 
-  template <class F>
+  template <Fabric<Lane> F>
   Status sum(F f, uint64_t epoch) {
-    if (stage(epoch) != Stage::answered) return {};
-    const DecodeTurn& t = turn(epoch);
-    const Wire wire = wire_[epoch & 1];
-    const Status s =
-        sim_decode_combine_receive(net_, f,
-                                   DecodeCombineArgs{view_, t, mode_of(wire, t.weighted), wire, nullptr,
-                                                     y_[epoch & 1], refused_[epoch & 1]},
-                                   workers_);
+    if (stage(epoch) != DecodeStage::answered) return {};
+    const DecodeCombineArgs a = make_decode_combine_args(view_, turn(epoch), answers_[epoch & 1], nullptr);
+    const Status s = sim_decode_combine_receive(net_, f, a, workers_);
     net_.flush();
-    stages_[epoch & 1] = Stage::done;
+    order_.summed(epoch);
     return s;
   }
 
-  uint64_t epoch() const { return epoch_; }
-  Stage stage(uint64_t epoch) const {
-    return turns_[epoch & 1].epoch == epoch ? stages_[epoch & 1] : Stage::idle;
+  // No step of this rank may be running. latest: the highest epoch of all remaining ranks.
+  template <Fabric<Lane> F>
+  void mask(F f, const std::vector<uint8_t>& masked, uint64_t latest) {
+    masked_ = masked;
+    view_.mask = masked_.data();
+    order_.drop();
+    if (rules_of(f).keeps(Rule::move_epoch)) order_.skip_to(latest);
   }
+
+  uint64_t epoch() const { return order_.latest(); }
+  DecodeStage stage(uint64_t epoch) const { return order_.stage(epoch); }
   DecodeTurn& turn(uint64_t epoch) { return turns_[epoch & 1]; }
   const DecodeView& view() const { return view_; }
   char* memory() const { return net_.window(kSpace, view_.geometry.rank); }
 
  private:
-  // As in the cpu world's Decode: how rows are coded, and whether weights travel.
-  template <class Code>
-  static int mode_of(Code code, bool weighted) {
-    return static_cast<int>(code) | (weighted ? 4 : 0);
+  // The view, without the mask if a mutant leaves out the rule.
+  template <SessionRules R>
+  DecodeView view(R rules, Rule rule) const {
+    DecodeView d = view_;
+    if (!rules.keeps(rule)) d.mask = nullptr;
+    return d;
   }
-  static Status in_step(const Status& s) { return keeps_step(s) ? Status{} : s; }  // as there, too
-  DecodeTurn& begin(const SimDecodeDispatch& call);
 
   SimNet& net_;
   DecodeView view_;
+  std::vector<uint8_t> masked_;
   int workers_;
-  uint64_t epoch_ = 0;
+  DecodeTurns order_;
   DecodeTurn turns_[2];
-  Stage stages_[2] = {};
   std::unique_ptr<char[]> tables_[2];
   uint64_t table_bytes_;
-  char* y_[2] = {};
-  Wire wire_[2] = {};
-  Why refused_[2] = {};  // combines, by this rank
+  DecodeAnswer answers_[2] = {};
 };
 
 }  // namespace moecomm

@@ -1,5 +1,5 @@
-// Decode's four phases in the sim world: slices of the tokens, or sources, side by side on the rank's
-// workers; without workers, one lane does everything as in the cpu world.
+// Decode's four phases in the sim world. The rank's workers process slices of the tokens, or sources,
+// concurrently. Without workers, one lane runs all roles as in the cpu world.
 #pragma once
 #include "exec/lane.hpp"
 #include "protocol/decode_answer.hpp"
@@ -12,7 +12,7 @@
 
 namespace moecomm {
 
-template <class F>
+template <Fabric<Lane> F>
 Status sim_decode_send(SimNet& net, F f, const DecodeSendArgs& a, int workers) {
   constexpr Lane g;
   net.spend(net.hardware().launch);
@@ -32,10 +32,10 @@ Status sim_decode_send(SimNet& net, F f, const DecodeSendArgs& a, int workers) {
   });
 }
 
-// Headers lie with those who sent them, all over the caches: they are fetched while earlier ones are read.
-template <class F>
+// Prefetches the headers of messages. They are in the senders' memory, so reading them would miss the caches.
+template <Fabric<Lane> F>
 void expect_messages(F f, const DecodeReceiveArgs& a, int source) {
-  constexpr int kMost = 4;  // of a source
+  constexpr int kMost = 4;  // headers of a source
   if (source >= a.d.geometry.size || a.d.near(source)) return;
   for (int slot = 0; slot < kMost && slot < a.d.shape.max_tokens; ++slot) {
     const DecodeHeader* header = detail::decode_message(f, a.d, a.turn, source, slot, 0);
@@ -45,7 +45,7 @@ void expect_messages(F f, const DecodeReceiveArgs& a, int source) {
 }
 
 // The rank's main fiber accepts the sources in ascending order; workers pack what has been accepted.
-template <class F>
+template <Fabric<Lane> F>
 Status sim_decode_receive(SimNet& net, F f, const DecodeReceiveArgs& a, int workers) {
   constexpr Lane g;
   const int size = a.d.geometry.size;
@@ -83,7 +83,7 @@ Status sim_decode_receive(SimNet& net, F f, const DecodeReceiveArgs& a, int work
   return found;
 }
 
-template <class F>
+template <Fabric<Lane> F>
 Status sim_decode_combine_send(SimNet& net, F f, const DecodeCombineArgs& a, int workers) {
   constexpr Lane g;
   const int size = a.d.geometry.size;
@@ -102,7 +102,7 @@ Status sim_decode_combine_send(SimNet& net, F f, const DecodeCombineArgs& a, int
   return crew.join();
 }
 
-template <class F>
+template <Fabric<Lane> F>
 Status sim_decode_combine_receive(SimNet& net, F f, const DecodeCombineArgs& a, int workers) {
   constexpr Lane g;
   if (workers == 0) return run_decode_combine_receive(g, f, a);

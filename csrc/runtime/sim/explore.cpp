@@ -35,16 +35,16 @@ Finding explore(SimCluster& cluster, const std::vector<SimCall>& program, const 
   constexpr uint64_t kNoLimit = ~uint64_t{0};
   cluster.reset({});
   const std::vector<SimResult> want = cluster.run(program);
-  // A flawed protocol that reads poison as an index would crash instead of being found.
+  // With poison, a mutant that uses it as an index would crash instead of being found.
   const auto attempt = [&](uint64_t seed, uint64_t budget) {
-    cluster.reset(Chaos(seed, budget), 0, mutation.flaw == Flaw::none && seed % 2 ? SimNet::kPoison : 0);
+    cluster.reset(Chaos(seed, budget), 0, mutation.mutant == Mutant::none && seed % 2 ? SimNet::kPoison : 0);
     return compare(cluster, cluster.run(program, mutation), want);
   };
   Finding f;
   for (uint64_t seed = first_seed; seed < first_seed + count; ++seed) {
     ++f.schedules;
     if (!attempt(seed, kNoLimit).found) continue;
-    // The fewest perturbations that still fail: halve while that works, then one by one.
+    // Finds a small number of perturbations with which it still fails, in steps that are halved.
     uint64_t budget = cluster.net().chaos().drawn();
     for (uint64_t step = budget / 2; step > 0;) {
       if (budget >= step && attempt(seed, budget - step).found)

@@ -1,6 +1,6 @@
-// One rank's calls in the sim world: every role a fiber of its own, all channels at once, as the warps of
-// a GPU would run them. What the roles leave open, this world leaves open too, so that schedules that
-// only a GPU would meet are met here.
+// One rank's calls in the sim world. Every role is a fiber, and all channels run concurrently, like the warps
+// of a GPU. The order that roles leave open is open here too, so that exploration includes schedules that
+// otherwise occur only on a GPU.
 #pragma once
 #include "exec/lane.hpp"
 #include "protocol/combine.hpp"
@@ -11,8 +11,8 @@
 
 namespace moecomm {
 
-// Part of a call that the rank's main fiber runs itself, under its own name in the log. Roles have the names
-// that the cpu world's timeline gives them.
+// Runs a part of a call on the rank's main fiber, with a name for the log. Roles have the same names as in
+// the cpu world's timeline.
 template <class Part>
 auto sim_part(SimNet& net, const char* name, Part part) {
   Role& r = net.role();
@@ -20,26 +20,26 @@ auto sim_part(SimNet& net, const char* name, Part part) {
   const Time begin = net.fibers().now();
   r.name = name;
   const auto result = part();
-  net.log({begin, net.fibers().now(), Did::role, Phase::none, r.rank, r.channel, -1, name, 0, 0});
+  net.log({begin, net.fibers().now(), LogKind::role, Phase::none, r.rank, r.channel, -1, name, 0, 0});
   r.name = caller;
   return result;
 }
 
-// The cpu world's order of roles, on the clock.
-template <class F>
+// The order of roles of the cpu world, on the virtual clock.
+template <Fabric<Lane> F>
 Status lane_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer) {
   net.spend(net.hardware().launch);
   if (!a.cached) net.spend(net.hardware().plan_token * a.plan.tokens);
   return run_dispatch(Lane{}, f, a, offer);
 }
 
-template <class F, class Chooser>
+template <Fabric<Lane> F, class Chooser>
 Status lane_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer, Chooser& chooser) {
   net.spend(net.hardware().launch + net.hardware().plan_token * a.plan.tokens);
   return run_dispatch(Lane{}, f, a, offer, chooser);
 }
 
-template <class F>
+template <Fabric<Lane> F>
 Status lane_combine(SimNet& net, F f, const CombineArgs& a) {
   net.spend(net.hardware().launch);
   return run_combine(Lane{}, f, a);
@@ -47,8 +47,8 @@ Status lane_combine(SimNet& net, F f, const CombineArgs& a) {
 
 namespace detail {
 
-// As the cpu world's move_rows.
-template <class F, class Tables>
+// Like move_rows of the cpu world.
+template <Fabric<Lane> F, class Tables>
 Status sim_move_rows(SimNet& net, F f, const DispatchArgs& a, bool sends, Tables tables) {
   constexpr Lane g;
   const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
@@ -68,7 +68,7 @@ Status sim_move_rows(SimNet& net, F f, const DispatchArgs& a, bool sends, Tables
   if (placed.ok()) {
     for (int c = 0; c < channels; ++c)
       crew.start("forward", c, [&, c] {
-        // A node sends to the one behind it first: its predecessor's rows come first.
+        // A node first sends to the next node, so the rows of the previous node are the first to arrive.
         for (int step = 1; step < nodes; ++step) MOE_TRY(forward(g, f, a, (own + nodes - step) % nodes, c));
         if (sends) crew.wait_for(sent[c]);  // it wrote the metadata of this rank's node
         return forward(g, f, a, own, c);
@@ -85,7 +85,7 @@ Status sim_move_rows(SimNet& net, F f, const DispatchArgs& a, bool sends, Tables
 
 }  // namespace detail
 
-template <class F>
+template <Fabric<Lane> F>
 Status sim_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer) {
   constexpr Lane g;
   net.spend(net.hardware().launch);
@@ -107,7 +107,7 @@ Status sim_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer) {
   return bad.ok() || is_final(s) ? s : bad;
 }
 
-template <class F, class Chooser>
+template <Fabric<Lane> F, class Chooser>
 Status sim_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer, Chooser& chooser) {
   net.spend(net.hardware().launch + net.hardware().plan_token * a.plan.tokens);
   return run_dispatch(Lane{}, f, a, offer, chooser, [&](const DispatchArgs& chosen, bool sends, auto tables) {
@@ -115,7 +115,7 @@ Status sim_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer, Choose
   });
 }
 
-template <class F>
+template <Fabric<Lane> F>
 Status sim_combine(SimNet& net, F f, const CombineArgs& a) {
   constexpr Lane g;
   const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;

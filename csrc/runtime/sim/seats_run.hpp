@@ -1,4 +1,4 @@
-// A rank's calls as the cuda world runs them (schedule/seats.hpp): seats and gates, on the clock.
+// A rank's calls with the schedule of the cuda world (schedule/seats.hpp), on the virtual clock.
 #pragma once
 #include <array>
 
@@ -8,7 +8,8 @@
 
 namespace moecomm {
 
-// One call's gates. What a group did before it arrived comes before the signals of those that waited.
+// The gates of one call. The actions of a group before it arrives are ordered before the signals of groups
+// that waited for the gate.
 struct SimGates {
   struct State {
     Milestone reached;
@@ -19,7 +20,7 @@ struct SimGates {
   SimNet* net;
   std::vector<std::unique_ptr<State>>* states;
 
-  template <class G>
+  template <Group G>
   void arrive(G, Gate gate) const {
     State& s = *(*states)[static_cast<int>(gate)];
     net->fibers().meet();  // groups arrive in the order of time
@@ -27,7 +28,7 @@ struct SimGates {
     s.puts.add(net->role().puts);
     s.reached.open(++s.count);
   }
-  template <class G>
+  template <Group G>
   Status wait(G, Gate gate, int groups) const {
     State& s = *(*states)[static_cast<int>(gate)];
     if (!s.reached.wait(groups, true))
@@ -35,13 +36,15 @@ struct SimGates {
     net->role().comes_after(s.stores, s.puts);
     return {};
   }
-  template <class G>
+  template <Group G>
   bool open(G, Gate gate) const {
     return (*states)[static_cast<int>(gate)]->count > 0;
   }
+  template <Group G>
+  void note(G, const Status&) const {}  // its seat returns it
 };
 
-// run(gates, seat) on workers + 1 seats.
+// Runs run(gates, seat) on workers + 1 seats.
 template <class Run>
 Status run_seats(SimNet& net, int rank, int nodes, int workers, Run run) {
   std::vector<std::unique_ptr<SimGates::State>> states;
@@ -56,7 +59,7 @@ Status run_seats(SimNet& net, int rank, int nodes, int workers, Run run) {
   return crew.join();
 }
 
-template <class F>
+template <Fabric<Lane> F>
 Status seats_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer, int workers) {
   std::vector<int32_t> apart(uint64_t(a.b.shape.channels) * a.b.geometry.nodes() * a.b.count.ints);
   const DispatchWork work{a, offer, apart.data()};
@@ -66,7 +69,7 @@ Status seats_dispatch(SimNet& net, F f, const DispatchArgs& a, Offer offer, int 
   });
 }
 
-template <class F>
+template <Fabric<Lane> F>
 Status seats_combine(SimNet& net, F f, const CombineArgs& a, int workers) {
   net.spend(net.hardware().launch);
   return run_seats(net, a.b.geometry.rank, a.b.geometry.nodes(), workers,

@@ -9,6 +9,7 @@
 #include "runtime/sim/calls.hpp"
 #include "runtime/sim/run.hpp"
 #include "runtime/sim/seats_run.hpp"
+#include "session/arguments.hpp"
 
 namespace moecomm {
 namespace {
@@ -16,7 +17,7 @@ namespace {
 constexpr int kScribble = 0x3C;
 constexpr int kMain = 0;  // the space of dispatch and combine
 
-// Most sources have few messages for a rank: equal slots of all sources lie together.
+// Most sources have few messages for a rank, so the notes of equal slots of all sources are contiguous.
 DecodeView sim_decode_view(const Geometry& g, const Shape& s) {
   DecodeView d = make_decode_view(g, s, false);
   d.note_per_source = 1;
@@ -58,7 +59,7 @@ SimCluster::SimCluster(const SimConfig& config) : config_(config) {
   main.region_rows = first.rail.area_a;
   std::vector<SimSpace> spaces{main};
   if (config.decode) spaces.push_back(decode_space(sim_decode_view(world, config.shape)));
-  net_ = std::make_unique<SimNet>(world, spaces, config.hardware, config.num_sms, config.payload);
+  net_ = std::make_shared<SimNet>(world, spaces, config.hardware, config.num_sms, config.payload);
   ranks_.resize(config.size);
   for (int r = 0; r < config.size; ++r) {
     RankState& rank = ranks_[r];
@@ -75,7 +76,7 @@ void SimCluster::reset(const Chaos& chaos, double lead, int poison) {
   net_->reset(chaos, lead, poison);
   for (RankState& r : ranks_) {
     r.handles.clear();
-    r.arena = std::make_unique<Arena>(r.view.node.arena, r.view.node.arena + config_.shape.arena_bytes,
+    r.arena = std::make_shared<Arena>(r.view.node.arena, r.view.node.arena + config_.shape.arena_bytes,
                                       dispatch_bound(r.view.geometry, config_.shape));
     const uint64_t per_book = uint64_t(r.view.geometry.nodes()) * config_.shape.channels;
     r.book_counts.assign(2 * per_book, 0);
@@ -91,17 +92,12 @@ void SimCluster::reset(const Chaos& chaos, double lead, int poison) {
 const Plan* SimCluster::plan(int rank, int handle) const { return ranks_[rank].handles[handle].plan.get(); }
 uint64_t SimCluster::rows(int rank, int handle) const { return ranks_[rank].handles[handle].rows; }
 const char* SimCluster::block(int rank, int handle) const {
-  return net_->window(kMain, rank) + ranks_[rank].handles[handle].offset;
-}
-
-void SimCluster::release(RankState& r, Handle& handle) {
-  if (handle.held && handle.bytes) r.arena->release(handle.offset);
-  handle.held = false;
+  return net_->window(kMain, rank) + ranks_[rank].handles[handle].piece.offset;
 }
 
 // -- one rank's calls -----------------------------------------------------------------------------
 
-// A Chooser, and what mutants do when it is asked.
+// A Chooser with the faults of mutants.
 class SimCluster::WatchedChooser {
  public:
   WatchedChooser(Chooser& chooser, RankState& rank, const Mutation& mutation)
@@ -113,129 +109,105 @@ class SimCluster::WatchedChooser {
     chooser_.choose(picks_of);
     rank_.chosen = true;
     step();
-    if (mutation_.flaw == Flaw::other_half && rank_.view.geometry.rank == 0) ++rank_.book.blocks;
+    if (mutation_.mutant == Mutant::other_half && rank_.view.geometry.rank == 0) ++rank_.book.blocks;
   }
   void rows_to(int source, int32_t* rows) { chooser_.rows_to(source, rows); }
 
   const bool rows_follow;
 
  private:
+  // Makes every announcement, which counts `blocks` up, use the same half.
   void step() {
-    if (mutation_.flaw == Flaw::one_half) rank_.book.blocks |= 1;
-  }  // announce counts on
+    if (mutation_.mutant == Mutant::one_half) rank_.book.blocks |= 1;
+  }
 
   Chooser& chooser_;
   RankState& rank_;
   const Mutation& mutation_;
 };
 
-// The same for a call that chooses replicas; `choice` is null in one that does not.
-DispatchCall SimCluster::asked_of(int rank, const SimCall& call, CallShape shape) {
+// The arguments of a rank's dispatch. `choice` is null if the call does not choose replicas.
+DispatchCall SimCluster::call_of(int rank, const SimCall& call) {
   const SimPart& part = call.parts[rank];
-  DispatchCall asked;
-  if (!part.slots || part.refused != Why::none) return asked;
-  asked.ids64 = part.ids;
-  asked.tokens = part.tokens;
-  asked.shape = shape;
-  asked.choice = &choices_.at({call.mode, call.activate});
-  asked.slots = part.slots;
-  asked.counted = part.counted;
+  DispatchCall made;
+  made.ids64 = part.ids;
+  made.tokens = part.tokens;
+  made.weights = part.weights;
+  made.refused = part.refused;
+  made.x = part.x ? part.x : net_->private_memory(rank);
+  made.scales = !call.scales_given ? nullptr : part.scales ? part.scales : net_->private_memory(rank);
+  made.shape = call.shape;
+  made.shape.routing = part.routing;
+  if (!part.slots || part.refused != Why::none) return made;
+  made.choice = &choices_.at({call.mode, call.activate});
+  made.slots = part.slots;
+  made.counted = part.counted;
   balance::count_picks(part.ids, part.tokens, config_.shape.top_k, config_.shape.logical_experts,
                        part.counted);
-  fill_asked(ranks_[rank].view, asked, ranks_[rank].asked);
-  return asked;
+  fill_asked(ranks_[rank].view, made, ranks_[rank].asked);
+  return made;
 }
 
-template <class F>
-Status SimCluster::choose(int rank, F fabric, DispatchArgs a, const DispatchCall& asked) {
+// An exchange of picks without a dispatch.
+template <Fabric<Lane> F>
+Status SimCluster::choose(int rank, F fabric, const DispatchCall& call) {
   RankState& r = ranks_[rank];
-  if (a.refused != Why::none) r.asked.assign(size_t(r.view.geometry.nodes()) * r.view.count.ints, 0);
-  a.asked = r.asked.data();
-  if (a.refused != Why::none) {
-    const Status s = run_exchange(Lane{}, fabric, a, [](auto) {});
+  const bool chooses = call.refused == Why::none;
+  if (!chooses) r.asked.assign(size_t(r.view.geometry.nodes()) * r.view.count.ints, 0);
+  const DispatchArgs a = make_exchange_args(r.view, &r.book, call.shape, call.refused, r.asked.data());
+  const auto exchange = [&](auto use) {
+    const Status s = run_exchange(Lane{}, fabric, a, use);
     if (!is_final(s)) net_->flush();
     return s;
-  }
-  Chooser chooser(r.view, asked, r.book.counts);
+  };
+  if (!chooses) return exchange([](auto) {});
+  Chooser chooser(r.view, call, r.book.counts);
   WatchedChooser watched(chooser, r, mutation_);
-  net_->spend(config_.hardware.plan_token * asked.tokens);
-  const Status s = run_exchange(Lane{}, fabric, a, [&](auto picks_of) { watched.choose(picks_of); });
-  if (!is_final(s)) net_->flush();
-  return s;
+  net_->spend(config_.hardware.plan_token * call.tokens);
+  return exchange([&](auto picks_of) { watched.choose(picks_of); });
 }
 
-template <class F>
+template <Fabric<Lane> F>
 Status SimCluster::dispatch(int rank, F fabric, const SimCall& call, Handle& handle) {
   RankState& r = ranks_[rank];
-  const SimPart& part = call.parts[rank];
-  const bool cached = part.ids == nullptr && handle.plan && part.refused == Why::none;
+  const DispatchCall asked = call_of(rank, call);
+  const bool seats = config_.schedule == SimSchedule::seats, lane = config_.schedule == SimSchedule::lane;
+  DispatchCall made = asked;
+  made.cached = !made.ids64 && handle.plan && made.refused == Why::none;
   if (!handle.plan) handle.plan = r.pool->get();
-  release(r, handle);
+  handle.held = {};
   Plan& plan = *handle.plan;
-  Verdict verdict{};
-  if (!cached) {
-    plan.view.tokens = part.refused == Why::none ? part.tokens : 0;
-    plan.view.call = call.shape;
-    plan.view.call.routing = part.routing;
-  } else {
-    plan.view.call.row_bytes = call.shape.row_bytes;
-    plan.view.call.scale_bytes = call.shape.scale_bytes;
-    plan.view.call.scales = call.shape.scales;
-  }
-  DispatchArgs a;
-  a.b = r.view;
-  a.plan = plan.view;
-  a.book = &r.book;
-  a.cached = cached;
-  a.refused = part.refused;
-  a.ids64 = part.ids;
-  a.x = part.x ? part.x : net_->private_memory(rank);
-  a.scales = !call.scales_given ? nullptr : part.scales ? part.scales : net_->private_memory(rank);
-  a.weights = part.weights;
-  a.base = plan.base.data();
-  a.offers = plan.offers.data();
-  a.target = plan.target.data();
-  a.first = plan.first.data();
-  a.needed = plan.needed.data();
-  a.verdict = &verdict;
-  const Offer offer = r.arena->offer();
-  const DispatchCall asked = asked_of(rank, call, plan.view.call);
-  Status s;
   if (asked.choice) {
-    a.ids64 = part.slots;
-    if (config_.schedule == SimSchedule::seats)
-      s = choose(rank, fabric, a, asked);  // as a GPU's host does before it launches
-  } else if (part.slots && part.refused != Why::none && config_.schedule == SimSchedule::seats) {
-    return choose(rank, fabric, a, asked);
+    made.ids64 = asked.slots;
+    if (seats) MOE_TRY(choose(rank, fabric, asked));  // as a GPU's host does before it launches
   }
-  if (asked.choice && config_.schedule != SimSchedule::seats) {
-    a.asked = r.asked.data();
+  open_plan(plan.view, made);
+  const bool chooses = asked.choice && !seats;
+  const DispatchArgs a = make_dispatch_args(r.view, plan.view, &r.book, plan.scratch(), made,
+                                            chooses ? r.asked.data() : nullptr);
+  const Offer offer = r.arena->offer();
+  Status s;
+  if (chooses) {
     Chooser chooser(r.view, asked, r.book.dispatches);
     WatchedChooser watched(chooser, r, mutation_);
-    s = config_.schedule == SimSchedule::lane ? lane_dispatch(*net_, fabric, a, offer, watched)
-                                              : sim_dispatch(*net_, fabric, a, offer, watched);
-  } else if (s.ok()) {
-    s = config_.schedule == SimSchedule::lane    ? lane_dispatch(*net_, fabric, a, offer)
-        : config_.schedule == SimSchedule::seats ? seats_dispatch(*net_, fabric, a, offer, config_.workers)
-                                                 : sim_dispatch(*net_, fabric, a, offer);
+    s = lane ? lane_dispatch(*net_, fabric, a, offer, watched)
+             : sim_dispatch(*net_, fabric, a, offer, watched);
+  } else {
+    s = lane    ? lane_dispatch(*net_, fabric, a, offer)
+        : seats ? seats_dispatch(*net_, fabric, a, offer, config_.workers)
+                : sim_dispatch(*net_, fabric, a, offer);
   }
-  if (!is_final(s))
-    net_->flush();  // refused or not, as in the cpu world: another role's signal in the next call could
-                    // overtake them otherwise
+  // Also after a refusal, as in the cpu world: otherwise a signal of another role in the next call could
+  // overtake the puts of this one.
+  if (!is_final(s)) net_->flush();
   if (!s.ok()) return s;
-  const int me = r.view.geometry.local();
-  const CallShape& shape = plan.view.call;
-  handle.rows = shape.capacity >= 0 ? shape.capacity : plan.view.rank_rows[me];
-  handle.first = block_layout(handle.rows, shape, config_.shape.top_k).bytes;
-  handle.offset = plan.target[me].rows;
-  handle.bytes = plan.needed[me];
-  r.arena->expect(handle.bytes);
-  r.arena->take(handle.offset, handle.bytes);
-  handle.held = true;
+  handle.rows = static_cast<uint64_t>(local_rows(r.view, plan.view));
+  handle.piece = piece_of(r.view, plan.view.call, handle.rows, offer, rules_of(fabric));
+  handle.held = hold(net_, r.arena, handle.piece);
   return s;
 }
 
-template <class F>
+template <Fabric<Lane> F>
 Status SimCluster::combine(int rank, F fabric, const SimCall& call, Handle& handle, uint64_t& digest) {
   RankState& r = ranks_[rank];
   const SimPart& part = call.parts[rank];
@@ -244,52 +216,51 @@ Status SimCluster::combine(int rank, F fabric, const SimCall& call, Handle& hand
   const uint64_t row_bytes = config_.shape.combine_row_bytes();
   const OutputLayout l = output_layout(handle.rows, config_.shape);
   char* window = net_->window(kMain, rank);
-  char* output = window + handle.offset + handle.first;
-  CombineArgs a;
-  std::vector<RowsBoard> boards(r.view.geometry.ranks_per_node);
-  a.b = r.view;
-  a.plan = plan.view;
-  a.book = &r.book;
-  a.boards = boards.data();
-  a.wire = call.wire;
-  a.bias = part.bias;
-  a.bias_stride = part.bias_stride;
-  a.mine.rows = l.rows.moved(output - window);
-  a.y = part.y ? part.y : net_->private_memory(rank);
+  char* output = window + handle.piece.output();
+  CombineCall made;
+  made.wire = call.wire;
+  made.bias = part.bias;
+  made.bias_stride = part.bias_stride;
+  made.y = part.y ? part.y : net_->private_memory(rank);
   if (config_.payload) {
     if (part.rows)
       std::memcpy(output + l.rows, part.rows, handle.rows * row_bytes);
     else
       echo(output + l.rows, row_bytes,
-           window + handle.offset + block_layout(handle.rows, shape, config_.shape.top_k).rows,
+           window + handle.piece.offset + block_layout(handle.rows, shape, config_.shape.top_k).rows,
            shape.row_bytes, handle.rows, call.flip);
     if (!part.y) {
       r.y.assign(plan.view.tokens * row_bytes, static_cast<char>(0x5A));
-      a.y = r.y.data();
+      made.y = r.y.data();
     }
   }
+  Offset<float> weights;
   if (part.weights || call.echo_weights) {
     const float* in =
         part.weights
             ? part.weights
-            : block_layout(handle.rows, shape, config_.shape.top_k).weights.in(window + handle.offset);
+            : block_layout(handle.rows, shape, config_.shape.top_k).weights.in(window + handle.piece.offset);
     std::memcpy(l.weights.in(output), in, handle.rows * 4);
-    a.mine.weights = l.weights.moved(output - window);
+    weights = l.weights.moved(output - window);
   }
+  const RowsBoard board =
+      make_board(l.rows.moved(output - window), weights, {}, l.sums.moved(output - window), rules_of(fabric));
+  std::vector<RowsBoard> boards(r.view.geometry.ranks_per_node);
+  const CombineArgs a = make_combine_args(r.view, plan.view, &r.book, boards.data(), board, made);
   const Status s = run_on_schedule(fabric, a);
   if (!is_final(s)) net_->flush();
   if (config_.payload) {
-    digest = digest_bytes(1, a.y, plan.view.tokens * row_bytes);
-    std::memset(output, kScribble, l.bytes);  // the experts may write again
+    digest = digest_bytes(1, made.y, plan.view.tokens * row_bytes);
+    std::memset(output, kScribble, l.bytes);  // from here on the experts may overwrite their output
   }
-  if (!call.keep) release(r, handle);
+  if (!call.keep) handle.held = {};
   return s;
 }
 
 uint64_t SimCluster::digest_block(int rank, const Handle& handle) const {
   const CallShape& shape = handle.plan->view.call;
   const BlockLayout l = block_layout(handle.rows, shape, config_.shape.top_k);
-  const char* block = net_->window(kMain, rank) + handle.offset;
+  const char* block = net_->window(kMain, rank) + handle.piece.offset;
   const uint64_t k = shape.layout == RowLayout::rank ? config_.shape.top_k : 1;
   uint64_t h = digest_bytes(handle.rows, block + l.rows, handle.rows * shape.row_bytes);
   h = digest_bytes(h, block + l.scales, handle.rows * shape.scale_bytes);
@@ -299,7 +270,7 @@ uint64_t SimCluster::digest_block(int rank, const Handle& handle) const {
   return digest_bytes(h, handle.plan->view.tokens_per_expert, 8 * ranks_[rank].view.experts_per_rank());
 }
 
-template <class F>
+template <Fabric<Lane> F>
 Status SimCluster::call_main(int rank, F fabric, const SimCall& call, SimResult& result) {
   RankState& r = ranks_[rank];
   const SimPart& part = call.parts[rank];
@@ -309,13 +280,7 @@ Status SimCluster::call_main(int rank, F fabric, const SimCall& call, SimResult&
     result.digest = digest_bytes(result.digest, part.counted, uint64_t{4} * config_.shape.logical_experts);
   };
   if (call.verb == SimVerb::choose) {
-    DispatchArgs a;
-    a.b = r.view;
-    a.book = &r.book;
-    a.plan.call = call.shape;
-    a.plan.call.routing = part.routing;
-    a.refused = part.refused;
-    MOE_TRY(choose(rank, fabric, a, asked_of(rank, call, a.plan.call)));
+    MOE_TRY(choose(rank, fabric, call_of(rank, call)));
     add_choice();
     return {};
   }
@@ -335,15 +300,15 @@ Status SimCluster::call_main(int rank, F fabric, const SimCall& call, SimResult&
     add_choice();
     return {};
   }
-  if (!handle.held) {  // its dispatch was refused
+  if (!handle.held.block) {  // its dispatch was refused
     result.ran = false;
     return {};
   }
   if (part.refused != Why::none) {
-    if (!call.keep) release(r, handle);
+    if (!call.keep) handle.held = {};
     return refuse_combine(rank, fabric);
   }
-  // What dispatch delivered must still be there: nobody may have written into it since.
+  // The block that dispatch delivered must be unchanged.
   const bool intact = !config_.payload || digest_block(rank, handle) == handle.digest;
   const Status s = combine(rank, fabric, call, handle, result.digest);
   if (!intact) result.digest = ~result.digest;
@@ -372,15 +337,19 @@ MutantFabric SimCluster::mutant(const SimFabric& fabric, const RankState& r) con
           &r.book.blocks, &r.book.combines};
 }
 
-template <class F>
+template <Fabric<Lane> F>
 void SimCluster::run_rank(int rank, F fabric, const std::vector<SimCall>& program) {
   for (size_t i = 0; i < program.size(); ++i) {
     const SimCall& call = program[i];
     SimResult& result = results_[i * config_.size + rank];
+    if (call.parts[rank].absent) {
+      if (call.verb == SimVerb::decode_mask) return;
+      continue;
+    }
     net_->spend(call.before);
     result.begin = net_->fibers().now();
     result.ran = true;
-    if (mutation_.flaw == Flaw::absent_refusal && call.parts[rank].refused != Why::none) {
+    if (mutation_.mutant == Mutant::absent_refusal && call.parts[rank].refused != Why::none) {
       result.status.code = Code::refused;
       continue;
     }
@@ -396,6 +365,7 @@ void SimCluster::run_rank(int rank, F fabric, const std::vector<SimCall>& progra
 
 const std::vector<SimResult>& SimCluster::run(const std::vector<SimCall>& program, const Mutation& mutation) {
   results_.assign(program.size() * config_.size, {});
+  rests_.clear();
   mutation_ = mutation;
   int handles = 0;
   for (const SimCall& call : program) {
@@ -410,7 +380,7 @@ const std::vector<SimResult>& SimCluster::run(const std::vector<SimCall>& progra
     net_->start(rank, "rank", -1, config_.schedule == SimSchedule::lane ? 0 : Role::kAllSms,
                 [this, rank, &program] {
                   const SimFabric fabric{net_.get(), rank, kMain};
-                  if (mutation_.flaw == Flaw::none)
+                  if (mutation_.mutant == Mutant::none)
                     run_rank(rank, fabric, program);
                   else
                     run_rank(rank, mutant(fabric, ranks_[rank]), program);

@@ -1,4 +1,4 @@
-"""A drop-in for deep_ep: its names over moecomm. docs/deep_ep.md tells the three ways to use it, and what differs."""
+"""A drop-in for deep_ep: its interface over moecomm. docs/deep_ep.md describes how to use it, and the differences."""
 
 import torch
 

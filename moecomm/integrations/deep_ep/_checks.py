@@ -1,4 +1,4 @@
-"""Checks and numbers that all of the drop-in's buffers share."""
+"""Argument checks that all buffers of the drop-in share."""
 
 from __future__ import annotations
 
@@ -10,33 +10,35 @@ IDS = (torch.int64, torch.int32)
 
 
 def capturing():
-    """Whether a CUDA graph records: then the host learns nothing, and shapes must have been seen before."""
+    """Whether a CUDA graph is being captured. The host cannot read tensors then, or make memory for new shapes."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def check_int(op, name, value, least, rank=None):
-    """Refuse what is no int or too small.
+    """Refuse a value that is not an int or is less than `least`.
 
     Raises
     ------
     InvalidArgument
+        The value is refused.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         refuse(op, f"{name} is {value!r}; expected an int >= {least}", rank)
 
 
 def check_ints(op, rank=None, **values):
-    """Each named value is an int of at least 0."""
+    """Refuse named values that are not ints >= 0."""
     for name, value in values.items():
         check_int(op, name, value, 0, rank)
 
 
 def check_experts(op, num_experts, size, rank):
-    """Refuse what is no number of experts over these ranks.
+    """Refuse a number of experts that is not a positive multiple of the number of ranks.
 
     Raises
     ------
     InvalidArgument
+        The number is refused.
     """
     if (
         isinstance(num_experts, bool)
@@ -48,11 +50,12 @@ def check_experts(op, num_experts, size, rank):
 
 
 def check_picks(op, topk_idx, topk_weights, tokens, experts, rank):
-    """(ids [T, K], weights [T, K] or None), in range.
+    """Check picks and their weights; return (ids [T, K], weights [T, K] or None).
 
     Raises
     ------
     InvalidArgument
+        A dtype or shape is wrong, or an id is out of range.
     """
     ids = require_tensor(op, "topk_idx", topk_idx, dtypes=IDS, shape=(tokens, None))
     weights = require_tensor(
@@ -63,7 +66,7 @@ def check_picks(op, topk_idx, topk_weights, tokens, experts, rank):
     if not capturing() and ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < experts:
         refuse(
             op,
-            f"topk_idx holds ids from {int(ids.min())} to {int(ids.max())}; expected -1 (none) or ids "
+            f"topk_idx contains ids from {int(ids.min())} to {int(ids.max())}; expected -1 (no expert) or ids "
             f"below num_experts = {experts}",
             rank,
         )
@@ -71,11 +74,12 @@ def check_picks(op, topk_idx, topk_weights, tokens, experts, rank):
 
 
 def check_rows(op, x, num_rows, rank):
-    """The experts' output [num_rows, H], as a core Buffer sums it.
+    """Check the experts' output [num_rows, H] for combine of the core Buffer.
 
     Raises
     ------
     InvalidArgument
+        The dtype or shape is wrong, or a row is not a multiple of 16 bytes.
     """
     rows = require_tensor(
         op,
@@ -92,11 +96,12 @@ def check_rows(op, x, num_rows, rank):
 
 
 def sum_of_biases(op, bias, shape, rank):
-    """float32 [T, H]: the sum of None, one bias or a pair; None without any.
+    """Sum of one bias or a pair of biases, float32 [T, H]; None if there is none.
 
     Raises
     ------
     InvalidArgument
+        There are more than two, or a shape is wrong.
     """
     given = bias if isinstance(bias, (tuple, list)) else (bias,)
     if len(given) > 2:
@@ -110,5 +115,5 @@ def sum_of_biases(op, bias, shape, rank):
 
 
 def aligned(counts, alignment):
-    """Each count rounded up."""
+    """Round each count up to a multiple of alignment."""
     return [-(-n // alignment) * alignment for n in counts]

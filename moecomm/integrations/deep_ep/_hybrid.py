@@ -1,4 +1,4 @@
-"""Parts of HybridEPBuffer: maps of picks, its handles, and what a call begins with."""
+"""Parts of HybridEPBuffer: the common begin of its calls, and its handles."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from ._checks import capturing, check_int
 from ._routing import Payload, Routing
+from ._reporting import Reporting
 from .errors import Unsupported, refuse, require_tensor
 from .handles import Opaque
 from .maps import indices_to_map
@@ -27,11 +28,12 @@ def begin(
     same,
     how,
 ):
-    """(Routing, Payload, weights [T, K] or None) of a call; ranks agree on the picks per token where there
-    is no handle.
+    """Begin a dispatch: (Routing, Payload, weights [T, K] or None).
+
+    Without a handle all ranks check their arguments and agree on the maximum number of tokens and of picks per token.
     """
     world.require_open(op)
-    refusal, most = None, (0, 1)
+    refusal, routing, most = None, None, (0, 1)
     try:
         payload = Payload(op, hidden if scaling_factor is None else (hidden, scaling_factor))
         if handle is not None:
@@ -39,13 +41,13 @@ def begin(
             if any(value is not None for value in (topk_idx, topk_weights, routing_map, probs)):
                 refuse(
                     op,
-                    "topk_idx, topk_weights, routing_map or probs are given with a handle; expected none of them",
+                    "topk_idx, topk_weights, routing_map or probs are given; expected None, because a handle is given",
                     world.rank,
                 )
             if payload.tokens != routing.tokens:
                 refuse(
                     op,
-                    f"hidden has {payload.tokens} tokens; the handle is for {routing.tokens}",
+                    f"hidden has {payload.tokens} tokens; expected {routing.tokens} as in the handle",
                     world.rank,
                 )
             return routing, payload, None
@@ -55,21 +57,22 @@ def begin(
         if num_of_experts is not None and num_of_experts != experts:
             refuse(
                 op,
-                f"num_of_experts is {num_of_experts}; expected {local} experts per rank times {world.size} ranks",
+                f"num_of_experts is {num_of_experts}; expected {experts}, {local} experts per rank times "
+                f"{world.size} ranks",
                 world.rank,
             )
         if capturing():
             raise Unsupported(
-                f"{op}: a CUDA graph is captured, and the host must learn how many picks and rows there "
-                f"are; expected the first dispatch "
-                "outside, and calls with its handle inside, or ElasticBuffer.dispatch(do_cpu_sync=False)",
+                f"{op}: a CUDA graph is being captured, and the host cannot read the numbers of picks and rows; "
+                "dispatch once before the capture and use its handle inside, or use "
+                "ElasticBuffer.dispatch(do_cpu_sync=False)",
                 op=op,
                 rank=world.rank,
             )
         if (topk_idx is None) == (routing_map is None):
             refuse(
                 op,
-                "topk_idx and routing_map are both None or both given; expected one of them, or a handle",
+                "topk_idx and routing_map are both None or both given; expected exactly one of them, or a handle",
                 world.rank,
             )
         if topk_idx is not None:
@@ -88,58 +91,75 @@ def begin(
         call = how(picks, local)
     except Exception as error:
         if handle is not None:
-            raise
+            with Reporting(world, "dispatch") as reporting:
+                if routing is not None:
+                    reporting.at(*routing.first)
+                raise
         refusal = error
     most, k = world.agree(op, same=same, most=most, refusal=refusal)
-    # the buffer grows with what comes, as hybrid-ep's does
+    # As in hybrid-ep, the configuration grows with the calls.
     config.hidden_dim, config.max_num_of_tokens_per_rank = (
         max(config.hidden_dim, payload.width),
         max(config.max_num_of_tokens_per_rank, most),
     )
-    order = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)[
-        :, :k
-    ]  # a token's experts in ascending order
+    # The experts of each token, in ascending order.
+    order = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :k]
     picked = chosen.gather(1, order)
     weights = None if probs is None else probs.gather(1, order) * picked
     return Routing(world, torch.where(picked, order, -1), experts, most, 20, call), payload, weights
 
 
 def state_of(op, handle, layout, world):
-    """(Routing, budget of rows or None) of a handle, also of a tuple that was made again from its items."""
+    """(Routing, number of rows requested or None) of a handle, or of a tuple with its items."""
     if (
         not isinstance(handle, (tuple, list))
         or not handle
         or not isinstance(handle[0], Opaque)
-        or handle[0]._state is None
+        or handle[0].state is None
     ):
         refuse(
             op,
             f"handle is a {type(handle).__qualname__}; expected the handle of a dispatch of this library",
             world.rank,
         )
-    routing, budget = handle[0]._state
+    routing, budget = handle[0].state
     if routing.world is not world or routing.how["layout"] != layout:
         refuse(
             op,
-            "handle comes from another group, or from the other dispatch; expected that of this verb's counterpart",
+            "handle is from another group or from the other dispatch method; expected the handle of the matching "
+            "dispatch of this group",
             world.rank,
         )
     return routing, budget
 
 
+def check_kept(op, world, handle, pad_multiple, num_permuted_tokens):
+    """Check that what is given beside a handle is as in the handle: the number of rows requested, or None."""
+    routing, budget = state_of(op, handle, "expert", world)
+    with Reporting(world, "dispatch") as reporting:
+        reporting.at(*routing.first)
+        for name, given, kept in (
+            ("pad_multiple", pad_multiple, routing.how["expert_alignment"]),
+            ("num_permuted_tokens", num_permuted_tokens, rows_of(routing, budget)),
+        ):
+            if given is not None and given != kept:
+                refuse(op, f"{name} is {given}; expected None, or {kept} as in the handle", world.rank)
+    return budget
+
+
 def rows_of(routing, budget):
-    """Rows that the caller sees."""
+    """Number of rows in the caller's tensors."""
     return routing.num_rows if budget is None else budget
 
 
 def received(payload, out):
-    """(rows, scales or None) of a dispatch."""
+    """(rows, scales or None) that a dispatch returned."""
     got = payload.received(out)
     return got if isinstance(got, tuple) else (got, None)
 
 
 def fit(t, rows):
-    """The first rows of a tensor, filled up with zeros where it has fewer."""
+    """The first rows of a tensor, padded with zeros."""
     if len(t) >= rows:
         return t[:rows]
     return torch.cat([t, torch.zeros((rows - len(t), *t.shape[1:]), dtype=t.dtype, device=t.device)])

@@ -1,4 +1,4 @@
-"""Parts of Buffer: its runtime and handle, the layout of a routing, and what dispatch is called with."""
+"""Parts of Buffer: the layout of a routing, argument checks of dispatch, and its handle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .handles import DispatchHandle
 
 
 def layout_of(ids, experts, ranks):
-    """(picks per expert int32 [experts], which ranks get the token bool [T, ranks]) of ids in range."""
+    """(picks per expert int32 [experts], whether a rank gets a token bool [T, ranks]). The ids must be in range."""
     flat = ids.to(torch.int64)
     per_expert = torch.zeros(experts + 1, dtype=torch.int32, device=ids.device)
     per_expert.index_add_(
@@ -23,7 +23,7 @@ def layout_of(ids, experts, ranks):
 
 
 def check_dispatch(world, x, per_rank, in_rank, per_expert, topk_idx, topk_weights, alignment, worst):
-    """(Payload, ids [T, K], weights or None, what the caller counted per expert)."""
+    """Check the arguments of dispatch: (Payload, ids [T, K], weights or None, caller's counts per expert or None)."""
     op = "dispatch"
     payload = Payload(op, x)
     for name, value, kinds, shape in (
@@ -32,7 +32,7 @@ def check_dispatch(world, x, per_rank, in_rank, per_expert, topk_idx, topk_weigh
         ("is_token_in_rank", in_rank, (torch.bool,), (payload.tokens, world.size)),
     ):
         if value is None:
-            refuse(op, f"{name} is None; expected it from get_dispatch_layout, or a handle", world.rank)
+            refuse(op, f"{name} is None; expected the result of get_dispatch_layout, or a handle", world.rank)
         require_tensor(op, name, value, dtypes=kinds, shape=shape)
     experts = per_expert.numel()
     check_experts(op, experts, world.size, world.rank)
@@ -40,17 +40,16 @@ def check_dispatch(world, x, per_rank, in_rank, per_expert, topk_idx, topk_weigh
         check_int(op, name, value, least, world.rank)
     if topk_idx is None:
         if topk_weights is not None:
-            refuse(op, "topk_weights is given without topk_idx; expected both", world.rank)
+            refuse(op, "topk_weights is given; expected topk_idx with it", world.rank)
         k = min(world.size, 32)
         if not capturing() and len(in_rank) and int(in_rank.sum(1).max()) > k:
             refuse(
                 op,
-                f"topk_idx is None and a token goes to more than {k} ranks; expected topk_idx",
+                f"topk_idx is None; expected topk_idx, because a token goes to more than {k} ranks",
                 world.rank,
             )
-        order = in_rank.to(torch.int8).argsort(dim=1, descending=True, stable=True)[
-            :, :k
-        ]  # the ranks of each token: their first experts stand for them
+        # The ranks of each token. The first expert of a rank represents it.
+        order = in_rank.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :k]
         return (
             payload,
             torch.where(in_rank.gather(1, order), order * (experts // world.size), -1),
@@ -61,20 +60,20 @@ def check_dispatch(world, x, per_rank, in_rank, per_expert, topk_idx, topk_weigh
     if not capturing() and not torch.equal(layout_of(ids, experts, world.size)[1], in_rank):
         refuse(
             op,
-            "is_token_in_rank is not the layout of topk_idx; expected what get_dispatch_layout gives for the same ids",
+            "is_token_in_rank does not match topk_idx; expected the result of get_dispatch_layout for the same ids",
             world.rank,
         )
     return payload, ids, weights, None
 
 
 def routing_of(op, handle, world):
-    """The Routing of a handle that comes from this group."""
+    """The Routing of a handle. Refuses handles of other groups."""
     if not isinstance(handle, DispatchHandle):
         refuse(
             op,
             f"handle is a {type(handle).__qualname__}; expected the handle of a dispatch of this library",
             world.rank,
         )
-    if handle._routing.world is not world:
-        refuse(op, "handle comes from a Buffer of another group; expected one of this group", world.rank)
-    return handle._routing
+    if handle.routing.world is not world:
+        refuse(op, "handle is from a Buffer of another group; expected a handle of this group", world.rank)
+    return handle.routing

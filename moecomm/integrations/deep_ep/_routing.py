@@ -1,4 +1,4 @@
-"""What crosses in a dispatch of any dtype, and the plan of one routing on every core Buffer that it is used with."""
+"""Payload: rows of any dtype for a dispatch. Routing: the plans of one routing, one per core Buffer."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ DTYPE_NUMBERS = {
 
 
 class Payload:
-    """Rows of a dispatch, with their scales where they come as a pair, as a core Buffer takes them.
+    """Rows of a dispatch, and their scales if any, in a form that a core Buffer accepts.
 
-    Rows of the core's dtypes travel as they are, FP8 rows with a scale per 128 as the core's pairs. All
-    else (bytes, other FP8, scales per 32, ...) travels uninterpreted: a token's row and scales as the bytes of one row.
+    Rows of a dtype that the core supports are sent unchanged, and so are FP8 rows with one scale per 128 elements.
+    Anything else (bytes, other FP8 types, scales per 32 elements, ...) is sent as bytes: the row and the scales of a
+    token form one row.
 
     Parameters
     ----------
     op : str
+        For error texts.
     x : Tensor [T, H], or (Tensor [T, H], scales [T, n])
 
     Raises
     ------
     InvalidArgument
+        x is none of these, its dtype is unknown, or a row is not a multiple of 16 bytes.
     """
 
     def __init__(self, op, x):
@@ -71,12 +74,12 @@ class Payload:
             if pair:
                 self.x[:, self.row_bytes : total] = scales.clone(memory_format=torch.contiguous_format).view(
                     torch.uint8
-                )  # "contiguous" allows any stride of one column
+                )  # .contiguous() would keep the stride of a single column
             self.x = self.x.view(torch.bfloat16)
 
     @property
     def same(self):
-        """What all ranks must agree on, by name."""
+        """{name: value} that must be equal on all ranks."""
         return {
             "bytes per row of x": self.row_bytes,
             "the dtype of x (by number)": DTYPE_NUMBERS[self.rows_dtype],
@@ -85,7 +88,7 @@ class Payload:
         }
 
     def received(self, out):
-        """The same of what arrived: Tensor [N, H], or a pair."""
+        """Received rows in the caller's form: Tensor [N, H], or (rows, scales)."""
         if not self._packed:
             return (out.x, out.scales) if isinstance(self.x, tuple) else out.x
         raw = out.x.view(torch.uint8)
@@ -98,18 +101,17 @@ class Payload:
 
 
 class Routing:
-    """Where every token of one dispatch went, for any later dispatch or combine of any row size: one plan
-    per core Buffer.
+    """The routing of one dispatch, reusable by later dispatches and combines of any row size.
 
     Parameters
     ----------
     world : World
     ids : Tensor [T, top_k]
-        Global expert ids of this rank's tokens; kept.
+        Global expert ids of this rank's tokens. Kept.
     experts, most, num_sms : int
-        Experts over all ranks, the largest T of any rank.
+        Experts over all ranks, maximum of T over ranks, multiprocessors.
     how : dict
-        layout, expert_alignment, capacity of the core's dispatch.
+        layout, expert_alignment and capacity for dispatch of the core.
     """
 
     def __init__(self, world, ids, experts, most, num_sms, how):
@@ -125,29 +127,35 @@ class Routing:
         self.num_rows = None
 
     def dispatch(self, hidden, dtype, x, weights=None):
-        """Dispatched: by the plan of an earlier call on this core Buffer, else by a new one of the same row order.
+        """Dispatch x with the plan of an earlier call on this core Buffer, or a new plan of the same row order.
 
-        Collective.
+        Collective. Returns Dispatched.
         """
         key = hidden, dtype
         if key in self._plans:
             core, handle = self._plans[key]
             try:
                 return core.dispatch(x, topk_weights=weights, handle=handle)
-            except CapacityExceeded:  # on every rank: results of earlier calls fill the arena
+            except CapacityExceeded:  # raised on all ranks: results of earlier calls fill the arena
                 del self._plans[key]
         core = self.world.core(
             hidden, self.experts, self.ids.shape[1], dtype, self.most, num_sms=self.num_sms
         )
         core, out = self.world.dispatch(core, x, self.ids, weights, **self.how)
         self._plans[key] = core, out.handle
+        self.world.last[False] = core
         self.num_rows = out.handle.num_rows
         return out
 
-    def plan(self, hidden, dtype):
-        """(core Buffer, its handle), made by a dispatch of rows without meaning where this row size is new.
+    @property
+    def first(self):
+        """(core Buffer, its handle) of the dispatch that made this routing."""
+        return next(iter(self._plans.values()))
 
-        Collective then.
+    def plan(self, hidden, dtype):
+        """Return (core Buffer, its handle) for a row size.
+
+        For a new row size a dispatch of zeros makes them, which is collective.
         """
         if (hidden, dtype) not in self._plans:
             self.dispatch(
@@ -156,12 +164,22 @@ class Routing:
         return self._plans[hidden, dtype]
 
     def combine(self, rows, bias=None, **how):
-        """Tensor [T, H]: the sum of each token's rows. Collective."""
+        """Return the sum of each token's rows, [T, H]. Collective."""
         core, handle = self.plan(rows.shape[1], rows.dtype)
         return core.combine(rows, handle, bias=bias, **how)
 
+    def combine_with(self, rows, numbers, bias=None):
+        """Return the sums of each token's rows, [T, H], and of their numbers [N, n], float32 [T, n]. Collective."""
+        core, handle = self.plan(rows.shape[1], rows.dtype)
+        if numbers is not None and handle.layout == "rank" and numbers.shape[1] == core.top_k:
+            return core.combine(
+                rows, handle, topk_weights=numbers.contiguous(), bias=bias, return_weights=True
+            )
+        y = core.combine(rows, handle, bias=bias)
+        return y, None if numbers is None else self.combine_numbers(numbers)
+
     def combine_numbers(self, numbers):
-        """float32 [N, n] -> [T, n]: the sum over each token's rows, by a combine of its own. Collective."""
+        """Return sums of numbers float32 [N, n] over each token's rows, [T, n], by a separate combine. Collective."""
         n = numbers.shape[1]
         rows = torch.nn.functional.pad(numbers, (0, -n % 4))
         return self.combine(rows)[:, :n].contiguous()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
-_DEFAULT_TOPK = 32  # what deep_ep takes num_topk=0 for
+_DEFAULT_TOPK = 32  # for num_topk=0, as in deep_ep
 _MEBIBYTES = 1 << 20
 
 
 def bytes_for(group, max_tokens, hidden, top_k, fp8):
-    """About what one dispatch and combine of this shape take, a multiple of 2 MiB."""
+    """Estimated bytes of one dispatch and combine of this shape, a multiple of 2 MiB."""
     size = (
         group.size()
         if callable(getattr(group, "size", None))
@@ -20,7 +20,7 @@ def bytes_for(group, max_tokens, hidden, top_k, fp8):
 
 
 def rows_for(ranks, max_tokens, top_k, local_experts, alignment, expand):
-    """Rows of a dispatch whose size the host does not learn: the worst case."""
+    """Maximum number of rows of a dispatch, for calls without do_cpu_sync."""
     rows = ranks * max_tokens
     if not expand:
         return rows
@@ -29,11 +29,11 @@ def rows_for(ranks, max_tokens, top_k, local_experts, alignment, expand):
 
 
 def multiprocessors_for(nodes, per_node, experts, top_k, scaleout_top_k, links):
-    """Multiprocessors that keep the slowest link busy: even, at least 2, at most 64."""
+    """Number of multiprocessors that saturates the slowest link: even, in 2..64."""
     rdma, nvlink, sm_read, sm_write = links
 
     def reached(parts):
-        """The expected number of parts that top_k different experts lie in."""
+        """Expected number of distinct parts that contain the top_k distinct experts of a token."""
         each = experts // parts
         return parts * (1 - math.comb(experts - each, top_k) / math.comb(experts, top_k))
 

@@ -1,6 +1,4 @@
-"""What the drop-in's buffers of one process group share: a Communicator, core Buffers by shape, and rounds
-in which ranks agree.
-"""
+"""World: shared by the buffers of one process group. It has a Communicator, core Buffers by shape, and agreement."""
 
 from __future__ import annotations
 
@@ -13,34 +11,36 @@ from ...communicator import Communicator
 from ...errors import CapacityExceeded, ConfigMismatch, InvalidArgument
 from .errors import refuse
 
-_options = dict(ranks_per_node=None, device=None, timeout=100.0)  # seconds, as deep_ep's own
-_worlds = {}  # by id of the group, which the World keeps
-_NUMBERS, _TEXT = 24, 40  # int64 words of a round: what is agreed, and why a rank refuses
-_DISPATCHES = 4  # results that an arena holds at first; it grows
+_options = dict(ranks_per_node=None, device=None, timeout=None, patience=None)
+_worlds = {}  # by id of the group; the World keeps the group alive
+_NUMBERS, _TEXT = 24, 40  # int64 words of an agreement: numbers, and the text of a refusal
+_DISPATCHES = 4  # results that fit into the initial arena; it grows
 
 
 def configure(**options):
-    """How Communicators of groups that are seen for the first time from here on are made: ranks_per_node,
-    device, timeout.
+    """Set options of the Communicators that are made from now on: ranks_per_node, device, timeout, patience.
 
-    None leaves it to moecomm.Communicator; without a device it is the current GPU where torch has one, else
-    the CPU. The timeout is 100 seconds where it was never named.
+    None means the default of moecomm.Communicator. The default device is the current GPU if torch has one, else the
+    CPU.
 
     Raises
     ------
     InvalidArgument
-        There is no such option.
+        The option does not exist.
     """
     for name in options:
         if name not in _options:
-            refuse("configure", f"got {name}; expected ranks_per_node, device or timeout")
+            refuse(
+                "configure",
+                f"there is no option {name}; expected ranks_per_node, device, timeout or patience",
+            )
     _options.update(options)
 
 
 def shutdown():
-    """Release every communicator and window of the drop-in in this process.
+    """Release all communicators and windows of the drop-in in this process.
 
-    Local; its Buffers cannot be used afterwards.
+    Local. Its Buffers cannot be used afterwards.
     """
     for world in list(_worlds.values()):
         world.close()
@@ -51,12 +51,12 @@ atexit.register(shutdown)
 
 
 def world_of(group):
-    """The World of a torch ProcessGroup, a one-dimensional DeviceMesh, an mpi4py Comm or a Communicator.
+    """Return the World of a torch ProcessGroup, a one-dimensional DeviceMesh, an mpi4py Comm or a Communicator.
 
-    The first time collective.
+    The first call for a group is collective.
     """
     for key, world in list(_worlds.items()):
-        if not world.is_alive():  # its process group was destroyed, or its Communicator closed
+        if not world.is_alive():  # the process group was destroyed or the Communicator closed
             world.close()
             del _worlds[key]
     if hasattr(group, "get_group") and hasattr(group, "mesh_dim_names"):
@@ -67,7 +67,7 @@ def world_of(group):
 
 
 class World:
-    """One group's ranks. Its calls are made in the same order on all of them."""
+    """The ranks of one group. All ranks must make its calls in the same order."""
 
     def __init__(self, group):
         self.group, self._owned = group, not isinstance(group, Communicator)
@@ -78,9 +78,10 @@ class World:
         self.comm = group
         self.rank, self.size, self.num_nodes = group.rank, group.size, group.num_nodes
         self._cores, self._calls, self._closed = {}, 0, False
+        self.last = {}  # core Buffers that were used last, by whether for decode
 
     def is_alive(self):
-        """Whether the group that it was made for still exists."""
+        """Whether the group still exists."""
         if self._closed:
             return False
         if isinstance(self.group, torch.distributed.ProcessGroup):
@@ -88,10 +89,10 @@ class World:
                 torch.distributed.get_process_group_ranks(self.group)
             except (KeyError, ValueError, RuntimeError):
                 return False
-        return not self.comm._closed
+        return not self.comm.order.closed
 
     def close(self):
-        """Release the windows; results that view them stay valid. Local."""
+        """Release the windows. Results that view them stay valid. Local."""
         if self._closed:
             return
         self._closed = True
@@ -102,23 +103,23 @@ class World:
             self.comm.close()
 
     def require_open(self, op):
-        """Refuse a call behind shutdown().
+        """Refuse a call after shutdown().
 
         Raises
         ------
         InvalidArgument
+            shutdown() has been called.
         """
         if self._closed:
-            refuse(op, "the drop-in was shut down; expected a new Buffer", self.rank)
+            refuse(op, "the drop-in was shut down; make a new Buffer", self.rank)
 
     # -- core Buffers -----------------------------------------------------------------------------
 
     def core(self, hidden, experts, top_k, dtype, tokens, *, decode=False, num_sms=20, name=None):
-        """The core Buffer of a shape for at least `tokens` tokens, exactly `tokens` for decode. Collective
-        where it is made.
+        """Return the core Buffer of a shape for at least `tokens` tokens (for decode, exactly `tokens`).
 
-        Ranks call it with equal arguments, so it is made on all of them or on none. An earlier, smaller one
-        stays in the hands of handles that were made with it.
+        All ranks call it with equal arguments, so either all ranks make the Buffer, which is collective, or none. An
+        earlier, smaller Buffer stays alive as long as handles refer to it.
         """
         key = (hidden, experts, top_k, dtype, tokens if decode else None, name)
         core = self._cores.get(key)
@@ -132,9 +133,8 @@ class World:
         hidden, experts, top_k, dtype, decode, _ = key
         shape = dict(hidden=hidden, num_experts=experts, max_tokens=tokens, dtype=dtype)
         if arena is None:
-            arena = Core.arena_hint(
-                self.comm, **shape, top_k=1, dispatches=_DISPATCHES
-            )  # for one row per token and rank
+            # top_k=1: one row per token and rank.
+            arena = Core.arena_hint(self.comm, **shape, top_k=1, dispatches=_DISPATCHES)
         core = Core(
             self.comm,
             **shape,
@@ -146,15 +146,39 @@ class World:
         self._cores[key] = core
         return core
 
-    def dispatch(self, core, x, ids=None, weights=None, **how):
-        """(core, Dispatched): core.dispatch, in a larger arena where results of earlier calls fill this one.
+    @property
+    def masked(self):
+        """Ranks that the low-latency verbs do without."""
+        return sorted({rank for core in self._cores.values() for rank in core.masked})
 
-        Collective.
+    def mask(self, op, rank):
+        """Mask a dead rank in every core Buffer of the low-latency verbs. Collective over the ranks that are left.
+
+        Raises
+        ------
+        InvalidArgument
+            There is none yet, or as Core.mask.
+        """
+        cores = [core for key, core in self._cores.items() if key[4] is not None]
+        if not cores:
+            refuse(
+                op,
+                f"rank {rank} is to be masked, and there was no low_latency_dispatch; expected a group without it",
+                self.rank,
+            )
+        for core in cores:
+            if rank not in core.masked:
+                core.mask([rank])
+
+    def dispatch(self, core, x, ids=None, weights=None, **how):
+        """Call core.dispatch; if results of earlier calls fill the arena, with a new core that has a larger one.
+
+        Collective. Returns (core, Dispatched).
         """
         while True:
             try:
                 return core, core.dispatch(x, ids, weights, **how)
-            except CapacityExceeded as error:  # on every rank
+            except CapacityExceeded as error:  # raised on all ranks
                 if "arena_bytes" not in str(error) or how.get("handle") is not None:
                     raise
             core = self._make(
@@ -167,9 +191,9 @@ class World:
     # -- agreement --------------------------------------------------------------------------------
 
     def scatter(self, values):
-        """int64 [size, n] on the host, row r for rank r -> int64 [size, n], row r from rank r.
+        """All-to-all of int64 [size, n] on the host: row r goes to rank r; row r of the result is from rank r.
 
-        Collective, by a core dispatch.
+        Collective. Uses a core dispatch.
         """
         if self.size == 1:
             return values
@@ -182,23 +206,27 @@ class World:
         return core.dispatch(rows, ids, layout="rank").x.cpu().view(torch.int64)[:, : values.shape[1]].clone()
 
     def agree(self, op, *, same=None, most=(), refusal=None):
-        """The largest of each number over all ranks, where they all make this call. Collective: one small exchange.
+        """Check that all ranks make the same call with the same values; return the maxima of `most` over ranks.
+
+        Collective: one small exchange.
 
         Parameters
         ----------
         op : str
+            Name of the call.
         same : dict of int
-            Must be equal on all ranks.
+            Values that must be equal on all ranks.
         most : tuple of int
-        refusal : InvalidArgument, optional
-            Why this rank cannot go on: raised here, and its text on every other rank.
+            Numbers of this rank whose maximum over ranks is returned.
+        refusal : Exception, optional
+            The error of this rank. It is raised here, and every other rank raises InvalidArgument with its text.
 
         Raises
         ------
         InvalidArgument
-            A rank refused.
+            A rank refused its arguments.
         ConfigMismatch
-            Ranks make different calls, or disagree.
+            Ranks make different calls, or have different values.
         """
         self._calls += 1
         same = same or {}
@@ -216,9 +244,8 @@ class World:
         for rank, row in enumerate(numbers):
             if row[:2] != mine[:2]:
                 raise ConfigMismatch(
-                    f"{op} on rank {self.rank}: rank {rank} makes another call (its call {row[0]}, here "
-                    f"call {mine[0]}); "
-                    "expected every rank to make the same calls in the same order",
+                    f"{op} on rank {self.rank}: rank {rank} makes another call (number {row[0]}, here number "
+                    f"{mine[0]}); expected every rank to make the same calls in the same order",
                     op=op,
                     rank=self.rank,
                     peer=rank,
@@ -242,9 +269,8 @@ class World:
             for rank, row in enumerate(numbers):
                 if row[3 + i] != value:
                     raise ConfigMismatch(
-                        f"{op} on rank {self.rank}: {name} is {value} here and {row[3 + i]} on rank "
-                        f"{rank}; expected the same on "
-                        "every rank",
+                        f"{op} on rank {self.rank}: {name} is {value} here and {row[3 + i]} on rank {rank}; "
+                        "expected the same on every rank",
                         op=op,
                         rank=self.rank,
                         peer=rank,

@@ -1,4 +1,4 @@
-"""Buffer: deep_ep's first interface, normal mode. Its low-latency verbs are in low_latency.py."""
+"""Buffer: the normal mode of deep_ep's first interface. low_latency.py has its low-latency verbs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from ._checks import IDS, aligned, capturing, check_experts, check_int, check_rows, sum_of_biases
 from ._normal import check_dispatch, layout_of, routing_of
 from ._routing import Payload, Routing
+from ._reporting import Reporting
 from ._world import world_of
 from .config import Config
 from .errors import Unsupported, refuse, require_tensor
@@ -19,32 +20,33 @@ _NAMES = "previous_event", "async_finish"
 
 
 class Buffer(LowLatency):
-    """Expert-parallel dispatch and combine by deep_ep's names, over moecomm. Construction is collective.
+    """Expert-parallel dispatch and combine with deep_ep's interface, over moecomm. Construction is collective.
 
-    Memory is not made here: it follows the shapes of the calls, is shared by all Buffers of one group in a
-    process, and grows.
+    The constructor reserves no memory. The first call of a shape does. All Buffers of one group in a process share
+    the memory, and it grows.
 
     Parameters
     ----------
     group : torch ProcessGroup, one-dimensional DeviceMesh or moecomm.Communicator
-        The ranks; None with `comm`.
+        The ranks. None if `comm` is given.
     num_nvl_bytes, num_rdma_bytes : int
-        Kept as attributes; no limit to anything.
+        Stored as attributes. They limit nothing.
     low_latency_mode : bool
-        The low-latency verbs may be called.
+        Allow the low-latency verbs.
     num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl, use_fabric, allow_nvlink_for_normal_mode
-        Without meaning here: moecomm finds its links itself.
+        Ignored: moecomm chooses its links itself.
     explicitly_destroy : bool
-        destroy() may be called; without it a Buffer ends with the process or moecomm.integrations.deep_ep.shutdown().
+        Allow destroy(). Otherwise a Buffer lives until moecomm.integrations.deep_ep.shutdown() or the end of the
+        process.
     enable_shrink : bool
-        The verbs of rank masks may be called (see low_latency_update_mask_buffer for what they can do).
+        Allow the verbs of rank masks. See low_latency_update_mask_buffer for their limits.
     comm : mpi4py Comm, optional
-        In place of group.
+        The ranks, instead of group.
 
     Raises
     ------
     InvalidArgument
-        An argument is wrong, or neither or both of group and comm are given.
+        An argument is wrong, or not exactly one of group and comm is given.
     """
 
     num_sms = 20
@@ -78,46 +80,46 @@ class Buffer(LowLatency):
         }.items():
             check_int("Buffer", name, value, 0)
         self.group = comm if group is None else group
-        self._world = world_of(self.group)
-        self.rank, self.group_size = self._world.rank, self._world.size
+        self.world = world_of(self.group)
+        self.rank, self.group_size = self.world.rank, self.world.size
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode, self.enable_shrink = bool(low_latency_mode), bool(enable_shrink)
         self.explicitly_destroy = bool(explicitly_destroy)
-        self._destroyed = False
+        self.destroyed = False
         self.runtime = Runtime(self)
 
     # -- statics ----------------------------------------------------------------------------------
 
     @staticmethod
     def set_num_sms(new_num_sms):
-        """Multiprocessors for kernels on a GPU, even; of core Buffers that are made from here on."""
+        """Set the number of multiprocessors of GPU kernels, an even number, for core Buffers made from now on."""
         if (
             isinstance(new_num_sms, bool)
             or not isinstance(new_num_sms, int)
             or new_num_sms < 2
             or new_num_sms % 2
         ):
-            refuse("set_num_sms", f"got {new_num_sms!r}; expected an even int >= 2")
+            refuse("set_num_sms", f"new_num_sms is {new_num_sms!r}; expected an even int >= 2")
         Buffer.num_sms = new_num_sms
 
     @staticmethod
     def capture():
-        """An EventOverlap of the current stream's work so far."""
+        """Return an EventOverlap of all work that the current stream has so far."""
         return EventOverlap(EventHandle())
 
     @staticmethod
     def get_dispatch_config(num_ranks):
-        """The Config that dispatch takes where it gets none. A plain attribute: callers may replace it."""
+        """Return the default Config of dispatch. Callers may replace this method."""
         return _default_config("get_dispatch_config", num_ranks)
 
     @staticmethod
     def get_combine_config(num_ranks):
-        """The Config that combine takes where it gets none. A plain attribute: callers may replace it."""
+        """Return the default Config of combine. Callers may replace this method."""
         return _default_config("get_combine_config", num_ranks)
 
     @staticmethod
     def is_sm90_compiled():
-        """Whether the kernels use what sm_90 has; deep_ep's callers ask before they choose FP8."""
+        """Return True: FP8 is always available. Callers of deep_ep ask this before they choose FP8."""
         return True
 
     # -- normal mode ------------------------------------------------------------------------------
@@ -125,12 +127,12 @@ class Buffer(LowLatency):
     def get_dispatch_layout(
         self, topk_idx, num_experts, previous_event=None, async_finish=False, allocate_on_comm_stream=False
     ):
-        """Count what a routing sends where. Local: no rank waits for another.
+        """Count the tokens that a routing sends to each rank, node and expert. Local.
 
         Parameters
         ----------
         topk_idx : Tensor [T, K] int64 or int32
-            Global expert ids; -1: no expert.
+            Global expert ids. -1: no expert.
         num_experts : int
         previous_event, async_finish, allocate_on_comm_stream
             As for dispatch.
@@ -143,6 +145,7 @@ class Buffer(LowLatency):
         Raises
         ------
         InvalidArgument
+            An argument is wrong.
         """
         op = "get_dispatch_layout"
         self._require_usable(op)
@@ -152,14 +155,14 @@ class Buffer(LowLatency):
         if not capturing() and ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < num_experts:
             refuse(
                 op,
-                f"topk_idx holds ids from {int(ids.min())} to {int(ids.max())}; expected -1 (none) or ids "
+                f"topk_idx contains ids from {int(ids.min())} to {int(ids.max())}; expected -1 (no expert) or ids "
                 f"below num_experts = {num_experts}",
                 self.rank,
             )
         per_expert, in_rank = layout_of(ids, num_experts, self.group_size)
         per_rdma_rank = None
-        if self._world.num_nodes > 1:
-            per_rdma_rank = in_rank.unflatten(1, (self._world.num_nodes, -1)).any(2).sum(0, dtype=torch.int32)
+        if self.world.num_nodes > 1:
+            per_rdma_rank = in_rank.unflatten(1, (self.world.num_nodes, -1)).any(2).sum(0, dtype=torch.int32)
         return (
             in_rank.sum(0, dtype=torch.int32),
             per_rdma_rank,
@@ -185,68 +188,61 @@ class Buffer(LowLatency):
         async_finish=False,
         allocate_on_comm_stream=False,
     ):
-        """Carry every token to the ranks that own its experts, one row per token and rank. Collective.
+        """Send every token to the ranks that own its experts, one row per token and rank. Collective.
 
-        Without a handle it costs one small exchange more than moecomm.Buffer.dispatch, in which ranks agree
-        on the largest number of tokens and learn of a peer that refuses its arguments. Rows come in order
+        Without a handle, ranks first agree on the maximum number of tokens and learn whether a peer refuses its
+        arguments. This costs one small exchange more than moecomm.Buffer.dispatch. Received rows are ordered by
         (source rank, source token).
 
         Parameters
         ----------
         x : Tensor [T, H], or (rows [T, H], scales [T, n])
-            A row is a multiple of 16 bytes. FP8 rows with float32 scales per 128 or packed int32 ones
-            travel as moecomm's pairs; other dtypes and scales travel uninterpreted. T may differ between
-            ranks and be 0.
-        handle : optional
-            Of an earlier dispatch: its plan is used again; the layout, ids and weights must be left out.
+            A row must be a multiple of 16 bytes. FP8 rows with one float32 scale per 128 elements, or with packed
+            int32 scales, are sent as FP8. Other dtypes and scales are sent as bytes. T may differ between ranks and
+            may be 0.
+        handle : DispatchHandle, optional
+            Handle of an earlier dispatch, whose plan is reused. The layout, ids and weights must be None.
         num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert : Tensor
-            As get_dispatch_layout gives them for topk_idx. num_tokens_per_rdma_rank is not looked at.
+            The result of get_dispatch_layout for topk_idx. num_tokens_per_rdma_rank is ignored.
         topk_idx : Tensor [T, K] int64 or int32, optional
-            None: rows go where is_token_in_rank says, and no ids arrive.
+            None: is_token_in_rank defines the routing, and no ids are received.
         topk_weights : Tensor [T, K] float32, optional
         expert_alignment : int
-            Numbers in the list of received tokens per expert are rounded up to a multiple of it; rows are not padded.
+            The received tokens per expert in the list are rounded up to a multiple of it. Rows are not padded.
         num_worst_tokens : int
-            Static number of received rows; those behind the real ones are zero with ids -1. 0: as many as arrive.
+            Static number of received rows. Rows after the real ones are zero, with ids -1. 0: as many as arrive.
         config : Config, optional
-            Checked, and without effect.
+            Checked, but without effect.
         previous_event : EventOverlap, optional
-            Waited for first.
+            The call waits for it first.
         async_finish, allocate_on_comm_stream : bool
-            async_finish: the last result has an event. The call runs on the current stream in any case.
+            async_finish makes the last result an event. The call runs on the current stream in any case.
 
         Returns
         -------
         (recv_x, recv_topk_idx, recv_topk_weights, num_recv_tokens_per_expert_list, handle, event)
-            recv_topk_idx int64 [N, K] local ids, -1 elsewhere; the list is [] with num_worst_tokens. With a handle:
-            (recv_x, None, None, None, None, event).
+            recv_topk_idx int64 [N, K] has local ids, and -1 for experts of other ranks. The list is [] with
+            num_worst_tokens. With a handle: (recv_x, None, None, None, None, event).
 
         Raises
         ------
         InvalidArgument
-            On every rank, where one rank's arguments are wrong (by a handle: on that rank alone).
+            An argument is wrong. Raised on all ranks.
         ConfigMismatch
             Ranks make different calls or pass different shapes.
         CapacityExceeded
-            More rows than num_worst_tokens; raised on every rank.
+            There are more rows than num_worst_tokens. Raised on all ranks.
         PeerLost, PeerTimeout
-            A peer is gone or stalled.
+            A peer has died or stalled.
         """
         op = "dispatch"
         self._require_usable(op)
-        self._check_config(op, config, "get_dispatch_config")
         if handle is not None:
             return self._dispatch_again(
                 x,
                 handle,
-                (
-                    num_tokens_per_rank,
-                    num_tokens_per_rdma_rank,
-                    is_token_in_rank,
-                    num_tokens_per_expert,
-                    topk_idx,
-                    topk_weights,
-                ),
+                config,
+                (topk_idx, topk_weights),
                 num_worst_tokens,
                 previous_event,
                 async_finish,
@@ -254,9 +250,10 @@ class Buffer(LowLatency):
             )
         refusal, same, tokens = None, {}, 0
         try:
+            self._check_config(op, config, "get_dispatch_config")
             wait_before(op, previous_event, async_finish, allocate_on_comm_stream, _NAMES)
             payload, ids, weights, counts = check_dispatch(
-                self._world,
+                self.world,
                 x,
                 num_tokens_per_rank,
                 is_token_in_rank,
@@ -275,18 +272,18 @@ class Buffer(LowLatency):
                 "topk_idx given": topk_idx is not None,
                 "topk_weights given": weights is not None,
             }
-        except Exception as error:  # noqa: BLE001 - agree raises it, here and as InvalidArgument on the peers
+        except Exception as error:  # noqa: BLE001 - agree() raises it here, and InvalidArgument on the peers
             refusal = error
         most = (
             tokens
             if capturing() and refusal is None
-            else self._world.agree(op, same=same, most=(tokens,), refusal=refusal)[0]
+            else self.world.agree(op, same=same, most=(tokens,), refusal=refusal)[0]
         )
-        if topk_idx is None:  # who receives how much for which expert, as the caller counted it
-            counts = self._world.scatter(counts.view(self.group_size, -1)).sum(0)
+        if topk_idx is None:  # send the caller's counts per expert to the owners
+            counts = self.world.scatter(counts.view(self.group_size, -1)).sum(0)
         with torch.no_grad():
             routing = Routing(
-                self._world,
+                self.world,
                 ids,
                 experts,
                 most,
@@ -321,20 +318,20 @@ class Buffer(LowLatency):
         async_finish=False,
         allocate_on_comm_stream=False,
     ):
-        """Carry the experts' rows back and sum them, without weights. Collective.
+        """Send the experts' rows back and sum them, without weights. Collective.
 
         Parameters
         ----------
         x : Tensor [N, H] of bfloat16, float16, float32 or float64
-            A row for every received one. H and dtype may differ from dispatch's: the first such combine of
-            a handle then costs one more dispatch.
-        handle
-            Of the dispatch to undo; it may be combined as often as wanted.
+            One row per received row. H and dtype may differ from those of dispatch; the first such combine of a
+            handle then costs one more dispatch.
+        handle : DispatchHandle
+            Handle of the dispatch. It may be combined any number of times.
         topk_weights : Tensor [N, K] float32, optional
-            Summed over all rows of a token, not only those of the rank that owns the pick: ones give the
-            number of rows. The first time for a handle that costs a small dispatch, and every time a small combine.
+            Summed over all rows of a token, not only over those of the owner of the pick: ones give the number of
+            rows. This costs a small combine per call and, the first time for a handle, a small dispatch.
         bias : Tensor [T, H], or a pair of them, optional
-            Added in FP32 before the one rounding.
+            Added in FP32 before the sum is rounded.
         config, previous_event, async_finish, allocate_on_comm_stream
             As for dispatch.
 
@@ -346,41 +343,39 @@ class Buffer(LowLatency):
         Raises
         ------
         InvalidArgument
-            Here alone; peers that made the call wait for this rank until their deadline.
+            An argument is wrong. Raised on all ranks.
         PeerLost, PeerTimeout
+            As dispatch.
         """
         op = "combine"
         self._require_usable(op)
-        self._check_config(op, config, "get_combine_config")
-        wait_before(op, previous_event, async_finish, allocate_on_comm_stream, _NAMES)
-        routing = routing_of(op, handle, self._world)
-        rows = check_rows(op, x, routing.num_rows, self.rank)
-        numbers = require_tensor(
-            op,
-            "topk_weights",
-            topk_weights,
-            optional=True,
-            dtypes=(torch.float32,),
-            shape=(routing.num_rows, None),
-        )
-        bias = sum_of_biases(op, bias, (routing.tokens, rows.shape[1]), self.rank)
+        with Reporting(self.world, op) as reporting:
+            routing = routing_of(op, handle, self.world)
+            reporting.at(*routing.first)
+            self._check_config(op, config, "get_combine_config")
+            wait_before(op, previous_event, async_finish, allocate_on_comm_stream, _NAMES)
+            rows = check_rows(op, x, routing.num_rows, self.rank)
+            shape, kinds = (routing.num_rows, None), (torch.float32,)
+            numbers = require_tensor(
+                op, "topk_weights", topk_weights, optional=True, dtypes=kinds, shape=shape
+            )
+            bias = sum_of_biases(op, bias, (routing.tokens, rows.shape[1]), self.rank)
         with torch.no_grad():
-            y = routing.combine(rows, bias)
-            summed = None if numbers is None else routing.combine_numbers(numbers)
+            y, summed = routing.combine_with(rows, numbers, bias)
         return y, summed, event_of(async_finish, x, topk_weights)
 
     # -- the rest ---------------------------------------------------------------------------------
 
     def get_comm_stream(self):
-        """The stream that calls run on: the current one. None on the CPU, which has no streams."""
+        """Return the stream on which calls run: the current stream, or None on the CPU."""
         return (
-            torch.cuda.current_stream(self._world.comm.device)
-            if self._world.comm.device.type == "cuda"
+            torch.cuda.current_stream(self.world.comm.device)
+            if self.world.comm.device.type == "cuda"
             else None
         )
 
     def get_local_buffer_tensor(self, dtype, size=None, offset=0, use_rdma_buffer=False):
-        """Not there: memory belongs to shapes, not to a Buffer of bytes.
+        """Not supported: a Buffer of moecomm has no raw bytes.
 
         Raises
         ------
@@ -388,27 +383,26 @@ class Buffer(LowLatency):
             Always.
         """
         raise Unsupported(
-            "get_local_buffer_tensor: moecomm's windows are laid out by shape and hold no raw bytes for "
-            "the caller; expected "
-            "torch.empty for scratch memory",
+            "get_local_buffer_tensor: the windows of moecomm have no raw bytes for the caller; "
+            "use torch.empty for scratch memory",
             op="get_local_buffer_tensor",
             rank=self.rank,
         )
 
     def destroy(self):
-        """End this Buffer; its handles stay usable with other Buffers of the group. Needs explicitly_destroy=True."""
+        """End this Buffer. Other Buffers of the group can still use its handles. Needs explicitly_destroy=True."""
         if not self.explicitly_destroy:
             refuse(
                 "destroy",
                 "the Buffer was made with explicitly_destroy=False; expected Buffer(..., explicitly_destroy=True)",
                 self.rank,
             )
-        self._destroyed = True
+        self.destroyed = True
 
     def _require_usable(self, op):
-        if self._destroyed:
-            refuse(op, "the Buffer was destroyed; expected a new one", self.rank)
-        self._world.require_open(op)
+        if self.destroyed:
+            refuse(op, "the Buffer was destroyed; make a new one", self.rank)
+        self.world.require_open(op)
 
     def _check_config(self, op, config, default):
         config = getattr(self, default)(self.group_size) if config is None else config
@@ -416,21 +410,33 @@ class Buffer(LowLatency):
             refuse(op, f"config is a {type(config).__qualname__}; expected a Config", self.rank)
 
     def _dispatch_again(
-        self, x, handle, left_out, worst, previous_event, async_finish, allocate_on_comm_stream
+        self, x, handle, config, left_out, worst, previous_event, async_finish, allocate_on_comm_stream
     ):
         op = "dispatch"
-        wait_before(op, previous_event, async_finish, allocate_on_comm_stream, _NAMES)
-        routing, payload = routing_of(op, handle, self._world), Payload(op, x)
-        if any(value is not None for value in left_out[4:]):
-            refuse(op, "topk_idx or topk_weights are given with a handle; expected neither", self.rank)
-        if worst and worst != routing.how["capacity"]:
-            refuse(
-                op,
-                f"num_worst_tokens is {worst} and the handle's is {routing.how['capacity'] or 0}; expected it left out",
-                self.rank,
-            )
-        if payload.tokens != routing.tokens:
-            refuse(op, f"x has {payload.tokens} tokens; the handle is for {routing.tokens}", self.rank)
+        with Reporting(self.world, op) as reporting:
+            routing = routing_of(op, handle, self.world)
+            reporting.at(*routing.first)
+            self._check_config(op, config, "get_dispatch_config")
+            wait_before(op, previous_event, async_finish, allocate_on_comm_stream, _NAMES)
+            payload = Payload(op, x)
+            if any(value is not None for value in left_out):
+                refuse(
+                    op,
+                    "topk_idx or topk_weights are given; expected None, because a handle is given",
+                    self.rank,
+                )
+            if worst and worst != routing.how["capacity"]:
+                refuse(
+                    op,
+                    f"num_worst_tokens is {worst}; expected 0, or {routing.how['capacity'] or 0} as in the handle",
+                    self.rank,
+                )
+            if payload.tokens != routing.tokens:
+                refuse(
+                    op,
+                    f"x has {payload.tokens} tokens; expected {routing.tokens} as in the handle",
+                    self.rank,
+                )
         with torch.no_grad():
             recv_x = payload.received(routing.dispatch(payload.hidden, payload.dtype, payload.x))
         return recv_x, None, None, None, None, event_of(async_finish, x)

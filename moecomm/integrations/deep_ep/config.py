@@ -1,29 +1,30 @@
-"""Config: deep_ep's tuning of a call.
+"""Config: deep_ep's tuning parameters of a call.
 
-Kept and checked; moecomm chooses its own chunks, so it changes no result and no speed.
+They are checked and stored, but have no effect: moecomm chooses its own chunk sizes.
 """
 
 from __future__ import annotations
 
 from .errors import refuse
 
-_RANKS_PER_NODE = 8  # deep_ep's own number, from which it tells whether there is a second network
+_RANKS_PER_NODE = 8  # deep_ep assumes this number to decide whether ranks are on several nodes
 
 
 class Config:
-    """Multiprocessors and chunk sizes of dispatch or combine, by deep_ep's names.
+    """Multiprocessors and chunk sizes of dispatch or combine, with deep_ep's names.
 
     Parameters
     ----------
     num_sms : int
-        Even. On a GPU the kernels of Buffers made later use that many; see Buffer.set_num_sms.
+        An even number. See Buffer.set_num_sms for the multiprocessors of kernels.
     num_max_nvl_chunked_send_tokens, num_max_nvl_chunked_recv_tokens, num_max_rdma_chunked_send_tokens,
     num_max_rdma_chunked_recv_tokens : int
-        Positive, and the first of each pair below the second.
+        Positive. For each link, send must be less than recv.
 
     Raises
     ------
     InvalidArgument
+        A number is out of range.
     """
 
     def __init__(
@@ -61,12 +62,12 @@ class Config:
                 )
 
     def get_nvl_buffer_size_hint(self, hidden_bytes, num_ranks):
-        """Bytes to pass as num_nvl_bytes: rows in flight inside a node."""
+        """Return bytes for num_nvl_bytes: the rows in flight inside a node."""
         peers = min(_positive("num_ranks", num_ranks), _RANKS_PER_NODE)
         return self._size(hidden_bytes, peers, self.num_max_nvl_chunked_recv_tokens)
 
     def get_rdma_buffer_size_hint(self, hidden_bytes, num_ranks):
-        """Bytes to pass as num_rdma_bytes: rows in flight between nodes; 0 where one node holds all ranks."""
+        """Return bytes for num_rdma_bytes: the rows in flight between nodes, or 0 if one node has all ranks."""
         if _positive("num_ranks", num_ranks) <= _RANKS_PER_NODE:
             return 0
         return self._size(

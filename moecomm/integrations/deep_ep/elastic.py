@@ -17,46 +17,48 @@ from ._elastic import (
     wait_for_events,
 )
 from ._routing import Payload
+from ._reporting import Reporting
 from ._sizes import bytes_for, multiprocessors_for
 from ._world import world_of
-from .domains import get_logical_domain_size, get_physical_domain_size  # noqa: F401 - deep_ep has them here
+from .domains import get_logical_domain_size, get_physical_domain_size  # noqa: F401 - imported from here by callers
 from .errors import Unsupported, refuse, require_tensor
 from .events import EventHandle, event_of
 from .handles import EPHandle
 
 
 class ElasticBuffer:
-    """Expert-parallel dispatch and combine by deep_ep 2.x' names, over moecomm. Construction is collective.
+    """Expert-parallel dispatch and combine with deep_ep 2.x's interface, over moecomm. Construction is collective.
 
-    Memory is not made here: it follows the shapes of the calls, is shared by all buffers of one group in a
-    process, and grows.
+    The constructor reserves no memory. The first call of a shape does. All buffers of one group in a process share
+    the memory, and it grows.
 
     Parameters
     ----------
     group : torch ProcessGroup, one-dimensional DeviceMesh, mpi4py Comm or moecomm.Communicator
+        The ranks.
     num_bytes : int, optional
-        Kept; None: get_buffer_size_hint for num_max_tokens_per_rank and hidden, which must be given then.
+        Stored as an attribute. Default: get_buffer_size_hint(), which needs num_max_tokens_per_rank and hidden.
     num_cpu_bytes : int
-        Of Engram, which is not here; 0.
+        Must be 0: Engram is not supported.
     num_max_tokens_per_rank : int
-        What dispatch takes where it gets none; the same on all ranks. 0: each call says it, or waits for
-        the counts of its peers.
+        Default of dispatch; equal on all ranks. 0: each call has its own number, or exchanges the counts.
     hidden, num_topk, use_fp8_dispatch
-        For the size hint.
+        For get_buffer_size_hint().
     deterministic : bool
-        Results are deterministic in any case.
+        Ignored: results are always deterministic.
     allow_hybrid_mode : bool
-        False: num_scaleout_ranks says 1. Rows cross between nodes once per node in any case.
+        False: num_scaleout_ranks is 1. A token crosses to a node at most once in any case.
     allow_multiple_reduction, prefer_overlap_with_compute, sl_idx, num_allocated_qps
-        Without meaning here.
+        Ignored.
     num_cpu_timeout_secs, num_gpu_timeout_secs
-        Checked; the deadline is the communicator's (moecomm.integrations.deep_ep.configure).
+        Checked, but without effect: the timeout is set by moecomm.integrations.deep_ep.configure.
     explicitly_destroy : bool
-        destroy() may be called.
+        Allow destroy().
 
     Raises
     ------
     InvalidArgument
+        An argument is wrong.
     Unsupported
         num_cpu_bytes is not 0.
     """
@@ -97,14 +99,14 @@ class ElasticBuffer:
         check_int(op, "num_gpu_timeout_secs", num_gpu_timeout_secs, 1)
         if num_cpu_bytes:
             raise Unsupported(
-                f"{op}: num_cpu_bytes is {num_cpu_bytes}; Engram's host memory is not part of this library, expected 0",
+                f"{op}: num_cpu_bytes is {num_cpu_bytes}; expected 0, because Engram is not supported",
                 op=op,
             )
         if num_bytes is None:
             if not num_max_tokens_per_rank or not hidden:
                 refuse(
                     op,
-                    f"num_bytes is None, num_max_tokens_per_rank {num_max_tokens_per_rank} and hidden "
+                    f"num_bytes is None, num_max_tokens_per_rank is {num_max_tokens_per_rank} and hidden is "
                     f"{hidden}; expected num_bytes, or both of the others",
                 )
             num_bytes = self.get_buffer_size_hint(
@@ -116,13 +118,13 @@ class ElasticBuffer:
                 allow_hybrid_mode,
                 allow_multiple_reduction,
             )
-        self.group, self._world = group, world_of(group)
+        self.group, self.world = group, world_of(group)
         self.num_bytes, self.num_allocated_qps = num_bytes, num_allocated_qps
         self.num_max_tokens_per_rank = num_max_tokens_per_rank
-        self.rank_idx, self.num_ranks = self._world.rank, self._world.size
+        self.rank_idx, self.num_ranks = self.world.rank, self.world.size
         self.explicitly_destroy = bool(explicitly_destroy)
         self.num_rdma_ranks, self.num_nvlink_ranks = self.get_physical_domain_size()
-        self._hybrid, self._destroyed = bool(allow_hybrid_mode), False
+        self._hybrid, self.destroyed = bool(allow_hybrid_mode), False
         self.num_scaleout_ranks, self.num_scaleup_ranks = self.get_logical_domain_size()
 
     # -- statics and sizes ------------------------------------------------------------------------
@@ -137,10 +139,7 @@ class ElasticBuffer:
         allow_hybrid_mode=True,
         allow_multiple_reduction=True,
     ):
-        """Bytes to pass as num_bytes, a multiple of 2 MiB: about what one dispatch and combine of this shape take.
-
-        Local.
-        """
+        """Return bytes for num_bytes: estimated memory of one dispatch and combine, a multiple of 2 MiB. Local."""
         op = "get_buffer_size_hint"
         for name, value in {"num_max_tokens_per_rank": num_max_tokens_per_rank, "hidden": hidden}.items():
             check_int(op, name, value, 1)
@@ -149,16 +148,16 @@ class ElasticBuffer:
 
     @staticmethod
     def capture():
-        """An EventHandle of the current stream's work so far."""
+        """Return an EventHandle of all work that the current stream has so far."""
         return EventHandle()
 
     def get_physical_domain_size(self):
-        """(nodes, ranks per node)."""
-        return self._world.num_nodes, self._world.size // self._world.num_nodes
+        """Return (nodes, ranks per node)."""
+        return self.world.num_nodes, self.world.size // self.world.num_nodes
 
     def get_logical_domain_size(self):
-        """(nodes, ranks per node); (1, ranks) without allow_hybrid_mode."""
-        return self.get_physical_domain_size() if self._hybrid else (1, self._world.size)
+        """Return (nodes, ranks per node), or (1, ranks) without allow_hybrid_mode."""
+        return self.get_physical_domain_size() if self._hybrid else (1, self.world.size)
 
     def get_theoretical_num_sms(
         self,
@@ -170,8 +169,9 @@ class ElasticBuffer:
         sm_read_gbs=200,
         sm_write_gbs=50,
     ):
-        """Multiprocessors that keep the slowest link busy: even, at least 2, at most 64. 0 for a link: 50
-        and 160 GB/s.
+        """Return the number of multiprocessors that saturates the slowest link: even, in 2..64.
+
+        rdma_gbs 0 means 50 GB/s, nvlink_gbs 0 means 160 GB/s.
         """
         check_experts("get_theoretical_num_sms", num_experts, self.num_ranks, self.rank_idx)
         check_int("get_theoretical_num_sms", "num_topk", num_topk, 1, self.rank_idx)
@@ -184,7 +184,7 @@ class ElasticBuffer:
         )
 
     def get_theoretical_num_qps(self, num_sms):
-        """Queue pairs that deep_ep would use for that many multiprocessors; moecomm chooses its own."""
+        """Return the number of queue pairs that deep_ep would use for num_sms. moecomm chooses its own number."""
         check_int("get_theoretical_num_qps", "num_sms", num_sms, 1, self.rank_idx)
         return 16 * num_sms + 1 if self.num_scaleout_ranks > 1 else min(num_sms, 9)
 
@@ -212,58 +212,58 @@ class ElasticBuffer:
         do_zero_padding=False,
         use_tma_aligned_col_major_sf=False,
     ):
-        """Carry every token to the ranks that own its experts. Collective.
+        """Send every token to the ranks that own its experts. Collective.
 
-        With do_cpu_sync a new plan costs one small exchange more than moecomm.Buffer.dispatch, in which
-        ranks learn of a peer that refuses its arguments. Rows are in order (source rank, source token),
-        behind (local expert) when expanded.
+        With do_cpu_sync and without a handle, ranks first learn whether a peer refuses its arguments. This costs one
+        small exchange more than moecomm.Buffer.dispatch. Received rows are ordered by (source rank, source token);
+        with do_expand by (local expert, source rank, source token).
 
         Parameters
         ----------
         x : Tensor [T, H], or (rows [T, H], scales [T, n])
-            As for Buffer.dispatch; scales of any format of 4 bytes, say.
+            As for Buffer.dispatch.
         topk_idx : Tensor [T, K] int64 or int32
-            Left out with a handle.
+            None with a handle.
         topk_weights : Tensor [T, K] float32, optional
         cumulative_local_expert_recv_stats : Tensor int32 [local experts], optional
             The counts are added to it.
         num_experts : int
             Needed without a handle.
         num_max_tokens_per_rank : int, optional
-            The same on all ranks, not smaller than any T; None: the buffer's.
+            Equal on all ranks, and at least the largest T. Default: that of the buffer.
         expert_alignment : int, optional
-            Expanded: every expert's rows are padded to a multiple with zeros. Plain: numbers in the
-            handle's list are rounded up.
+            With do_expand, the rows of every expert are padded with zeros to a multiple of it. Otherwise the counts
+            in the handle's list are rounded up.
         num_sms : int
-            Kept in the handle; 0: 20.
+            Stored in the handle. 0 means 20.
         num_qps, do_handle_copy
-            Without effect: a handle's memory is its own.
+            Ignored.
         previous_event, previous_event_before_epilogue : EventHandle, optional
-            Waited for first; previous_event needs allocate_on_comm_stream, as in deep_ep.
+            The call waits for them first. previous_event needs allocate_on_comm_stream, as in deep_ep.
         async_with_compute_stream, allocate_on_comm_stream : bool
-            async_with_compute_stream: the last result has an event. The call runs on the current stream in any case.
+            async_with_compute_stream makes the last result an event. The call runs on the current stream in any case.
         handle : EPHandle, optional
-            Its plan is used again.
+            Handle of an earlier dispatch, whose plan is reused.
         do_cpu_sync : bool, optional
-            False: static shapes and nothing that the host waits for; None: True, and False with a handle.
+            False: shapes are static, and the host does not wait. Default: True without a handle, False with one.
         do_expand : bool
             One row per token and local expert, grouped by expert.
         do_zero_padding : bool
-            Padding rows are zero in any case. Needs do_expand.
+            Needs do_expand. Padding rows are zero in any case.
         use_tma_aligned_col_major_sf : bool
-            Received scales are column-major, a column starting on 16 bytes.
+            Received scales are column-major, and every column starts at a multiple of 16 bytes.
 
         Returns
         -------
         (recv_x, recv_topk_idx, recv_topk_weights, handle, event)
-            recv_topk_idx int64 [N, K] local ids, -1 elsewhere (None when expanded or by a handle);
-            recv_topk_weights [N, K], or [N] when expanded. Without do_cpu_sync N is ranks *
-            num_max_tokens_per_rank, or its worst case when expanded, and rows behind the real ones are zero.
+            recv_topk_idx int64 [N, K] has local ids, and -1 for experts of other ranks; it is None with do_expand or
+            a handle. recv_topk_weights is [N, K], or [N] with do_expand. Without do_cpu_sync, N is ranks *
+            num_max_tokens_per_rank (with do_expand, the worst case), and rows after the real ones are zero.
 
         Raises
         ------
         InvalidArgument
-            With do_cpu_sync and without a handle on every rank, else here alone.
+            An argument is wrong. Raised on all ranks.
         ConfigMismatch, CapacityExceeded, PeerLost, PeerTimeout
             As Buffer.dispatch.
         """
@@ -279,7 +279,7 @@ class ElasticBuffer:
             )
             expanded = do_expand or (handle is not None and handle.do_expand)
             if do_zero_padding and not expanded:
-                why = "do_zero_padding is set without do_expand; expected both, since only expanded rows have padding"
+                why = "do_zero_padding is set; expected do_expand with it, because only expanded rows have padding"
                 refuse(op, why, self.rank_idx)
             check_ints(op, self.rank_idx, num_sms=num_sms, num_qps=num_qps, num_max_tokens_per_rank=most)
             payload = Payload(op, x)
@@ -288,28 +288,31 @@ class ElasticBuffer:
                 refuse(op, why, self.rank_idx)
             if handle is not None:
                 given = topk_idx, topk_weights, num_experts, expert_alignment, do_expand
-                routing, weights = check_again(op, self._world, payload, handle, *given)
+                routing, weights = check_again(op, self.world, payload, handle, *given)
                 alignment, do_expand = handle.expert_alignment, handle.do_expand
             else:
                 alignment = 1 if expert_alignment is None else expert_alignment
                 given = topk_idx, topk_weights, num_experts, alignment, most, do_expand, sync
-                ids, weights, same = check_new(op, self._world, payload, *given)
+                ids, weights, same = check_new(op, self.world, payload, *given)
             if stats is not None:
                 shape = ((num_experts or routing.experts) // self.num_ranks,)
                 name = "cumulative_local_expert_recv_stats"
                 require_tensor(op, name, stats, dtypes=(torch.int32,), shape=shape)
-        except Exception as error:  # noqa: BLE001 - agree raises it, here and as InvalidArgument on the peers
+        except Exception as error:  # noqa: BLE001 - agree() raises it here, and InvalidArgument on the peers
             refusal = error
-        if (handle is not None and refusal is not None) or (not sync and refusal is not None):
-            raise refusal
+        if refusal is not None and (handle is not None or not sync):
+            with Reporting(self.world, op) as reporting:
+                if isinstance(handle, EPHandle):
+                    reporting.at(*routing_of(op, handle, self.world).first)
+                raise refusal
         if handle is None and sync and not (capturing() and most):
-            largest = self._world.agree(
+            largest = self.world.agree(
                 op, same=same, most=(0 if refusal else payload.tokens,), refusal=refusal
             )[0]
             most = most or largest
         with torch.no_grad():
             if handle is None:
-                routing = new_routing(self._world, ids, num_experts, most, alignment, do_expand, sync)
+                routing = new_routing(self.world, ids, num_experts, most, alignment, do_expand, sync)
             out = routing.dispatch(payload.hidden, payload.dtype, payload.x, weights)
             recv_x = payload.received(out)
             if use_tma_aligned_col_major_sf and isinstance(recv_x, tuple):
@@ -342,18 +345,20 @@ class ElasticBuffer:
         async_with_compute_stream=False,
         allocate_on_comm_stream=False,
     ):
-        """Carry the experts' rows back and sum them, without weights. Collective.
+        """Send the experts' rows back and sum them, without weights. Collective.
 
         Parameters
         ----------
         x : Tensor [N, H] of bfloat16, float16, float32 or float64
-            As many rows as the dispatch has given.
+            One row per received row.
         handle : EPHandle
+            Handle of the dispatch.
         topk_weights : Tensor float32, optional
-            [N, K] of plain rows: summed over all rows of a token. [N] of expanded ones: each goes back to its pick.
+            [N, K]: summed over all rows of a token. With do_expand, [N]: each returns to its pick.
         bias : Tensor [T, H], or a pair of them, optional
+            Added in FP32 before the sum is rounded.
         num_sms, num_qps
-            Without effect.
+            Ignored.
         previous_event, previous_event_before_epilogue, async_with_compute_stream, allocate_on_comm_stream
             As for dispatch.
 
@@ -365,49 +370,50 @@ class ElasticBuffer:
         Raises
         ------
         InvalidArgument
-            Here alone.
+            An argument is wrong. Raised on all ranks.
         PeerLost, PeerTimeout
+            As Buffer.dispatch.
         """
         op = "combine"
         self._require_usable(op)
-        wait_for_events(
-            op, self.rank_idx, previous_event, previous_event_before_epilogue, allocate_on_comm_stream
-        )
-        check_ints(op, self.rank_idx, num_sms=num_sms, num_qps=num_qps)
-        routing = routing_of(op, handle, self._world)
-        rows = check_rows(op, x, routing.num_rows, self.rank_idx)
-        shape = (routing.num_rows,) if handle.do_expand else (routing.num_rows, None)
-        weights = require_tensor(
-            op, "topk_weights", topk_weights, optional=True, dtypes=(torch.float32,), shape=shape
-        )
-        bias = sum_of_biases(op, bias, (routing.tokens, rows.shape[1]), self.rank_idx)
-        summed = None
+        with Reporting(self.world, op) as reporting:
+            routing = routing_of(op, handle, self.world)
+            reporting.at(*routing.first)
+            wait_for_events(
+                op, self.rank_idx, previous_event, previous_event_before_epilogue, allocate_on_comm_stream
+            )
+            check_ints(op, self.rank_idx, num_sms=num_sms, num_qps=num_qps)
+            rows = check_rows(op, x, routing.num_rows, self.rank_idx)
+            shape = (routing.num_rows,) if handle.do_expand else (routing.num_rows, None)
+            weights = require_tensor(
+                op, "topk_weights", topk_weights, optional=True, dtypes=(torch.float32,), shape=shape
+            )
+            bias = sum_of_biases(op, bias, (routing.tokens, rows.shape[1]), self.rank_idx)
         with torch.no_grad():
             if weights is not None and handle.do_expand:
                 core, plan = routing.plan(rows.shape[1], rows.dtype)
                 y, summed = ops.combine_slots(
-                    rows, weights, plan.tensor(), core.number, "expert", routing.tokens
+                    rows, weights, plan.tensor(), core.name, "expert", routing.tokens
                 )
                 y = y if bias is None else routing.combine(rows, bias)
             else:
-                y = routing.combine(rows, bias)
-                summed = None if weights is None else routing.combine_numbers(weights)
+                y, summed = routing.combine_with(rows, weights, bias)
         return y, summed, event_of(async_with_compute_stream, x, topk_weights)
 
     # -- the rest ---------------------------------------------------------------------------------
 
     def barrier(self, use_comm_stream=True, with_cpu_sync=False, sequential=True):
-        """Wait on the host until every rank has come here."""
+        """Wait on the host until all ranks have made this call."""
         self._require_usable("barrier")
-        if self._world.comm.device.type == "cuda":
-            torch.cuda.current_stream(self._world.comm.device).synchronize()
-        self._world.comm.barrier()
+        if self.world.comm.device.type == "cuda":
+            torch.cuda.current_stream(self.world.comm.device).synchronize()
+        self.world.comm.barrier()
 
     def get_comm_stream(self):
-        """The stream that calls run on: the current one. None on the CPU, which has no streams."""
+        """Return the stream on which calls run: the current stream, or None on the CPU."""
         return (
-            torch.cuda.current_stream(self._world.comm.device)
-            if self._world.comm.device.type == "cuda"
+            torch.cuda.current_stream(self.world.comm.device)
+            if self.world.comm.device.type == "cuda"
             else None
         )
 
@@ -420,12 +426,12 @@ class ElasticBuffer:
                 "explicitly_destroy=True)",
                 self.rank_idx,
             )
-        self._destroyed = True
+        self.destroyed = True
 
     def _require_usable(self, op):
-        if self._destroyed:
-            refuse(op, "the buffer was destroyed; expected a new one", self.rank_idx)
-        self._world.require_open(op)
+        if self.destroyed:
+            refuse(op, "the buffer was destroyed; make a new one", self.rank_idx)
+        self.world.require_open(op)
 
 
 for _name, _why in UNSUPPORTED.items():

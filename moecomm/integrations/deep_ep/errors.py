@@ -1,6 +1,4 @@
-"""What the drop-in refuses: a wrong argument is moecomm's InvalidArgument, a feature that it does not have
-is Unsupported.
-"""
+"""Refusals of the drop-in: InvalidArgument of moecomm for a wrong argument, Unsupported for a missing feature."""
 
 from __future__ import annotations
 
@@ -10,9 +8,7 @@ from ...errors import InvalidArgument
 
 
 class Unsupported(InvalidArgument, NotImplementedError):
-    """The call asks for something that exists in deep_ep and not in this drop-in; the message says why and
-    what to use.
-    """
+    """The call needs a feature of deep_ep that this drop-in lacks. The text says why, and what to use instead."""
 
 
 def refuse(op, what, rank=None):
@@ -27,36 +23,39 @@ def refuse(op, what, rank=None):
 
 
 def describe(value):
-    """A tensor's kind, or the type of anything else, in words."""
+    """Text with dtype, shape and device of a tensor, or with the type of any other object."""
     if not isinstance(value, torch.Tensor):
         return f"a {type(value).__qualname__}"
     return f"{'' if value.is_contiguous() else 'non-contiguous '}{value.dtype} {list(value.shape)} on {value.device}"
 
 
 def require_tensor(op, name, value, *, optional=False, dtypes=None, shape=None):
-    """The value, which must be a plain dense tensor, without its gradient; None stays None where it is optional.
+    """Check that a value is a plain dense tensor; return it detached and contiguous.
 
     Parameters
     ----------
     op, name : str
-        For the message.
+        Names of the call and of the argument, for the error text.
     value : Tensor
     optional : bool
+        Return None for None.
     dtypes : tuple of torch.dtype, optional
+        Allowed dtypes.
     shape : tuple, optional
-        None in it stands for any length.
+        Expected shape. None in it allows any length.
 
     Raises
     ------
     InvalidArgument
-        It is something else; a subclass of Tensor is never read as if it were memory.
+        The value is not such a tensor. Subclasses of Tensor are refused, because their memory may mean something
+        else.
     """
     if value is None and optional:
         return None
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
         refuse(
             op,
-            f"{name} is a {type(value).__qualname__}; expected a plain torch.Tensor (of a DTensor: its to_local())",
+            f"{name} is a {type(value).__qualname__}; expected a plain torch.Tensor (for a DTensor, use to_local())",
         )
     wrong_shape = shape is not None and (
         value.dim() != len(shape)

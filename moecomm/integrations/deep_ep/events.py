@@ -1,7 +1,7 @@
-"""EventHandle and EventOverlap: when a call's results may be used.
+"""EventHandle and EventOverlap: events that tell when the results of a call may be used.
 
-On the CPU a call has ended when it returns, so an event is over as soon as it exists. On a GPU calls run on the current
-stream, and an event is a point on it.
+On the CPU a call is complete when it returns, so its event is complete, too. On a GPU calls run on the current
+stream, and an event is a point on that stream.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from .errors import refuse
 
 
 class EventHandle:
-    """A point in the work of this rank: on a GPU recorded on the current stream, on the CPU over at once."""
+    """An event of this rank: on a GPU, recorded on the current stream; on the CPU, complete immediately."""
 
     def __init__(self):
         self._point = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
 
     def current_stream_wait(self):
-        """Let the current stream wait for it; the host does not wait."""
+        """Let the current stream wait for the event. The host does not wait."""
         if self._point is not None:
             torch.cuda.current_stream().wait_event(self._point)
 
 
 class EventOverlap:
-    """An event with what must live until it is over.
+    """An event, and tensors that must stay alive until it is complete.
 
     Parameters
     ----------
     event : EventHandle, optional
-        None: of a synchronous call; there is nothing to wait for.
+        None for a synchronous call: there is nothing to wait for.
     extra_tensors : tuple of Tensor, optional
-        Kept until the event is waited for and released.
+        Kept alive until the event is released.
     """
 
     def __init__(self, event=None, extra_tensors=None):
@@ -39,8 +39,9 @@ class EventOverlap:
         self._hooks, self._release = [], False
 
     def current_stream_wait(self, release_handle=False):
-        """Let the current stream wait for the event, then run the registered hooks; release_handle drops
-        what it keeps.
+        """Let the current stream wait for the event, then run the registered hooks.
+
+        release_handle releases the event and its tensors.
         """
         if self.event is not None:
             self.event.current_stream_wait()
@@ -51,11 +52,11 @@ class EventOverlap:
             self.event = self.extra_tensors = None
 
     def register_hook_after_wait(self, hook):
-        """Call hook() once, behind the next wait."""
+        """Call hook() once, after the next wait."""
         self._hooks.append(hook)
 
     def __call__(self, release_handle=False):
-        """For `with event(release_handle=True):`."""
+        """Set release_handle for a with statement: `with event(release_handle=True):`."""
         self._release = bool(release_handle)
         return self
 
@@ -68,20 +69,22 @@ class EventOverlap:
 
 
 def wait_before(op, previous_event, asynchronous, on_comm_stream, names):
-    """What a call does before it begins: the current stream waits for the caller's event.
+    """Let the current stream wait for the caller's event, before a call begins.
 
     Parameters
     ----------
     op : str
+        Name of the call.
     previous_event : EventOverlap or EventHandle, optional
     asynchronous, on_comm_stream : bool
-        The call's async flag and allocate_on_comm_stream, which needs the other and an event, as in deep_ep.
+        The async flag of the call, and allocate_on_comm_stream, which needs the flag and an event, as in deep_ep.
     names : tuple of str
-        What the call names previous_event and its async flag.
+        Names of previous_event and of the async flag in this call, for error texts.
 
     Raises
     ------
     InvalidArgument
+        on_comm_stream is set without the others, or previous_event has the wrong type.
     """
     if on_comm_stream and (previous_event is None or not asynchronous):
         refuse(op, f"allocate_on_comm_stream is set; expected {names[0]} and {names[1]}=True with it")
@@ -97,5 +100,5 @@ def wait_before(op, previous_event, asynchronous, on_comm_stream, names):
 
 
 def event_of(asynchronous, *keep):
-    """The EventOverlap of a call that has just been made."""
+    """Return the EventOverlap of a call that has just returned."""
     return EventOverlap(EventHandle(), keep) if asynchronous else EventOverlap()

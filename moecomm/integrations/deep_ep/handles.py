@@ -1,4 +1,4 @@
-"""Handles of the three buffers: opaque, made by a dispatch and passed on."""
+"""Handles of the three buffers. A dispatch returns them, and they are passed to later calls."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from .errors import Unsupported
 
 
 class DispatchHandle:
-    """What combine and a cached dispatch need.
+    """Handle of a dispatch, for combine and for later dispatches with the same plan.
 
-    Opaque: deep_ep's tuples of tensors are its kernels' and not made here.
+    Opaque: it has none of the tensors of deep_ep's tuple, which belong to deep_ep's kernels.
     """
 
     def __init__(self, routing):
-        self._routing = routing
+        self.routing = routing
 
     def __iter__(self):
         return self._opaque()
@@ -25,25 +25,33 @@ class DispatchHandle:
 
     def _opaque(self):
         raise Unsupported(
-            "handle: deep_ep's handle is a tuple of its kernels' tensors, this one is opaque; expected it "
-            "only to be passed on",
+            "handle: this handle is opaque; it has none of the tensors in deep_ep's tuple, pass it to calls unchanged",
             op="handle",
         )
 
 
 class EPHandle:
-    """What combine and a cached dispatch need, and the counts of a dispatch.
+    """Handle of a dispatch, for combine and for later dispatches with the same plan. It also has the counts.
 
-    .num_recv_tokens_per_expert_list: rows per local expert, aligned; [] without do_cpu_sync.
-    .psum_num_recv_tokens_per_scaleup_rank int32: received tokens by their source's place in its node,
-    summed up; the last one is all of them. .psum_num_recv_tokens_per_expert int32: in the plain layout
-    summed up; expanded, each expert's start plus its rows. .num_unaligned_recv_tokens_per_expert int32
-    [local experts]. .num_recv_tokens and .num_expanded_tokens: received tokens, and rows of the expanded
-    layout (0 in the plain one). .topk_idx, .do_expand, .num_experts, .expert_alignment, .num_sms.
+    Attributes
+    ----------
+    num_recv_tokens_per_expert_list : list of int
+        Rows per local expert, rounded up to the alignment; [] without do_cpu_sync.
+    psum_num_recv_tokens_per_scaleup_rank : Tensor int32 [ranks per node]
+        Cumulative sums of the received tokens by the local rank of their source.
+    psum_num_recv_tokens_per_expert : Tensor int32 [local experts]
+        Cumulative sums of the rows per expert. With do_expand: index after the last row of each expert, without
+        padding.
+    num_unaligned_recv_tokens_per_expert : Tensor int32 [local experts]
+        Rows per local expert without padding.
+    num_recv_tokens, num_expanded_tokens : int
+        Received tokens; rows with do_expand, else 0.
+    topk_idx, do_expand, num_experts, expert_alignment, num_sms
+        As given to dispatch.
     """
 
     def __init__(self, routing, out, scaleup_ranks, do_expand, alignment, num_sms, sync):
-        self._routing = routing
+        self.routing = routing
         self.topk_idx, self.num_experts, self.num_sms = routing.ids, routing.experts, num_sms
         self.do_expand, self.expert_alignment = do_expand, alignment
         counts, rows = out.tokens_per_expert, out.rows_per_expert
@@ -58,10 +66,10 @@ class EPHandle:
 
     @property
     def psum_num_recv_tokens_per_scaleup_rank(self):
-        """int32 [ranks of a node], inclusive sums."""
+        """Cumulative sums of the received tokens by the local rank of their source, int32 [ranks per node]."""
         if self._psum is None:
             ranks, tokens = self._source_rank, self._source_token
-            if self.do_expand:  # a token comes once per expert here, and counts once
+            if self.do_expand:  # a token has one row per expert, but counts once
                 _, first = torch.unique(
                     torch.where(ranks < 0, -1, ranks * (1 << 32) + tokens), return_inverse=True
                 )
@@ -78,17 +86,17 @@ class EPHandle:
 
     @property
     def num_recv_tokens(self):
-        """Received tokens; waits for a GPU."""
+        """Number of received tokens. On a GPU the host waits for it."""
         return int(self.psum_num_recv_tokens_per_scaleup_rank[-1])
 
     @property
     def num_expanded_tokens(self):
-        """Rows of the expanded layout with their padding, 0 in the plain one."""
-        return self._routing.num_rows if self.do_expand else 0
+        """Number of rows with padding if do_expand is set, else 0."""
+        return self.routing.num_rows if self.do_expand else 0
 
     @property
     def recv_src_metadata(self):
-        """Not there.
+        """Not supported.
 
         Raises
         ------
@@ -96,23 +104,23 @@ class EPHandle:
             Always.
         """
         raise Unsupported(
-            "EPHandle.recv_src_metadata: it is the linked lists of deep_ep's combine kernel, which this "
-            "library has none of; expected the "
-            "handle only to be passed on",
+            "EPHandle.recv_src_metadata: moecomm has no such data, it belongs to deep_ep's combine kernel; "
+            "pass the handle to calls unchanged",
             op="EPHandle",
         )
 
 
 class Opaque:
-    """A place of a handle where hybrid-ep keeps what its kernels need; only to be passed on."""
+    """An opaque item of a handle, in place of a tensor of hybrid-ep's kernels."""
 
     def __init__(self, state=None):
-        self._state = state
+        self.state = state
 
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
         raise Unsupported(
-            f"handle: .{name} of a tensor that only hybrid-ep's kernels have; expected the handle only to be passed on",
+            f"handle: this item is opaque and has no .{name}, it belongs to hybrid-ep's kernels; "
+            "pass the handle to calls unchanged",
             op="handle",
         )

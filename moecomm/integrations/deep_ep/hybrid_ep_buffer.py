@@ -1,6 +1,4 @@
-"""HybridEPBuffer: the interface of deep_ep's hybrid-ep branch, with the permutation to expert order inside
-dispatch and combine.
-"""
+"""HybridEPBuffer: the interface of deep_ep's hybrid-ep branch. dispatch and combine can permute to expert order."""
 
 from __future__ import annotations
 
@@ -10,31 +8,34 @@ import torch
 
 from ... import ops
 from ._checks import check_int, check_rows
-from ._hybrid import begin, fit, received, rows_of, state_of
+from ._hybrid import begin, check_kept, fit, received, rows_of, state_of
+from ._reporting import Reporting
 from ._world import world_of
 from .errors import refuse, require_tensor
 from .handles import Opaque
-from .maps import indices_to_map  # noqa: F401 - hybrid-ep has it here
+from .maps import indices_to_map  # noqa: F401 - imported from here by callers
 
 
 class HybridEPBuffer:
-    """Dispatch and combine by hybrid-ep's names, over moecomm. Construction is collective.
+    """Dispatch and combine with hybrid-ep's interface, over moecomm. Construction is collective.
 
-    Memory is not made here: it follows the shapes of the calls, is shared by all buffers of one group in a
-    process, and grows.
+    The constructor reserves no memory. The first call of a shape does. All buffers of one group in a process share
+    the memory, and it grows.
 
     Parameters
     ----------
     group : torch ProcessGroup, one-dimensional DeviceMesh, mpi4py Comm or moecomm.Communicator
+        The ranks.
     hidden_dim, max_num_of_tokens_per_rank, num_local_experts : int
-        Kept as attributes, which grow where calls bring more; a rank may bring fewer tokens, also none.
+        Stored in .config and increased by larger calls. A rank may have fewer tokens, including none.
     use_fp8 : bool
-        Calls bring FP8 rows as uint8 with their scaling factors.
+        Rows are FP8, as uint8 with scaling factors.
     num_sms_dispatch_api, num_sms_combine_api, num_sms_preprocessing_api, num_blocks_permute,
     num_blocks_unpermute : int, optional
-        Kept and without effect.
-    load_cached_kernels, use_shared_buffer, enable_custom_allgather, num_of_hybrid_ep_ranks_per_nvlink_domain, use_mnnvl
-        Without meaning here.
+        Stored as attributes, without effect.
+    load_cached_kernels, use_shared_buffer, enable_custom_allgather, num_of_hybrid_ep_ranks_per_nvlink_domain,
+    use_mnnvl
+        Ignored.
 
     Raises
     ------
@@ -79,11 +80,11 @@ class HybridEPBuffer:
             setattr(self, name, value)
         if group is None:
             refuse(op, "group is None; expected a ProcessGroup")
-        self.group, self._world = group, world_of(group)
-        self.rank, self.group_size = self._world.rank, self._world.size
+        self.group, self.world = group, world_of(group)
+        self.rank, self.group_size = self.world.rank, self.world.size
         self.num_of_nodes, self.num_of_ranks_per_node = (
-            self._world.num_nodes,
-            self._world.size // self._world.num_nodes,
+            self.world.num_nodes,
+            self.world.size // self.world.num_nodes,
         )
         self.node_rank, self.local_rank = divmod(self.rank, self.num_of_ranks_per_node)
         self.use_fp8 = bool(use_fp8)
@@ -99,7 +100,7 @@ class HybridEPBuffer:
     def update_template_config(
         self, hidden_dim=None, max_num_of_tokens_per_rank=None, num_local_experts=None, use_fp8=None
     ):
-        """Change what calls may bring, equally on all ranks; returns the configuration."""
+        """Change the configuration, equally on all ranks, and return it."""
         op = "update_template_config"
         for name, value, kept in (
             ("hidden_dim", hidden_dim, "hidden_dim"),
@@ -113,7 +114,7 @@ class HybridEPBuffer:
         return self.config
 
     def empty_jit_cache(self):
-        """Nothing to empty: no kernel is compiled at run time."""
+        """Do nothing: no kernel is compiled at run time."""
 
     # -- one row per token and rank ---------------------------------------------------------------
 
@@ -130,39 +131,40 @@ class HybridEPBuffer:
         num_dispatched_tokens=None,
         handle=None,
     ):
-        """Carry every token to the ranks that own its experts, one row per token and rank. Collective.
+        """Send every token to the ranks that own its experts, one row per token and rank. Collective.
 
         Parameters
         ----------
         hidden : Tensor [T, H]
         scaling_factor : Tensor [T, n], optional
-            Travels with the rows.
+            Sent with the rows.
         topk_idx : Tensor [T, K], topk_weights : Tensor [T, K] float32; or routing_map : Tensor bool [T, E],
         probs : Tensor float32 [T, E]
-            Who goes where; none of them with a handle.
+            The routing, as picks or as dense maps. None with a handle.
         num_of_experts : int, optional
-            All ranks' experts, as the constructor says.
+            Experts over all ranks. Must agree with the constructor.
         num_dispatched_tokens_tensor, num_dispatched_tokens
-            Without effect: sizes come from the plan.
+            Ignored: sizes come from the plan.
         handle : tuple, optional
-            Of an earlier dispatch: its plan is used again.
+            Handle of an earlier dispatch, whose plan is reused.
 
         Returns
         -------
         (token, probs, scaling_factor, handle)
-            Rows in order (source rank, source token); probs float32 [N, experts of the node], zero but for
-            this rank's; the handle has 7 items.
+            Rows are ordered by (source rank, source token). probs is float32 [N, experts of the node] and zero for
+            experts of other ranks. The handle has 7 items.
 
         Raises
         ------
         InvalidArgument, ConfigMismatch
-            On every rank, where one rank's arguments are wrong (by a handle: here alone).
+            An argument is wrong. Raised on all ranks.
         PeerLost, PeerTimeout
+            A peer has died or stalled.
         """
         op = "dispatch"
         routing, payload, weights = begin(
             op,
-            self._world,
+            self.world,
             self.config,
             hidden,
             scaling_factor,
@@ -208,19 +210,19 @@ class HybridEPBuffer:
                         1, torch.where(ids < 0, 0, ids + first + 1), out.topk_weights
                     )[:, 1:].contiguous()
             elif weights is not None:
-                refuse(op, "probs are given with a handle; expected them left out", self.rank)
+                refuse(op, "probs is given; expected None, because a handle is given", self.rank)
         return rows, recv_probs, scales, handle
 
     def combine(self, hidden, probs=None, handle=None):
-        """Carry rows back and sum them, without weights. Collective.
+        """Send rows back and sum them, without weights. Collective.
 
         Parameters
         ----------
         hidden : Tensor [N, H]
         probs : Tensor float32 [N, experts of the node], optional
-            The columns of this rank's experts go back to the tokens.
+            The columns of this rank's experts are returned to the tokens.
         handle : tuple
-            Of dispatch.
+            Handle of dispatch.
 
         Returns
         -------
@@ -229,20 +231,24 @@ class HybridEPBuffer:
 
         Raises
         ------
-        InvalidArgument, PeerLost, PeerTimeout
+        InvalidArgument
+            An argument is wrong. Raised on all ranks.
+        PeerLost, PeerTimeout
         """
         op = "combine"
-        routing, _ = state_of(op, handle, "rank", self._world)
-        rows = check_rows(op, hidden, routing.num_rows, self.rank)
-        local = routing.experts // self.group_size
-        probs = require_tensor(
-            op,
-            "probs",
-            probs,
-            optional=True,
-            dtypes=(torch.float32,),
-            shape=(routing.num_rows, local * self.num_of_ranks_per_node),
-        )
+        with Reporting(self.world, "combine") as reporting:
+            routing, _ = state_of(op, handle, "rank", self.world)
+            reporting.at(*routing.first)
+            rows = check_rows(op, hidden, routing.num_rows, self.rank)
+            local = routing.experts // self.group_size
+            probs = require_tensor(
+                op,
+                "probs",
+                probs,
+                optional=True,
+                dtypes=(torch.float32,),
+                shape=(routing.num_rows, local * self.num_of_ranks_per_node),
+            )
         with torch.no_grad():
             y, back = routing.combine(rows), None
             if probs is not None:
@@ -275,38 +281,37 @@ class HybridEPBuffer:
         num_dispatched_tokens=None,
         use_host_meta=None,
     ):
-        """Carry every token to the ranks that own its experts, one row per token and expert, in expert
-        order. Collective.
+        """Send every token to the ranks that own its experts, one row per pick, grouped by expert. Collective.
 
         Parameters
         ----------
         hidden, topk_idx, topk_weights, routing_map, probs, scaling_factor, num_of_experts
             As for dispatch.
         num_of_experts_per_rank : int, optional
-            None: the constructor's.
+            Default: num_local_experts of the constructor.
         use_fp8 : bool, optional
-            True: scaling_factor is needed.
+            True requires scaling_factor.
         num_permuted_tokens : int, optional
-            Static number of rows, a multiple of pad_multiple; needed with non_blocking. Where more arrive,
-            rows behind it are dropped and the handle's last item, the overflow flag, is 1.
+            Static number of rows, a multiple of pad_multiple; required with non_blocking. Further rows are dropped,
+            and the overflow flag, the last item of the handle, is set to 1.
         pad_multiple : int, optional
-            Every expert's rows are padded to a multiple with zeros.
+            The rows of every expert are padded with zeros to a multiple of it.
         handle : tuple, optional
-            Of an earlier dispatch_with_permute: its plan is used again.
+            Handle of an earlier dispatch_with_permute, whose plan is reused.
         non_blocking : bool
-            Results have static sizes. The host still waits, so it is not for CUDA graphs (with a handle it is).
+            Results have static sizes. The host still waits, so a CUDA graph needs a handle.
         fuse_permute_dispatch, num_dispatched_tokens, use_host_meta
-            Without effect: dispatch puts rows in their final order anyway.
+            Ignored: dispatch always writes rows in their final order.
 
         Returns
         -------
         (token, probs, scaling_factor, tokens_per_expert, handle)
-            probs float32 [N] or None; tokens_per_expert int64 [local experts], padded; the handle has 11 items.
+            probs float32 [N] or None; tokens_per_expert int64 [local experts], with padding; the handle has 11 items.
 
         Raises
         ------
         InvalidArgument, ConfigMismatch
-            On every rank, where one rank's arguments are wrong (by a handle: here alone).
+            An argument is wrong. Raised on all ranks.
         PeerLost, PeerTimeout
         """
         op = "dispatch_with_permute"
@@ -319,7 +324,7 @@ class HybridEPBuffer:
             if num_permuted_tokens is None and non_blocking:
                 refuse(
                     op,
-                    "non_blocking is set and num_permuted_tokens is None; expected the number of rows",
+                    "num_permuted_tokens is None; expected the number of rows, because non_blocking is set",
                     self.rank,
                 )
             if num_permuted_tokens is not None and num_permuted_tokens % pad:
@@ -331,12 +336,11 @@ class HybridEPBuffer:
             if use_fp8 and scaling_factor is None:
                 refuse(
                     op,
-                    "use_fp8 is set and scaling_factor is None; expected rows and their scaling factors",
+                    "scaling_factor is None; expected the scaling factors of the rows, because use_fp8 is set",
                     self.rank,
                 )
-            return dict(
-                layout="expert", expert_alignment=pad
-            )  # the budget cuts what arrives: too many rows are no error here
+            # No capacity: rows beyond num_permuted_tokens are dropped, not an error.
+            return dict(layout="expert", expert_alignment=pad)
 
         same = {
             "permuted": 1,
@@ -345,7 +349,7 @@ class HybridEPBuffer:
         }
         routing, payload, weights = begin(
             op,
-            self._world,
+            self.world,
             self.config,
             hidden,
             scaling_factor,
@@ -361,15 +365,7 @@ class HybridEPBuffer:
         )
         budget = num_permuted_tokens
         if handle is not None:
-            routing, budget = state_of(op, handle, "expert", self._world)
-            for name, given, kept in (
-                ("pad_multiple", pad_multiple, routing.how["expert_alignment"]),
-                ("num_permuted_tokens", num_permuted_tokens, rows_of(routing, budget)),
-            ):
-                if given is not None and given != kept:
-                    refuse(
-                        op, f"{name} is {given} and the handle's is {kept}; expected it left out", self.rank
-                    )
+            budget = check_kept(op, self.world, handle, pad_multiple, num_permuted_tokens)
         with torch.no_grad():
             out = routing.dispatch(payload.hidden, payload.dtype, payload.x, weights)
             recv_probs = None if weights is None else out.topk_weights
@@ -401,48 +397,52 @@ class HybridEPBuffer:
         fuse_unpermute_combine=False,
         num_dispatched_tokens=None,
     ):
-        """Carry rows in expert order back and sum them, without weights. Collective.
+        """Send rows that are grouped by expert back and sum them, without weights. Collective.
 
         Parameters
         ----------
         hidden : Tensor [N, H]
         probs : Tensor float32 [N], optional
-            Each goes back to the pick that its row came from.
+            Each is returned to the pick of its row.
         handle : tuple
-            Of dispatch_with_permute.
+            Handle of dispatch_with_permute.
         pad_multiple : int, optional
-            The handle's.
+            Must equal that of the handle.
         fuse_unpermute_combine, num_dispatched_tokens
-            Without effect.
+            Ignored.
 
         Returns
         -------
         (token, probs)
-            [T, H]; float32 [T, E], zero where there is no pick, or None.
+            [T, H]; float32 [T, E], zero without a pick, or None.
 
         Raises
         ------
-        InvalidArgument, PeerLost, PeerTimeout
+        InvalidArgument
+            An argument is wrong. Raised on all ranks.
+        PeerLost, PeerTimeout
         """
         op = "combine_with_unpermute"
-        routing, budget = state_of(op, handle, "expert", self._world)
-        if pad_multiple is not None and pad_multiple != routing.how["expert_alignment"]:
-            refuse(
-                op,
-                f"pad_multiple is {pad_multiple} and the handle's is {routing.how['expert_alignment']}; "
-                f"expected it left out",
-                self.rank,
-            )
-        n = rows_of(routing, budget)
-        rows = check_rows(op, hidden, n, self.rank)
-        probs = require_tensor(op, "probs", probs, optional=True, dtypes=(torch.float32,), shape=(n,))
+        with Reporting(self.world, "combine") as reporting:
+            routing, budget = state_of(op, handle, "expert", self.world)
+            reporting.at(*routing.first)
+            if pad_multiple is not None and pad_multiple != routing.how["expert_alignment"]:
+                refuse(
+                    op,
+                    f"pad_multiple is {pad_multiple}; expected None, or {routing.how['expert_alignment']} as in the "
+                    "handle",
+                    self.rank,
+                )
+            n = rows_of(routing, budget)
+            rows = check_rows(op, hidden, n, self.rank)
+            probs = require_tensor(op, "probs", probs, optional=True, dtypes=(torch.float32,), shape=(n,))
         with torch.no_grad():
             rows = fit(rows, routing.num_rows)
             if probs is None:
                 return routing.combine(rows), None
             core, plan = routing.plan(rows.shape[1], rows.dtype)
             y, slots = ops.combine_slots(
-                rows, fit(probs, routing.num_rows), plan.tensor(), core.number, "expert", routing.tokens
+                rows, fit(probs, routing.num_rows), plan.tensor(), core.name, "expert", routing.tokens
             )
             dense = torch.zeros(
                 (routing.tokens, routing.experts + 1), dtype=torch.float32, device=rows.device

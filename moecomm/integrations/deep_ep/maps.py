@@ -1,4 +1,4 @@
-"""Routings as dense maps."""
+"""Conversion of picks to dense maps."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from .errors import refuse, require_tensor
 
 
 def indices_to_map(topk_idx, topk_weights, num_of_tokens, num_of_experts):
-    """Picks as dense maps: bool [T, E], and float32 [T, E] or None without weights. Ids of -1 pick nothing.
+    """Convert picks to dense maps: bool [T, E], and float32 [T, E] or None without weights. -1 is no pick.
 
     Raises
     ------
     InvalidArgument
+        An argument is wrong, or an id is out of range.
     """
     op = "indices_to_map"
     check_int(op, "num_of_tokens", num_of_tokens, 0)
@@ -23,7 +24,7 @@ def indices_to_map(topk_idx, topk_weights, num_of_tokens, num_of_experts):
     if ids.numel() and not -1 <= int(ids.min()) <= int(ids.max()) < num_of_experts:
         refuse(
             op,
-            f"topk_idx holds ids from {int(ids.min())} to {int(ids.max())}; expected -1 (none) or ids "
+            f"topk_idx contains ids from {int(ids.min())} to {int(ids.max())}; expected -1 (no expert) or ids "
             f"below num_of_experts = {num_of_experts}",
         )
     routing_map = (

@@ -1,30 +1,30 @@
-"""Buffer.runtime."""
+"""Runtime: the attribute Buffer.runtime."""
 
 from __future__ import annotations
 
 
 class Runtime:
-    """What callers ask of Buffer.runtime: which ranks and nodes there are."""
+    """Information about ranks and nodes, as Buffer.runtime of deep_ep."""
 
     def __init__(self, buffer):
         self._buffer = buffer
 
     def is_available(self):
-        """Whether the buffer can be used."""
-        return not self._buffer._destroyed
+        """Return whether the buffer can be used."""
+        return not self._buffer.destroyed
 
     def is_internode_available(self):
-        """Whether there is more than one node."""
-        return self._buffer._world.num_nodes > 1
+        """Return whether there is more than one node."""
+        return self._buffer.world.num_nodes > 1
 
     def get_num_rdma_ranks(self):
-        """Nodes."""
-        return self._buffer._world.num_nodes
+        """Return the number of nodes."""
+        return self._buffer.world.num_nodes
 
     def get_rdma_rank(self):
-        """This rank's node."""
-        return self._buffer._world.comm.node
+        """Return the index of this rank's node."""
+        return self._buffer.world.comm.node
 
     def get_local_device_id(self):
-        """Number of this rank's GPU; 0 on the CPU."""
-        return self._buffer._world.comm.device.index or 0
+        """Return the index of this rank's GPU, or 0 on the CPU."""
+        return self._buffer.world.comm.device.index or 0

@@ -1,4 +1,4 @@
-"""deep_ep.utils: the events, by the names of both releases."""
+"""deep_ep.utils: EventHandle and EventOverlap, as both releases of deep_ep export them."""
 
 from .events import EventHandle, EventOverlap
 

@@ -1,9 +1,9 @@
-"""Planner: what a cluster would do with a model's tokens, predicted by the sim world. `python -m moecomm plan`.
+"""Planner: predicts times and traffic of a model on a cluster with the sim world. `python -m moecomm plan`.
 
-question  what is asked: model, cluster, ranks, tokens, routing
-predict   one simulated step: times, bytes per hop, the hottest link, memory
-sweeps    the same with one thing varied: SMs, node limit, precision, ranks, tokens
-report    as text, JSON, and one HTML page
+question  the input: model, cluster, ranks, tokens, routing
+predict   one simulated step: times, bytes per hop, busiest link, memory
+sweeps    predictions with one parameter varied: SMs, node limit, precision, ranks, tokens
+report    the results as text, JSON and one HTML page
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m moecomm plan`: ask the planner, print the answer, write the page."""
+"""`python -m moecomm plan`: runs the planner, prints the result and writes the HTML page."""
 
 from __future__ import annotations
 
@@ -13,50 +13,55 @@ from .sweeps import make_plan
 
 
 def arguments(parser):
-    """Options of the command."""
+    """Add the options of the command."""
     add = parser.add_argument
-    add("--model", default="deepseek-v3", help="a shape of moecomm.presets")
-    add("--cluster", default="h800", help="a table of moecomm.clusters")
-    add("--ep", type=options.ranks, default=320, help="ranks")
-    add("--tokens", type=options.tokens, default=128, help="per rank and micro-batch")
+    add("--model", default="deepseek-v3", help="name of a shape in moecomm.presets")
+    add("--cluster", default="h800", help="name of a table in moecomm.clusters, or a .toml file")
+    add("--ep", type=options.ranks, default=320, help="number of ranks")
+    add("--tokens", type=options.tokens, default=128, help="tokens per rank and micro-batch")
     add(
         "--routing",
         type=options.source("uniform", "zipf"),
         default="uniform",
-        help="uniform | zipf | the folder of a recording",
+        help="uniform, zipf, or the folder of a recording",
     )
     add(
         "--path",
         choices=("auto", "decode", "throughput"),
         default="auto",
-        help="auto: decode up to 256 tokens",
+        help="auto: decode up to 256 tokens per rank",
     )
-    add("--dispatch", choices=("fp8", "bf16"), default="fp8", help="rows of dispatch; combine carries bf16")
-    add("--sms", type=options.positive, default=20)
+    add(
+        "--dispatch",
+        choices=("fp8", "bf16"),
+        default="fp8",
+        help="format of dispatch's rows; combine sends bf16",
+    )
+    add("--sms", type=options.positive, default=20, help="multiprocessors per rank")
     add(
         "--node-limit",
         type=options.positive,
-        help="groups that a token's experts come from; default: the model's",
+        help="number of groups from which the experts of a token come; default: the model's",
     )
     add(
         "--slots-per-rank",
         type=options.ranks,
-        help="physical experts of a rank; default: the published deployment's, or the fewest",
+        help="expert slots per rank; default: as in the published deployment, else the minimum",
     )
-    add("--layers", type=options.positive, default=61)
-    add("--slo-ms", type=options.above_zero, help="bound on a step: how many tokens fit")
+    add("--layers", type=options.positive, default=61, help="MoE layers of the model")
+    add("--slo-ms", type=options.above_zero, help="limit of a step; print how many tokens fit into it")
     add(
         "--attention-us",
         type=options.above_zero,
-        help="computation of one micro-batch: what share of communication it hides",
+        help="computation of one micro-batch; print the share of communication that it hides",
     )
-    add("--quick", action="store_true", help="the question itself, no sweeps")
-    add("--html", type=options.file_to_write, metavar="FILE")
-    add("--json", action="store_true")
+    add("--quick", action="store_true", help="no sweeps")
+    add("--html", type=options.file_to_write, metavar="FILE", help="HTML page to write")
+    add("--json", action="store_true", help="print JSON")
 
 
 def main(args):
-    """Predict and print."""
+    """Run the planner and print its result."""
     question = ask(
         args.model,
         args.cluster,

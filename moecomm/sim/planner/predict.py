@@ -1,4 +1,4 @@
-"""One simulated step: what it costs, what crosses which link, what it needs in memory."""
+"""Prediction of one step: times, bytes per link and memory."""
 
 from __future__ import annotations
 
@@ -15,14 +15,24 @@ from .question import route
 
 @dataclass(frozen=True)
 class Prediction:
-    """Times in us (median over ranks, slowest rank), bytes per rank that cross each hop (mean, most), memory per rank.
+    """Prediction of one step.
 
+    Attributes
+    ----------
+    dispatch_us, combine_us : float
+        Median time over ranks.
+    dispatch_slowest_us, combine_slowest_us : float
+        Time of the slowest rank.
+    rail_bytes, node_bytes : float
+        Bytes per rank that cross the hop, mean over ranks.
+    rail_bytes_most, node_bytes_most : float
+        Bytes of the rank that sends most over the hop.
     hottest : str
-        The link that is busy longest.
+        The link with the longest busy time.
     hottest_share : float
-        Its busy time over the step's.
+        Busy time of that link divided by the time of the step.
     buffer_bytes : int
-        What a Buffer reserves on each rank (the decode path's memory alone, where it is asked for).
+        Memory that a Buffer reserves on each rank; for decode, the memory of the decode path alone.
     """
 
     dispatch_us: float
@@ -39,12 +49,12 @@ class Prediction:
 
     @property
     def communication_us(self):
-        """Dispatch and combine of the slowest rank: what a layer waits for."""
+        """Dispatch and combine of the slowest rank, for which the layer waits."""
         return self.dispatch_slowest_us + self.combine_slowest_us
 
 
 def predict(question, seed=0):
-    """Simulate one step of the question's layer.
+    """Simulate one step of the layer.
 
     Raises
     ------

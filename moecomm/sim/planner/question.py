@@ -1,4 +1,4 @@
-"""What is asked of the planner, and the routing that stands for the tokens."""
+"""Input of the planner, and the routing of its tokens."""
 
 from __future__ import annotations
 
@@ -20,29 +20,35 @@ from ...checks import MOST_EXPERTS, integer, path, require
 from ...errors import InvalidArgument
 from ...shapes import QUANTS
 
-DECODE_TOKENS = 256  # up to here a step is taken for decoding where nothing is said
+DECODE_TOKENS = 256  # up to this number of tokens per rank the default is the decode path
 
 
 @dataclass(frozen=True)
 class Question:
     """One step of one MoE layer on a cluster.
 
+    Attributes
+    ----------
     model_name, model : str, presets.ModelShape
     cluster : clusters.Cluster
-    ranks, ranks_per_node, slots : int
-        slots: physical experts over all ranks; those beyond the routed ones are copies of the busiest, or the shared expert.
+    ranks, ranks_per_node : int
+    slots : int
+        Expert slots over all ranks. Slots beyond the routed experts hold further replicas of the most loaded experts,
+        or the shared expert.
     top_k : int
-        Picks of a token; one more than the model's where the shared expert is routed too.
+        Picks per token: the model's, plus one if the shared expert is routed.
     top_groups : int
-        The gate's node limit M: groups that a token's experts come from.
+        Node limit M of the gate: number of groups from which the experts of a token come.
     tokens : int
-        Per rank, of one micro-batch.
+        Tokens per rank in one micro-batch.
     routing : str
-        uniform | zipf | the folder of a recording.
+        "uniform", "zipf", or the folder of a recording.
     decode : bool
-        The decode path (one put per token and rank) or the throughput path (two hops).
+        The decode path (one put per token and rank), else the throughput path (two hops).
     quant : None or "fp8"
+        Format of the rows of dispatch.
     num_sms : int
+        Multiprocessors per rank.
     """
 
     model_name: str
@@ -61,12 +67,12 @@ class Question:
 
     @property
     def nodes(self):
-        """Nodes that the ranks fill."""
+        """Number of nodes."""
         return self.ranks // self.ranks_per_node
 
     @property
     def groups(self):
-        """Groups of the gate: the model's; where it has none, one per node."""
+        """Number of expert groups of the gate: the model's, else one per node."""
         return (
             self.model.num_groups
             if self.model.num_groups > 1
@@ -81,11 +87,11 @@ class Question:
         return self.top_k > self.model.top_k
 
     def varied(self, **changes):
-        """The same question with something else in place."""
+        """Return a copy with some attributes replaced."""
         return replace(self, **changes)
 
 
-MOST_RANKS, MOST_TOKENS = 4096, 1 << 22  # of a question: ranks, and tokens of all of them
+MOST_RANKS, MOST_TOKENS = 4096, 1 << 22  # limits of the ranks, and of the tokens over all ranks
 
 
 def ask(
@@ -101,22 +107,30 @@ def ask(
     top_groups=None,
     slots_per_rank=None,
 ):
-    """A Question from names, with the published deployment of that many ranks where there is one.
+    """Make a Question from names. Defaults come from the published deployment with this number of ranks, if any.
 
     Parameters
     ----------
-    model, cluster : str
-        A name of moecomm.presets (dashes allowed), of moecomm.clusters.
+    model : str
+        Name in moecomm.presets; dashes are allowed.
+    cluster : str
+        Name in moecomm.clusters, or a .toml file.
     ranks, tokens, num_sms : int
+        Number of ranks, tokens per rank, multiprocessors per rank.
+    routing : str
+        "uniform", "zipf", or the folder of a recording.
     decode : bool, optional
-        None: yes up to 256 tokens per rank.
-    top_groups, slots_per_rank : int, optional
-        None: the model's node limit; the deployment's slots, or as few as hold every expert.
+        Default: True up to 256 tokens per rank.
+    quant : None or "fp8"
+    top_groups : int, optional
+        Default: the node limit of the model.
+    slots_per_rank : int, optional
+        Default: as in the published deployment, else the minimum that holds every expert.
 
     Raises
     ------
     InvalidArgument
-        There is no such model or cluster, or the experts do not fit.
+        The model or cluster does not exist, a number is out of range, or the experts do not fit into the slots.
     """
     op, shape = "plan", presets.shape_of(model)
     ranks, tokens = integer(op, "ep", ranks, 1, MOST_RANKS), integer(op, "tokens", tokens, 1, 1 << 24)
@@ -163,11 +177,11 @@ def ask(
     )
     if slots < shape.num_experts:
         raise InvalidArgument(
-            f"slots_per_rank: got {slots_per_rank}; expected at least {-(-shape.num_experts // ranks)} for {shape.num_experts} experts "
-            f"on {ranks} ranks",
+            f"slots_per_rank is {slots_per_rank}; expected at least {-(-shape.num_experts // ranks)} "
+            f"for {shape.num_experts} experts on {ranks} ranks",
             op="plan",
         )
-    # A shared expert rides along as one more pick where there are slots to spare for it.
+    # If there are spare slots, the shared expert is one more pick of every token.
     shared = decode and shape.shared_experts > 0 and slots > shape.num_experts
     question = Question(
         model,
@@ -196,12 +210,12 @@ def _node_size(ranks, per_node):
 
 
 def route(question, seed=0):
-    """Physical ids, int64 [ranks, tokens, top_k]: the model's gate over the routing, then a copy of every expert by turns.
+    """Slot ids int64 [ranks, tokens, top_k]: picks of the model's gate, spread in rotation over the replicas.
 
     Raises
     ------
     InvalidArgument
-        The recording is of another model.
+        routing is neither a known name nor a folder, or the recording is of another model.
     """
     q = question
     logical = _recorded(q) if Path(q.routing).is_dir() else _gated(q, seed)
@@ -219,9 +233,9 @@ def route(question, seed=0):
             num_ranks=q.ranks,
             num_groups=1 if q.decode else _placement_groups(q),
         )
-        copies, count = placement.logical_to_physical[0].numpy(), placement.replica_count[0].numpy()
-        turn = np.arange(len(logical))[:, None] + np.arange(logical.shape[1])
-        physical = np.where(logical >= 0, copies[logical, turn % count[logical]], -1)
+        replicas, count = placement.logical_to_physical[0].numpy(), placement.replica_count[0].numpy()
+        rotation = np.arange(len(logical))[:, None] + np.arange(logical.shape[1])
+        physical = np.where(logical >= 0, replicas[logical, rotation % count[logical]], -1)
     return torch.from_numpy(physical.reshape(q.ranks, q.tokens, q.top_k).astype(np.int64))
 
 
@@ -251,7 +265,7 @@ def _gated(q, seed):
         )
     elif q.routing != "uniform":
         raise InvalidArgument(
-            f"routing: got {q.routing!r}; expected uniform, zipf or the folder of a recording", op="plan"
+            f"routing is {q.routing!r}; expected uniform, zipf or the folder of a recording", op="plan"
         )
     return gate.group_limited_top_k(
         logits.sigmoid(), q.model.top_k, num_groups=q.groups, top_groups=q.top_groups
@@ -263,7 +277,7 @@ def _recorded(q):
     header = ranks[0].header
     if (header["num_experts"], header["top_k"]) != (q.model.num_experts, q.model.top_k):
         raise InvalidArgument(
-            f"routing: {q.routing!r} has top-{header['top_k']} of {header['num_experts']} experts; "
+            f"routing: the recording {q.routing!r} has top-{header['top_k']} of {header['num_experts']} experts; "
             f"expected top-{q.model.top_k} of {q.model.num_experts}",
             op="plan",
         )

@@ -1,4 +1,4 @@
-"""A Plan as a table for a terminal, as JSON, and as one self-contained HTML page."""
+"""Reports of a Plan: a table for a terminal, JSON, and one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ ATTENTION_US = (50, 100, 200, 500, 1000)
 
 
 def summary(plan):
-    """[(what, value)] of the question and its answer, in words."""
+    """[(label, text)] of the question and its prediction."""
     q, p = plan.question, plan.prediction
     one, rank = plan.tokens_per_second(p, q.tokens)
     lines = [
         (
             "question",
-            f"{q.model_name}, {q.cluster.name}: {q.ranks} ranks = {q.nodes} node{'s' * (q.nodes > 1)} x {q.ranks_per_node}, {q.tokens} tokens per rank, "
-            f"{q.slots} slots ({q.slots // q.ranks} per rank), top-{q.top_k}{' with the shared expert' if q.shared_is_routed else ''}, "
-            f"{q.top_groups} of {q.groups} groups, {q.routing if q.routing in ('uniform', 'zipf') else 'recorded'} routing",
+            f"{q.model_name}, {q.cluster.name}: {q.ranks} ranks = {q.nodes} node{'s' * (q.nodes > 1)} x "
+            f"{q.ranks_per_node}, {q.tokens} tokens per rank, {q.slots} slots ({q.slots // q.ranks} per rank), "
+            f"top-{q.top_k}{' with the shared expert' if q.shared_is_routed else ''}, {q.top_groups} of {q.groups} "
+            f"groups, {q.routing if q.routing in ('uniform', 'zipf') else 'recorded'} routing",
         ),
         (
             "path",
-            f"{'decode: one put per token and rank' if q.decode else 'throughput: two hops'}, dispatch in {q.quant or 'bf16'}, combine in bf16, {q.num_sms} SMs",
+            f"{'decode: one put per token and rank' if q.decode else 'throughput: two hops'}, "
+            f"dispatch in {q.quant or 'bf16'}, combine in bf16, {q.num_sms} SMs",
         ),
         ("dispatch", f"{p.dispatch_us:.1f} us (slowest rank {p.dispatch_slowest_us:.1f})"),
         ("combine", f"{p.combine_us:.1f} us (slowest rank {p.combine_slowest_us:.1f})"),
@@ -39,12 +41,12 @@ def summary(plan):
         ("memory", f"{_bytes(p.buffer_bytes)} reserved per rank"),
     ]
     if "sms" in plan.sweeps:
-        lines.append(("enough SMs", f"{plan.enough_sms}: within 5% of the fastest step"))
+        lines.append(("enough SMs", f"{plan.enough_sms}: at most 5% slower than the fastest step"))
     lines.append(
         (
             f"{plan.layers} layers",
-            f"{plan.step_ms(p):.2f} ms of communication per step of two micro-batches: at most {one:.1f} tokens/s for a request, "
-            f"{rank:.0f} tokens/s on a rank",
+            f"{plan.step_ms(p):.2f} ms of communication per step of two micro-batches: "
+            f"at most {one:.1f} tokens/s per request, {rank:.0f} tokens/s per rank",
         )
     )
     if plan.slo_ms and "tokens" in plan.sweeps:
@@ -67,15 +69,17 @@ def summary(plan):
 
 
 def text(plan):
-    """The summary, and a table per sweep."""
+    """Summary and one table per sweep, as text."""
     out = [f"{what:>16}  {value}" for what, value in summary(plan)]
     for name, swept in plan.sweeps.items():
         out += [
             "",
-            f"{TITLES[name]:>16}  {'dispatch us':>12}{'slowest':>10}{'combine us':>12}{'slowest':>10}{'rail MB':>10}{'node MB':>10}",
+            f"{TITLES[name]:>16}  {'dispatch us':>12}{'slowest':>10}{'combine us':>12}{'slowest':>10}"
+            f"{'rail MB':>10}{'node MB':>10}",
         ]
         out += [
-            f"{value!s:>16}  {p.dispatch_us:12.1f}{p.dispatch_slowest_us:10.1f}{p.combine_us:12.1f}{p.combine_slowest_us:10.1f}"
+            f"{value!s:>16}  {p.dispatch_us:12.1f}{p.dispatch_slowest_us:10.1f}"
+            f"{p.combine_us:12.1f}{p.combine_slowest_us:10.1f}"
             f"{p.rail_bytes / 1e6:10.3f}{p.node_bytes / 1e6:10.3f}"
             for value, p in swept
         ]
@@ -83,7 +87,7 @@ def text(plan):
 
 
 def as_dict(plan):
-    """Everything as plain values: question, prediction, summary figures, sweeps."""
+    """The plan as plain values: question, prediction, figures of the summary, sweeps."""
     q = asdict(plan.question)
     q["cluster"] = plan.question.cluster.name
     per_request, per_rank = plan.tokens_per_second(plan.prediction, plan.question.tokens)
@@ -108,7 +112,7 @@ def as_dict(plan):
 
 
 def page(plan):
-    """One HTML page that needs nothing beside it. Charts need matplotlib (the extra `bench`)."""
+    """One self-contained HTML page. The charts need matplotlib, of the extra `bench`."""
     q = plan.question
     rows = "\n".join(
         f"<tr><th>{html.escape(what)}</th><td>{html.escape(value)}</td></tr>" for what, value in summary(plan)
@@ -118,12 +122,15 @@ def page(plan):
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: #0f172a; max-width: 1080px; margin: 2rem auto; padding: 0 1rem; }}
-table {{ border-collapse: collapse; }} th {{ text-align: left; color: #475569; font-weight: 600; padding: .2rem 1rem .2rem 0; white-space: nowrap; vertical-align: top; }}
+table {{ border-collapse: collapse; }}
+th {{ text-align: left; color: #475569; font-weight: 600; padding: .2rem 1rem .2rem 0; }}
+th {{ white-space: nowrap; vertical-align: top; }}
 figure {{ display: inline-block; margin: 1.2rem 1rem 0 0; width: 500px; }} figure svg {{ width: 100%; height: auto; }}
 </style></head><body>
 <h1>{title}</h1>
 <table>{rows}</table>
-<p>Predicted by a simulation of the protocol itself over modelled links; see docs/simulation.md for what the model knows and what it does not.</p>
+<p>Predicted by a simulation that runs the protocol over modeled links. docs/simulation.md describes what the model
+covers and what it leaves out.</p>
 {charts}
 </body></html>
 """

@@ -1,4 +1,4 @@
-"""The question with one thing varied at a time, and what follows from it: the plan."""
+"""The plan: predictions for a question, and sweeps that vary one parameter at a time."""
 
 from __future__ import annotations
 
@@ -12,15 +12,24 @@ SMS = (2, 4, 8, 12, 16, 20, 32, 64, 132)
 RANKS = (8, 16, 32, 64, 128, 256, 320)
 DECODE_TOKENS = (1, 8, 16, 32, 64, 128, 256)
 BATCH_TOKENS = (512, 1024, 2048, 4096)
-ENOUGH = 1.05  # an SM count is enough where the step takes at most this times the fastest
+ENOUGH = 1.05  # a number of SMs is enough if its step takes at most this factor of the fastest
 
 
 @dataclass
 class Plan:
-    """The answer: prediction of the question itself, and sweeps {name: [(value, Prediction)]} over sms, node_limit, precision, ranks, tokens.
+    """Result of the planner.
 
+    Attributes
+    ----------
+    question : Question
+    prediction : Prediction
+        Of the question itself.
     layers : int
-        Layers of the whole model, each taken to communicate like this one.
+        MoE layers of the model. All are assumed to communicate like this one.
+    slo_ms, attention_us : float, optional
+        As for make_plan.
+    sweeps : dict
+        {name: [(value, Prediction)]}; names: sms, node_limit, precision, ranks, tokens.
     """
 
     question: Question
@@ -32,26 +41,26 @@ class Plan:
 
     @property
     def enough_sms(self):
-        """The fewest SMs whose step is within 5% of the fastest."""
+        """Smallest number of SMs whose step is at most 5% slower than the fastest."""
         swept = self.sweeps["sms"]
         best = min(p.communication_us for _, p in swept)
         return next(n for n, p in swept if p.communication_us <= ENOUGH * best)
 
     def step_ms(self, prediction):
-        """Communication of all layers for two micro-batches, none of it hidden by more than the other's: ms per step."""
+        """Communication of all layers for two micro-batches, in ms per step. Nothing is hidden by computation."""
         return 2 * self.layers * prediction.communication_us / 1e3
 
     def tokens_per_second(self, prediction, tokens):
-        """(of one request, of one rank): upper bounds set by communication alone, with two micro-batches of that many tokens."""
+        """Upper bounds from communication alone, for two micro-batches: (tokens/s per request, tokens/s per rank)."""
         per_step = self.step_ms(prediction) / 1e3
         return 1 / per_step, 2 * tokens / per_step
 
     def hidden_share(self, attention_us):
-        """Share of a micro-batch's communication that the other one's computation of this length covers."""
+        """Share of the communication of one micro-batch that attention_us of the other one's computation hides."""
         return min(1.0, attention_us / self.prediction.communication_us)
 
     def within_slo(self):
-        """The most tokens per rank and micro-batch whose step stays within slo_ms, or None."""
+        """Largest number of tokens per rank and micro-batch whose step takes at most slo_ms, or None."""
         fits = [n for n, p in self.sweeps["tokens"] if self.step_ms(p) <= self.slo_ms]
         return max(fits, default=None)
 
@@ -71,10 +80,15 @@ def make_plan(
     ----------
     question : Question
     layers : int
-    slo_ms, attention_us : float, optional
-        Bound on a step's time; computation that two micro-batches can hide communication behind.
+        MoE layers of the model.
+    slo_ms : float, optional
+        Limit of the time of a step, in ms.
+    attention_us : float, optional
+        Computation of one micro-batch, in us, that can hide communication of the other.
     sweeps : iterable of str
+        Names of the sweeps to compute.
     progress : callable(done, of, what)
+        Called before each prediction and at the end.
 
     Raises
     ------
@@ -86,7 +100,7 @@ def make_plan(
     ]
     answers, plan = {}, Plan(question, None, layers, slo_ms, attention_us)
     for i, (name, value, q) in enumerate(todo):
-        progress(i, len(todo), f"{name} {value}" if name else "the question itself")
+        progress(i, len(todo), f"{name} {value}" if name else "question")
         if q not in answers:
             answers[q] = predict(q)
         if name:

@@ -1,4 +1,4 @@
-// What the device code uses of CUDA's header, for a CPU.
+// Stands in for the part of CUDA's header that device code uses, on a CPU.
 #pragma once
 #include <bit>
 #include <cstdint>

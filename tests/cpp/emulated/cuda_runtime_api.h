@@ -1,5 +1,5 @@
-// What the runtime of the cuda world uses of CUDA's, for a CPU: device memory is heap memory, a stream runs
-// its work at once, or keeps it while it is captured.
+// Stands in for the part of the CUDA runtime that the cuda world uses, on a CPU: device memory is heap
+// memory, and a stream runs its work at once, or keeps it while it is captured.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -45,8 +45,8 @@ struct cudaDeviceProp {
 
 namespace emulated {
 
-// Captures in the mode that is the default, "global": while there is one, calls that no capture may see are
-// refused on every thread that has not asked for another mode, and end the capture. Refused ones are counted.
+// Captures in the default mode, "global": during such a capture, calls that are not allowed in a capture fail
+// on every thread that has not chosen another mode, and invalidate the capture. Failed calls are counted.
 inline std::atomic<int> global_captures{0}, refused_calls{0};
 inline thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 inline bool is_unsafe() {
@@ -56,7 +56,7 @@ inline bool is_unsafe() {
 }
 
 struct Stream {
-  unsigned long long capture = 0;  // not 0: work is kept
+  unsigned long long capture = 0;  // not 0: the stream is captured, and its work is kept
   std::vector<std::function<void()>> captured;
 
   void enqueue(std::function<void()> work) {
@@ -108,7 +108,7 @@ inline cudaError_t cudaMemset(void* p, int value, size_t bytes) {
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t stream) {
   stream->enqueue([=] {
     std::memset(p, value, bytes);
-    emulated::extents().write(p, bytes);
+    emulated::extents().write(p, bytes, true);
   });
   return cudaSuccess;
 }
@@ -136,7 +136,7 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, int) {
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, int, cudaStream_t stream) {
   stream->enqueue([=] {
     std::memcpy(to, from, bytes);
-    emulated::extents().write(to, bytes);
+    emulated::extents().write(to, bytes, true);
   });
   return cudaSuccess;
 }
@@ -147,7 +147,7 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   *p = {};
   return cudaSuccess;
 }
-// A handle names memory and the GPU that has it; a process that does not see that GPU cannot open it.
+// A handle identifies memory and its GPU. A process that cannot see that GPU cannot open it.
 namespace emulated {
 inline int hidden_gpu = -1, own_gpu = 0;
 }

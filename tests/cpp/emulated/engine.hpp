@@ -1,6 +1,7 @@
-// The copy engine of one warp, as free as its rules allow, by turns as lazy and as eager. A load reads its
-// source when it is started, or when its barrier is waited for. A store reads its stage and writes at once,
-// or reads when wait_group.read asks for it and is seen by others when a proxy fence follows wait_group.
+// The copy engine of one warp. It uses all freedom that its rules allow, and is alternately as lazy and as
+// eager as possible. A load reads its source when it is started, or only when its barrier is awaited. A store
+// reads its stage and writes at once; or it reads only at wait_group.read, and becomes visible only at a
+// proxy fence after wait_group.
 #pragma once
 #include <cstdint>
 #include <deque>
@@ -32,7 +33,7 @@ struct Engine {
   Group open;
   std::deque<Group> groups;
   std::vector<Store> unseen;  // complete, but no fence has followed
-  bool stale = false;         // what others have stored may not have come to the engine: a fence is due
+  bool stale = false;         // the engine may not see the stores of others: a fence is needed
   uint64_t turns = 0;
 
   bool eager() { return ++turns % 3 == 0; }

@@ -1,4 +1,4 @@
-// Which memory the emulated GPU's allocators have given, for those who check accesses.
+// The allocations of the emulated GPU, for checks of accesses.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -22,14 +22,14 @@ class Extents {
     all_.erase(found);
     ++version_;
   }
-  // The host writes, or frees.
-  void write(const void* p, uint64_t bytes) const {
-    if (const auto tell = changed.load()) tell(p, bytes);
+  // The host writes or frees memory; in_stream: after the work of a stream, as a kernel would.
+  void write(const void* p, uint64_t bytes, bool in_stream = false) const {
+    if (const auto tell = changed.load()) tell(p, bytes, in_stream);
   }
-  std::atomic<void (*)(const void* p, uint64_t bytes)> changed{nullptr};
-  // Changes whenever what was found may be gone.
+  std::atomic<void (*)(const void* p, uint64_t bytes, bool in_stream)> changed{nullptr};
+  // Changes whenever an allocation that was found may have been freed.
   uint64_t version() const { return version_.load(std::memory_order_relaxed); }
-  // Whether they lie in one allocation, and where it begins and ends.
+  // Whether the bytes are in one allocation, and its begin and end.
   bool find(uintptr_t at, uint64_t bytes, uintptr_t& begin, uintptr_t& end, uint64_t& version) {
     std::lock_guard lock(mutex_);
     auto next = all_.upper_bound(at);

@@ -1,4 +1,5 @@
-// Lanes as threads: races between them are real, and ThreadSanitizer sees them. As fibers: fibers/lanes.hpp.
+// Lanes as threads: races between them are real, and ThreadSanitizer detects them. fibers/lanes.hpp has lanes
+// as fibers.
 #pragma once
 #include <deque>
 #include <thread>
@@ -13,7 +14,7 @@ struct WarpState {
   moecomm::TeamState team{32};
   uint32_t words[32];
 };
-// A block's barriers are between the warps of one squad each, all squads as large.
+// Each barrier of a block is for the warps of one squad; all squads have the same size.
 struct BlockState {
   BlockState(int warps, int squad_warps) : warps(warps) {
     for (int i = 0; i < warps / squad_warps; ++i) squads.emplace_back(32 * squad_warps);
@@ -36,7 +37,7 @@ inline void sync() { warp->team.sync(); }
 inline void sync(moecomm::TeamState& squad) { squad.sync(); }
 inline void pause() { std::this_thread::yield(); }  // there are many more lanes than cores
 
-// role() on the threads of a block.
+// Runs role() on the threads of a block.
 template <class Role>
 void run_block(int warps, int squad_warps, Role&& role) {
   BlockState state(warps, squad_warps);

@@ -1,5 +1,5 @@
-// Stands in for NCCL's headers on a CPU: what the host of the cuda world calls (tests/cpp/nccl_host_test.cpp
-// implements it), and what its kernels name (nccl_device.h).
+// Stands in for NCCL's headers on a CPU: the functions that host code of the cuda world calls
+// (tests/cpp/nccl_host_test.cpp implements them), and the types that kernels use (nccl_device.h).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -18,7 +18,7 @@ enum ncclResult_t { ncclSuccess = 0, ncclInvalidUsage = 5, ncclTimeout = 8 };
 enum ncclGinConnectionType_t { NCCL_GIN_CONNECTION_NONE, NCCL_GIN_CONNECTION_FULL, NCCL_GIN_CONNECTION_RAIL };
 enum ncclGinType_t { NCCL_GIN_TYPE_NONE = 0, NCCL_GIN_TYPE_PROXY = 2, NCCL_GIN_TYPE_GDAKI = 3 };
 
-// A window: where every rank's memory lies, and how it was registered.
+// A window: the addresses of every rank's memory, and its registration flags.
 struct ncclWindow_vidmem {
   std::vector<char*> base;
   int flags;

@@ -1,9 +1,9 @@
-// Stands in for NCCL's device headers on a CPU, as far as the GIN rail uses them, so that its own text can be
-// run. The network is as free as GIN's rules allow: requests wait in a queue per (rank, context, peer);
-// queues are served in random order; puts within one land in any order and read their source only then; a
-// strong signal lands after the puts that its queue got before it, and after nothing else; and it overtakes
-// these too where its window is not registered as strictly ordered. A flush waits until the calling rank's
-// queues of its context are empty.
+// Stands in for the part of NCCL's device headers that the GIN rail uses, on a CPU, so that tests run the
+// rail's own code. The network uses all freedom that GIN's rules allow. Requests wait in a queue per (rank,
+// context, peer), and the queues are served in random order. The puts of a queue are executed in any order
+// and read their sources only then. A strong signal comes after the earlier puts of its queue and is not
+// ordered otherwise; it may even overtake these if its window is not registered as strictly ordered. A flush
+// waits until the calling rank's queues of its context are empty.
 #pragma once
 #include <algorithm>
 #include <condition_variable>
@@ -32,7 +32,8 @@ class Gin {
   ~Gin() {
     thread_.request_stop();
     {
-      std::lock_guard lock(mutex_);  // else the thread may miss the notice between its look and its sleep
+      std::lock_guard lock(
+          mutex_);  // else the thread may miss the notification between its check and its sleep
     }
     changed_.notify_all();
   }
@@ -43,8 +44,8 @@ class Gin {
     bool signal;
     bool strict = true;  // of a signal: its window is strictly ordered
   };
-  // While it is held nothing lands. It may let go until the next signal has landed, so that what came with it
-  // can be seen.
+  // While it is held, no request is executed. until_signal: release it until the next signal has been
+  // executed, so that a test can inspect the memory at that moment.
   void hold(bool held, bool until_signal = false) {
     {
       std::lock_guard lock(mutex_);
@@ -84,8 +85,8 @@ class Gin {
         continue;
       }
       auto& q = *busy[random_() % busy.size()];
-      // What may land now: anything before the queue's first strict signal, or that signal if it is the first
-      // of all.
+      // The requests that may be executed now: any before the queue's first strict signal, or that signal if
+      // it is the first request.
       const size_t puts =
           std::find_if(q.begin(), q.end(), [](const Request& r) { return r.signal && r.strict; }) - q.begin();
       const size_t at = puts == 0 ? 0 : random_() % puts;
@@ -147,6 +148,11 @@ struct ncclGin {
     post(team, peer, d,
          {to->base[world(team, peer)] + to_offset, from->base[comm.rank] + from_offset, 0, bytes, false});
   }
+  void get(ncclTeam team, int peer, ncclWindow_t of, size_t of_offset, ncclWindow_t to, size_t to_offset,
+           size_t bytes, ncclCoopThread, ncclGin_DescriptorSmem d) const {
+    post(team, peer, d,
+         {to->base[comm.rank] + to_offset, of->base[world(team, peer)] + of_offset, 0, bytes, false});
+  }
   void putValue(ncclTeam team, int peer, ncclWindow_t to, size_t offset, uint64_t value, ncclGin_None,
                 ncclCoopThread, ncclGin_DescriptorSmem d) const {
     post(team, peer, d, {to->base[world(team, peer)] + offset, nullptr, value, 8, false});
@@ -165,7 +171,7 @@ struct ncclGin {
  private:
   int world(ncclTeam team, int peer) const { return comm.rank + (peer - team.rank) * team.stride; }
   void post(ncclTeam team, int peer, ncclGin_DescriptorSmem d, const emulated::Gin::Request& r) const {
-    CHECK(emulated::engine().quiet());  // the network sees what a release would let others see
+    CHECK(emulated::engine().quiet());  // the network must see everything that a release would publish
     std::memset(d.descriptor, 0xee, sizeof(*d.descriptor));  // NCCL builds its request there
     comm.gin->post(comm.rank, context, world(team, peer), r);
   }

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "checker.hpp"
+#include "costs.hpp"
 #include "trouble.hpp"
 
 namespace simt {
@@ -41,7 +42,8 @@ void init(Warp& w, const Ins& i, Mask m) {
     const uint32_t count = w.reg(i.r[1])[l];
     if (count == 0 || count > kMostBytes)
       w.fault(i, l, "an mbarrier of " + std::to_string(count) + " arrivals");
-    w.block->mbarriers[at] = {count, count};
+    Mbarrier& b = w.block->mbarriers[at] = {count, count};
+    b.maker = w.index * kLanes + l;
     if (checker()) checker()->write(w, i, l, w.block->shared.get() + at, 8);
   });
 }
@@ -88,6 +90,7 @@ void try_wait(Warp& w, const Ins& i, Mask m) {
     Mbarrier& b = barrier_of(w, i, l, at);
     if (b.phase != (w.reg(i.r[2])[l] & 1)) {
       ended |= Mask{1} << l;
+      if (counts_costs()) wait_until(w, i, b.due);
       if (checker()) checker()->wait(w, l, b.ended);
       return;
     }
@@ -114,7 +117,9 @@ void start_load(Warp& w, const Ins& i, Mask m) {
     w.at(i, l, Space::shared, to, 16), w.at(i, l, Space::shared, to + bytes - 16, 16);
     const char* source = w.at(i, l, Space::global, from, 16);
     w.at(i, l, Space::global, from + bytes - 16, 16);
-    barrier_of(w, i, l, at);
+    if (!barrier_of(w, i, l, at).fenced)
+      w.fault(i, l,
+              "a bulk load whose mbarrier the engine may not know: no proxy fence is behind its making");
     if (w.engine(l).stale)
       w.fault(i, l, "a bulk load behind an acquire or a meeting of lanes, without a proxy fence between");
     const auto overlaps = [&](uint32_t other, uint32_t size) {
@@ -140,6 +145,7 @@ void start_load(Warp& w, const Ins& i, Mask m) {
     if (w.grid->chance(3)) load.early.assign(source, source + bytes);
     if (checker())
       load.at = checker()->load(w, i, l, source, w.block->shared.get() + to, bytes, at, load.engine);
+    if (counts_costs()) bulk_loads(w, i, source, bytes, barrier_of(w, i, l, at));
     w.block->loads.push_back(std::move(load));
   });
 }
@@ -161,6 +167,7 @@ void start_store(Warp& w, const Ins& i, Mask m) {
     w.at(i, l, Space::shared, from + bytes - 16, 16);
     if (emulated::damage >= 0 && emulated::damage-- == 0) const_cast<char*>(stage)[0] ^= 1;
     if (w.grid->chance(3)) std::memcpy(target, stage, bytes);
+    if (counts_costs()) bulk_stores(w, target);
     BulkStore s{target, from, bytes, {}, &i};
     if (checker()) std::tie(s.read_at, s.write_at) = checker()->store(w, i, l, target, stage, bytes);
     w.engine(l).open.push_back(std::move(s));
@@ -185,11 +192,13 @@ void wait_read(Warp& w, const Ins& i, Mask m) {
 }
 void wait_all(Warp& w, const Ins& i, Mask m) {
   wait_read(w, i, m);
+  if (counts_costs()) wait_until(w, i, w.costs.stored);
   each(m, [&](int l) {
     Engine& e = w.engine(l);
     for (; static_cast<int64_t>(e.groups.size()) > i.integer; e.groups.pop_front())
       for (BulkStore& s : e.groups.front().stores) {
         if (checker()) checker()->stores_done(w, l, s.write_at);
+        w.block->cache.drop(s.to, s.bytes);
         e.unseen.push_back(std::move(s));
       }
   });
@@ -198,14 +207,28 @@ void wait_all(Warp& w, const Ins& i, Mask m) {
 void fence_proxy(Warp& w, const Ins&, Mask m) {
   each(m, [&](int l) {
     Engine& e = w.engine(l);
-    for (const BulkStore& s : e.unseen) std::memcpy(s.to, s.data.data(), s.bytes);
+    for (const BulkStore& s : e.unseen) {
+      std::memcpy(s.to, s.data.data(), s.bytes);
+      w.block->cache.drop(s.to, s.bytes);
+    }
     e.unseen.clear();
     e.stale = false;
     if (checker()) checker()->fence_proxy(w, l);
   });
 }
+// What lanes have written to shared memory: mbarriers.
+void fence_shared(Warp& w, const Ins&, Mask m) {
+  each(m, [&](int l) {
+    for (auto& [at, b] : w.block->mbarriers) b.fenced |= b.maker == w.index * kLanes + l;
+  });
+}
+void fence_both(Warp& w, const Ins& i, Mask m) {
+  fence_shared(w, i, m);
+  fence_proxy(w, i, m);
+}
 void nothing(Warp&, const Ins&, Mask) {}
 void fence(Warp& w, const Ins& i, Mask m) {
+  w.block->cache.empty();
   if (checker())
     w.fault(i, std::countr_zero(m), "the checker does not know what this fence orders; the kernels had none");
 }
@@ -232,8 +255,8 @@ void add_async(std::map<std::string, Operation>& all) {
       add("mbarrier.try_wait", try_wait, Kind::poll);
   add("bulk.load", start_load), add("bulk.store", start_store), add("bulk.commit", commit),
       add("bulk.wait", wait_all), add("bulk.wait_read", wait_read);
-  add("fence.proxy", fence_proxy), add("fence.proxy.shared", fence_proxy),
-      add("fence.mbarrier_init", nothing), add("fence", fence);
+  add("fence.proxy", fence_proxy), add("fence.proxy.shared", fence_shared),
+      add("fence.proxy.both", fence_both), add("fence.mbarrier_init", nothing), add("fence", fence);
 }
 
 }  // namespace simt

@@ -1,6 +1,7 @@
 #include "checker.hpp"
 
 #include <algorithm>
+#include <stdexcept>
 
 namespace simt {
 namespace {
@@ -84,6 +85,27 @@ void Checker::forget(const void* p, uint64_t bytes) {
     for (uintptr_t at = (begin + 3) / 4 * 4; at < end; at += 4) signals_.erase(at);
   } else {
     std::erase_if(signals_, [&](const auto& s) { return s.first >= begin && s.first < end; });
+  }
+}
+
+void Checker::copied(int rank, const void* p, uint64_t bytes) {
+  static const Clock nothing;
+  const Shared& done = ended_[rank];
+  const Clock& clock = done ? *done : nothing;
+  const auto begin = reinterpret_cast<uintptr_t>(p), end = begin + bytes;
+  for (uintptr_t word = begin / 4 * 4; word < end; word += 4) {
+    const auto page = pages_.find(word / kPage * kPage);
+    if (page == pages_.end()) {
+      word = word / kPage * kPage + kPage - 4;
+      continue;
+    }
+    const Cell& c = (*page->second)[word % kPage / 4];
+    for (const auto* all : {&c.writes, &c.reads})
+      for (const Access& a : *all)
+        if (!seen(a, clock, nullptr, -1))
+          throw std::runtime_error("the PTX world: nothing orders these: an access by rank " +
+                                   std::to_string(a.by->rank) + ", PTX line " + std::to_string(a.ins->line) +
+                                   "; and a copy of rank " + std::to_string(rank) + "'s stream");
   }
 }
 

@@ -24,6 +24,8 @@ class Checker {
   Shared ended(int rank) { return ended_[rank]; }
   void end(int rank, const Shared& all);
   void forget(const void* p, uint64_t bytes);
+  // A copy of a rank's stream writes these bytes, behind that rank's kernels.
+  void copied(int rank, const void* p, uint64_t bytes);
 
   // Ordinary and strong accesses of a lane; `rmw` reads and writes.
   void read(Warp& w, const Ins& i, int lane, const char* p, uint32_t bytes);

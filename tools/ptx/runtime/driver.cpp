@@ -162,6 +162,22 @@ __attribute__((visibility("default"))) void ptx_restore() {
   for (size_t k = 0; k < simt::kernels().programs.size(); ++k)
     simt::kernels().programs[k]->code = simt::kernels().originals[k];
 }
+// What the rows of a program have cost since ptx_restore: five numbers each.
+__attribute__((visibility("default"))) int64_t ptx_costs(const char* function, uint64_t* costs,
+                                                         int64_t count) {
+  std::lock_guard lock(simt::kernels().mutex);
+  for (const auto& p : simt::kernels().programs)
+    for (const simt::Function& f : p->functions)
+      if (f.name == function) {
+        for (int64_t k = 0; k < count && k < static_cast<int64_t>(p->code.size()); ++k) {
+          const simt::Cost& c = p->code[k].cost;
+          const uint64_t all[] = {c.runs, c.waits[0], c.waits[1], c.bytes[0], c.bytes[1]};
+          std::memcpy(costs + 5 * k, all, sizeof(all));
+        }
+        return static_cast<int64_t>(p->code.size());
+      }
+  return -1;
+}
 // Marks in `rows` what a program's launches have run since they were last asked.
 __attribute__((visibility("default"))) int64_t ptx_reached(const char* function, char* rows, int64_t count) {
   std::lock_guard lock(simt::kernels().mutex);

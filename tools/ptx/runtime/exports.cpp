@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "checker.hpp"
+#include "costs.hpp"
 #include "extents.hpp"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -22,14 +23,19 @@ EXPORT void ptx_settings(uint64_t seed, int room) {
   simt::settings().room = room;
 }
 
-// What the hosts have written or freed is not the kernels' any more.
+// What the hosts have written or freed is not the kernels' any more. What a stream's copy writes must be in
+// order with what kernels of other ranks have done there.
 EXPORT void ptx_check(bool on) {
   simt::check_order(on);
-  emulated::extents().changed = !on ? nullptr : +[](const void* p, uint64_t bytes) {
+  emulated::extents().changed = !on ? nullptr : +[](const void* p, uint64_t bytes, bool in_stream) {
     std::lock_guard lock(simt::checker()->mutex);
+    if (in_stream && simt::Grid::latest_rank >= 0) simt::checker()->copied(simt::Grid::latest_rank, p, bytes);
     simt::checker()->forget(p, bytes);
   };
 }
+
+// Whether launches count what they cost (costs.hpp).
+EXPORT void ptx_count_costs(bool on) { simt::count_costs(on); }
 
 EXPORT const char* ptx_operations() {
   said().clear();
@@ -43,7 +49,7 @@ EXPORT const char* ptx_run(const char* path, const char* kernel, int blocks, int
                            int count, const uint64_t* pointers, const uint64_t* bytes) {
   try {
     const simt::Program program = simt::load_program(path);
-    simt::Launch launch{&program, kernel, blocks, threads, shared, std::vector<char>(8 * count), {}, 0};
+    simt::Launch launch{&program, kernel, blocks, threads, shared, std::vector<char>(8 * count), {}, {}, 0};
     std::memcpy(launch.parameters.data(), pointers, 8 * count);
     for (int k = 0; k < count; ++k)
       launch.extents.push_back({reinterpret_cast<const void*>(pointers[k]), bytes[k]});

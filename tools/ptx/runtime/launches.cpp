@@ -7,6 +7,7 @@
 
 #include "driver.hpp"
 #include "runtime/cuda/kernels/decode_launch.hpp"
+#include "runtime/cuda/kernels/domain_launch.hpp"
 
 namespace simt {
 namespace {
@@ -19,6 +20,9 @@ class Tensors {
   void add(const void* p, uint64_t bytes) {
     if (p && bytes) launch_.extents.push_back({p, bytes});
   }
+  void add_segments(Segments p) {
+    for (int64_t i = 0; i < p.count; ++i) add(p.segment[i].here, p.segment[i].bytes);
+  }
   void add_picks(const int64_t* ids64, const int32_t* ids32, const float* weights, uint64_t picks) {
     add(ids64, 8 * picks);
     add(ids32, 4 * picks);
@@ -28,6 +32,20 @@ class Tensors {
  private:
   Launch& launch_;
 };
+
+// Windows of other ranks, whose memory is far.
+void note_peers(Launch& launch, const DeviceLinks& links) {
+  const auto note = [&](const char* window) {
+    uintptr_t begin = 0, end = 0;
+    uint64_t version = 0;
+    if (window && emulated::extents().find(reinterpret_cast<uintptr_t>(window), 1, begin, end, version))
+      launch.peers.push_back({reinterpret_cast<const void*>(begin), end - begin});
+  };
+  for (int d = 0; d < links.geometry.ranks_per_node; ++d)
+    if (d != links.geometry.local()) note(links.windows[d]);
+  for (int p = 0; p < links.region_peers; ++p)
+    if (p != links.own_peer) note(links.regions[p]);
+}
 
 template <class L>
 const L& as(const Launch& launch) {
@@ -52,6 +70,7 @@ void describe(Launch& launch) {
   Tensors t(launch);
   if (is("decode_dispatch_kernel")) {
     const auto& l = as<cuda::DecodeDispatchLaunch>(launch);
+    note_peers(launch, l.call.links);
     const DecodeSendArgs& a = l.work.args;
     const uint64_t tokens = a.turn.tokens,
                    row = a.quantizes() ? a.d.shape.combine_row_bytes() : a.turn.call.row_bytes;
@@ -61,6 +80,7 @@ void describe(Launch& launch) {
     launch.rank = a.d.geometry.rank;
   } else if (is("decode_combine_kernel")) {
     const auto& l = as<cuda::DecodeCombineLaunch>(launch);
+    note_peers(launch, l.call.links);
     const DecodeCombineArgs& a = l.work.args;
     const uint64_t tokens = a.turn.tokens, row = a.d.shape.combine_row_bytes();
     const uint64_t rows = uint64_t{static_cast<uint64_t>(a.d.shape.num_experts / a.d.geometry.size)} *
@@ -72,6 +92,7 @@ void describe(Launch& launch) {
     launch.rank = a.d.geometry.rank;
   } else if (is("dispatch_kernel")) {
     const auto& l = as<cuda::DispatchLaunch>(launch);
+    note_peers(launch, l.call.links);
     const DispatchArgs& a = l.work.args;
     const bool quantizes = a.plan.call.scales != ScaleKind::none && !a.scales;  // then x is not in codes yet
     const uint64_t tokens = a.plan.tokens;
@@ -81,12 +102,26 @@ void describe(Launch& launch) {
     launch.rank = a.b.geometry.rank;
   } else if (is("combine_kernel")) {
     const auto& l = as<cuda::CombineLaunch>(launch);
+    note_peers(launch, l.call.links);
     const CombineArgs& a = l.args;
     const uint64_t tokens = a.plan.tokens;
     t.add(a.y, tokens * a.b.shape.combine_row_bytes());
-    t.add(a.slots, tokens * a.b.shape.top_k * 4);
+    t.add(a.returned, tokens * a.b.shape.top_k * 4);
     t.add(a.bias, 4 * (a.bias_stride * (tokens - 1) + a.b.shape.hidden));
     launch.rank = a.b.geometry.rank;
+  } else if (is("domain_one_sided_kernel")) {
+    const auto& l = as<cuda::OneSidedLaunch>(launch);
+    t.add(l.work.only.here, l.work.only.bytes);
+    t.add_segments(l.work.segments);
+    launch.rank = l.work.d.geometry.rank;
+  } else if (is("domain_multicast_kernel")) {
+    const auto& l = as<cuda::MulticastLaunch>(launch);
+    for (int i = 0; i < l.work.count; ++i) t.add_segments(l.work.args[i].segments);
+    launch.rank = l.work.d.geometry.rank;
+  } else if (is("domain_reduce_kernel")) {
+    const auto& l = as<cuda::ReduceLaunch>(launch);
+    for (int i = 0; i < l.work.count; ++i) t.add_segments(l.work.args[i].segments);
+    launch.rank = l.work.d.geometry.rank;
   } else {
     describe_quant(launch);
   }

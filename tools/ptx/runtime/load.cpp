@@ -69,7 +69,7 @@ Program load_program(const std::string& path) {
   int version = 0;
   size_t rows = 0;
   in >> word >> version >> rows >> p.slots >> p.predicates >> p.local_bytes >> p.shared_bytes;
-  if (word != "machine" || version != 1)
+  if (word != "machine" || version != 2)
     throw std::runtime_error("the PTX world: " + path + " is of another version");
   while (p.code.size() < rows && in >> word) {
     if (word == "file") {
@@ -97,7 +97,9 @@ Program load_program(const std::string& path) {
       char colon;
       in >> order >> scope >> i.guard;
       for (int32_t& r : i.r) in >> r;
-      in >> i.integer >> i.line >> i.file >> colon >> i.source;
+      int reads, writes;
+      in >> i.integer >> i.line >> i.file >> colon >> i.source >> reads >> writes;
+      i.reads = static_cast<uint8_t>(reads), i.writes = static_cast<uint8_t>(writes);
       i.run = found->second.run;
       i.kind = found->second.kind;
       i.order = static_cast<Order>(order);

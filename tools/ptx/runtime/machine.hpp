@@ -2,6 +2,7 @@
 // values, and lanes that stand at the same instruction run it together. Nothing here is a thread or a fiber,
 // so who goes on next is free to choose.
 #pragma once
+#include <array>
 #include <bit>
 #include <cstdint>
 #include <deque>
@@ -9,6 +10,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "clocks.hpp"
@@ -22,6 +24,13 @@ using Handler = void (*)(Warp&, const Ins&, Mask);
 enum class Kind : uint8_t { plain, branch, call, leave, collective, barrier, poll };
 enum class Space : uint8_t { global, shared, param, local };  // a generic address is global or shared
 
+// What an instruction has cost while costs were counted (costs.hpp).
+struct Cost {
+  uint64_t runs = 0;       // by warps, or by parts of them that have parted
+  uint64_t waits[2] = {};  // latencies that nothing hid: of peers' memory, of this GPU's
+  uint64_t bytes[2] = {};  // loaded from there
+};
+
 struct Ins {
   Handler run = nullptr;
   Kind kind = Kind::plain;
@@ -32,8 +41,10 @@ struct Ins {
   int64_t integer = 0;  // offset, target or count
   int32_t line = 0;     // of the PTX
   int32_t file = 0, source = 0;
-  uint16_t op = 0;               // index of its name
-  mutable bool reached = false;  // has run
+  uint16_t op = 0;                // index of its name
+  uint8_t reads = 0, writes = 0;  // bit k: place k is a register of that kind
+  mutable bool reached = false;   // has run
+  mutable Cost cost;
 };
 
 struct Function {
@@ -72,6 +83,9 @@ struct Mbarrier {
   uint32_t count = 0, pending = 0, phase = 0;
   int64_t bytes = 0;
   uint64_t polls = 0;
+  int maker = -1;                   // the thread of the block that has made it
+  bool fenced = false;              // since then by a proxy fence of its maker: the engine knows it
+  uint32_t due[2] = {};             // when its loads have come, by both clocks of costs.hpp
   Views arriving = {}, ended = {};  // in this phase; by the last one
 };
 
@@ -108,6 +122,27 @@ struct Engine {
   bool quiet() const { return open.empty() && groups.empty() && unseen.empty(); }
 };
 
+// Two clocks of a warp: how many loads in a row it has waited for (costs.hpp).
+struct WarpCosts {
+  uint32_t now[2] = {}, stored[2] = {};        // stored: when its bulk stores are complete
+  std::vector<std::array<uint32_t, 2>> ready;  // by register
+};
+
+// What a multiprocessor's cache holds of global memory, by 32 bytes: under a seed, ordinary loads may be
+// answered from it until a lane of the block acquires (or a fence does) beyond the block.
+class StaleCache {
+ public:
+  // Bytes as an ordinary load may see them: those in memory, or older ones.
+  void read(const char* p, void* to, uint32_t bytes, bool fresh);
+  void wrote(const char* p, const void* from, uint32_t bytes);  // by this block: seen by it at once
+  void drop(const char* p, uint32_t bytes);                     // a strong access has gone to memory
+  void empty() { lines_.clear(); }
+
+ private:
+  static constexpr uintptr_t kLine = 32;
+  std::unordered_map<uintptr_t, std::array<char, kLine>> lines_;
+};
+
 struct Grid;
 struct Block;
 
@@ -124,6 +159,7 @@ struct Warp {
        waiting = 0;  // lanes; collecting: at a collective; waiting: at a barrier of the block
   std::unique_ptr<Engine> engines[kLanes];
   WarpOrder order;
+  WarpCosts costs;
 
   uint64_t* reg(int slot) { return file.data() + int64_t{slot} * kLanes; }
   Mask pred(int p) const { return p >= 0 ? predicates[p] : p == -2 ? kAll : 0; }
@@ -162,6 +198,8 @@ struct Block {
   std::vector<BulkLoad> loads;  // under way
   std::deque<Warp> warps;
 
+  StaleCache cache;
+
   bool is_shared(uint64_t address) const {
     return address - reinterpret_cast<uintptr_t>(shared.get()) < shared_bytes;
   }
@@ -184,6 +222,7 @@ struct Launch {
   uint64_t shared_bytes;  // dynamic
   std::vector<char> parameters;
   std::vector<Extent> extents;
+  std::vector<Extent> peers;  // windows of other ranks
   int rank = -1;
 };
 
@@ -204,7 +243,8 @@ struct Grid {
   const uint64_t seed;  // 0: see Settings
   std::mt19937_64 random;
   std::deque<Block> resident;
-  Shared before, after;  // of memory: what the rank's kernels had done, what this one has done
+  static thread_local int latest_rank;  // of the kernels that this thread has run; -1: none
+  Shared before, after;                 // of memory: what the rank's kernels had done, what this one has done
   uint64_t turns = 0;
 
   bool chance(int of) { return seed ? random() % of == 0 : ++turns % of == 0; }

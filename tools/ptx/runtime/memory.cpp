@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "checker.hpp"
+#include "costs.hpp"
 #include "extents.hpp"
 
 namespace simt {
@@ -43,7 +44,37 @@ char* Warp::at(const Ins& i, int lane, Space space, uint64_t address, uint32_t b
   return reinterpret_cast<char*>(address);
 }
 
+void StaleCache::read(const char* p, void* to, uint32_t bytes, bool fresh) {
+  const auto at = reinterpret_cast<uintptr_t>(p), line = at / kLine * kLine;  // aligned: within one line
+  auto found = lines_.find(line);
+  if (found == lines_.end() || fresh) {
+    auto& kept = lines_[line];
+    std::memcpy(kept.data(), reinterpret_cast<const void*>(line), kLine);
+    std::memcpy(to, kept.data() + (at - line), bytes);
+    return;
+  }
+  std::memcpy(to, found->second.data() + (at - line), bytes);
+}
+void StaleCache::wrote(const char* p, const void* from, uint32_t bytes) {
+  for (uint32_t k = 0; k < bytes; ++k) {
+    const auto at = reinterpret_cast<uintptr_t>(p) + k;
+    if (const auto found = lines_.find(at / kLine * kLine); found != lines_.end())
+      found->second[at % kLine] = static_cast<const char*>(from)[k];
+  }
+}
+void StaleCache::drop(const char* p, uint32_t bytes) {
+  const auto at = reinterpret_cast<uintptr_t>(p);
+  for (uintptr_t line = at / kLine * kLine; line < at + bytes; line += kLine) lines_.erase(line);
+}
+
 namespace {
+
+// Whether a load may be answered with what the block has read before.
+bool may_be_stale(const Warp& w, const Ins& i, const char* p) {
+  return w.grid->seed && i.order == Order::weak && !w.is_parameter(p) &&
+         !w.block->is_shared(reinterpret_cast<uintptr_t>(p));
+}
+bool reaches_beyond_the_block(const Ins& i) { return i.scope == Scope::gpu || i.scope == Scope::sys; }
 
 template <class T>
 inline uint64_t extended(const char* p) {
@@ -56,6 +87,13 @@ template <Space kSpace, int kCount, class T>
 void load(Warp& w, const Ins& i, Mask m) {
   const bool acquires = i.order == Order::acquire;
   Checker* const order = checker();
+  if constexpr (kSpace == Space::global)
+    if (counts_costs()) {
+      const int l = std::countr_zero(m);
+      const uint64_t at = (i.r[kCount] >= 0 ? w.reg(i.r[kCount])[l] : 0) + i.integer;
+      if (!w.block->is_shared(at) && !w.is_parameter(reinterpret_cast<const char*>(at)))
+        loads(w, i, reinterpret_cast<const char*>(at), std::popcount(m) * kCount * sizeof(T));
+    }
   each(m, [&](int l) {
     const uint64_t base = i.r[kCount] >= 0 ? w.reg(i.r[kCount])[l] : 0;
     const char* p = w.at(i, l, kSpace, base + i.integer, kCount * sizeof(T));
@@ -64,8 +102,16 @@ void load(Warp& w, const Ins& i, Mask m) {
     if constexpr (kCount == 1 && sizeof(T) == 8)
       if (i.order != Order::weak) {
         w.reg(i.r[0])[l] = __atomic_load_n(reinterpret_cast<const uint64_t*>(p), __ATOMIC_ACQUIRE);
+        if (w.grid->seed) w.block->cache.drop(p, 8);
         if (acquires) w.engine(l).stale = true;
+        if (acquires && reaches_beyond_the_block(i)) w.block->cache.empty();
         return;
+      }
+    T copy[kCount];
+    if constexpr (kSpace == Space::global)
+      if (may_be_stale(w, i, p)) {
+        w.block->cache.read(p, copy, sizeof(copy), w.grid->chance(4));
+        p = reinterpret_cast<const char*>(copy);
       }
     for (int k = 0; k < kCount; ++k)
       if (i.r[k] >= 0) w.reg(i.r[k])[l] = extended<T>(p + k * sizeof(T));
@@ -83,11 +129,13 @@ void store(Warp& w, const Ins& i, Mask m) {
     if constexpr (kCount == 1 && sizeof(T) == 8)
       if (i.order != Order::weak) {
         __atomic_store_n(reinterpret_cast<uint64_t*>(p), w.reg(i.r[1])[l], __ATOMIC_RELEASE);
+        w.block->cache.drop(p, 8);
         return;
       }
     T values[kCount];
     for (int k = 0; k < kCount; ++k) values[k] = static_cast<T>(w.reg(i.r[1 + k])[l]);
     std::memcpy(p, values, sizeof(values));
+    if constexpr (kSpace == Space::global) w.block->cache.wrote(p, values, sizeof(values));
   });
 }
 
@@ -105,7 +153,10 @@ void atomic_add(Warp& w, const Ins& i, Mask m) {
     auto* p = reinterpret_cast<T*>(w.at(i, l, Space::global, w.reg(i.r[1])[l], sizeof(T)));
     if (checker()) checker()->write(w, i, l, reinterpret_cast<const char*>(p), sizeof(T), true);
     w.reg(i.r[0])[l] = __atomic_fetch_add(p, get<T>(w.reg(i.r[2])[l]), __ATOMIC_ACQ_REL);
-    if (i.order == Order::acq_rel || i.order == Order::acquire) w.engine(l).stale = true;
+    w.block->cache.drop(reinterpret_cast<const char*>(p), sizeof(T));
+    if (i.order != Order::acq_rel && i.order != Order::acquire) return;
+    w.engine(l).stale = true;
+    if (reaches_beyond_the_block(i)) w.block->cache.empty();
   });
 }
 template <class T>
@@ -115,6 +166,7 @@ void reduce_add(Warp& w, const Ins& i, Mask m) {
     auto* p = reinterpret_cast<T*>(w.at(i, l, Space::global, w.reg(i.r[0])[l], sizeof(T)));
     if (checker()) checker()->write(w, i, l, reinterpret_cast<const char*>(p), sizeof(T), true);
     __atomic_fetch_add(p, get<T>(w.reg(i.r[1])[l]), __ATOMIC_ACQ_REL);
+    w.block->cache.drop(reinterpret_cast<const char*>(p), sizeof(T));
   });
 }
 template <class T>
@@ -126,6 +178,7 @@ void compare_and_swap(Warp& w, const Ins& i, Mask m) {
     __atomic_compare_exchange_n(p, &expected, get<T>(w.reg(i.r[3])[l]), false, __ATOMIC_SEQ_CST,
                                 __ATOMIC_SEQ_CST);
     w.reg(i.r[0])[l] = expected;
+    w.block->cache.drop(reinterpret_cast<const char*>(p), sizeof(T));
   });
 }
 

@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "checker.hpp"
+#include "costs.hpp"
 #include "trouble.hpp"
 
 namespace simt {
@@ -99,6 +100,7 @@ bool Warp::step(int budget) {
          --budget, --turn, ++ran) {
       const Ins& i = code[at];
       i.reached = true;
+      if (counts_costs()) issue(*this, i);
       Mask m = lanes;
       if (i.guard >= 0 || i.guard < -1) {
         const int g = i.guard >> 1;  // -1 and -2 as predicates: false and true
@@ -294,10 +296,14 @@ std::atomic<uint64_t> launches{0};
 
 // One warp at a time, of all ranks: what the checker keeps has no other order.
 std::unique_lock<std::recursive_mutex> locked() {
-  return checker() ? std::unique_lock(checker()->mutex) : std::unique_lock<std::recursive_mutex>();
+  return checker()        ? std::unique_lock(checker()->mutex)
+         : counts_costs() ? std::unique_lock(costs_mutex())
+                          : std::unique_lock<std::recursive_mutex>();
 }
 
 }  // namespace
+
+thread_local int Grid::latest_rank = -1;
 
 Grid::Grid(const Launch& launch)
     : launch(launch),
@@ -338,6 +344,7 @@ Block& Grid::open_block(int index) {
 
 void Grid::run() {
   int begun = 0, held = 0;
+  latest_rank = launch.rank;
   const Running here;
   const auto finish = [&] { room.give(held); };
   if (checker()) {

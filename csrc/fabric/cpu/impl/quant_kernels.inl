@@ -1,5 +1,5 @@
-// Included by rows_kernels.inl: rows in and out of the codes that base/quantize.hpp defines. The
-// definitions themselves, instantiated with vectors.
+// Included by rows_kernels.inl: conversion of rows to and from the formats that base/quantize.hpp defines, by
+// instantiating its functions with vectors.
 
 typedef unsigned char Cv __attribute__((vector_size(kLanes)));
 
@@ -50,7 +50,7 @@ static inline void store_bytes(char* p, Uv v, long n) {
     __builtin_memcpy(p, &c, n);
 }
 
-// Calls work(vector, first element, how many of its elements) for the vectors of a tile with n elements.
+// Calls work(vector, first element, number of elements) for the vectors of a tile with n elements.
 template <class Work>
 static inline void for_vectors(long n, Work&& work) {
   if (n == moecomm::kTile) {
@@ -96,10 +96,10 @@ static inline Tile decode_fp8(const char* codes, float scale, long n) {
 
 // -- Tiles in LogFMT-10 ---------------------------------------------------------------------------------
 
-constexpr int kHighVectors = 32 / kLanes;  // of the bytes that hold the codes' high bits
+constexpr int kHighVectors = 32 / kLanes;  // vectors of the bytes with the codes' high bits
 
 static inline moecomm::LogTile encode_log(char* low_bits, char* high_bits, const Tile& t) {
-  Uv most{}, rest{};  // rest: the largest of ~magnitude, for the least
+  Uv most{}, rest{};  // rest: the largest ~magnitude, which gives the least magnitude
   for (int j = 0; j < Tile::kVectors; ++j) {
     const Uv m = moecomm::finite_magnitude<Uv>(t.v[j]);
     const Uv normal = m < moecomm::detail::kSmallestNormal ? Uv{} : m;
@@ -159,7 +159,7 @@ static inline Tile load_wire(const char* row, moecomm::Wire wire, long at, long 
   return decode_log(row + 128 * tile, row + 128 * tiles + 32 * tile, head);
 }
 
-// The steps of reduce_block, a tile at a time, for rows of which some are coded.
+// The steps of reduce_block, a tile at a time, for rows of which some are quantized.
 template <class T>
 static inline Tile sum_tile(const moecomm::Terms& terms, const moecomm::Terms* next, const float* bias,
                             long at, long n) {
@@ -234,7 +234,7 @@ static void quantize_typed(char* codes, char* scales, const char* row, long begi
       __builtin_memcpy(scales + 4 * tile, &scale, 4);
   }
   if (kind == moecomm::ScaleKind::ue8m0 && end == hidden)
-    for (long i = moecomm::tiles_of(hidden); i % 4; ++i) scales[i] = 0;  // the last int32 is whole
+    for (long i = moecomm::tiles_of(hidden); i % 4; ++i) scales[i] = 0;  // pads the last int32
 }
 
 static void quantize(void* codes, void* scales, const void* row, long begin, long end, long hidden,
@@ -324,7 +324,8 @@ static void dequantize(void* dst, const void* codes, const float* scales, long c
   }
 }
 
-// A vector of columns of `count` rows at a time: decoded to FP32 once, kept in the first cache.
+// Processes a vector of columns of `count` rows at a time: decoded to FP32 once, and kept in the first-level
+// cache.
 static void transpose_requantize(void* dst, float* dst_scales, const void* src, const float* src_scales,
                                  long count, long columns, long dst_stride, long scale_stride,
                                  moecomm::ScaleKind kind) {

@@ -1,20 +1,20 @@
 // Included by rows_avx512.cpp, rows_avx2.cpp, rows_neon.cpp and rows_base.cpp, each with its own target,
-// inside its own namespace. MOE_VECTOR is the bytes of the target's registers; the compiler's own macros do
-// not tell: g++ 12 reads a whole file before it obeys a target pragma. Includes nothing: inline functions of
-// the standard library must not be compiled for a target that another machine lacks. Vector extensions, so
-// one text serves every target; vectors as wide as the registers, because the compiler takes wider ones apart
-// lane by lane where it selects or converts.
+// inside its own namespace. MOE_VECTOR is the size of the target's registers in bytes; the compiler's macros
+// do not give it, because g++ 12 reads a whole file before it applies a target pragma. This file includes
+// nothing: inline functions of the standard library must not be compiled for a target that another machine
+// lacks. It uses vector extensions, so that one source serves every target. Vectors are as wide as the
+// registers, because the compiler splits wider ones lane by lane when it selects or converts.
 
-// Everything below is inlined into one translation unit: the vector ABI does not matter.
+// Everything below is inlined into one translation unit, so the vector ABI does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
 constexpr int kLanes = MOE_VECTOR / 4;
 typedef float Fv __attribute__((vector_size(4 * kLanes)));
 typedef unsigned int Uv __attribute__((vector_size(4 * kLanes)));
 typedef unsigned short Hv __attribute__((vector_size(2 * kLanes)));
 
-// A row type converts single vectors of consecutive elements (load, store), and whole registers of memory to
-// kParts vectors and back (unpack, pack), in whatever order of elements is cheapest; `gather` brings floats
-// into that order.
+// A row type converts single vectors of consecutive elements (load, store). It also converts whole registers
+// of memory to kParts vectors and back (unpack, pack), in the order of elements that is cheapest; `gather`
+// loads floats in that order.
 constexpr int kMemory = MOE_VECTOR;
 
 struct BF16 {
@@ -25,7 +25,7 @@ struct BF16 {
     const Uv u = __builtin_convertvector(h, Uv) << 16;
     return (Fv)u;
   }
-  // Round to nearest even, in the upper half; NaN becomes the quiet NaN 0x7fc0 (as torch does).
+  // Rounds to nearest even, in the upper half. NaN becomes the quiet NaN 0x7fc0, as in torch.
   static inline Uv round(Fv v) {
     const Uv u = (Uv)v;
     return v != v ? Uv{} + 0x7fc00000u : u + 0x7fffu + ((u >> 16) & 1u);
@@ -34,7 +34,7 @@ struct BF16 {
     const Hv h = __builtin_convertvector(round(v) >> 16, Hv);
     __builtin_memcpy(p, &h, sizeof(h));
   }
-  // Even elements, then odd ones: neither widening nor narrowing moves anything between lanes.
+  // Even elements, then odd ones, so that neither widening nor narrowing moves data between lanes.
   static inline void unpack(Uv u, Fv* v) {
     v[0] = (Fv)(u << 16);
     v[1] = (Fv)(u & 0xffff0000u);
@@ -110,7 +110,7 @@ struct F32 {
   static inline void gather(const float* from, Fv* v) { v[0] = load((const char*)from); }
 };
 
-// To a destination on 64 bytes, past the cache.
+// Non-temporal stores to a 64-byte aligned destination.
 static inline void stream_lines(char* dst, const char* src, long bytes) {
 #if MOE_VECTOR == 64
   for (long i = 0; i < bytes; i += 64) _mm512_stream_si512((__m512i*)(dst + i), _mm512_loadu_si512(src + i));
@@ -121,7 +121,7 @@ static inline void stream_lines(char* dst, const char* src, long bytes) {
   for (long i = 0; i < bytes; i += 16)
     _mm_stream_si128((__m128i*)(dst + i), _mm_loadu_si128((const __m128i*)(src + i)));
 #elif defined(__aarch64__)
-  for (long i = 0; i < bytes; i += 16) {  // a hint; ordered as other stores are
+  for (long i = 0; i < bytes; i += 16) {  // a hint; ordered like other stores
     uint64x2_t v;
     __builtin_memcpy(&v, src + i, 16);
     asm volatile("stnp %d1, %d2, [%0]"
@@ -134,8 +134,8 @@ static inline void stream_lines(char* dst, const char* src, long bytes) {
 #endif
 }
 
-// A sum walks all terms for a few cache lines of the destination, with the partial sums in registers. How
-// many lines are best differs from CPU to CPU, and so does whether to prefetch the next sum's terms:
+// A sum processes all terms for a few cache lines of the destination, with the partial sums in registers. The
+// best number of lines, and whether to prefetch the terms of the next sum, depend on the CPU. Hence the
 // variants.
 constexpr int kLineRegisters = 64 / MOE_VECTOR;
 
@@ -183,7 +183,7 @@ static inline void reduce_block(char* dst, const moecomm::Terms& terms, const mo
   }
 }
 
-// The tail that is shorter than a vector: the same steps on zero-extended copies.
+// The tail that is shorter than a vector: the same steps on zero-padded copies.
 template <class T>
 static inline void reduce_tail(char* dst, const moecomm::Terms& terms, const float* bias, long at, long n) {
   Fv total = Fv{}, part = Fv{};
@@ -266,8 +266,8 @@ static void reduce(void* dst, const moecomm::Terms& terms, const moecomm::Terms*
 static void copy(void* dst, const void* src, unsigned long bytes) { __builtin_memcpy(dst, src, bytes); }
 static void zero(void* dst, unsigned long bytes) { __builtin_memset(dst, 0, bytes); }
 
-// Streamed stores do not read the destination first and leave the cache to the source rows. They need
-// aligned destinations; rows start on 16 bytes, so a short head goes through the cache.
+// Non-temporal stores do not read the destination first and leave the cache to the source rows. They need
+// aligned destinations. Rows are 16-byte aligned, so a short head is stored normally.
 static void stream(void* dst, const void* src, unsigned long bytes) {
 #if defined(__SSE2__) || defined(__aarch64__)
   char* d = (char*)dst;
@@ -291,7 +291,7 @@ static void fence() {
 #endif
 }
 
-// The first is the one that is used where nothing was measured. MOE_NAME gives a variant its build's name.
+// The first one is used if nothing was measured. MOE_NAME prefixes a variant with the name of its build.
 extern const moecomm::SumVariant kVariants[moecomm::kSumVariants] = {
     {MOE_NAME("/1+next"), reduce<1, true>}, {MOE_NAME("/2+next"), reduce<2, true>},
     {MOE_NAME("/4+next"), reduce<4, true>}, {MOE_NAME("/1"), reduce<1, false>},

@@ -1,4 +1,4 @@
-// The decode kernels of ranks that map each other's memory.
+// The decode kernels for ranks that map each other's memory.
 #include "runtime/cuda/kernels/decode_kernels.cuh"
 
 namespace moecomm::cuda {

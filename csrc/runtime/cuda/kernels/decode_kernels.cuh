@@ -1,4 +1,4 @@
-// A __global__ shim per verb of the decode path, and the functions that start them, for any rail.
+// A __global__ function per verb of the decode path, and the functions that launch them, for any rail.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -9,20 +9,20 @@
 namespace moecomm::cuda {
 namespace {
 
-// Neighbouring squads are on different multiprocessors. All are one stream of the rail: one of them signals
-// for others.
-template <class Rail, class Role>
+// Squads with adjacent indices are on different multiprocessors. All share one stream of the rail, because
+// one of them signals for others.
+template <DeviceRail Rail, class Role>
 __device__ void run_squad(const Call& call, int warps, Role&& role) {
   extern __shared__ __align__(128) char shared[];
   const int squads = blockDim.x / 32 / warps, squad = threadIdx.x / 32 / warps;
   char* own =
       shared + squad * warps *
-                   warp_shared_bytes(call.spread.stage_bytes, call.spread.stages);  // its first warp's piece
+                   warp_shared_bytes(call.spread.stage_bytes, call.spread.stages);  // that of its first warp
   const Squad g{squad * warps, warps, Offset<WarpScratch>{}.in(own)->words};
   join_squad(call, Rail::of(call.links, 0), g, squad * gridDim.x + blockIdx.x, squads * gridDim.x, own, role);
 }
 
-template <class Rail>
+template <DeviceRail Rail>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     decode_dispatch_kernel(const __grid_constant__ DecodeDispatchLaunch launch) {
   run_squad<Rail>(launch.call, launch.squad, [&](Squad g, auto fabric, auto meeting, int index) {
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   });
 }
 
-template <class Rail>
+template <DeviceRail Rail>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     decode_combine_kernel(const __grid_constant__ DecodeCombineLaunch launch) {
   run_squad<Rail>(launch.call, launch.squad, [&](Squad g, auto fabric, auto meeting, int index) {
@@ -38,22 +38,21 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   });
 }
 
-template <class Rail>
+template <DeviceRail Rail>
 int prepare_decode() {
-  return allow_shared_memory({reinterpret_cast<const void*>(decode_dispatch_kernel<Rail>),
-                              reinterpret_cast<const void*>(decode_combine_kernel<Rail>)});
+  return allow_shared_memory(decode_dispatch_kernel<Rail>, decode_combine_kernel<Rail>);
 }
 
-template <class Rail>
+template <DeviceRail Rail>
 int launch_decode_dispatch(const DecodeDispatchLaunch& launch, void* stream) {
   return start(decode_dispatch_kernel<Rail>, launch, stream);
 }
-template <class Rail>
+template <DeviceRail Rail>
 int launch_decode_combine(const DecodeCombineLaunch& launch, void* stream) {
   return start(decode_combine_kernel<Rail>, launch, stream);
 }
 
-template <class Rail>
+template <DeviceRail Rail>
 constexpr DecodeKernels decode_kernels_over{prepare_decode<Rail>, launch_decode_dispatch<Rail>,
                                             launch_decode_combine<Rail>};
 

@@ -1,14 +1,14 @@
-// Decode of the cuda world as the host sees it.
+// The decode kernels of the cuda world, for the host.
 #pragma once
 #include "runtime/cuda/kernels/launch.hpp"
 #include "schedule/decode_slices.hpp"
 
 namespace moecomm::cuda {
 
-// `call.gates` is the count of the rank's meetings, which only grows.
+// `call.gates` is the count of the rank's barrier, which only grows.
 struct DecodeDispatchLaunch {
   Call call;
-  int32_t squad = 1;  // warps of a group; divides spread.warps
+  int32_t squad = 1;  // warps of a group; must divide spread.warps
   DecodeDispatchWork work;
 };
 
@@ -18,20 +18,20 @@ struct DecodeCombineLaunch {
   DecodeCombineWork work;
 };
 
-// Warps of a group: as many as leave a group for each of `wanted` things to do at once.
+// Warps of a group: as many as still leave at least `wanted` groups.
 constexpr int squad_of(const Spread& spread, int wanted) {
   for (int warps = spread.warps; warps > 1; --warps)
     if (spread.warps % warps == 0 && spread.sms * (spread.warps / warps) >= wanted) return warps;
   return 1;
 }
 
-// As Kernels. A launch runs the first half of its verb, the second, or both.
+// Like Kernels. A launch runs the first phase of its verb, the second, or both.
 struct DecodeKernels {
   int (*prepare)();
   int (*dispatch)(const DecodeDispatchLaunch& launch, void* stream);
   int (*combine)(const DecodeCombineLaunch& launch, void* stream);
 };
 const DecodeKernels& loopback_decode_kernels();
-const DecodeKernels& gin_decode_kernels();  // only where this build has NCCL's headers
+const DecodeKernels& gin_decode_kernels();  // only in builds with NCCL's headers
 
 }  // namespace moecomm::cuda

@@ -1,4 +1,4 @@
-// The kernels of ranks that map each other's memory.
+// The kernels for ranks that map each other's memory.
 #include "runtime/cuda/kernels/kernels.cuh"
 
 namespace moecomm::cuda {

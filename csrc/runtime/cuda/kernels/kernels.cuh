@@ -1,4 +1,4 @@
-// A __global__ shim per call of the throughput path, and the functions that start them, for any rail.
+// A __global__ function per verb of the throughput path, and the functions that launch them, for any rail.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -8,16 +8,17 @@
 namespace moecomm::cuda {
 namespace {
 
-// Neighbouring seats are on different multiprocessors.
-template <class Rail, class Role>
-__device__ void run_warp(const Call& call, Role&& role) {
+// Adjacent seats are on different multiprocessors. one_stream: all warps share one stream of the rail,
+// because one warp signals for the puts of all.
+template <DeviceRail Rail, class Role>
+__device__ void run_warp(const Call& call, Role&& role, bool one_stream = false) {
   extern __shared__ __align__(128) char shared[];
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, seat = warp * gridDim.x + blockIdx.x;
-  take_seat(call, Rail::of(call.links, seat), seat, warps * gridDim.x,
+  take_seat(call, Rail::of(call.links, one_stream ? 0 : seat), seat, warps * gridDim.x,
             shared + warp * warp_shared_bytes(call.spread.stage_bytes, call.spread.stages), role);
 }
 
-template <class Rail>
+template <DeviceRail Rail>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     dispatch_kernel(const __grid_constant__ DispatchLaunch launch) {
   run_warp<Rail>(launch.call, [&](Warp g, auto fabric, auto gates, Seat seat) {
@@ -27,7 +28,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   });
 }
 
-template <class Rail>
+template <DeviceRail Rail>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     combine_kernel(const __grid_constant__ CombineLaunch launch) {
   run_warp<Rail>(launch.call, [&](Warp g, auto fabric, auto gates, Seat seat) {
@@ -35,22 +36,21 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   });
 }
 
-template <class Rail>
+template <DeviceRail Rail>
 int prepare() {
-  return allow_shared_memory({reinterpret_cast<const void*>(dispatch_kernel<Rail>),
-                              reinterpret_cast<const void*>(combine_kernel<Rail>)});
+  return allow_shared_memory(dispatch_kernel<Rail>, combine_kernel<Rail>);
 }
 
-template <class Rail>
+template <DeviceRail Rail>
 int launch_dispatch(const DispatchLaunch& launch, void* stream) {
   return start(dispatch_kernel<Rail>, launch, stream);
 }
-template <class Rail>
+template <DeviceRail Rail>
 int launch_combine(const CombineLaunch& launch, void* stream) {
   return start(combine_kernel<Rail>, launch, stream);
 }
 
-template <class Rail>
+template <DeviceRail Rail>
 constexpr Kernels kernels_over{prepare<Rail>, launch_dispatch<Rail>, launch_combine<Rail>};
 
 }  // namespace

@@ -1,5 +1,5 @@
-// A __global__ shim per kind of tile, over as many pieces of the tensor as there are; no two write the same
-// place.
+// A __global__ function per kind of tile. Warps process pieces of the tensor; no two pieces write the same
+// memory.
 #include <cuda_runtime.h>
 
 #include "fabric/cuda/tiles.cuh"
@@ -11,7 +11,7 @@ namespace {
 constexpr int kWarps = 4, kColumnsOfWarp = 256;
 constexpr int64_t kMostBlocks = 4096;
 
-// with_element, for what may be quantized.
+// Like with_element, for the types that can be quantized.
 template <class Work>
 __device__ void with_narrow_element(DType type, Work&& work) {
   with_element(type, [&](auto element) {
@@ -20,7 +20,7 @@ __device__ void with_narrow_element(DType type, Work&& work) {
   });
 }
 
-// work(row or block of rows, first column) for this warp's share of the pieces.
+// Calls work(row or block of rows, first column) for this warp's pieces.
 template <class Work>
 __device__ void each_piece(int64_t rows, int64_t columns, Work&& work) {
   const int64_t across = (columns + kColumnsOfWarp - 1) / kColumnsOfWarp;
@@ -96,7 +96,7 @@ __device__ void each_row(int64_t rows, Work&& work) {
   for (int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; row < rows;
        row += int64_t{gridDim.x} * kWarps) {
     work(row, &stores[threadIdx.x / 32]);
-    Warp::sync();  // the list is written again
+    Warp::sync();  // then the list may be overwritten
   }
 }
 
@@ -124,11 +124,10 @@ __global__ void __launch_bounds__(32 * kWarps)
 
 Matrix matrix(int64_t rows, int64_t columns, uint64_t row_bytes, const char* x, const char* codes) {
   return {rows, columns,
-          row_bytes % 16 == 0 && columns % 4 == 0 && reinterpret_cast<uint64_t>(x) % 16 == 0 &&
-              reinterpret_cast<uint64_t>(codes) % 4 == 0};
+          row_bytes % 16 == 0 && columns % 4 == 0 && address_of(x) % 16 == 0 && address_of(codes) % 4 == 0};
 }
 
-// Blocks for a number of pieces, `per_block` to a block at a time.
+// The number of blocks for `pieces` pieces, of which a block processes `per_block` at a time.
 unsigned blocks(int64_t pieces, int per_block) {
   const int64_t wanted = (pieces + per_block - 1) / per_block;
   return static_cast<unsigned>(wanted < kMostBlocks ? wanted : kMostBlocks);
@@ -146,7 +145,7 @@ int launch_quantize(char* codes, float* scales, const char* x, int64_t rows, int
   const Matrix m = matrix(rows, columns, columns * element_bytes(type), x, codes);
   if (tile == TileShape::row)
     quantize_rows_kernel<<<blocks(warp_pieces(rows, columns), kWarps), 32 * kWarps, 0, as_stream(stream)>>>(
-        codes, reinterpret_cast<char*>(scales), x, m, type, kind);
+        codes, bytes_of(scales), x, m, type, kind);
   else if (tile == TileShape::column)
     quantize_columns_kernel<<<blocks(warp_pieces(tiles_of(rows), columns), kWarps), 32 * kWarps, 0,
                               as_stream(stream)>>>(codes, scales, x, m, type, kind);

@@ -1,23 +1,25 @@
-// A group takes its seat: shared memory, fabric, gates; and what a kernel does around a role.
+// Sets up the seat of a group: shared memory, fabric and gates; and what a kernel does before and after a
+// role.
 #pragma once
 #include "fabric/cuda/device.cuh"
 #include "fabric/cuda/squad.cuh"
 #include "runtime/cuda/kernels/launch.hpp"
+#include "session/calls.hpp"
 
 namespace moecomm::cuda {
 
 // Extra time for waits inside a rank, so that the wait for the peer expires first and the error names the
 // peer.
 constexpr uint64_t kGrace =
-    1'000'000'000;  // ns; costs nothing: as soon as the record is there, everything else ends
+    1'000'000'000;  // ns; adds no delay, since all waits end once the record is written
 
-// Gates are counters in this rank's device memory, released and acquired at GPU scope.
-template <class Fabric>
+// Gates are counters in this rank's device memory, with release and acquire at GPU scope.
+template <LaneFabric F>
 struct DeviceGates {
   uint64_t* counts;
-  Fabric fabric;
+  F fabric;
 
-  template <class G>
+  template <Group G>
   __device__ void arrive(G g, Gate gate) const {
     g.sync();
     if (g.lane() == 0) {
@@ -26,77 +28,110 @@ struct DeviceGates {
     }
     g.sync();
   }
-  template <class G>
+  template <Group G>
   __device__ Status wait(G g, Gate gate, int groups) const {
     return leader(g,
                   [&] { return reach(counts + static_cast<int>(gate), groups, static_cast<int32_t>(gate)); });
   }
-  template <class G>
+  template <Group G>
   __device__ bool open(G g, Gate gate) const {
-    const uint64_t groups = g.lane() == 0 ? ptx::load_acquire_gpu(counts + static_cast<int>(gate)) : 0;
+    const uint64_t groups = g.lane() == 0 ? ptx::load_relaxed_gpu(counts + static_cast<int>(gate)) : 0;
     return g.broadcast(static_cast<int>(groups), 0) > 0;
+  }
+  template <Group G>
+  __device__ void note(G g, const Status& bad) const {
+    if (g.lane() == 0) fabric.note(bad.detail, bad.expected, bad.got);  // in registers
   }
 
  protected:
-  // One lane: until `count` is that far.
+  // One lane waits until `count` is at least `at_least`.
   __device__ Status reach(const uint64_t* count, uint64_t at_least, int32_t which) const {
     Status s;
-    for (int polls = 1; s.ok() && ptx::load_acquire_gpu(count) < at_least; ++polls) {
+    for (int polls = 1; s.ok() && ptx::load_relaxed_gpu(count) < at_least; ++polls) {
       if (polls % kPollsPerCheck) continue;
       if (fabric.failed())
         s = {Code::lost, Phase::none, fabric.links->geometry.rank, 1, 0, 0};
-      else if (ptx::nanoseconds() >= fabric.deadline + kGrace)
+      else if (ptx::nanoseconds() >= fabric.scratch->deadline + kGrace)
         s = {Code::timeout, Phase::none, fabric.links->geometry.rank, which, at_least, *count};
     }
+    ptx::load_acquire_gpu(count);
     ptx::proxy_fence();
     return s;
   }
 };
 
-// Where all groups of a rank meet. The count is never set back (a call that has failed aside), so a captured
-// call needs no other work before it: the arrivals before this one say which round this is.
-template <class Fabric>
-struct DeviceMeeting : DeviceGates<Fabric> {
-  int warps;  // of a group
-  int all;    // of the rank
+// The barrier of all groups of a rank. The count is never reset, except after a failed call, so a captured
+// call needs no work before it: the number of earlier arrivals gives the round.
+template <LaneFabric F>
+struct DeviceMeeting : DeviceGates<F> {
+  int warps;  // per group
+  int all;    // warps of the rank
 
-  template <class G>
+  template <Group G>
   __device__ Status meet(G g) const {
     g.sync();
     return leader(g, [&] {
       this->fabric.complete();
-      const uint64_t before = ptx::fetch_add_acq_rel_gpu(this->counts, warps);
+      const uint64_t before = ptx::fetch_add_release_gpu(this->counts, warps);
       return this->reach(this->counts, (before / all + 1) * all, 0);
     });
   }
 };
 
-// Calls role(fabric) and reports its Status; once per group of a kernel, by all its lanes, with its own piece
-// of shared memory.
-template <bool kMeets, class G, class Rail, class Role>
-__device__ void take_part(G g, const Call& call, Rail rail, char* shared, Role role) {
-  WarpScratch* scratch = WarpScratch::open(g, shared, call.spread.stage_bytes, call.spread.stages,
-                                           kMeets ? call.links.failed : nullptr);
-  // A call before has failed: groups that meet take no part. One lane has looked: another squad may fail now,
-  // and lanes that disagreed would not meet again. Here, before the role: behind it a register more is live
-  // in decode's sum, which spills.
-  if (scratch->late) return;
-  const DeviceFabric<Rail> fabric{&call.links, rail, scratch, ptx::nanoseconds() + call.timeout_ns};
+// One lane sets the deadline and identifies the call. Every group reads the clock when it begins, and the
+// last group that leaves advances it.
+__device__ inline void enter_call(const Call& call, WarpScratch* scratch, int groups) {
+  const uint64_t now = ptx::nanoseconds();
+  scratch->deadline = now + call.timeout_ns;
+  const CallClock* clock = call.links.clock;
+  if (!clock) return;
+  scratch->call_word = call.begins ? waiting_word(call.verb, call.memory, clock->number + 1) : clock->word;
+  scratch->tell_at = now + kTellAfter;
+  scratch->groups = groups;
+}
+__device__ inline void leave_call(const Call& call, const WarpScratch* scratch) {
+  CallClock* clock = call.links.clock;
+  if (!clock || !call.begins) return;
+  if (atomicAdd(&clock->left, 1ull) + 1 < scratch->groups) return;
+  clock->left = 0;
+  clock->word = scratch->call_word;
+  clock->number = number_of_waiting(scratch->call_word);
+}
+
+// Calls role(fabric) and reports its Status. All lanes of each group of a kernel call it once, with the
+// group's own part of shared memory.
+template <bool kMeets, Group G, DeviceRail Rail, class Role>
+__device__ void take_part(G g, const Call& call, Rail rail, char* shared, int groups, Role role) {
+  int stages = call.spread.stages;
+  if constexpr (kMeets) stages = squad_stages(g.warps, call.spread.stage_bytes, stages);
+  WarpScratch* scratch =
+      WarpScratch::open(g, shared, call.spread.stage_bytes, stages, kMeets ? call.links.failed : nullptr);
+  if (g.lane() == 0) enter_call(call, scratch, groups);  // lane 0 alone waits for peers
+  // If an earlier call has failed, groups with barriers do nothing. One lane has read the flag for all,
+  // because another squad may fail at this moment, and lanes that disagree would deadlock. The check is
+  // before the role: after it, one register more would be live in decode's sum, which would spill.
+  if (scratch->late) {
+    if (g.lane() == 0) leave_call(call, scratch);
+    return;
+  }
+  const DeviceFabric<Rail> fabric{&call.links, rail, scratch};
   Status s = role(fabric);
   if (g.lane() != 0) return;
-  if (!is_final(s)) {  // a refused call's puts too: a later call's signal could overtake them
+  if (!call.awaited) end_unawaited(s, call.verb);
+  if (!is_final(s)) {  // also after a refusal: a signal of a later call could overtake the puts of this one
     const Status unread = fabric.flush();
     if (!unread.ok()) s = unread;
   }
-  fabric.complete();  // shared memory goes with the block
+  fabric.complete();  // the shared memory is freed with the block
   if (!s.ok()) fabric.fail(s);
-  const auto* counted = reinterpret_cast<const unsigned long long*>(&scratch->counters);
-  auto* totals = reinterpret_cast<unsigned long long*>(call.links.counters);
+  const auto* counted = as<unsigned long long>(bytes_of(&scratch->counters));
+  auto* totals = as<unsigned long long>(bytes_of(call.links.counters));
   for (unsigned i = 0; i < sizeof(Counters) / 8; ++i)
     if (counted[i]) atomicAdd(totals + i, counted[i]);
+  leave_call(call, scratch);
 }
 
-// One lane, for a host that waits: how many rows there will be, and where.
+// One lane reports the number of rows and their place to a host that waits.
 inline __device__ void tell_placed(const DispatchLaunch& launch) {
   const DispatchArgs& a = launch.work.args;
   const int me = a.b.geometry.local();
@@ -107,23 +142,24 @@ inline __device__ void tell_placed(const DispatchLaunch& launch) {
   ptx::store_release_sys(&launch.placed->ticket, launch.ticket);
 }
 
-// Calls role(warp, fabric, gates, seat); all warps of a call do so once, each with its own index.
-template <class Rail, class Role>
+// Calls role(warp, fabric, gates, seat). Every warp of a call calls it once, with its own index.
+template <DeviceRail Rail, class Role>
 __device__ void take_seat(const Call& call, Rail rail, int index, int seats, char* shared, Role role) {
   const Warp g;
   const int workers = seats - 1, senders = call.spread.senders > 0 && call.spread.senders < workers
                                                ? call.spread.senders
                                                : workers;
-  take_part<false>(g, call, rail, shared, [=, &call](auto fabric) {
+  take_part<false>(g, call, rail, shared, seats, [=, &call](auto fabric) {
     return role(g, fabric, DeviceGates<decltype(fabric)>{call.gates, fabric}, Seat{index, workers, senders});
   });
 }
 
 // Calls role(squad, fabric, meeting, index) on one of `groups` squads.
-template <class Rail, class Role>
+template <DeviceRail Rail, class Role>
 __device__ void join_squad(const Call& call, Rail rail, Squad g, int index, int groups, char* shared,
                            Role&& role) {
-  take_part<true>(g, call, rail, shared, [&](auto fabric) {
+  // Inlined: a call would keep what is live on its stack.
+  take_part<true>(g, call, rail, shared, groups, [&](auto fabric) __attribute__((always_inline)) {
     return role(g, fabric, DeviceMeeting<decltype(fabric)>{{call.gates, fabric}, g.warps, g.warps * groups},
                 index);
   });

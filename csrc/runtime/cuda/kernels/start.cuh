@@ -1,4 +1,4 @@
-// Starting a kernel on a call's multiprocessors.
+// Launches a kernel on the multiprocessors of a call.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -15,11 +15,12 @@ int start(Kernel kernel, const Launch& launch, void* stream) {
   return cudaGetLastError();
 }
 
-// All shared memory that the device has, for kernels that use it.
-inline int allow_shared_memory(std::initializer_list<const void*> kernels) {
+// Allows kernels to use all shared memory of a multiprocessor.
+template <class... Launches>
+int allow_shared_memory(void (*... kernels)(Launches)) {
   int bytes = 0, sms = 0;
   if (const int e = shared_bytes_limit(&bytes, &sms)) return e;
-  for (const void* kernel : kernels)
+  for (const void* kernel : {reinterpret_cast<const void*>(kernels)...})
     if (const int e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
       return e;
   return cudaSuccess;

@@ -1,4 +1,4 @@
-// In place of the test harness's: what an emulated GPU finds wrong ends the process that uses it.
+// Replaces the test harness: an error that the emulated GPU detects ends the process.
 #pragma once
 #include <cstdio>
 #include <cstdlib>

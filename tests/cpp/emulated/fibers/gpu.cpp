@@ -1,12 +1,14 @@
-// The cuda world's extension without a GPU: its runtime and its kernels' own text over emulated memory,
-// streams and lanes. tests/support/emulated_gpu.py builds it, with the rest of the extension as it is.
+// The extension of the cuda world without a GPU: its runtime and its kernels' own code over emulated memory,
+// streams and lanes. tests/support/emulated_gpu.py builds it with the unchanged rest of the extension.
 #include "fabric/cuda/ptx.cuh"  // the emulated one, before anything that includes it
 
 #include <cuda_runtime_api.h>
 
 #include <memory>
 
+#include "fabric/cuda/domain.cuh"
 #include "runtime/cuda/kernels/decode_launch.hpp"
+#include "runtime/cuda/kernels/domain_launch.hpp"
 #include "runtime/cuda/kernels/quant_launch.hpp"
 #include "runtime/cuda/kernels/seat.cuh"
 
@@ -48,7 +50,7 @@ int run_squads(const Launch& launch, void* stream, Role role) {
   static_cast<cudaStream_t>(stream)->enqueue([launch, role] {
     const Spread& s = launch.call.spread;
     const int squads = s.warps / launch.squad, all = squads * s.sms;
-    const Shared shared(all, warp_shared_bytes(s.stage_bytes, s.stages));
+    const Shared shared(all, launch.squad * warp_shared_bytes(s.stage_bytes, s.stages));
     emulated::run_grid(s.sms, s.warps, launch.squad, [&](int block) {
       const int squad = static_cast<int>(threadIdx.x) / 32 / launch.squad, index = squad * s.sms + block;
       const Squad g{squad * launch.squad, launch.squad,
@@ -98,6 +100,31 @@ const DecodeKernels& loopback_decode_kernels() {
   return kernels;
 }
 
+const DomainKernels& loopback_domain_kernels() {
+  static const auto over = [](auto fabric) { return DomainFabric<LoopbackDeviceRail>{fabric}; };
+  static const DomainKernels kernels{
+      nothing,
+      [](const OneSidedLaunch& launch, void* stream) {
+        return run_warps(
+            launch, stream, [](Warp g, auto fabric, auto gates, Seat seat, const OneSidedLaunch& l) {
+              return one_sided_seat(g, over(fabric), gates, l.work, seat.index, seat.workers + 1);
+            });
+      },
+      [](const MulticastLaunch& launch, void* stream) {
+        return run_warps(launch, stream,
+                         [](Warp g, auto fabric, auto gates, Seat seat, const MulticastLaunch& l) {
+                           return multicast_seat(g, over(fabric), gates, l.work, seat.index);
+                         });
+      },
+      [](const ReduceLaunch& launch, void* stream) {
+        return run_warps(launch, stream,
+                         [](Warp g, auto fabric, auto gates, Seat seat, const ReduceLaunch& l) {
+                           return reduce_seat(g, over(fabric), gates, l.work, seat.index);
+                         });
+      }};
+  return kernels;
+}
+
 int shared_bytes_limit(int* bytes, int* sms) {
   *bytes = kSharedBytes;
   *sms = kMultiprocessors;
@@ -108,7 +135,7 @@ uint32_t shared_bytes(const Spread& spread) {
 }
 const char* error_text(int) { return "not emulated"; }
 
-// Codes of whole tensors: their tensors lie on the CPU here, whose own code serves them.
+// Quantization of whole tensors: the tensors are on the CPU here, so moecomm uses its CPU code for them.
 int launch_quantize(char*, float*, const char*, int64_t, int64_t, DType, TileShape, ScaleKind, void*) {
   return cudaErrorNotSupported;
 }

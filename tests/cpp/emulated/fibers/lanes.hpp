@@ -1,7 +1,7 @@
-// Lanes as fibers, all warps of a call on the thread that launched it: whole worlds in milliseconds, without
-// races. Who polls gives way to the other lanes, then to other threads, which are other ranks. In the order
-// of their numbers, or with a seed in any order: blocks and lanes start when they like, and every poll and
-// meeting may take one of them long.
+// Lanes as fibers, all warps of a call on the thread that launched it, so that tests with all ranks take
+// milliseconds and have no races. A lane that polls yields to the other lanes, then to other threads, which
+// are other ranks. Lanes run in the order of their numbers, or with a seed in a random order: blocks and
+// lanes start at random times, and any poll or barrier may take a lane long.
 #pragma once
 #include <sched.h>
 
@@ -38,16 +38,16 @@ struct BlockState {
 struct Lane {
   unsigned x;
 };
-// Of the fiber that runs. A fiber stays on its thread, and puts its own back when it goes on.
+// The lane of the running fiber. A fiber stays on its thread and restores its lane when it continues.
 inline thread_local Lane lane{0};
 inline thread_local WarpState* warp = nullptr;
 inline thread_local BlockState* block = nullptr;
 inline thread_local moecomm::Fibers* fibers = nullptr;
 
 inline thread_local std::mt19937_64 order;
-inline thread_local bool any_order = false;  // of the grid that runs
+inline thread_local bool any_order = false;  // of the running grid
 
-// Virtual time that something takes: a little, and now and then up to `most`.
+// A virtual duration: usually short, sometimes up to `most`.
 inline uint64_t some_time(uint64_t most) {
   if (!any_order) return 0;
   const uint64_t drawn = order();
@@ -80,7 +80,7 @@ inline void pause() {
   leave([] { fibers->advance(fibers->now() + 1 + some_time(4096)); });
 }
 
-// role(block) on the lanes of a grid.
+// Runs role(block) on the lanes of a grid.
 template <class Role>
 void run_grid(int blocks, int warps, int squad_warps, Role&& role) {
   moecomm::Fibers own(nullptr, nullptr);
@@ -100,7 +100,7 @@ void run_grid(int blocks, int warps, int squad_warps, Role&& role) {
   }
   fibers = &own;
   own.run();
-  CHECK(own.alive() == 0);  // else lanes wait for lanes that have left
+  CHECK(own.alive() == 0);  // else lanes wait for lanes that have ended
   fibers = nullptr;
 }
 

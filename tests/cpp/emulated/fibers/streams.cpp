@@ -1,4 +1,4 @@
-// Streams, graphs and trouble, for tests/support/emulated_gpu.py.
+// Streams, graphs and injected faults, for tests/support/emulated_gpu.py.
 #include <cuda_runtime_api.h>
 
 #include "trouble.hpp"

@@ -1,8 +1,8 @@
-// Stands in for csrc/fabric/cuda/ptx.cuh on a CPU, so that the device fabric's own text can be run and
-// compared: a lane is a thread or a fiber, the copy engine is as free as its rules allow (engine.hpp). Failed
-// checks: a stage that is filled before its stores have read it; a bulk load behind an acquire or a meeting
-// of lanes without a proxy fence between; a release while bulk stores are under way, or without a proxy fence
-// behind them.
+// Stands in for csrc/fabric/cuda/ptx.cuh on a CPU, so that tests run the device fabric's own code. A lane is
+// a thread or a fiber, and the copy engine uses all freedom that its rules allow (engine.hpp). These errors
+// fail a check: a stage that is filled before its stores have read it; a bulk load after an acquire or a
+// barrier of lanes without a proxy fence between; a release while bulk stores are in flight, or without a
+// proxy fence after them.
 #pragma once
 #include <bit>
 #include <chrono>
@@ -28,7 +28,7 @@ inline uint32_t shuffle(uint32_t v, int from) {
   sync();
   return out;
 }
-// Lane 0, which starts the copies, may know now what the engine does not.
+// Lane 0, which starts the copies, may now see data that the engine does not see.
 inline void outdate() {
   if (lane.x % 32 == 0) engine().stale = true;
 }
@@ -69,22 +69,26 @@ namespace moecomm::ptx {
 
 constexpr bool kBulk = true;
 
-// Whoever polls lets others run.
+// A lane that polls lets other lanes run.
 inline uint64_t load_acquire_sys(const uint64_t* p) {
   emulated::pause();
   emulated::outdate();
   return __atomic_load_n(p, __ATOMIC_ACQUIRE);
 }
 inline uint64_t load_acquire_gpu(const uint64_t* p) { return load_acquire_sys(p); }
+inline uint64_t load_relaxed_sys(const uint64_t* p) {
+  emulated::pause();
+  return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+inline uint64_t load_relaxed_gpu(const uint64_t* p) { return load_relaxed_sys(p); }
 inline void add_release_sys(uint64_t* p, uint64_t v) {
   CHECK(emulated::engine().quiet());
   __atomic_fetch_add(p, v, __ATOMIC_RELEASE);
 }
 inline void add_release_gpu(uint64_t* p, uint64_t v) { add_release_sys(p, v); }
-inline uint64_t fetch_add_acq_rel_gpu(uint64_t* p, uint64_t v) {
+inline uint64_t fetch_add_release_gpu(uint64_t* p, uint64_t v) {
   CHECK(emulated::engine().quiet());
-  emulated::outdate();
-  return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL);
+  return __atomic_fetch_add(p, v, __ATOMIC_RELEASE);
 }
 inline void store_release_sys(uint64_t* p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
 inline void block_barrier(int id, int threads) {

@@ -1,0 +1,14 @@
+// The least cost of a small write with its flag, for benchmarks: sends the same bytes between two ranks by
+// the verbs or by plain stores.
+#pragma once
+#include "runtime/cpu/domain.hpp"
+
+namespace moecomm {
+
+// This rank and `peer` alternately write `bytes` to each other, `rounds` times each; the lower rank begins.
+// Both ranks call it. bare: by a memcpy and a flag, if stores reach the peer (else Code::invalid). Counter 0
+// of both ranks counts the rounds; `done` is the number of earlier rounds.
+Status ping(Domain& domain, int peer, uint64_t there, char* here, uint64_t bytes, int rounds, uint64_t done,
+            bool bare);
+
+}  // namespace moecomm

@@ -1,0 +1,1 @@
+"""A small DeepSeek-V3 over moecomm: data, model, training, long context, serving."""

@@ -1,0 +1,1 @@
+"""Serving: a prefill unit, a decode unit, and a router with an OpenAI endpoint."""

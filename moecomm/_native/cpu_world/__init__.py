@@ -1,0 +1,1 @@
+"""Parts of moecomm._native.core: the world of CPUs."""

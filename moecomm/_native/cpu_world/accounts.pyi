@@ -1,0 +1,3 @@
+"""Types of the module."""
+
+ROLES: tuple[str, ...]

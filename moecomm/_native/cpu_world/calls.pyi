@@ -1,0 +1,1 @@
+"""Types of the module. Only Cython code uses its functions."""

@@ -1,0 +1,9 @@
+"""Types of the module."""
+
+from ..shared.status import Failure
+from .decode import Decode
+
+class DecodeFloor:
+    def __init__(self, decode: Decode, x, y) -> None: ...
+    def run(self, steps: int) -> Failure | None: ...
+    def latency(self, rounds: int) -> Failure | None: ...

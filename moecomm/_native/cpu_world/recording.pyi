@@ -1,0 +1,6 @@
+"""Types of the module."""
+
+class Recording:
+    def __init__(self, top_k: int, num_experts: int) -> None: ...
+    @property
+    def nbytes(self) -> int: ...

@@ -1,0 +1,1 @@
+"""Parts of moecomm._native.cuda: the world of GPUs."""

@@ -1,0 +1,7 @@
+"""Types of the module."""
+
+class Block:
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def address(self) -> int: ...

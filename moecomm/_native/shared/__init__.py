@@ -1,0 +1,1 @@
+"""What the extensions of all worlds share."""

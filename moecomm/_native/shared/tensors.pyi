@@ -1,0 +1,3 @@
+"""Types of the module."""
+
+def read_tensors_of(tensor_type, grad_enabled, modes, forward_ad) -> bool: ...

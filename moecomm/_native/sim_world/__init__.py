@@ -1,0 +1,1 @@
+"""Parts of moecomm._native.sim: the world of a virtual clock."""

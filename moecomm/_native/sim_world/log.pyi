@@ -1,0 +1,3 @@
+"""Types of the module."""
+
+MUTANTS: tuple[str, ...]
