@@ -3,6 +3,9 @@
 #pragma once
 #include "fabric/cuda/ptx.cuh"  // the emulated one, before anything that includes it
 
+#include <array>
+#include <memory>
+
 #include "rounds.hpp"
 #include "runtime/cuda/kernels/seat.cuh"
 
@@ -14,6 +17,11 @@ template <class Rail>
 struct DeviceRunner {
   static constexpr uint32_t kStage = 256;
   std::vector<const void*> network = {};  // by rank
+  struct Words {
+    uint64_t gates[cuda::kGateWords] = {}, failed[kFailedWords] = {};
+  };
+  // By rank, and never reset: the last group of a call does that.
+  std::shared_ptr<std::array<Words, 64>> words = std::make_shared<std::array<Words, 64>>();
 
   Status dispatch(World& w, int r, const Case& c, const DispatchWork& work) {
     return run(w, r, c, [&](Warp g, auto fabric, auto gates, Seat seat) {
@@ -34,7 +42,7 @@ struct DeviceRunner {
     std::vector<char*> regions;
     for (int n = 0; n < g.nodes(); ++n) regions.push_back(w.rank(g.rail_rank(n)).region.data.get());
     uint64_t same_device = 0x5;  // further copies to odd local ranks cross a link
-    uint64_t gates[static_cast<int>(Gate::count)] = {}, failed[3] = {};
+    auto& [gates, failed] = words->at(r);
     FaultRecord faults[kFaultRecords] = {};
     Counters counters;
     cuda::Call call;

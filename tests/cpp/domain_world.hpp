@@ -80,7 +80,7 @@ class DomainWorld {
       std::vector<char*> regions;
       for (int p = 0; p < g.size; ++p)
         regions.push_back(me.view.near(p) || !network.empty() ? nullptr : rank(p).memory.data.get());
-      uint64_t same_device = 0, gates[static_cast<int>(Gate::count)] = {}, failed[3] = {};
+      uint64_t same_device = 0, gates[cuda::kGateWords] = {}, failed[kFailedWords] = {};
       FaultRecord faults[kFaultRecords] = {};
       Counters counters;
       const int channels = me.view.shape.channels;

@@ -3,6 +3,9 @@
 On a GPU, with torch's graphs: tests/cuda/test_device_bench.py, tests/cuda/test_cuda.py.
 """
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from emulated_gpu import emulated  # noqa: F401 - a fixture
@@ -25,6 +28,24 @@ def make(comm, **more):
 def run(main, nodes, per_node):
     """Run main(comm) on rank threads."""
     return moecomm.run_local(main, nodes * per_node, ranks_per_node=per_node, device="cuda:0", timeout=20.0)
+
+
+def test_a_captured_call_is_one_kernel(emulated):  # noqa: F811
+    """No copy and no memset comes before it: the last group of a call sets the gates back."""
+    xs, ids, weights = random_world(2, TOKENS, HIDDEN, 4, 2, seed=4)
+
+    def main(comm):
+        buf, r = make(comm), comm.rank
+        for captures in (False, True):
+            comm.barrier()
+            with emulated.capture() if captures else contextlib.nullcontext(SimpleNamespace()) as graph:
+                out = buf.dispatch(xs[r], ids[r], weights[r], capacity=CAPACITY)
+                buf.combine(out.x, out.handle, topk_weights=out.topk_weights)
+        assert graph.nodes == 2
+        comm.barrier()
+        buf.close()
+
+    run(main, 1, 2)
 
 
 @pytest.mark.parametrize("nodes,per_node", [(1, 2), (2, 1)])

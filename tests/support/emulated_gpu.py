@@ -188,7 +188,9 @@ class Gpu:
             getattr(self.calls, name).restype = ctypes.c_void_p
         self.calls.emulated_begin_capture.argtypes = [ctypes.c_void_p, ctypes.c_ulonglong]
         self.calls.emulated_order.argtypes = [ctypes.c_ulonglong]
-        self.calls.emulated_end_capture.argtypes = self.calls.emulated_replay.argtypes = [ctypes.c_void_p]
+        for name in ("emulated_end_capture", "emulated_replay", "emulated_nodes"):
+            getattr(self.calls, name).argtypes = [ctypes.c_void_p]
+        self.calls.emulated_nodes.restype = ctypes.c_ulonglong
         self.local, self.captures = threading.local(), 0
         if PTX:
             self.calls.ptx_load.restype = ctypes.c_char_p
@@ -236,7 +238,7 @@ class Gpu:
 
     @contextlib.contextmanager
     def capture(self):
-        """Record the launches on the current stream; .replay() of the graph runs them."""
+        """Record the launches on the current stream; .replay() of the graph runs them, .nodes is their number."""
         stream, graph = self.current_stream(), SimpleNamespace()
         self.captures += 1
         self.calls.emulated_begin_capture(stream.cuda_stream, self.captures)
@@ -246,7 +248,10 @@ class Gpu:
         finally:
             stream.capturing = False
             kept = self.calls.emulated_end_capture(stream.cuda_stream)
-            graph.replay = lambda: self.calls.emulated_replay(kept)
+            graph.replay, graph.nodes = (
+                lambda: self.calls.emulated_replay(kept),
+                self.calls.emulated_nodes(kept),
+            )
 
 
 @functools.cache

@@ -71,13 +71,14 @@ GATES = tuple(
         ("numbered", "totals", "shifted", "entered", "placed", "forwarded", "published", "reduced"),
     )
 )
+LEAVING = Edge("left", (r"^leave_call$", r"fetch_add"), (r"^leave_call$", r"load_acquire"))
 MEETINGS = (
     _meeting("after listing", "send_seat", "nothing moves"),
     _meeting("after sending", "send_seat", r"meet\(g\)\);\s*$"),
     _meeting("after numbering", "receive_seat", r"meet\(g\)\)"),
     _meeting("after answering", "answer_seat", "no flag is sent"),
 )
-EDGES = (*RANKS, *DECODE, *GATES, *MEETINGS)
+EDGES = (*RANKS, *DECODE, *GATES, LEAVING, *MEETINGS)
 
 
 def side_of(edge, places, line):

@@ -17,6 +17,7 @@ struct FaultRecord {
 // A rank has two records: one for failures of a call, which is cleared when it is read, and one for final
 // failures, which stays. So a failure of a call never hides a final one.
 constexpr int kFaultRecords = 2;
+constexpr int kFailedWords = 3;  // of DeviceLinks::failed
 
 // The kernels' count of a rank's calls on its communicator, in its own memory. The host cannot count them: a
 // captured graph may be replayed any number of times, and every replay is a call.
@@ -40,8 +41,8 @@ struct DeviceLinks {
   Offset<FaultWord> region_faults = {};  // per peer
   int32_t region_peers = 0;
   int32_t own_peer = 0;        // this rank's index among them
-  uint64_t* failed = nullptr;  // [3]: not 0: this rank's warps end; a record of this call's failure was
-                               // written; a record of a final failure was written
+  uint64_t* failed = nullptr;  // [kFailedWords]: not 0: this rank's warps end; a record of this call's
+                               // failure was written; a record of a final failure was written
   FaultRecord* faults[kFaultRecords] = {};  // pinned
   // The record of this rank's own wrong argument, pinned: in a call that no host waits for. Null in others.
   FaultRecord* own = nullptr;

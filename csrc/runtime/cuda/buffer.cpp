@@ -16,7 +16,6 @@
 namespace moecomm::cuda {
 namespace {
 
-constexpr int kGates = static_cast<int>(Gate::count);
 constexpr size_t kUuid = 16;  // bytes of a GPU's UUID
 cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
@@ -46,7 +45,7 @@ DeviceBuffer::DeviceBuffer(Geometry geometry, Shape shape, bool check, int devic
   const uint64_t n = geometry.nodes(), p = geometry.ranks_per_node, per_book = n * shape.channels,
                  mask_words = (p + 63) / 64;
   detail::Cursor c;
-  const auto gates = c.take<uint64_t>(kGates + 3);
+  const auto gates = c.take<uint64_t>(kGateWords + kFailedWords);
   const auto book = c.take<Book>(1);
   const auto rows = c.take<uint64_t>(per_book), back = c.take<uint64_t>(per_book);
   const auto windows = c.take<char*>(p), regions = c.take<char*>(n);
@@ -69,7 +68,7 @@ DeviceBuffer::DeviceBuffer(Geometry geometry, Shape shape, bool check, int devic
   links_.region_faults = view_.rail.faults;
   links_.region_peers = static_cast<int32_t>(n);
   links_.own_peer = geometry.node();
-  links_.failed = gates_ + kGates;
+  links_.failed = gates_ + kGateWords;
   calls_->introduce(links_, refusals());
   links_.counters = counters.in(s);
   pool_->idle.push_back(make_plan());  // in advance, because memory cannot be allocated during a capture
@@ -158,8 +157,7 @@ std::shared_ptr<DevicePlan> DeviceBuffer::new_plan() {
 }
 
 // Begins a call. awaited: the host waits for its result.
-Call DeviceBuffer::begin(void* stream, Verb verb, bool awaited) {
-  require(cudaMemsetAsync(gates_, 0, 8 * (kGates + 3), as_stream(stream)), "opening a call");
+Call DeviceBuffer::begin(Verb verb, bool awaited) {
   ++made_;
   Call call;
   call.links = links_;
@@ -210,8 +208,8 @@ Status DeviceBuffer::dispatch(const DeviceDispatchCall& call, const std::shared_
   const bool refused = call.refused != Why::none, known = shape.capacity >= 0 || call.cached || refused;
   const uint64_t ticket = known ? 0 : ++ticket_;
   MOE_TRY(start(call.stream, [&] {
-    const DispatchLaunch launch{begin(call.stream, Verb::dispatch, !known || refused), work,
-                                known ? nullptr : &placed(), ticket};
+    const DispatchLaunch launch{begin(Verb::dispatch, !known || refused), work, known ? nullptr : &placed(),
+                                ticket};
     require(kernels_.dispatch(launch, call.stream), "starting dispatch");
   }));
 
@@ -250,7 +248,7 @@ Status DeviceBuffer::refuse_combine(Why why, DevicePlan& plan, void* stream) {
   if (const Status s = late_fault(); !s.ok()) return s;
   const CombineArgs a = make_refused_combine_args(view_, book_, plan.boards, why);
   MOE_TRY(start(stream, [&] {
-    require(kernels_.combine({begin(stream, Verb::combine, true), a}, stream), "refusing combine");
+    require(kernels_.combine({begin(Verb::combine, true), a}, stream), "refusing combine");
   }));
   return await_refusal(why, stream);
 }
@@ -277,7 +275,7 @@ Status DeviceBuffer::combine(const DeviceCombineCall& call, const std::shared_pt
   const CombineArgs a = make_combine_args(view_, plan.view, book_, plan.boards, board, call);
   if (capture_of(call.stream)) captured_.keep(owned, {owned_output});
   return start(call.stream, [&] {
-    require(kernels_.combine({begin(call.stream, Verb::combine, false), a}, call.stream), "starting combine");
+    require(kernels_.combine({begin(Verb::combine, false), a}, call.stream), "starting combine");
   });
 }
 

@@ -91,7 +91,7 @@ class DeviceBuffer {
   const Spread& spread() const { return spread_; }
 
  private:
-  Call begin(void* stream, Verb verb, bool awaited);
+  Call begin(Verb verb, bool awaited);
   Status start(void* stream, const std::function<void()>& launch);
   Status wait_placed(uint64_t ticket, void* stream);
   Status await_refusal(Why why, void* stream);
@@ -112,7 +112,7 @@ class DeviceBuffer {
   std::unique_ptr<Pinned> pinned_;
   DeviceLinks links_;
   Book* book_ = nullptr;
-  uint64_t* gates_ = nullptr;  // the gates, then the three words of DeviceLinks::failed
+  uint64_t* gates_ = nullptr;  // [kGateWords], then the words of DeviceLinks::failed
   uint64_t ticket_ = 0;
   uint64_t made_ = 0,
            staged_rows_ = 0;  // calls and staged rows since take_counters(), without replays of graphs

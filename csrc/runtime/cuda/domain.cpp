@@ -9,7 +9,6 @@
 namespace moecomm::cuda {
 namespace {
 
-constexpr int kGates = static_cast<int>(Gate::count);
 constexpr uint64_t kWhole = ~uint64_t{0};
 constexpr uint64_t kRoom = 64 << 10;  // its initial size
 cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
@@ -35,7 +34,7 @@ DeviceDomain::DeviceDomain(Geometry geometry, DomainShape shape, int device,
   const uint64_t size = geometry.size, p = geometry.ranks_per_node, channels = shape.channels,
                  words = book_words(geometry);
   detail::Cursor c;
-  const auto gates = c.take<uint64_t>(kGates + 3);
+  const auto gates = c.take<uint64_t>(kGateWords + kFailedWords);
   const auto books = c.take<DomainBook>(channels);
   const auto counts = c.take<uint64_t>(channels * words);
   const auto windows = c.take<char*>(p), regions = c.take<char*>(size);
@@ -62,7 +61,7 @@ DeviceDomain::DeviceDomain(Geometry geometry, DomainShape shape, int device,
   links_.region_faults = view_.at.region_faults;
   links_.region_peers = geometry.size;
   links_.own_peer = geometry.rank;
-  links_.failed = gates_ + kGates;
+  links_.failed = gates_ + kGateWords;
   calls_->introduce(links_, refusals());
   links_.own = nullptr;  // hosts wait for its calls
   links_.counters = counters.in(s);
@@ -87,8 +86,7 @@ void DeviceDomain::connect(const std::vector<std::string>& cards) {
           "writing the regions");
 }
 
-Call DeviceDomain::begin(void* stream) {
-  require(cudaMemsetAsync(gates_, 0, 8 * (kGates + 3), as_stream(stream)), "opening a call");
+Call DeviceDomain::begin() {
   ++made_;
   Call call;
   call.links = links_;
@@ -101,8 +99,8 @@ Call DeviceDomain::begin(void* stream) {
 
 // One that every rank makes. The board does not tell its verbs apart: ranks agree on one before they move a
 // byte, and stay in step where they do not.
-Call DeviceDomain::begin_together(void* stream) {
-  Call call = begin(stream);
+Call DeviceDomain::begin_together() {
+  Call call = begin();
   call.memory = number_;
   call.begins = true;
   return call;
@@ -143,7 +141,7 @@ Status DeviceDomain::one_sided(OneSidedWork work, const std::vector<Rows>& rows,
     upload(there, segments.data(), bytes, stream);
     work.segments = {Offset<Segment>{}.in(there), static_cast<int64_t>(segments.size())};
   }
-  const OneSidedLaunch launch{begin(stream), work};
+  const OneSidedLaunch launch{begin(), work};
   require(kernels_.one_sided(launch, stream), "starting a request");
   return {};
 }
@@ -234,7 +232,7 @@ Status DeviceDomain::together(Verb verb, const std::vector<GroupCall>& calls, Wh
   }
   upload(there, staged.data(), staged.size(), stream);
   MOE_TRY(calls_->start_together(*window_, stream, timeout_, [&] {
-    const Launch launch{begin_together(stream),
+    const Launch launch{begin_together(),
                         {view_, books_, signature.value(), refused, disagreed_, at.in(there),
                          static_cast<int32_t>(calls.size())}};
     require(start(launch, stream), "starting a collective call");

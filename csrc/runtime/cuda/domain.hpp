@@ -33,7 +33,7 @@ class DeviceDomain {
   uint64_t counter(int source, int counter) const;
 
   // For user-defined kernels and roles: docs/write_a_role.md.
-  Call begin(void* stream);
+  Call begin();
   const DomainView& view() const { return view_; }
   DomainBook* books() const { return books_; }
   Status settled(void* stream, const char* what);  // waits for the stream; returns the kernels' failure
@@ -45,7 +45,7 @@ class DeviceDomain {
   Counters take_counters(std::vector<uint64_t>& links);  // waits for the device and resets them
 
  private:
-  Call begin_together(void* stream);
+  Call begin_together();
   Status fault() { return calls_->fault(refusals()); }
   Status one_sided(OneSidedWork work, const std::vector<Rows>& rows, void* stream);
   template <class Args, class Launch>
@@ -70,7 +70,7 @@ class DeviceDomain {
   DomainBook* books_ = nullptr;
   uint64_t* counts_ = nullptr;  // what the books point to
   int32_t* disagreed_ = nullptr;
-  uint64_t* gates_ = nullptr;  // the gates, then the three words of DeviceLinks::failed
+  uint64_t* gates_ = nullptr;  // [kGateWords], then the words of DeviceLinks::failed
   void* room_stream_ = nullptr;
   uint64_t made_ = 0;    // calls
   uint64_t number_ = 0;  // of its memory

@@ -83,17 +83,29 @@ struct DeviceMeeting : DeviceGates<F> {
 __device__ inline void enter_call(const Call& call, WarpScratch* scratch, int groups) {
   const uint64_t now = ptx::nanoseconds();
   scratch->deadline = now + call.timeout_ns;
+  scratch->groups = groups;
   const CallClock* clock = call.links.clock;
   if (!clock) return;
   scratch->call_word = call.begins ? waiting_word(call.verb, call.memory, clock->number + 1) : clock->word;
   scratch->tell_at = now + kTellAfter;
-  scratch->groups = groups;
 }
-__device__ inline void leave_call(const Call& call, const WarpScratch* scratch) {
+// Squads meet, and the count of their meetings only grows. Other groups have gates, and the last group that
+// leaves clears them: no group of the call looks at them any more, and the stream orders the next call.
+template <bool kMeets>
+__device__ void leave_call(const Call& call, const WarpScratch* scratch) {
   CallClock* clock = call.links.clock;
-  if (!clock || !call.begins) return;
-  if (atomicAdd(&clock->left, 1ull) + 1 < scratch->groups) return;
-  clock->left = 0;
+  if constexpr (kMeets) {
+    if (!clock || !call.begins) return;
+    if (atomicAdd(&clock->left, 1ull) + 1 < scratch->groups) return;
+    clock->left = 0;
+  } else {
+    uint64_t* left = call.gates + kLeft;
+    if (ptx::fetch_add_release_gpu(left, 1) + 1 < scratch->groups) return;
+    ptx::load_acquire_gpu(left);  // all groups have left
+    for (int i = 0; i < kGateWords; ++i) call.gates[i] = 0;
+    for (int i = 0; i < kFailedWords; ++i) call.links.failed[i] = 0;
+    if (!clock || !call.begins) return;
+  }
   clock->word = scratch->call_word;
   clock->number = number_of_waiting(scratch->call_word);
 }
@@ -111,7 +123,7 @@ __device__ void take_part(G g, const Call& call, Rail rail, char* shared, int gr
   // because another squad may fail at this moment, and lanes that disagree would deadlock. The check is
   // before the role: after it, one register more would be live in decode's sum, which would spill.
   if (scratch->late) {
-    if (g.lane() == 0) leave_call(call, scratch);
+    if (g.lane() == 0) leave_call<kMeets>(call, scratch);
     return;
   }
   const DeviceFabric<Rail> fabric{&call.links, rail, scratch};
@@ -128,7 +140,7 @@ __device__ void take_part(G g, const Call& call, Rail rail, char* shared, int gr
   auto* totals = as<unsigned long long>(bytes_of(call.links.counters));
   for (unsigned i = 0; i < sizeof(Counters) / 8; ++i)
     if (counted[i]) atomicAdd(totals + i, counted[i]);
-  leave_call(call, scratch);
+  leave_call<kMeets>(call, scratch);
 }
 
 // One lane reports the number of rows and their place to a host that waits.

@@ -21,6 +21,9 @@ __attribute__((visibility("default"))) void emulated_begin_capture(void* stream,
 __attribute__((visibility("default"))) void* emulated_end_capture(void* stream) {
   return new std::vector<std::function<void()>>(static_cast<emulated::Stream*>(stream)->end_capture());
 }
+__attribute__((visibility("default"))) unsigned long long emulated_nodes(void* graph) {
+  return static_cast<std::vector<std::function<void()>>*>(graph)->size();
+}
 __attribute__((visibility("default"))) void emulated_replay(void* graph) {
   for (const auto& work : *static_cast<std::vector<std::function<void()>>*>(graph)) work();
 }
