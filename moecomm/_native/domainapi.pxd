@@ -6,7 +6,7 @@ from libcpp.string cimport string
 from libcpp.vector cimport vector
 
 from moecomm._native.capi cimport Communicator, Counters, Fault, Memory, Status, Why
-from moecomm._native.domainrows cimport DomainShape, GroupCall, Rows
+from moecomm._native.domainrows cimport DomainShape, GroupCall, Rows, Segments
 
 cdef extern from "runtime/cpu/domain.hpp" namespace "moecomm" nogil:
     cdef cppclass Domain:
@@ -15,6 +15,8 @@ cdef extern from "runtime/cpu/domain.hpp" namespace "moecomm" nogil:
         void connected()
         Status write(int rank, const vector[Rows]&, int counter) except +
         Status read(int rank, const vector[Rows]&) except +
+        Status write(int rank, Segments, int counter)
+        Status read(int rank, Segments)
         Status signal(int rank, int counter, uint64_t add)
         Status wait(int source, int counter, uint64_t at_least)
         Status fence()

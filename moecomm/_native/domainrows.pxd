@@ -10,6 +10,16 @@ cdef extern from "base/domain_layout.hpp" namespace "moecomm" nogil:
         int32_t counters
         int32_t channels
 
+cdef extern from "protocol/verbs_views.hpp" namespace "moecomm" nogil:
+    cdef cppclass Segment:
+        uint64_t there
+        char* here
+        uint64_t bytes
+
+    cdef cppclass Segments:
+        const Segment* segment
+        int64_t count
+
 cdef extern from "runtime/domain.hpp" namespace "moecomm" nogil:
     int kMaxContributors
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -13,13 +13,19 @@ from ..results import Pending
 from .arguments import Arguments
 from .requests import Multicast, Reduce
 
+if TYPE_CHECKING:
+    from ..communicator import Communicator
+
 _ARGUMENTS, _ERROR = 1, 3  # of Why in csrc/base/types.hpp
 
 
 class Collective(Arguments):
     """The part of Domain with the collective verbs. Expects these attributes of Domain."""
 
+    comm: Communicator
     _native: Any
+    _fast: Any  # the native domain if it has the methods try_*, else None
+    _fail: Callable[[str, Any], NoReturn]
     _require_open: Callable[[str], None]
     _settle: Callable[[], Any]
     _running: Callable[[], str | None]
@@ -55,6 +61,13 @@ class Collective(Arguments):
         PeerLost, PeerTimeout
             A rank has ended, or does not make the call within the timeout.
         """
+        fast = self._fast
+        if fast is not None and self.comm.order.ready and not async_op:
+            failure = fast.try_multicast(ranks, dst, src, root)
+            if failure is None:
+                return None
+            if failure is not False:
+                self._fail("multicast", failure)
         return self.submit([Multicast(ranks, dst, root, src)], async_op=async_op)
 
     def reduce(
@@ -95,6 +108,14 @@ class Collective(Arguments):
         InvalidArgument, ConfigMismatch, PeerLost, PeerTimeout
             As in multicast.
         """
+        fast = self._fast
+        usual = op == "sum" and accumulate is torch.float32
+        if fast is not None and usual and self.comm.order.ready and not async_op:
+            failure = fast.try_reduce(ranks, dst, src, root)
+            if failure is None:
+                return None
+            if failure is not False:
+                self._fail("reduce", failure)
         wide = (
             torch.float64
             if _first_dtype(src) == torch.float64 and accumulate == torch.float32

@@ -66,6 +66,7 @@ class Domain(Collective, Shared):
         self._device, self._on_gpu = comm.device, comm.gpu is not None
         self._native: Any = comm.collective.join("Domain", self._make())
         self._native.connected()
+        self._fast: Any = None if self._on_gpu else self._native
         ranks = comm.bootstrap
         self._threads = ranks.threads  # ranks access each other's memory by pointer
         if self._threads:
@@ -199,6 +200,19 @@ class Domain(Collective, Shared):
         PeerLost, PeerTimeout
             The connection to dst_rank has ended, or it does not accept the bytes within the timeout.
         """
+        fast = self._fast
+        if (
+            fast is not None
+            and self.comm.order.ready
+            and dst_rows is None
+            and src_rows is None
+            and not async_op
+        ):
+            failure = fast.try_write(dst_rank, dst, src, counter)
+            if failure is None:
+                return None
+            if failure is not False:
+                self._fail("write", failure)
         self._require_open("write")
         rank = self._check_rank("write", "dst_rank", dst_rank)
         number = -1 if counter is None else self._check_counter("write", counter)
@@ -234,6 +248,19 @@ class Domain(Collective, Shared):
         PeerLost, PeerTimeout
             The connection to src_rank has ended, or it does not answer within the timeout.
         """
+        fast = self._fast
+        if (
+            fast is not None
+            and self.comm.order.ready
+            and dst_rows is None
+            and src_rows is None
+            and not async_op
+        ):
+            failure = fast.try_read(src_rank, dst, src)
+            if failure is None:
+                return None
+            if failure is not False:
+                self._fail("read", failure)
         self._require_open("read")
         rank = self._check_rank("read", "src_rank", src_rank)
         rows, keep = self._one_sided("read", rank, dst, src, dst_rows, src_rows)
@@ -290,7 +317,10 @@ class Domain(Collective, Shared):
             A rank has ended, or does not accept the bytes within the timeout.
         """
         self._require_open("fence")
-        self._run("fence", self._native.fence, None, False)
+        self._settle()
+        failure = self._native.fence()
+        if failure is not None:
+            self._fail("fence", failure)
 
     # -- the rest ---------------------------------------------------------------------------------
 
@@ -317,7 +347,7 @@ class Domain(Collective, Shared):
         """
         if self._closed:
             return
-        self._closed = True
+        self._closed, self._fast = True, None
         if not self._member.after_call(self._release):
             self._release()
 

@@ -147,10 +147,92 @@ def test_memory_is_symmetric_and_comes_back():
     run(main, 1, 1)
 
 
-def wrong_calls(domain, t):
-    """Return [(an invalid call, its error)]."""
-    other, r = torch.empty(8, 4), domain.rank
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8)
+
+
+def plain_calls(comm, domain, ranks):
+    """Make every call with one contiguous tensor on each side, and check its result."""
+    n, last = comm.size, comm.size - 1
+    for dtype in DTYPES:
+        box, src = domain.tensor((n, 3, 5), dtype), torch.full((3, 5), comm.rank + 1).to(dtype)
+        box.zero_()
+        comm.barrier()
+        right, left = (comm.rank + 1) % n, (comm.rank - 1) % n
+        domain.write(right, box[comm.rank], src, counter=0)
+        domain.wait(left, 0, domain.counter(left, 0) // src.nbytes * src.nbytes or src.nbytes)
+        domain.fence()
+        comm.barrier()
+        assert (box[left] == left + 1).all()
+        got = torch.empty_like(src)
+        domain.read(right, got, box[comm.rank])
+        assert (got == comm.rank + 1).all()
+        domain.multicast(ranks, box[0], src if comm.rank == last else None, root=last)
+        assert (box[0] == n).all()
+        if dtype.is_floating_point:
+            box[1].fill_(comm.rank)
+            domain.reduce(ranks, got if comm.rank == 1 else None, box[1], root=1)
+            assert comm.rank != 1 or (got == n * (n - 1) // 2).all()
+        comm.barrier()
+        domain.free(box)
+
+
+def test_calls_of_one_run_take_the_short_way(monkeypatch):
+    def long_way(*_):
+        raise AssertionError("the checks in Python")
+
+    monkeypatch.setattr(Domain, "_one_sided", long_way)
+    monkeypatch.setattr(Domain, "_group_call", long_way)
+    run(lambda comm: plain_calls(comm, Domain(comm, 1 << 16), range(comm.size)), 4, 2)
+
+
+@pytest.mark.parametrize("way", [torch.arange, lambda n: list(reversed(range(n)))])
+def test_ranks_on_the_short_and_on_the_long_way_meet(way):
+    run(
+        lambda comm: plain_calls(
+            comm, Domain(comm, 1 << 16), way(comm.size) if comm.rank in (1, 3) else list(range(comm.size))
+        ),
+        4,
+        2,
+    )
+
+
+def test_what_the_short_way_does_not_know_takes_the_long_one():
+    def main(comm):
+        domain = Domain(comm, 1 << 16)
+        t, other = domain.tensor((4, 4), torch.float32), (comm.rank + 1) % 2
+        t.fill_(comm.rank)
+        comm.barrier()
+        z = torch.view_as_complex(torch.randn(4, 4, 2))
+        domain.write(other, t.t(), torch.arange(16.0).view(4, 4))  # strided
+        domain.fence()
+        comm.barrier()
+        assert (t.t() == torch.arange(16.0).view(4, 4)).all()
+        comm.barrier()
+        with pytest.raises(InvalidArgument, match="negated view"):
+            domain.write(other, t, z.conj().imag)
+        parameter = torch.nn.Parameter(torch.ones(4, 4))
+        with pytest.raises(InvalidArgument, match="gradient"):
+            domain.write(other, t, parameter)
+        with torch.no_grad():
+            domain.write(other, t, parameter)
+        domain.fence()
+        comm.barrier()
+        assert (t == 1).all()
+        domain.write(other, t[:0], t[:0])
+        freed = torch.ones(4, 4)
+        freed.untyped_storage().resize_(0)
+        with pytest.raises(InvalidArgument, match="storage"):
+            domain.write(other, t, freed)
+
+    run(main, 2, 1)
+
+
+def wrong_calls(domain, t, r):
+    """Return [(an invalid call, its error)] of requests to rank r."""
+    other = torch.empty(8, 4)
+    overlap = [(lambda: domain.write(r, t[:4], t[2:6]), "dst is .*overlap")] if r == domain.rank else []
     return [
+        *overlap,
         (lambda: domain.write(9, t, other), "dst_rank is 9; expected an int in 0"),
         (
             lambda: domain.write(r, other, other),
@@ -159,8 +241,7 @@ def wrong_calls(domain, t):
         (lambda: domain.read(r, other, other), "src is .* not symmetric"),
         (lambda: domain.write(r, t, other[:3]), "src is .*expected dst's shape"),
         (lambda: domain.write(r, t, other.double()), "src is .*expected dst's dtype"),
-        (lambda: domain.write(r, t, [other, other]), "expected as many tensors as dst has, 1"),
-        (lambda: domain.write(r, t[:4], t[2:6]), "dst is .*overlap"),
+        (lambda: domain.write(r, [t], [other, other]), "expected as many tensors as dst has, 1"),
         (lambda: domain.write(r, t, other, counter=4), "counter is 4"),
         (
             lambda: domain.write(r, t, other, dst_rows=torch.tensor([1, 1]), src_rows=torch.tensor([0, 1])),
@@ -189,7 +270,7 @@ def test_what_is_wrong_is_named():
         domain = Domain(comm, 1 << 16, counters=4)
         t = domain.tensor((8, 4), torch.float32)
         t.fill_(3)
-        for call, text in wrong_calls(domain, t):
+        for call, text in wrong_calls(domain, t, comm.rank) + wrong_calls(domain, t, 1 - comm.rank):
             with pytest.raises(InvalidArgument, match=text):
                 call()
         assert (t == 3).all()

@@ -36,20 +36,28 @@ Domain::Domain(std::shared_ptr<Communicator> comm, DomainShape shape)
 
 Status Domain::write(int rank, const std::vector<Rows>& rows, int counter) {
   const std::vector<Segment> segments = segments_of(rows, kWhole);
-  const uint64_t bytes = detail::total_bytes(view_of(segments));
+  return write(rank, view_of(segments), counter);
+}
+
+Status Domain::read(int rank, const std::vector<Rows>& rows) {
+  const std::vector<Segment> segments = segments_of(rows, kWhole);
+  return read(rank, view_of(segments));
+}
+
+Status Domain::write(int rank, Segments segments, int counter) {
+  const uint64_t bytes = detail::total_bytes(segments);
   return one_sided("write", bytes, [&](auto f) -> Status {
     written_[rank] = true;
-    write_segments(Lane{}, f, view_, &counts_.book, rank, view_of(segments));
+    write_segments(Lane{}, f, view_, &counts_.book, rank, segments);
     if (counter >= 0) notify(Lane{}, f, view_, rank, counter, bytes);
     return view_.near(rank) ? Status{} : f.drain(Phase::send, rank);
   });
 }
 
-Status Domain::read(int rank, const std::vector<Rows>& rows) {
-  const std::vector<Segment> segments = segments_of(rows, kWhole);
-  return one_sided("read", detail::total_bytes(view_of(segments)), [&](auto f) -> Status {
+Status Domain::read(int rank, Segments segments) {
+  return one_sided("read", detail::total_bytes(segments), [&](auto f) -> Status {
     if (written_[rank] && !view_.near(rank)) MOE_TRY(reach_.flush());  // the read must see earlier writes
-    read_segments(Lane{}, f, view_, &counts_.book, rank, view_of(segments));
+    read_segments(Lane{}, f, view_, &counts_.book, rank, segments);
     return view_.near(rank) ? Status{} : f.drain(Phase::arrive, rank);
   });
 }

@@ -20,6 +20,8 @@ class Domain {
 
   // One-sided. On return the source may be overwritten (write), or the bytes have arrived (read). counter:
   // the peer's counter to which the number of bytes is added after them; -1: none.
+  Status write(int rank, Segments segments, int counter);
+  Status read(int rank, Segments segments);
   Status write(int rank, const std::vector<Rows>& rows, int counter);
   Status read(int rank, const std::vector<Rows>& rows);
   Status signal(int rank, int counter, uint64_t add);

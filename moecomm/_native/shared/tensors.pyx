@@ -8,7 +8,7 @@ call itself.
 from cpython.exc cimport PyErr_Clear
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int32_t, int64_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy
 from posix.stdlib cimport posix_memalign
@@ -114,6 +114,40 @@ cdef bint read_vector(object tensor, DLTensor* t, int64_t length) except -1:
     if t.device_type != 1 or t.ndim != 1 or t.dtype.code != FLOAT_CODE or t.dtype.bits != 32:
         return False
     return t.shape[0] == length and (t.strides == NULL or length <= 1 or t.strides[0] == 1)
+
+
+cdef bint read_run(object tensor, DLTensor* t, uint64_t* size) except -1:
+    """Read a tensor. Return whether it is contiguous on the CPU and has elements. size: its number of bytes."""
+    cdef int64_t expected = 1
+    cdef int i
+    if _exchange == NULL or type(tensor) is not _tensor_type:
+        return False
+    if _exchange.read(<void*>tensor, t) != 0:
+        PyErr_Clear()
+        return False
+    if t.device_type != 1 or t.data == NULL or t.dtype.lanes != 1 or t.dtype.bits % 8 != 0:
+        return False
+    if t.dtype.code != INT_CODE:
+        if t.dtype.code != FLOAT_CODE and t.dtype.code != BFLOAT_CODE or tensor.is_neg():   # no sign in its memory
+            return False
+    for i in range(t.ndim - 1, -1, -1):
+        if t.strides != NULL and t.shape[i] != 1 and t.strides[i] != expected:
+            return False
+        expected *= t.shape[i]
+    t.data = <char*>t.data + t.byte_offset
+    size[0] = expected * (t.dtype.bits // 8)
+    return expected > 0
+
+
+cdef bint are_alike(const DLTensor* a, const DLTensor* b) noexcept:
+    """Whether two tensors have the same dtype and shape."""
+    cdef int i
+    if a.ndim != b.ndim or a.dtype.code != b.dtype.code or a.dtype.bits != b.dtype.bits:
+        return False
+    for i in range(a.ndim):
+        if a.shape[i] != b.shape[i]:
+            return False
+    return True
 
 
 cdef bint read_ids(object tensor, DLTensor* t, int64_t columns, const int64_t** ids64,
