@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_clients(python, worker, folder, **environment):
-    """({"client ranks": largest difference}, all output) of one process, whose imports take longer than all else."""
+    """({"client ranks": largest difference}, all output) of one process, because importing takes longest."""
     done = subprocess.run(
         [python, "-W", "ignore", ROOT / "tests" / "support" / worker, folder],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Ranks that are forked from a process which has imported everything: imports of clients take longer than all else."""
+"""Ranks that are forked from a process which has imported everything, because importing clients takes longest."""
 
 import os
 import sys
