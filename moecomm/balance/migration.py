@@ -1,7 +1,8 @@
 """Migration: moves the weights of changed slots while the layers keep running.
 
 Every rank knows all moves, so ranks exchange no metadata. In the cpu world an expert is multicast to the ranks that
-need it (multicast.py). On a GPU its bytes are the rows of a dispatch (rows.py) on a separate stream.
+need it (multicast.py). On GPUs that map each other's memory its bytes go by the copy engine (copies.py), else they are
+the rows of a dispatch (rows.py); both on a separate stream.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .._cuda import cuda
 from ..checks import require
 from ..results import Pending
 from ..tensors import plain
+from .copies import CopyMover
 from .multicast import MulticastMover
 from .rows import RowMover
 
@@ -117,7 +119,9 @@ class Migration:
             self._moves[layer].append((slot, expert, source))
         self._rank = me
         self.comm = comm.duplicate()
-        mover: Any = MulticastMover if self._caller is None else RowMover
+        mover: Any = MulticastMover
+        if self._caller is not None:
+            mover = CopyMover if comm.maps_peers else RowMover
         try:
             self._mover = mover(self.comm, slot_bytes, per_rank)
         except BaseException:

@@ -11,7 +11,7 @@ from worlds import assert_same, random_world
 
 import moecomm
 from moecomm import record
-from moecomm.balance import Placement, rebalance
+from moecomm.balance import Placement, copies, rebalance
 
 pytestmark = pytest.mark.usefixtures("gpu")
 SIZE, EXPERTS, TOP_K, HIDDEN, TOKENS = 4, 8, 3, 32, 12
@@ -144,6 +144,41 @@ def test_migration_beside_a_running_layer():
         buf.close()
 
     run(main, 1)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("maps", [True, False])
+def test_who_launches_kernels_to_migrate(gpu, monkeypatch, nodes, maps):  # noqa: F811
+    """Weights go by the copy engine where ranks map each other's memory. Else they are rows of a dispatch."""
+    if gpu is None:
+        pytest.skip("launches are counted on the emulated GPU")
+    monkeypatch.setattr(copies, "_STAGE_BYTES", 4096)  # several rounds, and pieces of a slot
+    old = Placement(torch.tensor(TABLE), EXPERTS, SIZE, nodes)
+    new = Placement(torch.tensor([TABLE[0][3:] + TABLE[0][:3]]), EXPERTS, SIZE, nodes, previous=old)
+    weights = torch.randn(EXPERTS, 1100, generator=torch.Generator().manual_seed(2))
+    launches = []
+
+    def main(comm):
+        comm.maps_peers = maps
+
+        def local(placement):
+            mine = placement.physical_to_logical[0].view(comm.size, -1)[comm.rank]
+            return {"w": weights[mine], "odd": weights[mine, :3].bfloat16()}
+
+        comm.barrier()
+        before = local(old)
+        migrating = new.migrate([before], comm)
+        [moved] = migrating.wait()
+        launches.append(gpu.calls.emulated_launches())
+        for name, want in local(new).items():
+            assert_same(moved[name], want, name)
+            assert_same(before[name], local(old)[name], "the old ones")
+        traffic = migrating.traffic
+        assert sum(traffic[hop]["physical_bytes"] for hop in ("node", "rail")) > 4400
+
+    gpu.calls.emulated_launches()
+    run(main, nodes)
+    assert (sum(launches) == 0) == maps, launches
 
 
 @pytest.mark.parametrize("renormalize", [False, True])

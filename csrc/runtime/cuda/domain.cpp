@@ -11,6 +11,8 @@ namespace {
 
 constexpr uint64_t kWhole = ~uint64_t{0};
 constexpr uint64_t kRoom = 64 << 10;  // its initial size
+// A read of at most this many pieces goes by the copy engine and takes no multiprocessor, if it can.
+constexpr size_t kCopies = 4;
 cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream); }
 
 }  // namespace
@@ -26,7 +28,8 @@ DeviceDomain::DeviceDomain(Geometry geometry, DomainShape shape, int device,
       spread_(spread),
       timeout_(timeout_seconds),
       mapped_(geometry.size),
-      written_(geometry.size) {
+      written_(geometry.size),
+      copied_(geometry.size) {
   const OnDevice on(device);
   require(kernels_.prepare(), "loading the kernels (built for another architecture?)");
   window_ = reach_->window(view_.at.bytes, Peers::world);
@@ -165,10 +168,26 @@ Status DeviceDomain::signal(int rank, int counter, uint64_t add, void* stream) {
 
 Status DeviceDomain::read(int rank, const std::vector<Rows>& rows, void* stream) {
   if (written_[rank] && !mapped_[rank]) MOE_TRY(fence(stream));  // the read must see earlier writes
+  const std::vector<Segment> segments = segments_of(rows, kWhole);
+  if (mapped_[rank] && segments.size() <= kCopies) return copy_from(rank, segments, stream);
   OneSidedWork work;
   work.verb = OneSided::read;
   work.rank = rank;
   MOE_TRY(one_sided(work, rows, stream));
+  return settled(stream, "reading");
+}
+
+Status DeviceDomain::copy_from(int rank, const std::vector<Segment>& segments, void* stream) {
+  const OnDevice on(device_);
+  MOE_TRY(fault());
+  const char* peer = window_->at(rank);
+  for (const Segment& s : segments) {
+    require(cudaMemcpyAsync(s.here, peer + s.there, s.bytes, cudaMemcpyDeviceToDevice, as_stream(stream)),
+            "copying from a peer");
+    ++copied_[rank].rows;
+    copied_[rank].bytes += s.bytes;
+  }
+  ++made_;
   return settled(stream, "reading");
 }
 
@@ -281,6 +300,16 @@ Counters DeviceDomain::take_counters(std::vector<uint64_t>& links) {
     require(cudaMemcpy(counted.data(), link, 8 * counted.size(), cudaMemcpyDeviceToHost), "reading counters");
     require(cudaMemset(link, 0, 8 * counted.size()), "resetting counters");
     for (int r = 0; r < g.size; ++r) links[r] += counted[r];
+  }
+  for (int r = 0; r < g.size; ++r) {
+    const Copied moved = std::exchange(copied_[r], {});
+    if (r == g.rank) continue;
+    HopCounters& hop = view_.near(r) ? c.node : c.rail;
+    hop.logical_rows += moved.rows;
+    hop.physical_rows += moved.rows;
+    hop.logical_bytes += moved.bytes;
+    hop.physical_bytes += moved.bytes;
+    links[r] += moved.bytes;
   }
   return c;
 }

@@ -48,6 +48,8 @@ class DeviceDomain {
   Call begin_together();
   Status fault() { return calls_->fault(refusals()); }
   Status one_sided(OneSidedWork work, const std::vector<Rows>& rows, void* stream);
+  // By the copy engine, from a rank whose memory is mapped. Waits for the stream.
+  Status copy_from(int rank, const std::vector<Segment>& segments, void* stream);
   template <class Args, class Launch>
   Status together(Verb verb, const std::vector<GroupCall>& calls, Why refused, void* stream,
                   int (*start)(const Launch&, void*));
@@ -76,6 +78,10 @@ class DeviceDomain {
   uint64_t number_ = 0;  // of its memory
   bool network_ = false;
   std::vector<bool> mapped_, written_;  // by rank
+  struct Copied {
+    uint64_t rows = 0, bytes = 0;
+  };
+  std::vector<Copied> copied_;  // by rank: what the copy engine has read, since take_counters()
 };
 
 }  // namespace moecomm::cuda

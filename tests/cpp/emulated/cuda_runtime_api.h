@@ -55,6 +55,8 @@ inline bool is_unsafe() {
   return refused;
 }
 
+inline std::atomic<int> launches{0};  // of kernels
+
 struct Stream {
   unsigned long long capture = 0;  // not 0: the stream is captured, and its work is kept
   std::vector<std::function<void()>> captured;

@@ -58,6 +58,7 @@ const L& as(const Launch& launch) {
 }  // namespace
 
 void enqueue(void* stream, std::function<void()> work) {
+  ++emulated::launches;
   if (stream)
     static_cast<cudaStream_t>(stream)->enqueue(std::move(work));
   else

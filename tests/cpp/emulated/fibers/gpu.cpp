@@ -32,6 +32,7 @@ class Shared {
 
 template <class Launch, class Role>
 int run_warps(const Launch& launch, void* stream, Role role) {
+  ++emulated::launches;
   static_cast<cudaStream_t>(stream)->enqueue([launch, role] {
     const Spread& s = launch.call.spread;
     const Shared shared(s.sms * s.warps, warp_shared_bytes(s.stage_bytes, s.stages));
@@ -47,6 +48,7 @@ int run_warps(const Launch& launch, void* stream, Role role) {
 
 template <class Launch, class Role>
 int run_squads(const Launch& launch, void* stream, Role role) {
+  ++emulated::launches;
   static_cast<cudaStream_t>(stream)->enqueue([launch, role] {
     const Spread& s = launch.call.spread;
     const int squads = s.warps / launch.squad, all = squads * s.sms;

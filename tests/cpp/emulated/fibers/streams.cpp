@@ -14,6 +14,7 @@ __attribute__((visibility("default"))) void emulated_global_captures(int more) {
 __attribute__((visibility("default"))) int emulated_refused_calls() {
   return emulated::refused_calls.exchange(0);
 }
+__attribute__((visibility("default"))) int emulated_launches() { return emulated::launches.exchange(0); }
 __attribute__((visibility("default"))) void* emulated_stream() { return new emulated::Stream; }
 __attribute__((visibility("default"))) void emulated_begin_capture(void* stream, unsigned long long id) {
   static_cast<emulated::Stream*>(stream)->capture = id;
