@@ -85,12 +85,12 @@ class Collective:
         """Run make() on all ranks, and connect the native objects. Return that of this rank."""
         made = []
 
-        def card() -> Any:
+        def contact() -> Any:
             made.append(make())
-            return made[0].card()
+            return made[0].contact()
 
-        cards = self.everywhere(op, card)
-        self.everywhere(op, lambda: self._connect(op, made[0], cards))
+        contacts = self.everywhere(op, contact)
+        self.everywhere(op, lambda: self._connect(op, made[0], contacts))
         return made[0]
 
     def require_equal(self, op: str, everyone: Any) -> None:
@@ -114,10 +114,10 @@ class Collective:
                     got=said[other[0]],
                 )
 
-    def _connect(self, op: str, native: Any, cards: list[Any]) -> None:
+    def _connect(self, op: str, native: Any, contacts: list[Any]) -> None:
         """Connect a native object. The window of a process that has ended cannot be mapped: raise PeerLost."""
         try:
-            native.connect(cards)
+            native.connect(contacts)
         except RuntimeError as error:
             watch = native if hasattr(native, "ended") else self.native
             peer = watch.ended(_ENDS)

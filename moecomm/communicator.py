@@ -204,13 +204,13 @@ class Communicator(Awaited, Healthy, Shared):
         self._use(boot, native)
         self.maps_peers = True  # in the cuda world: NCCL does not do it
         if self.gpu is not None:
-            reach = cuda.reach_of(self, hosts)
-            self.cuda = CudaState(reach, self.device)
-            self.gpu_calls = self.collective.join("Communicator", lambda: Calls(cuda.native(), reach, self))
+            peer_access = cuda.peer_access_of(self, hosts)
+            self.cuda = CudaState(peer_access, self.device)
+            self.gpu_calls = self.collective.join("Communicator", lambda: Calls(cuda.native(), peer_access, self))
             if boot.threads:
                 boot.keep(self.gpu_calls.native)
-            if self.num_nodes > 1 and reach.rail != "memory":
-                self.rail = reach.rail
+            if self.num_nodes > 1 and peer_access.rail != "memory":
+                self.rail = peer_access.rail
         _living.add(self)
 
     def _use(self, boot: Any, native: Any) -> None:

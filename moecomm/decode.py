@@ -172,7 +172,7 @@ class Decode:
         self._open: list[DecodeHandle | None] = [None, None]
         self.masked: tuple[int, ...] = ()
         self.native: Any = comm.collective.join("decode", lambda: self._make_native(memory))
-        self.native.connected()
+        self.native.finish_connect()
         if comm.bootstrap.threads:
             comm.bootstrap.keep(self.native)
         if backend.recorder is not None and backend.gpu_recorder is None:

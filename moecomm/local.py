@@ -24,7 +24,7 @@ def _abort(comm: Communicator, rank: int) -> None:
     """End the waits for peers on this host, because this rank has failed. Callable from any thread."""
     comm.native.abort(rank)
     if comm.cuda is not None:
-        comm.cuda.reach.abort()
+        comm.cuda.peer_access.abort()
 
 
 def run_local(

@@ -51,7 +51,7 @@ class Windows:
             )
 
         self.native = comm.collective.join("Buffer", make)
-        self.native.connected()
+        self.native.finish_connect()
         if comm.bootstrap.threads:
             comm.bootstrap.keep(self.native)
         self._users = 0

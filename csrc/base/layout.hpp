@@ -69,14 +69,14 @@ MOE_HD constexpr NodeLayout node_layout(const Geometry& g, const Shape& s) {
 // leave in dispatch and rows that arrive in combine. The two uses never overlap in time: a peer writes to an
 // area only after the area's owner has entered the call.
 struct RailLayout {
-  CounterAt enter;           // per node: the rail peer is in the call, and its count block has arrived
-  CounterAt rows;            // per node and channel: rows that arrived in area A
-  CounterAt verdict;         // per node: its verdict has arrived
-  CounterAt back;            // per node and channel: rows that arrived in area B
-  Offset<Wish> wishes;       // per parity of the combine and node (combine)
-  Offset<Wish> wish_out;     // what this rank sends to its rail peers
-  Offset<FaultWord> faults;  // per node
-  Offset<int32_t> blocks;    // per half and node: a count block
+  CounterAt enter;    // per node: the rail peer is in the call, and its count block has arrived
+  CounterAt rows;     // per node and channel: rows that arrived in area A
+  CounterAt verdict;  // per node: its verdict has arrived
+  CounterAt back;     // per node and channel: rows that arrived in area B
+  Offset<CombineVerdict> combine_verdicts;     // per parity of the combine and node (combine)
+  Offset<CombineVerdict> combine_verdict_out;  // what this rank sends to its rail peers
+  Offset<FaultWord> faults;                    // per node
+  Offset<int32_t> blocks;                      // per half and node: a count block
   // *_out: the sources of outgoing puts, which must not change until the puts are complete.
   Offset<int32_t> blocks_out;  // this rank's count blocks, if puts must have their sources in the rail region
   Offset<Verdict> verdicts;    // per node
@@ -103,8 +103,8 @@ MOE_HD constexpr RailLayout rail_layout(const Geometry& g, const Shape& s) {
   l.rows = c.take<uint64_t>(n * s.channels);
   l.verdict = c.take<uint64_t>(n);
   l.back = c.take<uint64_t>(n * s.channels);
-  l.wishes = c.take<Wish>(2 * n);
-  l.wish_out = c.take<Wish>(1);
+  l.combine_verdicts = c.take<CombineVerdict>(2 * n);
+  l.combine_verdict_out = c.take<CombineVerdict>(1);
   l.faults = c.take<FaultWord>(n);
   l.blocks = c.take<int32_t>(count_layout(g, s).ints * n * s.count_halves());
   l.blocks_out = c.take<int32_t>(count_layout(g, s).ints * n * s.count_halves());

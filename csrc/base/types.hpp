@@ -94,7 +94,7 @@ enum class BadInput : int32_t {
   id_out_of_range = 1,
   id_twice = 2,
   other_ids = 3,    // not the ids of the dispatch
-  out_of_turn = 4,  // decode: `expected` is the stage that the call needs, `got` the stage of the epoch
+  wrong_stage = 4,  // decode: `expected` is the stage that the call needs, `got` the stage of the epoch
 };
 
 MOE_HD constexpr Status bad_pick(BadInput bad, int64_t token, int64_t id) {
@@ -108,7 +108,7 @@ enum class Shortage : int32_t { bytes = 0, rows = 1 };
 // Whether the failed call was still completed, so that the ranks are in step for the next one.
 MOE_HD constexpr bool keeps_step(const Status& s) {
   return s.code == Code::capacity || s.code == Code::mismatch || s.code == Code::refused ||
-         (s.code == Code::invalid && s.detail != number(BadInput::out_of_turn));
+         (s.code == Code::invalid && s.detail != number(BadInput::wrong_stage));
 }
 
 #define MOE_TRY(expr)                            \

@@ -86,15 +86,15 @@ struct RowsBoard {
   int32_t unused = 0;
 };
 
-// What a rank sends to its rail peers in a combine, once all ranks of its node have published: the format in
-// which it wants rows back, and its node's verdict (ok, refused, or mismatch).
-class Wish {
+// What a rank sends to its rail peers in a combine, once all ranks of its node have published: its node's
+// verdict (ok, refused, or mismatch), and the format in which it wants rows back.
+class CombineVerdict {
  public:
   int32_t word = 0;   // call_word()
   uint16_t rank = 0;  // if the verdict is not ok: the rank that caused it
 
-  Wish() = default;
-  MOE_HD constexpr Wish(int32_t word, Wire wire, Returns returns)
+  CombineVerdict() = default;
+  MOE_HD constexpr CombineVerdict(int32_t word, Wire wire, Returns returns)
       : word(word),
         code_(0),
         why_(0),
@@ -118,7 +118,7 @@ class Wish {
   uint8_t wire_ : 4;
   uint8_t returns_ : 4;
 };
-static_assert(sizeof(Wish) == 8);
+static_assert(sizeof(CombineVerdict) == 8);
 
 // The verb of a call. Ranks compare words with the verb and the number of the call, to detect that they make
 // different calls.

@@ -5,7 +5,7 @@
 // Peers    put() and signal_rail() name a peer by an index: in dispatch and combine the peer's node (the peer
 //          is on this rank's rail), in decode the peer's rank (it is on another node).
 // Ordering put() and signal_rail() of one group to one peer are ordered: a peer that sees the signal sees the
-//          puts that were issued before it. This includes puts of other groups, if a gate orders them before
+//          puts that were issued before it. This includes puts of other groups, if a latch orders them before
 //          the signal and the groups' fabrics share a stream. (A fabric over a network is given its stream;
 //          every other fabric has only one.) signal_node() releases all earlier writes of the calling group
 //          (after a sync()). wait_*() acquires. There is no order between different peers.

@@ -17,8 +17,8 @@ MOE_HD Status await_gateways(G g, F f, const DispatchArgs& a) {
   return leader(g, [&] {
     Status refused;
     for (int i = 0; i < geo.ranks_per_node; ++i) {
-      MOE_TRY(
-          f.wait_node(a.b.node.arrive + i, a.book->dispatches, Phase::arrive, geo.rank_at(geo.node(), i)));
+      MOE_TRY(f.wait_node(a.b.node.arrive + i, a.consumed->dispatches, Phase::arrive,
+                          geo.rank_at(geo.node(), i)));
       const Verdict& v = f.window(geo.local(), a.b.node.verdicts)[i];
       if (!v.ok() && refused.ok()) refused = status_of(v);
     }

@@ -21,13 +21,15 @@ namespace moecomm {
 
 namespace detail {
 
-// Where the Wish from a rail peer on `node` arrives. A peer that waits for nothing from this rank may be one
-// combine ahead, so there are two places, chosen by parity.
-MOE_HD inline Offset<Wish> wish_at(const CombineArgs& a, int node) {
-  return a.b.rail.wishes + ((a.book->combines & 1) * a.b.geometry.nodes() + node);
+// Where the CombineVerdict from a rail peer on `node` arrives. A peer that waits for nothing from this rank
+// may be one combine ahead, so there are two places, chosen by parity.
+MOE_HD inline Offset<CombineVerdict> combine_verdict_at(const CombineArgs& a, int node) {
+  return a.b.rail.combine_verdicts + ((a.consumed->combines & 1) * a.b.geometry.nodes() + node);
 }
 
-MOE_HD inline int32_t combine_word(const CombineArgs& a) { return call_word(a.book->enter, Verb::combine); }
+MOE_HD inline int32_t combine_word(const CombineArgs& a) {
+  return call_word(a.consumed->enter, Verb::combine);
+}
 
 MOE_HD inline Status out_of_step(Phase phase, int rank, int32_t own, int32_t theirs) {
   return {Code::out_of_step,
@@ -38,11 +40,11 @@ MOE_HD inline Status out_of_step(Phase phase, int rank, int32_t own, int32_t the
           static_cast<uint32_t>(theirs)};
 }
 
-// This rank's Wish, with its node's verdict: the first rank that refuses, else the first rank that wants
-// other returned values than the node's first rank.
-MOE_HD inline Status judge_boards(const CombineArgs& a, Wish& mine) {
+// This rank's CombineVerdict, with its node's verdict: the first rank that refuses, else the first rank that
+// wants other returned values than the node's first rank.
+MOE_HD inline Status judge_boards(const CombineArgs& a, CombineVerdict& mine) {
   const Geometry& geo = a.b.geometry;
-  mine = Wish(combine_word(a), a.wire, a.returns());
+  mine = CombineVerdict(combine_word(a), a.wire, a.returns());
   for (int d = 0; d < geo.ranks_per_node; ++d) {
     const RowsBoard& board = a.boards[d];
     const int rank = geo.rank_at(geo.node(), d);
@@ -57,34 +59,35 @@ MOE_HD inline Status judge_boards(const CombineArgs& a, Wish& mine) {
 }
 
 template <LaneFabric F>
-MOE_HD const Wish& own_wish(F f, const CombineArgs& a) {
-  return *f.rail(a.b.rail.wish_out);
+MOE_HD const CombineVerdict& own_combine_verdict(F f, const CombineArgs& a) {
+  return *f.rail(a.b.rail.combine_verdict_out);
 }
 
-// One lane waits until node n's rail peer is in the call, and checks its Wish.
+// One lane waits until node n's rail peer is in the call, and checks its CombineVerdict.
 template <LaneFabric F>
-MOE_HD Status await_wish(F f, const CombineArgs& a, int n, Phase phase) {
+MOE_HD Status await_verdict(F f, const CombineArgs& a, int n, Phase phase) {
   const int rank = a.b.geometry.rail_rank(n);
-  MOE_TRY(f.wait_rail(a.b.rail.enter + n, a.book->enter, phase, rank));
-  const Wish& theirs = *f.rail(wish_at(a, n));
+  MOE_TRY(f.wait_rail(a.b.rail.enter + n, a.consumed->enter, phase, rank));
+  const CombineVerdict& theirs = *f.rail(combine_verdict_at(a, n));
   return theirs.word == combine_word(a) ? Status{} : out_of_step(phase, rank, combine_word(a), theirs.word);
 }
 
-// Whether this node and node n, whose Wish has arrived, send each other rows. Both nodes decide the same.
+// Whether this node and node n, whose CombineVerdict has arrived, send each other rows. Both nodes decide the
+// same.
 template <LaneFabric F>
 MOE_HD bool trades(F f, const CombineArgs& a, int n) {
-  const Wish &mine = own_wish(f, a), &theirs = *f.rail(wish_at(a, n));
+  const CombineVerdict &mine = own_combine_verdict(f, a), &theirs = *f.rail(combine_verdict_at(a, n));
   return mine.ok() && theirs.ok() && mine.returns() == theirs.returns();
 }
 
-// The verdict of all nodes, once all Wishes have arrived. Either every rank gets a failure, or none does.
+// The verdict of all nodes, once all of them have arrived. Either every rank gets a failure, or none does.
 template <LaneFabric F>
-MOE_HD Status judge_wishes(F f, const CombineArgs& a) {
+MOE_HD Status judge_combine_verdicts(F f, const CombineArgs& a) {
   const Geometry& geo = a.b.geometry;
-  const Wish& mine = own_wish(f, a);
+  const CombineVerdict& mine = own_combine_verdict(f, a);
   Status found;
   for (int n = 0; n < geo.nodes() && found.code != Code::refused; ++n) {
-    const Wish& w = n == geo.node() ? mine : *f.rail(wish_at(a, n));
+    const CombineVerdict& w = n == geo.node() ? mine : *f.rail(combine_verdict_at(a, n));
     if (!w.ok() && (found.ok() || w.code() == Code::refused))
       found = {w.code(), Phase::publish, w.rank, number(w.why())};
     else if (w.ok() && mine.ok() && found.ok() && w.returns() != mine.returns())
@@ -106,8 +109,8 @@ MOE_HD Status publish(G g, F f, const CombineArgs& a) {
   const Geometry& geo = b.geometry;
   const int own = geo.node(), nodes = geo.nodes();
   if (g.lane() == 0) {
-    ++a.book->enter;
-    ++a.book->combines;
+    ++a.consumed->enter;
+    ++a.consumed->combines;
   }
   g.sync();
   if (b.check && a.refused == Why::none) {
@@ -122,14 +125,15 @@ MOE_HD Status publish(G g, F f, const CombineArgs& a) {
     board->refused = a.refused;
     for (int d = 0; d < geo.ranks_per_node; ++d) f.signal_node(d, b.node.ready + geo.local(), 1);
     for (int d = 0; d < geo.ranks_per_node; ++d) {
-      MOE_TRY(f.wait_node(b.node.ready + d, a.book->combines, Phase::publish, geo.rank_at(geo.node(), d)));
+      MOE_TRY(
+          f.wait_node(b.node.ready + d, a.consumed->combines, Phase::publish, geo.rank_at(geo.node(), d)));
       a.boards[d] = *f.window(d, b.node.board);
     }
-    Wish* wish = f.rail(b.rail.wish_out);
-    MOE_TRY(detail::judge_boards(a, *wish));
+    CombineVerdict* verdict = f.rail(b.rail.combine_verdict_out);
+    MOE_TRY(detail::judge_boards(a, *verdict));
     for (int step = 1; step < nodes; ++step) {
       const int n = (own + step) % nodes;
-      put(f, n, detail::wish_at(a, own), wish);
+      put(f, n, detail::combine_verdict_at(a, own), verdict);
       f.signal_rail(n, b.rail.enter + own, 1);
     }
     return Status{};
@@ -171,7 +175,7 @@ struct Returning {
   int node, channel, begin, end;
   Wire wire;
   uint64_t row_bytes;
-  uint64_t there;       // index of slot 0 in the peer's area B
+  uint64_t peer_first;  // index of slot 0 in the peer's area B
   Offset<char> target;  // of slot 0 in the peer's region
   bool direct;          // stores reach the peer, so sums are written directly into its staging area
   char* rows;           // slot 0 of the sums that this rank writes
@@ -183,21 +187,21 @@ template <LaneFabric F>
 MOE_HD Returning returning_rows(F f, const CombineArgs& a, int node, int channel) {
   const BufferView& b = a.b;
   const int own = b.geometry.node(), channels = b.shape.channels;
-  const uint64_t here = b.remote_row(node, own);
+  const uint64_t own_first = b.remote_row(node, own);
   Returning r;
   r.node = node;
   r.channel = channel;
   r.begin = a.plan.first_row(node, channel, channels);
   r.end = a.plan.first_row(node, channel + 1, channels);
-  r.wire = f.rail(wish_at(a, node))->wire();
+  r.wire = f.rail(combine_verdict_at(a, node))->wire();
   r.row_bytes = b.shape.wire_bytes(r.wire);
-  r.there = b.remote_row(own, node);
+  r.peer_first = b.remote_row(own, node);
   r.target = b.area_b(own, node);
   char* straight = reach(f, node, r.target);
   r.direct = straight != nullptr;
   r.rows = straight ? straight : f.rail(b.area_a(node, own));
-  r.sums = f.rail(b.rail.sums_out) + here;
-  r.returned = f.rail(b.rail.returned_out) + here * b.shape.top_k;
+  r.sums = f.rail(b.rail.sums_out) + own_first;
+  r.returned = f.rail(b.rail.returned_out) + own_first * b.shape.top_k;
   return r;
 }
 
@@ -221,7 +225,7 @@ MOE_HD void reduce_row(G g, F f, const CombineArgs& a, const Returning& r, int i
     gather_returned(f, a, r.node, i, returned);
   }
   if (a.b.check)
-    r.sums[i] = row_checksum(row, r.row_bytes, checksum_seed(a.book->combines, a.b.geometry.rank, i));
+    r.sums[i] = row_checksum(row, r.row_bytes, checksum_seed(a.consumed->combines, a.b.geometry.rank, i));
 }
 
 // One lane puts `rows` rows from slot `first` on, and the signal.
@@ -231,9 +235,9 @@ MOE_HD void return_chunk(F f, const CombineArgs& a, const Returning& r, int firs
   const int k_max = b.shape.top_k;
   if (!r.direct)
     f.put(r.node, r.target + first * r.row_bytes, r.rows + first * r.row_bytes, rows * r.row_bytes);
-  if (b.check) put(f, r.node, b.rail.sums + (r.there + first), r.sums + first, rows);
+  if (b.check) put(f, r.node, b.rail.sums + (r.peer_first + first), r.sums + first, rows);
   if (a.returned)
-    put(f, r.node, b.rail.returned + k_max * (r.there + first), r.returned + int64_t{first} * k_max,
+    put(f, r.node, b.rail.returned + k_max * (r.peer_first + first), r.returned + int64_t{first} * k_max,
         k_max * rows);
   f.signal_rail(r.node, b.back_counter(b.geometry.node(), r.channel), rows);
   HopCounters& hop = f.counters().rail;
@@ -248,7 +252,7 @@ MOE_HD void return_chunk(F f, const CombineArgs& a, const Returning& r, int firs
 template <Group G, Fabric<G> F>
 MOE_HD Status reduce(G g, F f, const CombineArgs& a, int node, int channel) {
   const BufferView& b = a.b;
-  MOE_TRY(leader(g, [&] { return detail::await_wish(f, a, node, Phase::reduce); }));
+  MOE_TRY(leader(g, [&] { return detail::await_verdict(f, a, node, Phase::reduce); }));
   if (!detail::trades(f, a, node)) return {};
   const detail::Returning r = detail::returning_rows(f, a, node, channel);
   // The terms of the next row are listed before a row is summed, so that the fabric can prefetch them.
@@ -284,7 +288,7 @@ MOE_HD Status drop_back(G g, F f, const CombineArgs& a, int channel) {
   return leader(g, [&] {
     for (int n = 0; n < b.geometry.nodes(); ++n) {
       if (n == own || !trades(f, a, n)) continue;
-      uint64_t& back = a.book->back[b.channel_index(n, channel)];
+      uint64_t& back = a.consumed->back[b.channel_index(n, channel)];
       const uint64_t rows = a.plan.blocks[n * b.count.ints + b.count.channels + channel];
       MOE_TRY(f.wait_rail(b.back_counter(n, channel), back + rows, Phase::sum, b.geometry.rail_rank(n)));
       back += rows;
@@ -327,12 +331,12 @@ MOE_HD Status await_token(F f, const CombineArgs& a, int channel, int t, uint64_
     if (n == own || slot < 0) continue;
     const int rank = b.geometry.rail_rank(n);
     const uint64_t before = slot - a.plan.first_slot(n, channel, b.shape.channels);
-    MOE_TRY(f.wait_rail(b.back_counter(n, channel), a.book->back[b.channel_index(n, channel)] + before + 1,
-                        Phase::sum, rank));
+    MOE_TRY(f.wait_rail(b.back_counter(n, channel),
+                        a.consumed->back[b.channel_index(n, channel)] + before + 1, Phase::sum, rank));
     if (!b.check) continue;
     const uint64_t want = f.rail(b.rail.sums)[b.remote_row(n, own) + slot];
     const uint64_t got = row_checksum(returned_row(f, a, n, slot, row_bytes), row_bytes,
-                                      checksum_seed(a.book->combines, rank, slot));
+                                      checksum_seed(a.consumed->combines, rank, slot));
     if (want != got) return verify::wrong_row(Phase::sum, rank, t, want, got);
   }
   return {};
@@ -343,7 +347,7 @@ MOE_HD inline void close_channel(const CombineArgs& a, int channel) {
   const BufferView& b = a.b;
   for (int n = 0; n < b.geometry.nodes(); ++n)
     if (n != b.geometry.node())
-      a.book->back[b.channel_index(n, channel)] +=
+      a.consumed->back[b.channel_index(n, channel)] +=
           a.plan.blocks[n * b.count.ints + b.count.channels + channel];
 }
 
@@ -356,10 +360,10 @@ MOE_HD Status sum(G g, F f, const CombineArgs& a, int channel) {
   const uint64_t row_bytes = b.shape.wire_bytes(a.wire);
   MOE_TRY(leader(g, [&] {
     for (int n = 0; n < nodes; ++n)
-      if (n != own) MOE_TRY(detail::await_wish(f, a, n, Phase::sum));
+      if (n != own) MOE_TRY(detail::await_verdict(f, a, n, Phase::sum));
     return Status{};
   }));
-  if (!detail::judge_wishes(f, a).ok()) return detail::drop_back(g, f, a, channel);
+  if (!detail::judge_combine_verdicts(f, a).ok()) return detail::drop_back(g, f, a, channel);
   const int begin = channel_begin(a.plan.tokens, channel, b.shape.channels);
   const int end = channel_begin(a.plan.tokens, channel + 1, b.shape.channels);
   const auto terms_of = [&](int t) {
@@ -396,8 +400,8 @@ MOE_HD Status finish(G g, F f, const CombineArgs& a) {
   return leader(g, [&] {
     for (int d = 0; d < geo.ranks_per_node; ++d) f.signal_node(d, b.node.done + geo.local(), 1);
     for (int d = 0; d < geo.ranks_per_node; ++d)
-      MOE_TRY(f.wait_node(b.node.done + d, a.book->combines, Phase::done, geo.rank_at(geo.node(), d)));
-    return detail::judge_wishes(f, a);
+      MOE_TRY(f.wait_node(b.node.done + d, a.consumed->combines, Phase::done, geo.rank_at(geo.node(), d)));
+    return detail::judge_combine_verdicts(f, a);
   });
 }
 

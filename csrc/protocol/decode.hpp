@@ -73,7 +73,7 @@ struct DecodeView {
   MOE_HD int experts_per_rank() const { return per_rank; }
   MOE_HD int first_expert() const { return geometry.rank * experts_per_rank(); }
   MOE_HD int owner(int expert) const { return expert / experts_per_rank(); }
-  MOE_HD bool near(int rank) const { return rank / geometry.ranks_per_node == geometry.node(); }
+  MOE_HD bool same_node(int rank) const { return rank / geometry.ranks_per_node == geometry.node(); }
   MOE_HD int local(int rank) const { return rank % geometry.ranks_per_node; }
 
   // Window offsets.
@@ -276,7 +276,7 @@ MOE_HD inline int32_t* arrived(const DecodeView& d, const DecodeTurn& turn, int 
 template <LaneFabric F>
 MOE_HD DecodeHeader* decode_message(F f, const DecodeView& d, const DecodeTurn& turn, int source, int slot,
                                     int token) {
-  if (!d.near(source)) return f.rail(d.landed(turn.parity(), source, d.geometry.rank, slot));
+  if (!d.same_node(source)) return f.rail(d.landed(turn.parity(), source, d.geometry.rank, slot));
   return f.window(d.local(source), d.message(turn.parity(), token));
 }
 
@@ -284,7 +284,7 @@ MOE_HD DecodeHeader* decode_message(F f, const DecodeView& d, const DecodeTurn& 
 // places of their tokens; those for ranks of other nodes are private.
 template <LaneFabric F>
 MOE_HD int32_t* decode_places(F f, const DecodeView& d, const DecodeTurn& turn, int source, int32_t* note) {
-  if (!d.near(source)) return note + 1 + d.shape.top_k;
+  if (!d.same_node(source)) return note + 1 + d.shape.top_k;
   return f.window(d.geometry.local(), d.places(turn.parity(), d.local(source))) +
          int64_t{note[0]} * d.shape.top_k;
 }

@@ -58,8 +58,8 @@ MOE_HD void sign_answers(F f, const DecodeCombineArgs& a, int source) {
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;
   const int parity = turn.parity(), own = d.geometry.local();
-  const bool near = d.near(source);
-  const Wire wire = near ? Wire::plain : a.wire;
+  const bool same_node = d.same_node(source);
+  const Wire wire = same_node ? Wire::plain : a.wire;
   uint64_t* signs = f.window(own, d.signs(parity, source));
   for (int i = 0; i < turn.got[source]; ++i) {
     int32_t* note = arrived(d, turn, source, i);
@@ -67,7 +67,7 @@ MOE_HD void sign_answers(F f, const DecodeCombineArgs& a, int source) {
     for (int k = 0, picks = 0; k < d.shape.top_k; ++k) {
       if (note[1 + k] < 0) continue;
       const char* answer;
-      if (turn.weighted && near)
+      if (turn.weighted && same_node)
         answer = f.window(d.local(source), d.sum(parity, note[0], k));
       else if (turn.weighted)
         answer = decode_message(f, d, turn, source, i, note[0])->row(d.shape.top_k);
@@ -81,7 +81,7 @@ MOE_HD void sign_answers(F f, const DecodeCombineArgs& a, int source) {
       if (turn.weighted) break;
     }
   }
-  if (!near)
+  if (!same_node)
     put(f, source, d.landed_signs(parity, d.geometry.rank), signs,
         uint64_t(d.shape.max_tokens) * d.shape.top_k);
 }
@@ -93,17 +93,17 @@ MOE_HD void decode_answer(G g, F f, const DecodeCombineArgs& a, int source, int 
   const DecodeView& d = a.d;
   const DecodeTurn& turn = a.turn;
   const int parity = turn.parity(), own = d.geometry.local(), k_max = d.shape.top_k, me = d.geometry.rank;
-  const bool near = d.near(source);
-  const Wire wire = near ? Wire::plain : a.wire;
+  const bool same_node = d.same_node(source);
+  const Wire wire = same_node ? Wire::plain : a.wire;
   const uint64_t row_bytes = d.shape.combine_row_bytes(), answer_bytes = d.shape.wire_bytes(wire);
   const int64_t bank = static_cast<int64_t>(turn.bank * d.packed_rows());
   int answers = 0;
-  for (int i = begin; i < end && (turn.weighted || !near); ++i) {
+  for (int i = begin; i < end && (turn.weighted || !same_node); ++i) {
     int32_t* note = detail::arrived(d, turn, source, i);
     const int32_t token = note[0];
     const int32_t* places = detail::decode_places(f, d, turn, source, note);
     const auto put = [&](int k, const char* answer) {
-      if (!near && g.lane() == 0) f.put(source, d.answer(parity, token, k), answer, answer_bytes);
+      if (!same_node && g.lane() == 0) f.put(source, d.answer(parity, token, k), answer, answer_bytes);
       ++answers;
     };
     int first = -1, picks = 0;
@@ -122,13 +122,13 @@ MOE_HD void decode_answer(G g, F f, const DecodeCombineArgs& a, int source, int 
     }
     if (!turn.weighted || first < 0) continue;
     DecodeHeader* message = detail::decode_message(f, d, turn, source, i, token);
-    char* sum = near ? f.window(d.local(source), d.sum(parity, token, first)) : message->row(k_max);
+    char* sum = same_node ? f.window(d.local(source), d.sum(parity, token, first)) : message->row(k_max);
     detail::store_answer(g, f, a, sum, detail::picked_rows(g, f, a, message, note + 1, places), wire);
     put(first, sum);
   }
   g.sync();
   if (g.lane() != 0) return;
-  HopCounters& hop = near ? f.counters().node : f.counters().rail;
+  HopCounters& hop = same_node ? f.counters().node : f.counters().rail;
   hop.logical_rows += answers;
   hop.logical_bytes += answers * answer_bytes;
   hop.physical_rows += source != me ? answers : 0;
@@ -151,7 +151,7 @@ MOE_HD void decode_reply(G g, F f, const DecodeCombineArgs& a, int source) {
                                   : make_flag(turn.epoch, a.mode, turn.got[source]);
     const uint64_t add = flag - turn.answered_flag[source];
     turn.answered_flag[source] = flag;
-    if (d.near(source))
+    if (d.same_node(source))
       f.signal_node(d.local(source), d.answered_flag(parity, d.geometry.local()), add);
     else
       f.signal_rail(source, d.remote_answered_flag(parity, d.geometry.rank), add);

@@ -24,16 +24,16 @@ MOE_HD Status decode_accept(G g, F f, const DecodeReceiveArgs& a, int source, in
   int count = 0;
   const Status s = leader(g, [&] {
     const CounterAt at =
-        d.near(source) ? d.sent_flag(parity, d.local(source)) : d.remote_sent_flag(parity, source);
+        d.same_node(source) ? d.sent_flag(parity, d.local(source)) : d.remote_sent_flag(parity, source);
     if (d.masked(source)) {
       if (part == 0) turn.got[source] = 0;
       return Status{};
     }
-    MOE_TRY(d.near(source) ? f.wait_node(at, at_least, Phase::arrive, source)
-                           : f.wait_rail(at, at_least, Phase::arrive, source));
+    MOE_TRY(d.same_node(source) ? f.wait_node(at, at_least, Phase::arrive, source)
+                                : f.wait_rail(at, at_least, Phase::arrive, source));
     // The flag does not change now: the source writes its next value two epochs later, after this rank's
     // receipt.
-    const uint64_t flag = *(d.near(source) ? f.window(own, at) : f.rail(at));
+    const uint64_t flag = *(d.same_node(source) ? f.window(own, at) : f.rail(at));
     count = turn.refused() || flag_mode(flag) == kRefusedMode ? 0 : flag_count(flag);
     if (part == 0) turn.got[source] = count;
     return flag_mode(flag) == turn.mode || turn.refused()
@@ -54,7 +54,7 @@ MOE_HD void decode_number(G g, F f, const DecodeReceiveArgs& a, int source, int 
   const int32_t per_expert = static_cast<int32_t>(decode_rows_per_expert(d.geometry, d.shape));
   const int32_t bank = static_cast<int32_t>(turn.bank * d.packed_rows());
   const int32_t* wanted =
-      d.near(source) ? f.window(d.local(source), d.wanted(turn.parity(), d.geometry.local())) : nullptr;
+      d.same_node(source) ? f.window(d.local(source), d.wanted(turn.parity(), d.geometry.local())) : nullptr;
   // Headers may be in a peer's memory, so the lanes load them in parallel.
   for (int i = begin + g.lane(); i < end; i += g.size()) {
     int32_t* note = detail::arrived(d, turn, source, i);

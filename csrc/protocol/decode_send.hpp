@@ -114,12 +114,12 @@ MOE_HD void decode_send(G g, F f, const DecodeSendArgs& a, int begin, int end) {
     for (int k = 0; k < k_max; ++k) {
       if (slots[k] < 0) continue;
       const int r = d.owner(ids[k]);
-      HopCounters& hop = d.near(r) ? count.node : count.rail;
+      HopCounters& hop = d.same_node(r) ? count.node : count.rail;
       hop.logical_rows += 1;
       hop.logical_bytes += stride;
       hop.physical_rows += r != me;
       hop.physical_bytes += r != me ? header_bytes + stride : 0;
-      if (d.near(r))
+      if (d.same_node(r))
         f.window(own, d.wanted(turn.parity(), d.local(r)))[slots[k]] = t;
       else
         put_bytes(f, r, d.landed(turn.parity(), me, r, slots[k]), header, header_bytes + stride);
@@ -145,7 +145,7 @@ MOE_HD void decode_announce(G g, F f, const DecodeSendArgs& a, Why refused, int 
                                 : make_flag(turn.epoch, kRefusedMode, static_cast<int64_t>(refused));
       const uint64_t add = flag - turn.sent_flag[r];
       turn.sent_flag[r] = flag;
-      if (d.near(r))
+      if (d.same_node(r))
         f.signal_node(d.local(r), d.sent_flag(parity, d.geometry.local()), add);
       else
         f.signal_rail(r, d.remote_sent_flag(parity, me), add);

@@ -15,8 +15,8 @@ MOE_HD constexpr bool keeps_rule_c(DecodeStage last, bool same_bank) {
 }
 
 // The failure of a call whose epoch is not in the stage that the call needs.
-MOE_HD constexpr Status out_of_turn(DecodeStage needed, DecodeStage is) {
-  return bad_pick(BadInput::out_of_turn, number(needed), number(is));
+MOE_HD constexpr Status wrong_stage(DecodeStage needed, DecodeStage is) {
+  return bad_pick(BadInput::wrong_stage, number(needed), number(is));
 }
 
 }  // namespace moecomm

@@ -18,10 +18,10 @@ MOE_HD Status wait_answer(F f, const DecodeCombineArgs& a, int rank, Status& fou
   const int parity = a.turn.parity();
   const uint64_t at_least = make_flag(a.turn.epoch, 0, 0);
   const CounterAt at =
-      d.near(rank) ? d.answered_flag(parity, d.local(rank)) : d.remote_answered_flag(parity, rank);
-  MOE_TRY(d.near(rank) ? f.wait_node(at, at_least, Phase::sum, rank)
-                       : f.wait_rail(at, at_least, Phase::sum, rank));
-  const uint64_t flag = *(d.near(rank) ? f.window(d.geometry.local(), at) : f.rail(at));
+      d.same_node(rank) ? d.answered_flag(parity, d.local(rank)) : d.remote_answered_flag(parity, rank);
+  MOE_TRY(d.same_node(rank) ? f.wait_node(at, at_least, Phase::sum, rank)
+                            : f.wait_rail(at, at_least, Phase::sum, rank));
+  const uint64_t flag = *(d.same_node(rank) ? f.window(d.geometry.local(), at) : f.rail(at));
   if (flag_mode(flag) != a.mode && a.refused == Why::none)
     keep_finding(found, other_mode(flag, a.mode, Phase::sum, rank));
   return {};
@@ -66,14 +66,14 @@ MOE_HD Terms decode_terms(G g, F f, const DecodeCombineArgs& a, int t) {
     // Places may be in a peer's memory, so the lanes load them in parallel.
     if (!turn.weighted && k % g.size() == 0 && k + g.lane() < k_max) {
       const int expert = turn.ids[at + g.lane()], owner = expert < 0 ? me : d.owner(expert);
-      if (expert >= 0 && d.near(owner))
+      if (expert >= 0 && d.same_node(owner))
         fetched_place = f.window(d.local(owner), d.places(parity, d.geometry.local()))[at + g.lane()];
     }
     const int64_t place = g.broadcast(fetched_place, k % g.size());
     if (turn.ids[at] < 0 || (turn.weighted && turn.slot[at] < 0)) continue;
     const int r = d.owner(turn.ids[at]);
     const float* weight = turn.weighted ? nullptr : turn.weights + at;
-    if (!d.near(r)) {
+    if (!d.same_node(r)) {
       terms.add_wire(g, f.rail(d.answer(parity, t, k)), a.wire, d.shape.hidden, weight);
     } else if (turn.weighted) {
       terms.add_weighted(g, f.window(d.geometry.local(), d.sum(parity, t, k)), weight);
@@ -109,7 +109,7 @@ MOE_HD Status verify_answers(F f, const DecodeCombineArgs& a, int t) {
     if (turn.ids[at] < 0 || (turn.weighted && turn.slot[at] < 0)) continue;
     const int r = d.owner(turn.ids[at]);
     const char* answer;
-    if (!d.near(r))
+    if (!d.same_node(r))
       answer = f.rail(d.answer(parity, t, k));
     else if (turn.weighted)
       answer = f.window(d.geometry.local(), d.sum(parity, t, k));

@@ -64,12 +64,12 @@ MOE_HD Status answered_row(F f, const DecodeCombineArgs& a, int t, int k, int ow
   const DecodeView& d = a.d;
   const int parity = a.turn.parity();
   const int64_t pick = int64_t{t} * d.shape.top_k + k;
-  const bool near = d.near(owner);
-  const uint64_t* signs = near ? f.window(d.local(owner), d.signs(parity, d.geometry.rank))
-                               : f.rail(d.landed_signs(parity, owner));
+  const bool same_node = d.same_node(owner);
+  const uint64_t* signs = same_node ? f.window(d.local(owner), d.signs(parity, d.geometry.rank))
+                                    : f.rail(d.landed_signs(parity, owner));
   const uint64_t want = signs[pick];
   const uint64_t got =
-      answer_checksum(a.turn, answer, d.shape.wire_bytes(near ? Wire::plain : a.wire), owner, pick);
+      answer_checksum(a.turn, answer, d.shape.wire_bytes(same_node ? Wire::plain : a.wire), owner, pick);
   return got == want ? Status{} : wrong_row(Phase::sum, owner, t, want, got);
 }
 

@@ -12,16 +12,18 @@ namespace moecomm {
 // Which half of the memory for count blocks the latest announcement uses. A dispatch that exchanges twice
 // alternates between two halves, so that the next exchange never overwrites a half that a rank still reads.
 MOE_HD inline int count_half(const DispatchArgs& a) {
-  return a.b.shape.count_halves() == 1 ? 0 : static_cast<int>(a.book->blocks % 2);
+  return a.b.shape.count_halves() == 1 ? 0 : static_cast<int>(a.consumed->blocks % 2);
 }
 
 // The count blocks that are announced: [N, ints]. They must not change until the call has completed.
-MOE_HD inline int32_t* blocks_of(const DispatchArgs& a) { return a.asked ? a.asked : a.plan.blocks; }
+MOE_HD inline int32_t* blocks_of(const DispatchArgs& a) {
+  return a.logical_blocks ? a.logical_blocks : a.plan.blocks;
+}
 
 namespace detail {
 
 MOE_HD inline int32_t exchange_word(const DispatchArgs& a) {
-  return call_word(a.book->enter, a.alone ? Verb::choose : Verb::dispatch);
+  return call_word(a.consumed->enter, a.alone ? Verb::choose : Verb::dispatch);
 }
 
 }  // namespace detail
@@ -36,9 +38,9 @@ MOE_HD void announce(G g, F f, const DispatchArgs& a, Why refused, bool begins =
   const int nodes = b.geometry.nodes();
   const int32_t* blocks = blocks_of(a);
   if (g.lane() == 0) {
-    ++a.book->enter;
-    ++a.book->blocks;
-    a.book->dispatches += begins;
+    ++a.consumed->enter;
+    ++a.consumed->blocks;
+    a.consumed->dispatches += begins;
   }
   for (int i = g.lane(); i < nodes * b.count.ints && refused != Why::none; i += g.size()) blocks_of(a)[i] = 0;
   g.sync();
@@ -74,7 +76,7 @@ MOE_HD Status await_block(G g, F f, const DispatchArgs& a, int n, const int32_t*
   const int own = b.geometry.node(), nodes = b.geometry.nodes();
   if (n != own)
     MOE_TRY(leader(g, [&] {
-      return f.wait_rail(b.rail.enter + n, a.book->enter, Phase::announce, b.geometry.rail_rank(n));
+      return f.wait_rail(b.rail.enter + n, a.consumed->enter, Phase::announce, b.geometry.rail_rank(n));
     }));
   block = n == own ? blocks_of(a) + n * b.count.ints
                    : f.rail(b.rail.blocks) + (int64_t{count_half(a)} * nodes + n) * b.count.ints;
@@ -102,7 +104,7 @@ MOE_HD Status relay(G g, F f, const DispatchArgs& a, Offer offer) {
     for (int local = 0; local < p; ++local) f.window(local, b.node.offers)[b.geometry.local()] = offer;
   g.sync();
   if (g.lane() == 0) {
-    ++a.book->counts;
+    ++a.consumed->counts;
     ++f.counters().exchanges;
     for (int local = 0; local < p; ++local) f.signal_node(local, b.node.counts + b.geometry.local(), 1);
   }
@@ -115,7 +117,8 @@ MOE_HD Status await_counts(G g, F f, const DispatchArgs& a) {
   const Geometry& geo = a.b.geometry;
   return leader(g, [&] {
     for (int i = 0; i < geo.ranks_per_node; ++i)
-      MOE_TRY(f.wait_node(a.b.node.counts + i, a.book->counts, Phase::counts, geo.rank_at(geo.node(), i)));
+      MOE_TRY(
+          f.wait_node(a.b.node.counts + i, a.consumed->counts, Phase::counts, geo.rank_at(geo.node(), i)));
     return Status{};
   });
 }

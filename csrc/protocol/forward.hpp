@@ -59,7 +59,7 @@ template <Group G, Fabric<G> F>
 MOE_HD Status wait_chunk(G g, F f, const DispatchArgs& a, const Incoming& in, int end) {
   if (!in.remote) return {};
   return leader(g, [&] {
-    const uint64_t seen = a.book->rows[a.b.channel_index(in.node, in.channel)];
+    const uint64_t seen = a.consumed->rows[a.b.channel_index(in.node, in.channel)];
     return f.wait_rail(a.b.rows_counter(in.node, in.channel), seen + (end - in.begin), Phase::forward,
                        in.source);
   });
@@ -200,7 +200,7 @@ MOE_HD Status forward(G g, F f, const DispatchArgs& a, int node, int channel) {
     for (int i = chunk; i < chunk_end; ++i) detail::forward_row(g, f, a, in, i, done);
   }
   if (g.lane() == 0) {
-    if (in.remote) a.book->rows[b.channel_index(node, channel)] += in.end - in.begin;
+    if (in.remote) a.consumed->rows[b.channel_index(node, channel)] += in.end - in.begin;
     const uint64_t bytes = a.plan.call.row_bytes + a.plan.call.scale_bytes;
     HopCounters& hop = f.counters().node;
     hop.logical_rows += done.rows;
@@ -221,7 +221,7 @@ MOE_HD Status announce_arrival(G g, F f, const DispatchArgs& a) {
     Verdict all = *a.verdict;
     for (int n = 0; n < geo.nodes(); ++n) {
       if (n == geo.node()) continue;
-      MOE_TRY(f.wait_rail(b.rail.verdict + n, a.book->dispatches, Phase::forward, geo.rail_rank(n)));
+      MOE_TRY(f.wait_rail(b.rail.verdict + n, a.consumed->dispatches, Phase::forward, geo.rail_rank(n)));
       const Verdict& theirs = f.rail(b.rail.verdicts)[n];
       if (all.ok()) all = theirs;
     }

@@ -1,13 +1,14 @@
 // Dispatch with replicas that are chosen by the counts of all ranks. The exchange carries counts of picks of
-// logical experts, the same block to every node (DispatchArgs::asked). Every rank then computes the same
-// choice, so it knows how many rows every source sends to every expert slot without a further exchange. It
-// does not know how many rows cross a rail, because that depends on which picks belong to the same token.
+// logical experts, the same block to every node (DispatchArgs::logical_blocks). Every rank then computes the
+// same choice, so it knows how many rows every source sends to every expert slot without a further exchange.
+// It does not know how many rows cross a rail, because that depends on which picks belong to the same token.
 // Each source sends this number to its rail peers in a second announcement, ahead of the rows, and no rank
 // relays it.
 //
 //   announce, relay, await_counts   the exchange
 //   picks_of                        the counts that it has brought
-//   announce                        the plan's blocks, after the slots are chosen; `asked` is null from here
+//   announce                        the plan's blocks, after the slots are chosen; `logical_blocks` is null
+//                                   from here on
 //   derive_tables  (all)            fills the tables that a relay of those blocks would have filled
 #pragma once
 #include "protocol/exchange.hpp"

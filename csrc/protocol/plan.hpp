@@ -1,12 +1,13 @@
 // The source's part of the plan: from topk_ids to ordinals and stage slots. Touches private memory only.
 //
-//   sort_picks      every token's picks in ascending expert order; refuses invalid ids before anything moves
-//   number_channel  ordinals and stage slots of one channel's rows, continued from the counts of the channels
-//                   before it
-//   count_picks     the whole plan by one group, channel after channel
-//   number_apart,   the same by many groups at once: numbers every channel from 0, computes prefix sums of
-//   sum_channels,   the counts over the channels, and shifts the numbers of every channel by the counts
-//   shift_channel   before it
+//   sort_picks        every token's picks in ascending expert order; refuses invalid ids before anything
+//                     moves
+//   number_channel    ordinals and stage slots of one channel's rows, continued from the counts of the
+//                     channels before it
+//   count_picks       the whole plan by one group, channel after channel
+//   number_from_zero, the same by many groups at once: numbers every channel from 0, computes prefix sums of
+//   sum_channels,     the counts over the channels, and shifts the numbers of every channel by the counts
+//   shift_channel     before it
 //
 // The lanes divide the tokens in sort_picks, and the experts, ranks or nodes in number_channel. So there are
 // no atomics, and the result is a pure function of the input.
@@ -122,22 +123,23 @@ MOE_HD void count_picks(G g, const DispatchArgs& a) {
   g.sync();
 }
 
-// -- by many groups: `apart` [C, N, ints] is scratch with one row per channel; a barrier separates the steps
+// -- by many groups: `channel_counts` [C, N, ints] is scratch with one row per channel; a barrier separates
+// the steps
 
 template <Group G>
-MOE_HD void number_apart(G g, const DispatchArgs& a, int channel, int32_t* apart) {
+MOE_HD void number_from_zero(G g, const DispatchArgs& a, int channel, int32_t* channel_counts) {
   const int entries = a.b.geometry.nodes() * a.b.count.ints;
-  int32_t* counts = apart + int64_t{channel} * entries;
+  int32_t* counts = channel_counts + int64_t{channel} * entries;
   for (int i = g.lane(); i < entries; i += g.size()) counts[i] = 0;
   g.sync();
   number_channel(g, a, channel, counts);
   g.sync();
 }
 
-// Entries part, part + parts, ... of the count blocks: writes the totals, and to `apart` the counts before
-// every channel. The lanes divide the channels into contiguous ranges.
+// Entries part, part + parts, ... of the count blocks: writes the totals, and to `channel_counts` the counts
+// before every channel. The lanes divide the channels into contiguous ranges.
 template <Group G>
-MOE_HD void sum_channels(G g, const DispatchArgs& a, int32_t* apart, int part, int parts) {
+MOE_HD void sum_channels(G g, const DispatchArgs& a, int32_t* channel_counts, int part, int parts) {
   const BufferView& b = a.b;
   const int entries = b.geometry.nodes() * b.count.ints, channels = b.shape.channels;
   const int begin = channel_begin(channels, g.lane(), g.size()),
@@ -146,7 +148,7 @@ MOE_HD void sum_channels(G g, const DispatchArgs& a, int32_t* apart, int part, i
     const int node = entry / b.count.ints, field = entry % b.count.ints;
     if (field != b.count.rows && (field < b.count.experts || field >= b.count.channels)) continue;
     int32_t mine = 0;
-    for (int c = begin; c < end; ++c) mine += apart[int64_t{c} * entries + entry];
+    for (int c = begin; c < end; ++c) mine += channel_counts[int64_t{c} * entries + entry];
     int32_t before = 0, total = 0;
     for (int lane = 0; lane < g.size(); ++lane) {
       const int32_t theirs = g.broadcast(mine, lane);
@@ -154,7 +156,7 @@ MOE_HD void sum_channels(G g, const DispatchArgs& a, int32_t* apart, int part, i
       total += theirs;
     }
     for (int c = begin; c < end; ++c) {
-      int32_t& count = apart[int64_t{c} * entries + entry];
+      int32_t& count = channel_counts[int64_t{c} * entries + entry];
       const int32_t own = count;
       count = before;
       before += own;
@@ -166,11 +168,11 @@ MOE_HD void sum_channels(G g, const DispatchArgs& a, int32_t* apart, int part, i
 }
 
 template <Group G>
-MOE_HD void shift_channel(G g, const DispatchArgs& a, int channel, const int32_t* apart) {
+MOE_HD void shift_channel(G g, const DispatchArgs& a, int channel, const int32_t* channel_counts) {
   const BufferView& b = a.b;
   const int nodes = b.geometry.nodes(), k_max = b.shape.top_k;
   const int per_rank = b.experts_per_rank(), per_node = b.experts_per_node(), p = b.geometry.ranks_per_node;
-  const int32_t* before = apart + int64_t{channel} * nodes * b.count.ints;
+  const int32_t* before = channel_counts + int64_t{channel} * nodes * b.count.ints;
   const int begin = channel_begin(a.plan.tokens, channel, b.shape.channels),
             end = channel_begin(a.plan.tokens, channel + 1, b.shape.channels);
   const bool by_rank = a.plan.call.layout == RowLayout::rank;

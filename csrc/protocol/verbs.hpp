@@ -17,7 +17,7 @@ namespace detail {
 // The address in a rank's memory if this group's stores reach it, else null.
 template <LaneFabric F>
 MOE_HD char* reachable(F f, const DomainView& d, int rank, uint64_t offset) {
-  if (d.near(rank)) return f.window(d.local_of(rank)) + offset;
+  if (d.same_node(rank)) return f.window(d.local_of(rank)) + offset;
   return reach(f, rank, Offset<char>{offset});
 }
 
@@ -50,16 +50,16 @@ MOE_HD Status each_run(const DomainView& d, Segments p, int channel, Work&& work
 
 // Lane 0 counts what crossed a hop to one rank.
 template <LaneFabric F>
-MOE_HD void count_hop(F f, const DomainView& d, DomainBook* book, int rank, uint64_t rows, uint64_t bytes,
-                      bool crosses = true) {
+MOE_HD void count_hop(F f, const DomainView& d, DomainConsumed* consumed, int rank, uint64_t rows,
+                      uint64_t bytes, bool crosses = true) {
   if (rank == d.geometry.rank) return;
-  HopCounters& hop = d.near(rank) ? f.counters().node : f.counters().rail;
+  HopCounters& hop = d.same_node(rank) ? f.counters().node : f.counters().rail;
   hop.logical_rows += rows;
   hop.logical_bytes += bytes;
   if (!crosses) return;
   hop.physical_rows += rows;
   hop.physical_bytes += bytes;
-  book->link[rank] += bytes;
+  consumed->link[rank] += bytes;
 }
 
 // Counts of the segments that a channel has moved.
@@ -99,7 +99,7 @@ MOE_HD void copy_out(G g, F f, const DomainView& d, int rank, Segments p, int64_
 // One lane.
 template <LaneFabric F>
 MOE_HD void signal(F f, const DomainView& d, int rank, CounterAt at, uint64_t add) {
-  if (d.near(rank))
+  if (d.same_node(rank))
     f.signal_node(d.local_of(rank), at, add);
   else
     f.signal_rail(rank, at, add);
@@ -107,23 +107,23 @@ MOE_HD void signal(F f, const DomainView& d, int rank, CounterAt at, uint64_t ad
 template <LaneFabric F>
 MOE_HD Status await_counter(F f, const DomainView& d, int from, CounterAt at, uint64_t at_least,
                             Phase phase) {
-  return d.near(from) ? f.wait_node(at, at_least, phase, from) : f.wait_rail(at, at_least, phase, from);
+  return d.same_node(from) ? f.wait_node(at, at_least, phase, from) : f.wait_rail(at, at_least, phase, from);
 }
 
 }  // namespace detail
 
 template <Group G, Fabric<G> F>
-MOE_HD void write_segments(G g, F f, const DomainView& d, DomainBook* book, int rank, Segments p) {
+MOE_HD void write_segments(G g, F f, const DomainView& d, DomainConsumed* consumed, int rank, Segments p) {
   detail::copy_out(g, f, d, rank, p, 0, p.count);
-  if (g.lane() == 0) detail::count_hop(f, d, book, rank, p.count, detail::total_bytes(p));
+  if (g.lane() == 0) detail::count_hop(f, d, consumed, rank, p.count, detail::total_bytes(p));
   g.sync();
 }
 
 template <Group G, Fabric<G> F>
   requires ReadingFabric<F>
-MOE_HD void read_segments(G g, F f, const DomainView& d, DomainBook* book, int rank, Segments p) {
+MOE_HD void read_segments(G g, F f, const DomainView& d, DomainConsumed* consumed, int rank, Segments p) {
   for (int64_t i = 0; i < p.count; ++i) detail::read_one(g, f, d, rank, p.segment[i]);
-  if (g.lane() == 0) detail::count_hop(f, d, book, rank, p.count, detail::total_bytes(p));
+  if (g.lane() == 0) detail::count_hop(f, d, consumed, rank, p.count, detail::total_bytes(p));
   g.sync();
 }
 

@@ -37,11 +37,12 @@ MOE_HD inline CallWord fold_words(const CallWord* word, int count, int first_ran
 }  // namespace detail
 
 template <Group G, Fabric<G> F>
-MOE_HD Status agree(G g, F f, const DomainView& d, DomainBook* book, uint64_t signature, Why refused) {
+MOE_HD Status agree(G g, F f, const DomainView& d, DomainConsumed* consumed, uint64_t signature,
+                    Why refused) {
   const Geometry& geo = d.geometry;
   const int p = geo.ranks_per_node, nodes = geo.nodes();
   return leader(g, [&]() -> Status {
-    const uint64_t call = ++book->calls;
+    const uint64_t call = ++consumed->calls;
     const int parity = static_cast<int>(call & 1);
     CallWord mine;
     mine.signature = signature;

@@ -52,7 +52,7 @@ MOE_HD void multicast_send(G g, F f, const MulticastArgs& a, int channel = 0) {
     // Over the rail first: the gateways forward it while this rank writes to its own node.
     for (int32_t r = 0, next; r < a.receivers.count; r = next) {
       next = a.receivers.end_of_node(r, p);
-      if (d.near(a.receivers.rank[r])) continue;
+      if (d.same_node(a.receivers.rank[r])) continue;
       const int to = detail::fed_rank(a, r, next);
       detail::copy_out(g, f, d, to, a.segments, i, end);
       g.sync();
@@ -70,9 +70,9 @@ MOE_HD void multicast_send(G g, F f, const MulticastArgs& a, int channel = 0) {
   if (g.lane() == 0)
     for (int32_t r = 0, next; r < a.receivers.count; r = next) {
       next = a.receivers.end_of_node(r, p);
-      const int fed = d.near(a.receivers.rank[r]) ? -1 : detail::fed_rank(a, r, next);
+      const int fed = d.same_node(a.receivers.rank[r]) ? -1 : detail::fed_rank(a, r, next);
       for (int32_t i = r; i < next; ++i)
-        detail::count_hop(f, d, a.book + channel, a.receivers.rank[i], moved.rows, moved.bytes,
+        detail::count_hop(f, d, a.consumed + channel, a.receivers.rank[i], moved.rows, moved.bytes,
                           fed < 0 || a.receivers.rank[i] == fed);
     }
   g.sync();
@@ -82,14 +82,14 @@ template <Group G, Fabric<G> F>
 MOE_HD Status multicast_forward(G g, F f, const MulticastArgs& a, int channel = 0) {
   const DomainView& d = a.d;
   const int me = d.geometry.rank;
-  if (d.near(a.root)) return {};
+  if (d.same_node(a.root)) return {};
   const auto [first, last] = detail::node_receivers(a, d.geometry.node());
   if (first == last || detail::fed_rank(a, first, last) != me) return {};
   const char* own = f.window(d.geometry.local());
-  DomainBook* book = a.book + channel;
+  DomainConsumed* consumed = a.consumed + channel;
   const CounterAt landed = d.of_channel(d.at.landed, a.root, channel),
                   next = d.of_channel(d.at.landed, me, channel);
-  uint64_t seen = book->landed[a.root];
+  uint64_t seen = consumed->landed[a.root];
   detail::Moved moved;
   g.sync();
   MOE_TRY(detail::each_run(d, a.segments, channel, [&](int64_t i, int64_t end) -> Status {
@@ -109,9 +109,9 @@ MOE_HD Status multicast_forward(G g, F f, const MulticastArgs& a, int channel = 
     return {};
   }));
   if (g.lane() == 0) {
-    book->landed[a.root] = seen;
+    consumed->landed[a.root] = seen;
     for (int32_t r = first; r < last; ++r)
-      detail::count_hop(f, d, book, a.receivers.rank[r], moved.rows, moved.bytes);
+      detail::count_hop(f, d, consumed, a.receivers.rank[r], moved.rows, moved.bytes);
   }
   g.sync();
   return {};
@@ -123,13 +123,13 @@ MOE_HD Status multicast_arrive(G g, F f, const MulticastArgs& a, int channel = 0
   const int me = d.geometry.rank;
   if (me == a.root || !a.receivers.contains(me)) return {};
   int from = a.root;
-  if (!d.near(a.root)) {
+  if (!d.same_node(a.root)) {
     const auto [first, last] = detail::node_receivers(a, d.geometry.node());
     from = detail::fed_rank(a, first, last);
     if (from == me) return {};  // this rank waited while it forwarded
   }
   return leader(g, [&] {
-    uint64_t& seen = a.book[channel].landed[from];
+    uint64_t& seen = a.consumed[channel].landed[from];
     detail::each_run(d, a.segments, channel, [&](int64_t, int64_t) -> Status {
       ++seen;
       return {};

@@ -56,7 +56,7 @@ MOE_HD void sum_nodes(G g, F f, const ReduceArgs& a, int channel, const Segment&
       add_node(g, f, a, from, x.there, terms);
       continue;
     }
-    const uint64_t slot = d.slot_offset(n, channel, a.book[channel].summed[n] + run);
+    const uint64_t slot = d.slot_offset(n, channel, a.consumed[channel].summed[n] + run);
     terms.add(g, f.rail(d.at.slots.moved(slot + at)), [] { return 1.0f; });
     terms.close_group();
   }
@@ -72,11 +72,11 @@ MOE_HD Status reduce_send(G g, F f, const ReduceArgs& a, int channel = 0) {
   const DomainView& d = a.d;
   const int node = d.geometry.node(), root_node = d.node_of(a.root);
   const detail::NodeContributors own = detail::node_contributors(a, node);
-  if (d.near(a.root) || !own.any() || d.gateway(node, a.root) != d.geometry.rank) return {};
+  if (d.same_node(a.root) || !own.any() || d.gateway(node, a.root) != d.geometry.rank) return {};
   const int size = element_bytes(a.type);
   const uint64_t slots = d.shape.slots();
-  DomainBook* book = a.book + channel;
-  uint64_t number = book->sent[root_node];
+  DomainConsumed* consumed = a.consumed + channel;
+  uint64_t number = consumed->sent[root_node];
   detail::Moved moved;
   g.sync();
   MOE_TRY(detail::each_run(d, a.segments, channel, [&](int64_t i, int64_t end) -> Status {
@@ -109,10 +109,10 @@ MOE_HD Status reduce_send(G g, F f, const ReduceArgs& a, int channel = 0) {
     return {};
   }));
   if (g.lane() == 0) {
-    book->sent[root_node] = number;
-    detail::count_hop(f, d, book, a.root, moved.rows, moved.bytes);
+    consumed->sent[root_node] = number;
+    detail::count_hop(f, d, consumed, a.root, moved.rows, moved.bytes);
     for (int32_t r = own.first; r < own.end; ++r)
-      detail::count_hop(f, d, book, a.contributors.rank[r], moved.rows, moved.bytes);
+      detail::count_hop(f, d, consumed, a.contributors.rank[r], moved.rows, moved.bytes);
   }
   g.sync();
   return {};
@@ -123,7 +123,7 @@ MOE_HD Status reduce_sum(G g, F f, const ReduceArgs& a, int channel = 0) {
   const DomainView& d = a.d;
   if (d.geometry.rank != a.root) return {};
   const int nodes = d.geometry.nodes();
-  DomainBook* book = a.book + channel;
+  DomainConsumed* consumed = a.consumed + channel;
   const auto sums_for_me = [&](int n) {
     return n != d.geometry.node() && detail::node_contributors(a, n).any();
   };
@@ -133,7 +133,7 @@ MOE_HD Status reduce_sum(G g, F f, const ReduceArgs& a, int channel = 0) {
     for (int n = 0; n < nodes; ++n)
       if (sums_for_me(n))
         MOE_TRY(leader(g, [&] {
-          return f.wait_rail(d.of_channel(d.at.summed, n, channel), book->summed[n] + run + 1, Phase::sum,
+          return f.wait_rail(d.of_channel(d.at.summed, n, channel), consumed->summed[n] + run + 1, Phase::sum,
                              d.gateway(n, a.root));
         }));
     uint64_t bytes = 0;
@@ -153,10 +153,10 @@ MOE_HD Status reduce_sum(G g, F f, const ReduceArgs& a, int channel = 0) {
   }));
   if (g.lane() == 0) {
     for (int n = 0; n < nodes; ++n)
-      if (sums_for_me(n)) book->summed[n] += run;
+      if (sums_for_me(n)) consumed->summed[n] += run;
     const auto [first, last] = detail::node_contributors(a, d.geometry.node());
     for (int32_t r = first; r < last; ++r)
-      detail::count_hop(f, d, book, a.contributors.rank[r], moved.rows, moved.bytes);
+      detail::count_hop(f, d, consumed, a.contributors.rank[r], moved.rows, moved.bytes);
   }
   g.sync();
   return {};
@@ -186,7 +186,7 @@ MOE_HD Status reduce_finish(G g, F f, const ReduceArgs& a, int channel = 0) {
   if (reader == d.geometry.rank || !a.contributors.contains(d.geometry.rank)) return {};
   return leader(g, [&] {
     const int local = d.local_of(reader);
-    return f.wait_node(d.of_channel(d.at.released, local, channel), ++a.book[channel].released[local],
+    return f.wait_node(d.of_channel(d.at.released, local, channel), ++a.consumed[channel].released[local],
                        Phase::done, reader);
   });
 }

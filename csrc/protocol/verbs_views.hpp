@@ -11,7 +11,7 @@ struct DomainView {
   DomainShape shape;
   DomainLayout at;
 
-  MOE_HD bool near(int rank) const { return rank / geometry.ranks_per_node == geometry.node(); }
+  MOE_HD bool same_node(int rank) const { return rank / geometry.ranks_per_node == geometry.node(); }
   MOE_HD int local_of(int rank) const { return rank % geometry.ranks_per_node; }
   MOE_HD int node_of(int rank) const { return rank / geometry.ranks_per_node; }
   // The counter `number` of `source` on a rank.
@@ -72,7 +72,7 @@ struct MulticastArgs {
   int root = 0;
   Ranks receivers;
   Segments segments;
-  struct DomainBook* book = nullptr;  // [channels]
+  struct DomainConsumed* consumed = nullptr;  // [channels]
 };
 
 // Many ranks' segments for one rank. At the root `here` is the address of the sum; `there` has the
@@ -83,12 +83,12 @@ struct ReduceArgs {
   Ranks contributors;
   Segments segments;
   DType type = DType::f32;
-  struct DomainBook* book = nullptr;  // [channels]
+  struct DomainConsumed* consumed = nullptr;  // [channels]
 };
 
 // Counter values that a channel of this rank has already consumed, and what it moved. Private to the rank;
 // the values only grow.
-struct DomainBook {
+struct DomainConsumed {
   uint64_t calls = 0;            // collective calls; used by the first channel only
   uint64_t* landed = nullptr;    // [size]
   uint64_t* summed = nullptr;    // [nodes]

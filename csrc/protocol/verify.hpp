@@ -55,7 +55,7 @@ MOE_HD Status rail_rows(G g, const DispatchArgs& a, const RowMeta* metas, const 
     const RowMeta* meta = moved(metas, i * meta_bytes(a.b.shape.top_k));
     const char* row = area + i * stride;
     const uint64_t got =
-        wire_checksum(a.plan.call, row, checksum_seed(a.book->dispatches, source, meta->token));
+        wire_checksum(a.plan.call, row, checksum_seed(a.consumed->dispatches, source, meta->token));
     if (got != meta->checksum) wrong = wrong_row(Phase::forward, source, meta->token, meta->checksum, got);
   }
   return first_failure(g, wrong);
@@ -97,7 +97,7 @@ MOE_HD void arrived_rows(G g, const DispatchArgs& a, const char* window, const B
     const char* scales = l.scales.in(window) + r * (call.scales_by_column ? 4 : call.scale_bytes);
     const uint64_t got = wire_checksum(call, l.rows.in(window) + r * call.row_bytes, scales,
                                        call.scales_by_column ? scale_column(rows) : 1,
-                                       checksum_seed(a.book->dispatches, from, token));
+                                       checksum_seed(a.consumed->dispatches, from, token));
     if (got != sums[r]) wrong = wrong_row(Phase::arrive, from, token, sums[r], got);
   }
 }
@@ -110,7 +110,7 @@ MOE_HD void sign_rows(G g, F f, const CombineArgs& a) {
   const char* rows = f.window(geo.local(), a.mine.rows);
   uint64_t* sums = f.window(geo.local(), a.mine.sums);
   for (int64_t r = g.lane(); r < a.plan.rank_rows[geo.local()]; r += g.size())
-    sums[r] = row_checksum(rows + r * bytes, bytes, checksum_seed(a.book->combines, geo.rank, r));
+    sums[r] = row_checksum(rows + r * bytes, bytes, checksum_seed(a.consumed->combines, geo.rank, r));
 }
 
 // Verifies one published row before it is summed. `token`: the source's token that it belongs to.
@@ -120,7 +120,7 @@ MOE_HD Status published_row(F f, const CombineArgs& a, Place p, Phase phase, int
   const RowsBoard& board = a.boards[p.local];
   const int rank = a.b.geometry.rank_at(a.b.geometry.node(), p.local);
   const uint64_t got = row_checksum(f.window(p.local, board.rows + p.row * bytes), bytes,
-                                    checksum_seed(a.book->combines, rank, p.row));
+                                    checksum_seed(a.consumed->combines, rank, p.row));
   const uint64_t want = f.window(p.local, board.sums)[p.row];
   return want == got ? Status{} : wrong_row(phase, rank, token, want, got);
 }
@@ -140,7 +140,7 @@ MOE_HD Status published_rows(G g, F f, const CombineArgs& a, int n, int i, Phase
 MOE_HD inline uint64_t source_checksum(const DispatchArgs& a, const char* staged, int t) {
   if (!a.b.check) return 0;
   const CallShape& call = a.plan.call;
-  const uint64_t seed = checksum_seed(a.book->dispatches, a.b.geometry.rank, t);
+  const uint64_t seed = checksum_seed(a.consumed->dispatches, a.b.geometry.rank, t);
   return staged ? wire_checksum(call, staged, seed)
                 : wire_checksum(call, a.x + t * call.row_bytes, a.scales + t * call.scale_bytes, 1, seed);
 }

@@ -73,7 +73,7 @@ struct PlanView {
 };
 
 // Counter values that this rank has already consumed. Private to the rank; the values only grow.
-struct Book {
+struct Consumed {
   uint64_t enter = 0;   // announcements and combines
   uint64_t blocks = 0;  // count blocks announced
   uint64_t counts = 0;  // count blocks relayed
@@ -88,7 +88,7 @@ struct Book {
 struct DispatchArgs {
   BufferView b;
   PlanView plan;
-  Book* book;
+  Consumed* consumed;
   bool cached;           // the plan is reused, and the places of its rows with it
   bool alone;            // an exchange of counts without a dispatch
   Why refused;           // set: this rank sends nothing and announces that it refuses
@@ -98,7 +98,7 @@ struct DispatchArgs {
   const char* scales;    // [T, scale_bytes] or null
   const float* weights;  // [T, K] or null
   // [N, ints] count blocks with the picks of logical experts (picks.hpp); null: the plan's blocks are sent.
-  int32_t* asked;
+  int32_t* logical_blocks;
   int32_t* base;   // scratch [N, max(E/N, P)]: first row of each source node, per expert or rank of this node
   int32_t* first;  // scratch [max(E/N, P)]
   Offer* offers;   // private copy of the node's offers [P]
@@ -106,14 +106,14 @@ struct DispatchArgs {
   uint64_t* needed;     // [P] out: bytes of every rank's block and its experts' output
   Verdict* verdict;     // out
 
-  MOE_HD constexpr DispatchArgs(const BufferView& b, const PlanView& plan, Book* book, bool cached,
+  MOE_HD constexpr DispatchArgs(const BufferView& b, const PlanView& plan, Consumed* consumed, bool cached,
                                 bool alone, Why refused, const int64_t* ids64, const int32_t* ids32,
-                                const char* x, const char* scales, const float* weights, int32_t* asked,
-                                int32_t* base, int32_t* first, Offer* offers, BlockLayout* target,
-                                uint64_t* needed, Verdict* verdict)
+                                const char* x, const char* scales, const float* weights,
+                                int32_t* logical_blocks, int32_t* base, int32_t* first, Offer* offers,
+                                BlockLayout* target, uint64_t* needed, Verdict* verdict)
       : b(b),
         plan(plan),
-        book(book),
+        consumed(consumed),
         cached(cached),
         alone(alone),
         refused(refused),
@@ -122,7 +122,7 @@ struct DispatchArgs {
         x(x),
         scales(scales),
         weights(weights),
-        asked(asked),
+        logical_blocks(logical_blocks),
         base(base),
         first(first),
         offers(offers),
@@ -134,7 +134,7 @@ struct DispatchArgs {
 struct CombineArgs {
   BufferView b;
   PlanView plan;
-  Book* book;
+  Consumed* consumed;
   RowsBoard mine;     // where this rank's rows and weights are in its window
   Why refused;        // set: this rank neither sends nor gets rows and announces that; the plan is not read
   RowsBoard* boards;  // scratch [P]: the boards of the node's ranks
@@ -147,12 +147,12 @@ struct CombineArgs {
   const float* bias;    // [H] or [T, H] or null
   int64_t bias_stride;  // floats from one token's bias to the next
 
-  MOE_HD constexpr CombineArgs(const BufferView& b, const PlanView& plan, Book* book, const RowsBoard& mine,
-                               Why refused, RowsBoard* boards, Wire wire, char* y, float* returned,
-                               bool sums_back, const float* bias, int64_t bias_stride)
+  MOE_HD constexpr CombineArgs(const BufferView& b, const PlanView& plan, Consumed* consumed,
+                               const RowsBoard& mine, Why refused, RowsBoard* boards, Wire wire, char* y,
+                               float* returned, bool sums_back, const float* bias, int64_t bias_stride)
       : b(b),
         plan(plan),
-        book(book),
+        consumed(consumed),
         mine(mine),
         refused(refused),
         boards(boards),

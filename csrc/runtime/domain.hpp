@@ -70,22 +70,23 @@ inline void set_group(ReduceArgs& a, Ranks ranks, DType type) {
   a.type = type;
 }
 
-// The number of words of a channel's book, and the book in that memory.
-inline uint64_t book_words(const Geometry& g) { return 2 * g.size + 2 * g.nodes() + g.ranks_per_node; }
-inline DomainBook make_book(const Geometry& g, uint64_t* words) {
-  DomainBook book;
-  book.landed = words;
-  book.link = book.landed + g.size;
-  book.summed = book.link + g.size;
-  book.sent = book.summed + g.nodes();
-  book.released = book.sent + g.nodes();
-  return book;
+// The number of words behind a channel's DomainConsumed, and the DomainConsumed that points to them.
+inline uint64_t consumed_words(const Geometry& g) { return 2 * g.size + 2 * g.nodes() + g.ranks_per_node; }
+inline DomainConsumed make_consumed(const Geometry& g, uint64_t* words) {
+  DomainConsumed consumed;
+  consumed.landed = words;
+  consumed.link = consumed.landed + g.size;
+  consumed.summed = consumed.link + g.size;
+  consumed.sent = consumed.summed + g.nodes();
+  consumed.released = consumed.sent + g.nodes();
+  return consumed;
 }
 
-// The book of a rank that has one channel.
+// The DomainConsumed of a rank that has one channel.
 class DomainCounts {
  public:
-  explicit DomainCounts(const Geometry& g) : counts_(book_words(g)), book(make_book(g, counts_.data())) {}
+  explicit DomainCounts(const Geometry& g)
+      : counts_(consumed_words(g)), consumed(make_consumed(g, counts_.data())) {}
   DomainCounts(const DomainCounts&) = delete;
   DomainCounts& operator=(const DomainCounts&) = delete;
 
@@ -93,7 +94,7 @@ class DomainCounts {
   std::vector<uint64_t> counts_;
 
  public:
-  DomainBook book;
+  DomainConsumed consumed;
 };
 
 }  // namespace moecomm

@@ -1,5 +1,5 @@
 // The schedule of one rank's decode on many concurrent groups. Independent of the world, like the protocol. A
-// `|` is a barrier of all groups (meet).
+// `|` is a barrier of all groups.
 //
 //   dispatch, send      list a slice of the tokens | shift its slots, send it | announce to some ranks
 //   dispatch, receive   accept and number a part of a source's messages | shift their places, pack them
@@ -35,17 +35,17 @@ struct DecodeClock {
 
 // A barrier of all groups of the rank: earlier writes of each group are visible to all. Returns the Status of
 // a failed or late group.
-template <class Meeting, class G>
-concept GroupMeeting = requires(Meeting meeting, G g) {
-  { meeting.meet(g) } -> std::same_as<Status>;
+template <class Barrier, class G>
+concept GroupBarrier = requires(Barrier barrier, G g) {
+  { barrier.wait(g) } -> std::same_as<Status>;
 };
 
 // The state that a rank keeps between calls, in its own memory.
 struct DecodeMemory {
   DecodeClock* clock;
-  char* tables;          // for both parities: see place_decode_turn
-  uint64_t table_bytes;  // for one parity
-  int32_t* apart;        // scratch: decode_scratch_ints
+  char* tables;           // for both parities: see place_decode_turn
+  uint64_t table_bytes;   // for one parity
+  int32_t* slice_counts;  // scratch: decode_scratch_ints
 };
 
 // Equal for all groups of a call. args.turn has only what the host knows: neither the epoch nor the tables.
@@ -81,9 +81,9 @@ constexpr int kMessagesPerSlice = 8;
 // Checks rules A, B and C of decode.hpp for the dispatch of `epoch` into `bank`.
 MOE_HD inline Status check_turns(const DecodeClock& clock, uint64_t epoch, int bank) {
   const DecodeClock::Turn &last = clock.turn[(epoch - 1) & 1], &before = clock.turn[epoch & 1];
-  if (!keeps_rule_a(last.stage)) return out_of_turn(DecodeStage::received, last.stage);
-  if (!keeps_rule_b(before.stage)) return out_of_turn(DecodeStage::done, before.stage);
-  if (!keeps_rule_c(last.stage, last.bank == bank)) return out_of_turn(DecodeStage::done, last.stage);
+  if (!keeps_rule_a(last.stage)) return wrong_stage(DecodeStage::received, last.stage);
+  if (!keeps_rule_b(before.stage)) return wrong_stage(DecodeStage::done, before.stage);
+  if (!keeps_rule_c(last.stage, last.bank == bank)) return wrong_stage(DecodeStage::done, last.stage);
   return {};
 }
 
@@ -93,7 +93,7 @@ MOE_HD Status expect_stage(G g, int index, DecodeClock* clock, uint64_t epoch, D
   if (index != 0) return {};
   return leader(g, [&] {
     const DecodeStage is = clock->turn[epoch & 1].stage;
-    return is == needed ? Status{} : out_of_turn(needed, is);
+    return is == needed ? Status{} : wrong_stage(needed, is);
   });
 }
 template <Group G>
@@ -111,23 +111,23 @@ MOE_HD inline int parts_of_tokens(const DecodeTurn& turn, int groups) {
   return turn.tokens < 1 ? 1 : turn.tokens < groups ? turn.tokens : groups;
 }
 
-template <Group G, Fabric<G> F, GroupMeeting<G> Meeting>
-MOE_HD Status send_seat(G g, F f, Meeting meeting, const DecodeDispatchWork& w, const DecodeSendArgs& a,
-                        int index, int groups, bool& refused) {
+template <Group G, Fabric<G> F, GroupBarrier<G> Barrier>
+MOE_HD Status send_group(G g, F f, Barrier barrier, const DecodeDispatchWork& w, const DecodeSendArgs& a,
+                         int index, int groups, bool& refused) {
   const int size = a.d.geometry.size, parts = parts_of_tokens(a.turn, groups);
   const int begin = channel_begin(a.turn.tokens, index, parts),
             end = channel_begin(a.turn.tokens, index + 1, parts);
   if (index == 0) MOE_TRY(leader(g, [&] { return check_turns(*w.memory.clock, a.turn.epoch, a.turn.bank); }));
-  if (index < parts && !decode_list(g, a, begin, end, w.memory.apart + int64_t{index} * size).ok() &&
+  if (index < parts && !decode_list(g, a, begin, end, w.memory.slice_counts + int64_t{index} * size).ok() &&
       g.lane() == 0)
     w.memory.clock->refused = a.turn.epoch;
-  MOE_TRY(meeting.meet(g));  // nothing moves before all picks have been checked
+  MOE_TRY(barrier.wait(g));  // nothing moves before all picks have been checked
   refused = a.refused != Why::none || w.memory.clock->refused == a.turn.epoch;
   if (index < parts && !refused) {
-    decode_shift_slots(g, a, begin, end, w.memory.apart, index, parts);
+    decode_shift_slots(g, a, begin, end, w.memory.slice_counts, index, parts);
     decode_send(g, f, a, begin, end);
   }
-  MOE_TRY(meeting.meet(g));
+  MOE_TRY(barrier.wait(g));
   decode_announce(g, f, a,
                   !refused                 ? Why::none
                   : a.refused != Why::none ? a.refused
@@ -143,15 +143,15 @@ MOE_HD Status send_seat(G g, F f, Meeting meeting, const DecodeDispatchWork& w, 
 
 // Detects sources that make the call with other arguments or refuse their part. The messages of the other
 // sources are still received (rule A).
-template <Group G, Fabric<G> F, GroupMeeting<G> Meeting>
-MOE_HD Status receive_seat(G g, F f, Meeting meeting, const DecodeDispatchWork& w, const DecodeReceiveArgs& a,
-                           int index, int groups) {
+template <Group G, Fabric<G> F, GroupBarrier<G> Barrier>
+MOE_HD Status receive_group(G g, F f, Barrier barrier, const DecodeDispatchWork& w,
+                            const DecodeReceiveArgs& a, int index, int groups) {
   const DecodeView& d = a.d;
   const int per_rank = d.experts_per_rank(), parts = parts_of_source(d, groups),
             slices = d.geometry.size * parts;
   Status found;
   for (int i = index; i < slices; i += groups) {
-    int32_t* counts = w.memory.apart + int64_t{i} * per_rank;
+    int32_t* counts = w.memory.slice_counts + int64_t{i} * per_rank;
     for (int e = g.lane(); e < per_rank; e += g.size()) counts[e] = 0;
     g.sync();
     int got = 0;
@@ -166,14 +166,14 @@ MOE_HD Status receive_seat(G g, F f, Meeting meeting, const DecodeDispatchWork& 
                     counts);
   }
   if (found.code == Code::refused && g.lane() == 0) w.memory.clock->refused = a.turn.epoch;
-  MOE_TRY(meeting.meet(g));
+  MOE_TRY(barrier.wait(g));
   // There is no combine for a refused dispatch.
   const bool refused = a.turn.refused() || w.memory.clock->refused == a.turn.epoch;
   set_stage(g, index, w.memory.clock, a.turn.epoch, refused ? DecodeStage::done : DecodeStage::received);
   for (int i = index; i < slices && found.ok() && !refused; i += groups) {
     const int source = i / parts, part = i % parts, got = a.turn.got[source];
     const int begin = channel_begin(got, part, parts), end = channel_begin(got, part + 1, parts);
-    decode_shift_places(g, f, a, source, begin, end, w.memory.apart, i, slices);
+    decode_shift_places(g, f, a, source, begin, end, w.memory.slice_counts, i, slices);
     MOE_TRY(decode_pack(g, f, a, source, begin, end));
   }
   return found;
@@ -210,9 +210,9 @@ MOE_HD void stage_rows(G g, F f, const DecodeCombineWork& w, const DecodeTurn& t
     }
 }
 
-template <Group G, Fabric<G> F, GroupMeeting<G> Meeting>
-MOE_HD Status answer_seat(G g, F f, Meeting meeting, const DecodeCombineWork& w, DecodeCombineArgs& a,
-                          int index, int groups) {
+template <Group G, Fabric<G> F, GroupBarrier<G> Barrier>
+MOE_HD Status answer_group(G g, F f, Barrier barrier, const DecodeCombineWork& w, DecodeCombineArgs& a,
+                           int index, int groups) {
   const DecodeView& d = a.d;
   const int size = d.geometry.size, parts = parts_of_source(d, groups);
   MOE_TRY(expect_stage(g, index, w.memory.clock, a.turn.epoch, DecodeStage::received));
@@ -221,7 +221,7 @@ MOE_HD Status answer_seat(G g, F f, Meeting meeting, const DecodeCombineWork& w,
     w.memory.clock->unanswered = a.turn.epoch;
   if (w.staged) {
     stage_rows(g, f, w, a.turn, index, groups);
-    MOE_TRY(meeting.meet(g));
+    MOE_TRY(barrier.wait(g));
   }
   if (a.refused == Why::none && (a.turn.weighted || d.geometry.nodes() > 1))
     for (int i = index; i < size * parts; i += groups) {
@@ -229,7 +229,7 @@ MOE_HD Status answer_seat(G g, F f, Meeting meeting, const DecodeCombineWork& w,
       decode_answer(g, f, a, source, channel_begin(got, i % parts, parts),
                     channel_begin(got, i % parts + 1, parts));
     }
-  MOE_TRY(meeting.meet(g));  // no flag is sent before all ids have been checked
+  MOE_TRY(barrier.wait(g));  // no flag is sent before all ids have been checked
   if (w.memory.clock->unanswered == a.turn.epoch && a.refused == Why::none) a.refused = Why::picks;
   for (int step = 1 + index; step <= size; step += groups)
     decode_reply(g, f, a, (d.geometry.rank + step) % size);
@@ -239,8 +239,8 @@ MOE_HD Status answer_seat(G g, F f, Meeting meeting, const DecodeCombineWork& w,
 }
 
 template <Group G, Fabric<G> F>
-MOE_HD Status sum_seat(G g, F f, const DecodeCombineWork& w, const DecodeCombineArgs& a, int index,
-                       int groups) {
+MOE_HD Status sum_group(G g, F f, const DecodeCombineWork& w, const DecodeCombineArgs& a, int index,
+                        int groups) {
   const int tokens = a.turn.tokens, begin = channel_begin(tokens, index, groups),
             end = channel_begin(tokens, index + 1, groups);
   MOE_TRY(expect_stage(g, index, w.memory.clock, a.turn.epoch, DecodeStage::answered));
@@ -252,9 +252,9 @@ MOE_HD Status sum_seat(G g, F f, const DecodeCombineWork& w, const DecodeCombine
 
 }  // namespace detail
 
-template <Group G, Fabric<G> F, GroupMeeting<G> Meeting>
-MOE_HD Status decode_dispatch_seat(G g, F f, Meeting meeting, const DecodeDispatchWork& w, int index,
-                                   int groups) {
+template <Group G, Fabric<G> F, GroupBarrier<G> Barrier>
+MOE_HD Status decode_dispatch_group(G g, F f, Barrier barrier, const DecodeDispatchWork& w, int index,
+                                    int groups) {
   DecodeTurn turn = w.args.turn;
   turn.epoch = w.memory.clock->epoch + (w.sends ? 1 : 0);
   place_decode_turn(w.args.d, w.memory.tables + turn.parity() * w.memory.table_bytes, turn);
@@ -262,14 +262,14 @@ MOE_HD Status decode_dispatch_seat(G g, F f, Meeting meeting, const DecodeDispat
   DecodeSendArgs a = w.args;
   a.turn = turn;
   if (w.sends) {
-    MOE_TRY(detail::send_seat(g, f, meeting, w, a, index, groups, refused));
+    MOE_TRY(detail::send_group(g, f, barrier, w, a, index, groups, refused));
     if (refused) turn.mode = kRefusedMode;
   } else {
     MOE_TRY(detail::expect_stage(g, index, w.memory.clock, turn.epoch, DecodeStage::sent));
   }
   // After a refusal the receive phase runs now, because the caller gets no hook to run it later.
   if (!w.receives && !refused) return {};
-  const Status s = detail::receive_seat(g, f, meeting, w, DecodeReceiveArgs{w.args.d, turn}, index, groups);
+  const Status s = detail::receive_group(g, f, barrier, w, DecodeReceiveArgs{w.args.d, turn}, index, groups);
   if (!refused) return s;  // a final failure follows from the refusal
   // The group with the invalid pick searches it again, because keeping it through the call takes registers.
   const int parts = detail::parts_of_tokens(a.turn, groups);
@@ -279,18 +279,18 @@ MOE_HD Status decode_dispatch_seat(G g, F f, Meeting meeting, const DecodeDispat
   return bad.ok() ? s : bad;
 }
 
-template <Group G, Fabric<G> F, GroupMeeting<G> Meeting>
-MOE_HD Status decode_combine_seat(G g, F f, Meeting meeting, const DecodeCombineWork& w, int index,
-                                  int groups) {
+template <Group G, Fabric<G> F, GroupBarrier<G> Barrier>
+MOE_HD Status decode_combine_group(G g, F f, Barrier barrier, const DecodeCombineWork& w, int index,
+                                   int groups) {
   DecodeCombineArgs a = w.args;
   const uint64_t latest = w.memory.clock->epoch;
   a.turn.epoch = w.memory.clock->turn[latest & 1].ticket == w.ticket ? latest : latest - 1;
   if (w.memory.clock->turn[a.turn.epoch & 1].ticket != w.ticket || a.turn.epoch == 0)
-    return out_of_turn(DecodeStage::received, DecodeStage::idle);
+    return wrong_stage(DecodeStage::received, DecodeStage::idle);
   place_decode_turn(a.d, w.memory.tables + a.turn.parity() * w.memory.table_bytes, a.turn);
-  if (w.answers) MOE_TRY(detail::answer_seat(g, f, meeting, w, a, index, groups));
+  if (w.answers) MOE_TRY(detail::answer_group(g, f, barrier, w, a, index, groups));
   if (!w.sums && a.refused == Why::none) return {};
-  const Status s = detail::sum_seat(g, f, w, a, index, groups);
+  const Status s = detail::sum_group(g, f, w, a, index, groups);
   if (a.refused == w.args.refused) return s;  // the ids were those of the dispatch
   const Status other =                        // looked for again, as the bad pick of a dispatch
       detail::take_weights(g, w, a.turn, a.d.shape.top_k, index, groups);

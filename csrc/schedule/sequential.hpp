@@ -67,8 +67,8 @@ Status run_dispatch(G g, F f, const DispatchArgs& a, Offer offer, Placed placed 
   return bad.ok() || is_final(s) ? s : bad;
 }
 
-// One exchange of a.asked and nothing else. The counts that picks(source) returns are valid until use(picks)
-// returns.
+// One exchange of a.logical_blocks and nothing else. The counts that picks(source) returns are valid until
+// use(picks) returns.
 template <Group G, Fabric<G> F, class Use>
 Status run_exchange(G g, F f, DispatchArgs a, Use use) {
   a.alone = true;
@@ -81,10 +81,10 @@ Status run_exchange(G g, F f, DispatchArgs a, Use use) {
   return {};
 }
 
-// A dispatch by picks of logical experts, whose expert slots depend on the picks of all ranks. a.asked has
-// this rank's counts. The chooser has choose(picks of source), which writes the expert slots to a.ids64 once
-// the counts of all ranks are known, rows_follow, and rows_to(source, counts). move(args, sends, tables) does
-// the rest, like detail::move_rows.
+// A dispatch by picks of logical experts, whose expert slots depend on the picks of all ranks.
+// a.logical_blocks has this rank's counts. The chooser has choose(picks of source), which writes the expert
+// slots to a.ids64 once the counts of all ranks are known, rows_follow, and rows_to(source, counts).
+// move(args, sends, tables) does the rest, like detail::move_rows.
 template <Group G, Fabric<G> F, class Chooser, class Move>
   requires(!std::invocable<Move>)
 Status run_dispatch(G g, F f, DispatchArgs a, Offer offer, Chooser&& chooser, Move move) {
@@ -104,7 +104,7 @@ Status run_dispatch(G g, F f, DispatchArgs a, Offer offer, Chooser&& chooser, Mo
       });
     }));
     MOE_TRY(detail::plan_rows(g, f, a));
-    a.asked = nullptr;
+    a.logical_blocks = nullptr;
     MOE_TRY(timed(g, f, RoleKind::announce, [&] {
       announce(g, f, a, Why::none, false);
       return chooser.rows_follow ? Status{} : relay(g, f, a, offer);

@@ -35,15 +35,15 @@ constexpr void open_plan(PlanView& plan, const DispatchCall& call) {
   }
 }
 
-// Call open_plan(plan, call) first. asked: the count blocks with the picks of logical experts, which are sent
-// before the expert slots are chosen; null if the call's ids are expert slots already.
-constexpr DispatchArgs make_dispatch_args(const BufferView& b, const PlanView& plan, Book* book,
+// Call open_plan(plan, call) first. logical_blocks: the count blocks with the picks of logical experts, which
+// are sent before the expert slots are chosen; null if the call's ids are expert slots already.
+constexpr DispatchArgs make_dispatch_args(const BufferView& b, const PlanView& plan, Consumed* consumed,
                                           const DispatchScratch& scratch, const DispatchCall& call,
-                                          int32_t* asked) {
+                                          int32_t* logical_blocks) {
   const bool alone = false;
   return {b,
           plan,
-          book,
+          consumed,
           call.cached,
           alone,
           call.refused,
@@ -52,7 +52,7 @@ constexpr DispatchArgs make_dispatch_args(const BufferView& b, const PlanView& p
           call.x,
           call.scales,
           call.weights,
-          asked,
+          logical_blocks,
           scratch.base,
           scratch.first,
           scratch.offers,
@@ -61,15 +61,15 @@ constexpr DispatchArgs make_dispatch_args(const BufferView& b, const PlanView& p
           scratch.verdict};
 }
 
-// For an exchange of `asked` alone, without a plan and without rows.
-constexpr DispatchArgs make_exchange_args(const BufferView& b, Book* book, const CallShape& shape,
-                                          Why refused, int32_t* asked) {
+// For an exchange of `logical_blocks` alone, without a plan and without rows.
+constexpr DispatchArgs make_exchange_args(const BufferView& b, Consumed* consumed, const CallShape& shape,
+                                          Why refused, int32_t* logical_blocks) {
   PlanView plan;
   plan.call = shape;
   DispatchCall call;
   call.refused = refused;
   const DispatchScratch none{};
-  return make_dispatch_args(b, plan, book, none, call, asked);
+  return make_dispatch_args(b, plan, consumed, none, call, logical_blocks);
 }
 
 // Window offsets of this rank's rows and of the values that belong to them; 0: there are none. publish() adds
@@ -82,17 +82,18 @@ constexpr RowsBoard make_board(Offset<char> rows, Offset<float> weights, Offset<
 }
 
 // boards: scratch for the boards of all ranks of the node.
-constexpr CombineArgs make_combine_args(const BufferView& b, const PlanView& plan, Book* book,
+constexpr CombineArgs make_combine_args(const BufferView& b, const PlanView& plan, Consumed* consumed,
                                         RowsBoard* boards, const RowsBoard& mine, const CombineCall& call) {
-  return {b,         plan,   book,          mine,           call.refused, boards,
+  return {b,         plan,   consumed,      mine,           call.refused, boards,
           call.wire, call.y, call.returned, call.sums_back, call.bias,    call.bias_stride};
 }
 
 // For a rank that refuses its part. Its plan is not read.
-constexpr CombineArgs make_refused_combine_args(const BufferView& b, Book* book, RowsBoard* boards, Why why) {
+constexpr CombineArgs make_refused_combine_args(const BufferView& b, Consumed* consumed, RowsBoard* boards,
+                                                Why why) {
   CombineCall call;
   call.refused = why;
-  return make_combine_args(b, {}, book, boards, {}, call);
+  return make_combine_args(b, {}, consumed, boards, {}, call);
 }
 
 }  // namespace moecomm

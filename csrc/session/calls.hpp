@@ -7,7 +7,7 @@
 namespace moecomm {
 
 namespace balance {
-class Choice;
+class ReplicaPolicy;
 }
 
 // A rank's tokens and their picks.
@@ -24,8 +24,8 @@ struct Tokens {
 struct DispatchCall : Tokens {
   bool cached = false;
   CallShape shape;
-  const balance::Choice* choice = nullptr;  // set: ids64 are logical experts, and `slots` is written
-  int64_t* slots = nullptr;                 // [T, K] out: the chosen expert slots
+  const balance::ReplicaPolicy* policy = nullptr;  // set: ids64 are logical experts, and `slots` is written
+  int64_t* slots = nullptr;                        // [T, K] out: the chosen expert slots
   // [E] out: picks per logical expert; of all ranks if the choice needs them, else of this rank.
   int32_t* counted = nullptr;
 };

@@ -53,8 +53,8 @@ class DecodeTurns {
   Status enter(uint64_t capture) {
     for (Turn& t : turns_) {
       if (t.capture == capture) continue;
-      if (t.capture == 0 && !keeps_rule_a(t.stage)) return out_of_turn(DecodeStage::received, t.stage);
-      if (t.capture == 0 && !keeps_rule_b(t.stage)) return out_of_turn(DecodeStage::done, t.stage);
+      if (t.capture == 0 && !keeps_rule_a(t.stage)) return wrong_stage(DecodeStage::received, t.stage);
+      if (t.capture == 0 && !keeps_rule_b(t.stage)) return wrong_stage(DecodeStage::done, t.stage);
       t.stage = DecodeStage::idle;
     }
     return {};

@@ -13,15 +13,15 @@ using Rail = LoopbackDeviceRail;
 
 __global__ void __launch_bounds__(32 * cuda::kMaxWarps, 1)
     domain_ring_kernel(const __grid_constant__ cuda::Call call, const __grid_constant__ RingArgs args) {
-  cuda::run_warp<Rail>(call, [&](Warp g, auto fabric, auto, Seat seat) {
-    return seat.index == 0 ? ring_gather(g, DomainFabric<Rail>{fabric}, args) : Status{};
+  cuda::run_warp<Rail>(call, [&](Warp g, auto fabric, auto, GroupIndex self) {
+    return self.index == 0 ? ring_gather(g, DomainFabric<Rail>{fabric}, args) : Status{};
   });
 }
 
 __global__ void __launch_bounds__(32 * cuda::kMaxWarps, 1)
     domain_hot_kernel(const __grid_constant__ cuda::Call call, const __grid_constant__ HotArgs args) {
-  cuda::run_warp<Rail>(call, [&](Warp g, auto fabric, auto, Seat seat) {
-    return spread_hot(g, DomainFabric<Rail>{fabric}, args, seat.index);
+  cuda::run_warp<Rail>(call, [&](Warp g, auto fabric, auto, GroupIndex self) {
+    return spread_hot(g, DomainFabric<Rail>{fabric}, args, self.index);
   });
 }
 

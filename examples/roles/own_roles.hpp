@@ -14,7 +14,7 @@ using namespace moecomm;
 
 struct RingArgs {
   DomainView d;
-  DomainBook* book = nullptr;
+  DomainConsumed* consumed = nullptr;
   uint64_t blocks = 0;  // offset in every rank's memory of one block per rank; this rank has filled its own
   uint64_t bytes = 0;   // of a block
   int32_t counter = 0;  // of the domain; no other call uses it

@@ -76,7 +76,7 @@ class ThreadWorld:
         )  # the world of run_local, and its ranks
         self.ended = set()  # ranks whose function has returned or raised; of the whole world
         self.barrier = threading.Barrier(size)
-        self.cards = [None] * size
+        self.contacts = [None] * size
         self.failed = None  # rank whose function raised first
         self.kept = []  # windows, which stay mapped until every rank thread has ended
         self.changed = threading.Condition()
@@ -101,9 +101,9 @@ class Thread:
 
     def allgather(self, data, op="bootstrap"):
         """Return the bytes of all ranks, by rank. op names the call in error messages."""
-        self._world.cards[self.rank] = data
+        self._world.contacts[self.rank] = data
         self._meet(op)
-        out = list(self._world.cards)
+        out = list(self._world.contacts)
         self._meet(op)
         return out
 

@@ -38,7 +38,7 @@ class Connecting:
         return fields, json.dumps({**fields, "signature": sign(self._token_of(to), fields)}).encode()
 
     def _token_of(self, rank):
-        return bytes.fromhex(self._cards[self._ranks[rank]][3])
+        return bytes.fromhex(self._contacts[self._ranks[rank]][3])
 
     def _welcome(self, nonce, caller):
         """Return the answer to a call. It proves that this rank is the one that was called."""
@@ -115,7 +115,7 @@ class Connecting:
 
     def _dial(self, r):
         try:
-            s = dial(self._endpoint.address_in(self._cards[self._ranks[r]]))
+            s = dial(self._endpoint.address_in(self._contacts[self._ranks[r]]))
         except Refused:
             raise self._lost_error(r) from None
         return None if s is None else Line(s)

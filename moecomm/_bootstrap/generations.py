@@ -102,8 +102,8 @@ class GenerationMesh(Mesh):
         return self._timeout
 
     def root(self):
-        """Return (Endpoint, cards by rank, a unique name), from which a mesh of these and new ranks is made."""
-        return self._endpoint, [self._cards[r] for r in self._ranks], f"{self._identity}/{self._number}"
+        """Return (Endpoint, contacts by rank, a unique name), from which a mesh of these and new ranks is made."""
+        return self._endpoint, [self._contacts[r] for r in self._ranks], f"{self._identity}/{self._number}"
 
     def is_broken(self):
         """Whether an exchange has failed."""

@@ -1,4 +1,4 @@
-"""The caller's groups. They exchange the card of every rank once; everything later goes over sockets of moecomm."""
+"""The caller's groups. They exchange the contact of every rank once; everything later goes over sockets of moecomm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import InvalidArgument, MoecommError, PeerLost, PeerTimeout
 from .generations import GenerationMesh
 from .sockets import Endpoint
 
-_SLOT = 1024  # bytes for a card in an exchange of equal sizes
+_SLOT = 1024  # bytes for a contact in an exchange of equal sizes
 _abandoned = []  # (request, buffers) of exchanges that did not end; MPI may still write to them
 
 
@@ -269,7 +269,7 @@ def of_store(host, port, rank, size, timeout):
 
 
 def connect(group, timeout):
-    """Return the Mesh of the ranks of a group. The group exchanges their cards; then they connect sockets.
+    """Return the Mesh of the ranks of a group. The group exchanges their contacts; then they connect sockets.
 
     Raises
     ------
@@ -284,13 +284,15 @@ def connect(group, timeout):
         networks = group.gather("network", point.network)
         try:
             point.listen_beyond(networks)
-            mine = [point.card(), None]
+            mine = [point.contact(), None]
         except (InvalidArgument, OSError) as error:
             mine = [None, str(error)[:600]]
-        everyone = [json.loads(text) for text in group.gather("card", json.dumps(mine))]
+        everyone = [json.loads(text) for text in group.gather("contact", json.dumps(mine))]
         for r, (_, why) in enumerate(everyone):
             if why is not None:
                 raise InvalidArgument(f"{why} (rank {r})", op="Communicator", rank=group.rank, peer=r)
-        return GenerationMesh(point, [card for card, _ in everyone], range(group.size), group.rank, timeout)
+        return GenerationMesh(
+            point, [contact for contact, _ in everyone], range(group.size), group.rank, timeout
+        )
     finally:
         point.leave()

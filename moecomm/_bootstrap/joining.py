@@ -19,17 +19,17 @@ _MOST = 8  # ranks in an address; one of them must still run when it is used
 _FLUSH = 5.0  # seconds in which the kernel must accept an invitation
 
 
-def address_of(cards):
-    """Return the cards of some ranks as text."""
-    return _SCHEME + base64.urlsafe_b64encode(json.dumps(cards[:_MOST]).encode()).decode()
+def address_of(contacts):
+    """Return the contacts of some ranks as text."""
+    return _SCHEME + base64.urlsafe_b64encode(json.dumps(contacts[:_MOST]).encode()).decode()
 
 
-def _cards_of(address):
+def _contacts_of(address):
     try:
-        cards = json.loads(base64.urlsafe_b64decode(address[len(_SCHEME) :]))
-        known = all(isinstance(card[0], str) and bytes.fromhex(card[3]) for card in cards)
-        if address.startswith(_SCHEME) and cards and known:
-            return cards
+        contacts = json.loads(base64.urlsafe_b64decode(address[len(_SCHEME) :]))
+        known = all(isinstance(contact[0], str) and bytes.fromhex(contact[3]) for contact in contacts)
+        if address.startswith(_SCHEME) and contacts and known:
+            return contacts
     except (ValueError, TypeError, AttributeError, IndexError):
         pass
     raise InvalidArgument(
@@ -44,8 +44,8 @@ class Waiting:
     def __init__(self, endpoint):
         self._endpoint, self._lines = endpoint, {}  # number -> (HELLO, Line)
 
-    def cards(self):
-        """Return [{"id", "card", "host"}] of the ranks that still wait."""
+    def contacts(self):
+        """Return [{"id", "contact", "host"}] of the ranks that still wait."""
         with self._endpoint.lock:
             self._endpoint.greet()
             for key in [key for key in self._endpoint.waiting if key[0] == _NAME]:
@@ -56,7 +56,7 @@ class Waiting:
                 line.close()
                 del self._lines[number]
         return [
-            {"id": number, "card": hello["card"], "host": hello["host"]}
+            {"id": number, "contact": hello["contact"], "host": hello["host"]}
             for number, (hello, _) in self._lines.items()
         ]
 
@@ -85,8 +85,8 @@ class Wider:
     Parameters
     ----------
     endpoint : Endpoint
-    cards : list
-        Cards by rank of the new mesh.
+    contacts : list
+        Contacts by rank of the new mesh.
     me : int
         The rank of this process in the new mesh.
     timeout : float
@@ -94,12 +94,18 @@ class Wider:
         Unique name of the new mesh, equal on all its ranks.
     """
 
-    def __init__(self, endpoint, cards, me, timeout, name):
-        self._endpoint, self._cards, self._me, self._timeout, self._name = endpoint, cards, me, timeout, name
+    def __init__(self, endpoint, contacts, me, timeout, name):
+        self._endpoint, self._contacts, self._me, self._timeout, self._name = (
+            endpoint,
+            contacts,
+            me,
+            timeout,
+            name,
+        )
 
     def invitation(self, rank):
         """Return the part of an invitation that describes the new mesh."""
-        return {"cards": self._cards, "me": rank, "name": self._name}
+        return {"contacts": self._contacts, "me": rank, "name": self._name}
 
     def connect_once(self):
         """As connect, for an endpoint that no other mesh uses."""
@@ -116,23 +122,23 @@ class Wider:
         PeerTimeout, PeerLost
             A rank does not make the call within the timeout, or has ended.
         """
-        ranks = range(len(self._cards))
+        ranks = range(len(self._contacts))
         try:
             return GenerationMesh(
-                self._endpoint, self._cards, ranks, self._me, self._timeout, self._name, self._name
+                self._endpoint, self._contacts, ranks, self._me, self._timeout, self._name, self._name
             )
         except BaseException:
             self._endpoint.end(self._name)  # closes later calls too, for example of a rank that was stopped
             raise
 
 
-def wider(mesh, ranks, cards):
+def wider(mesh, ranks, contacts):
     """Return the Wider of a GenerationMesh.
 
-    ranks: its ranks in the new order; -1: a new rank, whose card is in cards.
+    ranks: its ranks in the new order; -1: a new rank, whose contact is in contacts.
     """
     endpoint, own, name = mesh.root()
-    everyone = [own[r] if r >= 0 else card for r, card in zip(ranks, cards, strict=True)]
+    everyone = [own[r] if r >= 0 else contact for r, contact in zip(ranks, contacts, strict=True)]
     name = hashlib.sha256(json.dumps([name, everyone]).encode()).hexdigest()[:32]
     return Wider(endpoint, everyone, list(ranks).index(mesh.rank), mesh.timeout, name)
 
@@ -147,14 +153,14 @@ def dial_in(address, timeout, host):
     PeerLost, PeerTimeout
         The members have ended, or do not invite this rank within the timeout.
     """
-    cards, point = _cards_of(address), Endpoint()
+    contacts, point = _contacts_of(address), Endpoint()
     point.enter()
     try:
         clock, lost = Clock(timeout), None
-        for card in cards:
+        for contact in contacts:
             try:
-                told = _ask(point, card, host, clock, timeout)
-                return told, Wider(point, told["cards"], told["me"], told["timeout"], told["name"])
+                told = _ask(point, contact, host, clock, timeout)
+                return told, Wider(point, told["contacts"], told["me"], told["timeout"], told["name"])
             except PeerLost as error:
                 lost = error
         raise lost
@@ -163,25 +169,25 @@ def dial_in(address, timeout, host):
         raise
 
 
-def _ask(point, card, host, clock, timeout):
-    where = point.address_in(card)
+def _ask(point, contact, host, clock, timeout):
+    where = point.address_in(contact)
     if where is None:
         raise InvalidArgument(
             "join: address belongs to another host, whose ranks accept connections of their own host only; expected "
             "the address of a rank on this host, or of members on several hosts",
             op="join",
         )
-    point.listen_beyond([card[0]])
+    point.listen_beyond([contact[0]])
     line = _call(where)
     fields = {
         "name": _NAME,
         "from": secrets.randbits(31),
-        "card": point.card(),
+        "contact": point.contact(),
         "host": host,
         "refused": None,
         "begun": 0,
     }
-    signed = {**fields, "signature": sign(bytes.fromhex(card[3]), fields)}
+    signed = {**fields, "signature": sign(bytes.fromhex(contact[3]), fields)}
     line.put(HELLO, 0, 0, json.dumps(signed).encode())
     try:
         return _wait(line, clock, timeout)

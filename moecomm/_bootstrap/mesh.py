@@ -43,12 +43,12 @@ class Mesh(Connecting):
     ----------
     endpoint : Endpoint
         The sockets on which this rank listens.
-    cards : list
-        Cards of all ranks that have exchanged them.
+    contacts : list
+        Contacts of all ranks that have exchanged them.
     ranks : sequence of int
-        Members: rank r of the mesh has cards[ranks[r]].
+        Members: rank r of the mesh has contacts[ranks[r]].
     me : int
-        Index of this rank in cards.
+        Index of this rank in contacts.
     timeout : float
         Limit of every wait in seconds.
     name : str
@@ -74,9 +74,19 @@ class Mesh(Connecting):
     threads, complaint = False, None
 
     def __init__(
-        self, endpoint, cards, ranks, me, timeout, name="all", parent="", numbers=None, exchanges=0, begun=0
+        self,
+        endpoint,
+        contacts,
+        ranks,
+        me,
+        timeout,
+        name="all",
+        parent="",
+        numbers=None,
+        exchanges=0,
+        begun=0,
     ):
-        self._endpoint, self._cards, self._ranks, self._timeout = endpoint, cards, list(ranks), timeout
+        self._endpoint, self._contacts, self._ranks, self._timeout = endpoint, contacts, list(ranks), timeout
         self._name, self._parent, self._exchanges, self._begun = name, parent, exchanges, begun
         self.rank, self.size = self._ranks.index(me), len(self._ranks)
         self._numbers = range(self.size) if numbers is None else list(numbers)
@@ -320,7 +330,7 @@ class Mesh(Connecting):
         name = hashlib.sha256(json.dumps([self._identity, ranks]).encode()).hexdigest()[:32]
         return type(self)(
             self._endpoint,
-            self._cards,
+            self._contacts,
             ranks,
             self._ranks[self.rank],
             self._timeout,

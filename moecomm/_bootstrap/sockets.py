@@ -292,13 +292,13 @@ class Endpoint:
             tcp, self._tcp_address = listen(own_address())
             self.listening.append(tcp)
 
-    def card(self):
+    def contact(self):
         """Return [network identity, UNIX address, TCP address, token], which the other ranks need."""
         return [self.network, self._unix_address, self._tcp_address, self.token.hex()]
 
-    def address_in(self, card):
-        """Return the address at which this rank reaches the rank with this card."""
-        network, unix, tcp, _ = card
+    def address_in(self, contact):
+        """Return the address at which this rank reaches the rank with this contact."""
+        network, unix, tcp, _ = contact
         return unix if network == self.network else tcp
 
     def greet(self):

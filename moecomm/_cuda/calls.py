@@ -18,16 +18,16 @@ class Calls:
     On the board, each rank writes the call in which it waits. native: the extension module.
     """
 
-    def __init__(self, native, reach, comm):
-        self.native = native.Calls((comm.rank, comm.size, comm.ranks_per_node), reach, comm.gpu)
-        self.card = self.native.card
+    def __init__(self, native, peer_access, comm):
+        self.native = native.Calls((comm.rank, comm.size, comm.ranks_per_node), peer_access, comm.gpu)
+        self.contact = self.native.contact
         self._rank, self._device, self._host, self._timeout = comm.rank, comm.gpu, comm.native, comm.timeout
         self._apart = []  # native decode memories that have gone on without lost ranks
 
-    def connect(self, cards):
+    def connect(self, contacts):
         """As for a buffer. With NCCL it waits for every rank."""
         nccl.bounded(
-            lambda: self.native.connect(cards), self._timeout, what="connecting the board", rank=self._rank
+            lambda: self.native.connect(contacts), self._timeout, what="connecting the board", rank=self._rank
         )
 
     def note(self, failure):

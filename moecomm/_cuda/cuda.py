@@ -153,8 +153,8 @@ def fabric_of(threads, hosts, ipc, wanted="auto"):
     return "nccl" if wanted == "nccl" or len(set(hosts)) > 1 or not all(ipc) else "ipc"
 
 
-def reach_of(comm, hosts):
-    """Make the native Reach, by which the ranks of a communicator access each other's windows. Collective.
+def peer_access_of(comm, hosts):
+    """Make the native PeerAccess, by which the ranks of a communicator access each other's windows. Collective.
 
     Raises
     ------
@@ -163,7 +163,7 @@ def reach_of(comm, hosts):
     PeerTimeout
         A rank does not make the call within the timeout.
     """
-    make, device = native().Reach, comm.gpu
+    make, device = native().PeerAccess, comm.gpu
     threads = comm.bootstrap.threads
     ipc = [True] * comm.size if threads else _ipc_opens(comm, device, hosts)
     fabric = fabric_of(threads, hosts, ipc, Environment().cuda_fabric)
@@ -240,11 +240,11 @@ def share_of(memory, op="Buffer"):
             comm.cuda.gpu_name = gpu = str(torch.cuda.get_device_properties(comm.device).uuid)
         _communicators.add(comm)
         comm.cuda.buffers.add(memory)
-        return gpu, *limits, name, _wanted_here(gpu), list(comm.cuda.reach.retired())
+        return gpu, *limits, name, _wanted_here(gpu), list(comm.cuda.peer_access.retired())
 
     sharing = comm.collective.everywhere(op, held)
     gpu, shared_bytes, sms, name, *_ = sharing[comm.rank]
-    comm.cuda.reach.release(sorted(set.intersection(*(set(gone) for *_, gone in sharing))))
+    comm.cuda.peer_access.release(sorted(set.intersection(*(set(gone) for *_, gone in sharing))))
     for rank, (other, _, its_sms, its_name, *_) in enumerate(sharing):  # all ranks refuse, or none
         wanted = {}
         for there, _, _, _, theirs, _ in sharing:
@@ -300,7 +300,7 @@ class NativeBuffer(streams.OnStreams):
         super().__init__(comm, native().Failure)
         self._buffer = native().Buffer(
             (comm.rank, comm.size, comm.ranks_per_node),
-            comm.cuda.reach,
+            comm.cuda.peer_access,
             comm.gpu_calls.native,
             comm.gpu,
             hidden,
@@ -317,9 +317,9 @@ class NativeBuffer(streams.OnStreams):
             comm.timeout,
         )
         for name in (
-            "card",
+            "contact",
             "fault",
-            "connected",
+            "finish_connect",
             "owns",
             "block_layout",
             "window",
@@ -330,10 +330,10 @@ class NativeBuffer(streams.OnStreams):
         ):
             setattr(self, name, getattr(self._buffer, name))
 
-    def connect(self, cards):
+    def connect(self, contacts):
         """As in the cpu world. With NCCL it waits for every rank."""
         timeout, rank = self._bounds
-        nccl.bounded(lambda: self._buffer.connect(cards), timeout, what="connecting a window", rank=rank)
+        nccl.bounded(lambda: self._buffer.connect(contacts), timeout, what="connecting a window", rank=rank)
 
     def release(self):
         """Release the memory after a running call of another thread, or after the call that this thread is inside."""

@@ -19,7 +19,7 @@ class NativeDecode:
         self._buffer = memory.native
         self._native = cuda.native().Decode(
             (comm.rank, comm.size, comm.ranks_per_node),
-            comm.cuda.reach,
+            comm.cuda.peer_access,
             comm.gpu_calls.native,
             comm.gpu,
             memory.hidden,
@@ -34,20 +34,20 @@ class NativeDecode:
         )
         self.in_extension = self._native
         self._bounds = comm.timeout, comm.rank
-        for name in ("card", "window", "area", "counters", "take_counters", "fault", "rest", "mask"):
+        for name in ("contact", "window", "area", "counters", "take_counters", "fault", "rest", "mask"):
             setattr(self, name, getattr(self._native, name))
 
-    def connect(self, cards):
+    def connect(self, contacts):
         """As in the cpu world. With NCCL it waits for every rank."""
         timeout, rank = self._bounds
         nccl.bounded(
-            lambda: self._native.connect(cards),
+            lambda: self._native.connect(contacts),
             timeout,
             what="connecting the decode path's windows",
             rank=rank,
         )
 
-    def connected(self):
+    def finish_connect(self):
         """Do nothing: connect has completed the connection."""
 
     def trace(self, on):

@@ -20,7 +20,7 @@ class NativeDomain(OnStreams):
         super().__init__(comm, cuda.native().Failure)
         self._domain = cuda.native().Domain(
             (comm.rank, comm.size, comm.ranks_per_node),
-            comm.cuda.reach,
+            comm.cuda.peer_access,
             comm.gpu_calls.native,
             comm.gpu,
             size,
@@ -29,7 +29,7 @@ class NativeDomain(OnStreams):
             plan.stages,
             comm.timeout,
         )
-        for name in ("card", "memory", "counter", "from_window_only"):
+        for name in ("contact", "memory", "counter", "from_window_only"):
             setattr(self, name, getattr(self._domain, name))
 
     @property
@@ -37,12 +37,12 @@ class NativeDomain(OnStreams):
         """As in the cpu world."""
         return self._domain.heap
 
-    def connect(self, cards):
+    def connect(self, contacts):
         """As in the cpu world. With NCCL it waits for every rank."""
         timeout, rank = self._bounds
-        nccl.bounded(lambda: self._domain.connect(cards), timeout, what="connecting a domain", rank=rank)
+        nccl.bounded(lambda: self._domain.connect(contacts), timeout, what="connecting a domain", rank=rank)
 
-    def connected(self):
+    def finish_connect(self):
         """Do nothing: connect has completed the connection."""
 
     def release(self):

@@ -156,7 +156,7 @@ def bounded(call, timeout, *, what, rank):
 
 
 def join(native, rank, geometry, device, gpu, several_hosts, exchange, timeout):
-    """Make the native Reach over a new NCCL communicator of these ranks. Collective.
+    """Make the native PeerAccess over a new NCCL communicator of these ranks. Collective.
 
     Parameters
     ----------
@@ -209,7 +209,7 @@ def join(native, rank, geometry, device, gpu, several_hosts, exchange, timeout):
             peer=0,
         )
     return bounded(
-        lambda: native.Reach.nccl(path, geometry, device, name),
+        lambda: native.PeerAccess.nccl(path, geometry, device, name),
         timeout,
         what="making its communicator",
         rank=rank,

@@ -10,12 +10,12 @@ import torch
 class CudaState:
     """What the calls of one communicator on GPUs share.
 
-    .reach: how its ranks reach each other's windows. .latest: (stream, event) of the latest call. .buffers: its memory
+    .peer_access: how its ranks reach each other's windows. .latest: (stream, event) of the latest call. .buffers: its memory
     on GPUs. .gpu_name: the UUID of its GPU, once a buffer was made.
     """
 
-    def __init__(self, reach, device):
-        self.reach, self._device = reach, device
+    def __init__(self, peer_access, device):
+        self.peer_access, self._device = peer_access, device
         self.latest = None, None
         self.buffers = weakref.WeakSet()
         self.gpu_name = None

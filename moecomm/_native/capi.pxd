@@ -133,14 +133,14 @@ cdef extern from "base/layout.hpp" namespace "moecomm" nogil:
 cdef extern from "fabric/cpu/host_state.hpp" namespace "moecomm" nogil:
     bool (*interrupted)() noexcept
 
-cdef extern from "balance/choice.hpp" namespace "moecomm::balance" nogil:
+cdef extern from "balance/replica_policy.hpp" namespace "moecomm::balance" nogil:
     cdef enum class Mode(int32_t):
         local
         even
         optimal
 
-    cdef cppclass Choice:
-        Choice(const int32_t* physical_to_logical, int slots, int experts, int ranks, int nodes, Mode mode,
+    cdef cppclass ReplicaPolicy:
+        ReplicaPolicy(const int32_t* physical_to_logical, int slots, int experts, int ranks, int nodes, Mode mode,
                int activate) except +
         bool needs_all()
 
@@ -173,7 +173,7 @@ cdef extern from "runtime/cpu/communicator.hpp" namespace "moecomm" nogil:
         Communicator(Geometry, bool threads, RailKind rail, double timeout, bool patient,
                      Communicator* previous) except +
         void prepare_next() except +
-        string card() except +
+        string contact() except +
         void connect(const vector[string]&) except +
         void abort(int rank)
         uint64_t calls_begun()
@@ -277,7 +277,7 @@ cdef extern from "runtime/cpu/buffer.hpp" namespace "moecomm" nogil:
         Why refused
         bool cached
         CallShape shape
-        const Choice* choice
+        const ReplicaPolicy* policy
         int64_t* slots
         int32_t* counted
 
@@ -294,9 +294,9 @@ cdef extern from "runtime/cpu/buffer.hpp" namespace "moecomm" nogil:
 
     cdef cppclass Buffer:
         Communicator& comm()
-        string card() except +
+        string contact() except +
         void connect(const vector[string]&) except +
-        void connected()
+        void finish_connect()
         shared_ptr[Plan] new_plan() except +
         int64_t local_rows(const Plan&)
         Status dispatch(const DispatchCall&, Plan&, shared_ptr[Block]&, shared_ptr[Block]&) except +
@@ -355,9 +355,9 @@ cdef extern from "runtime/cpu/decode.hpp" namespace "moecomm" nogil:
 
     cdef cppclass Decode:
         Communicator& comm()
-        string card() except +
+        string contact() except +
         void connect(const vector[string]&) except +
-        void connected()
+        void finish_connect()
         Status dispatch(const DecodeDispatchCall&, uint64_t& epoch)
         Status dispatch_receive(uint64_t epoch)
         Status combine(const DecodeCombineCall&)

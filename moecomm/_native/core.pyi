@@ -3,8 +3,8 @@
 from .cpu_world.accounts import ROLES as ROLES
 from .cpu_world.block import Block as Block
 from .cpu_world.buffer import Buffer as Buffer, buffer_bytes as buffer_bytes
-from .cpu_world.choice import Choice as Choice
-from .cpu_world.chosen import Chosen as Chosen
+from .cpu_world.replica_policy import ReplicaPolicy as ReplicaPolicy
+from .cpu_world.replica_request import ReplicaRequest as ReplicaRequest
 from .cpu_world.communicator import Communicator as Communicator
 from .cpu_world.decode import Decode as Decode, decode_bytes as decode_bytes
 from .cpu_world.decode_floor import DecodeFloor as DecodeFloor

@@ -5,15 +5,15 @@ from moecomm._native.loading import load_parts
 
 load_parts(__file__, "shared", ["status", "tensors"])
 load_parts(__file__, "cpu_world", [
-    "calls", "accounts", "communicator", "block", "plan", "first_phase", "choice", "chosen", "recording",
+    "calls", "accounts", "communicator", "block", "plan", "first_phase", "replica_policy", "replica_request", "recording",
     "buffer", "decode_area", "decode", "decode_floor", "domain_memory", "domain", "rate_probe", "tools",
 ])
 
 from moecomm._native.cpu_world.accounts import ROLES   # no-cython-lint
 from moecomm._native.cpu_world.block import Block   # no-cython-lint
 from moecomm._native.cpu_world.buffer import Buffer, buffer_bytes   # no-cython-lint
-from moecomm._native.cpu_world.choice import Choice   # no-cython-lint
-from moecomm._native.cpu_world.chosen import Chosen   # no-cython-lint
+from moecomm._native.cpu_world.replica_policy import ReplicaPolicy   # no-cython-lint
+from moecomm._native.cpu_world.replica_request import ReplicaRequest   # no-cython-lint
 from moecomm._native.cpu_world.communicator import Communicator   # no-cython-lint
 from moecomm._native.cpu_world.decode import Decode, decode_bytes   # no-cython-lint
 from moecomm._native.cpu_world.decode_floor import DecodeFloor   # no-cython-lint

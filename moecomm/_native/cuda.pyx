@@ -5,7 +5,7 @@ from moecomm._native import core   # no-cython-lint - loads the parts that all w
 from moecomm._native.loading import load_parts
 
 load_parts(__file__, "cuda_world", [
-    "block", "counts", "plan", "reach", "calls", "buffer", "decode_area", "decode", "codes", "domain_memory", "domain",
+    "block", "counts", "plan", "peer_access", "calls", "buffer", "decode_area", "decode", "codes", "domain_memory", "domain",
     "ipc_sample",
 ])
 
@@ -21,5 +21,5 @@ from moecomm._native.cuda_world.domain import Domain   # no-cython-lint
 from moecomm._native.cuda_world.domain_memory import DomainMemory   # no-cython-lint
 from moecomm._native.cuda_world.ipc_sample import IpcSample   # no-cython-lint
 from moecomm._native.cuda_world.plan import Plan   # no-cython-lint
-from moecomm._native.cuda_world.reach import Reach, nccl_headers, nccl_unique_id   # no-cython-lint
+from moecomm._native.cuda_world.peer_access import PeerAccess, nccl_headers, nccl_unique_id   # no-cython-lint
 from moecomm._native.shared.status import Failure   # no-cython-lint

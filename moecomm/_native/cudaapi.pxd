@@ -21,14 +21,14 @@ cdef extern from "runtime/cuda/kernels/launch.hpp" namespace "moecomm::cuda" nog
     const char* error_text(int error)
 
 cdef extern from "runtime/cuda/window.hpp" namespace "moecomm::cuda" nogil:
-    cdef cppclass DeviceReach:
+    cdef cppclass PeerAccess:
         string rail()
         vector[int] retired()
         void release(const vector[int]&) except +
         void abort()
 
-    shared_ptr[DeviceReach] reach_threads(int device)
-    shared_ptr[DeviceReach] reach_processes(int device)
+    shared_ptr[PeerAccess] thread_peer_access(int device)
+    shared_ptr[PeerAccess] process_peer_access(int device)
     cdef cppclass IpcSample:
         string handle() except +
         bool opens(const string&) except +
@@ -46,15 +46,15 @@ cdef extern from "runtime/cuda/window.hpp" namespace "moecomm::cuda" nogil:
 cdef extern from "runtime/cuda/calls.hpp" namespace "moecomm::cuda" nogil:
     cdef cppclass DeviceCalls:
         DeviceCalls(int device) except +
-        void make_board(const capi.Geometry&, DeviceReach&) except +
-        string card() except +
+        void make_board(const capi.Geometry&, PeerAccess&) except +
+        string contact() except +
         void connect(const vector[string]&) except +
         capi.Status fault() except +
 
 cdef extern from "runtime/cuda/nccl.hpp" namespace "moecomm::cuda" nogil:
     int nccl_headers_ "moecomm::cuda::nccl_headers"()
     string nccl_unique_id_ "moecomm::cuda::nccl_unique_id"(const string& library) except +
-    shared_ptr[DeviceReach] reach_nccl(const string& library, const capi.Geometry&, int device,
+    shared_ptr[PeerAccess] nccl_peer_access(const string& library, const capi.Geometry&, int device,
                                        const string& unique_id) except +
 
 cdef extern from "runtime/plan.hpp" namespace "moecomm" nogil:
@@ -77,9 +77,9 @@ cdef extern from "runtime/cuda/buffer.hpp" namespace "moecomm::cuda" nogil:
         void* stream
 
     cdef cppclass DeviceBuffer:
-        DeviceBuffer(capi.Geometry, capi.Shape, bool check, int device, shared_ptr[DeviceReach],
+        DeviceBuffer(capi.Geometry, capi.Shape, bool check, int device, shared_ptr[PeerAccess],
                      shared_ptr[DeviceCalls], Spread, double timeout) except +
-        string card() except +
+        string contact() except +
         void connect(const vector[string]&) except +
         shared_ptr[DevicePlan] new_plan() except +
         capi.Status dispatch(const DeviceDispatchCall&, const shared_ptr[DevicePlan]&, shared_ptr[DeviceBlock]&,
@@ -113,9 +113,9 @@ cdef extern from "runtime/cuda/decode.hpp" namespace "moecomm::cuda" nogil:
         void* stream
 
     cdef cppclass DeviceDecode:
-        DeviceDecode(capi.Geometry, capi.Shape, bool check, int device, shared_ptr[DeviceReach],
+        DeviceDecode(capi.Geometry, capi.Shape, bool check, int device, shared_ptr[PeerAccess],
                      shared_ptr[DeviceCalls], Spread, double timeout) except +
-        string card() except +
+        string contact() except +
         void connect(const vector[string]&) except +
         capi.Status dispatch(const DeviceDecodeDispatch&) except +
         capi.Status dispatch_receive(uint64_t epoch, void* stream) except +
@@ -140,9 +140,9 @@ cdef extern from "runtime/cuda/decode.hpp" namespace "moecomm::cuda" nogil:
 
 cdef extern from "runtime/cuda/domain.hpp" namespace "moecomm::cuda" nogil:
     cdef cppclass DeviceDomain:
-        DeviceDomain(capi.Geometry, DomainShape, int device, shared_ptr[DeviceReach], shared_ptr[DeviceCalls], Spread,
+        DeviceDomain(capi.Geometry, DomainShape, int device, shared_ptr[PeerAccess], shared_ptr[DeviceCalls], Spread,
                      double timeout) except +
-        string card() except +
+        string contact() except +
         void connect(const vector[string]&) except +
         capi.Status write(int rank, const vector[Rows]&, int counter, void* stream) except +
         capi.Status read(int rank, const vector[Rows]&, void* stream) except +

@@ -10,9 +10,9 @@ from moecomm._native.domainrows cimport DomainShape, GroupCall, Rows, Segments
 
 cdef extern from "runtime/cpu/domain.hpp" namespace "moecomm" nogil:
     cdef cppclass Domain:
-        string card() except +
+        string contact() except +
         void connect(const vector[string]&) except +
-        void connected()
+        void finish_connect()
         Status write(int rank, const vector[Rows]&, int counter) except +
         Status read(int rank, const vector[Rows]&) except +
         Status write(int rank, Segments, int counter)

@@ -99,7 +99,7 @@ cdef extern from "runtime/sim/world.hpp" namespace "moecomm" nogil:
     cdef enum class SimSchedule(int32_t):
         roles
         lane
-        seats
+        groups
 
     cdef cppclass SimConfig:
         int size

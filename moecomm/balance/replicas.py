@@ -150,7 +150,10 @@ class ReplicaRouter:
                 )
         self.placement, self._choices = (
             placement,
-            [core.Choice(table, *shape, MODES.index(self.mode), self.activate or 0) for table in tables],
+            [
+                core.ReplicaPolicy(table, *shape, MODES.index(self.mode), self.activate or 0)
+                for table in tables
+            ],
         )
         self._routing = [
             zlib.crc32(f"{placement.digest}/{layer}".encode()) for layer in range(placement.num_layers)
@@ -255,4 +258,4 @@ class ReplicaRequest:
         self.ids = topk_ids.detach().to("cpu", torch.int64).contiguous()
         self.slots = torch.empty_like(self.ids)
         self.counted = np.empty(experts, dtype=np.int32)
-        self.native = core.Chosen(choice, routing, self.slots.numpy(), self.counted)
+        self.native = core.ReplicaRequest(choice, routing, self.slots.numpy(), self.counted)

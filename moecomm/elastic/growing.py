@@ -85,8 +85,8 @@ class Growing(Lasting):
     def address(self) -> str:
         """The address for join: it names this rank and up to seven others. Every process that knows it can join."""
         self._require_joinable("address")
-        cards = self.bootstrap.root()[1]
-        address: str = joining.address_of(cards[self.rank :] + cards[: self.rank])
+        contacts = self.bootstrap.root()[1]
+        address: str = joining.address_of(contacts[self.rank :] + contacts[: self.rank])
         return address
 
     @classmethod
@@ -188,7 +188,7 @@ class Growing(Lasting):
         if self._waiting is None:
             self._waiting = joining.Waiting(self.bootstrap.root()[0])
         state = "none" if self._next is None else self._next.state
-        said = self.collective.exchange([state, self._waiting.cards(), _host(), leaving], "admit")
+        said = self.collective.exchange([state, self._waiting.contacts(), _host(), leaving], "admit")
         states = {s[0] for s in said}
         if states == {"none"}:
             if any(s[1] or s[3] for s in said):
@@ -208,7 +208,7 @@ class Growing(Lasting):
         homes = self._homes or [r // self.ranks_per_node for r in range(self.size)]
         most = max(*self.members, self._most)
         seats = [(homes[r], self.members[r], r, None) for r in range(self.size) if r not in leaving]
-        for joiner in [card for s in said for card in s[1]]:
+        for joiner in [contact for s in said for contact in s[1]]:
             here = {h for h, host in zip(homes, hosts, strict=True) if host == joiner["host"]}
             taken = {h: sum(seat[0] == h for seat in seats) for h in here}
             home = min(taken, key=lambda h: (taken[h], h)) if taken else max(s[0] for s in seats) + 1
@@ -223,7 +223,7 @@ class Growing(Lasting):
         self._next = coming
         if self.rank not in coming.ranks:
             return  # this rank leaves
-        mesh = joining.wider(self.bootstrap, coming.ranks, [s[3] and s[3]["card"] for s in seats])
+        mesh = joining.wider(self.bootstrap, coming.ranks, [s[3] and s[3]["contact"] for s in seats])
         renewals = {n: renew for n, renew in buffers_of(self).items() if renew.state >= 0}
         plans = {n: renew.plan(coming.uids, len(seats) // per_node) for n, renew in renewals.items()}
         told = {

@@ -65,7 +65,7 @@ class Domain(Collective, Shared):
         self.bytes, self.counters, self.num_sms = self._space.size, same["counters"], same["num_sms"]
         self._device, self._on_gpu = comm.device, comm.gpu is not None
         self._native: Any = comm.collective.join("Domain", self._make())
-        self._native.connected()
+        self._native.finish_connect()
         self._fast: Any = None if self._on_gpu else self._native
         ranks = comm.bootstrap
         self._threads = ranks.threads  # ranks access each other's memory by pointer

@@ -57,7 +57,7 @@ def choose(calls, r, ids):
     if r.random() < 0.2:
         return None
     return Choosing(
-        **draw(), routings=one_that_differs(w, r, plain=w.schedule != "seats") if r.random() < 0.15 else None
+        **draw(), routings=one_that_differs(w, r, plain=w.schedule != "groups") if r.random() < 0.15 else None
     )
 
 

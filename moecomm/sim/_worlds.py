@@ -75,7 +75,7 @@ def random_world(seed, kind=None):
         r.choice([r.randint(1, 7), r.randint(1, 7), r.randint(17, 40)]),
         r.randint(2, 3) if not decode else r.randint(3, 6),
         decode,
-        r.choice(("roles", "lane") if decode else ("roles", "lane", "seats", "seats")),
+        r.choice(("roles", "lane") if decode else ("roles", "lane", "groups", "groups")),
     )
     if decode:
         return replace(world, mask=kind == "mask" if kind else random.Random(seed + 4).random() < 0.25)
@@ -195,7 +195,7 @@ def build(world):
         world.ranks_per_node == 1
         and not world.decode
         and not world.choice
-        and world.schedule != "seats"
+        and world.schedule != "groups"
         and calls.refusals.random() < 0.3
     ):
         programs.stray(calls, xs, ids)

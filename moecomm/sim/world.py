@@ -24,7 +24,7 @@ from .program import Program
 LEAD_NS, DECODE_LEAD_NS = 2_000.0, 50_000.0
 STRICT_TOKENS = 10_000
 RATES = ("node_rate", "rail_rate", "sm_read", "sm_write")  # of Hardware; the others are times
-SCHEDULES = ("roles", "lane", "seats")
+SCHEDULES = ("roles", "lane", "groups")
 
 
 @dataclass(frozen=True)
@@ -115,9 +115,9 @@ class Cluster:
         Move real rows. Without payload only times and counts are valid.
     decode : bool
         Make the decode path as well.
-    schedule : "roles", "lane" or "seats"
+    schedule : "roles", "lane" or "groups"
         How a rank runs dispatch and combine. "roles": every role of every channel concurrently. "lane": one role
-        after another, as the cpu world does (decode too). "seats": as the warps of the cuda world do.
+        after another, as the cpu world does (decode too). "groups": as the warps of the cuda world do.
     arena_bytes : int, optional
         As for Buffer.
     placement : moecomm.balance.Placement, optional

@@ -6,10 +6,10 @@
 #include <set>
 
 #include "balance/activate.hpp"
-#include "balance/choice.hpp"
 #include "balance/counts.hpp"
 #include "balance/rebalance.hpp"
 #include "balance/relabel.hpp"
+#include "balance/replica_policy.hpp"
 #include "balance/route.hpp"
 #include "balance/split.hpp"
 #include "check.hpp"
@@ -200,7 +200,7 @@ TEST(split_shares_are_whole_and_at_their_minimum) {
 }
 
 // The rows of every source and slot, [sources, slots].
-std::vector<int32_t> rows_of_all(const Choice& choice, const Choice::Solved& solved,
+std::vector<int32_t> rows_of_all(const ReplicaPolicy& choice, const ReplicaPolicy::Solved& solved,
                                  const std::vector<int32_t>& counts, int sources) {
   const int experts = choice.replicas().experts, slots = choice.replicas().slots;
   std::vector<int32_t> rows, before(experts, 0);
@@ -223,9 +223,9 @@ TEST(rows_of_all_sources_make_the_split) {
         for (int e = 0; e < r.experts; ++e)
           for (int n = 0; n < load[e]; ++n) ++total[e], ++counts[engine() % sources * r.experts + e];
         for (int p = 0; p < r.slots; ++p) table[p] = r.expert[r.at_slot[p]];
-        const Choice choice(table.data(), r.slots, r.experts, r.ranks, r.nodes, mode,
-                            activate ? r.slots_per_rank() - 1 : 0);
-        const Choice::Solved solved = choice.solve(total.data(), static_cast<int>(seed));
+        const ReplicaPolicy choice(table.data(), r.slots, r.experts, r.ranks, r.nodes, mode,
+                                   activate ? r.slots_per_rank() - 1 : 0);
+        const ReplicaPolicy::Solved solved = choice.solve(total.data(), static_cast<int>(seed));
         const std::vector<int32_t> rows = rows_of_all(choice, solved, counts, sources);
         const std::vector<double> floats(total.begin(), total.end());
         std::vector<double> share(r.slots), sum(r.slots, 0.0);
@@ -259,8 +259,9 @@ TEST(rows_that_follow_are_those_that_are_routed) {
     const auto [r, load] = layer(kWorld, static_cast<uint32_t>(round), true);
     std::vector<int32_t> table(r.slots);
     for (int p = 0; p < r.slots; ++p) table[p] = r.expert[r.at_slot[p]];
-    const Choice choice(table.data(), r.slots, r.experts, r.ranks, r.nodes,
-                        round % 2 ? Mode::even : Mode::optimal, round % 3 ? 0 : r.slots_per_rank() - 1);
+    const ReplicaPolicy choice(table.data(), r.slots, r.experts, r.ranks, r.nodes,
+                               round % 2 ? Mode::even : Mode::optimal,
+                               round % 3 ? 0 : r.slots_per_rank() - 1);
     std::vector<int32_t> counts(sources * r.experts), total(r.experts, 0), before(r.experts, 0);
     std::vector<std::vector<int64_t>> ids(sources);
     for (int s = 0; s < sources; ++s) {
@@ -270,7 +271,7 @@ TEST(rows_that_follow_are_those_that_are_routed) {
             BadInput::none);
       for (int e = 0; e < r.experts; ++e) total[e] += counts[s * r.experts + e];
     }
-    const Choice::Solved solved = choice.solve(total.data(), round);
+    const ReplicaPolicy::Solved solved = choice.solve(total.data(), round);
     const std::vector<int32_t> rows = rows_of_all(choice, solved, counts, sources);
     for (int s = 0; s < sources; ++s) {
       std::vector<int64_t> physical(tokens * top_k);

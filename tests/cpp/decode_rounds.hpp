@@ -23,8 +23,8 @@ struct DecodeCase {
 constexpr int kDecodeTokens = 5;
 
 // The memory of one rank, on the heap.
-struct DecodeSeat {
-  DecodeSeat(const Geometry& g, const Shape& s, bool check)
+struct DecodeState {
+  DecodeState(const Geometry& g, const Shape& s, bool check)
       : view(make_decode_view(g, s, check)),
         window(view.window.bytes),
         region(view.region.bytes),
@@ -53,44 +53,44 @@ struct DecodeSeat {
   std::vector<char> tables;
 };
 
-inline std::vector<std::unique_ptr<DecodeSeat>> make_decode_seats(const DecodeCase& c, const Shape& shape) {
-  std::vector<std::unique_ptr<DecodeSeat>> seats;
+inline std::vector<std::unique_ptr<DecodeState>> make_decode_states(const DecodeCase& c, const Shape& shape) {
+  std::vector<std::unique_ptr<DecodeState>> states;
   const int size = c.nodes * c.per_node;
   for (int r = 0; r < size; ++r)
-    seats.push_back(std::make_unique<DecodeSeat>(Geometry{r, size, c.per_node}, shape, c.check));
-  for (auto& seat : seats) {
-    const Geometry& g = seat->host.geometry;
+    states.push_back(std::make_unique<DecodeState>(Geometry{r, size, c.per_node}, shape, c.check));
+  for (auto& state : states) {
+    const Geometry& g = state->host.geometry;
     for (int r = 0; r < size; ++r)
-      seat->regions.push_back(seat->view.near(r) ? nullptr : seats[r]->region.data.get());
+      state->regions.push_back(state->view.same_node(r) ? nullptr : states[r]->region.data.get());
     for (int l = 0; l < c.per_node; ++l)
-      seat->host.windows[l] = seats[g.rank_at(g.node(), l)]->window.data.get();
-    seat->loopback.attach(seat->regions);
+      state->host.windows[l] = states[g.rank_at(g.node(), l)]->window.data.get();
+    state->loopback.attach(state->regions);
   }
-  return seats;
+  return states;
 }
 
 // One rank runs its phases one after another, like the cpu world, and numbers its epochs itself.
 struct SoloDecode {
-  DecodeTurn& turn(DecodeSeat& me, int epoch) {
+  DecodeTurn& turn(DecodeState& me, int epoch) {
     me.turns[epoch & 1].epoch = epoch;
     return me.turns[epoch & 1];
   }
-  Status send(DecodeSeat& me, const DecodeCase& c, const DecodeSendArgs& a, uint64_t) {
+  Status send(DecodeState& me, const DecodeCase& c, const DecodeSendArgs& a, uint64_t) {
     const HostFabric<LoopbackRail> f{&me.host, &me.loopback};
     const Status listed =
         execute(c.lanes, [&](auto g) { return decode_list(g, a, 0, a.turn.tokens, a.turn.sent); });
     return listed.ok() ? execute(c.lanes, [&](auto g) { return run_decode_send(g, f, a); }) : listed;
   }
-  Status receive(DecodeSeat& me, const DecodeCase& c, const DecodeReceiveArgs& a) {
+  Status receive(DecodeState& me, const DecodeCase& c, const DecodeReceiveArgs& a) {
     const HostFabric<LoopbackRail> f{&me.host, &me.loopback};
     return execute(c.lanes, [&](auto g) { return run_decode_receive(g, f, a); });
   }
-  Status answer(DecodeSeat& me, const DecodeCase& c, const DecodeCombineArgs& a, const Input& in, uint64_t) {
+  Status answer(DecodeState& me, const DecodeCase& c, const DecodeCombineArgs& a, const Input& in, uint64_t) {
     std::copy(in.weights.begin(), in.weights.end(), a.turn.weights);
     const HostFabric<LoopbackRail> f{&me.host, &me.loopback};
     return execute(c.lanes, [&](auto g) { return run_decode_combine_send(g, f, a); });
   }
-  Status sum(DecodeSeat& me, const DecodeCase& c, const DecodeCombineArgs& a, uint64_t) {
+  Status sum(DecodeState& me, const DecodeCase& c, const DecodeCombineArgs& a, uint64_t) {
     const HostFabric<LoopbackRail> f{&me.host, &me.loopback};
     return execute(c.lanes, [&](auto g) { return run_decode_combine_receive(g, f, a); });
   }
@@ -124,7 +124,7 @@ inline float expert_value(int epoch, int e, int s, int t, int i) {
 
 class DecodeRank {
  public:
-  DecodeRank(DecodeSeat& seat, const DecodeCase& c) : me_(seat), c_(c) {}
+  DecodeRank(DecodeState& state, const DecodeCase& c) : me_(state), c_(c) {}
   template <class Runner>
   void run(Runner& runner, const std::vector<std::vector<Input>>& inputs);
 
@@ -179,12 +179,12 @@ class DecodeRank {
   // Replaces a row of rank `from` by its values when it is summed: rounded, or in the wire format between
   // nodes.
   void cross(std::vector<float>& row, int from) const {
-    const Wire wire = me_.view.near(from) ? Wire::plain : c_.wire;
+    const Wire wire = me_.view.same_node(from) ? Wire::plain : c_.wire;
     for (int at = 0; at < c_.hidden; at += kTile)
       scalar_cross(row.data() + at, std::min<int>(kTile, c_.hidden - at), wire, DType::bf16);
   }
 
-  DecodeSeat& me_;
+  DecodeState& me_;
   DecodeCase c_;
   DecodeTurn turns_[2];
   std::vector<char> y_[2];
@@ -269,7 +269,7 @@ inline bool DecodeRank::sums_are_right(int epoch, const Input& own) {
       std::vector<float> term(c_.hidden);
       for (int i = 0; i < c_.hidden; ++i) term[i] = expert_value(epoch, e, r, t, i);
       // Each row is sent separately if weights are not sent.
-      if (!c_.weighted && !d.near(d.owner(e)) && c_.wire != Wire::plain) cross(term, d.owner(e));
+      if (!c_.weighted && !d.same_node(d.owner(e)) && c_.wire != Wire::plain) cross(term, d.owner(e));
       const float weight = own.weights[t * k_max + k];
       const int key = c_.weighted ? d.owner(e) : 0;
       auto part = std::find_if(parts.begin(), parts.end(), [&](const Part& p) { return p.rank == key; });
@@ -300,7 +300,7 @@ void run_decode_case(const DecodeCase& c, std::vector<Runner> runners) {
                     .num_experts = size * c.experts_per_rank,
                     .top_k = c.top_k,
                     .max_tokens = kDecodeTokens};
-  auto seats = make_decode_seats(c, shape);
+  auto states = make_decode_states(c, shape);
   std::vector<std::vector<Input>> inputs;
   for (int e = 1; e <= c.epochs; ++e) {
     inputs.emplace_back();
@@ -316,7 +316,7 @@ void run_decode_case(const DecodeCase& c, std::vector<Runner> runners) {
   {
     std::vector<std::jthread> threads;
     for (int r = 0; r < size; ++r)
-      threads.emplace_back([&, r] { DecodeRank(*seats[r], c).run(runners[r], inputs); });
+      threads.emplace_back([&, r] { DecodeRank(*states[r], c).run(runners[r], inputs); });
   }
   if (check::failures())
     std::printf(

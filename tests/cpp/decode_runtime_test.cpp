@@ -25,17 +25,17 @@ TEST(a_steady_state_allocates_nothing) {
       .hidden = kHidden, .dtype = DType::bf16, .num_experts = 8, .top_k = kTopK, .max_tokens = 4};
   std::vector<std::shared_ptr<Communicator>> comms;
   std::vector<std::unique_ptr<Decode>> decodes;
-  std::vector<std::string> cards, decode_cards;
+  std::vector<std::string> contacts, decode_contacts;
   for (int r = 0; r < kSize; ++r) {
     comms.push_back(std::make_shared<Communicator>(Geometry{r, kSize, 2}, true, RailKind::loopback, 60.0));
-    cards.push_back(comms[r]->card());
+    contacts.push_back(comms[r]->contact());
   }
-  for (auto& c : comms) c->connect(cards);
+  for (auto& c : comms) c->connect(contacts);
   for (int r = 0; r < kSize; ++r) {
     decodes.push_back(std::make_unique<Decode>(comms[r], shape, false));
-    decode_cards.push_back(decodes[r]->card());
+    decode_contacts.push_back(decodes[r]->contact());
   }
-  for (auto& d : decodes) d->connect(decode_cards);
+  for (auto& d : decodes) d->connect(decode_contacts);
   std::atomic<int> warm{0}, finished{0};
   std::atomic<long> before{0};
   long after = 0;

@@ -7,13 +7,13 @@ using namespace world;
 
 namespace {
 
-struct HostMeeting {
+struct HostBarrier {
   std::atomic<uint64_t>* count;
   uint64_t all;
   std::chrono::steady_clock::time_point deadline;
 
   template <class G>
-  Status meet(G g) const {
+  Status wait(G g) const {
     g.sync();
     return leader(g, [&] {
       const uint64_t before = count->fetch_add(1, std::memory_order_acq_rel);
@@ -30,39 +30,39 @@ struct HostMeeting {
 // itself.
 class ManyDecode {
  public:
-  DecodeTurn turn(DecodeSeat&, int) { return {}; }
-  Status send(DecodeSeat& me, const DecodeCase& c, const DecodeSendArgs& a, uint64_t ticket) {
+  DecodeTurn turn(DecodeState&, int) { return {}; }
+  Status send(DecodeState& me, const DecodeCase& c, const DecodeSendArgs& a, uint64_t ticket) {
     return dispatch(me, c, {a, memory(me, c), ticket, true, false});
   }
-  Status receive(DecodeSeat& me, const DecodeCase& c, const DecodeReceiveArgs& a) {
+  Status receive(DecodeState& me, const DecodeCase& c, const DecodeReceiveArgs& a) {
     return dispatch(me, c, {make_decode_send_args(a.d, a.turn, {}), memory(me, c), 0, false, true});
   }
-  Status answer(DecodeSeat& me, const DecodeCase& c, const DecodeCombineArgs& a, const Input& in,
+  Status answer(DecodeState& me, const DecodeCase& c, const DecodeCombineArgs& a, const Input& in,
                 uint64_t ticket) {
     return combine(
         me, c, {a, memory(me, c), ticket, in.ids.data(), nullptr, in.weights.data(), nullptr, true, false});
   }
-  Status sum(DecodeSeat& me, const DecodeCase& c, const DecodeCombineArgs& a, uint64_t ticket) {
+  Status sum(DecodeState& me, const DecodeCase& c, const DecodeCombineArgs& a, uint64_t ticket) {
     return combine(me, c, {a, memory(me, c), ticket, nullptr, nullptr, nullptr, nullptr, false, true});
   }
 
  private:
-  DecodeMemory memory(DecodeSeat& me, const DecodeCase& c) {
+  DecodeMemory memory(DecodeState& me, const DecodeCase& c) {
     apart_.resize(decode_scratch_ints(me.view.geometry, me.view.shape, c.groups));
     return {&clock_, me.tables.data(), me.table_bytes, apart_.data()};
   }
-  Status dispatch(DecodeSeat& me, const DecodeCase& c, const DecodeDispatchWork& work) {
-    return each_group(me, c, [&](auto g, auto f, HostMeeting meeting, int i) {
-      return decode_dispatch_seat(g, f, meeting, work, i, c.groups);
+  Status dispatch(DecodeState& me, const DecodeCase& c, const DecodeDispatchWork& work) {
+    return each_group(me, c, [&](auto g, auto f, HostBarrier barrier, int i) {
+      return decode_dispatch_group(g, f, barrier, work, i, c.groups);
     });
   }
-  Status combine(DecodeSeat& me, const DecodeCase& c, const DecodeCombineWork& work) {
-    return each_group(me, c, [&](auto g, auto f, HostMeeting meeting, int i) {
-      return decode_combine_seat(g, f, meeting, work, i, c.groups);
+  Status combine(DecodeState& me, const DecodeCase& c, const DecodeCombineWork& work) {
+    return each_group(me, c, [&](auto g, auto f, HostBarrier barrier, int i) {
+      return decode_combine_group(g, f, barrier, work, i, c.groups);
     });
   }
   template <class Role>
-  Status each_group(DecodeSeat& me, const DecodeCase& c, Role&& role) {
+  Status each_group(DecodeState& me, const DecodeCase& c, Role&& role) {
     std::vector<HostState> own(c.groups, me.host);
     std::vector<Status> said(c.groups);
     {
@@ -70,8 +70,8 @@ class ManyDecode {
       for (int i = 0; i < c.groups; ++i)
         groups.emplace_back([&, i] {
           const HostFabric<LoopbackRail> f{&own[i], &me.loopback};
-          const HostMeeting meeting{&met_, static_cast<uint64_t>(c.groups), me.host.deadline};
-          said[i] = execute(c.lanes, [&](auto g) { return role(g, f, meeting, i); });
+          const HostBarrier barrier{&met_, static_cast<uint64_t>(c.groups), me.host.deadline};
+          said[i] = execute(c.lanes, [&](auto g) { return role(g, f, barrier, i); });
         });
     }
     for (const Status& s : said)
@@ -138,7 +138,7 @@ TEST_CASES(a_captured_graph_is_replayed, kReplayed) {
 }
 
 // A call that violates a rule is refused before anything moves.
-TEST(out_of_turn) {
+TEST(wrong_stage) {
   DecodeClock clock{};
   const auto needs = [&](uint64_t epoch, int bank) { return detail::check_turns(clock, epoch, bank); };
   CHECK(needs(1, 1).ok());
@@ -148,7 +148,7 @@ TEST(out_of_turn) {
   CHECK(needs(2, 0).ok() && needs(2, 1).ok());
   clock.turn[1].stage = DecodeStage::answered;
   CHECK(needs(2, 0).ok());
-  CHECK_EQ(needs(2, 1).detail, number(BadInput::out_of_turn));  // (C)
+  CHECK_EQ(needs(2, 1).detail, number(BadInput::wrong_stage));  // (C)
   clock = {2, {{8, DecodeStage::received, 0}, {7, DecodeStage::answered, 1}}};
   CHECK_EQ(needs(3, 1).expected, static_cast<uint64_t>(DecodeStage::done));  // (B)
 }

@@ -6,7 +6,7 @@
 #include "decode_rounds.hpp"
 #include "fabric/cuda/gin.cuh"
 #include "runtime/cuda/kernels/decode_launch.hpp"
-#include "runtime/cuda/kernels/seat.cuh"
+#include "runtime/cuda/kernels/run_group.cuh"
 
 using namespace world;
 
@@ -21,39 +21,39 @@ class DeviceDecode {
   explicit DeviceDecode(std::shared_ptr<emulated::Gin> gin = nullptr) : gin_(std::move(gin)) {}
   DeviceDecode(const DeviceDecode& other) : gin_(other.gin_) {}  // a copy has its initial state
 
-  DecodeTurn turn(DecodeSeat&, int) { return {}; }
-  Status send(DecodeSeat& me, const DecodeCase& c, const DecodeSendArgs& a, uint64_t ticket) {
+  DecodeTurn turn(DecodeState&, int) { return {}; }
+  Status send(DecodeState& me, const DecodeCase& c, const DecodeSendArgs& a, uint64_t ticket) {
     return dispatch(me, c, {a, memory(me, c), ticket, true, false});
   }
-  Status receive(DecodeSeat& me, const DecodeCase& c, const DecodeReceiveArgs& a) {
+  Status receive(DecodeState& me, const DecodeCase& c, const DecodeReceiveArgs& a) {
     return dispatch(me, c, {make_decode_send_args(a.d, a.turn, {}), memory(me, c), 0, false, true});
   }
-  Status answer(DecodeSeat& me, const DecodeCase& c, const DecodeCombineArgs& a, const Input& in,
+  Status answer(DecodeState& me, const DecodeCase& c, const DecodeCombineArgs& a, const Input& in,
                 uint64_t ticket) {
     return combine(
         me, c, {a, memory(me, c), ticket, in.ids.data(), nullptr, in.weights.data(), nullptr, true, false});
   }
-  Status sum(DecodeSeat& me, const DecodeCase& c, const DecodeCombineArgs& a, uint64_t ticket) {
+  Status sum(DecodeState& me, const DecodeCase& c, const DecodeCombineArgs& a, uint64_t ticket) {
     return combine(me, c, {a, memory(me, c), ticket, nullptr, nullptr, nullptr, nullptr, false, true});
   }
 
  private:
-  DecodeMemory memory(DecodeSeat& me, const DecodeCase& c) {
+  DecodeMemory memory(DecodeState& me, const DecodeCase& c) {
     apart_.resize(decode_scratch_ints(me.view.geometry, me.view.shape, c.groups));
     return {&clock_, me.tables.data(), me.table_bytes, apart_.data()};
   }
-  Status dispatch(DecodeSeat& me, const DecodeCase& c, const DecodeDispatchWork& work) {
-    return each_squad(me, c, [&](Squad g, auto f, auto meeting, int i) {
-      return decode_dispatch_seat(g, f, meeting, work, i, c.groups);
+  Status dispatch(DecodeState& me, const DecodeCase& c, const DecodeDispatchWork& work) {
+    return each_squad(me, c, [&](Squad g, auto f, auto barrier, int i) {
+      return decode_dispatch_group(g, f, barrier, work, i, c.groups);
     });
   }
-  Status combine(DecodeSeat& me, const DecodeCase& c, const DecodeCombineWork& work) {
-    return each_squad(me, c, [&](Squad g, auto f, auto meeting, int i) {
-      return decode_combine_seat(g, f, meeting, work, i, c.groups);
+  Status combine(DecodeState& me, const DecodeCase& c, const DecodeCombineWork& work) {
+    return each_squad(me, c, [&](Squad g, auto f, auto barrier, int i) {
+      return decode_combine_group(g, f, barrier, work, i, c.groups);
     });
   }
   template <class Role>
-  Status each_squad(DecodeSeat& me, const DecodeCase& c, Role&& role) {
+  Status each_squad(DecodeState& me, const DecodeCase& c, Role&& role) {
     const Geometry& g = me.view.geometry;
     uint64_t same_device = ~uint64_t{0};
     Counters counters;
@@ -78,7 +78,7 @@ class DeviceDecode {
                   .counters = &counters};
     call.spread = {.sms = 1, .warps = c.groups * c.squad, .senders = 0, .stage_bytes = kStage};
     call.timeout_ns = 100'000'000'000;
-    call.gates = &met_;
+    call.latches = &met_;
     std::vector<Heap> shared;
     for (int i = 0; i < c.groups; ++i)
       shared.emplace_back(align_up(c.squad * warp_shared_bytes(kStage), 4096));  // a piece per warp
@@ -86,7 +86,7 @@ class DeviceDecode {
       const int squad = static_cast<int>(threadIdx.x) / 32 / c.squad;
       char* own = shared[squad].data.get();
       const Squad group{squad * c.squad, c.squad, reinterpret_cast<WarpScratch*>(own)->words};
-      moecomm::cuda::join_squad(call, Rail::of(call.links, 0), group, squad, c.groups, own, role);
+      moecomm::cuda::run_as_squad(call, Rail::of(call.links, 0), group, squad, c.groups, own, role);
     });
     const FaultRecord& record = faults_[1].code ? faults_[1] : faults_[0];
     return record.code ? record.status : Status{};

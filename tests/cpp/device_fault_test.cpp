@@ -110,7 +110,7 @@ TEST(a_wrong_argument_is_known_before_what_follows_from_it) {
 TEST(a_call_out_of_turn_ends_the_warps_also_after_a_refusal) {
   Rank r;
   r.fail(bad_pick(BadInput::id_twice, 4, 1));  // of decode's dispatch; in a replay its combine follows
-  r.fail(bad_pick(BadInput::out_of_turn, 2, 4));
+  r.fail(bad_pick(BadInput::wrong_stage, 2, 4));
   CHECK_EQ(r.failed[0], uint64_t{1});
   CHECK_EQ(r.told().detail, number(BadInput::id_twice));
 }

@@ -7,7 +7,7 @@
 #include "check.hpp"
 #include "runtime/cuda/calls.cpp"
 #include "runtime/cuda/decode.cpp"
-#include "runtime/cuda/kernels/seat.cuh"
+#include "runtime/cuda/kernels/run_group.cuh"
 #include "runtime/cuda/memory.cpp"
 #include "runtime/cuda/window.cpp"
 
@@ -18,9 +18,9 @@ const Kernels& loopback_kernels() {
   return none;
 }
 
-template <class Launch, class Seat>
-int run_decode(const Launch& launch, void* stream, Seat seat) {
-  as_stream(stream)->enqueue([launch, seat] {
+template <class Launch, class Role>
+int run_decode(const Launch& launch, void* stream, Role role) {
+  as_stream(stream)->enqueue([launch, role] {
     std::vector<std::unique_ptr<char, void (*)(void*)>> shared;
     const int squads = launch.call.spread.warps / launch.squad;
     const size_t bytes = align_up(launch.squad * warp_shared_bytes(launch.call.spread.stage_bytes), 4096);
@@ -30,10 +30,10 @@ int run_decode(const Launch& launch, void* stream, Seat seat) {
       const int squad = static_cast<int>(threadIdx.x) / 32 / launch.squad;
       const Squad g{squad * launch.squad, launch.squad,
                     reinterpret_cast<WarpScratch*>(shared[squad].get())->words};
-      join_squad(launch.call, LoopbackDeviceRail{launch.call.links.regions}, g, squad, squads,
-                 shared[squad].get(), [&](Squad group, auto fabric, auto meeting, int index) {
-                   return seat(group, fabric, meeting, launch.work, index, squads);
-                 });
+      run_as_squad(launch.call, LoopbackDeviceRail{launch.call.links.regions}, g, squad, squads,
+                   shared[squad].get(), [&](Squad group, auto fabric, auto barrier, int index) {
+                     return role(group, fabric, barrier, launch.work, index, squads);
+                   });
     });
   });
   return cudaSuccess;
@@ -47,10 +47,10 @@ const DecodeKernels& loopback_decode_kernels() {
   static const DecodeKernels kernels{
       [] { return static_cast<int>(cudaSuccess); },
       [](const DecodeDispatchLaunch& l, void* stream) {
-        return run_decode(l, stream, [](auto... a) { return decode_dispatch_seat(a...); });
+        return run_decode(l, stream, [](auto... a) { return decode_dispatch_group(a...); });
       },
       [](const DecodeCombineLaunch& l, void* stream) {
-        return run_decode(l, stream, [](auto... a) { return decode_combine_seat(a...); });
+        return run_decode(l, stream, [](auto... a) { return decode_combine_group(a...); });
       }};
   return kernels;
 }
@@ -71,7 +71,7 @@ struct Rank {
             {rank, kSize, per_node},
             Shape{
                 .hidden = kHidden, .dtype = DType::f32, .num_experts = 4, .top_k = 2, .max_tokens = kTokens},
-            false, 0, cuda::reach_threads(0), std::make_shared<cuda::DeviceCalls>(0),
+            false, 0, cuda::thread_peer_access(0), std::make_shared<cuda::DeviceCalls>(0),
             cuda::Spread{.sms = 1, .warps = 2, .senders = 0, .stage_bytes = 256}, 60.0) {}
 
   Status send(bool receive = false) {
@@ -126,12 +126,12 @@ struct Rank {
 template <class Work>
 void on_ranks(int per_node, Work work) {
   std::vector<std::unique_ptr<Rank>> ranks;
-  std::vector<std::string> cards;
+  std::vector<std::string> contacts;
   for (int r = 0; r < kSize; ++r) {
     ranks.push_back(std::make_unique<Rank>(r, per_node));
-    cards.push_back(ranks[r]->decode.card());
+    contacts.push_back(ranks[r]->decode.contact());
   }
-  for (auto& rank : ranks) rank->decode.connect(cards);
+  for (auto& rank : ranks) rank->decode.connect(contacts);
   std::vector<std::jthread> threads;
   for (auto& rank : ranks) threads.emplace_back([&work, &rank] { work(*rank); });
 }
@@ -182,7 +182,7 @@ TEST(a_capture_must_be_whole) {
     me.stream.capture = 3;
     const Status refused = me.send();
     CHECK_EQ(refused.code, Code::invalid);
-    CHECK_EQ(refused.detail, number(BadInput::out_of_turn));
+    CHECK_EQ(refused.detail, number(BadInput::wrong_stage));
     CHECK(me.stream.end_capture().empty());
     CHECK(me.decode.dispatch_receive(sent, &me.stream).ok());
     me.stream.capture = 4;

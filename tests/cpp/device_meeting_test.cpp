@@ -31,17 +31,17 @@ namespace {
 
 constexpr int kRanks = 3;
 
-struct Cards {
-  Cards() {
-    std::vector<std::string> cards;
+struct Contacts {
+  Contacts() {
+    std::vector<std::string> contacts;
     for (int r = 0; r < kRanks; ++r) {
-      reach.push_back(cuda::reach_threads(0));
-      windows.push_back(reach[r]->window(4096));
-      cards.push_back(windows[r]->card());
+      peer_access.push_back(cuda::thread_peer_access(0));
+      windows.push_back(peer_access[r]->window(4096));
+      contacts.push_back(windows[r]->contact());
     }
-    for (int r = 0; r < kRanks; ++r) windows[r]->connect(r, cards);
+    for (int r = 0; r < kRanks; ++r) windows[r]->connect(r, contacts);
   }
-  std::vector<std::shared_ptr<cuda::DeviceReach>> reach;
+  std::vector<std::shared_ptr<cuda::PeerAccess>> peer_access;
   std::vector<std::shared_ptr<cuda::DeviceWindow>> windows;
   emulated::Stream streams[kRanks];
 };
@@ -55,7 +55,7 @@ double seconds_of(const std::function<void()>& work) {
 }  // namespace
 
 TEST(none_starts_before_all_are_ready_and_none_goes_on_before_all_have_started) {
-  Cards ranks;
+  Contacts ranks;
   std::atomic<int> ready{0}, started{0};
   std::vector<std::jthread> threads;
   for (int r = 0; r < kRanks; ++r)
@@ -77,7 +77,7 @@ TEST(none_starts_before_all_are_ready_and_none_goes_on_before_all_have_started) 
 }
 
 TEST(a_rank_that_does_not_come_is_left_to_the_kernels) {
-  Cards ranks;
+  Contacts ranks;
   int started = 0;
   const auto start = [&] {
     CHECK(ranks.windows[0]->start_together(&ranks.streams[0], 0.1, [&] { ++started; }).ok());
@@ -89,10 +89,10 @@ TEST(a_rank_that_does_not_come_is_left_to_the_kernels) {
 }
 
 TEST(who_waits_is_told_when_a_rank_has_failed) {
-  Cards ranks;
+  Contacts ranks;
   std::jthread fails([&] {
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
-    ranks.reach[0]->abort();
+    ranks.peer_access[0]->abort();
   });
   const Status s = ranks.windows[0]->start_together(&ranks.streams[0], 60.0, [] { CHECK(false); });
   CHECK_EQ(s.code, Code::lost);
@@ -100,7 +100,7 @@ TEST(who_waits_is_told_when_a_rank_has_failed) {
 }
 
 TEST(no_rank_waits_for_a_rank_that_has_left) {
-  Cards ranks;
+  Contacts ranks;
   for (int r = 1; r < kRanks; ++r) ranks.windows[r]->leave();
   int started = 0;
   for (int call = 0; call < 3; ++call)
@@ -123,7 +123,7 @@ TEST(memory_of_a_gpu_that_this_process_does_not_see_is_not_opened) {
 }
 
 TEST(what_is_captured_does_not_run_and_waits_for_nobody) {
-  Cards ranks;
+  Contacts ranks;
   int started = 0;
   ranks.streams[0].capture = 5;
   CHECK(ranks.windows[0]->start_together(&ranks.streams[0], 60.0, [&] { ++started; }).ok());

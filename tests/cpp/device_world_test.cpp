@@ -1,4 +1,4 @@
-// Dispatch and combine with the fabric, gates and schedule of the cuda world, between ranks that map each
+// Dispatch and combine with the fabric, latches and schedule of the cuda world, between ranks that map each
 // other's memory.
 #include "device_runner.hpp"
 

@@ -4,7 +4,7 @@
 #include "fabric/cuda/ptx.cuh"  // the emulated one, before anything that includes it
 
 #include "fabric/cuda/domain.cuh"
-#include "runtime/cuda/kernels/seat.cuh"
+#include "runtime/cuda/kernels/run_group.cuh"
 #include "runtime/domain.hpp"
 #include "world.hpp"
 
@@ -12,13 +12,14 @@ namespace world {
 
 struct DomainRank {
   DomainRank(const Geometry& g, const DomainShape& s)
-      : view(make_domain_view(g, s)), memory(view.at.bytes), counts(s.channels * book_words(g)) {
-    for (int c = 0; c < s.channels; ++c) books.push_back(make_book(g, counts.data() + c * book_words(g)));
+      : view(make_domain_view(g, s)), memory(view.at.bytes), counts(s.channels * consumed_words(g)) {
+    for (int c = 0; c < s.channels; ++c)
+      consumed.push_back(make_consumed(g, counts.data() + c * consumed_words(g)));
     host.geometry = g;
     host.window_faults = view.at.window_faults;
     host.region_faults = view.at.region_faults;
     host.fault_out = view.at.fault_out;
-    for (int r = 0; r < g.size; ++r) host.peer_ranks.push_back(view.near(r) ? -1 : r);
+    for (int r = 0; r < g.size; ++r) host.peer_ranks.push_back(view.same_node(r) ? -1 : r);
     host.own_peer = g.rank;
     host.rail_region = memory.data.get();
     host.watch = &watch;
@@ -28,7 +29,7 @@ struct DomainRank {
   DomainView view;
   Heap memory;
   std::vector<uint64_t> counts;
-  std::vector<DomainBook> books;
+  std::vector<DomainConsumed> consumed;
   HostState host;
   LoopbackRail loopback;
   Watch watch;
@@ -45,7 +46,7 @@ class DomainWorld {
         rank->host.windows[l] = ranks_[g.rank_at(g.node(), l)]->memory.data.get();
       std::vector<char*> regions;
       for (int r = 0; r < size; ++r)
-        regions.push_back(rank->view.near(r) ? nullptr : ranks_[r]->memory.data.get());
+        regions.push_back(rank->view.same_node(r) ? nullptr : ranks_[r]->memory.data.get());
       rank->loopback.attach(regions);
     }
   }
@@ -79,8 +80,8 @@ class DomainWorld {
       const Geometry& g = me.host.geometry;
       std::vector<char*> regions;
       for (int p = 0; p < g.size; ++p)
-        regions.push_back(me.view.near(p) || !network.empty() ? nullptr : rank(p).memory.data.get());
-      uint64_t same_device = 0, gates[cuda::kGateWords] = {}, failed[kFailedWords] = {};
+        regions.push_back(me.view.same_node(p) || !network.empty() ? nullptr : rank(p).memory.data.get());
+      uint64_t same_device = 0, latches[cuda::kLatchWords] = {}, failed[kFailedWords] = {};
       FaultRecord faults[kFaultRecords] = {};
       Counters counters;
       const int channels = me.view.shape.channels;
@@ -101,7 +102,7 @@ class DomainWorld {
                     .counters = &counters};
       call.spread = {.sms = 1, .warps = channels, .stage_bytes = kStage};
       call.timeout_ns = 60'000'000'000;
-      call.gates = gates;
+      call.latches = latches;
       std::vector<Heap> shared;
       for (int i = 0; i < channels; ++i) shared.emplace_back(align_up(warp_shared_bytes(kStage), 4096));
       {
@@ -109,10 +110,10 @@ class DomainWorld {
         for (int i = 0; i < channels; ++i)
           warps.emplace_back([&, i] {
             emulated::run_warp([&] {
-              cuda::take_seat(call, Rail::of(call.links, i), i, channels, shared[i].data.get(),
-                              [&](Warp group, auto fabric, auto, Seat seat) {
-                                return role(group, DomainFabric<Rail>{fabric}, r, seat.index);
-                              });
+              cuda::run_as_warp(call, Rail::of(call.links, i), i, channels, shared[i].data.get(),
+                                [&](Warp group, auto fabric, auto, GroupIndex self) {
+                                  return role(group, DomainFabric<Rail>{fabric}, r, self.index);
+                                });
             });
           });
       }

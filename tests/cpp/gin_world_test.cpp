@@ -93,7 +93,7 @@ int incomplete_after_signal(bool one_stream, int rounds, int flags = kGinWindowF
     std::memset(from.data.get(), round, 4096);
     network.gin.hold(true);
     {
-      std::barrier gate(kGroups);
+      std::barrier latch(kGroups);
       std::vector<std::jthread> groups;
       for (int i = 0; i < kGroups; ++i)
         groups.emplace_back([&, i] {
@@ -102,7 +102,7 @@ int incomplete_after_signal(bool one_stream, int rounds, int flags = kGinWindowF
           for (int k = 0; k < 8; ++k)
             rail.put(scratch, 1, 64 + (8 * i + k) * kBytes, from.data.get() + 64 + (8 * i + k) * kBytes,
                      kBytes);
-          gate.arrive_and_wait();
+          latch.arrive_and_wait();
           if (i == 0) rail.signal(scratch, 1, 0, 1);
         });
     }

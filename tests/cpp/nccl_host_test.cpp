@@ -142,41 +142,41 @@ using Events = std::vector<std::string>;
 namespace {
 
 // Rank 0 of two nodes with two ranks: hosts connected by a network, or one host whose memory NCCL maps.
-std::shared_ptr<device::DeviceReach> join(bool network) {
+std::shared_ptr<device::PeerAccess> join(bool network) {
   state = {};
   state.per_node = network ? 2 : 4;
-  return device::reach_nccl("libnccl", Geometry{0, 4, 2}, 0, device::nccl_unique_id("libnccl"));
+  return device::nccl_peer_access("libnccl", Geometry{0, 4, 2}, 0, device::nccl_unique_id("libnccl"));
 }
-std::shared_ptr<device::DeviceWindow> connected(device::DeviceReach& reach,
+std::shared_ptr<device::DeviceWindow> connected(device::PeerAccess& peer_access,
                                                 device::Peers peers = device::Peers::rail) {
-  auto window = reach.window(10000, peers);
-  window->connect(0, std::vector<std::string>(4, window->card()));
+  auto window = peer_access.window(10000, peers);
+  window->connect(0, std::vector<std::string>(4, window->contact()));
   return window;
 }
 
 }  // namespace
 
 TEST(windows_that_signals_add_to_are_strictly_ordered) {
-  const auto reach = join(true);
-  const auto rail = connected(*reach), world = connected(*reach, device::Peers::world);
+  const auto peer_access = join(true);
+  const auto rail = connected(*peer_access), world = connected(*peer_access, device::Peers::world);
   CHECK_EQ(state.windows.size(), size_t{2});
   for (const auto& w : state.windows) CHECK_EQ(w->flags, NCCL_WIN_COLL_SYMMETRIC | NCCL_WIN_STRICT_ORDERING);
   CHECK_EQ(static_cast<const GinNetwork*>(rail->network())->window, state.windows[0].get());
 }
 
 TEST(without_a_network_payload_need_not_be) {
-  const auto reach = join(false);
-  const auto window = connected(*reach);
+  const auto peer_access = join(false);
+  const auto window = connected(*peer_access);
   CHECK_EQ(state.windows[0]->flags, NCCL_WIN_COLL_SYMMETRIC);
   CHECK(window->network() == nullptr);
 }
 
 TEST(networks_end_before_windows_and_windows_before_memory) {
-  auto reach = join(true);
-  auto rail = connected(*reach), world = connected(*reach, device::Peers::world);
+  auto peer_access = join(true);
+  auto rail = connected(*peer_access), world = connected(*peer_access, device::Peers::world);
   rail.reset();
   CHECK(state.ended.empty());  // closing a buffer is local, but deregistering a window is collective
-  reach.reset();
+  peer_access.reset();
   CHECK(state.ended.empty());  // a window is left
   world.reset();
   CHECK((state.ended == Events{"network", "network", "abort", "free", "free"}));
@@ -184,32 +184,32 @@ TEST(networks_end_before_windows_and_windows_before_memory) {
 }
 
 TEST(memory_comes_back_when_all_ranks_have_closed_a_window) {
-  const auto reach = join(true);
-  auto a = connected(*reach), b = connected(*reach), c = connected(*reach);
+  const auto peer_access = join(true);
+  auto a = connected(*peer_access), b = connected(*peer_access), c = connected(*peer_access);
   b.reset();
   a.reset();
-  CHECK((reach->retired() == std::vector<int>{0, 1}));
-  reach->release({1});  // another rank still uses the first one
+  CHECK((peer_access->retired() == std::vector<int>{0, 1}));
+  peer_access->release({1});  // another rank still uses the first one
   CHECK((state.ended == Events{"deregister", "free"}));
-  CHECK((reach->retired() == std::vector<int>{0}));
+  CHECK((peer_access->retired() == std::vector<int>{0}));
   bool refused = false;
   try {
-    reach->release({2});
+    peer_access->release({2});
   } catch (const std::invalid_argument&) { refused = true; }
   CHECK(refused);
 }
 
 TEST(a_window_that_was_never_connected_is_freed_at_once) {
-  const auto reach = join(true);
-  reach->window(100);
+  const auto peer_access = join(true);
+  peer_access->window(100);
   CHECK((state.ended == Events{"free"}));
 }
 
 TEST(what_ends_after_a_failure_is_freed_too) {
-  auto reach = join(true);
-  auto window = connected(*reach);
-  reach->abort();
+  auto peer_access = join(true);
+  auto window = connected(*peer_access);
+  peer_access->abort();
   window.reset();
-  reach.reset();
+  peer_access.reset();
   CHECK((state.ended == Events{"abort", "free"}));
 }

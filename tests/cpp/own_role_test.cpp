@@ -32,7 +32,7 @@ struct Sizes {
 };
 
 struct HotExperts {
-  HotExperts(const DomainView& d, DomainBook* books, char* heap, const Sizes& sizes) {
+  HotExperts(const DomainView& d, DomainConsumed* consumed, char* heap, const Sizes& sizes) {
     for (int r = 0; r < d.geometry.size; ++r) everyone.push_back(r);
     for (int e = 0; e < sizes.experts; ++e) {
       Rows rows;
@@ -48,7 +48,7 @@ struct HotExperts {
                       e % sizes.size,
                       {everyone.data(), static_cast<int32_t>(everyone.size())},
                       {segments[e].data(), static_cast<int64_t>(segments[e].size())},
-                      books});
+                      consumed});
   }
   own_roles::HotArgs view() const {
     return {args.data(), tokens.data(), static_cast<int32_t>(args.size()), 100};
@@ -83,14 +83,15 @@ void run_world(int size, int per_node, int channels, On&& on) {
   std::vector<std::unique_ptr<HotExperts>> hot;
   for (int r = 0; r < size; ++r)
     hot.push_back(
-        std::make_unique<HotExperts>(w.rank(r).view, w.rank(r).books.data(), w.rank(r).heap(), sizes));
+        std::make_unique<HotExperts>(w.rank(r).view, w.rank(r).consumed.data(), w.rank(r).heap(), sizes));
   for (uint64_t round = 0; round < 3; ++round) {
     for (int r = 0; r < size; ++r) prepare(w.rank(r).heap(), r, sizes, round);
     const auto ring = [&](auto g, auto f, int r, int channel) -> Status {
       DomainRank& me = w.rank(r);
       if (channel > 0) return {};
       return own_roles::ring_gather(
-          g, f, own_roles::RingArgs{me.view, me.books.data(), me.view.at.heap.value, sizes.block, 0, round});
+          g, f,
+          own_roles::RingArgs{me.view, me.consumed.data(), me.view.at.heap.value, sizes.block, 0, round});
     };
     const auto experts = [&](auto g, auto f, int r, int channel) {
       return own_roles::spread_hot(g, f, hot[r]->view(), channel);
@@ -147,10 +148,10 @@ TEST(on_the_virtual_clock) {
       sim.reset(seed ? Chaos(seed, ~uint64_t{0}) : Chaos{});
       for (int r = 0; r < s.size; ++r) prepare(sim.heap(r), r, sizes, seed);
       const std::vector<Status> all =
-          sim.run_role([&](int r, auto f, const DomainView& d, DomainBook* book) -> Status {
-            const HotExperts hot(d, book, sim.heap(r), sizes);
-            MOE_TRY(own_roles::ring_gather(Lane{}, f,
-                                           own_roles::RingArgs{d, book, d.at.heap.value, sizes.block, 0, 0}));
+          sim.run_role([&](int r, auto f, const DomainView& d, DomainConsumed* consumed) -> Status {
+            const HotExperts hot(d, consumed, sim.heap(r), sizes);
+            MOE_TRY(own_roles::ring_gather(
+                Lane{}, f, own_roles::RingArgs{d, consumed, d.at.heap.value, sizes.block, 0, 0}));
             return own_roles::spread_hot(Lane{}, f, hot.view(), 0);
           });
       for (const Status& status : all) CHECK(status.ok());

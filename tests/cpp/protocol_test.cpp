@@ -6,24 +6,26 @@ using namespace world;
 
 namespace {
 
-// A rank is one group, or has the groups and gates of the cuda world's schedule.
+// A rank is one group, or has the groups and latches of the cuda world's schedule.
 struct HostRunner {
   Status dispatch(World& w, int r, const Case& c, const DispatchWork& work) {
     RankState& me = w.rank(r);
     if (c.workers == 0)
       return execute(c.lanes,
                      [&](auto group) { return run_dispatch(group, me.fabric(), work.args, work.offer); });
-    return run_seats(me, c.workers, c.senders, c.lanes, [&](auto group, auto fabric, auto gates, Seat seat) {
-      return dispatch_seat(group, fabric, gates, work, seat, [] {});
-    });
+    return run_groups(me, c.workers, c.senders, c.lanes,
+                      [&](auto group, auto fabric, auto latches, GroupIndex self) {
+                        return dispatch_group(group, fabric, latches, work, self, [] {});
+                      });
   }
   Status combine(World& w, int r, const Case& c, const CombineArgs& args) {
     RankState& me = w.rank(r);
     if (c.workers == 0)
       return execute(c.lanes, [&](auto group) { return run_combine(group, me.fabric(), args); });
-    return run_seats(me, c.workers, c.senders, c.lanes, [&](auto group, auto fabric, auto gates, Seat seat) {
-      return combine_seat(group, fabric, gates, args, seat);
-    });
+    return run_groups(me, c.workers, c.senders, c.lanes,
+                      [&](auto group, auto fabric, auto latches, GroupIndex self) {
+                        return combine_group(group, fabric, latches, args, self);
+                      });
   }
 };
 
@@ -140,7 +142,7 @@ std::vector<Case> chosen(int lanes) {
 }
 
 // The same with the schedule of the cuda world.
-std::vector<Case> seated(std::vector<Case> cases, int workers, int senders) {
+std::vector<Case> concurrent(std::vector<Case> cases, int workers, int senders) {
   for (Case& c : cases) {
     c.workers = workers;
     c.senders = c.nodes == 1 ? workers : senders;
@@ -156,9 +158,9 @@ TEST_CASES(team_of_2_geometries, geometries(2)) { run_case(value); }
 TEST_CASES(team_of_3_features, features(3)) { run_case(value); }
 TEST_CASES(lane_chosen, chosen(0)) { run_case(value); }
 TEST_CASES(team_of_2_chosen, chosen(2)) { run_case(value); }
-TEST_CASES(seats_geometries, seated(geometries(0), 3, 3)) { run_case(value); }
-TEST_CASES(seats_apart_features, seated(features(0), 4, 2)) { run_case(value); }
-TEST(seats_of_a_warp) {
+TEST_CASES(concurrent_geometries, concurrent(geometries(0), 3, 3)) { run_case(value); }
+TEST_CASES(concurrent_features, concurrent(features(0), 4, 2)) { run_case(value); }
+TEST(concurrent_warps) {
   run_case({.nodes = 2,
             .per_node = 1,
             .lanes = 32,

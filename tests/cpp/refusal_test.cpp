@@ -22,7 +22,7 @@ Status of_nothing(World& w, int r, Run run) {
   call.ids64 = &none;
   call.shape.row_bytes = me.view.shape.combine_row_bytes();
   open_plan(plan.view, call);
-  const DispatchArgs a = make_dispatch_args(me.view, plan.view, &me.book, plan.scratch(), call, nullptr);
+  const DispatchArgs a = make_dispatch_args(me.view, plan.view, &me.consumed, plan.scratch(), call, nullptr);
   me.begin();
   return run(a);
 }
@@ -36,7 +36,7 @@ Status dispatch_nothing(World& w, int r) {
 Status refused_combine(World& w, int r) {
   RankState& me = w.rank(r);
   std::vector<RowsBoard> boards(me.view.geometry.ranks_per_node);
-  const CombineArgs a = make_refused_combine_args(me.view, &me.book, boards.data(), Why::error);
+  const CombineArgs a = make_refused_combine_args(me.view, &me.consumed, boards.data(), Why::error);
   me.begin();
   return run_combine(Lane{}, me.fabric(), a);
 }
@@ -48,7 +48,7 @@ TEST(a_number_that_is_not_the_others) {
   w.each([&](int r) {
     CHECK_EQ(dispatch_nothing(w, r).code, Code::ok);
     if (r == 1) {  // it has counted a call that the others have not made, and announces the next one
-      ++w.rank(r).book.enter;
+      ++w.rank(r).consumed.enter;
       of_nothing(w, r, [&](const DispatchArgs& a) {
         count_picks(Lane{}, a);
         announce(Lane{}, w.rank(r).fabric(), a, Why::none);

@@ -2,7 +2,7 @@
 // between them, and every byte is compared with the oracle in world.hpp.
 #pragma once
 #include "check.hpp"
-#include "seats.hpp"
+#include "concurrent.hpp"
 #include "session/arguments.hpp"
 #include "world.hpp"
 
@@ -94,7 +94,7 @@ inline std::vector<int32_t> picks_by(const Input& in, int experts) {
 
 // Stands in for a choice of replicas: compares the counts of the exchange with the inputs, and then sets the
 // ids.
-struct Chooser {
+struct ReplicaChooser {
   const std::vector<Input>& in;
   const Geometry& geometry;
   int experts;
@@ -146,13 +146,13 @@ void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int 
                           .scales = c.quantized ? ScaleKind::f32 : c.fused,
                           .scales_by_column = c.by_column};
   open_plan(plan.view, asked);
-  const DispatchArgs a = make_dispatch_args(me.view, plan.view, &me.book, plan.scratch(), asked, nullptr);
+  const DispatchArgs a = make_dispatch_args(me.view, plan.view, &me.consumed, plan.scratch(), asked, nullptr);
   std::memset(me.window.data.get() + me.view.node.arena, 0xee,
               shape.arena_bytes);  // no part is held
   me.begin();
   const Offer offer = me.arena.offer();
-  std::vector<int32_t> apart(c.channels * c.nodes * me.view.count.ints);
-  const DispatchWork work{a, offer, apart.data()};
+  std::vector<int32_t> channel_counts(c.channels * c.nodes * me.view.count.ints);
+  const DispatchWork work{a, offer, channel_counts.data()};
   std::vector<int64_t> slots(in[r].ids.size(), 1 << 20);
   std::vector<int32_t> picks;
   const auto choosing = [&] {
@@ -163,8 +163,8 @@ void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int 
     DispatchCall made = asked;
     made.ids64 = slots.data();
     const DispatchArgs by_choice =
-        make_dispatch_args(me.view, plan.view, &me.book, plan.scratch(), made, picks.data());
-    Chooser chooser{in, g, shape.num_experts, c.chosen == 1, slots, r};
+        make_dispatch_args(me.view, plan.view, &me.consumed, plan.scratch(), made, picks.data());
+    ReplicaChooser chooser{in, g, shape.num_experts, c.chosen == 1, slots, r};
     if (round % 2) {  // also an exchange without a dispatch
       const Status alone = execute(c.lanes, [&](auto group) {
         return run_exchange(group, me.fabric(), by_choice, [&](auto picks_of) {
@@ -243,7 +243,7 @@ void one_round(World& w, Runner& runner, const Case& c, const Shape& shape, int 
   made.wire = wire_of(c, r);
   const Offset<float> out_weights = weigh ? l.weights.moved(plan.target[g.local()].rows) : Offset<float>{};
   const RowsBoard board = make_board(o.rows.moved(output), out_weights, {}, o.sums.moved(output));
-  const CombineArgs b = make_combine_args(me.view, plan.view, &me.book, boards.data(), board, made);
+  const CombineArgs b = make_combine_args(me.view, plan.view, &me.consumed, boards.data(), board, made);
   me.begin();
   const Status back = runner.combine(w, r, c, b);
   if (!CHECK_EQ(back.code, Code::ok)) return;

@@ -35,7 +35,7 @@ TEST(arguments_are_those_of_the_call) {
   int64_t ids64[1];
   int32_t ids32[1], ints[3];
   float weights[1];
-  Book book;
+  Consumed consumed;
   Offer offers[1];
   BlockLayout target[1];
   uint64_t needed[1];
@@ -50,10 +50,10 @@ TEST(arguments_are_those_of_the_call) {
   call.refused = Why::error;
   call.cached = true;
   const DispatchScratch scratch{ints, ints + 1, offers, target, needed, verdict};
-  const DispatchArgs a = make_dispatch_args({}, {}, &book, scratch, call, ints + 2);
-  CHECK(a.book == &book && a.cached && !a.alone && a.refused == Why::error);
+  const DispatchArgs a = make_dispatch_args({}, {}, &consumed, scratch, call, ints + 2);
+  CHECK(a.consumed == &consumed && a.cached && !a.alone && a.refused == Why::error);
   CHECK(a.ids64 == ids64 && a.ids32 == ids32 && a.x == x && a.scales == scales && a.weights == weights);
-  CHECK(a.base == ints && a.first == ints + 1 && a.asked == ints + 2);
+  CHECK(a.base == ints && a.first == ints + 1 && a.logical_blocks == ints + 2);
   CHECK(a.offers == offers && a.target == target && a.needed == needed && a.verdict == verdict);
   const DecodeSendArgs send = make_decode_send_args({}, {}, call);
   CHECK(send.ids64 == ids64 && send.ids32 == ids32 && send.x == x && send.scales == scales);
@@ -67,8 +67,9 @@ TEST(arguments_are_those_of_the_call) {
   combine.bias_stride = 7;
   combine.wire = Wire::fp8;
   const RowsBoard board = make_board({1}, {2}, {3}, {4});
-  const CombineArgs b = make_combine_args({}, {}, &book, boards, board, combine);
-  CHECK(b.book == &book && b.boards == boards && b.y == x && b.returned == weights && b.bias == weights + 1);
+  const CombineArgs b = make_combine_args({}, {}, &consumed, boards, board, combine);
+  CHECK(b.consumed == &consumed && b.boards == boards && b.y == x && b.returned == weights &&
+        b.bias == weights + 1);
   CHECK(b.bias_stride == 7 && b.wire == Wire::fp8 && b.refused == Why::none);
   CHECK(b.mine.rows.value == 1 && b.mine.weights.value == 2 && b.mine.back.value == 3 &&
         b.mine.sums.value == 4);
@@ -261,7 +262,7 @@ TEST(findings_keep_step) {
   for (Code code : {Code::mismatch, Code::refused, Code::capacity}) CHECK(in_step({code}).ok());
   for (Code code : {Code::timeout, Code::lost, Code::corrupt, Code::out_of_step, Code::interrupted})
     CHECK_EQ(in_step({code}).code, code);
-  CHECK_EQ(in_step(out_of_turn(DecodeStage::received, DecodeStage::sent)).code, Code::invalid);
+  CHECK_EQ(in_step(wrong_stage(DecodeStage::received, DecodeStage::sent)).code, Code::invalid);
 }
 
 TEST(turns_do_not_cross_a_capture) {
@@ -275,7 +276,7 @@ TEST(turns_do_not_cross_a_capture) {
   CHECK(dispatch(0).ok());
   // An epoch that was opened before the capture: neither its receipt nor its sum can be part of the graph.
   Status s = dispatch(7);
-  CHECK_EQ(s.detail, number(BadInput::out_of_turn));
+  CHECK_EQ(s.detail, number(BadInput::wrong_stage));
   CHECK_EQ(s.expected, uint64_t(DecodeStage::received));
   turns.received(1, true, false);
   turns.answered(1);

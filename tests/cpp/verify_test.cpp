@@ -23,7 +23,7 @@ struct Received {
     plan.view.rows_per_expert[1] = 1;
     const int64_t sources[5] = {0, 4, int64_t{1} << 32 | 3, -1, int64_t{1} << 32 | 2};
     for (int r = 0; r < 5; ++r) put(r, sources[r], kEpoch);
-    book.dispatches = kEpoch;
+    consumed.dispatches = kEpoch;
   }
   void put(int row, int64_t source, uint64_t epoch) {
     for (int i = 0; i < 16; ++i) block[layout.rows + 16 * row + i] = static_cast<char>(source * 7 + i);
@@ -34,7 +34,7 @@ struct Received {
   }
   // Like the receiver: first all places, then the rows without the padding.
   Status verify() {
-    const DispatchArgs args = make_dispatch_args(view, plan.view, &book, plan.scratch(), {}, nullptr);
+    const DispatchArgs args = make_dispatch_args(view, plan.view, &consumed, plan.scratch(), {}, nullptr);
     Status wrong = verify::announced_rows(args, block.data(), layout);
     verify::arrived_rows(Lane{}, args, block.data(), layout, 5, 0, 3, wrong);
     verify::arrived_rows(Lane{}, args, block.data(), layout, 5, 4, 5, wrong);
@@ -47,7 +47,7 @@ struct Received {
   CallShape call = plan.view.call = CallShape{.alignment = 4, .row_bytes = 16};
   BlockLayout layout = block_layout(5, call, 2);
   std::vector<char> block = std::vector<char>(layout.bytes);
-  Book book;
+  Consumed consumed;
 };
 
 }  // namespace

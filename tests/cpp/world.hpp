@@ -50,8 +50,8 @@ struct RankState {
     host.own_peer = g.node();
     host.rail_region = region.data.get();
     host.watch = &watch;
-    book.rows = counts.data();
-    book.back = counts.data() + g.nodes() * s.channels;
+    consumed.rows = counts.data();
+    consumed.back = counts.data() + g.nodes() * s.channels;
   }
   HostFabric<LoopbackRail> fabric() { return {&host, &loopback}; }
   void begin(double timeout = 60) {
@@ -66,7 +66,7 @@ struct RankState {
   HostState host;
   LoopbackRail loopback;
   Watch watch;
-  Book book;
+  Consumed consumed;
 };
 
 class World {

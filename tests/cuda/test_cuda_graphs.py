@@ -31,7 +31,7 @@ def run(main, nodes, per_node):
 
 
 def test_a_captured_call_is_one_kernel(emulated):  # noqa: F811
-    """No copy and no memset comes before it: the last group of a call sets the gates back."""
+    """No copy and no memset comes before it: the last group of a call sets the latches back."""
     xs, ids, weights = random_world(2, TOKENS, HIDDEN, 4, 2, seed=4)
 
     def main(comm):

@@ -200,7 +200,7 @@ class FakeNccl:
 
     def __init__(self, size):
         self.size, self.made, self.worlds, self.lock = size, 0, {}, threading.Lock()
-        self.Reach = SimpleNamespace(nccl=self.enter)
+        self.PeerAccess = SimpleNamespace(nccl=self.enter)
 
     def nccl_headers(self):
         return HEADERS
@@ -236,7 +236,7 @@ def joined(
             else SimpleNamespace(
                 nccl_headers=fake.nccl_headers,
                 nccl_unique_id=fake.nccl_unique_id,
-                Reach=SimpleNamespace(nccl=lambda *_: "left"),
+                PeerAccess=SimpleNamespace(nccl=lambda *_: "left"),
             )
         )
         try:

@@ -69,10 +69,10 @@ def test_roles_are_found():
     } <= names
 
 
-# Names: F is a fabric, G a group, Rail a rail; Meeting and Gates synchronize groups; Rules are the rules of a
+# Names: F is a fabric, G a group, Rail a rail; Barrier and Latches synchronize groups; Rules are the rules of a
 # session.
 UNCONSTRAINED = re.compile(
-    r"template <[^>{]*\bclass (?:F|G|Fabric\w*|Group\w*|Gates|Meeting|Rail|Rules)\b[^{;]*?(?=[{;])"
+    r"template <[^>{]*\bclass (?:F|G|Fabric\w*|Group\w*|Latches|Barrier|Rail|Rules)\b[^{;]*?(?=[{;])"
 )
 
 

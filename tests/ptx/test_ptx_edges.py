@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(os.environ.get("EMULATED_KERNELS") != "ptx", reason="make ptx-check runs it"),
 ]
 PAGE = Path(__file__).resolve().parents[2] / "docs/memory_model.md"
-NAMED = ("signal", "flag", "gate", "meeting")  # the columns that name an edge
+NAMED = ("signal", "flag", "latch", "barrier")  # the columns that name an edge
 
 
 def told_by_the_page():

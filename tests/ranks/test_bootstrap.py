@@ -111,7 +111,7 @@ class Threads:
 
     def __init__(self, size):
         self.points = [Endpoint() for _ in range(size)]
-        self.cards = [p.card() for p in self.points]
+        self.contacts = [p.contact() for p in self.points]
 
     def run(self, main, timeout=30.0):
         """Call main(mesh) on all ranks concurrently; return the results or exceptions."""
@@ -119,7 +119,7 @@ class Threads:
 
         def rank_main(r):
             try:
-                found[r] = main(mesh.Mesh(self.points[r], self.cards, range(len(self.points)), r, timeout))
+                found[r] = main(mesh.Mesh(self.points[r], self.contacts, range(len(self.points)), r, timeout))
             except moecomm.MoecommError as error:
                 found[r] = error
 
@@ -194,7 +194,7 @@ def test_strangers_are_ignored():
     group = Threads(2)
     from moecomm.sockets import HELLO, Line, dial
 
-    lines = [Line(dial(group.points[0].address_in(group.cards[0]))) for _ in range(3)]
+    lines = [Line(dial(group.points[0].address_in(group.contacts[0]))) for _ in range(3)]
     fields = {
         "name": "all",
         "parent": "",

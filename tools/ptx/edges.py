@@ -36,11 +36,11 @@ def _decode(name, flag, phase, near):
     )
 
 
-def _gate(name):
-    return Edge(name, (rf"arrive\(g, Gate::{name}\)",), (rf"wait\(g, Gate::{name},",))
+def _latch(name):
+    return Edge(name, (rf"arrive\(g, Latch::{name}\)",), (rf"wait\(g, Latch::{name},",))
 
 
-def _meeting(name, function, statement):
+def _barrier(name, function, statement):
     return Edge(
         name,
         (rf"^{function}$", statement, r"fetch_add"),
@@ -65,20 +65,20 @@ DECODE = (
     _decode("`answered` in the source's window", r"\bd\.answered", "sum", True),
     _decode("`answered` in the source's region", "remote_answered", "sum", False),
 )
-GATES = tuple(
+LATCHES = tuple(
     map(
-        _gate,
+        _latch,
         ("numbered", "totals", "shifted", "entered", "placed", "forwarded", "published", "reduced"),
     )
 )
 LEAVING = Edge("left", (r"^leave_call$", r"fetch_add"), (r"^leave_call$", r"load_acquire"))
-MEETINGS = (
-    _meeting("after listing", "send_seat", "nothing moves"),
-    _meeting("after sending", "send_seat", r"meet\(g\)\);\s*$"),
-    _meeting("after numbering", "receive_seat", r"meet\(g\)\)"),
-    _meeting("after answering", "answer_seat", "no flag is sent"),
+BARRIERS = (
+    _barrier("after listing", "send_group", "nothing moves"),
+    _barrier("after sending", "send_group", r"wait\(g\)\);\s*$"),
+    _barrier("after numbering", "receive_group", r"wait\(g\)\)"),
+    _barrier("after answering", "answer_group", "no flag is sent"),
 )
-EDGES = (*RANKS, *DECODE, *GATES, LEAVING, *MEETINGS)
+EDGES = (*RANKS, *DECODE, *LATCHES, LEAVING, *BARRIERS)
 
 
 def side_of(edge, places, line):

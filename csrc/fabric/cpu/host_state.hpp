@@ -1,4 +1,5 @@
-// The memory that a rank has mapped, and the state of the call in progress. Owned by the runtime's Reach.
+// The memory that a rank has mapped, and the state of the call in progress. Owned by the runtime's
+// PeerMemory.
 #pragma once
 #include <algorithm>
 #include <chrono>

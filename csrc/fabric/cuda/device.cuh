@@ -25,7 +25,7 @@ __device__ inline void copy_word(char* dst, const char* src) {
 }
 
 // A rail has these functions:
-//   of(links, stream)   Puts and signals of one stream to one peer are ordered. Each seat of a call is a
+//   of(links, stream)   Puts and signals of one stream to one peer are ordered. Each group of a call is a
 //                       stream; if several groups put and one of them signals for all, they share a stream.
 //   put, signal, fault  Lane 0, after its bulk copies.
 //   get                 Lane 0. The bytes have arrived after flush.

@@ -9,7 +9,7 @@
 // posted before it to that peer on its context; a weak one orders only the put that it comes with. Hence
 // streams: a stream always uses the same context, whichever group posts. Puts of one group and its signals
 // share a stream. If several groups put and one of them signals for all (decode), they also share a stream,
-// and a gate or barrier comes before the signal: put() returns when the request is posted, so the signal is
+// and a latch or barrier comes before the signal: put() returns when the request is posted, so the signal is
 // posted behind all of them. This needs no flush.
 //
 // Sources. The source of a put must not change until the network has read it. flush() at the end of a call

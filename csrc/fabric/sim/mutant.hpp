@@ -84,9 +84,9 @@ struct MutantFabric : SimFabric {
       else if (theirs[count->cached] < 0)
         theirs[count->cached] = 0;
     } else if (phase == Phase::reduce || phase == Phase::sum) {
-      Wish* theirs = rail(l.wishes + ((*combines & 1) * nodes + n));
+      CombineVerdict* theirs = rail(l.combine_verdicts + ((*combines & 1) * nodes + n));
       if (is(Mutant::any_word))
-        theirs->word = rail(l.wish_out)->word;
+        theirs->word = rail(l.combine_verdict_out)->word;
       else
         theirs->decide(Code::ok, 0, Why::none);
     }

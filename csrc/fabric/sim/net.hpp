@@ -45,8 +45,8 @@ class Divisor {
   uint64_t magic_;
 };
 
-// A node window and a rail region of every rank: the counterpart of a Reach in the cpu world. A cluster has
-// one space for dispatch and combine, and one for decode.
+// A node window and a rail region of every rank: the counterpart of a PeerMemory in the cpu world. A cluster
+// has one space for dispatch and combine, and one for decode.
 struct SimSpace {
   // Records of which only the first bytes are metadata. Without payload the rest is never touched, and would
   // spread the metadata over many pages. So only the metadata of a window's records is stored, contiguously.

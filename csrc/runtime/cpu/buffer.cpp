@@ -8,7 +8,7 @@
 
 #include "balance/route.hpp"
 #include "exec/lane.hpp"
-#include "runtime/chooser.hpp"
+#include "runtime/replica_chooser.hpp"
 #include "schedule/sequential.hpp"
 #include "session/arguments.hpp"
 #include "session/staging.hpp"
@@ -30,8 +30,8 @@ uint64_t warm_bytes(const BufferView& view) {
   return std::min(view.node.bytes, view.node.arena.value + std::min(usual, limit));
 }
 
-ReachPlan reach_plan(const BufferView& view) {
-  ReachPlan p;
+PeerMemoryLayout peer_memory_layout(const BufferView& view) {
+  PeerMemoryLayout p;
   p.window_bytes = view.node.bytes;
   p.window_faults = view.node.faults;
   p.warm_bytes = warm_bytes(view);
@@ -54,24 +54,24 @@ uint64_t Buffer::bytes(const Geometry& g, const Shape& s) {
 Buffer::Buffer(std::shared_ptr<Communicator> comm, Shape shape, bool check)
     : comm_(std::move(comm)),
       view_(make_view(comm_->geometry(), shape, check)),
-      reach_(comm_, reach_plan(view_)) {
+      peer_memory_(comm_, peer_memory_layout(view_)) {
   arena_ = std::make_shared<Arena>(view_.node.arena, view_.node.arena + shape.arena_bytes,
                                    dispatch_bound(view_.geometry, shape));
   pool_ = std::make_shared<PlanPool>(view_);
-  const uint64_t per_book = static_cast<uint64_t>(view_.geometry.nodes()) * shape.channels;
-  book_counts_.assign(2 * per_book, 0);
-  book_.rows = book_counts_.data();
-  book_.back = book_counts_.data() + per_book;
+  const uint64_t per_peer = static_cast<uint64_t>(view_.geometry.nodes()) * shape.channels;
+  consumed_counts_.assign(2 * per_peer, 0);
+  consumed_.rows = consumed_counts_.data();
+  consumed_.back = consumed_counts_.data() + per_peer;
 }
 
 void Buffer::begin_call(Verb verb, uint64_t bytes_moved) {
-  comm_->begin_call(verb, reach_.number());
-  reach_.begin(bytes_moved >= stream_threshold_);
-  ++reach_.host().counters.calls;
+  comm_->begin_call(verb, peer_memory_.number());
+  peer_memory_.begin(bytes_moved >= stream_threshold_);
+  ++peer_memory_.host().counters.calls;
 }
 
 bool Buffer::ask(const DispatchCall& call, DispatchCall& made, Status& bad) {
-  const balance::Choice& choice = *call.choice;
+  const balance::ReplicaPolicy& choice = *call.policy;
   const balance::Refusal refusal = balance::count_picks(call.ids64, call.tokens, view_.shape.top_k,
                                                         choice.replicas().experts, call.counted);
   if (refusal.bad != BadInput::none) {
@@ -82,11 +82,12 @@ bool Buffer::ask(const DispatchCall& call, DispatchCall& made, Status& bad) {
   }
   made.ids64 = call.slots;
   if (!choice.needs_all()) {
-    choice.route(choice.solve(nullptr, ++turn_), {call.ids64, call.tokens, view_.shape.top_k, call.counted},
-                 view_.geometry.rank, nullptr, call.slots);
+    choice.route(choice.solve(nullptr, ++rotation_),
+                 {call.ids64, call.tokens, view_.shape.top_k, call.counted}, view_.geometry.rank, nullptr,
+                 call.slots);
     return false;
   }
-  fill_asked(view_, call, asked_);
+  fill_logical_blocks(view_, call, logical_blocks_);
   return true;
 }
 
@@ -95,20 +96,21 @@ Status Buffer::choose(const DispatchCall& call) {
   if (!scope.entered()) return {Code::interrupted};
   DispatchCall made = call;
   Status bad;
-  if (call.refused == Why::none && !ask(call, made, bad) && !call.choice->needs_all())
+  if (call.refused == Why::none && !ask(call, made, bad) && !call.policy->needs_all())
     return bad;  // the other ranks are not involved
   begin_call(Verb::choose, 0);
   const bool chooses = made.refused == Why::none;
-  if (!chooses) asked_.assign(size_t(view_.geometry.nodes()) * view_.count.ints, 0);
-  const DispatchArgs a = make_exchange_args(view_, &book_, call.shape, made.refused, asked_.data());
+  if (!chooses) logical_blocks_.assign(size_t(view_.geometry.nodes()) * view_.count.ints, 0);
+  const DispatchArgs a =
+      make_exchange_args(view_, &consumed_, call.shape, made.refused, logical_blocks_.data());
   if (chooses) {
-    Chooser chooser(view_, call, book_.counts);
-    return reach_.run(true, [&](auto fabric) {
+    ReplicaChooser chooser(view_, call, consumed_.counts);
+    return peer_memory_.run(true, [&](auto fabric) {
       return run_exchange(Lane{}, fabric, a, [&](auto picks_of) { chooser.choose(picks_of); });
     });
   }
   const Status s =
-      reach_.run(true, [&](auto fabric) { return run_exchange(Lane{}, fabric, a, [](auto) {}); });
+      peer_memory_.run(true, [&](auto fabric) { return run_exchange(Lane{}, fabric, a, [](auto) {}); });
   return bad.ok() ? s : bad;
 }
 
@@ -116,30 +118,30 @@ Status Buffer::dispatch(const DispatchCall& call, Plan& plan, std::shared_ptr<Bl
                         std::shared_ptr<Block>& output, FirstPhase* first) {
   const CallScope scope(comm_->calls(), "dispatch");
   if (!scope.entered()) return {Code::interrupted};
-  Recording::Span recorded(recording_.get(), RecordedOp::dispatch, reach_.host().counters);
+  Recording::Span recorded(recording_.get(), RecordedOp::dispatch, peer_memory_.host().counters);
   const uint64_t copies = std::min<uint64_t>(view_.shape.top_k, view_.geometry.size);
   begin_call(Verb::dispatch, call.shape.row_bytes * call.tokens * copies);
   DispatchCall made = call;
   Status s, bad;
-  const bool asks = call.choice && !call.cached && call.refused == Why::none && ask(call, made, bad);
+  const bool asks = call.policy && !call.cached && call.refused == Why::none && ask(call, made, bad);
   if (made.refused == Why::none && !call.cached) plan.owner = this;
   open_plan(plan.view, made);
-  const DispatchArgs a =
-      make_dispatch_args(view_, plan.view, &book_, plan.scratch(), made, asks ? asked_.data() : nullptr);
+  const DispatchArgs a = make_dispatch_args(view_, plan.view, &consumed_, plan.scratch(), made,
+                                            asks ? logical_blocks_.data() : nullptr);
   const Offer offer = arena_->offer();
   const auto placed = [&] {
     const uint64_t rows = static_cast<uint64_t>(local_rows(plan));
-    const HeldPiece held = hold(reach_.window(), arena_, piece_of(view_, plan.view.call, rows, offer));
+    const HeldPiece held = hold(peer_memory_.window(), arena_, piece_of(view_, plan.view.call, rows, offer));
     out = held.block;
     output = held.output;
     if (first) first->placed();
   };
   if (asks) {
-    Chooser chooser(view_, call, book_.dispatches);
-    s = reach_.run(true,
-                   [&](auto fabric) { return run_dispatch(Lane{}, fabric, a, offer, chooser, placed); });
+    ReplicaChooser chooser(view_, call, consumed_.dispatches);
+    s = peer_memory_.run(
+        true, [&](auto fabric) { return run_dispatch(Lane{}, fabric, a, offer, chooser, placed); });
   } else {
-    s = reach_.run(true, [&](auto fabric) { return run_dispatch(Lane{}, fabric, a, offer, placed); });
+    s = peer_memory_.run(true, [&](auto fabric) { return run_dispatch(Lane{}, fabric, a, offer, placed); });
   }
   if (!bad.ok()) return bad;
   if (!s.ok()) return s;
@@ -165,20 +167,20 @@ Status Buffer::refuse_combine(Why why) {
   const CallScope scope(comm_->calls(), "combine");
   if (!scope.entered()) return {Code::interrupted};
   std::vector<RowsBoard> boards(view_.geometry.ranks_per_node);
-  const CombineArgs a = make_refused_combine_args(view_, &book_, boards.data(), why);
+  const CombineArgs a = make_refused_combine_args(view_, &consumed_, boards.data(), why);
   begin_call(Verb::combine, 0);
-  return reach_.run(true, [&](auto fabric) { return run_combine(Lane{}, fabric, a); });
+  return peer_memory_.run(true, [&](auto fabric) { return run_combine(Lane{}, fabric, a); });
 }
 
 Status Buffer::combine(const CombineCall& call, Plan& plan, const Block& output) {
   const CallScope scope(comm_->calls(), "combine");
   if (!scope.entered()) return {Code::interrupted};
-  Recording::Span recorded(recording_.get(), RecordedOp::combine, reach_.host().counters);
+  Recording::Span recorded(recording_.get(), RecordedOp::combine, peer_memory_.host().counters);
   const uint64_t rows = local_rows(plan);
   const bool by_rank = plan.view.call.layout == RowLayout::rank;
   begin_call(Verb::combine, rows * view_.shape.combine_row_bytes());
-  HostState& host = reach_.host();
-  char* window = reach_.window()->data();
+  HostState& host = peer_memory_.host();
+  char* window = peer_memory_.window()->data();
   const RowsBoard board = place_rows(
       view_, plan.view.call, call, window, output.offset(), rows,
       [&](uint64_t at, const char* from, uint64_t bytes) {
@@ -187,8 +189,8 @@ Status Buffer::combine(const CombineCall& call, Plan& plan, const Block& output)
       },
       [&](uint64_t at, const float* from, uint64_t count) { std::memcpy(window + at, from, count * 4); });
   std::vector<RowsBoard> boards(view_.geometry.ranks_per_node);
-  const CombineArgs a = make_combine_args(view_, plan.view, &book_, boards.data(), board, call);
-  const Status s = reach_.run(true, [&](auto fabric) { return run_combine(Lane{}, fabric, a); });
+  const CombineArgs a = make_combine_args(view_, plan.view, &consumed_, boards.data(), board, call);
+  const Status s = peer_memory_.run(true, [&](auto fabric) { return run_combine(Lane{}, fabric, a); });
   if (recorded && s.ok()) {
     recorded.call.plan = plan.recorded;
     recorded.call.tokens = plan.view.tokens;
@@ -203,25 +205,25 @@ Status Buffer::combine(const CombineCall& call, Plan& plan, const Block& output)
 
 Counters Buffer::counters() {
   std::lock_guard lock(comm_->calls());
-  return reach_.host().counters;
+  return peer_memory_.host().counters;
 }
 
 Counters Buffer::take_counters() {
   std::lock_guard lock(comm_->calls());
-  const Counters c = reach_.host().counters;
-  reach_.host().counters = {};
+  const Counters c = peer_memory_.host().counters;
+  peer_memory_.host().counters = {};
   return c;
 }
 
 void Buffer::trace(bool on) {
   std::lock_guard lock(comm_->calls());
-  reach_.trace(on);
+  peer_memory_.trace(on);
 }
 
 void Buffer::record(std::shared_ptr<Recording> recording) {
   std::lock_guard lock(comm_->calls());
   recording_ = std::move(recording);
-  reach_.host().timeline = recording_ ? &recording_->spans() : nullptr;
+  peer_memory_.host().timeline = recording_ ? &recording_->spans() : nullptr;
 }
 
 Recording::Segment Buffer::take(Recording& recording) {
@@ -231,7 +233,7 @@ Recording::Segment Buffer::take(Recording& recording) {
 
 std::vector<RoleSpan> Buffer::take_timeline() {
   std::lock_guard lock(comm_->calls());
-  return reach_.take_timeline();
+  return peer_memory_.take_timeline();
 }
 
 }  // namespace moecomm

@@ -7,7 +7,7 @@
 
 #include "runtime/cpu/communicator.hpp"
 #include "runtime/cpu/first_phase.hpp"
-#include "runtime/cpu/reach.hpp"
+#include "runtime/cpu/peer_memory.hpp"
 #include "runtime/cpu/recording.hpp"
 #include "runtime/memory.hpp"
 #include "runtime/plan.hpp"
@@ -20,10 +20,12 @@ class Buffer {
   Buffer(std::shared_ptr<Communicator> comm, Shape shape, bool check);
   static uint64_t bytes(const Geometry& g, const Shape& s);  // of node window and rail region together
 
-  std::string card() const { return reach_.card(); }
-  void connect(const std::vector<std::string>& cards) { reach_.connect(cards); }
-  bool rail_is_mapped() const { return reach_.rail_is_mapped(); }
-  void connected() { reach_.connected(); }  // call after a barrier, when all ranks have mapped all memory
+  std::string contact() const { return peer_memory_.contact(); }
+  void connect(const std::vector<std::string>& contacts) { peer_memory_.connect(contacts); }
+  bool rail_is_mapped() const { return peer_memory_.rail_is_mapped(); }
+  void finish_connect() {
+    peer_memory_.finish_connect();
+  }  // call after a barrier, when all ranks have mapped all memory
 
   std::shared_ptr<Plan> new_plan() { return pool_->get(); }
   // On success `out` has the dispatched rows, and `output` is the memory for the experts' output. With
@@ -44,7 +46,7 @@ class Buffer {
   Communicator& comm() const { return *comm_; }
   const BufferView& view() const { return view_; }
   const Arena& arena() const { return *arena_; }
-  const Memory& window() const { return *reach_.window(); }
+  const Memory& window() const { return *peer_memory_.window(); }
   Counters counters();       // since the last take_counters()
   Counters take_counters();  // and resets them
   void trace(bool on);       // starts a timeline of roles, or drops it
@@ -54,25 +56,25 @@ class Buffer {
   Recording::Segment take(Recording& recording);
   void set_stream_threshold(uint64_t bytes) { stream_threshold_ = bytes; }
   void set_fault(Fault fault) {
-    reach_.host().fault = std::move(fault);
+    peer_memory_.host().fault = std::move(fault);
   }  // tests only: see fabric/cpu/fault.hpp
 
  private:
   void begin_call(Verb verb, uint64_t bytes_moved);
   // Counts the picks of a call with a choice, and sets up `made`, the same call by expert slots. Returns true
-  // if the picks of all ranks are needed; asked_ then has this rank's. Returns false if the slots have been
-  // chosen, or if a pick is invalid and the rank refuses its part.
+  // if the picks of all ranks are needed; logical_blocks_ then has this rank's. Returns false if the slots
+  // have been chosen, or if a pick is invalid and the rank refuses its part.
   bool ask(const DispatchCall& call, DispatchCall& made, Status& bad);
 
   std::shared_ptr<Communicator> comm_;
   BufferView view_;
-  Reach reach_;
+  PeerMemory peer_memory_;
   std::shared_ptr<Arena> arena_;
   std::shared_ptr<PlanPool> pool_;
-  Book book_;
-  std::vector<uint64_t> book_counts_;
-  std::vector<int32_t> asked_;  // DispatchArgs::asked
-  int32_t turn_ = 0;            // number of batches whose replicas this rank has chosen by itself
+  Consumed consumed_;
+  std::vector<uint64_t> consumed_counts_;
+  std::vector<int32_t> logical_blocks_;  // DispatchArgs::logical_blocks
+  int32_t rotation_ = 0;                 // number of batches whose replicas this rank has chosen by itself
   std::shared_ptr<Recording> recording_;
   uint64_t stream_threshold_ = 7u << 20;
 };

@@ -7,13 +7,13 @@
 #include <fstream>
 #include <functional>
 
-#include "runtime/cpu/reach.hpp"
+#include "runtime/cpu/peer_memory.hpp"
 
 namespace moecomm {
 namespace {
 
 // The first thing that every rank sends to the others; its UCX address follows.
-struct Card {
+struct Contact {
   int32_t pid;
   int32_t beat;   // Beats::fd(), or -1
   uint64_t host;  // equal if pids mean the same processes: one kernel and one pid namespace
@@ -28,8 +28,8 @@ uint64_t host_identity() {
   return std::hash<std::string>()(boot + space);
 }
 
-Card read_card(const std::string& text) {
-  Card c;
+Contact read_contact(const std::string& text) {
+  Contact c;
   std::memcpy(&c, text.data(), sizeof(c));
   return c;
 }
@@ -46,8 +46,8 @@ Communicator::Communicator(Geometry geometry, bool threads, RailKind rail, doubl
       waits_(geometry.size) {
   call_.waits = &waits_;
   call_.announce = [this](uint64_t word) {
-    std::lock_guard lock(reaches_mutex_);
-    for (Reach* reach : reaches_) reach->publish({word});
+    std::lock_guard lock(memories_mutex_);
+    for (PeerMemory* memory : memories_) memory->publish({word});
   };
   if (patient && geometry.size > 1) beats_ = std::make_unique<Beats>();
   if (rail != RailKind::ucx) return;
@@ -64,49 +64,49 @@ void Communicator::prepare_next() {
   if (rail_ == RailKind::ucx && !spare_) spare_ = std::make_unique<UcxContext>();
 }
 
-std::string Communicator::card() const {
-  Card c{};
+std::string Communicator::contact() const {
+  Contact c{};
   c.pid = getpid();
   c.beat = beats_ ? beats_->fd() : -1;
   c.host = host_identity();
-  std::string card(bytes_of(&c), sizeof(c));
-  if (ucx_) card += ucx_->address();
-  return card;
+  std::string contact(bytes_of(&c), sizeof(c));
+  if (ucx_) contact += ucx_->address();
+  return contact;
 }
 
-void Communicator::connect(const std::vector<std::string>& cards) {
+void Communicator::connect(const std::vector<std::string>& contacts) {
   // Also watches ranks of other nodes that are processes on this host: not every transport reports their
   // death.
-  const Card mine = read_card(cards[geometry_.rank]);
+  const Contact mine = read_contact(contacts[geometry_.rank]);
   here_.assign(geometry_.size, threads_);
   for (int r = 0; r < geometry_.size && !threads_; ++r)
-    if (const Card c = read_card(cards[r]); c.host == mine.host && mine.host != 0) {
+    if (const Contact c = read_contact(contacts[r]); c.host == mine.host && mine.host != 0) {
       here_[r] = true;
       watch_.add(r, c.pid);
       if (beats_ && r != geometry_.rank && c.beat >= 0) beats_->add(r, c.pid, c.beat);
     }
   if (!ucx_) return;
-  for (const std::string& card : cards) ucx_addresses_.push_back(card.substr(sizeof(Card)));
+  for (const std::string& contact : contacts) ucx_addresses_.push_back(contact.substr(sizeof(Contact)));
   for (int n = 0; n < geometry_.nodes(); ++n)
-    if (n != geometry_.node()) reach(geometry_.rail_rank(n));
+    if (n != geometry_.node()) open_endpoint(geometry_.rail_rank(n));
   ucx_->serve();
 }
 
-void Communicator::reach(int rank) { ucx_->connect(rank, ucx_addresses_[rank]); }
+void Communicator::open_endpoint(int rank) { ucx_->connect(rank, ucx_addresses_[rank]); }
 
-void Communicator::join(Reach* reach) {
-  std::lock_guard lock(reaches_mutex_);
-  reaches_.push_back(reach);
+void Communicator::join(PeerMemory* memory) {
+  std::lock_guard lock(memories_mutex_);
+  memories_.push_back(memory);
 }
 
 uint64_t Communicator::number() {
-  std::lock_guard lock(reaches_mutex_);
-  return ++reach_number_;
+  std::lock_guard lock(memories_mutex_);
+  return ++memory_number_;
 }
 
-void Communicator::leave(Reach* reach) {
-  std::lock_guard lock(reaches_mutex_);
-  std::erase(reaches_, reach);
+void Communicator::leave(PeerMemory* memory) {
+  std::lock_guard lock(memories_mutex_);
+  std::erase(memories_, memory);
 }
 
 void Communicator::mark_broken(const Status& why) {
@@ -117,8 +117,8 @@ void Communicator::mark_broken(const Status& why) {
 void Communicator::leave_calls(int peer) {
   if (!broken().ok() || !calls_.is_here()) return;
   std::lock_guard lock(calls_);
-  std::lock_guard all(reaches_mutex_);
-  for (Reach* reach : reaches_) reach->report({Code::lost, Phase::none, peer});
+  std::lock_guard all(memories_mutex_);
+  for (PeerMemory* memory : memories_) memory->report({Code::lost, Phase::none, peer});
 }
 
 Status Communicator::broken() const {

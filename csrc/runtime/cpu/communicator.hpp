@@ -17,10 +17,10 @@ namespace moecomm {
 
 enum class RailKind : int { none = 0, loopback = 1, ucx = 2 };
 
-class Reach;
+class PeerMemory;
 
-// Constructed collectively in two steps: every rank constructs it, the caller exchanges the card() strings,
-// and every rank connects.
+// Constructed collectively in two steps: every rank constructs it, the caller exchanges the contact()
+// strings, and every rank connects.
 class Communicator {
  public:
   // threads: the ranks are threads of this process and access each other's memory by pointers. patient: a
@@ -32,11 +32,11 @@ class Communicator {
   // lost.
   void prepare_next();
 
-  std::string card() const;                             // pid, UCX address
-  void connect(const std::vector<std::string>& cards);  // by rank
+  std::string contact() const;                             // pid, UCX address
+  void connect(const std::vector<std::string>& contacts);  // by rank
   // Whether a rank is a process on this host, in this pid namespace. Valid after connect().
   bool on_this_host(int rank) const { return here_[rank]; }
-  void reach(int rank);  // makes a UCX endpoint to it, once; the caller holds calls()
+  void open_endpoint(int rank);  // makes a UCX endpoint to it, once; the caller holds calls()
 
   const Geometry& geometry() const { return geometry_; }
   bool threads() const { return threads_; }
@@ -49,7 +49,7 @@ class Communicator {
   const std::vector<const Counter*>* beats() const { return beats_ ? &beats_->words() : nullptr; }
   CallLock& calls() { return calls_; }  // one call at a time moves data
   CallState& call() { return call_; }
-  // Called for the same calls in the same order on all ranks. memory: Reach::number().
+  // Called for the same calls in the same order on all ranks. memory: PeerMemory::number().
   void begin_call(Verb verb, uint64_t memory) {
     call_.word = waiting_word(verb, memory, ++call_number_);
     call_.announced = false;
@@ -60,9 +60,9 @@ class Communicator {
     call_.word = 0;
     call_.announced = false;
   }
-  void join(Reach* reach);  // words and faults are sent through it from here on
-  uint64_t number();        // a number for a Reach that all ranks have: equal on all of them
-  void leave(Reach* reach);
+  void join(PeerMemory* memory);  // words and faults are sent through it from here on
+  uint64_t number();              // a number for a PeerMemory that all ranks have: equal on all of them
+  void leave(PeerMemory* memory);
 
   // The first final failure. Later calls report it instead of waiting again.
   void mark_broken(const Status& why);
@@ -89,9 +89,9 @@ class Communicator {
   std::vector<bool> here_;                  // by rank: whether it is on this host
   Waits waits_;
   CallState call_;
-  uint64_t call_number_ = 0, reach_number_ = 0;
-  std::mutex reaches_mutex_;
-  std::vector<Reach*> reaches_;
+  uint64_t call_number_ = 0, memory_number_ = 0;
+  std::mutex memories_mutex_;
+  std::vector<PeerMemory*> memories_;
   Watch watch_;
   std::unique_ptr<Beats> beats_;  // of patient ranks
   mutable std::mutex broken_mutex_;

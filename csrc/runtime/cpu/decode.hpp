@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "runtime/cpu/reach.hpp"
+#include "runtime/cpu/peer_memory.hpp"
 #include "runtime/cpu/recording.hpp"
 #include "session/decode_arguments.hpp"
 #include "session/turns.hpp"
@@ -17,9 +17,9 @@ class Decode {
   Decode(std::shared_ptr<Communicator> comm, Shape shape, bool check);
   static uint64_t bytes(const Geometry& g, const Shape& s);  // of window and region
 
-  std::string card() const { return reach_.card(); }
-  void connect(const std::vector<std::string>& cards) { reach_.connect(cards); }
-  void connected() { reach_.connected(); }
+  std::string contact() const { return peer_memory_.contact(); }
+  void connect(const std::vector<std::string>& contacts) { peer_memory_.connect(contacts); }
+  void finish_connect() { peer_memory_.finish_connect(); }
 
   // Waits only if rules (A) and (B) require it. On success `epoch` is the epoch of the new dispatch.
   Status dispatch(const DecodeDispatchCall& call, uint64_t& epoch);
@@ -41,22 +41,22 @@ class Decode {
   DecodeStage stage(uint64_t epoch) const { return order_.stage(epoch); }
   bool weighted(uint64_t epoch) const { return turns_[epoch & 1].view.weighted; }
 
-  const Memory& window() const { return *reach_.window(); }
+  const Memory& window() const { return *peer_memory_.window(); }
   // The memory of tensors, by parity. Valid as long as the Decode.
-  char* x(int parity) const { return reach_.window()->data() + view_.x(parity); }
-  char* scales(int parity) const { return reach_.window()->data() + view_.scales(parity, 0); }
-  char* rows(int parity) const { return reach_.window()->data() + view_.rows(parity); }
-  int64_t* counts(int parity) const { return view_.counts(parity).in(reach_.window()->data()); }
+  char* x(int parity) const { return peer_memory_.window()->data() + view_.x(parity); }
+  char* scales(int parity) const { return peer_memory_.window()->data() + view_.scales(parity, 0); }
+  char* rows(int parity) const { return peer_memory_.window()->data() + view_.rows(parity); }
+  int64_t* counts(int parity) const { return view_.counts(parity).in(peer_memory_.window()->data()); }
   int64_t packed_rows() const { return static_cast<int64_t>(view_.packed_rows()); }
   int64_t scale_area() const {  // of one expert
     return static_cast<int64_t>(decode_scale_area(view_.geometry, view_.shape));
   }
   int num_local_experts() const { return view_.experts_per_rank(); }
 
-  Communicator& comm() const { return reach_.comm(); }
+  Communicator& comm() const { return peer_memory_.comm(); }
 
   // For DecodeFloor, which repeats the traffic of the last step.
-  Reach& reach() { return reach_; }
+  PeerMemory& peer_memory() { return peer_memory_; }
   const DecodeView& view() const { return view_; }
   const DecodeTurn& last_turn() const { return turns_[epoch() & 1].view; }
   void skip_to(uint64_t epoch) { order_.skip_to(epoch); }
@@ -70,7 +70,7 @@ class Decode {
   void record(std::shared_ptr<Recording> recording);  // that of the Buffer; null: none
   void set_stream_threshold(uint64_t bytes) { stream_threshold_ = bytes; }
   void set_fault(Fault fault) {
-    reach_.host().fault = std::move(fault);
+    peer_memory_.host().fault = std::move(fault);
   }  // tests only: see fabric/cpu/fault.hpp
 
  private:
@@ -92,7 +92,7 @@ class Decode {
   void stage_rows(const Turn& t, const char* rows);
 
   DecodeView view_;
-  Reach reach_;
+  PeerMemory peer_memory_;
   DecodeTurns order_;
   Turn turns_[2];  // by parity
   std::vector<uint8_t> masked_;

@@ -39,7 +39,7 @@ class DecodeFloor {
   Status wait(F f, int rank, bool answer);
 
   Decode& decode_;
-  Reach& reach_;
+  PeerMemory& peer_memory_;
   DecodeView view_;
   DecodeTurn turn_;  // a copy that shares its tables and flags with the decode
   char* y_;

@@ -8,8 +8,8 @@ namespace {
 
 constexpr uint64_t kWhole = ~uint64_t{0};
 
-ReachPlan reach_plan(const DomainView& d) {
-  ReachPlan p;
+PeerMemoryLayout peer_memory_layout(const DomainView& d) {
+  PeerMemoryLayout p;
   p.one_memory = true;
   p.window_bytes = p.region_bytes = d.at.bytes;
   p.window_faults = d.at.window_faults;
@@ -18,7 +18,7 @@ ReachPlan reach_plan(const DomainView& d) {
   p.fault_out = d.at.fault_out;
   p.warm_bytes = d.at.warm;
   p.own = d.geometry.rank;
-  for (int r = 0; r < d.geometry.size; ++r) p.peers.push_back(d.near(r) ? -1 : r);
+  for (int r = 0; r < d.geometry.size; ++r) p.peers.push_back(d.same_node(r) ? -1 : r);
   return p;
 }
 
@@ -30,7 +30,7 @@ Segments view_of(const std::vector<Segment>& segments) {
 
 Domain::Domain(std::shared_ptr<Communicator> comm, DomainShape shape)
     : view_(make_domain_view(comm->geometry(), shape)),
-      reach_(comm, reach_plan(view_)),
+      peer_memory_(comm, peer_memory_layout(view_)),
       counts_(comm->geometry()),
       written_(comm->geometry().size) {}
 
@@ -48,17 +48,18 @@ Status Domain::write(int rank, Segments segments, int counter) {
   const uint64_t bytes = detail::total_bytes(segments);
   return one_sided("write", bytes, [&](auto f) -> Status {
     written_[rank] = true;
-    write_segments(Lane{}, f, view_, &counts_.book, rank, segments);
+    write_segments(Lane{}, f, view_, &counts_.consumed, rank, segments);
     if (counter >= 0) notify(Lane{}, f, view_, rank, counter, bytes);
-    return view_.near(rank) ? Status{} : f.drain(Phase::send, rank);
+    return view_.same_node(rank) ? Status{} : f.drain(Phase::send, rank);
   });
 }
 
 Status Domain::read(int rank, Segments segments) {
   return one_sided("read", detail::total_bytes(segments), [&](auto f) -> Status {
-    if (written_[rank] && !view_.near(rank)) MOE_TRY(reach_.flush());  // the read must see earlier writes
-    read_segments(Lane{}, f, view_, &counts_.book, rank, segments);
-    return view_.near(rank) ? Status{} : f.drain(Phase::arrive, rank);
+    if (written_[rank] && !view_.same_node(rank))
+      MOE_TRY(peer_memory_.flush());  // the read must see earlier writes
+    read_segments(Lane{}, f, view_, &counts_.consumed, rank, segments);
+    return view_.same_node(rank) ? Status{} : f.drain(Phase::arrive, rank);
   });
 }
 
@@ -76,8 +77,8 @@ Status Domain::wait(int source, int counter, uint64_t at_least) {
 Status Domain::fence() {
   return one_sided("fence", 0, [&](auto f) -> Status {
     std::atomic_thread_fence(std::memory_order_seq_cst);
-    MOE_TRY(reach_.flush());
-    if (const Status reported = reported_fault(reach_.host()); !reported.ok()) return reported;
+    MOE_TRY(peer_memory_.flush());
+    if (const Status reported = reported_fault(peer_memory_.host()); !reported.ok()) return reported;
     for (int r = 0; r < view_.geometry.size; ++r) {
       if (!written_[r]) continue;
       written_[r] = false;
@@ -89,7 +90,7 @@ Status Domain::fence() {
 }
 
 uint64_t Domain::counter(int source, int counter) const {
-  return counter_at(reach_.window()->data(), view_.user(source, counter).value)
+  return counter_at(peer_memory_.window()->data(), view_.user(source, counter).value)
       .load(std::memory_order_acquire);
 }
 
@@ -108,21 +109,21 @@ Status Domain::together(Verb verb, const char* op, const std::vector<GroupCall>&
     a.d = view_;
     a.root = call.root;
     a.segments = view_of(segments.back());
-    a.book = &counts_.book;
+    a.consumed = &counts_.consumed;
     set_group(a, {call.ranks.data(), static_cast<int32_t>(call.ranks.size())}, call.type);
     bytes += detail::total_bytes(a.segments);
     args.push_back(a);
   }
   const CallScope scope(comm().calls(), op);
   if (!scope.entered()) return {Code::interrupted};
-  comm().begin_call(verb, reach_.number());
-  reach_.begin(bytes >= kStream);
-  const Status s = reach_.run(false, [&](auto f) -> Status {
-    MOE_TRY(agree(Lane{}, f, view_, &counts_.book, signature.value(), refused));
+  comm().begin_call(verb, peer_memory_.number());
+  peer_memory_.begin(bytes >= kStream);
+  const Status s = peer_memory_.run(false, [&](auto f) -> Status {
+    MOE_TRY(agree(Lane{}, f, view_, &counts_.consumed, signature.value(), refused));
     MOE_TRY(role(f, args.data(), static_cast<int>(args.size())));
     return f.drain(Phase::done, -1);
   });
-  ++reach_.host().counters.calls;
+  ++peer_memory_.host().counters.calls;
   return s;
 }
 
@@ -139,9 +140,9 @@ Status Domain::reduce(const std::vector<GroupCall>& calls, Why refused) {
 
 Counters Domain::take_counters(std::vector<uint64_t>& links) {
   std::lock_guard lock(comm().calls());
-  const Counters c = reach_.host().counters;
-  reach_.host().counters = {};
-  uint64_t* link = counts_.book.link;
+  const Counters c = peer_memory_.host().counters;
+  peer_memory_.host().counters = {};
+  uint64_t* link = counts_.consumed.link;
   links.assign(link, link + view_.geometry.size);
   std::fill_n(link, view_.geometry.size, 0);
   return c;

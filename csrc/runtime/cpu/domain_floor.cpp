@@ -23,7 +23,7 @@ Status bare_wait(const Counter& flag, uint64_t at_least, int peer,
 
 Status ping(Domain& domain, int peer, uint64_t there, char* here, uint64_t bytes, int rounds, uint64_t done,
             bool bare) {
-  return domain.run("ping", [&](auto f, const DomainView& d, DomainBook* book) -> Status {
+  return domain.run("ping", [&](auto f, const DomainView& d, DomainConsumed* consumed) -> Status {
     const int me = d.geometry.rank;
     const Segment segment{there, here, bytes};
     char* memory = detail::reachable(f, d, peer, 0);
@@ -38,13 +38,13 @@ Status ping(Domain& domain, int peer, uint64_t there, char* here, uint64_t bytes
         } else if (bare) {
           MOE_TRY(bare_wait(*mine, done + i + 1, peer, f.s->deadline));
         } else if (sends) {
-          write_segments(Lane{}, f, d, book, peer, Segments{&segment, 1});
+          write_segments(Lane{}, f, d, consumed, peer, Segments{&segment, 1});
           notify(Lane{}, f, d, peer, 0, 1);
         } else {
           MOE_TRY(await(Lane{}, f, d, peer, 0, done + i + 1));
         }
       }
-    return d.near(peer) ? Status{} : f.drain(Phase::send, peer);
+    return d.same_node(peer) ? Status{} : f.drain(Phase::send, peer);
   });
 }
 

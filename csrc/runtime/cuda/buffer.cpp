@@ -26,39 +26,39 @@ uint64_t DeviceBuffer::bytes(const Geometry& g, const Shape& s) {
 }
 
 DeviceBuffer::DeviceBuffer(Geometry geometry, Shape shape, bool check, int device,
-                           std::shared_ptr<DeviceReach> reach, std::shared_ptr<DeviceCalls> calls,
+                           std::shared_ptr<PeerAccess> peer_access, std::shared_ptr<DeviceCalls> calls,
                            Spread spread, double timeout_seconds)
     : view_(make_view(geometry, shape, check)),
       device_(device),
-      reach_(std::move(reach)),
+      peer_access_(std::move(peer_access)),
       calls_(std::move(calls)),
-      kernels_(reach_->kernels()),
+      kernels_(peer_access_->kernels()),
       spread_(spread),
       timeout_(timeout_seconds) {
   const OnDevice on(device);
   require(kernels_.prepare(), "loading the kernels (built for another architecture?)");
-  window_ = reach_->window(bytes(geometry, shape));
+  window_ = peer_access_->window(bytes(geometry, shape));
   arena_ = std::make_shared<Arena>(view_.node.arena, view_.node.arena + shape.arena_bytes,
                                    dispatch_bound(view_.geometry, shape));
   pinned_ = std::make_unique<Pinned>(4096);
 
-  const uint64_t n = geometry.nodes(), p = geometry.ranks_per_node, per_book = n * shape.channels,
+  const uint64_t n = geometry.nodes(), p = geometry.ranks_per_node, per_peer = n * shape.channels,
                  mask_words = (p + 63) / 64;
   detail::Cursor c;
-  const auto gates = c.take<uint64_t>(kGateWords + kFailedWords);
-  const auto book = c.take<Book>(1);
-  const auto rows = c.take<uint64_t>(per_book), back = c.take<uint64_t>(per_book);
+  const auto latches = c.take<uint64_t>(kLatchWords + kFailedWords);
+  const auto consumed = c.take<Consumed>(1);
+  const auto rows = c.take<uint64_t>(per_peer), back = c.take<uint64_t>(per_peer);
   const auto windows = c.take<char*>(p), regions = c.take<char*>(n);
   const auto mask = c.take<uint64_t>(mask_words);
   const auto counters = c.take<Counters>(1);
   state_ = DeviceMemory::create(device, c.at);
   char* s = state_->data();
-  gates_ = gates.in(s);
-  book_ = book.in(s);
-  Book first;
+  latches_ = latches.in(s);
+  consumed_ = consumed.in(s);
+  Consumed first;
   first.rows = rows.in(s);
   first.back = back.in(s);
-  require(cudaMemcpy(book_, &first, sizeof(first), cudaMemcpyHostToDevice), "writing the book");
+  require(cudaMemcpy(consumed_, &first, sizeof(first), cudaMemcpyHostToDevice), "writing the counts");
   links_.geometry = geometry;
   links_.windows = windows.in(s);
   links_.regions = regions.in(s);
@@ -68,7 +68,7 @@ DeviceBuffer::DeviceBuffer(Geometry geometry, Shape shape, bool check, int devic
   links_.region_faults = view_.rail.faults;
   links_.region_peers = static_cast<int32_t>(n);
   links_.own_peer = geometry.node();
-  links_.failed = gates_ + kGateWords;
+  links_.failed = latches_ + kLatchWords;
   calls_->introduce(links_, refusals());
   links_.counters = counters.in(s);
   pool_->idle.push_back(make_plan());  // in advance, because memory cannot be allocated during a capture
@@ -76,20 +76,20 @@ DeviceBuffer::DeviceBuffer(Geometry geometry, Shape shape, bool check, int devic
 
 DeviceBuffer::~DeviceBuffer() = default;
 
-std::string DeviceBuffer::card() const {
+std::string DeviceBuffer::contact() const {
   cudaDeviceProp properties;
   require(cudaGetDeviceProperties(&properties, device_), "reading the GPU's UUID");
   static_assert(sizeof(properties.uuid) == kUuid);
-  return std::string(properties.uuid.bytes, kUuid) + window_->card();
+  return std::string(properties.uuid.bytes, kUuid) + window_->contact();
 }
 
-void DeviceBuffer::connect(const std::vector<std::string>& cards) {
+void DeviceBuffer::connect(const std::vector<std::string>& contacts) {
   const OnDevice on(device_);
   const Geometry& g = view_.geometry;
   std::vector<std::string> gpus, keys;
-  for (const std::string& card : cards) {
-    gpus.push_back(card.substr(0, kUuid));
-    keys.push_back(card.substr(kUuid));
+  for (const std::string& contact : contacts) {
+    gpus.push_back(contact.substr(0, kUuid));
+    keys.push_back(contact.substr(kUuid));
   }
   window_->connect(g.rank, keys);
   std::vector<char*> windows, regions;
@@ -120,7 +120,7 @@ std::unique_ptr<DevicePlan> DeviceBuffer::make_plan() {
   auto plan = std::make_unique<DevicePlan>();
   detail::Cursor c;
   const auto view = c.take<char>(place_plan(view_, nullptr, plan->view));
-  const auto apart = c.take<int32_t>(view_.shape.channels * n * ints);
+  const auto channel_counts = c.take<int32_t>(view_.shape.channels * n * ints);
   const auto base = c.take<int32_t>(n * firsts), first = c.take<int32_t>(firsts);
   const auto offers = c.take<Offer>(p);
   const auto target = c.take<BlockLayout>(p);
@@ -130,7 +130,7 @@ std::unique_ptr<DevicePlan> DeviceBuffer::make_plan() {
   plan->memory = DeviceMemory::create(device_, c.at);
   char* m = plan->memory->data();
   place_plan(view_, view.in(m), plan->view);
-  plan->apart = apart.in(m);
+  plan->channel_counts = channel_counts.in(m);
   plan->scratch = {base.in(m), first.in(m), offers.in(m), target.in(m), needed.in(m), verdict.in(m)};
   plan->boards = boards.in(m);
   plan->owner = this;
@@ -164,7 +164,7 @@ Call DeviceBuffer::begin(Verb verb, bool awaited) {
   if (awaited) call.links.own = nullptr;
   call.spread = spread_;
   call.timeout_ns = static_cast<uint64_t>(timeout_ * 1e9);
-  call.gates = gates_;
+  call.latches = latches_;
   call.verb = verb;
   call.memory = number_;
   call.begins = true;
@@ -202,8 +202,8 @@ Status DeviceBuffer::dispatch(const DeviceDispatchCall& call, const std::shared_
   if (const Status s = late_fault(); !s.ok()) return s;
   open_plan(plan.view, call);
   const Offer offer = arena_->offer();
-  const DispatchWork work{make_dispatch_args(view_, plan.view, book_, plan.scratch, call, nullptr), offer,
-                          plan.apart};
+  const DispatchWork work{make_dispatch_args(view_, plan.view, consumed_, plan.scratch, call, nullptr), offer,
+                          plan.channel_counts};
   const CallShape& shape = plan.view.call;
   const bool refused = call.refused != Why::none, known = shape.capacity >= 0 || call.cached || refused;
   const uint64_t ticket = known ? 0 : ++ticket_;
@@ -246,7 +246,7 @@ Status DeviceBuffer::await_refusal(Why why, void* stream) {
 Status DeviceBuffer::refuse_combine(Why why, DevicePlan& plan, void* stream) {
   const OnDevice on(device_);
   if (const Status s = late_fault(); !s.ok()) return s;
-  const CombineArgs a = make_refused_combine_args(view_, book_, plan.boards, why);
+  const CombineArgs a = make_refused_combine_args(view_, consumed_, plan.boards, why);
   MOE_TRY(start(stream, [&] {
     require(kernels_.combine({begin(Verb::combine, true), a}, stream), "refusing combine");
   }));
@@ -272,7 +272,7 @@ Status DeviceBuffer::combine(const DeviceCombineCall& call, const std::shared_pt
         staged_rows_ += rows;
       },
       [&](uint64_t at, const float* from, uint64_t count) { stage(at, from, count * 4); });
-  const CombineArgs a = make_combine_args(view_, plan.view, book_, plan.boards, board, call);
+  const CombineArgs a = make_combine_args(view_, plan.view, consumed_, plan.boards, board, call);
   if (capture_of(call.stream)) captured_.keep(owned, {owned_output});
   return start(call.stream, [&] {
     require(kernels_.combine({begin(Verb::combine, false), a}, call.stream), "starting combine");

@@ -18,7 +18,7 @@ namespace moecomm::cuda {
 struct DevicePlan {
   PlanView view;
   DispatchScratch scratch{};
-  int32_t* apart = nullptr;
+  int32_t* channel_counts = nullptr;
   RowsBoard* boards = nullptr;
   int64_t num_rows = 0;  // as known to the host: the received rows, or the capacity
   const void* owner = nullptr;
@@ -54,14 +54,15 @@ using DeviceCombineCall = OnStream<CombineCall>;
 
 class DeviceBuffer {
  public:
-  DeviceBuffer(Geometry geometry, Shape shape, bool check, int device, std::shared_ptr<DeviceReach> reach,
-               std::shared_ptr<DeviceCalls> calls, Spread spread, double timeout_seconds);
+  DeviceBuffer(Geometry geometry, Shape shape, bool check, int device,
+               std::shared_ptr<PeerAccess> peer_access, std::shared_ptr<DeviceCalls> calls, Spread spread,
+               double timeout_seconds);
   ~DeviceBuffer();
   static uint64_t bytes(const Geometry& g, const Shape& s);
 
-  // Collective: exchange cards, connect(), then a barrier before the first call.
-  std::string card() const;
-  void connect(const std::vector<std::string>& cards);
+  // Collective: exchange contacts, connect(), then a barrier before the first call.
+  std::string contact() const;
+  void connect(const std::vector<std::string>& contacts);
 
   std::shared_ptr<DevicePlan> new_plan();
   // Enqueues a kernel on the call's stream. Without a capacity it also waits until the number of rows is
@@ -101,7 +102,7 @@ class DeviceBuffer {
 
   BufferView view_;
   int device_;
-  std::shared_ptr<DeviceReach> reach_;
+  std::shared_ptr<PeerAccess> peer_access_;
   std::shared_ptr<DeviceCalls> calls_;
   const Kernels& kernels_;
   Spread spread_;
@@ -111,8 +112,8 @@ class DeviceBuffer {
   std::shared_ptr<Arena> arena_;
   std::unique_ptr<Pinned> pinned_;
   DeviceLinks links_;
-  Book* book_ = nullptr;
-  uint64_t* gates_ = nullptr;  // [kGateWords], then the words of DeviceLinks::failed
+  Consumed* consumed_ = nullptr;
+  uint64_t* latches_ = nullptr;  // [kLatchWords], then the words of DeviceLinks::failed
   uint64_t ticket_ = 0;
   uint64_t made_ = 0,
            staged_rows_ = 0;  // calls and staged rows since take_counters(), without replays of graphs

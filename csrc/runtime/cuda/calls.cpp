@@ -18,16 +18,16 @@ uint64_t board_bytes(const Geometry& g) { return align_up(2 * sizeof(FaultWord) 
 DeviceCalls::DeviceCalls(int device)
     : device_(device), pinned_(std::make_unique<Pinned>(2 * sizeof(FaultRecord))) {}
 
-void DeviceCalls::make_board(const Geometry& geometry, DeviceReach& reach) {
+void DeviceCalls::make_board(const Geometry& geometry, PeerAccess& peer_access) {
   const OnDevice on(device_);
   geometry_ = geometry;
-  board_ = reach.window(board_bytes(geometry), Peers::world);
+  board_ = peer_access.window(board_bytes(geometry), Peers::world);
 }
 
-void DeviceCalls::connect(const std::vector<std::string>& cards) {
+void DeviceCalls::connect(const std::vector<std::string>& contacts) {
   const OnDevice on(device_);
   const Geometry& g = geometry_;
-  board_->connect(g.rank, cards);
+  board_->connect(g.rank, contacts);
   detail::Cursor c;
   const auto links = c.take<DeviceLinks>(1);
   const auto clock = c.take<CallClock>(1);

@@ -19,10 +19,10 @@ class DeviceCalls {
   // There is no board before connect(); failures of one buffer are then not reported to others.
   explicit DeviceCalls(int device);
 
-  // Collective, before the first buffer is made: make_board(), exchange cards, connect().
-  void make_board(const Geometry& geometry, DeviceReach& reach);
-  std::string card() const { return board_->card(); }
-  void connect(const std::vector<std::string>& cards);
+  // Collective, before the first buffer is made: make_board(), exchange contacts, connect().
+  void make_board(const Geometry& geometry, PeerAccess& peer_access);
+  std::string contact() const { return board_->contact(); }
+  void connect(const std::vector<std::string>& contacts);
 
   // Returns the number of a buffer's memory, which identifies it in call words. All ranks call it in the same
   // order.

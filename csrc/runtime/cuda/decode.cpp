@@ -18,34 +18,34 @@ uint64_t DeviceDecode::bytes(const Geometry& g, const Shape& s) {
 }
 
 DeviceDecode::DeviceDecode(Geometry geometry, Shape shape, bool check, int device,
-                           std::shared_ptr<DeviceReach> reach, std::shared_ptr<DeviceCalls> calls,
+                           std::shared_ptr<PeerAccess> peer_access, std::shared_ptr<DeviceCalls> calls,
                            Spread spread, double timeout_seconds)
     : view_(make_decode_view(geometry, shape, check)),
       device_(device),
-      reach_(std::move(reach)),
+      peer_access_(std::move(peer_access)),
       calls_(std::move(calls)),
-      kernels_(reach_->decode_kernels()),
+      kernels_(peer_access_->decode_kernels()),
       spread_(spread),
       timeout_(timeout_seconds) {
   const OnDevice on(device);
   require(kernels_.prepare(), "loading the kernels (built for another architecture?)");
-  window_ = reach_->window(bytes(geometry, shape), Peers::world);
+  window_ = peer_access_->window(bytes(geometry, shape), Peers::world);
   pinned_ = std::make_unique<Pinned>(sizeof(FaultRecord));
   const uint64_t table_bytes = place_decode_turn(view_, nullptr, turns_[0].view);
   const uint64_t size = geometry.size, p = geometry.ranks_per_node;
   detail::Cursor c;
-  const auto met = c.take<uint64_t>(4);
+  const auto barrier = c.take<uint64_t>(4);
   const auto clock = c.take<DecodeClock>(1);
   const auto windows = c.take<char*>(p), regions = c.take<char*>(size);
   const auto counters = c.take<Counters>(1);
   const auto mask = c.take<uint8_t>(size);
   const auto tables = c.take<char>(2 * table_bytes);
-  const auto apart = c.take<int32_t>(decode_scratch_ints(geometry, shape, spread.sms * spread.warps));
+  const auto slice_counts = c.take<int32_t>(decode_scratch_ints(geometry, shape, spread.sms * spread.warps));
   state_ = DeviceMemory::create(device, c.at);
   char* s = state_->data();
-  met_ = met.in(s);
+  barrier_ = barrier.in(s);
   view_.mask = mask_ = mask.in(s);
-  memory_ = {clock.in(s), tables.in(s), table_bytes, apart.in(s)};
+  memory_ = {clock.in(s), tables.in(s), table_bytes, slice_counts.in(s)};
   links_.geometry = geometry;
   links_.windows = windows.in(s);
   links_.regions = regions.in(s);
@@ -55,19 +55,19 @@ DeviceDecode::DeviceDecode(Geometry geometry, Shape shape, bool check, int devic
   links_.region_faults = view_.region.faults;
   links_.region_peers = geometry.size;
   links_.own_peer = geometry.rank;
-  links_.failed = met_ + 1;
+  links_.failed = barrier_ + 1;
   calls_->introduce(links_, refusals());
   links_.counters = counters.in(s);
 }
 
-void DeviceDecode::connect(const std::vector<std::string>& cards) {
+void DeviceDecode::connect(const std::vector<std::string>& contacts) {
   const OnDevice on(device_);
   const Geometry& g = view_.geometry;
-  window_->connect(g.rank, cards);
+  window_->connect(g.rank, contacts);
   std::vector<char*> windows, regions;
   for (int d = 0; d < g.ranks_per_node; ++d) windows.push_back(window_->at(g.rank_at(g.node(), d)));
   for (int r = 0; r < g.size; ++r) {
-    char* there = view_.near(r) ? nullptr : window_->at(r);
+    char* there = view_.same_node(r) ? nullptr : window_->at(r);
     regions.push_back(there ? there + view_.window.bytes : nullptr);
   }
   links_.network = window_->network();
@@ -98,14 +98,14 @@ DecodeStage DeviceDecode::stage(uint64_t epoch, void* stream) const {
 // begins: the launch begins a call; else it is the second phase of one. awaited: the host waits for the
 // result.
 Call DeviceDecode::begin(void* stream, Verb verb, bool begins, bool awaited) {
-  if (reset_barrier_) require(cudaMemsetAsync(met_, 0, 8 * 4, as_stream(stream)), "opening a call");
+  if (reset_barrier_) require(cudaMemsetAsync(barrier_, 0, 8 * 4, as_stream(stream)), "opening a call");
   reset_barrier_ = false;
   Call call;
   call.links = links_;
   if (awaited) call.links.own = nullptr;
   call.spread = spread_;
   call.timeout_ns = static_cast<uint64_t>(timeout_ * 1e9);
-  call.gates = met_;
+  call.latches = barrier_;
   call.verb = verb;
   call.memory = number_;
   call.begins = begins;
@@ -194,7 +194,7 @@ void DeviceDecode::mask(const std::vector<uint8_t>& masked, uint64_t latest, uin
   const Geometry& g = view_.geometry;
   require(cudaMemcpy(memory_.clock, &clock, sizeof(clock), cudaMemcpyHostToDevice), "moving the epoch");
   require(cudaMemcpy(mask_, masked.data(), masked.size(), cudaMemcpyHostToDevice), "writing the mask");
-  require(cudaMemset(met_, 0, 8 * 4), "clearing what has failed");
+  require(cudaMemset(barrier_, 0, 8 * 4), "clearing what has failed");
   require(cudaMemset(view_.window.faults.in(window_->data()), 0, sizeof(FaultWord) * g.ranks_per_node),
           "clearing what has failed");
   require(

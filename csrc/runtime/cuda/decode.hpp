@@ -22,13 +22,14 @@ using DeviceDecodeCombine = OnStream<DecodeCombineCall>;
 
 class DeviceDecode {
  public:
-  DeviceDecode(Geometry geometry, Shape shape, bool check, int device, std::shared_ptr<DeviceReach> reach,
-               std::shared_ptr<DeviceCalls> calls, Spread spread, double timeout_seconds);
+  DeviceDecode(Geometry geometry, Shape shape, bool check, int device,
+               std::shared_ptr<PeerAccess> peer_access, std::shared_ptr<DeviceCalls> calls, Spread spread,
+               double timeout_seconds);
   static uint64_t bytes(const Geometry& g, const Shape& s);
 
-  // Collective: exchange cards, connect(), then a barrier before the first call.
-  std::string card() const { return window_->card(); }
-  void connect(const std::vector<std::string>& cards);
+  // Collective: exchange contacts, connect(), then a barrier before the first call.
+  std::string contact() const { return window_->contact(); }
+  void connect(const std::vector<std::string>& contacts);
 
   // All functions enqueue kernels and return. ended() or a later call reports their failures.
   Status dispatch(const DeviceDecodeDispatch& call);      // on success epoch() is that of the new dispatch
@@ -82,7 +83,7 @@ class DeviceDecode {
 
   DecodeView view_;
   int device_;
-  std::shared_ptr<DeviceReach> reach_;
+  std::shared_ptr<PeerAccess> peer_access_;
   std::shared_ptr<DeviceCalls> calls_;
   const DecodeKernels& kernels_;
   Spread spread_;
@@ -91,10 +92,10 @@ class DeviceDecode {
   std::shared_ptr<DeviceMemory> state_;
   std::unique_ptr<Pinned> pinned_;
   DeviceLinks links_;
-  uint8_t* mask_ = nullptr;   // DecodeView::mask
-  int lost_ = -1;             // a masked rank
-  uint64_t before_mask_ = 0;  // the latest ticket from before the mask
-  uint64_t* met_ = nullptr;   // the count of the barrier, then the three words of DeviceLinks::failed
+  uint8_t* mask_ = nullptr;      // DecodeView::mask
+  int lost_ = -1;                // a masked rank
+  uint64_t before_mask_ = 0;     // the latest ticket from before the mask
+  uint64_t* barrier_ = nullptr;  // the count of the barrier, then the three words of DeviceLinks::failed
   DecodeMemory memory_{};
   DecodeTurns order_;
   Turn turns_[2];               // by parity

@@ -18,13 +18,13 @@ cudaStream_t as_stream(void* stream) { return static_cast<cudaStream_t>(stream);
 }  // namespace
 
 DeviceDomain::DeviceDomain(Geometry geometry, DomainShape shape, int device,
-                           std::shared_ptr<DeviceReach> reach, std::shared_ptr<DeviceCalls> calls,
+                           std::shared_ptr<PeerAccess> peer_access, std::shared_ptr<DeviceCalls> calls,
                            Spread spread, double timeout_seconds)
     : view_(make_domain_view(geometry, shape)),
       device_(device),
-      reach_(std::move(reach)),
+      peer_access_(std::move(peer_access)),
       calls_(std::move(calls)),
-      kernels_(reach_->domain_kernels()),
+      kernels_(peer_access_->domain_kernels()),
       spread_(spread),
       timeout_(timeout_seconds),
       mapped_(geometry.size),
@@ -32,13 +32,13 @@ DeviceDomain::DeviceDomain(Geometry geometry, DomainShape shape, int device,
       copied_(geometry.size) {
   const OnDevice on(device);
   require(kernels_.prepare(), "loading the kernels (built for another architecture?)");
-  window_ = reach_->window(view_.at.bytes, Peers::world);
+  window_ = peer_access_->window(view_.at.bytes, Peers::world);
   pinned_ = std::make_unique<Pinned>(sizeof(FaultRecord));
   const uint64_t size = geometry.size, p = geometry.ranks_per_node, channels = shape.channels,
-                 words = book_words(geometry);
+                 words = consumed_words(geometry);
   detail::Cursor c;
-  const auto gates = c.take<uint64_t>(kGateWords + kFailedWords);
-  const auto books = c.take<DomainBook>(channels);
+  const auto latches = c.take<uint64_t>(kLatchWords + kFailedWords);
+  const auto consumed = c.take<DomainConsumed>(channels);
   const auto counts = c.take<uint64_t>(channels * words);
   const auto windows = c.take<char*>(p), regions = c.take<char*>(size);
   const auto counters = c.take<Counters>(1);
@@ -47,14 +47,14 @@ DeviceDomain::DeviceDomain(Geometry geometry, DomainShape shape, int device,
   state_ = DeviceMemory::create(device, c.at);
   room_ = DeviceMemory::create(device, kRoom);
   char* s = state_->data();
-  gates_ = gates.in(s);
-  books_ = books.in(s);
+  latches_ = latches.in(s);
+  consumed_ = consumed.in(s);
   counts_ = counts.in(s);
   disagreed_ = disagreed.in(s);
-  std::vector<DomainBook> first;
-  for (uint64_t i = 0; i < channels; ++i) first.push_back(make_book(geometry, counts_ + i * words));
-  require(cudaMemcpy(books_, first.data(), channels * sizeof(DomainBook), cudaMemcpyHostToDevice),
-          "writing the books");
+  std::vector<DomainConsumed> first;
+  for (uint64_t i = 0; i < channels; ++i) first.push_back(make_consumed(geometry, counts_ + i * words));
+  require(cudaMemcpy(consumed_, first.data(), channels * sizeof(DomainConsumed), cudaMemcpyHostToDevice),
+          "writing the counts");
   links_.geometry = geometry;
   links_.windows = windows.in(s);
   links_.regions = regions.in(s);
@@ -64,21 +64,21 @@ DeviceDomain::DeviceDomain(Geometry geometry, DomainShape shape, int device,
   links_.region_faults = view_.at.region_faults;
   links_.region_peers = geometry.size;
   links_.own_peer = geometry.rank;
-  links_.failed = gates_ + kGateWords;
+  links_.failed = latches_ + kLatchWords;
   calls_->introduce(links_, refusals());
   links_.own = nullptr;  // hosts wait for its calls
   links_.counters = counters.in(s);
 }
 
-void DeviceDomain::connect(const std::vector<std::string>& cards) {
+void DeviceDomain::connect(const std::vector<std::string>& contacts) {
   const OnDevice on(device_);
   const Geometry& g = view_.geometry;
-  window_->connect(g.rank, cards);
+  window_->connect(g.rank, contacts);
   std::vector<char*> windows, regions;
   for (int d = 0; d < g.ranks_per_node; ++d) windows.push_back(window_->at(g.rank_at(g.node(), d)));
   for (int r = 0; r < g.size; ++r) {
-    regions.push_back(view_.near(r) ? nullptr : window_->at(r));
-    mapped_[r] = view_.near(r) || regions[r];
+    regions.push_back(view_.same_node(r) ? nullptr : window_->at(r));
+    mapped_[r] = view_.same_node(r) || regions[r];
   }
   links_.network = window_->network();
   number_ = calls_->join();
@@ -95,7 +95,7 @@ Call DeviceDomain::begin() {
   call.links = links_;
   call.spread = spread_;
   call.timeout_ns = static_cast<uint64_t>(timeout_ * 1e9);
-  call.gates = gates_;
+  call.latches = latches_;
   call.awaited = true;  // the host waits for the result
   return call;
 }
@@ -135,7 +135,7 @@ Status DeviceDomain::one_sided(OneSidedWork work, const std::vector<Rows>& rows,
   MOE_TRY(fault());
   const std::vector<Segment> segments = segments_of(rows, kWhole);
   work.d = view_;
-  work.book = books_;
+  work.consumed = consumed_;
   if (segments.size() == 1) {
     work.only = segments[0];
   } else if (!segments.empty()) {
@@ -245,14 +245,14 @@ Status DeviceDomain::together(Verb verb, const std::vector<GroupCall>& calls, Wh
     a.d = view_;
     a.root = calls[i].root;
     a.segments = {list.in(there), static_cast<int64_t>(segments[i].size())};
-    a.book = books_;
+    a.consumed = consumed_;
     set_group(a, {ranks.in(there), static_cast<int32_t>(calls[i].ranks.size())}, calls[i].type);
     (at + i).in(staged.data())[0] = a;
   }
   upload(there, staged.data(), staged.size(), stream);
   MOE_TRY(calls_->start_together(*window_, stream, timeout_, [&] {
     const Launch launch{begin_together(),
-                        {view_, books_, signature.value(), refused, disagreed_, at.in(there),
+                        {view_, consumed_, signature.value(), refused, disagreed_, at.in(there),
                          static_cast<int32_t>(calls.size())}};
     require(start(launch, stream), "starting a collective call");
   }));
@@ -292,11 +292,11 @@ Counters DeviceDomain::take_counters(std::vector<uint64_t>& links) {
   require(cudaMemset(links_.counters, 0, sizeof(c)), "resetting counters");
   c.calls += std::exchange(made_, 0);
   const Geometry& g = view_.geometry;
-  const uint64_t words = book_words(g);
+  const uint64_t words = consumed_words(g);
   links.assign(g.size, 0);
   std::vector<uint64_t> counted(g.size);
   for (int channel = 0; channel < view_.shape.channels; ++channel) {
-    uint64_t* link = make_book(g, counts_ + channel * words).link;
+    uint64_t* link = make_consumed(g, counts_ + channel * words).link;
     require(cudaMemcpy(counted.data(), link, 8 * counted.size(), cudaMemcpyDeviceToHost), "reading counters");
     require(cudaMemset(link, 0, 8 * counted.size()), "resetting counters");
     for (int r = 0; r < g.size; ++r) links[r] += counted[r];

@@ -14,12 +14,12 @@ namespace moecomm::cuda {
 class DeviceDomain {
  public:
   // The number of warps of the spread must be the number of channels of the shape.
-  DeviceDomain(Geometry geometry, DomainShape shape, int device, std::shared_ptr<DeviceReach> reach,
+  DeviceDomain(Geometry geometry, DomainShape shape, int device, std::shared_ptr<PeerAccess> peer_access,
                std::shared_ptr<DeviceCalls> calls, Spread spread, double timeout_seconds);
 
-  // Collective: exchange cards, connect(), then a barrier before the first call.
-  std::string card() const { return window_->card(); }
-  void connect(const std::vector<std::string>& cards);
+  // Collective: exchange contacts, connect(), then a barrier before the first call.
+  std::string contact() const { return window_->contact(); }
+  void connect(const std::vector<std::string>& contacts);
 
   // Enqueued. The source of a write must not change until the stream has reached it.
   Status write(int rank, const std::vector<Rows>& rows, int counter, void* stream);
@@ -35,7 +35,7 @@ class DeviceDomain {
   // For user-defined kernels and roles: docs/write_a_role.md.
   Call begin();
   const DomainView& view() const { return view_; }
-  DomainBook* books() const { return books_; }
+  DomainConsumed* consumed() const { return consumed_; }
   Status settled(void* stream, const char* what);  // waits for the stream; returns the kernels' failure
 
   // Whether the rail is a network, which can only move data in this memory.
@@ -60,7 +60,7 @@ class DeviceDomain {
 
   DomainView view_;
   int device_;
-  std::shared_ptr<DeviceReach> reach_;
+  std::shared_ptr<PeerAccess> peer_access_;
   std::shared_ptr<DeviceCalls> calls_;
   const DomainKernels& kernels_;
   Spread spread_;
@@ -69,10 +69,10 @@ class DeviceDomain {
   std::shared_ptr<DeviceMemory> state_, room_;
   std::unique_ptr<Pinned> pinned_;
   DeviceLinks links_;
-  DomainBook* books_ = nullptr;
-  uint64_t* counts_ = nullptr;  // what the books point to
+  DomainConsumed* consumed_ = nullptr;
+  uint64_t* counts_ = nullptr;  // what DomainConsumed points to
   int32_t* disagreed_ = nullptr;
-  uint64_t* gates_ = nullptr;  // [kGateWords], then the words of DeviceLinks::failed
+  uint64_t* latches_ = nullptr;  // [kLatchWords], then the words of DeviceLinks::failed
   void* room_stream_ = nullptr;
   uint64_t made_ = 0;    // calls
   uint64_t number_ = 0;  // of its memory

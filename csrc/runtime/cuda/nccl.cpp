@@ -63,9 +63,10 @@ class Library {
 
 // An NCCL communicator. Its LSA team is the consecutive ranks that access each other's windows by loads and
 // stores.
-class NcclReach final : public DeviceReach, public std::enable_shared_from_this<NcclReach> {
+class NcclPeerAccess final : public PeerAccess, public std::enable_shared_from_this<NcclPeerAccess> {
  public:
-  NcclReach(const std::string& library, const Geometry& geometry, int device, const std::string& unique_id)
+  NcclPeerAccess(const std::string& library, const Geometry& geometry, int device,
+                 const std::string& unique_id)
       : library(library), geometry(geometry), device(device) {
     ncclUniqueId id;
     if (unique_id.size() != sizeof(id)) throw std::invalid_argument("NCCL: a unique id has another size");
@@ -83,7 +84,7 @@ class NcclReach final : public DeviceReach, public std::enable_shared_from_this<
   }
   // NCCL requires this order: networks, then the windows that they use, then memory. None of it waits for
   // another rank: abort() is local, unlike a regular destruction, and also ends the remaining windows.
-  ~NcclReach() override {
+  ~NcclPeerAccess() override {
     for (auto& network : networks_)
       if (network && comm_) library.destroy_network(comm_, &*network);
     abort();
@@ -195,63 +196,65 @@ class NcclReach final : public DeviceReach, public std::enable_shared_from_this<
 
 class NcclWindow final : public DeviceWindow {
  public:
-  NcclWindow(std::shared_ptr<NcclReach> reach, uint64_t bytes, Peers peers)
-      : reach_(std::move(reach)), peers_(peers) {
-    const OnDevice on(reach_->device);
+  NcclWindow(std::shared_ptr<NcclPeerAccess> peer_access, uint64_t bytes, Peers peers)
+      : peer_access_(std::move(peer_access)), peers_(peers) {
+    const OnDevice on(peer_access_->device);
     void* p = nullptr;
     bytes_ = align_up(bytes, NCCL_WIN_REQUIRED_ALIGNMENT);
-    reach_->library.require(reach_->library.allocate(&p, bytes_),
-                            ("allocating " + std::to_string(bytes_) + " bytes").c_str());
+    peer_access_->library.require(peer_access_->library.allocate(&p, bytes_),
+                                  ("allocating " + std::to_string(bytes_) + " bytes").c_str());
     data_ = static_cast<char*>(p);
     require(cudaMemset(data_, 0, bytes_), "clearing memory");
     require(cudaDeviceSynchronize(), "clearing memory");
   }
   ~NcclWindow() override {
     if (window_)
-      reach_->retire(number_, window_, data_);
+      peer_access_->retire(number_, window_, data_);
     else
-      reach_->library.free(data_);
+      peer_access_->library.free(data_);
   }
 
-  std::string card() const override { return std::to_string(bytes_); }
-  void connect(int, const std::vector<std::string>& cards) override {
-    for (const std::string& c : cards)
-      if (c != card())
-        throw std::invalid_argument("NCCL: windows of " + c + " and " + card() + " bytes; expected one size");
-    const OnDevice on(reach_->device);
-    reach_->library.require(
-        reach_->library.enlist(reach_->comm(), data_, bytes_, &window_,
-                               reach_->by_memory() ? NCCL_WIN_COLL_SYMMETRIC : kGinWindowFlags),
+  std::string contact() const override { return std::to_string(bytes_); }
+  void connect(int, const std::vector<std::string>& contacts) override {
+    for (const std::string& c : contacts)
+      if (c != contact())
+        throw std::invalid_argument("NCCL: windows of " + c + " and " + contact() +
+                                    " bytes; expected one size");
+    const OnDevice on(peer_access_->device);
+    peer_access_->library.require(
+        peer_access_->library.enlist(peer_access_->comm(), data_, bytes_, &window_,
+                                     peer_access_->by_memory() ? NCCL_WIN_COLL_SYMMETRIC : kGinWindowFlags),
         "registering a window");
-    number_ = reach_->number_window();
-    if (reach_->by_memory()) return;
-    const Geometry& g = reach_->geometry;
+    number_ = peer_access_->number_window();
+    if (peer_access_->by_memory()) return;
+    const Geometry& g = peer_access_->geometry;
     const ncclTeam team =
         peers_ == Peers::rail ? ncclTeam{g.nodes(), g.node(), g.ranks_per_node} : ncclTeam{g.size, g.rank, 1};
-    const GinNetwork network{reach_->network(peers_), window_, team};
-    network_ = DeviceMemory::create(reach_->device, sizeof(network));
+    const GinNetwork network{peer_access_->network(peers_), window_, team};
+    network_ = DeviceMemory::create(peer_access_->device, sizeof(network));
     require(cudaMemcpy(network_->data(), &network, sizeof(network), cudaMemcpyHostToDevice),
             "writing the network");
   }
   char* at(int rank) override {
-    const int index = reach_->lsa_index(rank);
-    if (rank == reach_->geometry.rank) return data_;
+    const int index = peer_access_->lsa_index(rank);
+    if (rank == peer_access_->geometry.rank) return data_;
     if (index < 0) return nullptr;
     void* p = nullptr;
-    reach_->library.require(reach_->library.pointer(window_, 0, index, &p), "reaching a peer's window");
+    peer_access_->library.require(peer_access_->library.pointer(window_, 0, index, &p),
+                                  "reaching a peer's window");
     return static_cast<char*>(p);
   }
   const void* network() const override { return network_ ? network_->data() : nullptr; }
 
  private:
-  std::shared_ptr<NcclReach> reach_;
+  std::shared_ptr<NcclPeerAccess> peer_access_;
   Peers peers_;
   ncclWindow_t window_ = nullptr;
   int number_ = -1;  // its number among the registered windows
   std::shared_ptr<DeviceMemory> network_;
 };
 
-std::shared_ptr<DeviceWindow> NcclReach::window(uint64_t bytes, Peers peers) {
+std::shared_ptr<DeviceWindow> NcclPeerAccess::window(uint64_t bytes, Peers peers) {
   return std::make_shared<NcclWindow>(shared_from_this(), bytes, peers);
 }
 
@@ -266,9 +269,9 @@ std::string nccl_unique_id(const std::string& library) {
   return std::string(id.internal, sizeof(id.internal));
 }
 
-std::shared_ptr<DeviceReach> reach_nccl(const std::string& library, const Geometry& geometry, int device,
-                                        const std::string& unique_id) {
-  return std::make_shared<NcclReach>(library, geometry, device, unique_id);
+std::shared_ptr<PeerAccess> nccl_peer_access(const std::string& library, const Geometry& geometry, int device,
+                                             const std::string& unique_id) {
+  return std::make_shared<NcclPeerAccess>(library, geometry, device, unique_id);
 }
 
 }  // namespace moecomm::cuda

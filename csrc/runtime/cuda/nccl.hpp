@@ -17,7 +17,7 @@ int nccl_headers();
 std::string nccl_unique_id(const std::string& library);
 
 // Collective. Throws std::invalid_argument if this library or the hardware does not support the geometry.
-std::shared_ptr<DeviceReach> reach_nccl(const std::string& library, const Geometry& geometry, int device,
-                                        const std::string& unique_id);
+std::shared_ptr<PeerAccess> nccl_peer_access(const std::string& library, const Geometry& geometry, int device,
+                                             const std::string& unique_id);
 
 }  // namespace moecomm::cuda

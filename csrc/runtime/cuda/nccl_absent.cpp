@@ -7,7 +7,7 @@ namespace moecomm::cuda {
 
 int nccl_headers() { return 0; }
 std::string nccl_unique_id(const std::string&) { throw std::invalid_argument("this build has no NCCL"); }
-std::shared_ptr<DeviceReach> reach_nccl(const std::string&, const Geometry&, int, const std::string&) {
+std::shared_ptr<PeerAccess> nccl_peer_access(const std::string&, const Geometry&, int, const std::string&) {
   throw std::invalid_argument("this build has no NCCL");
 }
 

@@ -25,25 +25,25 @@ class MappedWindow : public DeviceWindow {
     data_ = memory_->data();
     bytes_ = bytes;
   }
-  void connect(int rank, const std::vector<std::string>& cards) override {
+  void connect(int rank, const std::vector<std::string>& contacts) override {
     rank_ = rank;
-    cards_ = cards;
-    mapped_.assign(cards.size(), nullptr);
+    contacts_ = contacts;
+    mapped_.assign(contacts.size(), nullptr);
   }
   char* at(int rank) override {
     if (rank == rank_) return data_;
-    if (!mapped_.at(rank)) mapped_[rank] = map(cards_[rank]);
+    if (!mapped_.at(rank)) mapped_[rank] = map(contacts_[rank]);
     return mapped_[rank];
   }
 
  protected:
-  virtual char* map(const std::string& card) = 0;
+  virtual char* map(const std::string& contact) = 0;
   int device_;
   std::shared_ptr<DeviceMemory> memory_;
 
  private:
   int rank_ = -1;
-  std::vector<std::string> cards_;
+  std::vector<std::string> contacts_;
   std::vector<char*> mapped_;
 };
 
@@ -53,15 +53,15 @@ class ThreadWindow final : public MappedWindow {
   using Counter = std::atomic<uint64_t>;
   ThreadWindow(int device, uint64_t bytes, std::shared_ptr<std::atomic<bool>> abandoned)
       : MappedWindow(device, bytes), abandoned_(std::move(abandoned)) {}
-  std::string card() const override {
-    const Card c{data_, device_, &meetings_};
+  std::string contact() const override {
+    const Contact c{data_, device_, &meetings_};
     return std::string(bytes_of(&c), sizeof(c));
   }
   void connect(int rank,
-               const std::vector<std::string>& cards) override {  // peers live until all have connected
-    MappedWindow::connect(rank, cards);
+               const std::vector<std::string>& contacts) override {  // peers live until all have connected
+    MappedWindow::connect(rank, contacts);
     all_.clear();
-    for (const std::string& card : cards) all_.push_back(*read(card).meetings);
+    for (const std::string& contact : contacts) all_.push_back(*read(contact).meetings);
   }
 
   void continue_without(const std::vector<uint8_t>& masked, uint64_t time) override {
@@ -72,15 +72,15 @@ class ThreadWindow final : public MappedWindow {
   void leave() override { *meetings_ = uint64_t{1} << 63; }  // as if it had come to all future barriers
 
  private:
-  struct Card {
+  struct Contact {
     char* data;
     int device;
     const std::shared_ptr<Counter>* meetings;
   };
-  static Card read(const std::string& card) {
-    Card c;
-    if (card.size() != sizeof(c)) throw std::invalid_argument("a peer's card has the wrong size");
-    std::memcpy(&c, card.data(), sizeof(c));
+  static Contact read(const std::string& contact) {
+    Contact c;
+    if (contact.size() != sizeof(c)) throw std::invalid_argument("a peer's contact has the wrong size");
+    std::memcpy(&c, contact.data(), sizeof(c));
     return c;
   }
   Status meet(double seconds) override {
@@ -107,8 +107,8 @@ class ThreadWindow final : public MappedWindow {
   std::vector<uint8_t> masked_;  // by rank, not 0: masked, and not waited for
   std::shared_ptr<std::atomic<bool>> abandoned_;
   bool late_ = false;  // a rank did not come in time: do not wait again
-  char* map(const std::string& card) override {
-    const Card c = read(card);
+  char* map(const std::string& contact) override {
+    const Contact c = read(contact);
     if (c.device != device_) {
       const OnDevice on(device_);
       const cudaError_t e = cudaDeviceEnablePeerAccess(c.device, 0);
@@ -125,19 +125,19 @@ class IpcWindow final : public MappedWindow {
  public:
   // A multiple of 2 MiB: the driver shares memory in such units, together with other data in them.
   IpcWindow(int device, uint64_t bytes) : MappedWindow(device, align_up(bytes, uint64_t{2} << 20)) {}
-  std::string card() const override { return memory_->export_handle(); }
+  std::string contact() const override { return memory_->export_handle(); }
 
  private:
-  char* map(const std::string& card) override {
-    peers_.push_back(DeviceMemory::open(device_, card));
+  char* map(const std::string& contact) override {
+    peers_.push_back(DeviceMemory::open(device_, contact));
     return peers_.back()->data();
   }
   std::vector<std::shared_ptr<DeviceMemory>> peers_;
 };
 
-class ThreadReach final : public DeviceReach {
+class ThreadPeerAccess final : public PeerAccess {
  public:
-  explicit ThreadReach(int device) : device_(device) {}
+  explicit ThreadPeerAccess(int device) : device_(device) {}
   std::shared_ptr<DeviceWindow> window(uint64_t bytes, Peers) override {
     return std::make_shared<ThreadWindow>(device_, bytes, abandoned_);
   }
@@ -148,9 +148,9 @@ class ThreadReach final : public DeviceReach {
   std::shared_ptr<std::atomic<bool>> abandoned_ = std::make_shared<std::atomic<bool>>(false);
 };
 
-class IpcReach final : public DeviceReach {
+class IpcPeerAccess final : public PeerAccess {
  public:
-  explicit IpcReach(int device) : device_(device) {}
+  explicit IpcPeerAccess(int device) : device_(device) {}
   std::shared_ptr<DeviceWindow> window(uint64_t bytes, Peers) override {
     return std::make_shared<IpcWindow>(device_, bytes);
   }
@@ -199,7 +199,11 @@ class Sample final : public IpcSample {
 
 std::shared_ptr<IpcSample> ipc_sample(int device) { return std::make_shared<Sample>(device); }
 
-std::shared_ptr<DeviceReach> reach_threads(int device) { return std::make_shared<ThreadReach>(device); }
-std::shared_ptr<DeviceReach> reach_processes(int device) { return std::make_shared<IpcReach>(device); }
+std::shared_ptr<PeerAccess> thread_peer_access(int device) {
+  return std::make_shared<ThreadPeerAccess>(device);
+}
+std::shared_ptr<PeerAccess> process_peer_access(int device) {
+  return std::make_shared<IpcPeerAccess>(device);
+}
 
 }  // namespace moecomm::cuda

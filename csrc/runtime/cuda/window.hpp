@@ -1,5 +1,5 @@
 // DeviceWindow: a rank's symmetric memory on its GPU (its node window, then its rail region), and the
-// addresses of its peers' windows. DeviceReach: how the ranks of a communicator access each other's memory.
+// addresses of its peers' windows. PeerAccess: how the ranks of a communicator access each other's memory.
 // It makes the windows.
 //
 //   threads   ranks of one process: by pointer
@@ -28,10 +28,10 @@ class DeviceWindow {
   char* data() const { return data_; }
   uint64_t bytes() const { return bytes_; }
 
-  // Collective: exchange cards, then connect(). The cards are those of all peers in order; `rank` is this
-  // rank's index among them.
-  virtual std::string card() const = 0;
-  virtual void connect(int rank, const std::vector<std::string>& cards) = 0;
+  // Collective: exchange contacts, then connect(). The contacts are those of all peers in order; `rank` is
+  // this rank's index among them.
+  virtual std::string contact() const = 0;
+  virtual void connect(int rank, const std::vector<std::string>& contacts) = 0;
   // After connect(): the local address of a rank's window; null if loads and stores cannot reach it.
   virtual char* at(int rank) = 0;
   // The network for rail kernels, in device memory; null if they need none.
@@ -57,9 +57,9 @@ class DeviceWindow {
 
 enum class Peers { rail, world };  // the peers of put() by index: the ranks of the rail, or all ranks
 
-class DeviceReach {
+class PeerAccess {
  public:
-  virtual ~DeviceReach() = default;
+  virtual ~PeerAccess() = default;
   virtual std::shared_ptr<DeviceWindow> window(uint64_t bytes,
                                                Peers peers = Peers::rail) = 0;  // zero-filled; local
   virtual const Kernels& kernels() const { return loopback_kernels(); }
@@ -74,8 +74,8 @@ class DeviceReach {
   virtual void abort() {}
 };
 
-std::shared_ptr<DeviceReach> reach_threads(int device);
-std::shared_ptr<DeviceReach> reach_processes(int device);
+std::shared_ptr<PeerAccess> thread_peer_access(int device);
+std::shared_ptr<PeerAccess> process_peer_access(int device);
 
 // A sample of memory to test CUDA IPC: memory that a GPU can export may still not open in a process that
 // cannot see that GPU.

@@ -4,8 +4,8 @@
 #include <cstring>
 
 #include "base/checksum.hpp"
+#include "runtime/sim/concurrent_run.hpp"
 #include "runtime/sim/run.hpp"
-#include "runtime/sim/seats_run.hpp"
 #include "runtime/sim/world.hpp"
 
 namespace moecomm {
@@ -34,7 +34,7 @@ template <Fabric<Lane> F>
 Status SimCluster::refuse_combine(int rank, F fabric) {
   RankState& r = ranks_[rank];
   std::vector<RowsBoard> boards(r.view.geometry.ranks_per_node);
-  const CombineArgs a = make_refused_combine_args(r.view, &r.book, boards.data(), Why::arguments);
+  const CombineArgs a = make_refused_combine_args(r.view, &r.consumed, boards.data(), Why::arguments);
   const Status s = run_on_schedule(fabric, a);
   if (!is_final(s)) net_->flush();
   return s;
@@ -42,9 +42,9 @@ Status SimCluster::refuse_combine(int rank, F fabric) {
 
 template <Fabric<Lane> F>
 Status SimCluster::run_on_schedule(F fabric, const CombineArgs& a) {
-  return config_.schedule == SimSchedule::lane    ? lane_combine(*net_, fabric, a)
-         : config_.schedule == SimSchedule::seats ? seats_combine(*net_, fabric, a, config_.workers)
-                                                  : sim_combine(*net_, fabric, a);
+  return config_.schedule == SimSchedule::lane     ? lane_combine(*net_, fabric, a)
+         : config_.schedule == SimSchedule::groups ? concurrent_combine(*net_, fabric, a, config_.workers)
+                                                   : sim_combine(*net_, fabric, a);
 }
 
 // Barriers of the remaining ranks: before any rank changes its epoch, and before any rank continues.

@@ -6,7 +6,7 @@
 #include "protocol/decode_receive.hpp"
 #include "protocol/decode_send.hpp"
 #include "protocol/decode_sum.hpp"
-#include "runtime/sim/crew.hpp"
+#include "runtime/sim/role_fibers.hpp"
 #include "runtime/sim/run.hpp"
 #include "schedule/decode_sequential.hpp"
 
@@ -18,14 +18,14 @@ Status sim_decode_send(SimNet& net, F f, const DecodeSendArgs& a, int workers) {
   net.spend(net.hardware().launch);
   MOE_TRY(sim_part(net, "list", [&] { return decode_list(g, a, 0, a.turn.tokens, a.turn.sent); }));
   if (workers == 0) return run_decode_send(g, f, a);
-  Crew crew(net, a.d.geometry.rank);
+  RoleFibers roles(net, a.d.geometry.rank);
   for (int w = 0; w < workers; ++w)
-    crew.start("decode send", w, [&, w] {
+    roles.start("decode send", w, [&, w] {
       decode_send(g, f, a, channel_begin(a.turn.tokens, w, workers),
                   channel_begin(a.turn.tokens, w + 1, workers));
       return Status{};
     });
-  MOE_TRY(crew.join());
+  MOE_TRY(roles.join());
   return sim_part(net, "decode announce", [&] {
     decode_announce(g, f, a, a.refused);
     return Status{};
@@ -36,7 +36,7 @@ Status sim_decode_send(SimNet& net, F f, const DecodeSendArgs& a, int workers) {
 template <Fabric<Lane> F>
 void expect_messages(F f, const DecodeReceiveArgs& a, int source) {
   constexpr int kMost = 4;  // headers of a source
-  if (source >= a.d.geometry.size || a.d.near(source)) return;
+  if (source >= a.d.geometry.size || a.d.same_node(source)) return;
   for (int slot = 0; slot < kMost && slot < a.d.shape.max_tokens; ++slot) {
     const DecodeHeader* header = detail::decode_message(f, a.d, a.turn, source, slot, 0);
     __builtin_prefetch(header);
@@ -50,11 +50,11 @@ Status sim_decode_receive(SimNet& net, F f, const DecodeReceiveArgs& a, int work
   constexpr Lane g;
   const int size = a.d.geometry.size;
   if (workers == 0) return run_decode_receive(g, f, a);
-  Crew crew(net, a.d.geometry.rank);
+  RoleFibers roles(net, a.d.geometry.rank);
   Milestone accepted(net);
   Status found, failed;
   for (int w = 0; w < workers; ++w)
-    crew.start("decode pack", w, [&, w] {
+    roles.start("decode pack", w, [&, w] {
       for (int source = w; source < size; source += workers) {
         accepted.wait(source + 1);
         if (found.ok() && failed.ok()) MOE_TRY(decode_pack(g, f, a, source, 0, a.turn.got[source]));
@@ -77,7 +77,7 @@ Status sim_decode_receive(SimNet& net, F f, const DecodeReceiveArgs& a, int work
     }
     return Status{};
   });
-  const Status packed = crew.join();
+  const Status packed = roles.join();
   MOE_TRY(failed);
   MOE_TRY(packed);
   return found;
@@ -89,9 +89,9 @@ Status sim_decode_combine_send(SimNet& net, F f, const DecodeCombineArgs& a, int
   const int size = a.d.geometry.size;
   net.spend(net.hardware().launch);
   if (workers == 0) return run_decode_combine_send(g, f, a);
-  Crew crew(net, a.d.geometry.rank);
+  RoleFibers roles(net, a.d.geometry.rank);
   for (int w = 0; w < workers; ++w)
-    crew.start("decode answer", w, [&, w] {
+    roles.start("decode answer", w, [&, w] {
       for (int step = 1 + w; step <= size; step += workers) {
         const int source = (a.d.geometry.rank + step) % size;
         if (a.refused == Why::none) decode_answer(g, f, a, source, 0, a.turn.got[source]);
@@ -99,7 +99,7 @@ Status sim_decode_combine_send(SimNet& net, F f, const DecodeCombineArgs& a, int
       }
       return Status{};
     });
-  return crew.join();
+  return roles.join();
 }
 
 template <Fabric<Lane> F>
@@ -108,13 +108,13 @@ Status sim_decode_combine_receive(SimNet& net, F f, const DecodeCombineArgs& a, 
   if (workers == 0) return run_decode_combine_receive(g, f, a);
   MOE_TRY(sim_part(net, "decode wait", [&] { return decode_wait_answers(g, f, a); }));
   if (a.refused != Why::none) return {};
-  Crew crew(net, a.d.geometry.rank);
+  RoleFibers roles(net, a.d.geometry.rank);
   for (int w = 0; w < workers; ++w)
-    crew.start("decode sum", w, [&, w] {
+    roles.start("decode sum", w, [&, w] {
       return decode_sum(g, f, a, channel_begin(a.turn.tokens, w, workers),
                         channel_begin(a.turn.tokens, w + 1, workers));
     });
-  return crew.join();
+  return roles.join();
 }
 
 }  // namespace moecomm

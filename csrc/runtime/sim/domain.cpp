@@ -61,7 +61,7 @@ Status SimDomain::ring(int rank, F f, const SimGroup& g) {
   RankState& r = ranks_[rank];
   const int size = config_.size, to = (rank + g.root) % size, from = (rank + size - g.root % size) % size;
   const std::vector<Segment> p = segments(rank, g, true);
-  write_segments(Lane{}, f, r.view, &r.counts->book, to, {p.data(), static_cast<int64_t>(p.size())});
+  write_segments(Lane{}, f, r.view, &r.counts->consumed, to, {p.data(), static_cast<int64_t>(p.size())});
   notify(Lane{}, f, r.view, to, 0, p.size());
   // All rings from one source use the same counter, so its value counts the segments of earlier rings too.
   r.rung += p.size();
@@ -80,12 +80,12 @@ Status SimDomain::call(int rank, F f, const SimDomainCall& c) {
     kept.push_back(segments(rank, g, rank == g.root));
     const Segments p{kept.back().data(), static_cast<int64_t>(kept.back().size())};
     const Ranks ranks{g.ranks.data(), static_cast<int32_t>(g.ranks.size())};
-    multicasts.push_back({r.view, g.root, ranks, p, &r.counts->book});
-    reductions.push_back({r.view, g.root, ranks, p, DType::f32, &r.counts->book});
+    multicasts.push_back({r.view, g.root, ranks, p, &r.counts->consumed});
+    reductions.push_back({r.view, g.root, ranks, p, DType::f32, &r.counts->consumed});
     for (const Segment& segment : kept.back()) signature.add(segment.there ^ segment.bytes << 40);
   }
   net_->spend(net_->hardware().launch);
-  MOE_TRY(agree(Lane{}, f, r.view, &r.counts->book, signature.value(),
+  MOE_TRY(agree(Lane{}, f, r.view, &r.counts->consumed, signature.value(),
                 refuses(c, rank) ? Why::arguments : Why::none));
   const int n = static_cast<int>(c.groups.size());
   Status s;

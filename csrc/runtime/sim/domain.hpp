@@ -63,14 +63,14 @@ class SimDomain {
   SimDomainFinding explore(const std::vector<SimDomainCall>& program, const Mutation& mutation,
                            uint64_t first_seed, uint64_t count);
 
-  // Runs role(rank, fabric, view, book), which returns a Status, on every rank. Does not reset the clock.
+  // Runs role(rank, fabric, view, consumed), which returns a Status, on every rank. Does not reset the clock.
   // Returns the Status of each rank.
   template <class Role>
   std::vector<Status> run_role(Role&& role) {
     std::vector<Status> all(config_.size);
     for (int rank = 0; rank < config_.size; ++rank)
       net_->start(rank, "rank", -1, moecomm::Role::kAllSms, [this, rank, &role, &all] {
-        all[rank] = role(rank, SimFabric{net_.get(), rank, 0}, view(rank), &ranks_[rank].counts->book);
+        all[rank] = role(rank, SimFabric{net_.get(), rank, 0}, view(rank), &ranks_[rank].counts->consumed);
         net_->flush();
         net_->fibers().advance(net_->fibers().now() + 1);  // data that arrives at this moment has been read
       });

@@ -6,7 +6,7 @@
 #include "protocol/combine.hpp"
 #include "protocol/dispatch.hpp"
 #include "protocol/plan.hpp"
-#include "runtime/sim/crew.hpp"
+#include "runtime/sim/role_fibers.hpp"
 #include "schedule/sequential.hpp"
 
 namespace moecomm {
@@ -52,10 +52,10 @@ template <Fabric<Lane> F, class Tables>
 Status sim_move_rows(SimNet& net, F f, const DispatchArgs& a, bool sends, Tables tables) {
   constexpr Lane g;
   const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
-  Crew crew(net, a.b.geometry.rank);
+  RoleFibers roles(net, a.b.geometry.rank);
   std::vector<int> sent(channels);
   for (int c = 0; c < channels && sends; ++c)
-    sent[c] = crew.start("send", c, [&, c] {
+    sent[c] = roles.start("send", c, [&, c] {
       send(g, f, a, c);
       return Status{};
     });
@@ -67,14 +67,14 @@ Status sim_move_rows(SimNet& net, F f, const DispatchArgs& a, bool sends, Tables
   });
   if (placed.ok()) {
     for (int c = 0; c < channels; ++c)
-      crew.start("forward", c, [&, c] {
+      roles.start("forward", c, [&, c] {
         // A node first sends to the next node, so the rows of the previous node are the first to arrive.
         for (int step = 1; step < nodes; ++step) MOE_TRY(forward(g, f, a, (own + nodes - step) % nodes, c));
-        if (sends) crew.wait_for(sent[c]);  // it wrote the metadata of this rank's node
+        if (sends) roles.wait_for(sent[c]);  // it wrote the metadata of this rank's node
         return forward(g, f, a, own, c);
       });
   }
-  const Status forwarded = crew.join();
+  const Status forwarded = roles.join();
   MOE_TRY(placed);
   MOE_TRY(forwarded);
   return sim_part(net, "arrive", [&] {
@@ -121,16 +121,16 @@ Status sim_combine(SimNet& net, F f, const CombineArgs& a) {
   const int nodes = a.b.geometry.nodes(), own = a.b.geometry.node(), channels = a.b.shape.channels;
   net.spend(net.hardware().launch);
   MOE_TRY(sim_part(net, "publish", [&] { return publish(g, f, a); }));
-  Crew crew(net, a.b.geometry.rank);
+  RoleFibers roles(net, a.b.geometry.rank);
   for (int c = 0; c < channels; ++c) {
     if (nodes > 1)
-      crew.start("reduce", c, [&, c] {
+      roles.start("reduce", c, [&, c] {
         for (int step = 1; step < nodes; ++step) MOE_TRY(reduce(g, f, a, (own + step) % nodes, c));
         return Status{};
       });
-    crew.start("sum", c, [&, c] { return sum(g, f, a, c); });
+    roles.start("sum", c, [&, c] { return sum(g, f, a, c); });
   }
-  MOE_TRY(crew.join());
+  MOE_TRY(roles.join());
   return sim_part(net, "done", [&] { return finish(g, f, a); });
 }
 

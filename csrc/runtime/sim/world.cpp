@@ -5,10 +5,10 @@
 
 #include "balance/route.hpp"
 #include "base/checksum.hpp"
-#include "runtime/chooser.hpp"
+#include "runtime/replica_chooser.hpp"
 #include "runtime/sim/calls.hpp"
+#include "runtime/sim/concurrent_run.hpp"
 #include "runtime/sim/run.hpp"
-#include "runtime/sim/seats_run.hpp"
 #include "session/arguments.hpp"
 
 namespace moecomm {
@@ -78,11 +78,11 @@ void SimCluster::reset(const Chaos& chaos, double lead, int poison) {
     r.handles.clear();
     r.arena = std::make_shared<Arena>(r.view.node.arena, r.view.node.arena + config_.shape.arena_bytes,
                                       dispatch_bound(r.view.geometry, config_.shape));
-    const uint64_t per_book = uint64_t(r.view.geometry.nodes()) * config_.shape.channels;
-    r.book_counts.assign(2 * per_book, 0);
-    r.book = {};
-    r.book.rows = r.book_counts.data();
-    r.book.back = r.book_counts.data() + per_book;
+    const uint64_t per_peer = uint64_t(r.view.geometry.nodes()) * config_.shape.channels;
+    r.consumed_counts.assign(2 * per_peer, 0);
+    r.consumed = {};
+    r.consumed.rows = r.consumed_counts.data();
+    r.consumed.back = r.consumed_counts.data() + per_peer;
     if (r.decode) r.decode->reset(config_.payload);
     for (std::vector<char>& y : r.decode_y) y.clear();
     r.decode_digest = 0;
@@ -97,10 +97,10 @@ const char* SimCluster::block(int rank, int handle) const {
 
 // -- one rank's calls -----------------------------------------------------------------------------
 
-// A Chooser with the faults of mutants.
-class SimCluster::WatchedChooser {
+// A ReplicaChooser with the faults of mutants.
+class SimCluster::MutantChooser {
  public:
-  WatchedChooser(Chooser& chooser, RankState& rank, const Mutation& mutation)
+  MutantChooser(ReplicaChooser& chooser, RankState& rank, const Mutation& mutation)
       : rows_follow(chooser.rows_follow), chooser_(chooser), rank_(rank), mutation_(mutation) {
     step();
   }
@@ -109,7 +109,7 @@ class SimCluster::WatchedChooser {
     chooser_.choose(picks_of);
     rank_.chosen = true;
     step();
-    if (mutation_.mutant == Mutant::other_half && rank_.view.geometry.rank == 0) ++rank_.book.blocks;
+    if (mutation_.mutant == Mutant::other_half && rank_.view.geometry.rank == 0) ++rank_.consumed.blocks;
   }
   void rows_to(int source, int32_t* rows) { chooser_.rows_to(source, rows); }
 
@@ -118,10 +118,10 @@ class SimCluster::WatchedChooser {
  private:
   // Makes every announcement, which counts `blocks` up, use the same half.
   void step() {
-    if (mutation_.mutant == Mutant::one_half) rank_.book.blocks |= 1;
+    if (mutation_.mutant == Mutant::one_half) rank_.consumed.blocks |= 1;
   }
 
-  Chooser& chooser_;
+  ReplicaChooser& chooser_;
   RankState& rank_;
   const Mutation& mutation_;
 };
@@ -139,12 +139,12 @@ DispatchCall SimCluster::call_of(int rank, const SimCall& call) {
   made.shape = call.shape;
   made.shape.routing = part.routing;
   if (!part.slots || part.refused != Why::none) return made;
-  made.choice = &choices_.at({call.mode, call.activate});
+  made.policy = &choices_.at({call.mode, call.activate});
   made.slots = part.slots;
   made.counted = part.counted;
   balance::count_picks(part.ids, part.tokens, config_.shape.top_k, config_.shape.logical_experts,
                        part.counted);
-  fill_asked(ranks_[rank].view, made, ranks_[rank].asked);
+  fill_logical_blocks(ranks_[rank].view, made, ranks_[rank].logical_blocks);
   return made;
 }
 
@@ -153,16 +153,17 @@ template <Fabric<Lane> F>
 Status SimCluster::choose(int rank, F fabric, const DispatchCall& call) {
   RankState& r = ranks_[rank];
   const bool chooses = call.refused == Why::none;
-  if (!chooses) r.asked.assign(size_t(r.view.geometry.nodes()) * r.view.count.ints, 0);
-  const DispatchArgs a = make_exchange_args(r.view, &r.book, call.shape, call.refused, r.asked.data());
+  if (!chooses) r.logical_blocks.assign(size_t(r.view.geometry.nodes()) * r.view.count.ints, 0);
+  const DispatchArgs a =
+      make_exchange_args(r.view, &r.consumed, call.shape, call.refused, r.logical_blocks.data());
   const auto exchange = [&](auto use) {
     const Status s = run_exchange(Lane{}, fabric, a, use);
     if (!is_final(s)) net_->flush();
     return s;
   };
   if (!chooses) return exchange([](auto) {});
-  Chooser chooser(r.view, call, r.book.counts);
-  WatchedChooser watched(chooser, r, mutation_);
+  ReplicaChooser chooser(r.view, call, r.consumed.counts);
+  MutantChooser watched(chooser, r, mutation_);
   net_->spend(config_.hardware.plan_token * call.tokens);
   return exchange([&](auto picks_of) { watched.choose(picks_of); });
 }
@@ -171,31 +172,31 @@ template <Fabric<Lane> F>
 Status SimCluster::dispatch(int rank, F fabric, const SimCall& call, Handle& handle) {
   RankState& r = ranks_[rank];
   const DispatchCall asked = call_of(rank, call);
-  const bool seats = config_.schedule == SimSchedule::seats, lane = config_.schedule == SimSchedule::lane;
+  const bool groups = config_.schedule == SimSchedule::groups, lane = config_.schedule == SimSchedule::lane;
   DispatchCall made = asked;
   made.cached = !made.ids64 && handle.plan && made.refused == Why::none;
   if (!handle.plan) handle.plan = r.pool->get();
   handle.held = {};
   Plan& plan = *handle.plan;
-  if (asked.choice) {
+  if (asked.policy) {
     made.ids64 = asked.slots;
-    if (seats) MOE_TRY(choose(rank, fabric, asked));  // as a GPU's host does before it launches
+    if (groups) MOE_TRY(choose(rank, fabric, asked));  // as a GPU's host does before it launches
   }
   open_plan(plan.view, made);
-  const bool chooses = asked.choice && !seats;
-  const DispatchArgs a = make_dispatch_args(r.view, plan.view, &r.book, plan.scratch(), made,
-                                            chooses ? r.asked.data() : nullptr);
+  const bool chooses = asked.policy && !groups;
+  const DispatchArgs a = make_dispatch_args(r.view, plan.view, &r.consumed, plan.scratch(), made,
+                                            chooses ? r.logical_blocks.data() : nullptr);
   const Offer offer = r.arena->offer();
   Status s;
   if (chooses) {
-    Chooser chooser(r.view, asked, r.book.dispatches);
-    WatchedChooser watched(chooser, r, mutation_);
+    ReplicaChooser chooser(r.view, asked, r.consumed.dispatches);
+    MutantChooser watched(chooser, r, mutation_);
     s = lane ? lane_dispatch(*net_, fabric, a, offer, watched)
              : sim_dispatch(*net_, fabric, a, offer, watched);
   } else {
-    s = lane    ? lane_dispatch(*net_, fabric, a, offer)
-        : seats ? seats_dispatch(*net_, fabric, a, offer, config_.workers)
-                : sim_dispatch(*net_, fabric, a, offer);
+    s = lane     ? lane_dispatch(*net_, fabric, a, offer)
+        : groups ? concurrent_dispatch(*net_, fabric, a, offer, config_.workers)
+                 : sim_dispatch(*net_, fabric, a, offer);
   }
   // Also after a refusal, as in the cpu world: otherwise a signal of another role in the next call could
   // overtake the puts of this one.
@@ -246,7 +247,7 @@ Status SimCluster::combine(int rank, F fabric, const SimCall& call, Handle& hand
   const RowsBoard board =
       make_board(l.rows.moved(output - window), weights, {}, l.sums.moved(output - window), rules_of(fabric));
   std::vector<RowsBoard> boards(r.view.geometry.ranks_per_node);
-  const CombineArgs a = make_combine_args(r.view, plan.view, &r.book, boards.data(), board, made);
+  const CombineArgs a = make_combine_args(r.view, plan.view, &r.consumed, boards.data(), board, made);
   const Status s = run_on_schedule(fabric, a);
   if (!is_final(s)) net_->flush();
   if (config_.payload) {
@@ -332,9 +333,14 @@ uint64_t SimCluster::digest_packed(int rank) const {
 }
 
 MutantFabric SimCluster::mutant(const SimFabric& fabric, const RankState& r) const {
-  return {fabric,         mutation_,       &r.chosen,
-          &r.view.rail,   &r.view.count,   r.view.shape.count_halves(),
-          &r.book.blocks, &r.book.combines};
+  return {fabric,
+          mutation_,
+          &r.chosen,
+          &r.view.rail,
+          &r.view.count,
+          r.view.shape.count_halves(),
+          &r.consumed.blocks,
+          &r.consumed.combines};
 }
 
 template <Fabric<Lane> F>

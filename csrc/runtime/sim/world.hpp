@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "balance/choice.hpp"
+#include "balance/replica_policy.hpp"
 #include "fabric/sim/mutant.hpp"
 #include "runtime/memory.hpp"
 #include "runtime/plan.hpp"
@@ -16,8 +16,8 @@
 namespace moecomm {
 
 // The schedule of a rank's roles: a fiber per role and channel; one lane that runs them one after another, as
-// in the cpu world; or seats with gates between them, as in the cuda world.
-enum class SimSchedule : int32_t { roles, lane, seats };
+// in the cpu world; or concurrent groups with latches between them, as in the cuda world.
+enum class SimSchedule : int32_t { roles, lane, groups };
 
 struct SimConfig {
   int size = 1;
@@ -28,7 +28,7 @@ struct SimConfig {
   bool payload = false;
   bool decode = false;  // also allocate the memory of the decode path
   SimSchedule schedule = SimSchedule::roles;
-  int workers = 1;                 // groups that divide a decode phase of a rank; worker seats
+  int workers = 1;                 // groups that divide a decode phase of a rank; workers of `groups`
   std::vector<int32_t> placement;  // the logical expert in every expert slot, if shape.logical_experts is set
 };
 
@@ -122,18 +122,18 @@ class SimCluster {
     BufferView view;
     std::shared_ptr<Arena> arena;
     std::shared_ptr<PlanPool> pool;
-    Book book;
-    std::vector<uint64_t> book_counts;
+    Consumed consumed;
+    std::vector<uint64_t> consumed_counts;
     std::vector<Handle> handles;
     std::vector<char> y;
     std::unique_ptr<SimDecode> decode;
     std::vector<char> decode_y[2];
     uint64_t decode_digest = 0;
-    std::vector<int32_t> asked;  // DispatchArgs::asked
-    bool chosen = false;         // whether replicas have been chosen in this call
+    std::vector<int32_t> logical_blocks;  // DispatchArgs::logical_blocks
+    bool chosen = false;                  // whether replicas have been chosen in this call
   };
   struct Rest;
-  class WatchedChooser;
+  class MutantChooser;
   MutantFabric mutant(const SimFabric& fabric, const RankState& r) const;
   template <Fabric<Lane> F>
   void run_rank(int rank, F fabric, const std::vector<SimCall>& program);
@@ -161,7 +161,7 @@ class SimCluster {
   std::shared_ptr<SimNet> net_;
   std::vector<RankState> ranks_;
   std::vector<SimResult> results_;
-  std::map<std::pair<balance::Mode, int>, balance::Choice> choices_;
+  std::map<std::pair<balance::Mode, int>, balance::ReplicaPolicy> choices_;
   std::map<const SimCall*, std::shared_ptr<Rest>> rests_;  // of the run
   Mutation mutation_;                                      // of the run
 };

@@ -14,7 +14,7 @@ from moecomm._native cimport capi
 from moecomm._native.cpu_world.accounts cimport bytes_of, hops_of, named_spans
 from moecomm._native.cpu_world.block cimport Block
 from moecomm._native.cpu_world.calls cimport enter, refuse_closed
-from moecomm._native.cpu_world.chosen cimport Chosen
+from moecomm._native.cpu_world.replica_request cimport ReplicaRequest
 from moecomm._native.cpu_world.communicator cimport Communicator
 from moecomm._native.cpu_world.faults cimport fault_of
 from moecomm._native.cpu_world.first_phase cimport FirstPhase
@@ -50,19 +50,19 @@ cdef class Buffer:
         enter(&self.b.get().comm(), op)
         return self.b
 
-    def card(self):
-        return <bytes>self.b.get().card()
+    def contact(self):
+        return <bytes>self.b.get().contact()
 
-    def connect(self, list cards):
-        cdef vector[string] c = cards
+    def connect(self, list contacts):
+        cdef vector[string] c = contacts
         cdef shared_ptr[capi.Buffer] held = self.borrow("Buffer")
         with nogil:
             held.get().connect(c)
             held.reset()
         self.comm.left()
 
-    def connected(self):
-        self.b.get().connected()
+    def finish_connect(self):
+        self.b.get().finish_connect()
 
     def release(self):
         """Release the memory after a running call of another thread, or after the call that this thread is inside."""
@@ -76,11 +76,11 @@ cdef class Buffer:
 
     def dispatch(self, uintptr_t x, uintptr_t scales, uintptr_t ids, bint ids_are_int32, uintptr_t weights, int tokens,
                  bint by_rank, int alignment, int64_t capacity, uint64_t row_bytes, uint64_t scale_bytes,
-                 Plan plan=None, int scale_kind=0, bint scales_by_column=False, Chosen chosen=None,
+                 Plan plan=None, int scale_kind=0, bint scales_by_column=False, ReplicaRequest request=None,
                  uint32_t routing=0, FirstPhase first=None):
         """Return (Plan, Block of the rows, Block of the output) or a Failure.
 
-        chosen: ids are logical experts; their slots are written to it. first: gets the counts when they are known.
+        request: ids are logical experts; their slots are written to it. first: gets the counts when they are known.
         """
         cdef capi.DispatchCall call
         cdef Block out = Block.__new__(Block), output = Block.__new__(Block)
@@ -90,8 +90,8 @@ cdef class Buffer:
         fill_dispatch(&call, x, scales, ids, ids_are_int32, weights, tokens, by_rank, alignment, capacity, row_bytes,
                       scale_bytes, scale_kind, scales_by_column, routing)
         call.cached = plan is not None
-        if chosen is not None:
-            chosen.ask(&call)
+        if request is not None:
+            request.ask(&call)
         if plan is None:
             plan = Plan.__new__(Plan)
             plan.p = buffer.new_plan()
@@ -104,7 +104,7 @@ cdef class Buffer:
         self.comm.left()
         return failure_of(s) or (plan, out, output)
 
-    def choose(self, uintptr_t ids, int tokens, Chosen chosen):
+    def choose(self, uintptr_t ids, int tokens, ReplicaRequest request):
         """Choose the slots of logical ids, for a call that takes slots. Return None or a Failure.
 
         Collective if the choice needs the picks of all ranks.
@@ -112,7 +112,7 @@ cdef class Buffer:
         cdef capi.DispatchCall call
         cdef capi.Status s
         fill_dispatch(&call, 0, 0, ids, False, 0, tokens, False, 0, -1, 0, 0, 0, False, 0)   # it moves no rows
-        chosen.ask(&call)
+        request.ask(&call)
         cdef shared_ptr[capi.Buffer] held = self.borrow("dispatch")
         with nogil:
             s = held.get().choose(call)

@@ -30,11 +30,11 @@ cdef class Communicator:
             self.c = shared_ptr[capi.Communicator](
                 new capi.Communicator(geometry, threads, kind, timeout, patient, before.get()))
 
-    def card(self):
-        return <bytes>self.c.get().card()
+    def contact(self):
+        return <bytes>self.c.get().contact()
 
-    def connect(self, list cards):
-        cdef vector[string] c = cards
+    def connect(self, list contacts):
+        cdef vector[string] c = contacts
         with nogil:
             self.c.get().connect(c)
 

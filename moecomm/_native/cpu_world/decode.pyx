@@ -45,19 +45,19 @@ cdef class Decode:
         enter(&self.d.get().comm(), op)
         return self.d
 
-    def card(self):
-        return <bytes>self.d.get().card()
+    def contact(self):
+        return <bytes>self.d.get().contact()
 
-    def connect(self, list cards):
-        cdef vector[string] c = cards
+    def connect(self, list contacts):
+        cdef vector[string] c = contacts
         cdef shared_ptr[capi.Decode] held = self.borrow("decode")
         with nogil:
             held.get().connect(c)
             held.reset()
         self.comm.left()
 
-    def connected(self):
-        self.d.get().connected()
+    def finish_connect(self):
+        self.d.get().finish_connect()
 
     def area(self, str name, int parity):
         """Return x, scales, rows or counts of the epochs of a parity, as bytes."""

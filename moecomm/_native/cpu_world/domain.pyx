@@ -59,19 +59,19 @@ cdef class Domain:
         self.comm.left()
         return failure_of(s)
 
-    def card(self):
-        return <bytes>self.d.get().card()
+    def contact(self):
+        return <bytes>self.d.get().contact()
 
-    def connect(self, list cards):
-        cdef vector[string] c = cards
+    def connect(self, list contacts):
+        cdef vector[string] c = contacts
         cdef shared_ptr[domainapi.Domain] held = self.borrow("Domain")
         with nogil:
             held.get().connect(c)
             held.reset()
         self.comm.left()
 
-    def connected(self):
-        self.d.get().connected()
+    def finish_connect(self):
+        self.d.get().finish_connect()
 
     def release(self):
         """As Buffer.release()."""

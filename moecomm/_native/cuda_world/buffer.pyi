@@ -5,13 +5,13 @@ from .block import Block
 from .calls import Calls
 from .counts import Counts
 from .plan import Plan
-from .reach import Reach
+from .peer_access import PeerAccess
 
 class Buffer:
     def __init__(
         self,
         geometry,
-        reach: Reach,
+        peer_access: PeerAccess,
         calls: Calls,
         device: int,
         hidden,
@@ -27,9 +27,9 @@ class Buffer:
         stages: int,
         timeout: float,
     ) -> None: ...
-    def card(self) -> bytes: ...
-    def connect(self, cards: list) -> None: ...
-    def connected(self) -> None: ...
+    def contact(self) -> bytes: ...
+    def connect(self, contacts: list) -> None: ...
+    def finish_connect(self) -> None: ...
     def release(self) -> None: ...
     def dispatch(
         self,

@@ -14,7 +14,7 @@ from moecomm._native.cuda_world.block cimport Block
 from moecomm._native.cuda_world.calls cimport Calls
 from moecomm._native.cuda_world.counts cimport counts_of_traffic
 from moecomm._native.cuda_world.plan cimport Plan
-from moecomm._native.cuda_world.reach cimport Reach
+from moecomm._native.cuda_world.peer_access cimport PeerAccess
 from moecomm._native.cuda_world.spread cimport spread_of
 from moecomm._native.shared.status cimport failure_of
 from moecomm._native.shared.structures cimport fill_combine, fill_dispatch, geometry_from, offsets_of, shape_of
@@ -26,14 +26,14 @@ cdef class Buffer:
     cdef shared_ptr[cudaapi.DeviceBuffer] b
     cdef capi.Shape shape
 
-    def __cinit__(self, geometry, Reach reach, Calls calls, int device, hidden, dtype, num_experts, top_k, max_tokens,
+    def __cinit__(self, geometry, PeerAccess peer_access, Calls calls, int device, hidden, dtype, num_experts, top_k, max_tokens,
                   channels, chunk_bytes, arena_bytes, bint check, spread, int stages, double timeout):
         cdef capi.Geometry g = geometry_from(geometry)
         cdef cudaapi.Spread s = spread_of(spread, stages)
         self.shape = shape_of(hidden, dtype, num_experts, top_k, max_tokens, channels, arena_bytes, 0)
         self.shape.chunk_rows = max(1, chunk_bytes // self.shape.combine_row_bytes())
         with nogil:
-            self.b = make_shared[cudaapi.DeviceBuffer](g, self.shape, check, device, reach.r, calls.c, s, timeout)
+            self.b = make_shared[cudaapi.DeviceBuffer](g, self.shape, check, device, peer_access.r, calls.c, s, timeout)
 
     cdef shared_ptr[cudaapi.DeviceBuffer] borrow(self, str op) except *:
         """Return the native buffer for a call. It stays alive if this object is closed during the call."""
@@ -45,15 +45,15 @@ cdef class Buffer:
         with nogil:
             self.b.reset()
 
-    def card(self):
-        return <bytes>self.b.get().card()
+    def contact(self):
+        return <bytes>self.b.get().contact()
 
-    def connect(self, list cards):
-        cdef vector[string] c = cards
+    def connect(self, list contacts):
+        cdef vector[string] c = contacts
         with nogil:
             self.b.get().connect(c)
 
-    def connected(self):
+    def finish_connect(self):
         pass
 
     def release(self):

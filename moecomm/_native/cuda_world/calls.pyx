@@ -6,7 +6,7 @@ from libcpp.string cimport string
 from libcpp.vector cimport vector
 
 from moecomm._native cimport capi, cudaapi
-from moecomm._native.cuda_world.reach cimport Reach
+from moecomm._native.cuda_world.peer_access cimport PeerAccess
 from moecomm._native.shared.status cimport failure_of
 from moecomm._native.shared.structures cimport geometry_from
 
@@ -14,17 +14,17 @@ from moecomm._native.shared.structures cimport geometry_from
 cdef class Calls:
     """The failures that kernels have found, and the board of the ranks. Construction is collective."""
 
-    def __cinit__(self, geometry, Reach reach, int device):
+    def __cinit__(self, geometry, PeerAccess peer_access, int device):
         cdef capi.Geometry g = geometry_from(geometry)
         with nogil:
             self.c = make_shared[cudaapi.DeviceCalls](device)
-            self.c.get().make_board(g, reach.r.get()[0])
+            self.c.get().make_board(g, peer_access.r.get()[0])
 
-    def card(self):
-        return <bytes>self.c.get().card()
+    def contact(self):
+        return <bytes>self.c.get().contact()
 
-    def connect(self, list cards):
-        cdef vector[string] c = cards
+    def connect(self, list contacts):
+        cdef vector[string] c = contacts
         with nogil:
             self.c.get().connect(c)
 

@@ -4,13 +4,13 @@ from ..shared.status import Failure
 from .calls import Calls
 from .counts import Counts
 from .decode_area import DecodeArea
-from .reach import Reach
+from .peer_access import PeerAccess
 
 class Decode:
     def __init__(
         self,
         geometry,
-        reach: Reach,
+        peer_access: PeerAccess,
         calls: Calls,
         device: int,
         hidden,
@@ -23,8 +23,8 @@ class Decode:
         stages: int,
         timeout: float,
     ) -> None: ...
-    def card(self) -> bytes: ...
-    def connect(self, cards: list) -> None: ...
+    def contact(self) -> bytes: ...
+    def connect(self, contacts: list) -> None: ...
     def area(self, name: str, bank: int) -> DecodeArea: ...
     def window(self) -> tuple[int, int]: ...
     @property

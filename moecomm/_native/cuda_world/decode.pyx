@@ -10,7 +10,7 @@ from moecomm._native cimport capi, cudaapi
 from moecomm._native.cuda_world.calls cimport Calls
 from moecomm._native.cuda_world.counts cimport counts_of_traffic
 from moecomm._native.cuda_world.decode_area cimport DecodeArea
-from moecomm._native.cuda_world.reach cimport Reach
+from moecomm._native.cuda_world.peer_access cimport PeerAccess
 from moecomm._native.cuda_world.spread cimport spread_of
 from moecomm._native.shared.status cimport failure_of
 from moecomm._native.shared.structures cimport fill_decode_combine, fill_decode_dispatch, geometry_from, shape_of
@@ -20,19 +20,19 @@ cdef class Decode:
     cdef shared_ptr[cudaapi.DeviceDecode] d
     cdef capi.Shape shape
 
-    def __cinit__(self, geometry, Reach reach, Calls calls, int device, hidden, dtype, num_experts, top_k, max_tokens,
+    def __cinit__(self, geometry, PeerAccess peer_access, Calls calls, int device, hidden, dtype, num_experts, top_k, max_tokens,
                   bint check, spread, int stages, double timeout):
         cdef capi.Geometry g = geometry_from(geometry)
         cdef cudaapi.Spread s = spread_of(spread, stages)
         self.shape = shape_of(hidden, dtype, num_experts, top_k, max_tokens, 1, 0, 0)
         with nogil:
-            self.d = make_shared[cudaapi.DeviceDecode](g, self.shape, check, device, reach.r, calls.c, s, timeout)
+            self.d = make_shared[cudaapi.DeviceDecode](g, self.shape, check, device, peer_access.r, calls.c, s, timeout)
 
-    def card(self):
-        return <bytes>self.d.get().card()
+    def contact(self):
+        return <bytes>self.d.get().contact()
 
-    def connect(self, list cards):
-        cdef vector[string] c = cards
+    def connect(self, list contacts):
+        cdef vector[string] c = contacts
         with nogil:
             self.d.get().connect(c)
 

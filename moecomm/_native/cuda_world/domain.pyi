@@ -3,13 +3,13 @@
 from ..shared.status import Failure
 from .calls import Calls
 from .domain_memory import DomainMemory
-from .reach import Reach
+from .peer_access import PeerAccess
 
 class Domain:
     def __init__(
         self,
         geometry,
-        reach: Reach,
+        peer_access: PeerAccess,
         calls: Calls,
         device: int,
         heap_bytes: int,
@@ -18,8 +18,8 @@ class Domain:
         stages: int,
         timeout: float,
     ) -> None: ...
-    def card(self) -> bytes: ...
-    def connect(self, cards: list) -> None: ...
+    def contact(self) -> bytes: ...
+    def connect(self, contacts: list) -> None: ...
     def release(self) -> None: ...
     def memory(self, size: int) -> DomainMemory: ...
     @property

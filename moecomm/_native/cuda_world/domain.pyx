@@ -9,7 +9,7 @@ from libcpp.vector cimport vector
 from moecomm._native cimport capi, cudaapi, domainrows
 from moecomm._native.cuda_world.calls cimport Calls
 from moecomm._native.cuda_world.domain_memory cimport DomainMemory
-from moecomm._native.cuda_world.reach cimport Reach
+from moecomm._native.cuda_world.peer_access cimport PeerAccess
 from moecomm._native.cuda_world.spread cimport spread_of
 from moecomm._native.shared.domain_rows cimport group_calls_of, rows_of
 from moecomm._native.shared.status cimport failure_of
@@ -21,7 +21,7 @@ from moecomm.errors import InvalidArgument
 cdef class Domain:
     cdef shared_ptr[cudaapi.DeviceDomain] d
 
-    def __cinit__(self, geometry, Reach reach, Calls calls, int device, uint64_t heap_bytes, int counters, spread,
+    def __cinit__(self, geometry, PeerAccess peer_access, Calls calls, int device, uint64_t heap_bytes, int counters, spread,
                   int stages, double timeout):
         cdef capi.Geometry g = geometry_from(geometry)
         cdef domainrows.DomainShape shape
@@ -30,7 +30,7 @@ cdef class Domain:
         shape.counters = counters
         shape.channels = s.sms * s.warps
         with nogil:
-            self.d = make_shared[cudaapi.DeviceDomain](g, shape, device, reach.r, calls.c, s, timeout)
+            self.d = make_shared[cudaapi.DeviceDomain](g, shape, device, peer_access.r, calls.c, s, timeout)
 
     cdef shared_ptr[cudaapi.DeviceDomain] borrow(self, str op) except *:
         if not self.d:
@@ -41,11 +41,11 @@ cdef class Domain:
         with nogil:
             self.d.reset()
 
-    def card(self):
-        return <bytes>self.d.get().card()
+    def contact(self):
+        return <bytes>self.d.get().contact()
 
-    def connect(self, list cards):
-        cdef vector[string] c = cards
+    def connect(self, list contacts):
+        cdef vector[string] c = contacts
         with nogil:
             self.d.get().connect(c)
 

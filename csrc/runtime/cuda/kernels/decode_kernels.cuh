@@ -3,7 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "runtime/cuda/kernels/decode_launch.hpp"
-#include "runtime/cuda/kernels/seat.cuh"
+#include "runtime/cuda/kernels/run_group.cuh"
 #include "runtime/cuda/kernels/start.cuh"
 
 namespace moecomm::cuda {
@@ -19,22 +19,23 @@ __device__ void run_squad(const Call& call, int warps, Role&& role) {
       shared + squad * warps *
                    warp_shared_bytes(call.spread.stage_bytes, call.spread.stages);  // that of its first warp
   const Squad g{squad * warps, warps, Offset<WarpScratch>{}.in(own)->words};
-  join_squad(call, Rail::of(call.links, 0), g, squad * gridDim.x + blockIdx.x, squads * gridDim.x, own, role);
+  run_as_squad(call, Rail::of(call.links, 0), g, squad * gridDim.x + blockIdx.x, squads * gridDim.x, own,
+               role);
 }
 
 template <DeviceRail Rail>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     decode_dispatch_kernel(const __grid_constant__ DecodeDispatchLaunch launch) {
-  run_squad<Rail>(launch.call, launch.squad, [&](Squad g, auto fabric, auto meeting, int index) {
-    return decode_dispatch_seat(g, fabric, meeting, launch.work, index, meeting.all / g.warps);
+  run_squad<Rail>(launch.call, launch.squad, [&](Squad g, auto fabric, auto barrier, int index) {
+    return decode_dispatch_group(g, fabric, barrier, launch.work, index, barrier.all / g.warps);
   });
 }
 
 template <DeviceRail Rail>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     decode_combine_kernel(const __grid_constant__ DecodeCombineLaunch launch) {
-  run_squad<Rail>(launch.call, launch.squad, [&](Squad g, auto fabric, auto meeting, int index) {
-    return decode_combine_seat(g, fabric, meeting, launch.work, index, meeting.all / g.warps);
+  run_squad<Rail>(launch.call, launch.squad, [&](Squad g, auto fabric, auto barrier, int index) {
+    return decode_combine_group(g, fabric, barrier, launch.work, index, barrier.all / g.warps);
   });
 }
 

@@ -5,7 +5,7 @@
 
 namespace moecomm::cuda {
 
-// `call.gates` is the count of the rank's barrier, which only grows.
+// `call.latches` is the count of the rank's barrier, which only grows.
 struct DecodeDispatchLaunch {
   Call call;
   int32_t squad = 1;  // warps of a group; must divide spread.warps

@@ -15,9 +15,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     domain_one_sided_kernel(const __grid_constant__ OneSidedLaunch launch) {
   run_warp<Rail>(
       launch.call,
-      [&](Warp g, auto fabric, auto gates, Seat seat) {
-        return one_sided_seat(g, DomainFabric<Rail>{fabric}, gates, launch.work, seat.index,
-                              seat.workers + 1);
+      [&](Warp g, auto fabric, auto latches, GroupIndex self) {
+        return one_sided_group(g, DomainFabric<Rail>{fabric}, latches, launch.work, self.index,
+                               self.workers + 1);
       },
       true);
 }
@@ -25,16 +25,16 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
 template <DeviceRail Rail>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     domain_multicast_kernel(const __grid_constant__ MulticastLaunch launch) {
-  run_warp<Rail>(launch.call, [&](Warp g, auto fabric, auto gates, Seat seat) {
-    return multicast_seat(g, DomainFabric<Rail>{fabric}, gates, launch.work, seat.index);
+  run_warp<Rail>(launch.call, [&](Warp g, auto fabric, auto latches, GroupIndex self) {
+    return multicast_group(g, DomainFabric<Rail>{fabric}, latches, launch.work, self.index);
   });
 }
 
 template <DeviceRail Rail>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     domain_reduce_kernel(const __grid_constant__ ReduceLaunch launch) {
-  run_warp<Rail>(launch.call, [&](Warp g, auto fabric, auto gates, Seat seat) {
-    return reduce_seat(g, DomainFabric<Rail>{fabric}, gates, launch.work, seat.index);
+  run_warp<Rail>(launch.call, [&](Warp g, auto fabric, auto latches, GroupIndex self) {
+    return reduce_group(g, DomainFabric<Rail>{fabric}, latches, launch.work, self.index);
   });
 }
 

@@ -1,7 +1,7 @@
 // The kernels of a Domain of the cuda world, for the host.
 #pragma once
 #include "runtime/cuda/kernels/launch.hpp"
-#include "schedule/domain_seats.hpp"
+#include "schedule/domain_concurrent.hpp"
 
 namespace moecomm::cuda {
 

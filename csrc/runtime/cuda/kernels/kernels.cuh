@@ -2,27 +2,27 @@
 #pragma once
 #include <cuda_runtime.h>
 
-#include "runtime/cuda/kernels/seat.cuh"
+#include "runtime/cuda/kernels/run_group.cuh"
 #include "runtime/cuda/kernels/start.cuh"
 
 namespace moecomm::cuda {
 namespace {
 
-// Adjacent seats are on different multiprocessors. one_stream: all warps share one stream of the rail,
-// because one warp signals for the puts of all.
+// Warps with adjacent indices are on different multiprocessors. one_stream: all warps share one stream of the
+// rail, because one warp signals for the puts of all.
 template <DeviceRail Rail, class Role>
 __device__ void run_warp(const Call& call, Role&& role, bool one_stream = false) {
   extern __shared__ __align__(128) char shared[];
-  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, seat = warp * gridDim.x + blockIdx.x;
-  take_seat(call, Rail::of(call.links, one_stream ? 0 : seat), seat, warps * gridDim.x,
-            shared + warp * warp_shared_bytes(call.spread.stage_bytes, call.spread.stages), role);
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, index = warp * gridDim.x + blockIdx.x;
+  run_as_warp(call, Rail::of(call.links, one_stream ? 0 : index), index, warps * gridDim.x,
+              shared + warp * warp_shared_bytes(call.spread.stage_bytes, call.spread.stages), role);
 }
 
 template <DeviceRail Rail>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     dispatch_kernel(const __grid_constant__ DispatchLaunch launch) {
-  run_warp<Rail>(launch.call, [&](Warp g, auto fabric, auto gates, Seat seat) {
-    return dispatch_seat(g, fabric, gates, launch.work, seat, [&launch, g] {
+  run_warp<Rail>(launch.call, [&](Warp g, auto fabric, auto latches, GroupIndex self) {
+    return dispatch_group(g, fabric, latches, launch.work, self, [&launch, g] {
       if (g.lane() == 0 && launch.placed) tell_placed(launch);
     });
   });
@@ -31,8 +31,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
 template <DeviceRail Rail>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     combine_kernel(const __grid_constant__ CombineLaunch launch) {
-  run_warp<Rail>(launch.call, [&](Warp g, auto fabric, auto gates, Seat seat) {
-    return combine_seat(g, fabric, gates, launch.args, seat);
+  run_warp<Rail>(launch.call, [&](Warp g, auto fabric, auto latches, GroupIndex self) {
+    return combine_group(g, fabric, latches, launch.args, self);
   });
 }
 

@@ -3,15 +3,15 @@
 #include <cstdint>
 
 #include "fabric/cuda/links.hpp"
-#include "schedule/seats.hpp"
+#include "schedule/concurrent.hpp"
 
 namespace moecomm::cuda {
 
-// The words of a rank's gates: the gates, and the number of groups that have left the call. All are 0 when a
-// call begins: the last group that leaves clears them, and the words of DeviceLinks::failed. So no memory
-// operation precedes a call.
-constexpr int kGateWords = static_cast<int>(Gate::count) + 1;
-constexpr int kLeft = static_cast<int>(Gate::count);
+// The words of a rank's latches: the latches, and the number of groups that have left the call. All are 0
+// when a call begins: the last group that leaves clears them, and the words of DeviceLinks::failed. So no
+// memory operation precedes a call.
+constexpr int kLatchWords = static_cast<int>(Latch::count) + 1;
+constexpr int kLeft = static_cast<int>(Latch::count);
 
 constexpr int kMaxWarps = 12;  // per block, with one block per multiprocessor: 168 registers per thread
 
@@ -37,7 +37,7 @@ struct Call {
   DeviceLinks links;
   Spread spread;
   uint64_t timeout_ns = 0;
-  uint64_t* gates = nullptr;  // [kGateWords]; of decode: the count of its meeting
+  uint64_t* latches = nullptr;  // [kLatchWords]; of decode: the count of its barrier
   Verb verb = Verb::unknown;
   uint64_t memory = 0;   // number of the memory that the call uses: equal on all ranks
   bool begins = false;   // the launch begins a call; else it is the second phase of one

@@ -10,7 +10,7 @@
 #include "runtime/cuda/kernels/decode_launch.hpp"
 #include "runtime/cuda/kernels/domain_launch.hpp"
 #include "runtime/cuda/kernels/quant_launch.hpp"
-#include "runtime/cuda/kernels/seat.cuh"
+#include "runtime/cuda/kernels/run_group.cuh"
 
 namespace moecomm::cuda {
 namespace {
@@ -37,10 +37,11 @@ int run_warps(const Launch& launch, void* stream, Role role) {
     const Spread& s = launch.call.spread;
     const Shared shared(s.sms * s.warps, warp_shared_bytes(s.stage_bytes, s.stages));
     emulated::run_grid(s.sms, s.warps, s.warps, [&](int block) {
-      const int seat = static_cast<int>(threadIdx.x) / 32 * s.sms + block;
-      take_seat(launch.call, LoopbackDeviceRail::of(launch.call.links, seat), seat, s.sms * s.warps,
-                shared.piece(seat),
-                [&](Warp g, auto fabric, auto gates, Seat at) { return role(g, fabric, gates, at, launch); });
+      const int index = static_cast<int>(threadIdx.x) / 32 * s.sms + block;
+      run_as_warp(launch.call, LoopbackDeviceRail::of(launch.call.links, index), index, s.sms * s.warps,
+                  shared.piece(index), [&](Warp g, auto fabric, auto latches, GroupIndex at) {
+                    return role(g, fabric, latches, at, launch);
+                  });
     });
   });
   return cudaSuccess;
@@ -57,10 +58,10 @@ int run_squads(const Launch& launch, void* stream, Role role) {
       const int squad = static_cast<int>(threadIdx.x) / 32 / launch.squad, index = squad * s.sms + block;
       const Squad g{squad * launch.squad, launch.squad,
                     reinterpret_cast<WarpScratch*>(shared.piece(index))->words};
-      join_squad(launch.call, LoopbackDeviceRail::of(launch.call.links, 0), g, index, all,
-                 shared.piece(index), [&](Squad group, auto fabric, auto meeting, int i) {
-                   return role(group, fabric, meeting, launch.work, i, all);
-                 });
+      run_as_squad(launch.call, LoopbackDeviceRail::of(launch.call.links, 0), g, index, all,
+                   shared.piece(index), [&](Squad group, auto fabric, auto barrier, int i) {
+                     return role(group, fabric, barrier, launch.work, i, all);
+                   });
     });
   });
   return cudaSuccess;
@@ -75,16 +76,16 @@ const Kernels& loopback_kernels() {
       nothing,
       [](const DispatchLaunch& launch, void* stream) {
         return run_warps(launch, stream,
-                         [](Warp g, auto fabric, auto gates, Seat seat, const DispatchLaunch& l) {
-                           return dispatch_seat(g, fabric, gates, l.work, seat, [&] {
+                         [](Warp g, auto fabric, auto latches, GroupIndex self, const DispatchLaunch& l) {
+                           return dispatch_group(g, fabric, latches, l.work, self, [&] {
                              if (g.lane() == 0 && l.placed) tell_placed(l);
                            });
                          });
       },
       [](const CombineLaunch& launch, void* stream) {
         return run_warps(launch, stream,
-                         [](Warp g, auto fabric, auto gates, Seat seat, const CombineLaunch& l) {
-                           return combine_seat(g, fabric, gates, l.args, seat);
+                         [](Warp g, auto fabric, auto latches, GroupIndex self, const CombineLaunch& l) {
+                           return combine_group(g, fabric, latches, l.args, self);
                          });
       }};
   return kernels;
@@ -94,10 +95,10 @@ const DecodeKernels& loopback_decode_kernels() {
   static const DecodeKernels kernels{
       nothing,
       [](const DecodeDispatchLaunch& l, void* stream) {
-        return run_squads(l, stream, [](auto... a) { return decode_dispatch_seat(a...); });
+        return run_squads(l, stream, [](auto... a) { return decode_dispatch_group(a...); });
       },
       [](const DecodeCombineLaunch& l, void* stream) {
-        return run_squads(l, stream, [](auto... a) { return decode_combine_seat(a...); });
+        return run_squads(l, stream, [](auto... a) { return decode_combine_group(a...); });
       }};
   return kernels;
 }
@@ -108,20 +109,20 @@ const DomainKernels& loopback_domain_kernels() {
       nothing,
       [](const OneSidedLaunch& launch, void* stream) {
         return run_warps(
-            launch, stream, [](Warp g, auto fabric, auto gates, Seat seat, const OneSidedLaunch& l) {
-              return one_sided_seat(g, over(fabric), gates, l.work, seat.index, seat.workers + 1);
+            launch, stream, [](Warp g, auto fabric, auto latches, GroupIndex self, const OneSidedLaunch& l) {
+              return one_sided_group(g, over(fabric), latches, l.work, self.index, self.workers + 1);
             });
       },
       [](const MulticastLaunch& launch, void* stream) {
         return run_warps(launch, stream,
-                         [](Warp g, auto fabric, auto gates, Seat seat, const MulticastLaunch& l) {
-                           return multicast_seat(g, over(fabric), gates, l.work, seat.index);
+                         [](Warp g, auto fabric, auto latches, GroupIndex self, const MulticastLaunch& l) {
+                           return multicast_group(g, over(fabric), latches, l.work, self.index);
                          });
       },
       [](const ReduceLaunch& launch, void* stream) {
         return run_warps(launch, stream,
-                         [](Warp g, auto fabric, auto gates, Seat seat, const ReduceLaunch& l) {
-                           return reduce_seat(g, over(fabric), gates, l.work, seat.index);
+                         [](Warp g, auto fabric, auto latches, GroupIndex self, const ReduceLaunch& l) {
+                           return reduce_group(g, over(fabric), latches, l.work, self.index);
                          });
       }};
   return kernels;

@@ -1,11 +1,11 @@
 from libc.stdint cimport int32_t, int64_t, uint32_t
 
 from moecomm._native cimport capi
-from moecomm._native.cpu_world.choice cimport Choice
+from moecomm._native.cpu_world.replica_policy cimport ReplicaPolicy
 
 
-cdef class Chosen:
-    cdef Choice choice
+cdef class ReplicaRequest:
+    cdef ReplicaPolicy policy
     cdef uint32_t routing
     cdef int64_t[:, ::1] slots
     cdef int32_t[::1] counted

@@ -1,32 +1,34 @@
-// Chooser: chooses the replicas of a batch by the counts of all ranks, for run_dispatch and run_exchange.
+// ReplicaChooser: chooses the replicas of a batch by the counts of all ranks, for run_dispatch and
+// run_exchange.
 #pragma once
 #include <algorithm>
 #include <functional>
 #include <vector>
 
-#include "balance/choice.hpp"
+#include "balance/replica_policy.hpp"
 #include "protocol/views.hpp"
 #include "session/calls.hpp"
 
 namespace moecomm {
 
 // Fills the count blocks of the exchange with this rank's picks of logical experts, the same block for every
-// node (DispatchArgs::asked).
-inline void fill_asked(const BufferView& view, const DispatchCall& call, std::vector<int32_t>& asked) {
+// node (DispatchArgs::logical_blocks).
+inline void fill_logical_blocks(const BufferView& view, const DispatchCall& call,
+                                std::vector<int32_t>& logical_blocks) {
   const int nodes = view.geometry.nodes();
-  asked.assign(static_cast<size_t>(nodes) * view.count.ints, 0);
+  logical_blocks.assign(static_cast<size_t>(nodes) * view.count.ints, 0);
   for (int n = 0; n < nodes; ++n)
-    std::copy(call.counted, call.counted + call.choice->replicas().experts,
-              asked.data() + n * view.count.ints + view.count.picks);
+    std::copy(call.counted, call.counted + call.policy->replicas().experts,
+              logical_blocks.data() + n * view.count.ints + view.count.picks);
 }
 
-class Chooser {
+class ReplicaChooser {
  public:
-  // rotation: see Choice::solve(). It must be equal on all ranks, even if calls were refused before.
-  Chooser(const BufferView& view, const DispatchCall& call, uint64_t rotation)
-      : rows_follow(call.choice->rows_follow() && call.shape.layout == RowLayout::expert),
+  // rotation: see ReplicaPolicy::solve(). It must be equal on all ranks, even if calls were refused before.
+  ReplicaChooser(const BufferView& view, const DispatchCall& call, uint64_t rotation)
+      : rows_follow(call.policy->rows_follow() && call.shape.layout == RowLayout::expert),
         view_(view),
-        choice_(*call.choice),
+        choice_(*call.policy),
         call_(call),
         rotation_(static_cast<int32_t>(rotation & 0xffffff)),
         experts_(choice_.replicas().experts) {}
@@ -60,13 +62,13 @@ class Chooser {
   int32_t* before(int source) { return before_.data() + static_cast<size_t>(source) * experts_; }
 
   const BufferView& view_;
-  const balance::Choice& choice_;
+  const balance::ReplicaPolicy& choice_;
   const DispatchCall& call_;
   int32_t rotation_;
   int experts_;
   std::vector<int32_t> before_;  // [size + 1, experts] picks of the ranks before each rank
   std::vector<int32_t> counts_;
-  balance::Choice::Solved solved_;
+  balance::ReplicaPolicy::Solved solved_;
 };
 
 }  // namespace moecomm

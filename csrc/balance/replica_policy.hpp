@@ -15,11 +15,11 @@ struct Batch {
   const int32_t* counts = nullptr;  // [experts]
 };
 
-class Choice {
+class ReplicaPolicy {
  public:
   // activate: the number of slots of a rank that may run in a batch; 0: all.
-  Choice(const int32_t* physical_to_logical, int slots, int experts, int ranks, int nodes, Mode mode,
-         int activate);
+  ReplicaPolicy(const int32_t* physical_to_logical, int slots, int experts, int ranks, int nodes, Mode mode,
+                int activate);
 
   const Replicas& replicas() const { return r_; }
   // Whether the choice depends on the picks of all ranks.

@@ -1,5 +1,5 @@
-// Concurrent roles of one rank: fibers here, warps in a kernel. Milestone and Crew synchronize them inside
-// the rank; the Fabric handles everything between ranks.
+// Concurrent roles of one rank: fibers here, warps in a kernel. Milestone and RoleFibers synchronize them
+// inside the rank; the Fabric handles everything between ranks.
 #pragma once
 #include <memory>
 #include <vector>
@@ -54,9 +54,9 @@ class Milestone {
   std::vector<Waiting> waiting_;
 };
 
-class Crew {
+class RoleFibers {
  public:
-  Crew(SimNet& net, int rank) : net_(net), rank_(rank), puts_(net.size()) {}
+  RoleFibers(SimNet& net, int rank) : net_(net), rank_(rank), puts_(net.size()) {}
 
   // Starts role(), which returns a Status. Returns the number of the member.
   template <class R>

@@ -8,32 +8,32 @@ from moecomm._native cimport capi, cudaapi
 from moecomm._native.shared.structures cimport geometry_from
 
 
-cdef class Reach:
+cdef class PeerAccess:
     """The way in which the ranks of a communicator access each other's windows."""
 
     @staticmethod
     def threads(int device):
-        """Make the Reach of rank threads: by pointer."""
-        cdef Reach reach = Reach.__new__(Reach)
-        reach.r = cudaapi.reach_threads(device)
-        return reach
+        """Make the PeerAccess of rank threads: by pointer."""
+        cdef PeerAccess peer_access = PeerAccess.__new__(PeerAccess)
+        peer_access.r = cudaapi.thread_peer_access(device)
+        return peer_access
 
     @staticmethod
     def processes(int device):
-        """Make the Reach of processes on one host: by CUDA IPC."""
-        cdef Reach reach = Reach.__new__(Reach)
-        reach.r = cudaapi.reach_processes(device)
-        return reach
+        """Make the PeerAccess of processes on one host: by CUDA IPC."""
+        cdef PeerAccess peer_access = PeerAccess.__new__(PeerAccess)
+        peer_access.r = cudaapi.process_peer_access(device)
+        return peer_access
 
     @staticmethod
     def nccl(bytes library, geometry, int device, bytes unique_id):
-        """Make the Reach of any processes: by windows of NCCL. Collective; waits for every rank."""
-        cdef Reach reach = Reach.__new__(Reach)
+        """Make the PeerAccess of any processes: by windows of NCCL. Collective; waits for every rank."""
+        cdef PeerAccess peer_access = PeerAccess.__new__(PeerAccess)
         cdef capi.Geometry g = geometry_from(geometry)
         cdef string path = library, name = unique_id
         with nogil:
-            reach.r = cudaapi.reach_nccl(path, g, device, name)
-        return reach
+            peer_access.r = cudaapi.nccl_peer_access(path, g, device, name)
+        return peer_access
 
     @property
     def rail(self):

@@ -1,6 +1,6 @@
-// Reach: the memory of a rank that peers access (node window and rail region), the memory of peers that this
-// rank can access, and the execution of calls over both. A Buffer has one Reach for dispatch and combine, and
-// decode has another one.
+// PeerMemory: the memory of a rank that peers access (node window and rail region), the memory of peers that
+// this rank can access, and the execution of calls over both. A Buffer has one PeerMemory for dispatch and
+// combine, and decode has another one.
 #pragma once
 #include <array>
 #include <chrono>
@@ -18,7 +18,7 @@
 namespace moecomm {
 
 // The sizes of both memories, and the offsets of the parts that the runtime itself uses.
-struct ReachPlan {
+struct PeerMemoryLayout {
   uint64_t window_bytes = 0;
   Offset<FaultWord> window_faults;  // per local rank
   uint64_t warm_bytes = 0;          // of every window mapping: populated at start
@@ -31,29 +31,29 @@ struct ReachPlan {
   bool one_memory = false;          // the window is also the rail region, with the same offsets and size
 };
 
-// A random number at the end of every window and in its card. A rank that maps a window compares the two, to
-// detect that it has mapped the wrong memory.
+// A random number at the end of every window and in its contact. A rank that maps a window compares the two,
+// to detect that it has mapped the wrong memory.
 using Nonce = std::array<uint64_t, 2>;
 
-class Reach {
+class PeerMemory {
  public:
-  Reach(std::shared_ptr<Communicator> comm, ReachPlan plan);
-  ~Reach();
-  Reach(const Reach&) = delete;
-  Reach& operator=(const Reach&) = delete;
+  PeerMemory(std::shared_ptr<Communicator> comm, PeerMemoryLayout plan);
+  ~PeerMemory();
+  PeerMemory(const PeerMemory&) = delete;
+  PeerMemory& operator=(const PeerMemory&) = delete;
 
-  // Constructed collectively in three steps: construct, connect() with the cards of all ranks, and after a
-  // barrier connected(). A card is what peers need to access this rank's memory.
-  std::string card() const;
-  void connect(const std::vector<std::string>& cards);
-  void connected();
+  // Constructed collectively in three steps: construct, connect() with the contacts of all ranks, and after a
+  // barrier finish_connect(). A contact is what peers need to access this rank's memory.
+  std::string contact() const;
+  void connect(const std::vector<std::string>& contacts);
+  void finish_connect();
 
   const std::shared_ptr<Memory>& window() const { return window_; }
   bool rail_is_mapped() const;  // whether stores reach the rail peers' regions without the network
   Communicator& comm() const { return *comm_; }
   HostState& host() { return host_; }
 
-  uint64_t number() const { return number_; }  // of this Reach in its communicator; equal on all ranks
+  uint64_t number() const { return number_; }  // of this PeerMemory in its communicator; equal on all ranks
   void publish(FaultWord word);                // to all peers that it reaches
   void report(const Status& s);                // publishes a failure, and waits a moment until it is sent
 
@@ -94,11 +94,11 @@ class Reach {
   }
 
  private:
-  std::vector<char*> map_peers_on_host(const std::vector<std::string>& cards);
+  std::vector<char*> map_peers_on_host(const std::vector<std::string>& contacts);
   void report_fault(const Status& s);
 
   std::shared_ptr<Communicator> comm_;
-  ReachPlan plan_;
+  PeerMemoryLayout plan_;
   std::shared_ptr<Memory> window_;
   Nonce nonce_{};
   std::vector<std::shared_ptr<Memory>> peers_;

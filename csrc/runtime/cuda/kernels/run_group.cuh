@@ -1,5 +1,5 @@
-// Sets up the seat of a group: shared memory, fabric and gates; and what a kernel does before and after a
-// role.
+// Runs a role on a group of a kernel: sets up shared memory, the fabric and latches or a barrier, and reports
+// how the role ends.
 #pragma once
 #include "fabric/cuda/device.cuh"
 #include "fabric/cuda/squad.cuh"
@@ -13,29 +13,29 @@ namespace moecomm::cuda {
 constexpr uint64_t kGrace =
     1'000'000'000;  // ns; adds no delay, since all waits end once the record is written
 
-// Gates are counters in this rank's device memory, with release and acquire at GPU scope.
+// Latches are counters in this rank's device memory, with release and acquire at GPU scope.
 template <LaneFabric F>
-struct DeviceGates {
+struct DeviceLatches {
   uint64_t* counts;
   F fabric;
 
   template <Group G>
-  __device__ void arrive(G g, Gate gate) const {
+  __device__ void arrive(G g, Latch latch) const {
     g.sync();
     if (g.lane() == 0) {
       fabric.complete();
-      ptx::add_release_gpu(counts + static_cast<int>(gate), 1);
+      ptx::add_release_gpu(counts + static_cast<int>(latch), 1);
     }
     g.sync();
   }
   template <Group G>
-  __device__ Status wait(G g, Gate gate, int groups) const {
-    return leader(g,
-                  [&] { return reach(counts + static_cast<int>(gate), groups, static_cast<int32_t>(gate)); });
+  __device__ Status wait(G g, Latch latch, int groups) const {
+    return leader(
+        g, [&] { return reach(counts + static_cast<int>(latch), groups, static_cast<int32_t>(latch)); });
   }
   template <Group G>
-  __device__ bool open(G g, Gate gate) const {
-    const uint64_t groups = g.lane() == 0 ? ptx::load_relaxed_gpu(counts + static_cast<int>(gate)) : 0;
+  __device__ bool open(G g, Latch latch) const {
+    const uint64_t groups = g.lane() == 0 ? ptx::load_relaxed_gpu(counts + static_cast<int>(latch)) : 0;
     return g.broadcast(static_cast<int>(groups), 0) > 0;
   }
   template <Group G>
@@ -63,12 +63,12 @@ struct DeviceGates {
 // The barrier of all groups of a rank. The count is never reset, except after a failed call, so a captured
 // call needs no work before it: the number of earlier arrivals gives the round.
 template <LaneFabric F>
-struct DeviceMeeting : DeviceGates<F> {
+struct DeviceBarrier : DeviceLatches<F> {
   int warps;  // per group
   int all;    // warps of the rank
 
   template <Group G>
-  __device__ Status meet(G g) const {
+  __device__ Status wait(G g) const {
     g.sync();
     return leader(g, [&] {
       this->fabric.complete();
@@ -89,7 +89,7 @@ __device__ inline void enter_call(const Call& call, WarpScratch* scratch, int gr
   scratch->call_word = call.begins ? waiting_word(call.verb, call.memory, clock->number + 1) : clock->word;
   scratch->tell_at = now + kTellAfter;
 }
-// Squads meet, and the count of their meetings only grows. Other groups have gates, and the last group that
+// Squads have a barrier, whose count only grows. Other groups have latches, and the last group that
 // leaves clears them: no group of the call looks at them any more, and the stream orders the next call.
 template <bool kMeets>
 __device__ void leave_call(const Call& call, const WarpScratch* scratch) {
@@ -99,10 +99,10 @@ __device__ void leave_call(const Call& call, const WarpScratch* scratch) {
     if (atomicAdd(&clock->left, 1ull) + 1 < scratch->groups) return;
     clock->left = 0;
   } else {
-    uint64_t* left = call.gates + kLeft;
+    uint64_t* left = call.latches + kLeft;
     if (ptx::fetch_add_release_gpu(left, 1) + 1 < scratch->groups) return;
     ptx::load_acquire_gpu(left);  // all groups have left
-    for (int i = 0; i < kGateWords; ++i) call.gates[i] = 0;
+    for (int i = 0; i < kLatchWords; ++i) call.latches[i] = 0;
     for (int i = 0; i < kFailedWords; ++i) call.links.failed[i] = 0;
     if (!clock || !call.begins) return;
   }
@@ -113,7 +113,7 @@ __device__ void leave_call(const Call& call, const WarpScratch* scratch) {
 // Calls role(fabric) and reports its Status. All lanes of each group of a kernel call it once, with the
 // group's own part of shared memory.
 template <bool kMeets, Group G, DeviceRail Rail, class Role>
-__device__ void take_part(G g, const Call& call, Rail rail, char* shared, int groups, Role role) {
+__device__ void run_group(G g, const Call& call, Rail rail, char* shared, int groups, Role role) {
   int stages = call.spread.stages;
   if constexpr (kMeets) stages = squad_stages(g.warps, call.spread.stage_bytes, stages);
   WarpScratch* scratch =
@@ -154,25 +154,26 @@ inline __device__ void tell_placed(const DispatchLaunch& launch) {
   ptx::store_release_sys(&launch.placed->ticket, launch.ticket);
 }
 
-// Calls role(warp, fabric, gates, seat). Every warp of a call calls it once, with its own index.
+// Calls role(warp, fabric, latches, self). Every warp of a call calls it once, with its own index.
 template <DeviceRail Rail, class Role>
-__device__ void take_seat(const Call& call, Rail rail, int index, int seats, char* shared, Role role) {
+__device__ void run_as_warp(const Call& call, Rail rail, int index, int groups, char* shared, Role role) {
   const Warp g;
-  const int workers = seats - 1, senders = call.spread.senders > 0 && call.spread.senders < workers
-                                               ? call.spread.senders
-                                               : workers;
-  take_part<false>(g, call, rail, shared, seats, [=, &call](auto fabric) {
-    return role(g, fabric, DeviceGates<decltype(fabric)>{call.gates, fabric}, Seat{index, workers, senders});
+  const int workers = groups - 1, senders = call.spread.senders > 0 && call.spread.senders < workers
+                                                ? call.spread.senders
+                                                : workers;
+  run_group<false>(g, call, rail, shared, groups, [=, &call](auto fabric) {
+    return role(g, fabric, DeviceLatches<decltype(fabric)>{call.latches, fabric},
+                GroupIndex{index, workers, senders});
   });
 }
 
-// Calls role(squad, fabric, meeting, index) on one of `groups` squads.
+// Calls role(squad, fabric, barrier, index) on one of `groups` squads.
 template <DeviceRail Rail, class Role>
-__device__ void join_squad(const Call& call, Rail rail, Squad g, int index, int groups, char* shared,
-                           Role&& role) {
+__device__ void run_as_squad(const Call& call, Rail rail, Squad g, int index, int groups, char* shared,
+                             Role&& role) {
   // Inlined: a call would keep what is live on its stack.
-  take_part<true>(g, call, rail, shared, groups, [&](auto fabric) __attribute__((always_inline)) {
-    return role(g, fabric, DeviceMeeting<decltype(fabric)>{{call.gates, fabric}, g.warps, g.warps * groups},
+  run_group<true>(g, call, rail, shared, groups, [&](auto fabric) __attribute__((always_inline)) {
+    return role(g, fabric, DeviceBarrier<decltype(fabric)>{{call.latches, fabric}, g.warps, g.warps * groups},
                 index);
   });
 }

@@ -1,4 +1,4 @@
-#include "balance/choice.hpp"
+#include "balance/replica_policy.hpp"
 
 #include <algorithm>
 
@@ -13,11 +13,11 @@ constexpr int kRounds = 24;  // of split()
 
 }  // namespace
 
-Choice::Choice(const int32_t* physical_to_logical, int slots, int experts, int ranks, int nodes, Mode mode,
-               int activate)
+ReplicaPolicy::ReplicaPolicy(const int32_t* physical_to_logical, int slots, int experts, int ranks, int nodes,
+                             Mode mode, int activate)
     : r_(physical_to_logical, slots, experts, ranks, nodes), mode_(mode), activate_(activate) {}
 
-Choice::Solved Choice::solve(const int32_t* total, int32_t rotation) const {
+ReplicaPolicy::Solved ReplicaPolicy::solve(const int32_t* total, int32_t rotation) const {
   Solved s;
   s.rotation = rotation;
   if (!needs_all()) return s;
@@ -36,16 +36,16 @@ Choice::Solved Choice::solve(const int32_t* total, int32_t rotation) const {
   return s;
 }
 
-int32_t Choice::rows(const Solved& s, int source, const int32_t* before, const int32_t* counts,
-                     int slot) const {
+int32_t ReplicaPolicy::rows(const Solved& s, int source, const int32_t* before, const int32_t* counts,
+                            int slot) const {
   const int i = r_.at_slot[slot], e = r_.expert[i];
   if (mode_ == Mode::even)
     return even_quota(r_, i, counts[e], s.active.empty() ? nullptr : s.active.data(), s.rotation + source);
   return std::max(0, std::min(before[e] + counts[e], s.to[i]) - std::max(before[e], s.from[i]));
 }
 
-void Choice::route(const Solved& s, const Batch& b, int rank, const int32_t* before,
-                   int64_t* physical) const {
+void ReplicaPolicy::route(const Solved& s, const Batch& b, int rank, const int32_t* before,
+                          int64_t* physical) const {
   const int own_node = rank / (r_.ranks / r_.nodes);
   if (mode_ == Mode::local)
     return route_locally(r_, b.ids, b.tokens, b.top_k, own_node, s.active.empty() ? nullptr : s.active.data(),

@@ -1,4 +1,4 @@
-#include "runtime/cpu/reach.hpp"
+#include "runtime/cpu/peer_memory.hpp"
 
 #include <cstdlib>
 #include <cstring>
@@ -9,7 +9,7 @@ namespace moecomm {
 namespace {
 
 // What peers need to access this rank's memory. With UCX the region's key follows.
-struct Card {
+struct Contact {
   int32_t pid;
   int32_t fd;
   uint64_t window;  // address, for rank threads
@@ -23,15 +23,15 @@ Nonce random_nonce() {
   return {uint64_t{source()} << 32 | source(), uint64_t{source()} << 32 | source()};
 }
 
-Card read_card(const std::string& text) {
-  Card c;
+Contact read_contact(const std::string& text) {
+  Contact c;
   std::memcpy(&c, text.data(), sizeof(c));
   return c;
 }
 
 }  // namespace
 
-Reach::Reach(std::shared_ptr<Communicator> comm, ReachPlan plan)
+PeerMemory::PeerMemory(std::shared_ptr<Communicator> comm, PeerMemoryLayout plan)
     : comm_(std::move(comm)), plan_(std::move(plan)) {
   const Geometry& g = comm_->geometry();
   if (g.ranks_per_node > static_cast<int>(std::size(host_.windows)))
@@ -67,7 +67,7 @@ Reach::Reach(std::shared_ptr<Communicator> comm, ReachPlan plan)
 }
 
 // Puts of a call that did not wait for them may still be in flight, and peers may wait for them.
-Reach::~Reach() {
+PeerMemory::~PeerMemory() {
   comm_->leave(this);
   if (!region_ || !comm_->ucx()->is_here()) return;
   std::unique_lock lock(comm_->calls(), std::defer_lock);
@@ -77,28 +77,28 @@ Reach::~Reach() {
   region_.reset();
 }
 
-std::string Reach::card() const {
-  Card c{};
-  std::memcpy(&c.pid, comm_->card().data(), 4);
+std::string PeerMemory::contact() const {
+  Contact c{};
+  std::memcpy(&c.pid, comm_->contact().data(), 4);
   c.fd = window_->fd();
   c.window = address_of(window_->data());
   c.rail = address_of(host_.rail_region);
   c.bytes = window_->bytes();
   c.nonce = nonce_;
-  std::string card(bytes_of(&c), sizeof(c));
-  if (region_) card += region_->key();
-  return card;
+  std::string contact(bytes_of(&c), sizeof(c));
+  if (region_) contact += region_->key();
+  return contact;
 }
 
 // With one_memory, maps the memory of ranks of other nodes on this host, like that of node peers.
-std::vector<char*> Reach::map_peers_on_host(const std::vector<std::string>& cards) {
+std::vector<char*> PeerMemory::map_peers_on_host(const std::vector<std::string>& contacts) {
   std::vector<char*> mapped(plan_.peers.size(), nullptr);
   const char* setting = std::getenv("MOECOMM_UCX_DIRECT");
   if (!plan_.one_memory || comm_->threads() || (setting && std::strcmp(setting, "0") == 0)) return mapped;
   for (size_t i = 0; i < plan_.peers.size(); ++i) {
     const int rank = plan_.peers[i];
     if (rank < 0 || !comm_->on_this_host(rank)) continue;
-    const Card c = read_card(cards[rank]);
+    const Contact c = read_contact(contacts[rank]);
     std::shared_ptr<Memory> memory;
     try {
       memory = Memory::map(c.pid, c.fd, c.bytes);
@@ -112,11 +112,11 @@ std::vector<char*> Reach::map_peers_on_host(const std::vector<std::string>& card
   return mapped;
 }
 
-void Reach::connect(const std::vector<std::string>& cards) {
+void PeerMemory::connect(const std::vector<std::string>& contacts) {
   const Geometry& g = comm_->geometry();
   for (int local = 0; local < g.ranks_per_node; ++local) {
     const int rank = g.rank_at(g.node(), local);
-    const Card c = read_card(cards[rank]);
+    const Contact c = read_contact(contacts[rank]);
     if (rank == g.rank) {
       host_.windows[local] = window_->data();
     } else if (comm_->threads()) {
@@ -134,33 +134,34 @@ void Reach::connect(const std::vector<std::string>& cards) {
   }
   if (region_) {
     std::vector<std::string> keys;
-    for (int rank : plan_.peers) keys.push_back(rank < 0 ? std::string() : cards[rank].substr(sizeof(Card)));
+    for (int rank : plan_.peers)
+      keys.push_back(rank < 0 ? std::string() : contacts[rank].substr(sizeof(Contact)));
     std::lock_guard lock(comm_->calls());
     for (int rank : plan_.peers)
-      if (rank >= 0) comm_->reach(rank);
-    region_->attach(plan_.peers, keys, map_peers_on_host(cards));
+      if (rank >= 0) comm_->open_endpoint(rank);
+    region_->attach(plan_.peers, keys, map_peers_on_host(contacts));
   } else {
     std::vector<char*> regions;
     for (int rank : plan_.peers)
-      regions.push_back(rank < 0 ? nullptr : memory_at(read_card(cards[rank]).rail));
+      regions.push_back(rank < 0 ? nullptr : memory_at(read_contact(contacts[rank]).rail));
     loopback_.attach(regions);
   }
   comm_->join(this);
 }
 
-void Reach::connected() {
+void PeerMemory::finish_connect() {
   window_->share_with_children();  // tensors may view it from here on
   number_ = comm_->number();
 }
 
-void Reach::publish(FaultWord word) {
+void PeerMemory::publish(FaultWord word) {
   if (region_)
     publish_word(host_, ucx_rail_, word);
   else
     publish_word(host_, loopback_, word);
 }
 
-void Reach::continue_without(int peer, uint64_t calls) {
+void PeerMemory::continue_without(int peer, uint64_t calls) {
   comm_->mark_broken({Code::lost, Phase::none, peer});
   comm_->skip_calls_to(calls);
   continues_ = true;
@@ -172,24 +173,24 @@ void Reach::continue_without(int peer, uint64_t calls) {
     counter_at(host_.rail_region, (host_.region_faults + i).value).store(0, std::memory_order_release);
 }
 
-bool Reach::rail_is_mapped() const {
+bool PeerMemory::rail_is_mapped() const {
   for (int i = 0; region_ && i < static_cast<int>(plan_.peers.size()); ++i)
     if (plan_.peers[i] >= 0 && i != plan_.own) return region_->reach(i) != nullptr;
   return false;
 }
 
-void Reach::trace(bool on) {
+void PeerMemory::trace(bool on) {
   timeline_.clear();
   host_.timeline = on ? &timeline_ : nullptr;
 }
 
-void Reach::begin(bool stream) {
+void PeerMemory::begin(bool stream) {
   host_.stream = stream;
   host_.begin(std::chrono::duration_cast<std::chrono::steady_clock::duration>(
       std::chrono::duration<double>(comm_->timeout())));
 }
 
-Status Reach::flush() {
+Status PeerMemory::flush() {
   if (!region_) return {};
   while (!region_->flush_poll()) {
     comm_->ucx()->progress();
@@ -207,15 +208,15 @@ Status Reach::flush() {
 }
 
 // Reports a failure to all peers within reach, so that they raise now and not at their own deadline.
-void Reach::report_fault(const Status& s) {
+void PeerMemory::report_fault(const Status& s) {
   if (s.code == Code::out_of_step)
-    // Through every Reach, because other ranks may wait in another call.
+    // Through every PeerMemory, because other ranks may wait in another call.
     comm_->call().announce(pack_fault(s, s.reporter < 0 ? host_.geometry.rank : s.reporter).packed);
   report(s);
   if (region_) comm_->ucx()->abandon();
 }
 
-void Reach::report(const Status& s) {
+void PeerMemory::report(const Status& s) {
   if (!region_) return publish_fault(host_, loopback_, s);
   publish_fault(host_, ucx_rail_, s);
   // Bounded, because a peer that is lost or stopped never completes its puts.

@@ -6,12 +6,12 @@ from libc.stdint cimport int32_t
 from moecomm._native cimport capi
 
 
-cdef class Choice:
+cdef class ReplicaPolicy:
     """The rule by which a layer chooses replicas. mode: 0 local, 1 even, 2 optimal. activate: 0: all slots may run."""
 
     def __cinit__(self, const int32_t[::1] physical_to_logical, int experts, int ranks, int nodes, int mode,
                   int activate):
-        self.c.reset(new capi.Choice(&physical_to_logical[0], <int>physical_to_logical.shape[0], experts, ranks,
+        self.c.reset(new capi.ReplicaPolicy(&physical_to_logical[0], <int>physical_to_logical.shape[0], experts, ranks,
                                      nodes, <capi.Mode>mode, activate))
 
     @property

@@ -1,6 +1,6 @@
 """Types of the module."""
 
-class Choice:
+class ReplicaPolicy:
     def __init__(
         self, physical_to_logical, experts: int, ranks: int, nodes: int, mode: int, activate: int
     ) -> None: ...
