@@ -3,6 +3,10 @@
 Each command is a module with arguments(parser) and main(args) -> exit status.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import argparse
 import importlib
 import importlib.util
@@ -35,7 +39,7 @@ COMMANDS = {
 }
 
 
-def run(prog, description, commands, argv=None):
+def run(prog: str, description: str, commands: Any, argv: list[str] | None = None) -> Any:
     """Run one of {name: (module, description)}; return its exit status.
 
     The module finds its own name in args.command.
@@ -64,7 +68,7 @@ def run(prog, description, commands, argv=None):
         own.error(str(error))
 
 
-def _bench(argv):
+def _bench(argv: list[str]) -> Any:
     """Run the benchmarks, which are part of the installed package, or next to it in a checkout."""
     name = "moecomm.bench"
     if importlib.util.find_spec(name) is None:
@@ -79,7 +83,7 @@ def _bench(argv):
     return importlib.import_module(f"{name}.__main__").main(argv)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> Any:
     """Run one command; return its exit status."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["bench"]:

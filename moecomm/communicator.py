@@ -206,7 +206,9 @@ class Communicator(Awaited, Healthy, Shared):
         if self.gpu is not None:
             peer_access = cuda.peer_access_of(self, hosts)
             self.cuda = CudaState(peer_access, self.device)
-            self.gpu_calls = self.collective.join("Communicator", lambda: Calls(cuda.native(), peer_access, self))
+            self.gpu_calls = self.collective.join(
+                "Communicator", lambda: Calls(cuda.native(), peer_access, self)
+            )
             if boot.threads:
                 boot.keep(self.gpu_calls.native)
             if self.num_nodes > 1 and peer_access.rail != "memory":

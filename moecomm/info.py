@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+import argparse
+
 import importlib.metadata
 import importlib.util
 import os
@@ -16,11 +19,11 @@ from ._native import core
 from ._version import __version__
 
 
-def arguments(parser):
+def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command: none."""
 
 
-def worlds():
+def worlds() -> Any:
     """{world: (whether it is available, details or reason)}"""
     try:
         joined = f"UCX {core.ucx_version()} between nodes"
@@ -29,15 +32,15 @@ def worlds():
     build, few, many, reason, _, _ = core.row_kernel_choice()
     kernels = f"row kernels for {build}, sums of few rows by {few}, of many by {many} ({reason})"
     found = {"cpu": (True, f"{kernels}; {joined}")}
-    reason = cuda.why_not()
-    found["cuda"] = (reason is None, reason or torch.cuda.get_device_name())
+    absent = cuda.why_not()
+    found["cuda"] = (absent is None, absent or torch.cuda.get_device_name())
     return found
 
 
-def engines():
+def engines() -> Any:
     """{package: version or None} of packages that moecomm can use."""
 
-    def version(package):
+    def version(package: str) -> Any:
         try:
             return importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -58,7 +61,7 @@ def engines():
     }
 
 
-def network():
+def network() -> str:
     """Text about NCCL: the library that is found, and what this build can do with it."""
     library = nccl.find()
     if library is None:
@@ -74,7 +77,7 @@ def network():
     return f"{where}: {reason or found}"
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
     """Print the report."""
     print(f"moecomm {__version__}, Python {platform.python_version()}, {platform.machine()}")
     for name, (available, why) in worlds().items():

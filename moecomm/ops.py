@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import ctypes
 import functools
 import itertools
 import weakref
@@ -28,55 +27,16 @@ import torch
 from .errors import InvalidArgument
 from .refusals import Part
 from .tensors import refuse
+from .tickets import Ticket as Ticket
+from .tickets import ticket_of as ticket_of
+from .tickets import ticket_with
 
 if TYPE_CHECKING:
     from .backend import Backend
 
 
 _numbers = itertools.count(1)
-_backends = weakref.WeakValueDictionary()
-_tickets = weakref.WeakValueDictionary()
-
-
-class Ticket(ctypes.Structure):
-    """The memory of a handle tensor: a number, and everything that combine needs.
-
-    A tensor made by torch.frombuffer keeps its exporter alive. So a plan lives exactly as long as a tensor with this
-    storage, which autograd, a checkpoint or a compiled graph may keep.
-    """
-
-    _fields_ = [("number", ctypes.c_int64)]
-
-    def __init__(
-        self, owner: Backend, layout: str, capacity: int | None, plan: Any, output: Any, native: Any
-    ) -> None:
-        super().__init__(next(_numbers))
-        self.owner, self.layout, self.capacity = owner, layout, capacity
-        self.plan, self.output, self.native = plan, output, native
-
-    def tensor(self) -> torch.Tensor:
-        """Return int64 [1] on the host. Only this call assigns the number: most handles never become a tensor."""
-        _tickets[self.number] = self
-        return torch.frombuffer(self, dtype=torch.int64)
-
-
-def ticket_of(handle: torch.Tensor) -> Ticket:
-    """Return the Ticket of an int64 tensor [1].
-
-    Raises
-    ------
-    InvalidArgument
-        The dispatch is unknown: the tensor is a copy, and the original is freed (for example by hooks that copy saved
-        tensors in a compiled graph).
-    """
-    found = _tickets.get(int(handle))
-    if found is None:
-        raise InvalidArgument(
-            f"handle has number {int(handle)}, which is not (or no longer) a handle of a dispatch; keep the tensor "
-            "that dispatch returned, not a copy of it",
-            op="ops",
-        )
-    return found
+_backends: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
 
 
 def name_backend(backend: Backend, name: str | None = None) -> str:
@@ -105,10 +65,12 @@ def backend_of(name: str) -> Backend:
     InvalidArgument
         There is none, or there are several communicators with one.
     """
-    found = _backends.get(name)
+    found: Backend | None = _backends.get(name)
     if found is not None:
         return found
-    living = [b for b in list(_backends.values()) if not b.memory.closed and _shape_name(b) == name]
+    living: list[Backend] = [
+        b for b in list(_backends.values()) if not b.memory.closed and _shape_name(b) == name
+    ]
     if not living:
         raise InvalidArgument(
             f"buffer: no living Buffer is {name!r}; expected one made before the program runs",
@@ -135,7 +97,17 @@ def wanted(*tensors: torch.Tensor | None) -> bool:
 # -- dispatch: a new plan -------------------------------------------------------------------------------
 
 
-def _dispatch(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignment, capacity, layer=0):
+def _dispatch(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    buffer: str,
+    layout: str,
+    expert_alignment: int,
+    capacity: int | None,
+    layer: int = 0,
+) -> Any:
     b = _open_backend("dispatch", buffer)
     with Part(b, "dispatch"):
         _require_plain(b, "dispatch", x=x, topk_ids=topk_ids, topk_weights=topk_weights, scales=scales)
@@ -152,7 +124,17 @@ def _dispatch(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignmen
     )
 
 
-def _dispatch_fake(x, topk_ids, topk_weights, scales, buffer, layout, expert_alignment, capacity, layer=0):
+def _dispatch_fake(
+    x: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    buffer: str,
+    layout: str,
+    expert_alignment: int,
+    capacity: int | None,
+    layer: int = 0,
+) -> Any:
     memory = backend_of(buffer).memory
     n = torch.library.get_ctx().new_dynamic_size() if capacity is None else capacity
     by_rank = layout == "rank"
@@ -169,23 +151,25 @@ def _dispatch_fake(x, topk_ids, topk_weights, scales, buffer, layout, expert_ali
     )
 
 
-def _dispatch_context(ctx, inputs, output):
+def _dispatch_context(ctx: Any, inputs: Any, output: Any) -> None:
     x, _, topk_weights, scales, ctx.buffer, ctx.layout, *_ = inputs
     ctx.tokens, ctx.weighted, ctx.quantized = x.shape[0], topk_weights is not None, scales is not None
     _save(ctx, output[-1])
 
 
-def _dispatch_backward(ctx, rows, _scales, weights, *_):
+def _dispatch_backward(
+    ctx: Any, rows: torch.Tensor, _scales: torch.Tensor, weights: torch.Tensor, *_: Any
+) -> Any:
     x, weights = _to_tokens(ctx, rows, weights)
     return x, None, weights, None, None, None, None, None, None
 
 
-def _picks_of(out):
+def _picks_of(out: Any) -> Any:
     """Return ids (empty in the expert layout) and source of a dispatch."""
     return out.x.new_empty(0, dtype=torch.int64) if out.topk_ids is None else out.topk_ids, out.source
 
 
-def _to_tokens(ctx, rows, weights):
+def _to_tokens(ctx: Any, rows: torch.Tensor, weights: torch.Tensor) -> Any:
     """Sum the gradients of received rows and weights at the tokens that they came from.
 
     The gradients of weights are sent even if this rank gave no weights: other ranks' tokens may have some.
@@ -202,7 +186,15 @@ def _to_tokens(ctx, rows, weights):
 # -- redispatch: the plan of an earlier dispatch ---------------------------------------------------------
 
 
-def _redispatch(x, topk_weights, scales, handle, buffer, layout, num_rows):
+def _redispatch(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    handle: torch.Tensor,
+    buffer: str,
+    layout: str,
+    num_rows: int,
+) -> Any:
     b = _open_backend("dispatch", buffer)
     with Part(b, "dispatch", handle) as part:
         h = part.handle = _handle_of(b, handle)
@@ -217,7 +209,15 @@ def _redispatch(x, topk_weights, scales, handle, buffer, layout, num_rows):
     )
 
 
-def _redispatch_fake(x, topk_weights, scales, handle, buffer, layout, num_rows):
+def _redispatch_fake(
+    x: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    handle: torch.Tensor,
+    buffer: str,
+    layout: str,
+    num_rows: int,
+) -> Any:
     shape = (num_rows, backend_of(buffer).memory.top_k) if layout == "rank" else (num_rows,)
     return (
         x.new_empty(num_rows, x.shape[1]),
@@ -230,13 +230,15 @@ def _redispatch_fake(x, topk_weights, scales, handle, buffer, layout, num_rows):
     )
 
 
-def _redispatch_context(ctx, inputs, output):
+def _redispatch_context(ctx: Any, inputs: Any, output: Any) -> None:
     x, topk_weights, scales, handle, ctx.buffer, ctx.layout, _ = inputs
     ctx.tokens, ctx.weighted, ctx.quantized = x.shape[0], topk_weights is not None, scales is not None
     _save(ctx, handle)
 
 
-def _redispatch_backward(ctx, rows, _scales, weights, *_):
+def _redispatch_backward(
+    ctx: Any, rows: torch.Tensor, _scales: torch.Tensor, weights: torch.Tensor, *_: Any
+) -> Any:
     x, weights = _to_tokens(ctx, rows, weights)
     return x, weights, None, None, None, None, None
 
@@ -244,7 +246,16 @@ def _redispatch_backward(ctx, rows, _scales, weights, *_):
 # -- combine: weighted sum at the tokens -----------------------------------------------------------------
 
 
-def _combine(rows, topk_weights, bias, handle, buffer, layout, num_tokens, wire=None):
+def _combine(
+    rows: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    handle: torch.Tensor,
+    buffer: str,
+    layout: str,
+    num_tokens: int,
+    wire: str | None = None,
+) -> Any:
     b = _open_backend("combine", buffer)
     with Part(b, "combine", handle) as part:
         h = part.handle = _handle_of(b, handle)
@@ -253,18 +264,27 @@ def _combine(rows, topk_weights, bias, handle, buffer, layout, num_tokens, wire=
         return b.combine(rows, h, topk_weights, bias, wire=wire)
 
 
-def _combine_fake(rows, topk_weights, bias, handle, buffer, layout, num_tokens, wire=None):
+def _combine_fake(
+    rows: torch.Tensor,
+    topk_weights: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    handle: torch.Tensor,
+    buffer: str,
+    layout: str,
+    num_tokens: int,
+    wire: str | None = None,
+) -> Any:
     return rows.new_empty(num_tokens, rows.shape[1])
 
 
-def _combine_context(ctx, inputs, output):
+def _combine_context(ctx: Any, inputs: Any, output: Any) -> None:
     rows, topk_weights, bias, handle, ctx.buffer, ctx.layout, *_ = inputs
     ctx.bias = None if bias is None else (bias.dim(), bias.dtype)
     ctx.num_rows, ctx.weighted = rows.shape[0], topk_weights is not None
     _save(ctx, handle, *((rows, topk_weights) if ctx.weighted else ()))
 
 
-def _combine_backward(ctx, y):
+def _combine_backward(ctx: Any, y: torch.Tensor) -> Any:
     grad_bias = None
     if ctx.bias and ctx.needs_input_grad[2]:
         dims, dtype = ctx.bias
@@ -277,22 +297,16 @@ def _combine_backward(ctx, y):
         if ctx.needs_input_grad[1]:
             grad_weights = (rows.to(_wide(rows.dtype)) * grad).sum(-1).to(weights.dtype)
         grad = (weights[:, None] * grad).to(rows.dtype)
-    return (
-        grad,
-        grad_weights,
-        grad_bias,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )  # the wire format rounds: its derivative counts as 1
+    # The wire format rounds: its derivative counts as 1.
+    return grad, grad_weights, grad_bias, None, None, None, None, None
 
 
 # -- combine_slots: the plain sum, and one number per row back to the pick that it came from --------------
 
 
-def _combine_slots(rows, back, handle, buffer, layout, num_tokens):
+def _combine_slots(
+    rows: torch.Tensor, back: torch.Tensor, handle: torch.Tensor, buffer: str, layout: str, num_tokens: int
+) -> Any:
     b = _open_backend("combine", buffer)
     with Part(b, "combine", handle) as part:
         h = part.handle = _handle_of(b, handle)
@@ -303,19 +317,21 @@ def _combine_slots(rows, back, handle, buffer, layout, num_tokens):
         return b.combine(rows, h, None, None, back=back)
 
 
-def _combine_slots_fake(rows, back, handle, buffer, layout, num_tokens):
+def _combine_slots_fake(
+    rows: torch.Tensor, back: torch.Tensor, handle: torch.Tensor, buffer: str, layout: str, num_tokens: int
+) -> Any:
     return rows.new_empty(num_tokens, rows.shape[1]), back.new_empty(
         num_tokens, backend_of(buffer).memory.top_k
     )
 
 
-def _combine_slots_context(ctx, inputs, output):
+def _combine_slots_context(ctx: Any, inputs: Any, output: Any) -> None:
     rows, _, handle, ctx.buffer, ctx.layout, _ = inputs
     ctx.num_rows = rows.shape[0]
     _save(ctx, handle)
 
 
-def _combine_slots_backward(ctx, y, slots):
+def _combine_slots_backward(ctx: Any, y: torch.Tensor, slots: torch.Tensor) -> Any:
     (handle,) = ctx.saved_tensors
     rows, _, back, *_ = redispatch(
         y.contiguous(), slots.contiguous(), None, handle, ctx.buffer, ctx.layout, ctx.num_rows
@@ -323,7 +339,7 @@ def _combine_slots_backward(ctx, y, slots):
     return rows, back, None, None, None, None
 
 
-def _save(ctx, handle, *tensors):
+def _save(ctx: Any, handle: torch.Tensor, *tensors: Any) -> None:
     """Save tensors for backward.
 
     Hooks on saved tensors may keep copies (torch.autograd.graph.save_on_cpu). Then the ticket of the original handle
@@ -337,17 +353,17 @@ def _save(ctx, handle, *tensors):
         and getattr(hooks[0], "__module__", "") != "torch.utils.checkpoint"
         and type(handle) is torch.Tensor
     )  # not one of a tracer
-    ctx.ticket = _tickets.get(int(handle)) if copied else None
+    ctx.ticket = ticket_with(int(handle)) if copied else None
 
 
-def _through(backward):
+def _through(backward: Any) -> Any:
     """Return a backward that then frees the ticket kept for copies, unless the graph is kept.
 
     Saved tensors are freed at the same time.
     """
 
     @functools.wraps(backward)
-    def run(ctx, *grads):
+    def run(ctx: Any, *grads: Any) -> Any:
         result = backward(ctx, *grads)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.ticket = None
@@ -356,28 +372,28 @@ def _through(backward):
     return run
 
 
-def _wide(dtype):
+def _wide(dtype: torch.dtype) -> Any:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _open_backend(op, name):
+def _open_backend(op: str, name: str) -> Any:
     b = backend_of(name)
     b.memory.require_open(op)
     b.memory.comm.order.settle()
     return b
 
 
-def _handle_of(backend, handle):
+def _handle_of(backend: Backend, handle: torch.Tensor) -> Any:
     ticket = ticket_of(handle)
     return backend.handle_of(ticket.layout, ticket.capacity, ticket.plan, ticket.output, ticket.native)
 
 
-def _require_plain(b, op, **tensors):
+def _require_plain(b: Any, op: str, **tensors: Any) -> None:
     for name, t in tensors.items():
         b.checks.as_tensor(op, name, t, optional=True)
 
 
-def _refuse_vmap(name, *_):
+def _refuse_vmap(name: str, *_: Any) -> None:
     refuse(
         name,
         "an argument is a tensor inside torch.func.vmap, which moecomm does not support; expected one call with all "
@@ -385,7 +401,7 @@ def _refuse_vmap(name, *_):
     )
 
 
-def _define(name, run, fake, context, backward, schema):
+def _define(name: str, run: Any, fake: Any, context: Any, backward: Any, schema: str) -> Any:
     op = torch.library.custom_op(f"moecomm::{name}", run, mutates_args=(), schema=schema)
     op.register_fake(fake)
     op.register_autograd(_through(backward), setup_context=context)

@@ -150,14 +150,14 @@ def address(t: torch.Tensor | None) -> int:
     return at
 
 
-def _from_dlpack(op, name, value, rank, written):
+def _from_dlpack(op: str, name: str, value: Any, rank: int | None, written: bool) -> Any:
     why = ""
     readonly = (
         getattr(getattr(value, "flags", None), "writeable", True) is False
     )  # NumPy's flag; torch drops it
     if hasattr(value, "__dlpack__"):
         try:
-            value = torch.from_dlpack(value)
+            value = torch.from_dlpack(value)  # type: ignore[attr-defined]
         except (TypeError, RuntimeError, BufferError, ValueError) as error:
             why = f" ({error})"
     if not isinstance(value, torch.Tensor):
@@ -167,7 +167,7 @@ def _from_dlpack(op, name, value, rank, written):
     return value
 
 
-def _is_traced(value):
+def _is_traced(value: Any) -> bool:
     """Whether the tensor belongs to a tracer: torch.export, make_fx or a FakeTensorMode."""
     if not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0:
         return False
@@ -181,7 +181,7 @@ def class_of(module: str, name: str) -> Any:
     return getattr(sys.modules.get(module), name, ())
 
 
-def _unwrap(op, name, value, rank):
+def _unwrap(op: str, name: str, value: Any, rank: int | None) -> Any:
     """Return the plain tensor of a subclass, if it has one."""
     if isinstance(value, class_of("torch.distributed._functional_collectives", "AsyncCollectiveTensor")):
         wait = _Wait.apply if value.requires_grad and torch.is_grad_enabled() else _Wait.of
@@ -213,20 +213,20 @@ class _Wait(torch.autograd.Function):
     """Waits for the result of a collective, differentiably."""
 
     @staticmethod
-    def of(value):
+    def of(value: Any) -> Any:
         """Wait without gradients."""
         return value.wait()
 
     @staticmethod
-    def forward(ctx, value):
+    def forward(ctx: Any, value: Any) -> Any:
         return value.wait()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return grad
 
 
-def _check_transforms(op, name, value, rank):
+def _check_transforms(op: str, name: str, value: Any, rank: int | None) -> None:
     """Refuse tensors of function transforms. A collective call cannot be batched and has no forward derivative."""
     functorch = torch._C._functorch
     if functorch.is_functorch_wrapped_tensor(value):
@@ -252,7 +252,7 @@ def _check_transforms(op, name, value, rank):
         )
 
 
-def _has_memory(t):
+def _has_memory(t: torch.Tensor) -> bool:
     if t.numel() == 0:
         return True
     last = t.storage_offset() + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride()))

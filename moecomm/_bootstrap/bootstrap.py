@@ -22,6 +22,9 @@ torchrun holds a store. UCX and NCCL open ports of their own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import os
 import threading
 import time
@@ -34,72 +37,76 @@ from .mesh import Mesh
 class Alone:
     """The bootstrap of a single rank."""
 
-    rank, size, threads, complaint = 0, 1, False, None
+    rank, size, threads = 0, 1, False
+    complaint: str | None = None
 
-    def allgather(self, data, op="bootstrap"):  # noqa: ARG002 - no other rank can be late
+    def allgather(self, data: Any, op: str = "bootstrap") -> Any:  # noqa: ARG002 - no other rank can be late
         """Return the bytes of all ranks, by rank."""
         return [data]
 
-    def subset(self, ranks):  # noqa: ARG002 - there is one rank
+    def subset(self, ranks: Sequence[int]) -> Any:  # noqa: ARG002 - there is one rank
         """Return a bootstrap of these ranks. Collective over them only."""
         return Alone()
 
-    def is_broken(self):
+    def is_broken(self) -> bool:
         """Return False: there is no other rank to lose."""
         return False
 
-    def a_lost_rank(self):
+    def a_lost_rank(self) -> None:
         """Return None: there is no other rank to lose."""
 
-    def agree(self, report, *, go_on=False, minority=False, timeout=None):  # noqa: ARG002 - there is one rank
+    def agree(
+        self, report: Any, *, go_on: Any = False, minority: Any = False, timeout: float | None = None
+    ) -> Any:  # noqa: ARG002 - there is one rank
         """Return {rank: its report}, as GenerationMesh.agree."""
         return {0: report}
 
-    def refuse(self, ranks, why):
+    def refuse(self, ranks: Sequence[int], why: str) -> None:
         """Do nothing: there is no other rank."""
 
-    def interrupt(self, why):
+    def interrupt(self, why: str) -> None:
         """Do nothing: there is no other rank."""
 
-    def close(self):
+    def close(self) -> None:
         """Do nothing: there are no connections."""
 
 
 class ThreadWorld:
     """The state that the rank threads of one run_local share."""
 
-    def __init__(self, size, timeout, whole=None, numbers=None):
+    def __init__(self, size: int, timeout: float, whole: Any = None, numbers: Any = None) -> None:
         self.size, self.timeout = size, timeout
         self.whole, self.numbers = (
             whole or self,
             numbers or range(size),
         )  # the world of run_local, and its ranks
-        self.ended = set()  # ranks whose function has returned or raised; of the whole world
+        self.ended: set[Any] = set()  # ranks whose function has returned or raised; of the whole world
         self.barrier = threading.Barrier(size)
         self.contacts = [None] * size
-        self.failed = None  # rank whose function raised first
-        self.kept = []  # windows, which stay mapped until every rank thread has ended
+        self.failed: int | None = None  # rank whose function raised first
+        self.kept: list[Any] = []  # windows, which stay mapped until every rank thread has ended
         self.changed = threading.Condition()
-        self.parts = {}  # name of a part -> ThreadWorld of some of the ranks
-        self.arrived = {}  # name of a part -> ranks that have called subset for it
-        self.refusals = {}  # rank -> texts of its refusals to make a part
+        self.parts: dict[Any, Any] = {}  # name of a part -> ThreadWorld of some of the ranks
+        self.arrived: dict[Any, Any] = {}  # name of a part -> ranks that have called subset for it
+        self.refusals: dict[Any, Any] = {}  # rank -> texts of its refusals to make a part
 
 
 class Thread:
     """The bootstrap of one rank thread of run_local."""
 
-    threads, complaint = True, None
+    threads = True
+    complaint: str | None = None
 
-    def __init__(self, world, rank):
+    def __init__(self, world: Any, rank: int) -> None:
         self._world, self.rank, self.size = world, rank, world.size
-        self._subsets = {}  # ranks of a part -> number of times that this rank has made it
-        self._heard = {}  # rank -> number of its refusals that this rank has raised
+        self._subsets: dict[Any, Any] = {}  # ranks of a part -> number of times that this rank has made it
+        self._heard: dict[Any, Any] = {}  # rank -> number of its refusals that this rank has raised
 
-    def keep(self, owner):
+    def keep(self, owner: Any) -> None:
         """Keep an owner of memory alive until all rank threads have ended: they reach it by pointer."""
         self._world.kept.append(owner)
 
-    def allgather(self, data, op="bootstrap"):
+    def allgather(self, data: Any, op: str = "bootstrap") -> Any:
         """Return the bytes of all ranks, by rank. op names the call in error messages."""
         self._world.contacts[self.rank] = data
         self._meet(op)
@@ -107,7 +114,7 @@ class Thread:
         self._meet(op)
         return out
 
-    def subset(self, ranks):
+    def subset(self, ranks: Sequence[int]) -> Any:
         """Return a bootstrap of these ranks. Collective over them only."""
         world, ranks = self._world, tuple(ranks)
         self._subsets[ranks] = self._subsets.get(ranks, 0) + 1
@@ -147,22 +154,22 @@ class Thread:
                 world.changed.wait(min(left, 0.1))
         return Thread(part, ranks.index(self.rank))
 
-    def refuse(self, ranks, why):  # noqa: ARG002 - ranks that wait for this one read the refusal
+    def refuse(self, ranks: Sequence[int], why: str) -> None:  # noqa: ARG002 - its peers read the refusal
         """Tell these ranks that this rank does not make a part with them."""
         with self._world.changed:
             self._world.refusals.setdefault(self.rank, []).append(why)
             self._world.changed.notify_all()
 
-    def has_ended(self, rank, seconds):
+    def has_ended(self, rank: int, seconds: float) -> Any:
         """Whether a rank thread has left its function, or does so meanwhile: nothing of it runs any more."""
         whole, number = self._world.whole, self._world.numbers[rank]
         with whole.changed:
             return whole.changed.wait_for(lambda: number in whole.ended, seconds)
 
-    def interrupt(self, why):
+    def interrupt(self, why: str) -> None:
         """Do nothing: the exception of this rank thread ends the waits of the others."""
 
-    def _meet(self, op):
+    def _meet(self, op: str) -> None:
         try:
             self._world.barrier.wait(self._world.timeout)
         except threading.BrokenBarrierError:
@@ -180,11 +187,11 @@ class Thread:
                 rank=self.rank,
             ) from None
 
-    def close(self):
+    def close(self) -> None:
         """Do nothing: there are no connections."""
 
 
-def find(group, timeout):
+def find(group: Any, timeout: float) -> Any:
     """Return the bootstrap of a group. None: the group that the environment describes.
 
     .complaint of the result is None, or the InvalidArgument that this rank must raise as soon as it can report it to
@@ -238,17 +245,17 @@ def find(group, timeout):
     )
 
 
-def _is_no_member(group):
+def _is_no_member(group: Any) -> Any:
     import torch.distributed as dist
 
     return dist.is_available() and group == dist.GroupMember.NON_GROUP_MEMBER
 
 
-def _joined(group, timeout):
+def _joined(group: Any, timeout: float) -> Any:
     return Alone() if group.size == 1 else groups.connect(group, timeout)
 
 
-def _from_environment(timeout):
+def _from_environment(timeout: float) -> Any:
     import torch.distributed as dist
 
     # An invalid value is refused with the other variables, on every rank.
@@ -285,7 +292,7 @@ def _from_environment(timeout):
     return _launched(said, timeout) if said else Alone()
 
 
-def _launched(said, timeout):
+def _launched(said: Any, timeout: float) -> Any:
     """Return the bootstrap for the claims of launchers, which agree."""
     rank, size = (
         next((getattr(c, name) for c in said if getattr(c, name) is not None), None)
@@ -293,7 +300,7 @@ def _launched(said, timeout):
     )
     if size == 1:
         return Alone()
-    where = (
+    where: Any = (
         None
         if rank is None or size is None
         else next(filter(None, (launch.meeting_point(os.environ, c) for c in said)), None)
@@ -303,7 +310,7 @@ def _launched(said, timeout):
         if comm is not None:
             world = launch.Claim("mpi", "MPI.COMM_WORLD of mpi4py", comm.Get_rank(), comm.Get_size())
             launch.require_agreement([world, *said])
-            if world.size > 1:
+            if comm.Get_size() > 1:
                 return groups.connect(groups.Mpi(comm, timeout), timeout)
         elif where is None:
             raise InvalidArgument(
@@ -311,8 +318,9 @@ def _launched(said, timeout):
                 f"pip install mpi4py, or set MASTER_ADDR and MASTER_PORT for all ranks. Otherwise {launch.HOW}",
                 op="Communicator",
             )
-    if where is not None:
-        return groups.connect(groups.of_store(*where, rank, size, timeout), timeout)
+    if where is not None and rank is not None and size is not None:
+        host, port = where
+        return groups.connect(groups.of_store(host, port, rank, size, timeout), timeout)
     missing = "rank and size" if rank is None or size is None else "MASTER_ADDR and MASTER_PORT"
     raise InvalidArgument(
         f"group is None, and {', '.join(map(str, said))} is set, so this process seems to be part of a launched job, "
@@ -321,7 +329,7 @@ def _launched(said, timeout):
     )
 
 
-def _mpi_world():
+def _mpi_world() -> Any:
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError):  # no mpi4py, or one without a libmpi
@@ -329,7 +337,7 @@ def _mpi_world():
     return MPI.COMM_WORLD
 
 
-def make_default_group(**how):
+def make_default_group(**how: Any) -> None:
     """Initialize the default group of torch.distributed over gloo, so that destroying it frees everything.
 
     how: arguments of init_process_group.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import select
 import time
 
@@ -12,14 +14,14 @@ _STOPPED = 1.0  # seconds; a poll that takes longer by this means that this proc
 class Clock:
     """A deadline. If this process is stopped (SIGSTOP, a debugger), it moves by the length of the stop."""
 
-    def __init__(self, seconds):
+    def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
-    def passed(self):
+    def passed(self) -> bool:
         """Whether the deadline has passed."""
         return time.monotonic() > self._end
 
-    def poll(self, reading, writing=()):
+    def poll(self, reading: Any, writing: Any = ()) -> None:
         """Wait until a descriptor is ready, at most 0.1 seconds."""
         poller = select.poll()
         for fd in {*reading, *writing} - {-1}:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import json
 import secrets
 import time
@@ -12,7 +15,7 @@ from ..errors import ConfigMismatch, InvalidArgument, MoecommError
 from .sockets import FAILED, HELLO, LOST, VALUE, WELCOME, Line, Refused, dial, same, sign
 
 
-def _identity_of(payload):
+def _identity_of(payload: Any) -> str | None:
     """Return the identity of a failure from a peer's report, or None."""
     try:
         return str(decode(payload)[3])
@@ -23,7 +26,30 @@ def _identity_of(payload):
 class Connecting:
     """The part of Mesh that connects its neighbors. Expects the attributes of Mesh, and its methods for failures."""
 
-    def _hello(self, to, refused=None):
+    rank: int
+    _name: str
+    _parent: str
+    _op: str
+    _ranks: list[int]
+    _numbers: Any
+    _neighbors: list[int]
+    _contacts: list[Any]
+    _endpoint: Any
+    _timeout: float
+    _begun: int
+    _exchanges: int
+    _floods: bool
+    _lines: dict[Any, Any]
+    _values: dict[Any, Any]
+    _lost: set[int]
+    _told: Any
+    _read: Callable[..., Any]
+    _tell: Callable[..., Any]
+    _raise_told: Callable[..., Any]
+    _lost_error: Callable[..., Any]
+    _late_error: Callable[..., Any]
+
+    def _hello(self, to: Any, refused: Any = None) -> Any:
         """Return (fields, payload) of the message with which this rank calls another one."""
         fields = {
             "name": self._name,
@@ -37,19 +63,22 @@ class Connecting:
         }
         return fields, json.dumps({**fields, "signature": sign(self._token_of(to), fields)}).encode()
 
-    def _token_of(self, rank):
+    def _token_of(self, rank: int) -> Any:
         return bytes.fromhex(self._contacts[self._ranks[rank]][3])
 
-    def _welcome(self, nonce, caller):
+    def _welcome(self, nonce: bytes, caller: Any) -> Any:
         """Return the answer to a call. It proves that this rank is the one that was called."""
         return sign(self._token_of(caller), ["welcome", self._name, nonce])
 
-    def _connect(self):
+    def _connect(self) -> None:
         """Call every neighbor and accept its call. Of the two connections, keep the one that the higher rank has made.
 
         A neighbor need not be in this function yet: the kernel queues the call, and ends it if that process dies.
         """
-        calls, nonces, welcomed, callers = {}, {}, set(), {}
+        calls: dict[int, Any] = {}
+        nonces: dict[int, Any] = {}
+        welcomed: set[int] = set()
+        callers: dict[Any, Any] = {}
         clock, point = Clock(self._timeout), self._endpoint
         try:
             while True:
@@ -113,14 +142,14 @@ class Connecting:
             for r in self._lost:
                 self._tell(LOST, 0, r)
 
-    def _dial(self, r):
+    def _dial(self, r: int) -> Any:
         try:
             s = dial(self._endpoint.address_in(self._contacts[self._ranks[r]]))
         except Refused:
             raise self._lost_error(r) from None
         return None if s is None else Line(s)
 
-    def _answer(self, callers):
+    def _answer(self, callers: Any) -> None:
         """Answer the ranks that have called for this mesh."""
         point = self._endpoint
         with point.lock:
@@ -150,10 +179,10 @@ class Connecting:
                             peer=self._numbers[r],
                         )
 
-    def _expected_welcome(self, r, nonce):
+    def _expected_welcome(self, r: int, nonce: bytes) -> Any:
         return sign(self._endpoint.token, ["welcome", self._name, nonce])
 
-    def _hear(self, r, line, expected, welcomed):
+    def _hear(self, r: int, line: Any, expected: Any, welcomed: Any) -> None:
         for kind, number, _, payload in line.frames(1):
             if kind == WELCOME and same(payload.decode("ascii", "replace"), expected):
                 welcomed.add(r)
@@ -164,7 +193,7 @@ class Connecting:
         if line.gone and r not in welcomed:
             self._lost.add(r)
 
-    def _compare(self, absent, callers):
+    def _compare(self, absent: Sequence[int], callers: Any) -> None:
         """Refuse to wait for a rank that waits for this one in another part of the parent."""
         with self._endpoint.lock:
             for hello, line in self._endpoint.living(self._parent, self._name):

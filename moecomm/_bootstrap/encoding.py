@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import base64
 import binascii
 import json
@@ -14,7 +16,7 @@ _DICT = "pairs"
 _DEEPEST = 32
 
 
-def _to_json(value, depth=0):
+def _to_json(value: Any, depth: Any = 0) -> Any:
     if depth > _DEEPEST:
         raise TypeError(f"it is nested more than {_DEEPEST} deep")
     if value is None or isinstance(value, (bool, str)):
@@ -34,7 +36,7 @@ def _to_json(value, depth=0):
     )
 
 
-def _from_json(value):
+def _from_json(value: Any) -> Any:
     if isinstance(value, list):
         return [_from_json(v) for v in value]
     if not isinstance(value, dict):
@@ -47,7 +49,7 @@ def _from_json(value):
     raise ValueError(f"unknown tag {kind!r}")
 
 
-def encode(value):
+def encode(value: Any) -> Any:
     """Return a value as bytes. decode returns tuples as lists.
 
     Raises
@@ -63,7 +65,7 @@ def encode(value):
         ) from error
 
 
-def decode(data):
+def decode(data: Any) -> Any:
     """Return the value that encode has turned into these bytes.
 
     Raises

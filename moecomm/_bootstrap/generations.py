@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import hashlib
 from collections import deque
 
@@ -18,11 +20,11 @@ _FLUSH = 1.0  # seconds in which the kernel must accept the verdict
 _REMINDERS = 4
 
 
-def _to_bytes(message):
+def _to_bytes(message: Any) -> Any:
     return encode(list(message))
 
 
-def _from_bytes(payload):
+def _from_bytes(payload: Any) -> Any:
     """Return a message of Agreement. decode returns tuples as lists, so restore them."""
     message = decode(payload)
     if message[0] == PROMISE and message[2] is not None:
@@ -32,7 +34,7 @@ def _from_bytes(payload):
     return tuple(message)
 
 
-def _value(value):
+def _value(value: Any) -> Any:
     return value[0], [(r, report) for r, report in value[1]]
 
 
@@ -43,21 +45,21 @@ class GenerationMesh(Mesh):
     next: each rank sends the verdict to all others before any frame of the next generation.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._agreements = 0  # number of agreements that this rank has completed
-        self._letters = deque()  # (rank, payload) of received messages of the present agreement
-        self._ahead = set()  # ranks that have sent the verdict of the present agreement
-        self._early = []  # frames of these ranks after their verdict
-        self._behind = set()  # ranks that have not sent the verdict of the last agreement
+        self._letters: Any = deque()  # (rank, payload) of received messages of the present agreement
+        self._ahead: set[Any] = set()  # ranks that have sent the verdict of the present agreement
+        self._early: list[Any] = []  # frames of these ranks after their verdict
+        self._behind: set[Any] = set()  # ranks that have not sent the verdict of the last agreement
         super().__init__(*args, **kwargs)
 
-    def _read(self, r, line):
+    def _read(self, r: int, line: Any) -> None:
         for frame in line.frames():
             self._sort(r, *frame)
         if line.gone and r not in self._lost:
             self._lose(r, r)
 
-    def _sort(self, r, kind, number, origin, payload):
+    def _sort(self, r: int, kind: Any, number: int, origin: int, payload: Any) -> None:
         if r in self._ahead:
             self._early.append((r, kind, number, origin, payload))
         elif kind == AGREE:
@@ -70,7 +72,7 @@ class GenerationMesh(Mesh):
         elif r not in self._behind:
             self._take(r, kind, number, origin, payload)
 
-    def _raise_told(self, number):
+    def _raise_told(self, number: int) -> None:
         super()._raise_told(number)
         for r in {r for r, _ in self._letters} - set(self._values.get(number, {})):
             raise PeerLost(  # it will not take part in this exchange any more
@@ -81,7 +83,7 @@ class GenerationMesh(Mesh):
                 reporter=r,
             )
 
-    def require_agreeing(self, op):
+    def require_agreeing(self, op: str) -> None:
         """Refuse a mesh in which some ranks have no connection to each other.
 
         Raises
@@ -97,23 +99,25 @@ class GenerationMesh(Mesh):
             )
 
     @property
-    def timeout(self):
+    def timeout(self) -> Any:
         """Limit of every wait in seconds."""
         return self._timeout
 
-    def root(self):
+    def root(self) -> Any:
         """Return (Endpoint, contacts by rank, a unique name), from which a mesh of these and new ranks is made."""
         return self._endpoint, [self._contacts[r] for r in self._ranks], f"{self._identity}/{self._number}"
 
-    def is_broken(self):
+    def is_broken(self) -> bool:
         """Whether an exchange has failed."""
         return self._broken is not None
 
-    def a_lost_rank(self):
+    def a_lost_rank(self) -> Any:
         """Return the lowest rank whose connection has ended, or None."""
         return min(self._lost, default=None)
 
-    def agree(self, report, *, go_on=False, minority=False, timeout=None):
+    def agree(
+        self, report: Any, *, go_on: Any = False, minority: Any = False, timeout: float | None = None
+    ) -> Any:
         """Agree on the survivors. Return {rank of a survivor: its report}, equal on all of them.
 
         Collective over the survivors. The mesh may be broken.
@@ -147,16 +151,17 @@ class GenerationMesh(Mesh):
             self._close_agreement(agreed if (go_on(reports) if callable(go_on) else go_on) else None)
         return reports
 
-    def _agree(self, machine, timeout):
-        number, known = self._agreements + 1, set()
+    def _agree(self, machine: Any, timeout: float) -> None:
+        number = self._agreements + 1
+        known: set[Any] = set()
         clock, pause = Clock(timeout), Clock(timeout / _REMINDERS)
 
-        def post(mail):
+        def post(mail: Any) -> None:
             for to, message in mail:
                 if to in self._lines:
                     self._lines[to].put(AGREE, number, self.rank, _to_bytes(message))
 
-        def look():
+        def look() -> Any:
             """Process the received messages, and the ranks that were lost."""
             mail = []
             for r, line in self._lines.items():
@@ -193,7 +198,7 @@ class GenerationMesh(Mesh):
                 line.flush()
             clock.poll([], [line.socket.fileno() for line in self._lines.values() if line.pending])
 
-    def _outcome(self, machine):
+    def _outcome(self, machine: Any) -> Any:
         if machine.stopped:
             out_of_reach = members(machine.all & ~machine.left)
             raise NoMajority(
@@ -216,7 +221,7 @@ class GenerationMesh(Mesh):
             )
         return {r: reports[r] for r in members(survivors)}
 
-    def _close_agreement(self, agreed):
+    def _close_agreement(self, agreed: Any) -> None:
         """Begin the next generation with these survivors; None: continue this one."""
         self._agreements += 1
         early, self._early = self._early, []
@@ -228,7 +233,7 @@ class GenerationMesh(Mesh):
             if r in new:
                 self._sort(new[r], *frame)
 
-    def _renumber(self, survivors, new, number):
+    def _renumber(self, survivors: Any, new: Any, number: int) -> None:
         lines = {new[r]: self._lines[r] for r in survivors if r != self.rank}
         for r, line in self._lines.items():
             if r not in new:

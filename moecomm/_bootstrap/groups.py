@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import datetime
 import json
 import os
@@ -14,10 +17,10 @@ from .generations import GenerationMesh
 from .sockets import Endpoint
 
 _SLOT = 1024  # bytes for a contact in an exchange of equal sizes
-_abandoned = []  # (request, buffers) of exchanges that did not end; MPI may still write to them
+_abandoned: list[Any] = []  # (request, buffers) of exchanges that did not end; MPI may still write to them
 
 
-def _late(rank, absent, timeout):
+def _late(rank: int, absent: Sequence[int], timeout: float) -> Any:
     who = (
         "some rank has"
         if not absent
@@ -35,11 +38,11 @@ def _late(rank, absent, timeout):
     )
 
 
-def _aside(work, timeout, late):
+def _aside(work: Callable[[], Any], timeout: float, late: Any) -> Any:
     """Return work(), run in another thread, so that Ctrl-C and the deadline work while a library waits inside."""
-    outcome = []
+    outcome: list[tuple[Any, BaseException | None]] = []
 
-    def run():
+    def run() -> None:
         try:
             outcome.append((work(), None))
         except BaseException as error:  # noqa: BLE001 - raised below
@@ -59,17 +62,18 @@ def _aside(work, timeout, late):
 class Store:
     """A torch store that all ranks reach: that of the caller's group, or that of a launcher."""
 
-    def __init__(self, store, rank, size, timeout, host=None):
+    def __init__(self, store: Any, rank: int, size: int, timeout: float, host: Any = None) -> None:
         self._store, self.rank, self.size, self._timeout, self._host = store, rank, size, timeout, host
         self._call = (
             None  # number of this Communicator on this rank; the store counts, so all ranks have the same one
         )
 
-    def gather(self, what, text):
+    def gather(self, what: str, text: str) -> Any:
         """Return the texts of all ranks, by rank."""
-        clock, absent = Clock(self._timeout), []
+        clock = Clock(self._timeout)
+        absent: list[Any] = []
 
-        def work():
+        def work() -> Any:
             if self._call is None:
                 self._call = self._store.add(f"moecomm/calls/{self.rank}", 1)
             keys = [f"moecomm/{self._call}/{what}/{r}" for r in range(self.size)]
@@ -123,13 +127,13 @@ class Store:
 class Objects:
     """A torch group without a store."""
 
-    def __init__(self, group, timeout):
+    def __init__(self, group: Any, timeout: float) -> None:
         import torch.distributed as dist
 
         self._dist, self._group, self._timeout = dist, group, timeout
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
-    def gather(self, what, text):  # noqa: ARG002 - collective calls match by their order
+    def gather(self, what: str, text: str) -> Any:  # noqa: ARG002 - collective calls match by their order
         """Return the texts of all ranks, by rank."""
         out = [None] * self.size
         try:
@@ -153,11 +157,11 @@ class Objects:
 class Mpi:
     """An mpi4py communicator."""
 
-    def __init__(self, comm, timeout):
+    def __init__(self, comm: Any, timeout: float) -> None:
         self._comm, self._timeout = comm, timeout
         self.rank, self.size = comm.Get_rank(), comm.Get_size()
 
-    def gather(self, what, text):  # noqa: ARG002 - collective calls match by their order
+    def gather(self, what: str, text: str) -> Any:  # noqa: ARG002 - collective calls match by their order
         """Return the texts of all ranks, by rank."""
         mine, everyone = bytearray(text.encode().ljust(_SLOT)), bytearray(_SLOT * self.size)
         request, clock = self._comm.Iallgather(mine, everyone), Clock(self._timeout)
@@ -176,7 +180,7 @@ class Mpi:
         return [everyone[r * _SLOT : (r + 1) * _SLOT].decode().rstrip() for r in range(self.size)]
 
 
-def of_torch(group, timeout):
+def of_torch(group: Any, timeout: float) -> Any:
     """Return the Store of a torch ProcessGroup, or Objects if it has no store.
 
     Raises
@@ -209,10 +213,12 @@ def of_torch(group, timeout):
     return Store(store, rank, dist.get_world_size(group), timeout, first)
 
 
-_stores = {}  # kept alive: rank 0's store is the server, and later Communicators of other ranks connect to it
+_stores: dict[
+    Any, Any
+] = {}  # kept alive: rank 0's store is the server, and later Communicators of other ranks connect to it
 
 
-def of_store(host, port, rank, size, timeout):
+def of_store(host: Any, port: int, rank: int, size: int, timeout: float) -> Any:
     """Return the Store at an address. The agent of torchrun holds it if it has started the ranks, else rank 0.
 
     Raises
@@ -228,8 +234,8 @@ def of_store(host, port, rank, size, timeout):
     life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     key = host, port, rank, size, life, agent
 
-    def make():
-        store = dist.TCPStore(
+    def make() -> Any:
+        store = dist.TCPStore(  # type: ignore[attr-defined]
             host,
             port,
             size,
@@ -238,9 +244,9 @@ def of_store(host, port, rank, size, timeout):
             wait_for_workers=False,
             multi_tenant=True,
         )
-        return dist.PrefixStore(f"moecomm/{life}", store)
+        return dist.PrefixStore(f"moecomm/{life}", store)  # type: ignore[attr-defined]
 
-    def late():
+    def late() -> Any:
         return PeerTimeout(
             f"Communicator on rank {rank}: no store has answered at {host}:{port} (MASTER_ADDR and MASTER_PORT) within "
             f"{timeout} s; expected {'the agent of torchrun' if agent else 'rank 0'} to hold one",
@@ -268,7 +274,7 @@ def of_store(host, port, rank, size, timeout):
     return Store(_stores[key], rank, size, timeout, None if agent else 0)
 
 
-def connect(group, timeout):
+def connect(group: Any, timeout: float) -> Any:
     """Return the Mesh of the ranks of a group. The group exchanges their contacts; then they connect sockets.
 
     Raises

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import base64
 import hashlib
 import json
@@ -19,12 +22,12 @@ _MOST = 8  # ranks in an address; one of them must still run when it is used
 _FLUSH = 5.0  # seconds in which the kernel must accept an invitation
 
 
-def address_of(contacts):
+def address_of(contacts: list[Any]) -> Any:
     """Return the contacts of some ranks as text."""
     return _SCHEME + base64.urlsafe_b64encode(json.dumps(contacts[:_MOST]).encode()).decode()
 
 
-def _contacts_of(address):
+def _contacts_of(address: Any) -> Any:
     try:
         contacts = json.loads(base64.urlsafe_b64decode(address[len(_SCHEME) :]))
         known = all(isinstance(contact[0], str) and bytes.fromhex(contact[3]) for contact in contacts)
@@ -41,10 +44,11 @@ def _contacts_of(address):
 class Waiting:
     """The new ranks that wait at the endpoint of this rank."""
 
-    def __init__(self, endpoint):
-        self._endpoint, self._lines = endpoint, {}  # number -> (HELLO, Line)
+    def __init__(self, endpoint: Any) -> None:
+        self._endpoint = endpoint
+        self._lines: dict[int, Any] = {}  # number -> (HELLO, Line)
 
-    def contacts(self):
+    def contacts(self) -> Any:
         """Return [{"id", "contact", "host"}] of the ranks that still wait."""
         with self._endpoint.lock:
             self._endpoint.greet()
@@ -60,7 +64,7 @@ class Waiting:
             for number, (hello, _) in self._lines.items()
         ]
 
-    def invite(self, joiner, told):
+    def invite(self, joiner: Any, told: Any) -> None:
         """Invite a new rank, if it waits here. Ranks that wait elsewhere are invited there."""
         if joiner["id"] not in self._lines:
             return
@@ -72,7 +76,7 @@ class Waiting:
             line.flush()
         line.end()
 
-    def close(self):
+    def close(self) -> None:
         """Close the connections of ranks that still wait. They try the other ranks of their address."""
         for _, line in self._lines.values():
             line.close()
@@ -94,7 +98,7 @@ class Wider:
         Unique name of the new mesh, equal on all its ranks.
     """
 
-    def __init__(self, endpoint, contacts, me, timeout, name):
+    def __init__(self, endpoint: Any, contacts: list[Any], me: int, timeout: float, name: Any) -> None:
         self._endpoint, self._contacts, self._me, self._timeout, self._name = (
             endpoint,
             contacts,
@@ -103,18 +107,18 @@ class Wider:
             name,
         )
 
-    def invitation(self, rank):
+    def invitation(self, rank: int) -> Any:
         """Return the part of an invitation that describes the new mesh."""
         return {"contacts": self._contacts, "me": rank, "name": self._name}
 
-    def connect_once(self):
+    def connect_once(self) -> Any:
         """As connect, for an endpoint that no other mesh uses."""
         try:
             return self.connect()
         finally:
             self._endpoint.leave()
 
-    def connect(self):
+    def connect(self) -> Any:
         """Make the GenerationMesh. Collective over its ranks.
 
         Raises
@@ -132,7 +136,7 @@ class Wider:
             raise
 
 
-def wider(mesh, ranks, contacts):
+def wider(mesh: Any, ranks: Sequence[int], contacts: list[Any]) -> Any:
     """Return the Wider of a GenerationMesh.
 
     ranks: its ranks in the new order; -1: a new rank, whose contact is in contacts.
@@ -143,7 +147,7 @@ def wider(mesh, ranks, contacts):
     return Wider(endpoint, everyone, list(ranks).index(mesh.rank), mesh.timeout, name)
 
 
-def dial_in(address, timeout, host):
+def dial_in(address: Any, timeout: float, host: Any) -> Any:
     """Call a member at the address and wait for its invitation. Return (invitation, Wider).
 
     Raises
@@ -156,20 +160,22 @@ def dial_in(address, timeout, host):
     contacts, point = _contacts_of(address), Endpoint()
     point.enter()
     try:
-        clock, lost = Clock(timeout), None
+        clock = Clock(timeout)
+        lost: PeerLost | None = None
         for contact in contacts:
             try:
                 told = _ask(point, contact, host, clock, timeout)
                 return told, Wider(point, told["contacts"], told["me"], told["timeout"], told["name"])
             except PeerLost as error:
                 lost = error
+        assert lost is not None  # there is at least one contact
         raise lost
     except BaseException:
         point.leave()
         raise
 
 
-def _ask(point, contact, host, clock, timeout):
+def _ask(point: Any, contact: Any, host: Any, clock: Any, timeout: float) -> Any:
     where = point.address_in(contact)
     if where is None:
         raise InvalidArgument(
@@ -195,7 +201,7 @@ def _ask(point, contact, host, clock, timeout):
         line.close()
 
 
-def _call(where):
+def _call(where: Any) -> Any:
     while True:
         try:
             s = dial(where)
@@ -210,7 +216,7 @@ def _call(where):
         time.sleep(0.01)
 
 
-def _wait(line, clock, timeout):
+def _wait(line: Any, clock: Any, timeout: float) -> Any:
     while not clock.passed():
         line.flush()
         for kind, _, _, payload in line.frames(1):

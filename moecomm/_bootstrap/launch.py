@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import os
 from dataclasses import dataclass
 
@@ -22,7 +24,7 @@ class Claim:
     rank: int | None
     size: int | None
 
-    def __str__(self):
+    def __str__(self) -> str:
         rank = "no rank" if self.rank is None else f"rank {self.rank}"
         return f"{self.source} ({rank} of {'?' if self.size is None else self.size})"
 
@@ -45,7 +47,7 @@ _RAY = "RAY_RAYLET_PID"  # set in every worker process of Ray
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 
-def _number(e, name):
+def _number(e: Any, name: Any) -> Any:
     if name not in e:
         return None
     try:
@@ -60,7 +62,7 @@ def _number(e, name):
     return value
 
 
-def slurm(e=os.environ):
+def slurm(e: Any = os.environ) -> Any:
     """Return the Claim of srun, or None.
 
     The shell of salloc and the batch script also have variables of the job, but they are single processes.
@@ -76,7 +78,7 @@ def slurm(e=os.environ):
     )
 
 
-def claims(e=os.environ):
+def claims(e: Any = os.environ) -> Any:
     """Return the Claims of all launchers with variables in the environment; Slurm only if no other has a size."""
     found = []
     for kind, rank, size in _LAUNCHERS:
@@ -95,7 +97,7 @@ def claims(e=os.environ):
     return found + ([step] if step else [])
 
 
-def require_agreement(said):
+def require_agreement(said: Any) -> None:
     """Refuse launchers that contradict each other.
 
     Parameters
@@ -124,7 +126,7 @@ def require_agreement(said):
             )
 
 
-def meeting_point(e, claim):
+def meeting_point(e: Any, claim: Any) -> Any:
     """Return (host, port) of the store: MASTER_ADDR and MASTER_PORT, or values derived from Slurm; else None."""
     if "MASTER_ADDR" in e and "MASTER_PORT" in e:
         return e["MASTER_ADDR"], _number(e, "MASTER_PORT")
@@ -143,7 +145,7 @@ def meeting_point(e, claim):
     return host, _number(e, "MASTER_PORT") or 15000 + (int(e.get("SLURM_JOB_ID", "0")) * 31 + step) % 15000
 
 
-def first_host(nodes):
+def first_host(nodes: Any) -> Any:
     """Return the first host of a compressed list of Slurm: node07 for node[07-12,20],other3."""
     head, bracket, rest = nodes.partition("[")
     if "," in head or not bracket:

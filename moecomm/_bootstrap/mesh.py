@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import contextlib
 import hashlib
 import json
@@ -22,7 +25,7 @@ from .sockets import BYE, DONE, FAILED, HELLO, LOST, VALUE, sign
 ALL_TO_ALL = 128
 
 
-def neighbors(rank, size):
+def neighbors(rank: int, size: int) -> Any:
     """Return the ranks to which a rank has connections."""
     if size <= ALL_TO_ALL:
         return [r for r in range(size) if r != rank]
@@ -30,7 +33,7 @@ def neighbors(rank, size):
     return sorted({(rank + s) % size for s in steps} | {(rank - s) % size for s in steps} - {rank})
 
 
-def _let_go(lines, endpoint):
+def _let_go(lines: Any, endpoint: Any) -> None:
     for line in lines.values():
         line.end()
     endpoint.leave()
@@ -71,39 +74,48 @@ class Mesh(Connecting):
         Ranks disagree about the members of a part.
     """
 
-    threads, complaint = False, None
+    threads = False
+    complaint: str | None = None
 
     def __init__(
         self,
-        endpoint,
-        contacts,
-        ranks,
-        me,
-        timeout,
-        name="all",
-        parent="",
-        numbers=None,
-        exchanges=0,
-        begun=0,
-    ):
+        endpoint: Any,
+        contacts: list[Any],
+        ranks: Sequence[int],
+        me: int,
+        timeout: float,
+        name: Any = "all",
+        parent: str = "",
+        numbers: Any = None,
+        exchanges: Any = 0,
+        begun: Any = 0,
+    ) -> None:
         self._endpoint, self._contacts, self._ranks, self._timeout = endpoint, contacts, list(ranks), timeout
         self._name, self._parent, self._exchanges, self._begun = name, parent, exchanges, begun
         self.rank, self.size = self._ranks.index(me), len(self._ranks)
         self._numbers = range(self.size) if numbers is None else list(numbers)
         self._neighbors = neighbors(self.rank, self.size)
         self._floods = len(self._neighbors) < self.size - 1
-        self._lines = {}  # neighbor -> Line
+        self._lines: dict[Any, Any] = {}  # neighbor -> Line
         self._number = 0  # number of the present exchange, or of the last one
         self._completed = 0  # number of the last exchange in which this rank received all bytes
-        self._values = {}  # number of an exchange -> {rank: bytes} received so far
-        self._lost, self._left = set(), set()  # ranks that are gone; those of them that closed the mesh
-        self._done = {}  # neighbor -> number of the last exchange in which it received all bytes
-        self._told = None  # (number, origin, payload) of another rank's failure
-        self._failure = None  # identity of the failure that broke this mesh, the same on all ranks
+        self._values: dict[Any, Any] = {}  # number of an exchange -> {rank: bytes} received so far
+        self._lost: set[int] = set()  # ranks that are gone
+        self._left: set[int] = set()  # those of them that closed the mesh
+        self._done: dict[
+            Any, Any
+        ] = {}  # neighbor -> number of the last exchange in which it received all bytes
+        self._told: Any = None  # (number, origin, payload) of another rank's failure
+        self._failure: str | None = (
+            None  # identity of the failure that broke this mesh, the same on all ranks
+        )
         self._op = "Communicator"
-        self._broken = None  # (class, text, peer) of the error that every later exchange raises
-        self._witness = None  # Line of a rank that waits for this one in another part
-        self._busy, self._owner = threading.Lock(), None
+        self._broken: tuple[Any, str, Any] | None = (
+            None  # (class, text, peer) of the error that every later exchange raises
+        )
+        self._witness: Any = None  # Line of a rank that waits for this one in another part
+        self._busy = threading.Lock()
+        self._owner: int | None = None
         endpoint.enter()
         self._finalizer = weakref.finalize(self, _let_go, self._lines, endpoint)
         try:
@@ -119,7 +131,7 @@ class Mesh(Connecting):
 
     # -- exchanging -------------------------------------------------------------------------------
 
-    def allgather(self, data, op="bootstrap"):
+    def allgather(self, data: Any, op: str = "bootstrap") -> Any:
         """Return the bytes of all ranks, by rank. op names the call in error messages.
 
         Raises
@@ -142,7 +154,7 @@ class Mesh(Connecting):
             finally:
                 self._owner = None
 
-    def _allgather(self, data):
+    def _allgather(self, data: Any) -> Any:
         if self._broken is not None:
             self._raise_broken()
         if not self._finalizer.alive:
@@ -179,19 +191,19 @@ class Mesh(Connecting):
             self._completed = number
         return [got[r] for r in range(self.size)]
 
-    def _tell(self, kind, number, origin, payload=b"", but=None):
+    def _tell(self, kind: Any, number: int, origin: int, payload: Any = b"", but: Any = None) -> None:
         for r, line in self._lines.items():
             if r != but:
                 line.put(kind, number, origin, payload)
 
-    def _read(self, r, line):
+    def _read(self, r: int, line: Any) -> None:
         """Process the frames of a neighbor, and note if its connection has ended."""
         for frame in line.frames():
             self._take(r, *frame)
         if line.gone and r not in self._lost:
             self._lose(r, r)
 
-    def _take(self, r, kind, number, origin, payload):
+    def _take(self, r: int, kind: Any, number: int, origin: int, payload: Any) -> None:
         passes_on = False
         if origin >= self.size or (origin != r and not self._floods):
             return
@@ -212,7 +224,7 @@ class Mesh(Connecting):
         if passes_on and self._floods:
             self._tell(kind, number, origin, payload, but=r)
 
-    def _lose(self, r, source):
+    def _lose(self, r: int, source: int) -> None:
         if r not in self._lost:
             self._lost.add(r)
             if self._floods:
@@ -221,7 +233,7 @@ class Mesh(Connecting):
     # -- failing ----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _failing(self, number):
+    def _failing(self, number: int) -> Iterator[Any]:
         """Context in which any error breaks the mesh and is reported to the other ranks."""
         try:
             yield
@@ -248,7 +260,7 @@ class Mesh(Connecting):
             )
             raise
 
-    def _fail(self, number, kind, text, peer):
+    def _fail(self, number: int, kind: Any, text: str, peer: Any) -> None:
         self._broken = kind, text, peer
         self._failure = self._failure or secrets.token_hex(8)
         self._endpoint.settled.add(self._failure)
@@ -261,22 +273,24 @@ class Mesh(Connecting):
             line.end()
         self._witness = None
 
-    def interrupt(self, why):
+    def interrupt(self, why: str) -> None:
         """Report that this rank leaves a collective call before its end, so that no rank waits for it."""
         if self._broken is None and self._finalizer.alive:
             self._fail(self._number + 1, PeerLost, why, self.rank)
 
-    def _raise_broken(self):
+    def _raise_broken(self) -> None:
+        assert self._broken is not None
         kind, text, peer = self._broken
         raise kind(text, op=self._op, phase="connect", rank=self.rank, peer=peer)
 
-    def _raise_told(self, number):
+    def _raise_told(self, number: int) -> None:
         """Raise the failure of another rank, if it reported one in this exchange or an earlier one."""
         if self._told is None or self._told[0] > number:
             return
         _, origin, payload = self._told
         origin = self._numbers[origin]
-        kind, text, peer = PeerLost, f"rank {origin} has failed", origin
+        kind: type[MoecommError] = PeerLost
+        text, peer = f"rank {origin} has failed", origin
         me = self._numbers[self.rank]
         with contextlib.suppress(MoecommError, ValueError, TypeError):
             name, text, peer, failure = decode(payload)
@@ -295,7 +309,7 @@ class Mesh(Connecting):
             reporter=origin,
         )
 
-    def _lost_error(self, r):
+    def _lost_error(self, r: int) -> Any:
         why = (
             "has closed its communicator"
             if r in self._left
@@ -306,7 +320,7 @@ class Mesh(Connecting):
             f"{self._op} on rank {me}: rank {r} {why}", op=self._op, phase="connect", rank=me, peer=r
         )
 
-    def _late_error(self, absent):
+    def _late_error(self, absent: Sequence[int]) -> Any:
         me, absent = self._numbers[self.rank], [self._numbers[r] for r in absent]
         who = (
             f"rank {absent[0]} has"
@@ -324,7 +338,7 @@ class Mesh(Connecting):
 
     # -- parts ------------------------------------------------------------------------------------
 
-    def subset(self, ranks):
+    def subset(self, ranks: Sequence[int]) -> Any:
         """Return a mesh of these ranks. Collective over them only. This mesh may be broken."""
         numbers, ranks = list(ranks), [self._ranks[r] for r in ranks]
         name = hashlib.sha256(json.dumps([self._identity, ranks]).encode()).hexdigest()[:32]
@@ -341,7 +355,7 @@ class Mesh(Connecting):
             self._number,
         )
 
-    def refuse(self, ranks, why):
+    def refuse(self, ranks: Sequence[int], why: str) -> None:
         """Tell these ranks that this rank does not make a part with them."""
         lines, number = [], secrets.token_hex(8)
         for r in ranks:
@@ -370,7 +384,7 @@ class Mesh(Connecting):
         for line in lines:
             line.close()
 
-    def close(self):
+    def close(self) -> None:
         """Close the connections. Local."""
         if self._finalizer.alive:
             self._tell(BYE, 0, self.rank)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import contextlib
 import errno
 import fcntl
@@ -18,19 +20,19 @@ import weakref
 from ..env import Environment
 from ..errors import InvalidArgument
 
-_open = weakref.WeakSet()  # all living Lines and Endpoints; a forked child closes them
+_open: weakref.WeakSet[Any] = weakref.WeakSet()  # all living Lines and Endpoints; a forked child closes them
 _MOST_STRANGERS = (
     4096  # connections that have not sent their first message; the oldest are dropped above this number
 )
 
 
-def network_identity():
+def network_identity() -> str:
     """Return an identity of the kernel and network namespace: abstract UNIX sockets connect ranks with equal ones."""
     with open("/proc/sys/kernel/random/boot_id") as f:
         return f"{f.read().strip()}/{os.readlink('/proc/self/ns/net')}"
 
 
-def _address_of(interface):
+def _address_of(interface: str) -> Any:
     """Return the IP address of a network interface, IPv4 before IPv6, or None."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s, contextlib.suppress(OSError):
         packed = fcntl.ioctl(s.fileno(), 0x8915, struct.pack("256s", interface.encode()[:15]))  # SIOCGIFADDR
@@ -43,7 +45,7 @@ def _address_of(interface):
     return None
 
 
-def _route_to(host):
+def _route_to(host: Any) -> Any:
     """Return the source address of packets from this host to another one, or None if there is no route."""
     with contextlib.suppress(OSError):
         for family, kind, _, _, address in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
@@ -53,7 +55,7 @@ def _route_to(host):
     return None
 
 
-def own_address():
+def own_address() -> Any:
     """Return the IP address at which ranks of other hosts reach this host.
 
     The interface is the first that exists of: MOECOMM_SOCKET_IFNAME, GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME; the one
@@ -95,12 +97,12 @@ def own_address():
     )
 
 
-def listen(ip=None):
+def listen(ip: str | None = None) -> Any:
     """Listen at an abstract UNIX address, or at a free TCP port of an IP address. Return (socket, address)."""
     if ip is None:
         address = "moecomm-" + secrets.token_hex(16)
         s = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        where = "\0" + address
+        where: Any = "\0" + address
     else:
         s = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET, socket.SOCK_STREAM)
         where = (ip, 0)
@@ -118,7 +120,7 @@ class Refused(Exception):  # noqa: N818 - a possible result of a connection atte
     """No process listens at the address."""
 
 
-def dial(address):
+def dial(address: Any) -> Any:
     """Start to connect to an address. Return the socket, or None if the caller must try again later.
 
     Raises
@@ -143,7 +145,7 @@ def dial(address):
     raise Refused(os.strerror(code))
 
 
-def _keep_alive(s):
+def _keep_alive(s: Any) -> None:
     """Detect within half a minute that the host of the peer is gone, even if nothing is sent."""
     s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     s.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -167,7 +169,7 @@ class Line:
     unreachable, but may still run. .known: the peer has sent its first message.
     """
 
-    def __init__(self, s):
+    def __init__(self, s: Any) -> None:
         s.setblocking(False)
         self.socket, self.gone, self.known, self.cut = s, False, False, False
         self._in, self._out = bytearray(), bytearray()
@@ -175,13 +177,13 @@ class Line:
             _keep_alive(s)
         _open.add(self)
 
-    def put(self, kind, number, origin, payload=b""):
+    def put(self, kind: Any, number: int, origin: int, payload: Any = b"") -> None:
         """Queue a frame, and send what the kernel accepts."""
         if not self.gone:
             self._out += _HEAD.pack(_HEAD.size - 4 + len(payload), kind, number, origin) + payload
             self.flush()
 
-    def flush(self):
+    def flush(self) -> None:
         """Send what the kernel accepts."""
         while self._out and not self.gone:
             try:
@@ -195,14 +197,15 @@ class Line:
                 self.gone = True
 
     @property
-    def pending(self):
+    def pending(self) -> int:
         """Number of bytes that are not sent yet."""
         return 0 if self.gone else len(self._out)
 
-    def frames(self, most=None):
+    def frames(self, most: int | None = None) -> Any:
         """Return the received frames, at most `most`: [(kind, number, origin, payload)]."""
         self._read_all()
-        found, at = [], 0
+        found: list[Any] = []
+        at = 0
         while len(found) != most and len(self._in) - at >= _HEAD.size:
             length, kind, number, origin = _HEAD.unpack_from(self._in, at)
             if not _HEAD.size - 4 <= length <= LARGEST:
@@ -215,7 +218,7 @@ class Line:
         del self._in[:at]
         return found
 
-    def _read_all(self):
+    def _read_all(self) -> None:
         while not self.gone:
             try:
                 data = self.socket.recv(1 << 20)
@@ -229,16 +232,16 @@ class Line:
                 self.gone = True
             self._in += data
 
-    def close(self):
+    def close(self) -> None:
         """Close the socket."""
         self.gone = True
         self.socket.close()
 
-    def ended(self):
+    def ended(self) -> Any:
         """Whether the peer is gone or has reported a failure. Received frames stay in the buffer."""
         return self.failure() is not None or self.gone
 
-    def failure(self):
+    def failure(self) -> Any:
         """Return the payload of a received FAILED frame, or None. Received frames stay in the buffer."""
         self._read_all()
         at = 0
@@ -249,7 +252,7 @@ class Line:
             at += 4 + length
         return None
 
-    def end(self):
+    def end(self) -> None:
         """Close the connection after the last queued frame. Read first: TCP drops queued data if data is unread."""
         self._read_all()
         self.close()
@@ -267,20 +270,20 @@ class Endpoint:
     .settled: identities of failures that a call on this rank has raised; later reports of them are ignored.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.network, self.token = network_identity(), secrets.token_bytes(32)
         self.lock = threading.Lock()
         self.users = 0
-        self.waiting = {}
-        self.refusals = {}
-        self.settled = set()
-        self._over = set()  # names of meshes that will not be made
-        self._strangers = []  # Lines without a HELLO so far
+        self.waiting: dict[Any, Any] = {}
+        self.refusals: dict[Any, Any] = {}
+        self.settled: set[Any] = set()
+        self._over: set[Any] = set()  # names of meshes that will not be made
+        self._strangers: list[Any] = []  # Lines without a HELLO so far
         unix, self._unix_address = listen()
         self.listening, self._tcp_address = [unix], None
         _open.add(self)
 
-    def listen_beyond(self, networks):
+    def listen_beyond(self, networks: Any) -> None:
         """Also listen on TCP if a rank is in another network namespace.
 
         Raises
@@ -292,16 +295,16 @@ class Endpoint:
             tcp, self._tcp_address = listen(own_address())
             self.listening.append(tcp)
 
-    def contact(self):
+    def contact(self) -> Any:
         """Return [network identity, UNIX address, TCP address, token], which the other ranks need."""
         return [self.network, self._unix_address, self._tcp_address, self.token.hex()]
 
-    def address_in(self, contact):
+    def address_in(self, contact: Any) -> Any:
         """Return the address at which this rank reaches the rank with this contact."""
         network, unix, tcp, _ = contact
         return unix if network == self.network else tcp
 
-    def greet(self):
+    def greet(self) -> None:
         """Accept all waiting connections, and read their HELLO frames. The caller holds .lock."""
         for s in self.listening:
             with contextlib.suppress(BlockingIOError, InterruptedError, ConnectionError):
@@ -319,7 +322,7 @@ class Endpoint:
             -_MOST_STRANGERS:
         ]
 
-    def _hello(self, line, payload):
+    def _hello(self, line: Any, payload: Any) -> None:
         try:
             hello = json.loads(payload)
             name, caller, refused = str(hello["name"]), int(hello["from"]), hello["refused"]
@@ -338,7 +341,7 @@ class Endpoint:
             line.known = True
             self.waiting.setdefault((name, caller), []).append((hello, line))
 
-    def forget(self, parent, exchanges):
+    def forget(self, parent: str, exchanges: Any) -> None:
         """Drop the calls of ranks that had begun fewer exchanges of the parent than this rank has completed.
 
         Such a rank has taken part in an exchange since, so its call belongs to an attempt that has ended. The caller
@@ -352,14 +355,14 @@ class Endpoint:
         for (name, _), queue in self.refusals.items():
             queue[:] = [refusal for refusal in queue if name != parent or refusal[2] >= exchanges]
 
-    def end(self, name):
+    def end(self, name: Any) -> None:
         """Close all present and future calls for a mesh that will not be made."""
         with self.lock:
             self._over.add(name)
             for line in self.take(name, name):
                 line.close()
 
-    def living(self, parent, but):
+    def living(self, parent: str, but: Any) -> Any:
         """Return [(HELLO, Line)] of ranks that wait for other parts of a mesh than `but`, and drop ended calls.
 
         The caller holds .lock.
@@ -376,7 +379,7 @@ class Endpoint:
                     found.append((hello, line))
         return found
 
-    def take(self, name, parent):
+    def take(self, name: Any, parent: str) -> Any:
         """Remove and return the Lines of the calls for a mesh. Drop ended calls for other parts of its parent.
 
         The caller holds .lock.
@@ -389,21 +392,21 @@ class Endpoint:
             for _, line in self.waiting.pop(key)
         ]
 
-    def fileno_list(self):
+    def fileno_list(self) -> Any:
         """Return the descriptors to poll."""
         return [s.fileno() for s in self.listening] + [line.socket.fileno() for line in self._strangers]
 
-    def enter(self):
+    def enter(self) -> None:
         """Count a mesh that uses the endpoint."""
         self.users += 1
 
-    def leave(self):
+    def leave(self) -> None:
         """Remove a mesh. The last one closes the endpoint."""
         self.users -= 1
         if self.users <= 0:
             self.close()
 
-    def close(self):
+    def close(self) -> None:
         """Close the listening sockets and all waiting connections."""
         for s in self.listening:
             s.close()
@@ -412,17 +415,17 @@ class Endpoint:
         self._strangers, self.waiting = [], {}
 
 
-def sign(token, fields):
+def sign(token: bytes, fields: Any) -> Any:
     """Return a signature of the fields. It proves that the sender knows the token."""
     return hmac.new(token, json.dumps(fields, sort_keys=True).encode(), hashlib.sha256).hexdigest()
 
 
-def same(a, b):
+def same(a: Any, b: Any) -> Any:
     """Whether two signatures are equal, in constant time."""
     return isinstance(a, str) and hmac.compare_digest(a.encode(), b.encode())
 
 
-def _in_forked_child():
+def _in_forked_child() -> None:
     """Close the sockets in a forked child. Open copies would hide the end of the parent process from the peers."""
     for thing in list(_open):
         thing.close()

@@ -6,10 +6,15 @@ A kernel detects that a rank refuses a call, has made another call, or is late. 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from . import nccl
 from ..errors import InvalidArgument, raise_failure
+
+if TYPE_CHECKING:
+    from ..communicator import Communicator
 
 
 class Calls:
@@ -18,31 +23,31 @@ class Calls:
     On the board, each rank writes the call in which it waits. native: the extension module.
     """
 
-    def __init__(self, native, peer_access, comm):
+    def __init__(self, native: Any, peer_access: Any, comm: Communicator) -> None:
         self.native = native.Calls((comm.rank, comm.size, comm.ranks_per_node), peer_access, comm.gpu)
         self.contact = self.native.contact
         self._rank, self._device, self._host, self._timeout = comm.rank, comm.gpu, comm.native, comm.timeout
-        self._apart = []  # native decode memories that have gone on without lost ranks
+        self._apart: list[Any] = []  # native decode memories that have gone on without lost ranks
 
-    def connect(self, contacts):
+    def connect(self, contacts: Any) -> None:
         """As for a buffer. With NCCL it waits for every rank."""
         nccl.bounded(
             lambda: self.native.connect(contacts), self._timeout, what="connecting the board", rank=self._rank
         )
 
-    def note(self, failure):
+    def note(self, failure: Any) -> None:
         """Note a failure. A final failure breaks the communicator."""
         self._host.note(failure)
 
-    def go_on(self, decode):
+    def go_on(self, decode: Any) -> None:
         """Let this decode memory go on after the end of the communicator: it has masked the lost ranks."""
         self._apart.append(decode.in_extension)
 
-    def latest_apart(self):
+    def latest_apart(self) -> Any:
         """Return the native decode memory that has gone on last, or None. It reports the failures of later calls."""
         return self._apart[-1] if self._apart else None
 
-    def broken(self, by=None):
+    def broken(self, by: Any = None) -> Any:
         """Return the Failure that has broken the communicator, or None. Do not wait for the GPU.
 
         by: the native object of the call that asks.
@@ -54,7 +59,7 @@ class Calls:
                 self.note(broken)
         return broken
 
-    def look(self, op):
+    def look(self, op: str) -> None:
         """Raise the failure that has broken the communicator, if one is known.
 
         Raises
@@ -65,7 +70,7 @@ class Calls:
         if broken is not None:
             raise_failure(broken, op=op, rank=self._rank)
 
-    def wait(self, done):
+    def wait(self, done: Any) -> None:
         """Wait until the GPU has completed all calls. done: the event after the latest call, or None.
 
         Raises

@@ -10,6 +10,9 @@ buffer's calls, or synchronize before dropping them. Memory of a captured call i
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import contextlib
 import importlib
 import importlib.util
@@ -23,18 +26,19 @@ from pathlib import Path
 import torch
 
 from . import nccl, streams, tuning
+from .pieces import Piece
 from .._native import core
 from ..env import Environment
 from ..errors import InvalidArgument
 
 
-def built():
+def built() -> Any:
     """Return the notes of setup.py: no_cuda and no_nccl are the reasons why a part is not in this build, or None."""
     note = Path(core.__file__).parent / "built.json"
     return json.loads(note.read_text()) if note.exists() else {}
 
 
-def why_not():
+def why_not() -> str | None:
     """Return the reason why the cuda world cannot be used here, or None."""
     if importlib.util.find_spec("moecomm._native.cuda") is None:
         reason = built().get("no_cuda") or "it was left out"
@@ -44,7 +48,7 @@ def why_not():
     return None
 
 
-def require(op):
+def require(op: str) -> None:
     """Refuse device="cuda" if the cuda world cannot be used here.
 
     Raises
@@ -61,12 +65,12 @@ def require(op):
         )
 
 
-def native():
+def native() -> Any:
     """Return the extension module. It is loaded at its first use, because it needs a driver."""
     return importlib.import_module("moecomm._native.cuda")
 
 
-def prepare_threads():
+def prepare_threads() -> None:
     """Give each stream a hardware queue of its own, so that kernels of rank threads on one GPU run concurrently.
 
     This has an effect only before the process uses the GPU for the first time.
@@ -74,14 +78,14 @@ def prepare_threads():
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
-def spread_over_gpus(device, rank):
+def spread_over_gpus(device: torch.device, rank: int) -> Any:
     """Return the GPU of a rank thread: the given one, else rank modulo the number of GPUs."""
     require("run_local")
     device = torch.device(device)
     return device if device.index is not None else torch.device("cuda", rank % torch.cuda.device_count())
 
 
-def refuse_capture(op, comm, name, why):
+def refuse_capture(op: str, comm: Any, name: str, why: str) -> None:
     """Refuse a feature that cannot be part of a CUDA graph while one is captured.
 
     Raises
@@ -98,7 +102,7 @@ def refuse_capture(op, comm, name, why):
 
 
 @contextlib.contextmanager
-def own_stream(device):
+def own_stream(device: torch.device) -> Iterator[Any]:
     """Context of a rank thread with a stream of its own.
 
     On the default stream, kernels of several ranks would run one after the other, although they wait for each other.
@@ -109,7 +113,7 @@ def own_stream(device):
         stream.synchronize()
 
 
-def fabric_of(threads, hosts, ipc, wanted="auto"):
+def fabric_of(threads: Any, hosts: Sequence[Any], ipc: Any, wanted: Any = "auto") -> str:
     """Return how ranks access each other's windows on GPUs: "threads", "ipc" or "nccl".
 
     Parameters
@@ -153,7 +157,7 @@ def fabric_of(threads, hosts, ipc, wanted="auto"):
     return "nccl" if wanted == "nccl" or len(set(hosts)) > 1 or not all(ipc) else "ipc"
 
 
-def peer_access_of(comm, hosts):
+def peer_access_of(comm: Any, hosts: Sequence[Any]) -> Any:
     """Make the native PeerAccess, by which the ranks of a communicator access each other's windows. Collective.
 
     Raises
@@ -183,14 +187,14 @@ def peer_access_of(comm, hosts):
     return make.threads(device) if fabric == "threads" else make.processes(device)
 
 
-def _ipc_opens(comm, device, hosts):
+def _ipc_opens(comm: Any, device: int | None, hosts: Sequence[Any]) -> Any:
     """Return, by rank, whether CUDA IPC works with all ranks of its host. Collective.
 
     It does not work if each process sees only its own GPU.
     """
     samples = []
 
-    def handle():
+    def handle() -> Any:
         samples.append(native().IpcSample(device))
         return samples[0].handle()
 
@@ -204,10 +208,12 @@ def _ipc_opens(comm, device, hosts):
     return opens
 
 
-_communicators = weakref.WeakSet()  # communicators of this process that have buffers on GPUs
+_communicators: weakref.WeakSet[Any] = (
+    weakref.WeakSet()
+)  # communicators of this process that have buffers on GPUs
 
 
-def _wanted_here(gpu):
+def _wanted_here(gpu: Any) -> Any:
     """Return {name of a communicator of this process: multiprocessors of this GPU that its kernels may occupy}.
 
     Kernels of one communicator run one after the other, so this is the largest num_sms of its open buffers.
@@ -221,7 +227,7 @@ def _wanted_here(gpu):
     return wanted
 
 
-def share_of(memory, op="Buffer"):
+def share_of(memory: Any, op: str = "Buffer") -> Any:
     """Reserve num_sms multiprocessors for a buffer or a domain. Collective.
 
     Returns (tuning.Hardware of the communicator's GPU, number of ranks that share it).
@@ -234,7 +240,7 @@ def share_of(memory, op="Buffer"):
     """
     comm, num_sms = memory.comm, memory.num_sms
 
-    def held():
+    def held() -> Any:
         with torch.cuda.device(comm.device):
             limits, name = native().device_limits(), torch.cuda.get_device_name()
             comm.cuda.gpu_name = gpu = str(torch.cuda.get_device_properties(comm.device).uuid)
@@ -264,7 +270,9 @@ def share_of(memory, op="Buffer"):
     return tuning.hardware_of(name, sms, shared_bytes), sum(other == gpu for other, *_ in sharing)
 
 
-def plan_of(memory, *, hidden, num_experts, top_k, max_tokens, dtype, channels):
+def plan_of(
+    memory: Any, *, hidden: int, num_experts: int, top_k: int, max_tokens: int, dtype: Any, channels: Any
+) -> Any:
     """Return the launch plan (tuning.Plan) of a BufferMemory on its communicator's GPU. Collective.
 
     Raises
@@ -285,10 +293,10 @@ def plan_of(memory, *, hidden, num_experts, top_k, max_tokens, dtype, channels):
         shared_gpu=shared_gpu,
     )
     plan = tuning.plan_for(hardware, traffic, memory.num_sms)
-    return plan if channels is None else tuning.replace(plan, channels=channels)
+    return plan if channels is None else tuning.with_channels(plan, channels)
 
 
-def domain_plan_of(domain):
+def domain_plan_of(domain: Any) -> Any:
     """Return the launch plan (tuning.Plan) of a Domain on its communicator's GPU. Collective. Raises as share_of."""
     return tuning.domain_plan(share_of(domain, "Domain")[0], domain.num_sms)
 
@@ -296,7 +304,18 @@ def domain_plan_of(domain):
 class NativeBuffer(streams.OnStreams):
     """The native buffer of the cuda world. Its calls are enqueued on the current stream, one at a time."""
 
-    def __init__(self, comm, plan, hidden, dtype, num_experts, top_k, max_tokens, arena_bytes, check):
+    def __init__(
+        self,
+        comm: Any,
+        plan: Any,
+        hidden: int,
+        dtype: int,
+        num_experts: int,
+        top_k: int,
+        max_tokens: int,
+        arena_bytes: int,
+        check: bool,
+    ) -> None:
         super().__init__(comm, native().Failure)
         self._buffer = native().Buffer(
             (comm.rank, comm.size, comm.ranks_per_node),
@@ -330,46 +349,46 @@ class NativeBuffer(streams.OnStreams):
         ):
             setattr(self, name, getattr(self._buffer, name))
 
-    def connect(self, contacts):
+    def connect(self, contacts: Any) -> None:
         """As in the cpu world. With NCCL it waits for every rank."""
         timeout, rank = self._bounds
         nccl.bounded(lambda: self._buffer.connect(contacts), timeout, what="connecting a window", rank=rank)
 
-    def release(self):
+    def release(self) -> None:
         """Release the memory after a running call of another thread, or after the call that this thread is inside."""
         self._calls.after_call(self._buffer.release)
 
-    def take_counters(self):
+    def take_counters(self) -> Any:
         """As in the cpu world."""
         with self._calls.call("stats"):
             return self._buffer.take_counters()
 
-    def trace(self, on):
+    def trace(self, on: bool) -> None:
         """Do nothing: kernels record no timeline."""
 
-    def take_timeline(self):
+    def take_timeline(self) -> Any:
         """As in the cpu world."""
         return []
 
     def dispatch(
         self,
-        x,
-        scales,
-        ids,
-        ids_are_int32,
-        weights,
-        tokens,
-        by_rank,
-        alignment,
-        capacity,
-        row_bytes,
-        scale_bytes,
-        plan=None,
-        scale_kind=0,
-        scales_by_column=False,
-        chosen=None,
-        routing=0,
-    ):
+        x: Any,
+        scales: Any,
+        ids: Any,
+        ids_are_int32: bool,
+        weights: Any,
+        tokens: int,
+        by_rank: bool,
+        alignment: int,
+        capacity: int,
+        row_bytes: int,
+        scale_bytes: int,
+        plan: Any = None,
+        scale_kind: int = 0,
+        scales_by_column: bool = False,
+        chosen: bool | None = None,
+        routing: Any = 0,
+    ) -> Any:
         """As in the cpu world, but the host chooses replicas before: `chosen` is None."""
         if capacity < 0 and plan is None and torch.cuda.is_current_stream_capturing():
             raise InvalidArgument(
@@ -398,39 +417,27 @@ class NativeBuffer(streams.OnStreams):
             routing,
         )
 
-    def refuse(self, verb, _, why):
+    def refuse(self, verb: str, _: Any, why: str) -> Any:
         """Take part in a call that this rank refuses. Return a Failure if it could not be reported to all ranks."""
         return self.enqueue(verb, None, self._buffer.refuse, verb, why)
 
-    def combine(self, *call):
+    def combine(self, *call: Any) -> Any:
         """As in the cpu world, with all arguments."""
         return self.enqueue("combine", self._buffer, self._buffer.combine, *call)
 
 
-def memory_of(area):
+def memory_of(area: Any) -> Any:
     """Return a piece of device memory as a tensor. The tensor keeps it alive."""
     dtype = {"|u1": torch.uint8, "<i8": torch.int64}[area.__cuda_array_interface__["typestr"]]
     with torch._C.DisableTorchFunction():  # otherwise torch.set_default_device would cause a copy
         return torch.as_tensor(area, dtype=dtype, device=None)
 
 
-class _Piece:
-    """A range of bytes of a block, which it keeps alive. Compilers expect a tensor at the beginning of its storage."""
-
-    def __init__(self, block, offset, count):
-        self._block, whole = block, block.__cuda_array_interface__
-        self.__cuda_array_interface__ = {
-            **whole,
-            "shape": (count,),
-            "data": (whole["data"][0] + offset, False),
-        }
-
-
-def tensor_of(block, offset, dtype, shape):
+def tensor_of(block: Any, offset: int, dtype: torch.dtype, shape: Any) -> Any:
     """Return a tensor at an offset (in bytes) of a Block. The tensor keeps the Block alive."""
-    return memory_of(_Piece(block, offset, dtype.itemsize * math.prod(shape))).view(dtype).view(shape)
+    return memory_of(Piece(block, offset, dtype.itemsize * math.prod(shape))).view(dtype).view(shape)
 
 
-def counts_of(counts):
+def counts_of(counts: Any) -> Any:
     """Return a copy of int64 counts of a plan, made on the current stream. The memory of the plan is reused later."""
     return memory_of(counts).clone()

@@ -8,13 +8,15 @@ both inside and outside of the graph.
 
 from __future__ import annotations
 
+from typing import Any
+
 from . import cuda, nccl
 
 
 class NativeDecode:
     """As core.Decode of the cpu world, on streams."""
 
-    def __init__(self, memory, dtype):
+    def __init__(self, memory: Any, dtype: int) -> None:
         comm = memory.comm
         self._buffer = memory.native
         self._native = cuda.native().Decode(
@@ -37,7 +39,7 @@ class NativeDecode:
         for name in ("contact", "window", "area", "counters", "take_counters", "fault", "rest", "mask"):
             setattr(self, name, getattr(self._native, name))
 
-    def connect(self, contacts):
+    def connect(self, contacts: Any) -> None:
         """As in the cpu world. With NCCL it waits for every rank."""
         timeout, rank = self._bounds
         nccl.bounded(
@@ -47,56 +49,56 @@ class NativeDecode:
             rank=rank,
         )
 
-    def finish_connect(self):
+    def finish_connect(self) -> None:
         """Do nothing: connect has completed the connection."""
 
-    def trace(self, on):
+    def trace(self, on: bool) -> None:
         """Do nothing: kernels record no timeline."""
 
-    def take_timeline(self):
+    def take_timeline(self) -> Any:
         """As in the cpu world."""
         return []
 
     @property
-    def scale_area(self):
+    def scale_area(self) -> Any:
         """Distance between the scales of two experts in bytes."""
         return self._native.scale_area
 
-    def _run(self, op, call, *args):
+    def _run(self, op: str, call: Any, *args: Any) -> Any:
         return self._buffer.enqueue(op, self._native, call, *args)
 
-    def try_dispatch(self, *_):
+    def try_dispatch(self, *_: Any) -> None:
         """Return None: tensors on a GPU are always checked in Python."""
 
-    def try_combine(self, *_):
+    def try_combine(self, *_: Any) -> None:
         """Return None: tensors on a GPU are always checked in Python."""
 
-    def dispatch(self, *call):
+    def dispatch(self, *call: Any) -> Any:
         """As in the cpu world. Return (epoch, tokens) or a Failure."""
         failure = self._run("decode_dispatch", self._native.dispatch, *call)
         return failure or (self._native.epoch, call[6])
 
-    def dispatch_receive(self, epoch):
+    def dispatch_receive(self, epoch: int) -> Any:
         """As in the cpu world."""
         return self._run("decode_dispatch", self._native.dispatch_receive, epoch)
 
-    def combine(self, *call):
+    def combine(self, *call: Any) -> Any:
         """As in the cpu world. Return True or a Failure."""
         return self._run("decode_combine", self._native.combine, *call) or True
 
-    def combine_receive(self, epoch):
+    def combine_receive(self, epoch: int) -> Any:
         """As in the cpu world."""
         return self._run("decode_combine", self._native.combine_receive, epoch)
 
     @property
-    def epoch(self):
+    def epoch(self) -> Any:
         """Number of the latest dispatch."""
         return self._native.epoch
 
-    def refuse(self, verb, epoch, why):
+    def refuse(self, verb: str, epoch: int, why: str) -> Any:
         """As NativeBuffer.refuse."""
         return self._buffer.enqueue(verb, None, self._native.refuse, verb, epoch, why)
 
-    def stage(self, epoch):
+    def stage(self, epoch: int) -> Any:
         """State of an epoch: 0: a later epoch uses its memory, 1: sent, 2: received, 3: sent back, 4: summed."""
         return self._native.stage(epoch, self._buffer.stream())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import contextlib
 import threading
 
@@ -11,11 +14,14 @@ from ..errors import InvalidArgument
 class Exclusive:
     """Runs the calls of one object one at a time, from any thread."""
 
-    def __init__(self, rank):
+    _running: str | None
+    _put_off: list[Any]
+
+    def __init__(self, rank: int) -> None:
         self._lock, self._running, self._put_off, self._rank = threading.RLock(), None, [], rank
 
     @contextlib.contextmanager
-    def call(self, op):
+    def call(self, op: str) -> Iterator[Any]:
         """Context of a call named op. Waits for calls of other threads.
 
         Raises
@@ -39,7 +45,7 @@ class Exclusive:
                 while self._put_off:
                     self._put_off.pop(0)()
 
-    def after_call(self, work):
+    def after_call(self, work: Any) -> None:
         """Run work when no call is running: now, or at the end of the call that this thread is inside."""
         with self._lock:
             if self._running is None:

@@ -10,6 +10,8 @@ beside that of torch is never loaded. Features by version:
 
 from __future__ import annotations
 
+from typing import Any
+
 import ctypes
 import os
 import sys
@@ -32,25 +34,25 @@ class Library:
     loaded: bool
 
 
-def spelled(version):
+def spelled(version: Any) -> str:
     """Return a version code as text: 2.32.3 for 23203."""
     return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
-def loaded_path(maps="/proc/self/maps"):
+def loaded_path(maps: Any = "/proc/self/maps") -> Any:
     """Return the path of the libnccl that this process has loaded, or None."""
     with open(maps) as lines:
         paths = (line.split(maxsplit=5)[5].strip() for line in lines if "libnccl.so" in line)
         return next(iter(paths), None)
 
 
-def wheel_path():
+def wheel_path() -> Any:
     """Return the path of the libnccl of NCCL's wheel (nvidia-nccl-cu13 or -cu12), or None."""
     found = (Path(folder) / "nvidia/nccl/lib/libnccl.so.2" for folder in sys.path)
     return next((str(path) for path in found if path.exists()), None)
 
 
-def find():
+def find() -> Any:
     """Return the Library to use, or None."""
     before = loaded_path()
     path = before or wheel_path()
@@ -62,7 +64,7 @@ def find():
     return Library(path, version.value, before is not None)
 
 
-def sharing(gpus):
+def sharing(gpus: Any) -> Any:
     """Return the first ranks that share a GPU, or []. gpus: the GPU of every rank."""
     for gpu in gpus:
         ranks = [r for r, other in enumerate(gpus) if other == gpu]
@@ -71,7 +73,9 @@ def sharing(gpus):
     return []
 
 
-def refusal(library, headers, gpus, several_hosts, environment=os.environ):
+def refusal(
+    library: Any, headers: Any, gpus: Any, several_hosts: bool, environment: Any = os.environ
+) -> str | None:
     """Return why this library cannot connect these ranks, with the expected one, or None if it can.
 
     Parameters
@@ -115,7 +119,7 @@ def refusal(library, headers, gpus, several_hosts, environment=os.environ):
     return None
 
 
-def bounded(call, timeout, *, what, rank):
+def bounded(call: Any, timeout: float, *, what: str, rank: int) -> Any:
     """Return call(), run in another thread with a deadline: NCCL waits for every rank without one.
 
     Raises
@@ -125,9 +129,9 @@ def bounded(call, timeout, *, what, rank):
     InvalidArgument, MoecommError
         NCCL has refused the call, or the call has failed.
     """
-    outcome = []
+    outcome: list[tuple[Any, BaseException | None]] = []
 
-    def run():
+    def run() -> None:
         try:
             outcome.append((call(), None))
         except BaseException as error:  # noqa: BLE001 - raised below
@@ -155,7 +159,16 @@ def bounded(call, timeout, *, what, rank):
     return result
 
 
-def join(native, rank, geometry, device, gpu, several_hosts, exchange, timeout):
+def join(
+    native: Any,
+    rank: int,
+    geometry: Any,
+    device: int | None,
+    gpu: Any,
+    several_hosts: bool,
+    exchange: Any,
+    timeout: float,
+) -> Any:
     """Make the native PeerAccess over a new NCCL communicator of these ranks. Collective.
 
     Parameters

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import weakref
 
 import torch
@@ -10,19 +12,19 @@ import torch
 class CudaState:
     """What the calls of one communicator on GPUs share.
 
-    .peer_access: how its ranks reach each other's windows. .latest: (stream, event) of the latest call. .buffers: its memory
-    on GPUs. .gpu_name: the UUID of its GPU, once a buffer was made.
+    .peer_access: how its ranks reach each other's windows. .latest: (stream, event) of the latest call. .buffers: its
+    memory on GPUs. .gpu_name: the UUID of its GPU, once a buffer was made.
     """
 
-    def __init__(self, peer_access, device):
+    def __init__(self, peer_access: Any, device: torch.device) -> None:
         self.peer_access, self._device = peer_access, device
-        self.latest = None, None
-        self.buffers = weakref.WeakSet()
-        self.gpu_name = None
-        self._stream = None
+        self.latest: tuple[Any, Any] = None, None
+        self.buffers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.gpu_name: str | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     @property
-    def stream(self):
+    def stream(self) -> torch.cuda.Stream:
         """The stream for asynchronous calls."""
         if self._stream is None:
             # With a high priority: its blocks start before those of a long kernel that has not started all of its own.

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from .exclusive import Exclusive
+
+if TYPE_CHECKING:
+    from ..communicator import Communicator
 
 
 class OnStreams:
@@ -13,16 +18,16 @@ class OnStreams:
     failure: the Failure class of the extension.
     """
 
-    def __init__(self, comm, failure):
+    def __init__(self, comm: Communicator, failure: Any) -> None:
         self._comm, self._device, self._failure = comm, comm.device, failure
         self._bounds = comm.timeout, comm.rank
         self._calls = Exclusive(comm.rank)
 
-    def stream(self):
+    def stream(self) -> Any:
         """Return the current stream as a pointer for native code."""
         return torch.cuda.current_stream(self._device).cuda_stream
 
-    def enqueue(self, op, made_on, call, *args):
+    def enqueue(self, op: str, made_on: Any, call: Any, *args: Any) -> Any:
         """Return call(*args, stream) on the current stream, after the earlier calls of the communicator.
 
         Returns the final Failure instead if the communicator is broken, or if this call has failed already. made_on:
@@ -31,7 +36,7 @@ class OnStreams:
         with self._calls.call(op):
             return self._enqueue(self._comm, made_on, call, *args)
 
-    def _enqueue(self, comm, made_on, call, *args):
+    def _enqueue(self, comm: Any, made_on: Any, call: Any, *args: Any) -> Any:
         broken = comm.gpu_calls.broken(getattr(call, "__self__", None))
         if broken is not None:
             return broken
@@ -60,7 +65,7 @@ class Pending:
 
     span = None
 
-    def __init__(self, comm, work, keep, then=None):
+    def __init__(self, comm: Any, work: Any, keep: Any, then: Any = None) -> None:
         own = comm.cuda.stream
         own.wait_stream(torch.cuda.current_stream(comm.device))
         with torch.cuda.stream(own):
@@ -68,7 +73,7 @@ class Pending:
             self.event = own.record_event()
         self._comm, self._device, self._keep, self._then = comm, comm.device, keep, then
 
-    def wait(self):
+    def wait(self) -> Any:
         """Make the current stream wait for the call, and return its result. The host does not wait.
 
         Raises
@@ -86,7 +91,7 @@ class Pending:
             then(self._result)
         return self._result
 
-    def done(self):
+    def done(self) -> Any:
         """Whether the GPU has completed the call."""
         return self.event.query()
 
@@ -94,11 +99,11 @@ class Pending:
 class PendingDispatch(Pending):
     """A dispatch on the communicator's own stream. The host knows its counts; the rows are in flight."""
 
-    def __init__(self, comm, work, keep, then, first):
+    def __init__(self, comm: Any, work: Any, keep: Any, then: Any, first: Any) -> None:
         super().__init__(comm, work, keep, then)
         self._first = first
 
-    def wait_counts(self):
+    def wait_counts(self) -> Any:
         """As results.PendingDispatch.wait_counts: the host has waited for the counts, unless there is a capacity.
 
         Raises

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import contextlib
 import json
 from dataclasses import asdict, dataclass, replace
@@ -50,7 +53,7 @@ class Traffic:
     shared_gpu: int = 1  # number of ranks that share a GPU
 
     @property
-    def nodes(self):
+    def nodes(self) -> Any:
         """Number of nodes."""
         return self.ranks // self.ranks_per_node
 
@@ -72,9 +75,14 @@ class Plan:
     stages: int = 3
     chunk_bytes: int = 1 << 18
 
-    def spread(self):
+    def spread(self) -> Any:
         """Return the numbers that all kernels need: (sms, warps, senders, stage bytes)."""
         return self.num_sms, self.warps, self.senders, self.stage_bytes
+
+
+def with_channels(plan: Plan, channels: int) -> Plan:
+    """Return the plan with another number of channels."""
+    return replace(plan, channels=channels)
 
 
 HARDWARE = {
@@ -85,7 +93,7 @@ HARDWARE = {
 }
 
 
-def expected_parts(parts, num_experts, top_k, groups=1, top_groups=1):
+def expected_parts(parts: Any, num_experts: int, top_k: int, groups: Any = 1, top_groups: int = 1) -> Any:
     """Return the average number of parts (nodes or ranks) that own an expert of a token.
 
     Each of `parts` parts has the same number of experts. The gate picks top_k distinct experts, uniformly within
@@ -106,7 +114,9 @@ def expected_parts(parts, num_experts, top_k, groups=1, top_groups=1):
             f"{top_groups} of {groups} groups"
         )
 
-    def missed(total, own, picks):  # probability of no pick among `own` of `total` experts
+    def missed(
+        total: int, own: int, picks: int
+    ) -> Any:  # probability of no pick among `own` of `total` experts
         return comb(total - own, picks) / comb(total, picks)
 
     if groups == 1:
@@ -125,7 +135,7 @@ def expected_parts(parts, num_experts, top_k, groups=1, top_groups=1):
     return parts * hit
 
 
-def traffic_per_token(t):
+def traffic_per_token(t: Any) -> Any:
     """Return the average number of rows per token of one rank: a dict of rail, node, read, written.
 
     rail: to other nodes. node: from gateways to ranks of their nodes. read, written: through the multiprocessors of a
@@ -140,12 +150,12 @@ def traffic_per_token(t):
     return {"rail": rail, "node": ranks, "read": rail + nodes + copies, "written": rail + ranks + copies}
 
 
-def fits(hardware, warps, stage_bytes, stages=3):
+def fits(hardware: Any, warps: int, stage_bytes: int, stages: int = 3) -> bool:
     """Whether the stages of these warps fit in the shared memory of a multiprocessor."""
-    return warps * (_WARP_BYTES + stages * stage_bytes) <= hardware.shared_bytes
+    return bool(warps * (_WARP_BYTES + stages * stage_bytes) <= hardware.shared_bytes)
 
 
-def choose_plan(hardware, traffic, num_sms=None):
+def choose_plan(hardware: Any, traffic: Any, num_sms: int | None = None) -> Any:
     """Return the launch plan for dispatch and combine with this traffic on this GPU.
 
     Parameters
@@ -206,7 +216,7 @@ def choose_plan(hardware, traffic, num_sms=None):
     )
 
 
-def _chunk_bytes(hardware, traffic, rail_rows, channels):
+def _chunk_bytes(hardware: Any, traffic: Any, rail_rows: Any, channels: int) -> Any:
     """Return the bytes that the rail carries in a microsecond, about the cost of a signal, in whole rows.
 
     The result is smaller if a channel has few rows.
@@ -218,7 +228,7 @@ def _chunk_bytes(hardware, traffic, rail_rows, channels):
     return rows * traffic.row_bytes
 
 
-def load_table(name):
+def load_table(name: str) -> Any:
     """Return {key: Plan} from the table of a GPU of this name, or {} if there is no table.
 
     Keys are results of key_of.
@@ -229,7 +239,7 @@ def load_table(name):
     return {key: Plan(**plan) for key, plan in json.loads(path.read_text()).items()}
 
 
-def save_table(name, plans, folder=TABLES):
+def save_table(name: str, plans: Any, folder: Any = TABLES) -> Any:
     """Write {key: Plan} as the table of a GPU of this name. Return the path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name.replace(' ', '_')}.json"
@@ -237,7 +247,7 @@ def save_table(name, plans, folder=TABLES):
     return path
 
 
-def key_of(traffic, num_sms):
+def key_of(traffic: Any, num_sms: int) -> str:
     """Return the key of the plan for this traffic in a table."""
     nodes = f"{traffic.nodes}x{traffic.ranks_per_node}"
     return f"{nodes} hidden {traffic.hidden} row {traffic.row_bytes} top {traffic.top_k} sms {num_sms}"
@@ -247,7 +257,7 @@ _override = None
 
 
 @contextlib.contextmanager
-def overriding(choose):
+def overriding(choose: Any) -> Iterator[Any]:
     """Context in which plan_for returns choose(hardware, traffic). For measurements."""
     global _override
     before, _override = _override, choose
@@ -257,7 +267,7 @@ def overriding(choose):
         _override = before
 
 
-def plan_for(hardware, traffic, num_sms=None, table=None):
+def plan_for(hardware: Any, traffic: Any, num_sms: int | None = None, table: Any = None) -> Any:
     """Return the plan of the table if it has one for this traffic, else that of choose_plan."""
     if _override is not None:
         return _override(hardware, traffic)
@@ -266,7 +276,7 @@ def plan_for(hardware, traffic, num_sms=None, table=None):
     return chosen if found is None else found
 
 
-def domain_plan(hardware, num_sms):
+def domain_plan(hardware: Any, num_sms: int) -> Any:
     """Return the launch plan of the verbs of a Domain: every warp is a channel, with stages for long rows."""
     warps, stages = 4, 3
     room = (hardware.shared_bytes // warps - _WARP_BYTES) // stages // 128 * 128
@@ -280,7 +290,7 @@ def domain_plan(hardware, num_sms):
     )
 
 
-def hardware_of(name, sms, shared_bytes):
+def hardware_of(name: str, sms: int, shared_bytes: Any) -> Any:
     """Return the Hardware of a GPU: known or cautiously guessed bandwidths, with the sizes that the device reports."""
     known = HARDWARE.get(name, Hardware(name, sms, shared_bytes, 1500.0, 25.0, 25.0))
     return replace(known, sms=sms, shared_bytes=shared_bytes)

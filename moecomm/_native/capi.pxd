@@ -141,7 +141,7 @@ cdef extern from "balance/replica_policy.hpp" namespace "moecomm::balance" nogil
 
     cdef cppclass ReplicaPolicy:
         ReplicaPolicy(const int32_t* physical_to_logical, int slots, int experts, int ranks, int nodes, Mode mode,
-               int activate) except +
+                      int activate) except +
         bool needs_all()
 
 cdef extern from "fabric/cpu/waits.hpp" namespace "moecomm" nogil:

@@ -5,8 +5,8 @@ from moecomm._native.loading import load_parts
 
 load_parts(__file__, "shared", ["status", "tensors"])
 load_parts(__file__, "cpu_world", [
-    "calls", "accounts", "communicator", "block", "plan", "first_phase", "replica_policy", "replica_request", "recording",
-    "buffer", "decode_area", "decode", "decode_floor", "domain_memory", "domain", "rate_probe", "tools",
+    "calls", "accounts", "communicator", "block", "plan", "first_phase", "replica_policy", "replica_request",
+    "recording", "buffer", "decode_area", "decode", "decode_floor", "domain_memory", "domain", "rate_probe", "tools",
 ])
 
 from moecomm._native.cpu_world.accounts import ROLES   # no-cython-lint

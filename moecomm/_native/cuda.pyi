@@ -17,5 +17,9 @@ from .cuda_world.domain import Domain as Domain
 from .cuda_world.domain_memory import DomainMemory as DomainMemory
 from .cuda_world.ipc_sample import IpcSample as IpcSample
 from .cuda_world.plan import Plan as Plan
-from .cuda_world.peer_access import PeerAccess as PeerAccess, nccl_headers as nccl_headers, nccl_unique_id as nccl_unique_id
+from .cuda_world.peer_access import (
+    PeerAccess as PeerAccess,
+    nccl_headers as nccl_headers,
+    nccl_unique_id as nccl_unique_id,
+)
 from .shared.status import Failure as Failure

@@ -5,8 +5,8 @@ from moecomm._native import core   # no-cython-lint - loads the parts that all w
 from moecomm._native.loading import load_parts
 
 load_parts(__file__, "cuda_world", [
-    "block", "counts", "plan", "peer_access", "calls", "buffer", "decode_area", "decode", "codes", "domain_memory", "domain",
-    "ipc_sample",
+    "block", "counts", "plan", "peer_access", "calls", "buffer", "decode_area", "decode", "codes", "domain_memory",
+    "domain", "ipc_sample",
 ])
 
 from moecomm._native.cuda_world.block import Block   # no-cython-lint

@@ -55,7 +55,7 @@ cdef extern from "runtime/cuda/nccl.hpp" namespace "moecomm::cuda" nogil:
     int nccl_headers_ "moecomm::cuda::nccl_headers"()
     string nccl_unique_id_ "moecomm::cuda::nccl_unique_id"(const string& library) except +
     shared_ptr[PeerAccess] nccl_peer_access(const string& library, const capi.Geometry&, int device,
-                                       const string& unique_id) except +
+                                            const string& unique_id) except +
 
 cdef extern from "runtime/plan.hpp" namespace "moecomm" nogil:
     cdef cppclass PlanView:

@@ -17,9 +17,14 @@ example by model.bfloat16(), call this first:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
+from transformers.distributed.expert_parallel import (  # type: ignore[import-not-found]
+    EPImplementation,
+    EPImplementationInterface,
+)
 
 from ..buffer import Buffer
 from ..communicator import Communicator
@@ -28,11 +33,13 @@ from ..communicator import Communicator
 class _Exchange:
     """Shared by the layers of one expert group: a Communicator, and one Buffer per shape."""
 
-    def __init__(self, group):
-        self._group, self._comm, self._buffers = group, None, {}
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self._comm: Communicator | None = None
+        self._buffers: dict[Any, Any] = {}
         self.layers = 0
 
-    def buffer(self, options, **shape):
+    def buffer(self, options: Any, **shape: Any) -> Any:
         """Return the Buffer for this shape. The first call for a shape makes it, on all ranks of the group."""
         if self._comm is None:
             self._comm = Communicator(
@@ -48,17 +55,17 @@ class _Exchange:
             self._buffers[key] = Buffer(self._comm, **shape, arena_bytes=arena)
         return self._buffers[key]
 
-    def close(self):
+    def close(self) -> None:
         for buffer in self._buffers.values():
             buffer.close()
         if self._comm is not None:
             self._comm.close()
 
 
-_exchanges = {}
+_exchanges: dict[Any, Any] = {}
 
 
-class MoecommEP(EPImplementation):
+class MoecommEP(EPImplementation):  # type: ignore[misc]
     """Sends tokens to their experts and back with dispatch and combine, one row per token and rank.
 
     Differentiable in hidden states and routing weights. Ranks may have different numbers of tokens, including none.
@@ -69,13 +76,13 @@ class MoecommEP(EPImplementation):
         max_tokens=None, ranks_per_node=None, timeout=None
     )
 
-    def __init__(self, experts, ep_mesh, tp_mesh):
+    def __init__(self, experts: Any, ep_mesh: Any, tp_mesh: Any) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         group = ep_mesh.get_group()
         self._exchange = _exchanges.setdefault(group, _Exchange(group))
         self._exchange.layers += 1
 
-    def __call__(self, hidden_states, top_k_index, top_k_weights):
+    def __call__(self, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
         """Compute the weighted sum of the experts' outputs.
 
         Parameters
@@ -114,7 +121,7 @@ class MoecommEP(EPImplementation):
         rows = self.experts_forward(received, local, row_weights)[:count]
         return self._gather(buffer.combine(rows.contiguous(), out.handle), tokens)
 
-    def _slice(self, tensor):
+    def _slice(self, tensor: Any) -> Any:
         if self.tp_mesh.size() == 1:
             return tensor
         return (
@@ -123,16 +130,22 @@ class MoecommEP(EPImplementation):
             .to_local()
         )
 
-    def _gather(self, y, tokens):
+    def _gather(self, y: torch.Tensor, tokens: int) -> Any:
         if self.tp_mesh.size() == 1:
             return y
-        shape = (tokens, y.shape[1])
+        shape = torch.Size((tokens, y.shape[1]))
         return DTensor.from_local(
             y, self.tp_mesh, [Shard(0)], run_check=False, shape=shape, stride=(shape[1], 1)
         ).full_tensor()
 
 
-def register(name="moecomm", *, max_tokens=None, ranks_per_node=None, timeout=None):
+def register(
+    name: Any = "moecomm",
+    *,
+    max_tokens: int | None = None,
+    ranks_per_node: int | None = None,
+    timeout: float | None = None,
+) -> None:
     """Register the implementation under a name. The import registers "moecomm"; call again to change its options.
 
     Parameters
@@ -151,7 +164,7 @@ def register(name="moecomm", *, max_tokens=None, ranks_per_node=None, timeout=No
     )
 
 
-def close():
+def close() -> None:
     """Release all buffers and communicators that models have made. The models cannot run afterwards.
 
     Local. Call it before the process group is destroyed.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import random
 
 import torch
@@ -10,7 +12,7 @@ from ..balance import Placement
 from . import MODES, Choosing
 
 
-def refuse(calls):
+def refuse(calls: Any) -> Any:
     """With some probability, let some ranks refuse the last call. Returns whether they do."""
     r, size = calls.refusals, calls.world.size
     refused = r.random() < 0.12
@@ -19,7 +21,7 @@ def refuse(calls):
     return refused
 
 
-def stray(calls, xs, ids):
+def stray(calls: Any, xs: Any, ids: Any) -> None:
     """End the program with a rank that makes another call than its peers. No rank of another node can continue."""
     calls.program.dispatch(ids, xs=[x.new_zeros(x.shape, dtype=torch.bfloat16) for x in xs])
     if calls.refusals.random() < 0.5:
@@ -27,7 +29,7 @@ def stray(calls, xs, ids):
     calls.program.refuse([calls.refusals.randrange(calls.world.size)], strays=True)
 
 
-def placement(world, r):
+def placement(world: Any, r: random.Random) -> Any:
     """Draw a Placement. Experts are dealt to slots in turn, so no rank holds an expert twice.
 
     Their number is between the minimum that a rank or a token needs and three quarters of the slots.
@@ -39,11 +41,11 @@ def placement(world, r):
     return Placement(torch.tensor([table], dtype=torch.int64, device="cpu"), experts, world.size, world.nodes)
 
 
-def choose(calls, r, ids):
+def choose(calls: Any, r: random.Random, ids: Any) -> Any:
     """Draw the Choosing of a round, None for a plain dispatch. May append separate choices first."""
     w = calls.world
 
-    def draw():
+    def draw() -> Any:
         mode = r.choice(MODES)
         return {
             "mode": mode,
@@ -61,7 +63,7 @@ def choose(calls, r, ids):
     )
 
 
-def one_that_differs(world, r, plain=False):
+def one_that_differs(world: Any, r: random.Random, plain: bool = False) -> Any:
     """Routings in which one rank chooses for another layer or, with `plain`, perhaps does not choose at all."""
     routings = [1] * world.size
     routings[r.randrange(world.size)] = r.choice([0, 2]) if plain else 2
@@ -74,13 +76,14 @@ class Deaths:
     .at: the round before which that happens. .masked: the dead ranks, once they are masked.
     """
 
-    def __init__(self, calls):
+    def __init__(self, calls: Any) -> None:
         self._calls, world = calls, calls.world
         self._r = r = random.Random(world.seed + 5)
-        self.at, self.masked = r.randrange(world.rounds), ()
+        self.at = r.randrange(world.rounds)
+        self.masked: tuple[int, ...] = ()
         self._victims = sorted(r.sample(range(world.size), r.choice([1, 1, 1, r.randint(1, world.size - 1)])))
 
-    def interrupt(self, xs, ids, scales):
+    def interrupt(self, xs: Any, ids: Any, scales: Any) -> None:
         """Append the step in which they die, and the mask.
 
         Ranks reach different points of the step: some begin the next one, some have not begun this one.
@@ -102,7 +105,7 @@ class Deaths:
         self.masked = tuple(self._victims)
 
 
-def without(masked, cluster, xs, ids, weights, scales):
+def without(masked: Any, cluster: Any, xs: Any, ids: Any, weights: Any, scales: Any) -> Any:
     """The arguments of a decode step as they count where ranks are masked: no tokens of theirs, no picks of their
     experts.
     """
@@ -110,7 +113,7 @@ def without(masked, cluster, xs, ids, weights, scales):
     gone = torch.zeros(cluster.size, dtype=torch.bool, device="cpu")
     gone[list(masked)] = True
 
-    def cut(tensors):
+    def cut(tensors: Any) -> Any:
         return tensors and [t[:0] if gone[rank] else t for rank, t in enumerate(tensors)]
 
     ids = [i.masked_fill((i >= 0) & gone[i.clamp(min=0) // per_rank], -1) for i in ids]

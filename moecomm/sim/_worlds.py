@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import random
 from dataclasses import dataclass, field, replace
 
@@ -30,16 +32,16 @@ class World:
     mask: bool = False  # decode: ranks die, and the others go on without them
 
     @property
-    def size(self):
+    def size(self) -> Any:
         """Number of ranks."""
         return self.nodes * self.ranks_per_node
 
     @property
-    def kind(self):
+    def kind(self) -> str:
         """What its programs exercise: "mask", "decode", "choice" or "dispatch"."""
         return "mask" if self.mask else "decode" if self.decode else "choice" if self.choice else "dispatch"
 
-    def __str__(self):
+    def __str__(self) -> str:
         return (
             f"{self.kind} on {self.schedule} in {self.nodes} node(s) x {self.ranks_per_node} rank(s), "
             f"{self.channels} channel(s), {self.experts_per_rank} expert(s) per rank, top {self.top_k}, "
@@ -53,12 +55,12 @@ class Calls:
 
     world: World
     cluster: Cluster
-    program: object
-    pairs: list = field(default_factory=list)  # arguments of every dispatch, for the oracle
-    refusals: random.Random = None
+    program: Any
+    pairs: list[Any] = field(default_factory=list)  # arguments of every dispatch, for the oracle
+    refusals: random.Random = field(default_factory=random.Random)
 
 
-def random_world(seed, kind=None):
+def random_world(seed: int, kind: Any = None) -> Any:
     """Draw the World of a program seed, of a given kind or of any."""
     r = random.Random(seed)
     nodes, per_node = r.choice([(1, 2), (1, 4), (2, 1), (2, 2), (2, 2), (3, 1), (2, 3), (3, 2), (4, 2)])
@@ -87,7 +89,7 @@ def random_world(seed, kind=None):
     )
 
 
-def _rows(tokens, hidden, scaled, g):
+def _rows(tokens: Any, hidden: int, scaled: bool, g: Any) -> Any:
     """(xs, scales): random rows of each rank. scales is None unless `scaled`, which makes FP8 rows."""
     if not scaled:
         return [
@@ -105,7 +107,7 @@ def _rows(tokens, hidden, scaled, g):
     )
 
 
-def build(world):
+def build(world: Any) -> Any:
     """Build the Calls of a world. A pure function."""
     r, g = random.Random(world.seed + 1), torch.Generator().manual_seed(world.seed)
     num_experts, hidden = world.size * world.experts_per_rank, world.hidden
@@ -202,7 +204,9 @@ def build(world):
     return calls
 
 
-def _decode_round(calls, r, xs, ids, weights, scales, number, masked):
+def _decode_round(
+    calls: Any, r: random.Random, xs: Any, ids: Any, weights: Any, scales: Any, number: int, masked: Any
+) -> None:
     """Append a decode dispatch; with some probability its receive phase, and a combine. masked: dead ranks."""
     p, travel = calls.program, r.random() < 0.4
     quant = None if scales is not None else r.choice([None, None, "fp8"])

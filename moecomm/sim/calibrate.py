@@ -7,6 +7,9 @@ written to a table that `moecomm.clusters.load` reads.
 
 from __future__ import annotations
 
+from typing import Any
+import argparse
+
 import os
 import time
 from dataclasses import asdict, replace
@@ -24,7 +27,7 @@ OPS = ("dispatch", "combine", "decode dispatch", "decode combine")
 FIT_TOKENS, TEST_TOKENS = (128, 1024), (192, 384, 768)
 
 
-def routing(ranks, tokens):
+def routing(ranks: Any, tokens: Any) -> Any:
     """Random uniform picks, int64 [tokens, TOP_K], for each rank."""
     g = torch.Generator().manual_seed(tokens)
     return [
@@ -35,10 +38,10 @@ def routing(ranks, tokens):
     ]
 
 
-def measure(ranks, sizes, repeats):
+def measure(ranks: Any, sizes: Any, repeats: int) -> Any:
     """{tokens: us of each of OPS}: mean over ranks, then median over repeats. The sizes are interleaved."""
 
-    def run(comm):
+    def run(comm: Any) -> Any:
         world = {
             t: (
                 Buffer(comm, hidden=HIDDEN, num_experts=EXPERTS_PER_RANK * ranks, top_k=TOP_K, max_tokens=t),
@@ -48,7 +51,7 @@ def measure(ranks, sizes, repeats):
             )
             for t in sizes
         }
-        times = {t: [] for t in sizes}
+        times: Any = {t: [] for t in sizes}
         for _ in range(repeats + 3):
             for t, (buf, ids, x, weights) in world.items():
                 comm.barrier()
@@ -81,7 +84,7 @@ def measure(ranks, sizes, repeats):
     return {t: 1e6 * np.median(np.mean([one[t] for one in by_rank], axis=0), axis=0) for t in sizes}
 
 
-def predict(ranks, tokens, hardware):
+def predict(ranks: Any, tokens: Any, hardware: Any) -> Any:
     """Predicted time of each of OPS, in us."""
     c = Cluster(
         ranks,
@@ -118,23 +121,23 @@ START = Hardware(
 FITTED = ("launch", "plan_token", "sm_read", "sm_write")
 
 
-def fit(ranks, measured):
+def fit(ranks: Any, measured: Any) -> Any:
     """Fit the constants FITTED to the measured times by least squares; return the Hardware."""
-    from scipy.optimize import least_squares
+    from scipy.optimize import least_squares  # type: ignore[import-untyped]
 
-    def hardware(log):
+    def hardware(log: Any) -> Any:
         return replace(
             START, **{name: float(getattr(START, name) * np.exp(v - 1)) for name, v in zip(FITTED, log)}
         )
 
-    def errors(log):
+    def errors(log: Any) -> Any:
         h = hardware(log)
         return np.concatenate([np.log(predict(ranks, t, h) / us) for t, us in measured.items()])
 
     return hardware(least_squares(errors, np.ones(len(FITTED)), diff_step=0.05, bounds=(-4, 6)).x)
 
 
-def arguments(parser):
+def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument(
         "--ranks",
@@ -146,7 +149,7 @@ def arguments(parser):
     parser.add_argument("--out", type=options.file_to_write, help="table to write, .toml")
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
     """Measure, fit, predict and compare."""
     require(args.ranks <= local.MOST_RANKS, "calibrate", "--ranks", args.ranks, f"at most {local.MOST_RANKS}")
     measured = measure(args.ranks, sorted({*FIT_TOKENS, *TEST_TOKENS}), args.repeats)

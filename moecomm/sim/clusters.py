@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,7 +17,7 @@ from .world import Hardware
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # type: ignore[import-not-found]
 
 FOLDER = Path(__file__).parents[1] / "tables" / "clusters"
 
@@ -30,12 +32,12 @@ class Cluster:
     hardware: Hardware
 
 
-def names():
+def names() -> Any:
     """Names of the tables that load() finds."""
     return sorted(file.stem for file in FOLDER.glob("*.toml"))
 
 
-def load(name):
+def load(name: str) -> Any:
     """Load a Cluster by name, or from a .toml file of the same format.
 
     Raises

@@ -8,6 +8,10 @@ other bits is a finding. It is reduced and printed: seeds, smallest number of pe
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+import argparse
+
 import faulthandler
 import multiprocessing
 import os
@@ -25,21 +29,23 @@ from .mutations import MUTATIONS
 from . import describe_waiting
 
 
-def _same(a, b):
+def _same(a: Any, b: Any) -> Any:
     return (a is None) == (b is None) and (a is None or torch.equal(a.view(torch.uint8), b.view(torch.uint8)))
 
 
-def check_calm_decode(calls):
+def check_calm_decode(calls: Any) -> None:
     """Like check_calm, for decode."""
     c = calls.cluster
     for xs, ids, weights, scales, how in calls.pairs:
         c.reset()
         masked = how["masked"]
         left = [rank for rank in range(c.size) if rank not in masked]
-        got = c.decode_dispatch(xs, ids, weights if how["travel"] else None, scales=scales, masked=masked)
+        got: Any = c.decode_dispatch(
+            xs, ids, weights if how["travel"] else None, scales=scales, masked=masked
+        )
         if masked:
             xs, ids, weights, scales = programs.without(masked, c, xs, ids, weights, scales)
-        want = reference.decode_dispatch(
+        want: Any = reference.decode_dispatch(
             xs, ids, num_experts=c.num_experts, max_tokens=c.max_tokens, scales=scales
         )
         for rank in left:
@@ -64,7 +70,7 @@ def check_calm_decode(calls):
             )
 
 
-def check_calm(calls):
+def check_calm(calls: Any) -> None:
     """Raise AssertionError unless every dispatch equals the oracle on the undisturbed schedule."""
     c = calls.cluster
     for xs, ids, weights, scales, shape in calls.pairs:
@@ -100,7 +106,7 @@ def check_calm(calls):
                 )
 
 
-def check_choice(calls, ids, choosing):
+def check_choice(calls: Any, ids: Any, choosing: Any) -> None:
     """Raise AssertionError unless every pick got a slot of its expert and all ranks have counted all picks."""
     c = calls.cluster
     picks = torch.cat([i.flatten() for i in ids])
@@ -113,13 +119,22 @@ def check_choice(calls, ids, choosing):
         )
 
 
-def explore_world(world, schedules, *, first_seed=0, mutant="none", phase="none", chosen=False, oracle=True):
+def explore_world(
+    world: Any,
+    schedules: int,
+    *,
+    first_seed: int = 0,
+    mutant: str = "none",
+    phase: str = "none",
+    chosen: bool = False,
+    oracle: bool = True,
+) -> Any:
     """Run `schedules` schedules of a world. Returns a dict: the result of the native code, and `world`."""
     calls = build(world)
     if oracle:
         (check_calm_decode if world.decode else check_calm)(calls)
 
-    def explore():
+    def explore() -> Any:
         return calls.cluster.native.explore(
             calls.program.native, mutant, phase, chosen, first_seed, schedules
         )
@@ -142,7 +157,7 @@ def explore_world(world, schedules, *, first_seed=0, mutant="none", phase="none"
     return found
 
 
-def _in_child(fn):
+def _in_child(fn: Callable[[], Any]) -> Any:
     """Call fn in a forked process; return its result, None if the process died. Raises what fn raises."""
     read, write = os.pipe()
     pid = os.fork()
@@ -150,7 +165,7 @@ def _in_child(fn):
         os.close(read)
         faulthandler.disable()  # a crash is an expected result
         try:
-            result = fn(), None
+            result: Any = fn(), None
         except Exception as error:
             result = None, error
         with os.fdopen(write, "wb") as out:
@@ -158,16 +173,16 @@ def _in_child(fn):
         os._exit(0)
     os.close(write)
     with os.fdopen(read, "rb") as data:
-        result = data.read()
+        data_read = data.read()
     if os.waitpid(pid, 0)[1] != 0:
         return None
-    found, error = pickle.loads(result)
-    if error is not None:
-        raise error
+    found, raised = pickle.loads(data_read)
+    if raised is not None:
+        raise raised
     return found
 
 
-def shrink(found, *, mutant="none", phase="none", schedules=300):
+def shrink(found: Any, *, mutant: str = "none", phase: str = "none", schedules: int = 300) -> Any:
     """Search smaller worlds that fail too; return the finding with the shortest trace."""
     best = found
     progress = True
@@ -196,7 +211,7 @@ def shrink(found, *, mutant="none", phase="none", schedules=300):
     return best
 
 
-def report(found):
+def report(found: Any) -> str:
     """Describe a finding as text."""
     lines = [
         f"{found['what']}: call {found['call']}, rank {found['rank']}; schedule seed {found['seed']}, "
@@ -219,7 +234,7 @@ def report(found):
     return "\n".join(lines)
 
 
-def _work(job):
+def _work(job: Any) -> Any:
     """Explore one worker's share of the worlds; return its first finding, or None."""
     seeds, kind, per_world, total, current = job
     torch.set_num_threads(1)
@@ -233,11 +248,13 @@ def _work(job):
     return None
 
 
-def _process(job, findings):
+def _process(job: Any, findings: Any) -> None:
     findings.put(_work(job))
 
 
-def run(schedules, *, first_seed=0, kind=None, per_world=250, workers=None):
+def run(
+    schedules: int, *, first_seed: int = 0, kind: Any = None, per_world: int = 250, workers: int | None = None
+) -> Any:
     """Explore `schedules` schedules with `workers` processes. Returns (schedules run, first finding or None).
 
     Raises
@@ -264,7 +281,7 @@ def run(schedules, *, first_seed=0, kind=None, per_world=250, workers=None):
     return total.value, next((f for f in results if f), None)
 
 
-def arguments(parser):
+def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("--schedules", type=options.positive, default=100_000, help="number of schedules")
     parser.add_argument("--seed", type=options.count, default=0, help="seed of the first program")
@@ -280,7 +297,15 @@ def arguments(parser):
     )
 
 
-def find_mutation(mutant, phase, kind, *, schedules_per_world=100, worlds=200, first_seed=0):
+def find_mutation(
+    mutant: str,
+    phase: str,
+    kind: Any,
+    *,
+    schedules_per_world: int = 100,
+    worlds: Any = 200,
+    first_seed: int = 0,
+) -> Any:
     """Explore a mutant until it is found. Returns (schedules run, finding or None)."""
     run_so_far = 0
     chosen = kind == "chosen"
@@ -298,7 +323,7 @@ def find_mutation(mutant, phase, kind, *, schedules_per_world=100, worlds=200, f
     return run_so_far, None
 
 
-def main(args):
+def main(args: argparse.Namespace) -> int:
     """Explore. The exit status is 1 if there is a finding, or if a mutant was not found."""
     missed = 0
     if args.mutations:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 import torch
 
@@ -32,7 +34,7 @@ class Choosing:
         Picks of all ranks.
     """
 
-    def __init__(self, mode="optimal", activate=None, routings=None):
+    def __init__(self, mode: str = "optimal", activate: Any = None, routings: Any = None) -> None:
         if mode not in MODES or (mode != "optimal" and activate is None):
             raise InvalidArgument(
                 f"Choosing: mode is {mode!r} and activate is {activate!r}; expected mode 'optimal', or 'local' or "
@@ -48,7 +50,7 @@ class Choosing:
         )
 
 
-def _begin_choice(choosing, program, topk_ids, experts, alone):
+def _begin_choice(choosing: Any, program: Any, topk_ids: Any, experts: Any, alone: bool) -> None:
     """Add a choice of replicas to a native program. It writes choosing.slots and .counted."""
     choosing.slots = [torch.empty_like(ids) for ids in topk_ids]
     choosing.counted = [torch.zeros(experts, dtype=torch.int32, device="cpu") for _ in topk_ids]
@@ -64,36 +66,36 @@ def _begin_choice(choosing, program, topk_ids, experts, alone):
 class Program:
     """Calls that every rank makes. A rank starts each call when it has finished the one before, without a barrier."""
 
-    def __init__(self, cluster):
+    def __init__(self, cluster: Any) -> None:
         self._cluster = cluster
         self.native = native.Program()
-        self.calls = []
+        self.calls: list[Any] = []
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.native)
 
     def dispatch(
         self,
-        topk_ids=None,
-        topk_weights=None,
+        topk_ids: Any = None,
+        topk_weights: Any = None,
         *,
-        xs=None,
-        scales=None,
-        handle=0,
-        layout="expert",
-        expert_alignment=1,
-        capacity=None,
-        quant=None,
-        choosing=None,
-        before_ns=0.0,
-    ):
+        xs: Any = None,
+        scales: Any = None,
+        handle: Any = 0,
+        layout: str = "expert",
+        expert_alignment: int = 1,
+        capacity: int | None = None,
+        quant: str | None = None,
+        choosing: Any = None,
+        before_ns: Any = 0.0,
+    ) -> None:
         """Append a dispatch.
 
         topk_ids None reuses the plan of the handle. With `choosing`, topk_ids are logical experts. before_ns is the
         time that each rank computes before the call.
         """
         parts, coding, keep = self._sources(topk_ids, topk_weights, xs, scales, quant)
-        self.native.dispatch(
+        self.native.dispatch(  # type: ignore[call-arg]
             handle,
             parts,
             layout == "rank",
@@ -107,7 +109,7 @@ class Program:
             _begin_choice(choosing, self.native, keep[0], self._cluster.logical_experts, False)
         self.calls.append("dispatch")
 
-    def choose(self, topk_ids, choosing):
+    def choose(self, topk_ids: Any, choosing: Any) -> None:
         """Append a separate choice of replicas, as decode makes it."""
         ids = [_contiguous(t, torch.int64) for t in topk_ids]
         self.native.dispatch(
@@ -129,17 +131,17 @@ class Program:
     def combine(
         self,
         *,
-        rows=None,
-        topk_weights=None,
-        bias=None,
-        ys=None,
-        handle=0,
-        keep=False,
-        flip=0,
-        wire=None,
-        echo_weights=False,
-        before_ns=0.0,
-    ):
+        rows: Any = None,
+        topk_weights: Any = None,
+        bias: Any = None,
+        ys: Any = None,
+        handle: Any = 0,
+        keep: Any = False,
+        flip: int = 0,
+        wire: str | None = None,
+        echo_weights: bool = False,
+        before_ns: Any = 0.0,
+    ) -> None:
         """Append a combine.
 
         rows None: the experts return the rows that they received, each byte XORed with `flip`. echo_weights: the rows
@@ -165,19 +167,34 @@ class Program:
         self.calls.append("combine")
 
     def decode_dispatch(
-        self, topk_ids, topk_weights=None, *, xs=None, scales=None, quant=None, before_ns=0.0
-    ):
+        self,
+        topk_ids: Any,
+        topk_weights: Any = None,
+        *,
+        xs: Any = None,
+        scales: Any = None,
+        quant: str | None = None,
+        before_ns: Any = 0.0,
+    ) -> None:
         """Append the send phase of a decode dispatch.
 
         With topk_weights the weights travel with the tokens, and each owner rank sums its rows of a token in combine.
         """
         parts, coding, keep = self._sources(topk_ids, topk_weights, xs, scales, quant)
-        self.native.decode_dispatch(parts, *coding, before_ns, keep)
+        self.native.decode_dispatch(parts, *coding, before_ns, keep)  # type: ignore[call-arg]
         self.calls.append("decode_dispatch")
 
     def decode_combine(
-        self, topk_weights=None, *, rows=None, ys=None, flip=0, wire=None, earlier=False, before_ns=0.0
-    ):
+        self,
+        topk_weights: Any = None,
+        *,
+        rows: Any = None,
+        ys: Any = None,
+        flip: int = 0,
+        wire: str | None = None,
+        earlier: Any = False,
+        before_ns: Any = 0.0,
+    ) -> None:
         """Append the send phase of a decode combine, of the last decode dispatch or, with `earlier`, the one before.
 
         rows, ys, flip: as for combine.
@@ -195,7 +212,7 @@ class Program:
         )
         self.calls.append("decode_combine")
 
-    def decode_hook(self, *, after_combine=None, earlier=False):
+    def decode_hook(self, *, after_combine: bool | None = None, earlier: Any = False) -> None:
         """Append a receive phase.
 
         after_combine: of the last decode_combine (True), decode_dispatch (False), or the later of the two (None).
@@ -208,7 +225,7 @@ class Program:
         self.native.decode_hook(self._cluster.size, after_combine, earlier)
         self.calls.append("hook")
 
-    def decode_mask(self, ranks):
+    def decode_mask(self, ranks: Any) -> None:
         """Append a mask, if there are ranks: they are dead, and the others go on without them.
 
         Picks of their experts count as -1 from here on. A step that the mask interrupts has no result.
@@ -217,18 +234,18 @@ class Program:
             self.native.decode_mask(self._cluster.size, list(ranks))
             self.calls.append("mask")
 
-    def leave_out(self, ranks):
+    def leave_out(self, ranks: Any) -> None:
         """Let these ranks not make the call that was appended last."""
         self.native.leave_out(list(ranks))
 
-    def refuse(self, ranks, *, strays=False):
+    def refuse(self, ranks: Any, *, strays: Any = False) -> None:
         """Let these ranks refuse the call that was appended last. All ranks learn of it.
 
         strays: they make another call instead, combine for dispatch or the reverse, after which no rank can continue.
         """
         self.native.refuse(list(ranks), strays)
 
-    def _sources(self, topk_ids, topk_weights, xs, scales, quant):
+    def _sources(self, topk_ids: Any, topk_weights: Any, xs: Any, scales: Any, quant: str | None) -> Any:
         c = self._cluster
         if c.payload and xs is None:
             raise InvalidArgument(
@@ -262,7 +279,7 @@ class Program:
         return parts, coding, (topk_ids, topk_weights, xs, scales)
 
 
-def _contiguous(t, dtype):
+def _contiguous(t: Any, dtype: torch.dtype) -> Any:
     t = (
         plain("simulate", "a rank's tensor", t)
         if isinstance(t, torch.Tensor)
@@ -271,6 +288,6 @@ def _contiguous(t, dtype):
     return t.to(dtype).contiguous()
 
 
-def _address(tensors, rank):
+def _address(tensors: Any, rank: int) -> Any:
     # An empty tensor has address 0, which means "not given" in native code.
     return 0 if tensors is None else address(tensors[rank]) or 1

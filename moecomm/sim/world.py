@@ -6,7 +6,8 @@ times and counts for clusters that are too large for one machine.
 
 from __future__ import annotations
 
-import ctypes
+from typing import Any
+
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -16,6 +17,7 @@ from .._native import sim as native
 from ..checks import integer, number, require
 from ..errors import InvalidArgument, MoecommError
 from ..testing.reference import DecodeReceived, Received
+from ._memory import copy_of
 from ..shapes import DTYPES, arena_size, check_shape
 from .program import Program
 
@@ -68,7 +70,7 @@ class Hardware:
     launch: float = 4000.0
     plan_token: float = 0.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for f in fields(self):
             value, rate = getattr(self, f.name), f.name in RATES
             require(not isinstance(value, bool), "Hardware", f.name, value, "a number")
@@ -97,8 +99,8 @@ class Step:
     dispatch_us: np.ndarray
     combine_us: np.ndarray
     total_us: float
-    stats: list
-    links: list
+    stats: list[Any]
+    links: list[Any]
 
 
 class Cluster:
@@ -132,23 +134,23 @@ class Cluster:
 
     def __init__(
         self,
-        size,
+        size: int,
         *,
-        ranks_per_node=None,
-        hidden,
-        num_experts,
-        top_k,
-        max_tokens,
-        dtype=torch.bfloat16,
-        num_sms=20,
-        channels=None,
-        hardware=Hardware(),
-        payload=False,
-        decode=False,
-        schedule="roles",
-        arena_bytes=None,
-        placement=None,
-    ):
+        ranks_per_node: int | None = None,
+        hidden: int,
+        num_experts: int,
+        top_k: int,
+        max_tokens: int,
+        dtype: torch.dtype = torch.bfloat16,
+        num_sms: int = 20,
+        channels: int | None = None,
+        hardware: Any = Hardware(),
+        payload: Any = False,
+        decode: Any = False,
+        schedule: str = "roles",
+        arena_bytes: int | None = None,
+        placement: Any = None,
+    ) -> None:
         size = integer("Cluster", "size", size, 1, 65535)
         ranks_per_node = (
             size if ranks_per_node is None else integer("Cluster", "ranks_per_node", ranks_per_node, 1, 65535)
@@ -211,11 +213,11 @@ class Cluster:
 
     # -- programs: sequences of calls ---------------------------------------------------------------
 
-    def program(self):
+    def program(self) -> Any:
         """Return an empty Program for this cluster."""
         return Program(self)
 
-    def reset(self, seed=None, lead_ns=0.0):
+    def reset(self, seed: int | None = None, lead_ns: float = 0.0) -> None:
         """Reset clock, windows and counters.
 
         Parameters
@@ -228,7 +230,7 @@ class Cluster:
         """
         self.native.reset(seed, lead_ns)
 
-    def run(self, program):
+    def run(self, program: Any) -> Any:
         """Run a Program to its end. The windows keep their contents.
 
         Returns
@@ -261,16 +263,16 @@ class Cluster:
 
     def dispatch(
         self,
-        xs,
-        topk_ids,
-        topk_weights=None,
+        xs: Any,
+        topk_ids: Any,
+        topk_weights: Any = None,
         *,
-        layout="expert",
-        expert_alignment=1,
-        capacity=None,
-        scales=None,
-        choosing=None,
-    ):
+        layout: str = "expert",
+        expert_alignment: int = 1,
+        capacity: int | None = None,
+        scales: Any = None,
+        choosing: Any = None,
+    ) -> Any:
         """Dispatch on all ranks. Arguments are lists by rank. Needs payload.
 
         Returns
@@ -295,7 +297,7 @@ class Cluster:
             for rank in range(self.size)
         ]
 
-    def combine(self, rows, *, topk_weights=None, bias=None, num_tokens):
+    def combine(self, rows: Any, *, topk_weights: Any = None, bias: Any = None, num_tokens: Any) -> Any:
         """Combine on all ranks after dispatch(). Arguments are lists by rank. Returns y by rank."""
         ys = [torch.full((t, self.hidden), float("nan"), dtype=self.dtype, device="cpu") for t in num_tokens]
         p = self.program()
@@ -303,7 +305,9 @@ class Cluster:
         self.run(p)
         return ys
 
-    def decode_dispatch(self, xs, topk_ids, topk_weights=None, *, scales=None, masked=()):
+    def decode_dispatch(
+        self, xs: Any, topk_ids: Any, topk_weights: Any = None, *, scales: Any = None, masked: Any = ()
+    ) -> Any:
         """Decode dispatch, both phases, on all ranks but dead ones, which the others mask first. Lists by rank."""
         p = self.program()
         p.decode_mask(masked)
@@ -317,16 +321,18 @@ class Cluster:
             per_expert = rows // experts
             received.append(
                 DecodeReceived(
-                    _copy(address + x, xs[rank].dtype, experts, per_expert, self.hidden),
-                    torch.stack([_copy(address + at, torch.float32, per_expert, columns) for at in at_scales])
+                    copy_of(address + x, xs[rank].dtype, experts, per_expert, self.hidden),
+                    torch.stack([copy_of(address + s, torch.float32, per_expert, columns) for s in at_scales])
                     if columns
                     else None,
-                    _copy(address + counts, torch.int64, experts),
+                    copy_of(address + counts, torch.int64, experts),
                 )
             )
         return received
 
-    def decode_combine(self, rows, topk_weights=None, *, num_tokens, masked=()):
+    def decode_combine(
+        self, rows: Any, topk_weights: Any = None, *, num_tokens: Any, masked: Any = ()
+    ) -> Any:
         """Decode combine on all ranks after decode_dispatch(), both phases. Lists by rank. Returns y by rank."""
         ys = [torch.full((t, self.hidden), float("nan"), dtype=self.dtype, device="cpu") for t in num_tokens]
         p = self.program()
@@ -337,11 +343,11 @@ class Cluster:
         self.run(p)
         return ys
 
-    def stats(self):
+    def stats(self) -> Any:
         """Counters of each rank since the last reset(), as in Buffer.stats()."""
         return [self.native.counters(r) for r in range(self.size)]
 
-    def links(self):
+    def links(self) -> Any:
         """Traffic of each rank since the last reset().
 
         Returns
@@ -353,7 +359,9 @@ class Cluster:
 
     # -- times of one step --------------------------------------------------------------------------
 
-    def step(self, topk_ids, *, quant=None, layout="expert", lead_ns=None):
+    def step(
+        self, topk_ids: Any, *, quant: str | None = None, layout: str = "expert", lead_ns: int | None = None
+    ) -> Any:
         """Simulate one dispatch and combine of this routing; return the Step.
 
         Parameters
@@ -376,7 +384,7 @@ class Cluster:
             spans[0], spans[1], float(times[:, :, 1].max() - times[:, :, 0].min()), self.stats(), self.links()
         )
 
-    def decode_step(self, topk_ids, *, quant="fp8", steps=1, lead_ns=None):
+    def decode_step(self, topk_ids: Any, *, quant: Any = "fp8", steps: int = 1, lead_ns: Any = None) -> Any:
         """Simulate decode_dispatch and decode_combine with both receive phases; return the Step.
 
         Parameters
@@ -408,11 +416,11 @@ class Cluster:
 
     # -- inside -------------------------------------------------------------------------------------
 
-    def _received(self, rank, handle, layout, dtype, scale_columns):
+    def _received(self, rank: int, handle: Any, layout: str, dtype: torch.dtype, scale_columns: int) -> Any:
         address, n, (rows, scales, weights, ids, source) = self.native.block(rank, handle)
 
-        def view(offset, dtype, *shape):
-            return _copy(address + offset, dtype, *shape)
+        def view(offset: int, dtype: torch.dtype, *shape: Any) -> Any:
+            return copy_of(address + offset, dtype, *shape)
 
         by_rank = layout == "rank"
         origin = view(source, torch.int64, n)
@@ -429,7 +437,7 @@ class Cluster:
         )
 
 
-def describe_waiting(w):
+def describe_waiting(w: Any) -> str:
     """Describe a waiting role as text."""
     channel = f"[{w['channel']}]" if w["channel"] >= 0 else ""
     return (
@@ -438,13 +446,5 @@ def describe_waiting(w):
     )
 
 
-def _lead(topk_ids, large):
+def _lead(topk_ids: Any, large: Any) -> Any:
     return large if sum(len(ids) for ids in topk_ids) > STRICT_TOKENS else 0.0
-
-
-def _copy(address, dtype, *shape):
-    count = int(np.prod(shape))
-    if count == 0:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    raw = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
-    return torch.frombuffer(raw, dtype=dtype).view(shape).clone()

@@ -6,6 +6,9 @@ one of a dozen exceptions. Here every failure is an InvalidArgument that names t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import io
 import os
 import stat
@@ -19,7 +22,7 @@ from ..errors import InvalidArgument
 _MOST_BYTES = 1 << 40
 
 
-def refuse(op, file, field, got, expected):
+def refuse(op: str, file: Any, field: str, got: Any, expected: Any) -> None:
     """Raise InvalidArgument about a field of a file.
 
     Raises
@@ -30,7 +33,7 @@ def refuse(op, file, field, got, expected):
     raise InvalidArgument(f"{op}: {str(file)!r}: {field} {got}; expected {expected}", op=op)
 
 
-def read_archive(op, file, names, optional=()):
+def read_archive(op: str, file: Any, names: Sequence[str], optional: Any = ()) -> Any:
     """Read an .npz file as np.savez writes it: {name: array} of all `names`, and of those in `optional` that exist.
 
     Raises
@@ -71,7 +74,7 @@ def read_archive(op, file, names, optional=()):
         return arrays
 
 
-def read_array(op, file):
+def read_array(op: str, file: Any) -> Any:
     """Read the array of an .npy file.
 
     Raises
@@ -83,7 +86,7 @@ def read_array(op, file):
         return _array(op, file, "array", opened.read())
 
 
-def read_text(op, file):
+def read_text(op: str, file: Any) -> Any:
     """Read a text file in UTF-8. Invalid bytes become replacement characters.
 
     Raises
@@ -95,7 +98,7 @@ def read_text(op, file):
         return opened.read().decode(errors="replace")
 
 
-def _opened(op, file):
+def _opened(op: str, file: Any) -> Any:
     """Open a regular file for reading. Refuses pipes and devices, which might never end."""
     try:
         fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -108,7 +111,7 @@ def _opened(op, file):
     return os.fdopen(fd, "rb")
 
 
-def _array(op, file, name, raw):
+def _array(op: str, file: Any, name: str, raw: Any) -> Any:
     data = io.BytesIO(raw)
     try:
         version = np.lib.format.read_magic(data)

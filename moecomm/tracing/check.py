@@ -5,6 +5,9 @@ A recording may be damaged, or come from an untrusted source. Every refusal name
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import json
 
 import numpy as np
@@ -26,7 +29,7 @@ _PARTS = ("header", "calls", "phases", "ids", "weights")
 COLLECTIVE = ("dispatch", "combine", "decode_dispatch", "decode_combine")
 
 
-def header_of(file):
+def header_of(file: Any) -> Any:
     """Read the header of a segment as a dict.
 
     Raises
@@ -37,7 +40,7 @@ def header_of(file):
     return _header(file, read_archive(_OP, file, _PARTS)["header"])
 
 
-def segment_of(file):
+def segment_of(file: Any) -> Any:
     """Read a segment: {name: array}, each checked separately; "header" is a dict.
 
     Raises
@@ -53,7 +56,7 @@ def segment_of(file):
         ("ids", np.dtype(ids_dtype(header["num_experts"]))),
         ("weights", np.dtype(np.float32)),
     ):
-        shape = (-1,) if name in ("calls", "phases") else (-1, header["top_k"])
+        shape: tuple[int, ...] = (-1,) if name in ("calls", "phases") else (-1, header["top_k"])
         if parts[name].dtype != dtype or parts[name].shape[1:] != shape[1:] or parts[name].ndim != len(shape):
             refuse(
                 _OP,
@@ -76,7 +79,7 @@ def segment_of(file):
     return parts
 
 
-def sequence(file, rank):
+def sequence(file: Any, rank: Any) -> None:
     """Check the sequence of one rank's calls.
 
     Every plan must be made before it is used, and every token must have picks and, where recorded, weights.
@@ -87,8 +90,9 @@ def sequence(file, rank):
         The sequence is impossible.
     """
     calls = rank.calls
-    made, next_ids, next_weights = [], 0, 0
-    live = {}  # {plan: state} of the two decode steps whose memory is in use
+    made: list[Any] = []
+    next_ids, next_weights = 0, 0
+    live: dict[Any, Any] = {}  # {plan: state} of the two decode steps whose memory is in use
     columns = [calls[name].tolist() for name in ("op", "plan", "tokens", "cached", "weighted", "layout")]
     for i, (op, plan, tokens, cached, weighted, layout) in enumerate(zip(*columns)):
         if cached != (op == "combine") and op != "dispatch":
@@ -163,7 +167,7 @@ def sequence(file, rank):
             )
 
 
-def together(files, ranks):
+def together(files: Any, ranks: Sequence[Any]) -> None:
     """Truncate all ranks to the calls that every rank has written, and check that the calls agree.
 
     files : one file of each rank, for error texts.
@@ -207,8 +211,8 @@ def together(files, ranks):
             r.calls["weighted"] |= weighted & (r.calls["tokens"] == 0)
 
 
-def _header(file, array):
-    def wrong(name, value, expected):
+def _header(file: Any, array: Any) -> Any:
+    def wrong(name: str, value: Any, expected: Any) -> None:
         refuse(_OP, file, f"header.{name}", f"is {spelled(value)}", expected)
 
     try:
@@ -250,19 +254,21 @@ def _header(file, array):
         wrong("rank", header["rank"], f"less than size, {header['size']}")
     if header["size"] % header["ranks_per_node"]:
         wrong("ranks_per_node", header["ranks_per_node"], f"a divisor of size, {header['size']}")
-    shape = [header[name] for name in ("hidden", "num_experts", "top_k", "max_tokens")]
+    shape: Any = [header[name] for name in ("hidden", "num_experts", "top_k", "max_tokens")]
     try:
-        check_shape(header["size"], *shape, _DTYPES[dtype], 20, header["channels"], header["rank"])
+        check_shape(  # type: ignore[call-arg]
+            header["size"], *shape, _DTYPES[dtype], 20, header["channels"], header["rank"]
+        )
     except InvalidArgument as error:
         refuse(_OP, file, "header", f"describes no valid Buffer ({error})", "valid arguments of a Buffer")
-    needed = arena_size(header["size"], *shape, _DTYPES[dtype])
+    needed = arena_size(header["size"], *shape, _DTYPES[dtype])  # type: ignore[call-arg]
     if needed >= _MOST_BYTES:
         refuse(_OP, file, "header", f"needs {needed} bytes", f"a Buffer of less than {_MOST_BYTES} bytes")
     return {name: header[name] for name in ("format", "version", *ints, "dtype")}
 
 
-def _check_calls(file, calls, header):
-    def all_of(ok, name, expected):
+def _check_calls(file: Any, calls: Any, header: Any) -> None:
+    def all_of(ok: Any, name: str, expected: Any) -> None:
         if not ok.all():
             i = int(np.flatnonzero(~ok)[0])
             refuse(_OP, file, f"calls[{i}].{name}", f"is {_shown(calls[name], i)}", expected)
@@ -298,7 +304,7 @@ def _check_calls(file, calls, header):
         all_of(calls[name] < _MOST_BYTES, name, f"less than {_MOST_BYTES}")
 
 
-def _check_phases(file, phases):
+def _check_phases(file: Any, phases: Any) -> None:
     for name, ok, expected in (
         ("role", np.isin(phases["role"], [role[:8] for role in core.ROLES]), "a role"),
         ("begin", np.isfinite(phases["begin"]), "seconds"),
@@ -309,12 +315,12 @@ def _check_phases(file, phases):
             refuse(_OP, file, f"phases[{i}].{name}", f"is {_shown(phases[name], i)}", expected)
 
 
-def _check_ids(file, ids, num_experts):
+def _check_ids(file: Any, ids: Any, num_experts: int) -> None:
     if error := picks_error(ids, num_experts):
         refuse(_OP, file, *error)
 
 
-def picks_error(ids, num_experts):
+def picks_error(ids: Any, num_experts: int) -> Any:
     """Find the first row of ids [T, top_k] with invalid picks: (field, text of the value, expected), or None."""
     wrong = (ids < -1) | (ids >= num_experts)
     if wrong.any():
@@ -328,7 +334,7 @@ def picks_error(ids, num_experts):
     return None
 
 
-def _shown(column, i):
+def _shown(column: Any, i: Any) -> Any:
     try:
         return spelled(column[i].item())
     except ValueError:  # an invalid Unicode string

@@ -7,6 +7,9 @@ A foreign file with the name of a segment is refused before anything is written.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import contextlib
 import os
 import re
@@ -27,17 +30,17 @@ _TEXT = '{"format"'.encode("utf-32-le")  # begin of that member's text
 class Folder:
     """The folder of a recording, opened by one rank. It stays the same folder, even if its path changes meaning."""
 
-    def __init__(self, path, rank, size):
+    def __init__(self, path: Any, rank: Any, size: int) -> None:
         self.path, self._rank, self._size = path, rank, size
         self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    def close(self):
+    def close(self) -> None:
         """Close the folder. May be called repeatedly."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
-    def earlier(self):
+    def earlier(self) -> Any:
         """Names of the files that this rank must remove first: complete and partial segments of an earlier recording.
 
         Raises
@@ -60,19 +63,19 @@ class Folder:
             found.append(name)
         return found
 
-    def remove(self, names):
+    def remove(self, names: Sequence[str]) -> None:
         """Remove the files that `earlier` has returned."""
         for name in names:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=self._fd)
 
-    def try_to_write(self):
+    def try_to_write(self) -> None:
         """Make a file and remove it. Raises OSError if the folder cannot be written."""
         name, file = self._make(0)
         file.close()
         os.unlink(name, dir_fd=self._fd)
 
-    def write(self, number, save):
+    def write(self, number: int, save: Any) -> Any:
         """Write a segment with save(file); return its number: `number`, or the next one that is free.
 
         Readers see complete segments only.
@@ -95,14 +98,14 @@ class Folder:
             with contextlib.suppress(OSError):
                 os.unlink(partial, dir_fd=self._fd)
 
-    def _make(self, number):
+    def _make(self, number: int) -> Any:
         name = f"rank-{self._rank:05d}.{number:03d}.{secrets.token_hex(8)}.partial"
         fd = os.open(
             name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._fd
         )
         return name, os.fdopen(fd, "wb")
 
-    def _publish(self, partial, name):
+    def _publish(self, partial: Any, name: str) -> None:
         try:
             # Unlike rename, link never replaces a file.
             os.link(partial, name, src_dir_fd=self._fd, dst_dir_fd=self._fd, follow_symlinks=False)
@@ -113,7 +116,7 @@ class Folder:
                 raise FileExistsError(name) from None
             os.rename(partial, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
 
-    def _is_ours(self, name):
+    def _is_ours(self, name: str) -> Any:
         try:
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self._fd)
         except OSError:  # a link, a socket, or not readable for this user
@@ -129,7 +132,7 @@ class Folder:
         return empty or (head[:2] == b"PK" and _MEMBER in head[:64] and _TEXT in head)
 
 
-def open_folder(path, rank, size):
+def open_folder(path: Any, rank: Any, size: int) -> Any:
     """Open the Folder of a recording; make it if it does not exist. Changes no file.
 
     Raises

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 FORMAT = 2
@@ -50,6 +52,6 @@ NATIVE_SPAN = np.dtype([("role", "i4"), ("unused", "i4"), ("begin", "i8"), ("end
 PHASE = np.dtype([("role", "U8"), ("begin", "f8"), ("end", "f8")])  # seconds of time.perf_counter
 
 
-def ids_dtype(num_experts):
+def ids_dtype(num_experts: int) -> Any:
     """Dtype of recorded picks."""
     return np.int16 if num_experts <= 32768 else np.int32

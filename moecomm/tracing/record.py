@@ -17,6 +17,8 @@ Payload is not recorded, because the cost of a call depends on the routing alone
 
 from __future__ import annotations
 
+from typing import Any
+
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,14 +65,14 @@ class RankRecording:
         Weights, by plan.
     """
 
-    header: dict
+    header: dict[str, Any]
     calls: np.ndarray
     phases: np.ndarray
-    ids: list
-    weights: list
+    ids: list[Any]
+    weights: list[Any]
 
 
-def load(path):
+def load(path: Any) -> Any:
     """Load a recording: the calls that all ranks have written. The files may be untrusted; everything is checked.
 
     Parameters
@@ -89,7 +91,7 @@ def load(path):
         damaged. The text names the file and the field.
     """
     path = Path(checked_path(OP, "path", path))
-    segments = {}
+    segments: dict[Any, Any] = {}
     for file in _files(path):
         if match := SEGMENT.fullmatch(file):
             segments.setdefault(int(match[1]), {})[int(match[2])] = path / file
@@ -111,7 +113,7 @@ def load(path):
     return ranks
 
 
-def _files(path):
+def _files(path: Any) -> Any:
     try:
         return os.listdir(path)
     except OSError as error:
@@ -122,7 +124,7 @@ def _files(path):
         ) from None
 
 
-def _load_rank(rank, files):
+def _load_rank(rank: Any, files: Any) -> Any:
     """Load and check all segments of one rank. ids and weights of the result are not yet split by plan."""
     if sorted(files) != list(range(len(files))):
         missing = min(set(range(len(files))) - set(files))
@@ -142,16 +144,17 @@ def _load_rank(rank, files):
                 f"is {part['header']}",
                 f"the header of {files[0].name}, with rank {rank}",
             )
-    whole = RankRecording(
-        first, *(np.concatenate([p[name] for p in parts]) for name in ("calls", "phases", "ids", "weights"))
-    )
+    joined: Any = (np.concatenate([p[name] for p in parts]) for name in ("calls", "phases", "ids", "weights"))
+    whole = RankRecording(first, *joined)
     sequence(files[0], whole)
     return whole
 
 
-def _split_by_plan(rank):
+def _split_by_plan(rank: Any) -> None:
     """Split ids and weights by plan."""
-    of_plan_ids, of_plan_weights, at, weights_at = [], [], 0, 0
+    of_plan_ids: list[Any] = []
+    of_plan_weights: list[Any] = []
+    at, weights_at = 0, 0
     for call in rank.calls[
         np.isin(rank.calls["op"], ("dispatch", "decode_dispatch", "decode_combine")) & ~rank.calls["cached"]
     ]:

@@ -6,6 +6,9 @@ given once. The Buffer keeps working, and close() still releases everything.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import contextlib
 import json
 import os
@@ -27,7 +30,7 @@ SEGMENT_BYTES = 64 << 20
 LOOK_SECONDS, FLUSH_SECONDS = 0.5, 60.0
 
 
-def check_folder(path, rank, size):
+def check_folder(path: Any, rank: Any, size: int) -> None:
     """Check that this rank can record to the folder. Removes nothing of an earlier recording.
 
     Raises
@@ -46,21 +49,21 @@ class Recorder:
     records.
     """
 
-    def __init__(self, path, memory):
+    def __init__(self, path: Any, memory: Any) -> None:
         self._source = NativeCalls(memory.native, memory.top_k, memory.num_experts)
         self.record(True)
         self.segments = Segments(path, memory, self._source)
         self._finalizer = weakref.finalize(self, self.segments.close)
 
-    def record(self, on):
+    def record(self, on: bool) -> None:
         """Continue recording dispatch and combine, or pause."""
         self._source.record(on)
 
-    def record_decode(self, native):
+    def record_decode(self, native: Any) -> None:
         """Record the calls of the decode path as well, from its creation on."""
         native.record(self._source.recording)
 
-    def close(self):
+    def close(self) -> None:
         """Write the rest and end the recording."""
         self._finalizer()
 
@@ -68,20 +71,20 @@ class Recorder:
 class NativeCalls:
     """Records of a native host buffer: a source of segments."""
 
-    def __init__(self, native, top_k, num_experts):
+    def __init__(self, native: Any, top_k: int, num_experts: int) -> None:
         self._native, self._top_k, self._ids = native, top_k, ids_dtype(num_experts)
         self.recording = core.Recording(top_k, num_experts)
 
-    def record(self, on):
+    def record(self, on: bool) -> None:
         """Continue recording, or pause."""
         self._native.record(self.recording if on else None)
 
     @property
-    def nbytes(self):
+    def nbytes(self) -> Any:
         """Bytes that take() would return."""
         return self.recording.nbytes
 
-    def take(self):
+    def take(self) -> Any:
         """Take the records since the last call: (calls, phases, ids, weights)."""
         calls, ids, weights, spans = self._native.take(self.recording)
         native, timeline = np.frombuffer(calls, NATIVE_CALL), np.frombuffer(spans, NATIVE_SPAN)
@@ -116,7 +119,7 @@ class Segments:
     Separate from Recorder, so that the finalizer of Recorder can still write at the end of the process.
     """
 
-    def __init__(self, path, memory, source):
+    def __init__(self, path: Any, memory: Any, source: Any) -> None:
         comm = memory.comm
         self._path, self._rank, self.source = str(path), comm.rank, source
         self._header = dict(
@@ -138,13 +141,15 @@ class Segments:
             0,
             os.getpid(),
         )
-        self._folder, self._failure, self._reported = None, None, False
+        self._folder: Folder | None = None
+        self._failure: BaseException | None = None
+        self._reported = False
         with self._fails_once():
             self._folder = Folder(path, comm.rank, comm.size)
             self._folder.remove(self._folder.earlier())
         threading.Thread(target=self._run, name="moecomm recording", daemon=True).start()
 
-    def _run(self):
+    def _run(self) -> None:
         written = time.monotonic()
         while not self._closed.wait(LOOK_SECONDS):
             if self._failure is not None:
@@ -158,7 +163,7 @@ class Segments:
                 written = time.monotonic()
                 self._report(raising=False)
 
-    def close(self):
+    def close(self) -> None:
         """Write the rest and release everything. Warns once if the recording is incomplete."""
         if os.getpid() != self._process:  # the end of a forked child: the recording belongs to its parent
             return
@@ -169,37 +174,38 @@ class Segments:
                 self._folder.close()
         self._report()
 
-    def write(self):
+    def write(self) -> None:
         """Write the present records, if there are any; the first segment is written in any case. Never raises."""
         with self._lock, self._fails_once():  # the lock keeps the segments in order
             if self._failure is not None or not self.source.nbytes and self._number:
                 return
             calls, phases, ids, weights = self.source.take()
             header = np.array(json.dumps(self._header))
-            self._number = 1 + self._folder.write(
+            folder: Any = self._folder  # it is open: a recorder that could not open it has failed
+            self._number = 1 + folder.write(
                 self._number,
                 lambda file: np.savez(
                     file, header=header, calls=calls, phases=phases, ids=ids, weights=weights
                 ),
             )
 
-    def fail(self, error):
+    def fail(self, error: BaseException) -> None:
         """End the recording because of this error."""
         if self._failure is None:
             self._failure = error
 
     @contextlib.contextmanager
-    def _fails_once(self):
+    def _fails_once(self) -> Iterator[Any]:
         try:
             yield
         except Exception as error:  # in any case, the Buffer must keep working and be released
             self.fail(error)
 
-    def _discard(self):
+    def _discard(self) -> None:
         with self._lock, self._fails_once():
             self.source.take()
 
-    def _report(self, raising=True):
+    def _report(self, raising: bool = True) -> None:
         if self._failure is None or self._reported:
             return
         text = (

@@ -6,6 +6,10 @@ are redistributed over the ranks, so rows and bytes differ.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+import argparse
+
 import json
 import time
 from dataclasses import dataclass
@@ -27,13 +31,13 @@ class Script:
 
     size: int
     ranks_per_node: int
-    buffer: dict
+    buffer: dict[str, Any]
     calls: np.ndarray  # [calls, ranks]
-    ids: list  # [plan][rank] int64 Tensor [T, top_k]
-    weights: list  # [plan][rank] float32 Tensor or None
+    ids: list[Any]  # [plan][rank] int64 Tensor [T, top_k]
+    weights: list[Any]  # [plan][rank] float32 Tensor or None
 
     @property
-    def dtype(self):
+    def dtype(self) -> Any:
         """Dtype of the rows in combine."""
         return getattr(torch, self.buffer["dtype"])
 
@@ -54,7 +58,7 @@ class Replayed:
     seconds: np.ndarray
 
 
-def script_of(ranks, size=None):
+def script_of(ranks: Sequence[Any], size: int | None = None) -> Any:
     """Make the Script of a recording (record.load). If `size` differs, redistribute the tokens over `size` ranks.
 
     Raises
@@ -80,7 +84,7 @@ def script_of(ranks, size=None):
     return script if size in (None, script.size) else _redistributed(script, size)
 
 
-def _redistributed(script, size):
+def _redistributed(script: Any, size: int) -> Any:
     if size < 1 or script.buffer["num_experts"] % size:
         raise InvalidArgument(
             f"--ranks is {size}; expected a divisor of the {script.buffer['num_experts']} experts",
@@ -89,7 +93,7 @@ def _redistributed(script, size):
     _require_one_order(script, "--ranks", size)
     per_node = next(p for p in range(min(script.ranks_per_node, size), 0, -1) if size % p == 0)
 
-    def split(parts):
+    def split(parts: Any) -> Any:
         return None if parts[0] is None else list(torch.cat(parts).tensor_split(size))
 
     ids, weights = (
@@ -104,7 +108,7 @@ def _redistributed(script, size):
     return Script(size, per_node, buffer, calls, ids, weights)
 
 
-def on_cpu(script):
+def on_cpu(script: Any) -> Any:
     """Replay a Script with rank threads and random rows. Returns Replayed.
 
     Raises
@@ -119,10 +123,12 @@ def on_cpu(script):
             op="replay",
         )
 
-    def main(comm):
+    def main(comm: Any) -> Any:
         buf = Buffer(comm, **dict(script.buffer, dtype=script.dtype))
         generator = torch.Generator().manual_seed(comm.rank)
-        outs, hooks, spans = {}, {}, []
+        outs: dict[int, Any] = {}
+        hooks: dict[int, Any] = {}
+        spans: list[Any] = []
         for call in script.calls[:, comm.rank]:
             x = torch.randn(
                 (int(call["tokens"]), script.buffer["hidden"]),
@@ -179,7 +185,7 @@ def on_cpu(script):
     return Replayed(np.stack([t for t, _ in results]), spans[:, :, 1].max(0) - spans[:, :, 0].min(0))
 
 
-def on_sim(script, hardware=None):
+def on_sim(script: Any, hardware: Any = None) -> Any:
     """Replay a Script in the sim world, without payload. Returns Replayed, with times of the virtual clock.
 
     Raises
@@ -250,7 +256,7 @@ def on_sim(script, hardware=None):
     return Replayed(np.array(stats, np.uint64), (times[:, :, 1].max(1) - times[:, :, 0].min(1)) / 1e6)
 
 
-def _all_or_none(weights, name, value):
+def _all_or_none(weights: Any, name: str, value: Any) -> Any:
     """Weights of a plan by rank, or None if no rank has weights."""
     given = [w is not None for w in weights]
     if any(given) and not all(given):
@@ -262,7 +268,7 @@ def _all_or_none(weights, name, value):
     return weights if all(given) else None
 
 
-def _require_one_order(script, name, value):
+def _require_one_order(script: Any, name: str, value: Any) -> None:
     if (script.calls["op"] != script.calls["op"][:, :1]).any():
         raise InvalidArgument(
             f"{name} is {value!r}; expected the recorded number of ranks in the cpu world, because ranks called their "
@@ -271,13 +277,13 @@ def _require_one_order(script, name, value):
         )
 
 
-def recorded(script):
+def recorded(script: Any) -> Any:
     """The traffic and times in the recording, as Replayed."""
     traffic = np.stack([script.calls[name].sum(0) for name in record.HOPS], axis=1)
     return Replayed(traffic, (script.calls["end_ns"] - script.calls["begin_ns"]).max(1) / 1e9)
 
 
-def arguments(parser):
+def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("path", help="the folder that Buffer(..., record=PATH) wrote")
     parser.add_argument("--world", choices=("cpu", "sim"), default="cpu", help="where to replay")
@@ -285,7 +291,7 @@ def arguments(parser):
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def main(args):
+def main(args: argparse.Namespace) -> int:
     """Replay and print the comparison. The exit status is 1 if rows or bytes differ on the recorded ranks."""
     original = script_of(record.load(args.path))
     script = script_of(record.load(args.path), args.ranks)

@@ -6,6 +6,10 @@ ui.perfetto.dev or chrome://tracing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+import argparse
+
 import contextlib
 import json
 from dataclasses import dataclass
@@ -31,7 +35,7 @@ class Span:
 
 
 @contextlib.contextmanager
-def recording(cluster):
+def recording(cluster: Any) -> Iterator[Any]:
     """Context in which a sim.Cluster logs its roles. spans_of_cluster() reads the log; reset() clears it."""
     cluster.native.set_log(True)
     try:
@@ -40,7 +44,7 @@ def recording(cluster):
         cluster.native.set_log(False)
 
 
-def spans_of_cluster(cluster):
+def spans_of_cluster(cluster: Any) -> Any:
     """Spans of a sim.Cluster: every role and, inside it, its waits. A wait is named after its peer and phase."""
     spans = []
     for line in cluster.native.log():
@@ -56,14 +60,14 @@ def spans_of_cluster(cluster):
     return spans
 
 
-def spans_of_buffers(trace, rank=0):
+def spans_of_buffers(trace: Any, rank: Any = 0) -> Any:
     """Spans of this rank's buffers, from an overlap.Trace. The cpu world runs the channels of a role sequentially."""
     return [
         Span(rank, role, -1, role, begin * 1e6, end * 1e6) for _, role, begin, end in trace.spans("roles")
     ]
 
 
-def save(path, spans):
+def save(path: Any, spans: Any) -> None:
     """Write spans as Chrome/Perfetto JSON. Time starts at the first span."""
     start = min((s.begin for s in spans), default=0.0)
     tracks = sorted(
@@ -97,7 +101,7 @@ def save(path, spans):
         json.dump({"traceEvents": events, "displayTimeUnit": "ns"}, file)
 
 
-def arguments(parser):
+def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     parser.add_argument("out", type=options.file_to_write, help="file to write, .json")
     parser.add_argument("--world", choices=("sim", "cpu"), default="sim", help="where to run")
@@ -111,7 +115,7 @@ def arguments(parser):
     parser.add_argument("--decode", action="store_true", help="trace the decode path")
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
     """Trace one dispatch and combine with uniform routing."""
     import torch
 
@@ -170,7 +174,7 @@ def main(args):
             spans = spans_of_cluster(cluster)
     else:
 
-        def run(comm):
+        def run(comm: Any) -> Any:
             buf = Buffer(comm, **shape)
             with overlap.Trace(buf) as trace:
                 x = torch.randn((args.tokens, model.hidden), dtype=torch.float32, device="cpu").to(

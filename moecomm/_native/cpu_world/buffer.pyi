@@ -4,7 +4,7 @@ import torch
 
 from ..shared.status import Failure
 from .block import Block
-from .chosen import ReplicaRequest
+from .replica_request import ReplicaRequest
 from .communicator import Communicator
 from .first_phase import FirstPhase
 from .plan import Plan

@@ -12,7 +12,7 @@ cdef class ReplicaPolicy:
     def __cinit__(self, const int32_t[::1] physical_to_logical, int experts, int ranks, int nodes, int mode,
                   int activate):
         self.c.reset(new capi.ReplicaPolicy(&physical_to_logical[0], <int>physical_to_logical.shape[0], experts, ranks,
-                                     nodes, <capi.Mode>mode, activate))
+                                            nodes, <capi.Mode>mode, activate))
 
     @property
     def needs_all(self):

@@ -20,8 +20,8 @@ cdef class Decode:
     cdef shared_ptr[cudaapi.DeviceDecode] d
     cdef capi.Shape shape
 
-    def __cinit__(self, geometry, PeerAccess peer_access, Calls calls, int device, hidden, dtype, num_experts, top_k, max_tokens,
-                  bint check, spread, int stages, double timeout):
+    def __cinit__(self, geometry, PeerAccess peer_access, Calls calls, int device, hidden, dtype, num_experts, top_k,
+                  max_tokens, bint check, spread, int stages, double timeout):
         cdef capi.Geometry g = geometry_from(geometry)
         cdef cudaapi.Spread s = spread_of(spread, stages)
         self.shape = shape_of(hidden, dtype, num_experts, top_k, max_tokens, 1, 0, 0)

@@ -21,8 +21,8 @@ from moecomm.errors import InvalidArgument
 cdef class Domain:
     cdef shared_ptr[cudaapi.DeviceDomain] d
 
-    def __cinit__(self, geometry, PeerAccess peer_access, Calls calls, int device, uint64_t heap_bytes, int counters, spread,
-                  int stages, double timeout):
+    def __cinit__(self, geometry, PeerAccess peer_access, Calls calls, int device, uint64_t heap_bytes, int counters,
+                  spread, int stages, double timeout):
         cdef capi.Geometry g = geometry_from(geometry)
         cdef domainrows.DomainShape shape
         cdef cudaapi.Spread s = spread_of(spread, stages)

@@ -5,9 +5,11 @@ import torch
 from ._world import configure, shutdown
 from .buffer import Buffer
 from .config import Config
-from .elastic import ElasticBuffer, EPHandle, get_logical_domain_size, get_physical_domain_size
+from .domains import get_logical_domain_size, get_physical_domain_size
+from .elastic import ElasticBuffer
 from .errors import Unsupported
 from .events import EventHandle, EventOverlap
+from .handles import EPHandle
 from .hybrid_ep_buffer import HybridEPBuffer
 from .install import install, path
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .errors import refuse, require_tensor
@@ -9,12 +11,12 @@ from .errors import refuse, require_tensor
 IDS = (torch.int64, torch.int32)
 
 
-def capturing():
+def capturing() -> Any:
     """Whether a CUDA graph is being captured. The host cannot read tensors then, or make memory for new shapes."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def check_int(op, name, value, least, rank=None):
+def check_int(op: str, name: str, value: Any, least: Any, rank: int | None = None) -> None:
     """Refuse a value that is not an int or is less than `least`.
 
     Raises
@@ -26,13 +28,13 @@ def check_int(op, name, value, least, rank=None):
         refuse(op, f"{name} is {value!r}; expected an int >= {least}", rank)
 
 
-def check_ints(op, rank=None, **values):
+def check_ints(op: str, rank: int | None = None, **values: Any) -> None:
     """Refuse named values that are not ints >= 0."""
     for name, value in values.items():
         check_int(op, name, value, 0, rank)
 
 
-def check_experts(op, num_experts, size, rank):
+def check_experts(op: str, num_experts: Any, size: Any, rank: int) -> None:
     """Refuse a number of experts that is not a positive multiple of the number of ranks.
 
     Raises
@@ -49,7 +51,7 @@ def check_experts(op, num_experts, size, rank):
         refuse(op, f"num_experts is {num_experts!r}; expected a multiple of the {size} ranks", rank)
 
 
-def check_picks(op, topk_idx, topk_weights, tokens, experts, rank):
+def check_picks(op: str, topk_idx: Any, topk_weights: Any, tokens: Any, experts: Any, rank: int) -> Any:
     """Check picks and their weights; return (ids [T, K], weights [T, K] or None).
 
     Raises
@@ -73,7 +75,7 @@ def check_picks(op, topk_idx, topk_weights, tokens, experts, rank):
     return ids, weights
 
 
-def check_rows(op, x, num_rows, rank):
+def check_rows(op: str, x: Any, num_rows: int, rank: int) -> Any:
     """Check the experts' output [num_rows, H] for combine of the core Buffer.
 
     Raises
@@ -95,7 +97,7 @@ def check_rows(op, x, num_rows, rank):
     return rows
 
 
-def sum_of_biases(op, bias, shape, rank):
+def sum_of_biases(op: str, bias: Any, shape: Any, rank: int) -> Any:
     """Sum of one bias or a pair of biases, float32 [T, H]; None if there is none.
 
     Raises
@@ -114,6 +116,6 @@ def sum_of_biases(op, bias, shape, rank):
     return None if not floats else floats[0] if len(floats) == 1 else floats[0] + floats[1]
 
 
-def aligned(counts, alignment):
+def aligned(counts: Any, alignment: Any) -> Any:
     """Round each count up to a multiple of alignment."""
     return [-(-n // alignment) * alignment for n in counts]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ._checks import check_experts, check_int, check_picks
@@ -28,7 +30,7 @@ UNSUPPORTED = {  # methods of deep_ep's ElasticBuffer that are not supported: {n
 }
 
 
-def routing_of(op, handle, world):
+def routing_of(op: str, handle: Any, world: Any) -> Any:
     """The Routing of an EPHandle. Refuses handles of other groups."""
     if not isinstance(handle, EPHandle):
         refuse(
@@ -41,7 +43,18 @@ def routing_of(op, handle, world):
     return handle.routing
 
 
-def check_new(op, world, payload, topk_idx, topk_weights, num_experts, alignment, most, do_expand, sync):
+def check_new(
+    op: str,
+    world: Any,
+    payload: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    num_experts: Any,
+    alignment: Any,
+    most: Any,
+    do_expand: Any,
+    sync: Any,
+) -> Any:
     """Check a dispatch without a handle: (ids, weights or None, {name: value that must be equal on all ranks})."""
     check_int(op, "expert_alignment", alignment, 1, world.rank)
     if num_experts is None or topk_idx is None:
@@ -69,7 +82,9 @@ def check_new(op, world, payload, topk_idx, topk_weights, num_experts, alignment
     return ids, weights, same
 
 
-def new_routing(world, ids, num_experts, most, alignment, do_expand, sync):
+def new_routing(
+    world: Any, ids: Any, num_experts: Any, most: Any, alignment: Any, do_expand: Any, sync: Any
+) -> Any:
     """Make the Routing of a dispatch without a handle."""
     local = num_experts // world.size
     rows = None if sync else rows_for(world.size, most, ids.shape[1], local, alignment, do_expand)
@@ -78,7 +93,7 @@ def new_routing(world, ids, num_experts, most, alignment, do_expand, sync):
     return Routing(world, ids, num_experts, most, 20, how)
 
 
-def wait_for_events(op, rank, event, before_epilogue, on_comm_stream):
+def wait_for_events(op: str, rank: int, event: Any, before_epilogue: Any, on_comm_stream: Any) -> None:
     """Let the current stream wait for previous_event and previous_event_before_epilogue."""
     if event is not None and not on_comm_stream:
         refuse(op, "previous_event is given; expected allocate_on_comm_stream=True with it", rank)
@@ -87,7 +102,17 @@ def wait_for_events(op, rank, event, before_epilogue, on_comm_stream):
     wait_before(op, before_epilogue, True, False, ("previous_event_before_epilogue", names[1]))
 
 
-def check_again(op, world, payload, handle, topk_idx, topk_weights, num_experts, alignment, expand):
+def check_again(
+    op: str,
+    world: Any,
+    payload: Any,
+    handle: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    num_experts: Any,
+    alignment: Any,
+    expand: Any,
+) -> Any:
     """Check a dispatch with a handle: (Routing, weights [T, K] or None)."""
     routing = routing_of(op, handle, world)
     if topk_idx is not None:
@@ -111,15 +136,15 @@ def check_again(op, world, payload, handle, topk_idx, topk_weights, num_experts,
     )
 
 
-def unsupported(name, why):
-    def verb(self, *args, **kwargs):
+def unsupported(name: str, why: str) -> Any:
+    def verb(self: Any, *args: Any, **kwargs: Any) -> None:
         raise Unsupported(f"{name}: {why}", op=name, rank=self.rank_idx)
 
     verb.__name__, verb.__doc__ = name, f"Not supported: {why}."
     return verb
 
 
-def by_column(scales):
+def by_column(scales: Any) -> Any:
     """Copy to column-major order, with every column starting at a multiple of 16 bytes."""
     step = -(-len(scales) * scales.itemsize // 16) * 16 // scales.itemsize
     made = torch.zeros((scales.shape[1], step), dtype=scales.dtype, device=scales.device).t()[: len(scales)]

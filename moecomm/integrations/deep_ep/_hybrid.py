@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ._checks import capturing, check_int
@@ -13,21 +15,21 @@ from .maps import indices_to_map
 
 
 def begin(
-    op,
-    world,
-    config,
-    hidden,
-    scaling_factor,
-    topk_idx,
-    topk_weights,
-    num_of_experts,
-    experts_per_rank,
-    probs,
-    routing_map,
-    handle,
-    same,
-    how,
-):
+    op: str,
+    world: Any,
+    config: Any,
+    hidden: int,
+    scaling_factor: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    num_of_experts: Any,
+    experts_per_rank: Any,
+    probs: Any,
+    routing_map: Any,
+    handle: Any,
+    same: Any,
+    how: Any,
+) -> Any:
     """Begin a dispatch: (Routing, Payload, weights [T, K] or None).
 
     Without a handle all ranks check their arguments and agree on the maximum number of tokens and of picks per token.
@@ -109,7 +111,7 @@ def begin(
     return Routing(world, torch.where(picked, order, -1), experts, most, 20, call), payload, weights
 
 
-def state_of(op, handle, layout, world):
+def state_of(op: str, handle: Any, layout: str, world: Any) -> Any:
     """(Routing, number of rows requested or None) of a handle, or of a tuple with its items."""
     if (
         not isinstance(handle, (tuple, list))
@@ -133,7 +135,7 @@ def state_of(op, handle, layout, world):
     return routing, budget
 
 
-def check_kept(op, world, handle, pad_multiple, num_permuted_tokens):
+def check_kept(op: str, world: Any, handle: Any, pad_multiple: Any, num_permuted_tokens: Any) -> Any:
     """Check that what is given beside a handle is as in the handle: the number of rows requested, or None."""
     routing, budget = state_of(op, handle, "expert", world)
     with Reporting(world, "dispatch") as reporting:
@@ -147,18 +149,18 @@ def check_kept(op, world, handle, pad_multiple, num_permuted_tokens):
     return budget
 
 
-def rows_of(routing, budget):
+def rows_of(routing: Any, budget: Any) -> Any:
     """Number of rows in the caller's tensors."""
     return routing.num_rows if budget is None else budget
 
 
-def received(payload, out):
+def received(payload: Any, out: Any) -> Any:
     """(rows, scales or None) that a dispatch returned."""
     got = payload.received(out)
     return got if isinstance(got, tuple) else (got, None)
 
 
-def fit(t, rows):
+def fit(t: Any, rows: Any) -> Any:
     """The first rows of a tensor, padded with zeros."""
     if len(t) >= rows:
         return t[:rows]

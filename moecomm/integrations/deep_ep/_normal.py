@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ._checks import IDS, capturing, check_experts, check_int, check_picks
@@ -10,7 +12,7 @@ from .errors import refuse, require_tensor
 from .handles import DispatchHandle
 
 
-def layout_of(ids, experts, ranks):
+def layout_of(ids: Any, experts: Any, ranks: Any) -> Any:
     """(picks per expert int32 [experts], whether a rank gets a token bool [T, ranks]). The ids must be in range."""
     flat = ids.to(torch.int64)
     per_expert = torch.zeros(experts + 1, dtype=torch.int32, device=ids.device)
@@ -22,7 +24,17 @@ def layout_of(ids, experts, ranks):
     return per_expert[1:], in_rank[:, 1:].contiguous()
 
 
-def check_dispatch(world, x, per_rank, in_rank, per_expert, topk_idx, topk_weights, alignment, worst):
+def check_dispatch(
+    world: Any,
+    x: Any,
+    per_rank: Any,
+    in_rank: Any,
+    per_expert: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    alignment: Any,
+    worst: Any,
+) -> Any:
     """Check the arguments of dispatch: (Payload, ids [T, K], weights or None, caller's counts per expert or None)."""
     op = "dispatch"
     payload = Payload(op, x)
@@ -66,7 +78,7 @@ def check_dispatch(world, x, per_rank, in_rank, per_expert, topk_idx, topk_weigh
     return payload, ids, weights, None
 
 
-def routing_of(op, handle, world):
+def routing_of(op: str, handle: Any, world: Any) -> Any:
     """The Routing of a handle. Refuses handles of other groups."""
     if not isinstance(handle, DispatchHandle):
         refuse(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...refusals import report
 
 
@@ -19,17 +21,17 @@ class Reporting:
         Of the core.
     """
 
-    def __init__(self, world, verb):
+    def __init__(self, world: Any, verb: str) -> None:
         self._verb, self._handle = verb, None
         self._core = world.last.get(verb.startswith("decode"))
 
-    def at(self, core, handle):
+    def at(self, core: Any, handle: Any) -> None:
         """Name the core Buffer and its handle."""
         self._core, self._handle = core, handle
 
-    def __enter__(self):
+    def __enter__(self) -> Reporting:
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind: Any, error: BaseException, trace: Any) -> None:
         if error is not None and self._core is not None:
             report(self._core.backend, self._verb, self._handle, error)

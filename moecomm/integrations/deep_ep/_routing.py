@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ...errors import CapacityExceeded
@@ -36,14 +38,18 @@ class Payload:
         x is none of these, its dtype is unknown, or a row is not a multiple of 16 bytes.
     """
 
-    def __init__(self, op, x):
+    def __init__(self, op: str, x: Any) -> None:
         pair = isinstance(x, (tuple, list))
         if pair and len(x) != 2:
             refuse(op, f"x is a {type(x).__name__} of {len(x)}; expected a tensor, or (rows, scales)")
         rows = require_tensor(op, "x", x[0] if pair else x, shape=(None, None))
-        scales = require_tensor(op, "the scales of x", x[1], shape=(rows.shape[0], None)) if pair else None
+        scales: Any = (
+            require_tensor(op, "the scales of x", x[1], shape=(rows.shape[0], None)) if pair else None
+        )
         self.tokens, self.width, self.rows_dtype = rows.shape[0], rows.shape[1], rows.dtype
         self.row_bytes = self.width * rows.dtype.itemsize
+        self.scales_dtype: Any
+        self.scale_bytes: int
         self.scales_dtype, self.scale_bytes = (
             (None, 0) if scales is None else (scales.dtype, scales.shape[1] * scales.dtype.itemsize)
         )
@@ -78,7 +84,7 @@ class Payload:
             self.x = self.x.view(torch.bfloat16)
 
     @property
-    def same(self):
+    def same(self) -> Any:
         """{name: value} that must be equal on all ranks."""
         return {
             "bytes per row of x": self.row_bytes,
@@ -87,7 +93,7 @@ class Payload:
             "the dtype of the scales (by number)": DTYPE_NUMBERS.get(self.scales_dtype, -1),
         }
 
-    def received(self, out):
+    def received(self, out: Any) -> Any:
         """Received rows in the caller's form: Tensor [N, H], or (rows, scales)."""
         if not self._packed:
             return (out.x, out.scales) if isinstance(self.x, tuple) else out.x
@@ -114,7 +120,7 @@ class Routing:
         layout, expert_alignment and capacity for dispatch of the core.
     """
 
-    def __init__(self, world, ids, experts, most, num_sms, how):
+    def __init__(self, world: Any, ids: Any, experts: Any, most: Any, num_sms: int, how: Any) -> None:
         self.world, self.ids, self.experts, self.most, self.num_sms, self.how = (
             world,
             ids,
@@ -123,10 +129,11 @@ class Routing:
             num_sms,
             how,
         )
-        self.tokens, self._plans = ids.shape[0], {}
+        self.tokens = ids.shape[0]
+        self._plans: dict[Any, Any] = {}
         self.num_rows = None
 
-    def dispatch(self, hidden, dtype, x, weights=None):
+    def dispatch(self, hidden: int, dtype: torch.dtype, x: Any, weights: Any = None) -> Any:
         """Dispatch x with the plan of an earlier call on this core Buffer, or a new plan of the same row order.
 
         Collective. Returns Dispatched.
@@ -148,11 +155,11 @@ class Routing:
         return out
 
     @property
-    def first(self):
+    def first(self) -> Any:
         """(core Buffer, its handle) of the dispatch that made this routing."""
         return next(iter(self._plans.values()))
 
-    def plan(self, hidden, dtype):
+    def plan(self, hidden: int, dtype: torch.dtype) -> Any:
         """Return (core Buffer, its handle) for a row size.
 
         For a new row size a dispatch of zeros makes them, which is collective.
@@ -163,12 +170,12 @@ class Routing:
             )
         return self._plans[hidden, dtype]
 
-    def combine(self, rows, bias=None, **how):
+    def combine(self, rows: Any, bias: Any = None, **how: Any) -> Any:
         """Return the sum of each token's rows, [T, H]. Collective."""
         core, handle = self.plan(rows.shape[1], rows.dtype)
         return core.combine(rows, handle, bias=bias, **how)
 
-    def combine_with(self, rows, numbers, bias=None):
+    def combine_with(self, rows: Any, numbers: Any, bias: Any = None) -> Any:
         """Return the sums of each token's rows, [T, H], and of their numbers [N, n], float32 [T, n]. Collective."""
         core, handle = self.plan(rows.shape[1], rows.dtype)
         if numbers is not None and handle.layout == "rank" and numbers.shape[1] == core.top_k:
@@ -178,7 +185,7 @@ class Routing:
         y = core.combine(rows, handle, bias=bias)
         return y, None if numbers is None else self.combine_numbers(numbers)
 
-    def combine_numbers(self, numbers):
+    def combine_numbers(self, numbers: Any) -> Any:
         """Return sums of numbers float32 [N, n] over each token's rows, [T, n], by a separate combine. Collective."""
         n = numbers.shape[1]
         rows = torch.nn.functional.pad(numbers, (0, -n % 4))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import math
 
 _DEFAULT_TOPK = 32  # for num_topk=0, as in deep_ep
 _MEBIBYTES = 1 << 20
 
 
-def bytes_for(group, max_tokens, hidden, top_k, fp8):
+def bytes_for(group: Any, max_tokens: int, hidden: int, top_k: int, fp8: Any) -> Any:
     """Estimated bytes of one dispatch and combine of this shape, a multiple of 2 MiB."""
     size = (
         group.size()
@@ -19,7 +21,7 @@ def bytes_for(group, max_tokens, hidden, top_k, fp8):
     return -(-2 * size * max_tokens * row // (2 * _MEBIBYTES)) * 2 * _MEBIBYTES
 
 
-def rows_for(ranks, max_tokens, top_k, local_experts, alignment, expand):
+def rows_for(ranks: Any, max_tokens: int, top_k: int, local_experts: Any, alignment: Any, expand: Any) -> Any:
     """Maximum number of rows of a dispatch, for calls without do_cpu_sync."""
     rows = ranks * max_tokens
     if not expand:
@@ -28,11 +30,13 @@ def rows_for(ranks, max_tokens, top_k, local_experts, alignment, expand):
     return -(-rows // alignment) * alignment
 
 
-def multiprocessors_for(nodes, per_node, experts, top_k, scaleout_top_k, links):
+def multiprocessors_for(
+    nodes: Any, per_node: int, experts: Any, top_k: int, scaleout_top_k: Any, links: Any
+) -> Any:
     """Number of multiprocessors that saturates the slowest link: even, in 2..64."""
     rdma, nvlink, sm_read, sm_write = links
 
-    def reached(parts):
+    def reached(parts: Any) -> Any:
         """Expected number of distinct parts that contain the top_k distinct experts of a token."""
         each = experts // parts
         return parts * (1 - math.comb(experts - each, top_k) / math.comb(experts, top_k))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import atexit
 
 import torch
@@ -12,12 +14,12 @@ from ...errors import CapacityExceeded, ConfigMismatch, InvalidArgument
 from .errors import refuse
 
 _options = dict(ranks_per_node=None, device=None, timeout=None, patience=None)
-_worlds = {}  # by id of the group; the World keeps the group alive
+_worlds: dict[Any, Any] = {}  # by id of the group; the World keeps the group alive
 _NUMBERS, _TEXT = 24, 40  # int64 words of an agreement: numbers, and the text of a refusal
 _DISPATCHES = 4  # results that fit into the initial arena; it grows
 
 
-def configure(**options):
+def configure(**options: Any) -> None:
     """Set options of the Communicators that are made from now on: ranks_per_node, device, timeout, patience.
 
     None means the default of moecomm.Communicator. The default device is the current GPU if torch has one, else the
@@ -37,7 +39,7 @@ def configure(**options):
     _options.update(options)
 
 
-def shutdown():
+def shutdown() -> None:
     """Release all communicators and windows of the drop-in in this process.
 
     Local. Its Buffers cannot be used afterwards.
@@ -50,7 +52,7 @@ def shutdown():
 atexit.register(shutdown)
 
 
-def world_of(group):
+def world_of(group: Any) -> Any:
     """Return the World of a torch ProcessGroup, a one-dimensional DeviceMesh, an mpi4py Comm or a Communicator.
 
     The first call for a group is collective.
@@ -69,18 +71,19 @@ def world_of(group):
 class World:
     """The ranks of one group. All ranks must make its calls in the same order."""
 
-    def __init__(self, group):
+    def __init__(self, group: Any) -> None:
         self.group, self._owned = group, not isinstance(group, Communicator)
         if self._owned:
             device = _options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-            given = {name: value for name, value in _options.items() if value is not None}
+            given: dict[str, Any] = {name: value for name, value in _options.items() if value is not None}
             group = Communicator(group, **{**given, "device": device})
         self.comm = group
         self.rank, self.size, self.num_nodes = group.rank, group.size, group.num_nodes
-        self._cores, self._calls, self._closed = {}, 0, False
-        self.last = {}  # core Buffers that were used last, by whether for decode
+        self._cores: dict[Any, Any] = {}
+        self._calls, self._closed = 0, False
+        self.last: dict[Any, Any] = {}  # core Buffers that were used last, by whether for decode
 
-    def is_alive(self):
+    def is_alive(self) -> bool:
         """Whether the group still exists."""
         if self._closed:
             return False
@@ -91,7 +94,7 @@ class World:
                 return False
         return not self.comm.order.closed
 
-    def close(self):
+    def close(self) -> None:
         """Release the windows. Results that view them stay valid. Local."""
         if self._closed:
             return
@@ -102,7 +105,7 @@ class World:
         if self._owned:
             self.comm.close()
 
-    def require_open(self, op):
+    def require_open(self, op: str) -> None:
         """Refuse a call after shutdown().
 
         Raises
@@ -115,7 +118,18 @@ class World:
 
     # -- core Buffers -----------------------------------------------------------------------------
 
-    def core(self, hidden, experts, top_k, dtype, tokens, *, decode=False, num_sms=20, name=None):
+    def core(
+        self,
+        hidden: int,
+        experts: Any,
+        top_k: int,
+        dtype: torch.dtype,
+        tokens: Any,
+        *,
+        decode: Any = False,
+        num_sms: int = 20,
+        name: str | None = None,
+    ) -> Any:
         """Return the core Buffer of a shape for at least `tokens` tokens (for decode, exactly `tokens`).
 
         All ranks call it with equal arguments, so either all ranks make the Buffer, which is collective, or none. An
@@ -129,7 +143,7 @@ class World:
             core = self._make(key, tokens, None, num_sms)
         return core
 
-    def _make(self, key, tokens, arena, num_sms):
+    def _make(self, key: Any, tokens: Any, arena: Any, num_sms: int) -> Any:
         hidden, experts, top_k, dtype, decode, _ = key
         shape = dict(hidden=hidden, num_experts=experts, max_tokens=tokens, dtype=dtype)
         if arena is None:
@@ -147,11 +161,11 @@ class World:
         return core
 
     @property
-    def masked(self):
+    def masked(self) -> Any:
         """Ranks that the low-latency verbs do without."""
         return sorted({rank for core in self._cores.values() for rank in core.masked})
 
-    def mask(self, op, rank):
+    def mask(self, op: str, rank: int) -> None:
         """Mask a dead rank in every core Buffer of the low-latency verbs. Collective over the ranks that are left.
 
         Raises
@@ -170,7 +184,7 @@ class World:
             if rank not in core.masked:
                 core.mask([rank])
 
-    def dispatch(self, core, x, ids=None, weights=None, **how):
+    def dispatch(self, core: Any, x: Any, ids: Any = None, weights: Any = None, **how: Any) -> Any:
         """Call core.dispatch; if results of earlier calls fill the arena, with a new core that has a larger one.
 
         Collective. Returns (core, Dispatched).
@@ -190,7 +204,7 @@ class World:
 
     # -- agreement --------------------------------------------------------------------------------
 
-    def scatter(self, values):
+    def scatter(self, values: Any) -> Any:
         """All-to-all of int64 [size, n] on the host: row r goes to rank r; row r of the result is from rank r.
 
         Collective. Uses a core dispatch.
@@ -205,7 +219,7 @@ class World:
         ids = torch.arange(self.size, dtype=torch.int64, device=self.comm.device).view(self.size, 1)
         return core.dispatch(rows, ids, layout="rank").x.cpu().view(torch.int64)[:, : values.shape[1]].clone()
 
-    def agree(self, op, *, same=None, most=(), refusal=None):
+    def agree(self, op: str, *, same: Any = None, most: Any = (), refusal: Any = None) -> Any:
         """Check that all ranks make the same call with the same values; return the maxima of `most` over ranks.
 
         Collective: one small exchange.
@@ -254,13 +268,13 @@ class World:
             raise refusal
         for rank, row in enumerate(numbers):
             if row[2]:
-                text = (
+                told = (
                     bytes(everyone[rank].view(torch.uint8)[8 * _NUMBERS :].tolist())
                     .rstrip(b"\0")
                     .decode(errors="replace")
                 )
                 raise InvalidArgument(
-                    f"{op}: rank {rank} refused its arguments, so nothing was moved on any rank: {text}",
+                    f"{op}: rank {rank} refused its arguments, so nothing was moved on any rank: {told}",
                     op=op,
                     rank=self.rank,
                     peer=rank,

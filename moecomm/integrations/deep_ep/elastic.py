@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ... import ops
@@ -65,23 +67,23 @@ class ElasticBuffer:
 
     def __init__(
         self,
-        group,
-        num_bytes=None,
-        num_cpu_bytes=0,
-        num_max_tokens_per_rank=0,
-        hidden=0,
-        num_topk=0,
-        use_fp8_dispatch=False,
-        deterministic=False,
-        allow_hybrid_mode=True,
-        allow_multiple_reduction=True,
-        prefer_overlap_with_compute=True,
-        sl_idx=3,
-        num_allocated_qps=0,
-        num_cpu_timeout_secs=300,
-        num_gpu_timeout_secs=100,
-        explicitly_destroy=False,
-    ):
+        group: Any,
+        num_bytes: Any = None,
+        num_cpu_bytes: Any = 0,
+        num_max_tokens_per_rank: Any = 0,
+        hidden: int = 0,
+        num_topk: Any = 0,
+        use_fp8_dispatch: Any = False,
+        deterministic: Any = False,
+        allow_hybrid_mode: Any = True,
+        allow_multiple_reduction: Any = True,
+        prefer_overlap_with_compute: Any = True,
+        sl_idx: Any = 3,
+        num_allocated_qps: Any = 0,
+        num_cpu_timeout_secs: Any = 300,
+        num_gpu_timeout_secs: Any = 100,
+        explicitly_destroy: Any = False,
+    ) -> None:
         op = "ElasticBuffer"
         if group is None:
             refuse(op, "group is None; expected a ProcessGroup")
@@ -131,14 +133,14 @@ class ElasticBuffer:
 
     @staticmethod
     def get_buffer_size_hint(
-        group,
-        num_max_tokens_per_rank,
-        hidden,
-        num_topk=0,
-        use_fp8_dispatch=False,
-        allow_hybrid_mode=True,
-        allow_multiple_reduction=True,
-    ):
+        group: Any,
+        num_max_tokens_per_rank: Any,
+        hidden: int,
+        num_topk: Any = 0,
+        use_fp8_dispatch: Any = False,
+        allow_hybrid_mode: Any = True,
+        allow_multiple_reduction: Any = True,
+    ) -> Any:
         """Return bytes for num_bytes: estimated memory of one dispatch and combine, a multiple of 2 MiB. Local."""
         op = "get_buffer_size_hint"
         for name, value in {"num_max_tokens_per_rank": num_max_tokens_per_rank, "hidden": hidden}.items():
@@ -147,35 +149,35 @@ class ElasticBuffer:
         return bytes_for(group, num_max_tokens_per_rank, hidden, num_topk, use_fp8_dispatch)
 
     @staticmethod
-    def capture():
+    def capture() -> Any:
         """Return an EventHandle of all work that the current stream has so far."""
         return EventHandle()
 
-    def get_physical_domain_size(self):
+    def get_physical_domain_size(self) -> Any:
         """Return (nodes, ranks per node)."""
         return self.world.num_nodes, self.world.size // self.world.num_nodes
 
-    def get_logical_domain_size(self):
+    def get_logical_domain_size(self) -> Any:
         """Return (nodes, ranks per node), or (1, ranks) without allow_hybrid_mode."""
         return self.get_physical_domain_size() if self._hybrid else (1, self.world.size)
 
     def get_theoretical_num_sms(
         self,
-        num_experts,
-        num_topk,
-        num_scaleout_topk=0,
-        rdma_gbs=0,
-        nvlink_gbs=0,
-        sm_read_gbs=200,
-        sm_write_gbs=50,
-    ):
+        num_experts: Any,
+        num_topk: Any,
+        num_scaleout_topk: Any = 0,
+        rdma_gbs: Any = 0,
+        nvlink_gbs: Any = 0,
+        sm_read_gbs: Any = 200,
+        sm_write_gbs: Any = 50,
+    ) -> Any:
         """Return the number of multiprocessors that saturates the slowest link: even, in 2..64.
 
         rdma_gbs 0 means 50 GB/s, nvlink_gbs 0 means 160 GB/s.
         """
         check_experts("get_theoretical_num_sms", num_experts, self.num_ranks, self.rank_idx)
         check_int("get_theoretical_num_sms", "num_topk", num_topk, 1, self.rank_idx)
-        return multiprocessors_for(
+        return multiprocessors_for(  # type: ignore[call-arg,misc]
             *self.get_physical_domain_size(),
             num_experts,
             num_topk,
@@ -183,7 +185,7 @@ class ElasticBuffer:
             links=(rdma_gbs, nvlink_gbs, sm_read_gbs, sm_write_gbs),
         )
 
-    def get_theoretical_num_qps(self, num_sms):
+    def get_theoretical_num_qps(self, num_sms: int) -> Any:
         """Return the number of queue pairs that deep_ep would use for num_sms. moecomm chooses its own number."""
         check_int("get_theoretical_num_qps", "num_sms", num_sms, 1, self.rank_idx)
         return 16 * num_sms + 1 if self.num_scaleout_ranks > 1 else min(num_sms, 9)
@@ -192,26 +194,26 @@ class ElasticBuffer:
 
     def dispatch(
         self,
-        x,
-        topk_idx=None,
-        topk_weights=None,
-        cumulative_local_expert_recv_stats=None,
-        num_experts=None,
-        num_max_tokens_per_rank=None,
-        expert_alignment=None,
-        num_sms=0,
-        num_qps=0,
-        previous_event=None,
-        previous_event_before_epilogue=None,
-        async_with_compute_stream=False,
-        allocate_on_comm_stream=False,
-        handle=None,
-        do_handle_copy=True,
-        do_cpu_sync=None,
-        do_expand=False,
-        do_zero_padding=False,
-        use_tma_aligned_col_major_sf=False,
-    ):
+        x: Any,
+        topk_idx: Any = None,
+        topk_weights: Any = None,
+        cumulative_local_expert_recv_stats: Any = None,
+        num_experts: Any = None,
+        num_max_tokens_per_rank: Any = None,
+        expert_alignment: int | None = None,
+        num_sms: int = 0,
+        num_qps: Any = 0,
+        previous_event: Any = None,
+        previous_event_before_epilogue: Any = None,
+        async_with_compute_stream: Any = False,
+        allocate_on_comm_stream: Any = False,
+        handle: Any = None,
+        do_handle_copy: Any = True,
+        do_cpu_sync: Any = None,
+        do_expand: Any = False,
+        do_zero_padding: Any = False,
+        use_tma_aligned_col_major_sf: Any = False,
+    ) -> Any:
         """Send every token to the ranks that own its experts. Collective.
 
         With do_cpu_sync and without a handle, ranks first learn whether a peer refuses its arguments. This costs one
@@ -272,7 +274,9 @@ class ElasticBuffer:
         sync = handle is None if do_cpu_sync is None else bool(do_cpu_sync)
         most = self.num_max_tokens_per_rank if num_max_tokens_per_rank is None else num_max_tokens_per_rank
         stats = cumulative_local_expert_recv_stats
-        refusal, same, routing = None, {}, None
+        refusal: BaseException | None = None
+        same: Any = {}
+        routing: Any = None
         try:
             wait_for_events(
                 op, self.rank_idx, previous_event, previous_event_before_epilogue, allocate_on_comm_stream
@@ -287,7 +291,7 @@ class ElasticBuffer:
                 why = f"x has {payload.tokens} tokens; expected at most num_max_tokens_per_rank = {most}"
                 refuse(op, why, self.rank_idx)
             if handle is not None:
-                given = topk_idx, topk_weights, num_experts, expert_alignment, do_expand
+                given: tuple[Any, ...] = topk_idx, topk_weights, num_experts, expert_alignment, do_expand
                 routing, weights = check_again(op, self.world, payload, handle, *given)
                 alignment, do_expand = handle.expert_alignment, handle.do_expand
             else:
@@ -334,17 +338,17 @@ class ElasticBuffer:
 
     def combine(
         self,
-        x,
-        handle,
-        topk_weights=None,
-        bias=None,
-        num_sms=0,
-        num_qps=0,
-        previous_event=None,
-        previous_event_before_epilogue=None,
-        async_with_compute_stream=False,
-        allocate_on_comm_stream=False,
-    ):
+        x: Any,
+        handle: Any,
+        topk_weights: Any = None,
+        bias: Any = None,
+        num_sms: int = 0,
+        num_qps: Any = 0,
+        previous_event: Any = None,
+        previous_event_before_epilogue: Any = None,
+        async_with_compute_stream: Any = False,
+        allocate_on_comm_stream: Any = False,
+    ) -> Any:
         """Send the experts' rows back and sum them, without weights. Collective.
 
         Parameters
@@ -402,14 +406,16 @@ class ElasticBuffer:
 
     # -- the rest ---------------------------------------------------------------------------------
 
-    def barrier(self, use_comm_stream=True, with_cpu_sync=False, sequential=True):
+    def barrier(
+        self, use_comm_stream: Any = True, with_cpu_sync: Any = False, sequential: Any = True
+    ) -> None:
         """Wait on the host until all ranks have made this call."""
         self._require_usable("barrier")
         if self.world.comm.device.type == "cuda":
             torch.cuda.current_stream(self.world.comm.device).synchronize()
         self.world.comm.barrier()
 
-    def get_comm_stream(self):
+    def get_comm_stream(self) -> Any:
         """Return the stream on which calls run: the current stream, or None on the CPU."""
         return (
             torch.cuda.current_stream(self.world.comm.device)
@@ -417,7 +423,7 @@ class ElasticBuffer:
             else None
         )
 
-    def destroy(self):
+    def destroy(self) -> None:
         """End this buffer. Needs explicitly_destroy=True."""
         if not self.explicitly_destroy:
             refuse(
@@ -428,7 +434,7 @@ class ElasticBuffer:
             )
         self.destroyed = True
 
-    def _require_usable(self, op):
+    def _require_usable(self, op: str) -> None:
         if self.destroyed:
             refuse(op, "the buffer was destroyed; make a new one", self.rank_idx)
         self.world.require_open(op)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ...errors import InvalidArgument
@@ -11,7 +13,7 @@ class Unsupported(InvalidArgument, NotImplementedError):
     """The call needs a feature of deep_ep that this drop-in lacks. The text says why, and what to use instead."""
 
 
-def refuse(op, what, rank=None):
+def refuse(op: str, what: str, rank: int | None = None) -> None:
     """Raise InvalidArgument for a call.
 
     Raises
@@ -22,14 +24,16 @@ def refuse(op, what, rank=None):
     raise InvalidArgument(f"{op}: {what}", op=op, rank=rank)
 
 
-def describe(value):
+def describe(value: Any) -> str:
     """Text with dtype, shape and device of a tensor, or with the type of any other object."""
     if not isinstance(value, torch.Tensor):
         return f"a {type(value).__qualname__}"
     return f"{'' if value.is_contiguous() else 'non-contiguous '}{value.dtype} {list(value.shape)} on {value.device}"
 
 
-def require_tensor(op, name, value, *, optional=False, dtypes=None, shape=None):
+def require_tensor(
+    op: str, name: str, value: Any, *, optional: bool = False, dtypes: Any = None, shape: Any = None
+) -> Any:
     """Check that a value is a plain dense tensor; return it detached and contiguous.
 
     Parameters

@@ -6,6 +6,8 @@ stream, and an event is a point on that stream.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .errors import refuse
@@ -14,10 +16,10 @@ from .errors import refuse
 class EventHandle:
     """An event of this rank: on a GPU, recorded on the current stream; on the CPU, complete immediately."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._point = torch.cuda.current_stream().record_event() if torch.cuda.is_available() else None
 
-    def current_stream_wait(self):
+    def current_stream_wait(self) -> None:
         """Let the current stream wait for the event. The host does not wait."""
         if self._point is not None:
             torch.cuda.current_stream().wait_event(self._point)
@@ -34,11 +36,12 @@ class EventOverlap:
         Kept alive until the event is released.
     """
 
-    def __init__(self, event=None, extra_tensors=None):
+    def __init__(self, event: Any = None, extra_tensors: Any = None) -> None:
         self.event, self.extra_tensors = event, extra_tensors
-        self._hooks, self._release = [], False
+        self._hooks: list[Any] = []
+        self._release = False
 
-    def current_stream_wait(self, release_handle=False):
+    def current_stream_wait(self, release_handle: Any = False) -> None:
         """Let the current stream wait for the event, then run the registered hooks.
 
         release_handle releases the event and its tensors.
@@ -51,24 +54,24 @@ class EventOverlap:
         if release_handle:
             self.event = self.extra_tensors = None
 
-    def register_hook_after_wait(self, hook):
+    def register_hook_after_wait(self, hook: Any) -> None:
         """Call hook() once, after the next wait."""
         self._hooks.append(hook)
 
-    def __call__(self, release_handle=False):
+    def __call__(self, release_handle: Any = False) -> EventOverlap:
         """Set release_handle for a with statement: `with event(release_handle=True):`."""
         self._release = bool(release_handle)
         return self
 
-    def __enter__(self):
+    def __enter__(self) -> EventOverlap:
         return self
 
-    def __exit__(self, *raised):
+    def __exit__(self, *raised: Any) -> None:
         release, self._release = self._release, False
         self.current_stream_wait(release)
 
 
-def wait_before(op, previous_event, asynchronous, on_comm_stream, names):
+def wait_before(op: str, previous_event: Any, asynchronous: Any, on_comm_stream: Any, names: Any) -> None:
     """Let the current stream wait for the caller's event, before a call begins.
 
     Parameters
@@ -99,6 +102,6 @@ def wait_before(op, previous_event, asynchronous, on_comm_stream, names):
     previous_event.current_stream_wait()
 
 
-def event_of(asynchronous, *keep):
+def event_of(asynchronous: Any, *keep: Any) -> Any:
     """Return the EventOverlap of a call that has just returned."""
     return EventOverlap(EventHandle(), keep) if asynchronous else EventOverlap()

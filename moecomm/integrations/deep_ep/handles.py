@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ._checks import aligned
@@ -14,16 +16,16 @@ class DispatchHandle:
     Opaque: it has none of the tensors of deep_ep's tuple, which belong to deep_ep's kernels.
     """
 
-    def __init__(self, routing):
+    def __init__(self, routing: Any) -> None:
         self.routing = routing
 
-    def __iter__(self):
+    def __iter__(self) -> Any:
         return self._opaque()
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         return self._opaque()
 
-    def _opaque(self):
+    def _opaque(self) -> None:
         raise Unsupported(
             "handle: this handle is opaque; it has none of the tensors in deep_ep's tuple, pass it to calls unchanged",
             op="handle",
@@ -50,7 +52,16 @@ class EPHandle:
         As given to dispatch.
     """
 
-    def __init__(self, routing, out, scaleup_ranks, do_expand, alignment, num_sms, sync):
+    def __init__(
+        self,
+        routing: Any,
+        out: Any,
+        scaleup_ranks: Any,
+        do_expand: Any,
+        alignment: Any,
+        num_sms: int,
+        sync: Any,
+    ) -> None:
         self.routing = routing
         self.topk_idx, self.num_experts, self.num_sms = routing.ids, routing.experts, num_sms
         self.do_expand, self.expert_alignment = do_expand, alignment
@@ -62,10 +73,11 @@ class EPHandle:
             self.psum_num_recv_tokens_per_expert = counts.cumsum(0).to(torch.int32)
         self.num_recv_tokens_per_expert_list = aligned(counts.tolist(), alignment) if sync else []
         self._source_rank, self._source_token = out.source_rank, out.source_token
-        self._scaleup_ranks, self._psum = scaleup_ranks, None
+        self._scaleup_ranks = scaleup_ranks
+        self._psum: torch.Tensor | None = None
 
     @property
-    def psum_num_recv_tokens_per_scaleup_rank(self):
+    def psum_num_recv_tokens_per_scaleup_rank(self) -> Any:
         """Cumulative sums of the received tokens by the local rank of their source, int32 [ranks per node]."""
         if self._psum is None:
             ranks, tokens = self._source_rank, self._source_token
@@ -85,17 +97,17 @@ class EPHandle:
         return self._psum
 
     @property
-    def num_recv_tokens(self):
+    def num_recv_tokens(self) -> int:
         """Number of received tokens. On a GPU the host waits for it."""
         return int(self.psum_num_recv_tokens_per_scaleup_rank[-1])
 
     @property
-    def num_expanded_tokens(self):
+    def num_expanded_tokens(self) -> Any:
         """Number of rows with padding if do_expand is set, else 0."""
         return self.routing.num_rows if self.do_expand else 0
 
     @property
-    def recv_src_metadata(self):
+    def recv_src_metadata(self) -> None:
         """Not supported.
 
         Raises
@@ -113,10 +125,10 @@ class EPHandle:
 class Opaque:
     """An opaque item of a handle, in place of a tensor of hybrid-ep's kernels."""
 
-    def __init__(self, state=None):
+    def __init__(self, state: Any = None) -> None:
         self.state = state
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
         raise Unsupported(

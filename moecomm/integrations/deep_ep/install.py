@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+import argparse
+
 import importlib
 import sys
 from pathlib import Path
@@ -18,7 +21,7 @@ _MODULES = {
 _PATH = Path(__file__).parent / "path"
 
 
-def install(*, force=False):
+def install(*, force: Any = False) -> None:
     """Make `import deep_ep` (also .utils, .buffer and .hybrid_ep_buffer) import this drop-in, in this process.
 
     May be called repeatedly.
@@ -46,16 +49,16 @@ def install(*, force=False):
     sys.modules.update(modules)
 
 
-def path():
+def path() -> str:
     """Return the folder to put first in PYTHONPATH. It contains a package deep_ep that imports this drop-in."""
     return str(_PATH)
 
 
-def arguments(parser):
+def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command: none."""
 
 
-def main(args):
+def main(args: argparse.Namespace) -> int:
     """Print path(); return the exit status."""
     print(path())
     return 0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ...quant import unpack_ue8m0
+from ._attributes import OfBuffer
 from ._checks import IDS, check_experts, check_int
 from ._reporting import Reporting
 from .errors import Unsupported, refuse, require_tensor
@@ -17,12 +20,14 @@ class LowLatencyHandle:
     Items: (src_info, layout_range, max tokens, hidden, num_experts). The first two are opaque and cannot be read.
     """
 
-    def __init__(self, buffer, core, handle, ids, max_tokens, num_experts):
+    def __init__(
+        self, buffer: Any, core: Any, handle: Any, ids: Any, max_tokens: int, num_experts: Any
+    ) -> None:
         self.buffer, self.core, self.handle, self.ids = buffer, core, handle, ids
         self.numbers = max_tokens, core.hidden, num_experts
         self.combined = False
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, int) or not -3 <= index <= 4 or 0 <= index < 2:
             raise Unsupported(
                 "handle: items 0 and 1, src_info and layout_range, belong to deep_ep's kernels and do not exist here; "
@@ -32,11 +37,13 @@ class LowLatencyHandle:
         return self.numbers[index - 2 if index >= 0 else index]
 
 
-class LowLatency:
+class LowLatency(OfBuffer):
     """Mixin of Buffer: low-latency dispatch and combine. Expects world, rank, group_size and _require_usable."""
 
     @staticmethod
-    def get_low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts):
+    def get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank: Any, hidden: int, num_ranks: Any, num_experts: Any
+    ) -> Any:
         """Return bytes for num_rdma_bytes: estimated memory of the low-latency verbs for this shape on each rank."""
         for name, value in {
             "num_max_dispatch_tokens_per_rank": num_max_dispatch_tokens_per_rank,
@@ -49,29 +56,31 @@ class LowLatency:
         rows = num_max_dispatch_tokens_per_rank * num_experts
         return -(-2 * rows * (3 * 2 * hidden + 4 * -(-hidden // 128) + 64) // 128) * 128
 
-    def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank, hidden, num_experts):
+    def clean_low_latency_buffer(
+        self, num_max_dispatch_tokens_per_rank: Any, hidden: int, num_experts: Any
+    ) -> None:
         """Do nothing: normal mode and low-latency mode share no memory."""
         self._require_usable("clean_low_latency_buffer")
 
     def low_latency_dispatch(
         self,
-        x,
-        topk_idx,
-        num_max_dispatch_tokens_per_rank,
-        num_experts,
-        cumulative_local_expert_recv_stats=None,
-        dispatch_wait_recv_cost_stats=None,
-        use_fp8=True,
-        round_scale=False,
-        use_ue8m0=False,
-        async_finish=False,
-        return_recv_hook=False,
+        x: Any,
+        topk_idx: Any,
+        num_max_dispatch_tokens_per_rank: Any,
+        num_experts: Any,
+        cumulative_local_expert_recv_stats: Any = None,
+        dispatch_wait_recv_cost_stats: Any = None,
+        use_fp8: Any = True,
+        round_scale: Any = False,
+        use_ue8m0: Any = False,
+        async_finish: Any = False,
+        return_recv_hook: Any = False,
         *,
-        topk_weights=None,
-        x_global_scale=None,
-        use_nvfp4=False,
-        use_ue8m0_for_sf=False,
-    ):
+        topk_weights: Any = None,
+        x_global_scale: Any = None,
+        use_nvfp4: Any = False,
+        use_ue8m0_for_sf: Any = False,
+    ) -> Any:
         """Send every token to the ranks that own its experts, with low latency. Collective.
 
         The first call of a shape reserves its memory.
@@ -176,9 +185,9 @@ class LowLatency:
                 scales = torch.empty(
                     (local, words, received.x.shape[1]), dtype=torch.float32, device=x.device
                 ).transpose(1, 2)
-        done = []
+        done: list[Any] = []
 
-        def hook():
+        def hook() -> None:
             if done:
                 return
             done.append(True)
@@ -204,26 +213,26 @@ class LowLatency:
 
     def low_latency_combine(
         self,
-        x,
-        topk_idx,
-        topk_weights,
-        handle,
-        use_logfmt=False,
-        zero_copy=False,
-        async_finish=False,
-        return_recv_hook=False,
-        out=None,
-        combine_wait_recv_cost_stats=None,
+        x: Any,
+        topk_idx: Any,
+        topk_weights: Any,
+        handle: Any,
+        use_logfmt: Any = False,
+        zero_copy: Any = False,
+        async_finish: Any = False,
+        return_recv_hook: Any = False,
+        out: Any = None,
+        combine_wait_recv_cost_stats: Any = None,
         *,
-        overlap=False,
-        src_signals=None,
-        src_signal_expect_value=0,
-        packed_recv_count=None,
-        comp_signal=None,
-        block_m=64,
-        threshold=0,
-        num_sms=3,
-    ):
+        overlap: Any = False,
+        src_signals: Any = None,
+        src_signal_expect_value: Any = 0,
+        packed_recv_count: Any = None,
+        comp_signal: Any = None,
+        block_m: Any = 64,
+        threshold: Any = 0,
+        num_sms: int = 3,
+    ) -> Any:
         """Send the experts' rows back and compute their weighted sum. Collective.
 
         Parameters
@@ -307,16 +316,16 @@ class LowLatency:
                 return_hook=return_recv_hook,
                 out=out,
             )
-        done = []
+        done: list[Any] = []
 
-        def hook():
+        def hook() -> None:
             if not done:
                 done.append(True)
                 wait()
 
         return y, event_of(async_finish, x, topk_idx, topk_weights), hook if return_recv_hook else None
 
-    def get_next_low_latency_combine_buffer(self, handle):
+    def get_next_low_latency_combine_buffer(self, handle: Any) -> Any:
         """Return memory for the experts' output, [local experts, ranks * max, hidden].
 
         low_latency_combine(zero_copy=True) sends it without a copy.
@@ -327,7 +336,7 @@ class LowLatency:
 
     # -- rank masks -------------------------------------------------------------------------------
 
-    def low_latency_update_mask_buffer(self, rank_to_mask, mask=False):
+    def low_latency_update_mask_buffer(self, rank_to_mask: Any, mask: Any = False) -> None:
         """Mask a dead rank: the low-latency verbs go on without it. Collective over the ranks that are left.
 
         Picks of its experts count as -1 from the next low_latency_dispatch on. The Buffer's memory and captured CUDA
@@ -360,7 +369,7 @@ class LowLatency:
         elif rank_to_mask in self.world.masked:
             self._refuse_return(op, rank_to_mask)
 
-    def low_latency_query_mask_buffer(self, mask_status):
+    def low_latency_query_mask_buffer(self, mask_status: Any) -> None:
         """Fill mask_status, int32 [ranks]: 1 for masked ranks, else 0."""
         self._require_masks("low_latency_query_mask_buffer")
         require_tensor(
@@ -374,7 +383,7 @@ class LowLatency:
         for rank in self.world.masked:
             mask_status[rank] = 1
 
-    def low_latency_clean_mask_buffer(self):
+    def low_latency_clean_mask_buffer(self) -> None:
         """Do nothing if no rank is masked.
 
         Raises
@@ -387,7 +396,7 @@ class LowLatency:
         if self.world.masked:
             self._refuse_return(op, self.world.masked[0])
 
-    def _refuse_return(self, op, rank):
+    def _refuse_return(self, op: str, rank: int) -> None:
         raise Unsupported(
             f"{op}: rank {rank} is masked and cannot return; expected a new Buffer for a group of the ranks that are "
             "there (moecomm.Communicator.join, shrink)",
@@ -396,7 +405,7 @@ class LowLatency:
             peer=rank,
         )
 
-    def _require_masks(self, op):
+    def _require_masks(self, op: str) -> None:
         self._require_usable(op)
         if not self.enable_shrink:
             refuse(
@@ -406,7 +415,7 @@ class LowLatency:
                 self.rank,
             )
 
-    def _require_low_latency(self, op):
+    def _require_low_latency(self, op: str) -> None:
         self._require_usable(op)
         if not self.low_latency_mode:
             refuse(
@@ -415,7 +424,7 @@ class LowLatency:
                 self.rank,
             )
 
-    def _require_absent(self, op, **values):
+    def _require_absent(self, op: str, **values: Any) -> None:
         for name, value in values.items():
             if value is not None:
                 raise Unsupported(
@@ -425,7 +434,7 @@ class LowLatency:
                     rank=self.rank,
                 )
 
-    def _check_ll_handle(self, op, handle):
+    def _check_ll_handle(self, op: str, handle: Any) -> None:
         if not isinstance(handle, LowLatencyHandle) or handle.buffer.world is not self.world:
             refuse(
                 op,
@@ -434,6 +443,6 @@ class LowLatency:
             )
 
 
-def _require_one(op, async_finish, return_recv_hook):
+def _require_one(op: str, async_finish: Any, return_recv_hook: Any) -> None:
     if async_finish and return_recv_hook:
         refuse(op, "async_finish and return_recv_hook are both set; expected at most one of them")

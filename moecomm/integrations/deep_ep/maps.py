@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ._checks import IDS, check_int
 from .errors import refuse, require_tensor
 
 
-def indices_to_map(topk_idx, topk_weights, num_of_tokens, num_of_experts):
+def indices_to_map(topk_idx: Any, topk_weights: Any, num_of_tokens: Any, num_of_experts: Any) -> Any:
     """Convert picks to dense maps: bool [T, E], and float32 [T, E] or None without weights. -1 is no pick.
 
     Raises

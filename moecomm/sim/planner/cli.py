@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+import argparse
+
 import json
 import sys
 from pathlib import Path
@@ -12,7 +15,7 @@ from .question import ask
 from .sweeps import make_plan
 
 
-def arguments(parser):
+def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     add = parser.add_argument
     add("--model", default="deepseek-v3", help="name of a shape in moecomm.presets")
@@ -60,7 +63,7 @@ def arguments(parser):
     add("--json", action="store_true", help="print JSON")
 
 
-def main(args):
+def main(args: argparse.Namespace) -> int:
     """Run the planner and print its result."""
     question = ask(
         args.model,
@@ -75,7 +78,7 @@ def main(args):
         slots_per_rank=args.slots_per_rank,
     )
 
-    def progress(done, of, what):
+    def progress(done: Any, of: Any, what: str) -> None:
         if sys.stderr.isatty():
             bar = "#" * (30 * done // of)
             print(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -48,12 +50,12 @@ class Prediction:
     buffer_bytes: int
 
     @property
-    def communication_us(self):
+    def communication_us(self) -> Any:
         """Dispatch and combine of the slowest rank, for which the layer waits."""
         return self.dispatch_slowest_us + self.combine_slowest_us
 
 
-def predict(question, seed=0):
+def predict(question: Any, seed: int = 0) -> Any:
     """Simulate one step of the layer.
 
     Raises
@@ -77,10 +79,10 @@ def predict(question, seed=0):
     )
     step = cluster.decode_step(ids, quant=q.quant) if q.decode else cluster.step(ids, quant=q.quant)
     links = step.links
-    crossed = {
-        hop: np.array([link[hop]["row_bytes"] + link[hop]["other_bytes"] for link in links], float)
+    rail, node = (
+        np.array([link[hop]["row_bytes"] + link[hop]["other_bytes"] for link in links], float)
         for hop in ("rail", "node")
-    }
+    )
     busy = {
         (rank, name): picoseconds
         for rank, link in enumerate(links)
@@ -92,19 +94,18 @@ def predict(question, seed=0):
         float(step.dispatch_us.max()),
         float(np.median(step.combine_us)),
         float(step.combine_us.max()),
-        *(
-            f(crossed[hop])
-            for hop in ("rail", "node")
-            for f in (lambda a: float(a.mean()), lambda a: float(a.max()))
-        ),
+        float(rail.mean()),
+        float(rail.max()),
+        float(node.mean()),
+        float(node.max()),
         f"{name.replace('_', ' ')} of rank {rank}",
         longest / 1e6 / step.total_us,
         _buffer_bytes(q),
     )
 
 
-def _buffer_bytes(q):
-    comm = SimpleNamespace(rank=0, size=q.ranks, ranks_per_node=q.ranks_per_node, num_nodes=q.nodes)
+def _buffer_bytes(q: Any) -> Any:
+    comm: Any = SimpleNamespace(rank=0, size=q.ranks, ranks_per_node=q.ranks_per_node, num_nodes=q.nodes)
     shape = dict(hidden=q.model.hidden, num_experts=q.slots, top_k=q.top_k, max_tokens=q.tokens)
     whole = Buffer.size_hint(comm, **shape, decode=q.decode)
     return whole - Buffer.size_hint(comm, **shape) if q.decode else whole

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,12 +68,12 @@ class Question:
     num_sms: int = 20
 
     @property
-    def nodes(self):
+    def nodes(self) -> Any:
         """Number of nodes."""
         return self.ranks // self.ranks_per_node
 
     @property
-    def groups(self):
+    def groups(self) -> Any:
         """Number of expert groups of the gate: the model's, else one per node."""
         return (
             self.model.num_groups
@@ -82,11 +84,11 @@ class Question:
         )
 
     @property
-    def shared_is_routed(self):
+    def shared_is_routed(self) -> bool:
         """Whether every token also picks the shared expert."""
         return self.top_k > self.model.top_k
 
-    def varied(self, **changes):
+    def varied(self, **changes: Any) -> Any:
         """Return a copy with some attributes replaced."""
         return replace(self, **changes)
 
@@ -95,18 +97,18 @@ MOST_RANKS, MOST_TOKENS = 4096, 1 << 22  # limits of the ranks, and of the token
 
 
 def ask(
-    model,
-    cluster,
-    ranks,
-    tokens,
+    model: Any,
+    cluster: Any,
+    ranks: Any,
+    tokens: Any,
     *,
-    routing="uniform",
-    decode=None,
-    quant="fp8",
-    num_sms=20,
-    top_groups=None,
-    slots_per_rank=None,
-):
+    routing: Any = "uniform",
+    decode: Any = None,
+    quant: str | None = "fp8",
+    num_sms: int = 20,
+    top_groups: int | None = None,
+    slots_per_rank: int | None = None,
+) -> Any:
     """Make a Question from names. Defaults come from the published deployment with this number of ranks, if any.
 
     Parameters
@@ -205,11 +207,11 @@ def ask(
     )
 
 
-def _node_size(ranks, per_node):
+def _node_size(ranks: Any, per_node: int) -> Any:
     return next(p for p in range(min(ranks, per_node), 0, -1) if ranks % p == 0)
 
 
-def route(question, seed=0):
+def route(question: Any, seed: int = 0) -> Any:
     """Slot ids int64 [ranks, tokens, top_k]: picks of the model's gate, spread in rotation over the replicas.
 
     Raises
@@ -239,12 +241,12 @@ def route(question, seed=0):
     return torch.from_numpy(physical.reshape(q.ranks, q.tokens, q.top_k).astype(np.int64))
 
 
-def _placement_groups(q):
+def _placement_groups(q: Any) -> Any:
     fits = q.groups % q.nodes == 0 and q.model.num_experts % q.groups == 0
     return q.groups if fits and not q.shared_is_routed else 1
 
 
-def _gated(q, seed):
+def _gated(q: Any, seed: int) -> Any:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(
         (q.ranks * q.tokens, q.model.num_experts), generator=generator, dtype=torch.float32, device="cpu"
@@ -272,7 +274,7 @@ def _gated(q, seed):
     ).numpy()
 
 
-def _recorded(q):
+def _recorded(q: Any) -> Any:
     ranks = record.load(q.routing)
     header = ranks[0].header
     if (header["num_experts"], header["top_k"]) != (q.model.num_experts, q.model.top_k):

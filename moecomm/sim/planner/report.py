@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import html
 import io
 from dataclasses import asdict
@@ -16,7 +18,7 @@ TITLES = {
 ATTENTION_US = (50, 100, 200, 500, 1000)
 
 
-def summary(plan):
+def summary(plan: Any) -> Any:
     """[(label, text)] of the question and its prediction."""
     q, p = plan.question, plan.prediction
     one, rank = plan.tokens_per_second(p, q.tokens)
@@ -68,7 +70,7 @@ def summary(plan):
     return lines
 
 
-def text(plan):
+def text(plan: Any) -> str:
     """Summary and one table per sweep, as text."""
     out = [f"{what:>16}  {value}" for what, value in summary(plan)]
     for name, swept in plan.sweeps.items():
@@ -86,7 +88,7 @@ def text(plan):
     return "\n".join(out)
 
 
-def as_dict(plan):
+def as_dict(plan: Any) -> Any:
     """The plan as plain values: question, prediction, figures of the summary, sweeps."""
     q = asdict(plan.question)
     q["cluster"] = plan.question.cluster.name
@@ -111,7 +113,7 @@ def as_dict(plan):
     )
 
 
-def page(plan):
+def page(plan: Any) -> str:
     """One self-contained HTML page. The charts need matplotlib, of the extra `bench`."""
     q = plan.question
     rows = "\n".join(
@@ -136,7 +138,7 @@ covers and what it leaves out.</p>
 """
 
 
-def _chart(name, swept):
+def _chart(name: str, swept: Any) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -170,8 +172,9 @@ def _chart(name, swept):
     return out.getvalue()[out.getvalue().index("<svg") :]
 
 
-def _bytes(n):
-    for unit in ("B", "KB", "MB", "GB"):
-        if n < 1000 or unit == "GB":
+def _bytes(n: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if n < 1000:
             return f"{n:.4g} {unit}"
         n /= 1000
+    return f"{n:.4g} GB"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from dataclasses import dataclass, field
 
 from ...errors import InvalidArgument
@@ -37,43 +40,43 @@ class Plan:
     layers: int
     slo_ms: float | None = None
     attention_us: float | None = None
-    sweeps: dict = field(default_factory=dict)
+    sweeps: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def enough_sms(self):
+    def enough_sms(self) -> Any:
         """Smallest number of SMs whose step is at most 5% slower than the fastest."""
         swept = self.sweeps["sms"]
         best = min(p.communication_us for _, p in swept)
         return next(n for n, p in swept if p.communication_us <= ENOUGH * best)
 
-    def step_ms(self, prediction):
+    def step_ms(self, prediction: Any) -> Any:
         """Communication of all layers for two micro-batches, in ms per step. Nothing is hidden by computation."""
         return 2 * self.layers * prediction.communication_us / 1e3
 
-    def tokens_per_second(self, prediction, tokens):
+    def tokens_per_second(self, prediction: Any, tokens: Any) -> Any:
         """Upper bounds from communication alone, for two micro-batches: (tokens/s per request, tokens/s per rank)."""
         per_step = self.step_ms(prediction) / 1e3
         return 1 / per_step, 2 * tokens / per_step
 
-    def hidden_share(self, attention_us):
+    def hidden_share(self, attention_us: float) -> Any:
         """Share of the communication of one micro-batch that attention_us of the other one's computation hides."""
         return min(1.0, attention_us / self.prediction.communication_us)
 
-    def within_slo(self):
+    def within_slo(self) -> Any:
         """Largest number of tokens per rank and micro-batch whose step takes at most slo_ms, or None."""
         fits = [n for n, p in self.sweeps["tokens"] if self.step_ms(p) <= self.slo_ms]
         return max(fits, default=None)
 
 
 def make_plan(
-    question,
+    question: Any,
     *,
-    layers=61,
-    slo_ms=None,
-    attention_us=None,
-    sweeps=("sms", "node_limit", "precision", "ranks", "tokens"),
-    progress=lambda done, of, what: None,
-):
+    layers: int = 61,
+    slo_ms: float | None = None,
+    attention_us: float | None = None,
+    sweeps: Any = ("sms", "node_limit", "precision", "ranks", "tokens"),
+    progress: Any = lambda done, of, what: None,
+) -> Any:
     """Predict the question and its sweeps.
 
     Parameters
@@ -98,7 +101,9 @@ def make_plan(
     todo = [("", None, question)] + [
         (name, value, q) for name in sweeps for value, q in _VARIED[name](question)
     ]
-    answers, plan = {}, Plan(question, None, layers, slo_ms, attention_us)
+    answers: dict[Any, Any] = {}
+    nothing: Any = None  # until the question itself is answered
+    plan = Plan(question, nothing, layers, slo_ms, attention_us)
     for i, (name, value, q) in enumerate(todo):
         progress(i, len(todo), f"{name} {value}" if name else "question")
         if q not in answers:
@@ -111,7 +116,7 @@ def make_plan(
     return plan
 
 
-def _over_ranks(q):
+def _over_ranks(q: Any) -> Any:
     found = []
     for ranks in sorted({*RANKS, q.ranks}):
         try:
@@ -137,7 +142,7 @@ def _over_ranks(q):
     return found
 
 
-_VARIED = {
+_VARIED: dict[str, Callable[[Any], Any]] = {
     "sms": lambda q: [(n, q.varied(num_sms=n)) for n in SMS],
     "node_limit": lambda q: [
         (m, q.varied(top_groups=m))
