@@ -86,7 +86,7 @@ class Environment:
     populate: int = _variable(
         "MOECOMM_POPULATE_BYTES",
         "268435456",
-        "bytes of each window mapping whose pages are populated when it is made",
+        "bytes of arenas whose pages are populated when Buffers are made, for all Buffers of a communicator together",
         _count,
     )
     ucx_direct: bool = _variable(

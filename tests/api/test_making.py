@@ -71,7 +71,7 @@ def test_communicator_arguments(options, message):
         ("CHANNELS", "-1", "channels of a Buffer"),
         ("RAIL", "foo", "auto"),
         ("CHECK", "maybe", "1: every row has a checksum"),
-        ("POPULATE_BYTES", "1GB", "bytes of each window"),
+        ("POPULATE_BYTES", "1GB", "bytes of arenas"),
         ("ISA", "sse9", "avx512 | avx2 | base"),
     ],
 )

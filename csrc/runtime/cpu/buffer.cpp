@@ -21,20 +21,18 @@ uint64_t env_bytes(const char* name, uint64_t otherwise) {
   return text ? std::strtoull(text, nullptr, 10) : otherwise;
 }
 
-// Bytes of the window to populate at start, so that the first balanced dispatches cause no page faults. Pages
-// that only an extreme routing needs are committed when they are first touched.
-uint64_t warm_bytes(const BufferView& view) {
+// Bytes of the arena that the first balanced dispatches use. If they are populated at start, these calls
+// cause no page faults. Pages that only an extreme routing needs are committed when they are first touched.
+uint64_t usual_bytes(const BufferView& view) {
   const Shape& s = view.shape;
-  const uint64_t usual = 4ull * s.max_tokens * s.top_k * s.combine_row_bytes();
-  const uint64_t limit = env_bytes("MOECOMM_POPULATE_BYTES", uint64_t{256} << 20);
-  return std::min(view.node.bytes, view.node.arena.value + std::min(usual, limit));
+  return std::min(uint64_t{4} * s.max_tokens * s.top_k * s.combine_row_bytes(), s.arena_bytes);
 }
 
-PeerMemoryLayout peer_memory_layout(const BufferView& view) {
+PeerMemoryLayout peer_memory_layout(const BufferView& view, uint64_t populated) {
   PeerMemoryLayout p;
   p.window_bytes = view.node.bytes;
   p.window_faults = view.node.faults;
-  p.warm_bytes = warm_bytes(view);
+  p.warm_bytes = view.node.arena.value + populated;
   p.region_bytes = view.rail.bytes;
   p.region_faults = view.rail.faults;
   p.region_counters = view.rail.faults.value;
@@ -47,6 +45,10 @@ PeerMemoryLayout peer_memory_layout(const BufferView& view) {
 
 }  // namespace
 
+Buffer::Populated::Populated(Communicator& comm, uint64_t wanted)
+    : comm(comm),
+      bytes(comm.take_populated(wanted, env_bytes("MOECOMM_POPULATE_BYTES", uint64_t{256} << 20))) {}
+
 uint64_t Buffer::bytes(const Geometry& g, const Shape& s) {
   return node_layout(g, s).bytes + rail_layout(g, s).bytes;
 }
@@ -54,7 +56,8 @@ uint64_t Buffer::bytes(const Geometry& g, const Shape& s) {
 Buffer::Buffer(std::shared_ptr<Communicator> comm, Shape shape, bool check)
     : comm_(std::move(comm)),
       view_(make_view(comm_->geometry(), shape, check)),
-      peer_memory_(comm_, peer_memory_layout(view_)) {
+      populated_(*comm_, usual_bytes(view_)),
+      peer_memory_(comm_, peer_memory_layout(view_, populated_.bytes)) {
   arena_ = std::make_shared<Arena>(view_.node.arena, view_.node.arena + shape.arena_bytes,
                                    dispatch_bound(view_.geometry, shape));
   pool_ = std::make_shared<PlanPool>(view_);

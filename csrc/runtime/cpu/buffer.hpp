@@ -66,8 +66,19 @@ class Buffer {
   // have been chosen, or if a pick is invalid and the rank refuses its part.
   bool ask(const DispatchCall& call, DispatchCall& made, Status& bad);
 
+  // Its share of the bytes that the Buffers of a communicator populate at start.
+  struct Populated {
+    Populated(Communicator& comm, uint64_t wanted);
+    ~Populated() { comm.return_populated(bytes); }
+    Populated(const Populated&) = delete;
+    Populated& operator=(const Populated&) = delete;
+    Communicator& comm;
+    uint64_t bytes;
+  };
+
   std::shared_ptr<Communicator> comm_;
   BufferView view_;
+  Populated populated_;
   PeerMemory peer_memory_;
   std::shared_ptr<Arena> arena_;
   std::shared_ptr<PlanPool> pool_;

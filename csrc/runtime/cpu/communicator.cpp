@@ -1,6 +1,7 @@
 #include "runtime/cpu/communicator.hpp"
 
 #include <unistd.h>
+#include <algorithm>
 
 #include <climits>
 #include <cstring>
@@ -57,6 +58,13 @@ Communicator::Communicator(Geometry geometry, bool threads, RailKind rail, doubl
   }
   if (!ucx_ || !ucx_->is_here()) ucx_ = std::make_unique<UcxContext>();
   ucx_->enter(calls_.mutex(), geometry.size);
+}
+
+uint64_t Communicator::take_populated(uint64_t wanted, uint64_t limit) {
+  uint64_t before = populated_, taken;
+  do taken = std::min(wanted, limit - std::min(before, limit));
+  while (!populated_.compare_exchange_weak(before, before + taken));
+  return taken;
 }
 
 void Communicator::prepare_next() {

@@ -42,6 +42,10 @@ class Communicator {
   bool threads() const { return threads_; }
   // Whether memory is not populated at start, because the ranks of a new generation are waiting for it.
   bool populates_lazily() const { return populates_lazily_; }
+  // Takes `wanted` bytes of the `limit` that all Buffers together may populate at start, or what is left of
+  // it. Without a common limit a model with a Buffer per layer would commit the memory of all layers at once.
+  uint64_t take_populated(uint64_t wanted, uint64_t limit);
+  void return_populated(uint64_t bytes) { populated_ -= bytes; }
   RailKind rail() const { return rail_; }
   double timeout() const { return timeout_; }
   UcxContext* ucx() { return ucx_.get(); }
@@ -81,6 +85,7 @@ class Communicator {
   RailKind rail_;
   double timeout_;
   bool populates_lazily_;
+  std::atomic<uint64_t> populated_{0};
   CallLock calls_;  // must outlive ucx_, whose thread locks it
   std::mutex spare_mutex_;
   std::unique_ptr<UcxContext> spare_;  // for the next generation
