@@ -483,7 +483,9 @@ class Buffer(Shared):  # defines copies and pickles, and uses nothing of Buffer
         topk_weights : Tensor [T, top_k] float32 or None
             None: ones. Must be None if decode_dispatch sent the weights.
         handle : DecodeHandle
-            Handle of the dispatch. It is valid for one combine, until the dispatch after the next one.
+            Handle of the dispatch. It is valid until the dispatch after the next one, for any number of combines, each
+            after the hook of the one before. A further combine first waits until the peers have received the one
+            before: pass its rows in another tensor than handle.rows, or handle.rows unchanged.
         wire : None, "fp8" or "logfmt10"
             Format of rows between nodes: unchanged, or encoded (and decoded for the FP32 sum).
         return_hook : bool

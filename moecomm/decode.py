@@ -33,7 +33,7 @@ __all__ = ["Decode", "DecodeHandle", "DecodePath", "DecodeReceived"]
 
 Hook = Callable[[], None]  # waits for the messages of the others
 
-_SENT, _RECEIVED = 1, 2
+_SENT, _RECEIVED, _ANSWERED, _SUMMED = 1, 2, 3, 4
 _OTHER_IDS = 3  # of BadInput in csrc/base/types.hpp
 
 core.read_tensors_of(torch.Tensor, torch.is_grad_enabled, torch._C._len_torch_dispatch_stack, forward_ad)
@@ -338,9 +338,8 @@ class Decode:
             self._fail(done, "decode_combine")
         if not return_hook:
             return out, None
-        handle.keep(rows, out)
         self._open[handle.epoch & 1] = handle
-        return out, handle.receive_combine
+        return out, handle.keep(rows, out)
 
     def raise_late(self) -> None:
         """Raise what has become of calls on a GPU for which no host waited.
@@ -363,10 +362,12 @@ class Decode:
         refuse_gradients(op, ", or use dispatch and combine", rank=self._rank, **tensors)
 
     def _check_stage(self, stage: int) -> None:
-        if stage == _RECEIVED:
+        if stage in (_RECEIVED, _SUMMED):
             return
         why = {
             0: "is too old (two later dispatches use its memory), or its dispatch failed",
             _SENT: "has not been received; expected its dispatch's hook to be called first",
-        }.get(stage, "has been combined already")
+            _ANSWERED: "is being combined, or this rank has refused its combine; expected the hook of that combine "
+            "to be called first, or a new dispatch",
+        }.get(stage, "is over, because a rank has refused its dispatch or combine; expected a new dispatch")
         raise InvalidArgument(f"decode_combine: handle {why}", op="decode_combine", rank=self._rank)

@@ -10,7 +10,7 @@ from .refusals import made
 if TYPE_CHECKING:
     from .backend import Backend
 
-_STAGES = ("over", "sent", "received", "answered", "done")
+_STAGES = ("gone", "sent", "received", "answered", "done", "over")
 _MAX_TOKENS = 1 << 20
 
 

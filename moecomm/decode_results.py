@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import math
+from functools import partial
 
 import torch
 
 from ._cuda import cuda
 
 from ._native.quant import scale_words
-from .shapes import SCALE_DTYPES
+from .shapes import SCALE_DTYPES, require_count_dtype
 
 
 class DecodeReceived:
@@ -30,16 +32,40 @@ class DecodeReceived:
     ) -> None:
         self.x, self.scales, self.counts, self.handle = x, scales, counts, handle
 
+    def counts_as(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return counts with another dtype: int32 for kernels that want it, or int64. A new tensor of the caller.
+
+        Call it after the hook. On a GPU it runs on the current stream and can be captured.
+
+        Raises
+        ------
+        InvalidArgument
+            dtype is another one.
+        """
+        require_count_dtype(dtype)
+        return self.counts.to(dtype, copy=True)
+
 
 class DecodeHandle:
-    """What decode_combine needs; good for one combine, until the dispatch after the next one.
+    """What decode_combine needs; good for any number of combines, until the dispatch after the next one.
 
     .rows [experts per rank, size * decode_max_tokens, hidden] of the buffer's dtype: a place for the experts' output.
-    Written there (after the dispatch's hook) and passed to decode_combine, it is sent without a staging copy.
+    Written there (after the dispatch's hook) and passed to decode_combine, it is sent without a staging copy. Peers
+    read it from then on: write the rows of a further combine elsewhere.
     """
 
     # decode: the native memory. _keep: what the second phase of the combine reads or writes.
-    __slots__ = ("__weakref__", "_fail", "_keep", "decode", "epoch", "rows", "tokens", "weights_travel")
+    __slots__ = (
+        "__weakref__",
+        "_combines",
+        "_fail",
+        "_keep",
+        "decode",
+        "epoch",
+        "rows",
+        "tokens",
+        "weights_travel",
+    )
 
     def __init__(
         self, decode: Any, fail: Any, rows: torch.Tensor, tokens: int, weights_travel: bool, epoch: int
@@ -47,6 +73,7 @@ class DecodeHandle:
         self.decode, self._fail, self.rows = decode, fail, rows
         self.tokens, self.weights_travel, self.epoch = tokens, weights_travel, epoch
         self._keep: Any = None
+        self._combines = 0
 
     def receive_dispatch(self) -> None:
         """The hook of decode_dispatch."""
@@ -54,16 +81,20 @@ class DecodeHandle:
         if failure is not None:
             self._fail(failure, "decode_dispatch")
 
-    def receive_combine(self) -> None:
-        """The hook of decode_combine."""
+    def receive_combine(self, number: int = 1) -> None:
+        """The hook of a decode_combine: of the first, second, ... of this handle."""
+        if number != self._combines:  # it has been called before
+            return
         failure = self.decode.combine_receive(self.epoch)
         self._keep = None
         if failure is not None:
             self._fail(failure, "decode_combine")
 
-    def keep(self, *tensors: torch.Tensor) -> None:
-        """Keep what the second phase of the combine reads or writes."""
+    def keep(self, *tensors: torch.Tensor) -> Callable[[], None]:
+        """Keep what the second phase of a combine reads or writes. Returns its hook."""
         self._keep = tensors
+        self._combines += 1
+        return self.receive_combine if self._combines == 1 else partial(self.receive_combine, self._combines)
 
 
 class DecodeTensors:

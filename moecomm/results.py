@@ -16,7 +16,7 @@ from ._cuda import cuda
 from . import ops
 from ._native import core
 from .elastic.verdict import require_generation
-from .errors import InvalidArgument
+from .shapes import require_count_dtype
 
 if TYPE_CHECKING:
     from .backend import Backend
@@ -126,8 +126,7 @@ class Dispatched:
         InvalidArgument
             dtype is another one.
         """
-        if dtype not in (torch.int32, torch.int64):
-            raise InvalidArgument(f"dtype is {dtype}; expected torch.int32 or torch.int64", op="counts_as")
+        require_count_dtype(dtype)
         true, padded = self.handle.counts()
         return true.to(dtype), padded.to(dtype)
 

@@ -342,3 +342,14 @@ def arena_hint(
             rank=world.rank,
         )
     return arena_size(world.size, hidden, num_experts, top_k, max_tokens, dtype, dispatches)
+
+
+def require_count_dtype(dtype: torch.dtype) -> None:
+    """Refuse dtypes that counts_as does not return.
+
+    Raises
+    ------
+    InvalidArgument
+    """
+    if dtype not in (torch.int32, torch.int64):
+        raise InvalidArgument(f"dtype is {dtype}; expected torch.int32 or torch.int64", op="counts_as")

@@ -56,10 +56,27 @@ MOE_HD constexpr int flag_mode(uint64_t flag) {
   return static_cast<int>(flag >> kFlagCountBits & ((1 << kFlagModeBits) - 1));
 }
 
+// The flag of an owner's answers. An epoch may be combined several times, `combine` = 0, 1, 2, ...; so the
+// number of the combine is above the mode, and the flag still only grows.
+constexpr int kWhyBits = 7, kCombineBits = kFlagCountBits - kWhyBits;
+constexpr int32_t kMostCombines = 1 << kCombineBits;  // of an epoch
+
+MOE_HD constexpr uint64_t make_answer_flag(uint64_t epoch, int32_t combine, int mode, Why refused) {
+  return make_flag(epoch, 0, 0) | static_cast<uint64_t>(combine) << (kFlagModeBits + kWhyBits) |
+         static_cast<uint64_t>(mode) << kWhyBits | static_cast<uint64_t>(refused);
+}
+MOE_HD constexpr int answer_mode(uint64_t flag) {
+  return static_cast<int>(flag >> kWhyBits & ((1 << kFlagModeBits) - 1));
+}
+MOE_HD constexpr int32_t answer_refusal(uint64_t flag) {
+  return static_cast<int32_t>(flag & ((1 << kWhyBits) - 1));
+}
+
 struct DecodeWindowLayout {
   CounterAt sent;            // flag per parity and local rank: it has staged messages for this rank
   CounterAt answered;        // flag per parity and local rank: its experts' rows may be read, or its sums
                              // have been written here
+  CounterAt released;        // flag per parity and local rank: it has received all combines before that one
   Offset<FaultWord> faults;  // per local rank
   Offset<int32_t> wanted;    // per parity, local rank and slot: the token of the message in this slot
   Offset<int32_t> places;    // per parity, local rank, token and k: the index of that pick's row in `rows`
@@ -96,6 +113,7 @@ MOE_HD constexpr DecodeWindowLayout decode_window_layout(const Geometry& g, cons
   c.take(sizeof(MemoryHeader));
   l.sent = c.take<uint64_t>(2 * p);
   l.answered = c.take<uint64_t>(2 * p);
+  l.released = c.take<uint64_t>(2 * p);
   l.faults = c.take<FaultWord>(p);
   l.wanted = c.take<int32_t>(2 * p * t);
   l.places = c.take<int32_t>(2 * p * t * k);
@@ -115,6 +133,7 @@ MOE_HD constexpr DecodeWindowLayout decode_window_layout(const Geometry& g, cons
 struct DecodeRegionLayout {
   CounterAt sent;                 // flag per parity and rank: its messages have arrived
   CounterAt answered;             // flag per parity and rank: its answers have arrived
+  CounterAt released;             // as in the window
   Offset<FaultWord> faults;       // per rank
   Offset<FaultWord> fault_out;    // source of outgoing puts
   Offset<DecodeHeader> messages;  // per parity, rank of another node and slot
@@ -131,6 +150,7 @@ MOE_HD constexpr DecodeRegionLayout decode_region_layout(const Geometry& g, cons
   c.take(sizeof(MemoryHeader));
   l.sent = c.take<uint64_t>(2 * g.size);
   l.answered = c.take<uint64_t>(2 * g.size);
+  l.released = c.take<uint64_t>(2 * g.size);
   l.faults = c.take<FaultWord>(g.size);
   l.fault_out = c.take<FaultWord>(1);
   l.messages = {c.take(2 * remote * t * decode_message_bytes(s))};

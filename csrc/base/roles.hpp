@@ -21,6 +21,7 @@ enum class RoleKind : int32_t {
   decode_announce,
   decode_accept,
   decode_pack,
+  decode_release,
   decode_answer,
   decode_wait,
   decode_sum,

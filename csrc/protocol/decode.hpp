@@ -3,7 +3,8 @@
 //
 //   dispatch, send      decode_list, [decode_shift_slots], decode_send, decode_announce (decode_send.hpp)
 //   dispatch, receive   decode_accept, decode_number, [decode_shift_places], decode_pack (decode_receive.hpp)
-//   combine, send       decode_answer, decode_reply (decode_answer.hpp)
+//   combine, send       [decode_release, decode_await_release (decode_release.hpp)],
+//                       decode_answer, decode_reply (decode_answer.hpp)
 //   combine, receive    decode_wait_answers, decode_sum (decode_sum.hpp)
 //
 // One group runs them one after another. Many groups divide the tokens of a rank, and the messages that have
@@ -37,6 +38,13 @@
 // the same bank for the next epoch must also follow
 //   (C) it has received combine e-1 before it sends dispatch e, if it sent that combine at all,
 // so that the receipt of e implies that the rows of e-1 have been read.
+//
+// An epoch may be combined several times. The answers of each combine are in the same places, so before a
+// rank sends anything of a further combine, it follows
+//   (D) every source of its messages has received the combine before.
+// Sources say so when they begin the further combine (decode_release), because only then is it known that
+// there is one. So nothing is added to an epoch that is combined once. With several combines, "it has
+// received combine e" in (B) and (C) means the last one.
 //
 // Dead ranks may be masked between two steps. The view points to a table of them, in memory that a captured
 // call reads in every replay. Picks of a masked rank's experts are treated as -1, so no message is sent to it
@@ -83,6 +91,9 @@ struct DecodeView {
   MOE_HD CounterAt answered_flag(int parity, int local) const {
     return window.answered + (parity * geometry.ranks_per_node + local);
   }
+  MOE_HD CounterAt released_flag(int parity, int local) const {
+    return window.released + (parity * geometry.ranks_per_node + local);
+  }
   MOE_HD Offset<int32_t> wanted(int parity, int local) const {
     return window.wanted + uint64_t(parity * geometry.ranks_per_node + local) * shape.max_tokens;
   }
@@ -124,6 +135,9 @@ struct DecodeView {
   }
   MOE_HD CounterAt remote_answered_flag(int parity, int rank) const {
     return region.answered + (parity * geometry.size + rank);
+  }
+  MOE_HD CounterAt remote_released_flag(int parity, int rank) const {
+    return region.released + (parity * geometry.size + rank);
   }
   // The message of rank `from` in the region of rank `at`.
   MOE_HD Offset<DecodeHeader> landed(int parity, int from, int at, int slot) const {
@@ -167,6 +181,7 @@ struct DecodeTurn {
   int32_t bank = 0;
   int32_t tokens = 0;
   int32_t mode = 0;
+  int32_t combine = 0;      // number of the combine, among those of the epoch
   CallShape call;           // row_bytes and scales of the rows that are sent
   bool weighted = false;    // weights are sent: a rank answers with one row per token
   int32_t* ids = nullptr;   // [T, K] the picks as sent
@@ -179,6 +194,7 @@ struct DecodeTurn {
   float* weights = nullptr;           // [T, K] of combine
   uint64_t* sent_flag = nullptr;      // [R] the value that this rank last gave its flag at that rank
   uint64_t* answered_flag = nullptr;  // [R]
+  uint64_t* released_flag = nullptr;  // [R]
 
   MOE_HD int parity() const { return static_cast<int>(epoch & 1); }
   // Whether this rank refused the dispatch. It then waits for the messages of others, but does not read them.
@@ -201,6 +217,7 @@ MOE_HD inline uint64_t place_decode_turn(const DecodeView& d, char* memory, Deco
   take(t.arrived, size * (d.shape.max_tokens + 2 * picks));
   take(t.sent_flag, size);
   take(t.answered_flag, size);
+  take(t.released_flag, size);
   return c.at;
 }
 
@@ -253,11 +270,10 @@ struct DecodeCombineArgs {
 
 namespace detail {
 
-// The failure when the flag of `rank` has another mode than this rank's call.
-MOE_HD inline Status other_mode(uint64_t flag, int mode, Phase phase, int rank) {
-  if (flag_mode(flag) == kRefusedMode) return {Code::refused, phase, rank, flag_count(flag)};
-  return {
-      Code::mismatch, phase, rank, 0, static_cast<uint64_t>(mode), static_cast<uint64_t>(flag_mode(flag))};
+// The failure when the flag of `rank` has another mode than this rank's call. why: of a refusal.
+MOE_HD inline Status other_mode(int theirs, int32_t why, int mode, Phase phase, int rank) {
+  if (theirs == kRefusedMode) return {Code::refused, phase, rank, why};
+  return {Code::mismatch, phase, rank, 0, static_cast<uint64_t>(mode), static_cast<uint64_t>(theirs)};
 }
 
 // Keeps a failure that is found while other ranks are still awaited: the first refusal, else the last

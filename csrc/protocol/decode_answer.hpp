@@ -147,8 +147,8 @@ MOE_HD void decode_reply(G g, F f, const DecodeCombineArgs& a, int source) {
   g.sync();
   if (g.lane() == 0 && turn.got[source] > 0) {
     if (d.check && !refuses) detail::sign_answers(f, a, source);
-    const uint64_t flag = refuses ? make_flag(turn.epoch, kRefusedMode, static_cast<int64_t>(a.refused))
-                                  : make_flag(turn.epoch, a.mode, turn.got[source]);
+    const uint64_t flag =
+        make_answer_flag(turn.epoch, turn.combine, refuses ? kRefusedMode : a.mode, a.refused);
     const uint64_t add = flag - turn.answered_flag[source];
     turn.answered_flag[source] = flag;
     if (d.same_node(source))

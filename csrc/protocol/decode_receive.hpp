@@ -38,7 +38,7 @@ MOE_HD Status decode_accept(G g, F f, const DecodeReceiveArgs& a, int source, in
     if (part == 0) turn.got[source] = count;
     return flag_mode(flag) == turn.mode || turn.refused()
                ? Status{}
-               : detail::other_mode(flag, turn.mode, Phase::arrive, source);
+               : detail::other_mode(flag_mode(flag), flag_count(flag), turn.mode, Phase::arrive, source);
   });
   got = g.broadcast(count, 0);
   return s;

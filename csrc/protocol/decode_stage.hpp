@@ -5,7 +5,12 @@
 
 namespace moecomm {
 
-enum class DecodeStage : int32_t { idle = 0, sent = 1, received = 2, answered = 3, done = 4 };
+// done: it may be combined again. over: it may not, because a rank has refused its dispatch or combine.
+enum class DecodeStage : int32_t { idle = 0, sent = 1, received = 2, answered = 3, done = 4, over = 5 };
+
+MOE_HD constexpr bool can_combine(DecodeStage stage) {
+  return stage == DecodeStage::received || stage == DecodeStage::done;
+}
 
 // Whether the rule allows to send dispatch e. `last` is the stage of epoch e-1, `before` the stage of e-2.
 MOE_HD constexpr bool keeps_rule_a(DecodeStage last) { return last != DecodeStage::sent; }

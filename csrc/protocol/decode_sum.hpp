@@ -16,14 +16,14 @@ template <LaneFabric F>
 MOE_HD Status wait_answer(F f, const DecodeCombineArgs& a, int rank, Status& found) {
   const DecodeView& d = a.d;
   const int parity = a.turn.parity();
-  const uint64_t at_least = make_flag(a.turn.epoch, 0, 0);
+  const uint64_t at_least = make_answer_flag(a.turn.epoch, a.turn.combine, 0, Why::none);
   const CounterAt at =
       d.same_node(rank) ? d.answered_flag(parity, d.local(rank)) : d.remote_answered_flag(parity, rank);
   MOE_TRY(d.same_node(rank) ? f.wait_node(at, at_least, Phase::sum, rank)
                             : f.wait_rail(at, at_least, Phase::sum, rank));
   const uint64_t flag = *(d.same_node(rank) ? f.window(d.geometry.local(), at) : f.rail(at));
-  if (flag_mode(flag) != a.mode && a.refused == Why::none)
-    keep_finding(found, other_mode(flag, a.mode, Phase::sum, rank));
+  if (answer_mode(flag) != a.mode && a.refused == Why::none)
+    keep_finding(found, other_mode(answer_mode(flag), answer_refusal(flag), a.mode, Phase::sum, rank));
   return {};
 }
 

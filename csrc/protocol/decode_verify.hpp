@@ -55,7 +55,8 @@ MOE_HD Status packed_rows(F f, const DecodeReceiveArgs& a, int source, const Dec
 
 MOE_HD inline uint64_t answer_checksum(const DecodeTurn& turn, const char* answer, uint64_t bytes, int owner,
                                        int64_t pick) {
-  return row_checksum(answer, bytes, checksum_seed(turn.epoch, owner, pick));
+  const uint64_t call = turn.epoch | static_cast<uint64_t>(turn.combine) << 40;
+  return row_checksum(answer, bytes, checksum_seed(call, owner, pick));
 }
 
 // One lane of the source verifies the answer to pick k of token t, which is at `answer`.

@@ -2,6 +2,7 @@
 #pragma once
 #include "protocol/decode_answer.hpp"
 #include "protocol/decode_receive.hpp"
+#include "protocol/decode_release.hpp"
 #include "protocol/decode_send.hpp"
 #include "protocol/decode_sum.hpp"
 #include "schedule/timed.hpp"
@@ -46,6 +47,15 @@ Status run_decode_receive(G g, F f, const DecodeReceiveArgs& a) {
     }));
   }
   return found;
+}
+
+// Before a further combine of an epoch: the experts' rows must not be written before it returns.
+template <Group G, Fabric<G> F>
+Status run_decode_release(G g, F f, const DecodeView& d, const DecodeTurn& turn) {
+  return timed(g, f, RoleKind::decode_release, [&] {
+    decode_release(g, f, d, turn);
+    return decode_await_release(g, f, d, turn);
+  });
 }
 
 template <Group G, Fabric<G> F>

@@ -1,8 +1,9 @@
 // The schedule of one rank's decode on many concurrent groups. Independent of the world, like the protocol. A
-// `|` is a barrier of all groups.
+// `|` is a barrier of all groups (meet).
 //
 //   dispatch, send      list a slice of the tokens | shift its slots, send it | announce to some ranks
 //   dispatch, receive   accept and number a part of a source's messages | shift their places, pack them
+//   a further combine   first: release some owners, await some sources |
 //   combine, send       check the ids, answer a part of a source's messages | reply to some sources
 //   combine, receive    wait for what a slice of the tokens needs, sum it
 //
@@ -13,6 +14,7 @@
 #pragma once
 #include "protocol/decode_answer.hpp"
 #include "protocol/decode_receive.hpp"
+#include "protocol/decode_release.hpp"
 #include "protocol/decode_send.hpp"
 #include "protocol/decode_stage.hpp"
 #include "protocol/decode_sum.hpp"
@@ -169,7 +171,7 @@ MOE_HD Status receive_group(G g, F f, Barrier barrier, const DecodeDispatchWork&
   MOE_TRY(barrier.wait(g));
   // There is no combine for a refused dispatch.
   const bool refused = a.turn.refused() || w.memory.clock->refused == a.turn.epoch;
-  set_stage(g, index, w.memory.clock, a.turn.epoch, refused ? DecodeStage::done : DecodeStage::received);
+  set_stage(g, index, w.memory.clock, a.turn.epoch, refused ? DecodeStage::over : DecodeStage::received);
   for (int i = index; i < slices && found.ok() && !refused; i += groups) {
     const int source = i / parts, part = i % parts, got = a.turn.got[source];
     const int begin = channel_begin(got, part, parts), end = channel_begin(got, part + 1, parts);
@@ -279,15 +281,39 @@ MOE_HD Status decode_dispatch_group(G g, F f, Barrier barrier, const DecodeDispa
   return bad.ok() ? s : bad;
 }
 
+namespace detail {
+
+// Gives `turn` the epoch of the call's ticket, and its tables.
+MOE_HD inline Status find_turn(const DecodeCombineWork& w, DecodeTurn& turn) {
+  const uint64_t latest = w.memory.clock->epoch;
+  turn.epoch = w.memory.clock->turn[latest & 1].ticket == w.ticket ? latest : latest - 1;
+  if (w.memory.clock->turn[turn.epoch & 1].ticket != w.ticket || turn.epoch == 0)
+    return wrong_stage(DecodeStage::received, DecodeStage::idle);
+  place_decode_turn(w.args.d, w.memory.tables + turn.parity() * w.memory.table_bytes, turn);
+  return {};
+}
+
+}  // namespace detail
+
+// Before a further combine of an epoch, which then is like the first. It is a call of its own, so that the
+// first combine keeps its registers.
+template <Group G, Fabric<G> F, GroupBarrier<G> Barrier>
+MOE_HD Status decode_release_group(G g, F f, Barrier barrier, const DecodeCombineWork& w, int index,
+                                   int groups) {
+  DecodeTurn turn = w.args.turn;
+  MOE_TRY(detail::find_turn(w, turn));
+  MOE_TRY(detail::expect_stage(g, index, w.memory.clock, turn.epoch, DecodeStage::done));
+  decode_release(g, f, w.args.d, turn, index, groups);
+  MOE_TRY(decode_await_release(g, f, w.args.d, turn, index, groups));
+  detail::set_stage(g, index, w.memory.clock, turn.epoch, DecodeStage::received);
+  return barrier.wait(g);
+}
+
 template <Group G, Fabric<G> F, GroupBarrier<G> Barrier>
 MOE_HD Status decode_combine_group(G g, F f, Barrier barrier, const DecodeCombineWork& w, int index,
                                    int groups) {
   DecodeCombineArgs a = w.args;
-  const uint64_t latest = w.memory.clock->epoch;
-  a.turn.epoch = w.memory.clock->turn[latest & 1].ticket == w.ticket ? latest : latest - 1;
-  if (w.memory.clock->turn[a.turn.epoch & 1].ticket != w.ticket || a.turn.epoch == 0)
-    return wrong_stage(DecodeStage::received, DecodeStage::idle);
-  place_decode_turn(a.d, w.memory.tables + a.turn.parity() * w.memory.table_bytes, a.turn);
+  MOE_TRY(detail::find_turn(w, a.turn));
   if (w.answers) MOE_TRY(detail::answer_group(g, f, barrier, w, a, index, groups));
   if (!w.sums && a.refused == Why::none) return {};
   const Status s = detail::sum_group(g, f, w, a, index, groups);

@@ -15,6 +15,7 @@ constexpr void open_turn(DecodeTurn& t, const DecodeView& d, uint64_t epoch, con
   t.epoch = epoch;
   t.bank = t.parity();
   t.tokens = refused ? 0 : call.tokens;
+  t.combine = 0;
   t.weighted = call.weighted;
   t.mode = refused ? kRefusedMode : decode_mode(call.quant, call.weighted, rules);
   t.call = CallShape{.row_bytes = coded ? static_cast<uint64_t>(d.shape.hidden) : d.shape.combine_row_bytes(),

@@ -9,6 +9,7 @@ namespace moecomm {
 enum class Rule : int32_t {
   receive_last,   // (A) of protocol/decode.hpp
   sum_before,     // (B) of protocol/decode.hpp
+  await_release,  // (D) of protocol/decode.hpp
   count_by_ones,  // the epoch before e is e-1
   say_mode,       // decode's flags carry the mode of the call
   hold_output,    // a dispatch's part of the arena has room for the experts' output

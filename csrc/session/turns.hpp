@@ -4,13 +4,17 @@
 //
 //             sent           received            answered           summed
 //   idle ------------> sent ----------> received ----------> answered -------> done
-//                        |  received with a failure: idle. This rank refused the dispatch: done
+//                        |                                      ^  |  answered  |
+//                        |                                      '--|------------'
+//                        |  with a failure: idle                   |  refused, or a peer's call differs: over
+//                        |  this rank refused it: over
 //
 // It moves no data and never waits: a runtime runs the phases and reports each of them here. If a runtime
 // enqueues kernels, a stage is what has been enqueued.
 #pragma once
 #include <cstdint>
 
+#include "base/decode_layout.hpp"
 #include "protocol/decode_stage.hpp"
 #include "session/rules.hpp"
 
@@ -26,6 +30,8 @@ class DecodeTurns {
     const Turn& t = turn(epoch);
     return t.epoch == epoch && t.capture == capture ? t.stage : DecodeStage::idle;
   }
+  // The number of combines of an epoch that have been sent: the number of its next one.
+  int32_t combines(uint64_t epoch) const { return turn(epoch).combines; }
 
   // Call before dispatch next() is sent. Runs receive(epoch) if rule (A) requires it, then sum(epoch) if rule
   // (B) does. Both report to this object. Returns the first Status that is not ok.
@@ -39,13 +45,22 @@ class DecodeTurns {
   }
 
   // From here on the memory belongs to next(). capture: of the stream that it is enqueued on; 0: it runs now.
-  void open(uint64_t capture = 0) { turn(next()) = {next(), DecodeStage::idle, capture}; }
+  void open(uint64_t capture = 0) { turn(next()) = {next(), DecodeStage::idle, capture, 0, false}; }
   void sent() { turn(++latest_).stage = DecodeStage::sent; }
   void received(uint64_t epoch, bool ok, bool refused) {
-    turn(epoch).stage = !ok ? DecodeStage::idle : refused ? DecodeStage::done : DecodeStage::received;
+    turn(epoch).stage = !ok ? DecodeStage::idle : refused ? DecodeStage::over : DecodeStage::received;
   }
-  void answered(uint64_t epoch) { turn(epoch).stage = DecodeStage::answered; }
-  void summed(uint64_t epoch) { turn(epoch).stage = DecodeStage::done; }
+  // refused: this rank has sent its refusal instead of answers.
+  void answered(uint64_t epoch, bool refused) {
+    Turn& t = turn(epoch);
+    t.stage = DecodeStage::answered;
+    t.ends = refused;
+    ++t.combines;
+  }
+  void summed(uint64_t epoch, bool ok) {
+    Turn& t = turn(epoch);
+    t.stage = ok && !t.ends && t.combines < kMostCombines ? DecodeStage::done : DecodeStage::over;
+  }
 
   // Call before a dispatch on a stream. An epoch that was opened before a capture cannot be completed inside
   // it, so this is an error. Epochs that an earlier capture left open are dropped here; the
@@ -72,6 +87,8 @@ class DecodeTurns {
     uint64_t epoch = 0;
     DecodeStage stage = DecodeStage::idle;
     uint64_t capture = 0;
+    int32_t combines = 0;
+    bool ends = false;  // after the combine that is under way
   };
   Turn& turn(uint64_t epoch) { return turns_[epoch & 1]; }
   const Turn& turn(uint64_t epoch) const { return turns_[epoch & 1]; }

@@ -21,6 +21,16 @@ def refuse(calls: Any) -> Any:
     return refused
 
 
+def combine_again(calls: Any, weights: Any) -> None:
+    """With some probability, combine the last decode dispatch further times, with other rows."""
+    p, r = calls.program, calls.again
+    for number in range(r.choice([0, 0, 1, 1, 2])):
+        p.decode_combine(weights, flip=4 + number, wire=r.choice([None, None, "fp8", "logfmt10"]))
+        if refuse(calls):
+            return
+        p.decode_hook()
+
+
 def stray(calls: Any, xs: Any, ids: Any) -> None:
     """End the program with a rank that makes another call than its peers. No rank of another node can continue."""
     calls.program.dispatch(ids, xs=[x.new_zeros(x.shape, dtype=torch.bfloat16) for x in xs])

@@ -58,6 +58,7 @@ class Calls:
     program: Any
     pairs: list[Any] = field(default_factory=list)  # arguments of every dispatch, for the oracle
     refusals: random.Random = field(default_factory=random.Random)
+    again: random.Random = field(default_factory=random.Random)
 
 
 def random_world(seed: int, kind: Any = None) -> Any:
@@ -127,7 +128,13 @@ def build(world: Any) -> Any:
         placement=programs.placement(world, r) if world.choice else None,
         arena_bytes=-(-3 * (rows * (4 * hidden + 12 * world.top_k + 128) + 1024) // 4096) * 4096,
     )
-    calls = Calls(world, cluster, cluster.program(), refusals=random.Random(world.seed + 2))
+    calls = Calls(
+        world,
+        cluster,
+        cluster.program(),
+        refusals=random.Random(world.seed + 2),
+        again=random.Random(world.seed + 6),
+    )
     holds = random.Random(world.seed + 3).random() < 0.25  # keep one dispatch's memory during the later ones
     held = False
     deaths = programs.Deaths(calls) if world.mask else None
@@ -228,6 +235,8 @@ def _decode_round(
         p.decode_combine(
             None if travel else weights, flip=number % 3, wire=r.choice([None, None, "fp8", "logfmt10"])
         )
-        programs.refuse(calls)
+        refused = programs.refuse(calls)
         if r.random() < 0.8:
             p.decode_hook()
+            if not refused and not masked:
+                programs.combine_again(calls, None if travel else weights)

@@ -58,16 +58,16 @@ def check_calm_decode(calls: Any) -> None:
                 )
             assert same, f"{calls.world}: calm decode dispatch differs from the oracle on rank {rank}"
         if scales is None:
-            rows = [w.x for w in want]
-            ys = c.decode_combine(
-                rows, None if how["travel"] else weights, num_tokens=[len(x) for x in xs], masked=masked
-            )
-            expected = reference.decode_combine(
-                rows, ids, weights, num_experts=c.num_experts, weights_travel=how["travel"]
-            )
-            assert all(_same(ys[rank], expected[rank]) for rank in left), (
-                f"{calls.world}: calm decode combine differs from the oracle"
-            )
+            for rows in ([w.x for w in want], [-w.x for w in want]):  # the same dispatch is combined twice
+                ys = c.decode_combine(
+                    rows, None if how["travel"] else weights, num_tokens=[len(x) for x in xs], masked=masked
+                )
+                expected = reference.decode_combine(
+                    rows, ids, weights, num_experts=c.num_experts, weights_travel=how["travel"]
+                )
+                assert all(_same(ys[rank], expected[rank]) for rank in left), (
+                    f"{calls.world}: calm decode combine differs from the oracle"
+                )
 
 
 def check_calm(calls: Any) -> None:

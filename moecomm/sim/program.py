@@ -197,7 +197,7 @@ class Program:
     ) -> None:
         """Append the send phase of a decode combine, of the last decode dispatch or, with `earlier`, the one before.
 
-        rows, ys, flip: as for combine.
+        A dispatch may be combined again after the hook of its combine. rows, ys, flip: as for combine.
         """
         c = self._cluster
         weights = topk_weights and [_contiguous(t, torch.float32) for t in topk_weights]

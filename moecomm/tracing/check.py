@@ -135,13 +135,14 @@ def sequence(file: Any, rank: Any) -> None:
         elif op == "decode_receive":
             live[plan] = "received" if live[plan] == "sent" else live[plan]
         elif op == "decode_combine":
-            if live[plan] != "received" or (weighted and made[plan][3]):
+            if live[plan] not in ("received", "summed") or (weighted and made[plan][3]):
                 refuse(
                     _OP,
                     file,
                     f"calls[{i}]",
                     f"combines a step that is {live[plan]}{' and has sent its weights already' * weighted}",
-                    "a step that has been received and not combined, with weights in one call only",
+                    "a step that has been received, and summed if it was combined before, with weights in one call "
+                    "only",
                 )
             live[plan] = "combined"
         elif op == "decode_sum":

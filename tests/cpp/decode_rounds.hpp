@@ -18,6 +18,7 @@ struct DecodeCase {
   int captured = 0;      // steps of a replayed graph, in which tickets and banks repeat; 0: banks alternate
   bool overlap = false;  // a combine is sent after the next dispatch
   int squad = 1;         // warps of a group
+  int combines = 1;      // of every epoch that is combined
 };
 
 constexpr int kDecodeTokens = 5;
@@ -88,6 +89,8 @@ struct SoloDecode {
   Status answer(DecodeState& me, const DecodeCase& c, const DecodeCombineArgs& a, const Input& in, uint64_t) {
     std::copy(in.weights.begin(), in.weights.end(), a.turn.weights);
     const HostFabric<LoopbackRail> f{&me.host, &me.loopback};
+    if (a.turn.combine > 0)
+      MOE_TRY(execute(c.lanes, [&](auto g) { return run_decode_release(g, f, a.d, a.turn); }));
     return execute(c.lanes, [&](auto g) { return run_decode_combine_send(g, f, a); });
   }
   Status sum(DecodeState& me, const DecodeCase& c, const DecodeCombineArgs& a, uint64_t) {
@@ -207,8 +210,11 @@ void DecodeRank::run(Runner& runner, const std::vector<std::vector<Input>>& inpu
     // By rule (C) not if the next epoch has the same bank.
     if (c_.overlap && e < c_.epochs && bank(e) != bank(e + 1)) {
       pending = e;
-    } else if (!answer(runner, e, own(e)) || !sum(runner, e, own(e))) {
-      return;
+    } else {
+      for (int n = 0; n < c_.combines; ++n) {
+        turns_[e & 1].combine = n;
+        if (!answer(runner, e, own(e)) || !sum(runner, e, own(e))) return;
+      }
     }
   }
 }

@@ -39,8 +39,13 @@ class ManyDecode {
   }
   Status answer(DecodeState& me, const DecodeCase& c, const DecodeCombineArgs& a, const Input& in,
                 uint64_t ticket) {
-    return combine(
-        me, c, {a, memory(me, c), ticket, in.ids.data(), nullptr, in.weights.data(), nullptr, true, false});
+    const DecodeCombineWork work{a,       memory(me, c), ticket, in.ids.data(), nullptr, in.weights.data(),
+                                 nullptr, true,          false};
+    if (a.turn.combine > 0)
+      MOE_TRY(each_group(me, c, [&](auto g, auto f, HostBarrier barrier, int i) {
+        return decode_release_group(g, f, barrier, work, i, c.groups);
+      }));
+    return combine(me, c, work);
   }
   Status sum(DecodeState& me, const DecodeCase& c, const DecodeCombineArgs& a, uint64_t ticket) {
     return combine(me, c, {a, memory(me, c), ticket, nullptr, nullptr, nullptr, nullptr, false, true});
@@ -103,6 +108,8 @@ const std::vector<DecodeCase> kCases = {
     {.lanes = 2, .weighted = true, .check = true},
     {.lanes = 3, .quantized = true, .hidden = 160},
     {.overlap = true},
+    {.combines = 3},
+    {.weighted = true, .check = true, .combines = 2},
 };
 
 TEST_CASES(every_row_arrives_and_every_sum_is_right, kCases) {
@@ -114,6 +121,8 @@ const std::vector<DecodeCase> kShared = {
     {.groups = 3},
     {.nodes = 1, .per_node = 3, .groups = 9, .overlap = true},
     {.groups = 5, .overlap = true},
+    {.groups = 3, .combines = 3},
+    {.weighted = true, .check = true, .groups = 5, .combines = 2},
     {.weighted = true, .wire = Wire::fp8, .groups = 5},
     {.quantized = true, .wire = Wire::logfmt10, .groups = 13},
     {.lanes = 3, .groups = 2, .overlap = true},

@@ -123,6 +123,51 @@ def test_decode_steps(gpu, nodes, per_node, scheme, weights_travel, wire):  # no
     moecomm.run_local(rank_main, size, ranks_per_node=per_node, device="cuda:0")
 
 
+@pytest.mark.parametrize("nodes,per_node", [(1, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize("weights_travel", [False, True])
+def test_combines_with_one_handle(gpu, nodes, per_node, weights_travel):  # noqa: F811
+    """Each with other rows, from a tensor of the caller; counts as int32."""
+    size = nodes * per_node
+    world = make_world(size, seed=3)
+    want, outputs, _ = oracle_of(world, None, ranks_per_node=per_node)
+    _, ids, weights = world
+
+    def rank_main(comm):
+        buf, r = make_buffer(comm), comm.rank
+        for _ in range(3):
+            x, mine, weight = (t[r].to(comm.device) for t in world)
+            recv, hook = buf.decode_dispatch(
+                x, mine, topk_weights=weight if weights_travel else None, quant=None
+            )
+            hook()
+            counts = recv.counts_as(torch.int32)
+            assert counts.dtype is torch.int32 and torch.equal(counts.cpu().long(), want[r].counts)
+            for n in range(3):
+                rows = [o * (n + 1) for o in outputs]
+                sums = reference.decode_combine(
+                    rows,
+                    ids,
+                    weights,
+                    num_experts=buf.num_experts,
+                    weights_travel=weights_travel,
+                    ranks_per_node=per_node,
+                )
+                y, hook = buf.decode_combine(
+                    rows[r].to(comm.device),
+                    mine,
+                    None if weights_travel else weight,
+                    recv.handle,
+                    return_hook=n != 1,
+                )
+                if hook:
+                    hook()
+                assert_same(y.cpu(), sums[r], f"rank {r}, combine {n}: y")
+        comm.barrier()
+        buf.close()
+
+    moecomm.run_local(rank_main, size, ranks_per_node=per_node, device="cuda:0")
+
+
 @real_gpu
 @pytest.mark.parametrize("nodes,per_node", [(1, 2), (2, 1)])
 def test_three_captured_steps_replayed_101_times(nodes, per_node):

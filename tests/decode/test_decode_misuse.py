@@ -54,12 +54,15 @@ def test_misuse_is_refused_and_the_buffer_stays_good():
             recv, _ = buf.decode_dispatch(xs, ids, quant=None, return_hook=False)
             refused(match, lambda: call(recv))
             refused(
-                "combined already", lambda: buf.decode_combine(recv.handle.rows, ids, weights, recv.handle)
+                "this rank has refused its combine",
+                lambda: buf.decode_combine(recv.handle.rows, ids, weights, recv.handle),
             )  # a refusal ends the step
 
-        recv, hook = buf.decode_dispatch(xs, ids, quant=None)
+        recv, _ = buf.decode_dispatch(xs, ids, quant=None)
         refused("has not been received", lambda: buf.decode_combine(recv.x, ids, weights, recv.handle))
-        hook()
+        recv, _ = buf.decode_dispatch(xs, ids, quant=None, return_hook=False)
+        buf.decode_combine(recv.handle.rows, ids, weights, recv.handle)
+        refused("is being combined", lambda: buf.decode_combine(recv.handle.rows, ids, weights, recv.handle))
         refused_combine("handle is a", lambda recv: buf.decode_combine(recv.x, ids, weights, "handle"))
         recv, _ = buf.decode_dispatch(xs, ids, quant=None, return_hook=False)
         other.decode_dispatch(xs, ids, quant=None, return_hook=False)

@@ -24,6 +24,7 @@ enum class Mutant : int32_t {
   // Of the session (session/rules.hpp): a rule that is not followed.
   no_rule_a,     // a decode dispatch does not wait for the previous one
   no_rule_b,     // a decode dispatch does not wait for the combine of two epochs ago
+  no_rule_d,     // a further combine of an epoch does not wait for the combine before
   wrong_epoch,   // the rules use the wrong epoch
   wrong_mode,    // rank 0 inverts in decode's flags whether weights are sent
   short_piece,   // a dispatch reserves no room for the experts' output

@@ -108,25 +108,34 @@ void Decode::stage_rows(const Turn& t, const char* rows) {
   }
 }
 
+// A further combine of an epoch first waits until its places are free. Rows may be written after it.
+Status Decode::begin_combine(Turn& t) {
+  t.view.combine = order_.combines(t.view.epoch);
+  if (t.view.combine == 0) return {};
+  return peer_memory_.run(false,
+                          [&](auto fabric) { return run_decode_release(Lane{}, fabric, view_, t.view); });
+}
+
 // Announces the refusal instead of answers. By rule (B) the answers of other ranks are still awaited.
 Status Decode::refuse_combine(Turn& t, Why why) {
   peer_memory_.begin(false);
   DecodeCombineCall refused;
   refused.refused = why;
   t.answer = make_decode_answer(t.view, refused);
+  MOE_TRY(begin_combine(t));
   const DecodeCombineArgs a = make_decode_combine_args(view_, t.view, t.answer, nullptr);
   MOE_TRY(peer_memory_.run(false, [&](auto fabric) { return run_decode_combine_send(Lane{}, fabric, a); }));
-  order_.answered(t.view.epoch);
+  order_.answered(t.view.epoch, true);
   return {};
 }
 
 Status Decode::refuse_combine(uint64_t epoch, Why why) {
   const CallScope scope(peer_memory_.comm().calls(), "decode_combine");
   if (!scope.entered()) return {Code::interrupted};
-  if (stage(epoch) != DecodeStage::sent && stage(epoch) != DecodeStage::received) return {};
+  if (stage(epoch) != DecodeStage::sent && !can_combine(stage(epoch))) return {};
   peer_memory_.comm().begin_call(Verb::decode_combine, peer_memory_.number());
   if (stage(epoch) == DecodeStage::sent) MOE_TRY(in_step(receive(turn(epoch))));
-  return stage(epoch) == DecodeStage::received ? refuse_combine(turn(epoch), why) : Status{};
+  return can_combine(stage(epoch)) ? refuse_combine(turn(epoch), why) : Status{};
 }
 
 Status Decode::combine(const DecodeCombineCall& call) {
@@ -135,8 +144,7 @@ Status Decode::combine(const DecodeCombineCall& call) {
   Recording::Span span(recording_.get(), RecordedOp::decode_combine, peer_memory_.host().counters);
   peer_memory_.comm().begin_call(Verb::decode_combine, peer_memory_.number());
   Turn& t = turn(call.epoch);
-  if (const DecodeStage now = stage(call.epoch);
-      now != DecodeStage::received)  // another thread made the combine first
+  if (const DecodeStage now = stage(call.epoch); !can_combine(now))  // another thread has begun a combine
     return wrong_stage(DecodeStage::received, now);
   const int64_t picks = int64_t{t.view.tokens} * view_.shape.top_k;
   for (int64_t i = 0; i < picks; ++i)
@@ -147,6 +155,7 @@ Status Decode::combine(const DecodeCombineCall& call) {
   for (int64_t i = 0; i < picks; ++i) t.view.weights[i] = call.weights ? call.weights[i] : 1.0f;
   peer_memory_.begin(streams(t, view_.shape.combine_row_bytes()));
   t.answer = make_decode_answer(t.view, call);
+  MOE_TRY(begin_combine(t));
   const char* rows = call.rows;
   if (!t.view.weighted && rows != this->rows(t.view.parity())) {
     stage_rows(t, rows);
@@ -155,7 +164,7 @@ Status Decode::combine(const DecodeCombineCall& call) {
   const DecodeCombineArgs a = make_decode_combine_args(view_, t.view, t.answer, rows);
   MOE_TRY(peer_memory_.run(false, [&](auto fabric) { return run_decode_combine_send(Lane{}, fabric, a); }));
   ++peer_memory_.host().counters.calls;
-  order_.answered(t.view.epoch);
+  order_.answered(t.view.epoch, false);
   if (span) {
     if (call.weights) recording_->add_weights(call.weights, t.view.tokens);
     span.call.plan = recording_->decode_plan[t.view.parity()];
@@ -172,7 +181,7 @@ Status Decode::sum(Turn& t) {
   peer_memory_.begin(false);
   const Status s =
       peer_memory_.run(true, [&](auto fabric) { return run_decode_combine_receive(Lane{}, fabric, a); });
-  order_.summed(t.view.epoch);
+  order_.summed(t.view.epoch, s.ok());
   return t.outcome = s;
 }
 

@@ -88,6 +88,7 @@ class Decode {
   Status receive(Turn& t);
   Status sum(Turn& t);
   Status refuse_combine(Turn& t, Why why);
+  Status begin_combine(Turn& t);
   Status recorded(RecordedOp op, uint64_t epoch, Status (Decode::*phase)(Turn&));
   void stage_rows(const Turn& t, const char* rows);
 

@@ -136,12 +136,18 @@ Status DeviceDecode::launch(const DecodeDispatchWork& work, void* stream) {
 }
 
 Status DeviceDecode::launch(const DecodeCombineWork& work, void* stream) {
+  const bool awaited = work.args.refused != Why::none, again = work.answers && work.args.turn.combine > 0;
+  if (again)
+    MOE_TRY(start(stream, true, [&] {
+      const Call call = begin(stream, Verb::decode_combine, true, awaited);
+      require(kernels_.release({call, squad(work.args.turn), work}, stream), "starting decode combine");
+    }));
   MOE_TRY(start(stream, work.answers, [&] {
-    const Call call = begin(stream, Verb::decode_combine, work.answers, work.args.refused != Why::none);
+    const Call call = begin(stream, Verb::decode_combine, work.answers && !again, awaited);
     require(kernels_.combine({call, squad(work.args.turn), work}, stream), "starting decode combine");
   }));
-  if (work.answers) order_.answered(work.ticket);
-  if (work.sums) order_.summed(work.ticket);
+  if (work.answers) order_.answered(work.ticket, work.args.refused != Why::none);
+  if (work.sums) order_.summed(work.ticket, true);
   return {};
 }
 
@@ -225,7 +231,7 @@ Status DeviceDecode::refuse_combine(uint64_t epoch, Why why, void* stream) {
   const OnDevice on(device_);
   MOE_TRY(late_fault());
   if (stage(epoch, stream) == DecodeStage::sent) MOE_TRY(dispatch_receive(epoch, stream));
-  if (stage(epoch, stream) != DecodeStage::received) return {};
+  if (!can_combine(stage(epoch, stream))) return {};
   DeviceDecodeCombine call;
   call.refused = why;
   call.receive = true;
@@ -242,6 +248,7 @@ Status DeviceDecode::combine(const DeviceDecodeCombine& call) {
 
 Status DeviceDecode::answer(Turn& t, const DeviceDecodeCombine& call) {
   t.answer = make_decode_answer(t.view, call);
+  t.view.combine = order_.combines(t.view.epoch);
   char* own = rows(t.view.bank);
   const bool staged = !t.view.weighted && call.rows != own && call.refused == Why::none;
   return launch(

@@ -105,10 +105,17 @@ Status SimCluster::call_decode(int rank, F fabric, const SimCall& call, SimResul
       if (config_.payload) result.digest = r.decode_digest = digest_packed(rank);
       return {};
     case SimVerb::decode_combine: {
-      if (decode.stage(epoch) != DecodeStage::received) {  // its dispatch was refused
+      if (!can_combine(decode.stage(epoch))) {  // its dispatch was refused
         result.ran = false;
         return {};
       }
+      DecodeCombineCall c;
+      c.epoch = epoch;
+      c.rows = decode.memory() + decode.view().rows(parity);
+      c.weights = part.weights;
+      c.wire = call.wire;
+      c.refused = part.refused;
+      MOE_TRY(decode.begin_combine(fabric, epoch));
       bool intact = true;
       char* y = part.y ? part.y : net_->private_memory(rank);
       if (config_.payload) {
@@ -130,13 +137,7 @@ Status SimCluster::call_decode(int rank, F fabric, const SimCall& call, SimResul
           y = r.decode_y[parity].data();
         }
       }
-      DecodeCombineCall c;
-      c.epoch = epoch;
-      c.rows = decode.memory() + decode.view().rows(parity);
-      c.weights = part.weights;
-      c.wire = call.wire;
       c.y = y;
-      c.refused = part.refused;
       MOE_TRY(decode.combine(fabric, c));
       result.digest = !intact;
       return {};

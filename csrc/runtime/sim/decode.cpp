@@ -19,6 +19,7 @@ void SimDecode::reset(bool poison) {
     place_decode_turn(view_, tables_[i].get(), turns_[i]);
     std::fill_n(turns_[i].sent_flag, view_.geometry.size, 0);
     std::fill_n(turns_[i].answered_flag, view_.geometry.size, 0);
+    std::fill_n(turns_[i].released_flag, view_.geometry.size, 0);
     answers_[i] = {};
   }
 }

@@ -44,6 +44,15 @@ class SimDecode {
     return s;
   }
 
+  // Before the experts' rows of a combine are written.
+  template <Fabric<Lane> F>
+  Status begin_combine(F f, uint64_t epoch) {
+    DecodeTurn& t = turn(epoch);
+    t.combine = order_.combines(epoch);
+    if (t.combine == 0 || !rules_of(f).keeps(Rule::await_release)) return {};
+    return sim_part(net_, "decode release", [&] { return run_decode_release(Lane{}, f, view_, t); });
+  }
+
   // The experts' rows must be in place.
   template <Fabric<Lane> F>
   Status combine(F f, const DecodeCombineCall& call) {
@@ -54,7 +63,7 @@ class SimDecode {
     for (int64_t i = 0; i < picks; ++i) t.weights[i] = call.weights ? call.weights[i] : 1.0f;
     MOE_TRY(
         sim_decode_combine_send(net_, f, make_decode_combine_args(view_, t, answer, call.rows), workers_));
-    order_.answered(epoch);
+    order_.answered(epoch, call.refused != Why::none);
     return {};
   }
 
@@ -64,7 +73,7 @@ class SimDecode {
     const DecodeCombineArgs a = make_decode_combine_args(view_, turn(epoch), answers_[epoch & 1], nullptr);
     const Status s = sim_decode_combine_receive(net_, f, a, workers_);
     net_.flush();
-    order_.summed(epoch);
+    order_.summed(epoch, s.ok());
     return s;
   }
 

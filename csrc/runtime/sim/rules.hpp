@@ -12,6 +12,7 @@ struct MutantRules {
     switch (rule) {
       case Rule::receive_last: return mutant != Mutant::no_rule_a;
       case Rule::sum_before: return mutant != Mutant::no_rule_b;
+      case Rule::await_release: return mutant != Mutant::no_rule_d;
       case Rule::count_by_ones: return mutant != Mutant::wrong_epoch;
       case Rule::say_mode: return mutant != Mutant::wrong_mode || rank != 0;
       case Rule::hold_output: return mutant != Mutant::short_piece;

@@ -8,8 +8,8 @@ from moecomm._native cimport capi
 # In the order of capi.RoleKind, which is that of a token's way.
 ROLES = (
     "plan", "announce", "counts", "send", "forward", "arrive", "publish", "reduce", "sum", "done",
-    "list", "decode send", "decode announce", "decode accept", "decode pack", "decode answer", "decode wait",
-    "decode sum",
+    "list", "decode send", "decode announce", "decode accept", "decode pack", "decode release",
+    "decode answer", "decode wait", "decode sum",
 )
 
 

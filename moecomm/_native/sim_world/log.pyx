@@ -9,7 +9,7 @@ _DID = ("role", "wait", "put", "signal_rail", "signal_node", "landed", "give_up"
 MUTANTS = (
     "none", "signal_before_put", "skip_wait", "early_wait", "late_wait", "less_signaled", "more_signaled",
     "drop_put", "skip_rank", "skip_signal", "one_half", "other_half", "any_word", "hidden_refusal",
-    "absent_refusal", "no_rule_a", "no_rule_b", "wrong_epoch", "wrong_mode", "short_piece", "unset_board",
+    "absent_refusal", "no_rule_a", "no_rule_b", "no_rule_d", "wrong_epoch", "wrong_mode", "short_piece", "unset_board",
     "await_masked", "send_masked", "old_epoch",
 )
 

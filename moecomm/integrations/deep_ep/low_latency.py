@@ -25,7 +25,8 @@ class LowLatencyHandle:
     ) -> None:
         self.buffer, self.core, self.handle, self.ids = buffer, core, handle, ids
         self.numbers = max_tokens, core.hidden, num_experts
-        self.combined = False
+        self.hook: Any = None  # of the last combine
+        self.next_rows = handle.rows  # what get_next_low_latency_combine_buffer returns
 
     def __getitem__(self, index: Any) -> Any:
         if not isinstance(index, int) or not -3 <= index <= 4 or 0 <= index < 2:
@@ -243,8 +244,8 @@ class LowLatency(OfBuffer):
             As given to low_latency_dispatch.
         topk_weights : Tensor [T, K] float32
         handle : LowLatencyHandle
-            Handle of the dispatch. The first combine uses its memory. Each further one costs a dispatch in other
-            memory.
+            Handle of the dispatch. It may be combined any number of times. A further combine first calls the hook of
+            the one before, and waits until the peers have received it.
         use_logfmt : bool
             Send rows between nodes in LogFMT-10. Inside a node they are not encoded.
         zero_copy : bool
@@ -285,28 +286,19 @@ class LowLatency(OfBuffer):
             )
             _require_one(op, async_finish, return_recv_hook)
             rows = require_tensor(
-                op, "x", used.rows if zero_copy else x, dtypes=(core.dtype,), shape=tuple(used.rows.shape)
+                op,
+                "x",
+                handle.next_rows if zero_copy else x,
+                dtypes=(core.dtype,),
+                shape=tuple(used.rows.shape),
             )
             ids = require_tensor(op, "topk_idx", topk_idx, dtypes=IDS, shape=tuple(handle.ids.shape))
             weights = require_tensor(
                 op, "topk_weights", topk_weights, dtypes=(torch.float32,), shape=tuple(handle.ids.shape)
             )
         with torch.no_grad():
-            if handle.combined:  # repeat the dispatch in other memory, which holds no results of the caller
-                most, hidden, experts = handle.numbers
-                core = self.world.core(
-                    hidden,
-                    experts,
-                    ids.shape[1],
-                    core.dtype,
-                    most,
-                    decode=True,
-                    num_sms=core.num_sms,
-                    name="combined again",
-                )
-                empty = torch.zeros((len(ids), hidden), dtype=core.dtype, device=ids.device)
-                used = core.decode_dispatch(empty, handle.ids, quant=None, return_hook=False)[0].handle
-            handle.combined = True
+            if handle.hook is not None:
+                handle.hook()
             y, wait = core.decode_combine(
                 rows,
                 ids,
@@ -319,20 +311,24 @@ class LowLatency(OfBuffer):
         done: list[Any] = []
 
         def hook() -> None:
-            if not done:
+            if wait is not None and not done:
                 done.append(True)
                 wait()
 
+        handle.hook = hook
         return y, event_of(async_finish, x, topk_idx, topk_weights), hook if return_recv_hook else None
 
     def get_next_low_latency_combine_buffer(self, handle: Any) -> Any:
         """Return memory for the experts' output, [local experts, ranks * max, hidden].
 
-        low_latency_combine(zero_copy=True) sends it without a copy.
+        low_latency_combine(zero_copy=True) sends it, without a copy in the first combine of the handle. Peers read this
+        memory from then on, so later calls return other memory.
         """
         self._require_low_latency("get_next_low_latency_combine_buffer")
         self._check_ll_handle("get_next_low_latency_combine_buffer", handle)
-        return handle.handle.rows
+        if handle.hook is not None and handle.next_rows is handle.handle.rows:
+            handle.next_rows = torch.empty_like(handle.handle.rows)
+        return handle.next_rows
 
     # -- rank masks -------------------------------------------------------------------------------
 

@@ -79,7 +79,7 @@ void describe(Launch& launch) {
     t.add(a.x, tokens * row);
     t.add(a.scales, tokens * a.turn.call.scale_bytes);
     launch.rank = a.d.geometry.rank;
-  } else if (is("decode_combine_kernel")) {
+  } else if (is("decode_combine_kernel") || is("decode_release_kernel")) {
     const auto& l = as<cuda::DecodeCombineLaunch>(launch);
     note_peers(launch, l.call.links);
     const DecodeCombineArgs& a = l.work.args;

@@ -40,8 +40,17 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
 }
 
 template <DeviceRail Rail>
+__global__ void __launch_bounds__(32 * kMaxWarps, 1)
+    decode_release_kernel(const __grid_constant__ DecodeCombineLaunch launch) {
+  run_squad<Rail>(launch.call, launch.squad, [&](Squad g, auto fabric, auto barrier, int index) {
+    return decode_release_group(g, fabric, barrier, launch.work, index, barrier.all / g.warps);
+  });
+}
+
+template <DeviceRail Rail>
 int prepare_decode() {
-  return allow_shared_memory(decode_dispatch_kernel<Rail>, decode_combine_kernel<Rail>);
+  return allow_shared_memory(decode_dispatch_kernel<Rail>, decode_combine_kernel<Rail>,
+                             decode_release_kernel<Rail>);
 }
 
 template <DeviceRail Rail>
@@ -52,10 +61,14 @@ template <DeviceRail Rail>
 int launch_decode_combine(const DecodeCombineLaunch& launch, void* stream) {
   return start(decode_combine_kernel<Rail>, launch, stream);
 }
+template <DeviceRail Rail>
+int launch_decode_release(const DecodeCombineLaunch& launch, void* stream) {
+  return start(decode_release_kernel<Rail>, launch, stream);
+}
 
 template <DeviceRail Rail>
 constexpr DecodeKernels decode_kernels_over{prepare_decode<Rail>, launch_decode_dispatch<Rail>,
-                                            launch_decode_combine<Rail>};
+                                            launch_decode_combine<Rail>, launch_decode_release<Rail>};
 
 }  // namespace
 }  // namespace moecomm::cuda

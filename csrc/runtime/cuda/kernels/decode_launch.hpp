@@ -30,6 +30,7 @@ struct DecodeKernels {
   int (*prepare)();
   int (*dispatch)(const DecodeDispatchLaunch& launch, void* stream);
   int (*combine)(const DecodeCombineLaunch& launch, void* stream);
+  int (*release)(const DecodeCombineLaunch& launch, void* stream);  // before a further combine of an epoch
 };
 const DecodeKernels& loopback_decode_kernels();
 const DecodeKernels& gin_decode_kernels();  // only in builds with NCCL's headers

@@ -99,6 +99,9 @@ const DecodeKernels& loopback_decode_kernels() {
       },
       [](const DecodeCombineLaunch& l, void* stream) {
         return run_squads(l, stream, [](auto... a) { return decode_combine_group(a...); });
+      },
+      [](const DecodeCombineLaunch& l, void* stream) {
+        return run_squads(l, stream, [](auto... a) { return decode_release_group(a...); });
       }};
   return kernels;
 }
