@@ -35,3 +35,4 @@ cdef extern from "runtime/cpu/domain.hpp" namespace "moecomm" nogil:
 
 cdef extern from "runtime/cpu/domain_floor.hpp" namespace "moecomm" nogil:
     Status ping(Domain&, int peer, uint64_t there, char* here, uint64_t size, int rounds, uint64_t done, bool bare)
+    Status bare_copy(Domain&, int peer, uint64_t there, char* here, uint64_t size, int times, bool reads)

@@ -300,6 +300,15 @@ cdef class Domain:
             held.reset()
         return self.left(s)
 
+    def bare_copy(self, int peer, uint64_t there, uintptr_t here, uint64_t size, int times, bint reads):
+        """Copy to the memory of a peer, or from it, by memcpy. For benchmarks."""
+        cdef capi.Status s
+        cdef shared_ptr[domainapi.Domain] held = self.borrow("bare copy")
+        with nogil:
+            s = domainapi.bare_copy(held.get()[0], peer, there, <char*>here, size, times, reads)
+            held.reset()
+        return self.left(s)
+
     def take_counters(self):
         """Return (counters of the hops, bytes written to or read from every rank) since the last call."""
         cdef capi.Counters c
