@@ -54,7 +54,7 @@ def disassembler():
 
 
 def disassembly(cubin):
-    """The machine code of a cubin as text; None where there is no disassembler."""
+    """Return the machine code of a cubin as text, or None without a disassembler."""
     dump = disassembler()
     if dump is None:
         return None
@@ -215,7 +215,7 @@ def look_at_launch(source, folder):
         ["ptxas", "-arch=sm_100", str(out), "-o", os.devnull], capture_output=True, text=True, check=False
     )
     check(
-        f"{name}: its PTX is good for a newer GPU",
+        f"{name}: its PTX is valid for a newer GPU",
         run.returncode == newer.returncode == 0,
         newer.stderr.strip()[:200] or "sm_100",
     )

@@ -29,7 +29,7 @@ def version(compiler):
 
 
 def home():
-    """The folder of the toolkit: it has include/cuda_runtime_api.h. None where there is no such folder."""
+    """Return the folder of the toolkit, which has include/cuda_runtime_api.h, or None."""
     places = [
         Path(os.environ.get("CUDA_HOME", "/nowhere")),
         Path(nvcc() or "/nowhere").resolve().parent.parent,
@@ -39,7 +39,7 @@ def home():
 
 
 def why_not():
-    """None where the CUDA world can be built here, else the reason. MOECOMM_NO_CUDA=1 leaves it out."""
+    """Return None if the CUDA world can be built, else the reason. MOECOMM_NO_CUDA=1 leaves it out."""
     if os.environ.get("MOECOMM_NO_CUDA"):
         return "MOECOMM_NO_CUDA was set"
     if nvcc() is None:

@@ -46,7 +46,7 @@ def sources(folders, suffixes):
     )
 
 
-# Nobody subclasses a class of Cython.
+# Classes of Cython have no subclasses.
 STUBTEST = [
     "--concise",
     "--mypy-config-file",

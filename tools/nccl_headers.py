@@ -1,6 +1,6 @@
 """Where NCCL's headers lie, for the kernels whose rail is NCCL's network. Needs Python alone: setup.py asks too.
 
-As a program: prints the folder; exit status 1 where there is none.
+As a program: prints the folder; exit status 1 if there is none.
 """
 
 import os

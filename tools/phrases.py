@@ -69,7 +69,7 @@ CXX = {
     r"(?:starts?|begins?|lies?|lie) on (?:16|64) bytes\b": "is 16-byte aligned",
     r"is meant\b|are meant\b": "name it",
 }
-# Also banned in C++, Python, Cython and Markdown files, except in the folders of OLD.
+# Also banned in C++, Python, Cython and Markdown files.
 STRICT = {
     r"nobody(?! has (?:freed|written))": "no rank, no call; or name it",
     r"somebody|everybody": "another rank, all ranks; or name them",
@@ -98,8 +98,6 @@ STRICT = {
     r"such as there (?:is|are)": "if any",
     r"a riddle": "state it",
 }
-# Not rewritten yet: it may only shrink.
-OLD = ("tools",)
 # Python files whose banned phrases are not comments but data.
 SKIP = {"phrases.py"}
 
@@ -118,10 +116,7 @@ BASIC, ALL, ALL_CXX = (
 
 def is_strict(path):
     """Tell whether STRICT applies to a file."""
-    name = path.resolve().as_posix()
-    return path.suffix in (".py", ".pyx", ".pxd", ".pyi", ".md", *CODE) and not any(
-        f"/{folder}/" in name for folder in OLD
-    )
+    return path.suffix in (".py", ".pyx", ".pxd", ".pyi", ".md", *CODE)
 
 
 def hits(path):

@@ -31,17 +31,12 @@ def found(path, text):
         "tests/nn/a.py",
         "docs/a.md",
         "csrc/base/a.hpp",
+        "tools/ptx/a.py",
     ],
 )
 def test_strict_phrases_are_found(tmp_path, name):
     """All phrases are banned in Python, C++ and Markdown files."""
     assert found(tmp_path / name, f'"""{BASIC}"""\n# {STRICT}\n') == EXPECTED
-
-
-@pytest.mark.parametrize("name", ["tools/a.py", "tools/ptx/a.py"])
-def test_old_folders_have_the_basic_phrases(tmp_path, name):
-    """Only the basic phrases are banned in folders that are not rewritten yet."""
-    assert found(tmp_path / name, f"{BASIC}\n{STRICT}\n") == EXPECTED[:1]
 
 
 def test_more_phrases_are_banned_in_cpp(tmp_path):

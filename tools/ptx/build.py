@@ -42,7 +42,7 @@ NVCC_FLAGS = (
 
 
 def nvcc():
-    """Path of the compiler: PATH, CUDA_HOME or the wheels of the package registry. None where there is none."""
+    """Path of the compiler: PATH, CUDA_HOME or the wheels of the package registry; or None."""
     home = os.environ.get("CUDA_HOME")
     found = (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
     if found:
@@ -55,7 +55,7 @@ def nvcc():
 
 
 def why_not():
-    """None where the PTX can be made here, else the reason."""
+    """Return None if the PTX can be made, else the reason."""
     return (
         None
         if nvcc()

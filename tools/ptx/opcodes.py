@@ -1,7 +1,7 @@
 """Every opcode that this tool runs, with all of its modifiers, and which of the machine's operations it is.
 
-Whatever is not in FORMS is an error of the PTX line that has it. An operation is narrower than an opcode:
-signed and unsigned additions are one, and how a load is ordered, and for whom, are fields of the instruction.
+An opcode that is not in FORMS is an error. Several opcodes can be one operation: signed and unsigned additions are, and
+the order of a load and its scope are fields of the instruction.
 """
 
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
 // What a kernel waits for, without a clock: loads that follow each other.
 //
 // A warp has two clocks. The first counts latencies of peers' memory, the second those of its own GPU's. A
-// load's result is there one latency after its issue; whoever reads it waits until then, and no instruction
-// behind it starts before. So loads that are under way together cost one latency, and loads that need each
-// other's results cost one each. Bytes per latency are what a warp keeps in flight.
+// load's result is available one latency after its issue. An instruction that reads it waits until then, and
+// so do all later instructions. So loads that are under way together cost one latency, and loads that need
+// each other's results cost one each. Bytes per latency are what a warp keeps in flight.
 #pragma once
 #include <mutex>
 

@@ -1,5 +1,5 @@
-// Loads, stores and atomics. Every access is checked: its alignment, and that it lies in memory that somebody
-// has allocated, in the block's shared memory, or in a tensor that the launch was given.
+// Loads, stores and atomics. Every access is checked: its alignment, and that it lies in allocated memory, in
+// the block's shared memory, or in a tensor that the launch was given.
 #include <cstring>
 
 #include "checker.hpp"

@@ -80,7 +80,7 @@ bool Warp::step(int budget) {
     int at = 0;
     Mask lanes = choose(at);
     lanes &= ~polled;
-    if (!lanes && polled) {  // whoever is left behind those that poll
+    if (!lanes && polled) {  // lanes that wait behind the polling ones
       const Mask others = ~(exited | collecting | waiting | polled);
       if (!others) return ran > kPollingLoop;
       at = pc[std::countr_zero(others)];
