@@ -50,7 +50,7 @@ Status ping(Domain& domain, int peer, uint64_t there, char* here, uint64_t bytes
 
 Status bare_copy(Domain& domain, int peer, uint64_t there, char* here, uint64_t bytes, int times,
                  bool reads) {
-  return domain.run("bare copy", [&](auto f, const DomainView& d, DomainBook*) -> Status {
+  return domain.run("bare copy", [&](auto f, const DomainView& d, DomainConsumed*) -> Status {
     char* memory = detail::reachable(f, d, peer, there);
     if (!memory) return {Code::invalid};
     for (int i = 0; i < times; ++i) std::memcpy(reads ? here : memory, reads ? memory : here, bytes);

@@ -304,7 +304,7 @@ Counters DeviceDomain::take_counters(std::vector<uint64_t>& links) {
   for (int r = 0; r < g.size; ++r) {
     const Copied moved = std::exchange(copied_[r], {});
     if (r == g.rank) continue;
-    HopCounters& hop = view_.near(r) ? c.node : c.rail;
+    HopCounters& hop = view_.same_node(r) ? c.node : c.rail;
     hop.logical_rows += moved.rows;
     hop.physical_rows += moved.rows;
     hop.logical_bytes += moved.bytes;
