@@ -38,7 +38,11 @@ PROGRAM = """
 @pytest.fixture(scope="module")
 def sizes():
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(PROGRAM)], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", textwrap.dedent(PROGRAM)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     return [int(n) >> 10 for n in done.stdout.split()]
 
