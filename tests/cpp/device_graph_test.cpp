@@ -74,7 +74,7 @@ struct Rank {
             {rank, kSize, per_node},
             Shape{
                 .hidden = kHidden, .dtype = DType::f32, .num_experts = 4, .top_k = 2, .max_tokens = kTokens},
-            false, 0, cuda::reach_threads(0), std::make_shared<cuda::DeviceCalls>(0),
+            false, 0, cuda::thread_peer_access(0), std::make_shared<cuda::DeviceCalls>(0),
             cuda::Spread{.sms = 1, .warps = 2, .senders = 0, .stage_bytes = 256}, 60.0) {}
 
   Status send(bool receive = false) {
