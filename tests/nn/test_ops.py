@@ -9,7 +9,7 @@ from layers import LAYOUTS, layer, make_buffer, plain_layer
 from worlds import assert_same, random_world
 
 import moecomm
-from moecomm import ops, reference
+from moecomm import ops, reference, tickets
 
 pytestmark = pytest.mark.usefixtures("either_world")
 
@@ -246,8 +246,8 @@ def test_without_gradients_the_operators_are_not_called(monkeypatch):
 def test_opcheck(layout, capacity, monkeypatch):
     """Schemas, fake shapes and traced derivatives match the operators."""
     # opcheck compares outputs, and handles of two calls differ, so here all have one number (and equal plans).
-    monkeypatch.setattr(ops, "_numbers", itertools.repeat(-2))
-    monkeypatch.setattr(ops, "_tickets", {})
+    monkeypatch.setattr(tickets, "_numbers", itertools.repeat(-2))
+    monkeypatch.setattr(tickets, "_tickets", {})
     world = random_world(1, 5, 8, 4, 2, dtype=torch.float32, seed=8)
     (x,), (ids,), (weights,) = world
 
