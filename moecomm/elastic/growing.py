@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import os
 import threading
@@ -22,6 +22,15 @@ if TYPE_CHECKING:
 def _host() -> str:
     """Return an identity that is equal on ranks that can share memory."""
     return f"{network_identity()}/{os.readlink('/proc/self/ns/pid')}"
+
+
+class Entry(NamedTuple):
+    """A rank of the next generation. Sorted by home and uid, the entries are in order of their ranks."""
+
+    home: int
+    uid: int
+    rank: int  # the present rank, or -1 for a new rank
+    joiner: dict[str, Any] | None  # what a new rank has said of itself
 
 
 class Next:
@@ -207,25 +216,29 @@ class Growing(Lasting):
         hosts = [s[2] for s in said]
         homes = self._homes or [r // self.ranks_per_node for r in range(self.size)]
         most = max(*self.members, self._most)
-        seats = [(homes[r], self.members[r], r, None) for r in range(self.size) if r not in leaving]
+        entries = [Entry(homes[r], self.members[r], r, None) for r in range(self.size) if r not in leaving]
         for joiner in [contact for s in said for contact in s[1]]:
             here = {h for h, host in zip(homes, hosts, strict=True) if host == joiner["host"]}
-            taken = {h: sum(seat[0] == h for seat in seats) for h in here}
-            home = min(taken, key=lambda h: (taken[h], h)) if taken else max(s[0] for s in seats) + 1
+            taken = {h: sum(entry.home == h for entry in entries) for h in here}
+            home = (
+                min(taken, key=lambda h: (taken[h], h)) if taken else max(entry.home for entry in entries) + 1
+            )
             most += 1
-            seats.append((home, most, -1, joiner))
-        seats.sort(key=lambda seat: seat[:2])
-        per_node = largest_nodes([seat[0] for seat in seats])
+            entries.append(Entry(home, most, -1, joiner))
+        entries.sort(key=lambda entry: entry[:2])
+        per_node = largest_nodes([entry.home for entry in entries])
         if not leaving and per_node < self.ranks_per_node:
             return  # the new ranks wait for more of them
         self._most = most
-        coming = Next([s[2] for s in seats], [s[1] for s in seats], [s[0] for s in seats])
+        coming = Next([e.rank for e in entries], [e.uid for e in entries], [e.home for e in entries])
         self._next = coming
         if self.rank not in coming.ranks:
             return  # this rank leaves
-        mesh = joining.wider(self.bootstrap, coming.ranks, [s[3] and s[3]["contact"] for s in seats])
+        mesh = joining.wider(
+            self.bootstrap, coming.ranks, [e.joiner and e.joiner["contact"] for e in entries]
+        )
         renewals = {n: renew for n, renew in buffers_of(self).items() if renew.state >= 0}
-        plans = {n: renew.plan(coming.uids, len(seats) // per_node) for n, renew in renewals.items()}
+        plans = {n: renew.plan(coming.uids, len(entries) // per_node) for n, renew in renewals.items()}
         told = {
             "ranks_per_node": per_node,
             "timeout": self.timeout,
@@ -235,9 +248,9 @@ class Growing(Lasting):
             "homes": coming.homes,
             "buffers": [renewals[n].describe(plan) for n, plan in plans.items()],
         }
-        for position, seat in enumerate(seats):
-            if seat[3] is not None and self._waiting is not None:
-                self._waiting.invite(seat[3], {**told, **mesh.invitation(position)})
+        for position, entry in enumerate(entries):
+            if entry.joiner is not None and self._waiting is not None:
+                self._waiting.invite(entry.joiner, {**told, **mesh.invitation(position)})
 
         def make(coming: Next) -> None:
             coming.comm = type(self)(  # type: ignore[call-arg]

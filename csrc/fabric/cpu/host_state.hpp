@@ -47,6 +47,7 @@ struct HostState {
   Offset<FaultWord> fault_out;      // source of outgoing puts
   std::vector<int> peer_ranks;      // the peers of put() by index, -1: none
   int own_peer = 0;                 // this rank's index among them
+  std::vector<uint8_t> masked;      // by rank, not 0: masked, so its memory is not written; empty: none
   char* windows[1024] = {};         // by local rank
   char* rail_region = nullptr;
   const RowKernels* kernels = &row_kernels();
@@ -73,6 +74,7 @@ struct HostState {
   int beat_peer = -1;      // the peer whose heartbeat was last read in this call
   uint64_t last_beat = 0;  // and its value
 
+  bool is_masked(int rank) const { return !masked.empty() && masked[rank]; }
   void begin(std::chrono::steady_clock::duration within) {
     const auto now = std::chrono::steady_clock::now();
     // The maximum, because an absence may end in the last steps of a call for which peers had done their

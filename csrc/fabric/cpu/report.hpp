@@ -11,18 +11,20 @@
 
 namespace moecomm {
 
-// Writes a word to every rank of the node and every peer of the rail, at this rank's place there.
+// Writes a word to every rank of the node and every peer of the rail that is not masked, at this rank's place
+// there.
 template <HostRail Rail>
 void publish_word(HostState& s, Rail& rail, FaultWord word) {
   const Geometry& g = s.geometry;
   for (int d = 0; d < g.ranks_per_node; ++d)
-    if (d != g.local())
+    if (d != g.local() && !s.is_masked(g.rank_at(g.node(), d)))
       counter_at(s.windows[d], (s.window_faults + g.local()).value)
           .store(word.packed, std::memory_order_release);
   FaultWord* out = s.fault_out.in(s.rail_region);
   *out = word;
   for (int i = 0; i < static_cast<int>(s.peer_ranks.size()); ++i)
-    if (s.peer_ranks[i] >= 0) rail.put(i, (s.region_faults + s.own_peer).value, out, sizeof(FaultWord));
+    if (s.peer_ranks[i] >= 0 && !s.is_masked(s.peer_ranks[i]))
+      rail.put(i, (s.region_faults + s.own_peer).value, out, sizeof(FaultWord));
 }
 
 template <HostRail Rail>

@@ -82,8 +82,13 @@ concept DeviceRail = requires(Rail rail, WarpScratch& scratch, const DeviceLinks
   { Rail::kPutsFromAnywhere } -> std::convertible_to<bool>;
 };
 
+// Whether a rank is masked, so that nothing may be written into its memory.
+__device__ inline bool is_masked(const DeviceLinks& board, int rank) {
+  return ptx::load_relaxed_sys(&board.call_words.in(board.rail_region)[rank].packed) == kMaskedWord;
+}
+
 // One lane writes a word to this rank's place on the board of every other rank. This function and the next
-// are not inlined, because decode's kernels have no free registers.
+// two are not inlined, because decode's kernels have no free registers.
 template <DeviceRail Rail>
 __device__ __attribute__((noinline)) void post(const DeviceLinks& links, WarpScratch& scratch,
                                                Offset<FaultWord> words, uint64_t word) {
@@ -91,10 +96,29 @@ __device__ __attribute__((noinline)) void post(const DeviceLinks& links, WarpScr
   const Geometry& g = board.geometry;
   const Offset<FaultWord> at = words + g.rank;
   for (int d = 0; d < g.ranks_per_node; ++d)
-    if (d != g.local()) ptx::store_release_sys(&at.in(board.windows[d])->packed, word);
+    if (d != g.local() && !is_masked(board, g.rank_at(g.node(), d)))
+      ptx::store_release_sys(&at.in(board.windows[d])->packed, word);
   const Rail far = Rail::of(board, 0);
   for (int r = 0; r < g.size; ++r)
-    if (r / g.ranks_per_node != g.node()) far.fault(scratch, r, at.value, word);
+    if (r / g.ranks_per_node != g.node() && !is_masked(board, r)) far.fault(scratch, r, at.value, word);
+}
+
+// One lane writes a final failure to every rank within reach: into the memory of this call, and on the board,
+// because others may wait in another call.
+template <DeviceRail Rail>
+__device__ __attribute__((noinline)) void report(const DeviceLinks& links, WarpScratch& scratch,
+                                                 uint64_t word) {
+  const Geometry& g = links.geometry;
+  const auto reaches = [&](int rank) { return !links.board || !is_masked(*links.board, rank); };
+  for (int d = 0; d < g.ranks_per_node; ++d)
+    if (d != g.local() && reaches(g.rank_at(g.node(), d)))
+      ptx::store_release_sys(&(links.window_faults + g.local()).in(links.windows[d])->packed, word);
+  const Rail rail = Rail::of(links, 0);  // the caller's, as an argument, would be in local memory
+  const bool peers_are_nodes = links.region_peers < g.size;
+  for (int p = 0; p < links.region_peers; ++p)
+    if (p != links.own_peer && reaches(peers_are_nodes ? g.rail_rank(p) : p))
+      rail.fault(scratch, p, (links.region_faults + links.own_peer).value, word);
+  if (links.board) post<Rail>(links, scratch, links.board->window_faults, word);
 }
 
 // One waiting lane checks the board. Returns, as a FaultWord, a failure that another rank has reported, or
@@ -246,15 +270,7 @@ struct DeviceFabric {
     if (keeps_step(s)) return;
     ptx::add_release_gpu(links->failed, 1);  // also where the record is that of an earlier call in a graph
     if (!first || s.code == Code::invalid) return;  // invalid: nothing has moved
-    const Geometry& g = links->geometry;
-    const uint64_t word = pack_fault(s, g.rank).packed;
-    for (int d = 0; d < g.ranks_per_node; ++d)
-      if (d != g.local()) ptx::store_release_sys(&window(d, links->window_faults + g.local())->packed, word);
-    for (int p = 0; p < links->region_peers; ++p)
-      if (p != links->own_peer)
-        rail_link.fault(*scratch, p, (links->region_faults + links->own_peer).value, word);
-    if (links->board)
-      post<Rail>(*links, *scratch, links->board->window_faults, word);  // others may wait elsewhere
+    report<Rail>(*links, *scratch, pack_fault(s, links->geometry.rank).packed);
   }
   // One lane: this rank's own argument is wrong, in a call that no host waits for. This is written before any
   // peer is told. So a host that finds a record of what followed also finds this one.

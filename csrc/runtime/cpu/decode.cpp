@@ -220,7 +220,7 @@ void Decode::mask(const std::vector<uint8_t>& masked, uint64_t latest, uint64_t 
   view_.mask = masked_.data();
   order_.drop();
   order_.skip_to(latest);
-  peer_memory_.continue_without(lost_, calls);
+  peer_memory_.continue_without(masked_, lost_, calls);
 }
 
 void Decode::trace(bool on) {

@@ -161,11 +161,12 @@ void PeerMemory::publish(FaultWord word) {
     publish_word(host_, loopback_, word);
 }
 
-void PeerMemory::continue_without(int peer, uint64_t calls) {
+void PeerMemory::continue_without(const std::vector<uint8_t>& masked, int peer, uint64_t calls) {
   comm_->mark_broken({Code::lost, Phase::none, peer});
   comm_->skip_calls_to(calls);
   continues_ = true;
   broken_ = {};
+  host_.masked = masked;
   const Geometry& g = host_.geometry;
   for (int i = 0; i < g.ranks_per_node; ++i)
     counter_at(host_.windows[g.local()], (host_.window_faults + i).value).store(0, std::memory_order_release);

@@ -65,9 +65,9 @@ class PeerMemory {
 
   // The final failure of its calls. After continue_without() it is independent of the communicator's.
   Status broken() const { return continues_ ? broken_ : comm_->broken(); }
-  // Continues without masked ranks, while no rank is in a call. peer: one of the masked ranks. calls: the
-  // number of the latest call, equal on all remaining ranks.
-  void continue_without(int peer, uint64_t calls);
+  // Continues without masked ranks, while no rank is in a call. masked: by rank, not 0: masked. peer: one of
+  // them. calls: the number of the latest call, equal on all remaining ranks.
+  void continue_without(const std::vector<uint8_t>& masked, int peer, uint64_t calls);
 
   // Begins a call. stream: it moves more than the caches hold.
   void begin(bool stream);
