@@ -93,12 +93,15 @@ class Block(nn.Module):
 
     def attention(self, x: torch.Tensor, span: Span, layer: int) -> torch.Tensor:
         """Attention of x [B, S, hidden] after the norm, without the residual."""
+        return self.attend(self.input_layernorm(x), span, layer)
+
+    def attend(self, x: torch.Tensor, span: Span, layer: int) -> torch.Tensor:
+        """Attention of x [B, S, hidden], to which the norm has been applied, without the residual."""
         kept = (
             None
             if span.cache is None or span.slots is None
             else (span.cache, layer, span.slots, span.positions)
         )
-        x = self.input_layernorm(x)
         return self.self_attn(x, span.angles, span.mask, span.scale, kept, span.absorbed)
 
     def forward(self, x: torch.Tensor, span: Span, layer: int) -> tuple[torch.Tensor, Routing | None]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from examples.deepseek_v3.serve.__main__ import main, shape_of
+from examples.deepseek_v3.serve.config import UnitShape
 
 aiohttp = pytest.importorskip("aiohttp", reason="aiohttp is not installed: make examples")
 
@@ -23,7 +24,7 @@ SMALL = (
     "--prefill",
     "2x2",
     "--decode",
-    "2x1",
+    "2x1+1/2",
     "--slots",
     "4",
     "--rebalance-seconds",
@@ -81,7 +82,7 @@ def test_bench_in_short(tmp_path, program):
     assert found["ttft"].keys() == found["tpot"].keys() == {"p50", "p90", "p99"}
     assert all(len(load["rows_per_rank"]) == 2 for load in found["loads"].values())
     assert found["placements_used"]["decode"] >= 1
-    assert found["config"]["decode"] == {"ranks": 2, "ranks_per_node": 1, "redundant": 1}
+    assert found["config"]["decode"] == {"ranks": 2, "ranks_per_node": 1, "redundant": 1, "attention_tp": 2}
     assert re.search(r"mismatched tokens +0 ", said)
 
 
@@ -123,10 +124,14 @@ def test_a_wrong_argument_is_an_error_in_words(capsys):
     assert re.search(
         r"InvalidArgument: decode is .*; expected a multiple of ranks_per_node", capsys.readouterr().err
     )
+    assert main(["bench", "--model", "tiny", "--decode", "4x2+1/4"]) == 1
+    assert (
+        "attention_tp is 4; expected a divisor of the 4 ranks and of the 2 heads" in capsys.readouterr().err
+    )
     assert main(["bench", "--model", "nowhere"]) == 1
     assert "make v3-train" in capsys.readouterr().err
-    shapes = [shape_of(text) for text in ("4x2", "3", "10x2+0")]
-    assert [(s.ranks, s.ranks_per_node, s.redundant) for s in shapes] == [(4, 2, 1), (3, 3, 1), (10, 2, 0)]
+    shapes = [shape_of(text) for text in ("4x2", "3", "10x2+0/2")]
+    assert shapes == [UnitShape(4, 2, 1), UnitShape(3, 3, 1), UnitShape(10, 2, 0, attention_tp=2)]
     with pytest.raises(SystemExit):
         main(["bench", "--decode", "4x"])
     assert "expected RANKSxPER_NODE" in capsys.readouterr().err

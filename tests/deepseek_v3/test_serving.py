@@ -90,10 +90,22 @@ def changed(router, done):
     )
 
 
-@pytest.mark.parametrize("speculative,policy", [(True, "shuffle"), (False, "load")])
-def test_tokens_are_those_of_one_process(speculative, policy):
+@pytest.mark.parametrize(
+    "speculative,policy,shapes",
+    [
+        (True, "shuffle", (UnitShape(2, 2), UnitShape(2, 1))),
+        # Attention of two ranks in both units; two decode groups.
+        (True, "shuffle", (UnitShape(2, 2, attention_tp=2), UnitShape(4, 2, attention_tp=2))),
+        # In one unit only: a rank writes the KV of a prompt to two, or one of two writes it. A group over two nodes.
+        (False, "load", (UnitShape(2, 2), UnitShape(2, 1, attention_tp=2))),
+        (True, "load", (UnitShape(2, 1, attention_tp=2), UnitShape(2, 2))),
+    ],
+)
+def test_tokens_are_those_of_one_process(speculative, policy, shapes):
     """All tokens of all requests are equal, while placements of both units change in the middle of sequences."""
-    said = config(speculative=speculative, policy=policy, rebalance_seconds=0.2)
+    said = config(
+        speculative=speculative, policy=policy, rebalance_seconds=0.2, prefill=shapes[0], decode=shapes[1]
+    )
     seed = int.from_bytes(os.urandom(4), "little")
 
     async def run():
@@ -115,10 +127,11 @@ def test_tokens_are_those_of_one_process(speculative, policy):
     assert changed(router, done), (len(done), router.stats())
     assert router.finished == len(done)
     assert router.lost == router.refused == 0
-    assert sorted(map(sorted, router.free)) == [[0, 1, 2, 3]] * 2
+    assert sorted(map(sorted, router.free)) == [[0, 1, 2, 3]] * said.decode.groups
     if speculative:
         assert router.decode_log.accepted > 0
     per_token = (TINY.layers + TINY.mtp) * TINY.cache_width * 8
+    per_token *= said.decode.attention_tp  # each rank of a group has the whole cache
     assert sum(router.prefill_log.kv_bytes.values()) == per_token * sum(len(r.prompt) for r in done)
 
 
@@ -166,13 +179,15 @@ async def under_way(router, count=8):
     return work
 
 
-@pytest.mark.parametrize("unit,how", [("decode", "KILL"), ("prefill", "KILL"), ("decode", "STOP")])
-def test_a_lost_unit_is_a_typed_error(unit, how):
+@pytest.mark.parametrize(
+    "unit,how,tp", [("decode", "KILL", 2), ("prefill", "KILL", 1), ("decode", "STOP", 1)]
+)
+def test_a_lost_unit_is_a_typed_error(unit, how, tp):
     """Requests that need the unit raise at once, or within the timeout if a rank is stopped.
 
     The other requests complete.
     """
-    said = config(timeout=5.0 if how == "STOP" else 60.0)
+    said = config(timeout=5.0 if how == "STOP" else 60.0, decode=UnitShape(2, 1, attention_tp=tp))
 
     async def run():
         async with cleanly(said) as router:

@@ -45,10 +45,11 @@ def arguments(words=None):
             f"--{unit}",
             type=shape_of,
             default=shape_of(shape),
-            metavar="RANKSxPER_NODE+REDUNDANT",
-            help=f"ranks, ranks per node, and redundant expert slots per rank; default: {shape}+1",
+            metavar="RANKSxPER_NODE+REDUNDANT/TP",
+            help=f"ranks, ranks per node, redundant expert slots per rank, and ranks that share the attention of "
+            f"a sequence; default: {shape}+1/1",
         )
-    server.add_argument("--slots", type=int, default=8, help="sequences per decode rank")
+    server.add_argument("--slots", type=int, default=8, help="sequences per decode rank or group")
     server.add_argument("--max-len", type=int, default=160, help="tokens of a sequence, including the prompt")
     server.add_argument(
         "--rebalance-seconds", type=float, default=3.0, help="time between placements; 0: never rebalance"
@@ -76,14 +77,16 @@ def arguments(words=None):
 
 
 def shape_of(text):
-    """Parse RANKSxPER_NODE+REDUNDANT to a UnitShape. Defaults: one node, one redundant slot per rank."""
-    found = re.fullmatch(r"(\d+)(?:x(\d+))?(?:\+(\d+))?", text)
+    """Parse RANKSxPER_NODE+REDUNDANT/TP to a UnitShape. Defaults: one node, one redundant slot, no TP."""
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?(?:\+(\d+))?(?:/(\d+))?", text)
     if found is None:
         raise argparse.ArgumentTypeError(
-            f"got {text!r}; expected RANKSxPER_NODE+REDUNDANT, for example 4x2+1"
+            f"got {text!r}; expected RANKSxPER_NODE+REDUNDANT/TP, for example 4x2+1/2"
         )
-    ranks, per_node, redundant = found.groups()
-    return UnitShape(int(ranks), int(per_node or ranks), 1 if redundant is None else int(redundant))
+    ranks, per_node, redundant, tp = found.groups()
+    return UnitShape(
+        int(ranks), int(per_node or ranks), 1 if redundant is None else int(redundant), int(tp or 1)
+    )
 
 
 def config_of(args):

@@ -16,11 +16,26 @@ POLICIES = ("load", "shuffle")
 
 @dataclass(frozen=True)
 class UnitShape:
-    """Geometry of a unit: ranks, ranks per node, and redundant expert slots per rank."""
+    """Geometry of a unit.
+
+    Attributes
+    ----------
+    ranks, ranks_per_node : int
+    redundant : int
+        Redundant expert slots per rank.
+    attention_tp : int
+        Ranks that compute the attention of the same sequences, each with a part of the heads and of the tokens.
+    """
 
     ranks: int
     ranks_per_node: int
     redundant: int = 1
+    attention_tp: int = 1
+
+    @property
+    def groups(self):
+        """Number of data-parallel groups: sets of ranks that serve the same sequences."""
+        return self.ranks // self.attention_tp
 
 
 @dataclass(frozen=True)
@@ -33,11 +48,11 @@ class ServeConfig:
     prefill, decode : UnitShape
         Geometry of the units.
     slots : int
-        Sequences per decode rank.
+        Sequences per decode rank, or per group of ranks with the same sequences.
     max_len : int
         Tokens of a sequence, including the prompt.
     prefill_tokens : int
-        Tokens of a prefill rank in one batch. A longer prompt gets a batch of its own.
+        Tokens of a prefill rank or group in one batch. A longer prompt gets a batch of its own.
     speculative : bool
         The MTP module drafts one token.
     rebalance_seconds : float
@@ -92,6 +107,13 @@ class ServeConfig:
                 raise InvalidArgument(
                     f"{name} is {unit}; expected a multiple of ranks_per_node, and at most {experts} expert slots "
                     "per rank",
+                    op="serve",
+                )
+            tp, heads = unit.attention_tp, self.model.heads
+            if tp < 1 or unit.ranks % tp or heads % tp:
+                raise InvalidArgument(
+                    f"{name}.attention_tp is {tp}; expected a divisor of the {unit.ranks} ranks and of the {heads} "
+                    "heads",
                     op="serve",
                 )
         if self.speculative and not self.model.mtp:

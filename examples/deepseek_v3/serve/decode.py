@@ -12,6 +12,7 @@ import moecomm
 from ..cache import Cache
 from .experts import PlacedExperts, swiglu
 from .model import all_experts, expert_layers
+from .parallel import AttentionGroup, most
 
 
 class DecodeMoE(nn.Module):
@@ -73,7 +74,8 @@ class DecodeRank:
 
     def __init__(self, config, comm, model, handover):
         self.config, self.comm, self.model, self.handover = config, comm, model, handover
-        c = config.model
+        c, tp = config.model, config.decode.attention_tp
+        width = 1 + config.speculative
         self.experts = PlacedExperts(
             comm, config.decode, all_experts(model, shared=config.shared_pick), policy=config.policy
         )
@@ -82,7 +84,7 @@ class DecodeRank:
             hidden=c.hidden,
             num_experts=self.experts.num_experts,
             top_k=c.top_k + config.shared_pick,
-            max_tokens=config.slots * (1 + config.speculative),
+            max_tokens=most(config.slots * width, tp),
             dtype=config.torch_dtype,
             decode=True,
             placement=self.experts.placement,
@@ -93,6 +95,8 @@ class DecodeRank:
             for block in [*model.layers, model.mtp and model.mtp.block]:
                 if block is not None and block.mlp is moe:
                     block.mlp = DecodeMoE(moe, self, layer)
+        self.group = AttentionGroup(comm, tp, config.slots * width, c.hidden, config.torch_dtype)
+        self.group.split_heads(model)
         self.cache = Cache(c, config.slots, cache_length(config), config.torch_dtype, handover.memory)
         self.sequences = {}
         self.rows = 0
@@ -115,15 +119,17 @@ class DecodeRank:
         for number in message["drop"]:
             self.sequences.pop(number, None)
         for new in message["admit"]:
-            self.handover.wait(new["source"], new["slot"], new["written"])
+            source = writer_of(self.config, new["source"], self.group.member)
+            self.handover.wait(source, new["slot"], new["written"])
             self.sequences[new["number"]] = Sequence(new["slot"], new["length"], new["token"], new["draft"])
         plan = self.experts.change(message["placement"])
         self.rows = 0
         tokens, accepted = self._step(list(self.sequences.values()))
+        speaks = self.group.member == 0  # all ranks of a group have the same sequences
         return {
-            "tokens": dict(zip(self.sequences, tokens, strict=True)),
-            "accepted": accepted,
-            "drafted": len(tokens) if self.config.speculative else 0,
+            "tokens": dict(zip(self.sequences, tokens, strict=True)) if speaks else {},
+            "accepted": accepted if speaks else 0,
+            "drafted": len(tokens) if self.config.speculative and speaks else 0,
             "rows": self.rows,
             "version": self.experts.placement.version,
             "moving": self.experts.moving,
@@ -137,8 +143,13 @@ class DecodeRank:
         first = torch.tensor([s.length for s in sequences], dtype=torch.int64)
         positions = first[:, None] + torch.arange(width)
         ids = torch.tensor([[s.token, s.draft][:width] for s in sequences], dtype=torch.int64).view(-1, width)
-        out = self.model(ids, cache=self.cache, slots=slots, positions=positions)
-        chosen = out.logits.argmax(-1)
+        x = self.group.mine(self.model.embed_tokens(ids.flatten()))
+        real = torch.ones_like(positions, dtype=torch.bool)
+        span = self.model.span(ids.shape, self.cache, slots, positions)
+        for layer, block in enumerate(self.model.layers):
+            x = self._block(block, x, span, layer, real)
+        hidden = self.group.gather_parts(self.model.norm(x), ids.numel())
+        chosen = self.model.lm_head(hidden).argmax(-1).view(-1, width)
         if not self.config.speculative:
             for s, token in zip(sequences, chosen[:, 0].tolist(), strict=True):
                 s.length, s.token = s.length + 1, token
@@ -146,15 +157,36 @@ class DecodeRank:
         right = chosen[:, 0] == ids[:, 1]
         # MTP reads certain tokens only: the second token only if the draft was accepted.
         certain = torch.stack((torch.ones_like(right), right), 1)
-        drafts = self.model.predict_next(
-            out.hidden, chosen, cache=self.cache, slots=slots, positions=positions.masked_fill(~certain, -1)
-        ).logits.argmax(-1)
+        drafts = self._drafts(hidden, chosen, slots, positions, certain)
         tokens = []
         for row, s in enumerate(sequences):
             count = 1 + int(right[row])
             tokens.append(chosen[row, :count].tolist())
             s.length, s.token, s.draft = s.length + count, tokens[-1][-1], int(drafts[row, count - 1])
         return tokens, int(right.sum())
+
+    def _block(self, block, x, span, layer, real):
+        """One block on this rank's tokens [n, hidden]. Collective."""
+        x = self.group.attention(block, x, span, layer, real)
+        return x + block.mlp(block.post_attention_layernorm(x))
+
+    def _drafts(self, hidden, chosen, slots, positions, certain):
+        """Drafts of MTP after the certain tokens: ids [B, S]. Collective."""
+        mtp = self.model.mtp
+        span = self.model.span(chosen.shape, self.cache, slots, positions.masked_fill(~certain, -1))
+        embedded = self.model.embed_tokens(chosen[certain])
+        x = mtp.joined(self.group.mine(hidden[certain.flatten()]), self.group.mine(embedded))
+        x = self._block(mtp.block, x, span, len(self.model.layers), certain)
+        drafts = torch.zeros_like(chosen)
+        last = self.group.gather_parts(mtp.norm(x), int(certain.sum()))
+        drafts[certain] = self.model.lm_head(last).argmax(-1)
+        return drafts
+
+
+def writer_of(config, group, member):
+    """The prefill rank of a group that writes to this member of a decode group."""
+    tp = config.prefill.attention_tp
+    return group * tp + member % tp
 
 
 def cache_length(config):

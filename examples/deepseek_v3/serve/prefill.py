@@ -10,13 +10,14 @@ from moecomm.overlap import Started, two_batches
 from ..cache import Cache
 from .experts import PlacedExperts, swiglu
 from .model import all_experts
+from .parallel import AttentionGroup, most
 
 
 class MicroBatch:
-    """Prompts that are computed together, padded to one length."""
+    """Prompts that are computed together, padded to one length. x has this rank's part of the tokens, [n, hidden]."""
 
-    def __init__(self, model, prompts, dtype):
-        self.prompts = prompts
+    def __init__(self, model, group, prompts, dtype):
+        self.prompts, self.group = prompts, group
         longest = max((len(p["tokens"]) for p in prompts), default=1)
         self.ids = torch.zeros((len(prompts), longest), dtype=torch.int64)
         self.positions = torch.full((len(prompts), longest), -1)
@@ -30,7 +31,7 @@ class MicroBatch:
         self.span = model.span(
             self.ids.shape, self.cache, torch.arange(len(prompts)), self.positions, absorbed=False
         )
-        self.x = model.embed_tokens(self.ids)
+        self.x = group.mine(model.embed_tokens(self.ids[self.real]))
         self.tokens = self.out = self.rows = self.first = self.draft = None
 
 
@@ -50,7 +51,8 @@ class PrefillRank:
 
     def __init__(self, config, comm, model, handover):
         self.config, self.comm, self.model, self.handover = config, comm, model, handover
-        c = config.model
+        c, tp = config.model, config.prefill.attention_tp
+        tokens = max(config.prefill_tokens, config.max_len)
         self.experts = PlacedExperts(
             comm, config.prefill, all_experts(model, shared=False), c.num_groups, config.policy
         )
@@ -58,7 +60,7 @@ class PrefillRank:
             hidden=c.hidden,
             num_experts=c.num_experts,
             top_k=c.top_k,
-            max_tokens=max(config.prefill_tokens, config.max_len),
+            max_tokens=most(tokens, tp),
             dtype=config.torch_dtype,
             placement=self.experts.placement,
         )
@@ -69,6 +71,8 @@ class PrefillRank:
             monitor=self.experts.monitor,
             arena_bytes=self._arena(shape),
         )
+        self.group = AttentionGroup(comm, tp, tokens, c.hidden, config.torch_dtype)
+        self.group.split_heads(model)
         self.rows = 0
         self._stages = self._all_stages()
 
@@ -79,29 +83,35 @@ class PrefillRank:
         return moecomm.Buffer.arena_hint(self.comm, **shape, dispatches=4)
 
     def handle(self, message):
-        """Answer one message of the router: compute the prompts of this rank. Collective."""
+        """Answer one message of the router: compute the prompts of this rank's group. Collective."""
         plan = self.experts.change(message["placement"])
         self.rows = 0
         a, b = self._split(message["prompts"])
         done = two_batches(
             self._stages,
-            *(MicroBatch(self.model, prompts, self.config.torch_dtype) for prompts in (a, b)),
+            *(MicroBatch(self.model, self.group, prompts, self.config.torch_dtype) for prompts in (a, b)),
         )
         first = {}
         for batch in done:
             for row, prompt in enumerate(batch.prompts):
                 kv = batch.cache.data[:, row, : int(batch.lengths[row])]
-                self.handover.write(prompt["rank"], prompt["slot"], kv)
+                for rank in self._readers(prompt["rank"]):
+                    self.handover.write(rank, prompt["slot"], kv)
                 draft = None if batch.draft is None else int(batch.draft[row])
                 first[prompt["number"]] = {"token": int(batch.first[row]), "draft": draft}
         return {
-            "first": first,
+            "first": first if self.group.member == 0 else {},
             "rows": self.rows,
             "version": self.experts.placement.version,
             "moving": self.experts.moving,
             "plan": plan,
             "kv_bytes": self.handover.take_bytes(),
         }
+
+    def _readers(self, group):
+        """The ranks of a decode group to which this rank writes. All of them need the rows, and one member writes."""
+        tp, mine = self.config.decode.attention_tp, self.config.prefill.attention_tp
+        return [group * tp + i for i in range(tp) if i % mine == self.group.member]
 
     @staticmethod
     def _split(prompts):
@@ -131,10 +141,10 @@ class PrefillRank:
 
     def _block_stages(self, block, layer, placed):
         def attend(b):
-            b.x = b.x + block.attention(b.x, b.span, layer)
-            b.tokens = block.post_attention_layernorm(b.x)[b.real]
+            b.x = b.group.attention(block, b.x, b.span, layer, b.real)
+            b.tokens = block.post_attention_layernorm(b.x)
             if not block.has_experts:
-                b.x = b.x.index_put((b.real,), b.x[b.real] + block.mlp(b.tokens))
+                b.x = b.x + block.mlp(b.tokens)
             return b
 
         def dispatch(b):
@@ -161,12 +171,12 @@ class PrefillRank:
             pending = self.buffer.combine(
                 b.rows, b.out.handle, topk_weights=b.out.topk_weights, async_op=True
             )
-            rest = b.x[b.real]
+            rest = b.x
             if block.mlp.shared_experts is not None:
                 rest = rest + block.mlp.shared_experts(b.tokens)
 
             def add(y):
-                b.x, b.out, b.rows = b.x.index_put((b.real,), rest + y), None, None
+                b.x, b.out, b.rows = rest + y, None, None
                 return b
 
             return Started(pending, add)
@@ -182,13 +192,17 @@ class PrefillRank:
         return b
 
     def _last_argmax(self, b, hidden):
-        last = hidden[torch.arange(len(b.prompts)), b.lengths - 1]
-        return self.model.lm_head(last).argmax(-1)
+        """The best token after each prompt, from this rank's part of the rows."""
+        last, total = b.lengths.cumsum(0) - 1, int(b.lengths.sum())
+        counts = [int(((last >= begin) & (last < end)).sum()) for begin, end in b.group.bounds(total)]
+        begin, end = b.group.bounds(total)[b.group.member]
+        here = last[(last >= begin) & (last < end)] - begin
+        return self.model.lm_head(b.group.gather(hidden[here], counts)).argmax(-1)
 
     def _join(self, b):
         following = b.ids.roll(-1, 1)
         following[torch.arange(len(b.prompts)), b.lengths - 1] = b.first
-        b.x = self.model.mtp.joined(b.x, self.model.embed_tokens(following))
+        b.x = self.model.mtp.joined(b.x, self.model.embed_tokens(b.group.mine(following[b.real])))
         return b
 
     def _draft_token(self, b):

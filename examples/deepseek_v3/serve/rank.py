@@ -85,4 +85,5 @@ def _make(stack, config, unit, rank, ports):
     model = load_model(config)
     served = (PrefillRank if unit == "prefill" else DecodeRank)(config, comm, model, handover)
     stack.callback(served.experts.close)
+    stack.callback(served.group.close)
     return served

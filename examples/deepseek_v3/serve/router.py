@@ -57,10 +57,11 @@ class Router:
     def __init__(self, config, prefill, decode):
         self.config, self.prefill, self.decode = config, prefill, decode
         self.waiting, self.ready, self.active = deque(), [], {}
-        self.free = [list(range(config.slots)) for _ in range(decode.size)]
-        self._dropped = [
-            [] for _ in range(decode.size)
-        ]  # sequences to remove in the next step, by decode rank
+        # Requests go to groups of ranks that have the same sequences: "rank" is the number of a group below.
+        self._groups = {name: getattr(config, name).groups for name in ("prefill", "decode")}
+        self.free = [list(range(config.slots)) for _ in range(self._groups["decode"])]
+        # sequences to remove in the next step, by decode group
+        self._dropped = [[] for _ in range(self._groups["decode"])]
         self._numbers = itertools.count()
         self._written = Counter()  # {(prefill rank, (decode rank, slot)): number of prompts}
         self._work = {name: asyncio.Event() for name in ("prefill", "decode")}
@@ -178,6 +179,11 @@ class Router:
             "units": units,
         }
 
+    async def _call(self, unit, messages):
+        """Send the message of each group to all its ranks; return the answers of all ranks."""
+        times = unit.size // len(messages)
+        return await unit.call([message for message in messages for _ in range(times)])
+
     # The prefill unit.
 
     async def _run_prefill(self):
@@ -189,7 +195,8 @@ class Router:
                 continue
             placement = self.prefill_log.placement_step()
             messages = [
-                {"do": "prefill", "prompts": [], "placement": placement} for _ in range(self.prefill.size)
+                {"do": "prefill", "prompts": [], "placement": placement}
+                for _ in range(self._groups["prefill"])
             ]
             for request in batch:
                 rank, slot = request.slot
@@ -198,7 +205,7 @@ class Router:
                     {"number": request.number, "tokens": request.prompt, "rank": rank, "slot": slot}
                 )
             begin = time.perf_counter()
-            answers = await self.prefill.call(messages)
+            answers = await self._call(self.prefill, messages)
             self.prefill_log.add(begin, placement, answers, sum(len(r.prompt) for r in batch))
             first = {int(n): news for answer in answers for n, news in answer["first"].items()}
             for request in batch:
@@ -213,11 +220,11 @@ class Router:
 
     def _choose(self):
         """Choose the next batch in the order of arrival, within free slots and prefill_tokens per rank."""
-        batch, load = [], [0] * self.prefill.size
+        batch, load = [], [0] * self._groups["prefill"]
         while self.waiting:
             request = self.waiting[0]
-            rank = max(range(self.decode.size), key=lambda r: len(self.free[r]))
-            at = min(range(self.prefill.size), key=lambda r: load[r])
+            rank = max(range(len(self.free)), key=lambda r: len(self.free[r]))
+            at = min(range(len(load)), key=lambda r: load[r])
             if not self.free[rank] or (
                 load[at] and load[at] + len(request.prompt) > self.config.prefill_tokens
             ):
@@ -239,7 +246,7 @@ class Router:
             messages = [
                 {"do": "step", "admit": [], "drop": drop, "placement": placement} for drop in self._dropped
             ]
-            self._dropped = [[] for _ in range(self.decode.size)]
+            self._dropped = [[] for _ in self._dropped]
             joining, self.ready = self.ready, []
             for request in joining:
                 self.active[request.number] = request
@@ -256,7 +263,7 @@ class Router:
                     }
                 )
             begin = time.perf_counter()
-            answers = await self.decode.call(messages)
+            answers = await self._call(self.decode, messages)
             self.decode_log.add(begin, placement, answers, len(self.active))
             for answer in answers:
                 for number, tokens in answer["tokens"].items():
