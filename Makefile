@@ -105,11 +105,16 @@ examples: $(READY)
 v3-serve: $(READY) ## DeepSeek-V3 in miniature, served and loaded; every token compared with one process (a minute or two)
 	-@$(MAKE) -s --no-print-directory examples
 	@mkdir -p build/v3-serve && OMP_NUM_THREADS=1 $(PY) -m examples.deepseek_v3.serve bench --out build/v3-serve/results.json \
+	  --prefill 4x2+1/2 --decode 4x2+1/2 \
 	  $$([ -e build/v3-train/checkpoint/index.json ] && echo --model build/v3-train)
 
 .PHONY: v3-train
 v3-train: examples build ## DeepSeek-V3 in miniature: pre-training and long context on 2 ranks, results in build/v3-train (minutes)
 	OMP_NUM_THREADS=1 $(MPIRUN) --mca mpi_yield_when_idle 1 -n 2 $(PY) -m examples.deepseek_v3.train --out build/v3-train
+
+.PHONY: v3-ranks
+v3-ranks: examples build ## DeepSeek-V3 in miniature: the training curves of 1, 2, 4 and 8 ranks agree (minutes)
+	OMP_NUM_THREADS=1 $(PY) -m examples.deepseek_v3.same_curve --mpirun '$(MPIRUN) --mca mpi_yield_when_idle 1'
 
 # As for transformers, for clients of deep_ep, which the drop-in serves (docs/deep_ep.md).
 .PHONY: clients

@@ -13,6 +13,7 @@ from examples.deepseek_v3.model import Model
 from examples.deepseek_v3.moe import make_buffer
 from examples.deepseek_v3.needle import SIZE, Needles, measure
 from examples.deepseek_v3.precision import Fp8Linear, promoted_product
+from examples.deepseek_v3.same_curve import difference
 from examples.deepseek_v3.schedule import Schedule, batch_size, bias_speed, learning_rate, mtp_weight
 from examples.deepseek_v3.stages import run
 from moecomm import quant
@@ -161,3 +162,12 @@ def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path):
         checkpoint.load(tmp_path, Model(replace(TINY, vocab_size=65)))
     with pytest.raises(InvalidArgument, match=r"has no (weight|buffer)/layers\.3"):
         checkpoint.load(tmp_path, Model(replace(TINY, layers=4, mtp=True)))
+
+
+def test_curves_that_differ():
+    """The difference is the largest over all steps; other steps and missing values are never equal."""
+    curve = [{"loss": 2.0}, {"loss": None}, {"loss": 4.0}]
+    assert difference(curve, curve, "loss") == 0
+    assert difference([*curve[:2], {"loss": 5.0}], curve, "loss") == 0.25
+    assert difference(curve[:2], curve, "loss") == float("inf")
+    assert difference([curve[0], {"loss": 1.0}, curve[2]], curve, "loss") == float("inf")
