@@ -8,6 +8,8 @@ import torch
 
 from ...errors import CapacityExceeded
 from ...shapes import DTYPES
+from ._arrival import counted
+from ._checks import capturing
 from .errors import refuse, require_tensor
 
 _FP8 = torch.float8_e4m3fn
@@ -84,6 +86,11 @@ class Payload:
             self.x = self.x.view(torch.bfloat16)
 
     @property
+    def arrives_in_place(self) -> bool:
+        """Whether received() does not read the received rows."""
+        return not self._packed
+
+    @property
     def same(self) -> Any:
         """{name: value} that must be equal on all ranks."""
         return {
@@ -132,27 +139,39 @@ class Routing:
         self.tokens = ids.shape[0]
         self._plans: dict[Any, Any] = {}
         self.num_rows = None
+        self.arrival: Any = None  # Arrival of the latest dispatch, if its rows may be in flight
 
-    def dispatch(self, hidden: int, dtype: torch.dtype, x: Any, weights: Any = None) -> Any:
+    def dispatch(
+        self, hidden: int, dtype: torch.dtype, x: Any, weights: Any = None, asynchronous: bool = False
+    ) -> Any:
         """Dispatch x with the plan of an earlier call on this core Buffer, or a new plan of the same row order.
 
-        Collective. Returns Dispatched.
+        Collective. Returns Dispatched. asynchronous: only its counts and shapes are known then; wait for .arrival.
         """
+        self.settle()
+        how = dict(async_op=True) if asynchronous and not capturing() else {}
         key = hidden, dtype
         if key in self._plans:
             core, handle = self._plans[key]
             try:
-                return core.dispatch(x, topk_weights=weights, handle=handle)
+                out, self.arrival = counted(core.dispatch(x, topk_weights=weights, handle=handle, **how))
+                return out
             except CapacityExceeded:  # raised on all ranks: results of earlier calls fill the arena
                 del self._plans[key]
         core = self.world.core(
             hidden, self.experts, self.ids.shape[1], dtype, self.most, num_sms=self.num_sms
         )
-        core, out = self.world.dispatch(core, x, self.ids, weights, **self.how)
+        core, out, self.arrival = self.world.dispatch(core, x, self.ids, weights, **self.how, **how)
         self._plans[key] = core, out.handle
         self.world.last[False] = core
         self.num_rows = out.handle.num_rows
         return out
+
+    def settle(self) -> None:
+        """Wait for the rows of the latest dispatch, or raise its error. On a GPU the current stream waits."""
+        arrival, self.arrival = self.arrival, None
+        if arrival is not None:
+            arrival.wait()
 
     @property
     def first(self) -> Any:
@@ -164,6 +183,7 @@ class Routing:
 
         For a new row size a dispatch of zeros makes them, which is collective.
         """
+        self.settle()
         if (hidden, dtype) not in self._plans:
             self.dispatch(
                 hidden, dtype, torch.zeros((self.tokens, hidden), dtype=dtype, device=self.ids.device)

@@ -11,6 +11,7 @@ import torch
 from ...buffer import Buffer as Core
 from ...communicator import Communicator
 from ...errors import CapacityExceeded, ConfigMismatch, InvalidArgument
+from ._arrival import counted
 from .errors import refuse
 
 _options = dict(ranks_per_node=None, device=None, timeout=None, patience=None)
@@ -187,11 +188,11 @@ class World:
     def dispatch(self, core: Any, x: Any, ids: Any = None, weights: Any = None, **how: Any) -> Any:
         """Call core.dispatch; if results of earlier calls fill the arena, with a new core that has a larger one.
 
-        Collective. Returns (core, Dispatched).
+        Collective. Returns (core, Dispatched, Arrival or None). With async_op the rows are in flight.
         """
         while True:
             try:
-                return core, core.dispatch(x, ids, weights, **how)
+                return core, *counted(core.dispatch(x, ids, weights, **how))
             except CapacityExceeded as error:  # raised on all ranks
                 if "arena_bytes" not in str(error) or how.get("handle") is not None:
                     raise

@@ -216,7 +216,8 @@ class Buffer(LowLatency):
         previous_event : EventOverlap, optional
             The call waits for it first.
         async_finish, allocate_on_comm_stream : bool
-            async_finish makes the last result an event. The call runs on the current stream in any case.
+            async_finish makes the last result an event. The call then returns when the counts are known, and the
+            results may be read after the event. Otherwise it runs on the current stream.
 
         Returns
         -------
@@ -290,7 +291,8 @@ class Buffer(LowLatency):
                 Buffer.num_sms,
                 dict(layout="rank", capacity=num_worst_tokens or None),
             )
-            out = routing.dispatch(payload.hidden, payload.dtype, payload.x, weights)
+            early = async_finish and payload.arrives_in_place
+            out = routing.dispatch(payload.hidden, payload.dtype, payload.x, weights, early)
             recv_x = payload.received(out)
         recv_ids, recv_weights, per_expert = None, None, []
         if topk_idx is not None:
@@ -304,7 +306,7 @@ class Buffer(LowLatency):
             recv_weights,
             per_expert,
             DispatchHandle(routing),
-            event_of(async_finish, x, ids, weights),
+            event_of(async_finish, x, ids, weights, arrival=routing.arrival),
         )
 
     def combine(
@@ -438,8 +440,9 @@ class Buffer(LowLatency):
                     self.rank,
                 )
         with torch.no_grad():
-            recv_x = payload.received(routing.dispatch(payload.hidden, payload.dtype, payload.x))
-        return recv_x, None, None, None, None, event_of(async_finish, x)
+            early = async_finish and payload.arrives_in_place
+            recv_x = payload.received(routing.dispatch(payload.hidden, payload.dtype, payload.x, None, early))
+        return recv_x, None, None, None, None, event_of(async_finish, x, arrival=routing.arrival)
 
 
 def _default_config(op, num_ranks):

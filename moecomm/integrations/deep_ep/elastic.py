@@ -243,7 +243,8 @@ class ElasticBuffer:
         previous_event, previous_event_before_epilogue : EventHandle, optional
             The call waits for them first. previous_event needs allocate_on_comm_stream, as in deep_ep.
         async_with_compute_stream, allocate_on_comm_stream : bool
-            async_with_compute_stream makes the last result an event. The call runs on the current stream in any case.
+            async_with_compute_stream makes the last result an event. The call then returns when the counts are known,
+            and the results may be read after the event. Otherwise it runs on the current stream.
         handle : EPHandle, optional
             Handle of an earlier dispatch, whose plan is reused.
         do_cpu_sync : bool, optional
@@ -317,7 +318,9 @@ class ElasticBuffer:
         with torch.no_grad():
             if handle is None:
                 routing = new_routing(self.world, ids, num_experts, most, alignment, do_expand, sync)
-            out = routing.dispatch(payload.hidden, payload.dtype, payload.x, weights)
+            in_place = payload.arrives_in_place and not use_tma_aligned_col_major_sf
+            early = async_with_compute_stream and in_place
+            out = routing.dispatch(payload.hidden, payload.dtype, payload.x, weights, early)
             recv_x = payload.received(out)
             if use_tma_aligned_col_major_sf and isinstance(recv_x, tuple):
                 recv_x = recv_x[0], by_column(recv_x[1])
@@ -333,7 +336,7 @@ class ElasticBuffer:
             recv_ids,
             recv_weights,
             handle,
-            event_of(async_with_compute_stream, x, topk_idx, topk_weights),
+            event_of(async_with_compute_stream, x, topk_idx, topk_weights, arrival=routing.arrival),
         )
 
     def combine(

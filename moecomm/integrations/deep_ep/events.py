@@ -1,7 +1,8 @@
 """EventHandle and EventOverlap: events that tell when the results of a call may be used.
 
-On the CPU a call is complete when it returns, so its event is complete, too. On a GPU calls run on the current
-stream, and an event is a point on that stream.
+On the CPU most calls are complete when they return, so their events are complete, too. On a GPU they run on the current
+stream, and an event is a point on that stream. An asynchronous dispatch returns when its counts are known: its rows
+arrive on moecomm's thread or stream, and its event waits for them.
 """
 
 from __future__ import annotations
@@ -23,6 +24,17 @@ class EventHandle:
         """Let the current stream wait for the event. The host does not wait."""
         if self._point is not None:
             torch.cuda.current_stream().wait_event(self._point)
+
+
+class CallEvent(EventHandle):
+    """The event of a dispatch whose counts are known and whose rows are in flight. It raises the errors of the call."""
+
+    def __init__(self, arrival: Any) -> None:
+        self._arrival = arrival
+
+    def current_stream_wait(self) -> None:
+        """Let the current stream wait for the rows. On the CPU the host waits."""
+        self._arrival.wait()
 
 
 class EventOverlap:
@@ -102,6 +114,8 @@ def wait_before(op: str, previous_event: Any, asynchronous: Any, on_comm_stream:
     previous_event.current_stream_wait()
 
 
-def event_of(asynchronous: Any, *keep: Any) -> Any:
-    """Return the EventOverlap of a call that has just returned."""
+def event_of(asynchronous: Any, *keep: Any, arrival: Any = None) -> EventOverlap:
+    """Return the EventOverlap of a call that has just returned. arrival: of rows that may be in flight."""
+    if arrival is not None:
+        return EventOverlap(CallEvent(arrival), keep)
     return EventOverlap(EventHandle(), keep) if asynchronous else EventOverlap()

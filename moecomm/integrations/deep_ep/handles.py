@@ -8,6 +8,7 @@ import torch
 
 from ._checks import aligned
 from .errors import Unsupported
+from .events import EventHandle
 
 
 class DispatchHandle:
@@ -72,14 +73,26 @@ class EPHandle:
         else:
             self.psum_num_recv_tokens_per_expert = counts.cumsum(0).to(torch.int32)
         self.num_recv_tokens_per_expert_list = aligned(counts.tolist(), alignment) if sync else []
-        self._source_rank, self._source_token = out.source_rank, out.source_token
+        self._arrival = routing.arrival
+        if self._arrival is None:
+            self._read_sources(out)
+        else:
+            self._arrival.call_after(lambda: self._read_sources(out))
         self._scaleup_ranks = scaleup_ranks
         self._psum: torch.Tensor | None = None
+
+    def _read_sources(self, out: Any) -> None:
+        """Keep the sources of the rows, and nothing else of the result, whose memory may then be used again."""
+        self._source_rank, self._source_token, self._arrival = out.source_rank, out.source_token, None
+        self._sources_read = EventHandle()
 
     @property
     def psum_num_recv_tokens_per_scaleup_rank(self) -> Any:
         """Cumulative sums of the received tokens by the local rank of their source, int32 [ranks per node]."""
         if self._psum is None:
+            if self._arrival is not None:
+                self._arrival.wait()
+            self._sources_read.current_stream_wait()
             ranks, tokens = self._source_rank, self._source_token
             if self.do_expand:  # a token has one row per expert, but counts once
                 _, first = torch.unique(
