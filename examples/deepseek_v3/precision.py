@@ -85,15 +85,11 @@ def _along_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class _Fp8Dispatch(torch.autograd.Function):
-    """Dispatch in FP8. The gradient is sent in BF16 and ignores the rounding."""
+    """The result of a dispatch in FP8 that has arrived. The gradient is sent in BF16 and ignores the rounding."""
 
     @staticmethod
-    def forward(
-        ctx: Any, tokens: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, buffer: Any, kept: list[Any]
-    ) -> Any:
-        out = buffer.dispatch(tokens, ids, weights, quant="fp8")
+    def forward(ctx: Any, tokens: torch.Tensor, weights: torch.Tensor, buffer: Any, out: Any) -> Any:
         ctx.buffer, ctx.handle = buffer, out.handle
-        kept.append(out)
         return quant.dequantize(out.x, out.scales, dtype=tokens.dtype), out.topk_weights.clone()
 
     @staticmethod
@@ -107,7 +103,7 @@ class _Fp8Dispatch(torch.autograd.Function):
             handle.layout,
             handle.num_tokens,
         )
-        return tokens, None, weights, None, None
+        return tokens, weights, None, None
 
 
 class _Arrived(NamedTuple):
@@ -119,14 +115,18 @@ class _Arrived(NamedTuple):
     handle: Any
 
 
-class _Ready:
-    """A complete dispatch, with the interface of Pending."""
+class _Sent:
+    """A dispatch in FP8 under way, with the interface of Pending. Its result belongs to the graph of its inputs."""
 
-    def __init__(self, result: Any) -> None:
-        self.result = result
+    def __init__(self, tokens: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, buffer: Any) -> None:
+        self.tokens, self.weights, self.buffer = tokens, weights, buffer
+        with torch.no_grad():
+            self.pending = buffer.dispatch(tokens.detach(), ids, weights.detach(), quant="fp8", async_op=True)
 
-    def wait(self) -> Any:
-        return self.result
+    def wait(self) -> _Arrived:
+        out = self.pending.wait()
+        x, weights = _Fp8Dispatch.apply(self.tokens, self.weights, self.buffer, out)
+        return _Arrived(x, out.rows_per_expert, weights, out.handle)
 
 
 class LowExperts(Experts):
@@ -177,13 +177,11 @@ class LowMoE(MoE):
             self.shared_experts.float()
 
     def start_dispatch(self, tokens: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> Any:
-        """As MoE. In FP8 the dispatch is complete when this call returns."""
+        """As MoE."""
         tokens = tokens.to(torch.bfloat16)
         if not self.fp8:
             return super().start_dispatch(tokens, topk_ids, topk_weights)
-        kept: list[Any] = []
-        x, weights = _Fp8Dispatch.apply(tokens, topk_ids, topk_weights, self.buffer, kept)
-        return _Ready(_Arrived(x, kept[0].rows_per_expert, weights, kept[0].handle))
+        return _Sent(tokens, topk_ids, topk_weights, self.buffer)
 
     def forward(self, x: torch.Tensor, with_routing: bool = False) -> Any:
         """As MoE, with FP32 input and output."""

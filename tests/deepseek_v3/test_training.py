@@ -1,6 +1,7 @@
 """The parts of training in examples/deepseek_v3: schedule, stages, FP8 products, needles, checkpoints."""
 
 import random
+import threading
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from examples.deepseek_v3.config import TINY
 from examples.deepseek_v3.model import Model
 from examples.deepseek_v3.moe import make_buffer
 from examples.deepseek_v3.needle import SIZE, Needles, measure
-from examples.deepseek_v3.precision import Fp8Linear, promoted_product
+from examples.deepseek_v3.precision import Fp8Linear, LowMoE, promoted_product
 from examples.deepseek_v3.same_curve import difference
 from examples.deepseek_v3.schedule import Schedule, batch_size, bias_speed, learning_rate, mtp_weight
 from examples.deepseek_v3.stages import run
@@ -99,6 +100,43 @@ def test_fp8_products(rows):
         torch.testing.assert_close(
             promoted_product(codes, scales, w_codes, w_scales), exact, rtol=1e-4, atol=1e-3
         )
+
+
+def test_fp8_dispatch_overlaps():
+    """A rank goes on before its peer has called dispatch. Gradients equal those of a dispatch without overlap."""
+    wide = replace(TINY, hidden=128)
+    first, second = torch.randn(2, 6, 128)
+    started = threading.Event()
+
+    def both(comm):
+        layer = LowMoE(wide, make_buffer(comm, wide, 16, dtype=torch.bfloat16, dispatches=6), fp8=True)
+        for i, p in enumerate(layer.parameters()):
+            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(i))
+
+        def gradients(overlap):
+            inputs = [x.clone().requires_grad_() for x in (first, second)]
+            routings = [layer.gate(x) for x in inputs]
+            if overlap and comm.rank:
+                assert started.wait(20)
+            outs, pending = [], []
+            for x, routing in zip(inputs, routings, strict=True):
+                pending.append(layer.start_dispatch(x, *routing[:2]))
+                if not overlap:
+                    outs.append(pending.pop().wait())
+            started.set()
+            outs += [p.wait() for p in pending]
+            rows = [layer.experts(out.x, out.rows_per_expert) for out in outs]
+            ys = [
+                layer.buffer.combine(r, out.handle, topk_weights=out.topk_weights)
+                for r, out in zip(rows, outs, strict=True)
+            ]
+            sum(y.float().square().sum() for y in ys).backward()
+            return [*ys, *(x.grad for x in inputs)]
+
+        for got, want in zip(gradients(overlap=True), gradients(overlap=False), strict=True):
+            assert want.any() and torch.equal(got, want)
+
+    moecomm.run_local(both, 2)
 
 
 class Oracle(torch.nn.Module):
