@@ -510,6 +510,31 @@ class Buffer(Shared):  # defines copies and pickles, and uses nothing of Buffer
         """
         return self._decoding.combine(rows, topk_ids, topk_weights, handle, wire, return_hook, out)
 
+    def decode_lost_weight(
+        self, topk_ids: torch.Tensor, topk_weights: torch.Tensor | None = None, *, layer: int = 0
+    ) -> torch.Tensor:
+        """Return the weight per token that a decode step loses, because no rank runs the expert. Local.
+
+        These experts are on masked ranks, or have no slot in a partial placement. The step leaves their picks out, and
+        with Buffer(renormalize=True) and a partial placement it scales the others up. The check runs on the current
+        stream and can be captured: a graph that is replayed after mask() counts the masked ranks.
+
+        Parameters
+        ----------
+        topk_ids, topk_weights, layer
+            As for decode_dispatch. topk_weights=None: ones, so the result counts picks.
+
+        Returns
+        -------
+        Tensor float32 [T]
+
+        Raises
+        ------
+        InvalidArgument
+            There was no decode_dispatch, or an argument has another shape or dtype.
+        """
+        return self._decoding.lost_weight(topk_ids, topk_weights, layer)
+
     # -- sizes ------------------------------------------------------------------------------------
 
     @property

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from ._cuda import decode as cuda_decode
 from ._native import core
+from .balance.replicas import picks_of
 from .arguments import FLOATS, IDS, known, shares_memory
 from .elastic.verdict import require_generation
 from .decode_results import DecodeHandle, DecodeReceived, DecodeTensors
@@ -43,7 +44,7 @@ _grad_enabled = torch.is_grad_enabled
 
 
 class DecodePath:
-    """Implements Buffer.decode_dispatch and decode_combine, which document it. The first dispatch makes the memory."""
+    """Implements Buffer.decode_dispatch, decode_combine and decode_lost_weight. The first dispatch makes the memory."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend, self._memory, self._checks = backend, backend.memory, backend.checks
@@ -105,14 +106,21 @@ class DecodePath:
         if router is not None:
             rows, scales = checks.as_rows(op, x)
             decode.refuse_gradients(op, x=rows, scales=scales, topk_weights=topk_weights)
-            checks.picks(op, "topk_ids", topk_ids, checks.x(op, rows, scales, packed=True), IDS)
-            topk_ids = router.choose_for_decode(backend, topk_ids, layer)
+            tokens = checks.x(op, rows, scales, packed=True)
+            checks.picks(op, "topk_ids", topk_ids, tokens, IDS)
+            if topk_weights is not None:
+                checks.picks(op, "topk_weights", topk_weights, tokens, FLOATS)
+            slots = router.choose_for_decode(backend, topk_ids, layer)
+            gone = router.gone(layer)
+            if topk_weights is not None:
+                topk_weights, _ = router.account(topk_ids, topk_weights, gone)
+            topk_ids = slots
         dispatch = decode.dispatch
         if backend.gpu_recorder is not None:
             dispatch = partial(backend.gpu_recorder.decode_dispatch, decode)
         received, hook = dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
         if router is not None:
-            router.decoding[received.handle.epoch % 2] = topk_ids
+            router.decoding[received.handle.epoch % 2] = slots, gone
         return received, hook
 
     def combine(
@@ -143,7 +151,11 @@ class DecodePath:
             if decode is None:
                 raise InvalidArgument(f"{op}: there was no decode_dispatch", op=op, rank=comm.rank)
         if backend.router is not None:
-            topk_ids = backend.router.decoding[getattr(handle, "epoch", 0) % 2]
+            slots, gone = backend.router.decoding[getattr(handle, "epoch", 0) % 2]
+            if gone is not None and backend.router.renormalize and not handle.weights_travel:
+                with Part(backend, op, handle):
+                    topk_weights = self._renormalized(handle, topk_ids, topk_weights, gone)
+            topk_ids = slots
         if backend.gpu_recorder is not None:
             with Part(backend, op, handle):
                 topk_weights = self._checks.as_tensor(op, "topk_weights", topk_weights, optional=True)
@@ -152,6 +164,44 @@ class DecodePath:
                 )
                 return recorded
         return decode.combine(rows, topk_ids, topk_weights, handle, wire, return_hook, out)
+
+    def _renormalized(self, handle: Any, topk_ids: Any, topk_weights: Any, gone: torch.Tensor) -> Any:
+        op, checks = "decode_combine", self._checks
+        topk_ids = checks.as_tensor(op, "topk_ids", topk_ids)
+        topk_weights = checks.as_tensor(op, "topk_weights", topk_weights, optional=True)
+        checks.picks(op, "topk_ids", topk_ids, handle.tokens, IDS)
+        if topk_weights is not None:
+            checks.picks(op, "topk_weights", topk_weights, handle.tokens, FLOATS)
+        return self._backend.router.account(topk_ids, topk_weights, gone)[0]
+
+    def lost_weight(self, topk_ids: Any, topk_weights: Any, layer: int) -> torch.Tensor:
+        """See Buffer.decode_lost_weight.
+
+        Raises
+        ------
+        MoecommError
+        """
+        op, memory, checks, router = "decode_lost_weight", self._memory, self._checks, self._backend.router
+        memory.require_open(op)
+        decode: Decode | None = memory.decode
+        if decode is None:
+            checks.refuse(op, "there was no decode_dispatch; expected one before")
+        topk_ids = checks.as_tensor(op, "topk_ids", topk_ids)
+        topk_weights = checks.as_tensor(op, "topk_weights", topk_weights, optional=True)
+        tokens = len(topk_ids) if topk_ids.ndim else 0
+        checks.picks(op, "topk_ids", topk_ids, tokens, IDS)
+        if topk_weights is not None:
+            checks.picks(op, "topk_weights", topk_weights, tokens, FLOATS)
+        gone: torch.Tensor | None = decode.gone
+        if router is not None:
+            router.require_layer(op, layer)
+            gone = router.gone(layer)
+        if gone is None:
+            return torch.zeros(tokens, device=topk_ids.device, dtype=torch.float32)
+        lost = picks_of(gone, topk_ids)
+        if topk_weights is not None:
+            lost = lost * topk_weights.detach()
+        return lost.sum(1, dtype=torch.float32)
 
 
 class Decode:
@@ -171,6 +221,8 @@ class Decode:
         # Handles by parity: a phase that a later dispatch catches up on finds its memory.
         self._open: list[DecodeHandle | None] = [None, None]
         self.masked: tuple[int, ...] = ()
+        # Of masked ranks. A captured CUDA graph reads it, so it is written in place.
+        self.gone = torch.zeros(memory.num_experts, dtype=torch.bool, device=comm.device)
         self.native: Any = comm.collective.join("decode", lambda: self._make_native(memory))
         self.native.finish_connect()
         if comm.bootstrap.threads:

@@ -139,7 +139,7 @@ class DispatchPath:
         lost = None
         if router is not None and handle is None:
             router.require_layer(op, layer)
-            topk_weights, lost = router.account(topk_ids, topk_weights, layer)
+            topk_weights, lost = router.account(topk_ids, topk_weights, router.gone(layer))
         if ops.wanted(x, topk_weights) or (opaque is not None and opaque.requires_grad()):
             self._require_differentiable(x, scales, quant, scale_layout, opaque)
             return self._calls.run(

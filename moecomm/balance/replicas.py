@@ -61,7 +61,8 @@ class ReplicaRouter:
             renormalize,
             monitor,
         )
-        self.decoding: list[Any] = [None, None]  # slot ids of the two decode epochs
+        # By parity of the decode epoch: the slot ids of its picks, and which experts had no slot.
+        self.decoding: list[tuple[Any, torch.Tensor | None]] = [(None, None), (None, None)]
         self._adopt(placement)
 
     @staticmethod
@@ -193,16 +194,9 @@ class ReplicaRouter:
         Raises
         ------
         InvalidArgument
-            As dispatch. Also if the placement is partial, because decode cannot report lost weight.
+            As dispatch.
         """
         op = "decode_dispatch"
-        require(
-            self._lost is None,
-            op,
-            "placement",
-            self.placement,
-            "a complete placement (only dispatch reports lost weight)",
-        )
         self.require_layer(op, layer)
         self.comm.order.settle()
         return self.choose(backend, op, topk_ids, layer)
@@ -229,23 +223,36 @@ class ReplicaRouter:
         self.record(request, layer)
         return request.slots.to(topk_ids.device)
 
+    def gone(self, layer: int) -> torch.Tensor | None:
+        """Which experts of a layer have no slot, bool [num_experts]; None: every expert has one."""
+        return None if self._lost is None else self._lost[layer]
+
     def account(
-        self, topk_ids: torch.Tensor, weights: torch.Tensor | None, layer: int
+        self, topk_ids: torch.Tensor, weights: torch.Tensor | None, gone: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """(weights, lost): the weights, renormalized if requested, and the lost weight per token, float32 [T]."""
-        if self._lost is None:
+        """(weights, lost): the weights, renormalized if requested, and the lost weight per token, float32 [T].
+
+        gone: the experts without a slot, or None.
+        """
+        if gone is None:
             return weights, torch.zeros(len(topk_ids), device=topk_ids.device, dtype=torch.float32)
         given = (
             torch.ones(topk_ids.shape, device=topk_ids.device, dtype=torch.float32)
             if weights is None
             else weights
         )
-        gone = self._lost[layer][topk_ids.clamp(0, self.placement.num_experts - 1).long()] & (topk_ids >= 0)
-        lost = (given * gone).sum(1)
+        missing = picks_of(gone, topk_ids)
+        lost = (given * missing).sum(1)
         if self.renormalize:
-            kept = (given * (~gone & (topk_ids >= 0))).sum(1)
+            kept = (given * (~missing & (topk_ids >= 0))).sum(1)
             weights = given * torch.where(kept > 0, (kept + lost) / kept.where(kept > 0, 1.0), 1.0)[:, None]
         return weights, lost.detach()
+
+
+def picks_of(experts: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+    """Which picks are of these experts (bool [num_experts]): bool [T, top_k]."""
+    exists = (topk_ids >= 0) & (topk_ids < len(experts))
+    return experts[topk_ids.clamp(0, len(experts) - 1).long()] & exists
 
 
 class ReplicaRequest:

@@ -71,6 +71,7 @@ def _go_on(
     table = [int(r in masked) for r in range(comm.size)]
     made.native.mask(table, max(said[2] for said in everyone), max(said[3] for said in everyone))
     made.masked = tuple(masked)
+    made.gone.view(comm.size, -1)[masked] = True
     comm.native.lose(masked[0])
     if comm.gpu_calls is not None:
         comm.gpu_calls.go_on(made.native)

@@ -204,6 +204,59 @@ def test_decode_takes_logical_ids():
             torch.testing.assert_close(y.float(), dense, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("travel", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_decode_leaves_out_experts_without_a_slot(mode, travel, renormalize):
+    """Experts 2 and 7 have no slot."""
+    size, gone = 4, (2, 7)
+    xs, ids, weights = skewed_world(size, 6, seed=13)
+    table = torch.tensor([[e for e in range(EXPERTS) if e not in gone] + [0, 1]])
+    p = moecomm.balance.Placement(table, EXPERTS, size, 2, partial=True)
+
+    def rank_main(comm):
+        r = comm.rank
+        buf = moecomm.Buffer(
+            comm,
+            hidden=32,
+            num_experts=EXPERTS,
+            top_k=TOP_K,
+            max_tokens=6,
+            placement=p,
+            replicas=mode,
+            renormalize=renormalize,
+            dtype=torch.float32,
+        )
+        x, results = xs[r].float(), []
+        for step in range(3):
+            recv, hook = buf.decode_dispatch(
+                x, ids[r], topk_weights=weights[r] if travel else None, quant=None
+            )
+            hook()
+            recv.handle.rows.copy_(recv.x)
+            y, hook = buf.decode_combine(
+                recv.handle.rows, ids[r], None if travel else weights[r], recv.handle
+            )
+            hook()
+            results.append((y.clone(), buf.decode_lost_weight(ids[r], weights[r])))
+        counted = buf.decode_lost_weight(ids[r])
+        out = buf.dispatch(x, ids[r], weights[r])
+        comm.barrier()
+        return results, counted, out.lost_weight.clone()
+
+    for r, (results, counted, by_dispatch) in enumerate(moecomm.run_local(rank_main, size, ranks_per_node=2)):
+        lost = (ids[r] == gone[0]) | (ids[r] == gone[1])
+        assert lost.any()
+        kept = (weights[r] * (~lost & (ids[r] >= 0))).sum(1)
+        total = (weights[r] * (ids[r] >= 0)).sum(1)
+        factor = torch.where(kept > 0, total, 0.0) if renormalize else kept
+        for y, weight in results:
+            torch.testing.assert_close(weight, (weights[r] * lost).sum(1))
+            torch.testing.assert_close(y, xs[r].float() * factor[:, None], rtol=1e-5, atol=1e-5)
+        assert counted.tolist() == lost.sum(1).tolist()
+        torch.testing.assert_close(by_dispatch, results[0][1])
+
+
 def test_asynchronous_calls_keep_their_order():
     size = 4
     world = skewed_world(size, 20)

@@ -68,6 +68,10 @@ def test_the_others_go_on_where_two_ranks_end_one_after_another(either_world, no
             buf.mask([victim])
             masked = sorted([*masked, victim])
             assert buf.masked == tuple(masked)
+            ids = torch.arange(2 * comm.size).repeat(2, 1)[:, : buf.top_k].contiguous()
+            weights = torch.rand(ids.shape)
+            gone = torch.isin(ids // 2, torch.tensor(masked))
+            torch.testing.assert_close(buf.decode_lost_weight(ids, weights), (weights * gone).sum(1))
             steps(buf, masked, range(10 + victim, 14 + victim), travel)
 
     run(main, nodes, per_node)

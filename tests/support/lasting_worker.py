@@ -56,6 +56,14 @@ class Serving:
         rows = out.x * torch.repeat_interleave(mine, out.tokens_per_expert, 0)
         return self.buf.combine(rows, out.handle, topk_weights=out.topk_weights), out.lost_weight
 
+    def decode_step(self, number):
+        """As step, over the decode path."""
+        x, ids, shares = batch(self.uid, number, self.experts)
+        received, _ = self.buf.decode_dispatch(x, ids, return_hook=False, quant=None)
+        torch.mul(received.x, self.scale[self.slots[self.uid]][:, None], out=received.handle.rows)
+        y, _ = self.buf.decode_combine(received.handle.rows, ids, shares, received.handle, return_hook=False)
+        return y, self.buf.decode_lost_weight(ids, shares)
+
     def check(self, number, y, lost):
         """Compare a result with the experts of this generation."""
         x, ids, shares = batch(self.uid, number, self.experts)
@@ -181,6 +189,7 @@ def stale(folder, rank, size, ranks_per_node):
     with comm.elastic():
         y, lost = serving.step(1)
         serving.check(1, y, lost)
+        serving.check(2, *serving.decode_step(2))
     (folder / f"{rank}.json").write_text(json.dumps(seen))
     comm.barrier()
     buf.close()
