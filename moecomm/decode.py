@@ -21,7 +21,7 @@ from .elastic.verdict import require_generation
 from .decode_results import DecodeHandle, DecodeReceived, DecodeTensors
 from .decode_failures import DecodeFailures, check_decode_limits
 from .errors import InvalidArgument
-from .making import open_by_call
+from .making import open_by_call, require_num_experts
 from .refusals import Part, made
 from .shapes import DTYPES, QUANTS, SCALE_DTYPES, WIRES
 from .tensors import address, refuse_gradients, wants_gradient
@@ -70,9 +70,14 @@ class DecodePath:
         decode: Decode | None = memory.decode
         if decode is None or memory.closed or not memory.comm.order.ready:
             decode = self._prepared(x, topk_ids, num_experts)
-        if backend.gpu_recorder is None and backend.router is None:
+        if (
+            backend.gpu_recorder is None
+            and backend.router is None
+            and (num_experts is None or num_experts == memory.num_experts)
+        ):
             return decode.dispatch(x, topk_ids, topk_weights, quant, scale_layout, return_hook)
         with Part(backend, "decode_dispatch"):
+            require_num_experts(backend, "decode_dispatch", num_experts)
             return self._dispatch(decode, x, topk_ids, topk_weights, quant, scale_layout, return_hook, layer)
 
     def _prepared(self, x: Any, topk_ids: Any, num_experts: Any) -> Decode:

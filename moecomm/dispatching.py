@@ -8,7 +8,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from . import ops
-from .making import open_by_call
+from .making import open_by_call, require_num_experts
 from .opaque import Opaque
 from .refusals import take_part
 from .results import Dispatched, Handle, dispatched_of
@@ -111,10 +111,8 @@ class DispatchPath:
         expert_alignment, capacity = as_int(expert_alignment), as_int(capacity)
         if memory.native is None:
             open_by_call(self._backend, op, x, topk_ids, num_experts, handle)
-        elif num_experts is not None and as_int(num_experts) != memory.num_experts:
-            checks.refuse(
-                op, f"num_experts is {num_experts!r}; expected {memory.num_experts}, as in the Buffer"
-            )
+        else:
+            require_num_experts(self._backend, op, num_experts)
         opaque = x if isinstance(x, Opaque) else None
         x, scales = (opaque.rows, opaque.packed_sides()) if opaque else checks.as_rows(op, x)
         if handle is not None:

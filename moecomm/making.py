@@ -182,6 +182,24 @@ def _check_first_handle(backend: Backend, op: str, handle: Any) -> None:
         )
 
 
+def require_num_experts(backend: Backend, op: str, num_experts: Any) -> None:
+    """Check num_experts in a call of a Buffer that has its shape.
+
+    With a placement, ids are those of logical experts, and so is their number. A Buffer that was made without one has
+    one when its world has lost a rank.
+
+    Raises
+    ------
+    InvalidArgument
+    """
+    if num_experts is None:
+        return
+    slots = backend.memory.num_experts
+    experts = slots if backend.router is None else backend.router.placement.num_experts
+    if as_int(num_experts) not in (experts, slots):
+        backend.checks.refuse(op, f"num_experts is {num_experts!r}; expected {experts}, as in the Buffer")
+
+
 def _first_shape(backend: Backend, op: str, x: Any, scales: Any, topk_ids: Any, num_experts: Any) -> Shape:
     """Return the Shape of the first call, if this rank's arguments are valid."""
     given, checks, comm = backend.memory.given, backend.checks, backend.memory.comm

@@ -75,6 +75,33 @@ def test_part_of_the_shape():
     moecomm.run_local(main, 2)
 
 
+def test_number_of_experts_of_a_decode_step():
+    """Every step checks it, not only the first."""
+
+    def main(comm):
+        buf = moecomm.Buffer(comm)
+        x, ids = torch.zeros(2, HIDDEN), torch.zeros(2, 1, dtype=torch.int64)
+        for given, refused in (
+            (EXPERTS, False),
+            (None, False),
+            (4 if comm.rank else EXPERTS, True),
+            (EXPERTS, False),
+        ):
+            call = lambda given=given: buf.decode_dispatch(  # noqa: E731
+                x, ids, quant=None, return_hook=False, num_experts=given
+            )
+            if refused:
+                with pytest.raises(
+                    moecomm.InvalidArgument,
+                    match=r"num_experts is 4; expected 8, as in the Buffer|refused its part",
+                ):
+                    call()
+            else:
+                call()
+
+    moecomm.run_local(main, 2, timeout=20)
+
+
 def test_first_call_of_one_rank_is_wrong():
     """The call fails on all ranks, and the next call is the first one."""
 

@@ -228,7 +228,7 @@ def test_decode_leaves_out_experts_without_a_slot(mode, travel, renormalize):
             dtype=torch.float32,
         )
         x, results = xs[r].float(), []
-        for step in range(3):
+        for _ in range(3):
             recv, hook = buf.decode_dispatch(
                 x, ids[r], topk_weights=weights[r] if travel else None, quant=None
             )

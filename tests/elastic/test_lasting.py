@@ -47,8 +47,10 @@ def test_replicas_serve_lost_experts(processes, tmp_path):
         assert not any(s["lost"]), "ranks 1 and 3 have all eight experts"
 
 
-def test_what_is_of_an_earlier_generation_is_refused_by_name(processes, tmp_path):
-    seen = run(processes, tmp_path, lasting_worker.stale, 4, (4, 2), {3})
+@pytest.mark.parametrize("lazy", [False, True])
+def test_what_is_of_an_earlier_generation_is_refused_by_name(processes, tmp_path, lazy):
+    """lazy: the shape of the Buffer comes with its calls."""
+    seen = run(processes, tmp_path, lasting_worker.stale, 4, (4, 2, lazy), {3})
     assert len({json.dumps(s["verdict"]) for s in seen.values()}) == 1
     for s in seen.values():
         assert s["verdict"][:2] == [[0, 1, 2], [3]]

@@ -28,7 +28,7 @@ def batch(uid, step, experts):
 class Serving:
     """Steps of one rank. Every result is compared with the sum over the remaining experts."""
 
-    def __init__(self, comm, size, table=None):
+    def __init__(self, comm, size, table=None, lazy=False):
         self.comm, self.uid = comm, comm.rank
         experts = size * EXPERTS_PER_RANK if table is None else max(table) + 1
         self.table = torch.arange(experts) if table is None else torch.tensor(table)
@@ -38,20 +38,18 @@ class Serving:
         ).float()
         placement = None if table is None else Placement(self.table[None], experts, size, comm.num_nodes)
         self.experts = experts
-        self.buf = moecomm.Buffer(
-            comm,
-            hidden=HIDDEN,
-            num_experts=experts,
-            top_k=TOP_K,
-            max_tokens=TOKENS,
-            dtype=torch.float32,
-            placement=placement,
+        shape = dict(hidden=HIDDEN, top_k=TOP_K, max_tokens=TOKENS, dtype=torch.float32)
+        self.said = dict(num_experts=experts) if lazy else {}  # in every call
+        self.buf = (
+            moecomm.Buffer(comm)
+            if lazy
+            else moecomm.Buffer(comm, num_experts=experts, placement=placement, **shape)
         )
 
     def step(self, number):
         """Run one batch; return (y, lost_weight)."""
         x, ids, shares = batch(self.uid, number, self.experts)
-        out = self.buf.dispatch(x, ids, shares)
+        out = self.buf.dispatch(x, ids, shares, **self.said)
         mine = self.scale[self.slots[self.uid]]
         rows = out.x * torch.repeat_interleave(mine, out.tokens_per_expert, 0)
         return self.buf.combine(rows, out.handle, topk_weights=out.topk_weights), out.lost_weight
@@ -59,7 +57,7 @@ class Serving:
     def decode_step(self, number):
         """As step, over the decode path."""
         x, ids, shares = batch(self.uid, number, self.experts)
-        received, _ = self.buf.decode_dispatch(x, ids, return_hook=False, quant=None)
+        received, _ = self.buf.decode_dispatch(x, ids, return_hook=False, quant=None, **self.said)
         torch.mul(received.x, self.scale[self.slots[self.uid]][:, None], out=received.handle.rows)
         y, _ = self.buf.decode_combine(received.handle.rows, ids, shares, received.handle, return_hook=False)
         return y, self.buf.decode_lost_weight(ids, shares)
@@ -146,16 +144,16 @@ def behind(folder, rank, size, ranks_per_node):
     comm.close()
 
 
-def stale(folder, rank, size, ranks_per_node):
+def stale(folder, rank, size, ranks_per_node, lazy=False):
     """Objects of an old generation are refused by name; a Buffer with a decode path continues."""
     folder, seen = Path(folder), {}
     comm = moecomm.Communicator(
         join(folder, "first", rank, size), ranks_per_node=ranks_per_node, timeout=TIMEOUT
     )
-    serving = Serving(comm, size)
+    serving = Serving(comm, size, lazy=lazy)
     buf = serving.buf
     x, ids, shares = batch(rank, 0, serving.experts)
-    out = buf.dispatch(x, ids, shares)
+    out = buf.dispatch(x, ids, shares, **serving.said)
     pending = buf.dispatch(x, ids, shares, async_op=True)
     pending.wait()
     kept = out.x.clone()
