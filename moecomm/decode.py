@@ -15,7 +15,6 @@ from torch.autograd import forward_ad
 
 from ._cuda import decode as cuda_decode
 from ._native import core
-from .balance.replicas import picks_of
 from .arguments import FLOATS, IDS, known, shares_memory
 from .elastic.verdict import require_generation
 from .decode_results import DecodeHandle, DecodeReceived, DecodeTensors
@@ -24,7 +23,7 @@ from .errors import InvalidArgument
 from .making import open_by_call, require_num_experts
 from .refusals import Part, made
 from .shapes import DTYPES, QUANTS, SCALE_DTYPES, WIRES
-from .tensors import address, refuse_gradients, wants_gradient
+from .tensors import address, picks_of, refuse_gradients, wants_gradient
 
 if TYPE_CHECKING:
     from .backend import Backend

@@ -257,3 +257,9 @@ def _has_memory(t: torch.Tensor) -> bool:
         return True
     last = t.storage_offset() + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride()))
     return t.data_ptr() != 0 and t.untyped_storage().nbytes() >= (last + 1) * t.element_size()
+
+
+def picks_of(experts: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
+    """Which picks are of these experts (bool [num_experts]): bool [T, top_k]."""
+    exists = (topk_ids >= 0) & (topk_ids < len(experts))
+    return experts[topk_ids.clamp(0, len(experts) - 1).long()] & exists

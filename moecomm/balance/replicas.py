@@ -14,6 +14,7 @@ from .._native import balance as native
 from .._native import core
 from ..checks import require
 from ..refusals import chosen, made
+from ..tensors import picks_of
 
 MODES = ("local", "even", "optimal")
 
@@ -247,12 +248,6 @@ class ReplicaRouter:
             kept = (given * (~missing & (topk_ids >= 0))).sum(1)
             weights = given * torch.where(kept > 0, (kept + lost) / kept.where(kept > 0, 1.0), 1.0)[:, None]
         return weights, lost.detach()
-
-
-def picks_of(experts: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-    """Which picks are of these experts (bool [num_experts]): bool [T, top_k]."""
-    exists = (topk_ids >= 0) & (topk_ids < len(experts))
-    return experts[topk_ids.clamp(0, len(experts) - 1).long()] & exists
 
 
 class ReplicaRequest:
