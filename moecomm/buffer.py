@@ -106,11 +106,11 @@ class Buffer(Shared):  # defines copies and pickles, and uses nothing of Buffer
     replicas : "local", "even" or "optimal"
         Choice of replicas (docs/balance.md): fewest nodes, even split, or smallest maximum load of a rank.
     activate : int, optional
-        Maximum number of slots of a rank that are active in one batch.
+        Maximum number of slots of a rank that are active in one batch. Needs a placement.
     renormalize : bool
         If an expert has no replica left because ranks were lost, scale up the weights of the token's other picks.
     monitor : moecomm.balance.LoadMonitor, optional
-        Receives the counts of every batch.
+        Receives the counts of every batch. Needs a placement.
 
     Raises
     ------
@@ -152,7 +152,17 @@ class Buffer(Shared):  # defines copies and pickles, and uses nothing of Buffer
         self.origin = Origin({k: v for k, v in locals().items() if k not in ("self", "comm")})
         given = Shape(hidden, num_experts, top_k, max_tokens, dtype, channels, arena_bytes)
         agreed = agreed_arguments(
-            comm, given, num_sms, decode, record, placement, replicas, activate, monitor, decode_max_tokens
+            comm,
+            given,
+            num_sms,
+            decode,
+            record,
+            placement,
+            replicas,
+            activate,
+            renormalize,
+            monitor,
+            decode_max_tokens,
         )
         router: Any = None  # with a router, experts are slots from here on
         if placement is not None:

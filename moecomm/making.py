@@ -12,7 +12,16 @@ from .checks import require
 from .env import Environment
 from .errors import InvalidArgument
 from .results import Handle
-from .shapes import MOST_TOKENS, SHAPE_NAMES, Shape, as_int, check_known, decode_tokens, default_channels
+from .shapes import (
+    MODES,
+    MOST_TOKENS,
+    SHAPE_NAMES,
+    Shape,
+    as_int,
+    check_known,
+    decode_tokens,
+    default_channels,
+)
 from .tracing.recorder import check_folder
 
 if TYPE_CHECKING:
@@ -38,6 +47,7 @@ def agree(
     placement: Any,
     replicas: Any,
     activate: Any,
+    renormalize: Any,
     monitor: Any,
     decode_max_tokens: Any,
 ) -> Agreed:
@@ -61,13 +71,24 @@ def agree(
 
     def mine() -> dict[str, Any]:
         env, whole = Environment(), shape
-        if not isinstance(decode, bool):
-            raise InvalidArgument(
-                f"Buffer: decode is a {type(decode).__qualname__}; expected True or False",
-                op="Buffer",
-                rank=rank,
-            )
-        if placement is not None:  # from here on, experts are slots
+        for name, given in (("decode", decode), ("renormalize", renormalize)):
+            if not isinstance(given, bool):
+                raise InvalidArgument(
+                    f"Buffer: {name} is a {type(given).__qualname__}; expected True or False",
+                    op="Buffer",
+                    rank=rank,
+                )
+        require(
+            isinstance(replicas, str) and replicas in MODES,
+            "Buffer",
+            "replicas",
+            replicas,
+            "one of " + ", ".join(map(repr, MODES)),
+        )
+        if placement is None:
+            for name, given in (("activate", activate), ("monitor", monitor)):
+                require(given is None, "Buffer", name, given, "None, or a placement= beside it")
+        else:  # from here on, experts are slots
             require(
                 hasattr(placement, "router_type") and not isinstance(placement, type),
                 "Buffer",
@@ -75,7 +96,7 @@ def agree(
                 placement,
                 "a moecomm.balance.Placement",
             )
-            placement.router_type.check(comm, placement, whole.num_experts, replicas, activate, monitor)
+            placement.router_type.check(comm, placement, whole.num_experts, activate, monitor)
             whole = whole.but(num_experts=placement.num_slots)
         if whole.dtype is None and whole.hidden is not None:
             whole = whole.but(dtype=torch.bfloat16)

@@ -20,6 +20,7 @@ MAX_TOP_K = 32
 MOST_TOKENS = 1 << 24  # of a call
 QUANTS = {None: 0, "fp8": 1, "fp8_ue8m0": 2}
 WIRES = {None: 0, "fp8": 1, "logfmt10": 2}
+MODES = ("local", "even", "optimal")  # choices of replicas
 SCALE_DTYPES = (None, torch.float32, torch.int32)  # indexed by the numbers of QUANTS
 
 

@@ -14,9 +14,8 @@ from .._native import balance as native
 from .._native import core
 from ..checks import require
 from ..refusals import chosen, made
+from ..shapes import MODES
 from ..tensors import picks_of
-
-MODES = ("local", "even", "optimal")
 
 
 class ReplicaRouter:
@@ -67,7 +66,7 @@ class ReplicaRouter:
         self._adopt(placement)
 
     @staticmethod
-    def check(comm: Any, placement: Any, num_experts: Any, mode: Any, activate: Any, monitor: Any) -> None:
+    def check(comm: Any, placement: Any, num_experts: Any, activate: Any, monitor: Any) -> None:
         """Refuse arguments of a Buffer that contradict each other.
 
         Raises
@@ -86,7 +85,6 @@ class ReplicaRouter:
         require(
             placement.num_ranks == comm.size, op, "placement", placement, f"a Placement for {comm.size} ranks"
         )
-        require(mode in MODES, op, "replicas", mode, "one of " + ", ".join(map(repr, MODES)))
         per_rank = placement.slots_per_rank
         require(
             activate is None or (isinstance(activate, int) and 1 <= activate <= per_rank),

@@ -248,6 +248,14 @@ ODD = {  # name: (call of rank 1, call of rank 0, pattern of the message)
     "monitor": (buffer(placement=FIRST, monitor=5), SERVES, "monitor is 5; expected a LoadMonitor"),
     "replicas": (buffer(placement=FIRST, replicas=[]), SERVES, r"replicas is \[\]"),
     "activate": (buffer(placement=FIRST, activate="2"), SERVES, "activate is '2'"),
+    "replicas alone": (buffer(replicas="most"), buffer(), "replicas is 'most'; expected one of 'local'"),
+    "activate alone": (
+        buffer(activate=1),
+        buffer(),
+        "activate is 1; expected None, or a placement= beside it",
+    ),
+    "monitor alone": (buffer(monitor=[]), buffer(), r"monitor is \[\]; expected None, or a placement="),
+    "renormalize": (buffer(renormalize=1), buffer(), "renormalize is a int; expected True or False"),
     "decode": (buffer(decode="yes"), buffer(), "decode is a str; expected True or False"),
     "decode no value": (buffer(decode=lambda: 0), buffer(), "decode is a function; expected True or False"),
     "decode tensor": (
